@@ -28,7 +28,7 @@ _MODEL_SIDE = {
     "distill_model": "maskopt.models.distillation.distill",
     "keep_masks": "maskopt.models.training.held_masks",
     "load_packed": "maskopt.models.checkpoints.pack",
-    "perplexity": "maskopt.models.evaluation.perplexity",
+    "perplexity": "maskopt.models.evaluation.evaluate",
     "PruneOptions": "maskopt.models.options.prune",
     "open_job": "maskopt.models.blockwise.job",
     "prune_model": "maskopt.models.pruning.prune",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,7 +50,7 @@ def evaluate(
     # last: what was found is on the screen even where the disk is full
     if file is not None:
         with atomic_write(file) as target:
-            target.write(json.dumps([one.record() for one in found], indent=1).encode())
+            target.write(json.dumps([asdict(one) for one in found], indent=1).encode())
         output.print(f"written: {file}", soft_wrap=True)
 
 

@@ -159,7 +159,7 @@ def _print_pruned(folder: Path, original: str | None, result: Verified) -> None:
 
 def _convert(folder: Path, result: Verified, semi_structured: bool | None) -> None:
     """Conversion of 2:4 layers by PyTorch, where it is asked for or there is a CUDA device."""
-    from maskopt.models.architecture.opening import choose_device
+    from maskopt.models.architecture.source import choose_device
     from maskopt.models.verification import verify
 
     if semi_structured is None and result.two_four:

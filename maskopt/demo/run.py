@@ -1,29 +1,25 @@
-"""The main job from end to end on a small real model: what `maskopt demo` runs.
-
-Nothing here is special: toy rows through `compare`, the whole model through `prune_model`, perplexity
-by `perplexity`, all as a user would call them.
-"""
+"""`maskopt demo`: toy rows through `compare`, a small real model through `prune_model` and `perplexity`."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from maskopt.demo.model import DemoModel, demo_model, find_demo_model
+from maskopt.demo.model import demo_model, find_demo_model
 from maskopt.demo.text import demo_text
 from maskopt.experiments.compare import Record, compare, sample_rows
 from maskopt.models.architecture.blocks import short
 from maskopt.models.blockwise.progress import BlockProgress
 from maskopt.models.checkpoints.report import PruneReport
 from maskopt.models.checkpoints.workspace import check_output
-from maskopt.models.evaluation.perplexity import perplexity
+from maskopt.models.evaluation.evaluate import perplexity
 from maskopt.models.pruning.problems import layer_problems
 from maskopt.models.pruning.prune import prune_model
 from maskopt.report import Table, number, write_page
-from maskopt.report.page import Section
 from maskopt.report.prune_page import Pruned, report_parts
 
 #: layers whose rows are solved to proven optimality
@@ -43,7 +39,7 @@ OnStage = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found, ready to print, and where it is written."""
+    """Tables, ready to print, and the paths of the page and the model."""
 
     tables: Sequence[Table]
     report: Path
@@ -94,7 +90,14 @@ def run_demo(
     calibration = {"calibration": demo_text().calibration, "seq_len": seq_len, "seed": seed}
     toy = _toy_rows(folder, sparsity, min(samples, 8), columns, time_limit, calibration, on_stage)
 
-    values = {"dense": _perplexity("dense", folder, seq_len, windows, on_stage)}
+    def judged(name: str, place: Path) -> float:
+        told = partial(on_stage, f"perplexity: {name}")
+        text = demo_text().evaluation
+        return perplexity(
+            place, text=text, seq_len=seq_len, windows=windows, on_progress=told
+        ).value
+
+    values = {"dense": judged("dense", folder)}
     prunes: dict[str, PruneReport] = {}
     for solver, start, place in _PRUNES:
         prunes[solver] = prune_model(
@@ -108,7 +111,7 @@ def run_demo(
             on_progress=_told(on_stage, f"pruning with {solver}"),
             **calibration,  # type: ignore[arg-type]
         )
-        values[solver] = _perplexity(solver, output / place, seq_len, windows, on_stage)
+        values[solver] = judged(solver, output / place)
 
     blocks = len({layer.block for layer in prunes["swap"].layers})
     tables = [
@@ -116,30 +119,14 @@ def run_demo(
         error_table(prunes["swap"], sparsity, blocks),
         perplexity_table(values, prunes, windows, seq_len),
     ]
-    _write_report(report, about, output / "model", tables)
-    return DemoResult(tables, report, output / "model", time.perf_counter() - began)
-
-
-def _perplexity(name: str, model: Path, seq_len: int, windows: int, on_stage: OnStage) -> float:
-    """On the demo's evaluation text."""
-    return perplexity(
-        model,
-        text=demo_text().evaluation,
-        seq_len=seq_len,
-        windows=windows,
-        on_progress=lambda done, total: on_stage(f"perplexity: {name}", done, total),
-    ).value
-
-
-def _write_report(path: Path, about: DemoModel, model: Path, tables: Sequence[Table]) -> None:
-    """The page of `maskopt report`, with what only the demo measured."""
-    parts: list[str | Section] = [
+    parts = [
         "Calibrated on Python's help topics, and evaluated on others of them.",
-        *report_parts([Pruned.open(model, model.name)], tables=tables),
+        *report_parts([Pruned.open(output / "model", "model")], tables=tables),
         "Zeros are stored like any other number: the file is not smaller, and dense kernels are "
         f"not faster. {about.terms}",
     ]
-    write_page(path, f"maskopt demo: {about.title}", parts)
+    write_page(report, f"maskopt demo: {about.title}", parts)
+    return DemoResult(tables, report, output / "model", time.perf_counter() - began)
 
 
 def _toy_rows(
@@ -152,29 +139,16 @@ def _toy_rows(
     on_stage: OnStage,
 ) -> Table:
     """Rows of real layers, restricted to few inputs, through solvers of which one proves the optimum."""
-    layers = list(
-        layer_problems(
-            folder,
-            include=TOY_LAYERS,
-            sparsity=sparsity,
-            samples=samples,
-            on_progress=_told(on_stage, "toy rows"),
-            **calibration,
-        )
-    )
+    how = {"include": TOY_LAYERS, "sparsity": sparsity, "samples": samples, **calibration}
+    layers = list(layer_problems(folder, on_progress=_told(on_stage, "toy rows"), **how))
     seed = calibration["seed"]
     rows = sample_rows((problem for _, problem in layers), 1, columns=columns, seed=seed)
     labels = {
         row.name: f"{layer.block} {short(layer.kind)}{row.name.removeprefix(layer.name)}"
         for (layer, _), row in zip(layers, rows, strict=True)
     }
-    records = compare(
-        rows,
-        TOY_SOLVERS,
-        time_limit=time_limit,
-        seed=seed,
-        on_progress=lambda done, total: on_stage("toy rows: solving", done, total),
-    )
+    told = partial(on_stage, "toy rows: solving")
+    records = compare(rows, TOY_SOLVERS, time_limit=time_limit, seed=seed, on_progress=told)
     return toy_table(records, labels, sparsity)
 
 
@@ -207,35 +181,24 @@ def error_table(report: PruneReport, sparsity: float, blocks: int) -> Table:
     table = Table(
         f"Local error at {sparsity:.0%}, all {blocks} blocks",
         ("layers", "Wanda", "→ 1-swap", "ratio", "rows", "proven 1-swap optimal"),
-        note="Mean squared change of the layers' outputs, summed over rows and blocks; both on the "
-        "inputs that the blocks pruned before leave.",
+        note="Mean squared change of the layers' outputs, summed over rows and blocks; both measured on "
+        "activations from the already pruned earlier blocks.",
     )
     for kind, layers in report.by_kind().items():
         before = sum(layer.error_start or 0.0 for layer in layers)
         after = sum(layer.error for layer in layers)
         rows = sum(layer.rows for layer in layers)
-        proven = sum(
-            count
-            for layer in layers
-            for name, count in layer.statuses.items()
-            if name != "feasible"
-        )
+        proven = sum(c for x in layers for name, c in x.statuses.items() if name != "feasible")
         ratio = f"{after / before:.3f}" if before else "–"
-        table.add(
-            short(kind),
-            number(before),
-            number(after),
-            ratio,
-            f"{rows:,}",
-            f"{proven / rows:.0%}",
-        )
+        cells = (number(before), number(after), ratio, f"{rows:,}", f"{proven / rows:.0%}")
+        table.add(short(kind), *cells)
     return table
 
 
 def perplexity_table(
     values: dict[str, float], prunes: dict[str, PruneReport], windows: int, seq_len: int
 ) -> Table:
-    """Perplexity of dense, Wanda and 1-swap, with what the pruning took."""
+    """Perplexity of dense, Wanda and 1-swap, with the time of pruning."""
     table = Table(
         f"Perplexity, {windows} × {seq_len} tokens",
         ("model", "perplexity", "pruned", "seconds"),

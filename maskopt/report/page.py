@@ -1,14 +1,40 @@
-"""One self-contained HTML page: no script, no font, no request to anywhere."""
+"""One self-contained HTML page: no script, no font, no request to anywhere.
+
+Figures are drawn by matplotlib as SVG in the page's colours, with a table of their numbers.
+"""
 
 from __future__ import annotations
 
+import base64
 import html
-from collections.abc import Sequence
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from jaxtyping import Bool
+from torch import Tensor
 
 from maskopt.core.files import atomic_write
+from maskopt.errors import OptionError
+from maskopt.report.table import Table
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+#: readable on white and on the page's dark ground; markers distinguish series without colour
+COLOURS = ("#2f7ed8", "#d0692b", "#2f9158", "#b0527a", "#8064c8", "#7a7a2a", "#3a8f9e")
+MARKERS = "osD^vPX"
+#: stands for the page's own colour of text until the SVG is there
+_TEXT = "#0a0b0c"
+_INCHES = (5.4, 3.4)
+
+Draw = Callable[["Axes"], None]
+#: rows and inputs of a mask that are shown at most: a picture of a large layer would be megabytes
+MOST = 1024
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
        color: #1d2733; background: #fff }
@@ -39,7 +65,7 @@ class Section(Protocol):
 
 
 class Command:
-    """What to type."""
+    """A shell command."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -48,14 +74,143 @@ class Command:
         return f"<pre><code>{html.escape(self.text)}</code></pre>"
 
 
-class Heading:
-    """Of a part of the page."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
+class Heading(Command):
+    """The heading of a part of the page."""
 
     def html(self) -> str:
         return f"<h2>{html.escape(self.text)}</h2>"
+
+
+@dataclass(frozen=True)
+class MaskPicture:
+    """Dark where a weight is kept, light where it is pruned; rows are outputs.
+
+    Attributes:
+        kept: bool [rows, n].
+    """
+
+    name: str
+    kept: Bool[Tensor, "rows n"]
+
+    def png(self) -> bytes:
+        """One bit per weight, of the first MOST rows and inputs."""
+        try:
+            from PIL import Image
+        except ImportError:
+            raise OptionError(
+                'the picture of a mask needs Pillow: pip install "maskopt[report]"'
+            ) from None
+        shown = self.kept[:MOST, :MOST].numpy()
+        data = io.BytesIO()
+        Image.fromarray(np.where(shown, 0, 255).astype(np.uint8)).convert("1").save(data, "png")
+        return data.getvalue()
+
+    def html(self) -> str:
+        part = self.kept[:MOST, :MOST]
+        rows, n = part.shape
+        of = "" if part.shape == self.kept.shape else (
+            f" of {self.kept.shape[0]} × {self.kept.shape[1]}, the upper left part"
+        )  # fmt: skip
+        words = (
+            f"Mask of {self.name}: {rows} outputs (down) by {n} inputs (across){of}; dark is kept, "
+            f"{float((~part).float().mean()):.1%} is pruned"
+        )
+        data = base64.b64encode(self.png()).decode()
+        zooms = "".join(
+            f'<input type="radio" name="zoom" id="zoom{i}"{" checked" * (i == 0)}>'
+            f'<label for="zoom{i}">{label}</label>'
+            for i, label in enumerate(("whole", "1 : 1", "4 : 1"))
+        )
+        return (
+            f'<h2>A mask</h2>\n<figure><div class=zoom style="--four: {4 * n}px">{zooms}'
+            f'<div class="pane" tabindex="0"><img src="data:image/png;base64,{data}" '
+            f'alt="{html.escape(words, quote=True)}"></div></div>'
+            f"<figcaption>{html.escape(words)}.</figcaption></figure>"
+        )
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing with its title, and the table of what it shows.
+
+    Attributes:
+        words: a description, below the drawing and for screen readers.
+    """
+
+    name: str
+    title: str
+    words: str
+    draw: Draw
+    numbers: Table
+
+    def svg(self) -> str:
+        """The drawing alone; the same bytes every time."""
+        text = io.StringIO()
+        self._save(text, "svg", transparent=True)
+        whole = text.getvalue()
+        svg = whole[whole.index("<svg") :]
+        svg = re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"|<svg height="[^"]*" width="[^"]*"',
+                     r"<svg \1", svg, count=1)  # fmt: skip
+        # elements have the same names in every drawing of a page
+        svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{self.name}-", svg)
+        return svg.replace(_TEXT, "currentColor")
+
+    def html(self) -> str:
+        label = html.escape(f"{self.title}. {self.words}", quote=True)
+        return (
+            f"<h2>{html.escape(self.title)}</h2>\n<figure>"
+            f'<div role="img" aria-label="{label}">{self.svg()}</div>'
+            f"<figcaption>{html.escape(self.words)}</figcaption></figure>\n"
+            f"<details><summary>The numbers</summary>{self.numbers.grid()}</details>"
+        )
+
+    def files(self, folder: Path) -> list[Path]:
+        """The files of `save`."""
+        return [folder / f"{self.name}.{kind}" for kind in ("png", "svg")]
+
+    def save(self, folder: Path) -> list[Path]:
+        """As PNG and SVG, on white."""
+        paths = self.files(folder)
+        for path in paths:
+            with atomic_write(path) as file:
+                self._save(file, path.suffix[1:], transparent=False)
+        return paths
+
+    def _save(self, target: Any, kind: str, *, transparent: bool) -> None:
+        matplotlib = _matplotlib()
+        text = _TEXT if transparent else "black"
+        style = {
+            "font.size": 11, "svg.fonttype": "none", "svg.hashsalt": "maskopt", "text.color": text,
+            "axes.labelcolor": text, "axes.edgecolor": text, "xtick.color": text, "ytick.color": text,
+            "legend.framealpha": 0, "axes.spines.top": False, "axes.spines.right": False,
+        }  # fmt: skip
+        with matplotlib.rc_context(style):
+            drawing = matplotlib.figure.Figure(figsize=_INCHES, layout="constrained")
+            axes = drawing.subplots()
+            self.draw(axes)
+            when = {"metadata": {"Date": None}} if kind == "svg" else {}
+            drawing.savefig(target, format=kind, dpi=150, transparent=transparent, **when)
+
+
+def plain(text: str) -> str:
+    """A name as matplotlib shows it: no dollar sign begins mathematics."""
+    return text.replace("$", r"\$")
+
+
+def legend(text: str) -> str:
+    """A name for a legend: matplotlib leaves out those that begin with an underscore."""
+    return plain(f"\u200b{text}" if text.startswith("_") else text)
+
+
+def _matplotlib() -> Any:
+    try:
+        import matplotlib
+        import matplotlib.figure
+    except ImportError:
+        raise OptionError(
+            'the figures of a report need matplotlib: pip install "maskopt[report]"'
+        ) from None
+    return matplotlib
 
 
 def write_page(path: Path, title: str, parts: Sequence[str | Section]) -> None:

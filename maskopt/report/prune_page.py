@@ -1,4 +1,4 @@
-"""What one or several prunes did, as a page: `maskopt report`."""
+"""The results of one or several prunes on a page: `maskopt report`."""
 
 from __future__ import annotations
 
@@ -24,15 +24,24 @@ from maskopt.models.checkpoints.report import (
 )
 from maskopt.models.checkpoints.workspace import MANIFEST, MASKS, plain_errors
 from maskopt.models.pruning.rerun import command_again
-from maskopt.report.figure import COLOURS, MARKERS, Figure, legend, plain
-from maskopt.report.mask_picture import MaskPicture
-from maskopt.report.page import Command, Heading, Section, write_page
+from maskopt.report.page import (
+    COLOURS,
+    MARKERS,
+    Command,
+    Figure,
+    Heading,
+    MaskPicture,
+    Section,
+    legend,
+    plain,
+    write_page,
+)
 from maskopt.report.table import Table, number
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """A folder that `maskopt prune` or `maskopt prune-structured` wrote, as its manifest tells."""
+    """The manifest of a folder that `maskopt prune` or `maskopt prune-structured` wrote."""
 
     folder: Path
     name: str
@@ -45,40 +54,40 @@ class Pruned:
 
     @classmethod
     def open_all(cls, folders: Sequence[Path]) -> list[Pruned]:
-        """Several, each called by the end of its path, or by all of it where two ends are alike.
-
-        Raises:
-            ModelError: one is none, or its manifest was changed.
-        """
-        names = _told_apart(folders)
-        return [cls.open(folder, name) for folder, name in zip(folders, names, strict=True)]
+        """Several, named as by `_distinct_names`; raises what `open` does."""
+        return list(map(cls.open, folders, _distinct_names(folders)))
 
     @classmethod
     def open(cls, folder: Path, name: str) -> Pruned:
         """Raises ModelError: it is none, or its manifest was changed."""
         path = folder / MANIFEST
         manifest = read_manifest(path, smaller=True)
-        layers = read_layers(manifest["layers"], path)
-        parts = read_parts(manifest["parts"], path)
-        sparsity = float(manifest["sparsity"])
-        memory = manifest.get("memory", {})  # of folders of earlier versions nothing is known
-        digest = result_digest(manifest)
-        return cls(folder, name, manifest["fingerprint"], layers, parts, sparsity, memory, digest)
+        return cls(
+            folder,
+            name,
+            manifest["fingerprint"],
+            read_layers(manifest["layers"], path),
+            read_parts(manifest["parts"], path),
+            float(manifest["sparsity"]),
+            manifest.get("memory", {}),  # folders of earlier versions have none
+            result_digest(manifest),
+        )
 
     @property
     def solved(self) -> list[LayerReport]:
-        """Those with errors that can be compared: not those pruned by magnitude for want of tokens."""
+        """Layers with comparable errors: not those pruned by magnitude for want of tokens."""
         return [layer for layer in self.layers if not layer.fallback]
 
     @property
     def has_masks(self) -> bool:
-        """What was made smaller has none."""
+        """A model that was made smaller has none."""
         return "sparsity" in self.fingerprint["options"]
 
-    def kinds(self) -> dict[str, list[LayerReport]]:
-        found: dict[str, list[LayerReport]] = {}
+    def by(self, name: str) -> dict[Any, list[LayerReport]]:
+        """The solved layers by a field: `kind` or `block`."""
+        found: dict[Any, list[LayerReport]] = {}
         for layer in self.solved:
-            found.setdefault(layer.kind, []).append(layer)
+            found.setdefault(getattr(layer, name), []).append(layer)
         return found
 
 
@@ -92,16 +101,16 @@ def write_report(
     figures: Path | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Write the page, and the figures by themselves where a folder is named; all that was written.
+    """Write the page, and the figures as files where a folder is named; returns the paths of all files.
 
     Args:
-        outs: folders that `maskopt prune` wrote; several stand side by side.
-        evaluation: what `maskopt eval … --json` wrote.
-        gaps: what `maskopt bound … --output FILE.jsonl` wrote of the first of them.
+        outs: folders that `maskopt prune` wrote, to be compared.
+        evaluation: output of `maskopt eval … --json`.
+        gaps: output of `maskopt bound … --output FILE.jsonl` for the first of them.
         picture: name of the tensor whose mask is shown; default: the first one of the first folder.
 
     Raises:
-        MaskoptError: a file that is none of these, or that must not be replaced; matplotlib is not there.
+        MaskoptError: a file that is none of these, or that must not be replaced; matplotlib is missing.
     """
     check_writable(path, overwrite=overwrite, evaluation=evaluation, gaps=gaps)
     pruned = Pruned.open_all(outs)
@@ -131,17 +140,21 @@ def report_parts(
     """The page from top to bottom.
 
     Args:
-        tables: to stand below the summary.
-        after: below what is known of the layers.
+        tables: for the place below the summary.
+        after: for the place below the tables of layers.
     """
-    boxes = [improvements(one, i) for i, one in enumerate(pruned, 1) if _improved(one)]
+    solved = [one for one in pruned if one.solved]
     return [
-        *(sentence(one) for one in pruned),
+        *(f"{x.folder}: {what_was_done(x.fingerprint, x.layers, x.sparsity)}" for x in pruned),
         summary(pruned),
         *tables,
-        *([errors_by_block(pruned)] if any(one.solved for one in pruned) else []),
-        *(kinds_table(one) for one in pruned if one.solved),
-        *boxes,
+        *([errors_by_block(pruned)] if solved else []),
+        *(kinds_table(one) for one in solved),
+        *(
+            improvements(one, i)
+            for i, one in enumerate(pruned, 1)
+            if any(layer.improvement_quantiles is not None for layer in one.solved)
+        ),
         *(trained_table(one) for one in pruned if one.parts),
         *after,
         *([mask_picture(pruned[0], picture)] if pruned[0].has_masks or picture else []),
@@ -150,48 +163,32 @@ def report_parts(
     ]
 
 
-def sentence(one: Pruned) -> str:
-    """What was done."""
-    return f"{one.folder}: {what_was_done(one.fingerprint, one.layers, one.sparsity)}"
-
-
 def summary(pruned: Sequence[Pruned]) -> Table:
-    """A line a folder. Errors are means over the layers of parts of their outputs' energy."""
+    """A line for every folder."""
     table = Table(
         "In short",
-        (
-            "folder",
-            "solver",
-            "sparsity",
-            "error",
-            "of the start's",
-            "held out",
-            "rows",
-            "proven",
-            "solving",
-            "memory",
-        ),
+        ("folder", "solver", "sparsity", "error", "ratio to start", "held out", "rows", "proven",
+         "solving", "memory"),
         text_columns=2,
-        note="Errors are parts of the energy of a layer's output, in the mean over the layers; proven: rows "
+        note="Errors: relative squared error of a layer's output, on average over the layers; proven: rows "
         "whose mask is proven to be optimal, or 1-swap optimal; memory: of the process, at the peak.",
-    )
+    )  # fmt: skip
     for one in pruned:
-        layers = one.solved
+        layers, peak = one.solved, one.memory.get("process")
         rows = sum(layer.rows for layer in layers)
         proven = sum(c for x in layers for name, c in x.statuses.items() if name != "feasible")
-        held = [x.relative_held for x in layers if x.relative_held is not None]
-        start = _start(layers)
+        error, start = _mean([x.relative for x in layers]), _start(layers)
         table.add(
             one.name,
             str(one.fingerprint["options"].get("solver", "–")),
             f"{one.sparsity:.1%}",
-            number(_mean([x.relative for x in layers]) if layers else None),
-            number(None if not start else _mean([x.relative for x in layers]) / start),
-            number(_mean(held) if held else None),
+            number(error),
+            number(error / start if error is not None and start else None),
+            number(_held(layers)),
             f"{rows:,}",
             f"{proven / rows:.0%}" if rows else "–",
             _time(sum(layer.seconds for layer in one.layers)),
-            "–" if (peak := one.memory.get("process")) is None else f"{peak / 2**30:.2f} GiB",
+            "–" if peak is None else f"{peak / 2**30:.2f} GiB",
         )
     return table
 
@@ -201,43 +198,38 @@ def kinds_table(one: Pruned) -> Table:
     table = Table(
         f"Kinds of layers, {one.name}",
         ("layers", "start", "error", "held out", "pruned", "swaps a row", "scans a row", "solving"),
-        note="Means over the layers of a kind; errors as parts of their outputs' energy.",
+        note="Means over the layers of a kind; errors: relative squared errors of their outputs.",
     )
-    for kind, layers in one.kinds().items():
+    for kind, layers in one.by("kind").items():
         rows = sum(layer.rows for layer in layers)
-        held = [x.relative_held for x in layers if x.relative_held is not None]
-        counts = [
-            number(sum(told) / rows) if len(told) == len(layers) else "–"
-            for told in (_told(layers, "swaps"), _told(layers, "scans"))
-        ]
+        counts = [[getattr(layer, name) for layer in layers] for name in ("swaps", "scans")]
         table.add(
             short(kind),
             number(_start(layers)),
             number(_mean([layer.relative for layer in layers])),
-            number(_mean(held) if held else None),
+            number(_held(layers)),
             f"{sum(x.pruned for x in layers) / sum(x.rows * x.n for x in layers):.1%}",
-            *counts,
+            *("–" if None in found else number(sum(found) / rows) for found in counts),
             _time(sum(layer.seconds for layer in layers)),
         )
     return table
 
 
 def errors_by_block(pruned: Sequence[Pruned]) -> Figure:
-    """Mean error of a block's layers, along the model: start, result, and on windows kept aside."""
+    """Mean error of a block's layers, along the model: start, result, and on held-out windows."""
     series: dict[str, dict[int, float]] = {}
     for one in pruned:
         name = f"{one.name}: " if len(pruned) > 1 else ""
-        blocks: dict[int, list[LayerReport]] = {}
-        for layer in one.solved:
-            blocks.setdefault(layer.block, []).append(layer)
-        starts = {block: _start(layers) for block, layers in blocks.items()}
-        if len(pruned) == 1 and all(value is not None for value in starts.values()):
-            series[f"{name}start"] = {b: v for b, v in starts.items() if v is not None}
-        series[f"{name}result"] = {b: _mean([x.relative for x in ls]) for b, ls in blocks.items()}
-        if all(layer.relative_held is not None for layer in one.solved):
-            series[f"{name}held out"] = {
-                b: _mean([x.relative_held or 0.0 for x in ls]) for b, ls in blocks.items()
-            }
+        blocks = one.by("block")
+        lines = {
+            "start": {b: _start(layers) for b, layers in blocks.items()} if not name else {},
+            "result": {b: _mean([x.relative for x in layers]) for b, layers in blocks.items()},
+            "held out": {b: _held(layers, every=True) for b, layers in blocks.items()},
+        }
+        for kind, values in lines.items():
+            known = {block: value for block, value in values.items() if value is not None}
+            if kind == "result" or (values and len(known) == len(values)):
+                series[name + kind] = known
     numbers = Table("", ("block", *series))
     for block in sorted({b for values in series.values() for b in values}):
         numbers.add(str(block), *(number(values.get(block)) for values in series.values()))
@@ -256,24 +248,20 @@ def errors_by_block(pruned: Sequence[Pruned]) -> Figure:
         axes.figure.legend(loc="outside lower center", ncols=2)
 
     words = (
-        "Error of the layers of a block as a part of their outputs' energy, in the mean, on the inputs that "
-        "the blocks pruned before leave"
+        "Relative squared error of the outputs of a block's layers, on average, measured on activations from "
+        "the already pruned earlier blocks."
     )
-    return Figure("errors", "Errors along the model", words + ".", draw, numbers)
+    return Figure("errors", "Errors along the model", words, draw, numbers)
 
 
 def improvements(one: Pruned, index: int) -> Figure:
-    """How far below the start's the rows' errors are, by kind of layer; `index` tells the drawings apart."""
+    """Reduction of the rows' errors from the start, by kind of layer; `index` is for the figure's name."""
     names, boxes = [], []
-    for kind, layers in one.kinds().items():
-        told = [
-            layer.improvement_quantiles
-            for layer in layers
-            if layer.improvement_quantiles is not None
-        ]
-        if told:
+    for kind, layers in one.by("kind").items():
+        known = [x.improvement_quantiles for x in layers if x.improvement_quantiles is not None]
+        if known:
             names.append(short(kind))
-            boxes.append([_mean([quantiles[i] for quantiles in told]) for i in range(5)])
+            boxes.append([sum(column) / len(known) for column in zip(*known, strict=True)])
     numbers = Table("", ("layers", "least", "a tenth", "median", "nine tenths", "most"))
     for name, box in zip(names, boxes, strict=True):
         numbers.add(name, *(f"{value:.1%}" for value in box))
@@ -288,13 +276,13 @@ def improvements(one: Pruned, index: int) -> Figure:
         )  # fmt: skip
         axes.invert_yaxis()
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axes.set(xlabel="objective below the start's")
+        axes.set(xlabel="reduction of the objective")
 
     words = (
-        "Of the rows of each kind of layer: how far the solver came below its start. The line is the median, "
-        "the box holds eight rows of ten, the whiskers all; means over the layers"
+        "Reduction of the objective from the solver's start, by rows of each kind of layer. The line is the "
+        "median, the box holds eight rows of ten, the whiskers all; means over the layers."
     )
-    return Figure(f"improvements-{index}", f"Rows, {one.name}", words + ".", draw, numbers)
+    return Figure(f"improvements-{index}", f"Rows, {one.name}", words, draw, numbers)
 
 
 def trained_table(one: Pruned) -> Table:
@@ -316,14 +304,12 @@ def trained_table(one: Pruned) -> Table:
     parts: dict[str, list[PartReport]] = {}
     for part in one.parts:
         parts.setdefault(part.part or "block", []).append(part)
+    losses = ("fitted_before", "fitted_after", "held_before", "held_after")
     for name, some in parts.items():
         table.add(
             name,
             str(len(some)),
-            number(_mean([part.fitted_before for part in some])),
-            number(_mean([part.fitted_after for part in some])),
-            number(_mean([part.held_before for part in some])),
-            number(_mean([part.held_after for part in some])),
+            *(number(_mean([getattr(part, loss) for part in some])) for loss in losses),
             str(sum(part.epoch == 0 for part in some)),
             _time(sum(part.seconds for part in some)),
         )
@@ -341,8 +327,8 @@ def mask_picture(one: Pruned, tensor: str | None) -> MaskPicture:
     return MaskPicture(name, masks.read(name).rows())
 
 
-def _told_apart(paths: Sequence[Path]) -> list[str]:
-    """The end of each path, or all of it where two ends are alike."""
+def _distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The last part of each path, or all of it where two last parts are equal."""
     ends = [path.resolve().name for path in paths]
     return [
         end if ends.count(end) == 1 else str(path) for path, end in zip(paths, ends, strict=True)
@@ -355,7 +341,7 @@ def _perplexities(records: Sequence[Mapping[str, Any]]) -> Table:
         ("model", "perplexity", "compared with the first", "KL, nats", "same top token"),
     )
     try:
-        names = _told_apart([Path(record["model"]) for record in records])
+        names = _distinct_names([Path(record["model"]) for record in records])
         for name, record in zip(names, records, strict=True):
             p, c = record["perplexity"], record.get("change")
             table.add(
@@ -424,22 +410,20 @@ def _records(path: Path, *, whole: bool) -> list[Mapping[str, Any]]:
     return found
 
 
-def _improved(one: Pruned) -> bool:
-    return any(layer.improvement_quantiles is not None for layer in one.solved)
-
-
-def _told(layers: Sequence[LayerReport], name: str) -> list[int]:
-    return [value for layer in layers if (value := getattr(layer, name)) is not None]
-
-
 def _start(layers: Sequence[LayerReport]) -> float | None:
     """Mean relative error of the starts, where all had one."""
     starts = [x.error_start / x.energy for x in layers if x.error_start is not None and x.energy]
-    return _mean(starts) if layers and len(starts) == len(layers) else None
+    return _mean(starts) if len(starts) == len(layers) else None
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+def _held(layers: Sequence[LayerReport], *, every: bool = False) -> float | None:
+    """Mean relative error on held-out windows, of the layers that have one; `every`: where all have."""
+    held = [x.relative_held for x in layers if x.relative_held is not None]
+    return None if every and len(held) < len(layers) else _mean(held)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _time(seconds: float) -> str:

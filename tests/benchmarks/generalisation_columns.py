@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from book import Record, family, table
 
-from maskopt.models.evaluation.perplexity import exponential, interval
+from maskopt.models.evaluation.evaluate import exponential, interval
 
 TITLES = {"gemma3": "Gemma 3 270M", "smollm2": "SmolLM2 135M Instruct"}
 Lines = Mapping[str, Record]

@@ -15,8 +15,8 @@ from torch import Tensor
 from maskopt import PruneOptions, Unstructured
 from maskopt.core.problem import LayerProblem
 from maskopt.models.architecture.blocks import Layer, matrix
+from maskopt.models.blockwise.gradients import row_sensitivity
 from maskopt.models.blockwise.job import Job, open_job
-from maskopt.models.blockwise.sensitivity import row_sensitivity
 from maskopt.models.options.prune import FISHER
 from maskopt.models.pruning.problems import layer_problem
 

@@ -133,7 +133,7 @@ def main() -> None:
         return f"{verify_model(out, original=model).rows} rows hold"
 
     def evaluate() -> str:
-        from maskopt.models.evaluation.perplexity import perplexity
+        from maskopt.models.evaluation.evaluate import perplexity
 
         return f"perplexity {perplexity(out, tokens).value:.6g}"
 

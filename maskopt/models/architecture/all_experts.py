@@ -32,9 +32,7 @@ def experts_see_all(
     def names(path: str) -> frozenset[str]:
         return frozenset(layer.name for layer in layers if layer.name.startswith(path))
 
-    def hooks(path: str, everything: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]):  # type: ignore[no-untyped-def]
-        inside = names(path)
-
+    def hook(module: nn.Module, inside: frozenset[str], everything: Callable[..., None]) -> None:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if getattr(local, "busy", False) or not hasattr(local, "watch"):
                 return
@@ -49,7 +47,8 @@ def experts_see_all(
             if not getattr(local, "busy", False) and hasattr(local, "watch"):
                 local.watch.muted = local.watch.muted - inside
 
-        return before, after
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after))
 
     for name, module in block.named_modules():
         path = prefix + (f"{name}." if name else "")
@@ -59,13 +58,9 @@ def experts_see_all(
                     f"{path}: {type(module).__name__} is not given a routing that could be replaced; "
                     "leave out `all_experts`"
                 )
-            before, after = hooks(path, _run_fused)
-        elif (lists := _expert_lists(module)) and names(path + lists[0]):
-            before, after = hooks(path + lists[0] + ".", _run_listed)
-        else:
-            continue
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after))
+            hook(module, names(path), _run_fused)
+        elif (experts := _expert_list(module)) and names(path + experts):
+            hook(module, names(f"{path}{experts}."), _run_listed)
     try:
         yield
     finally:
@@ -95,14 +90,13 @@ def _run_listed(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """Call every expert of a module list on all tokens."""
     hidden = args[0] if args else next(iter(kwargs.values()))
     flat = hidden.reshape(-1, hidden.shape[-1])
-    for expert in getattr(module, _expert_lists(module)[0]):
+    for expert in getattr(module, _expert_list(module)):
         expert(flat)
 
 
-def _expert_lists(module: nn.Module) -> list[str]:
-    """Children that are lists of alike modules called experts."""
-    return [
-        name
-        for name, child in module.named_children()
-        if isinstance(child, nn.ModuleList) and "expert" in name and len(child) > 1
-    ]
+def _expert_list(module: nn.Module) -> str:
+    """The first child that is a list of experts; empty where there is none."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList) and "expert" in name and len(child) > 1:
+            return name
+    return ""

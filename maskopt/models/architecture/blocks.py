@@ -48,7 +48,7 @@ class Layer:
 
 
 class Named(Protocol):
-    """What patterns on names can choose."""
+    """Something that patterns on names can choose."""
 
     @property
     def name(self) -> str: ...
@@ -57,7 +57,7 @@ class Named(Protocol):
     def kind(self) -> str: ...
 
 
-#: layers, or what is told of them
+#: layers, or their reports
 Found = TypeVar("Found", bound=Named)
 
 
@@ -87,7 +87,7 @@ class Blocks:
         return [layer for index in range(len(self)) for layer in self.layers(index)]
 
     def outside(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and parameters that belong to no block and are needed to reach the first one: all
+        """Names and parameters that belong to no block and are needed before the first one: all
         but an output head of its own."""
         head = {name for name, _ in self.own_head()}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
@@ -96,7 +96,7 @@ class Blocks:
 
     @property
     def embedding(self) -> nn.Module:
-        """What looks up the token ids."""
+        """The module that looks up the token ids."""
         return _embedding(self.model, "get_input_embeddings")
 
     def own_head(self) -> list[tuple[str, Tensor]]:
@@ -227,44 +227,43 @@ def _layers(block: nn.Module, index: int, prefix: str) -> Iterator[Layer]:
     )
 
     for name, module in block.named_modules(remove_duplicate=True):
+        path = f"{name}." if name else ""
         if isinstance(module, nn.Linear | Conv1D):
             input_axis = 1 if isinstance(module, nn.Linear) else 0
-            place = _Place(index, prefix, name, f"{name}.weight" if name else "weight")
-            yield place.layer(None, input_axis, tuple(module.weight.shape))
-        else:
-            for key, parameter in module.named_parameters(recurse=False):
-                if parameter.ndim == 3 and min(parameter.shape[1:]) > 1 and is_experts(module):
-                    path = f"{name}." if name else ""
-                    for expert in range(parameter.shape[0]):
-                        place = _Place(index, prefix, f"{path}{expert}.{key}", path + key)
-                        axis = 0 if _transposed(module) else 1
-                        yield place.layer(expert, axis, tuple(parameter.shape[1:]))
+            yield _layer(
+                index, prefix, name, path + "weight", None, input_axis, module.weight.shape
+            )
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 3 and min(parameter.shape[1:]) > 1 and is_experts(module):
+                axis = 0 if _transposed(module) else 1
+                for expert in range(parameter.shape[0]):
+                    inner, shape = f"{path}{expert}.{key}", parameter.shape[1:]
+                    yield _layer(index, prefix, inner, path + key, expert, axis, shape)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a matrix is: names of the layer and of its parameter inside the block."""
-
-    index: int
-    prefix: str
-    inner: str
-    parameter: str
-
-    def layer(self, expert: int | None, input_axis: int, shape: tuple[int, ...]) -> Layer:
-        """The one place that takes a layer's name apart."""
-        name = (self.prefix + self.inner).rstrip(".")
-        parts = self.inner.split(".")
-        return Layer(
-            name=name,
-            block=self.index,
-            kind=".".join("*" if part.isdigit() else part for part in parts) or "*",
-            parent=name.rpartition(".")[0],
-            parameter=self.prefix + self.parameter,
-            expert=expert,
-            input_axis=input_axis,
-            rows=shape[1 - input_axis],
-            n=shape[input_axis],
-        )
+def _layer(
+    index: int,
+    prefix: str,
+    inner: str,
+    parameter: str,
+    expert: int | None,
+    input_axis: int,
+    shape: Sequence[int],
+) -> Layer:
+    """The layer whose name inside the block is `inner`; the one place that takes a layer's name apart."""
+    name = (prefix + inner).rstrip(".")
+    return Layer(
+        name=name,
+        block=index,
+        kind=".".join("*" if part.isdigit() else part for part in inner.split(".")) or "*",
+        parent=name.rpartition(".")[0],
+        parameter=prefix + parameter,
+        expert=expert,
+        input_axis=input_axis,
+        rows=shape[1 - input_axis],
+        n=shape[input_axis],
+    )
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -274,7 +273,7 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def _transposed(module: nn.Module) -> bool:
-    """Are the experts stored [experts, in, out]? Where the module does not say, its shapes do:
+    """Are the experts stored [experts, in, out]? By the module's own attribute, or else by its shapes:
     the outputs of the last matrix are the inputs of the first."""
     said = getattr(module, "is_transposed", None)
     if said is not None:

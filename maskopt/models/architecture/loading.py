@@ -1,11 +1,11 @@
-"""Named parameters out of a checkpoint into a model that has no data yet, and out of memory again."""
+"""Parameters from a checkpoint into a model without data; masks and weights as the checkpoint's tensors."""
 
 from __future__ import annotations
 
 import ctypes
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -13,9 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from maskopt.errors import ModelError
-from maskopt.models.architecture.transformers_adapter import Conversion, initialise, quietly, tie
+from maskopt.models.architecture.blocks import Layer
+from maskopt.models.architecture.transformers_adapter import (
+    Conversion,
+    initialise,
+    quietly,
+    revert,
+    tie,
+)
 from maskopt.models.checkpoints.checkpoint import Checkpoint
-from maskopt.models.checkpoints.mask_file import Edits
+from maskopt.models.checkpoints.mask_file import Edits, TensorMask
 
 
 class Loader:
@@ -35,7 +42,12 @@ class Loader:
         wanted = list(names)
         buffers = [] if self._loaded_buffers else [key for key, _ in self.model.named_buffers()]
         self._loaded_buffers = True
-        state = {key: self._read(key, edits) for key in self.conversion.needed([*wanted, *buffers])}
+        state = {
+            key: self.checkpoint.read(key) for key in self.conversion.needed([*wanted, *buffers])
+        }
+        if edits is not None:
+            for key, tensor in state.items():
+                edits.apply(key, tensor)
         with quietly(), torch.no_grad():
             self.conversion.load(state, self.device)
             missing = self._without_data(wanted)
@@ -54,15 +66,9 @@ class Loader:
     def _without_data(self, names: Iterable[str]) -> set[str]:
         return {name for name in names if self.model.get_parameter(name).is_meta}
 
-    def _read(self, key: str, edits: Edits | None) -> Tensor:
-        tensor = self.checkpoint.read(key)
-        if edits is not None:
-            edits.apply(key, tensor)
-        return tensor
-
 
 def check_finite(name: str, parameter: Tensor) -> None:
-    """Slab by slab: a whole embedding's answer would take a quarter of its size again."""
+    """Raise ModelError for NaN or infinity, slab by slab: a mask of all of an embedding takes much memory."""
     if parameter.is_floating_point():
         for slab in parameter.detach().split(4096):
             if not bool(torch.isfinite(slab).all()):
@@ -82,7 +88,7 @@ def share_equal(module: nn.Module, other: nn.Module) -> None:
 
 
 def release(module: nn.Module) -> None:
-    """Leave the module's parameters without data; those that are shared stay so."""
+    """Leave the module's parameters without data; shared ones stay shared."""
     _drop_data(module)
     return_memory()
 
@@ -137,3 +143,80 @@ def _unset(dtype: torch.dtype) -> float | int | bool:
     if dtype.is_floating_point:
         return math.nan
     return False if dtype == torch.bool else torch.iinfo(dtype).min if dtype.is_signed else 255
+
+
+def stored_masks(
+    model: nn.Module, masks: Mapping[str, tuple[Layer, Tensor]], loader: Loader | None
+) -> dict[str, TensorMask]:
+    """Masks of layers [rows, n], by the layer's name, as masks of the checkpoint's tensors.
+
+    Where the checkpoint stores a parameter otherwise (experts one by one, say), transformers' own
+    conversion for saving is applied to the mask; so it is where there is no checkpoint yet (`loader` None).
+
+    Raises:
+        ModelError: a parameter that the conversion does not store where it was read from.
+    """
+    result: dict[str, TensorMask] = {}
+    axes = {x.parameter: x.input_axis + (x.expert is not None) for x, _ in masks.values()}
+    for name, kept in merged(model, masks, True).items():
+        n = kept.shape[axes[name]]
+        from_end = axes[name] - kept.ndim
+        for key, part in _stored(model, name, kept, loader).items():
+            axis = from_end + part.ndim
+            if part.shape[from_end] != n:  # the conversion exchanged inputs and outputs
+                axis = part.ndim - 2 if axis == part.ndim - 1 else part.ndim - 1
+            result[key] = TensorMask(part, axis)
+    return result
+
+
+def stored_values(
+    model: nn.Module, values: Mapping[str, tuple[Layer, Tensor]], loader: Loader
+) -> dict[str, Tensor]:
+    """New weights of layers [rows, n], by the layer's name, as those of the checkpoint's tensors.
+
+    Args:
+        values: in the dtype in which they are stored.
+
+    Returns:
+        In the tensors' shapes, NaN where a tensor holds weights of no such layer.
+
+    Raises:
+        ModelError: as for `stored_masks`.
+    """
+    result: dict[str, Tensor] = {}
+    for name, whole in merged(model, values, torch.nan).items():
+        result |= _stored(model, name, whole, loader)
+    return result
+
+
+def _stored(model: nn.Module, name: str, whole: Tensor, loader: Loader | None) -> dict[str, Tensor]:
+    """The parameter `name` as the checkpoint's tensors."""
+    if loader is None:
+        return {key: part.contiguous() for key, part in revert(model, {name: whole}).items()}
+    tensor, sources = loader.conversion.stored_as_is(name), loader.conversion.sources(name)
+    stored = revert(model, {name: whole}) if tensor is None else {tensor: whole}
+    if set(stored) != set(sources):
+        raise ModelError(
+            f"parameter {name!r} is stored as {', '.join(sources[:3])}, which cannot be matched"
+        )
+    for key, part in stored.items():
+        if loader.checkpoint.entry(key).shape != tuple(part.shape):
+            raise ModelError(f"tensor {key!r} is not stored in the shape of its parameter")
+    return {key: part.contiguous() for key, part in stored.items()}
+
+
+def merged(
+    model: nn.Module, parts: Mapping[str, tuple[Layer, Tensor]], rest: bool | float
+) -> dict[str, Tensor]:
+    """Matrices of layers [rows, n] as parameters in the model's layout; `rest` for experts without one."""
+    merged: dict[str, Tensor] = {}
+    for layer, part in parts.values():
+        oriented = part if layer.input_axis == 1 else part.T
+        if layer.expert is None:
+            merged[layer.parameter] = oriented.contiguous()
+            continue
+        if layer.parameter not in merged:
+            shape = model.get_parameter(layer.parameter).shape
+            merged[layer.parameter] = torch.full(shape, rest, dtype=part.dtype)
+        merged[layer.parameter][layer.expert] = oriented
+    return merged

@@ -1,20 +1,23 @@
 """Where the weights come from: a model in memory, or a folder read block by block.
 
-Both offer the same: a model whose parts outside the decoder blocks are in memory, and `open(index)`,
+Both are a `Source`: a model whose parts outside the decoder blocks are in memory, and `open(index)`,
 inside which the weights of one block are. The rest of the pipeline knows only this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
-from maskopt.errors import ModelError
-from maskopt.models.architecture.blocks import Blocks, Layer
+from maskopt.errors import DataError, ModelError
+from maskopt.models.architecture.blocks import Blocks, Layer, matrix
 from maskopt.models.architecture.loading import (
     Loader,
     check_buffers,
@@ -23,73 +26,30 @@ from maskopt.models.architecture.loading import (
     release,
     return_memory,
     share_equal,
+    stored_masks,
+    stored_values,
 )
-from maskopt.models.architecture.stored_masks import stored_masks, stored_values
 from maskopt.models.architecture.transformers_adapter import set_eager_experts
-from maskopt.models.checkpoints.checkpoint import Checkpoint
-from maskopt.models.checkpoints.mask_file import Edits, TensorMask
+from maskopt.models.checkpoints.bos import no_panic
+from maskopt.models.checkpoints.checkpoint import Checkpoint, open_checkpoint, resolve_model
+from maskopt.models.checkpoints.mask_file import Edits, MaskFile, TensorMask
+
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
-class Source(Protocol):
-    """A model, one block of it in memory at a time (or all of it)."""
+class Source:
+    """A model that is in memory as a whole; pruning changes it in place.
 
-    model: nn.Module
-    blocks: Blocks
-    device: torch.device
+    Attributes:
+        checkpoint: the folder that it is read from; None where it came in memory.
+    """
 
-    @property
-    def checkpoint(self) -> Checkpoint | None:
-        """The folder that it is read from; None where it came in memory."""
-        ...
-
-    def load_outside(self) -> None:
-        """Bring everything outside the blocks into memory, but for an output head of its own."""
-        ...
-
-    def load_whole(self) -> Any:
-        """The model with all its weights in memory, for what calls it as a whole."""
-        ...
-
-    def open(self, index: int, edits: Edits | None = None) -> Any:
-        """Context in which the weights of block `index` are in memory; yields the block.
-
-        `edits` are applied to the checkpoint's tensors on reading.
-        """
-        ...
-
-    def head(self, like: Source | None = None) -> AbstractContextManager[None]:
-        """Context in which all is in memory that follows the blocks; it may be entered again. What equals
-        the parameter of that name of `like`, where it is in memory, is held once."""
-        ...
-
-    def drop(self) -> None:
-        """Hold nothing in memory until `head` or `load_outside`; a model that came in memory stays."""
-        ...
-
-    def stored(
-        self, index: int, masks: Mapping[str, tuple[Layer, Tensor]]
-    ) -> dict[str, TensorMask]:
-        """Masks of layers [rows, n] as masks of the tensors that the checkpoint stores."""
-        ...
-
-    def stored_dtype(self, layer: Layer) -> torch.dtype:
-        """In which the layer's weights are kept."""
-        ...
-
-    def vectors(self, index: int) -> Mapping[str, tuple[str, torch.dtype]]:
-        """Norms and biases of a block that are stored as they are: the tensor of each, and its dtype, by the
-        parameter's name."""
-        ...
-
-    def block_memory(self) -> int:
-        """Bytes of the blocks' weights that are in memory at the peak."""
-        ...
-
-
-class MemorySource:
-    """A model that is in memory as a whole; pruning changes it in place."""
-
-    checkpoint = None
+    checkpoint: Checkpoint | None = None
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -100,13 +60,18 @@ class MemorySource:
             raise ModelError(f"parameter {meta[0]!r} has no data; load the model fully first")
 
     def load_outside(self) -> None:
-        """It is in memory already."""
+        """Bring everything outside the blocks into memory, but for an output head of its own."""
 
     def load_whole(self) -> Any:
+        """The model with all its weights in memory."""
         return self.model
 
     @contextmanager
     def open(self, index: int, edits: Edits | None = None) -> Iterator[nn.Module]:
+        """Context in which the weights of block `index` are in memory; yields the block.
+
+        `edits` are applied to the checkpoint's tensors on reading.
+        """
         if edits is not None:
             raise ModelError("a model in memory cannot be resumed; prune its folder instead")
         block = self.blocks.modules[index]
@@ -114,36 +79,45 @@ class MemorySource:
             check_finite(self.blocks.prefix(index) + name, parameter)
         yield block
 
-    def head(self, like: Source | None = None) -> AbstractContextManager[None]:
-        return nullcontext()
+    @contextmanager
+    def head(self, like: Source | None = None) -> Iterator[None]:
+        """Context in which all is in memory that follows the blocks; it may be entered again. Parameters that
+        equal those of that name of `like`, where they are in memory, are held once."""
+        yield
 
     def drop(self) -> None:
-        return None
+        """Hold nothing in memory until `head` or `load_outside`; a model that came in memory stays."""
 
     def stored(
         self, index: int, masks: Mapping[str, tuple[Layer, Tensor]]
     ) -> dict[str, TensorMask]:
+        """Masks of layers [rows, n] as masks of the tensors that the checkpoint stores."""
         return stored_masks(self.model, masks, None)
 
     def stored_dtype(self, layer: Layer) -> torch.dtype:
+        """In which the layer's weights are kept."""
         return self.model.get_parameter(layer.parameter).dtype
 
-    def vectors(self, index: int) -> dict[str, tuple[str, torch.dtype]]:
+    def vectors(self, index: int) -> Mapping[str, tuple[str, torch.dtype]]:
+        """Norms and biases of a block that are stored unchanged: tensor and dtype by the parameter's name."""
         named = vectors_of(self.blocks, index)
         return {name: (name, self.model.get_parameter(name).dtype) for name in named}
 
     def block_memory(self) -> int:
+        """Bytes of the blocks' weights that are in memory at the peak."""
         return sum(p.nbytes for block in self.blocks.modules for p in block.parameters())
 
 
-class FolderSource:
+class FolderSource(Source):
     """A model folder; only what lies outside the blocks and the open block are in memory.
 
     Args:
-        checkpoint: the checked folder.
         device, dtype: where and in which precision the forward passes run. The stored weights
             keep theirs.
     """
+
+    checkpoint: Checkpoint
+    model: Any
 
     def __init__(
         self,
@@ -153,7 +127,7 @@ class FolderSource:
         *,
         trust_remote_code: bool = False,
     ) -> None:
-        self.checkpoint: Checkpoint = checkpoint
+        self.checkpoint = checkpoint
         self.device = device
         self.model = skeleton(checkpoint, dtype, trust_remote_code=trust_remote_code)
         self.blocks = Blocks(self.model)
@@ -161,17 +135,12 @@ class FolderSource:
         real_buffers(self.model, device)
         self._outside = [name for name, _ in self.blocks.outside()]
 
-    def tensors_of(self, layer: Layer) -> list[str]:
-        """The checkpoint tensors that the layer's parameter is made of."""
-        return self._loader.conversion.sources(layer.parameter)
-
     def load_outside(self) -> None:
         return_memory()  # a large vocabulary's text and tokenizer take half a gigabyte
         self._loader.load(self._outside)
         check_buffers(self.model)
 
     def load_whole(self) -> Any:
-        """The model with all its weights in memory, for what calls it as a whole."""
         self._loader.load([name for name, _ in self.model.named_parameters()])
         check_buffers(self.model)
         return self.model
@@ -188,7 +157,7 @@ class FolderSource:
 
     @contextmanager
     def head(self, like: Source | None = None) -> Iterator[None]:
-        """As in `Source`. An input embedding that the head does not share makes room for it, and gives
+        """As in `Source`. An input embedding that the head does not share makes room for it, and returns
         zeros meanwhile. Afterwards nothing of the model is in memory until `load_outside`."""
         own = [name for name, _ in self.blocks.own_head()]
         embedding: Any = self.blocks.embedding
@@ -197,7 +166,9 @@ class FolderSource:
             release(embedding)
             looked_up = {id(p) for p in embedding.parameters()}
             needed = own + [n for n, p in self.blocks.outside() if id(p) not in looked_up]
-            embedding.forward = _zeros(embedding.weight, self.device)
+            more = {"dtype": embedding.weight.dtype, "device": self.device}
+            width = embedding.weight.shape[1]
+            embedding.forward = lambda ids: torch.zeros(*ids.shape, width, **more)
         try:
             self._loader.load(name for name in needed if self.model.get_parameter(name).is_meta)
             if like is not None:
@@ -216,11 +187,10 @@ class FolderSource:
         return stored_masks(self.model, masks, self._loader)
 
     def stored_dtype(self, layer: Layer) -> torch.dtype:
-        return self.checkpoint.entry(self.tensors_of(layer)[0]).torch_dtype
+        return self.checkpoint.entry(self.stored_parts(layer.parameter)[0]).torch_dtype
 
     def stored_values(self, values: Mapping[str, tuple[Layer, Tensor]]) -> dict[str, Tensor]:
-        """New weights of layers [rows, n], float64, as the tensors that the checkpoint stores; NaN where
-        none are new."""
+        """New weights of layers [rows, n], float64, as tensors of the checkpoint; NaN elsewhere."""
         typed = {k: (x, v.to(self.stored_dtype(x))) for k, (x, v) in values.items()}
         return stored_values(self.model, typed, self._loader)
 
@@ -233,10 +203,8 @@ class FolderSource:
         return found
 
     def stored_as_is(self, parameter: str) -> str | None:
-        """The checkpoint's tensor that is the parameter; None where it is made of others, or turned."""
-        sources = self._loader.conversion.sources(parameter)
-        as_is = len(sources) == 1 and parameter not in self._loader.conversion.converted
-        return sources[0] if as_is else None
+        """The checkpoint's tensor that is the parameter; None where it is made of others, or transposed."""
+        return self._loader.conversion.stored_as_is(parameter)
 
     def stored_parts(self, parameter: str) -> list[str]:
         """The checkpoint's tensors that a parameter is made of."""
@@ -285,12 +253,6 @@ def vectors_of(blocks: Blocks, index: int) -> list[str]:
     return [blocks.prefix(index) + name for name, p in named if p.ndim == 1 and id(p) not in others]
 
 
-def _zeros(table: Tensor, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """What stands in for an embedding [tokens, width] that has no data."""
-    width, dtype = table.shape[1], table.dtype
-    return lambda ids: torch.zeros(*ids.shape, width, dtype=dtype, device=device)
-
-
 def skeleton(
     checkpoint: Checkpoint, dtype: torch.dtype | None, *, trust_remote_code: bool = False
 ) -> Any:
@@ -331,3 +293,123 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     if not sizes:
         raise ModelError(f"{checkpoint.folder}: the shards hold no floating-point weights")
     return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def open_source(
+    model: nn.Module | str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> Source:
+    """A model as a `Source`; one in memory is put into evaluation mode.
+
+    Raises:
+        ModelError: no CUDA where `cuda` is asked, an unknown device or dtype, or a model that
+            cannot be read.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ModelError(f"`dtype` must be auto or one of {', '.join(DTYPES)}, not {dtype!r}")
+    if isinstance(model, nn.Module):
+        if dtype != "auto":
+            raise ModelError("`dtype` is for model folders; convert a model in memory beforehand")
+        if device != "auto":
+            model.to(choose_device(device))
+        model.eval()
+        set_eager_experts(model)
+        return Source(model)
+    target = choose_device(device)
+    folder = resolve_model(model, trust_remote_code=trust_remote_code)
+    checkpoint = open_checkpoint(folder, trust_remote_code=trust_remote_code)
+    if dtype == "auto":
+        working = torch.float32 if target.type == "cpu" else stored_dtype(checkpoint)
+    else:
+        working = DTYPES[dtype]
+    return FolderSource(checkpoint, target, working, trust_remote_code=trust_remote_code)
+
+
+def choose_device(device: str) -> torch.device:
+    """cpu, cuda, cuda:N or auto as a device that is there.
+
+    Raises:
+        ModelError: no CUDA, or no such device.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ModelError(f"unknown device {device!r}; use cpu, cuda or auto") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise ModelError(f"unknown device {device!r}; use cpu, cuda or auto")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError("no CUDA device is available here; use `device` cpu or auto")
+    return chosen
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The folder's tokenizer, or None where it has none (token tensors need none)."""
+    from transformers import AutoTokenizer
+
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    try:
+        with no_panic(folder):
+            return AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+    except DataError:
+        raise
+    except Exception as error:  # tokenizers fail in as many ways as there are of them
+        line = (str(error).splitlines() or [""])[0]
+        raise ModelError(f"{folder}: the tokenizer cannot be loaded: {line}") from error
+
+
+def text_config(model: nn.Module) -> Any:
+    """The part of the model's configuration that is about its language model; None without one."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def capped_length(model: nn.Module, seq_len: int) -> int:
+    """Never longer than the model has positions; never longer because it has more of them."""
+    positions = getattr(text_config(model), "max_position_embeddings", None)
+    return min(seq_len, positions) if isinstance(positions, int) and positions > 0 else seq_len
+
+
+@dataclass(frozen=True)
+class MasksAsWeights(Checkpoint):
+    """A checkpoint of which every tensor is its mask, 1 = kept, or 0 where it has none: loaded like the
+    weights, it gives masks in the shape of the model's layers."""
+
+    masks: MaskFile
+
+    def read(self, name: str) -> Tensor:
+        if name in self.masks:
+            return self.masks.read(name).kept.to(torch.bfloat16)
+        return torch.zeros(self.entry(name).shape, dtype=torch.bfloat16)
+
+
+def masks_as_model(checkpoint: Checkpoint, path: Path, *, trust_remote_code: bool) -> FolderSource:
+    """The checkpoint's model, whose weights are the masks in a file."""
+    as_weights = MasksAsWeights(
+        checkpoint.folder, checkpoint.config, checkpoint.shards, checkpoint.where, MaskFile(path)
+    )
+    cpu = torch.device("cpu")
+    return FolderSource(as_weights, cpu, torch.bfloat16, trust_remote_code=trust_remote_code)
+
+
+def layer_masks(
+    checkpoint: Checkpoint, path: Path, *, trust_remote_code: bool = False
+) -> Iterator[tuple[Layer, Bool[Tensor, "rows n"]]]:
+    """Masks of the layers that have one, True = kept, a block's at a time in memory."""
+    source = masks_as_model(checkpoint, path, trust_remote_code=trust_remote_code)
+    masked = set(MaskFile(path).names)
+    for index in range(len(source.blocks)):
+        mine = [
+            x for x in source.blocks.layers(index) if masked & {*source.stored_parts(x.parameter)}
+        ]
+        if mine:
+            with source.open(index):
+                for layer in mine:
+                    yield layer, matrix(source.model, layer) != 0

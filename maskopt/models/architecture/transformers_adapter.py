@@ -114,6 +114,11 @@ class Conversion:
             raise ModelError(f"{self.place}: no tensor for parameter {name!r}")
         return self._sources[self._first[name]]
 
+    def stored_as_is(self, name: str) -> str | None:
+        """The checkpoint tensor that is parameter `name`; None where it is converted or made of several."""
+        sources = self.sources(name)
+        return sources[0] if len(sources) == 1 and name not in self.converted else None
+
     def needed(self, names: Iterable[str]) -> list[str]:
         """All tensors to load for those of the parameters and buffers that the checkpoint stores."""
         firsts = sorted({self._first[name] for name in names if name in self._first})

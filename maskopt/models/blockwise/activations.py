@@ -1,4 +1,8 @@
-"""Hidden states between two blocks: [samples, length, width], in memory or in a mapped file."""
+"""Hidden states between two blocks: [samples, length, width], in memory or in a mapped file.
+
+On a CUDA device states wait in page-locked memory of the host. While a window goes through a block, the next
+window's state is copied up and the last one's down, each on a stream of its own.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +20,63 @@ from torch import Tensor
 
 from maskopt.core.files import NO_SPACE
 from maskopt.errors import ModelError
-from maskopt.models.blockwise.cuda_copies import Lanes, Upload
+
+
+class Upload(NamedTuple):
+    """A tensor on its way to the device, and the event of its arrival."""
+
+    there: Tensor
+    arrived: Any
+
+
+class Lanes:
+    """Streams of copies to and from a device, for the thread that computes there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._up, self._down = torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+    def buffer(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Page-locked memory of the host."""
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+
+    def up(self, host: Tensor, after: Any | None) -> Upload:
+        """Begin to copy a buffer up, once the event `after` (of a write to it) has happened."""
+        with torch.cuda.stream(self._up):
+            if after is not None:
+                self._up.wait_event(after)
+            there = host.to(self.device, non_blocking=True)
+            return Upload(there, self._up.record_event())
+
+    def take(self, upload: Upload) -> Tensor:
+        """The uploaded tensor, for all that is computed from here on."""
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(upload.arrived)
+        upload.there.record_stream(current)  # its memory is not used again before that is done
+        return upload.there
+
+    def down(self, state: Tensor, host: Tensor, after: Any | None) -> Any:
+        """Begin to copy a result down, once the event `after` (of a read of the buffer) has happened.
+
+        Returns:
+            The event of its arrival.
+        """
+        self._down.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._down):
+            if after is not None:
+                self._down.wait_event(after)
+            host.copy_(state, non_blocking=True)
+            state.record_stream(self._down)
+            return self._down.record_event()
+
+    def wait(self, event: Any) -> None:
+        """Until it has happened."""
+        event.synchronize()
+
+
+def lanes_to(device: torch.device) -> Lanes | None:
+    """None where there is nothing to copy to."""
+    return Lanes(device) if device.type == "cuda" else None
 
 
 class States(Protocol):
@@ -27,7 +87,7 @@ class States(Protocol):
     def __setitem__(self, sample: int, state: Tensor, /) -> None: ...
 
     def on(self, device: torch.device, sample: int, /) -> Tensor:
-        """One of them on the device where it is computed on."""
+        """One of them on the device that computes."""
         ...
 
 
@@ -35,12 +95,13 @@ class Activations:
     """One hidden state per sample, all of one shape, read and overwritten sample by sample.
 
     Args:
-        samples: which.
         shape: of one sample, e.g. [1, length, width].
-        dtype: of the hidden states.
         folder: None keeps them in memory. Else they lie in a nameless file in that folder, and one
             sample at a time is mapped: the resident size stays that of one sample.
-        lanes: to a device that they are computed on; what is in memory goes there and back beside that.
+        lanes: to the device that computes; not used for a file.
+
+    Attributes:
+        bytes: of one sample's state.
     """
 
     def __init__(
@@ -56,83 +117,75 @@ class Activations:
         self._following = dict(pairwise(samples))
         self._ahead: dict[int, Upload] = {}
         self._coming: dict[int, Any] = {}
-        self._bytes = shape.numel() * dtype.itemsize
+        self.bytes = shape.numel() * dtype.itemsize
         self._place = {sample: place for place, sample in enumerate(samples)}
-        self._memory: dict[int, Tensor] | None = None
+        self._memory: dict[int, Tensor] = {}
         self._file: int | None = None
-        if folder is None:
-            self._memory = {}
-        else:
-            size = max(1, len(samples) * self._bytes)  # no file can be reserved without a byte
-            self._file, name = _make(folder, size)
+        self._name: Path | None = None
+        if folder is not None:
+            size = max(1, len(samples) * self.bytes)  # no file can be reserved without a byte
+            self._file, name = _reserved(folder, size)
             if os.name == "posix":
                 os.unlink(name)  # the file lives as long as the process, whatever ends it
-                self._name = None
             else:
                 self._name = Path(name)
-            _reserve(self._file, size, folder)
 
     @property
     def in_file(self) -> bool:
         """Whether they lie in a file."""
-        return self._memory is None
+        return self._file is not None
 
     def __getitem__(self, sample: int) -> Float[Tensor, "1 length width"]:
-        if self._memory is not None:
-            if sample in self._coming and self._lanes is not None:
-                self._lanes.wait(self._coming[sample])
-            return self._memory[sample].clone()  # a block may change its input in place
-        mapped = self._map(sample)
-        return torch.from_numpy(np.array(mapped)).view(self.dtype).view(self.shape)
+        if self._file is not None:
+            mapped = self._map(self._file, sample)
+            return torch.from_numpy(np.array(mapped)).view(self.dtype).view(self.shape)
+        if sample in self._coming and self._lanes is not None:
+            self._lanes.wait(self._coming[sample])
+        return self._memory[sample].clone()  # a block may change its input in place
 
     def on(self, device: torch.device, sample: int) -> Float[Tensor, "1 length width"]:
-        """The sample's state on the device where it is computed on; the next sample's is sent ahead."""
+        """The sample's state on the device that computes; the next sample's is sent ahead."""
         if self._lanes is None:
             return self[sample].to(device)
-        upload = self._ahead.pop(sample, None) or self._sent(sample)
+        upload = self._ahead.pop(sample, None) or self._sent(self._lanes, sample)
         following = self._following.get(sample)
         self._ahead = {}
         if following is not None:
-            self._ahead[following] = self._sent(following)
+            self._ahead[following] = self._sent(self._lanes, following)
         return self._lanes.take(upload)
 
-    def _sent(self, sample: int) -> Upload:
-        assert self._lanes is not None
-        assert self._memory is not None
-        return self._lanes.up(self._memory[sample], self._coming.get(sample))
+    def _sent(self, lanes: Lanes, sample: int) -> Upload:
+        return lanes.up(self._memory[sample], self._coming.get(sample))
 
     def __setitem__(self, sample: int, state: Float[Tensor, "1 length width"]) -> None:
-        if self._lanes is not None and state.device == self._lanes.device:
-            assert self._memory is not None
-            buffer = self._memory.get(sample)
-            if buffer is None:
-                buffer = self._memory[sample] = self._lanes.buffer(self.shape, self.dtype)
+        lanes = self._lanes
+        if lanes is not None and state.device == lanes.device:
+            if sample not in self._memory:
+                self._memory[sample] = lanes.buffer(self.shape, self.dtype)
             sent = self._ahead.pop(sample, None)  # is of no use any more, but may still read
             arrived = None if sent is None else sent.arrived
-            self._coming[sample] = self._lanes.down(state.detach(), buffer, arrived)
+            self._coming[sample] = lanes.down(state.detach(), self._memory[sample], arrived)
             return
         state = state.detach().to("cpu", self.dtype).contiguous()
-        if self._memory is not None:
-            if self._lanes is not None:
-                state = self._lanes.buffer(self.shape, self.dtype).copy_(state)
-            self._memory[sample] = state
-            self._ahead.pop(sample, None)
-            self._coming.pop(sample, None)
+        if self._file is not None:
+            mapped = self._map(self._file, sample)
+            mapped[:] = state.view(torch.uint8).view(-1).numpy()
+            mapped.flush()
             return
-        mapped = self._map(sample)
-        mapped[:] = state.view(torch.uint8).view(-1).numpy()
-        mapped.flush()
+        if lanes is not None:
+            state = lanes.buffer(self.shape, self.dtype).copy_(state)
+        self._memory[sample] = state
+        self._ahead.pop(sample, None)
+        self._coming.pop(sample, None)
 
-    def _map(self, sample: int) -> np.memmap:
-        assert self._file is not None
-        with os.fdopen(os.dup(self._file), "r+b") as file:
+    def _map(self, number: int, sample: int) -> np.memmap:
+        with os.fdopen(os.dup(number), "r+b") as file:
             return np.memmap(
-                file, np.uint8, "r+", offset=self._place[sample] * self._bytes, shape=(self._bytes,)
+                file, np.uint8, "r+", offset=self._place[sample] * self.bytes, shape=(self.bytes,)
             )
 
     def close(self) -> None:
-        self._memory = None
-        self._ahead, self._coming = {}, {}
+        self._memory, self._ahead, self._coming = {}, {}, {}
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -146,28 +199,24 @@ class Activations:
         self.close()
 
 
-def _make(folder: Path, size: int) -> tuple[int, str]:
+def _reserved(folder: Path, size: int) -> tuple[int, str]:
+    """A file with room made at once: a disk that fills up under a mapped file would kill the process."""
+    file = None
     try:
-        return tempfile.mkstemp(dir=folder, prefix="activations.")
-    except OSError as error:
-        raise _unwritable(folder, size, error) from error
-
-
-def _reserve(file: int, size: int, folder: Path) -> None:
-    """Make room at once: a disk that fills up under a mapped file would kill the process."""
-    try:
+        file, name = tempfile.mkstemp(dir=folder, prefix="activations.")
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file, 0, size)
         else:
             os.truncate(file, size)
     except OSError as error:
-        os.close(file)
-        raise _unwritable(folder, size, error) from error
-
-
-def _unwritable(folder: Path, size: int, error: OSError) -> ModelError:
-    gib, said = f"{size / 2**30:.2f} GiB of hidden states", error.strerror
-    memory = "keep them in memory with a larger `activation_memory`"
-    if error.errno in NO_SPACE:
-        return ModelError(f"{folder}: no room for {gib} ({said}); free some, or {memory}")
-    return ModelError(f"{folder}: {gib} cannot be written there ({said}); {memory}")
+        if file is not None:
+            os.close(file)
+            os.unlink(name)
+        gib, said = f"{size / 2**30:.2f} GiB of hidden states", error.strerror
+        memory = "keep them in memory with a larger `activation_memory`"
+        if error.errno in NO_SPACE:
+            raise ModelError(
+                f"{folder}: no room for {gib} ({said}); free some, or {memory}"
+            ) from error
+        raise ModelError(f"{folder}: {gib} cannot be written there ({said}); {memory}") from error
+    return file, name

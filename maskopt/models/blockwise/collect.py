@@ -1,7 +1,7 @@
 """Gram matrices of the layers of one block, from the samples that pass through it.
 
-Where several processes work together, each runs samples of its own, tells the others what layers were given
-there, and sums tiles of its own; all of them end with the whole matrices.
+Where several processes work together, each runs samples of its own, sends the inputs of the layers to the
+others, and sums tiles of its own; all of them end with the whole matrices.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from maskopt.models.blockwise.forward import Call
 from maskopt.models.blockwise.threads import Threads
 from maskopt.models.blockwise.watch import Seen, Watch, WatchedWeights
 
-#: after a block's name: seen in what it gives in the dense model
+#: after a block's name: seen in its output in the dense model
 IN_DENSE = " (dense)"
 
 
@@ -41,15 +42,14 @@ class Samples:
     """The windows on their way through the model.
 
     Attributes:
-        count: of all of them.
+        states: hidden states in the pruned model.
+        count: number of all windows.
+        source: where the windows came from, in words.
         active: indices still in use, ascending.
         bad: those that were left out.
-        held: those that are kept aside: their inputs are summed apart, and nothing is fitted to them.
-        dense: hidden states as the dense model has them, beside `states`, or None.
-
-    Args:
-        source: where the windows came from, in words.
         skip_bad: may bad ones be left out? None: they may not, whatever the options.
+        held: held-out windows: their inputs are summed apart, and nothing is fitted to them.
+        dense: hidden states in the dense model, or None.
     """
 
     def __init__(
@@ -89,13 +89,13 @@ class Samples:
 
 @dataclass(frozen=True)
 class Given:
-    """What layers were given in one pass of one sample.
+    """The inputs of layers in one pass of one sample.
 
     Attributes:
         inputs: [tokens, n] each.
-        of: by layer, which of them: layers that were given the very same tensors have the same.
-        dense: the same inputs in the dense model, where that walks beside; else nothing.
-        counts: [tokens], how often each token counts; None: once.
+        of: by layer, the place of its input; layers with the very same tensors have the same place.
+        dense: the same inputs in the dense model, where that goes along; else nothing.
+        counts: [tokens], weights of the tokens; None: 1.
     """
 
     inputs: list[Tensor]
@@ -104,51 +104,51 @@ class Given:
     counts: Tensor | None = None
 
     @classmethod
-    def seen(cls, watch: Watch, beside: Watch | None, counts: Tensor | None) -> Given:
+    def seen(cls, watch: Watch, dense: Watch | None, counts: Tensor | None) -> Given:
         """By a watch of the pruned model's pass, and one of the dense model's."""
         firsts: dict[Any, str] = {}
         sharing = watch.sharing()
         for layer, key in sharing.items():
             firsts.setdefault(key, layer)
         place = {key: number for number, key in enumerate(firsts)}
-        return cls(
-            [_joined(watch.inputs[layer]) for layer in firsts.values()],
-            {layer: place[key] for layer, key in sharing.items()},
-            [] if beside is None else [_joined(beside.inputs[layer]) for layer in firsts.values()],
-            counts,
+        inputs, of_dense = (
+            [] if one is None else [_joined(one.inputs[layer]) for layer in firsts.values()]
+            for one in (watch, dense)
         )
+        return cls(inputs, {x: place[key] for x, key in sharing.items()}, of_dense, counts)
 
     @property
     def tensors(self) -> list[Tensor]:
         """All of them, in a fixed order."""
         return [*self.inputs, *self.dense, *([] if self.counts is None else [self.counts])]
 
-    def likewise(self, device: torch.device | str) -> Given:
-        """As many tensors, as large, without their data."""
+    def empty(self, device: torch.device | str) -> Given:
+        """The same shapes without data."""
 
-        def empty(x: Tensor) -> Tensor:
+        def like(x: Tensor) -> Tensor:
             return torch.empty(x.shape, dtype=x.dtype, device=device)
 
-        counts = None if self.counts is None else empty(self.counts)
-        return Given(list(map(empty, self.inputs)), self.of, list(map(empty, self.dense)), counts)
+        counts = None if self.counts is None else like(self.counts)
+        return Given([*map(like, self.inputs)], self.of, [*map(like, self.dense)], counts)
 
 
 class Grams:
-    """Gram matrices by layer name; layers that are given the same inputs share one.
+    """Gram matrices by layer name; layers with the same inputs share one.
 
-    `held` are those of the samples that are kept aside, None where there are none.
+    Attributes:
+        held: those of the held-out samples, None where there are none.
+        leaders: by layer, in the order of the passes, the layer that has its Gram matrix.
     """
 
     def __init__(
         self, device: torch.device, held: Grams | None = None, ranks: Ranks = ALONE
     ) -> None:
         self.device, self.held, self.ranks = device, held, ranks
-        self._load = [0] * ranks.size
-        self._tiles: dict[str, dict[int, int]] = {}
-        self.order: list[str] = []
-        self._leader: dict[str, str] = {}
+        self.leaders: dict[str, str] = {}
         self._grams: dict[str, Gram] = {}
         self._moved: dict[str, Moved] = {}
+        self._load = [0] * ranks.size
+        self._tiles: dict[str, dict[int, int]] = {}
 
     @classmethod
     def restored(
@@ -158,55 +158,43 @@ class Grams:
         grams: Mapping[str, Gram],
         held: Grams | None = None,
     ) -> Grams:
-        """Those of an earlier walk.
-
-        Args:
-            leaders: by layer, in the order in which they were seen, the layer whose Gram matrix is its own.
-            grams: by those layers.
-        """
+        """From `leaders` and the Gram matrices of an earlier walk, by those leaders."""
         found = cls(device, held)
-        found.order, found._leader, found._grams = list(leaders), dict(leaders), dict(grams)
+        found.leaders, found._grams = dict(leaders), dict(grams)
         return found
-
-    @property
-    def leaders(self) -> Mapping[str, str]:
-        """By layer, in the order in which they were seen, the one whose Gram matrix is its own."""
-        return {layer: self._leader[layer] for layer in self.order}
 
     def of(self, layer: str) -> Gram | None:
         """None where the layer never saw a token."""
-        leader = self._leader.get(layer)
-        return None if leader is None else self._grams[leader]
+        return self._grams.get(self.leader(layer))
 
     def moved(self, layer: str) -> Moved | None:
-        """How the layer's inputs differ from those in the dense model, where that walks beside."""
+        """How the layer's inputs differ from those in the dense model, where that goes along."""
         return self._moved.get(self.leader(layer))
 
     def leader(self, layer: str) -> str:
-        return self._leader.get(layer, layer)
+        return self.leaders.get(layer, layer)
 
     def neighbours(self, layers: Sequence[Layer]) -> list[Layer]:
         """The layers, those that share their inputs next to each other."""
         return sorted(layers, key=lambda layer: self.leader(layer.name))
 
     def tasks(self, given: Given, sizes: dict[str, int]) -> list[Callable[[], None]]:
-        """Pieces of work that add one sample's inputs: those of the tiles that are summed here."""
+        """Pieces of work that add one sample's inputs to the tiles that are summed here."""
         by_inputs: dict[int, str] = {}
         pieces: list[Callable[[], None]] = []
-        known = set(self._leader)
+        known = set(self.leaders)
         for layer, key in given.of.items():
             first = by_inputs.setdefault(key, layer)
             if layer not in known:
                 # a Gram that already holds earlier samples cannot be shared by a newcomer
-                leads = self._leader.get(first) == first and first not in known
-                self._leader[layer] = first if leads else layer
-                if self._leader[layer] == layer:
+                leads = self.leaders.get(first) == first and first not in known
+                self.leaders[layer] = first if leads else layer
+                if self.leaders[layer] == layer:
                     self._grams[layer] = Gram(sizes[layer], self.device)
                     self._tiles[layer] = self._share_out(self._grams[layer])
                     if given.dense:
                         self._moved[layer] = Moved(sizes[layer], self.device)
-                self.order.append(layer)
-            leader = self._leader[layer]
+            leader = self.leaders[layer]
             if leader == layer:
                 x, counts = given.inputs[key], given.counts
                 mine = {
@@ -223,7 +211,7 @@ class Grams:
         return pieces
 
     def _share_out(self, gram: Gram) -> dict[int, int]:
-        """Who sums which tile: the next largest is for whoever has least to do."""
+        """The rank that sums each tile: the next largest goes to the one with the least work."""
         chosen = {}
         for tile in gram.tiles():  # the largest first: those of a triangle
             chosen[tile] = rank = self._load.index(min(self._load))
@@ -231,7 +219,7 @@ class Grams:
         return chosen
 
     def complete(self) -> None:
-        """Take from the other processes the tiles that they have summed."""
+        """Receive the tiles that the other processes have summed."""
         for leader, tiles in self._tiles.items():
             moved = self._moved.get(leader)
             for tile, rank in tiles.items():
@@ -242,8 +230,8 @@ class Grams:
             self.held.complete()
 
 
-def _joined(inputs: Sequence[Tensor]) -> Tensor:
-    return inputs[0] if len(inputs) == 1 else torch.cat(list(inputs))
+def _joined(inputs: list[Tensor]) -> Tensor:
+    return inputs[0] if len(inputs) == 1 else torch.cat(inputs)
 
 
 @dataclass(frozen=True)
@@ -253,8 +241,8 @@ class OpenBlock:
     Attributes:
         module: the block.
         name: of the block in the model.
-        calls: per sample, what the model calls it with.
-        ranks: the processes that have the samples among themselves.
+        calls: arguments of the block, per sample.
+        ranks: the processes that share the samples.
     """
 
     model: nn.Module
@@ -272,17 +260,10 @@ class OpenBlock:
 
 
 class _Observed(NamedTuple):
-    """One sample's pass: what layers were given, what came out where that is wanted, who saw NaN."""
+    """One sample's pass: inputs of layers, the output where that is wanted, the first layer with NaN."""
 
     watch: Watch
     output: Tensor | None
-    bad: str | None
-
-
-class _Told(NamedTuple):
-    """What all processes are told of a sample."""
-
-    given: Given
     bad: str | None
 
 
@@ -324,12 +305,11 @@ def collect(
     Args:
         advance: store the block's outputs as the samples' new states; else passes end where the last
             layer has its inputs.
-        moved: how inputs differ from those in the dense model is summed as well, and the block as it is now
-            takes the dense hidden states on.
-        all_experts: experts are observed on all tokens, not only on those routed to them; what
-            the block computes stays as it is.
-        weights: of a sample's tokens [length], while its state is what enters the block; None: all count
-            once. See `maskopt.models.calibration.token_weights`.
+        moved: sum also how inputs differ from those in the dense model, and send the dense hidden states
+            through the block as it is now.
+        all_experts: observe experts on all tokens, not only on those routed to them; the block's output
+            does not change.
+        weights: of a sample's tokens [length], called before its state has passed; None: all 1.
 
     Raises:
         ModelError: a sample with NaN or infinite activations (unless those may be left out).
@@ -353,9 +333,9 @@ def collect(
     with shown if all_experts else nullcontext():
         for wave in ranks.waves(samples.active, block.threads.count):
             mine = ranks.own(wave)
-            passed = block.threads.run([lambda s=s: both(s) for s in mine])  # type: ignore[misc]
+            passed = block.threads.run([partial(both, sample) for sample in mine])
             observed = dict(zip(mine, passed, strict=True))
-            for sample, given, bad in _told(block, wave, observed, weights):
+            for sample, given, bad in _gathered(block, wave, observed, weights):
                 if bad is not None:
                     samples.leave_out(sample, bad)
                     continue
@@ -376,36 +356,31 @@ def collect(
     return grams
 
 
-def _told(
+def _gathered(
     block: OpenBlock,
     wave: Sequence[int],
     observed: Mapping[int, tuple[_Observed, _Observed | None]],
     weights: Callable[[int], Tensor] | None,
 ) -> Iterator[tuple[int, Given, str | None]]:
-    """Of every sample of a wave what was seen where it ran, one after the other: what others saw is in memory
-    here while it is looked at.
-
-    Yields:
-        (sample, what layers were given, who saw NaN).
-    """
-    ranks, nothing = block.ranks, Given([], {}, [])
-    own: dict[int, _Told] = {}
+    """Every sample of a wave with the inputs of layers and the first layer with NaN, wherever it ran; inputs
+    from another process are in memory here one sample at a time."""
+    ranks = block.ranks
+    own: dict[int, tuple[Given, str | None]] = {}
     for sample, (seen, dense) in observed.items():
         bad = seen.bad or (None if dense is None else dense.bad)
-        given = nothing
+        given = Given([], {}, [])
         if bad is None:
             counts = None if weights is None else weights(sample)
             given = Given.seen(seen.watch, None if dense is None else dense.watch, counts)
-        own[sample] = _Told(given, bad)
+        own[sample] = given, bad
     if ranks.size == 1:
         yield from ((sample, *own[sample]) for sample in wave)
         return
-    shapes = {s: told._replace(given=told.given.likewise("meta")) for s, told in own.items()}
-    everybody = ranks.gathered(shapes)
+    everybody = ranks.gathered({s: (given.empty("meta"), bad) for s, (given, bad) in own.items()})
     for sample in wave:
         rank = ranks.owner(sample)
         shape, bad = everybody[rank][sample]
-        given = own[sample].given if sample in own else shape.likewise(block.device)
+        given = own[sample][0] if sample in own else shape.empty(block.device)
         for tensor in given.tensors:
             ranks.send(tensor, rank)
         yield sample, given, bad
@@ -419,7 +394,7 @@ def pass_on(
     bad: list[int] = []
     for wave in block.ranks.waves(samples.active, block.threads.count):
         mine = block.ranks.own(wave)
-        outputs = block.threads.run([lambda s=s: block.run(s, states) for s in mine])  # type: ignore[misc]
+        outputs = block.threads.run([partial(block.run, s, states) for s in mine])
         for sample, output in zip(mine, outputs, strict=True):
             if bool(torch.isfinite(output).all()):
                 states[sample] = output
@@ -431,7 +406,7 @@ def pass_on(
 
 
 def _last_input(layers: Sequence[Layer], watch: Watch) -> str | None:
-    """The layer whose input is the last that a pass records: what comes after it need not be computed.
+    """The layer whose input is the last that a pass records: the rest need not be computed.
 
     None where other samples might call the layers otherwise: experts, and layers in a list.
     """

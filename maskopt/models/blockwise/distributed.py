@@ -1,4 +1,4 @@
-"""Several processes that work on one model: what each of them does, and what they tell each other.
+"""Several processes that work on one model: the work of each, and their communication.
 
 Every rank walks through the blocks with windows of its own, sums tiles of its own of every Gram matrix, and
 solves rows of its own; rank 0 writes. Sums are taken in the order of the windows and rows are solved in the
@@ -21,10 +21,10 @@ from maskopt.errors import MaskoptError, ModelError
 
 T = TypeVar("T")
 
-#: how long a rank waits for the others; one that ends is noticed at once, so this is for one that hangs
+#: how long a rank waits for one that hangs; one that ends is noticed at once
 PATIENCE = datetime.timedelta(hours=6)
-#: rows that are solved together wherever rows are shared out: every solver whose rows stand apart solves
-#: them in tiles of this, or of a part of it
+#: rows that are solved together wherever ranks share rows: every solver of independent rows solves them in
+#: tiles of this, or of a part of it
 ROWS = 128
 
 
@@ -34,7 +34,7 @@ class LostRankError(ModelError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run, as one of them sees them; by default there is one.
+    """The processes of a run, seen from one of them; by default there is one.
 
     Attributes:
         rank: of this one.
@@ -46,15 +46,15 @@ class Ranks:
 
     @property
     def leads(self) -> bool:
-        """Does this one write, and speak?"""
+        """Does this one write and print?"""
         return self.rank == 0
 
     def own(self, windows: Sequence[int]) -> list[int]:
-        """Those of the windows that walk here."""
+        """The windows of this rank."""
         return [window for window in windows if self.owner(window) == self.rank]
 
     def owner(self, window: int) -> int:
-        """The rank where a window walks."""
+        """The rank of a window."""
         return window % self.size
 
     def waves(self, windows: Sequence[int], threads: int) -> Iterator[Sequence[int]]:
@@ -63,10 +63,10 @@ class Ranks:
             yield windows[start : start + threads * self.size]
 
     def parts(self, rows: int, order: Sequence[int] | None = None) -> list[slice]:
-        """For each rank its rows of a layer: whole tiles, as evenly as they go.
+        """The rows of a layer for each rank: whole tiles, as evenly as possible.
 
         Args:
-            order: of the ranks, in which they get one more as long as there are some left.
+            order: of the ranks that get the tiles left over.
         """
         tiles = -(-rows // ROWS)
         each, more = divmod(tiles, self.size)
@@ -79,7 +79,7 @@ class Ranks:
         return found
 
     def gathered(self, value: T) -> list[T]:
-        """What every rank has, in their order."""
+        """The values of all ranks, in their order."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist
@@ -90,7 +90,7 @@ class Ranks:
         return found
 
     def agreed(self, make: Callable[[], T]) -> T:
-        """What rank 0 makes, on all of them; or the error that it raises."""
+        """The value that rank 0 makes, on all of them; or the error that it raises."""
         if self.size == 1:
             return make()
         import torch.distributed as dist
@@ -109,7 +109,7 @@ class Ranks:
         return made
 
     def send(self, tensor: Tensor, rank: int) -> None:
-        """Fill the tensor with what `rank` has in its place."""
+        """Fill the tensor with the data of `rank`."""
         if self.size == 1 or not tensor.numel():
             return
         import torch.distributed as dist

@@ -10,8 +10,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Blocks
-from maskopt.models.blockwise.activations import Activations
-from maskopt.models.blockwise.cuda_copies import lanes_to
+from maskopt.models.blockwise.activations import Activations, lanes_to
 from maskopt.models.blockwise.threads import Threads
 
 #: values that a block returns at most: hidden state, attention weights, router logits
 MOST_OUTPUTS = 3
+#: what a model raises that gets another number of values from a block than it unpacks
+_MISFITS = (TypeError, ValueError, IndexError, RuntimeError, AttributeError)
 
 
 class HiddenState:
@@ -35,11 +37,12 @@ class _LastBlock(Exception):
     """Stops a forward pass once every block has been called."""
 
 
+@dataclass(frozen=True, eq=False)
 class Call:
     """All arguments of one block's call, but for the hidden state."""
 
-    def __init__(self, leaves: list[Any], spec: Any) -> None:
-        self.leaves, self.spec = leaves, spec
+    leaves: list[Any]
+    spec: Any
 
     def __call__(self, block: nn.Module, state: Tensor) -> Tensor:
         """The block's output hidden state."""
@@ -53,17 +56,18 @@ class Call:
         return output
 
 
-class Captured:
+class Captured(NamedTuple):
     """What the blocks of a model are called with, for every sample.
 
     Attributes:
         states: the input of block 0, per sample.
-        calls: per block, by sample; samples called alike share one `Call`.
+        calls: per block, by sample; samples with equal calls share one `Call`.
         outputs: how many values the model unpacks from a block; 0 where it takes a bare tensor.
     """
 
-    def __init__(self, states: Activations, calls: list[dict[int, Call]], outputs: int) -> None:
-        self.states, self.calls, self.outputs = states, calls, outputs
+    states: Activations
+    calls: list[dict[int, Call]]
+    outputs: int
 
 
 def capture(
@@ -93,13 +97,11 @@ def capture(
         folder = activation_folder(size)
         states = Activations(samples, state.shape, state.dtype, folder, lanes_to(device))
         calls: list[dict[int, Call]] = [{} for _ in blocks.modules]
-        for wave in threads.waves(samples):
-            passes = threads.run(
-                [lambda s=s: recorders.record(tokens[s : s + 1]) for s in wave]  # type: ignore[misc]
-            )
-            for sample, recorded in zip(wave, passes, strict=True):
-                states[sample] = recorded[0][0]
-                merge_calls(calls, recorded, sample)
+        for sample, recorded in threads.each(
+            lambda s: recorders.record(tokens[s : s + 1]), samples
+        ):
+            states[sample] = recorded[0][0]
+            merge_calls(calls, recorded, sample)
     return Captured(states, calls, recorders.outputs)
 
 
@@ -110,23 +112,34 @@ def ending(
     """What a model does after its blocks: a function of token ids [1, length] and the last block's
     output [1, length, width] that returns the logits [1, length, vocabulary].
 
-    The model itself is called, with blocks that pass on what they are given, and a last one that
+    The model itself is called, with blocks that return their input, and a last one that
     returns that output: so final norms, projections and caps are the model's own.
     """
     local = threading.local()
+    # `capture` stops in the last block: with a single one it cannot see what the model unpacks
+    counts = range(MOST_OUTPUTS + 1) if len(blocks) == 1 else (outputs,)
 
     def stand_in(index: int) -> Callable[..., Any]:
         def passes_on(*args: Any, **kwargs: Any) -> Any:
             given = args[0] if args else kwargs.get("hidden_states")
             passed = local.state if index == len(blocks) - 1 else given
-            return _returned(passed, outputs)
+            return _returned(passed, local.outputs)
 
         return passes_on
 
     def end(tokens: Tensor, state: Tensor) -> Tensor:
-        local.state = state
-        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
-        return logits
+        local.state, problem = state, ""
+        for local.outputs in counts:
+            try:
+                logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+            except _MISFITS as error:
+                if len(counts) == 1:
+                    raise
+                problem = problem or f"{type(error).__name__}: {error}"
+            else:
+                if len(counts) == 1 or logits.shape[:-1] == tokens.shape:
+                    return logits
+        raise ModelError(f"{type(model).__name__} cannot be run block by block: {problem}")
 
     with _replaced(blocks, stand_in):
         yield end
@@ -145,6 +158,8 @@ def _replaced(blocks: Blocks, stand_in: Callable[[int], Callable[..., Any]]) -> 
 
 
 class _Recorders:
+    """Stand-ins for the blocks, which record their calls."""
+
     def __init__(self, model: nn.Module, blocks: Blocks, device: torch.device) -> None:
         self.model, self.blocks, self.device = model, blocks, device
         self.local = threading.local()
@@ -173,7 +188,7 @@ class _Recorders:
                 calls = self.record(tokens)
             except ModelError as error:
                 problems.append(str(error))
-            except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
+            except _MISFITS as error:
                 problems.append(f"{type(error).__name__}: {error}")
             else:
                 return calls
@@ -196,14 +211,14 @@ class _Recorders:
 
 
 def _returned(state: Any, outputs: int) -> Any:
-    """A block's return value; what comes beside the hidden state (attention weights) is left empty."""
+    """A block's return value; None for all but the hidden state (attention weights)."""
     return (state, *[None] * (outputs - 1)) if outputs else state
 
 
 def merge_calls(
     calls: list[dict[int, Call]], recorded: list[tuple[Tensor, Any, Any]], sample: int
 ) -> None:
-    """Add one sample's calls; leaves equal to those of the first sample are shared with it."""
+    """Add one sample's calls; calls equal to those of the first sample are shared with it."""
     compared: dict[tuple[int, int], bool] = {}
     for block, (state, args, kwargs) in enumerate(recorded):
         kwargs = {k: None if _is_cache(v) else v for k, v in kwargs.items()}

@@ -1,4 +1,5 @@
-"""How much the loss depends on what blocks and layers give: once forward and back through the dense model.
+"""How much the loss depends on the outputs of blocks and layers: once forward and back through the dense
+model; and the weights of errors that follow from it.
 
 All windows go forward through the blocks, and what enters each is kept; then backward, each block computed
 once more with what autograd needs. So, as in every walk, the weights of one block are in memory at a time.
@@ -10,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from maskopt.core.problem import LayerProblem
 from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Layer
 from maskopt.models.architecture.source import Source
@@ -25,9 +28,12 @@ from maskopt.models.blockwise.forward import Captured, ending
 from maskopt.models.blockwise.threads import Threads
 from maskopt.models.blockwise.watch import WatchedWeights, WatchGradients
 from maskopt.models.calibration.tokens import Windows
+from maskopt.models.options.prune import FISHER, RELATIVE
 
 #: matrices [length, vocabulary] of float32 that the loss of a window and its gradient take
 LOGITS = 4
+#: lower limit of a row's weight, relative to the layer's mean, so that no row is pruned away
+_LEAST = 1e-3
 
 
 @dataclass(frozen=True)
@@ -35,12 +41,12 @@ class Gradients:
     """Of the loss, in the dense model.
 
     Attributes:
-        norms: [blocks, windows, length], of that by every token's hidden state as it leaves each block; zero
+        norms: [blocks, windows, length], of the gradient by every token's hidden state after each block; zero
             for windows that did not go through.
-        squares: by layer name, float64 [rows], of the gradient by each output: summed over the tokens, a part
-            of the number of tokens that the loss is of. Half of Σᵣ squaresᵣ fᵣ is what errors fᵣ of a layer's
-            rows cost each token, to second order, with the diagonal of the empirical Fisher matrix for the
-            loss's curvature. Layers that no token came to are left out.
+        squares: by layer name, float64 [rows], of the gradient by each output, summed over the tokens and
+            divided by the number of predicted tokens. Half of Σᵣ squaresᵣ fᵣ is the loss per token that
+            errors fᵣ of a layer's rows cost, to second order, with the diagonal of the empirical Fisher
+            matrix for the loss's curvature. Layers that received no token are left out.
     """
 
     norms: Float[Tensor, "blocks windows length"]
@@ -49,14 +55,14 @@ class Gradients:
 
 @dataclass(frozen=True)
 class DenseModel:
-    """A model whose blocks are as they were, and windows that are about to enter the first.
+    """A model whose blocks are still dense, and windows before the first block.
 
     Attributes:
-        chosen: those that go through, ascending.
-        captured: what the blocks are called with, and the states that enter block 0.
+        chosen: windows that go through, ascending.
+        captured: the calls of the blocks, and the inputs of block 0.
         folder: for files of hidden states; None keeps them in memory.
-        tick: called with how many windows went one step: `steps` of them each.
-        ranks: the processes that have the windows among themselves.
+        tick: called with the number of windows that went one of their `steps`.
+        ranks: the processes that share the windows.
     """
 
     source: Source
@@ -75,12 +81,11 @@ class DenseModel:
 
     @staticmethod
     def steps(blocks: int, *, of_layers: bool = False) -> int:
-        """Through every block, the head, and back through every block (but the first, where layers do not
-        matter)."""
+        """Through every block, the head, and back through every block (but the first, without layers)."""
         return 2 * blocks + of_layers
 
     def gradients(self, layers: Sequence[Layer] = (), held: Set[int] = frozenset()) -> Gradients:
-        """Gradients of the loss by the states that leave the blocks, and by the outputs of some layers.
+        """Gradients of the loss by the outputs of the blocks, and by those of some layers.
 
         Args:
             held: windows that do not count in the squares.
@@ -93,7 +98,7 @@ class DenseModel:
         squares: dict[str, Tensor] = {}
         with ExitStack() as until_the_end:
             later = [until_the_end.enter_context(self._empty()) for _ in range(blocks)]
-            # the first are those of the walk to come, and stay as they are
+            # the first are those of the walk to come, and do not change
             entered = [self.captured.states, *later]
             for index in range(blocks):
                 self._forward(index, entered[index], entered[index + 1])
@@ -106,9 +111,8 @@ class DenseModel:
                 if index or mine:
                     found = self._backward(index, entered[index], gradients, mine)
                     squares |= self._mean(found, held)
-        norms = torch.stack(self.ranks.gathered(norms)).sum(
-            0
-        )  # the others' windows are zero in each
+        # the others' windows are zero in each
+        norms = torch.stack(self.ranks.gathered(norms)).sum(0)
         everything = (norms, *squares.values())
         if not all(bool(torch.isfinite(values).all()) for values in everything):
             raise ModelError("the loss has NaN or infinite gradients; try `dtype` float32")
@@ -129,10 +133,10 @@ class DenseModel:
         return Activations(self.mine, states.shape, states.dtype, self.folder)
 
     def _each(self, of: Callable[[int], Tensor], into: Activations) -> None:
-        """Every window's, several at once, each on one thread of its own."""
+        """Compute every window's state, several at once."""
         for wave in self.ranks.waves(self.chosen, self.pool.count):
             mine = self.ranks.own(wave)
-            found = self.pool.run([lambda w=w: of(w) for w in mine])  # type: ignore[misc]
+            found = self.pool.run([partial(of, window) for window in mine])
             for window, state in zip(mine, found, strict=True):
                 into[window] = state
             self.tick(len(wave))
@@ -143,7 +147,7 @@ class DenseModel:
             self._each(lambda w: calls[w](block, entered[w].to(device)), left)
 
     def _through_the_head(self, states: Activations) -> None:
-        """The states that leave the last block become the gradients by them."""
+        """Replace the last block's outputs by the gradients by them."""
         tokens, device = self.windows.tokens, self.source.device
         first = self.windows.beginning.first_target
 
@@ -160,9 +164,10 @@ class DenseModel:
     def _backward(
         self, index: int, entered: Activations, gradients: Activations, layers: Sequence[Layer]
     ) -> dict[int, dict[str, Tensor]]:
-        """Gradients by what leaves a block become those by what enters it.
+        """Replace gradients by a block's outputs by those by its inputs.
 
-        Returns, by window and layer name, the squares of those by the layers' outputs.
+        Returns:
+            By window and layer name, the squares of the gradients by the layers' outputs.
         """
         calls, device = self.captured.calls[index], self.source.device
         squares: dict[int, dict[str, Tensor]] = {}
@@ -188,9 +193,39 @@ class DenseModel:
 def _gradient(
     at: Tensor, function: Callable[[Tensor], Tensor], onto: Tensor | None = None
 ) -> Tensor:
-    """Of the function's value, times `onto` where it is no number."""
+    """Of the function's value, times `onto` where it is no scalar."""
     with torch.enable_grad():
         leaf = at.requires_grad_()
         value = function(leaf.clone())  # a block may change its input in place
         (found,) = torch.autograd.grad(value, leaf, onto)
     return found
+
+
+def row_sensitivity(
+    problem: LayerProblem, sensitivity: str, gradients: Gradients | None, *, of_layer: bool
+) -> Float[Tensor, " rows"]:
+    """The weight of each row's error, float64, in units that all layers have in common.
+
+    Args:
+        gradients: of the loss, for `fisher`; a layer that it does not depend on has weight 0.
+        of_layer: `relative` is to the layer's energy; else to each row's own.
+    """
+    energy = problem.output_energy()
+    ones = torch.ones_like(energy)
+    if sensitivity == RELATIVE:
+        whole = energy.sum().expand_as(energy) if of_layer else energy
+        return ones / whole.clamp(min=_LEAST * float(whole.mean()) or 1.0)
+    if sensitivity == FISHER:
+        assert gradients is not None
+        squares = gradients.squares.get(problem.name)
+        return 0 * ones if squares is None else squares.to(energy) / 2
+    return ones
+
+
+def counting(problem: LayerProblem, sensitivity: str, gradients: Gradients | None) -> LayerProblem:
+    """The same problem, with weights of its rows, 1 on average, where they share a budget."""
+    if not problem.pooled:
+        return problem
+    omega = row_sensitivity(problem, sensitivity, gradients, of_layer=False)
+    mean = float(omega.mean())
+    return problem.counting((omega / mean).clamp(min=_LEAST) if mean > 0 else None)

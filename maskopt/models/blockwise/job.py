@@ -1,4 +1,4 @@
-"""One walk through the blocks of a model: what a prune, a certificate and a perplexity have in common.
+"""One walk through the blocks of a model, for whoever prunes, bounds or evaluates.
 
     with open_job(model, text, options) as job:
         for block in job.blocks():
@@ -6,19 +6,19 @@
             ...
             block.advance()
 
-All windows go through one block after the other. While a block is at hand its weights are in memory,
-and may be changed; `grams` says what its layers are given, `advance` sends the windows through it, and
-their hidden states become the inputs of the next block.
+All windows go through one block after the other. While a block is open its weights are in memory and may be
+changed; `grams` sums what its layers receive, `advance` sends the windows through it, and their hidden states
+become the inputs of the next block.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,16 @@ from torch.utils.checkpoint import checkpoint
 
 from maskopt.errors import DataError, ModelError
 from maskopt.models.architecture.blocks import Layer, choose, vocabulary_size
-from maskopt.models.architecture.opening import capped_length, open_source
-from maskopt.models.architecture.source import Source
-from maskopt.models.blockwise.activations import Activations
-from maskopt.models.blockwise.collect import OpenBlock, Samples
-from maskopt.models.blockwise.cuda_copies import lanes_to
+from maskopt.models.architecture.source import Source, capped_length, open_source
+from maskopt.models.blockwise.activations import Activations, lanes_to
+from maskopt.models.blockwise.collect import (
+    BadSample,
+    Grams,
+    OpenBlock,
+    Samples,
+    collect,
+    pass_on,
+)
 from maskopt.models.blockwise.distributed import ALONE, Ranks
 from maskopt.models.blockwise.forward import Captured, capture, ending
 from maskopt.models.blockwise.gradients import DenseModel, Gradients
@@ -38,12 +43,10 @@ from maskopt.models.blockwise.memory import (
     Load,
     by_block,
     check_memory,
-    state_copies,
     trained_states,
 )
-from maskopt.models.blockwise.progress import OnBlockProgress, ticker
+from maskopt.models.blockwise.progress import OnBlockProgress, Tick, ticker
 from maskopt.models.blockwise.threads import Threads
-from maskopt.models.blockwise.walk_block import Block
 from maskopt.models.blockwise.windows import held_out, windows_of
 from maskopt.models.calibration.token_weights import (
     GRADIENT,
@@ -51,14 +54,9 @@ from maskopt.models.calibration.token_weights import (
     UNIFORM,
     weights_of_tokens,
 )
-from maskopt.models.calibration.tokens import (
-    Windows,
-    check_vocabulary,
-)
+from maskopt.models.calibration.tokens import Windows, check_vocabulary
+from maskopt.models.checkpoints.report import FinishedBlock
 from maskopt.models.options.walk import GRADIENT_WINDOWS, WalkOptions
-
-if TYPE_CHECKING:
-    from maskopt.models.checkpoints.report import FinishedBlock
 
 
 def open_job(
@@ -72,7 +70,7 @@ def open_job(
     on_progress: OnBlockProgress | None = None,
     ranks: Ranks = ALONE,
 ) -> Job:
-    """A model with windows of text, ready to be walked through.
+    """A model with windows of text, ready for a walk.
 
     Args:
         model: in memory, or a folder (or a name on the hub).
@@ -110,16 +108,16 @@ def open_job(
 
 
 class Job:
-    """A model, the chosen layers, and the windows that are to go through its blocks.
+    """A model, the chosen layers, and the windows for its blocks.
 
     Leaving its `with` frees what it holds, as does the end of `blocks` where there is no `with`.
 
     Attributes:
         layers: the chosen ones, in the order of the model.
-        windows: None where the job was opened without text.
+        held: indices of the held-out windows.
         last: the block that the walk ends with.
-        threads: as many at once on the CPU.
-        pool: those threads, while the walk goes on.
+        threads: number of threads on the CPU.
+        pool: those threads, during the walk.
         gradients: of the dense model's loss, once a walk that needs them has begun.
         ranks: the processes that walk together, each with windows of its own.
     """
@@ -137,10 +135,9 @@ class Job:
     ) -> None:
         self.source, self.layers, self.options = source, layers, options
         self.ranks = ranks
-        self.windows, self.whole = windows, whole
+        self._windows, self.whole = windows, whole
         self.count = options.samples if windows is None else len(windows)
-        if not whole:
-            held_out(self.count, options.holdout)
+        self.held = frozenset() if whole else held_out(self.count, options.holdout)
         self.length = (
             capped_length(source.model, options.seq_len) if windows is None else windows.length
         )
@@ -153,36 +150,37 @@ class Job:
         self.pool: Threads
         self._captured: Captured | None = None
         self.gradients: Gradients | None = None
-        self._held: ExitStack | None = None
+        self._until_exit: ExitStack | None = None
         self._walk: Generator[Block, None, None] | None = None
 
+    @property
+    def windows(self) -> Windows:
+        """Raises ModelError where the job was opened without text."""
+        if self._windows is None:
+            raise ModelError("there is no text to walk through the blocks; name some")
+        return self._windows
+
     def few(self) -> list[int]:
-        """The first windows that masks are fitted to, enough to tell which layers and rows matter."""
-        aside = held_out(self.count, self.options.holdout)
-        return [window for window in range(self.count) if window not in aside][:GRADIENT_WINDOWS]
+        """The first fitted windows, enough to measure which layers and rows matter."""
+        return [window for window in range(self.count) if window not in self.held][
+            :GRADIENT_WINDOWS
+        ]
 
     def again(self, options: WalkOptions) -> Job:
         """Another walk through the same model, with the same windows."""
         options.check_layers(self.layers)
-        return Job(
-            self.source,
-            self.layers,
-            self.windows,
-            options,
-            whole=self.whole,
-            on_progress=self.tell,
-            ranks=self.ranks,
-        )
+        how: dict[str, Any] = {"whole": self.whole, "on_progress": self.tell, "ranks": self.ranks}
+        return Job(self.source, self.layers, self._windows, options, **how)
 
     def whole_again(self, options: WalkOptions, windows: Sequence[int]) -> Job:
         """A walk through all blocks of the same model, with some of the windows."""
-        assert self.windows is not None
         some = self.windows.take(windows)
         return Job(self.source, self.layers, some, options, whole=True, on_progress=self.tell)
 
     @property
     def load(self) -> Load:
         """What the memory of the walk depends on."""
+        options, blocks = self.options, len(self.source.blocks)
         return Load(
             self.source,
             self.layers,
@@ -190,20 +188,18 @@ class Job:
             self.length,
             self.threads,
             self.activation_memory,
-            held=self.options.holdout > 0 and not self.whole,
-            beside=self.options.beside,
-            refit=self.options.refit is not None,
+            held=bool(self.held),
+            beside=options.beside,
+            refit=options.refit is not None,
             trained=self.trained_states,
-            gradients=0 if self.whole else self.options.gradient_windows(self.count),
-            variants=0
-            if self.whole
-            else self.options.variant_windows(self.count, len(self.source.blocks)),
+            gradients=0 if self.whole else options.gradient_windows(self.count),
+            variants=0 if self.whole else options.variant_windows(self.count, blocks),
         )
 
     def blocks(
         self, finished: Mapping[int, FinishedBlock] | None = None, folder: Path | None = None
     ) -> Iterator[Block]:
-        """Every block up to the last one, with its weights in memory while it is at hand.
+        """Every block up to the last one, with its weights in memory while it is open.
 
         Args:
             finished: blocks that an earlier run has done: they are not yielded, the windows are
@@ -222,11 +218,11 @@ class Job:
             return
         chosen = by_block(self.layers)
         with ExitStack() as until_the_end:
-            held = self._held or until_the_end
-            captured = self._captured = self._start(held, folder)
-            samples = self._samples(captured.states, held, folder)
+            stack = self._until_exit or until_the_end
+            captured = self._captured = self._start(stack, folder)
+            samples = self._samples(captured.states, stack, folder)
             if self.options.backward and not self.whole:
-                self.gradients = self._dense_gradients(captured, samples.held, folder)
+                self.gradients = self._dense_gradients(captured, folder)
             for index in range(stop):
                 done = finished.get(index)
                 edits = None if done is None or self.options.one_pass else done.edits
@@ -234,9 +230,10 @@ class Job:
                     samples.drop({bad["sample"] for bad in done.bad})
                     if samples.dense is not None:
                         with self.source.open(index, None) as module:
-                            self._opened(index, module, captured, samples).advance_dense()
+                            Block(self, index, [], module, captured, samples).advance_dense()
                 with self.source.open(index, edits) as module:
-                    block = self._opened(index, module, captured, samples, chosen.get(index, []))
+                    layers = chosen.get(index, [])
+                    block = Block(self, index, layers, module, captured, samples)
                     if done is not None:
                         block.dense_advanced = True
                         block.advance("replay")
@@ -245,77 +242,36 @@ class Job:
                     if not block.advanced and self.goes_on(index):
                         raise RuntimeError(f"block {index} was left without advance()")
 
-    def _opened(
-        self,
-        index: int,
-        module: nn.Module,
-        captured: Captured,
-        samples: Samples,
-        layers: Sequence[Layer] = (),
-    ) -> Block:
-        opened = OpenBlock(
-            self.source.model,
-            module,
-            self.source.blocks.prefix(index).rstrip("."),
-            self.source.device,
-            captured.calls[index],
-            samples,
-            self.pool,
-            self.ranks,
-        )
-        return Block(self, index, layers, opened)
-
     def goes_on(self, index: int) -> bool:
         """Does anything need the output of block `index`?"""
         return self.whole or index < self.last
 
     @contextmanager
-    def logits(self, like: Job | None = None) -> Iterator[Callable[[int], Tensor]]:
-        """After a whole walk: a function of a window's index that gives its logits [length, vocabulary].
-        The output head is in memory meanwhile, but for what equals that of `like`, where it is in memory,
-        too; it may be entered again."""
-        captured = self._captured
-        assert self.windows is not None
-        assert captured is not None
-        tokens, device = self.windows.tokens, self.source.device
-
-        def of(window: int) -> Tensor:
-            state = captured.states[window].to(device)
-            return end(tokens[window : window + 1].to(device), state)[0]
-
-        with self.after_blocks(like) as end:
-            yield of
-
-    @contextmanager
     def after_blocks(self, like: Job | None = None) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
-        """After a whole walk: what the model makes of token ids [1, length] and of what leaves the last block
-        for them, [1, length, width]: the logits [1, length, vocabulary]. As for `logits`."""
+        """After a whole walk: a function of token ids [1, length] and the last block's output for them,
+        [1, length, width], that returns logits [1, length, vocabulary]. The output head is in memory
+        meanwhile, but for what equals that of `like`, where it is in memory, too; it may be entered again."""
         assert self._captured is not None
         blocks, outputs = self.source.blocks, self._captured.outputs
         source = None if like is None else like.source
         with self.source.head(source), ending(self.source.model, blocks, outputs) as end:
             yield end
 
-    def rest(self) -> None:
-        """After a whole walk: keep nothing in memory but the states, until `logits`."""
-        self.source.drop()
-
     def last_state(self, window: int) -> Tensor:
-        """After a whole walk: what leaves the last block for a window, [length, width]."""
+        """After a whole walk: the last block's output for a window, [length, width]."""
         assert self._captured is not None
         return self._captured.states[window][0]
 
     @contextmanager
     def in_memory(self, *, recompute: bool = False) -> Iterator[Callable[[int], Tensor]]:
-        """All of the model in memory, in place of a walk: what leaves its last block for the window of an
-        index, [1, length, width]; it can be differentiated by the blocks' parameters.
+        """All of the model in memory, in place of a walk: a function of a window's index that returns the
+        last block's output, [1, length, width]; it can be differentiated by the blocks' parameters.
 
         Args:
-            recompute: for its gradients keep only what enters each block, and compute the rest again.
+            recompute: for gradients keep only each block's input, and compute the rest again.
         """
         with ExitStack() as until_the_end:
-            held = self._held or until_the_end
-            captured = self._start(held, Path(tempfile.gettempdir()))
+            captured = self._start(self._until_exit or until_the_end, Path(tempfile.gettempdir()))
             self.source.load_whole()
             modules = [self.source.blocks.modules[i] for i in range(len(self.source.blocks))]
 
@@ -334,67 +290,57 @@ class Job:
             yield of
 
     def __enter__(self) -> Job:
-        self._held = ExitStack()
+        self._until_exit = ExitStack()
         return self
 
     def __exit__(self, *raised: object) -> None:
         if self._walk is not None:
             self._walk.close()
-        if self._held is not None:
-            self._held.close()
-            self._held = None
+        if self._until_exit is not None:
+            self._until_exit.close()
+            self._until_exit = None
         self._captured = None
 
-    def _start(self, held: ExitStack, folder: Path) -> Captured:
+    def _start(self, stack: ExitStack, folder: Path) -> Captured:
         """Everything before the first block."""
-        if self.windows is None:
-            raise ModelError("there is no text to walk through the blocks; name some")
-        self.pool = held.enter_context(Threads(self.source.device, self.threads))
+        tokens = self.windows.tokens
+        self.pool = stack.enter_context(Threads(self.source.device, self.threads))
         self.source.load_outside()
         with torch.no_grad():
             captured = capture(
                 self.source.model,
                 self.source.blocks,
-                self.windows.tokens,
+                tokens,
                 self.pool,
                 self.source.device,
-                self.ranks.own(range(len(self.windows))),
+                self.ranks.own(range(self.count)),
                 lambda size: folder if self._spills(size) else None,
             )
-        held.enter_context(captured.states)
+        stack.enter_context(captured.states)
         return captured
 
-    def _samples(self, states: Activations, held: ExitStack, folder: Path) -> Samples:
-        """The windows, as they come to the first block."""
-        assert self.windows is not None
+    def _samples(self, states: Activations, stack: ExitStack, folder: Path) -> Samples:
+        """The windows before the first block."""
         skip = None if self.whole else self.options.skip_bad_samples
-        count = len(self.windows)
-        aside = frozenset() if self.whole else held_out(count, self.options.holdout)
         dense = None
         if self.options.beside:
-            mine = self.ranks.own(range(count))
-            size = len(mine) * states.shape.numel() * states.dtype.itemsize
-            place = folder if self._spills(size) else None
+            mine = self.ranks.own(range(self.count))
+            place = folder if self._spills(len(mine) * states.bytes) else None
             lanes = lanes_to(self.source.device)
             dense = Activations(mine, states.shape, states.dtype, place, lanes)
-            held.enter_context(dense)
+            stack.enter_context(dense)
             for sample in mine:
                 dense[sample] = states[sample]
-        return Samples(states, count, self.windows.source, skip_bad=skip, held=aside, dense=dense)
+        words = self.windows.source
+        return Samples(states, self.count, words, skip_bad=skip, held=self.held, dense=dense)
 
-    def _dense_gradients(self, captured: Captured, aside: Set[int], folder: Path) -> Gradients:
+    def _dense_gradients(self, captured: Captured, folder: Path) -> Gradients:
         """Of the dense model's loss, as options ask for them."""
-        assert self.windows is not None
-        blocks, states = len(self.source.blocks), captured.states
-        # where tokens are weighted by them, those of the windows kept aside are, too
+        blocks = len(self.source.blocks)
+        # where tokens are weighted by them, those of held-out windows are, too
         weighted = self.options.token_weights == GRADIENT
-        chosen = list(range(len(self.windows))) if weighted else self.few()
-        size = (
-            (blocks + 1)
-            * len(self.ranks.own(chosen))
-            * states.shape.numel()
-            * states.dtype.itemsize
-        )
+        chosen = list(range(self.count)) if weighted else self.few()
+        size = (blocks + 1) * len(self.ranks.own(chosen)) * captured.states.bytes
         place = folder if size > self.activation_memory else None
         layers = self.layers if self.options.sensitive else ()
         steps = DenseModel.steps(blocks, of_layers=bool(layers)) * len(chosen)
@@ -402,10 +348,10 @@ class Job:
         dense = DenseModel(
             self.source, self.windows, chosen, captured, self.pool, place, tick, self.ranks
         )
-        return dense.gradients(layers, aside)
+        return dense.gradients(layers, self.held)
 
     def weights_of_tokens(self, block: int, states: Activations) -> Callable[[int], Tensor] | None:
-        """What each token of a window counts, `states` entering the block; None: all of them once."""
+        """Weights of a window's tokens, `states` entering the block; None: all of them 1."""
         token_weights = self.options.token_weights
         if token_weights == UNIFORM:
             return None
@@ -420,10 +366,135 @@ class Job:
 
     @cached_property
     def trained_states(self) -> int:
-        """Hidden states of a window that are kept while the kept weights of a block are trained."""
+        """Hidden states per window that are kept while the weights of a block are trained."""
         return trained_states(self.source, self.layers, self.options.reconstruction)
 
     def _spills(self, size: int) -> bool:
-        """Whether hidden states of so many bytes, and those that are kept beside them, go to a file."""
-        copies = state_copies(beside=self.options.beside, trained=self.trained_states)
-        return copies * size > self.activation_memory
+        """Whether hidden states of so many bytes, and those kept along with them, go to a file."""
+        return self.load.copies * size > self.activation_memory
+
+
+class Block:
+    """One block of a walk, its weights in memory: to be looked at, changed, and left by `advance`.
+
+    Attributes:
+        index: of the block in the model.
+        layers: the chosen ones among its layers, in the order of the model.
+        opened: its module, and what it takes to run samples through it.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        index: int,
+        layers: Sequence[Layer],
+        module: nn.Module,
+        captured: Captured,
+        samples: Samples,
+    ) -> None:
+        self.job, self.index, self.layers = job, index, layers
+        self.advanced = self.dense_advanced = False
+        self.opened = OpenBlock(
+            job.source.model,
+            module,
+            job.source.blocks.prefix(index).rstrip("."),
+            job.source.device,
+            captured.calls[index],
+            samples,
+            job.pool,
+            job.ranks,
+        )
+        self._before = len(samples.bad)
+
+    @property
+    def bad(self) -> list[BadSample]:
+        """Samples that were left out since the block was opened."""
+        return self.opened.samples.bad[self._before :]
+
+    def ticker(self, stage: str, total: int) -> Tick:
+        """Report to the job's `on_progress` that a stage of this block begins; call it with what is done."""
+        return ticker(self.job.tell, self.index, self.job.last + 1, stage, total)
+
+    def grams(self, layers: Sequence[Layer] | None = None) -> Grams:
+        """Gram matrices of the inputs of the layers (all chosen ones) in the block as it is now.
+
+        With `calibrate_on` dense, the samples move on with the same pass, as long as a
+        block follows that needs them.
+        """
+        if self.advanced:
+            raise RuntimeError(f"the samples have left block {self.index}")
+        advance = self.job.options.one_pass and self.job.goes_on(self.index)
+        with torch.no_grad():
+            grams = collect(
+                self.opened,
+                self.layers if layers is None else layers,
+                advance=advance,
+                moved=self.job.options.moved,
+                all_experts=self.job.options.all_experts,
+                weights=self.job.weights_of_tokens(self.index, self.opened.samples.states),
+                tick=self.ticker("calibrate", len(self.opened.samples.active)),
+            )
+        self.advanced = advance
+        self.dense_advanced |= self.job.options.moved
+        return grams
+
+    def rounds(self) -> Iterator[tuple[Sequence[Layer], Grams]]:
+        """The chosen layers with their Gram matrices: all in one round; or, with `true_sequential`, layers
+        that share their inputs in one round, each after the layers of the rounds before were changed.
+
+        Raises:
+            ModelError: a 3-D parameter of which no part was multiplied with any token: some expert always
+                is, so it holds something else.
+        """
+        waiting = list(self.layers)
+        while waiting:
+            grams = self.grams(waiting)
+            layers, waiting = waiting, []
+            if self.job.options.true_sequential:
+                layers, waiting = _first_round(layers, grams)
+            self._check_multiplied(layers, grams)
+            yield layers, grams
+            del grams  # their memory is needed
+
+    def _check_multiplied(self, layers: Sequence[Layer], grams: Grams) -> None:
+        seen = {layer.parameter for layer in layers if grams.of(layer.name) is not None}
+        unseen: dict[str, list[Layer]] = {}
+        for layer in layers:
+            if layer.expert is not None and layer.parameter not in seen:
+                unseen.setdefault(layer.parameter, []).append(layer)
+        for name, parts in unseen.items():
+            if len(parts) == self.job.source.model.get_parameter(name).shape[0]:
+                raise ModelError(
+                    f"parameter {name!r} looks like experts, but no token was multiplied with any of them; "
+                    f"leave it out with `exclude` {parts[0].kind!r}"
+                )
+
+    def advance(self, stage: str = "forward") -> None:
+        """Send the samples through the block as it is now; its outputs are the inputs of the next
+        one. Nothing runs where nothing needs them, or where they have moved on already."""
+        if not self.dense_advanced:
+            self.advance_dense()
+        if not self.advanced and self.job.goes_on(self.index):
+            samples = self.opened.samples
+            pass_on(self.opened, samples.states, self.ticker(stage, len(samples.active)))
+        self.advanced = True
+
+    def advance_dense(self) -> None:
+        """Send the dense hidden states, where there are any, through the block with its dense weights."""
+        dense = self.opened.samples.dense
+        if dense is not None and self.job.goes_on(self.index):
+            pass_on(self.opened, dense)
+        self.dense_advanced = True
+
+
+def _first_round(layers: Sequence[Layer], grams: Grams) -> tuple[list[Layer], list[Layer]]:
+    """The layers that are called first and share their inputs, all experts of a kind together;
+    and the rest. Layers that were never called come last."""
+    by_name = {layer.name: layer for layer in layers}
+    called = [by_name[name] for name in grams.leaders if name in by_name]
+    if not called:
+        return list(layers), []
+    leader = grams.leader(called[0].name)
+    kinds = {layer.kind for layer in called if grams.leader(layer.name) == leader}
+    first = [layer for layer in layers if layer.kind in kinds]
+    return first, [layer for layer in layers if layer.kind not in kinds]

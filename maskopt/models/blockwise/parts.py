@@ -1,7 +1,7 @@
-"""Parts of a decoder block: what each is called with and what it gives, window by window.
+"""Parts of a decoder block: their calls and outputs, window by window.
 
 A part is a module that the block calls once in a pass: its attention, its MLP, or the block itself. It is
-found by structure (a child of the block that holds layers), and called again as the model called it.
+found by structure (a child of the block that holds layers), and its calls can be repeated.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Heard:
 
 
 class Listener:
-    """While it is `listening`, what some parts are called with and what they give in a pass, by thread."""
+    """While it is `listening`, the calls and outputs of some parts in a pass, by thread."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = parts
@@ -86,26 +86,25 @@ class Listener:
         self._local.outputs = {}
 
     def heard(self) -> list[Heard]:
-        """Of the pass that has ended on this thread, part by part in the order of the parts.
+        """The calls of the pass that has ended on this thread, in the order of the parts.
 
         Raises:
             ModelError: a part that was not called once.
         """
         calls, outputs = self._local.calls, self._local.outputs
         for index, part in enumerate(self.parts):
-            if len(calls.get(index, ())) != 1:
+            if (times := len(calls.get(index, ()))) != 1:
                 raise ModelError(
-                    f"{part.name or 'a block'} is called {len(calls.get(index, ()))} times in a pass, and "
+                    f"{part.name or 'a block'} is called {times} times in a pass, and "
                     "cannot be trained by itself; take `training` granularity=block"
                 )
-        found = []
-        for index in range(len(self.parts)):
-            state, args, kwargs = calls[index][0]
-            found.append(Heard(state, args, kwargs, outputs[index]))
-        return found
+        return [
+            Heard(state, args, kwargs, outputs[index])
+            for index, ((state, args, kwargs),) in sorted(calls.items())
+        ]
 
     def order(self) -> list[int]:
-        """The parts' places as the pass on this thread called them."""
+        """The parts' indices in the order of the calls on this thread."""
         return list(self._local.calls)
 
     def _hooks(self, index: int) -> tuple[Any, Any]:
@@ -116,7 +115,7 @@ class Listener:
                     f"{type(module).__name__} is called without a hidden state, and cannot be trained by "
                     "itself; take `training` granularity=block"
                 )
-            # what the model itself is given may be changed in place on the way
+            # the model may change its own input in place
             kept = state.clone()
             args = tuple(kept if value is state else value for value in args)
             kwargs = {name: kept if value is state else value for name, value in kwargs.items()}
@@ -129,7 +128,7 @@ class Listener:
 
 
 def first(output: Any) -> Tensor:
-    """Of what a module returns, the hidden state."""
+    """The hidden state in a module's return value."""
     found = output[0] if isinstance(output, tuple | list) else output
     if not isinstance(found, Tensor):
         raise ModelError("a part of a block does not return a hidden state")
@@ -137,7 +136,7 @@ def first(output: Any) -> Tensor:
 
 
 def called(part: nn.Module, call: Call, state: Tensor) -> Tensor:
-    """What a part gives of a hidden state, called so, in the state's precision."""
+    """A part's output for a hidden state, in the state's precision."""
 
     def as_given(leaf: Any) -> Any:
         if leaf is HiddenState:
@@ -150,7 +149,7 @@ def called(part: nn.Module, call: Call, state: Tensor) -> Tensor:
 
 
 class Recorded:
-    """What a part is called with, of all windows; or what it gave.
+    """The calls of a part with all windows; or its outputs.
 
     Args:
         windows: how many the model has in all.
@@ -169,19 +168,19 @@ class Recorded:
         self._states[window] = state
 
     def put_call(self, window: int, heard: Heard) -> None:
-        """Keep a call with its hidden state; what windows are called alike with is kept once."""
+        """Keep a call with its hidden state; arguments equal in several windows are kept once."""
         self.put(window, heard.state)
         merge_calls(self._calls, [(heard.state, heard.args, heard.kwargs)], window)
 
     def state(self, window: int) -> Tensor:
-        """As it was kept."""
+        """The kept state."""
         assert self._states is not None
         return self._states[window]
 
     def call(
         self, part: nn.Module, window: int, device: torch.device, dtype: torch.dtype
     ) -> Tensor:
-        """The part's output, called again as it was, in a precision."""
+        """The part's output of the same call, in a precision."""
         return called(part, self._calls[0][window], self.state(window).to(device, dtype))
 
     def close(self) -> None:

@@ -1,19 +1,17 @@
-"""How a walk through the blocks tells of its progress."""
+"""The progress of a walk through the blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
 
-if TYPE_CHECKING:
-    from maskopt.models.checkpoints.report import LayerReport
+from maskopt.models.checkpoints.report import LayerReport
 
 
 @dataclass(frozen=True)
 class BlockProgress:
-    """Told to `on_progress`: `done` of `total` samples or layers of one stage of one block; of a prune, with
-    what became of a layer that is done."""
+    """Reported to `on_progress`: `done` of `total` samples or layers of one stage of one block; in a prune,
+    with the report of a layer that is done."""
 
     block: int
     blocks: int
@@ -26,14 +24,12 @@ class BlockProgress:
 OnBlockProgress = Callable[[BlockProgress], None]
 
 
-class Tick(Protocol):
-    """Counts what is done of a stage."""
-
-    def __call__(self, count: int, layer: LayerReport | None = None, /) -> None: ...
+#: called with a number of samples or layers that are done, and the report of a layer
+Tick = Callable[..., None]
 
 
 def ticker(report: OnBlockProgress, block: int, blocks: int, stage: str, total: int) -> Tick:
-    """Tell `report` that a stage begins; what is returned counts what is done of it."""
+    """Report that a stage begins; the result is called with what is done of it."""
     done = 0
 
     def tick(count: int, layer: LayerReport | None = None, /) -> None:

@@ -1,10 +1,11 @@
-"""Threads that run independent pieces of work, with results in the order of the pieces."""
+"""Threads for independent pieces of work."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from maskopt.core.products import fast_products
 from maskopt.errors import ModelError
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 
 class Threads:
@@ -21,8 +23,8 @@ class Threads:
 
     Args:
         device: on a GPU pieces run one after the other.
-        count: threads on the CPU, each with one thread inside torch; what the caller itself runs
-            meanwhile gets as many.
+        count: threads on the CPU, each with one thread inside torch; the caller's own thread has so many
+            inside torch meanwhile.
     """
 
     def __init__(self, device: torch.device, count: int) -> None:
@@ -36,22 +38,26 @@ class Threads:
     def run(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
         if self._pool is None:
             return [_without_grad(piece) for piece in pieces]
-        with fast_products():
-            return self._results(pieces)
-
-    def _results(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
-        assert self._pool is not None
-        try:
-            futures = [self._pool.submit(_without_grad, piece) for piece in pieces]
-        except RuntimeError as error:  # "can't start new thread"
-            raise ModelError(
-                f"the system does not start {self.count} threads ({error}); ask for fewer `threads`"
-            ) from error
-        try:
-            return [future.result() for future in futures]
-        finally:
+        with fast_products(), ExitStack() as at_the_end:
+            try:
+                futures = [self._pool.submit(_without_grad, piece) for piece in pieces]
+            except RuntimeError as error:  # "can't start new thread"
+                raise ModelError(
+                    f"the system does not start {self.count} threads ({error}); ask for fewer `threads`"
+                ) from error
             for future in futures:
-                future.cancel()
+                at_the_end.callback(future.cancel)
+            return [future.result() for future in futures]
+
+    def each(
+        self, function: Callable[[Item], T], items: Sequence[Item]
+    ) -> Iterator[tuple[Item, T]]:
+        """The items with their results; as many at a time as run at once, and one result in memory less with
+        each that is taken."""
+        for wave in self.waves(items):
+            results = self.run([partial(function, item) for item in wave])[::-1]
+            for item in wave:
+                yield item, results.pop()
 
     def waves(self, items: Sequence[T]) -> Iterator[Sequence[T]]:
         """The items, as many at a time as run at once."""

@@ -1,4 +1,4 @@
-"""Variants of a model that go through its blocks side by side, so that each block is in memory once, and what
+"""Variants of a model that go through its blocks together, so that each block is in memory once, and what
 they change in the distribution of the next token.
 
 A variant has no weights of its own: it differs by what happened to its hidden states in some block, and goes
@@ -7,7 +7,7 @@ through all others as the model does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from maskopt.errors import ModelError
 from maskopt.models.blockwise.activations import Activations, States
-from maskopt.models.blockwise.job import Job
+from maskopt.models.blockwise.divergence import divergence
+from maskopt.models.blockwise.job import Block, Job
 from maskopt.models.blockwise.memory import check_memory, hidden_size
 from maskopt.models.blockwise.progress import ticker
-from maskopt.models.blockwise.walk_block import Block
 
 #: every so many tokens of a window is judged: a large vocabulary costs more than the blocks
 EVERY = 8
@@ -28,8 +28,7 @@ Key = TypeVar("Key")
 
 
 def place(job: Job, variants: int, folder: Path) -> Path | None:
-    """Where the hidden states of so many variants go: in a file of the folder, if they take more memory than
-    hidden states may; None: in memory.
+    """The folder, if the hidden states of so many variants must go to a file there; None: in memory.
 
     Raises:
         ModelError: `max_memory` allows not even what is left then.
@@ -60,7 +59,7 @@ class Variant:
 
 
 class Variants(dict[Key, Variant]):
-    """Variants by what tells them apart; their hidden states lie in memory, or all in one file.
+    """Variants by key; their hidden states lie in memory, or all in one file.
 
     Args:
         most: how many there will be.
@@ -74,7 +73,7 @@ class Variants(dict[Key, Variant]):
         self._states: Activations | None = None
 
     def begin(self, key: Key, states: States, like: Activations) -> Variant:
-        """Another one, which parts from what has these states."""
+        """Another one, which begins with these states."""
         if self._states is None:
             places = range(self._most * len(self.windows))
             self._states = Activations(places, like.shape, like.dtype, self._folder)
@@ -99,23 +98,19 @@ def through(block: Block, states: States, windows: Sequence[int]) -> None:
         ModelError: NaN or infinite activations.
     """
     opened = block.opened
-    for wave in opened.threads.waves(windows):
-        found = opened.threads.run([lambda w=w: opened.run(w, states) for w in wave])  # type: ignore[misc]
-        for window, state in zip(wave, found, strict=True):
-            if not bool(torch.isfinite(state).all()):
-                raise ModelError(f"{opened.name}: NaN or infinite activations in window {window}")
-            states[window] = state
+    for window, state in opened.threads.each(lambda w: opened.run(w, states), windows):
+        if not bool(torch.isfinite(state).all()):
+            raise ModelError(f"{opened.name}: NaN or infinite activations in window {window}")
+        states[window] = state
 
 
 def divergences(job: Job, held: Mapping[Key, States], every: int = EVERY) -> dict[Key, float]:
-    """KL(model ‖ variant), nats a token, over some tokens of every window.
+    """KL(model ‖ variant), nats per token, over each `every`th token of every window.
 
     Args:
-        job: of a whole walk that is over.
-        held: what left the last block, of every variant.
-        every: which tokens: each so manyth.
+        job: after its whole walk.
+        held: the output of the last block, of every variant.
     """
-    assert job.windows is not None
     tokens, device = job.windows.tokens, job.source.device
     some = torch.arange(every - 1, job.windows.length, every)
     if not len(some):
@@ -124,16 +119,13 @@ def divergences(job: Job, held: Mapping[Key, States], every: int = EVERY) -> dic
     total = dict.fromkeys(held, 0.0)
     with job.after_blocks() as end:
 
-        def logs(states: Callable[[int], Tensor], window: int) -> Tensor:
-            ids, state = tokens[window : window + 1, some], states(window)[:, some]
-            logits = end(ids.to(device), state.to(device))[0].float()
-            return torch.log_softmax(logits, -1)
+        def logits(state: Tensor, window: int) -> Tensor:
+            ids = tokens[window : window + 1, some]
+            return end(ids.to(device), state[:, some].to(device))[0].float()
 
         for window in range(len(tokens)):
-            log = logs(lambda w: job.last_state(w)[None], window)
-            likely = log.exp()
+            wanted = logits(job.last_state(window)[None], window)
             for key, states in held.items():
-                other = logs(states.__getitem__, window)
-                total[key] += float((likely * (log - other)).sum(1).double().sum())
+                total[key] += float(divergence(wanted, logits(states[window], window)))
                 tick(1)
     return {key: of_all / (len(tokens) * len(some)) for key, of_all in total.items()}

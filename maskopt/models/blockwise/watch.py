@@ -1,9 +1,8 @@
-"""Observe what a layer multiplies, wherever the model's code writes the product.
+"""Observe the inputs of layers, wherever the model's code writes the product.
 
 Inside a `Watch`, every product of activations with a watched weight is recorded: `nn.Linear`,
 `Conv1D`, an expert's slice of a 3-D parameter, in `linear`, `addmm`, `matmul` or `bmm`. The weight is
-recognised by its address, so no module has to be patched. A `WatchGradients` sums what comes back to the
-products' outputs.
+recognised by its address, so no module has to be patched. A `WatchGradients` sums gradients by the outputs.
 """
 
 from __future__ import annotations
@@ -64,8 +63,8 @@ class WatchedWeights:
 def _products(
     func: Callable[..., Any], args: tuple[Any, ...]
 ) -> Iterator[tuple[Tensor, Tensor, bool]]:
-    """Of a call that multiplies: inputs [..., n] and what may be a weight, and whether it stands on the
-    left, W xᵀ, so that outputs are transposed."""
+    """Of a call that multiplies: inputs [..., n], a tensor that may be a weight, and whether that stands on
+    the left, W xᵀ, so that outputs are transposed."""
     places = _PRODUCTS.get(func)
     if places is None or len(args) <= places[1]:
         return
@@ -78,7 +77,7 @@ def _products(
 
 
 class Seen(Exception):
-    """All that a forward pass was run for is recorded."""
+    """The wanted inputs of a forward pass are recorded."""
 
 
 class Watch(TorchFunctionMode):

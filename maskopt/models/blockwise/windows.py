@@ -1,5 +1,4 @@
-"""Which windows of tokens a walk sends through a model: those given, or cut from a text; and which of them
-are kept aside."""
+"""The windows of tokens of a walk: given, or cut from a text; and which of them are held out."""
 
 from __future__ import annotations
 
@@ -9,14 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from maskopt.core.pattern import as_written
-from maskopt.errors import DataError
-from maskopt.models.architecture.opening import capped_length, load_tokenizer
-from maskopt.models.architecture.source import Source
+from maskopt.errors import DataError, OptionError
+from maskopt.models.architecture.source import Source, capped_length, load_tokenizer
 from maskopt.models.calibration.chat import chat_calibration_windows, chat_evaluation_windows
 from maskopt.models.calibration.tokens import (
     Windows,
     calibration_windows,
-    check_count,
     evaluation_windows,
     token_windows,
 )
@@ -24,11 +21,10 @@ from maskopt.models.options.walk import WalkOptions
 
 
 def tokens_or_tokenizer(given: Any, text: Any) -> tuple[Any, Any]:
-    """(text, tokenizer) out of an argument that may be either tokens, which are then the text, or a
-    tokenizer for the text.
+    """(text, tokenizer) from an argument that is either tokens, which are then the text, or a tokenizer.
 
     Raises:
-        DataError: tokens, and a text beside them.
+        DataError: tokens, and a text, too.
     """
     if not isinstance(given, Tensor | Windows):
         return text, given
@@ -45,8 +41,8 @@ def windows_of(
     Raises:
         MaskoptError: a text, a tokenizer or numbers that cannot be used.
     """
-    if limit is not None:
-        check_count("windows", limit)
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise OptionError(f"`windows` must be a whole number of at least 1, not {limit!r}")
     if isinstance(text, Windows | Tensor) and not options.chat:
         given = text if isinstance(text, Windows) else token_windows(text, "token tensor")
         most = capped_length(source.model, given.length)
@@ -60,37 +56,29 @@ def windows_of(
             source.checkpoint.folder, trust_remote_code=options.trust_remote_code
         )
     length = capped_length(source.model, options.seq_len)
+    if whole and length < 2:
+        raise OptionError(f"`seq_len` must be a whole number of at least 2, not {length!r}")
     if options.chat and whole:
         return chat_evaluation_windows(text, tokenizer, seq_len=length, limit=limit)
     if options.chat:
         return chat_calibration_windows(
             text, tokenizer, samples=options.samples, seq_len=length, seed=options.seed
         )
+    how: dict[str, Any] = {
+        "seq_len": length,
+        "field": options.text_field,
+        "bos": options.bos,
+    }
     if whole:
-        return evaluation_windows(
-            text,
-            tokenizer,
-            seq_len=length,
-            field=options.text_field,
-            limit=limit,
-            bos=options.bos,
-        )
-    return calibration_windows(
-        text,
-        tokenizer,
-        samples=options.samples,
-        seq_len=length,
-        seed=options.seed,
-        field=options.text_field,
-        bos=options.bos,
-    )
+        return evaluation_windows(text, tokenizer, limit=limit, **how)
+    return calibration_windows(text, tokenizer, samples=options.samples, seed=options.seed, **how)
 
 
 def held_out(windows: int, share: float) -> frozenset[int]:
-    """The windows that are kept aside: the last ones, ⌊share·windows⌋.
+    """The held-out windows: the last ones, ⌊share·windows⌋.
 
     Raises:
-        DataError: none would be kept aside, or none would be left.
+        DataError: none would be held out, or none would be left.
     """
     count = math.floor(as_written(share) * windows)
     if share and not 0 < count < windows:

@@ -2,15 +2,14 @@
 
 A chat-tuned model sees text only as its template writes it: roles and turns marked by tokens of their own.
 A template is a program that comes with the model. transformers runs it in Jinja's sandbox, where it reaches
-nothing but the messages and the names of the special tokens, and writes text; what it raises is told in one
-line, with the conversation that it was given.
+nothing but the messages and the names of the special tokens, and writes text; its errors are reported in one
+line, with the conversation.
 """
 
 from __future__ import annotations
 
-import itertools
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,25 +18,32 @@ import torch
 
 from maskopt.errors import DataError
 from maskopt.models.calibration.text import json_records
-from maskopt.models.calibration.tokens import Windows, are_tokens, check_count
+from maskopt.models.calibration.tokens import Windows, are_tokens
 from maskopt.models.checkpoints.bos import TEMPLATE, no_panic
 
 MESSAGES = "messages"
-#: what templates write; some pass others on without a word, and the model has never seen those
+#: what templates write; some accept others silently, and the model has never seen those
 ROLES = ("system", "developer", "user", "assistant", "tool")
-#: what `strftime_now` of a template says: windows must not depend on the day on which they are made.
-#: It is the day that the templates of Llama 3 fall back to
+#: output of `strftime_now` in a template: windows must not depend on the day on which they are made. It is
+#: the default day of the templates of Llama 3
 DAY = {
     "%Y": "2024", "%y": "24", "%m": "07", "%B": "July", "%b": "Jul", "%d": "26", "%-d": "26", "%e": "26",
     "%A": "Friday", "%a": "Fri", "%H": "00", "%I": "12", "%M": "00", "%S": "00", "%p": "AM",
 }  # fmt: skip
-#: of what a template says when it refuses
+#: a macro in place of the function `strftime_now`. Jinja drops the newline after the block's end, so that the
+#: template still begins a line
+_DAY = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('{code}', '{words}')" for code, words in DAY.items())
+    + " }}{% endmacro %}\n"
+)
+#: characters of a template's error message
 _LONGEST_REASON = 200
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages with a role and a text each, and where they stand, in words."""
+    """Messages with a role and a text each, and their place in words."""
 
     messages: list[dict[str, Any]]
     where: str
@@ -53,8 +59,8 @@ def chat_calibration_windows(
 ) -> Windows:
     """`samples` windows of `seq_len` tokens of conversations in random order, the same for the same seed.
 
-    A window begins with the beginning of a conversation, as the template writes it, and is filled up with
-    the ones after it; the last one is cut where the window ends, and its rest is dropped, so that no
+    A window begins with the beginning of a conversation, as the template writes it, and is filled with
+    the next ones; the last one is cut where the window ends, and its rest is dropped, so that no
     conversation is in two windows. Once all have been used they are used again, in another order, and
     the windows' source says so.
 
@@ -66,8 +72,6 @@ def chat_calibration_windows(
         DataError: what `read_conversations` raises; no chat template, or one that refuses a
             conversation; less than one window.
     """
-    check_count("samples", samples)
-    check_count("seq_len", seq_len)
     chats = _Chats(read_conversations(source), tokenizer)
     words, generator = _name(source), random.Random(seed)
     order = list(range(len(chats.conversations)))
@@ -88,13 +92,12 @@ def chat_evaluation_windows(
     seq_len: int = 2048,
     limit: int | None = None,
 ) -> Windows:
-    """Windows as for calibration, but of the conversations in their own order, each used once; what
-    does not fill a window at the end is dropped. `limit` keeps the first so many windows.
+    """Windows as for calibration, but of the conversations in their own order, each used once; a rest
+    that does not fill a window is dropped. `limit` keeps the first so many windows.
 
     Raises:
         DataError: as for calibration.
     """
-    check_count("seq_len", seq_len, least=2)
     chats = _Chats(read_conversations(source), tokenizer)
     rows = chats.packed(range(len(chats.conversations)), seq_len, limit)
     return Windows(torch.tensor(rows, dtype=torch.int64), _name(source), TEMPLATE)
@@ -108,8 +111,8 @@ def read_conversations(source: str | Path | Sequence[Any]) -> list[Conversation]
             list alone; or a sequence of such objects.
 
     Raises:
-        DataError: no such file, one of another kind, not JSON, no conversation, or one that is not
-            as said; file and line are named.
+        DataError: no such file, one of another kind, not JSON, no conversation, or one of another form;
+            file and line are named.
     """
     if are_tokens(source):
         raise DataError("these are tokens already, not messages; leave `chat` out")
@@ -134,7 +137,20 @@ def _messages(record: Any, where: str) -> list[dict[str, Any]]:
     if not messages:
         raise DataError(f"{where}: a conversation without messages; leave it out")
     for number, message in enumerate(messages, start=1):
-        _check_message(message, f"{where}, message {number}")
+        place = f"{where}, message {number}"
+        if not isinstance(message, dict):
+            raise DataError(f"{place}: not an object with role and content")
+        role = message.get("role")
+        if "role" not in message and "from" in message:
+            raise DataError(
+                f"{place}: has from and value; call them role and content, and say user for human, "
+                "assistant for gpt"
+            )
+        if role not in ROLES:
+            known = ", ".join(ROLES)
+            raise DataError(f"{place}: the role must be one of {known}, not {role!r:.60}")
+        if not isinstance(message.get("content"), str):
+            raise DataError(f"{place}: no text under 'content'; join its parts, or leave it out")
     return messages
 
 
@@ -146,23 +162,8 @@ def _remedy(record: Any) -> str:
     return "; give objects with messages of role and content"
 
 
-def _check_message(message: Any, where: str) -> None:
-    if not isinstance(message, dict):
-        raise DataError(f"{where}: not an object with role and content")
-    if "role" not in message and "from" in message:
-        raise DataError(
-            f"{where}: has from and value; call them role and content, and say user for human, "
-            "assistant for gpt"
-        )
-    role = message.get("role")
-    if role not in ROLES:
-        raise DataError(f"{where}: the role must be one of {', '.join(ROLES)}, not {role!r:.60}")
-    if not isinstance(message.get("content"), str):
-        raise DataError(f"{where}: no text under 'content'; join its parts, or leave it out")
-
-
 class _Chats:
-    """Conversations, each of which becomes tokens when it is first asked for."""
+    """Conversations, each tokenised when it is first needed."""
 
     def __init__(self, conversations: Sequence[Conversation], tokenizer: Any) -> None:
         self.conversations = conversations
@@ -175,8 +176,15 @@ class _Chats:
         Raises:
             DataError: all of them together do not fill one.
         """
-        ids = (self._tokens(index) for index in order)
-        rows = list(itertools.islice(_packed(ids, length), limit))
+        rows: list[list[int]] = []
+        window: list[int] = []
+        for index in order:
+            if len(rows) == limit:
+                break
+            window += self._tokens(index)[: length - len(window)]
+            if len(window) == length:
+                rows.append(window)
+                window = []
         if not rows:
             total = sum(len(self._tokens(index)) for index in order)
             raise DataError(
@@ -186,12 +194,10 @@ class _Chats:
         return rows
 
     def _tokens(self, index: int) -> list[int]:
-        if index not in self._known:
-            self._known[index] = self._applied(self.conversations[index])
-        return self._known[index]
-
-    def _applied(self, conversation: Conversation) -> list[int]:
-        """What begins a conversation is the template's affair: the tokenizer puts nothing before it."""
+        """Of a conversation, by the template alone: the tokenizer puts nothing before it."""
+        if index in self._known:
+            return self._known[index]
+        conversation = self.conversations[index]
         try:
             with no_panic(getattr(self._tokenizer, "name_or_path", "")):
                 ids = self._tokenizer.apply_chat_template(
@@ -208,7 +214,8 @@ class _Chats:
             raise DataError(
                 f"{conversation.where}: the model's chat template refuses it ({_reason(error)})"
             ) from error
-        return [int(token) for token in ids]
+        self._known[index] = [int(token) for token in ids]
+        return self._known[index]
 
 
 def _template(tokenizer: Any) -> str:
@@ -232,29 +239,9 @@ def _template(tokenizer: Any) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """In one printable line: words of a template are not to be trusted on a terminal."""
+    """In one printable line: the text of a template is untrusted."""
     line = (str(error).splitlines() or [""])[0][:_LONGEST_REASON]
     return f"{type(error).__name__}: {''.join(c for c in line if c.isprintable())}"
-
-
-def _day() -> str:
-    """A macro that takes the place of the function `strftime_now`. The newline goes with the block's end:
-    what follows begins a line, as it did."""
-    filters = "".join(f" | replace('{code}', '{words}')" for code, words in DAY.items())
-    return "{% macro strftime_now(format) %}{{ format" + filters + " }}{% endmacro %}\n"
-
-
-_DAY = _day()
-
-
-def _packed(chats: Iterable[list[int]], length: int) -> Iterator[list[int]]:
-    """Windows of `length` tokens, one conversation after the other; each begins with one's beginning."""
-    window: list[int] = []
-    for ids in chats:
-        window += ids[: length - len(window)]
-        if len(window) == length:
-            yield window
-            window = []
 
 
 def _name(source: str | Path | Sequence[Any]) -> str:

@@ -1,8 +1,4 @@
-"""Where text comes from: a file, a folder, JSON lines, or a named data set.
-
-A source is a list of documents. What is done with them (crops for calibration, windows for
-perplexity) is in `maskopt.models.calibration.tokens`.
-"""
+"""Sources of text: a file, a folder, JSON lines, or a named data set, each read as a list of documents."""
 
 from __future__ import annotations
 

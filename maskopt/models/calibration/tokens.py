@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from maskopt.errors import DataError, OptionError
+from maskopt.errors import DataError
 from maskopt.models.calibration.text import read_documents
 from maskopt.models.checkpoints.bos import (
     GIVEN,
@@ -62,7 +62,7 @@ class Windows:
 
 
 def calibration_windows(
-    source: str | Path | Sequence[str] | Tensor,
+    source: str | Path | Sequence[str],
     tokenizer: Any = None,
     *,
     samples: int = 128,
@@ -74,83 +74,82 @@ def calibration_windows(
     """`samples` random windows of `seq_len` tokens, the same for the same seed: what the tokenizer puts
     before a text (see `maskopt.models.checkpoints.bos`), and a random contiguous crop of a document.
 
-    A crop is taken out of one document that is longer than the crop; each sample draws its
+    A crop is taken from one document that is longer than the crop; each sample draws its
     document anew. Documents too short are skipped; where all are, they are joined by blank lines
-    into one. Token tensors [samples, seq_len], or a `.npy` file of one, are taken as they are.
+    into one. A `.npy` file of tokens [samples, seq_len] is taken unchanged.
 
     Raises:
         DataError: no text, or less than one window of it; tokens of a wrong shape.
-        OptionError: an impossible length or number of windows.
     """
-    check_count("samples", samples)
-    check_count("seq_len", seq_len)
-    if isinstance(source, Tensor):
-        return token_windows(source, "token tensor")
     if _is_npy(source):
         return token_windows(_load_npy(Path(source)), Path(source).name)
-    documents, words = _documents("calibration", source, field)
-    begin, length = _room(tokenizer, bos, seq_len)
-    tokenize = whole_tokens if bos == "never" else plain_tokens
+    text = _Text("calibration", source, tokenizer, seq_len, field, bos)
     generator = random.Random(seed)
-    pool = list(range(len(documents)))
+
+    def crop(ids: list[int]) -> list[int]:
+        start = generator.randint(0, len(ids) - text.length)
+        return ids[start : start + text.length]
+
+    pool = list(range(len(text.documents)))
     encoded: dict[int, list[int]] = {}
     crops: list[list[int]] = []
     while len(crops) < samples and pool:
         place = generator.randrange(len(pool))
         index = pool[place]
         if index not in encoded:
-            encoded[index] = tokenize(tokenizer, documents[index])
-        ids = encoded[index]
-        if len(ids) < length:
+            encoded[index] = text.encoded(text.documents[index])
+        if len(encoded[index]) < text.length:
             pool[place] = pool[-1]
             pool.pop()
             encoded[index] = []
             continue
-        crops.append(_crop(ids, length, generator))
-    if not crops:
-        ids = tokenize(tokenizer, JOIN.join(documents))
-        _check_length("calibration", words, ids, length)
-        words += ", documents joined"
-        crops = [_crop(ids, length, generator) for _ in range(samples)]
-    return _begun(crops, words, begin)
+        crops.append(crop(encoded[index]))
+    if crops:
+        return text.windows(crops)
+    ids = text.joined()
+    return text.windows([crop(ids) for _ in range(samples)], ", documents joined")
 
 
-def _documents(use: str, source: Any, field: str) -> tuple[list[str], str]:
-    """The texts, and what they are called in messages."""
-    if isinstance(source, str | Path):
-        return read_documents(source, field=field), _describe(source)
-    documents = [text for text in source if text.strip()]
-    if not documents:
-        raise DataError(f"{use}: there is no text in the given documents")
-    return documents, "given documents"
+class _Text:
+    """Documents to be cut into windows: what each begins with, and `length` tokens of text."""
 
+    def __init__(
+        self, use: str, source: Any, tokenizer: Any, seq_len: int, field: str, bos: str
+    ) -> None:
+        self.use, self.words, self._tokenizer = use, "given documents", tokenizer
+        if isinstance(source, str | Path):
+            self.words = str(source) if str(source).startswith("hf:") else Path(source).name
+            self.documents = read_documents(source, field=field)
+        else:
+            self.documents = [text for text in source if text.strip()]
+        if not self.documents:
+            raise DataError(f"{use}: there is no text in the given documents")
+        if tokenizer is None:
+            raise DataError("text needs the model's tokenizer; give one, or token tensors")
+        self._begin = beginning_of(tokenizer, bos)
+        self.length = seq_len - len(self._begin.ids)
+        if self.length <= 0:
+            raise DataError(
+                f"`seq_len` {seq_len} leaves no room after the beginning token; take more"
+            )
+        self._tokenize = whole_tokens if bos == "never" else plain_tokens
 
-def _room(tokenizer: Any, bos: str, seq_len: int) -> tuple[Beginning, int]:
-    """What a window begins with, and how many tokens of text it has room for."""
-    if tokenizer is None:
-        raise DataError("text needs the model's tokenizer; give one, or token tensors")
-    begin = beginning_of(tokenizer, bos)
-    if seq_len <= len(begin.ids):
-        raise DataError(f"`seq_len` {seq_len} leaves no room after the beginning token; take more")
-    return begin, seq_len - len(begin.ids)
+    def encoded(self, text: str) -> list[int]:
+        return self._tokenize(self._tokenizer, text)
 
+    def joined(self) -> list[int]:
+        """All documents with blank lines between, at least one window."""
+        ids = self.encoded(JOIN.join(self.documents))
+        if len(ids) < self.length:
+            raise DataError(
+                f"{self.use} text ({self.words}) has {len(ids)} tokens, less than one window of "
+                f"{self.length}; give more text or a smaller `seq_len`"
+            )
+        return ids
 
-def _crop(ids: list[int], length: int, generator: random.Random) -> list[int]:
-    start = generator.randint(0, len(ids) - length)
-    return ids[start : start + length]
-
-
-def _check_length(what: str, words: str, ids: list[int], length: int) -> None:
-    if len(ids) < length:
-        raise DataError(
-            f"{what} text ({words}) has {len(ids)} tokens, less than one window of "
-            f"{length}; give more text or a smaller `seq_len`"
-        )
-
-
-def _begun(crops: Sequence[list[int]], words: str, begin: Beginning) -> Windows:
-    tokens = torch.tensor([[*begin.ids, *crop] for crop in crops], dtype=torch.int64)
-    return Windows(tokens, words, begin)
+    def windows(self, crops: Sequence[list[int]], words: str = "") -> Windows:
+        tokens = torch.tensor([[*self._begin.ids, *crop] for crop in crops], dtype=torch.int64)
+        return Windows(tokens, self.words + words, self._begin)
 
 
 def evaluation_windows(
@@ -165,27 +164,21 @@ def evaluation_windows(
     """Documents joined by a blank line, tokenised once, cut into non-overlapping windows, the tail
     dropped; each window begins with what the tokenizer puts before a text (see
     `maskopt.models.checkpoints.bos`). `limit` keeps the first so many windows. A `.npy` file of tokens
-    [windows, length] is taken as it is.
+    [windows, length] is taken unchanged.
 
     Raises:
         DataError: no text, or less than one window of it; tokens of a wrong shape.
-        OptionError: an impossible length or number of windows.
     """
-    check_count("seq_len", seq_len, least=2)
     if _is_npy(source):
         return token_windows(_load_npy(Path(source)), Path(source).name).take(slice(limit))
-    documents, words = _documents("evaluation", source, field)
-    begin, length = _room(tokenizer, bos, seq_len)
-    tokenize = whole_tokens if bos == "never" else plain_tokens
-    ids = tokenize(tokenizer, JOIN.join(documents))
-    _check_length("evaluation", words, ids, length)
-    count = len(ids) // length
-    count = min(count, limit) if limit is not None else count
-    return _begun([ids[i * length : (i + 1) * length] for i in range(count)], words, begin)
+    cut = _Text("evaluation", source, tokenizer, seq_len, field, bos)
+    ids = cut.joined()
+    starts = range(0, len(ids) - cut.length + 1, cut.length)[:limit]
+    return cut.windows([ids[start : start + cut.length] for start in starts])
 
 
 def token_windows(tokens: Any, source: str) -> Windows:
-    """Check token tensors given as they are: integers [samples, length], length at least 1."""
+    """Given tokens as windows: integers [samples, length], length at least 1."""
     tensor = torch.as_tensor(tokens)
     if tensor.ndim == 1:
         tensor = tensor[None]
@@ -210,7 +203,7 @@ def check_vocabulary(windows: Windows, size: int) -> None:
 
 
 def are_tokens(source: Any) -> bool:
-    """Is it tokens that are taken as they are: windows, a tensor, or a `.npy` file?"""
+    """Is it tokens instead of text: windows, a tensor, or a `.npy` file?"""
     return isinstance(source, Windows | Tensor) or _is_npy(source)
 
 
@@ -232,13 +225,3 @@ def _load_npy(path: Path) -> np.ndarray:
         raise DataError(f"{path}: tokens must be whole numbers, not {found.dtype}")
     # torch has only the byte order of this machine
     return found.astype(found.dtype.newbyteorder("="), copy=False)
-
-
-def _describe(source: str | Path) -> str:
-    return str(source) if str(source).startswith("hf:") else Path(source).name
-
-
-def check_count(name: str, value: int, least: int = 1) -> None:
-    """Raise OptionError for what is no such count."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise OptionError(f"`{name}` must be a whole number of at least {least}, not {value!r}")

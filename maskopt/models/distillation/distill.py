@@ -18,9 +18,9 @@ from torch import Tensor
 
 from maskopt.errors import DataError, ModelError
 from maskopt.models.architecture.blocks import Layer, matrix
-from maskopt.models.architecture.mask_model import layer_masks
-from maskopt.models.architecture.source import FolderSource
-from maskopt.models.architecture.stored_masks import merged
+from maskopt.models.architecture.loading import merged
+from maskopt.models.architecture.source import FolderSource, layer_masks
+from maskopt.models.blockwise.divergence import divergence_loss
 from maskopt.models.blockwise.job import Job, open_job
 from maskopt.models.blockwise.memory import check_memory
 from maskopt.models.blockwise.windows import held_out, tokens_or_tokenizer
@@ -35,14 +35,19 @@ from maskopt.models.checkpoints.write import (
     disk_needed,
     write_shard,
 )
-from maskopt.models.evaluation.perplexity import check_targets, walk_whole
+from maskopt.models.evaluation.evaluate import check_targets, walk_whole
 from maskopt.models.options.distill import DistillOptions
 from maskopt.models.options.walk import WalkOptions, options_by_name
 from maskopt.models.pruning.run import Run, fingerprint_of
 from maskopt.models.structured.change import folder_source
-from maskopt.models.training.divergence import divergences
-from maskopt.models.training.trainer import Task, Trained, train
-from maskopt.models.training.training_state import BYTES, FolderKeeper, Keeper, Losses
+from maskopt.models.training.trainer import (
+    BYTES,
+    FolderKeeper,
+    Losses,
+    Task,
+    Trained,
+    train,
+)
 
 FORMAT = "maskopt-distill-1"
 #: fingerprint, losses and digests of a result
@@ -138,7 +143,7 @@ def distill_model(
         # the dense model's threads begin first, so that they end last
         with dense, student:
             walk_whole(dense, lambda done, total: tell("dense model", done, total))
-            dense.rest()
+            dense.source.drop()
             trained, layers = _train(student, dense, options, keeper, tell)
         run.check_models()
         new = {layer.name: (layer, matrix(source.model, layer).cpu()) for layer in layers}
@@ -242,7 +247,7 @@ def _check_same_model(source: FolderSource, pruned: Checkpoint) -> None:
 
 
 def _train(
-    student: Job, dense: Job, options: DistillOptions, keeper: Keeper, tell: OnDistill
+    student: Job, dense: Job, options: DistillOptions, keeper: FolderKeeper, tell: OnDistill
 ) -> tuple[Trained, list[Layer]]:
     """Train the student in memory; also the layers that may have changed."""
     source = folder_source(student.source)
@@ -250,7 +255,7 @@ def _train(
     fitted = [window for window in range(student.count) if window not in held]
     with (
         student.in_memory(recompute=options.recompute) as states,
-        divergences(student, dense, states) as loss,
+        divergence_loss(student, dense, states) as loss,
     ):
         kept = _kept(source, options)
         free = {
@@ -268,7 +273,7 @@ def _train(
             fitted,
             sorted(held),
             # passes of all windows would take nearly as long as an epoch
-            told=fitted[: len(held)],
+            reported=fitted[: len(held)],
             how=options,
         )
         done, total = 0, options.epochs * len(fitted)

@@ -1,6 +1,6 @@
-"""How far are masks from the best possible? Certified gaps of full-width rows.
+"""Certified gaps of full-width rows: how far masks are from the best possible.
 
-`bound_layers` bounds rows of layer problems beside a solver's masks; `certify_model` does the same for the
+`bound_layers` bounds rows of layer problems for a solver's masks; `certify_model` does the same for the
 masks of a model that is already pruned. Every bound is re-checked from its certificate by
 `maskopt.protocol.bounds` before it is reported, and once more where a later run reads it from the folder
 `<output>.rows`.
@@ -45,12 +45,12 @@ OnRows = Callable[[int, str], None]
 
 @dataclass(frozen=True)
 class GapRecord:
-    """One row: its mask's objective, a certified lower bound, and what lies between.
+    """One row: its mask's objective, a certified lower bound, and the gap between them.
 
     `value`, `value_bound` and `gap` are those of `maskopt.experiments.compare.Record`.
-    `kind` is the layer's kind where the row is one of a model's (`self_attn.q_proj`), else its name.
-    `model` is `result_digest` of the pruned model that the row belongs to; empty where it belongs to none.
-    `seconds` is the bound's share of the time that its batch of rows took.
+    `kind` is the layer's kind for a row of a model (`self_attn.q_proj`), else its name.
+    `model` is `result_digest` of the pruned model of the row; empty where there is none.
+    `seconds` is the bound's share of the time of its batch of rows.
     """
 
     instance: str
@@ -71,7 +71,7 @@ class GapRecord:
 
     @property
     def bounded(self) -> bool:
-        """Does the bound say anything?"""
+        """Is the bound informative?"""
         return is_bounded(self.objective, self.lower_bound)
 
 
@@ -92,29 +92,25 @@ def bound_layers(
     """Rows of every layer, the mask of `solver`, and the bound of `method`.
 
     Args:
-        kinds: of layers, by name, as the records are to call them.
+        kinds: names of kinds in the records, by layer.
         rows: sampled from each layer; None: all.
         columns: inputs that each row is restricted to, drawn per row; None: full width.
         jobs: as for `compare`. One at a time bounds the rows of a layer together; several,
             each row by itself, with its share of a layer's time limit.
-        output: `.jsonl` grows as layers finish and makes the run resumable (what else the file holds
-            stays in it). Certificates lie in the folder `<output>.rows`, and only a row whose certificate
+        output: `.jsonl` grows as layers finish and makes the run resumable (other records in the file
+            stay). Certificates lie in the folder `<output>.rows`, and only a row whose certificate
             holds is skipped. `.csv` and `.parquet` are written at the end.
     """
     check_rows(rows)
-    options = dict(method_options or {})
+    how = _How(method, dict(method_options or {}), seed)
     kinds = kinds or {}
     parts = (
-        _Rows(
-            part,
-            kinds.get(layer.name, layer.name),
-            chosen,
-            solve(part, solver).uninterrupted().mask,
-        )
+        _rows(how, part, kinds.get(layer.name, layer.name), chosen, mask)
         for position, layer in enumerate(problems)
         for part, chosen in _sampled(layer, rows, columns, seed=[seed, position])
+        for mask in [solve(part, solver).uninterrupted().mask]
     )
-    return _certify(parts, method, options, seed, jobs, output, on_rows)
+    return _certify(parts, how, jobs, output, on_rows)
 
 
 def certify_model(
@@ -134,19 +130,19 @@ def certify_model(
     """The certified gap of sampled full-width rows of a pruned model.
 
     The weights are those of `model`, the masks those of `pruned` (what `maskopt prune` wrote), the
-    Gram matrices those of the inputs that each layer sees in the pruned model, on the given text: the
-    gap says how much better any other mask could serve there.
+    Gram matrices those of each layer's inputs in the pruned model, on the given text: no other mask can lower
+    the error there by more than the gap.
 
     Args:
         rows_per_layer: sampled from each layer, by the `seed`.
-        layers: another word for `include`, among those that were pruned; all of them by default.
+        layers: the same as `include`, among the pruned layers; all of them by default.
         method: as for `lower_bound`.
         method_options: its options.
         jobs: as for `bound_layers`.
         shorthand: options of the walk by name, as for `collect_problems`: `samples`, `seed`, …
 
     Raises:
-        ModelError: the folders do not belong together, or weights were set anew, or rows trade.
+        ModelError: the folders do not belong together, weights were updated, or rows share a budget.
         DataError: an `output` with gaps of another model.
         MaskoptError: of what is called.
     """
@@ -183,10 +179,9 @@ def certify_model(
         dense = walks.enter_context(closing(layer_problems(model, unseen=True, **common)))
         sparse = walks.enter_context(closing(layer_problems(pruned, **common)))
         counts = manifest["fingerprint"]["options"].get("counts", {})
-        parts = _model_rows(dense, sparse, counts, rows_per_layer, seed)
-        options = dict(method_options or {})
-        model_digest = result_digest(manifest)
-        return _certify(parts, method, options, seed, jobs, output, on_rows, model_digest)
+        how = _How(method, dict(method_options or {}), seed, result_digest(manifest))
+        parts = _model_rows(how, dense, sparse, counts, rows_per_layer)
+        return _certify(parts, how, jobs, output, on_rows)
 
 
 def by_kind(records: Sequence[GapRecord]) -> dict[str, tuple[int, float, float, float]]:
@@ -206,116 +201,134 @@ def by_kind(records: Sequence[GapRecord]) -> dict[str, tuple[int, float, float, 
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Rows of one layer that are bounded together: which they are, and their masks."""
+class _How:
+    """How rows are bounded; `model` is that of the records."""
 
+    method: str
+    options: Mapping[str, Any]
+    seed: int
+    model: str = ""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of one layer that are bounded together, with their masks.
+
+    Attributes:
+        chosen: their indices in the layer.
+        keys: the identities of their records.
+    """
+
+    how: _How
     problem: LayerProblem
     kind: str
     chosen: Sequence[int]
     mask: Tensor
-
-    def keys(self, method: str, options: Mapping[str, Any]) -> list[str]:
-        """Of every row, what its record is known by; of rows that trade, by all of them."""
-        own = [
-            _key(self.problem, i, self.mask[i], self.chosen[i], method, options)
-            for i in range(self.problem.rows)
-        ]
-        if not self.problem.pooled:
-            return own
-        counts = self.problem.shares.tolist()
-        return [_short(json.dumps([at, own, counts])) for at in range(len(own))]
+    keys: Sequence[str]
 
     def parts(self) -> list[list[int]]:
-        """The rows by the bounds that they have: one each, or one of all rows of a pooled layer."""
+        """The rows by their bounds: one each, or one for all rows of a shared budget."""
         every = list(range(self.problem.rows))
         return [every] if self.problem.pooled else [[row] for row in every]
 
-    def resumed(
-        self, store: Store, keys: Sequence[str], held: Container[str]
-    ) -> Iterator[tuple[_Rows, list[str], Solution]]:
-        """What an earlier run bounded: rows with their keys, out of `held`, and a solution that holds."""
-        for part in self.parts():
-            own = [keys[row] for row in part]
-            if not all(key in held for key in own):
-                continue
-            rows = self if self.problem.pooled else self.take(part)
-            solution = store.solution(own[0], rows.problem)
-            if solution is not None and torch.equal(solution.mask, rows.mask.cpu()):
-                yield rows, own, solution
-
     def take(self, rows: list[int]) -> _Rows:
-        """Some of them."""
-        chosen = [self.chosen[row] for row in rows]
-        return _Rows(self.problem.take(rows), self.kind, chosen, self.mask[rows])
+        """Some of them; of a shared budget all."""
+        if self.problem.pooled:
+            return self
+        chosen, keys = [self.chosen[row] for row in rows], [self.keys[row] for row in rows]
+        problem = self.problem.take(rows)
+        return _Rows(self.how, problem, self.kind, chosen, self.mask[rows], keys)
 
-    def calls(
-        self,
-        keys: Sequence[str],
-        finished: Container[str],
-        method: str,
-        options: Mapping[str, Any],
-        seed: int,
-        *,
-        apart: bool,
-    ) -> list[Any]:
+    def resumed(self, store: Store, held: Container[str]) -> Iterator[tuple[_Rows, Solution]]:
+        """The rows among `held` that an earlier run bounded, with a solution that holds."""
+        for rows in map(self.take, self.parts()):
+            if not all(key in held for key in rows.keys):
+                continue
+            solution = store.solution(rows.keys[0], rows.problem)
+            if solution is not None and torch.equal(solution.mask, rows.mask.cpu()):
+                yield rows, solution
+
+    def calls(self, finished: Container[str], *, apart: bool) -> list[Any]:
         """Jobs that bound the rows that are not finished: all in one, or each `apart`, with its share of
-        the time for all. Rows that trade have one bound, of all of them."""
-        missing = [row for row, key in enumerate(keys) if key not in finished]
-        if missing and self.problem.pooled:
-            return [delayed(_bounded)(self, list(keys), method, options, seed)]
-        if missing and not apart:
-            return [
-                delayed(_bounded)(
-                    self.take(missing), [keys[r] for r in missing], method, options, seed
+        the time limit; rows of a shared budget in one."""
+        missing = [row for row, key in enumerate(self.keys) if key not in finished]
+        if not missing:
+            return []
+        if not apart or self.problem.pooled:
+            return [delayed(_bounded)(self.take(missing))]
+        options = dict(self.how.options)
+        if options.get("time_limit") is not None:
+            options["time_limit"] /= len(self.keys)
+        rows = replace(self, how=replace(self.how, options=options))
+        return [delayed(_bounded)(rows.take([row])) for row in missing]
+
+    def records(self, solution: Solution) -> list[GapRecord]:
+        """One for every row."""
+        found = []
+        for i, key in enumerate(self.keys):
+            objective, bound = float(solution.objective[i]), float(solution.lower_bound[i])
+            posed = self.problem.row(i).posed(objective, bound)
+            found.append(
+                GapRecord(
+                    instance=self.problem.name,
+                    kind=self.kind,
+                    row=int(self.chosen[i]),
+                    n=self.problem.n,
+                    pattern=str(self.problem.pattern),
+                    method=self.how.method,
+                    objective=objective,
+                    lower_bound=bound,
+                    value=posed.value,
+                    value_bound=posed.bound,
+                    gap=posed.gap,
+                    seconds=solution.seconds,
+                    seed=self.how.seed,
+                    key=key,
+                    model=self.how.model,
                 )
-            ]
-        own = dict(options)
-        if own.get("time_limit") is not None:
-            own["time_limit"] /= len(keys)
-        return [delayed(_bounded)(self.take([r]), [keys[r]], method, own, seed) for r in missing]
+            )
+        return found
+
+
+def _rows(
+    how: _How, problem: LayerProblem, kind: str, chosen: Sequence[int], mask: Tensor
+) -> _Rows:
+    """Rows with their keys; of a shared budget each key is by all rows."""
+    keys = [
+        _key(problem, i, mask[i], chosen[i], how.method, how.options) for i in range(problem.rows)
+    ]
+    if problem.pooled:
+        counts = problem.shares.tolist()
+        keys = [_short(json.dumps([at, keys, counts])) for at in range(len(keys))]
+    return _Rows(how, problem, kind, chosen, mask, keys)
 
 
 def _certify(
-    parts: Iterable[_Rows],
-    method: str,
-    options: dict[str, Any],
-    seed: int,
-    jobs: int | None,
-    output: Path | None,
-    on_rows: OnRows,
-    model: str = "",
+    parts: Iterable[_Rows], how: _How, jobs: int | None, output: Path | None, on_rows: OnRows
 ) -> list[GapRecord]:
-    make_bound(method, **limits_of(None, options)[1])
+    make_bound(how.method, **limits_of(None, dict(how.options))[1])
     store = Store(output, GapRecord)
     held: dict[str, GapRecord] = store.records()
-    if any(record.model != model for record in held.values()):
+    if any(record.model != how.model for record in held.values()):
         raise DataError(f"{output}: holds gaps of another model; name another file")
     finished: dict[str, GapRecord] = {}
     order: list[str] = []
     apart = workers(jobs) > 1
     for together in _batches(parts, BATCH if apart else 1):
-        keyed = [(rows, rows.keys(method, options)) for rows in together]
-        for rows, keys in keyed:
-            for some, own, solution in rows.resumed(store, keys, held):
-                for record in _records(some, own, solution, method, seed):
-                    finished[record.key] = replace(record, model=model)
-        calls = [
-            call
-            for rows, keys in keyed
-            for call in rows.calls(keys, finished, method, options, seed, apart=apart)
-        ]
+        for some, solution in (x for rows in together for x in rows.resumed(store, held)):
+            finished |= {record.key: record for record in some.records(solution)}
+        calls = [call for rows in together for call in rows.calls(finished, apart=apart)]
         if calls:
             on_rows(len(order), together[0].problem.name)
         for bounded in as_they_finish(calls, jobs):
             for records, solution in bounded:
-                of_model = [replace(record, model=model) for record in records]
-                finished |= {record.key: record for record in of_model}
-                store.add(records[0].key, solution, *of_model)
-        order += [key for _, keys in keyed for key in keys]
+                finished |= {record.key: record for record in records}
+                store.add(records[0].key, solution, *records)
+        order += [key for rows in together for key in rows.keys]
         on_rows(len(order), together[-1].problem.name)
-    records = [finished[key] for key in order]
-    store.finish(records)
-    return records
+    found = [finished[key] for key in order]
+    store.finish(found)
+    return found
 
 
 def _batches(parts: Iterable[_Rows], rows: int) -> Iterator[list[_Rows]]:
@@ -330,13 +343,11 @@ def _batches(parts: Iterable[_Rows], rows: int) -> Iterator[list[_Rows]]:
         yield batch
 
 
-def _bounded(
-    rows: _Rows, keys: Sequence[str], method: str, options: Mapping[str, Any], seed: int
-) -> list[tuple[list[GapRecord], Solution]]:
-    """Rows of a layer together, each with its bound and its solution. The one bound of a pooled layer is
-    shared out, so that each row has the layer's gap."""
+def _bounded(rows: _Rows) -> list[tuple[list[GapRecord], Solution]]:
+    """Records and solution of each bound. The one bound of a shared budget is divided so that each row has
+    the layer's gap."""
     problem = rows.problem
-    bound = lower_bound(problem, method, **options)
+    bound = lower_bound(problem, rows.how.method, **rows.how.options)
     value = bound.value
     if problem.pooled:
         objective, counts = problem.objective(rows.mask), problem.shares
@@ -344,46 +355,17 @@ def _bounded(
         value = objective * (float((counts * value).sum()) / total if total else 0.0)
     solution = Solution.of(problem, rows.mask, lower_bound=value, certificate=bound.certificate)
     solution = replace(solution, seconds=bound.seconds / problem.rows)
-    records = _records(rows, keys, solution, method, seed)
+    records = rows.records(solution)
     return [
         ([records[row] for row in part], solution if problem.pooled else solution.take(part))
         for part in rows.parts()
     ]
 
 
-def _records(
-    rows: _Rows, keys: Sequence[str], solution: Solution, method: str, seed: int
-) -> list[GapRecord]:
-    problem = rows.problem
-    posed = [
-        problem.row(i).posed(float(solution.objective[i]), float(solution.lower_bound[i]))
-        for i in range(problem.rows)
-    ]
-    return [
-        GapRecord(
-            instance=problem.name,
-            kind=rows.kind,
-            row=int(rows.chosen[i]),
-            n=problem.n,
-            pattern=str(problem.pattern),
-            method=method,
-            objective=float(solution.objective[i]),
-            lower_bound=float(solution.lower_bound[i]),
-            value=posed[i].value,
-            value_bound=posed[i].bound,
-            gap=posed[i].gap,
-            seconds=solution.seconds,
-            seed=seed,
-            key=key,
-        )
-        for i, key in enumerate(keys)
-    ]
-
-
 def _sampled(
     layer: LayerProblem, rows: int | None, columns: int | None, *, seed: Sequence[int]
 ) -> Iterator[tuple[LayerProblem, list[int]]]:
-    """The layer with some rows; where columns are drawn, each row is a problem of its own."""
+    """The layer with some rows; where columns are drawn, each row is its own problem."""
     drawn = draw_rows(layer, rows, columns, seed=seed)
     whole = [row for row, inputs in drawn if inputs is None]
     if whole:
@@ -396,14 +378,14 @@ def _sampled(
 
 
 def _model_rows(
+    how: _How,
     dense: Iterator[tuple[Layer, LayerProblem]],
     sparse: Iterator[tuple[Layer, LayerProblem]],
     counts: Mapping[str, int],
     rows_per_layer: int,
-    seed: int,
 ) -> Iterator[_Rows]:
-    """Pairs what two walks in the same order yield. `dense` has all layers: of it only the weights are used,
-    and an expert may see tokens in one of the two alone."""
+    """Rows from two walks in the same order: weights from `dense`, which has all layers (an expert may see
+    tokens in only one of the two), masks and Gram matrices from `sparse`."""
     places = enumerate(dense)
     for other, pruned in sparse:
         name = other.name
@@ -411,19 +393,19 @@ def _model_rows(
         if found is None:
             raise ModelError(f"{name}: is a layer of the pruned model alone; not the same model")
         position, (layer, original) = found
-        for part, chosen in _sampled(original, rows_per_layer, None, seed=[seed, position]):
+        for part, chosen in _sampled(original, rows_per_layer, None, seed=[how.seed, position]):
             kept_weight = pruned.weight[chosen]
             changed = (kept_weight != 0) & (kept_weight != part.weight)
             if bool(changed.any()):
                 raise ModelError(f"{name}: kept weights differ from the original model's")
-            # where layers trade, each has a count of its own
+            # where layers share a budget, each has its own count
             pattern = Unstructured(keep=layer.n - counts[name]) if counts else part.pattern
             problem = LayerProblem(part.weight, pruned.gram, pattern, name=name, assume_psd=True)
-            yield _Rows(problem, layer.kind, chosen, _mask_of(problem, kept_weight != 0))
+            yield _rows(how, problem, layer.kind, chosen, _mask_of(problem, kept_weight != 0))
 
 
 def _mask_of(problem: LayerProblem, nonzero: Tensor) -> Tensor:
-    """The mask behind what is not zero: a weight that was zero before may count as kept or pruned."""
+    """The mask from the nonzero weights: a weight that was zero before may count as kept or pruned."""
     score = torch.where(nonzero, 2, torch.where(problem.weight == 0, 1, 0))
     grouped = score.view(problem.rows, -1, problem.group_size)
     order = grouped.argsort(dim=-1, stable=True)[..., : problem.pruned_per_group]

@@ -14,15 +14,14 @@ from maskopt.models.blockwise.job import Job, open_job
 from maskopt.models.blockwise.progress import OnBlockProgress
 from maskopt.models.checkpoints.report import PruneReport
 from maskopt.models.checkpoints.workspace import MANIFEST, check_place, unfinished
-from maskopt.models.evaluation.evaluate import Evaluation, evaluate
-from maskopt.models.evaluation.perplexity import check_targets
+from maskopt.models.evaluation.evaluate import Evaluation, check_targets, evaluate
 from maskopt.models.options.prune import NONE, PruneOptions
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.pruning.gram_store import GramStore
 from maskopt.models.pruning.prune import prune_model
 from maskopt.models.pruning.run import Run
 
-#: options of the prunes that their evaluation takes over
+#: options of a prune that hold for its evaluation, too
 _OF_JUDGING = ("device", "threads", "activation_memory", "trust_remote_code")
 
 
@@ -96,11 +95,11 @@ def sweep(
     if text is None:
         return found, None
     dense, *others = evaluate([model, *(one.output for one in found)], text, walk, windows=windows)
-    return [replace(a, evaluation=b) for a, b in zip(found, others, strict=True)], dense
+    return [replace(one, evaluation=x) for one, x in zip(found, others, strict=True)], dense
 
 
 def _check_judging(job: Job) -> None:
-    """Refuse text that cannot be used, and a model whose pruned folders need its code to be opened."""
+    """Refuse a text without targets, or a model whose pruned folders cannot be opened."""
     checkpoint = job.source.checkpoint
     assert checkpoint is not None
     if checkpoint.config.get("auto_map"):
@@ -108,12 +107,11 @@ def _check_judging(job: Job) -> None:
             f"{checkpoint.folder}: config.json asks to run code that comes with the model (auto_map), which "
             "is not copied to the pruned folders; leave out `text`, copy it there and judge by `maskopt eval`"
         )
-    assert job.windows is not None
     check_targets(job.windows)
 
 
 def _check(model: str | Path, store: GramStore, options: Sequence[PruneOptions]) -> None:
-    """Refuse what `prune_model` would refuse for any of them."""
+    """Refuse what `prune_model` would refuse in any of them."""
     job = open_job(model, None, options[0])
     job.source.blocks.check_unshared(job.layers)
     store.check_model(job)

@@ -16,10 +16,9 @@ from maskopt.core.files import check_writable
 from maskopt.core.pattern import Pattern, pattern_to_dict
 from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Layer
-from maskopt.models.architecture.source import FolderSource, MemorySource
+from maskopt.models.architecture.source import FolderSource, Source
 from maskopt.models.blockwise.collect import Grams
-from maskopt.models.blockwise.job import Job
-from maskopt.models.blockwise.walk_block import Block
+from maskopt.models.blockwise.job import Block, Job
 from maskopt.models.checkpoints.checkpoint import file_digest, open_checkpoint
 from maskopt.models.checkpoints.mask_file import (
     Edits,
@@ -158,7 +157,9 @@ class FolderResults(Results):
     ) -> None:
         super().__init__(job, run)
         self._run, self._source, self._left = run, source, left
-        self._block_of = {t: layer.block for layer in job.layers for t in source.tensors_of(layer)}
+        self._block_of = {
+            t: layer.block for layer in job.layers for t in source.stored_parts(layer.parameter)
+        }
         for block in {layer.block for layer in job.layers}:
             self._block_of |= {name: block for name, _ in source.vectors(block).values()}
         self._block_of |= cuts or {}
@@ -266,7 +267,7 @@ class FolderResults(Results):
 class MemoryResults(Results):
     """Masks are kept in memory; where a folder is asked for, the model is saved at the end."""
 
-    def __init__(self, job: Job, run: Run | None, source: MemorySource, tokenizer: Any) -> None:
+    def __init__(self, job: Job, run: Run | None, source: Source, tokenizer: Any) -> None:
         super().__init__(job, run)
         self._source, self._tokenizer = source, tokenizer
         self._stored: dict[str, TensorMask] = {}
@@ -314,7 +315,6 @@ def results_of(job: Job, run: Run | None, tokenizer: Any) -> FolderResults | Mem
         if run is None:
             raise ModelError("pruning a model folder needs an output folder: name `output`")
         return FolderResults(job, run, source)
-    assert isinstance(source, MemorySource)
     if job.ranks.size > 1:
         raise ModelError("several processes prune a model folder; save the model first")
     return MemoryResults(job, run, source, tokenizer)

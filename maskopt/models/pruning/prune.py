@@ -22,9 +22,8 @@ from maskopt.errors import ModelError, OptionError
 from maskopt.models.architecture.blocks import Layer, matrix
 from maskopt.models.architecture.source import as_stored
 from maskopt.models.blockwise.distributed import ALONE, Ranks
-from maskopt.models.blockwise.job import Job, open_job
+from maskopt.models.blockwise.job import Block, Job, open_job
 from maskopt.models.blockwise.progress import OnBlockProgress
-from maskopt.models.blockwise.walk_block import Block
 from maskopt.models.blockwise.windows import tokens_or_tokenizer
 from maskopt.models.checkpoints.journal import differences, in_words
 from maskopt.models.checkpoints.report import PruneReport

@@ -19,8 +19,8 @@ from maskopt.models.architecture.blocks import Layer, matrix
 from maskopt.models.architecture.source import as_stored
 from maskopt.models.blockwise.collect import Grams
 from maskopt.models.blockwise.distributed import Ranks
+from maskopt.models.blockwise.gradients import counting
 from maskopt.models.blockwise.job import Job
-from maskopt.models.blockwise.sensitivity import counting
 from maskopt.models.checkpoints.report import LayerReport
 from maskopt.models.options.prune import AUTO, PruneOptions
 from maskopt.models.pruning.problems import held_problem, layer_problem

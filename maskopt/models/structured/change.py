@@ -16,8 +16,7 @@ from torch import Tensor
 from maskopt.errors import ModelError, OptionError
 from maskopt.models.architecture.source import FolderSource, Source
 from maskopt.models.architecture.structures import Cut
-from maskopt.models.blockwise.job import Job, open_job
-from maskopt.models.blockwise.walk_block import Block
+from maskopt.models.blockwise.job import Block, Job, open_job
 from maskopt.models.blockwise.windows import tokens_or_tokenizer
 from maskopt.models.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint, read_json
 from maskopt.models.checkpoints.mask_file import Edits

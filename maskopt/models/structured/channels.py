@@ -38,9 +38,8 @@ from maskopt.models.architecture.structures import (
     heads_of,
 )
 from maskopt.models.blockwise.collect import Grams
-from maskopt.models.blockwise.job import Job
+from maskopt.models.blockwise.job import Block, Job
 from maskopt.models.blockwise.progress import OnBlockProgress
-from maskopt.models.blockwise.walk_block import Block
 from maskopt.models.checkpoints.mask_file import MaskFiles, unpack
 from maskopt.models.checkpoints.report import LayerReport, PruneReport
 from maskopt.models.checkpoints.workspace import MASKS
@@ -243,7 +242,7 @@ class StructureCuts:
 
     def __init__(self, source: FolderSource, every: Sequence[Structures]) -> None:
         self.by_consumer = {one.consumer.name: one for one in every}
-        self.consumers = {source.tensors_of(one.consumer)[0]: one for one in every}
+        self.consumers = {source.stored_parts(one.consumer.parameter)[0]: one for one in every}
         self.stored: dict[str, list[tuple[str, Cut]]] = {}
         self.blocks: dict[str, int] = {}
         for one in every:

@@ -29,9 +29,8 @@ from maskopt.models.architecture.all_experts import takes_routing
 from maskopt.models.architecture.blocks import Blocks, is_experts
 from maskopt.models.architecture.source import FolderSource
 from maskopt.models.architecture.structures import Cut
-from maskopt.models.blockwise.job import Job
+from maskopt.models.blockwise.job import Block, Job
 from maskopt.models.blockwise.progress import OnBlockProgress
-from maskopt.models.blockwise.walk_block import Block
 from maskopt.models.checkpoints.checkpoint import read_json
 from maskopt.models.checkpoints.report import LayerReport, PruneReport
 from maskopt.models.checkpoints.write import disk_needed

@@ -1,8 +1,8 @@
-"""The reconstruction of a block: its kept weights are trained, part by part, towards the dense block.
+"""Blockwise training: the kept weights of a block are trained, part by part, towards the dense block.
 
-While the block still has its dense weights its parts' outputs in the dense model are recorded. Once its
-layers are pruned each part in turn, or the block as a whole, is given what it is given in the pruned model
-(with the parts before it trained already), and its kept weights are trained to give what was recorded.
+While the block still has its dense weights, the outputs of its parts in the dense model are recorded as
+targets. Once its layers are pruned, each part in turn, or the block as a whole, is trained on its inputs in
+the pruned model (after the parts before it were trained).
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from maskopt.models.checkpoints.report import PartReport
 from maskopt.models.options.training import ALL, BLOCK, CHANNELS, COSINE, SQUARE, Reconstruction
 from maskopt.models.training.trainer import Task, train
 
-#: of the mean square of a window's targets: what a token's own is at least taken for
+#: lower limit of a token's mean square, relative to that of its window's targets
 _LEAST = 1e-6
-#: of the mean square of all channels: what a channel's own is at least taken for
+#: lower limit of a channel's mean square, relative to that of all channels
 _LEAST_OF_CHANNEL = 1e-3
 
 
 class Targets:
-    """The parts of an open block, and what they give in the dense model.
+    """The parts of an open block, and their outputs in the dense model.
 
     Attributes:
-        trained_vectors: names in the model of the norms and biases that were trained.
+        trained_layers, trained_vectors: names of the layers, and of the norms and biases, that were trained.
 
     Args:
         index: of the block in the model.
-        layers: whose weights may change.
-        vectors: the block's parameters with one dimension that may change where all is trained: by name, the
-            stored tensor and its dtype.
-        stored: the dtype in which a layer's weights are written.
+        layers: those whose weights may change.
+        vectors: the block's norms and biases that may change where all is trained: by name, the stored tensor
+            and its dtype.
+        stored: returns the dtype in which a layer's weights are written.
         seed: of the order of the windows.
         folder: for files of hidden states; None keeps them in memory.
     """
@@ -59,12 +59,9 @@ class Targets:
         folder: Path | None,
     ) -> None:
         self.block, self.index, self.how, self.folder = block, index, how, folder
-        whole = Part("", block.module, layers)
-        self.parts = (
-            [whole]
-            if how.granularity == BLOCK
-            else parts_of(block.module, f"{block.name}.", layers)
-        )
+        self.parts = [Part("", block.module, layers)]
+        if how.granularity != BLOCK:
+            self.parts = parts_of(block.module, f"{block.name}.", layers)
         self._vectors = dict(vectors) if how.train == ALL else {}
         self._stored = stored
         self.trained_layers: set[str] = set()
@@ -78,8 +75,8 @@ class Targets:
         return Recorded(self.block.samples.count, self.folder)
 
     def record(self, tick: Callable[[int], None], *, advance: bool) -> None:
-        """Send the dense hidden states through the block, which still has its dense weights; what comes out
-        takes their place where they are to advance."""
+        """Record the targets: send the dense hidden states through the block with its dense weights;
+        `advance` replaces them by its outputs."""
         dense = self.block.samples.dense
         assert dense is not None
         for window, heard, output in self._passes(range(len(self.parts)), dense, tick):
@@ -98,7 +95,7 @@ class Targets:
         masks: Mapping[str, tuple[Layer, Tensor]],
         ticker: Callable[[str, int], Callable[[int], None]],
     ) -> Iterator[PartReport]:
-        """Train every part that has kept weights; the model's weights are changed in place.
+        """Train every part that has kept weights, in place.
 
         Args:
             masks: of the layers that may change, by name, True = kept.
@@ -126,14 +123,16 @@ class Targets:
                     self._loss(index, gives, fitted),
                     fitted,
                     held,
-                    told=fitted,
+                    reported=fitted,
                     how=self.how,
                 )
                 generator = torch.Generator().manual_seed((self._seed + number) % 2**63)
                 tick = ticker(f"train {part.name}".rstrip(), self.how.epochs * len(fitted))
                 found = train(task, self.block.threads, generator, tick)
             if found.epoch:
-                self._changed(part, free, masks)
+                self.trained_layers |= {layer.name for layer in part.layers} & masks.keys()
+                prefix = self._prefix(part)
+                self.trained_vectors |= {f"{prefix}.{name}" for name in free} & {*self._vectors}
             yield PartReport(
                 self.index,
                 part.name,
@@ -146,12 +145,6 @@ class Targets:
                 time.perf_counter() - began,
             )
 
-    def _changed(
-        self, part: Part, free: Mapping[str, Tensor], masks: Mapping[str, tuple[Layer, Tensor]]
-    ) -> None:
-        self.trained_layers |= {layer.name for layer in part.layers} & masks.keys()
-        self.trained_vectors |= {f"{self._prefix(part)}.{name}" for name in free} & {*self._vectors}
-
     def close(self) -> None:
         """Free what was recorded."""
         for recorded in (*self._wanted, *self._given_dense):
@@ -160,7 +153,7 @@ class Targets:
     def _loss(
         self, index: int, gives: Callable[[int], Tensor], fitted: Sequence[int]
     ) -> Callable[[int], Float[Tensor, ""]]:
-        """Of a window: how far what a part gives is from what it gives in the dense model."""
+        """A function of a window: the distance of a part's output from its output in the dense model."""
         recorded, device = self._wanted[index], self.block.device
         by = _scales(recorded, fitted).to(device) if self.how.loss == CHANNELS else None
 
@@ -176,7 +169,7 @@ class Targets:
     def _free(
         self, part: Part, masks: Mapping[str, tuple[Layer, Tensor]]
     ) -> tuple[dict[str, Tensor], dict[str, torch.dtype]]:
-        """By parameter name inside the part: which entries may change, and the dtypes they are stored in."""
+        """By parameter name inside the part: the entries that may change, and the dtypes of storage."""
         free: dict[str, Tensor] = {}
         stored: dict[str, torch.dtype] = {}
         names = {id(p): name for name, p in part.module.named_parameters()}
@@ -191,29 +184,22 @@ class Targets:
             whole = free[name] if layer.expert is None else free[name][layer.expert]
             view = whole if layer.input_axis == 1 else whole.T
             view.copy_(masks[layer.name][1])
-        if free:
-            self._free_vectors(part, free, stored)
+        for name, parameter in part.module.named_parameters():
+            vector = self._vectors.get(f"{self._prefix(part)}.{name}")
+            if free and vector is not None:
+                free[name] = torch.ones_like(parameter, dtype=torch.bool)
+                stored[name] = vector[1]
         return free, stored
 
-    def _free_vectors(
-        self, part: Part, free: dict[str, Tensor], stored: dict[str, torch.dtype]
-    ) -> None:
-        """Those of the part's norms and biases that may change, all of their entries."""
-        prefix = self._prefix(part)
-        for name, parameter in part.module.named_parameters():
-            if f"{prefix}.{name}" in self._vectors:
-                free[name] = torch.ones_like(parameter, dtype=torch.bool)
-                stored[name] = self._vectors[f"{prefix}.{name}"][1]
-
     def _prefix(self, part: Part) -> str:
-        """Of the part's parameters in the model, without its last dot."""
+        """Of the part's parameters in the model, without the last dot."""
         return f"{self.block.name}.{part.name}".rstrip(".")
 
     @contextmanager
     def _outputs(
         self, index: int, ticker: Callable[[str, int], Callable[[int], None]]
     ) -> Iterator[Callable[[int], Tensor]]:
-        """What a part gives of a window, in float32, on what it is given in the model as it is now."""
+        """A function of a window: the part's output, float32, on its inputs in the model as it is now."""
         module, block = self.parts[index].module, self.block
         samples, device = block.samples, block.device
 
@@ -224,7 +210,7 @@ class Targets:
             yield again(self._given_dense[index])
             return
         if self.how.granularity == BLOCK:
-            # what it is given is what the walk holds
+            # the walk holds its inputs
             yield lambda window: called(
                 module, block.calls[window], samples.states[window].to(device, torch.float32)
             )
@@ -241,7 +227,7 @@ class Targets:
     def _passes(
         self, indices: Sequence[int], states: Activations, tick: Callable[[int], None]
     ) -> Iterator[tuple[int, list[Heard], Tensor]]:
-        """Every window through the block: what some parts heard, and what came out."""
+        """Send every window through the block: the calls of some parts, and the block's output."""
         listener, block = Listener([self.parts[index] for index in indices]), self.block
 
         def one(window: int) -> tuple[list[Heard], Tensor]:
@@ -252,18 +238,16 @@ class Targets:
             return listener.heard(), output
 
         with listener.listening():
-            for wave in block.threads.waves(list(block.samples.active)):
-                found = block.threads.run([lambda w=w: one(w) for w in wave])  # type: ignore[misc]
-                for window, (heard, output) in zip(wave, found, strict=True):
-                    yield window, heard, output
-                tick(len(wave))
+            for window, (heard, output) in block.threads.each(one, list(block.samples.active)):
+                yield window, heard, output
+                tick(1)
 
 
 def _scales(recorded: Recorded, windows: Sequence[int]) -> Float[Tensor, " width"]:
-    """Of every channel of what was recorded: one over its root mean square, float32, on the CPU.
+    """One over the root mean square of every recorded channel, float32, on the CPU.
 
-    Every token counts as of length 1. A few channels of a hidden state may be many times larger than all
-    others; where the norm that reads it has small entries there, as in Gemma, later layers see little of it.
+    Every token is taken with length 1. A few channels of a hidden state may be many times larger than all
+    others; where the next norm has small entries there, as in Gemma, later layers see little of it.
     """
     total: Tensor | float = 0.0
     for window in windows:
@@ -274,7 +258,7 @@ def _scales(recorded: Recorded, windows: Sequence[int]) -> Float[Tensor, " width
 
 
 def _distance(found: Tensor, wanted: Tensor, loss: str) -> Float[Tensor, ""]:
-    """Of two windows of states, [1, length, width], mean over the tokens."""
+    """Distance of two windows of states, [1, length, width], mean over the tokens."""
     if loss == COSINE:
         return 1 - nn.functional.cosine_similarity(found, wanted, dim=-1).mean()
     error, size = (found - wanted).square().sum(-1), wanted.square().sum(-1)

@@ -3,32 +3,37 @@
 Gradients of pruned weights are set to zero, so that they have no part in norms and moments; and after every
 step of any optimiser pruned weights are set to zero once more, for those that move weights without a
 gradient (momentum of before, weight decay towards something else, orthogonalised updates). LoRA's product is
-masked in the forward pass and where it is merged: what is trained is what the merged model computes.
+masked in the forward pass and where it is merged: what is trained is what the merged model computes. PEFT's
+layers are recognised by their attributes, so that PEFT itself is not needed.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers.pytorch_utils import Conv1D
 
 from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Blocks, Layer
-from maskopt.models.architecture.mask_model import layer_masks
+from maskopt.models.architecture.source import layer_masks
 from maskopt.models.checkpoints.checkpoint import open_checkpoint
 from maskopt.models.checkpoints.workspace import MASKS
-from maskopt.models.training.lora import LoraLayer, base_name, unwrapped
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 Masks = Mapping[str, Bool[Tensor, "rows n"]]
+#: what PEFT calls the layer inside its own
+_BASE = "base_layer"
 
 
 def keep_masks(
@@ -67,12 +72,23 @@ def parameter_masks(
 
     Arguments and errors are those of `keep_masks`.
     """
-    known = masks if isinstance(masks, Mapping) else _of_folder(Path(masks), trust_remote_code)
-    layers = {base_name(layer.name): layer for layer in Blocks(model).all_layers()}
-    if missing := sorted(set(known) - set(layers)):
+    if not isinstance(masks, Mapping):
+        folder = Path(masks)
+        checkpoint = open_checkpoint(folder, trust_remote_code=trust_remote_code)
+        if not (folder / MASKS).is_file():
+            raise ModelError(
+                f"{folder}: holds no {MASKS}; name a folder that `maskopt prune` wrote"
+            )
+        found = layer_masks(checkpoint, folder / MASKS, trust_remote_code=trust_remote_code)
+        masks = {layer.name: kept for layer, kept in found}
+    layers = {
+        ".".join(part for part in layer.name.split(".") if part != _BASE): layer
+        for layer in Blocks(model).all_layers()
+    }
+    if missing := sorted(set(masks) - set(layers)):
         raise ModelError(f"the model has no layer {missing[0]!r}, and the masks have one for it")
     held: dict[str, Tensor] = {}
-    for name, kept in known.items():
+    for name, kept in masks.items():
         _put(model, layers[name], kept, held)
     return held
 
@@ -90,23 +106,25 @@ class KeptMasks:
         self, held: Mapping[str, tuple[nn.Parameter, Bool[Tensor, ...]]], model: nn.Module
     ) -> None:
         self._held = dict(held)
-        if lost := self.lost():
-            name = next(name for name, count in self._lost_by_name() if count)
+        lost = self._lost_by_name()
+        if any(lost.values()):
+            name = next(name for name, count in lost.items() if count)
             raise ModelError(
-                f"{name!r} holds weights that its mask prunes ({lost} in all): give the pruned model, or "
-                "`maskopt masks apply` the masks to this one first"
+                f"{name!r} holds weights that its mask prunes ({sum(lost.values())} in all): give the pruned "
+                "model, or `maskopt masks apply` the masks to this one first"
             )
-        self._lora = LoraLayer.of(model, {id(p): kept for p, kept in self._held.values()})
+        self._lora = _lora_layers(model, {id(p): kept for p, kept in self._held.values()})
         self._undo: list[Callable[[], None]] = []
         for parameter, kept in self._held.values():
             if parameter.requires_grad:
-                self._undo.append(parameter.register_hook(_masked(kept)).remove)
+                hook = partial(_masked, kept)
+                self._undo.append(parameter.register_hook(hook).remove)
         self._undo.append(register_optimizer_step_post_hook(self._after_step).remove)
-        self._undo += [layer.hold() for layer in self._lora]
+        self._undo += [_mask_product(module, kept) for module, kept in self._lora]
 
     @property
     def bytes(self) -> int:
-        """That the masks take."""
+        """Memory of the masks."""
         return sum(kept.nbytes for _, kept in self._held.values())
 
     def apply(self) -> None:
@@ -118,7 +136,7 @@ class KeptMasks:
 
     def lost(self) -> int:
         """Pruned weights that are not zero now."""
-        return sum(count for _, count in self._lost_by_name())
+        return sum(self._lost_by_name().values())
 
     def close(self) -> None:
         """Set every pruned weight to zero, and hold none of them any longer."""
@@ -130,7 +148,7 @@ class KeptMasks:
                 stacklevel=2,
             )
         self.apply()
-        if self._undo and not all(layer.merged for layer in self._lora):
+        if self._undo and not all(module.merged or not module.lora_A for module, _ in self._lora):
             warnings.warn(
                 "LoRA around pruned layers is not merged, and its product is masked no longer: it changes "
                 "pruned weights, too; call `merge_and_unload()` before the masks are let go",
@@ -159,22 +177,16 @@ class KeptMasks:
     def __exit__(self, *raised: object) -> None:
         self.close()
 
-    def _lost_by_name(self) -> Iterable[tuple[str, int]]:
-        for name, (parameter, kept) in self._held.items():
-            yield name, int((parameter.detach().masked_fill(kept, 0) != 0).sum())
+    def _lost_by_name(self) -> dict[str, int]:
+        return {
+            name: int((parameter.detach().masked_fill(kept, 0) != 0).sum())
+            for name, (parameter, kept) in self._held.items()
+        }
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
         mine = {id(p) for p, _ in self._held.values()}
         if any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
             self.apply()
-
-
-def _of_folder(folder: Path, trust_remote_code: bool) -> Masks:
-    checkpoint = open_checkpoint(folder, trust_remote_code=trust_remote_code)
-    if not (folder / MASKS).is_file():
-        raise ModelError(f"{folder}: holds no {MASKS}; name a folder that `maskopt prune` wrote")
-    found = layer_masks(checkpoint, folder / MASKS, trust_remote_code=trust_remote_code)
-    return {layer.name: kept for layer, kept in found}
 
 
 def _put(model: nn.Module, layer: Layer, mask: Any, held: dict[str, Tensor]) -> None:
@@ -201,5 +213,86 @@ def _put(model: nn.Module, layer: Layer, mask: Any, held: dict[str, Tensor]) -> 
     (place if layer.input_axis == 1 else place.T).copy_(kept)
 
 
-def _masked(kept: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda gradient: gradient.masked_fill(~kept, 0)
+def _masked(kept: Tensor, gradient: Tensor) -> Tensor:
+    return gradient.masked_fill(~kept, 0)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model of transformers inside what `torch.compile`, data parallelism and PEFT put around it."""
+    if isinstance(model, DistributedDataParallel | nn.DataParallel):
+        return unwrapped(model.module)
+    compiled = getattr(model, "_orig_mod", None)
+    if compiled is not None:
+        return unwrapped(compiled)
+    inner = getattr(model, "get_base_model", None)
+    return model if inner is None else unwrapped(inner())
+
+
+def _lora_layers(model: nn.Module, masks: Mapping[int, Tensor]) -> list[tuple[Any, Tensor]]:
+    """PEFT's modules around pruned layers, each with the mask in the layout of the base layer's weight.
+
+    Args:
+        masks: by the `id` of the base layers' weights.
+
+    Raises:
+        ModelError: adapters of another kind around a pruned layer.
+    """
+    found = []
+    for name, module in model.named_modules():
+        base = getattr(module, _BASE, None)
+        own = dict(base.named_parameters(recurse=False)) if isinstance(base, nn.Module) else {}
+        held = {key: masks[id(weight)] for key, weight in own.items() if id(weight) in masks}
+        if not held:
+            continue
+        if set(held) != {"weight"}:
+            raise ModelError(
+                f"{name!r} has an adapter on {min(held)!r}, which is pruned; masks are held through "
+                "LoRA on layers, not on parameters"
+            )
+        if not all(hasattr(module, part) for part in ("lora_A", "lora_B", "get_delta_weight")):
+            raise ModelError(
+                f"{name!r} is a pruned layer with an adapter of {type(module).__name__}; masks are held "
+                "through LoRA alone"
+            )
+        if not isinstance(base, nn.Linear | Conv1D):
+            raise ModelError(f"{name!r}: LoRA around {type(base).__name__} is not held")
+        biases = [a for a, has in getattr(module, "lora_bias", {}).items() if has]
+        if others := [*getattr(module, "lora_variant", {}), *biases]:
+            raise ModelError(
+                f"{name!r}: adapter {others[0]!r} is a variant of LoRA (DoRA, a bias of its own …), whose "
+                "product no mask can be put on; use plain LoRA"
+            )
+        found.append((module, held["weight"]))
+    return found
+
+
+def _mask_product(module: Any, kept: Bool[Tensor, "one two"]) -> Callable[[], None]:
+    """Mask the product of a LoRA module from here on; a function that undoes it."""
+    delta, forward = module.get_delta_weight, module.forward
+
+    def masked_delta(adapter: str) -> Float[Tensor, "one two"]:
+        found: Tensor = delta(adapter)
+        return found.masked_fill(~kept.to(found.device), 0)
+
+    def masked_forward(x: Tensor, *arguments: Any, **more: Any) -> Tensor:
+        if module.disable_adapters or module.merged:
+            result: Tensor = forward(x, *arguments, **more)
+            return result
+        if more.get("adapter_names") is not None:
+            raise ModelError("adapters that differ inside a batch cannot be held to masks")
+        result = module.base_layer(x, *arguments, **more)
+        dtype = result.dtype
+        for adapter in module.active_adapters:
+            if adapter in module.lora_A:
+                product = masked_delta(adapter)
+                given = module.lora_dropout[adapter](x.to(product.dtype))
+                by_rows = not isinstance(module.base_layer, Conv1D)
+                result = result + given @ (product.T if by_rows else product)
+        return result.to(dtype)
+
+    module.get_delta_weight, module.forward = masked_delta, masked_forward
+
+    def undo() -> None:
+        del module.get_delta_weight, module.forward
+
+    return undo

@@ -1,17 +1,21 @@
 """Kept weights of a module, trained by a loss of windows: of a part of a block, or of a whole model.
 
 AdamW with a warm-up and a cosine decay, in float32, on a few windows a step, whose gradients are summed in
-the order of the windows: the result does not depend on the number of threads. Windows kept aside judge every
-epoch, and the best one is what stays, the weights at the start among them.
+the order of the windows: the result does not depend on the number of threads. Held-out windows judge every
+epoch and the start, and the best weights stay.
+
+The progress may be saved after a step: a file of tensors appears whole, then a line of the journal counts it,
+then the file before it is removed. Whenever the process ends, the last line's file is there.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -19,41 +23,62 @@ from torch import Tensor, nn
 
 from maskopt.errors import ModelError
 from maskopt.models.blockwise.threads import Threads
-from maskopt.models.training.training_state import Keeper, Losses, Progress
+from maskopt.models.checkpoints.checkpoint import file_digest
+from maskopt.models.checkpoints.journal import Journal
+from maskopt.models.checkpoints.safefile import open_safe, write_tensors
+from maskopt.models.checkpoints.workspace import Workspace
+from maskopt.models.options.distill import DistillOptions
+from maskopt.models.options.training import Reconstruction
 
-#: of all steps, how many the learning rate rises for
+#: share of the steps in which the learning rate rises
 _WARM_UP = 0.05
-#: of the learning rate: a norm's entry scales a whole column, so errors do not cancel as a matrix's do
+#: factor of the learning rate of vectors: a norm's entry scales a whole column, so errors do not cancel as in
+#: a matrix
 _OF_VECTORS = 0.1
-#: of a loss at the start: above it training has diverged; and what a start without any counts as, where
-#: AdamW takes full steps by rounding
+#: multiple of the loss at the start above which training has diverged; and the least loss at the start for
+#: it, since near 0 AdamW takes full steps by rounding
 _DIVERGED, _NOTHING = 10.0, 1e-4
 #: a learning rate that float32 holds, whatever is made of it
 _MOST_RATE = 1e30
+#: per trained weight on disk: the weight, two moments, and the best epoch's weight
+BYTES = 16
+KINDS = ("weights", "first", "second", "best")
 
 
-class Steps(Protocol):
-    """How far training goes, as the options of `Reconstruction` of these names say."""
+class Losses(NamedTuple):
+    """Mean over windows."""
 
-    @property
-    def epochs(self) -> int: ...
+    fitted: float
+    held: float
 
-    @property
-    def batch(self) -> int: ...
 
-    @property
-    def learning_rate(self) -> float: ...
+#: float32, of every trained parameter by its name: `weights`, AdamW's moments `first` and `second`, and
+#: `best`, the weights of the best epoch, none where that is the start
+Tensors = Mapping[str, Mapping[str, Tensor]]
 
-    @property
-    def weight_decay(self) -> float: ...
+
+@dataclass
+class Progress:
+    """How far training has come.
+
+    Attributes:
+        step: number of steps taken; epochs that end before the last of them are judged.
+        before: losses at the start.
+        held, epoch: the least held-out loss, and its epoch; 0: the start.
+    """
+
+    step: int
+    before: Losses
+    held: float
+    epoch: int
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What became of a module.
+    """The result of training.
 
     Attributes:
-        before, after: losses; the same where nothing was better than the start.
+        before, after: losses; equal where nothing was better than the start.
         epoch: the best one; 0: the start.
         diverged: NaN, or a loss far above that of the start, ended it.
     """
@@ -66,15 +91,15 @@ class Trained:
 
 @dataclass(frozen=True)
 class Task:
-    """A module, and what its weights are to be trained for.
+    """A module, and the loss of its training.
 
     Attributes:
-        name, remedy: of the module, and what helps where it gives NaN, for errors.
+        name, remedy: of the module, and the remedy for NaN, for errors.
         free: by parameter name inside it, bool in its shape: entries that may change.
-        stored: likewise, the dtype in which it will be written.
-        loss: of a window, of the fitted and of the held ones; it can be differentiated by the free parameters
-            where gradients are asked for, and is called from several threads.
-        told: of the fitted windows, those whose loss is told before and after.
+        stored: by parameter name, the dtype in which it will be written.
+        loss: of a fitted or held-out window; differentiable by the free parameters where gradients are
+            enabled, and called from several threads.
+        reported: fitted windows whose loss is reported before and after.
     """
 
     name: str
@@ -85,8 +110,8 @@ class Task:
     loss: Callable[[int], Float[Tensor, ""]]
     fitted: Sequence[int]
     held: Sequence[int]
-    told: Sequence[int]
-    how: Steps
+    reported: Sequence[int]
+    how: Reconstruction | DistillOptions
 
 
 def train(
@@ -94,13 +119,13 @@ def train(
     pool: Threads,
     generator: torch.Generator,
     tick: Callable[[int], None],
-    keeper: Keeper | None = None,
+    keeper: FolderKeeper | None = None,
 ) -> Trained:
-    """Train a module's free weights, in place; its other parameters are as they were, bit for bit.
+    """Train a module's free weights, in place; its other parameters do not change by a bit.
 
     Args:
-        generator: as new, of the order of the windows.
-        keeper: training goes on from what it holds, and tells it where it stands after every step.
+        generator: new, for the order of the windows.
+        keeper: saves the progress after steps; training goes on from what it holds.
     """
     named = dict(task.module.named_parameters())
     stored = {name: (p.data, p.grad, p.requires_grad) for name, p in named.items()}
@@ -134,56 +159,51 @@ def _epochs(
     pool: Threads,
     generator: torch.Generator,
     tick: Callable[[int], None],
-    keeper: Keeper | None,
+    keeper: FolderKeeper | None,
 ) -> Trained:
-    """Every epoch is judged, and kept, as it will be stored: rounded to these dtypes, one after the other."""
+    """Every epoch is judged, and kept, with its weights as stored: rounded to these dtypes in turn."""
     how, count, named = task.how, len(task.fitted), dict(zip(task.free, weights, strict=True))
     per_epoch = math.ceil(count / how.batch)
     optimizer, start = _optimizer(task, weights), _rounded(weights, rounding)
-    place = None if keeper is None else _go_on(keeper, optimizer, named, start)
-    if place is None:
-        place = _Place(0, _losses_at_start(task, weights, start, pool), start)
-    done, diverged = place.step, False
+    saved = None if keeper is None else keeper.last()
+    if saved is None:
+        before, best = _losses_at_start(task, weights, start, pool), start
+        at = Progress(0, before, before.held, 0)
+    else:
+        at, tensors = saved
+        _go_on(tensors, at.step, optimizer, named)
+        best = [tensors["best"][name] for name in named] if at.epoch else start
+    done, diverged = at.step, False
     for number in range(1, how.epochs + 1):
         order = torch.randperm(count, generator=generator).tolist()
         for step in range((number - 1) * per_epoch, number * per_epoch):
             first = step % per_epoch * how.batch
             windows = [task.fitted[i] for i in order[first : first + how.batch]]
             if step >= done:
-                _set_rate(optimizer, _rate(step, how.epochs * per_epoch))
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * _rate(step, how.epochs * per_epoch)
                 _set_gradients(task, weights, windows, pool)
                 optimizer.step()
                 if how.weight_decay:
                     _give_back(task, weights, start)
-                place.step = step + 1
+                at.step = step + 1
                 if keeper is not None and keeper.due():
-                    keeper.keep(_progress(place, optimizer, named))
+                    keeper.keep(at, _tensors(optimizer, named, best if at.epoch else []))
             tick(len(windows))
         if number * per_epoch < done:
-            continue  # judged by the run that is gone on with
+            continue  # judged by the run that was interrupted
         now = _rounded(weights, rounding)
         with _in_place(weights, now):
             held = _mean(task, task.held, pool)
-        diverged = not held <= _DIVERGED * max(place.before.held, _NOTHING)
+        diverged = not held <= _DIVERGED * max(at.before.held, _NOTHING)
         if diverged:
             break
-        if held < place.held:
-            place.held, place.epoch, place.best = held, number, now
-    for weight, value in zip(weights, place.best, strict=True):
+        if held < at.held:
+            at.held, at.epoch, best = held, number, now
+    for weight, value in zip(weights, best, strict=True):
         weight.data = value
-    before, after = place.before, place.before
-    if place.epoch:
-        after = Losses(_mean(task, task.told, pool), place.held)
-    return Trained(before, after, place.epoch, diverged)
-
-
-class _Place:
-    """Where training stands: steps that are taken, the losses at the start, and of the best epoch weights,
-    loss on the windows kept aside, and number, 0 being the start."""
-
-    def __init__(self, step: int, before: Losses, best: Sequence[Tensor]) -> None:
-        self.step, self.before, self.best = step, before, best
-        self.held, self.epoch = before.held, 0
+    after = Losses(_mean(task, task.reported, pool), at.held) if at.epoch else at.before
+    return Trained(at.before, after, at.epoch, diverged)
 
 
 def _optimizer(task: Task, weights: Sequence[nn.Parameter]) -> torch.optim.AdamW:
@@ -200,13 +220,8 @@ def _optimizer(task: Task, weights: Sequence[nn.Parameter]) -> torch.optim.AdamW
     return torch.optim.AdamW(groups, betas=(0.9, 0.95))
 
 
-def _set_rate(optimizer: torch.optim.AdamW, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * rate
-
-
 def _give_back(task: Task, weights: Sequence[nn.Parameter], start: Sequence[Tensor]) -> None:
-    """What is not free has what it had: the decay is of whole parameters, of which some experts may stay."""
+    """Restore what is not free: the decay is of whole parameters, of which some experts may stay."""
     for weight, free, value in zip(weights, task.free.values(), start, strict=True):
         weight.data = torch.where(free, weight.data, value)
 
@@ -215,7 +230,7 @@ def _losses_at_start(
     task: Task, weights: Sequence[nn.Parameter], kept: Sequence[Tensor], pool: Threads
 ) -> Losses:
     with _in_place(weights, kept):
-        losses = Losses(_mean(task, task.told, pool), _mean(task, task.held, pool))
+        losses = Losses(_mean(task, task.reported, pool), _mean(task, task.held, pool))
     if not math.isfinite(losses.held):
         raise ModelError(
             f"{task.name} gives NaN or infinite values where it is to be trained; {task.remedy}"
@@ -223,48 +238,39 @@ def _losses_at_start(
     return losses
 
 
-def _progress(
-    place: _Place, optimizer: torch.optim.AdamW, named: Mapping[str, nn.Parameter]
-) -> Progress:
+def _tensors(
+    optimizer: torch.optim.AdamW, named: Mapping[str, nn.Parameter], best: Sequence[Tensor]
+) -> Tensors:
     moments = {name: optimizer.state[weight] for name, weight in named.items()}
-    tensors = {
+    return {
         "weights": {name: weight.data for name, weight in named.items()},
         "first": {name: of["exp_avg"] for name, of in moments.items()},
         "second": {name: of["exp_avg_sq"] for name, of in moments.items()},
-        "best": dict(zip(named, place.best, strict=True)) if place.epoch else {},
+        "best": dict(zip(named, best, strict=True)) if best else {},
     }
-    return Progress(place.step, place.before, place.held, place.epoch, tensors)
 
 
 def _go_on(
-    keeper: Keeper,
-    optimizer: torch.optim.AdamW,
-    named: Mapping[str, nn.Parameter],
-    start: list[Tensor],
-) -> _Place | None:
-    """Weights and moments become what they were when training was interrupted, if it was."""
-    at = keeper.last()
-    if at is None:
-        return None
-    first, second = at.tensors["first"], at.tensors["second"]
-    step = torch.tensor(float(at.step))
+    tensors: Tensors, step: int, optimizer: torch.optim.AdamW, named: Mapping[str, nn.Parameter]
+) -> None:
+    """Restore the weights and moments of a training that was interrupted after so many steps."""
     state = {
-        index: {"step": step.clone(), "exp_avg": first[name], "exp_avg_sq": second[name]}
+        index: {
+            "step": torch.tensor(float(step)),
+            "exp_avg": tensors["first"][name],
+            "exp_avg_sq": tensors["second"][name],
+        }
         for index, name in enumerate(named)
     }
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     for name, weight in named.items():
-        weight.data = at.tensors["weights"][name]
-    best = at.tensors["best"]
-    place = _Place(at.step, at.before, [best[name] for name in named] if at.epoch else start)
-    place.held, place.epoch = at.held, at.epoch
-    return place
+        weight.data = tensors["weights"][name]
 
 
 def _rounded(
     weights: Sequence[nn.Parameter], rounding: Sequence[tuple[torch.dtype, torch.dtype]]
 ) -> list[Tensor]:
-    """Copies in float32, of what those dtypes can hold."""
+    """Copies in float32, rounded to those dtypes."""
     return [
         weight.detach().clone().to(first).to(then).float()
         for weight, (first, then) in zip(weights, rounding, strict=True)
@@ -284,7 +290,7 @@ def _in_place(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iter
 
 
 def _sizes(weights: Sequence[tuple[nn.Parameter, Tensor]]) -> list[float]:
-    """Root mean squares of what may change; of vectors a part of it, or, where it is 0, of the matrices'."""
+    """Root mean squares of free entries; of vectors times `_OF_VECTORS`, or, where 0, of the matrices'."""
     found = [
         float(weight.detach()[free].square().mean().sqrt()) if bool(free.any()) else 0.0
         for weight, free in weights
@@ -298,7 +304,7 @@ def _sizes(weights: Sequence[tuple[nn.Parameter, Tensor]]) -> list[float]:
 
 
 def _rate(step: int, steps: int) -> float:
-    """Of the learning rate: up in a line, down in half a cosine."""
+    """Factor of the learning rate: a linear warm-up, then a cosine decay."""
     rise = max(1, round(_WARM_UP * steps))
     if step < rise:
         return (step + 1) / rise
@@ -311,7 +317,7 @@ def _set_gradients(
     """Gradients of the mean loss of some windows, zero where nothing may change."""
 
     def gradients(window: int) -> tuple[Tensor | None, ...]:
-        """None: of a weight that the window did not come by, such as an expert's."""
+        """None: of a weight that the window did not reach, such as an expert's."""
         with torch.enable_grad():
             loss = task.loss(window)
             if not loss.requires_grad:
@@ -320,13 +326,12 @@ def _set_gradients(
 
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
-    for wave in pool.waves(windows):
-        for found in pool.run([lambda w=w: gradients(w) for w in wave]):  # type: ignore[misc]
-            for weight, gradient in zip(weights, found, strict=True):
-                assert weight.grad is not None
-                if gradient is not None:
-                    weight.grad.add_(gradient)
-            del found, gradient  # before the next wave's are made
+    for _, found in pool.each(gradients, windows):
+        for weight, gradient in zip(weights, found, strict=True):
+            assert weight.grad is not None
+            if gradient is not None:
+                weight.grad.add_(gradient)
+        del found, gradient  # before the next ones are made
     for weight, free in zip(weights, task.free.values(), strict=True):
         assert weight.grad is not None
         weight.grad.div_(len(windows)).masked_fill_(~free, 0)
@@ -334,7 +339,58 @@ def _set_gradients(
 
 def _mean(task: Task, windows: Sequence[int], pool: Threads) -> float:
     total = 0.0
-    for wave in pool.waves(windows):
-        for loss in pool.run([lambda w=w: float(task.loss(w)) for w in wave]):  # type: ignore[misc]
-            total += loss
+    for _, loss in pool.each(lambda window: float(task.loss(window)), windows):
+        total += loss
     return total / len(windows)
+
+
+class FolderKeeper:
+    """Saves the progress in an output folder's workspace.
+
+    Args:
+        every: seconds between two times; 0: never.
+        device: of the tensors that are read back.
+    """
+
+    def __init__(
+        self, work: Workspace, journal: Journal, every: float, device: torch.device
+    ) -> None:
+        self._work, self._journal = work, journal
+        self._every, self._device = every, device
+        self._since = time.monotonic()
+
+    def last(self) -> tuple[Progress, Tensors] | None:
+        """The progress to go on from."""
+        record = self._journal.progress
+        if record is None:
+            return None
+        path = self._work.blocks / record["file"]
+        if not path.exists() or file_digest(path) != record["digest"]:
+            raise ModelError(
+                f"{path}: does not match the journal: it was changed; start over with `overwrite`"
+            )
+        file = open_safe(path)
+        tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
+        for stored in file.entries:
+            kind, name = stored.split("/", 1)
+            tensors[kind][name] = file.read(stored).to(self._device)
+        before = Losses(*record["before"])
+        return Progress(record["step"], before, record["held"], record["epoch"]), tensors
+
+    def due(self) -> bool:
+        """Is it time to save the progress?"""
+        return 0 < self._every <= time.monotonic() - self._since
+
+    def keep(self, at: Progress, tensors: Tensors) -> None:
+        path = self._work.blocks / f"step-{at.step:08d}.safetensors"
+        digest = write_tensors(
+            path, {f"{k}/{name}": x for k in KINDS for name, x in tensors[k].items()}
+        )
+        record: dict[str, Any] = {"file": path.name, "digest": digest, "step": at.step}
+        record |= {"before": list(at.before), "held": at.held, "epoch": at.epoch}
+        self._work.keep = True  # from the moment that the journal may hold it
+        self._journal.set_progress(record)
+        for other in self._work.blocks.glob("step-*.safetensors"):
+            if other.name != path.name:
+                other.unlink()
+        self._since = time.monotonic()

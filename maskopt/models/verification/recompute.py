@@ -23,11 +23,10 @@ from maskopt.core.least_squares import Refit
 from maskopt.core.problem import LayerProblem
 from maskopt.errors import VerificationError
 from maskopt.models.architecture.blocks import choose, matrix
-from maskopt.models.architecture.mask_model import masks_as_model
-from maskopt.models.architecture.source import FolderSource
+from maskopt.models.architecture.source import FolderSource, masks_as_model
 from maskopt.models.blockwise.collect import IN_DENSE
+from maskopt.models.blockwise.gradients import counting
 from maskopt.models.blockwise.job import Job, open_job
-from maskopt.models.blockwise.sensitivity import counting
 from maskopt.models.blockwise.threads import Threads
 from maskopt.models.calibration.tokens import are_tokens
 from maskopt.models.checkpoints.bos import BOS, GIVEN, TEMPLATE

@@ -7,8 +7,7 @@ from tiny_models import tokens
 
 from maskopt import prune_model
 from maskopt.models.blockwise import forward, job
-from maskopt.models.blockwise.activations import Activations
-from maskopt.models.blockwise.cuda_copies import Lanes, Upload, lanes_to
+from maskopt.models.blockwise.activations import Activations, Lanes, Upload, lanes_to
 
 CPU = torch.device("cpu")
 SHAPE = torch.Size((1, 3, 4))

@@ -116,7 +116,7 @@ def test_rounds_a_block_without_a_chosen_layer_and_the_end_of_the_last_block():
     options = WalkOptions(include=("layers.1.mlp",))
     with open_job(tiny("llama"), tokens(), options) as job:
         for block in job.blocks():
-            assert len(block.grams().order) == len(block.layers) == (3 if block.index == 1 else 0)
+            assert len(block.grams().leaders) == len(block.layers) == (3 if block.index == 1 else 0)
             block.advance()
     # in one pass the last block ends where its last layer has its inputs
     model, ran = tiny("llama"), []

@@ -9,8 +9,7 @@ from maskopt import LayerProblem, Unstructured, collect_problems, prune_model
 from maskopt.core.gram import CHUNK, Gram, Moved
 from maskopt.errors import DataError, ModelError, OptionError
 from maskopt.models.architecture.blocks import matrix
-from maskopt.models.blockwise.job import open_job
-from maskopt.models.blockwise.walk_block import Block
+from maskopt.models.blockwise.job import Block, open_job
 from maskopt.models.blockwise.windows import held_out
 from maskopt.models.calibration.token_weights import (
     GRADIENT,

@@ -21,7 +21,7 @@ from tiny_models import chat_tokenizer, edit_json, save, save_with_own_code, tin
 import maskopt
 from maskopt import prune_model, shrink_model
 from maskopt.errors import DataError, MaskoptError, ModelError
-from maskopt.models.architecture.opening import load_tokenizer, open_source
+from maskopt.models.architecture.source import load_tokenizer, open_source
 from maskopt.models.blockwise.activations import Activations
 from maskopt.models.checkpoints.checkpoint import INDEX, plain_name
 from maskopt.models.checkpoints.pack import pack

@@ -15,10 +15,9 @@ import maskopt
 from maskopt.cli import app
 from maskopt.errors import DataError, ModelError, OptionError
 from maskopt.models.architecture.source import FolderSource
-from maskopt.models.blockwise import walk_block
+from maskopt.models.blockwise import job as walk
 from maskopt.models.blockwise.parts import first
 from maskopt.models.evaluation import evaluate as evaluation
-from maskopt.models.evaluation import perplexity as module
 from maskopt.models.options.walk import WalkOptions
 
 
@@ -53,15 +52,15 @@ def test_one_block_in_memory_at_a_time_and_of_several_models_equal_heads_once(
         resident.append([in_memory(source) for source in opened])
         heads.append([source.model.get_parameter(head).data_ptr() for source in opened])
 
-    def watch(patch, owner, last):
-        """Look before each block that states pass, and before what is done with the last states."""
-        pass_on, real = walk_block.pass_on, getattr(owner, last)
-        patch.setattr(walk_block, "pass_on", lambda *a: (look(), pass_on(*a)))
-        patch.setattr(owner, last, lambda *a: (look(), real(*a))[1])
-        patch.setattr("maskopt.models.architecture.opening.FolderSource", Watched)
+    def watch(patch):
+        """Look before each block that states pass, and before logits are judged."""
+        for owner, name in ((walk, "pass_on"), (evaluation, "_judged")):
+            real = getattr(owner, name)
+            patch.setattr(owner, name, lambda *a, f=real: (look(), f(*a))[1])
+        patch.setattr("maskopt.models.architecture.source.FolderSource", Watched)
 
     with monkeypatch.context() as patch:
-        watch(patch, module, "cross_entropy")
+        watch(patch)
         maskopt.perplexity(models[0], tokens(1, 8))
     assert len(resident) == 4
     for index, (names,) in enumerate(resident[:3]):
@@ -72,12 +71,12 @@ def test_one_block_in_memory_at_a_time_and_of_several_models_equal_heads_once(
     for found in (opened, resident, heads):
         found.clear()
     with monkeypatch.context() as patch:
-        watch(patch, evaluation, "_compare")
+        watch(patch)
         found = evaluation.evaluate([str(m) for m in models], tokens(1, 8), WalkOptions(threads=1))
-    walking = [0, 0, 0, 1, 1, 1, 2, 2, 2]  # three blocks of each, then two comparisons
-    for number, held in zip(walking, resident[:-2], strict=True):
+    walking = [0, 0, 0, 1, 1, 1, 2, 2, 2]  # three blocks of each, then three judgements
+    for number, held in zip(walking, resident[:-3], strict=True):
         assert [names for other, names in enumerate(held) if other != number] == [set(), set()]
-    assert resident[-2:] == 2 * [3 * [{head, "model.norm.weight"}]]
+    assert resident[-3:] == 3 * [3 * [{head, "model.norm.weight"}]]
     first, same, different = heads[-1]
     assert first == same != different
     look()
@@ -151,6 +150,17 @@ def test_windows_are_counted_and_half_precision_in_training_stays_so():
     assert result.cross_entropy == pytest.approx(cross_entropy(model, data[:3]), rel=1e-2)
 
 
+@pytest.mark.parametrize("family", ["falcon", "gpt2", "mixtral"])
+def test_a_model_of_a_single_block(family):
+    """Falcon takes the first of the values that a block returns, which no second block shows beforehand."""
+    model, data = tiny(family, layers=1), tokens(3, 12)
+    found = maskopt.perplexity(model, data, threads=1)
+    assert found.cross_entropy == pytest.approx(cross_entropy(model, data), rel=1e-5)
+    how = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1, "allocation": "rows"}
+    report = maskopt.prune_model(model, data, sensitivity="fisher", **how)
+    assert len({layer.pruned / layer.rows / layer.n for layer in report.layers}) == 1
+
+
 def test_figures_are_printed_before_they_are_written(dense_folder, tmp_path, monkeypatch):
     """And a file that cannot be is refused before there are any."""
     text = tmp_path / "t.npy"
@@ -190,6 +200,8 @@ def test_what_is_refused():
     for count in (0, -1, True):
         refused(OptionError, "`windows` must be a whole number", model, data, windows=count)
     refused(OptionError, "`threads`", model, data, threads=0)
+    text = {"model": model, "data": WordTokenizer(), "text": ["abc" * 9]}
+    refused(OptionError, "`seq_len` must be a whole number of at least 2", seq_len=1, **text)
     refused(OptionError, "no option is called 'samples'", model, data, samples=3)
     patched(model, "model.norm.weight", lambda p: p.fill_(float("nan")))
     refused(ModelError, "window 0 of token tensor: NaN or infinite logits", model, data)

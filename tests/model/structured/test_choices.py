@@ -25,7 +25,7 @@ from maskopt import (
 from maskopt.core.gram import Gram
 from maskopt.errors import ModelError, OptionError
 from maskopt.models.blockwise import activations
-from maskopt.models.blockwise.activations import _make
+from maskopt.models.blockwise.activations import _reserved
 from maskopt.models.blockwise.variants import place
 from maskopt.models.checkpoints.checkpoint import open_checkpoint
 from maskopt.models.checkpoints.safefile import open_safe
@@ -143,7 +143,9 @@ def test_states_may_lie_in_one_file(dense_folder, tmp_path, monkeypatch):
     """A file for each of hundreds of variants would be more than a process may open."""
     made = []
     monkeypatch.setattr(
-        activations, "_make", lambda folder, size: made.append(folder) or _make(folder, size)
+        activations,
+        "_reserved",
+        lambda folder, size: made.append(folder) or _reserved(folder, size),
     )
     effects = []
     for memory, threads in ((0, 2), (2**30, 1)):

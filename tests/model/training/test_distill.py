@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from maskopt import Unstructured, distill_model
 from maskopt.errors import DataError, ModelError, OptionError
+from maskopt.models.blockwise.divergence import divergence
 from maskopt.models.blockwise.job import open_job
 from maskopt.models.blockwise.memory import autograd_memory
 from maskopt.models.checkpoints.journal import Journal
@@ -29,8 +30,7 @@ from maskopt.models.options.distill import DistillOptions
 from maskopt.models.options.prune import PruneOptions
 from maskopt.models.pruning import run as running
 from maskopt.models.training import trainer as training
-from maskopt.models.training.divergence import divergence
-from maskopt.models.training.training_state import FolderKeeper
+from maskopt.models.training.trainer import FolderKeeper
 from maskopt.models.verification.verify import verify_model
 
 HOW = {"epochs": 3, "learning_rate": 0.003, "holdout": 0.25}

@@ -19,8 +19,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from maskopt import keep_masks, prune_model
 from maskopt.errors import ModelError, OptionError, VerificationError
-from maskopt.models.training.held_masks import parameter_masks
-from maskopt.models.training.lora import unwrapped
+from maskopt.models.training.held_masks import parameter_masks, unwrapped
 from maskopt.models.verification.verify import verify_model
 
 STEPS = 50

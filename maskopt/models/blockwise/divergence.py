@@ -1,37 +1,62 @@
-"""KL(dense ‖ pruned) of the next token as a loss of windows, whose logits are never whole in memory."""
+"""KL(dense ‖ pruned) of the next token: of logits, and as a loss of windows, a few logits at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from maskopt.models.blockwise.job import Job
 from maskopt.models.blockwise.memory import POSITIONS
 
-if TYPE_CHECKING:
-    from maskopt.models.blockwise.job import Job
+#: positions at a time whose logits stay in a processor's cache, with a vocabulary of 262,144
+CACHED = 4
 
-#: of the positions, as many at a time as stay in the cache of a processor
-_CACHED = 4
+
+def kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Float[Tensor, ""]:
+    """KL(p ‖ q) of distributions [positions, vocabulary], summed over the positions, nats."""
+    return (log_p - log_q).mul_(p).sum()
+
+
+@torch.no_grad()
+def divergence(
+    wanted: Float[Tensor, "positions vocabulary"],
+    found: Float[Tensor, "positions vocabulary"],
+    slope: Float[Tensor, "positions vocabulary"] | None = None,
+) -> Float[Tensor, ""]:
+    """`kl` of p and q, the softmax of these logits.
+
+    Args:
+        slope: receives the derivative by the logits of q, which is q − p.
+    """
+    step = CACHED if found.device.type == "cpu" else len(found)
+    total = found.new_zeros(())
+    for start in range(0, len(found), step):
+        part = slice(start, start + step)
+        log_p, log_q = wanted[part].log_softmax(1), found[part].log_softmax(1)
+        p = log_p.exp()
+        total += kl(p, log_p, log_q)
+        if slope is not None:
+            torch.sub(log_q.exp_(), p, out=slope[part])
+    return total
 
 
 @contextmanager
-def divergences(
+def divergence_loss(
     student: Job, dense: Job, states: Callable[[int], Tensor]
 ) -> Iterator[Callable[[int], Float[Tensor, ""]]]:
-    """A function of a window's index: KL(dense ‖ student) of the next token, mean over its targets. Both end
-    in the same head, which is in memory meanwhile.
+    """A function of a window's index: KL(dense ‖ student), mean over its targets. Both models end in the same
+    head, which is in memory meanwhile.
 
     Args:
         dense: after its whole walk.
-        states: of a window, what leaves the student's last block, [1, length, width].
+        states: of a window, the output of the student's last block, [1, length, width].
     """
     windows, device = student.windows, student.source.device
-    assert windows is not None
     first, last = windows.beginning.first_target - 1, windows.length - 1
 
     def of(window: int) -> Tensor:
@@ -53,29 +78,6 @@ def divergences(
 
     with dense.after_blocks(student) as end:
         yield of
-
-
-@torch.no_grad()
-def divergence(
-    wanted: Float[Tensor, "positions vocabulary"],
-    found: Float[Tensor, "positions vocabulary"],
-    slope: Float[Tensor, "positions vocabulary"] | None,
-) -> Float[Tensor, ""]:
-    """KL(p ‖ q) summed over positions, p and q the softmax of these logits, nats.
-
-    Args:
-        slope: for its derivative by the logits of q, q − p; None: it is not asked for.
-    """
-    step = _CACHED if found.device.type == "cpu" else len(found)
-    total = found.new_zeros(())
-    for start in range(0, len(found), step):
-        part = slice(start, start + step)
-        log_p, log_q = wanted[part].log_softmax(1), found[part].log_softmax(1)
-        p = log_p.exp()
-        total += log_p.sub_(log_q).mul_(p).sum()
-        if slope is not None:
-            torch.sub(log_q.exp_(), p, out=slope[part])
-    return total
 
 
 class _Known(torch.autograd.Function):
