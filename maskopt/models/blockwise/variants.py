@@ -17,7 +17,6 @@ from torch import Tensor
 
 from maskopt.errors import ModelError
 from maskopt.models.blockwise.activations import Activations, States
-from maskopt.models.blockwise.divergence import divergence
 from maskopt.models.blockwise.job import Block, Job
 from maskopt.models.blockwise.memory import check_memory, hidden_size
 from maskopt.models.blockwise.progress import ticker
@@ -119,13 +118,15 @@ def divergences(job: Job, held: Mapping[Key, States], every: int = EVERY) -> dic
     total = dict.fromkeys(held, 0.0)
     with job.after_blocks() as end:
 
-        def logits(state: Tensor, window: int) -> Tensor:
+        def logs(state: Tensor, window: int) -> Tensor:
             ids = tokens[window : window + 1, some]
-            return end(ids.to(device), state[:, some].to(device))[0].float()
+            return end(ids.to(device), state[:, some].to(device))[0].float().log_softmax(1)
 
         for window in range(len(tokens)):
-            wanted = logits(job.last_state(window)[None], window)
+            wanted = logs(job.last_state(window)[None], window)
+            likely = wanted.exp()
             for key, states in held.items():
-                total[key] += float(divergence(wanted, logits(states[window], window)))
+                of_tokens = (likely * (wanted - logs(states[window], window))).sum(1)
+                total[key] += float(of_tokens.double().sum())  # what is allocated depends on it
                 tick(1)
     return {key: of_all / (len(tokens) * len(some)) for key, of_all in total.items()}
