@@ -18,7 +18,7 @@ from maskopt.solvers.greedy.select import keep_highest
 _ENTRIES = 2**23
 #: how often θΣw² the bound is lowered by for θ = what G lacks to semidefiniteness: 9/4 suffice
 _SLACK = 3.0
-#: of an operation, what a check leaves for numbers too small to be told apart
+#: of an operation, what a check leaves for numbers too small to be distinguished
 _UNDERFLOW = 1e-300
 #: up to this part of G's mean diagonal the check makes good what G lacks for all rows at once
 _SHARED = 1e-4
@@ -90,15 +90,6 @@ def provable(
             loss = _SLACK * lack * problem.weight.double().square().sum(1)
             return (bound - loss).clamp(min=0.0)
     return bound.minimum(certificate.check(problem)).clamp(min=0.0)
-
-
-def relative_gap(
-    value: Float[Tensor, " rows"], bound: Float[Tensor, " rows"]
-) -> Float[Tensor, " rows"]:
-    """1 − bound/value; 0 where the value is 0, NaN where it is not finite."""
-    positive = value > 0
-    gap = torch.where(positive, 1 - bound / value.where(positive, 1.0), 0.0)
-    return torch.where(value.isfinite(), gap, torch.nan)
 
 
 def _lack(problem: LayerProblem) -> float:

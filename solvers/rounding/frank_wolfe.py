@@ -24,10 +24,10 @@ from maskopt.certificates.certificate import Certificate
 from maskopt.core.fields import option
 from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
-from maskopt.protocol.solution import Solution
+from maskopt.protocol.solution import Solution, relative_gap
 from maskopt.protocol.solver import Capabilities, Solver
-from maskopt.protocol.trace import RelaxTrace, shared_out
-from maskopt.solvers.convex.linear_bound import linear_bound, provable, relative_gap
+from maskopt.protocol.trace import Trace, shared_out
+from maskopt.solvers.convex.linear_bound import linear_bound, provable
 from maskopt.solvers.greedy.scores import wanda_scores
 from maskopt.solvers.greedy.select import keep_highest
 
@@ -36,7 +36,7 @@ from maskopt.solvers.greedy.select import keep_highest
 class FrankWolfe(Solver):
     """Batched as matrix products over all rows; the mask is the better of rounding and start.
 
-    When the time is over the present point is rounded. Tells a `RelaxTrace`.
+    When the time is over the present point is rounded. Reports a `Trace`.
     """
 
     name: ClassVar[str] = "frank_wolfe"
@@ -67,7 +67,7 @@ class FrankWolfe(Solver):
         relaxed, bound = linear_bound(problem, x)
         certificate = Certificate.box(problem, x)
         bound = provable(problem, bound, certificate)
-        trace = RelaxTrace(
+        trace = Trace(
             iterations=torch.full((problem.rows,), done),
             relaxed_objective=relaxed,
             relaxed_gap=relative_gap(relaxed, bound),

@@ -27,11 +27,11 @@ from maskopt.core.fields import option
 from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
 from maskopt.errors import OptionError
-from maskopt.protocol.solution import Solution, Status
+from maskopt.protocol.solution import Solution, Status, relative_gap
 from maskopt.protocol.solver import Capabilities, Solver
-from maskopt.protocol.trace import RelaxTrace, SwapTrace, shared_out
+from maskopt.protocol.trace import Trace, shared_out
 from maskopt.solvers.convex.box import BoxPlan, relax_box
-from maskopt.solvers.convex.linear_bound import provable, relative_gap
+from maskopt.solvers.convex.linear_bound import provable
 from maskopt.solvers.greedy.select import keep_highest
 from maskopt.solvers.swap import Swap
 
@@ -41,7 +41,7 @@ class Relax(Solver):
     """Relax all rows at once, harden, round, and swap to 1-swap optimality.
 
     A start is a mask that the answer is never worse than. When the time is over the relaxation stops
-    where it is, is rounded, and the swaps have what is left of it. Tells a `RelaxTrace`.
+    where it is, is rounded, and the swaps have what is left of it. Reports a `Trace`.
     """
 
     name: ClassVar[str] = "relax"
@@ -114,7 +114,7 @@ class Relax(Solver):
         solution = Solution.of(
             problem, mask, status=status, lower_bound=bound, certificate=certificate
         )
-        trace = RelaxTrace(
+        trace = Trace(
             iterations=box.iterations,
             relaxed_objective=torch.where(box.value.isfinite(), box.value, torch.nan),
             relaxed_gap=relative_gap(box.value, bound),
@@ -136,12 +136,10 @@ def swapped(
         if problem.shares @ other.objective < problem.shares @ refined.objective:
             refined = other
         start = None
-    assert isinstance(refined.trace, SwapTrace)
     mask, status, swaps = refined.mask, list(refined.status), refined.trace.swaps
     worse = [] if start is None else _where(problem.objective(start) < refined.objective)
     if start is not None and worse:
         other = Swap().run(problem.take(worse), start[worse], limits.quiet())
-        assert isinstance(other.trace, SwapTrace)
         mask, swaps = mask.clone(), swaps.clone()
         mask[worse], swaps[worse] = other.mask, other.trace.swaps
         for row, ended in zip(worse, other.status, strict=True):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from maskopt.core.fields import option
@@ -26,7 +26,7 @@ from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.solver import Capabilities, Solver
-from maskopt.protocol.trace import SearchTrace, SwapTrace, shared_out
+from maskopt.protocol.trace import Trace, shared_out
 from maskopt.solvers.parallel import RowThreads
 from maskopt.solvers.swap import Swap
 from maskopt.solvers.swap.batch import Batch
@@ -45,7 +45,7 @@ class KSwap(Solver):
     """2-swap local search among candidates, ending at proven 1-swap optima.
 
     Never ends above its start. A row that is SWAP_OPTIMAL here, and was not stopped by the time limit,
-    is also free of improving compounds of two of its candidate steps. Tells a `SearchTrace`.
+    is also free of improving compounds of two of its candidate steps. The trace is a `Trace`.
     """
 
     name: ClassVar[str] = "kswap"
@@ -105,7 +105,6 @@ class _State:
         began = time.monotonic()
         if len(rows):
             found = Swap().run(self.problem.take(rows), self.mask[rows], limits.quiet())
-            assert isinstance(found.trace, SwapTrace)
             self.mask[rows], self.objective[rows] = found.mask, found.objective
             self.proven[rows] = torch.tensor([s is Status.SWAP_OPTIMAL for s in found.status])
             self.swaps[rows] += found.trace.swaps
@@ -115,10 +114,24 @@ class _State:
     def compound(
         self, rows: Int[Tensor, " some"], candidates: int, threads: RowThreads
     ) -> Int[Tensor, " moved"]:
-        """A round of compounds of some rows. → those that moved"""
+        """Improving compounds of some rows until none is left among the candidates, or a round is full.
+
+        Returns the rows that moved.
+        """
+        from maskopt.solvers.search.kswap_kernel import search_rows
+
         began = time.monotonic()
-        kept, made = compound_moves(self.problem.take(rows), self.mask[rows], candidates, threads)
-        self.mask[rows] = kept
+        batch = Batch.of(self.problem.take(rows), self.mask[rows])
+        every = torch.arange(batch.rows)
+        refresh(batch, every, _REFRESH_BYTES)
+        batch.add_linear(every)
+        made = torch.zeros(batch.rows, dtype=torch.int64)
+        threads.run(
+            search_rows, every.numpy(), batch.x.numpy(), batch.gram.numpy(), batch.kept.numpy(),
+            batch.c.numpy(), batch.group, candidates, batch.threshold().numpy(), _MOVES_A_ROUND,
+            made.numpy(),
+        )  # fmt: skip
+        self.mask[rows] = batch.kept
         self.moves[rows] += made
         self.rounds[rows] += 1
         self.settled[rows] = made == 0
@@ -128,7 +141,7 @@ class _State:
 
     def solution(self) -> Solution:
         rows = self.problem.rows
-        trace = SearchTrace(
+        trace = Trace(
             moves=self.moves,
             swaps=self.swaps,
             rounds=self.rounds,
@@ -140,33 +153,3 @@ class _State:
         )
         status = [Status.SWAP_OPTIMAL if p else Status.FEASIBLE for p in self.proven.tolist()]
         return Solution.of(self.problem, self.mask, status=status, trace=trace)
-
-
-def compound_moves(
-    problem: LayerProblem, mask: Tensor, candidates: int, threads: RowThreads
-) -> tuple[Bool[Tensor, "rows n"], Int[Tensor, " rows"]]:
-    """Make improving compounds until none is left among the candidates (or a round is full).
-
-    Returns masks, and the number of moves.
-    """
-    from maskopt.solvers.search.kswap_kernel import search_rows
-
-    batch = Batch.of(problem, mask)
-    rows = torch.arange(batch.rows)
-    refresh(batch, rows, _REFRESH_BYTES)
-    batch.add_linear(rows)
-    made = torch.zeros(batch.rows, dtype=torch.int64)
-    threads.run(
-        search_rows,
-        rows.numpy(),
-        batch.x.numpy(),
-        batch.gram.numpy(),
-        batch.kept.numpy(),
-        batch.c.numpy(),
-        batch.group,
-        candidates,
-        batch.threshold().numpy(),
-        _MOVES_A_ROUND,
-        made.numpy(),
-    )
-    return batch.kept, made
