@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -44,9 +43,9 @@ class Swap(Solver):
 
     Every row is swapped until no 1-swap improves, which is then proven (SWAP_OPTIMAL). A row that is
     stopped early, by `max_swaps` or the time limit, is FEASIBLE; another call with its mask as the
-    start goes on from there. Reports a `Trace`. Of a problem with `refit` the swaps are of F, by the
-    tableau of every row's least squares (`maskopt.solvers.refit`). Where rows trade, they do so until no
-    exchange between two of them improves, either (`maskopt.solvers.pooled`).
+    start continues from there. Reports a `Trace`. For a problem with `refit` the swaps minimise F
+    (`maskopt.solvers.refit`). Where rows share a budget, swaps between rows follow until none improves
+    (`maskopt.solvers.pooled`).
     """
 
     name: ClassVar[str] = "swap"
@@ -95,8 +94,10 @@ class Swap(Solver):
 
     def _swapped(self, problem: LayerProblem, start: Tensor, limits: Limits) -> Solution:
         """Every row at the count of its own mask."""
-        name = _choose_kernel(self.kernel, problem)
-        with _threads_for(name) as threads:
+        name, threads = _choose_kernel(self.kernel, problem), torch.get_num_threads()
+        # the compiled loops have threads of their own; those of torch, which wait by spinning, would take
+        # the cores from them
+        with torch_threads(1) if name == "numba" else nullcontext():
             parts = self._parts(problem, start, name, threads, limits)
         return _solution(name, parts)
 
@@ -120,7 +121,11 @@ class Swap(Solver):
                 batch = Batch.of(problem.take(rows), kept[rows])
                 if name != "literal" and (built is None or built.single != batch.single):
                     built = make_kernel(name, batch, memory // 2, threads)
-                outcome = self._refine(batch, built, limits.deadline, memory // 2, listener)
+                ends = self.max_swaps, limits.deadline, listener
+                if built is None:
+                    outcome = refine_literally(batch, memory // 2, *ends)
+                else:
+                    outcome = refine(batch, built, *ends)
             except torch.OutOfMemoryError:
                 if tile == 1 and memory <= _LEAST_MEMORY:
                     raise
@@ -131,22 +136,6 @@ class Swap(Solver):
             parts.append((batch.result(), outcome))
             start += tile
         return parts
-
-    def _refine(
-        self,
-        batch: Batch,
-        kernel: Kernel | None,
-        deadline: float,
-        memory: int,
-        progress: Callable[[int], None] | None,
-    ) -> Outcome:
-        """By the engine, or without a kernel to the letter of the paper."""
-        most = self.max_swaps
-        if kernel is None:
-            return refine_literally(
-                batch, max_swaps=most, deadline=deadline, memory=memory, progress=progress
-            )
-        return refine(batch, kernel, max_swaps=most, deadline=deadline, progress=progress)
 
 
 def _solution(kernel: str, parts: list[tuple[Batch, Outcome]]) -> Solution:
@@ -175,21 +164,6 @@ def _solution(kernel: str, parts: list[tuple[Batch, Outcome]]) -> Solution:
         status=tuple(Status.SWAP_OPTIMAL if done else Status.FEASIBLE for done in proven),
         trace=trace,
     )
-
-
-@contextmanager
-def _threads_for(kernel: str) -> Iterator[int]:
-    """How many threads a kernel may use.
-
-    The compiled loops bring threads of their own, and those of torch, which wait by spinning, would
-    take the cores from them: torch has one as long as they run.
-    """
-    threads = torch.get_num_threads()
-    if kernel != "numba":
-        yield threads
-        return
-    with torch_threads(1):
-        yield threads
 
 
 def make_kernel(name: str, batch: Batch, memory: int, threads: int) -> Kernel:
