@@ -7,7 +7,7 @@ A_jj = 1, the multiplier y and a penalty ρ of every row,
 
 in the eigenvectors of A, so that ρ may grow freely: the faster the more of d's support still changes. The
 mask is that of d. ALPS gives all rows of a layer one ρ; here each has its own, so that no row depends on
-the others, unless the rows trade: then d has the largest entries of the layer, and ρ is common.
+the others, unless they share a budget: then d has the largest entries of the layer, and ρ is common.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from maskopt.core.problem import LayerProblem
 from maskopt.core.products import fast_products
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities
-from maskopt.protocol.trace import SplittingTrace
+from maskopt.protocol.trace import Trace
 from maskopt.solvers.greedy.select import keep_highest
 from maskopt.solvers.refit.damped import Damped
 
@@ -42,11 +42,8 @@ _NOTHING = 1e-20
 
 @dataclass(frozen=True)
 class Admm(Damped):
-    """A mask for refitted weights; float32 iterations, a row (or the layer, where rows trade) stops when its
-    support stands still.
-
-    Tells a `SplittingTrace`.
-    """
+    """A mask for updated weights, in float32 iterations; a row (or the layer, with a shared budget) stops
+    when its support stands still. Its trace is a `Trace`."""
 
     name: ClassVar[str] = "admm"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -75,7 +72,7 @@ class Admm(Damped):
         with fast_products():
             found = [some(0)] if problem.pooled else parallel(some, len(parts))
         mask, steps = (torch.cat([part[which] for part in found]) for which in (0, 1))
-        return Solution.of(problem, mask, trace=SplittingTrace(steps.cpu()))
+        return Solution.of(problem, mask, trace=Trace(steps.cpu()))
 
     def _masks(
         self,
@@ -85,7 +82,7 @@ class Admm(Damped):
         vectors: Float[Tensor, "n n"],
         limits: Limits,
     ) -> tuple[Tensor, Tensor]:
-        """Of some rows, and their iterations; all in the scaled inputs."""
+        """The masks of some rows, and their iterations; all in the scaled inputs."""
         size = problem.least_squares.damped.diagonal().sqrt()
         d = problem.weight.double() * size
         largest = d.abs().amax(1, keepdim=True), target.abs().amax(1, keepdim=True)

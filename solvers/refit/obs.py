@@ -23,7 +23,7 @@ from maskopt.core.limits import Limits, one_thread_each
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities
-from maskopt.protocol.trace import EliminationTrace
+from maskopt.protocol.trace import Trace
 from maskopt.solvers.greedy.select import keep_highest
 from maskopt.solvers.refit.block import one_sided
 from maskopt.solvers.refit.damped import Damped
@@ -34,10 +34,10 @@ _CANDIDATES = 4
 
 @dataclass(frozen=True)
 class Obs(Damped):
-    """A mask for refitted weights, by the price of each removal as those before it left things.
+    """A mask for updated weights, by the price of each removal after the ones before it.
 
-    Where the time is over, the rows that are left get their cheapest inputs by the first prices. Tells an
-    `EliminationTrace`.
+    When the time is over, the rows that are left prune by the first prices. Its trace is an
+    `Trace`.
     """
 
     name: ClassVar[str] = "obs"
@@ -69,7 +69,7 @@ class Obs(Damped):
 
         found = one_thread_each(eliminated, problem.rows, threads)
         mask, rounds = torch.stack([row[0] for row in found]), [row[1] for row in found]
-        return Solution.of(problem, mask, trace=EliminationTrace(torch.tensor(rounds)))
+        return Solution.of(problem, mask, trace=Trace(torch.tensor(rounds)))
 
 
 def _eliminated(
