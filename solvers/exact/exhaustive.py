@@ -35,8 +35,8 @@ _SYSTEMS = 2**22
 class Exhaustive(Solver):
     """Exact in float64; refuses rows of more than COMBINATION_LIMIT masks. Ties: the first mask.
 
-    Where the time is over before the last mask, the best so far, FEASIBLE; where rows trade, some legal mask.
-    Reports a `Trace`.
+    When the time is over before the last mask, the best so far, FEASIBLE; with a shared budget some legal
+    mask. Reports a `Trace`.
     """
 
     name: ClassVar[str] = "exhaustive"
@@ -110,21 +110,19 @@ def _solution(
 
 
 def _pooled(problem: LayerProblem, limits: Limits, began: float) -> Solution:
-    """Rows that trade: the best mask of every row at every count, and the best counts by a table over rows.
-
-    Where the time is over before that, some legal mask.
-    """
+    """A shared budget: the best mask of every row at every count, and the best counts by a table over rows;
+    when the time is over before that, some legal mask."""
     n, masks, costs = problem.n, [], []
     least, most = problem.row_limits
     for count in range(n + 1):
-        alike = problem.under(Unstructured(keep=n - count))
-        mask, seen = _enumerate(alike, math.comb(n, count), limits)
+        uniform = problem.under(Unstructured(keep=n - count))
+        mask, seen = _enumerate(uniform, math.comb(n, count), limits)
         if bool((seen < math.comb(n, count)).any()):
             order = torch.arange(problem.rows * n).view(n, problem.rows).T
             none = torch.zeros(problem.rows, dtype=torch.bool)
             return _solution(problem, order >= problem.pruned, seen, none, began)
         masks.append(mask)
-        costs.append(alike.objective(mask) * problem.shares)
+        costs.append(uniform.objective(mask) * problem.shares)
         if not least <= count <= most:
             costs[-1][:] = torch.inf
     counts = _best_counts(torch.stack(costs, 1), problem.pruned)

@@ -6,28 +6,19 @@ inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
-from torch import Tensor
 
-from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
 from maskopt.errors import SolverError
 from maskopt.protocol.registry import missing_package
-from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities
 from maskopt.solvers.exact.incumbent import with_incumbent
-from maskopt.solvers.exact.refit_rows import (
-    REFIT_CLOSED,
-    RefitTask,
-    between,
-    reached,
-    solve_refitted,
-)
-from maskopt.solvers.exact.rows import RowAnswer, RowSolver, RowTask
+from maskopt.solvers.exact.program import Program, perspective, quadratic
+from maskopt.solvers.exact.rows import RowSolver, exact
+from maskopt.solvers.exact.tasks import UPDATED_CLOSED, RowAnswer, RowTask, UpdatedTask
 
 #: Gurobi's tolerance on p being whole (IntFeasTol), absolute
 _INTEGRALITY = 1e-5
@@ -39,16 +30,11 @@ _SEEDS = 2_000_000_000
 
 @dataclass(frozen=True)
 class Gurobi(RowSolver):
-    """min pᵀQp with p binary, Q convex as it is; of refitted weights the perspective formulation. OPTIMAL
-    only where Gurobi says so. Reports a `Trace`.
-    """
+    """min pᵀQp with p binary; with updated weights the perspective formulation. OPTIMAL only where Gurobi
+    says so. Reports a `Trace`."""
 
     name: ClassVar[str] = "gurobi"
-    capabilities: ClassVar[Capabilities] = Capabilities(
-        devices=("cpu",),
-        start="needed",
-        default_start="wanda",
-        proves="optimality",
+    capabilities: ClassVar[Capabilities] = exact(
         trusted=("Gurobi",),
         largest_n=512,
         refit=True,
@@ -68,100 +54,82 @@ class Gurobi(RowSolver):
             return f"no valid Gurobi licence ({error})"
         return None
 
-    def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
-        """See `Solver.run`."""
+    def trusted_name(self, problem: LayerProblem) -> str:
+        """See `RowSolver.trusted_name`."""
         import gurobipy
 
-        assert start is not None
-        word = f"{self.capabilities.trusted[0]} {'.'.join(map(str, gurobipy.gurobi.version()))}"
-        if problem.refit is not None:
-            return solve_refitted(self, problem, start, limits, search_refitted, word)
-        return self.solve_rows(problem, start, limits, search_row, word)
+        return f"{self.capabilities.trusted[0]} {'.'.join(map(str, gurobipy.gurobi.version()))}"
+
+    def search_row(self, task: RowTask) -> RowAnswer:
+        """One row, one thread. From a good start: tolerances are absolute, and the start's cost the unit.
+
+        Raises:
+            SolverError: the row is too large for the licence, or Gurobi fails.
+        """
+        import gurobipy as gp
+
+        if isinstance(task, UpdatedTask):
+            program, closed = perspective(task, convex=True), UPDATED_CLOSED
+        else:
+            task = with_incumbent(task)
+            program, closed = quadratic(task, task.unit_scale, []), _CLOSED
+        with gp.Env(params={"OutputFlag": 0}) as environment, gp.Model(env=environment) as model:
+            try:
+                return _solved(program, model, closed)
+            except gp.GurobiError as error:
+                if error.errno == gp.GRB.Error.SIZE_LIMIT_EXCEEDED:
+                    raise SolverError(
+                        f"gurobi: a row of {len(task.q)} inputs is beyond this licence; use 'branch' "
+                        "or row.restrict(columns)"
+                    ) from None
+                raise SolverError(f"gurobi: {error}") from None
 
 
-def search_row(task: RowTask) -> RowAnswer:
-    """One row, one thread. From a good start: tolerances are absolute, and the start's cost the unit.
-
-    Raises:
-        SolverError: the row is too large for the licence, or Gurobi fails.
-    """
-    return _with_model(_optimized, with_incumbent(task))
-
-
-def search_refitted(task: RefitTask) -> RowAnswer:
-    """One row of refitted weights, one thread; raises as `search_row`."""
-    return task.decided or _with_model(_optimized_refitted, task)
-
-
-def _with_model(optimized: Callable[..., RowAnswer], task: RowTask) -> RowAnswer:
-    import gurobipy as gp
-
-    with gp.Env(params={"OutputFlag": 0}) as environment, gp.Model(env=environment) as model:
-        try:
-            return optimized(task, model)
-        except gp.GurobiError as error:
-            if error.errno == gp.GRB.Error.SIZE_LIMIT_EXCEEDED:
-                raise SolverError(
-                    f"gurobi: a row of {len(task.q)} inputs is beyond this licence; use 'branch' "
-                    "or row.restrict(columns)"
-                ) from None
-            raise SolverError(f"gurobi: {error}") from None
-
-
-def _optimized(task: RowTask, model):  # type: ignore[no-untyped-def]  # gurobipy is optional
-    from gurobipy import GRB
-
-    scale = task.unit_scale
-    p = model.addMVar(len(task.q), vtype=GRB.BINARY)
-    for first in range(0, len(task.q), task.group):
-        model.addConstr(p[first : first + task.group].sum() == task.pruned)
-    model.setObjective(p @ (task.q * scale) @ p)
-    p.Start = task.start.astype(float)
-    ended = _ended(task, model, _CLOSED)
-    pruned = np.asarray(p.X) > 0.5 if model.SolCount > 0 else task.start
-    bound = float(model.ObjBound) / scale
-    # a p_i off by the tolerance moves f by that part of its slope, 2(Qp)_i
-    slack = _INTEGRALITY * 2 * float(np.abs(task.q).sum())
+def _solved(program: Program, model: Any, closed: float) -> RowAnswer:
+    task, scale = program.task, program.scale
+    binaries = _translate(program, model)
+    binaries.Start = program.complete(task.start)[: len(task.q)]
+    ended = _ended(task, model, closed)
+    pruned = program.pruned(binaries.X) if model.SolCount > 0 else task.start
+    bound = float(model.ObjBound) / scale if np.isfinite(model.ObjBound) else 0.0
+    if isinstance(task, UpdatedTask):
+        slack = _INTEGRALITY * program.terms / scale
+        bound = max(task.certified, bound)
+    else:
+        # a p_i off by the tolerance moves f by that part of its slope, 2(Qp)_i
+        slack = _INTEGRALITY * 2 * float(np.abs(task.q).sum())
+        bound = task.raised(bound, slack) if np.isfinite(model.ObjBound) else 0.0
     return RowAnswer(
-        pruned=pruned if task.is_legal(pruned) else task.start,
-        ended=ended,
-        bound=task.raised(bound, slack) if np.isfinite(bound) else 0.0,
+        pruned if task.is_legal(pruned) else task.start,
+        ended,
+        bound=bound,
         slack=slack,
         nodes=int(model.NodeCount),
     )
 
 
-def _optimized_refitted(task: RefitTask, model):  # type: ignore[no-untyped-def]  # gurobipy is optional
+def _translate(program: Program, model: Any) -> Any:
+    """Fill in a gurobipy.Model; its binaries."""
     from gurobipy import GRB
 
-    n, scale = len(task.target), task.unit_scale
-    low, high = between(task)
-    low, high = np.sqrt(scale) * low, np.sqrt(scale) * high
-    target = np.sqrt(scale) * task.target
-    z = model.addMVar(n, vtype=GRB.BINARY)
-    v, u = model.addMVar(n, lb=low, ub=high), model.addMVar(n, lb=0.0)
-    for first in range(0, n, task.group):
-        model.addConstr(z[first : first + task.group].sum() == task.group - task.pruned)
-    model.addConstr(v <= high * z)
-    model.addConstr(v >= low * z)
-    for j in range(n):
-        model.addConstr(v[j] * v[j] <= u[j] * z[j])
-    rest = task.q - np.diag(task.split)
-    model.setObjective(v @ rest @ v + task.split @ u - 2 * target @ v + scale * task.constant)
-    z.Start = (~task.start).astype(float)
-    ended = _ended(task, model, REFIT_CLOSED)
-    pruned = np.asarray(z.X) < 0.5 if model.SolCount > 0 else task.start
-    bound = float(model.ObjBound) / scale
-    return RowAnswer(
-        pruned=pruned if task.is_legal(pruned) else task.start,
-        ended=ended,
-        bound=max(task.certified, bound if np.isfinite(bound) else 0.0),
-        slack=_INTEGRALITY * reached(task, low, high) / scale,
-        nodes=int(model.NodeCount),
-    )
+    n = len(program.binaries)
+    kinds = [GRB.BINARY] * n + [GRB.CONTINUOUS] * (len(program.names) - n)
+    x = model.addMVar(len(kinds), lb=program.low, ub=program.high, vtype=kinds)
+    for variables, coefficients, low, high in program.rows:
+        image = np.array(coefficients) @ x[variables]
+        if low == high:
+            model.addConstr(image == low)
+        else:
+            model.addConstr(image <= high if low == -np.inf else image >= low)
+    for (i,), u, z in program.cones:
+        model.addConstr(x[i] * x[i] <= x[u] * x[z])
+    assert program.square is not None
+    of, q = program.square
+    model.setObjective(x[of] @ q @ x[of] + np.array(program.cost) @ x + program.constant)
+    return x[:n]
 
 
-def _ended(task: RowTask, model, closed: float) -> str:  # type: ignore[no-untyped-def]
+def _ended(task: RowTask, model: Any, closed: float) -> str:
     """Optimize under the task's limits; what ended it. A relative gap up to `closed` is none."""
     from gurobipy import GRB
 

@@ -5,22 +5,19 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
-from typing import TypeVar
 
 import numpy as np
 
 from maskopt.solvers.compiled import loop
-from maskopt.solvers.exact.rows import RowTask
+from maskopt.solvers.exact.tasks import RowTask
 
 #: moves between two looks at the clock
 _CHUNK = 256
 #: part of the best objective by which another one must be lower: below it is rounding
 _BETTER = 1e-12
 
-Task = TypeVar("Task", bound=RowTask)
 
-
-def with_incumbent(task: Task) -> Task:
+def with_incumbent(task: RowTask) -> RowTask:
     """The task from a far better start, which trees hardly ever improve on."""
     moves = 50 * len(task.q) + 500
     seed, deadline = task.limits.seed, task.limits.deadline

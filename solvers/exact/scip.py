@@ -4,56 +4,68 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from maskopt.certificates.certificate import Certificate
 from maskopt.core.fields import option
-from maskopt.core.limits import Limits, torch_threads
+from maskopt.core.limits import torch_threads
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import OptionError, SolverError
 from maskopt.protocol.registry import missing_package
-from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities
-from maskopt.solvers.exact.duals import Duals, qcr_duals
 from maskopt.solvers.exact.incumbent import with_incumbent
-from maskopt.solvers.exact.probing import probe
-from maskopt.solvers.exact.refit_rows import solve_refitted
-from maskopt.solvers.exact.rows import RowAnswer, RowSolver, RowTask
-from maskopt.solvers.exact.scip_model import (
-    FORMULATIONS,
-    ScipTask,
-    break_symmetry,
-    presolved,
-    solve_model,
-    write_row,
+from maskopt.solvers.exact.program import (
+    FEASIBILITY,
+    Program,
+    factored,
+    linearised,
+    perspective,
+    quadratic,
 )
-from maskopt.solvers.exact.scip_refit import ScipRefitTask, search_refitted
-from maskopt.solvers.exact.tree import BranchTask, Tree
+from maskopt.solvers.exact.rows import RowSolver, exact
+from maskopt.solvers.exact.scip_model import ScipModel
+from maskopt.solvers.exact.tasks import UPDATED_CLOSED, RowAnswer, RowTask, UpdatedTask
+from maskopt.solvers.exact.tree.convexify import Duals, free_part, qcr_duals, same_group
+from maskopt.solvers.exact.tree.node import put_in_order, twins_of
+from maskopt.solvers.exact.tree.probing import Probed, probe
+from maskopt.solvers.exact.tree.quadratic import QuadraticTree
 
 FORMATS = ("cip", "lp", "mps")
+#: in the order of what they are worth: made convex by the duals of the semidefinite relaxation; Q = LLᵀ; one
+#: variable for each product; pᵀQp ≤ t, the textbook formulation, which SCIP can hardly bound
+FORMULATIONS = ("qcr", "factored", "linear", "epigraph")
+#: an optimum below this part of the start is solved again in its own units
+_AGAIN_BELOW = 0.01
+#: SCIP's feasibility tolerance for updated weights: a z that is off by it lets a pruned weight in
+_TIGHTER = 1e-7
+#: nodes without a better mask after which SCIP's tolerances are what keeps it going
+_STALLED = 50_000
+
+
+class _Known(NamedTuple):
+    """Of a row, before SCIP: its twins, the duals of `qcr`, and what the presolve has found."""
+
+    twins: list[np.ndarray]
+    duals: Duals | None = None
+    probed: Probed | None = None
 
 
 @dataclass(frozen=True)
 class Scip(RowSolver):
     """SCIP on one row at a time.
 
-    A row is OPTIMAL only where SCIP says `optimal` and its bound closes the gap. Any limit gives
-    SCIP's incumbent and SCIP's bound; `memory` is bytes a row. Ctrl-C ends the search: rows being
-    solved return their incumbents, the rest their starts. Reports a `Trace`.
+    A row is OPTIMAL only where SCIP says `optimal` and its bound closes the gap. Any limit gives SCIP's
+    incumbent and SCIP's bound; `memory` is bytes a row. Ctrl-C ends the search: rows being solved return
+    their incumbents, the rest their starts. Reports a `Trace`.
     """
 
     name: ClassVar[str] = "scip"
-    capabilities: ClassVar[Capabilities] = Capabilities(
-        devices=("cpu",),
-        start="needed",
-        default_start="wanda",
-        proves="optimality",
+    capabilities: ClassVar[Capabilities] = exact(
         trusted=("SCIP", "presolve of maskopt and SCIP"),
         largest_n=512,
         refit=True,
@@ -75,36 +87,127 @@ class Scip(RowSolver):
         """See `Solver.unavailable`."""
         return missing_package("pyscipopt", "pyscipopt")
 
-    def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
-        """See `Solver.run`."""
-        assert start is not None
-        if problem.refit is not None:
-            return solve_refitted(
-                self,
-                problem,
-                start,
-                limits,
-                search_refitted,
-                self._word(),
-                ScipRefitTask,
-                verbose=self.verbose,
-            )
-        return self.solve_rows(
-            problem,
-            start,
-            limits,
-            search_row,
-            self._word(presolved=self.presolve and self.formulation == "qcr"),
-            ScipTask,
-            formulation=self.formulation,
-            presolve=self.presolve,
-            verbose=self.verbose,
-        )
-
-    def _word(self, *, presolved: bool = False) -> str:
+    def trusted_name(self, problem: LayerProblem) -> str:
+        """See `RowSolver.trusted_name`."""
         from pyscipopt import Model
 
+        presolved = self.presolve and self.formulation == "qcr" and problem.refit is None
         return f"{self.capabilities.trusted[presolved]} {Model().version()}"
+
+    def search_row(self, task: RowTask) -> RowAnswer:
+        """Incumbent, duals, tree; what the time leaves undone is left out."""
+        if isinstance(task, UpdatedTask):
+            return self._updated(task)
+        if (separable := _separable(task)) is not None:
+            return separable
+        known = _Known(twins_of(task.q, task.group))
+        task = _in_order(with_incumbent(task), known)
+        if task.limits.expired:
+            return RowAnswer(task.start, "timelimit")
+        if self.formulation == "qcr":
+            duals = qcr_duals(task)
+            known = known._replace(duals=duals)
+            if task.limits.expired:
+                return duals.answer(task.start, "timelimit")
+            mixed = 0 < task.pruned < task.group
+            if self.presolve and mixed and task.cost(task.start) > task.noise:
+                with torch_threads(1):  # its matrices are small
+                    tree = QuadraticTree(task, duals)
+                    known = known._replace(probed=probe(tree))
+                task = _in_order(replace(task, start=tree.best), known)
+                if known.probed is not None and known.probed.closed:
+                    return _presolved(task, known)
+        return self._solved(task, known)
+
+    def _solved(self, task: RowTask, known: _Known) -> RowAnswer:
+        """SCIP's incumbent and SCIP's bound, at the optimum or at whatever limit comes first."""
+        duals, probed = known.duals, known.probed
+        program = self._program(task, task.unit_scale, known)
+        row = ScipModel(program, verbose=self.verbose)
+        row.limit(task.gap_limit)
+        if probed is None or probed.allows(task.start):
+            row.model.addSol(row.solution(task.start), free=True)
+        else:  # what is fixed holds for better masks alone
+            row.model.setObjlimit(task.cost(task.start) * program.scale)
+        ended = row.optimize()
+        if probed is not None and ended == "infeasible":  # nothing is left below the cutoff
+            return _presolved(task, known)
+        best = min((task.start, *filter(task.is_legal, row.masks())), key=task.cost)
+        before = task.cost(task.start)
+        if ended == "optimal" and task.noise < before and task.cost(best) <= _AGAIN_BELOW * before:
+            # SCIP's tolerances are absolute, in units of the start: again in units of this mask
+            again = self._solved(replace(task, start=best), known)
+            return replace(again, nodes=again.nodes + row.nodes)
+        slack = FEASIBILITY * program.terms / program.scale
+        certified = 0.0 if duals is None else duals.certified
+
+        def true_bound(value: float) -> float:
+            bound = max(certified, value)
+            if probed is None:
+                return max(bound, task.raised(bound, slack), task.raised(certified))
+            # what is fixed holds below the cutoff alone
+            return task.raised(min(probed.cutoff, max(bound, probed.bound)))
+
+        bound, root_bound = map(true_bound, row.bounds())
+        return RowAnswer(
+            best,
+            ended,
+            bound=bound,
+            slack=slack,
+            nodes=row.nodes,
+            root_bound=root_bound,
+            certificate=None if duals is None else duals.certificate,
+            certified=certified,
+        )
+
+    def _program(self, task: RowTask, scale: float, known: _Known) -> Program:
+        """A row in the formulation; `qcr` without duals is `factored`."""
+        if self.formulation == "linear":
+            return linearised(task, scale, known.twins)
+        if self.formulation == "epigraph":
+            return quadratic(task, scale, known.twins)
+        n, mu, certified = len(task.q), 0.0, 0.0
+        lam, state = np.zeros(n), np.full(n, -1, np.int8)
+        if known.duals is not None:
+            lam, mu = known.duals.diagonal * scale, known.duals.penalty * scale
+            certified = known.duals.certified
+        if known.probed is not None:
+            lam, state = known.probed.lam * scale, known.probed.state
+        part = free_part(task.q * scale, mu, task.pruned, same_group(task), state)
+        return factored(task, scale, known.twins, part, lam, certified)
+
+    def _updated(self, task: UpdatedTask) -> RowAnswer:
+        """SCIP looks only for masks that beat the start by more than the gap that is left open: tolerances
+        need not distinguish others, and where nothing is found, `infeasible`, that gap is closed."""
+        from pyscipopt import SCIP_PARAMSETTING
+
+        gap = max(task.gap_limit, UPDATED_CLOSED)
+        aim = task.cost(task.start) * (1 - gap)
+        program = perspective(task, convex=False)
+        row = ScipModel(program, verbose=self.verbose)
+        row.limit(gap)
+        row.model.setObjlimit(aim * program.scale)
+        row.model.setParam("numerics/feastol", _TIGHTER)
+        row.model.setParam("limits/stallnodes", _STALLED)
+        row.model.setHeuristics(SCIP_PARAMSETTING.OFF)
+        # presolving fixes and joins variables, and such have no values of their own
+        row.model.setParam("presolving/maxrounds", 0)
+        row.add_rounding()
+        # beyond 1e-10 SoPlex only complains
+        row.model.setParam("constraints/nonlinear/tightenlpfeastol", False)
+        ended = row.optimize()
+        if ended in ("gaplimit", "infeasible"):
+            ended = "optimal" if task.gap_limit <= UPDATED_CLOSED else "gaplimit"
+        # an infinite bound proves that nothing lies below `aim`
+        bound, root_bound = (max(task.certified, min(value, aim)) for value in row.bounds(aim))
+        return RowAnswer(
+            min((task.start, *row.found), key=task.cost),
+            ended,
+            bound=bound,
+            slack=_TIGHTER * program.terms / program.scale,
+            nodes=row.nodes,
+            root_bound=root_bound,
+        )
 
     def write_instance(
         self,
@@ -131,59 +234,38 @@ class Scip(RowSolver):
             raise SolverError(f"{self.name}: a row of {row.n} inputs is beyond it (at most {most})")
         layer = row.as_layer()
         first = np.arange(layer.n) % layer.group_size < layer.pruned_per_group
-        task = ScipTask(
+        task = RowTask(
             q=row.q().cpu().numpy(),
             group=layer.group_size,
             pruned=layer.pruned_per_group,
             start=first,
-            formulation=formulation,
         )
+        # Q has it in its entries, unless nothing is pruned
+        linear = layer.linear if layer.pruned == 0 else None
+        program = replace(self, formulation=formulation)._program(task, 1.0, _Known([]))
+        model = ScipModel(program).model
+        model.addObjoffset(0.0 if linear is None else float(linear.constant[0]))
         target = Path(path)
         with tempfile.TemporaryDirectory(dir=target.absolute().parent) as folder:
             whole = Path(folder) / f"row.{form}"
-            # Q has it in its entries, unless nothing is pruned
-            linear = layer.linear if layer.pruned == 0 else None
-            write_row(task, str(whole), 0.0 if linear is None else float(linear.constant[0]))
+            model.writeProblem(str(whole), trans=False, verbose=False)
             os.replace(whole, target)
 
 
-def search_row(task: ScipTask) -> RowAnswer:
-    """Incumbent, duals, tree; what the time leaves undone is left out."""
-    separable = _separable(task)
-    if separable is not None:
-        return separable
-    task = break_symmetry(with_incumbent(task))
-    if task.limits.expired:
-        return RowAnswer(task.start, "timelimit")
-    if task.formulation == "qcr":
-        duals = qcr_duals(task)
-        task = replace(task, duals=duals)
-        if task.limits.expired:
-            return RowAnswer(
-                task.start,
-                "timelimit",
-                bound=duals.certified,
-                root_bound=duals.certified,
-                certificate=duals.certificate,
-                certified=duals.certified,
-            )
-        if task.presolve and 0 < task.pruned < task.group and task.cost(task.start) > task.noise:
-            task = _probed(task, duals)
-            if task.probed is not None and task.probed.closed:
-                return presolved(task)
-    return solve_model(task)
+def _in_order(task: RowTask, known: _Known) -> RowTask:
+    """With a start that prunes the first ones of twins, which loses no objective value."""
+    return replace(task, start=put_in_order(task.start, known.twins))
 
 
-def _probed(task: ScipTask, duals: Duals) -> ScipTask:
-    """With what our own bounds fix, and the best mask that they came across."""
-    like = {f.name: getattr(task, f.name) for f in fields(RowTask)}
-    with torch_threads(1):  # its matrices are small
-        tree = Tree(BranchTask(**like), duals)
-        found = probe(tree)
-    return break_symmetry(replace(task, start=tree.best, probed=found))
+def _presolved(task: RowTask, known: _Known) -> RowAnswer:
+    """The start, below whose cutoff the presolve has left nothing."""
+    assert known.duals is not None
+    assert known.probed is not None
+    bound = max(known.duals.certified, task.raised(known.probed.cutoff))
+    return known.duals.answer(task.start, "presolved", bound)
 
 
-def _separable(task: ScipTask) -> RowAnswer | None:
+def _separable(task: RowTask) -> RowAnswer | None:
     """The optimum of a diagonal Q, by sorting; None where Q is not diagonal.
 
     With λ = −diag(Q) the certificate's form is linear, and its minimum is that of the sort.
@@ -191,8 +273,7 @@ def _separable(task: ScipTask) -> RowAnswer | None:
     diagonal = np.diagonal(task.q)
     if np.count_nonzero(task.q - np.diag(diagonal)):
         return None
-    ranks = np.argsort(diagonal.reshape(-1, task.group), axis=1, kind="stable").argsort(axis=1)
-    pruned = (ranks < task.pruned).ravel()
+    pruned = task.first(diagonal, task.pruned)
     cost = task.cost(pruned)
     certificate = Certificate(
         diagonal=torch.from_numpy(-diagonal)[None],

@@ -1,12 +1,10 @@
 """Worker processes that are recycled, and whose crash costs one task alone.
 
-A worker is a fresh Python interpreter (no fork: torch's and BLAS' threads do not survive one; no
-`multiprocessing` spawn: that would run the caller's `__main__` again). It reads pickled tasks from
-its stdin and writes pickled answers to its stdout; both ends are this program.
-
-Written by hand because neither `concurrent.futures` nor joblib does all three: go on after a crash with
-only the crashed task lost, replace a process after so many tasks, and interrupt a task that then still
-answers.
+A worker is a fresh Python interpreter (no fork: threads of torch and BLAS do not survive one; no
+`multiprocessing` spawn: that would run the caller's `__main__` again). It reads pickled tasks from its stdin
+and writes pickled answers to its stdout. Neither `concurrent.futures` nor joblib does all three: go on after
+a crash with only the crashed task lost, replace a process after so many tasks, and interrupt a task that
+then still answers.
 """
 
 from __future__ import annotations
@@ -53,14 +51,14 @@ def run_tasks(
     """Yield (index, answer) as tasks finish; an answer is a WorkerCrash where the process died.
 
     Args:
-        function: importable by its qualified name (pickle's rule), takes one task.
+        function: importable by its qualified name, takes one task.
         workers: processes at a time, of one thread each.
         recycle: tasks after which a process is replaced (SCIP has leaked memory: PySCIPOpt issue 1200; of
             PySCIPOpt 5.5 and 6.3, 128 rows of 24 inputs leave 10 MB).
-        deadline: of `time.monotonic()`, after which no task is begun; those are not yielded.
+        deadline: of `time.monotonic()`, after which no task is begun or yielded.
 
-    On KeyboardInterrupt the workers are interrupted too; their answers still come, tasks that had
-    not begun do not, and the generator ends by raising KeyboardInterrupt.
+    On KeyboardInterrupt the workers are interrupted too; their answers still come, and the generator ends by
+    raising KeyboardInterrupt.
     """
     crew = _Crew(function, tasks, recycle, deadline)
     running, interrupted = min(workers, len(tasks)), False
@@ -96,15 +94,11 @@ class _Crew:
 
     Attributes:
         done: (index, answer) of finished tasks, and (−1, None) from each thread that ends.
-        stop: set: no task is begun any more.
+        stop: when set, no further task is begun.
     """
 
     def __init__(
-        self,
-        function: Callable[[Any], Any],
-        tasks: Sequence[Any],
-        recycle: int,
-        deadline: float,
+        self, function: Callable[[Any], Any], tasks: Sequence[Any], recycle: int, deadline: float
     ) -> None:
         self._function, self._tasks = function, tasks
         self._recycle, self._deadline = recycle, deadline
@@ -123,13 +117,11 @@ class _Crew:
         """Ctrl-C for every worker; what it answers still counts."""
         self.stop.set()
         for process in list(self._processes.values()):
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGINT)
 
     def kill(self) -> None:
         for process in list(self._processes.values()):
-            if process.poll() is None:
-                process.kill()
+            process.kill()
 
     def _attend(self, slot: int) -> None:
         process: subprocess.Popen[bytes] | None = None
@@ -145,7 +137,11 @@ class _Crew:
                     process, served = _start(), 0
                 except OSError as error:
                     process = None
-                    self.done.put((index, _no_process(error)))
+                    message = (
+                        f"a worker process cannot be started: {error.strerror}; free some memory, or run "
+                        "fewer of them at a time (`workers`)"
+                    )
+                    self.done.put((index, SolverError(message)))
                     break
                 self._processes[slot] = process
                 if self.stop.is_set():  # while it was being started: nobody has interrupted it
@@ -168,13 +164,6 @@ class _Crew:
             self.done.put((index, answer))
         _close(process)
         self.done.put((-1, None))
-
-
-def _no_process(error: OSError) -> SolverError:
-    return SolverError(
-        f"a worker process cannot be started: {error.strerror}; free some memory, or run fewer of them at "
-        "a time (`workers`)"
-    )
 
 
 def _start() -> subprocess.Popen[bytes]:
@@ -235,10 +224,10 @@ def serve() -> None:
 
 def _end_with_parent() -> None:
     """End this process once nobody holds the other end of its stdin: a parent that was killed interrupts
-    nothing, and a task without a limit would go on for days."""
+    nothing, and a task may have no limit."""
     if not hasattr(select, "poll"):  # Windows
         return
     stdin = select.poll()
-    stdin.register(0, 0)  # of no event but the hang-up, which is always told
+    stdin.register(0, 0)  # of no event but the hang-up, which is always reported
     stdin.poll()
     os._exit(1)

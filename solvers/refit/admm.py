@@ -7,7 +7,7 @@ A_jj = 1, the multiplier y and a penalty ρ of every row,
 
 in the eigenvectors of A, so that ρ may grow freely: the faster the more of d's support still changes. The
 mask is that of d. ALPS gives all rows of a layer one ρ; here each has its own, so that no row depends on
-the others, unless the rows trade: then d has the largest entries of the layer, and ρ is common.
+the others, unless they share a budget: then d has the largest entries of the layer, and ρ is common.
 """
 
 from __future__ import annotations
@@ -42,11 +42,8 @@ _NOTHING = 1e-20
 
 @dataclass(frozen=True)
 class Admm(Damped):
-    """A mask for refitted weights; float32 iterations, a row (or the layer, where rows trade) stops when its
-    support stands still.
-
-    Reports a `Trace`.
-    """
+    """A mask for updated weights, in float32 iterations; a row (or the layer, with a shared budget) stops
+    when its support stands still. Reports a `Trace`."""
 
     name: ClassVar[str] = "admm"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -85,7 +82,7 @@ class Admm(Damped):
         vectors: Float[Tensor, "n n"],
         limits: Limits,
     ) -> tuple[Tensor, Tensor]:
-        """Of some rows, and their iterations; all in the scaled inputs."""
+        """The masks of some rows, and their iterations; all in the scaled inputs."""
         size = problem.least_squares.damped.diagonal().sqrt()
         d = problem.weight.double() * size
         largest = d.abs().amax(1, keepdim=True), target.abs().amax(1, keepdim=True)

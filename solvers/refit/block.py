@@ -43,11 +43,8 @@ def exchanges(z, y, who, group, count, threshold, most):
         z: [size, size], T of the candidates, the first `count` of them kept; changed in place.
         y: [size], their v and r; changed in place.
         who: int64 [size], which candidate is in a slot; changed in place.
-        group: int64 [size], of each candidate; only those of one group are exchanged.
-        most: exchanges at most.
-
-    Returns:
-        How many were made.
+        group: int64 [size], of each candidate; exchanges stay inside groups.
+        most: exchanges at most; the number of exchanges is returned.
     """
     size = len(y)
     made = 0
@@ -77,12 +74,8 @@ def exchanges(z, y, who, group, count, threshold, most):
 
 @loop(nogil=True)
 def exchanged(z, y, group, count, threshold, most):
-    """What `exchanges` ends with, of candidates that it leaves as they are.
-
-    Returns:
-        How many exchanges were made, and of the candidates those that are no longer kept, and those that are
-        no longer pruned, the latter from 0 on.
-    """
+    """`exchanges` on copies: how many were made, which candidates are no longer kept, and which are no longer
+    pruned, the latter numbered from 0."""
     size = len(y)
     who = np.arange(size)
     made = exchanges(z.copy(), y.copy(), who, group, count, threshold, most)
@@ -95,7 +88,7 @@ def exchanged(z, y, group, count, threshold, most):
 @loop(nogil=True)
 def one_sided(z, y, group, room, most):
     """Prune the kept candidate of least y²/|z_ii|, or keep the pruned one of greatest again; and so on, each
-    priced with those before it done.
+    priced after the ones before it. Returns the order, and what each costs or saves in its turn.
 
     Args:
         z: [size, size], −M of kept candidates, or C of pruned ones; changed in place.
@@ -103,9 +96,6 @@ def one_sided(z, y, group, room, most):
         group: int64 [size], of each candidate.
         room: int64, how many of each group may yet go; counted down.
         most: how many at most.
-
-    Returns:
-        The order, and what each costs or saves in its turn.
     """
     size = len(y)
     order, prices = np.empty(min(most, size), np.int64), np.empty(min(most, size))

@@ -1,7 +1,7 @@
 """A row on the CPU: what `Row` does with vectors, in one compiled call each, and products by torch.
 
-Python lets one thread at a time go on, and each call of torch gives the turn away and waits for it again:
-with a hundred small ones a row, two threads are no faster than one.
+Each call of torch releases Python's lock and waits for it again: with a hundred small calls a row, two
+threads are no faster than one.
 """
 
 from __future__ import annotations
@@ -20,26 +20,12 @@ class CompiledRow(Row):
 
     def look(self) -> None:
         rest = self.scratch("rest", len(self.target))
-        self.explained = kernel.look(
-            self.metric.damped.numpy(),
-            self.target.numpy(),
-            self.kept.numpy(),
-            self.pruned.numpy(),
-            self.v.numpy(),
-            rest.numpy(),
-            self.r.numpy(),
-            self.left.numpy(),
-        )
+        slots = self.kept, self.pruned, self.v, rest, self.r, self.left
+        self.explained = kernel.look(*_arrays(self.metric.damped, self.target, *slots))
 
     def likely(self, count: int) -> Pairs:
-        metric = self.metric
-        u, p = kernel.likely(
-            *self._state(),
-            metric.alone.numpy(),
-            metric.spread.numpy(),
-            metric.group_size,
-            count,
-        )
+        diagonals = _arrays(self.metric.alone, self.metric.spread)
+        u, p = kernel.likely(*self._state(), *diagonals, self.metric.group_size, count)
         return Pairs(torch.from_numpy(u), torch.from_numpy(p))
 
     def block(self, pairs: Pairs) -> Block:
@@ -48,34 +34,16 @@ class CompiledRow(Row):
         columns = self.scratch("block", len(self.kept), len(u) + len(p))
         b = torch.mm(self.m, outer.T, out=columns[:, len(u) :])
         inner = torch.mm(outer, b, out=self.scratch("inner", len(p), len(p)))
-        z, y = kernel.tableau(
-            self.metric.damped.numpy(),
-            self.m.numpy(),
-            self.v.numpy(),
-            self.r.numpy(),
-            self.pruned.numpy(),
-            u,
-            p,
-            columns.numpy(),
-            inner.numpy(),
-        )
+        state = _arrays(self.metric.damped, self.m, self.v, self.r, self.pruned)
+        z, y = kernel.tableau(*state, u, p, columns.numpy(), inner.numpy())
         return Block(columns, torch.from_numpy(z), torch.from_numpy(y))
 
     def exchange(self, u: Tensor, p: Tensor, block: Block) -> None:
         w = torch.linalg.inv(block.z)
         scaled = torch.mm(block.columns, w, out=self.scratch("scaled", *block.columns.shape))
         self.m.addmm_(scaled, block.columns.T)
-        kernel.settle_in(
-            self.m.numpy(),
-            self.v.numpy(),
-            self.kept.numpy(),
-            self.pruned.numpy(),
-            u.numpy(),
-            p.numpy(),
-            scaled.numpy(),
-            w.numpy(),
-            block.y.numpy(),
-        )
+        state = self.m, self.v, self.kept, self.pruned
+        kernel.settle_in(*_arrays(*state, u, p, scaled, w, block.y))
         self.fresh = False
         self.look()
 
@@ -83,13 +51,7 @@ class CompiledRow(Row):
         signs = self.scratch.signs(len(self.v))
         solved = torch.mv(self.m, signs, out=self.scratch("solved", len(self.v)))
         rest = self.scratch("rest", len(self.target))
-        off = kernel.apart(
-            self.metric.damped.numpy(),
-            self.kept.numpy(),
-            solved.numpy(),
-            signs.numpy(),
-            rest.numpy(),
-        )
+        off = kernel.apart(*_arrays(self.metric.damped, self.kept, solved, signs, rest))
         return off / max(1.0, len(self.v) ** 0.5)
 
     def improving(self, count: int, threshold: float) -> Pairs | None:
@@ -99,28 +61,16 @@ class CompiledRow(Row):
         outer = self._lines(p)
         b = torch.mm(outer, self.m, out=self.scratch("columns", *outer.shape))
         self.formed += b.numel()
-        u, p = kernel.best_pairs(
-            b.numpy(),
-            outer.numpy(),
-            *self._state(),
-            p,
-            self.metric.alone.numpy(),
-            self.metric.group_size,
-            threshold,
-            count,
-        )
+        alone, size = self.metric.alone.numpy(), self.metric.group_size
+        products = _arrays(b, outer)
+        u, p = kernel.best_pairs(*products, *self._state(), p, alone, size, threshold, count)
         return Pairs(torch.from_numpy(u), torch.from_numpy(p)) if len(p) else None
 
     def _suspects(self) -> Tensor:
         metric, state = self.metric, self._state()
         if metric.group_size < len(self.target):
-            flagged, formed = kernel.suspects_of_groups(
-                *state,
-                metric.damped.numpy(),
-                metric.spread.numpy(),
-                metric.group_size,
-                SAFETY,
-            )
+            shared = _arrays(metric.damped, metric.spread)
+            flagged, formed = kernel.suspects_of_groups(*state, *shared, metric.group_size, SAFETY)
             self.formed += formed
             return torch.from_numpy(flagged)
         screen = kernel.screen(*state, metric.spread.numpy(), SAFETY)
@@ -138,12 +88,16 @@ class CompiledRow(Row):
             kernel.flag(b.numpy(), cost[first:], price[first:], square, twice, least, flagged)
         return torch.from_numpy(kernel.chosen(p, flagged))
 
-    def _state(self) -> tuple[np.ndarray, ...]:
+    def _state(self) -> list[np.ndarray]:
         """M, v, r, and the inputs in the slots."""
-        return tuple(x.numpy() for x in (self.m, self.v, self.r, self.kept, self.pruned))
+        return _arrays(self.m, self.v, self.r, self.kept, self.pruned)
 
     def _lines(self, p: np.ndarray) -> Tensor:
         """A_p,S of slots p."""
         inputs = torch.from_numpy(self.pruned.numpy()[p])
         out = self.scratch("outer", len(inputs), len(self.kept))
         return part_of(self.metric.damped, inputs, self.kept, out)
+
+
+def _arrays(*tensors: Tensor) -> list[np.ndarray]:
+    return [tensor.numpy() for tensor in tensors]

@@ -1,4 +1,4 @@
-"""What the solvers have in common that choose for refitted weights whatever the problem means by a mask."""
+"""Solvers that choose for updated weights, whether or not the problem updates them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from maskopt.protocol.solver import Solver
 
 @dataclass(frozen=True)
 class Damped(Solver):
-    """Of a problem that keeps its weights the mask is that for weights refitted so."""
+    """The options of the update for a problem that keeps its weights."""
 
     damping: float = option(
         Refit.damping,

@@ -34,9 +34,9 @@ _CANDIDATES = 4
 
 @dataclass(frozen=True)
 class Obs(Damped):
-    """A mask for refitted weights, by the price of each removal as those before it left things.
+    """A mask for updated weights, by the price of each removal after the ones before it.
 
-    Where the time is over, the rows that are left get their cheapest inputs by the first prices. Tells an
+    When the time is over, the rows that are left prune by the first prices. Reports a
     `Trace`.
     """
 

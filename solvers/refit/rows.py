@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from maskopt.core.limits import Limits, one_thread_each
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.trace import Trace
-from maskopt.solvers.pooled.offers import Offers
+from maskopt.solvers.pooled.offers import OFFERED, Offers
 from maskopt.solvers.pooled.trade import trade
+from maskopt.solvers.refit.block import one_sided
 from maskopt.solvers.refit.compiled_row import CompiledRow
-from maskopt.solvers.refit.offers import offers
 from maskopt.solvers.refit.scratch import Scratch
 from maskopt.solvers.refit.search import Found, refine
-from maskopt.solvers.refit.state import Metric, Row
+from maskopt.solvers.refit.state import Metric, Pairs, Row
 
 #: rows whose M are made together, at most, and bytes of these
 _TOGETHER, _TOGETHER_BYTES = 16, 2**25
@@ -26,8 +28,8 @@ _TOGETHER, _TOGETHER_BYTES = 16, 2**25
 def swap_refitted(
     problem: LayerProblem, start: Tensor, max_swaps: int | None, limits: Limits
 ) -> Solution:
-    """1-swap search on F from a legal mask: proven optima, or what was reached when a limit came. Where rows
-    trade, of the layer as a whole."""
+    """1-swap search on F from a legal mask: proven optima, or what was reached when a limit came. With a
+    shared budget, of the layer as a whole."""
     if not problem.pooled:
         return _solution(problem, _searched(problem, start, max_swaps, limits))
 
@@ -69,7 +71,7 @@ def _searched(
         for index, row, cost in zip(batch.tolist(), rows, objective, strict=True):
             found.append(refine(row, cost, mass[index], most, limits))
             if problem.pooled and not squares.flat and found[-1].proven:
-                found[-1].offers = offers(row)
+                found[-1].offers = _offers(row)
             done()
         return found
 
@@ -133,3 +135,49 @@ def _solution(problem: LayerProblem, rows: list[Found]) -> Solution:
         trace=trace,
         weight=weight,
     )
+
+
+def _offers(row: Row) -> Offers:
+    """What a row whose M is good enough for a claim offers to others, in F, float64.
+
+    On T = [[−M, B], [Bᵀ, C]] of some candidates, pruning u costs y_u²/M_uu, keeping p again saves y_p²/C_pp,
+    and either is a pivot on one diagonal entry, after which the next is priced.
+    """
+    found = Offers.none(1, row.v.device)
+    cheapest = row.costs().topk(min(OFFERED, len(row.kept)), largest=False).indices
+    pairs = Pairs(cheapest, _most_saving(row))
+    block, count = row.block(pairs), len(pairs.u)
+    z, y = block.z.cpu().clone().numpy(), block.y.cpu().clone().numpy()
+    for part, inputs, into, prices in (
+        (slice(0, count), row.kept[pairs.u], found.removals, found.costs),
+        (slice(count, None), row.pruned[pairs.p], found.returns, found.gains),
+    ):
+        size = len(inputs)
+        alone = np.zeros(size, np.int64), np.full(1, size)
+        which, values = one_sided(z[part, part].copy(), y[part].copy(), *alone, size)
+        into[0, : len(which)] = inputs[torch.from_numpy(which).to(inputs.device)]
+        prices[0, : len(which)] = torch.from_numpy(values)
+    return found
+
+
+def _most_saving(row: Row) -> Tensor:
+    """Slots of pruned inputs of largest r_p²/C_pp, the largest of all for certain.
+
+    r_p²H_pp is no less than that, so that only what is above the best of those that seem good is priced.
+    """
+    most, count = row.gains(), min(OFFERED, len(row.pruned))
+    slots = row.likely(count).p
+    exact = _gains(row, slots)
+    if len(slots) < len(row.pruned):
+        other = most > exact.max()
+        other[slots] = False
+        rest = other.nonzero()[:, 0]
+        slots, exact = torch.cat([slots, rest]), torch.cat([exact, _gains(row, rest)])
+    return slots[exact.topk(count).indices]
+
+
+def _gains(row: Row, slots: Tensor) -> Float[Tensor, " some"]:
+    """r_p²/C_pp."""
+    if not len(slots):
+        return row.r[slots]
+    return row.r[slots].square() / row.columns(slots)[1]

@@ -1,6 +1,5 @@
 # mypy: disallow-untyped-defs=False
-"""Memory that one row after another works in: on the CPU fresh pages cost several times what is done in
-them."""
+"""Memory that one row after another works in: on the CPU fresh pages cost more than the work in them."""
 
 from __future__ import annotations
 

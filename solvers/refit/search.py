@@ -1,14 +1,13 @@
 """1-swap search on refitted weights, to a proven 1-swap optimum of F. One row at a time, all in float64.
 
 1. *search*: kept inputs that cost little and pruned ones that save much are candidates; the best exchange
-   among them is made again and again, on the small tableau of the candidates alone, and what was exchanged
-   on the whole goes into M as one pivot, a matrix product. Again with fresh candidates, until they hold no
-   improving pair.
-2. *scan*: all pairs, by screening and exactly (`maskopt.solvers.refit.state`). None improves: the mask is
-   proven 1-swap optimal. Else the inputs of the best pairs are the candidates, and it goes on with 1.
+   among them is made again and again, on the small tableau of the candidates alone, and all exchanges go into
+   M as one pivot, a matrix product. Again with fresh candidates, until they hold no improving pair.
+2. *scan*: all pairs, by screening and exactly (`state`). None improves: the mask is proven 1-swap optimal.
+   Else the inputs of the best pairs are the candidates, and it goes on with 1.
 
-What a round gained is seen from the weights, whatever M is. Where that is less than M promised, it has
-drifted: the round is undone, and M made from scratch; and so it is before anything is claimed on it.
+What a round gained is computed from the weights, whatever M is. Where that is less than M promised, M has
+drifted: the round is undone, and M made from scratch; so it is before anything is claimed on it.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ _NOISE = 1e-3
 
 @dataclass
 class Found:
-    """What became of a row.
+    """The result of a row.
 
     Attributes:
         mask: bool [n], True = kept.
-        weight: float64 [n], refitted.
+        weight: float64 [n], updated.
         proven: whether the last scan found no improving pair.
         objectives: F at the start, and after every round.
-        offers: what it has to offer to other rows, where rows trade.
+        offers: to other rows of a shared budget.
     """
 
     mask: Tensor
@@ -58,13 +57,8 @@ class Found:
 
 
 def refine(row: Row, objective: float, mass: float, most: int, limits: Limits) -> Found:
-    """Swap a row, which is used up.
-
-    Args:
-        objective: F of its mask.
-        mass: Σⱼ wⱼ²Gⱼⱼ, the scale of rounding.
-        most: swaps at most.
-    """
+    """Swap a row, which is used up, at most so often; `objective` is F of its mask, and `mass`, Σⱼ wⱼ²Gⱼⱼ,
+    the scale of rounding."""
     found = Found(row.mask(), row.weights(), objectives=[objective])
     if not len(row.kept) or not len(row.pruned):
         found.proven = True
@@ -86,9 +80,9 @@ def refine(row: Row, objective: float, mass: float, most: int, limits: Limits) -
             break
         now = nothing_kept - row.explained
         if not fresh and not objective - now > _KEPT * made * threshold:
-            row.begin(*best[:2])  # M promised more than came of it
+            row.renew(*best[:2])  # M promised more than came of it
             continue
-        if not now < objective:  # rounding: what is left cannot be told from nothing
+        if not now < objective:  # what is left is rounding
             break
         objective = now
         best = row.kept.clone(), row.pruned.clone(), row.v.clone()
@@ -104,7 +98,7 @@ def refine(row: Row, objective: float, mass: float, most: int, limits: Limits) -
 def _scan(row: Row, count: int, threshold: float, objective: float) -> Pairs | None:
     """All pairs; of an M and a v that are good enough for a claim."""
     if not row.fresh and row.drift() > DRIFT:
-        row.renew()
+        row.renew(row.kept, row.pruned)
     row.settle(_NOISE * threshold, objective)
     return row.improving(count, threshold)
 

@@ -1,7 +1,7 @@
-"""One row of refitted weights: what removals, returns and exchanges cost, and the exact scan of all pairs.
+"""One row of updated weights: what removals, returns and exchanges cost, and the exact scan of all pairs.
 
-With S the kept inputs, P the pruned, M = A_SS⁻¹, v = M b_S the refitted weights, r = b_P − A_PS v what they
-leave over, B = M A_SP and C = A_PP − A_PS B, the row's F grows by v_u²/M_uu if u is pruned, falls by
+With S the kept inputs, P the pruned, M = A_SS⁻¹, v = M b_S the updated weights, r = b_P − A_PS v what they
+leave over, B = M A_SP and C = A_PP − A_PS B, F of the row grows by v_u²/M_uu if u is pruned, falls by
 r_p²/C_pp if p is kept again, and changes by
 
     Δ(u, p) = (v_u − B_up r_p/C_pp)² / (M_uu + B_up²/C_pp) − r_p²/C_pp            (p returns, u goes)
@@ -15,7 +15,7 @@ H_uu when inputs are kept again, B_up²/(M_uu C_pp) ≤ H_uu/M_uu − 1 =: κ_u�
 
     |v_u|/√M_uu  ≥  (κ_u + √(κ_u² − 1))·√H_pp·|r_p|                                                   (2)
 
-makes an improving pair with p. What (2) leaves is put to (1) with 1/H_pp for C_pp; columns that this leaves
+makes an improving pair with p. What (2) leaves is tested by (1) with 1/H_pp for C_pp; the columns that remain
 are formed whole, and priced exactly.
 """
 
@@ -41,15 +41,8 @@ SAFETY = 1e-6
 
 @dataclass(frozen=True)
 class Metric:
-    """What the rows of a layer share.
-
-    Attributes:
-        damped: A, float64 [n, n].
-        spread: the diagonal of H = A⁻¹, float64 [n].
-        group_size: exchanges stay inside groups of so many inputs.
-        alone: A's diagonal.
-        stiffness: the largest A_jj H_jj.
-    """
+    """What the rows of a layer share: A, the diagonal of H = A⁻¹ (`spread`), and the size of the groups that
+    exchanges stay inside; the diagonal of A (`alone`) and the largest A_jj H_jj (`stiffness`)."""
 
     damped: Float[Tensor, "n n"]
     spread: Float[Tensor, " n"]
@@ -74,13 +67,7 @@ class Pairs:
 
 @dataclass
 class Block:
-    """The tableau T = [[−M, B], [Bᵀ, C]] of candidates.
-
-    Attributes:
-        columns: T_SZ, [k, u + p].
-        z: T_ZZ, symmetric [u + p, u + p].
-        y: v and r of the candidates.
-    """
+    """The tableau T = [[−M, B], [Bᵀ, C]] of candidates: T_SZ, the symmetric T_ZZ, and v and r."""
 
     columns: Float[Tensor, "k size"]
     z: Float[Tensor, "size size"]
@@ -96,10 +83,9 @@ class Row:
     """A row, changed in place by exchanges. Slots 0 … k−1 hold the kept inputs, 0 … s−1 the pruned ones.
 
     Attributes:
-        scratch: of this row, as long as it is in use.
         target: b, float64 [n].
         left: b_S − A_SS v, rounding that `settle` takes into v.
-        explained: what v makes F less than it were with nothing kept: 2b_Sᵀv − vᵀA_SS v, whatever v is.
+        explained: by what v lowers F from its value with nothing kept: 2b_Sᵀv − vᵀA_SS v, whatever v is.
         fresh: whether M was inverted from scratch, and not updated.
         formed: pairs of which the scans had to form B.
     """
@@ -121,7 +107,7 @@ class Row:
     def several(
         cls, metric: Metric, scratch: Scratch, targets: Tensor, masks: Tensor
     ) -> list[Self]:
-        """Of masks [rows, n], True = kept, that all keep as many; 4k³/3 operations a row."""
+        """Of masks [rows, n], True = kept, that all keep the same number; 4k³/3 operations a row."""
         count = len(masks)
         kept = masks.nonzero()[:, 1].view(count, int(masks[0].sum()))
         pruned = (~masks).nonzero()[:, 1].view(count, masks.shape[1] - kept.shape[1])
@@ -137,22 +123,18 @@ class Row:
             row.inverted()
         return rows
 
-    def begin(self, kept: Int[Tensor, " k"], pruned: Int[Tensor, " s"]) -> None:
-        """Anew, from another mask with as many kept."""
+    def renew(self, kept: Int[Tensor, " k"], pruned: Int[Tensor, " s"]) -> None:
+        """M, v and r from scratch, of a mask with as many kept."""
         self.kept.copy_(kept)
         self.pruned.copy_(pruned)
-        self.renew()
-
-    def renew(self) -> None:
-        """M, v and r from scratch."""
         k, new = len(self.kept), self.scratch
         system = part_of(self.metric.damped, self.kept, self.kept, new("system", k, k))
         inverse(system[None], self.m[None], new("work", k * k // 2 + 1))
         self.inverted()
 
     def inverted(self) -> None:
-        """v and r of an M that was made from scratch; by Cholesky of the whole, where A_SS is so near to a
-        singular matrix that halves lost it."""
+        """v and r of an M that was made from scratch; by Cholesky of the whole, where A_SS is too near to a
+        singular matrix for the inverse by halves."""
         if not self.drift() <= DRIFT:
             system = part_of(self.metric.damped, self.kept, self.kept, torch.empty_like(self.m))
             torch.cholesky_inverse(torch.linalg.cholesky(system), out=self.m)
@@ -174,7 +156,7 @@ class Row:
         self.explained = float((self.target[self.kept] + self.left) @ self.v)
 
     def settle(self, noise: float, objective: float) -> None:
-        """A step of refinement for v; and r anew where that could change a gain by more than `noise`.
+        """A step of refinement for v; and r again where that could change a gain by more than `noise`.
 
         With δ = M(b_S − A_SS v), F falls by e = δᵀA_SS δ. r_p moves by (Aδ)_p, its square no more than A_pp e
         (Cauchy); so a gain g = r_p²/C_pp ≤ F by 2√(g·A_pp H_pp e) at most.
@@ -195,11 +177,8 @@ class Row:
         return self.r.square() * self.metric.spread[self.pruned]
 
     def likely(self, count: int) -> Pairs:
-        """Candidates by what is at hand: r_p²√(H_pp/A_pp) in place of r_p²/C_pp, which is between the two.
-
-        Args:
-            count: of each side at most; where only pairs of a group count, of both, in whole groups.
-        """
+        """Candidates by r_p²√(H_pp/A_pp) in place of r_p²/C_pp, at most `count` of each side; with groups, of
+        both, in whole groups."""
         gain = self.r.square() * (self.metric.spread / self.metric.alone).sqrt()[self.pruned]
         cost = self.costs()
         if self.metric.group_size == len(self.target):
@@ -315,8 +294,7 @@ class Row:
         A principal pivot on Z = (u, p): with W = T_ZZ⁻¹ and E = diag(−1 on u, +1 on p),
         T_oo ← T_oo − T_oZ W T_Zo, T_oZ ← T_oZ W E, T_ZZ ← −E W E, and what was in p is in u then.
 
-        Args:
-            block: of u and p, in this order.
+        `block` is that of u and p, in this order.
         """
         q = len(u)
         w = torch.linalg.inv(block.z)

@@ -25,8 +25,8 @@ from maskopt.experiments.prove import prove
 from maskopt.experiments.store import Store, read_records, write_records
 from maskopt.models.evaluation import bound as certify_module
 from maskopt.protocol.solver import make_solver
-from maskopt.solvers.exact import branch
-from maskopt.solvers.exact.rows import RowAnswer
+from maskopt.solvers.exact.branch import Branch
+from maskopt.solvers.exact.tasks import RowAnswer
 
 LAYER = LayerProblem(random_weight(6, 24, 1), random_gram(24, "full", 2), HALF, name="q")
 
@@ -248,8 +248,8 @@ def test_the_same_jobs_have_the_same_keys_and_others_have_others():
 def test_an_interrupted_search_is_no_record(path, monkeypatch):
     """What a solver has after Ctrl-C is not what it would answer: neither kept nor gone on from."""
     rows = some(2, 12)
-    stopped = lambda task: RowAnswer(task.start, "userinterrupt", message="")  # noqa: E731
-    monkeypatch.setattr(branch, "search_row", stopped)
+    stopped = lambda _, task: RowAnswer(task.start, "userinterrupt", message="")  # noqa: E731
+    monkeypatch.setattr(Branch, "search_row", stopped)
     with pytest.raises(KeyboardInterrupt):
         compare(rows, ["wanda", "branch"], output=path)
     assert [record.solver for record in read_records(path, Record).values()] == ["wanda"]

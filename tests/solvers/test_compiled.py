@@ -11,7 +11,7 @@ import pytest
 
 from maskopt.cli.console import show_compiling
 from maskopt.solvers import compiled
-from maskopt.solvers.exact.node import _gather
+from maskopt.solvers.exact.tree.node import _gather
 from maskopt.solvers.swap.numba_common import sort
 
 LOOP = """

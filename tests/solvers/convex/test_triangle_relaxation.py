@@ -20,12 +20,12 @@ from maskopt.core.files import pack
 from maskopt.core.limits import Limits
 from maskopt.solvers.bounds.cuts import cut_certificate
 from maskopt.solvers.convex.triangles import ABSENT, Incidence, Pool, dense, separate
-from maskopt.solvers.exact import relaxation, tree, trials
-from maskopt.solvers.exact.free_part import free_part
-from maskopt.solvers.exact.pentagons import PLACES, pentagons
-from maskopt.solvers.exact.quasi_newton import QuasiNewton
-from maskopt.solvers.exact.relaxation import Goal, Plan, Relaxed, _below, _Dual, relax_node
-from maskopt.solvers.exact.trials import Plans
+from maskopt.solvers.exact.tree import quadratic, relaxation
+from maskopt.solvers.exact.tree.convexify import free_part
+from maskopt.solvers.exact.tree.pentagons import PLACES, pentagons
+from maskopt.solvers.exact.tree.quadratic import Plans, QuadraticTree
+from maskopt.solvers.exact.tree.quasi_newton import QuasiNewton
+from maskopt.solvers.exact.tree.relaxation import Goal, Plan, Relaxed, _below, _Dual, relax_node
 
 SPARSE = Unstructured(sparsity=0.6)
 CLIMB = Plan((20.0, 5.0, 1.0, 0.3, 0.1))
@@ -315,9 +315,9 @@ def test_pentagonal_inequalities_that_are_violated_are_found(seed):
 
 
 def patched(monkeypatch, near, **values):
-    monkeypatch.setattr(tree, "_NEAR", near)
+    monkeypatch.setattr(quadratic, "_NEAR", near)
     for name, value in values.items():
-        monkeypatch.setattr(trials, name, value)
+        monkeypatch.setattr(quadratic, name, value)
 
 
 def proven(problem, **options):
@@ -334,14 +334,14 @@ def test_trees_of_graphs_are_small_and_smaller_with_pentagonal_inequalities(monk
     five, _ = proven(problem)
     small = graph(28, 0.75, keep=21, seed=0)
     tight, cuts = proven(small)
-    without = (plan._replace(pentagons=0) for plan in trials.CLOSE[:2])
-    monkeypatch.setattr(trials, "CLOSE", Plans(*without))
+    without = (plan._replace(pentagons=0) for plan in quadratic.CLOSE[:2])
+    monkeypatch.setattr(quadratic, "CLOSE", Plans(*without))
     three, _ = proven(problem)
     for solution, places in ((five, 5), (three, 3)):
         assert solution.proof.rows[0].cut_index.shape[1] == places
     assert float(five.objective) == float(three.objective)
     assert int(five.trace.nodes[0]) < int(three.trace.nodes[0])
-    monkeypatch.setattr(tree.Tree, "_with_triangles", lambda self, plans, least_open: [])
+    monkeypatch.setattr(QuadraticTree, "_due", lambda self, nodes, least_open: None)
     plain, none = proven(small)
     assert float(tight.objective) == float(plain.objective)
     assert int(tight.trace.nodes[0]) * 5 < int(plain.trace.nodes[0])
@@ -351,7 +351,7 @@ def test_trees_of_graphs_are_small_and_smaller_with_pentagonal_inequalities(monk
 def test_nodes_open_together_make_one_tree_on_any_threads_and_outlive_ctrl_c(monkeypatch):
     """Solved so roughly that even small graphs have several nodes open together."""
     rough = Plan((10.0, 1.0), (8,), pentagons=1)
-    monkeypatch.setattr(trials, "CLOSE", Plans(rough, rough))
+    monkeypatch.setattr(quadratic, "CLOSE", Plans(rough, rough))
     problem = graph(50, 0.75, keep=34, seed=2)
     best, other = (proven(problem, threads=threads)[0] for threads in (1, 5))
     assert int(best.trace.nodes) > 4  # some of them are open together
@@ -359,7 +359,7 @@ def test_nodes_open_together_make_one_tree_on_any_threads_and_outlive_ctrl_c(mon
     one, five = (pack(solution.proof)[1] for solution in (best, other))
     assert one.keys() == five.keys()
     assert all(np.array_equal(one[name], five[name]) for name in one)
-    branch, calls = tree.Tree._branch, []
+    branch, calls = QuadraticTree.branch, []
 
     def interrupted(self, node):
         calls.append(node)
@@ -367,7 +367,7 @@ def test_nodes_open_together_make_one_tree_on_any_threads_and_outlive_ctrl_c(mon
             raise KeyboardInterrupt
         return branch(self, node)
 
-    monkeypatch.setattr(tree.Tree, "_branch", interrupted)
+    monkeypatch.setattr(QuadraticTree, "branch", interrupted)
     solution = solve(problem, "branch", workers=0, threads=1, proof=True)
     assert solution.trace.ended == ("userinterrupt",)
     assert float(solution.lower_bound) < float(best.objective)
@@ -433,7 +433,7 @@ def test_trees_with_triangles_find_the_optimum_at_any_scale(monkeypatch, near, v
         verify(problem, solution, require="checked")
 
 
-def quadratic(n, seed=0, rank=None):
+def parabola(n, seed=0, rank=None):
     """½xᵀAx − bᵀx."""
     random = np.random.default_rng(seed)
     root = random.normal(size=(rank or 2 * n, n))
@@ -455,7 +455,7 @@ def least(function, n, free):
 @pytest.mark.parametrize("rank", [None, 15])
 def test_the_least_value_is_reached(n, free, rank):
     free = round(free * n)
-    function = quadratic(n, n, rank and min(rank, n))
+    function = parabola(n, n, rank and min(rank, n))
     x, value = QuasiNewton(free, 25).descend(function, np.ones(n), 2000)
     assert (x[free:] >= 0).all()
     assert value == function(x)[0]
@@ -464,7 +464,7 @@ def test_the_least_value_is_reached(n, free, rank):
 
 def test_every_step_is_legal_and_lowers_the_value():
     n, free = 30, 10
-    function, newton, x = quadratic(n, 3), QuasiNewton(free, 8), np.ones(n)
+    function, newton, x = parabola(n, 3), QuasiNewton(free, 8), np.ones(n)
     values = [function(x)[0]]
     for _ in range(12):
         x, value = newton.descend(function, x, 1)
@@ -488,7 +488,7 @@ def test_every_step_is_legal_and_lowers_the_value():
 
 def test_what_is_known_outlives_variables_that_come_and_go():
     n, free = 60, 20
-    function, newton = quadratic(n, 4), QuasiNewton(free, 25)
+    function, newton = parabola(n, 4), QuasiNewton(free, 25)
 
     def part(chosen):
         def of(y):

@@ -14,13 +14,14 @@ from maskopt import NM, LayerProblem, RowProblem, Status, Unstructured, solve, v
 from maskopt.certificates.proof_check import check_proof
 from maskopt.errors import VerificationError
 from maskopt.solvers.convex.triangles import Pool
-from maskopt.solvers.exact import refit_rows, refit_tree
-from maskopt.solvers.exact.duals import qcr_duals
-from maskopt.solvers.exact.pentagons import PLACES
-from maskopt.solvers.exact.reconvex import multipliers, start_vectors
-from maskopt.solvers.exact.relaxation import Plan, Relaxed
-from maskopt.solvers.exact.tree import BranchTask, Tree
-from maskopt.solvers.exact.twins import in_order, put_in_order, twins_of
+from maskopt.solvers.exact import rows
+from maskopt.solvers.exact.tasks import RowTask
+from maskopt.solvers.exact.tree import least_squares
+from maskopt.solvers.exact.tree.convexify import free_part, multipliers, qcr_duals, start_vectors
+from maskopt.solvers.exact.tree.node import in_order, put_in_order, twins_of
+from maskopt.solvers.exact.tree.pentagons import PLACES
+from maskopt.solvers.exact.tree.quadratic import QuadraticTree
+from maskopt.solvers.exact.tree.relaxation import Plan, Relaxed
 
 SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("low-rank", "duplicates")]
 
@@ -39,7 +40,8 @@ def test_the_multipliers_of_a_node_are_semidefinite_and_tighten_it():
     same, point = np.ones((n, n)), np.full(n, 0.6)
     values = []
     for sweeps in (1, 20, 500):
-        lam, _ = multipliers(q, mu, pruned, same, state, start_vectors(n, 0), point, sweeps)
+        part = free_part(q, mu, pruned, same, state)
+        lam, _ = multipliers(part, start_vectors(n, 0), point, sweeps)
         a = q + mu * same + np.diag(lam)
         assert np.linalg.eigvalsh(a[np.ix_(free, free)])[0] >= 0
         p = np.where(state < 0, (pruned - 2) / len(free), state)
@@ -57,7 +59,8 @@ def test_the_multipliers_of_a_node_are_semidefinite_and_tighten_it():
     state = np.full(n, -1, dtype=np.int8)
     state[0] = 1
     vectors = start_vectors(n, 0)
-    lam, after = multipliers(q, 1.0, 4, np.ones((n, n)), state, vectors, np.full(n, 0.5), 10)
+    part = free_part(q, 1.0, 4, np.ones((n, n)), state)
+    lam, after = multipliers(part, vectors, np.full(n, 0.5), 10)
     assert not lam.any()
     assert np.array_equal(after, vectors)
 
@@ -72,9 +75,9 @@ def test_a_node_is_bounded_and_fixed_validly(pattern, kind):
     legal = np.array(list(itertools.product((0, 1), repeat=n)), dtype=float)
     legal = legal[(legal.reshape(-1, n // group, group).sum(2) == pruned).all(1)]
     costs = np.einsum("si,ij,sj->s", legal, q, legal)
-    task = BranchTask(q=q, group=group, pruned=pruned, start=legal[0].astype(bool))
+    task = RowTask(q=q, group=group, pruned=pruned, start=legal[0].astype(bool))
     duals = qcr_duals(task)
-    searched, random = Tree(task, duals), np.random.default_rng(0)
+    searched, random = QuadraticTree(task, duals), np.random.default_rng(0)
     fixings = tight = cuts = 0
     nothing = Relaxed(duals.with_margin(task), start_vectors(n, 1), Pool.empty(PLACES))
     for _ in range(60):
@@ -85,10 +88,11 @@ def test_a_node_is_bounded_and_fixed_validly(pattern, kind):
         state[chosen] = legal[random.integers(len(legal))][chosen]
         below = (legal[:, chosen] == state[chosen]).all(1)
         vectors, point = start_vectors(n, 1), np.full(n, 0.5)
-        own, _ = multipliers(q, duals.penalty, pruned, searched.same, state, vectors, point, 200)
+        part = free_part(q, duals.penalty, pruned, searched.same, state)
+        own, _ = multipliers(part, vectors, point, 200)
         searched.cost = cost
         middle = np.full(n, pruned / group)
-        triangles = searched._tighten(state, middle, nothing, Plan((3.0, 1.0, 0.3)), 0.0)
+        triangles = searched.convexify(state, middle, nothing, Plan((3.0, 1.0, 0.3)), 0.0)
         cuts += len(triangles.pool.tau)
         for form in (nothing, nothing._replace(lam=own), triangles):
             searched.cost = cost
@@ -122,7 +126,7 @@ def test_float32_and_turns_that_end_early_cost_no_proof(monkeypatch):
         found, best = solve(problem, "branch", workers=0), solve(problem, "exhaustive")
         assert set(found.status) == {Status.OPTIMAL}
         torch.testing.assert_close(found.objective, best.objective, rtol=1e-6, atol=1e-12)
-        monkeypatch.setattr(refit_tree, "_TURNS", 1)
+        monkeypatch.setattr(least_squares, "_TURNS", 1)
 
 
 def test_neither_runs_nor_a_parents_bound_change_what_is_fixed(monkeypatch):
@@ -132,16 +136,15 @@ def test_neither_runs_nor_a_parents_bound_change_what_is_fixed(monkeypatch):
     assert torch.equal(one.lower_bound, two.lower_bound)
     assert torch.equal(one.mask, two.mask)
     tasks = []
-    monkeypatch.setattr(refit_rows, "run_rows", lambda search, given, *rest: tasks.extend(given))
-    monkeypatch.setattr(refit_rows, "assemble", lambda *rest: solve(rest[0], "wanda"))
+    monkeypatch.setattr(rows, "run_rows", lambda search, given, *rest: tasks.extend(given))
+    monkeypatch.setattr(rows, "assemble", lambda *rest: solve(rest[0], "wanda"))
     solve(refit_layer(rows=4, n=20, damping=0.3), "branch")
     assert len(tasks) == 4
     for task in tasks:
-        tree, fixed = refit_tree._Tree(task), []
-        for least in (0.0, tree.aim * (1 - 1e-6)):
-            tree.open.clear()
-            tree._add(np.zeros(20, dtype=np.int8), np.full(20, 0.5), least)
-            fixed.append(tree.open[0][2].tolist() if tree.open else [])
+        tree, fixed = least_squares.LeastSquaresTree(task), []
+        for least in (0.0, tree.cutoff * (1 - 1e-6)):
+            _, node = tree.bounded(np.full(20, -1, dtype=np.int8), np.full(20, 0.5), least)
+            fixed.append(node.state.tolist() if node.bound < tree.cutoff else [])
         assert fixed[0] == fixed[1]
 
 

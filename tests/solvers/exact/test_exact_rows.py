@@ -35,12 +35,15 @@ from maskopt.models.evaluation.bound import bound_layers
 from maskopt.models.options.prune import PruneOptions
 from maskopt.models.pruning.solving import solve_layer
 from maskopt.protocol.solver import available_solvers, make_solver
-from maskopt.solvers.exact import exhaustive, incumbent, rows, tree, workers
-from maskopt.solvers.exact.rows import RowAnswer, RowTask, assemble, run_rows
+from maskopt.solvers.exact import exhaustive, incumbent, rows, workers
+from maskopt.solvers.exact.rows import assemble, run_rows
+from maskopt.solvers.exact.tasks import RowAnswer, RowTask
+from maskopt.solvers.exact.tree import quadratic, search
 from maskopt.solvers.exact.workers import WorkerCrash, run_tasks
 
 NAMES = ("branch", "scip", "gurobi", "highs")
 MODULES = {name: import_module(f"maskopt.solvers.exact.{name}") for name in NAMES}
+SOLVERS = {name: getattr(module, name.title()) for name, module in MODULES.items()}
 FEASIBLE, LATE = (Status.FEASIBLE,) * 3, ("timelimit",) * 3
 TREES = pytest.mark.parametrize("solver", ["branch", "scip"])
 
@@ -67,15 +70,15 @@ def tasks_of(problem):
 
 
 def test_a_bound_above_its_own_mask_is_not_believed(name, monkeypatch, caplog):
-    search, part = MODULES[name].search_row, 0.01
+    search, part = SOLVERS[name].search_row, 0.01
 
-    def lying(task):
+    def lying(solver, task):
         """The backend's own search, with a bound above the cost of its own mask."""
-        answer = search(task)
+        answer = search(solver, task)
         cost = task.cost(answer.pruned)
         return replace(answer, bound=cost + answer.slack + part * cost)
 
-    monkeypatch.setattr(MODULES[name], "search_row", lying)
+    monkeypatch.setattr(SOLVERS[name], "search_row", lying)
     with caplog.at_level(logging.WARNING, "maskopt.exact"):
         solution = solve(layer(), name, workers=0)
     assert (solution.status, solution.lower_bound.tolist()) == (FEASIBLE, [0.0] * 3)
@@ -96,13 +99,13 @@ def test_a_bound_above_its_own_mask_is_not_believed(name, monkeypatch, caplog):
 
 def test_wrong_roots_and_worse_masks_are_not_believed(monkeypatch):
     """`branch` must not call a row optimal because its own root bound is wrong."""
-    original = tree.bound_node
+    original = quadratic.bound_node
 
     def wrong(*args):
         value, point = original(*args)
         return 3 * value, point
 
-    monkeypatch.setattr(tree, "bound_node", wrong)
+    monkeypatch.setattr(quadratic, "bound_node", wrong)
     solution = solve(layer(), "branch", workers=0)
     assert (solution.status, solution.trace.ended) == (FEASIBLE, ("contradiction",) * 3)
 
@@ -184,7 +187,9 @@ def delayed(clock, owner, name, monkeypatch, by=1, before=lambda *_: None):
 
 def test_rows_share_one_deadline(name, monkeypatch, clock):
     """The first row takes all of the time; the others are not begun."""
-    begun = delayed(clock, MODULES[name], "search_row", monkeypatch, 10, lambda t: t.limits.left)
+    begun = delayed(
+        clock, SOLVERS[name], "search_row", monkeypatch, 10, lambda _, task: task.limits.left
+    )
     problem = layer()
     solution = solve(problem, name, workers=0, time_limit=10)
     verify(problem, solution)
@@ -216,7 +221,7 @@ def test_incumbents_and_duals_stop_at_the_deadline(solver, clock, monkeypatch):
 
 
 def test_trees_and_enumeration_stop_at_the_deadline(clock, monkeypatch):
-    nodes = delayed(clock, tree.Tree, "_branch", monkeypatch)
+    nodes = delayed(clock, quadratic.QuadraticTree, "branch", monkeypatch)
     solution = solve(HARD, "branch", time_limit=2)
     assert (len(nodes), solution.trace.ended) == (2, LATE[:1])
     assert 0 < float(solution.lower_bound[0]) <= float(solution.objective[0])
@@ -314,11 +319,11 @@ def test_ctrl_c_returns_the_incumbent(tmp_path):
     layer(80, 1, sparsity=0.6).save(tmp_path / "hard.npz")
     code = (
         "import os, signal, sys, threading; from maskopt import LayerProblem, solve, verify\n"
-        "from maskopt.solvers.exact import scip_model; begin = scip_model.set_time\n"
+        "from maskopt.solvers.exact.scip_model import ScipModel; run = ScipModel.optimize\n"
         "def begun(*given):\n"
         "    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
-        "    begin(*given)\n"
-        "scip_model.set_time = begun; problem = LayerProblem.load(sys.argv[1])\n"
+        "    return run(*given)\n"
+        "ScipModel.optimize = begun; problem = LayerProblem.load(sys.argv[1])\n"
         "solution = solve(problem, 'scip', formulation='epigraph', time_limit=100)\n"
         "verify(problem, solution); print(solution.trace.ended, solution.status)\n"
     )
@@ -360,7 +365,7 @@ def interrupt(monkeypatch, owner, name, after):
 def test_the_incumbent_and_the_least_open_bound_are_returned(where, monkeypatch):
     """Where `branch` is interrupted."""
     if where == "a bound":
-        interrupt(monkeypatch, tree, "bound_node", 9)
+        interrupt(monkeypatch, quadratic, "bound_node", 9)
     elif where == "the duals":
         interrupt(monkeypatch, MODULES["branch"], "qcr_duals", 0)
     else:
@@ -373,7 +378,7 @@ def test_the_incumbent_and_the_least_open_bound_are_returned(where, monkeypatch)
                 raise KeyboardInterrupt
             return node
 
-        monkeypatch.setattr(tree.heapq, "heappop", taken)
+        monkeypatch.setattr(search.heapq, "heappop", taken)
     solution = solve(HARD, "branch")
     monkeypatch.undo()
     best = solve(HARD, "branch").objective
@@ -394,11 +399,11 @@ def test_what_goes_on_from_a_search_ends_with_it(monkeypatch):
         lambda: bound_layers([HARD], method="box", solver="branch"),
     ):
         with monkeypatch.context() as patched:
-            interrupt(patched, tree, "bound_node", 9)
+            interrupt(patched, quadratic, "bound_node", 9)
             with pytest.raises(KeyboardInterrupt):
                 goes_on()
     # a portfolio keeps what its member has
-    interrupt(monkeypatch, tree, "bound_node", 9)
+    interrupt(monkeypatch, quadratic, "bound_node", 9)
     found = solve(HARD, "portfolio", members=("branch", "swap", "tabu"))
     assert found.trace.interrupted
     assert (found.trace.stopped, found.trace.rounds.tolist()) == (("interrupted",), [1])
@@ -411,7 +416,7 @@ def test_a_prune_goes_on_after_the_layers_that_were_done(tmp_path, dense_folder,
     how |= {"include": "self_attn.k_proj", "solver_options": {"workers": 0}}
     prune_model(dense_folder, tokens(6), output=tmp_path / "whole", **how)
     with monkeypatch.context() as patched:
-        interrupt(patched, tree.Tree, "search", 20)  # in the second layer
+        interrupt(patched, quadratic.QuadraticTree, "search", 20)  # in the second layer
         with pytest.raises(KeyboardInterrupt):
             prune_model(dense_folder, tokens(6), output=tmp_path / "out", **how)
     prune_model(dense_folder, tokens(6), output=tmp_path / "out", resume=True, **how)

@@ -219,7 +219,7 @@ def test_missing_packages_and_licences_name_the_remedy(monkeypatch):
     gurobipy = pytest.importorskip("gurobipy")
     for more, reason in ((0, "beyond this licence; use 'branch'"), (1, "gurobi: ")):
         refused = gurobipy.GurobiError(gurobipy.GRB.Error.SIZE_LIMIT_EXCEEDED + more, "no")
-        monkeypatch.setattr(gurobi, "_optimized", Mock(side_effect=refused))
+        monkeypatch.setattr(gurobi, "_solved", Mock(side_effect=refused))
         with pytest.raises(SolverError, match=reason):
             solve(layer(12), "gurobi", workers=0)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -16,14 +16,14 @@ from maskopt.errors import OptionError
 from maskopt.protocol.bounds import lower_bound
 from maskopt.protocol.solver import WritesInstances, make_solver
 from maskopt.solvers import Scip
-from maskopt.solvers.exact import scip, scip_model
-from maskopt.solvers.exact.duals import qcr_duals
 from maskopt.solvers.exact.incumbent import with_incumbent
-from maskopt.solvers.exact.probing import probe
-from maskopt.solvers.exact.rows import RowAnswer, assemble
-from maskopt.solvers.exact.scip_model import FORMULATIONS, ScipTask
-from maskopt.solvers.exact.tree import BranchTask, Tree
-from maskopt.solvers.exact.twins import in_order
+from maskopt.solvers.exact.rows import assemble
+from maskopt.solvers.exact.scip import FORMULATIONS
+from maskopt.solvers.exact.tasks import RowAnswer, RowTask
+from maskopt.solvers.exact.tree.convexify import qcr_duals
+from maskopt.solvers.exact.tree.node import in_order
+from maskopt.solvers.exact.tree.probing import probe
+from maskopt.solvers.exact.tree.quadratic import QuadraticTree
 
 HALF, SIXTY = Unstructured(sparsity=0.5), Unstructured(sparsity=0.6)
 OPTIMAL = (Status.OPTIMAL,)
@@ -81,7 +81,7 @@ def test_scip_is_trusted_for_what_scip_itself_added():
     assert first.trusted == (f"SCIP {pyscipopt.Model().version()}",)
     assert verify(problem, first).basis == (f"trusted: {first.trusted[0]}",)
     problem = hard(24, rows=3)
-    tasks = [task_of(problem, ScipTask, row, formulation="qcr") for row in range(3)]
+    tasks = [task_of(problem, row) for row in range(3)]
     answers = [RowAnswer(task.start, "timelimit") for task in tasks]
     duals = qcr_duals(tasks[1])
     own = {"certificate": duals.certificate, "certified": duals.certified}
@@ -106,10 +106,10 @@ def test_limits_beyond_those_of_scip_are_none_and_instances_of_another_kind_are_
 
 
 # --- presolve of our own
-def task_of(problem, kind=BranchTask, row=0, **more):
+def task_of(problem, row=0):
     group, pruned, row = problem.group_size, problem.pruned_per_group, problem.row(row)
-    more |= {"start": np.arange(problem.n) % group < pruned, "values": row.values()}
-    return kind(q=row.q().numpy(), group=group, pruned=pruned, **more)
+    start = np.arange(problem.n) % group < pruned
+    return RowTask(row.q().numpy(), group, pruned, start, values=row.values())
 
 
 def masks(problem):
@@ -120,7 +120,7 @@ def masks(problem):
     return np.array([np.concatenate(c) for c in itertools.product(sides, repeat=groups)])
 
 
-class Blind(Tree):
+class Blind(QuadraticTree):
     """Never finds a better mask than the one that it began with."""
 
     def _round(self, point, state):
@@ -154,7 +154,7 @@ def test_twins_are_fixed_in_order():
     gram = (x.T @ x).repeat_interleave(2, 0).repeat_interleave(2, 1)
     problem = LayerProblem(torch.ones(1, 12, dtype=torch.float64), gram, HALF)
     task = task_of(problem)
-    tree = Tree(task, qcr_duals(task))
+    tree = QuadraticTree(task, qcr_duals(task))
     assert [known.tolist() for known in tree.twins] == [[i, i + 1] for i in range(0, 12, 2)]
     assert in_order(probe(tree).state, tree.twins)
     solution = solve(problem, "scip", workers=0)
@@ -170,19 +170,21 @@ def test_scip_has_what_is_left(monkeypatch, misleading):
     """The search sees the free inputs alone, also where the incumbent is not among what is allowed."""
     problem, seen = hard(48), []
 
-    def watched(task):
-        if misleading:  # as of a mask below the incumbent, of which there is none
-            state = task.probed.state.copy()
-            state[np.flatnonzero(state >= 0)[0]] ^= 1
-            task = dataclasses.replace(task, probed=task.probed._replace(state=state))
-        seen.append(task)
-        return scip_model.solve_model(task)
+    solved = Scip._solved
 
-    monkeypatch.setattr(scip, "solve_model", watched)
+    def watched(solver, task, known):
+        if misleading:  # as of a mask below the incumbent, of which there is none
+            state = known.probed.state.copy()
+            state[np.flatnonzero(state >= 0)[0]] ^= 1
+            known = known._replace(probed=known.probed._replace(state=state))
+        seen.append((task, known.probed))
+        return solved(solver, task, known)
+
+    monkeypatch.setattr(Scip, "_solved", watched)
     solution = solve(problem, "scip", workers=0)
-    (task,) = seen
-    assert 0 < (task.probed.state < 0).sum() < problem.n
-    assert task.probed.allows(task.start) is not misleading
+    ((task, probed),) = seen
+    assert 0 < (probed.state < 0).sum() < problem.n
+    assert probed.allows(task.start) is not misleading
     assert solution.status == OPTIMAL
     assert solution.trusted[0].startswith("presolve of maskopt and SCIP ")
     close(solution.objective, solve(problem, "branch").objective)
@@ -190,7 +192,7 @@ def test_scip_has_what_is_left(monkeypatch, misleading):
 
 def test_no_time_leaves_everything_free_and_a_whole_number_below_the_incumbent_is_no_gap():
     task = with_incumbent(task_of(hard(40)))
-    tree = Tree(task, qcr_duals(task))
+    tree = QuadraticTree(task, qcr_duals(task))
     tree.task = dataclasses.replace(task, limits=Limits(seconds=0).begin())
     found = probe(tree)
     assert (found.state.tolist(), found.bound) == (tree.start.state.tolist(), tree.start.bound)

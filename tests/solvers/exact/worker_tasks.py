@@ -19,6 +19,6 @@ def say_so_and_stay(task):
 
 def lie(task):
     """Of a row: its start with a bound above what that costs."""
-    from maskopt.solvers.exact.rows import RowAnswer
+    from maskopt.solvers.exact.tasks import RowAnswer
 
     return RowAnswer(task.start, "optimal", bound=2 * task.cost(task.start))

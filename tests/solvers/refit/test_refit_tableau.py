@@ -137,7 +137,7 @@ def test_after_exchanges_the_state_is_that_from_scratch(kind, damping, kind_of_r
         assert sorted([*row.kept.tolist(), *row.pruned.tolist()]) == list(range(24))
         assert_state(row)
     assert row.drift() < 1e-7
-    row.renew()
+    row.renew(row.kept, row.pruned)
     assert row.fresh
     assert_state(row)
 

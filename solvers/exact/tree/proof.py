@@ -5,29 +5,30 @@ from __future__ import annotations
 import numpy as np
 
 from maskopt.certificates.certificate import NO_INPUT, OF_Z0
-from maskopt.certificates.proof import AGAIN, KINDS, LEAF, NO_FORM, RowProof
+from maskopt.certificates.proof import KINDS, LEAF, NO_FORM, RowProof
 from maskopt.solvers.convex.triangles import ABSENT, Pool
-from maskopt.solvers.exact.relaxation import Relaxed
+from maskopt.solvers.exact.tree.relaxation import Relaxed
 
 _NOTHING = np.zeros(0)
 
 
 class Step:
-    """One bounding of a node, and what the search made of it.
+    """One bounding of a node: λ and triangles, the free entries of the point, the inputs that it fixed and to
+    which side (1 pruned, 0 kept), and what follows below: nothing as long as the node is open, or closed.
 
-    Attributes:
-        form: λ and triangles; None: it has none.
-        point: its free entries.
-        fixed, side: the inputs that it fixed, and to which side (1 pruned, 0 kept).
-        branch, below: what follows; nothing as long as the node is open, or closed.
+    Without a form it is a node of which counts, or fixings, leave one mask or none.
     """
 
     __slots__ = ("below", "branch", "fixed", "form", "point", "side")
 
-    def __init__(self, form: Relaxed | None, point: np.ndarray) -> None:
-        self.form, self.point = form, point
-        self.fixed: np.ndarray = _NOTHING
-        self.side: np.ndarray = _NOTHING
+    def __init__(
+        self,
+        form: Relaxed | None = None,
+        point: np.ndarray = _NOTHING,
+        fixed: np.ndarray = _NOTHING,
+        side: np.ndarray = _NOTHING,
+    ) -> None:
+        self.form, self.point, self.fixed, self.side = form, point, fixed, side
         self.branch = LEAF
         self.below: tuple[Step, ...] = ()
 
@@ -36,24 +37,13 @@ class Step:
         """A node's step, from its state with counts settled, and the state after its fixings."""
         free = before < 0
         if not free.any():
-            return cls.single()
-        step = cls(form, point[free])
-        step.fixed = np.flatnonzero(free & (after >= 0))
-        step.side = after[step.fixed]
-        return step
+            return cls()
+        fixed = np.flatnonzero(free & (after >= 0))
+        return cls(form, point[free], fixed, after[fixed])
 
-    @classmethod
-    def single(cls) -> Step:
-        """Of a node of which counts, or fixings, leave one mask or none."""
-        return cls(None, _NOTHING)
-
-    def again(self, step: Step) -> None:
-        """Another step follows at the same node."""
-        self.branch, self.below = AGAIN, (step,)
-
-    def split(self, on: int, pruned: Step, kept: Step) -> None:
-        """An input is branched on."""
-        self.branch, self.below = on, (pruned, kept)
+    def then(self, branch: int, *below: Step) -> None:
+        """What follows: AGAIN with a step at the same node, or an input with its children, pruned first."""
+        self.branch, self.below = branch, below
 
 
 def row_proof(root: Step, n: int, penalty: float) -> RowProof:
@@ -84,8 +74,3 @@ def row_proof(root: Step, n: int, penalty: float) -> RowProof:
         "points": np.concatenate([step.point for step in steps]),
     }
     return RowProof(penalty=penalty, **{k: np.asarray(parts[k], dtype=KINDS[k]) for k in KINDS})
-
-
-def nothing_known(n: int) -> RowProof:
-    """A single leaf: what counts settle is enough, or f ≥ 0."""
-    return row_proof(Step.single(), n, 0.0)

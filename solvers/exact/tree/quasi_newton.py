@@ -2,10 +2,8 @@
 """A limited-memory quasi-Newton method for smooth convex functions, some variables of which stay at 0 or up.
 
 A step is the two-loop recursion of BFGS among the variables that may move, which are all but those at 0 that
-would go below; it is taken along its projection (Bertsekas, *Projected Newton methods for optimization
-problems with simple constraints*, SIAM J. Control and Optimization 20, 1982). What is known of the curvature
-outlives a call, so that a function that changes a little, or gets further variables, is climbed on. Python's
-lock is held in a small part of the time, so that several threads climb side by side.
+would go below; it is taken along its projection (Bertsekas, SIAM J. Control and Optimization 20, 1982). What
+is known of the curvature outlives a call, for a function that changes a little or gets further variables.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ _CURVED = 1e-12
 
 
 class QuasiNewton:
-    """What was learned of a function's curvature, and steps downhill.
+    """What is known of the curvature of a function, and steps downhill.
 
     Attributes:
         free: variables from here on stay at 0 or above.

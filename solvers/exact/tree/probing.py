@@ -11,23 +11,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maskopt.solvers.exact.relaxation import Relaxed
-from maskopt.solvers.exact.tree import Tree
+from maskopt.solvers.exact.tree.quadratic import QuadraticTree
+from maskopt.solvers.exact.tree.relaxation import Relaxed
 
-#: sweeps of the relaxation after each pass
-_SWEEPS = 150
 #: a pass ends after so many failures one after the other, as part of the inputs
 _PATIENCE = 0.25
 
 
 class Probed(NamedTuple):
-    """What every legal mask below the cutoff has, the first ones of its twins being pruned (`twins`).
+    """What every legal mask below the cutoff has, the first ones of its twins being pruned.
 
     Attributes:
         state: 1 pruned, 0 kept, −1 free, int8 [n].
         lam: λ that makes Q + μΣ_g 1_g1_gᵀ + diag(λ) ⪰ 0 on the free inputs, float64 [n].
         bound: a lower bound of their objectives; at least the cutoff where there are none.
-        cutoff: see `Tree`.
+        cutoff: see `BestFirst`.
     """
 
     state: np.ndarray
@@ -45,7 +43,7 @@ class Probed(NamedTuple):
         return bool(((self.state < 0) | (self.state == pruned)).all())
 
 
-def probe(tree: Tree) -> Probed:
+def probe(tree: QuadraticTree) -> Probed:
     """Fix what can be fixed at the root of a tree, whose incumbent may become a better one."""
     root = tree.start
     state, point, form, bound = root.state.copy(), root.point, root.form.relaxed, root.bound
@@ -58,7 +56,7 @@ def probe(tree: Tree) -> Probed:
             bound = tree.cutoff
         if free in (0, before):
             break
-        own = tree.convexify(state, point, form, _SWEEPS)
+        own = tree.convexify(state, point, form)
         again = state.copy()
         value, relaxed, _ = tree.bound(again, own)
         if value > bound:
@@ -66,7 +64,7 @@ def probe(tree: Tree) -> Probed:
     return Probed(state, form.lam, bound, tree.cutoff)
 
 
-def _fix(tree: Tree, state: np.ndarray, point: np.ndarray, form: Relaxed) -> None:
+def _fix(tree: QuadraticTree, state: np.ndarray, point: np.ndarray, form: Relaxed) -> None:
     """One pass over the free inputs of `state`, in place: those first that the relaxation is surest of."""
     failures = 0
     for i in np.argsort(-np.abs(point - 0.5), kind="stable"):

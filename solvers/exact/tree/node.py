@@ -1,10 +1,10 @@
-"""A node of the tree: the Frank–Wolfe bound of a convex program over what its fixings leave.
+"""A node of the quadratic tree: the Frank–Wolfe bound of a convex program over what its fixings leave.
 
     min pᵀAp + cᵀp + constant,   A = base + diag(λ),   over {0 ≤ p ≤ 1, Σ over each group = s, fixings}
 
 The point is found on the free inputs alone, by the interior-point method of the bounds; its bound holds at
 every point, so that nothing depends on how far the method came. It stops as soon as its point decides what
-becomes of the node.
+becomes of the node. Of twins, inputs that may be exchanged without any change, the first ones are pruned.
 """
 
 from __future__ import annotations
@@ -13,13 +13,10 @@ import numpy as np
 
 from maskopt.solvers.compiled import loop
 from maskopt.solvers.convex.interior_point import least_first, minimise
-from maskopt.solvers.exact.twins import in_order
 
-#: stop where the gap to the bound is this part of the cutoff
-_SETTLED = 1e-5
-#: … or this part of what the relaxed value lies below the cutoff: the node cannot be cut off, and what is
-#: left to gain does not matter
-_HOPELESS = 0.02
+#: stop where the gap to the bound is this part of the cutoff; or this part of what the relaxed value lies
+#: below it: the node cannot be cut off, and what is left to gain does not matter
+_SETTLED, _HOPELESS = 1e-5, 0.02
 
 
 def bound_node(
@@ -33,16 +30,8 @@ def bound_node(
     cutoff: float,
     twins: list[np.ndarray],
 ) -> tuple[float, np.ndarray]:
-    """(bound, point) of a node; fixes inputs of `state` that no mask below `cutoff` has otherwise.
-
-    Args:
-        base: float64 [n, n], without λ.
-        lam, c: float64 [n].
-        state: int8 [n], 1 pruned, 0 kept, −1 free; changed.
-        twins: see `settle`.
-
-    The bound is ∞ where no legal mask is left.
-    """
+    """(bound, point) of a node, the bound ∞ where no legal mask is left; fixes inputs of `state` (1 pruned, 0
+    kept, −1 free, int8 [n]) that no mask below `cutoff` has otherwise."""
     if not settle(state, group, pruned, twins):
         return np.inf, np.zeros(len(c))
     point = (state == 1).astype(float)
@@ -75,6 +64,43 @@ def settle(state: np.ndarray, group: int, pruned: int, twins: list[np.ndarray]) 
         groups[(ones + free == pruned)[:, None] & (groups < 0)] = 1
         if not twins or np.count_nonzero(state < 0) == before:
             return True
+
+
+def twins_of(q: np.ndarray, group: int) -> list[np.ndarray]:
+    """The sets of at least two inputs of a group (int64, ascending) any two of which may be exchanged: Q
+    [n, n] stays what it is, to the last bit."""
+    candidates: dict[bytes, list[list[int]]] = {}  # by the entries of their rows, in any order
+    for i, line in enumerate(q + 0.0):
+        sets = candidates.setdefault(np.sort(line).tobytes(), [])
+        for known in sets:
+            j, exchanged = known[0], line.copy()
+            exchanged[i], exchanged[j] = line[j], line[i]
+            if j // group == i // group and (exchanged == q[j]).all():
+                known.append(i)
+                break
+        else:
+            sets.append([i])
+    return [np.array(known) for sets in candidates.values() for known in sets if len(known) > 1]
+
+
+def put_in_order(pruned: np.ndarray, twins: list[np.ndarray]) -> np.ndarray:
+    """The mask (p, bool [n]) of equal objective that prunes the first ones of all twins."""
+    ordered = np.array(pruned, dtype=bool)
+    for known in twins:
+        ordered[known] = np.arange(len(known)) < ordered[known].sum()
+    return ordered
+
+
+def in_order(state: np.ndarray, twins: list[np.ndarray]) -> bool:
+    """Fix what follows where of all twins the first ones are pruned, in place; False: they are not."""
+    for known in twins:
+        ones, zeros = np.flatnonzero(state[known] == 1), np.flatnonzero(state[known] == 0)
+        last, first = ones.max(initial=-1), zeros.min(initial=len(known))
+        if first < last:
+            return False
+        state[known[: last + 1]] = 1
+        state[known[first:]] = 0
+    return True
 
 
 def _choices(state: np.ndarray, group: int, pruned: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,14 +6,11 @@ with Z_ii = 1 and ⟨T_t, Z⟩ ≥ −c_t, c_t being 1 of a triangle and 2 of a 
 
     −Σ y_i − Σ τ_t c_t − ‖L₋‖²/(2α) − αN²/2,     L = C + Diag(y) − Σ τ_t T_t,   N = 1 + free inputs,
 
-L₋ being the negative part of L, because ‖Z‖ ≤ N (Krislock, Malick and Roupin, *Improved semidefinite
-bounding procedure for solving Max-Cut problems to optimality*, Math. Programming 143, 2014). This is concave
-and smooth in (y, τ), with −L₋/α in the place of Z in its gradient. A quasi-Newton method climbs it, warm
-from the node above; α falls from round to round, and between two rounds the triangles that Z violates most
-join.
-
-Nothing depends on how far it comes: λ = 4y − diag and a last shift make the form convex, and what it proves
-is computed anew (`node`).
+L₋ being the negative part of L, because ‖Z‖ ≤ N (Krislock, Malick and Roupin, Math. Programming 143, 2014).
+This is concave and smooth in (y, τ), with −L₋/α in the place of Z in its gradient. A quasi-Newton method
+climbs it, warm from the node above; α falls from round to round, and between two rounds the triangles that
+Z violates most join. Nothing depends on how far it comes: λ = 4y − diag and a last shift make the form
+convex, and what it proves is computed afresh (`node`).
 """
 
 from __future__ import annotations
@@ -28,9 +25,9 @@ from scipy.optimize import brentq
 
 from maskopt.solvers.convex.triangles import ABSENT, Pool, dense, separate
 from maskopt.solvers.convex.triangles_kernel import gather, scatter
-from maskopt.solvers.exact.free_part import FreePart, definite
-from maskopt.solvers.exact.pentagons import pentagons
-from maskopt.solvers.exact.quasi_newton import QuasiNewton
+from maskopt.solvers.exact.tree.convexify import LEAST_SHIFT, LEAST_WEIGHT, FreePart, definite
+from maskopt.solvers.exact.tree.pentagons import pentagons
+from maskopt.solvers.exact.tree.quasi_newton import QuasiNewton
 from maskopt.solvers.parallel import RowThreads
 
 #: steps that the quasi-Newton method remembers
@@ -39,16 +36,14 @@ _MEMORY = 25
 _CLOSE = 1e-3
 #: multipliers below this part of the largest are dropped
 _TINY = 1e-4
-#: least correction of λ, in units of the mean diagonal entry; and the least weight of an input in one
-_LEAST_SHIFT, _LEAST_WEIGHT = 1e-9, 1e-6
 
 
 class Plan(NamedTuple):
     """How a relaxation is solved.
 
     Attributes:
-        shares: αN²/2 in every round, in units of what the node lacks to the cutoff, or of `unit` where that
-            is more: what is gained from a start is a matter of the first, what can be certified of the last.
+        shares: αN²/2 in every round, in units of what the node lacks to the cutoff, or of `unit` of the goal
+            where that is more.
         iterations: of the rounds; of the last ones the last.
         new: triangles that may join before another round, per free input.
         pentagons: pentagonal inequalities that may.
@@ -65,7 +60,7 @@ class Relaxed(NamedTuple):
 
     Attributes:
         lam: λ, float64 [n].
-        vectors: of the relaxation without triangles (`reconvex`), float32 [n, k].
+        vectors: of the relaxation without triangles (`convexify`), float32 [n, k].
         pool: triangles of inputs (n: z_0), τ in units of the objective.
     """
 
@@ -75,13 +70,8 @@ class Relaxed(NamedTuple):
 
 
 class Goal(NamedTuple):
-    """What a node is to reach.
-
-    Attributes:
-        bound, cutoff: what is known of it, and what is enough.
-        unit: see `Plan`.
-        deadline: of `time.monotonic()`; no further round past it.
-    """
+    """What a node is to reach: from its bound the cutoff; no further round past the deadline, of
+    `time.monotonic()`. For `unit` see `Plan`."""
 
     bound: float
     cutoff: float
@@ -96,7 +86,7 @@ def relax_node(
 
     Args:
         start: of the node above.
-        point: the relaxed point of the node, float64 [n]; which correction costs least is judged there.
+        point: the relaxed point of the node, float64 [n], for `definite`.
     """
     b, n = part.b, len(part.free)
     c = np.zeros((n + 1, n + 1))
@@ -110,13 +100,13 @@ def relax_node(
         dual = _Dual(c, y, _below(start.pool, part.state))
         dual.climb(plan, goal, offset)
     except (np.linalg.LinAlgError, torch.linalg.LinAlgError):
-        return start  # numbers that no eigenvalues can be told of; the form from above still holds
+        return start  # no eigenvalues of such numbers; the form from above still holds
     lam, pool, weights = 4 * dual.y[:n] - np.diag(b), dual.pool, np.abs(dual.y[:n])
     a = b + np.diag(lam)
     if len(pool.tau):
         a += 4 * dense(pool, n)[0]
-    weights += _LEAST_WEIGHT * (weights.mean() + 1e-300)
-    least = _LEAST_SHIFT * float(np.abs(np.diag(a)).mean())
+    weights += LEAST_WEIGHT * (weights.mean() + 1e-300)
+    least = LEAST_SHIFT * float(np.abs(np.diag(a)).mean())
     whole = np.zeros(len(part.state))
     whole[part.free] = lam + definite(a, weights / weights.mean(), point[part.free], least)
     names = np.append(part.free, len(part.state))
@@ -125,8 +115,8 @@ def relax_node(
 
 
 def _below(pool: Pool, state: np.ndarray) -> Pool:
-    """The inequalities by places among the free inputs and z_0. An input that is fixed is z_0 or −z_0: what
-    is left has z_0 once, or not at all where two cancel; where they add up it is left out."""
+    """The inequalities by places among the free inputs and z_0. A fixed input is z_0 or −z_0: the rest has
+    z_0 once, or not at all where two cancel; where they add up it is left out."""
     free = np.flatnonzero(state < 0)
     fixed, nothing = len(free), len(free) + 1
     place = np.append(np.full(len(state), fixed), [fixed, nothing])  # ABSENT is the last
@@ -153,9 +143,8 @@ class _Dual:
     Attributes:
         c: C, float64 [n + 1, n + 1] with z_0 last.
         y: float64 [n + 1].
-        pool: triangles by places, with their τ.
-        pairs, least: of the pool that is climbed with.
-        newton: what the last rounds told of the curvature.
+        pool: triangles by places, with their τ; `pairs` and `least` of the pool that is climbed with.
+        newton: what the last rounds have shown of the curvature.
     """
 
     def __init__(self, c: np.ndarray, y: np.ndarray, pool: Pool) -> None:
@@ -190,8 +179,8 @@ class _Dual:
         self.pool = pool.join(*pentagons(self.x, self.pool, plan.pentagons * n), n)
 
     def _homogenize(self, alpha: float) -> None:
-        """The best y of z_0 beside the others, which the form from above says nothing of: where Z's entry of
-        z_0 is 1. Far from it the quasi-Newton method may not arrive."""
+        """The best y of z_0, which the form from above lacks: where Z's entry of z_0 is 1. Far from it the
+        quasi-Newton method may not arrive."""
 
         def slope(y: float) -> float:
             self.y[-1] = y

@@ -21,14 +21,11 @@ _EXCHANGES = 8
 
 
 def pentagons(z: np.ndarray, pool: Pool, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """At most so many of those that `z` violates, the most violated first.
+    """At most so many that Z (float64 [N, N], z_0 last) violates, the most violated first: index int64
+    [m, 5], ascending, sign int8 [m, 4] of all but the first.
 
     Args:
-        z: Z, float64 [N, N], z_0 last.
         pool: inequalities of five places.
-
-    Returns:
-        index int64 [m, 5], ascending, sign int8 [m, 4] of all but the first.
     """
     triangles = pool.keep((pool.index[:, 3] == ABSENT) & (pool.tau > 0))
     first = triangles.keep(np.argsort(-triangles.tau, kind="stable")[: 2 * most])

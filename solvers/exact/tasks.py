@@ -1,0 +1,245 @@
+"""What the exact search of a row is given, what it answers, and the tasks of all rows of a problem.
+
+Where kept weights are updated by least squares, A = G + λD is scaled to a diagonal of 1, b is the target and
+C the constant. Keeping S then costs
+
+    F = min {vᵀAv − 2bᵀv + C : v is 0 outside S} = C − b_SᵀA_SS⁻¹b_S,
+
+and with the split d of A's diagonal that the bound `perspective` makes, A = B + diag(d), B ⪰ 0, every term
+dⱼvⱼ² may be replaced by dⱼvⱼ²/zⱼ, which is the same for zⱼ = 1, and convex in both.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskopt.certificates.certificate import Certificate, missing
+from maskopt.certificates.proof import RowProof
+from maskopt.core.limits import Limits
+from maskopt.core.problem import LayerProblem
+from maskopt.core.values import Values
+from maskopt.protocol.bounds import lower_bound
+from maskopt.solvers.refit.rows import swap_refitted
+
+#: the start's objective in the units of a backend's model: far above its absolute tolerances
+_MODEL_UNITS = 1000.0
+#: part of Σ Q_ii below which an objective is rounding: no model is scaled by less
+_NOISE = 1e-10
+#: relative gap that a general solver closes with updated weights: half of what OPTIMAL allows. Below,
+#: it would branch on the tolerances of its cones
+UPDATED_CLOSED = 5e-7
+#: parts of the time that is left that the incumbent and the split of updated weights may take
+_SEARCH_SHARE, _SPLIT_SHARE = 0.2, 0.3
+
+
+@dataclass(frozen=True)
+class RowTask:
+    """A row: `pruned` of every `group` inputs are pruned, at least pᵀQp.
+
+    Attributes:
+        q: Q, float64 [n, n].
+        start: p of the start, bool [n], True = pruned.
+        limits: of all rows together, without a listener; `row_seconds` of this row alone.
+        gap_limit, node_limit: see `RowSolver`.
+        values: that f can take, where they are known.
+        zero: the objective whose value is 0 in the units in which the problem was posed; None: in none.
+    """
+
+    q: np.ndarray
+    group: int
+    pruned: int
+    start: np.ndarray
+    limits: Limits = field(default_factory=Limits)
+    row_seconds: float | None = None
+    gap_limit: float = 0.0
+    node_limit: int | None = None
+    values: Values | None = None
+    zero: float | None = None
+
+    def begin(self) -> RowTask:
+        """With the clock of the row running."""
+        if self.row_seconds is None:
+            return self
+        return replace(self, limits=replace(self.limits, seconds=self.row_seconds).begin())
+
+    def cost(self, pruned: np.ndarray) -> float:
+        """The objective of a mask."""
+        p = np.asarray(pruned, dtype=float)
+        return max(float(p @ self.q @ p), 0.0)
+
+    def size(self, cost: float) -> float:
+        """What tolerances are relative to: the cost, or the value that it has, if that is less."""
+        return cost if self.zero is None else min(cost, abs(cost - self.zero))
+
+    def is_legal(self, pruned: np.ndarray) -> bool:
+        """Whether p prunes the right number of inputs of every group."""
+        if len(pruned) != len(self.q):
+            return False
+        return bool((pruned.reshape(-1, self.group).sum(1) == self.pruned).all())
+
+    def first(self, score: np.ndarray, count: int) -> np.ndarray:
+        """The `count` inputs of least score of every group, bool [n]; of equals the first."""
+        ranks = np.argsort(score.reshape(-1, self.group), axis=1, kind="stable").argsort(axis=1)
+        return np.asarray(ranks < count).ravel()
+
+    def raised(self, bound: float, slack: float = 0.0) -> float:
+        """A bound, less its slack raised to the next value that f can take, where these are known."""
+        return bound if self.values is None else self.values.at_least(bound - slack)
+
+    def rounding(self, pruned: np.ndarray) -> float:
+        """The most that float64 can lose of f of a mask."""
+        terms = float(np.abs(self.q[np.ix_(pruned, pruned)]).sum())
+        return 4 * (len(self.q) + 8) * 2.0**-53 * terms
+
+    @property
+    def noise(self) -> float:
+        """An objective below this is nothing but rounding."""
+        return _NOISE * float(np.trace(self.q))
+
+    @property
+    def unit_scale(self) -> float:
+        """What Q is multiplied by in a backend's model, so that the start costs _MODEL_UNITS."""
+        return _MODEL_UNITS / (max(self.cost(self.start), self.noise) or 1.0)
+
+    @property
+    def decided(self) -> RowAnswer | None:
+        """The answer where there is nothing to search."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdatedTask(RowTask):
+    """A row whose kept weights are updated: `q` is A, and its inputs are scaled to A_jj = 1.
+
+    Attributes:
+        target: b [n].
+        constant: C.
+        split: d [n].
+        certified: what `perspective` proves of the row.
+    """
+
+    target: np.ndarray
+    constant: float
+    split: np.ndarray
+    certified: float
+
+    def weights(self, pruned: np.ndarray) -> np.ndarray:
+        """v of a mask, float64 [n]."""
+        kept, v = np.flatnonzero(~np.asarray(pruned, dtype=bool)), np.zeros(len(self.target))
+        v[kept] = np.linalg.solve(self.q[np.ix_(kept, kept)], self.target[kept])
+        return v
+
+    def cost(self, pruned: np.ndarray) -> float:
+        """F of a mask."""
+        kept = np.flatnonzero(~np.asarray(pruned, dtype=bool))
+        wanted = self.target[kept]
+        explained = float(wanted @ np.linalg.solve(self.q[np.ix_(kept, kept)], wanted))
+        return max(self.constant - explained, 0.0)
+
+    @property
+    def noise(self) -> float:
+        return _NOISE * self.constant
+
+    @property
+    def decided(self) -> RowAnswer | None:
+        """A start that costs nothing, or is proven already, or a single mask."""
+        cost = self.cost(self.start)
+        if cost == 0:
+            return RowAnswer(self.start, "optimal")
+        if self.pruned in (0, self.group):
+            return RowAnswer(self.start, "optimal", bound=cost, root_bound=cost)
+        if self.certified >= cost * (1 - UPDATED_CLOSED):
+            known = min(self.certified, cost)
+            return RowAnswer(self.start, "optimal", bound=known, root_bound=known)
+        return None
+
+
+@dataclass(frozen=True)
+class RowAnswer:
+    """What a backend says about one row.
+
+    Attributes:
+        pruned: p of its mask, bool [n].
+        ended: the backend's status, or `presolved`, `crashed`, `interrupted`.
+        bound: the lower bound that it claims.
+        slack: how far its declared tolerances can push that bound above the truth.
+        certificate: of one row, and `certified`, what it proves; None: there is none.
+        pid: of the process that ran it.
+        proof: the tree that was searched, closed or not; then the bound is what the check of it finds.
+
+    The others are those of `Trace`.
+    """
+
+    pruned: np.ndarray
+    ended: str
+    bound: float = 0.0
+    slack: float = 0.0
+    nodes: int = 0
+    root_bound: float = math.nan
+    relaxations: int = -1
+    convexified: int = -1
+    seconds: float = 0.0
+    message: str = ""
+    certificate: Certificate | None = None
+    certified: float = 0.0
+    pid: int = 0
+    proof: RowProof | None = None
+
+
+def tasks_of(problem: LayerProblem, start: Tensor, limits: Limits, **options: Any) -> list[RowTask]:
+    """A task for every row, with the same options of `RowTask`; `start` is bool [rows, n], True = kept."""
+    units, pruned = problem.units, problem.pruned // problem.rows
+    options |= {
+        "zero": None if units is None else units.zero(pruned),
+        "group": problem.group_size,
+        "pruned": problem.pruned_per_group,
+        "limits": limits.quiet(),
+    }
+    if problem.refit is not None:
+        return _updated_tasks(problem, start, limits, options)
+    rows = (problem.row(i) for i in range(problem.rows))
+    return [
+        RowTask(row.q().numpy(), start=p, values=row.values(), **options)
+        for row, p in zip(rows, (~start).numpy(), strict=True)
+    ]
+
+
+def _updated_tasks(
+    problem: LayerProblem, start: Tensor, limits: Limits, options: dict[str, Any]
+) -> list[RowTask]:
+    """From the 1-swap optimum of the start, with the split that the bound `perspective` ends with."""
+    start = swap_refitted(problem, start, None, limits.share(_SEARCH_SHARE).quiet()).mask
+    bound = lower_bound(problem, "perspective", limits=limits.share(_SPLIT_SHARE).quiet())
+    squares = problem.least_squares
+    size = squares.damped.diagonal().sqrt()
+    a = (squares.damped / size / size[:, None]).numpy()
+    target = squares.target(problem.weight, problem.correlation)
+    constant = (problem.weight.double() * target).sum(1)
+    if problem.linear is not None:
+        constant += (problem.weight.double() * problem.linear.correlation).sum(1)
+        constant += problem.linear.constant
+    split = (bound.certificate.diagonal / squares.damped.diagonal()).numpy()
+    return [
+        UpdatedTask(
+            a,
+            start=(~start[i]).numpy(),
+            target=(target[i] / size).numpy(),
+            constant=0.0 if squares.flat else float(constant[i]),
+            split=_safe(a, split[i]),
+            certified=float(bound.value[i]),
+            **options,
+        )
+        for i in range(problem.rows)
+    ]
+
+
+def _safe(a: np.ndarray, split: np.ndarray) -> np.ndarray:
+    """d with A − diag(d) ⪰ 0 for certain."""
+    lack = missing(torch.from_numpy(a - np.diag(split)))
+    return np.maximum(split - lack, 1e-300)

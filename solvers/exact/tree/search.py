@@ -1,0 +1,151 @@
+"""Best-first branch and bound on one row, whatever its objective is.
+
+The least open bound is the proven bound at any time. Where nodes are expensive, a few are branched on side
+by side; the tree does not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import copy
+import heapq
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from maskopt.core.limits import one_thread_pool
+from maskopt.solvers.exact.tasks import RowAnswer, RowTask
+from maskopt.solvers.exact.tree.proof import Step
+
+#: part of the objective (or of the value) that a node's bound is lowered by, besides the rounding of its sums
+MARGIN = 1e-9
+#: part of the objective by which a mask must beat the incumbent to be looked for: half of what OPTIMAL allows
+WORTH = 5e-7
+
+
+class Node(NamedTuple):
+    """A node that is open. Of equal bounds the older one, by its order of creation, comes first.
+
+    Attributes:
+        state: 1 pruned, 0 kept, −1 free, int8 [n].
+        point: the relaxed point, float64 [n].
+        form: what else its relaxation leaves to the nodes below.
+        step: of the proof; None where none is kept.
+    """
+
+    bound: float
+    order: int
+    state: np.ndarray
+    point: np.ndarray
+    form: Any = None
+    step: Step | None = None
+
+
+class BestFirst:
+    """The tree of one row. A subclass makes the root, and the children of a node.
+
+    Attributes:
+        best, cost: the incumbent.
+        start, root_bound: the root, and what it proves.
+        proven: a bound of every legal mask; bounds of nodes hold for masks below the cutoff alone.
+        solved, convexified: relaxations that were solved, and forms that were made.
+        abreast: nodes that are branched on side by side.
+    """
+
+    start: Node
+    root_bound: float
+    proven = 0.0
+    abreast = 1
+
+    def __init__(self, task: RowTask) -> None:
+        self.task = task
+        self.best, self.cost = task.start, task.cost(task.start)
+        self.solved = self.convexified = 0
+        self.order = itertools.count(1)
+
+    @property
+    def cutoff(self) -> float:
+        """A node of at least this bound holds nothing that is worth looking for."""
+        return self.cost * (1 - WORTH)
+
+    def branch(self, node: Node) -> list[Node]:
+        """The children of a node, in any order of creation."""
+        raise NotImplementedError
+
+    def restarted(self, open_nodes: list[Node], nodes: int) -> list[Node] | None:
+        """What is open instead; None: go on with what is."""
+        return None
+
+    def claims(self) -> dict[str, Any]:
+        """Fields of the answer that only this objective has."""
+        return {}
+
+    def take(self, pruned: np.ndarray, cost: float) -> None:
+        """Keep a mask that beats the incumbent."""
+        if cost < self.cost:
+            self.best, self.cost = pruned, cost
+
+    def search(self, threads: int = 1) -> RowAnswer:
+        """Best first, until nothing is open below the cutoff or a limit is reached.
+
+        Args:
+            threads: on which nodes are branched on side by side.
+        """
+        open_nodes = [self.start]
+        nodes, ended, least_open = 1, "", self.start.bound
+        with one_thread_pool(threads) as pool:
+            try:
+                while not (ended := self._limit(open_nodes, nodes)):
+                    least_open = open_nodes[0].bound
+                    if (again := self.restarted(open_nodes, nodes)) is not None:
+                        open_nodes = again
+                        continue
+                    for child in self._branch_best(open_nodes, pool if threads > 1 else None):
+                        nodes += 1
+                        if child.bound < self.cutoff:
+                            heapq.heappush(open_nodes, child)
+                least_open = open_nodes[0].bound if open_nodes else np.inf
+            except KeyboardInterrupt:
+                # wherever a turn was interrupted, nothing open was below `least_open`
+                ended = "userinterrupt"
+        return RowAnswer(
+            self.best,
+            ended,
+            # what the closed tree proves, or the least open bound
+            bound=self.task.raised(max(min(least_open, self.cutoff), self.proven)),
+            nodes=nodes,
+            root_bound=max(min(self.root_bound, self.cutoff), self.proven),
+            **self.claims(),
+        )
+
+    def _limit(self, open_nodes: list[Node], nodes: int) -> str:
+        """Why the search ends here; empty where it goes on."""
+        task = self.task
+        if not open_nodes or open_nodes[0].bound >= self.cutoff:
+            return "optimal"
+        if task.gap_limit and open_nodes[0].bound >= self.cost * (1 - task.gap_limit):
+            return "gaplimit"
+        if task.limits.expired:
+            return "timelimit"
+        if task.node_limit is not None and nodes >= task.node_limit:
+            return "nodelimit"
+        return ""
+
+    def _branch_best(self, open_nodes: list[Node], pool: ThreadPoolExecutor | None) -> list[Node]:
+        """The children of the best node, which is no longer open; or of the best few, each with the incumbent
+        that is known before any of them."""
+        some = [heapq.heappop(open_nodes)]
+        while open_nodes and len(some) < self.abreast:
+            some.append(heapq.heappop(open_nodes))
+        views = [copy.copy(self) for _ in some]
+        for view in views:
+            view.solved = view.convexified = 0
+        run = map if pool is None or len(some) == 1 else pool.map
+        families = list(run(type(self).branch, views, some))
+        for view in views:
+            self.solved += view.solved
+            self.convexified += view.convexified
+            self.take(view.best, view.cost)
+        # in the order of the nodes, whoever came first
+        return [c._replace(order=next(self.order)) for family in families for c in family]
