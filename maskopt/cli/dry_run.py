@@ -6,11 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from maskopt.cli.console import output
-from maskopt.cli.parameters import tokens_file
+from maskopt.cli.console import make_table, screen
 
 if TYPE_CHECKING:
     from maskopt.models.pruning.plan import Plan
+
+
+def tokens_file(calibration: str | None) -> str | None:
+    """The source of text if it is read at no cost: tokens."""
+    return calibration if calibration is not None and calibration.endswith(".npy") else None
 
 
 def dry_run(
@@ -27,13 +31,13 @@ def dry_run(
 
     tokens = tokens_file(calibration) if grams is None else calibration
     result = plan_prune(model, tokens, grams=grams, output=out, **options)
-    output.print(layer_table(result))
+    screen.print(layer_table(result))
     memory = result.memory
-    output.print(f"memory at the peak, estimated: {memory.gib:.2f} GiB ({memory})", soft_wrap=True)
-    output.print(f"disk: {result.disk / 2**30:.2f} GiB")
+    screen.print(f"memory at the peak, estimated: {memory.gib:.2f} GiB ({memory})", soft_wrap=True)
+    screen.print(f"disk: {result.disk / 2**30:.2f} GiB")
     parts_of_time = (result.solve_seconds, result.seconds)
     solving, total = ("unknown" if x is None else f"about {x:.0f} s" for x in parts_of_time)
-    output.print(
+    screen.print(
         f"time, estimated: {total} (forward passes and Gram matrices about "
         f"{result.forward_seconds:.0f} s, solving {solving}, files about "
         f"{result.file_seconds:.0f} s, libraries about {START:.0f} s)",
@@ -45,11 +49,7 @@ def dry_run(
 
 def layer_table(plan: Plan) -> Table:
     """Counts by kind and shape."""
-    table = Table()
-    for heading in ("layer", "count", "rows", "inputs", "pruned", "of"):
-        table.add_column(
-            heading, justify="left" if heading == "layer" else "right", overflow="fold"
-        )
+    table = make_table("layer", "count", "rows", "inputs", "pruned", "of")
     kinds: dict[tuple[str, int, int], list[str]] = {}
     for layer in plan.layers:
         kinds.setdefault((layer.kind, layer.rows, layer.n), []).append(layer.name)

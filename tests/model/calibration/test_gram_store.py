@@ -362,7 +362,7 @@ def test_a_sweep_judges_as_it_prunes_but_no_model_with_code_of_its_own(
 def test_the_commands(model, tmp_path):
     text, grams, out, swept = (tmp_path / n for n in ("t.npy", "grams", "out", "sweep"))
     np.save(text, tokens(3).numpy())
-    assert "Gram matrices" in run("gram", model, "--calibration", text, "--output", grams)
+    assert "Gram matrices" in run("sweep", model, "--calibration", text, "--grams", grams)
     half, more = ["--sparsity", 0.5], [model, "--grams", grams, "--min-tokens", 1]
     more += ["--solver", "wanda", "--include", ATTENTION["include"]]
     run("prune", *more, *half, "--output", out)
