@@ -36,7 +36,7 @@ def bound(
     method: str = option("sdp", "sdp, box, shift, or another bound of `maskopt solvers`."),
     solver: str | None = option(None, "Solver of the masks without --original. Default: swap."),
     rows: int | None = option(
-        None, f"Rows per layer. Default: all; with --original {ROWS}, drawn at random.", least=1
+        None, f"Rows sampled per layer. Default: all; {ROWS} with --original.", least=1
     ),
     columns: int | None = option(None, "Number of inputs sampled per row. Default: all.", least=1),
     cuts: int | None = option(None, "Rounds of triangle cuts for sdp; 8 is a good value.", least=0),
@@ -45,9 +45,7 @@ def bound(
         f"Seconds for the rows of a layer. Default: none; {SDP_SECONDS:.0f} for sdp with --original.",
         least=0,
     ),
-    jobs: int = option(
-        1, "Number of rows at a time; −1: one per core."
-    ),
+    jobs: int = option(1, "Number of rows at a time; −1: one per core."),
     seed: int = option(0, "Random seed of the sampled rows and inputs.", least=0),
     cardinality: int | None = CARDINALITY,
     calibration: str | None = TEXT_OF_A_MODEL,
@@ -57,7 +55,7 @@ def bound(
 ) -> None:
     """Certified lower bounds of rows, and how far masks are from them.
 
-    With --original, SOURCE is a pruned folder whose masks are bounded: give the --samples and --seq-len of the
+    With --original, SOURCE is a pruned folder whose masks are bounded: give --samples and --seq-len of the
     prune.
     """
     from maskopt.models.evaluation.bound import bound_layers, certify_model

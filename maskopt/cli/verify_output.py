@@ -54,8 +54,7 @@ def verify(
     cardinality: int | None = CARDINALITY,
     semi_structured: bool | None = option(
         None,
-        "Check that PyTorch can convert each 2:4 layer to its semi-structured format. Default: if a CUDA "
-        "device is available.",
+        "Check that PyTorch can convert each 2:4 layer to its semi-structured format. Default: with CUDA.",
     ),
     **options: Any,
 ) -> None:

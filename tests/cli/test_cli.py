@@ -137,9 +137,12 @@ def test_defaults_of_other_commands_are_those_of_python():
     for name, kind in (("eval", WalkOptions), ("distill", DistillOptions), ("sweep", PruneOptions)):
         usual = {one.name: one.default for one in options_of(kind)}
         assert all(usual[one.name] == one.default for one in COMMANDS[name].library)
-    usual = {one.name: one.default for one in options_of(PruneOptions)}
+    known = {one.name: one for one in options_of(PruneOptions)}
     for name in ("compare", "bound", "export"):
-        differ = {o.name: o.default for o in COMMANDS[name].library if usual[o.name] != o.default}
+        found = {one.name: one for one in COMMANDS[name].library}
+        assert {"bos", "seq_len", "threads", "include", "exclude", "sparsity"} <= found.keys()
+        assert all(known[name].hint == one.hint for name, one in found.items())
+        differ = {n: o.default for n, o in found.items() if known[n].default != o.default}
         assert differ == {"samples": 32, "seq_len": 512, "sparsity": None}
 
 

@@ -24,11 +24,7 @@ from maskopt.core.pattern import NM, Pattern, Unstructured, parse_sparsity, patt
 from maskopt.errors import ModelError, OptionError, PatternError, SolverError
 from maskopt.models.options.solver import check_size, check_solver, default_start
 from maskopt.models.options.training import Reconstruction
-from maskopt.models.options.walk import (
-    WalkOptions,
-    check_names,
-    described,
-)
+from maskopt.models.options.walk import WalkOptions, check_names, described, options_by_name
 
 if TYPE_CHECKING:
     from maskopt.models.architecture.blocks import Layer
@@ -77,7 +73,8 @@ class PruneOptions(WalkOptions):
     solver_options: Mapping[str, Any] = option(dict, "Solver option; may be repeated.", SELECTION)
     allocation: str = option(
         UNIFORM,
-        "Where sparsity may differ: nowhere, between rows, between layers, or both.",
+        "Where sparsity may differ. uniform: nowhere; rows: between rows of a layer; layers: between layers; "
+        "both.",
         SELECTION,
         choices=ALLOCATIONS,
         shown=True,
@@ -116,7 +113,8 @@ class PruneOptions(WalkOptions):
     )
     update: str = option(
         NONE,
-        "How kept weights are updated: not; solved per row; or trained per decoder block.",
+        "How kept weights are updated. none: unchanged; least-squares: solved per row, with masks chosen for "
+        "the error after it; blockwise: trained per decoder block.",
         UPDATE,
         choices=UPDATES,
         shown=True,
@@ -157,8 +155,7 @@ class PruneOptions(WalkOptions):
         self._set_allocation()
         check_needs(self)
         self._set_reconstruction()
-        _check_shrink(self.gram_shrinkage, self.holdout)
-        _check_damping(self.damping, self.holdout)
+        self._check_automatic()
         if self.refit is None and (self.damping, self.damping_exponent) != (
             Refit.damping,
             Refit.power,
@@ -225,6 +222,23 @@ class PruneOptions(WalkOptions):
             )
         made = build(Reconstruction, "training", dict(self.training), "option")
         object.__setattr__(self, "training", asdict(made))
+
+    def _check_automatic(self) -> None:
+        """Raise MaskoptError for a number out of range, or for auto without held-out windows."""
+        for name in ("gram_shrinkage", "damping"):
+            if getattr(self, name) == AUTO and not self.holdout:
+                raise ModelError(
+                    f"`{name}` auto needs held-out windows: give a `holdout` such as 0.2"
+                )
+        shrinkage, damping = self.gram_shrinkage, self.damping
+        if shrinkage != AUTO and (isinstance(shrinkage, str) or not 0 <= shrinkage <= 1):
+            raise ModelError(f"`gram_shrinkage` must lie in [0, 1] or be auto, not {shrinkage!r}")
+        if damping != AUTO:
+            if isinstance(damping, str):
+                raise OptionError(
+                    f"`damping` must be a number of at least 0 or auto, not {damping!r}"
+                )
+            Refit(damping)
 
     @property
     def pattern(self) -> Pattern:
@@ -360,32 +374,10 @@ def prune_options(options: PruneOptions | None, shorthand: Mapping[str, Any]) ->
         OptionError: a name that is no option (near names are given).
         PatternError: no sparsity.
     """
-    check_names(shorthand, [f.name for f in dataclasses.fields(PruneOptions)])
-    if options is not None:
-        return dataclasses.replace(options, **shorthand)
-    if shorthand.get("sparsity") is None:
+    if options is None and shorthand.get("sparsity") is None:
+        check_names(shorthand, [f.name for f in dataclasses.fields(PruneOptions)])
         raise PatternError("`sparsity` is missing: give 0.5, 50% or 2:4")
-    return PruneOptions(**shorthand)
-
-
-def _check_shrink(gram_shrinkage: float | str, holdout: float) -> None:
-    if gram_shrinkage == AUTO:
-        if not holdout:
-            raise ModelError(
-                "`gram_shrinkage` auto needs held-out windows: give a `holdout` such as 0.2"
-            )
-    elif isinstance(gram_shrinkage, str) or not 0 <= gram_shrinkage <= 1:
-        raise ModelError(f"`gram_shrinkage` must lie in [0, 1] or be auto, not {gram_shrinkage!r}")
-
-
-def _check_damping(damping: float | str, holdout: float) -> None:
-    if damping == AUTO:
-        if not holdout:
-            raise ModelError("`damping` auto needs held-out windows: give a `holdout` such as 0.2")
-    elif isinstance(damping, str):
-        raise OptionError(f"`damping` must be a number of at least 0 or auto, not {damping!r}")
-    else:
-        Refit(damping)
+    return options_by_name(PruneOptions, options, shorthand)
 
 
 PruneOptions.__doc__ = described(PruneOptions)

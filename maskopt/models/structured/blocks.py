@@ -110,11 +110,7 @@ def remove_blocks(
     """
     began = time.perf_counter()
     options = options or WalkOptions()
-    for name in _NOT_HERE:
-        if getattr(options, name) != getattr(WalkOptions, name):
-            raise OptionError(
-                f"`blocks` are chosen by the model's output on all tokens; leave out `{name}`"
-            )
+    options.refuse(_NOT_HERE, "`blocks` are chosen by the model's output on all tokens")
     target = Path(output)
     check_output(target, overwrite=overwrite, resume=False, model=model, calibration=calibration)
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)

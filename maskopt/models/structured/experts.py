@@ -89,11 +89,7 @@ def remove_experts(
     if not 0 < share < 1:
         raise OptionError(f"`experts` is the share that goes, between 0 and 1, not {share}")
     options = options or WalkOptions()
-    for name in _NOT_HERE:
-        if getattr(options, name) != getattr(WalkOptions, name):
-            raise OptionError(
-                f"`experts` are chosen block by block, by all windows; leave out `{name}`"
-            )
+    options.refuse(_NOT_HERE, "`experts` are chosen block by block, by all windows")
     target = Path(output)
     check_output(target, overwrite=overwrite, resume=False, model=model, calibration=calibration)
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)

@@ -12,8 +12,6 @@ from tiny_models import WordTokenizer, inputs_of, tiny, tokens
 
 import maskopt
 from maskopt import NM, MaskoptError, PruneOptions, Unstructured, open_job, prune_model
-from maskopt.cli import COMMANDS
-from maskopt.cli.command import _kind
 from maskopt.core.fields import RECORDED, options_of
 from maskopt.errors import ModelError, OptionError, PatternError
 from maskopt.models.architecture.blocks import Blocks, choose, matrix
@@ -225,17 +223,6 @@ def test_options_that_cannot_be(message, given):
         assert message in str(caught.value)
 
 
-def test_one_dialect():
-    """What two commands name by one word is read in one way."""
-    prune = {one.name: one for one in COMMANDS["prune"].options}
-    for name in ("compare", "bound", "export", "eval"):
-        found = {one.name: one for one in COMMANDS[name].options}
-        for shared in found.keys() & prune.keys() - {"output", "solver", "seed", "solver_options"}:
-            assert _kind(found[shared]) == _kind(prune[shared]), (name, shared)
-        assert {"bos", "seq_len", "text_field", "threads"} <= found.keys()
-        assert name == "eval" or {"include", "exclude", "sparsity"} <= found.keys()
-
-
 def test_a_prune_command_with_dry_run_added(dense, data, tmp_path):
     out = tmp_path / "out"
     rest = [dense, "--calibration", data, "--output", out, "--overwrite"]
@@ -259,7 +246,6 @@ def test_patterns_and_layers_are_read_in_one_way(dense, data, tmp_path):
     asked = (
         ["--sparsity", "0.5", "--include", "q_proj", "--include", "layers.0.mlp.*"],
         ["--sparsity", "50%", "--include", "q_proj, layers.0.mlp.*"],
-        ["--sparsity", "0.5", "--include", "q_proj,layers.0.mlp.*"],
     )
     for number, words in enumerate(asked):
         out = tmp_path / f"{number}.csv"
