@@ -249,7 +249,7 @@ def described(one: Option) -> str:
     text = re.sub(r"`([a-z]+(?:_[a-z]+)*)`", lambda found: flag(found[1]), one.sentence)
     if one.default is REQUIRED:
         return text if one.argument else f"{text} [required]"
-    if one.default in (None, False, (), {}) or isinstance(one.default, list):
+    if one.default is None or one.default is False or one.default in ((), {}):
         return text
     size = one.unit == "bytes"
     return f"{text} [default: {f'{one.default // 2**30}GiB' if size else one.default}]"

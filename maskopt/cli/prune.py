@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskopt.cli import dry_run as dry_runs
 from maskopt.cli.command import MODEL, OVERWRITE, RESUME, SOURCES, command
 from maskopt.cli.console import errors, make_table, screen, written
 from maskopt.cli.prune_view import PruneView
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from maskopt.models.checkpoints.report import LayerReport, PartReport, PruneReport
+    from maskopt.models.pruning.plan import Plan
 
 
 @command(
@@ -59,13 +59,13 @@ def prune(
     if output is not None:
         here.agreed(lambda: check_output(output, overwrite=overwrite, resume=resume, **inputs))
     if dry_run:
-        dry_runs.dry_run(model, calibration, grams, output, options)
+        _show_plan(model, calibration, grams, output, options)
         return
     assert output is not None
     with told_of_resume(output), view() as shown:
         # a part of it is done already, or several processes share it
         known = resume or grams is not None or here.size > 1
-        expected = None if known else _told_beforehand(shown, model, calibration, options)
+        expected = None if known else _say_beforehand(shown, model, calibration, options)
         report = prune_model(
             **inputs,
             output=output,
@@ -79,7 +79,56 @@ def prune(
     written(output, "pruned model, masks and manifest")
 
 
-def _told_beforehand(
+def _tokens_file(calibration: str | None) -> str | None:
+    """The source of text if it is read at no cost: tokens."""
+    return calibration if calibration is not None and calibration.endswith(".npy") else None
+
+
+def _show_plan(
+    model: str, calibration: str | None, grams: Any, out: Any, options: dict[str, Any]
+) -> None:
+    """Print layers, shapes, pruned counts, memory, disk and time.
+
+    No weights are read except for a measurement of a few seconds.
+
+    Raises:
+        MaskoptError: what the prune would refuse.
+    """
+    from maskopt.models.pruning.plan import START, plan_prune
+
+    tokens = _tokens_file(calibration) if grams is None else calibration
+    result = plan_prune(model, tokens, grams=grams, output=out, **options)
+    screen.print(_layer_table(result))
+    memory = result.memory
+    screen.print(f"memory at the peak, estimated: {memory.gib:.2f} GiB ({memory})", soft_wrap=True)
+    screen.print(f"disk: {result.disk / 2**30:.2f} GiB")
+    parts_of_time = (result.solve_seconds, result.seconds)
+    solving, total = ("unknown" if x is None else f"about {x:.0f} s" for x in parts_of_time)
+    screen.print(
+        f"time, estimated: {total} (forward passes and Gram matrices about "
+        f"{result.forward_seconds:.0f} s, solving {solving}, files about "
+        f"{result.file_seconds:.0f} s, libraries about {START:.0f} s)",
+        soft_wrap=True,
+    )
+    if result.refusal is not None:
+        raise result.refusal
+
+
+def _layer_table(plan: Plan) -> Table:
+    """Counts by kind and shape."""
+    table = make_table("layer", "count", "rows", "inputs", "pruned", "of")
+    kinds: dict[tuple[str, int, int], list[str]] = {}
+    for layer in plan.layers:
+        kinds.setdefault((layer.kind, layer.rows, layer.n), []).append(layer.name)
+    for (kind, rows, n), names in kinds.items():
+        count = sum(plan.pruned[name] for name in names)
+        table.add_row(
+            kind, str(len(names)), str(rows), str(n), f"{count:,}", f"{len(names) * rows * n:,}"
+        )
+    return table
+
+
+def _say_beforehand(
     shown: View, model: str, calibration: str | None, options: dict[str, Any]
 ) -> float | None:
     """Say how long the prune will take and how much memory, where that is worth the seconds of finding out;
@@ -91,7 +140,7 @@ def _told_beforehand(
     )
     if is_small(model) or missing:  # of which the prune says more
         return None
-    plan = plan_prune(model, dry_runs.tokens_file(calibration), **options)
+    plan = plan_prune(model, _tokens_file(calibration), **options)
     time = "unknown" if plan.seconds is None else f"about {clock(plan.seconds)}"
     shown.say(
         f"time, estimated: {time}; memory at the peak: {plan.memory.gib:.2f} GiB",

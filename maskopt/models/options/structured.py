@@ -60,7 +60,7 @@ class ShrinkOptions(WalkOptions):
     )
     update: str = option(
         LEAST_SQUARES,
-        "How kept columns are updated. none: unchanged; least-squares: solved by least squares.",
+        "How kept columns are updated, if they are.",
         UPDATE,
         choices=(NONE, LEAST_SQUARES),
         shown=True,
