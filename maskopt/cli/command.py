@@ -108,16 +108,17 @@ class Command:
 
     def __call__(self, words: Mapping[str, Any]) -> None:
         """Run with the words of the command line."""
-        given = {
-            known.name: read_value(known, words[known.name])
-            for known in self.options
-            if words[known.name] not in (None, [], ())
-            and (words[known.name] is not False or known.default is None)
-        }
-        file = given.pop("config", None)
+        file: Path | None = words.get("config")
         # errors in a file name its keys, not the flags of the command line
         stored = {} if file is None else self._stored(file)
         try:
+            given = {
+                one.name: read_value(one, word)
+                for one in self.options
+                if one.name != "config"
+                and (word := words[one.name]) not in (None, [], ())
+                and (word is not False or one.default is None)
+            }
             self._run(given, file, stored)
         except MaskoptError as error:
             error.args = (self._with_flags(str(error)), *error.args[1:])
@@ -140,8 +141,7 @@ class Command:
             typer.echo(config_text({**usual, **stored, **given}), nl=False)
             return
         # a printed file holds all options, which are not all asked for
-        stored = {name: x for name, x in stored.items() if x != usual[name]}
-        values = {**stored, **given}
+        values = {**{name: x for name, x in stored.items() if x != usual[name]}, **given}
         own = {}
         for one in self.own:
             value = values.pop(one.name, one.default)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from maskopt.cli.command import OF_A_MODEL as HEADING
+from maskopt.cli.prune_view import PruneView
 from maskopt.cli.view import view
 from maskopt.core.fields import options_of
 from maskopt.core.least_squares import Refit
@@ -84,12 +85,7 @@ def load_layers(
                 models[0],
                 calibration=calibration,
                 seed=seed,
-                on_progress=lambda p: shown.show(
-                    f"block {p.block + 1} of {p.blocks}: {p.stage}",
-                    p.done,
-                    p.total,
-                    part=p.block / p.blocks,
-                ),
+                on_progress=PruneView(shown),
                 **options,
             )
         )

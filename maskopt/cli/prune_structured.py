@@ -99,7 +99,7 @@ def _remove_experts(model: str, share: float, given: dict[str, Any]) -> None:
 
     with view() as shown:
         report = remove_experts(model, share=share, on_progress=PruneView(shown), **given)
-    show_report(report, before="without new routing")
+    show_report(report, before="routing unchanged")
 
 
 def _remove_blocks(model: str, count: int, windows: int | None, given: dict[str, Any]) -> None:
