@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import shutil
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -198,6 +199,7 @@ class ShownCommand(TyperCommand):
     declared: Command
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
+        formatter.width = min(shutil.get_terminal_size().columns, 80)
         full = ctx.params.get("help_all", False)
         options = [one for one in self.declared.options if full or one.shown or one.argument]
         arguments = [one for one in options if one.argument]

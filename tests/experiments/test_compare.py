@@ -341,7 +341,10 @@ def test_options_that_do_not_fit_are_refused(saved, monkeypatch):
     for words, message in (
         ("compare --solvers swap --solver-options swap.on_progress=5", "`on_progress`"),
         ("solve --output out.npz --solver-options on_progress=5", "`on_progress`"),
-        ("compare --solvers wanda --update refitt", "--update must be text none or least-squares or blockwise"),
+        (
+            "compare --solvers wanda --update refitt",
+            "--update must be text none or least-squares or blockwise",
+        ),
         ("compare --solvers wanda --calibration no.txt", "is for a model folder"),
         ("compare --solvers wanda --samples 3", "is for a model folder"),
         ("compare --solvers wanda --include q_proj", "is for a model folder"),
