@@ -7,6 +7,7 @@ section for every command.
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 from typing import Any
 
@@ -20,37 +21,23 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def commands() -> str:
     """Every command: what it does, an example, and a line an option."""
-    import typer
+    from maskopt.cli import COMMANDS
 
-    from maskopt.cli import app
-    from maskopt.cli.examples import EXAMPLES
-
-    known: Any = typer.main.get_command(app)
-    found = {}
-    for name, command in known.commands.items():
-        parts = getattr(command, "commands", {"": command})
-        found.update({f"{name} {last}".strip(): part for last, part in parts.items()})
-    return "\n".join(_command(name, command, EXAMPLES[name]) for name, command in found.items())
+    return "\n".join(map(_command, COMMANDS.values()))
 
 
-def _command(name: str, command: Any, example: str) -> str:
-    lines = [f"## {name}", "", *_plain(command.help).split("\n"), "", f"    $ {example}", ""]
-    lines += ["| argument or option | default | meaning |", "|---|---|---|"]
-    for one in command.params:
-        names = (
-            one.name.upper()
-            if one.param_type_name == "argument"
-            else ", ".join([*one.opts, *one.secondary_opts])
-        )
-        nothing = one.required or one.default is None or one.default is False or one.default == ()
-        default = "" if nothing else f"`{one.default}`"
-        meaning = _plain(getattr(one, "help", None) or "")
-        cells = (f"`{names}`", default, meaning.replace("\n", " "))
+def _command(command: Any) -> str:
+    from maskopt.cli.command import described, left
+
+    lines = [f"## {command.name}", "", *_plain(inspect.getdoc(command.run)).split("\n"), ""]
+    lines += [f"    $ {command.example}", "", "| argument or option | meaning |", "|---|---|"]
+    for one in command.options:
+        cells = (f"`{left(one)}`", _plain(described(one)))
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join([*lines, ""])
 
 
-def _plain(text: str) -> str:
+def _plain(text: str | None) -> str:
     """Of a help text, what Markdown would take for a tag or a link."""
     return re.sub(r"([<>\[\]*_])", r"\\\1", text or "")
 

@@ -1,11 +1,8 @@
-"""The command line: one thin layer over the library. Each command is a module of this package."""
+"""The command line: one thin layer over the library. Each command is declared in a module of this package."""
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Callable
-from typing import Any
 
 import typer
 from rich.markup import escape
@@ -18,7 +15,6 @@ from maskopt.cli import (
     distill,
     evaluate,
     export,
-    gram,
     masks,
     prune,
     prune_structured,
@@ -28,74 +24,37 @@ from maskopt.cli import (
     sweep,
     verify_output,
 )
+from maskopt.cli.command import Command, Panels
 from maskopt.cli.console import INTERRUPTED, errors, insist_on_interrupts, show_compiling
-from maskopt.cli.examples import EXAMPLES, STATUSES
-from maskopt.cli.flags import FlagCommand
-from maskopt.cli.ranks import launched, several, speaks
-from maskopt.cli.view import with_view
-from maskopt.errors import MaskoptError, OptionError
+from maskopt.cli.ranks import launched, speaks
+from maskopt.errors import MaskoptError
+
+_MASKS = (masks.apply, masks.export, masks.pack, masks.unpack)
+#: commands by the headings of `maskopt --help`
+PANELS = {
+    "Models": (
+        *(prune.prune, prune_structured.prune_structured, distill.distill),
+        *(sweep.sweep, evaluate.evaluate),
+    ),
+    "Matrices": (solve.solve, compare.compare, bound.bound, export.export),
+    "Files": (verify_output.verify, report.report, *_MASKS),
+    "Information": (demo.demo, solvers.solvers),
+}
+COMMANDS: dict[str, Command] = {one.name: one for panel in PANELS.values() for one in panel}
 
 app = typer.Typer(
     name="maskopt",
+    cls=Panels,
     help="Pruning masks for large language models, with a proof of how good they are.",
     no_args_is_help=True,
-    epilog=STATUSES,
+    epilog="Exit status: 0 done; 1 failure, one line gives the reason; 2 invalid command line; "
+    "130 stopped by Ctrl-C.",
     pretty_exceptions_enable=False,
 )
-COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
-    "Models": {
-        "prune": prune.prune,
-        "prune-structured": prune_structured.prune_structured,
-        "distill": distill.distill,
-        "gram": gram.gram,
-        "sweep": sweep.sweep,
-        "eval": evaluate.evaluate,
-    },
-    "Matrices": {
-        "solve": solve.solve,
-        "compare": compare.compare,
-        "bound": bound.bound,
-        "export": export.export,
-    },
-    "Files": {
-        "verify": verify_output.verify,
-        "report": report.report,
-        "masks apply": masks.apply,
-        "masks export": masks.export,
-        "masks pack": masks.pack,
-        "masks unpack": masks.unpack,
-    },
-    "Information": {"demo": demo.demo, "solvers": solvers.solvers},
-}
-
-
-def _alone(command: Callable[..., None]) -> Callable[..., None]:
-    """The command, refused where torchrun starts it several times."""
-
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        if several():
-            raise OptionError(
-                f"only {' and '.join(SHARED)} run as several processes; start this command without torchrun"
-            )
-        command(**given)
-
-    return run
-
-
-#: commands that several processes can share
-SHARED = ("prune", "gram")
-_masks = typer.Typer(no_args_is_help=True)
-for _panel, _commands in COMMANDS.items():
-    for _name, _command in _commands.items():
-        _group, _, _last = _name.rpartition(" ")
-        _shown = with_view(_command if _name in SHARED else _alone(_command))
-        (_masks if _group else app).command(
-            _last,
-            cls=FlagCommand,
-            epilog=f"Example: {EXAMPLES[_name]}",
-            rich_help_panel=None if _group else _panel,
-        )(_shown)
+_masks = typer.Typer(cls=Panels, no_args_is_help=True)
+for _panel, _commands in PANELS.items():
+    for _command in _commands:
+        _command.register(_masks if _command in _MASKS else app, _panel)
 app.add_typer(
     _masks,
     name="masks",

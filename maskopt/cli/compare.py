@@ -1,62 +1,56 @@
-"""`maskopt compare`: the same rows through several solvers."""
+"""`maskopt compare`: the same rows solved by several solvers."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.table import Table
 
-from maskopt.cli.cells import bound_cells
-from maskopt.cli.console import errors, output
-from maskopt.cli.instances import load_layers, takes_source
-from maskopt.cli.parameters import (
-    Calibration,
-    Out,
-    Overwrite,
-    Select,
+from maskopt.cli.command import (
+    CARDINALITY,
+    OVERWRITE,
+    RECORDS,
+    TEXT_OF_A_MODEL,
+    command,
     option_list,
-    read_solver_options,
+    read_pairs,
 )
+from maskopt.cli.console import bound_cells, errors, make_table, screen, written
+from maskopt.cli.instances import OF_A_MODEL, load_layers
 from maskopt.cli.view import view
+from maskopt.core.fields import REQUIRED, option
 from maskopt.errors import OptionError
 from maskopt.experiments.compare import Record, sample_rows
 from maskopt.experiments.compare import compare as compare_rows
 from maskopt.experiments.store import check_format
 
 
-@takes_source
+@command(*OF_A_MODEL, example="maskopt compare row.npz --solvers wanda,swap,scip --columns 48")
 def compare(
-    source: Annotated[
-        list[Path], typer.Argument(help="A model folder, or instances (.npz, .dat, …).")
-    ],
-    options: dict[str, Any],
-    solvers: Annotated[str, typer.Option(help="Names, separated by commas.")] = "wanda,swap,scip",
-    option: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--option", help="Option of one of the solvers, SOLVER.NAME=VALUE; may be repeated."
-        ),
-    ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Rows sampled from every layer.")] = 4,
-    columns: Annotated[
-        int | None, typer.Option(min=1, help="Inputs sampled per row; all by default.")
-    ] = None,
-    calibration: Calibration = None,
-    time_limit: Annotated[float | None, typer.Option(min=0, help="Seconds a row.")] = None,
-    jobs: Annotated[int, typer.Option(help="Number of rows at a time; −1: one per core.")] = 1,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Random seed of the sample and of the solvers.")
-    ] = 0,
-    cardinality: Select = None,
-    out: Out = None,
-    overwrite: Overwrite = False,
+    source: list[Path] = option(
+        REQUIRED, "A model folder, or instances (.npz, .dat, …).", argument=True
+    ),
+    solvers: str = option("wanda,swap,scip", "Names, separated by commas."),
+    solver_options: list[str] | None = option(
+        None, "Option of one of the solvers, SOLVER.NAME=VALUE; may be repeated."
+    ),
+    rows: int = option(4, "Rows sampled from every layer.", least=1),
+    columns: int | None = option(None, "Number of inputs sampled per row. Default: all.", least=1),
+    row_time_limit: float | None = option(None, "Seconds per row.", least=0),
+    jobs: int = option(1, "Number of rows at a time; −1: one per core."),
+    seed: int = option(0, "Random seed of the sample and of the solvers.", least=0),
+    cardinality: int | None = CARDINALITY,
+    calibration: str | None = TEXT_OF_A_MODEL,
+    output: Path | None = RECORDS,
+    overwrite: bool = OVERWRITE,
+    **options: Any,
 ) -> None:
     """Solve the same rows with several solvers: objective, bound, gap, status, time."""
-    if out is not None:
-        check_format(out, overwrite=overwrite)
-    chosen = with_options(option_list(solvers), option)
+    if output is not None:
+        check_format(output, overwrite=overwrite)
+    chosen = with_options(option_list(solvers), solver_options)
     layers = load_layers(
         source, options, calibration=calibration, seed=seed, cardinality=cardinality
     )
@@ -65,22 +59,22 @@ def compare(
         records = compare_rows(
             sampled,
             chosen,
-            time_limit=time_limit,
+            time_limit=row_time_limit,
             seed=seed,
             jobs=jobs,
-            output=out,
+            output=output,
             on_progress=lambda done, total: shown.show("solving", done, total),
         )
-    output.print(comparison_table(records))
+    screen.print(comparison_table(records))
     if any(problem.pooled for problem in layers.problems):
         said = "each row is solved alone, at the sparsity of its layer: no budget is shared"
-        output.print(said, soft_wrap=True)
+        screen.print(said, soft_wrap=True)
     for record in records:
         if record.error:
             said = f"{record.instance}, {record.solver}: {record.error}"
             errors.print(said, soft_wrap=True, markup=False, emoji=False)
-    if out is not None:
-        output.print(f"written: {out}", soft_wrap=True)
+    if output is not None:
+        written(output)
     if all(record.status == "failed" for record in records):
         raise typer.Exit(1)
 
@@ -99,24 +93,29 @@ def with_options(
     for item in items:
         name, dot, setting = item.partition(".")
         if not dot:
-            raise OptionError(f"--option takes SOLVER.NAME=VALUE, not {item!r}")
+            raise OptionError(f"`solver_options` takes SOLVER.NAME=VALUE, not {item!r}")
         if name not in options:
             raise OptionError(
-                f"--option {item}: there is no solver {name!r} among {', '.join(names)}"
+                f"`solver_options` {item}: there is no solver {name!r} among {', '.join(names)}"
             )
-        options[name] |= read_solver_options([setting])
+        options[name] |= read_pairs([setting])
     return options
 
 
 def comparison_table(records: list[Record]) -> Table:
-    """One line a row and solver, in the units of whoever posed the rows."""
-    table = Table()
-    table.add_column("instance, n", overflow="fold")
-    table.add_column("solver", no_wrap=True)
-    for heading in ("objective", "bound", "gap", "> optimum"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("status", no_wrap=True)
-    table.add_column("seconds", justify="right", no_wrap=True)
+    """One line per row and solver, in the original units of the rows."""
+    headings = (
+        "instance, n",
+        "solver",
+        "objective",
+        "bound",
+        "gap",
+        "> optimum",
+        "status",
+        "seconds",
+    )
+    table = make_table(*headings, left=2, no_wrap=True)
+    table.columns[6].justify = "left"
     last = None
     for r in records:
         here = (r.instance, r.n, r.pattern)

@@ -9,6 +9,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from maskopt.errors import printable
@@ -32,8 +33,38 @@ class _Printable(Console):
 
 #: a pipe or a file has no width: wide enough there for every table
 _at_terminal = sys.stdout is not None and sys.stdout.isatty()  # None: it was closed
-output = _Printable(width=None if _at_terminal else 120, **_PLAIN)  # type: ignore[arg-type]
+screen = _Printable(width=None if _at_terminal else 120, **_PLAIN)  # type: ignore[arg-type]
 errors = _Printable(stderr=True, highlight=False)
+
+
+#: cells of a bound that is not known, and of its gap
+NO_BOUND = ("–", "–")
+
+
+def make_table(*headings: str, left: int = 1, no_wrap: bool = False, **how: Any) -> Table:
+    """A table whose columns after the first `left` are right-aligned and, with `no_wrap`, not wrapped."""
+    table = Table(**how)
+    for index, heading in enumerate(headings):
+        text = index < left
+        table.add_column(
+            heading,
+            justify="left" if text else "right",
+            no_wrap=no_wrap and not text,
+            overflow="fold",
+        )
+    return table
+
+
+def bound_cells(record: Any) -> tuple[str, str]:
+    """Bound and gap of a record of `compare` or `bound`, in the original units of the row."""
+    if not record.bounded or record.gap != record.gap:
+        return NO_BOUND
+    return f"{record.value_bound:.6g}", f"{record.gap:.2%}"
+
+
+def written(path: Any, what: str = "written") -> None:
+    """Print where a result is."""
+    screen.print(f"{what}: {path}", soft_wrap=True)
 
 
 class _Notice(logging.Handler):

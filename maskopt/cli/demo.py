@@ -1,28 +1,26 @@
-"""`maskopt demo`: the main job on a real language model, with nothing to prepare."""
+"""`maskopt demo`: the main job on a small real language model, with nothing to prepare."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from maskopt.cli.console import output as screen
+from maskopt.cli.command import OVERWRITE, command
+from maskopt.cli.console import screen
 from maskopt.cli.view import view
+from maskopt.core.fields import OUTPUT, option
 
 
+@command(example="maskopt demo --model smollm2")
 def demo(
-    output: Annotated[
-        Path, typer.Option(help="Folder for the report and the pruned model.")
-    ] = Path("maskopt-demo"),
-    model: Annotated[str, typer.Option(help="gemma3 or smollm2.")] = "gemma3",
-    sparsity: Annotated[float, typer.Option(help="Share of every row that is pruned.")] = 0.5,
-    samples: Annotated[int, typer.Option(min=1, help="Calibration windows.")] = 12,
-    windows: Annotated[int, typer.Option(min=1, help="Evaluation windows.")] = 8,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Of the calibration crops and the toy rows.")
-    ] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+    model: str = option("gemma3", "Language model.", choices=("gemma3", "smollm2")),
+    sparsity: float = option(0.5, "Share of weights to prune in each row."),
+    samples: int = option(12, "Number of calibration windows.", least=1),
+    windows: int = option(8, "Number of evaluation windows.", least=1),
+    seed: int = option(0, "Random seed of the calibration windows and the small rows.", least=0),
+    output: Path = option(
+        Path("maskopt-demo"), "Folder for the report and the pruned model.", OUTPUT
+    ),
+    overwrite: bool = OVERWRITE,
 ) -> None:
     """Compare solvers with proven optima on small rows, then prune all of a small real model."""
     from maskopt.demo.run import run_demo

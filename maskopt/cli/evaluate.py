@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.table import Table
 
-from maskopt.cli.console import output
-from maskopt.cli.parameters import TEXT_SOURCES, Overwrite, takes
+from maskopt.cli.command import OVERWRITE, SOURCES, command
+from maskopt.cli.console import make_table, screen, written
 from maskopt.cli.view import view
+from maskopt.core.fields import OUTPUT, REQUIRED, option, options_of
 from maskopt.core.files import atomic_write, check_writable
 from maskopt.models.options.walk import EVALUATION, WalkOptions
 
@@ -21,37 +21,39 @@ if TYPE_CHECKING:
     from maskopt.models.evaluation.evaluate import Evaluation
 
 
-@takes(EVALUATION)
+@command(
+    *(one for one in options_of(WalkOptions) if one.name in EVALUATION),
+    example="maskopt eval MODEL OUT --text test.txt --windows 64",
+    name="eval",
+)
 def evaluate(
-    models: Annotated[
-        list[str],
-        typer.Argument(help="Model folders, or names on the hub; the first is compared with."),
-    ],
-    options: dict[str, Any],
-    text: Annotated[str, typer.Option(help=f"For the perplexity. {TEXT_SOURCES}")],
-    windows: Annotated[int | None, typer.Option(help="Number of windows; default: all.")] = None,
-    file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the figures to this JSON file.")
-    ] = None,
-    overwrite: Overwrite = False,
+    models: list[str] = option(
+        REQUIRED,
+        "Model folders, or names on the hub. The others are compared with the first.",
+        argument=True,
+    ),
+    text: str = option(REQUIRED, f"Text to evaluate on: {SOURCES}."),
+    windows: int | None = option(None, "Number of windows. Default: all."),
+    json: Path | None = option(None, "Also write the results to this JSON file.", OUTPUT),
+    overwrite: bool = OVERWRITE,
+    **options: Any,
 ) -> None:
     """Perplexity of one or several models on the same consecutive windows.
 
-    One block of one model is in memory at a time; at the end the output heads of all, those that are
-    equal once.
+    One block of one model is in memory at a time; at the end the output heads of all models, equal ones once.
     """
-    if file is not None:
-        check_writable(file, overwrite=overwrite, text=text)
+    if json is not None:
+        check_writable(json, overwrite=overwrite, text=text)
     found = _perplexities(models, text, WalkOptions(**options), windows)
     for one in found:
-        output.print(_line(one), soft_wrap=True)
+        screen.print(_line(one), soft_wrap=True)
     if len(found) > 1:
-        output.print(_table(found))
-    # last: what was found is on the screen even where the disk is full
-    if file is not None:
-        with atomic_write(file) as target:
-            target.write(json.dumps([asdict(one) for one in found], indent=1).encode())
-        output.print(f"written: {file}", soft_wrap=True)
+        screen.print(_table(found))
+    # last: the results are on the screen even if the disk is full
+    if json is not None:
+        with atomic_write(json) as target:
+            target.write(dumps([asdict(one) for one in found], indent=1).encode())
+        written(json)
 
 
 def _perplexities(
@@ -78,10 +80,11 @@ def _line(one: Evaluation) -> str:
 
 
 def _table(found: Sequence[Evaluation]) -> Table:
-    table = Table(caption="ratio, KL and agreement compared with the first model; intervals of 95%")
-    table.add_column("model", overflow="fold")
-    for heading in ("perplexity", "ratio", "KL, nats", "same top token"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = make_table(
+        *("model", "perplexity", "ratio", "KL, nats", "same top token"),
+        no_wrap=True,
+        caption="ratio, KL and agreement compared with the first model; intervals of 95%",
+    )
     for one in found:
         c = one.change
         table.add_row(

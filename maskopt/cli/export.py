@@ -3,54 +3,51 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import typer
 
-from maskopt.cli.console import output
-from maskopt.cli.instances import load_layers, takes_source
-from maskopt.cli.parameters import Calibration, Select, option_list
+from maskopt.cli.command import CARDINALITY, OVERWRITE, TEXT_OF_A_MODEL, command, option_list
+from maskopt.cli.console import screen
+from maskopt.cli.instances import OF_A_MODEL, load_layers
+from maskopt.core.fields import REQUIRED, option
 from maskopt.core.files import check_writable
+from maskopt.core.problem import RowProblem
 from maskopt.errors import OptionError, SolverError
 from maskopt.instances.formats import save_problem
-from maskopt.models.options.walk import name_patterns
 from maskopt.protocol.solver import WritesInstances, make_solver
 
 FORMATS = ("npz", "cip", "lp", "mps", "qplib", "dat", "mc", "rudy", "mdp", "txt")
+#: formats of solvers of integer programs
+_PROGRAMS = ("cip", "lp", "mps")
 
 
-@takes_source
+@command(
+    *OF_A_MODEL,
+    example="maskopt export MODEL row.npz --include up_proj --calibration text.txt --sparsity 0.6",
+)
 def export(
-    source: Annotated[Path, typer.Argument(help="A model folder, or an instance.")],
-    destination: Annotated[Path, typer.Argument(help="The file to write.")],
-    options: dict[str, Any],
-    row: Annotated[int, typer.Option(min=0, help="Which row of the layer.")] = 0,
-    layer: Annotated[str | None, typer.Option(help="Layer of a model, as --include.")] = None,
-    columns: Annotated[
-        str | None,
-        typer.Option(help="Number of inputs to sample, or their indices separated by commas."),
-    ] = None,
-    calibration: Calibration = None,
-    form: Annotated[
-        str | None,
-        typer.Option(
-            "--format", help=f"One of {', '.join(FORMATS)}; by default the ending of the name."
-        ),
-    ] = None,
-    formulation: Annotated[
-        str, typer.Option(help="factored, linear (mps holds no squares) or epigraph.")
-    ] = "factored",
-    seed: Annotated[int, typer.Option(min=0, help="Random seed of the sampled inputs.")] = 0,
-    cardinality: Select = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    source: Path = option(REQUIRED, "A model folder, or an instance.", argument=True),
+    destination: Path = option(REQUIRED, "The file to write.", argument=True),
+    row: int = option(0, "Index of the row in the layer.", least=0),
+    columns: str | None = option(
+        None, "Number of inputs to sample, or their indices separated by commas."
+    ),
+    format: str | None = option(
+        None, f"One of {', '.join(FORMATS)}. Default: the ending of the name."
+    ),
+    formulation: str = option("factored", "factored, linear (mps holds no squares) or epigraph."),
+    seed: int = option(0, "Random seed of the sampled inputs.", least=0),
+    cardinality: int | None = CARDINALITY,
+    calibration: str | None = TEXT_OF_A_MODEL,
+    overwrite: bool = OVERWRITE,
+    **options: Any,
 ) -> None:
     """Write one row, or a toy instance out of it, for this program or for any other IP solver."""
-    form = form or destination.suffix.lstrip(".").lower()
+    form = format or destination.suffix.lstrip(".").lower()
     if form not in FORMATS:
         raise OptionError(f"unknown format {form!r}; one of {', '.join(FORMATS)}")
     check_writable(destination, overwrite=overwrite, instance=source)
-    options["include"] += name_patterns(layer)
     found = load_layers(
         [source], options, calibration=calibration, seed=seed, cardinality=cardinality
     )
@@ -58,24 +55,29 @@ def export(
         names = ", ".join(problem.name for problem in found.problems[:8])
         raise OptionError(f"--include must name one layer; {len(found.problems)} match: {names}")
     problem = found.problems[0].row(row)
-    chosen = np.arange(problem.n)
-    if columns is not None:
-        chosen = _columns(columns, problem.n, seed)
     if columns is not None or found.pattern is not None:
+        chosen = np.arange(problem.n) if columns is None else _columns(columns, problem.n, seed)
         problem = problem.restrict(chosen, found.pattern)
-    if form in ("cip", "lp", "mps"):
+    if form in _PROGRAMS:
         solver = make_solver("scip")
         if not isinstance(solver, WritesInstances):
             raise SolverError("the solver registered as 'scip' cannot write instances")
         solver.write_instance(problem, destination, form=form, formulation=formulation)
     else:
         save_problem(problem, destination, form)
-    output.print(f"{destination}: {problem!r}", soft_wrap=True)
+    screen.print(f"{destination}: {problem!r}", soft_wrap=True)
+    if form in _PROGRAMS:
+        _print_units(problem)
+
+
+def _print_units(problem: RowProblem) -> None:
+    """Print how an objective that was shifted is converted to the value in the original units."""
     units = problem.as_layer().units
-    if units is not None and form in ("cip", "lp", "mps"):
-        sign, shift = ("−" if problem.maximised else ""), units.shift * problem.as_layer().pruned
-        told = f"value = {sign}(objective − {shift:.17g}) + {units.constant:.17g}"
-        output.print(f"it is minimised, shifted to be convex: {told}", soft_wrap=True)
+    if units is None:
+        return
+    sign, shift = ("−" if problem.maximised else ""), units.shift * problem.as_layer().pruned
+    value = f"value = {sign}(objective − {shift:.17g}) + {units.constant:.17g}"
+    screen.print(f"it is minimised, shifted to be convex: {value}", soft_wrap=True)
 
 
 def _columns(text: str, n: int, seed: int) -> np.ndarray:

@@ -1,40 +1,47 @@
-"""What `compare`, `bound` and `export` share: layers out of instances or out of a model."""
+"""Layers from instances or from a model, for `compare`, `bound` and `export`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from maskopt.cli.parameters import FIELDS, WALK, takes
+from maskopt.cli.command import OF_A_MODEL as HEADING
+from maskopt.cli.prune_view import PruneView
 from maskopt.cli.view import view
+from maskopt.core.fields import options_of
 from maskopt.core.least_squares import Refit
-from maskopt.core.pattern import Pattern
+from maskopt.core.pattern import Pattern, parse_sparsity
 from maskopt.core.problem import LayerProblem
 from maskopt.errors import OptionError
 from maskopt.experiments.compare import load_instances
-from maskopt.models.options.prune import BLOCKWISE, LEAST_SQUARES, UPDATES, check_undamped
+from maskopt.models.options.prune import BLOCKWISE, LEAST_SQUARES, NONE, PruneOptions
 
-#: the options of a command whose source may be a model, and how few samples do there
-_SAMPLES, _SEQ_LEN = 32, 512
-takes_source = takes(
-    ("sparsity", "update", "damping", "damping_exponent", *WALK),
-    panel="Of a model",
-    samples=_SAMPLES,
-    seq_len=_SEQ_LEN,
+#: options of a prune that have no effect on Gram matrices and patterns, or that each command has itself
+_NOT_HERE = (
+    *("solver", "start", "solver_options", "allocation", "sensitivity", "max_deviation", "counts"),
+    *("training", "seed", "calibrate_on", "true_sequential", "holdout", "target", "min_tokens"),
 )
-#: as they are where nobody gives them; and those that are of instances, too, or do nothing without a walk
-_HERE: dict[str, Any] = {"samples": _SAMPLES, "seq_len": _SEQ_LEN, "calibration": None}
+#: fewer and shorter windows than a prune has: defaults of `collect_problems`
+_DEFAULTS = {"samples": 32, "seq_len": 512, "sparsity": None}
+#: options of a command whose source may be a model
+OF_A_MODEL = tuple(
+    replace(one, group=HEADING, default=_DEFAULTS.get(one.name, one.default))
+    for one in options_of(PruneOptions)
+    if one.name not in _NOT_HERE
+)
+#: options that also apply to instances
 _OF_BOTH = ("update", "damping", "damping_exponent", "activation_memory")
 
 
 @dataclass(frozen=True)
 class Layers:
-    """What a source holds.
+    """The layers of a source.
 
     Attributes:
-        pattern: the one that was asked for, or None.
-        kinds: of a model's layers, by name.
+        pattern: the requested sparsity, or None.
+        kinds: kinds of a model's layers, by name.
     """
 
     problems: list[LayerProblem]
@@ -44,36 +51,26 @@ class Layers:
 
 def load_layers(
     source: list[Path],
-    options: dict[str, Any],
+    options: Mapping[str, Any],
     *,
     calibration: str | None,
     seed: int,
     cardinality: int | None = None,
 ) -> Layers:
-    """Layers of `.npz` instances, or of one model folder by running text through it; for refitted weights
-    where `update` says so.
+    """Layers of instances, or of one model folder by running text through it; with an update of kept weights
+    if `options` ask for it.
 
     Raises:
-        OptionError: a model without calibration text or pattern, or among other sources.
+        OptionError: a model without calibration text or sparsity, or among other sources.
     """
-    if options["update"] not in UPDATES:
-        raise OptionError(f"`update` is one of {', '.join(UPDATES)}, not {options['update']!r}")
-    if options["update"] == BLOCKWISE:
+    (update,) = (one for one in OF_A_MODEL if one.name == "update")
+    if update.checked(options.get("update", NONE)) == BLOCKWISE:
         raise OptionError("`update` blockwise trains whole blocks of a model; take `maskopt prune`")
-    pattern = options.pop("sparsity")
+    pattern = parse_sparsity(options["sparsity"]) if "sparsity" in options else None
     models = [path for path in source if path.is_dir()]
     if not models:
-        _refuse_of_models({**options, "calibration": calibration})
-        layers = [
-            layer if pattern is None else layer.under(pattern)
-            for layer in load_instances(source, cardinality)
-        ]
-        if options["update"] == LEAST_SQUARES:
-            refit = Refit(options["damping"], options["damping_exponent"])
-            layers = [layer.refitting(refit) for layer in layers]
-        else:
-            check_undamped(options["damping"], options["damping_exponent"])
-        return Layers(layers, pattern, {})
+        given = {**options, **({} if calibration is None else {"calibration": calibration})}
+        return Layers(_of_instances(source, pattern, given, cardinality), pattern, {})
     if len(source) > 1:
         raise OptionError(f"{models[0]} is a model folder: name it alone, or .npz instances")
     if calibration is None:
@@ -86,15 +83,9 @@ def load_layers(
         found = list(
             layer_problems(
                 models[0],
-                sparsity=pattern,
                 calibration=calibration,
                 seed=seed,
-                on_progress=lambda p: shown.show(
-                    f"block {p.block + 1} of {p.blocks}: {p.stage}",
-                    p.done,
-                    p.total,
-                    part=p.block / p.blocks,
-                ),
+                on_progress=PruneView(shown),
                 **options,
             )
         )
@@ -102,11 +93,27 @@ def load_layers(
     return Layers([problem for _, problem in found], pattern, kinds)
 
 
-def _refuse_of_models(options: dict[str, Any]) -> None:
-    """Raise OptionError for an option that says nothing of instances: they hold their Gram matrices."""
-    for name, value in options.items():
-        usual = _HERE[name] if name in _HERE else FIELDS[name].default
-        if name not in _OF_BOTH and value != usual:
+def _of_instances(
+    source: list[Path],
+    pattern: Pattern | None,
+    given: Mapping[str, Any],
+    cardinality: int | None,
+) -> list[LayerProblem]:
+    for name, value in given.items():
+        if name not in ("sparsity", *_OF_BOTH):
             raise OptionError(
                 f"`{name}` is for a model folder, and {value!r} says nothing of an instance"
             )
+    layers = load_instances(source, cardinality)
+    if pattern is not None:
+        layers = [layer.under(pattern) for layer in layers]
+    if given.get("update") == LEAST_SQUARES:
+        damping, power = (
+            given.get("damping", Refit.damping),
+            given.get("damping_exponent", Refit.power),
+        )
+        return [layer.refitting(Refit(damping, power)) for layer in layers]
+    for name in ("damping", "damping_exponent"):
+        if name in given:
+            raise OptionError(f"`{name}` needs `update` least-squares")
+    return layers

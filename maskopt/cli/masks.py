@@ -1,73 +1,75 @@
-"""`maskopt masks`: masks onto a model and out of one; a pruned folder without its zeros, and back."""
+"""`maskopt masks`: masks applied to a model and read from one; a pruned folder packed without its zeros."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from maskopt.cli.console import output
-from maskopt.cli.parameters import Overwrite, output_to
+from maskopt.cli.command import OVERWRITE, command
+from maskopt.cli.console import screen, written
 from maskopt.cli.view import View, view
+from maskopt.core.fields import OUTPUT, REQUIRED, option
 
 
+@command(
+    example="maskopt masks apply MODEL OUT/maskopt-masks.bits --output MASKED", name="masks apply"
+)
 def apply(
-    model: Annotated[Path, typer.Argument(help="Folder of the dense model.")],
-    masks: Annotated[Path, typer.Argument(help="A file of packed masks.")],
-    out: Annotated[Path, output_to("Folder for the masked model.")],
-    overwrite: Overwrite = False,
+    model: Path = option(REQUIRED, "Folder of the dense model.", argument=True),
+    masks: Path = option(REQUIRED, "A file of packed masks.", argument=True),
+    output: Path = option(REQUIRED, "Folder for the masked model.", OUTPUT),
+    overwrite: bool = OVERWRITE,
 ) -> None:
     """Copy a model with the masked weights set to zero."""
     from maskopt.models.pruning.output import apply_masks
 
-    apply_masks(model, masks, out, overwrite=overwrite)
-    output.print(f"masked model: {out}", soft_wrap=True)
+    apply_masks(model, masks, output, overwrite=overwrite)
+    written(output, "masked model")
 
 
+@command(example="maskopt masks export OUT --output masks.bits", name="masks export")
 def export(
-    model: Annotated[Path, typer.Argument(help="Folder of a pruned model.")],
-    out: Annotated[Path, output_to("File for the packed masks.")],
-    overwrite: Overwrite = False,
+    model: Path = option(REQUIRED, "Folder of a pruned model.", argument=True),
+    output: Path = option(REQUIRED, "File for the packed masks.", OUTPUT),
+    overwrite: bool = OVERWRITE,
 ) -> None:
     """Write the nonzero pattern of the linear layers as packed masks."""
     from maskopt.models.pruning.output import extract_masks as library
 
-    sparsities = library(model, out, overwrite=overwrite)
+    sparsities = library(model, output, overwrite=overwrite)
     mean = sum(sparsities.values()) / len(sparsities)
-    output.print(
-        f"masks of {len(sparsities)} tensors, mean sparsity {mean:.4f}: {out}", soft_wrap=True
-    )
+    written(output, f"masks of {len(sparsities)} tensors, mean sparsity {mean:.4f}")
 
 
+@command(example="maskopt masks pack OUT --output PACKED", name="masks pack")
 def pack(
-    folder: Annotated[Path, typer.Argument(help="A pruned model; not changed.")],
-    out: Annotated[Path, output_to("Folder for the packed one.")],
-    overwrite: Overwrite = False,
+    folder: Path = option(REQUIRED, "A pruned model; not changed.", argument=True),
+    output: Path = option(REQUIRED, "Folder for the packed model.", OUTPUT),
+    overwrite: bool = OVERWRITE,
 ) -> None:
     """Store a pruned folder without its zeros: kept values and one bit per weight."""
     from maskopt.models.checkpoints.pack import pack as library
 
     with view() as shown:
-        library(folder, out, overwrite=overwrite, tick=Bytes(shown, folder))
-    before, after = _size(folder), _size(out)
-    output.print(
-        f"packed: {out}, {after / 1e6:.1f} MB of {before / 1e6:.1f} MB ({after / before:.1%})",
+        library(folder, output, overwrite=overwrite, tick=Bytes(shown, folder))
+    before, after = _size(folder), _size(output)
+    screen.print(
+        f"packed: {output}, {after / 1e6:.1f} MB of {before / 1e6:.1f} MB ({after / before:.1%})",
         soft_wrap=True,
     )
 
 
+@command(example="maskopt masks unpack PACKED --output OUT", name="masks unpack")
 def unpack(
-    folder: Annotated[Path, typer.Argument(help="What `maskopt masks pack` wrote.")],
-    out: Annotated[Path, output_to("Folder for the model.")],
-    overwrite: Overwrite = False,
+    folder: Path = option(REQUIRED, "Folder that `maskopt masks pack` wrote.", argument=True),
+    output: Path = option(REQUIRED, "Folder for the model.", OUTPUT),
+    overwrite: bool = OVERWRITE,
 ) -> None:
     """Restore a packed folder bit for bit."""
     from maskopt.models.checkpoints.pack import unpack_folder
 
     with view() as shown:
-        unpack_folder(folder, out, overwrite=overwrite, tick=Bytes(shown, folder))
-    output.print(f"unpacked: {out}, {_size(out) / 1e6:.1f} MB", soft_wrap=True)
+        unpack_folder(folder, output, overwrite=overwrite, tick=Bytes(shown, folder))
+    screen.print(f"unpacked: {output}, {_size(output) / 1e6:.1f} MB", soft_wrap=True)
 
 
 class Bytes:

@@ -5,82 +5,70 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-from rich.table import Table
-
-from maskopt.cli.console import errors, output
-from maskopt.cli.dry_run import dry_run
-from maskopt.cli.parameters import (
-    ALL,
-    CALIBRATION,
-    OUTPUT,
-    TEXT_SOURCES,
-    Model,
-    Overwrite,
-    Resume,
-    StoredGrams,
-    output_to,
-    takes,
-    tokens_file,
-)
+from maskopt.cli.command import MODEL, OVERWRITE, RESUME, SOURCES, command
+from maskopt.cli.console import errors, make_table, screen, written
 from maskopt.cli.prune_view import PruneView
 from maskopt.cli.ranks import again, ranks, speaks
 from maskopt.cli.view import View, clock, view
+from maskopt.core.fields import OUTPUT, TEXT, option, options_of
 from maskopt.errors import OptionError
+from maskopt.models.options.prune import PruneOptions
 
 if TYPE_CHECKING:
-    from maskopt.models.checkpoints.report import PartReport, PruneReport
+    from rich.table import Table
+
+    from maskopt.models.checkpoints.report import LayerReport, PartReport, PruneReport
+    from maskopt.models.pruning.plan import Plan
 
 
-@takes(ALL, config=True)
+@command(
+    *options_of(PruneOptions),
+    example="maskopt prune MODEL --sparsity 0.5 --calibration text.txt --output OUT",
+    config=True,
+    shared=True,
+)
 def prune(
-    model: Model,
-    options: dict[str, Any],
-    out: Annotated[Path | None, output_to("Folder for the pruned model.")] = None,
-    calibration: Annotated[
-        str | None, typer.Option(help=TEXT_SOURCES, rich_help_panel=CALIBRATION, metavar="…")
-    ] = None,
-    grams: StoredGrams = None,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    dry: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="Estimate memory, disk and time; write nothing. --output and --calibration are optional.",
-            rich_help_panel=OUTPUT,
-            metavar="",
-        ),
-    ] = False,
+    model: str = MODEL,
+    calibration: str | None = option(None, f"Calibration text: {SOURCES}.", TEXT),
+    grams: Path | None = option(
+        None, "Gram matrices stored by `maskopt sweep`, in place of text.", TEXT
+    ),
+    output: Path | None = option(None, "Folder for the pruned model.", OUTPUT),
+    overwrite: bool = OVERWRITE,
+    resume: bool = RESUME,
+    dry_run: bool = option(
+        False,
+        "Estimate memory, disk and time; write nothing.",
+        OUTPUT,
+    ),
+    **options: Any,
 ) -> None:
     """Prune every linear layer in the decoder blocks of a causal language model.
 
-    The model is read block by block and not changed. `maskopt verify OUT --original MODEL` checks the result.
+    MODEL is not changed. `maskopt verify OUT --original MODEL` checks the result.
     """
     from maskopt.models.checkpoints.workspace import check_output
     from maskopt.models.pruning.prune import prune_model
 
     here = ranks()
     inputs: dict[str, Any] = {"model": model, "calibration": calibration, "grams": grams}
-    if out is None and not dry:
+    if output is None and not dry_run:
         raise OptionError("`output` is missing: name a folder for the pruned model")
-    if out is not None:
-        here.agreed(lambda: check_output(out, overwrite=overwrite, resume=resume, **inputs))
-    if dry:
-        dry_run(model, calibration, grams, out, options)
+    if output is not None:
+        here.agreed(lambda: check_output(output, overwrite=overwrite, resume=resume, **inputs))
+    if dry_run:
+        _show_plan(model, calibration, grams, output, options)
         return
-    assert out is not None
-    with told_of_resume(out), view() as shown:
+    assert output is not None
+    with told_of_resume(output), view() as shown:
         # a part of it is done already, or several processes share it
         known = resume or grams is not None or here.size > 1
-        expected = None if known else _told_beforehand(shown, model, calibration, options)
+        expected = None if known else _say_beforehand(shown, model, calibration, options)
         report = prune_model(
-            model,
-            calibration=calibration,
-            grams=grams,
-            output=out,
+            **inputs,
+            output=output,
             overwrite=overwrite,
             resume=resume,
             on_progress=PruneView(shown, expected),
@@ -88,10 +76,59 @@ def prune(
             **options,
         )
     show_report(report)
-    output.print(f"pruned model, masks and manifest: {out}", soft_wrap=True)
+    written(output, "pruned model, masks and manifest")
 
 
-def _told_beforehand(
+def _tokens_file(calibration: str | None) -> str | None:
+    """The source of text if it is read at no cost: tokens."""
+    return calibration if calibration is not None and calibration.endswith(".npy") else None
+
+
+def _show_plan(
+    model: str, calibration: str | None, grams: Any, out: Any, options: dict[str, Any]
+) -> None:
+    """Print layers, shapes, pruned counts, memory, disk and time.
+
+    No weights are read except for a measurement of a few seconds.
+
+    Raises:
+        MaskoptError: what the prune would refuse.
+    """
+    from maskopt.models.pruning.plan import START, plan_prune
+
+    tokens = _tokens_file(calibration) if grams is None else calibration
+    result = plan_prune(model, tokens, grams=grams, output=out, **options)
+    screen.print(_layer_table(result))
+    memory = result.memory
+    screen.print(f"memory at the peak, estimated: {memory.gib:.2f} GiB ({memory})", soft_wrap=True)
+    screen.print(f"disk: {result.disk / 2**30:.2f} GiB")
+    parts_of_time = (result.solve_seconds, result.seconds)
+    solving, total = ("unknown" if x is None else f"about {x:.0f} s" for x in parts_of_time)
+    screen.print(
+        f"time, estimated: {total} (forward passes and Gram matrices about "
+        f"{result.forward_seconds:.0f} s, solving {solving}, files about "
+        f"{result.file_seconds:.0f} s, libraries about {START:.0f} s)",
+        soft_wrap=True,
+    )
+    if result.refusal is not None:
+        raise result.refusal
+
+
+def _layer_table(plan: Plan) -> Table:
+    """Counts by kind and shape."""
+    table = make_table("layer", "count", "rows", "inputs", "pruned", "of")
+    kinds: dict[tuple[str, int, int], list[str]] = {}
+    for layer in plan.layers:
+        kinds.setdefault((layer.kind, layer.rows, layer.n), []).append(layer.name)
+    for (kind, rows, n), names in kinds.items():
+        count = sum(plan.pruned[name] for name in names)
+        table.add_row(
+            kind, str(len(names)), str(rows), str(n), f"{count:,}", f"{len(names) * rows * n:,}"
+        )
+    return table
+
+
+def _say_beforehand(
     shown: View, model: str, calibration: str | None, options: dict[str, Any]
 ) -> float | None:
     """Say how long the prune will take and how much memory, where that is worth the seconds of finding out;
@@ -103,7 +140,7 @@ def _told_beforehand(
     )
     if is_small(model) or missing:  # of which the prune says more
         return None
-    plan = plan_prune(model, tokens_file(calibration), **options)
+    plan = plan_prune(model, _tokens_file(calibration), **options)
     time = "unknown" if plan.seconds is None else f"about {clock(plan.seconds)}"
     shown.say(
         f"time, estimated: {time}; memory at the peak: {plan.memory.gib:.2f} GiB",
@@ -138,65 +175,70 @@ def show_report(report: PruneReport) -> None:
     """One line per kind of layer; errors relative to the energy of the layers' outputs."""
     from maskopt.models.checkpoints.bos import Beginning
 
-    held = any(layer.relative_held is not None for layer in report.layers)
-    table = Table(caption="errors are parts of the energy of the layers' outputs")
-    refit = any(layer.error_kept is not None for layer in report.layers)
-    traded = any(layer.error_uniform is not None for layer in report.layers)
-    started = any(layer.error_start is not None for layer in report.layers)
-    apart = len({layer.pattern for layer in report.layers}) > 1
-    headings = [
-        "layer kind",
-        "layers",
-        *(["pruned"] if apart else []),
-        *(["start, uniform"] if traded else []),
-        *(["start error"] if started else []),
-    ]
-    headings += ["before refit"] if refit else []
-    headings += ["error", *(["error/start"] if started else [])]
-    headings += [*(["held-out error"] if held else []), "seconds"]
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "layer kind" else "right")
-    for kind, all_layers in report.by_kind().items():
-        layers = [layer for layer in all_layers if not layer.fallback]  # theirs are other errors
-        energy = sum(layer.energy for layer in layers)
-        end = sum(layer.error for layer in layers)
-        starts = [layer.error_start for layer in layers if layer.error_start is not None]
-        begin = sum(starts) if starts and len(starts) == len(layers) else None
-        aside = sum(layer.energy_held or 0.0 for layer in layers)
-        cells = [sum(layer.error_held or 0.0 for layer in layers) / aside if aside else None]
-        table.add_row(
-            kind,
-            str(len(all_layers)),
-            *([_range([layer.sparsity for layer in all_layers])] if apart else []),
-            *(
-                [_part(sum(layer.error_uniform or 0.0 for layer in layers), energy)]
-                if traded
-                else []
-            ),
-            *([_part(begin, energy)] if started else []),
-            *([_part(sum(layer.error_kept or 0.0 for layer in layers), energy)] if refit else []),
-            _part(end, energy),
-            *(["–" if not begin else f"{end / begin:.3f}"] if started else []),
-            *(["–" if cells[0] is None else f"{cells[0]:.4f}"] if held else []),
-            f"{sum(layer.seconds for layer in all_layers):.1f}",
-        )
-    output.print(table)
+    screen.print(_kinds_table(report))
     calibration = report.fingerprint["calibration"]
     begun = Beginning.from_record(calibration["beginning"])
-    output.print(
+    screen.print(
         f"calibrated on {calibration['samples']} windows of {calibration['length']} tokens, {begun}"
     )
-    output.print(f"sparsity of these layers: {report.sparsity:.4f}; {report.seconds:.1f} s")
+    screen.print(f"sparsity of these layers: {report.sparsity:.4f}; {report.seconds:.1f} s")
     if report.parts:
-        output.print(trained_words(report.parts))
+        screen.print(trained_words(report.parts))
     if report.fallbacks:
         names = ", ".join(report.fallbacks[:5]) + (" …" if len(report.fallbacks) > 5 else "")
-        output.print(
+        screen.print(
             f"by magnitude, for want of tokens: {len(report.fallbacks)} layers ({names}); "
             "the errors above leave them out"
         )
     if report.bad_samples:
-        output.print(f"left out for NaN or infinity: {len(report.bad_samples)} samples")
+        screen.print(f"left out for NaN or infinity: {len(report.bad_samples)} samples")
+
+
+def _kinds_table(report: PruneReport) -> Table:
+    layers = report.layers
+    shown = {
+        "pruned": len({layer.pattern for layer in layers}) > 1,
+        "start, uniform": any(layer.error_uniform is not None for layer in layers),
+        "start error": any(layer.error_start is not None for layer in layers),
+        "before refit": any(layer.error_kept is not None for layer in layers),
+        "error": True,
+        "error/start": any(layer.error_start is not None for layer in layers),
+        "held-out error": any(layer.relative_held is not None for layer in layers),
+    }
+    headings = ("layer kind", "layers", *(name for name, has in shown.items() if has), "seconds")
+    table = make_table(*headings, caption="errors are parts of the energy of the layers' outputs")
+    for kind, of_kind in report.by_kind().items():
+        cells = _errors(
+            [layer for layer in of_kind if not layer.fallback]
+        )  # theirs are other errors
+        cells["pruned"] = _range([layer.sparsity for layer in of_kind])
+        seconds = sum(layer.seconds for layer in of_kind)
+        found = (cells[name] for name, has in shown.items() if has)
+        table.add_row(kind, str(len(of_kind)), *found, f"{seconds:.1f}")
+    return table
+
+
+def _errors(layers: Sequence[LayerReport]) -> dict[str, str]:
+    """Errors of the layers of one kind, by heading, relative to the energy of their outputs."""
+
+    def total(name: str) -> float:
+        return sum(getattr(layer, name) or 0.0 for layer in layers)
+
+    def part(error: float | None, energy: float) -> str:
+        return "–" if error is None or not energy else f"{error / energy:.4f}"
+
+    energy, end = total("energy"), total("error")
+    begin = (
+        total("error_start") if layers and all(x.error_start is not None for x in layers) else None
+    )
+    return {
+        "start, uniform": part(total("error_uniform"), energy),
+        "start error": part(begin, energy),
+        "before refit": part(total("error_kept"), energy),
+        "error": part(end, energy),
+        "error/start": f"{end / begin:.3f}" if begin else "–",
+        "held-out error": part(total("error_held"), total("energy_held")),
+    }
 
 
 def trained_words(parts: Sequence[PartReport]) -> str:
@@ -217,7 +259,3 @@ def _range(parts: Sequence[float]) -> str:
     """`54–89%`, or one of them where they are alike."""
     ends = [f"{100 * end:.0f}" for end in (min(parts), max(parts))]
     return "–".join(dict.fromkeys(ends)) + "%"
-
-
-def _part(error: float | None, energy: float) -> str:
-    return "–" if error is None or not energy else f"{error / energy:.4f}"

@@ -1,38 +1,30 @@
-"""`maskopt report`: a page of what prunes did."""
+"""`maskopt report`: one page about one or several prunes."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from maskopt.cli.console import output
-from maskopt.cli.parameters import Overwrite, output_to
+from maskopt.cli.command import OVERWRITE, command
+from maskopt.cli.console import written
+from maskopt.core.fields import OUTPUT, REQUIRED, option
 from maskopt.errors import OptionError
 
 
+@command(example="maskopt report OUT --output report.html")
 def report(
-    folders: Annotated[
-        list[Path], typer.Argument(help="What `maskopt prune` wrote; several stand side by side.")
-    ],
-    out: Annotated[Path, output_to("The page, .html.")] = Path("report.html"),
-    evaluation: Annotated[
-        Path | None, typer.Option("--eval", help="What `maskopt eval … --json FILE` wrote.")
-    ] = None,
-    gaps: Annotated[
-        Path | None,
-        typer.Option(help="What `maskopt bound … --output FILE.jsonl` wrote of the first folder."),
-    ] = None,
-    picture: Annotated[
-        str | None, typer.Option(help="The tensor whose mask is shown; default: the first one.")
-    ] = None,
-    figures: Annotated[
-        Path | None, typer.Option(help="A folder for the figures as .png and .svg, too.")
-    ] = None,
-    overwrite: Overwrite = False,
+    folders: list[Path] = option(
+        REQUIRED, "Folders that `maskopt prune` wrote; several are compared.", argument=True
+    ),
+    evaluation: Path | None = option(None, "File that `maskopt eval --json FILE` wrote."),
+    gaps: Path | None = option(
+        None, "File that `maskopt bound --output FILE.jsonl` wrote about the first folder."
+    ),
+    picture: str | None = option(None, "Tensor whose mask is shown. Default: the first one."),
+    figures: Path | None = option(None, "Folder for the figures as .png and .svg.", OUTPUT),
+    output: Path = option(Path("report.html"), "The page, .html.", OUTPUT),
+    overwrite: bool = OVERWRITE,
 ) -> None:
-    """One self-contained HTML page: what was done, errors, improvements, a mask, and how to repeat it.
+    """One self-contained HTML page: the options, errors, improvements, a mask, and how to repeat it.
 
     It needs no network and holds no script.
     """
@@ -41,7 +33,7 @@ def report(
     if figures is not None and figures.exists() and not figures.is_dir():
         raise OptionError(f"{figures}: is no folder")
     found = write_report(
-        out,
+        output,
         folders,
         evaluation=evaluation,
         gaps=gaps,
@@ -50,4 +42,4 @@ def report(
         overwrite=overwrite,
     )
     for path in found:
-        output.print(f"written: {path}", soft_wrap=True)
+        written(path)

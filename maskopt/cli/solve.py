@@ -1,21 +1,22 @@
-"""`maskopt solve`: masks of an instance in a file, with a proof of optimality where asked for."""
+"""`maskopt solve`: masks of an instance in a file, with a proof of optimality on request."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import typer
 from rich.table import Table
 
 from maskopt.checks.verification import CHECKED, CLAIMS, EXACT, Require, verify
-from maskopt.cli.cells import NO_BOUND
-from maskopt.cli.console import INTERRUPTED, output
-from maskopt.cli.parameters import Overwrite, Select, output_to, read_solver_options
+from maskopt.cli.command import CARDINALITY, OVERWRITE, command
+from maskopt.cli.console import INTERRUPTED, NO_BOUND, make_table, screen
 from maskopt.cli.view import view
+from maskopt.core.fields import OUTPUT, REQUIRED, option
 from maskopt.core.files import check_writable
-from maskopt.core.limits import Limits, Progress, parse_bytes
+from maskopt.core.limits import Limits, parse_bytes
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.core.units import Posed
 from maskopt.errors import OptionError
@@ -27,77 +28,62 @@ from maskopt.protocol.solver import limits_of, make_solver
 from maskopt.protocol.solver import solve as library
 
 
+@command(example="maskopt solve row.npz --prove --output proof.npz")
 def solve(
-    instance: Annotated[
-        Path,
-        typer.Argument(
-            help="Instance: weights and Gram matrix of a layer or a row (.npz, see `maskopt "
-            "export`), or a quadratic problem (.dat, .mc, .mdp, .qplib)."
-        ),
-    ],
-    out: Annotated[
-        Path,
-        output_to("File for masks, bounds and certificates, with --prove also proof trees; .npz."),
-    ],
-    solver: Annotated[
-        str | None,
-        typer.Option(help="See `maskopt solvers`. Default: swap, and branch with --prove."),
-    ] = None,
-    start: Annotated[
-        str | None,
-        typer.Option(help="Initial mask: the name of a solver, or a solution .npz."),
-    ] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option("--option", help="Solver option, NAME=VALUE; may be repeated."),
-    ] = None,
-    prove: Annotated[
-        bool,
-        typer.Option(
-            "--prove",
-            help="Prove the optimum of every row by branch and bound, and store the proof trees. Finished"
-            " rows are kept: after Ctrl-C the same command continues. The exit status is 1 if a row "
-            "is not proven.",
-        ),
-    ] = False,
-    jobs: Annotated[
-        int | None,
-        typer.Option(help="With --prove, number of rows at a time; −1 (default): one per core."),
-    ] = None,
-    time_limit: Annotated[
-        float | None, typer.Option(min=0, help="Seconds for all rows, the start included.")
-    ] = None,
-    memory_limit: Annotated[
-        str | None, typer.Option(help="Maximum memory in addition to the instance, e.g. 2GiB.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
-    cardinality: Select = None,
-    overwrite: Overwrite = False,
+    instance: Path = option(
+        REQUIRED,
+        "Instance: weights and Gram matrix of a layer or a row (.npz, see `maskopt export`), or a quadratic "
+        "problem (.dat, .mc, .mdp, .qplib).",
+        argument=True,
+    ),
+    solver: str | None = option(
+        None, "See `maskopt solvers`. Default: swap, and branch with --prove."
+    ),
+    start: str | None = option(None, "Initial mask: the name of a solver, or a solution .npz."),
+    solver_options: Mapping[str, Any] = option(dict, "Solver option; may be repeated."),
+    prove: bool = option(
+        False,
+        "Prove the optimum of every row by branch and bound, and store the proof trees. Finished rows are "
+        "kept: after Ctrl-C the same command continues. The exit status is 1 if a row is not proven.",
+    ),
+    jobs: int | None = option(
+        None, "With --prove: number of rows at a time; −1 (default): one per core."
+    ),
+    time_limit: float | None = option(None, "Seconds for all rows, the start included.", least=0),
+    memory_limit: str | None = option(
+        None, "Maximum memory in addition to the instance, e.g. 2GiB.", unit="bytes"
+    ),
+    seed: int = option(0, "Random seed.", least=0),
+    cardinality: int | None = CARDINALITY,
+    output: Path = option(
+        REQUIRED, "File for masks, bounds, certificates and proof trees; .npz.", OUTPUT
+    ),
+    overwrite: bool = OVERWRITE,
 ) -> None:
     """Solve every row of an instance; write masks, bounds and certificates to one file.
 
     `maskopt verify INSTANCE SOLUTION` checks the result, including every leaf of each proof tree.
     """
-    check_writable(out, overwrite=overwrite, instance=instance, start=start)
+    check_writable(output, overwrite=overwrite, instance=instance, start=start)
     if prove and solver not in (None, BRANCH):
         raise OptionError(f"`prove` takes the solver {BRANCH}, not {solver}")
     if jobs is not None and not prove:
         raise OptionError("`jobs` is for `prove`")
     problem = load_problem(instance, cardinality)
-    shared, own = limits_of(None, read_solver_options(option))
-    memory = shared.memory if memory_limit is None else parse_bytes(memory_limit)
-    seconds = shared.seconds if time_limit is None else time_limit
+    shared, own = limits_of(None, solver_options)
     begin = Solution.load(Path(start)).mask if start and Path(start).is_file() else start
     with view() as shown:
-
-        def show(event: Progress) -> None:
-            shown.show(event.step or "rows", event.done, event.total)
-
-        limits = Limits(seconds, memory, shared.threads, seed or shared.seed, show)
+        limits = Limits(
+            shared.seconds if time_limit is None else time_limit,
+            shared.memory if memory_limit is None else parse_bytes(memory_limit),
+            shared.threads,
+            seed or shared.seed,
+            lambda event: shown.show(event.step or "rows", event.done, event.total),
+        )
         if prove:
             solution = prove_rows(
                 problem,
-                out,
+                output,
                 start=begin,
                 limits=limits,
                 jobs=-1 if jobs is None else jobs,
@@ -105,12 +91,11 @@ def solve(
                 **own,
             )
         else:
-            solution = library(
-                problem, make_solver(solver or "swap", **own), start=begin, limits=limits
-            )
-            solution.save(out)
-    output.print(solution_table(problem, solution))
-    output.print(f"written: {out}{_trees(solution)}", soft_wrap=True)
+            chosen = make_solver(solver or "swap", **own)
+            solution = library(problem, chosen, start=begin, limits=limits)
+            solution.save(output)
+    screen.print(solution_table(problem, solution))
+    screen.print(f"written: {output}{_trees(solution)}", soft_wrap=True)
     if solution.trace.interrupted:
         raise typer.Exit(INTERRUPTED)
     if prove and any(status is not Status.OPTIMAL for status in solution.status):
@@ -131,9 +116,9 @@ def check(instance: Path, solution: Path, require: Require, cardinality: int | N
     began = time.perf_counter()
     result = verify(problem, found, require=require)
     seconds = time.perf_counter() - began
-    output.print(solution_table(problem, found))
+    screen.print(solution_table(problem, found))
     exactly = " in exact arithmetic" if require == EXACT else ""
-    output.print(
+    screen.print(
         f"{solution}: holds: {result}{_trees(found)}; checked{exactly} in {seconds:.3g} s, "
         f"found in {found.seconds:.3g} s",
         soft_wrap=True,
@@ -158,9 +143,8 @@ def solution_table(problem: LayerProblem | RowProblem, solution: Solution) -> Ta
     of a row that somebody posed, its value in these units."""
     if isinstance(problem, RowProblem) and problem.as_layer().units is not None:
         return _posed_table(problem, solution, "at most" if problem.maximised else "at least")
-    table = Table(title=repr(problem), title_justify="left")
-    for heading in ("status", "rows", "objective", "bound", "gap"):
-        table.add_column(heading, justify="left" if heading == "status" else "right")
+    headings = ("status", "rows", "objective", "bound", "gap")
+    table = make_table(*headings, title=repr(problem), title_justify="left")
     layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
     counts = layer.shares.to(solution.objective)
     for status in dict.fromkeys(solution.status):
@@ -182,8 +166,7 @@ def _posed_table(problem: RowProblem, solution: Solution, side: str) -> Table:
     posed = problem.posed(objective, lower)
     cells = [f"{posed.bound:.9g}", f"{posed.gap:.2%}"]
     known = is_bounded(objective, lower, solution.status[0])
-    table = Table(title=repr(problem), title_justify="left")
-    for heading in ("status", "value", side, "gap"):
-        table.add_column(heading, justify="left" if heading == "status" else "right")
+    headings = ("status", "value", side, "gap")
+    table = make_table(*headings, title=repr(problem), title_justify="left")
     table.add_row(str(solution.status[0]), f"{posed.value:.9g}", *(cells if known else NO_BOUND))
     return table

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
 from rich.table import Table
 
-from maskopt.cli.console import output
-from maskopt.core.fields import options_of
+from maskopt.cli.command import command
+from maskopt.cli.console import screen
+from maskopt.core.fields import option, options_of
 from maskopt.protocol.bounds import available_bounds
 from maskopt.protocol.solver import REGISTRY, available_solvers
 
@@ -17,22 +15,21 @@ _HEADINGS = ("solver", "patterns", "device", "start", "proves", "n up to", "also
 _WIDE, _LEFT_OUT = 110, ("patterns", "device", "start", "also")
 
 
+@command(example="maskopt solvers swap")
 def solvers(
-    name: Annotated[
-        str | None, typer.Argument(help="Of a solver: list its options instead.")
-    ] = None,
+    name: str | None = option(None, "Solver whose options are listed.", argument=True),
 ) -> None:
-    """List solvers and bounds, what each can do, and why one is unavailable; or one solver's options."""
+    """List solvers and bounds with what each supports; or the options of one solver."""
     if name is not None:
-        output.print(_options(name))
+        screen.print(_options(name))
         return
-    output.print(_solvers())
-    output.print(_bounds())
+    screen.print(_solvers())
+    screen.print(_bounds())
 
 
 def _solvers() -> Table:
-    """In a narrow terminal without what all of them nearly have in common: the note is worth more."""
-    narrow = output.width < _WIDE
+    """In a narrow terminal without the columns in which most solvers agree."""
+    narrow = screen.width < _WIDE
     table = Table()
     for heading in _HEADINGS:
         if not (narrow and heading in _LEFT_OUT):
@@ -70,7 +67,7 @@ def _options(name: str) -> Table:
     table = Table(title=f"{name}: options", title_justify="left")
     for heading in ("option", "default", "may be", "unit", "meaning"):
         table.add_column(heading, no_wrap=heading == "option")
-    for option in options_of(REGISTRY.find(name)):
-        may = " ".join(part for part in (option.type, option.range) if part)
-        table.add_row(option.name, str(option.default), may, option.unit, option.help)
+    for one in options_of(REGISTRY.find(name)):
+        may = " ".join(part for part in (one.type, one.range) if part)
+        table.add_row(one.name, str(one.default), may, one.unit, one.help)
     return table

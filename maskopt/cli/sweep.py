@@ -3,95 +3,86 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.table import Table
 
-from maskopt.cli.console import output
-from maskopt.cli.parameters import (
-    CALIBRATION,
-    OUTPUT,
-    WHAT,
-    Model,
-    Overwrite,
-    option_list,
-    output_to,
-    takes,
-)
+from maskopt.cli.command import MODEL, OVERWRITE, SOURCES, command, option_list
+from maskopt.cli.console import make_table, screen, written
 from maskopt.cli.prune_view import PruneView
+from maskopt.cli.ranks import ranks
 from maskopt.cli.view import view
+from maskopt.core.fields import OUTPUT, REQUIRED, SELECTION, TEXT, UPDATE, option, options_of
+from maskopt.errors import OptionError
+from maskopt.models.options.prune import PruneOptions
 
 if TYPE_CHECKING:
     from maskopt.models.evaluation.evaluate import Evaluation
     from maskopt.models.evaluation.sweep import Swept
 
-_OPTIONS = (
-    "include",
-    "exclude",
-    "damping",
-    "damping_exponent",
-    "gram_shrinkage",
-    "min_tokens",
-    "start",
-    "solver_options",
-    "threads",
-    "device",
-    "max_memory",
-    "trust_remote_code",
+#: options that are swept, or that need more than Gram matrices of the dense model
+_NOT_HERE = (
+    *("sparsity", "solver", "update", "training", "target", "calibrate_on", "true_sequential"),
+    *("allocation", "sensitivity", "max_deviation", "counts"),
 )
 
 
-@takes(_OPTIONS)
+@command(
+    *(one for one in options_of(PruneOptions) if one.name not in _NOT_HERE),
+    example="maskopt sweep MODEL --calibration text.txt --grams GRAMS --sparsity 0.5,0.6 --output OUT",
+    config=True,
+    shared=True,
+)
 def sweep(
-    model: Model,
-    grams: Annotated[
-        Path,
-        typer.Option(
-            help="What `maskopt gram` wrote of the model.", rich_help_panel=CALIBRATION, metavar="…"
-        ),
-    ],
-    out: Annotated[
-        Path, output_to("Output folder with one subfolder per prune; finished prunes are reused.")
-    ],
-    options: dict[str, Any],
-    sparsity: Annotated[
-        str | None,
-        typer.Option(help="Several, e.g. 0.5,60%,2:4.", rich_help_panel=WHAT, metavar="…"),
-    ] = None,
-    solver: Annotated[
-        str, typer.Option(help="Several, e.g. swap,wanda.", rich_help_panel=WHAT, metavar="…")
-    ] = "swap",
-    update: Annotated[
-        str,
-        typer.Option(help="none, least-squares, or both.", rich_help_panel=WHAT, metavar="…"),
-    ] = "none",
-    text: Annotated[
-        str | None,
-        typer.Option(help="Text to evaluate all models on.", rich_help_panel=OUTPUT, metavar="…"),
-    ] = None,
-    windows: Annotated[
-        int | None,
-        typer.Option(
-            help="Number of 512-token windows of --text to evaluate; default: all.",
-            rich_help_panel=OUTPUT,
-            metavar="N",
-            min=1,
-        ),
-    ] = None,
-    overwrite: Overwrite = False,
+    model: str = MODEL,
+    grams: Path = option(
+        REQUIRED,
+        "Folder of the Gram matrices of the dense model. If it does not exist, they are collected from "
+        "--calibration and stored there.",
+        TEXT,
+    ),
+    calibration: str | None = option(
+        None, f"Calibration text, required to collect: {SOURCES}.", TEXT
+    ),
+    sparsity: str | None = option(
+        None,
+        "Several, e.g. 0.5,60%,2:4. Without it, Gram matrices are collected and nothing is pruned.",
+        SELECTION,
+    ),
+    solver: str = option("swap", "Several, e.g. swap,wanda.", SELECTION),
+    update: str = option("none", "none, least-squares, or both separated by a comma.", UPDATE),
+    text: str | None = option(None, f"Text to evaluate all models on: {SOURCES}.", OUTPUT),
+    windows: int | None = option(
+        None, "Number of 512-token windows of --text to evaluate. Default: all.", OUTPUT, least=1
+    ),
+    output: Path | None = option(
+        None, "Folder with one subfolder per prune; finished prunes are reused.", OUTPUT
+    ),
+    overwrite: bool = OVERWRITE,
+    **options: Any,
 ) -> None:
     """Prune a model with every combination of sparsity, solver and update, and print one table.
 
-    All prunes use the same Gram matrices; forward passes are run only to evaluate --text.
+    All prunes use the same Gram matrices, which `maskopt prune --grams` reads, too. Each gives the same bytes
+    as a prune with --calibrate-on dense.
     """
     from maskopt.models.evaluation.sweep import sweep as library
+    from maskopt.models.pruning.gram_store import open_store
 
+    if sparsity is None and calibration is not None:
+        with view() as shown:
+            how: Any = {"on_progress": PruneView(shown), "ranks": ranks()}
+            open_store(model, grams, calibration, options, **how)
+        written(grams, "Gram matrices")
+        return
+    if output is None:
+        raise OptionError("`output` is missing: name a folder for the pruned models")
     with view() as shown:
         found, dense = library(
             model,
             grams,
-            out,
+            output,
+            calibration=calibration,
             sparsity=option_list(sparsity),
             solvers=option_list(solver),
             update=option_list(update),
@@ -99,19 +90,20 @@ def sweep(
             windows=windows,
             overwrite=overwrite,
             on_progress=lambda label: PruneView(shown),
+            ranks=ranks(),
             **options,
         )
-    output.print(swept_table(found, dense))
-    output.print(f"pruned models, masks and manifests: {out}", soft_wrap=True)
+    screen.print(swept_table(found, dense))
+    written(output, "pruned models, masks and manifests")
 
 
 def swept_table(found: list[Swept], dense: Evaluation | None) -> Table:
-    """A line a prune; errors are means over its layers, as parts of their outputs' energy."""
-    table = Table(caption="errors: mean over the layers of their outputs' relative errors")
-    headings = ["prune", "pruned", "error", "held out", "rows proven", "solving, s"]
-    judged = [] if dense is None else ["perplexity", "× dense"]
-    for heading in [*headings, *judged]:
-        table.add_column(heading, justify="left" if heading == "prune" else "right")
+    """One line per prune; errors are means over its layers, relative to the energy of their outputs."""
+    table = make_table(
+        *("prune", "pruned", "error", "held out", "rows proven", "solving, s"),
+        *([] if dense is None else ["perplexity", "× dense"]),
+        caption="errors: mean over the layers of their outputs' relative errors",
+    )
     if dense is not None:
         table.add_row("dense", *["–"] * 5, f"{dense.perplexity.value:.2f}", "1")
     for one in found:

@@ -3,15 +3,12 @@ none, JSON lines where asked for, or nothing."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -208,36 +205,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def with_view(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with `--quiet` and `--log-json`."""
-    own = inspect.signature(command, eval_str=True).parameters
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    added = [
-        inspect.Parameter("quiet", keyword, default=False, annotation=Quiet),
-        inspect.Parameter("log_json", keyword, default=False, annotation=LogJson),
-    ]
-
-    @functools.wraps(command)
-    def run(*, quiet: bool, log_json: bool, **given: Any) -> None:
-        global _asked
-        if quiet and log_json:
-            raise OptionError("`quiet` and `log_json` exclude each other; choose one")
-        _asked = QUIET if quiet else JSON if log_json else None
-        if _asked:
-            hush_compiling()
-        command(**given)
-
-    run.__signature__ = inspect.Signature([*own.values(), *added])  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in (*own.values(), *added)}
-    return run
-
-
-Quiet = Annotated[
-    bool, typer.Option("--quiet", help="Show no progress.", rich_help_panel="Output", metavar="")
-]
-LogJson = Annotated[
-    bool,
-    typer.Option(
-        "--log-json", help="Progress as JSON lines on stderr.", rich_help_panel="Output", metavar=""
-    ),
-]
+def show_as(*, quiet: bool, log_json: bool) -> None:
+    """Choose the view of a command: none, JSON lines, or the usual one."""
+    global _asked
+    if quiet and log_json:
+        raise OptionError("`quiet` and `log_json` exclude each other; choose one")
+    _asked = QUIET if quiet else JSON if log_json else None
+    if _asked:
+        hush_compiling()

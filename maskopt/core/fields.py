@@ -1,20 +1,22 @@
-"""Options as the fields of a frozen dataclass: one line of help each, a unit, a range, checked once.
+"""Options as fields of a dataclass: each is declared once, with its help, unit, range, choices and group.
 
     @dataclass(frozen=True)
     class Tabu(Solver):
-        moves: int = option(1000, "moves of a row", least=0)
+        moves: int = option(1000, "moves of a row", least=1)
 
-The command line, the documentation and the check on construction all read the same fields.
+The command line, configuration files, manifests, the documentation and the check on construction read the
+same fields.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,26 +24,40 @@ import numpy as np
 
 from maskopt.errors import OptionError, near
 
-#: what `_hints` has made, by class
-_HINTS: WeakKeyDictionary[type, dict[str, Any]] = WeakKeyDictionary()
+#: default of an option that must be given
+REQUIRED = MISSING
+#: groups of options, by what they are about: headings of a command's help
+SELECTION, UPDATE, TRAINING = "Selection", "Update of kept weights", "Training"
+TEXT, CALIBRATION, RUNTIME, OUTPUT = "Text", "Calibration", "Runtime", "Output"
+#: groups that decide a result: a manifest records their values, of the text only the tokens
+RECORDED = SELECTION, UPDATE, TRAINING, CALIBRATION
+#: unit of a mapping that the command line reads from a file
+JSON_FILE = "JSON file"
+#: type hints by class: making them takes a tenth of the time of a small problem
+_HINTS: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Option:
-    """What is known about an option.
+    """The declaration of an option.
 
     Attributes:
-        name, type: as in the class, the type in words.
-        default: what holds where nothing is given.
+        name: of the field; on the command line with hyphens.
+        hint: type hint.
+        default: `REQUIRED` if there is none.
         help: one line.
-        unit: of the value; empty where it is a count of what `help` names, or a word.
-        least, most: the closed range; None: no end.
-        below: an open upper end.
-        choices: the words that are allowed.
+        unit: of the value; empty for a word, or a count of what `help` names.
+        least, most: closed range; None: no limit.
+        below: open upper limit.
+        choices: allowed words.
+        group: heading in a command's help.
+        needs: another option, and its values with which this one has an effect (none: any that is given).
+        shown: in `--help`; all options are in `--help-all`.
+        argument: positional on the command line.
     """
 
     name: str
-    type: str
+    hint: Any
     default: Any
     help: str
     unit: str = ""
@@ -49,10 +65,27 @@ class Option:
     most: float | None = None
     below: float | None = None
     choices: tuple[str, ...] = ()
+    group: str = ""
+    needs: tuple[str, ...] = ()
+    shown: bool | None = None
+    argument: bool = False
+
+    @property
+    def type(self) -> str:
+        """In words."""
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        names |= {types.NoneType: "None"}
+        lists = 'a list of names (on the command line NAME=["one","two"])'
+        return " or ".join(
+            lists
+            if typing.get_origin(kind) is tuple
+            else names.get(kind, getattr(kind, "__name__", str(kind)))
+            for kind in alternatives(self.hint)
+        )
 
     @property
     def range(self) -> str:
-        """In words: `≥ 1`, `[0, 1)`, `a or b`; empty where anything of the type will do."""
+        """In words: `≥ 1`, `[0, 1)`, `a or b`; empty if any value of the type is allowed."""
         if self.choices:
             return " or ".join(self.choices)
         end = self.most if self.most is not None else self.below
@@ -63,66 +96,111 @@ class Option:
         left = "(−∞" if self.least is None else f"[{self.least:g}"
         return f"{left}, {end:g}{']' if self.most is not None else ')'}"
 
+    @property
+    def condition(self) -> str:
+        """`update` blockwise; empty if the option needs no other."""
+        if not self.needs:
+            return ""
+        name, *values = self.needs
+        *most, last = values or [""]
+        return f"`{name}` {' or '.join(filter(None, (', '.join(most), last)))}".rstrip()
 
-def option(
-    default: Any,
-    help: str,
-    *,
-    unit: str = "",
-    least: float | None = None,
-    most: float | None = None,
-    below: float | None = None,
-    choices: tuple[str, ...] = (),
-) -> Any:
-    """A dataclass field that is an option; see `Option`."""
-    facts = {"help": help, "unit": unit, "least": least, "most": most, "below": below}
-    return field(default=default, metadata={**facts, "choices": choices})
-
-
-def options_of(kind: type) -> tuple[Option, ...]:
-    """The options of a class, in the order of its fields. A field's metadata may hold other facts, too."""
-    hints, facts = _hints(kind), {f.name for f in dataclasses.fields(Option)}
-    return tuple(
-        Option(
-            f.name,
-            _words(hints[f.name]),
-            f.default,
-            **{fact: value for fact, value in f.metadata.items() if fact in facts},
+    @property
+    def sentence(self) -> str:
+        """The help, after the condition."""
+        return (
+            f"With {self.condition}: {self.help[0].lower()}{self.help[1:]}"
+            if self.needs
+            else self.help
         )
-        for f in dataclasses.fields(kind)
-        if "help" in f.metadata
-    )
 
+    def checked(self, given: Any, called: str = "") -> Any:
+        """The value, with a list as the tuple and a NumPy number as the Python number that is meant.
 
-def check_options(value: Any, owner: str = "") -> None:
-    """Check type and range of every option of an instance; lists become tuples where those are meant, and
-    NumPy's numbers those of Python, which a manifest can hold.
+        Args:
+            called: name in error messages; empty: the option's in backticks.
 
-    Args:
-        owner: named before the option; without one the option stands in backticks.
-
-    Raises:
-        OptionError: names the option, what it may be, and what it was.
-    """
-    hints = _hints(type(value))
-    for known in options_of(type(value)):
-        given = getattr(value, known.name)
-        if isinstance(given, list) and typing.get_origin(hints[known.name]) is tuple:
+        Raises:
+            OptionError: names the option, what is allowed, and what was given.
+        """
+        kinds = [typing.get_origin(kind) for kind in alternatives(self.hint)]
+        if isinstance(given, list) and tuple in kinds:
             given = tuple(given)
         elif isinstance(given, np.generic):
             given = given.item()
-        object.__setattr__(value, known.name, given)
-        if not _fits(given, hints[known.name]) or not _in_range(given, known):
-            wanted = " ".join(part for part in (known.type, known.range) if part)
-            name = f"{owner}: {known.name}" if owner else f"`{known.name}`"
-            raise OptionError(f"{name} must be {wanted}, not {given!r}")
+        if not _fits(given, self.hint) or not self._in_range(given):
+            wanted = " ".join(part for part in (self.type, self.range) if part)
+            raise OptionError(f"{called or f'`{self.name}`'} must be {wanted}, not {given!r}")
+        return given
+
+    def _in_range(self, value: Any) -> bool:
+        if self.choices:
+            return value is None or value in self.choices
+        if not isinstance(value, int | float):
+            return True
+        # written so that NaN is in no range, and neither is infinity
+        return (
+            -math.inf < value < math.inf
+            and (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+
+def option(default: Any, help: str, group: str = "", **facts: Any) -> Any:
+    """A dataclass field that is an option, by attributes of `Option`; the default `dict` is an empty one."""
+    metadata = {"help": help, "group": group, **facts}
+    if default is dict:
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def options_of(kind: type) -> tuple[Option, ...]:
+    """The options of a dataclass, in the order of its fields."""
+    return tuple(_option(f, _hints(kind)) for f in dataclasses.fields(kind) if "help" in f.metadata)
+
+
+def parameters_of(function: Callable[..., Any]) -> tuple[Option, ...]:
+    """The options that are default values in a function's signature; `--help` shows them all."""
+    found = inspect.signature(function, eval_str=True).parameters.values()
+    fields = [(p.name, p.annotation, p.default) for p in found if p.kind is not p.VAR_KEYWORD]
+    made = options_of(dataclasses.make_dataclass(function.__name__, fields, kw_only=True))
+    return tuple(dataclasses.replace(known, shown=known.shown is not False) for known in made)
+
+
+def _option(f: Any, hints: Mapping[str, Any]) -> Option:
+    default = f.default if f.default_factory is MISSING else f.default_factory()
+    return Option(f.name, hints[f.name], default, **f.metadata)
+
+
+def check_options(value: Any, owner: str = "") -> None:
+    """Check the type and range of every option of an instance, and normalise it as `Option.checked` does.
+
+    Args:
+        owner: in error messages, the name before the option's.
+
+    Raises:
+        OptionError: names the option, what is allowed, and what was given.
+    """
+    for known in options_of(type(value)):
+        called = f"{owner}: {known.name}" if owner else ""
+        object.__setattr__(value, known.name, known.checked(getattr(value, known.name), called))
+
+
+def check_needs(value: Any) -> None:
+    """Raise OptionError for an option that is given without the option that it needs."""
+    for known in options_of(type(value)):
+        if known.needs and getattr(value, known.name) != known.default:
+            other, *values = known.needs
+            there = getattr(value, other)
+            if not (there in values if values else there):
+                raise OptionError(f"`{known.name}` needs {known.condition}")
 
 
 def build(
     kind: type, name: str, options: Mapping[str, Any], what: str, others: Iterable[str] = ()
 ) -> Any:
-    """An instance with the given options; `others` are names that mean something elsewhere, and may be
-    what was mistyped.
+    """An instance with the given options; `others` are further names for the hint of an error.
 
     Raises:
         OptionError: an option that the class does not have (near names are given), or a bad value.
@@ -136,13 +214,13 @@ def build(
 
 
 def _hints(kind: type) -> dict[str, Any]:
-    """Of the class's fields; made once, since to make them takes a tenth of the time of a small problem."""
     if kind not in _HINTS:
         _HINTS[kind] = typing.get_type_hints(kind)
     return _HINTS[kind]
 
 
-def _alternatives(hint: Any) -> Iterator[Any]:
+def alternatives(hint: Any) -> Iterator[Any]:
+    """The members of a union, or the type itself."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         yield from typing.get_args(hint)
     else:
@@ -150,53 +228,21 @@ def _alternatives(hint: Any) -> Iterator[Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    for kind in _alternatives(hint):
-        if kind is type(None):
-            if value is None:
-                return True
-        elif typing.get_origin(kind) is tuple:
+    for kind in alternatives(hint):
+        origin = typing.get_origin(kind) or kind
+        if origin is tuple:
             inner = typing.get_args(kind)[0]
             if isinstance(value, tuple) and all(_fits(part, inner) for part in value):
                 return True
-        elif kind is float:
-            if isinstance(value, int | float) and not isinstance(value, bool):
+        elif origin in (int, float):
+            if isinstance(value, int | origin) and not isinstance(value, bool):
                 return True
-        elif kind is int:
-            if isinstance(value, int) and not isinstance(value, bool):
-                return True
-        elif isinstance(value, typing.get_origin(kind) or kind):
+        elif isinstance(value, origin):
             return True
     return False
 
 
 def holds_its_kinds(value: Any) -> bool:
-    """Whether the fields of a dataclass's instance are of the kinds that they are declared to be; of what
-    is in a list or a mapping nothing is said."""
+    """Whether the fields of a dataclass's instance have the declared types; items of lists and mappings are
+    not checked."""
     return all(_fits(getattr(value, name), hint) for name, hint in _hints(type(value)).items())
-
-
-def _in_range(value: Any, known: Option) -> bool:
-    if known.choices:
-        return value is None or value in known.choices
-    if value is None or not isinstance(value, int | float):
-        return True
-    # written so that NaN is in no range; no option means anything where it is infinite
-    return (
-        -math.inf < value < math.inf
-        and (known.least is None or value >= known.least)
-        and (known.most is None or value <= known.most)
-        and (known.below is None or value < known.below)
-    )
-
-
-def _words(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    parts = []
-    for kind in _alternatives(hint):
-        if kind is type(None):
-            parts.append("None")
-        elif typing.get_origin(kind) is tuple:
-            parts.append('a list of names (on the command line NAME=["one","two"])')
-        else:
-            parts.append(names.get(kind, getattr(kind, "__name__", str(kind))))
-    return " or ".join(parts)

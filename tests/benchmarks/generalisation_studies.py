@@ -147,8 +147,8 @@ STUDIES = (
         },
         {
             "parts trained": f"*parts trained*: {OF_PARTS}.",
-            "1-swap, refitted": "*1-swap, refitted*: `--solver portfolio --option 'members=[\"swap\"]' "
-            "--start relax`.",
+            "1-swap, refitted": "*1-swap, refitted*: `--solver portfolio --solver-options "
+            "'members=[\"swap\"]' --start relax`.",
             "on F": "*on F*: masks and weights to begin with are those of `--update least-squares`; *kept*: "
             "those masks\nalone (`maskopt masks apply`). The other masks are chosen for weights as they are.",
         },

@@ -30,7 +30,7 @@ from typing import Any
 
 from machine import machine_now
 
-from maskopt.cli.parameters import read_solver_options
+from maskopt.cli.command import read_pairs
 from maskopt.models.checkpoints.bos import BOS
 from maskopt.models.training import trainer as training
 from maskopt.models.training.blockwise import Targets
@@ -88,7 +88,7 @@ def child(arguments: argparse.Namespace) -> None:
             start=starts_from,
             calibration=text, samples=arguments.samples, seq_len=512, holdout=arguments.holdout,
             bos=arguments.bos, update=arguments.update,
-            training=read_solver_options(arguments.training),
+            training=read_pairs(arguments.training),
             include=include, output=Path(folder) / "out", threads=arguments.threads,
         )  # fmt: skip
     starts = [layer.error_start for layer in report.layers]

@@ -446,7 +446,7 @@ def test_solve_with_proof_and_verify(tmp_path):
     run(*words, again, "--start", out)
     assert torch.equal(Solution.load(again).mask, Solution.load(out).mask)
     # what is left open has a status of its own
-    done = ended(*words, tmp_path / "open.npz", "--option", "node_limit=3")
+    done = ended(*words, tmp_path / "open.npz", "--solver-options", "node_limit=3")
     assert done.returncode == 1
     assert "0 of 2 rows proven optimal" in done.stdout
     assert "holds: 2 rows checked" in run("verify", instance, tmp_path / "open.npz")

@@ -2,11 +2,14 @@
 an expected error."""
 
 import dataclasses
+import inspect
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from io import StringIO
 
 import numpy as np
@@ -18,17 +21,25 @@ from rich.console import Console
 
 import maskopt
 from maskopt import RowProblem, Unstructured, available_solvers
-from maskopt.cli import COMMANDS, app, config, solvers
-from maskopt.cli.examples import EXAMPLES
+from maskopt.cli import COMMANDS, PANELS, app, solvers
+from maskopt.cli.command import flag
+from maskopt.core.fields import JSON_FILE, RECORDED, REQUIRED, options_of
+from maskopt.models.options.distill import DistillOptions
+from maskopt.models.options.prune import PruneOptions
+from maskopt.models.options.structured import ShrinkOptions
+from maskopt.models.options.walk import WalkOptions
 from maskopt.solvers import Swap
 
-NAMES = [name for commands in COMMANDS.values() for name in commands]
+TRUST = "trust_remote_code"
+CUT = {PruneOptions: {}, ShrinkOptions: {"heads": 0.5}}
+
+EXAMPLES = {name: command.example for name, command in COMMANDS.items()}
 
 
 def test_solvers_and_their_options_are_listed(monkeypatch):
     """In a pipe, and in a narrow terminal with names and reasons."""
     listed = run("solvers")
-    monkeypatch.setattr(solvers, "output", Console(width=80, markup=False))
+    monkeypatch.setattr(solvers, "screen", Console(width=80, markup=False))
     Console(width=80, markup=False, file=(shown := StringIO())).print(solvers._solvers())
     words = "".join(shown.getvalue().replace("│", " ").split())
     for name, info in available_solvers().items():
@@ -42,30 +53,97 @@ def test_solvers_and_their_options_are_listed(monkeypatch):
     assert all(field.name in of_swap for field in dataclasses.fields(Swap))
 
 
-def test_helps_name_every_command_and_fit_the_terminal():
-    result = ended("--help", columns=120)
-    assert result.returncode == 0, result.stderr
-    assert set(NAMES) == set(EXAMPLES)
+def test_helps_name_every_command_and_fit_two_screens():
+    shown = ended("--help").stdout
     assert len(LINES) >= 40
-    listed = re.findall(r"^│ (\S+) ", result.stdout, re.MULTILINE)
-    first = dict.fromkeys(name.split()[0] for name in NAMES)  # of a group, its name
-    assert [name for name in listed if not name.startswith("-")] == [*first]
-    listed = re.findall(r"^│ (\S+) ", ended("masks", "--help").stdout, re.MULTILINE)
-    assert listed[1:] == ["apply", "export", "pack", "unpack"]
-    assert "Exit status: 0 done" in result.stdout
+    names = [name for panel in PANELS.values() for name in panel if " " not in name.name]
+    listed = re.findall(r"^  ([a-z]\S+) ", shown, re.MULTILINE)
+    assert sorted(listed) == sorted([*(one.name for one in names), "masks"])
+    assert re.findall(r"^(\w+):$", shown, re.MULTILINE) == [*PANELS, "Options"]
+    assert "Exit status: 0 done" in shown
+    listed = re.findall(r"^  ([a-z]\S+) ", ended("masks", "--help").stdout, re.MULTILINE)
+    assert listed == ["apply", "export", "pack", "unpack"]
     assert run("--version") == f"maskopt {maskopt.__version__}\n"
-    for name in NAMES:
-        assert f"maskopt {name} [OPTIONS]" in ended(*name.split(), "--help").stdout
-    lines = (shown := ended("prune", "--help", columns=80).stdout).splitlines()
-    assert max(map(len, lines)) <= 80
-    panels = [line.split("─")[1].strip() for line in lines if line.startswith("╭")]
-    assert panels == [
-        "Arguments", "Options", "What is pruned", "How", "Calibration", "Machine", "Output",
-    ]  # fmt: skip
-    assert "Example: maskopt prune" in shown
-    assert "resume" in shown
-    assert "--damping" not in shown
-    assert "--damping" in ended("prune", "--help-all").stdout
+    for name, command in COMMANDS.items():
+        shown = ended(*name.split(), "--help").stdout
+        assert shown.startswith(f"Usage: maskopt {name} [OPTIONS]")
+        assert f"Example: {command.example}" in " ".join(shown.split())
+        lines = shown.splitlines()
+        assert len(lines) <= 48, (name, len(lines))
+        assert max(map(len, lines)) <= 80
+        every = ended(*name.split(), "--help-all").stdout
+        for one in command.options:
+            assert one.argument or flag(one.name) in every
+            assert not one.choices or f"[{'|'.join(one.choices)}]" in every
+
+
+def typed(one):
+    """A value of an option that is not its default, and the same as words of the command line."""
+    values = {"sparsity": "2:4", "include": ("a", "b"), "exclude": ("c",), "counts": {"a": 1}}
+    values |= {"training": {"epochs": 2}, "solver_options": {"moves": 3}, "max_memory": 2**30}
+    values |= {"threads": 1, "max_deviation": 0.5, "start": "wanda", "damping": 0.5}
+    if one.choices:
+        value = next(word for word in one.choices if word != one.default)
+    elif isinstance(one.default, bool):
+        value = not one.default
+    elif isinstance(one.default, int | float):
+        value = one.default / 2 + 0.25 if isinstance(one.default, float) else one.default + 1
+    else:
+        value = values.get(one.name, "other")
+    value = values.get(one.name, value)
+    if value is True:
+        return value, []
+    if isinstance(value, dict):
+        as_json = json.dumps(value)
+        return value, [as_json if one.unit == JSON_FILE else "=".join(map(str, *value.items()))]
+    return value, [",".join(value) if isinstance(value, tuple) else str(value)]
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"), [("prune", PruneOptions), ("prune-structured", ShrinkOptions)]
+)
+def test_command_line_file_manifest_and_python_agree(command, kind, tmp_path):
+    """Every option has one name, one set of values and one default in all of them."""
+    (file := tmp_path / "run.toml").write_text("")
+    usual = tomllib.loads(run(command, "--print-config"))
+    known = {one.name: one for one in COMMANDS[command].library}
+    assert list(known) == [o.name for o in options_of(kind) if o.name not in kind.absent]
+    assert {f.name for f in dataclasses.fields(kind)} == {*known, *kind.absent}
+    recorded = kind("0.5" if kind is PruneOptions else 0.0, **CUT[kind]).record()
+    for name, one in known.items():
+        in_python = inspect.signature(kind).parameters[name].default
+        if one.default is not REQUIRED and not isinstance(one.default, dict):
+            assert in_python == one.default
+        unset = one.default in (None, (), {}) or one.default is REQUIRED or name == TRUST
+        assert usual.get(name) == (None if unset else one.default)
+        assert (name in recorded) == (one.group in RECORDED)
+        value, words = typed(one)
+        one.checked(value)  # which Python takes
+        text = run(command, flag(name), *words, "--print-config")
+        found = tomllib.loads(text).get(name)
+        assert found == (
+            None if name == TRUST else list(value) if isinstance(value, tuple) else value
+        )
+        file.write_text(text)
+        assert run(command, "--config", file, "--print-config") == text
+    # what is not of the library is in the file under the names of the command line, too
+    own = {o.name for o in COMMANDS[command].own if not isinstance(o.default, bool)}
+    given = {name: f"some {name}" for name in own & {"model", "calibration", "output"}}
+    file.write_text("\n".join(f'{name} = "{value}"' for name, value in given.items()))
+    assert given.items() <= tomllib.loads(run(command, "--config", file, "--print-config")).items()
+
+
+def test_defaults_of_other_commands_are_those_of_python():
+    for name, kind in (("eval", WalkOptions), ("distill", DistillOptions), ("sweep", PruneOptions)):
+        usual = {one.name: one.default for one in options_of(kind)}
+        assert all(usual[one.name] == one.default for one in COMMANDS[name].library)
+    known = {one.name: one for one in options_of(PruneOptions)}
+    for name in ("compare", "bound", "export"):
+        found = {one.name: one for one in COMMANDS[name].library}
+        assert {"bos", "seq_len", "threads", "include", "exclude", "sparsity"} <= found.keys()
+        assert all(known[name].hint == one.hint for name, one in found.items())
+        differ = {n: o.default for n, o in found.items() if known[n].default != o.default}
+        assert differ == {"samples": 32, "seq_len": 512, "sparsity": None}
 
 
 @pytest.mark.parametrize(
@@ -80,12 +158,12 @@ def test_helps_name_every_command_and_fit_the_terminal():
         ("bound OUT --original M --calibration t --sparsity 0.5", 1, "--sparsity is of masks"),
         ("bound OUT OUT --original M --calibration t", 1, "--original is of one pruned folder"),
         ("bound OUT --original M", 1, "--calibration is missing"),
-        ("solvers swap", 1, "error: only prune and gram run as several processes"),
+        ("solvers swap", 1, "error: only prune and sweep run as several processes"),
     ],
 )
 def test_errors_have_a_status_and_no_traceback(words, status, said, monkeypatch):
     if words == "solvers swap":  # where torchrun started two of them
-        monkeypatch.setattr("maskopt.cli.several", lambda: True)
+        monkeypatch.setattr("maskopt.cli.command.several", lambda: True)
     result = ended(*words.split())
     assert result.returncode == status
     assert "Traceback" not in result.stderr
@@ -147,8 +225,6 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
 # Lines that the documents show, and examples of the helps -------------------------------------
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-#: what a file of --config stands for here
-GIVEN = {"model": "MODEL", "calibration": "text.txt", "out": "OUT", "sparsity": 0.5}
 
 
 def in_blocks(page):
@@ -164,8 +240,7 @@ COMMAND = typer.main.get_command(app)
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_the_line_is_taken(line, monkeypatch):
-    monkeypatch.setattr(config, "read_config", lambda path, parameters: GIVEN)
+def test_the_line_is_taken(line):
     name, *arguments = shlex.split(line, comments=True)[1:]
     command = COMMAND.commands[name]
     if name == "masks":

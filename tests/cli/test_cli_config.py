@@ -51,9 +51,9 @@ def test_what_is_printed_is_read_again(given, dense_folder, tmp_path):
         assert run("prune", *dry, "--config", tmp_path / "run.toml", "--print-config") == text
     # what TOML cannot say is refused
     for value in ("null", "[1, null]", '{"a": null}'):
-        words = given("--sparsity", 0.5, "--option", f"moves={value}", "--print-config")
+        words = given("--sparsity", 0.5, "--solver-options", f"moves={value}", "--print-config")
         said = run(*words, fails=OptionError)
-        assert "`solver_options` moves: null cannot be said in TOML" in said
+        assert "--solver-options moves: null cannot be said in TOML" in said
 
 
 def test_a_file_gives_what_the_command_line_does_not(given, dense_folder, data, tmp_path):
@@ -62,7 +62,7 @@ def test_a_file_gives_what_the_command_line_does_not(given, dense_folder, data, 
     both = given("--config", tmp_path / "run.toml")
     found = printed(*both, "--samples", 9, "--calibrate-on", "pruned", "--sparsity", "2:4")
     assert (found["samples"], found["calibrate_on"], found["seed"]) == (9, "pruned", 4)
-    assert (found["sparsity"], printed(*both)["sparsity"]) == ("2:4", "0.5")
+    assert (found["sparsity"], printed(*both)["sparsity"]) == ("2:4", 0.5)
     orders = ([], ["--calibrate-on", "pruned"], ["--calibrate-on", "dense"], ["--true-sequential"])
     found = [printed(*given("--sparsity", 0.5, *order)) for order in orders]
     assert [x["calibrate_on"] for x in found] == ["pruned", "pruned", "dense", "pruned"]
@@ -81,7 +81,12 @@ def test_a_file_gives_what_the_command_line_does_not(given, dense_folder, data, 
         ("run.toml", "resume = true", OptionError, "no option is called 'resume'"),
         ("run.toml", "trust_remote_code = true", OptionError, trust),
         ("run.toml", "trust_remote_code = false", OptionError, trust),
-        ("run.toml", "seed = true", OptionError, "`seed` is no switch, to be true"),
+        (
+            "run.toml",
+            "seed = true",
+            OptionError,
+            "run.toml: `seed` must be a whole number, not True",
+        ),
         ("run.toml", "samples = ", OptionError, "is no TOML"),
         ("manifest.json", "{}", ModelError, "not a manifest"),
     ):
@@ -93,7 +98,7 @@ def test_a_file_gives_what_the_command_line_does_not(given, dense_folder, data, 
 @pytest.mark.parametrize(
     "options",
     [
-        "--sparsity 2:4 --solver magnitude --layers mlp",
+        "--sparsity 2:4 --solver magnitude --include mlp",
         "--sparsity 0.5 --allocation layers --sensitivity uniform --seed 3",
         "--sparsity 0.5 --update blockwise --training epochs=1 --holdout 0.2",
         pytest.param("--sparsity '0.5 per layer' --sensitivity uniform", marks=pytest.mark.slow),

@@ -89,8 +89,8 @@ def test_what_goes_wrong(dense, data, tmp_path):
     for words, error, said in (
         (base, PatternError, "--sparsity is missing: give 0.5, 50% or 2:4"),
         ([*base, "--sparsity", "2of4"], PatternError, "--sparsity must be like 0.6, 60% or 2:4"),
-        ([*base, *half, "--option", "x"], OptionError, "NAME=VALUE"),
-        ([*base, *half, "--option", "time-limits=3"], OptionError, "has no option"),
+        ([*base, *half, "--solver-options", "x"], OptionError, "NAME=VALUE"),
+        ([*base, *half, "--solver-options", "time-limits=3"], OptionError, "has no option"),
         ([*base, *half, "--max-memory", "lots"], OptionError, "no amount of memory"),
         (
             [*base, *half, "--max-memory", "100MiB"],
@@ -301,9 +301,9 @@ def test_a_dry_run_does_not_wait_for_a_search_without_end(dense, monkeypatch):
     monkeypatch.setattr(planning, "PROBE_LIMIT", 0.1)
     monkeypatch.setattr(planning, "_speed", lambda *_: 1e9)
     command = [*DRY, dense, "--sparsity", 0.5, "--solver"]
-    endless = [*command, "tabu", "--option", "moves=1000000000", "--option"]
+    endless = [*command, "tabu", "--solver-options", "moves=1000000000", "--solver-options"]
     # highs takes no rows as wide as those that are timed
-    alone = "--option", "workers=0"
+    alone = "--solver-options", "workers=0"
     for words in ([*command, "branch", *alone], [*command, "highs"], [*endless, "seed=1"]):
         assert "time, estimated: unknown" in run(*words)
     layers = len(plan(dense).layers)
@@ -317,7 +317,7 @@ def test_a_dry_run_refuses_what_the_prune_would(dense, data, tmp_path, monkeypat
     monkeypatch.setattr(planning, "_speed", lambda *_: 1e9)
     small = ["--sparsity", "2:4", "--solver", "wanda", "--max-memory", "1MB"]
     assert "--max-memory allows 0.00 (base" in run(*DRY, dense, *small, fails=ModelError)
-    run("gram", dense, "--calibration", data, "--output", tmp_path / "grams")
+    run("sweep", dense, "--calibration", data, "--grams", tmp_path / "grams")
     far = ["--sensitivity", "kl", "--max-deviation", 0.001]
     for more, said in (
         (["--grams", tmp_path / "grams"], "name one of the two"),

@@ -220,10 +220,10 @@ def test_commands(models, layer, tmp_path):
     assert len(out.read_text().splitlines()) == 3
     common = ("--calibration", models / "text.txt", "--samples", 4, "--seq-len", 32)
     folders = (models / "pruned", "--original", models / "dense")
-    words = ("--rows", 1, "--layers", "*q_proj")
+    words = ("--rows", 1, "--include", "*q_proj")
     assert "q_proj" in run("bound", *folders, *box, *words, *common)
     assert "optimal" in run(
-        "compare", models / "dense", "--layers", "*0*q_proj", "--sparsity", "0.5", "--rows", 1,
+        "compare", models / "dense", "--include", "*0*q_proj", "--sparsity", "0.5", "--rows", 1,
         "--columns", 12, "--solvers", "wanda,swap,exhaustive", *common,
     )  # fmt: skip
     assert "--calibration" in run("bound", models / "dense", fails=MaskoptError)

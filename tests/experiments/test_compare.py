@@ -335,9 +335,12 @@ def test_files_of_a_model_are_never_replaced(weights, saved, tmp_path):
 def test_options_that_do_not_fit_are_refused(saved, monkeypatch):
     monkeypatch.chdir(saved.parent)
     for words, message in (
-        ("compare --solvers swap --option swap.on_progress=5", "`on_progress`"),
-        ("solve --output out.npz --option on_progress=5", "`on_progress`"),
-        ("compare --solvers wanda --update refitt", "--update is one of"),
+        ("compare --solvers swap --solver-options swap.on_progress=5", "`on_progress`"),
+        ("solve --output out.npz --solver-options on_progress=5", "`on_progress`"),
+        (
+            "compare --solvers wanda --update refitt",
+            "--update must be text none or least-squares or blockwise",
+        ),
         ("compare --solvers wanda --calibration no.txt", "is for a model folder"),
         ("compare --solvers wanda --samples 3", "is for a model folder"),
         ("compare --solvers wanda --include q_proj", "is for a model folder"),

@@ -71,7 +71,7 @@ def page(out, *arguments):
 
 
 def test_everything_is_on_one_page(home, tmp_path):
-    more = ["--eval", home / "eval.json", "--gaps", home / "gaps.jsonl"]
+    more = ["--evaluation", home / "eval.json", "--gaps", home / "gaps.jsonl"]
     found = page(tmp_path, home / "OUT", *more, "--figures", tmp_path / "figures")
     manifest = json.loads((home / "OUT" / "maskopt-manifest.json").read_text())
     layers = manifest["layers"]
@@ -154,7 +154,7 @@ def test_names_cannot_break_out_of_the_page_and_do_not_mix(home, tmp_path):
     for place, record in enumerate(records):
         record["model"] = f"folder{place}/OUT"
     (tmp_path / "eval.json").write_text(json.dumps(records))
-    found = page(tmp_path, home / "OUT", other, "--eval", tmp_path / "eval.json")
+    found = page(tmp_path, home / "OUT", other, "--evaluation", tmp_path / "eval.json")
     rows = [f"Rows, {html.escape(str(folder))}" for folder in (home / "OUT", other)]
     for shown in (*rows, "folder0/OUT", "folder1/OUT"):
         assert shown in found
@@ -177,16 +177,20 @@ def test_what_has_no_start_or_too_few_tokens_is_left_out(home, tmp_path):
     [
         ("dense", ModelError, "the folder was not written by maskopt prune"),
         ("OUT --picture nothing", OptionError, "has no mask of such a tensor"),
-        ("OUT --eval gaps.jsonl", OptionError, "holds no records"),
+        ("OUT --evaluation gaps.jsonl", OptionError, "holds no records"),
         ("OUT --gaps eval.json", OptionError, "holds no records"),
-        ("OUT --eval missing", OptionError, "cannot be read"),
-        ("OUT --eval half.json", OptionError, "holds no records"),
+        ("OUT --evaluation missing", OptionError, "cannot be read"),
+        ("OUT --evaluation half.json", OptionError, "holds no records"),
         ("OUT --output no/page.html", OptionError, "no such folder"),
         ("OUT --figures eval.json/figures", ModelError, "Not a directory"),
         ("TRAINED OUT --gaps gaps.jsonl", OptionError, "is of another model than TRAINED"),
         ("OUT --output OUT/README.md --overwrite", OptionError, "is a file of a model folder"),
         ("OUT --output OUT/model.safetensors --overwrite", OptionError, "is a file of a model"),
-        ("OUT --eval eval.json --output eval.json --overwrite", OptionError, "evaluation itself"),
+        (
+            "OUT --evaluation eval.json --output eval.json --overwrite",
+            OptionError,
+            "evaluation itself",
+        ),
     ],
 )
 def test_what_is_none_is_refused(arguments, error, message, home, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,14 +11,15 @@ from typing import Any
 
 from maskopt.core.pattern import Pattern, parse_sparsity
 from maskopt.errors import ModelError, OptionError
+from maskopt.models.blockwise.distributed import ALONE, Ranks
 from maskopt.models.blockwise.job import Job, open_job
 from maskopt.models.blockwise.progress import OnBlockProgress
 from maskopt.models.checkpoints.report import PruneReport
 from maskopt.models.checkpoints.workspace import MANIFEST, check_place, unfinished
 from maskopt.models.evaluation.evaluate import Evaluation, check_targets, evaluate
-from maskopt.models.options.prune import NONE, PruneOptions
+from maskopt.models.options.prune import NONE, PruneOptions, prune_options
 from maskopt.models.options.walk import WalkOptions
-from maskopt.models.pruning.gram_store import GramStore
+from maskopt.models.pruning.gram_store import OF_TEXT, GramStore, open_store
 from maskopt.models.pruning.prune import prune_model
 from maskopt.models.pruning.run import Run
 
@@ -41,6 +43,7 @@ def sweep(
     output: str | Path,
     *,
     sparsity: Sequence[Pattern | float | str],
+    calibration: Any = None,
     solvers: Sequence[str] = ("swap",),
     update: Sequence[str] = (NONE,),
     text: Any = None,
@@ -48,6 +51,7 @@ def sweep(
     walk: WalkOptions | None = None,
     overwrite: bool = False,
     on_progress: Callable[[str], OnBlockProgress | None] = lambda label: None,
+    ranks: Ranks = ALONE,
     **shorthand: Any,
 ) -> tuple[list[Swept], Evaluation | None]:
     """Prune a model in every combination of sparsities, solvers and updates of the kept weights. Finished
@@ -55,14 +59,17 @@ def sweep(
 
     Args:
         model: a folder, or a name on the hub.
-        grams: what `collect_grams` wrote of it.
-        output: a folder with one folder for each prune.
-        text: evaluates all of them and the dense model, as for `evaluate`; None: no evaluation.
-        windows: of the text; None: all.
-        walk: of the evaluation; None: windows of 512 tokens, with the device options of the prunes.
+        grams: folder of its Gram matrices; if it does not exist, they are collected from `calibration` and
+            stored there.
+        calibration: text, as for `prune_model`; None: the folder exists.
+        output: a folder with one for each prune.
+        text: for the evaluation of all prunes and the dense model, as for `evaluate`; None: none.
+        windows: number of evaluation windows; None: all.
+        walk: options of the evaluation; None: windows of 512 tokens, on the same device as the prunes.
         overwrite: replace the prunes of an earlier sweep.
-        on_progress: given a prune's label, what to call with its progress.
-        shorthand: other options of every prune.
+        on_progress: takes a prune's label, and returns a callback for its progress.
+        ranks: processes that share the work, without `text`.
+        shorthand: other options of every prune, and of the collection.
 
     Returns:
         The prunes in their order, and the dense model's evaluation; None without text.
@@ -70,8 +77,25 @@ def sweep(
     Raises:
         MaskoptError: as for `prune_model`, for any combination before the first prune begins.
     """
-    store = GramStore(grams)
-    cases = dict(_cases(store, sparsity, solvers, update, shorthand))
+    asked = list(_cases(sparsity, solvers, update, shorthand))
+    if text is not None and ranks.size > 1:
+        raise OptionError(
+            "`text` is evaluated by one process; leave it out, and use `maskopt eval`"
+        )
+    if calibration is None:
+        store = GramStore(grams)
+    else:
+        for _, how in asked:  # which may be refused before anything is collected
+            prune_options(None, how)
+        walk_names = {field.name for field in dataclasses.fields(WalkOptions)}
+        of_walk = {name: value for name, value in shorthand.items() if name in walk_names}
+        store = open_store(
+            model, grams, calibration, of_walk, on_progress=on_progress("grams"), ranks=ranks
+        )
+        asked = [
+            (label, {k: v for k, v in how.items() if k not in OF_TEXT}) for label, how in asked
+        ]
+    cases = {label: store.options(None, how) for label, how in asked}
     if not cases:
         raise OptionError("nothing is swept; give at least one `sparsity`")
     _check(model, store, list(cases.values()))
@@ -84,12 +108,13 @@ def sweep(
     runs: dict[str, dict[str, Any]] = {}
     for label in cases:
         target = Path(output) / label
-        begun = unfinished(target) or (target / MANIFEST).exists()
+        begun = ranks.agreed(lambda at=target: unfinished(at) or (at / MANIFEST).exists())  # type: ignore[misc]
         runs[label] = {"output": target, "overwrite": overwrite, "resume": begun and not overwrite}
-        Run(**runs[label], model=model, grams=grams, text=text)  # refuses before the first prune
+        inputs = {"model": model, "grams": grams, "text": text}
+        Run(**runs[label], ranks=ranks, **inputs)  # refuses before the first prune
     found = []
     for label, options in cases.items():
-        how = {"grams": grams, "on_progress": on_progress(label), **runs[label]}
+        how = {"grams": grams, "on_progress": on_progress(label), "ranks": ranks, **runs[label]}
         report = prune_model(model, None, options, **how)
         found.append(Swept(label, runs[label]["output"], report))
     if text is None:
@@ -120,15 +145,14 @@ def _check(model: str | Path, store: GramStore, options: Sequence[PruneOptions])
 
 
 def _cases(
-    store: GramStore,
     sparsity: Sequence[Pattern | float | str],
     solvers: Sequence[str],
     update: Sequence[str],
     shorthand: dict[str, Any],
-) -> Iterator[tuple[str, PruneOptions]]:
+) -> Iterator[tuple[str, dict[str, Any]]]:
     for pattern, solver, after in itertools.product(map(parse_sparsity, sparsity), solvers, update):
         how = {"sparsity": pattern, "solver": solver, "update": after, **shorthand}
         if after == NONE and len(set(update)) > 1:
             for name in ("damping", "damping_exponent"):  # they are of the others
                 how.pop(name, None)
-        yield f"{str(pattern).replace(':', 'of')}-{solver}-{after}", store.options(None, how)
+        yield f"{str(pattern).replace(':', 'of')}-{solver}-{after}", how

@@ -1,79 +1,73 @@
-"""The options of a distillation; those of the walk are a prune's."""
+"""The options of a distillation."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
-from maskopt.errors import OptionError
-from maskopt.models.options.walk import MACHINE, MASKS, TEXT, WalkOptions, described, option_field
-
-#: of the walk's options, those that say nothing of a model that is trained as a whole
-NOT_HERE = (
-    *("include", "exclude", "calibrate_on", "true_sequential", "all_experts"),
-    *("skip_bad_samples", "token_weights", "dtype"),
-)
+from maskopt.core.fields import CALIBRATION, RUNTIME, TEXT, TRAINING, option
+from maskopt.models.options.walk import WalkOptions, described
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillOptions(WalkOptions):
-    """Everything but models, text and output that `distill_model` can be told.
+    """All options of `distill_model` but models, text and output.
 
     Raises:
-        MaskoptError: a value that cannot be.
+        MaskoptError: a value that is not allowed.
     """
 
-    # the fitted loss of windows that a prune trained its blocks on is low already, and teaches less
-    seed: int = option_field(
+    absent: ClassVar[tuple[str, ...]] = (
+        *("include", "exclude", "calibrate_on", "true_sequential", "all_experts"),
+        *("skip_bad_samples", "token_weights", "dtype"),
+    )
+    absent_because: ClassVar[str] = "all kept weights are trained, in float32"
+
+    # windows on which a prune trained its blocks have a low loss already, and teach less
+    seed: int = option(
         1,
-        MASKS,
-        "Random seed of the windows and their order; better not that of the prune, for other "
-        "windows.",
+        "Random seed of the windows and their order; use another one than the prune, for other windows.",
+        CALIBRATION,
     )
-    epochs: int = option_field(2, MASKS, "Epochs over the windows.", least=1)
-    batch: int = option_field(2, MASKS, "Windows per step.", least=1)
-    learning_rate: float = option_field(
+    epochs: int = option(2, "Passes over the windows.", TRAINING, least=1, shown=True)
+    batch: int = option(2, "Windows per step.", TRAINING, least=1, shown=True)
+    learning_rate: float = option(
         0.0003,
-        MASKS,
-        "Of AdamW at its highest, in parts of the root mean square of a matrix's kept weights.",
+        "Peak learning rate of AdamW, relative to the root mean square of a matrix's kept weights.",
+        TRAINING,
         least=0,
+        shown=True,
     )
-    weight_decay: float = option_field(0.0, MASKS, "Of AdamW.", least=0)
-    holdout: float = option_field(
+    weight_decay: float = option(0.0, "Weight decay of AdamW.", TRAINING, least=0, shown=True)
+    holdout: float = option(
         0.1,
-        MASKS,
-        "Share of the windows that are held out to judge every epoch.",
+        "Share of the windows that are held out to evaluate every epoch.",
+        CALIBRATION,
         least=0,
         below=1,
+        shown=True,
     )
-    samples: int = option_field(64, TEXT, "Windows of text.", least=1)
-    seq_len: int = option_field(
-        512, TEXT, "Tokens in a window; never more than the model has positions.", least=2
+    samples: int = option(64, "Number of windows of text.", TEXT, least=1, shown=True)
+    seq_len: int = option(
+        512,
+        "Maximum number of tokens in a window.",
+        TEXT,
+        least=2,
+        shown=True,
     )
-    # what is trained is float32, whatever it is stored in
-    dtype: str = option_field("float32", MASKS, "Precision of the passes.", choices=("float32",))
-    recompute: bool = option_field(
+    # trained weights are float32, whatever their stored precision
+    dtype: str = option(
+        "float32", "Precision of the passes.", RUNTIME, choices=("float32",), shown=True
+    )
+    recompute: bool = option(
         False,
-        MACHINE,
-        "Keep for gradients only what enters each block, and compute the rest again: less memory, more time.",
+        "Keep only the input of each block for the gradients and compute the rest again: less memory, more "
+        "time.",
+        RUNTIME,
+    )
+    save_every: float = option(
+        10.0, "Minutes between saves, for `resume`; 0: none.", RUNTIME, least=0
     )
 
-    save_every: float = option_field(
-        10.0, MACHINE, "Minutes from one save to the next, for `resume`; 0: none.", least=0
-    )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in NOT_HERE:
-            if getattr(self, name) != _DEFAULTS[name]:
-                raise OptionError(f"all kept weights are trained, in float32; leave out `{name}`")
-
-    def record(self) -> dict[str, Any]:
-        """What decides the weights, as JSON values."""
-        fields = [f for f in dataclasses.fields(self) if f.name not in NOT_HERE]
-        return {f.name: getattr(self, f.name) for f in fields if f.metadata["decides"] == MASKS}
-
-
-_DEFAULTS = {f.name: f.default for f in dataclasses.fields(DistillOptions)}
 DistillOptions.__doc__ = described(DistillOptions)

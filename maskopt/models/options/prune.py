@@ -1,31 +1,30 @@
-"""The options of a prune beyond those of its walk (`walk_options`), each in one place: what it is called, its
-default, and what it does. `prune_model`, `collect_problems`, `plan_prune`, the command line and the manifest
-take them from here.
-"""
+"""The options of a prune; `WalkOptions` has the options of its walk through the model."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from maskopt.core.fields import build
+from maskopt.core.fields import (
+    CALIBRATION,
+    JSON_FILE,
+    REQUIRED,
+    SELECTION,
+    UPDATE,
+    build,
+    check_needs,
+    option,
+)
 from maskopt.core.least_squares import Refit
 from maskopt.core.pattern import NM, Pattern, Unstructured, parse_sparsity, pattern_to_dict
 from maskopt.errors import ModelError, OptionError, PatternError, SolverError
 from maskopt.models.options.solver import check_size, check_solver, default_start
 from maskopt.models.options.training import Reconstruction
-from maskopt.models.options.walk import (
-    MASKS,
-    WalkOptions,
-    about,
-    check_names,
-    described,
-    option_field,
-)
+from maskopt.models.options.walk import WalkOptions, check_names, described, options_by_name
 
 if TYPE_CHECKING:
     from maskopt.models.architecture.blocks import Layer
@@ -50,106 +49,101 @@ ROW_DEVIATION, LAYER_DEVIATION = 0.1, 0.2
 
 @dataclass(frozen=True)
 class PruneOptions(WalkOptions):
-    """Everything but model, text and output that a prune can be told.
+    """All options of a prune but model, text and output.
 
     `PruneOptions(0.5)`, `PruneOptions("2:4", "wanda", samples=64)`.
 
     Raises:
-        MaskoptError: a value that cannot be, an unknown solver, an option that it does not have.
+        MaskoptError: a value that is not allowed, an unknown solver or solver option.
     """
 
-    sparsity: Pattern | float | str = field(
-        metadata=about(
-            MASKS,
-            "Share of weights to prune in each row (0.6 or 60%; an average with `allocation`), or "
-            "N:M, which keeps N of every M consecutive inputs (2:4). Required.",
-        )
+    sparsity: Pattern | float | str = option(
+        REQUIRED,
+        "Share of weights to prune in each row, 0.6 or 60%; or N:M, 2:4, to keep N of every M inputs.",
+        SELECTION,
+        shown=True,
     )
-    solver: str = option_field("swap", MASKS, "See `maskopt solvers`.")
-    start: str | None = option_field(
+    solver: str = option("swap", "See `maskopt solvers`.", SELECTION, shown=True)
+    start: str | None = option(
         None,
-        MASKS,
-        "Solver that computes the initial mask. Default with swap: relax (admm with `update` "
-        "least-squares); other solvers use their own.",
+        "Solver of the initial mask. Default with swap: relax (admm with `update` least-squares); other "
+        "solvers use their own.",
+        SELECTION,
     )
-    solver_options: Mapping[str, Any] = field(
-        default_factory=dict,
-        metadata=about(MASKS, "Solver option, NAME=VALUE; may be repeated."),
-    )
-    allocation: str = option_field(
+    solver_options: Mapping[str, Any] = option(dict, "Solver option; may be repeated.", SELECTION)
+    allocation: str = option(
         UNIFORM,
-        MASKS,
-        "Where sparsity may differ. uniform: every row has the same sparsity; rows: rows of a layer may "
-        "differ; layers: layers may differ; both.",
+        "Where sparsity may differ. uniform: nowhere; rows: between rows of a layer; layers: between layers; "
+        "both.",
+        SELECTION,
         choices=ALLOCATIONS,
+        shown=True,
     )
-    sensitivity: str = option_field(
+    sensitivity: str = option(
         FISHER,
-        MASKS,
-        "With `allocation`, how errors of rows or layers are weighted. uniform: equally; relative: by"
-        " the inverse of the output energy; fisher: by the squared gradient of the loss of the dense "
-        "model by each output; kl: one measurement per block, of the KL divergence of the model "
-        "output (`allocation` layers).",
+        "How errors of rows or layers are weighted. uniform: equally; relative: by the inverse of the output "
+        "energy; fisher: by the squared gradient of the loss of the dense model by each output; kl: one "
+        "measurement per block of the KL divergence of the model output (`allocation` layers).",
+        SELECTION,
         choices=SENSITIVITIES,
+        needs=("allocation", ROWS, LAYERS, BOTH),
     )
-    max_deviation: float | None = option_field(
+    max_deviation: float | None = option(
         None,
-        MASKS,
-        "With `allocation`, how far a layer's sparsity may be from the model's, a row's from its layer's. "
-        "1: any. Default: 0.1 for rows alone, else 0.2.",
+        "How far a layer's sparsity may be from the model's, a row's from its layer's. 1: any. Default: 0.1 "
+        "for rows alone, else 0.2.",
+        SELECTION,
         least=0,
         most=1,
+        needs=("allocation", ROWS, LAYERS, BOTH),
     )
-    counts: Mapping[str, int] = field(
-        default_factory=dict,
-        metadata=about(
-            MASKS,
-            "With `allocation` layers or both, number of inputs to prune per row (on average), by layer "
-            "name; on the command line a JSON file that is read.",
-        ),
+    counts: Mapping[str, int] = option(
+        dict,
+        "Number of inputs to prune per row (on average), by layer name; on the command line a JSON file.",
+        SELECTION,
+        unit=JSON_FILE,
+        needs=("allocation", LAYERS, BOTH),
     )
-    target: str = option_field(
+    target: str = option(
         "pruned",
-        MASKS,
-        "Output that a pruned layer should reproduce. pruned: the dense weights applied to the "
-        "activations of the model pruned so far; dense: the layer output of the dense model, which "
-        "runs along.",
+        "Output that a pruned layer should reproduce. pruned: the dense weights applied to the activations "
+        "of the model pruned so far; dense: the layer output of the dense model, which runs along.",
+        CALIBRATION,
         choices=TARGETS,
     )
-    update: str = option_field(
+    update: str = option(
         NONE,
-        MASKS,
-        "How kept weights are updated. none: unchanged; least-squares: solved per row, and masks are "
-        "chosen for the error after the update; blockwise: trained per decoder block to match the "
-        "dense model.",
+        "How kept weights are updated. none: unchanged; least-squares: solved per row, with masks chosen for "
+        "the error after it; blockwise: trained per decoder block.",
+        UPDATE,
         choices=UPDATES,
+        shown=True,
     )
-    training: Mapping[str, Any] = field(
-        default_factory=dict,
-        metadata=about(
-            MASKS, "With `update` blockwise, how to train, NAME=VALUE; may be repeated."
-        ),
+    training: Mapping[str, Any] = option(
+        dict, "How to train; may be repeated.", UPDATE, needs=("update", BLOCKWISE)
     )
-    damping: float | str = option_field(
+    damping: float | str = option(
         Refit.damping,
-        MASKS,
-        "With `update` least-squares, penalty that keeps weights near their values, relative to the "
-        "mean of diag(G); auto: per layer by the error on held-out windows.",
+        "Penalty that keeps weights near their values, relative to the mean of diag(G); auto: per layer by "
+        "the error on held-out windows.",
+        UPDATE,
+        needs=("update", LEAST_SQUARES, BLOCKWISE),
     )
-    damping_exponent: float = option_field(
+    damping_exponent: float = option(
         Refit.power,
-        MASKS,
         "Exponent p: the damping of input i is scaled by G[i,i]^p. 0: the same for all inputs.",
+        UPDATE,
         least=0,
         most=1,
+        needs=("update", LEAST_SQUARES, BLOCKWISE),
     )
-    min_tokens: int = option_field(
-        32, MASKS, "Layers that saw fewer tokens are pruned by magnitude.", least=1
+    min_tokens: int = option(
+        32, "Layers that saw fewer tokens are pruned by magnitude.", CALIBRATION, least=1
     )
-    gram_shrinkage: float | str = option_field(
+    gram_shrinkage: float | str = option(
         0.0,
-        MASKS,
         "α of G ← (1−α)G + α·diag(G); auto: per layer by the error on held-out windows.",
+        CALIBRATION,
     )
 
     def __post_init__(self) -> None:
@@ -159,11 +153,16 @@ class PruneOptions(WalkOptions):
         counts = {n: c.item() if isinstance(c, np.generic) else c for n, c in self.counts.items()}
         object.__setattr__(self, "counts", counts)
         self._set_allocation()
+        check_needs(self)
         self._set_reconstruction()
-        _check_shrink(self.gram_shrinkage, self.holdout)
-        _check_damping(self.damping, self.holdout)
-        if self.refit is None:
-            check_undamped(self.damping, self.damping_exponent)
+        self._check_automatic()
+        if self.refit is None and (self.damping, self.damping_exponent) != (
+            Refit.damping,
+            Refit.power,
+        ):
+            raise OptionError(
+                "`damping` needs kept weights solved by least squares: give `training` begin=least-squares"
+            )
         if self.moved and (self.one_pass or self.true_sequential):
             other = "`calibrate_on` dense" if self.one_pass else "`true_sequential`"
             raise OptionError(
@@ -179,11 +178,9 @@ class PruneOptions(WalkOptions):
         if isinstance(self.pattern, Unstructured) and self.pattern.pooled and not self.layers_trade:
             self._trade_as(self.pattern)
         elif self.allocation != UNIFORM:
-            if isinstance(self.pattern, NM):
-                raise OptionError(
-                    f"`allocation` {self.allocation} needs a share such as 0.5, not {self.pattern}"
-                )
-            if self.layers_trade and (self.pattern.pooled or self.pattern.sparsity is None):
+            if isinstance(self.pattern, NM) or (
+                self.layers_trade and (self.pattern.pooled or self.pattern.sparsity is None)
+            ):
                 raise OptionError(
                     f"`allocation` {self.allocation} needs a share such as 0.5, not {self.pattern}"
                 )
@@ -192,12 +189,6 @@ class PruneOptions(WalkOptions):
                 object.__setattr__(self, "max_deviation", usual)
             if self.allocation == ROWS:
                 object.__setattr__(self, "sparsity", self._pattern_of(self.pattern))
-        elif self.max_deviation is not None:
-            raise OptionError("`max_deviation` needs `allocation` rows, layers or both")
-        if self.counts and not self.layers_trade:
-            raise OptionError("`counts` need `allocation` layers or both")
-        if self.allocation == UNIFORM and self.sensitivity != FISHER:
-            raise OptionError("`sensitivity` needs `allocation` rows, layers or both")
         if self.sensitive:
             self._check_every_window("`sensitivity` fisher")
         if self.sensitivity == KL and self.rows_trade:
@@ -219,21 +210,35 @@ class PruneOptions(WalkOptions):
 
     def _set_reconstruction(self) -> None:
         """Every setting is there, or none where nothing is trained."""
-        given = dict(self.training)
         if self.update != BLOCKWISE:
-            if given:
-                raise OptionError("`training` needs `update` blockwise")
-        else:
-            given = asdict(build(Reconstruction, "training", given, "option"))
-            if not self.holdout:
-                raise OptionError(
-                    "`update` blockwise needs windows that judge it: give a `holdout` such as 0.1"
+            return
+        if not self.holdout:
+            raise OptionError(
+                "`update` blockwise needs windows that judge it: give a `holdout` such as 0.1"
+            )
+        if self.one_pass:
+            raise OptionError(
+                "`update` blockwise trains on inputs of the pruned model: not with `calibrate_on` dense"
+            )
+        made = build(Reconstruction, "training", dict(self.training), "option")
+        object.__setattr__(self, "training", asdict(made))
+
+    def _check_automatic(self) -> None:
+        """Raise MaskoptError for a number out of range, or for auto without held-out windows."""
+        for name in ("gram_shrinkage", "damping"):
+            if getattr(self, name) == AUTO and not self.holdout:
+                raise ModelError(
+                    f"`{name}` auto needs held-out windows: give a `holdout` such as 0.2"
                 )
-            if self.one_pass:
+        shrinkage, damping = self.gram_shrinkage, self.damping
+        if shrinkage != AUTO and (isinstance(shrinkage, str) or not 0 <= shrinkage <= 1):
+            raise ModelError(f"`gram_shrinkage` must lie in [0, 1] or be auto, not {shrinkage!r}")
+        if damping != AUTO:
+            if isinstance(damping, str):
                 raise OptionError(
-                    "`update` blockwise trains on inputs of the pruned model: not with `calibrate_on` dense"
+                    f"`damping` must be a number of at least 0 or auto, not {damping!r}"
                 )
-        object.__setattr__(self, "training", given)
+            Refit(damping)
 
     @property
     def pattern(self) -> Pattern:
@@ -353,14 +358,13 @@ class PruneOptions(WalkOptions):
             )
 
     def record(self) -> dict[str, Any]:
-        """What decides the masks, as JSON values: for the manifest."""
-        names = [f.name for f in dataclasses.fields(self) if f.metadata["decides"] == MASKS]
-        values = {name: getattr(self, name) for name in names}
-        values["sparsity"] = pattern_to_dict(self.pattern)
-        values["start"] = self.start_solver
-        values["solver_options"] = dict(sorted(self.solver_options.items()))
-        values["counts"] = dict(sorted(self.counts.items()))
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return {
+            **super().record(),
+            "sparsity": pattern_to_dict(self.pattern),
+            "start": self.start_solver,
+            "solver_options": dict(sorted(self.solver_options.items())),
+            "counts": dict(sorted(self.counts.items())),
+        }
 
 
 def prune_options(options: PruneOptions | None, shorthand: Mapping[str, Any]) -> PruneOptions:
@@ -370,46 +374,10 @@ def prune_options(options: PruneOptions | None, shorthand: Mapping[str, Any]) ->
         OptionError: a name that is no option (near names are given).
         PatternError: no sparsity.
     """
-    check_names(shorthand, [f.name for f in dataclasses.fields(PruneOptions)])
-    if options is not None:
-        return dataclasses.replace(options, **shorthand)
-    if shorthand.get("sparsity") is None:
+    if options is None and shorthand.get("sparsity") is None:
+        check_names(shorthand, [f.name for f in dataclasses.fields(PruneOptions)])
         raise PatternError("`sparsity` is missing: give 0.5, 50% or 2:4")
-    return PruneOptions(**shorthand)
-
-
-def _check_shrink(gram_shrinkage: float | str, holdout: float) -> None:
-    if gram_shrinkage == AUTO:
-        if not holdout:
-            raise ModelError(
-                "`gram_shrinkage` auto needs held-out windows: give a `holdout` such as 0.2"
-            )
-    elif isinstance(gram_shrinkage, str) or not 0 <= gram_shrinkage <= 1:
-        raise ModelError(f"`gram_shrinkage` must lie in [0, 1] or be auto, not {gram_shrinkage!r}")
-
-
-def check_undamped(damping: float | str, damping_exponent: float) -> None:
-    """Weights that are not refitted are not damped.
-
-    Raises:
-        OptionError: one of the two is not as it is where nobody gives it.
-    """
-    for name, value, usual in (
-        ("damping", damping, Refit.damping),
-        ("damping_exponent", damping_exponent, Refit.power),
-    ):
-        if value != usual:
-            raise OptionError(f"`{name}` is of refitted weights: give `update` least-squares, too")
-
-
-def _check_damping(damping: float | str, holdout: float) -> None:
-    if damping == AUTO:
-        if not holdout:
-            raise ModelError("`damping` auto needs held-out windows: give a `holdout` such as 0.2")
-    elif isinstance(damping, str):
-        raise OptionError(f"`damping` must be a number of at least 0 or auto, not {damping!r}")
-    else:
-        Refit(damping)
+    return options_by_name(PruneOptions, options, shorthand)
 
 
 PruneOptions.__doc__ = described(PruneOptions)

@@ -1,15 +1,22 @@
-"""The options of a walk through a model's blocks, each in one place: what it is called, its default, and what
-it does. Whoever prunes, makes smaller or evaluates takes them from here.
-"""
+"""The options of a walk through a model's blocks: of every run that prunes, shrinks, trains or evaluates."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from maskopt.core.fields import check_options, option
+from maskopt.core.fields import (
+    CALIBRATION,
+    RECORDED,
+    RUNTIME,
+    SELECTION,
+    TEXT,
+    check_options,
+    option,
+    options_of,
+)
 from maskopt.core.least_squares import Refit
 from maskopt.core.limits import Limits, parse_bytes
 from maskopt.errors import DataError, ModelError, OptionError, near
@@ -20,105 +27,105 @@ if TYPE_CHECKING:
     from maskopt.models.architecture.blocks import Layer
     from maskopt.models.options.training import Reconstruction
 
-#: windows that gradients of the loss are taken on: sums over so many are known well, from far fewer than
-#: masks take
+#: windows whose gradients of the loss are computed: sums over all tokens need far fewer than masks do
 GRADIENT_WINDOWS = 16
-#: what an option decides: the masks (the manifest records its value); the calibration text (the
-#: manifest records the tokens themselves); or only how this machine goes about it
-MASKS, TEXT, MACHINE = "masks", "text", "machine"
-
-
-def about(decides: str, words: str, **facts: Any) -> dict[str, Any]:
-    """What is known of an option: what it decides, and the facts of `maskopt.core.fields.option`."""
-    return {**option(None, words, **facts).metadata, "decides": decides}
-
-
-def option_field(default: Any, decides: str, words: str, **facts: Any) -> Any:
-    return field(default=default, metadata=about(decides, words, **facts))
 
 
 @dataclass(frozen=True, kw_only=True)
 class WalkOptions:
-    """How a model is opened, and how samples walk through its blocks."""
+    """How a model is opened, and how calibration windows pass through its blocks."""
 
-    include: tuple[str, ...] = option_field(
-        (), MASKS, "Only layers that match: q_proj, 'layers.0.*'; several by commas, or repeated."
+    #: options that have no effect in a class, and the reason
+    absent: ClassVar[tuple[str, ...]] = ()
+    absent_because: ClassVar[str] = ""
+
+    include: tuple[str, ...] = option(
+        (),
+        "Only these layers, e.g. q_proj,'layers.0.*'.",
+        SELECTION,
+        shown=True,
     )
-    exclude: tuple[str, ...] = option_field(
-        (), MASKS, "Not the layers that match; several by commas, or repeated."
-    )
-    seed: int = option_field(0, MASKS, "Random seed for calibration windows and solvers.")
-    calibrate_on: str = option_field(
+    exclude: tuple[str, ...] = option((), "Not these layers.", SELECTION)
+    seed: int = option(0, "Random seed of calibration windows and solvers.", CALIBRATION)
+    calibrate_on: str = option(
         "pruned",
-        MASKS,
         "Model whose activations are collected. dense: one pass for all layers; pruned: the model pruned so "
         "far, block by block.",
+        CALIBRATION,
         choices=("dense", "pruned"),
     )
-    true_sequential: bool = option_field(
-        False, MASKS, "Inside a block, too, layers see what the pruned layers before them produce."
-    )
-    all_experts: bool = option_field(
+    true_sequential: bool = option(
         False,
-        MASKS,
-        "Each expert's Gram matrix from all tokens, not only from those routed to it.",
+        "Inside a block as well, layers see the output of the layers that were pruned before them.",
+        CALIBRATION,
     )
-    skip_bad_samples: bool = option_field(
-        False, MASKS, "Leave out windows with NaN or infinite activations instead of stopping."
+    all_experts: bool = option(
+        False,
+        "Collect each expert's Gram matrix from all tokens, not only from those routed to it.",
+        CALIBRATION,
     )
-    token_weights: str = option_field(
+    skip_bad_samples: bool = option(
+        False,
+        "Leave out windows with NaN or infinite activations instead of stopping.",
+        CALIBRATION,
+    )
+    token_weights: str = option(
         UNIFORM,
-        MASKS,
         "How tokens of a window are weighted. uniform; skip-first: all but the first; relative: by "
         "the inverse mean square of the hidden state; gradient: by the norm of the loss gradient of "
         "the dense model.",
+        CALIBRATION,
         choices=TOKEN_WEIGHTS,
     )
-    holdout: float = option_field(
+    holdout: float = option(
         0.0,
-        MASKS,
-        "Share of the calibration windows that are held out; errors are then reported on them, too.",
+        "Share of the calibration windows that are held out; errors are also reported on them.",
+        CALIBRATION,
         least=0,
         below=1,
     )
-    samples: int = option_field(128, TEXT, "Calibration windows.", least=1)
-    seq_len: int = option_field(
-        2048, TEXT, "Tokens in a window; never more than the model has positions.", least=1
-    )
-    bos: str = option_field(
-        "auto",
+    samples: int = option(128, "Number of calibration windows.", TEXT, least=1, shown=True)
+    seq_len: int = option(
+        2048,
+        "Maximum number of tokens in a window.",
         TEXT,
+        least=1,
+        shown=True,
+    )
+    bos: str = option(
+        "auto",
         "First token of a window. auto: what the tokenizer puts before a text; always: its BOS token;"
         " never: none, as in published results of LLaMA 1 and 2.",
-    )
-    text_field: str = option_field("text", TEXT, "Where JSON lines hold their text.")
-    chat: bool = option_field(
-        False,
         TEXT,
-        "The text is JSON lines of messages, which go through the model's chat template.",
     )
-    device: str = option_field("auto", MACHINE, "cpu, cuda, or auto: CUDA where there is one.")
-    dtype: str = option_field(
-        "auto", MACHINE, "Precision of the forward passes; auto: as stored, float32 on the CPU."
+    text_field: str = option("text", "Key of the text in JSON lines.", TEXT)
+    chat: bool = option(
+        False,
+        "The text is JSON lines of messages, to which the model's chat template is applied.",
+        TEXT,
     )
-    threads: int | None = option_field(
-        None, MACHINE, "Number of CPU threads; does not affect the result. Default: all cores."
+    device: str = option("auto", "cpu, cuda, or auto: CUDA if available.", RUNTIME, shown=True)
+    dtype: str = option(
+        "auto", "Precision of the forward passes; auto: as stored, float32 on the CPU.", RUNTIME
     )
-    activation_memory: int | str = option_field(
+    threads: int | None = option(
+        None, "Number of CPU threads; does not affect the result. Default: all cores.", RUNTIME
+    )
+    activation_memory: int | str = option(
         4 * 2**30,
-        MACHINE,
         "Store hidden states in a file above this size, e.g. 500MB.",
+        RUNTIME,
         unit="bytes",
         least=0,
     )
-    max_memory: int | str | None = option_field(
+    max_memory: int | str | None = option(
         None,
-        MACHINE,
-        "Stop before anything is computed if the estimated memory exceeds this, e.g. 16GiB.",
+        "Stop before the computation if the estimated memory exceeds this, e.g. 16GiB.",
+        RUNTIME,
         unit="bytes",
         least=0,
     )
-    trust_remote_code: bool = option_field(False, MACHINE, "Run code that comes with the model.")
+    trust_remote_code: bool = option(False, "Run code that comes with the model.", RUNTIME)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "include", name_patterns(self.include))
@@ -140,8 +147,21 @@ class WalkOptions:
                 "the template says: choose one"
             )
 
+        self.refuse(self.absent, self.absent_because)
         if self.token_weights == GRADIENT:
             self._check_every_window("`token_weights` gradient")
+
+    def refuse(self, names: Iterable[str], why: str) -> None:
+        """Raise OptionError for one of these options that is not at its default."""
+        for name in names:
+            if getattr(self, name) != getattr(type(self), name):
+                raise OptionError(f"{why}; leave out `{name}`")
+
+    def record(self) -> dict[str, Any]:
+        """The options that decide the result, as JSON values for the manifest."""
+        found = [known.name for known in options_of(type(self)) if known.group in RECORDED]
+        values = {name: getattr(self, name) for name in found if name not in self.absent}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     def _check_every_window(self, what: str) -> None:
         if self.skip_bad_samples:
@@ -210,17 +230,11 @@ class WalkOptions:
 
 
 _Options = TypeVar("_Options", bound=WalkOptions)
-#: what an evaluation has to do with
-EVALUATION = (
-    "seq_len",
-    "text_field",
-    "chat",
-    "bos",
-    "device",
-    "dtype",
-    "threads",
-    "activation_memory",
-    "trust_remote_code",
+#: options of an evaluation
+EVALUATION = tuple(
+    known.name
+    for known in options_of(WalkOptions)
+    if known.group in (TEXT, RUNTIME) and known.name not in ("samples", "max_memory")
 )
 
 
@@ -262,7 +276,7 @@ def name_patterns(given: str | Sequence[str] | None) -> tuple[str, ...]:
 
 def described(options: type[WalkOptions]) -> str:
     """The docstring with a line for every option."""
-    lines = [f"    {f.name}: {f.metadata['help']}" for f in dataclasses.fields(options)]
+    lines = [f"    {known.name}: {known.sentence}" for known in options_of(options)]
     return f"{(options.__doc__ or '').rstrip()}\n\nAttributes:\n" + "\n".join(lines) + "\n"
 
 

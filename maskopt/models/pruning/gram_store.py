@@ -38,7 +38,7 @@ INDEX = "maskopt-grams.json"
 #: options that decide Gram matrices; a prune takes them from the store
 OF_STORE = ("token_weights", "all_experts", "skip_bad_samples", "holdout", "seed")
 #: options that say how text is read
-_OF_TEXT = ("bos", "chat", "text_field")
+OF_TEXT = ("bos", "chat", "text_field")
 _HELD = "held"
 _BAD = {"sample", "layer", "block"}
 
@@ -105,7 +105,10 @@ class GramStore:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        index = read_json(self.folder / INDEX, "the folder was not written by maskopt gram")
+        index = read_json(
+            self.folder / INDEX,
+            "it holds no Gram matrices; give `calibration` to `maskopt sweep`, which collects them",
+        )
         if index.get("format") != FORMAT or not _is_whole(index):
             raise ModelError(f"{self.folder / INDEX}: not an index of format {FORMAT}")
         self.fingerprint: dict[str, Any] = index["fingerprint"]
@@ -145,14 +148,14 @@ class GramStore:
                 "`calibration`, or `sensitivity` uniform or relative with `allocation` rows, or the `counts`"
             )
         made = {**own, "calibrate_on": "dense"}
-        for name in (*made, *_OF_TEXT):
+        for name in (*made, *OF_TEXT):
             asked, here = getattr(options, name), made.get(name, usual[name])
             # of a `PruneOptions`, an option at its default was not asked for
             said = name in shorthand and asked != AUTO
             if asked != here and (said or asked != usual[name]):
                 raise OptionError(
                     f"`{name}` {asked} says nothing here: it is part of what {self.folder} was made of; "
-                    "leave it out, or make others with `maskopt gram`"
+                    "leave it out, or collect others with `maskopt sweep`"
                 )
         return dataclasses.replace(options, calibrate_on="dense", **own)
 
@@ -191,6 +194,40 @@ class GramStore:
     def bad(self, block: int) -> list[BadSample]:
         """The samples that were left out in a block."""
         return [BadSample(x["sample"], x["layer"]) for x in self._bad if x["block"] == block]
+
+
+def open_store(
+    model: str | Path,
+    folder: str | Path,
+    calibration: Any,
+    options: Mapping[str, Any],
+    *,
+    on_progress: OnBlockProgress | None = None,
+    ranks: Ranks = ALONE,
+) -> GramStore:
+    """The Gram matrices in a folder, which are collected and written first if there are none.
+
+    Args:
+        model, calibration, on_progress, ranks: as for `collect_grams`.
+        options: of the walk, by name.
+
+    Raises:
+        ModelError: the folder holds Gram matrices of another text, or what `collect_grams` refuses.
+    """
+    if not ranks.agreed((Path(folder) / INDEX).exists):
+        how: Any = {"output": folder, "calibration": calibration, "on_progress": on_progress}
+        collect_grams(model, ranks=ranks, **how, **options)
+        return GramStore(folder)
+    store = GramStore(folder)
+    text, tokenizer = tokens_or_tokenizer(None, calibration)
+    walk = options_by_name(WalkOptions, None, {**store.own, **options})
+    job = open_job(model, text, walk, tokenizer=tokenizer)
+    if fingerprint_of(job, {})["calibration"] != store.fingerprint["calibration"]:
+        raise ModelError(
+            f"{store.folder}: holds Gram matrices of other text than `calibration`; leave it out, or name "
+            "another folder"
+        )
+    return store
 
 
 def _restored(state: Mapping[str, torch.Tensor], device: torch.device, what: str) -> Gram:

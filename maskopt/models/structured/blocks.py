@@ -40,7 +40,6 @@ from maskopt.models.pruning.run import Run, fingerprint_of, peaks
 from maskopt.models.structured.change import (
     CONFIG,
     Change,
-    check_defaults,
     check_shapes,
     finish_smaller,
     open_original,
@@ -121,7 +120,7 @@ def remove_blocks(
     """
     began = time.perf_counter()
     options = options or WalkOptions()
-    check_defaults(options, _NOT_HERE, "`blocks` are chosen by the model's output on all tokens")
+    options.refuse(_NOT_HERE, "`blocks` are chosen by the model's output on all tokens")
     run = Run(output, overwrite=overwrite, model=model, calibration=calibration)
     how = {"whole": True, "limit": windows, "on_progress": on_progress}
     job, source = open_original(

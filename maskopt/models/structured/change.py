@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from maskopt.errors import ModelError, OptionError
+from maskopt.errors import ModelError
 from maskopt.models.architecture.source import FolderSource, Source
 from maskopt.models.architecture.structures import Cut
 from maskopt.models.blockwise.job import Block, Job, open_job
@@ -120,13 +120,6 @@ def open_original(
             "own code runs"
         )
     return job, source
-
-
-def check_defaults(options: WalkOptions, names: Iterable[str], why: str) -> None:
-    """Raise OptionError for an option that is not at its default."""
-    for name in names:
-        if getattr(options, name) != getattr(WalkOptions, name):
-            raise OptionError(f"{why}; leave out `{name}`")
 
 
 def finish_smaller(

@@ -40,7 +40,6 @@ from maskopt.models.pruning.run import Run, fingerprint_of, peaks
 from maskopt.models.structured.change import (
     CONFIG,
     Change,
-    check_defaults,
     check_shapes,
     finish_smaller,
     open_original,
@@ -96,7 +95,7 @@ def remove_experts(
     if not 0 < share < 1:
         raise OptionError(f"`experts` is the share that goes, between 0 and 1, not {share}")
     options = options or WalkOptions()
-    check_defaults(options, _NOT_HERE, "`experts` are chosen block by block, by all windows")
+    options.refuse(_NOT_HERE, "`experts` are chosen block by block, by all windows")
     run = Run(output, overwrite=overwrite, model=model, calibration=calibration)
     doing, how = "removing experts", {"on_progress": on_progress}
     job, source = open_original(model, tokenizer_or_tokens, calibration, options, doing, **how)

@@ -1,12 +1,10 @@
 """The walk through the blocks, used from outside; the one list of options, and the commands' dialect."""
 
-import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 
 import pytest
 import torch
-import typer
 from commands import run
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +12,7 @@ from tiny_models import WordTokenizer, inputs_of, tiny, tokens
 
 import maskopt
 from maskopt import NM, MaskoptError, PruneOptions, Unstructured, open_job, prune_model
-from maskopt.cli import app
+from maskopt.core.fields import RECORDED, options_of
 from maskopt.errors import ModelError, OptionError, PatternError
 from maskopt.models.architecture.blocks import Blocks, choose, matrix
 from maskopt.models.options.prune import prune_options
@@ -184,8 +182,8 @@ def test_options_and_shorthand_are_the_same():
 
 def test_what_decides_the_masks_is_recorded_and_nothing_else():
     record = PruneOptions(Unstructured(0.5), "wanda").record()
-    decides = {f.name: f.metadata["decides"] for f in dataclasses.fields(PruneOptions)}
-    assert set(record) == {name for name, what in decides.items() if what == "masks"}
+    decides = {one.name: one.group for one in options_of(PruneOptions)}
+    assert set(record) == {name for name, group in decides.items() if group in RECORDED}
     assert set(decides) - set(record) == {
         "samples", "seq_len", "bos", "text_field", "chat", "device", "dtype", "threads", "activation_memory",
         "max_memory", "trust_remote_code",
@@ -225,33 +223,12 @@ def test_options_that_cannot_be(message, given):
         assert message in str(caught.value)
 
 
-def parameters(name):
-    """Of a command: flags and kind by the parameter's name."""
-    kinds = ("is_flag", "multiple", "nargs")
-    return {
-        p.name: (*p.opts, *p.secondary_opts, *(getattr(p, kind, None) for kind in kinds))
-        for p in typer.main.get_command(app).commands[name].params
-    }
-
-
-def test_one_dialect():
-    """What two commands name by one word is read in one way."""
-    prune = parameters("prune")
-    assert {f.name for f in dataclasses.fields(PruneOptions)} <= prune.keys()
-    for name in ("compare", "bound", "export", "eval"):
-        found = parameters(name)
-        for shared in found.keys() & prune.keys() - {"out", "model", "calibration", "solver"}:
-            assert found[shared] == prune[shared], (name, shared)
-        assert {"bos", "seq_len", "text_field", "threads"} <= found.keys()
-        assert name == "eval" or {"include", "exclude", "sparsity"} <= found.keys()
-
-
 def test_a_prune_command_with_dry_run_added(dense, data, tmp_path):
     out = tmp_path / "out"
     rest = [dense, "--calibration", data, "--output", out, "--overwrite"]
     options = (
         "--sparsity 0.5 --solver wanda --text-field body --seed 3 --all-experts --min-tokens 1 "
-        "--gram-shrinkage 0.1 --skip-bad-samples --layers q_proj,mlp --exclude layers.1,up_proj"
+        "--gram-shrinkage 0.1 --skip-bad-samples --include q_proj,mlp --exclude layers.1,up_proj"
     )
     rest += options.split()
     shown = run("prune", "--dry-run", *rest)
@@ -269,7 +246,6 @@ def test_patterns_and_layers_are_read_in_one_way(dense, data, tmp_path):
     asked = (
         ["--sparsity", "0.5", "--include", "q_proj", "--include", "layers.0.mlp.*"],
         ["--sparsity", "50%", "--include", "q_proj, layers.0.mlp.*"],
-        ["--sparsity", "0.5", "--layers", "q_proj,layers.0.mlp.*"],
     )
     for number, words in enumerate(asked):
         out = tmp_path / f"{number}.csv"

@@ -362,9 +362,16 @@ def test_a_sweep_judges_as_it_prunes_but_no_model_with_code_of_its_own(
 def test_the_commands(model, tmp_path):
     text, grams, out, swept = (tmp_path / n for n in ("t.npy", "grams", "out", "sweep"))
     np.save(text, tokens(3).numpy())
-    assert "Gram matrices" in run("gram", model, "--calibration", text, "--output", grams)
+    assert "Gram matrices" in run("sweep", model, "--calibration", text, "--grams", grams)
     half, more = ["--sparsity", 0.5], [model, "--grams", grams, "--min-tokens", 1]
     more += ["--solver", "wanda", "--include", ATTENTION["include"]]
+    # a sweep collects what it needs, and reads it the next time
+    words = ["sweep", model, "--grams", tmp_path / "new", *more[3:], *half]
+    words += ["--output", tmp_path / "first"]
+    for _ in range(2):
+        assert "0.5-wanda-none" in run(*words, "--calibration", text)
+    np.save(other := tmp_path / "other.npy", tokens(2).numpy())
+    assert "of other text" in run(*words, "--calibration", other, fails=ModelError)
     run("prune", *more, *half, "--output", out)
     assert "holds" in run("verify", out, "--original", model)
     planned = run("prune", "--dry-run", *more, *half)

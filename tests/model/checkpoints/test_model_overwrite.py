@@ -114,7 +114,6 @@ COMMANDS = [
     ["prune", "{dense}", "--sparsity", "0.5", "--calibration", "{text}"],
     ["prune-structured", "{dense}", "--channels", "0.5", "--calibration", "{text}"],
     ["prune-structured", "{dense}", "--blocks", "1", "--calibration", "{text}"],
-    ["gram", "{dense}", "--calibration", "{text}"],
     ["distill", "{pruned}", "--teacher", "{dense}", "--calibration", "{text}"],
     ["masks", "apply", "{dense}", "{pruned}/maskopt-masks.bits"],
     ["masks", "pack", "{pruned}"],
@@ -169,17 +168,15 @@ def test_another_path_to_an_input_is_noticed(name, given, tmp_path):
         (COMMANDS[0], "dense", "model"),
         (COMMANDS[1], "dense", "model"),
         (COMMANDS[2], "dense", "model"),
-        (COMMANDS[3], "dense", "model"),
-        (COMMANDS[4], "pruned", "model"),
-        (COMMANDS[4], "dense", "teacher"),
-        (COMMANDS[5], "dense", "model"),
-        (COMMANDS[5], "pruned", "mask file"),
-        (COMMANDS[6], "pruned", "model"),
-        (COMMANDS[7], "packed", "model"),
+        (COMMANDS[3], "pruned", "model"),
+        (COMMANDS[3], "dense", "teacher"),
+        (COMMANDS[4], "dense", "model"),
+        (COMMANDS[4], "pruned", "mask file"),
+        (COMMANDS[5], "pruned", "model"),
+        (COMMANDS[6], "packed", "model"),
         (["prune", *STORED], "grams", "grams"),
         (["prune", "--dry-run", *STORED], "grams", "grams"),
         ([*COMMANDS[0], "--config", "{pruned}/maskopt-manifest.json"], "pruned", "config file"),
-        (["gram", "{dense}", "--calibration", "{pruned}/README.md"], "pruned", "calibration"),
         ([*COMMANDS[0][:-1], "{pruned}"], "pruned", "calibration"),
     ],
 )
@@ -195,7 +192,7 @@ def test_no_input_of_a_run_is_its_output(command, output, what, given):
 def test_a_sweep_is_not_written_over_its_input(given, tmp_path):
     before = files(given["dense"].parent)
     (tmp_path / "0.5-swap-none").symlink_to(given["grams"])
-    words = [word.format(**given) for word in COMMANDS[8]]
+    words = [word.format(**given) for word in COMMANDS[7]]
     said = run(*words, "--output", tmp_path, "--overwrite", fails=ModelError)
     assert "is the grams itself" in said
     assert files(given["dense"].parent) == before

@@ -328,7 +328,7 @@ def test_the_command_takes_an_allocation_and_a_file_of_counts(dense, data, tmp_p
     shown = run(*common, "--allocation", "layers", "--output", out)
     assert re.search(r"mlp\.up_proj .* [0-9]+(–[0-9]+)?% ", shown)
     counts.write_text(json.dumps(recorded(out)["counts"]))
-    given = (*common, "--allocation", "layers", "--allocation-file", counts)
+    given = (*common, "--allocation", "layers", "--counts", counts)
     run(*given, "--output", again)
     assert contents(out) == contents(again)
     for words in ("[1]", "{", "{}"):

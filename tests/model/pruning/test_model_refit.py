@@ -131,7 +131,7 @@ def test_problems_of_a_model_and_instances_are_for_refitted_weights_where_asked(
     assert len(refitted) == len(kept) == 6
     assert refitted[0] != kept[0]  # the damping counts in the one
     assert refitted[2] <= min(refitted[:2]) * (1 + 1e-9)
-    owned = ("--update", "least-squares", "--option", "sparsegpt.update=true", "--rows", 1)
+    owned = ("--update", "least-squares", "--solver-options", "sparsegpt.update=true", "--rows", 1)
     assert len(objectives("--solvers", "sparsegpt,obs", *owned)) == 2
     shown = run("compare", up, "--solvers", "obs", *owned, "--columns", 12, fails=OptionError)
     assert "there is no solver 'sparsegpt' among obs" in shown

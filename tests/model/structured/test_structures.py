@@ -237,12 +237,20 @@ OPTIONS = [
     ({"channel": 0.25}, OptionError, "no option is called 'channel'; did you mean 'channels'"),
     ({"heads": -0.1}, MaskoptError, "heads"),
     ({"channels": 0.2, "include": "q_proj"}, OptionError, "leave out `include`"),
-    ({"heads": 0.5, "solver": "tabu"}, OptionError, "`solver` is of channels"),
-    ({"heads": 0.5, "solver_options": {"seed": 1}}, OptionError, "`solver_options` is of"),
-    ({"heads": 0.5, "certify": True}, OptionError, "heads are proven"),
+    ({"heads": 0.5, "solver": "tabu"}, OptionError, "`solver` needs `channels`"),
+    (
+        {"heads": 0.5, "solver_options": {"seed": 1}},
+        OptionError,
+        "`solver_options` needs `channels`",
+    ),
+    ({"heads": 0.5, "certify": True}, OptionError, "`certify` needs `channels`"),
     ({"channels": 0.2, "solver": "swop"}, MaskoptError, "did you mean"),
     ({"channels": 0.2, "update": "blockwise"}, MaskoptError, "update"),
-    ({"channels": 0.2, "update": "none", "damping": 0.1}, OptionError, "`damping` is of refitted"),
+    (
+        {"channels": 0.2, "update": "none", "damping": 0.1},
+        OptionError,
+        "`damping` needs `update` least-squares",
+    ),
     *(({"count": count}, OptionError, "must be 1 to 2") for count in (0, 3, 9)),
     *(
         ({"count": 1, "options": WalkOptions(**{name: x})}, OptionError, f"leave out `{name}`")
@@ -287,7 +295,7 @@ COMMANDS = {
         ["--channels", 0.25],
     ),
     "experts": (
-        "mixtral", ["--experts", 0.25], ["3 of 4 experts", "not routed anew"],
+        "mixtral", ["--experts", 0.25], ["3 of 4 experts", "routing unchanged"],
         "kept 3 of 4 experts", ["--heads", 0.5],
     ),
 }  # fmt: skip
@@ -337,7 +345,7 @@ def test_the_command_and_what_comes_after(kind, data, tmp_path):
         (["--windows", 2, "--channels", 0.25], "--windows need --blocks"),
         (["--blocks", 1, "--solver", "tabu"], "says nothing of --blocks"),
         (["--blocks", 1, "--certify"], "says nothing of --blocks"),
-        (["--blocks", 1, "--option", "seed=1"], "says nothing of --blocks"),
+        (["--blocks", 1, "--solver-options", "seed=1"], "says nothing of --blocks"),
         (["--blocks", 1, "--resume"], "in one go"),
     ],
 )

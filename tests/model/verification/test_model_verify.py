@@ -370,13 +370,13 @@ def test_from_the_command_line(dense, tmp_path):
     assert "(checked); errors, statuses, bounds, start errors, options: claimed" in shown
     errors, on = "errors (to 1e-05) and statuses of", [*verify, "--calibration", text]
     assert f"{errors} 21 layers (checked); start errors, options: claimed" in run(*on)
-    shown = run(*on, "--layers", "q_proj,layers.0.mlp")
+    shown = run(*on, "--include", "q_proj,layers.0.mlp")
     assert f"{errors} 6 layers (checked); errors and statuses of" in shown
     assert "of the other 15, start errors, options: claimed" in shown
     shown = run(*on, "--include", "layers.0.mlp", "--include", "layers.1.mlp.up_proj,q_proj")
     assert "of 7 layers (checked)" in shown
     said = run("verify", out, "--include", "mlp", fails=MaskoptError)
-    assert "--layers chooses what --calibration" in said
+    assert "--include chooses what --calibration" in said
     said = run(*verify, "--calibration", other, fails=MaskoptError)
     assert "other.txt: is not what the model was calibrated on" in said
     said = run("verify", out, "--strict", fails=OptionError)

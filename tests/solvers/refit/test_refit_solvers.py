@@ -536,7 +536,10 @@ def test_models_are_refitted_and_checked_so(tmp_path, dense_folder):
         verify_model(forged)
     for how, message in (
         ({"damping_exponent": 2.0}, r"`damping_exponent` must be a number \[0, 1\], not 2.0"),
-        ({"update": "none", "damping": 0.01, "damping_exponent": 0.5}, "is of refitted weights"),
+        (
+            {"update": "none", "damping": 0.01, "damping_exponent": 0.5},
+            "needs `update` least-squares",
+        ),
     ):
         with pytest.raises(MaskoptError, match=message):
             prune_model(tiny("llama"), given, **{**OPTIONS, **how})

@@ -1,0 +1,383 @@
+"""A command from declared options: its command line, its file of options, and its help."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import shutil
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from maskopt.cli.config import config_text, read_config
+from maskopt.cli.ranks import several
+from maskopt.cli.view import show_as
+from maskopt.core.fields import (
+    CALIBRATION,
+    JSON_FILE,
+    OUTPUT,
+    REQUIRED,
+    RUNTIME,
+    SELECTION,
+    TEXT,
+    TRAINING,
+    UPDATE,
+    Option,
+    alternatives,
+    option,
+    options_of,
+    parameters_of,
+)
+from maskopt.errors import MaskoptError, OptionError
+from maskopt.models.options.walk import name_patterns
+
+SOURCES = "FILE.txt, FILE.jsonl, a folder, tokens .npy, hf:DATASET[:SPLIT]"
+#: options of several commands, as default values in their signatures
+MODEL = option(REQUIRED, "A model folder, or a name on the hub.", argument=True)
+CALIBRATION_TEXT = option(REQUIRED, f"Calibration text: {SOURCES}.", TEXT)
+OVERWRITE = option(False, "Replace existing output.", OUTPUT)
+RESUME = option(False, "Continue an interrupted run of the same options.", OUTPUT)
+CARDINALITY = option(
+    None, "Vertices to select, for graph files that do not specify it (.mc, .rudy).", least=0
+)
+RECORDS = option(None, "File of results: .jsonl (resumable), .csv or .parquet.", OUTPUT)
+#: heading of options of a source that may also be an instance
+OF_A_MODEL = "If the source is a model"
+TEXT_OF_A_MODEL = option(None, "Calibration text, as for `maskopt prune`; required.", OF_A_MODEL)
+_ORDER = (
+    *("Arguments", "Options", SELECTION, UPDATE, TRAINING, OF_A_MODEL, TEXT, CALIBRATION),
+    *(RUNTIME, OUTPUT),
+)
+_METAVARS = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
+
+
+@dataclass(frozen=True)
+class Every:
+    """Options of every command."""
+
+    quiet: bool = option(False, "Show no progress.", OUTPUT)
+    log_json: bool = option(False, "Progress as JSON lines on stderr.", OUTPUT)
+    help_all: bool = option(False, "Show all options and exit.", OUTPUT, shown=True)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Options of commands whose options may come from a file."""
+
+    config: Path | None = option(
+        None,
+        "Read options from a TOML file of --print-config or from a manifest; the command line overrides it.",
+        OUTPUT,
+        shown=True,
+    )
+    print_config: bool = option(False, "Print all options as a file for --config and exit.", OUTPUT)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command.
+
+    Attributes:
+        run: is called with the values of `own` and, of `library`, with the values that were given.
+        own: options of the function's signature.
+        library: fields of classes of options.
+        example: last line of the help.
+        config: whether options may come from a file.
+        shared: whether several processes can run it together.
+    """
+
+    name: str
+    run: Callable[..., None]
+    own: tuple[Option, ...]
+    library: tuple[Option, ...]
+    example: str
+    config: bool
+    shared: bool
+
+    @property
+    def options(self) -> tuple[Option, ...]:
+        """All options, in the order of the help."""
+        files = options_of(Files) if self.config else ()
+        return (*self.own, *self.library, *files, *options_of(Every))
+
+    def __call__(self, words: Mapping[str, Any]) -> None:
+        """Run with the words of the command line."""
+        file: Path | None = words.get("config")
+        # errors in a file name its keys, not the flags of the command line
+        stored = {} if file is None else self._stored(file)
+        try:
+            given = {
+                one.name: read_value(one, word)
+                for one in self.options
+                if one.name != "config"
+                and (word := words[one.name]) not in (None, [], ())
+                and (word is not False or one.default is None)
+            }
+            self._run(given, file, stored)
+        except MaskoptError as error:
+            error.args = (self._with_flags(str(error)), *error.args[1:])
+            raise
+
+    def _stored(self, file: Path) -> dict[str, Any]:
+        """Values of a file of options."""
+        known = {one.name: one for one in (*self.own, *self.library)}
+        values = read_config(file, known)
+        return {name: read_value(known[name], value) for name, value in values.items()}
+
+    def _run(self, given: dict[str, Any], file: Path | None, stored: dict[str, Any]) -> None:
+        show_as(quiet=given.pop("quiet", False), log_json=given.pop("log_json", False))
+        if several() and not self.shared:
+            raise OptionError(
+                "only prune and sweep run as several processes; start this command without torchrun"
+            )
+        usual = {one.name: one.default for one in (*self.own, *self.library)}
+        if given.pop("print_config", False):
+            typer.echo(config_text({**usual, **stored, **given}), nl=False)
+            return
+        # a printed file holds all options, which are not all asked for
+        values = {**{name: x for name, x in stored.items() if x != usual[name]}, **given}
+        own = {}
+        for one in self.own:
+            value = values.pop(one.name, one.default)
+            if value is REQUIRED:
+                raise OptionError(f"`{one.name}` is missing: {one.help}")
+            own[one.name] = one.checked(value)
+        if file is not None and own["output"] is not None:
+            from maskopt.models.checkpoints.workspace import check_inputs
+
+            check_inputs(own["output"], config_file=file)
+        self.run(**own, **values)
+
+    def _with_flags(self, message: str) -> str:
+        """The message, with flags in place of the command's options in backticks."""
+        flags = {f"`{one.name}`": flag(one.name) for one in self.options if not one.argument}
+        return re.sub(r"`\w+`", lambda found: flags.get(found[0], found[0]), message)
+
+    def register(self, app: typer.Typer, panel: str | None) -> None:
+        """Add the command to an application of typer."""
+
+        def run(**words: Any) -> None:
+            self(words)
+
+        parameters = [_parameter(one, required=not self.config) for one in self.options]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {one.name: one.annotation for one in parameters}
+        run.__doc__ = self.run.__doc__
+        kind = type("Shown", (ShownCommand,), {"declared": self})
+        app.command(self.name.split()[-1], cls=kind, rich_help_panel=panel)(run)
+
+
+def command(
+    *library: Option, example: str, name: str = "", config: bool = False, shared: bool = False
+) -> Callable[[Callable[..., None]], Command]:
+    """Make a command of a function whose default values are options.
+
+    Args:
+        library: options of classes of options; the function takes their given values as keywords.
+        example: last line of the help.
+        name: of the command; empty: that of the function.
+        config, shared: as in `Command`.
+    """
+
+    def made(run: Callable[..., None]) -> Command:
+        called = name or run.__name__.replace("_", "-")
+        return Command(called, run, parameters_of(run), library, example, config, shared)
+
+    return made
+
+
+class ShownCommand(TyperCommand):
+    """A command of typer whose help is made from the declarations."""
+
+    declared: Command
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        formatter.width = min(shutil.get_terminal_size().columns, 80)
+        full = ctx.params.get("help_all", False)
+        options = [one for one in self.declared.options if full or one.shown or one.argument]
+        arguments = [one for one in options if one.argument]
+        words = " ".join(("[OPTIONS]", *map(_argument, arguments)))
+        formatter.write_usage(f"maskopt {self.declared.name}", words)
+        _write_text(formatter, self.help)
+        for group in sorted(set(map(_heading, options)), key=_ORDER.index):
+            with formatter.section(group):
+                lines = [(left(one), described(one)) for one in options if _heading(one) == group]
+                formatter.write_dl(lines, col_max=26)
+        _write_text(formatter, f"Example: {self.declared.example}")
+
+
+class Panels(TyperGroup):
+    """A group of commands whose help lists them by panel."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        formatter.write_usage(ctx.command_path, "[OPTIONS] COMMAND [ARGUMENTS]...")
+        _write_text(formatter, self.help)
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for name, one in self.commands.items():
+            panel = getattr(one, "rich_help_panel", None) or "Commands"
+            panels.setdefault(panel, []).append((name, one.get_short_help_str(100)))
+        records = (one.get_help_record(ctx) for one in self.get_params(ctx))
+        panels["Options"] = [record for record in records if record]
+        for panel, lines in panels.items():
+            with formatter.section(panel):
+                formatter.write_dl(lines, col_max=26)
+        _write_text(formatter, self.epilog)
+
+
+def _write_text(formatter: Any, text: str | None) -> None:
+    for paragraph in (text or "").split("\n\n"):
+        formatter.write_paragraph()
+        formatter.write_text(" ".join(paragraph.split()))
+
+
+def _heading(one: Option) -> str:
+    return "Arguments" if one.argument else one.group or "Options"
+
+
+def flag(name: str) -> str:
+    """`seq_len` → --seq-len."""
+    return "--" + name.replace("_", "-")
+
+
+def described(one: Option) -> str:
+    """The help of an option on the command line, with its default."""
+    text = re.sub(r"`([a-z]+(?:_[a-z]+)*)`", lambda found: flag(found[1]), one.sentence)
+    if one.default is REQUIRED:
+        return text if one.argument else f"{text} [required]"
+    if one.default is None or one.default is False or one.default in ((), {}):
+        return text
+    size = one.unit == "bytes"
+    return f"{text} [default: {f'{one.default // 2**30}GiB' if size else one.default}]"
+
+
+def _argument(one: Option) -> str:
+    name = one.name.upper() + ("..." if typing.get_origin(one.hint) is list else "")
+    return name if one.default is REQUIRED else f"[{name}]"
+
+
+def left(one: Option) -> str:
+    """`--allocation [uniform|rows|layers|both]`."""
+    if one.argument:
+        return _argument(one)
+    names = "/".join(_flags(one)[:1])
+    names = f"-o, {names}" if one.name == "output" else names
+    kind = _kind(one)
+    if kind is bool:
+        return names
+    if one.choices:
+        return f"{names} [{'|'.join(one.choices)}]"
+    if Mapping in _origins(one):
+        return f"{names} {'PATH' if one.unit == JSON_FILE else 'NAME=VALUE'}"
+    return f"{names} {'SIZE' if one.unit == 'bytes' else _METAVARS.get(kind, 'NAMES')}"
+
+
+def _origins(one: Option) -> list[Any]:
+    return [typing.get_origin(kind) or kind for kind in alternatives(one.hint)]
+
+
+def _kind(one: Option) -> Any:
+    """The type of an option's word, or words, on the command line."""
+    kinds = [kind for kind in alternatives(one.hint) if kind is not types.NoneType]
+    if str in kinds or one.unit == JSON_FILE:
+        return str
+    if typing.get_origin(kinds[0]) is list:
+        return kinds[0]
+    return list[str] if typing.get_origin(kinds[0]) else kinds[0]
+
+
+def _flags(one: Option) -> list[str]:
+    name = flag(one.name)
+    if one.hint == bool | None:
+        return [f"{name}/--no-{name.removeprefix('--')}"]
+    return [name, *(["-o"] if one.name == "output" else [])]
+
+
+def _parameter(one: Option, *, required: bool) -> inspect.Parameter:
+    """The parameter of which typer makes the option; without a default, to find what was given."""
+    needed = required and one.default is REQUIRED
+    if one.argument:
+        facts = typer.Argument(help=described(one))
+    else:
+        eager = _show_all if one.name == "help_all" else None
+        facts = typer.Option(
+            *_flags(one), help=described(one), callback=eager, is_eager=bool(eager)
+        )
+    kind = _kind(one) if needed else _kind(one) | None
+    default = inspect.Parameter.empty if needed else None
+    return inspect.Parameter(
+        one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, facts]
+    )
+
+
+def _show_all(ctx: typer.Context, asked: bool | None) -> None:
+    if asked:
+        ctx.params["help_all"] = True
+        typer.echo(ctx.get_help())
+        raise typer.Exit
+
+
+def read_value(one: Option, given: Any) -> Any:
+    """A word of the command line or a value of a file, as the library takes it."""
+    origins = _origins(one)
+    if Mapping in origins:
+        if one.unit == JSON_FILE and isinstance(given, str):
+            return _read_counts(given)
+        return read_pairs(given) if isinstance(given, list) else given
+    if tuple in origins:
+        return name_patterns(given)
+    if isinstance(given, str) and float in origins:
+        try:
+            return float(given)
+        except ValueError:
+            return given
+    if isinstance(given, str) and int in origins and given.isdecimal():
+        return int(given)
+    return Path(given) if Path in origins and isinstance(given, str) else given
+
+
+def option_list(text: str | None) -> list[str]:
+    """`a, b` → ['a', 'b']."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def read_pairs(items: Sequence[str]) -> dict[str, Any]:
+    """`NAME=VALUE`, the value as JSON if it is JSON, else as text.
+
+    Raises:
+        OptionError: no `=`.
+    """
+    options: dict[str, Any] = {}
+    for item in items:
+        name, sign, value = item.partition("=")
+        if not sign or not name:
+            raise OptionError(f"an option takes NAME=VALUE, not {item!r}")
+        try:
+            options[name.replace("-", "_")] = json.loads(value)
+        except ValueError:
+            options[name.replace("-", "_")] = value
+    return options
+
+
+def _read_counts(path: str) -> dict[str, Any]:
+    """Counts by layer name, from a JSON file or from JSON itself.
+
+    Raises:
+        OptionError: the file cannot be read, or holds something else.
+    """
+    try:
+        text = path if path.startswith("{") else Path(path).read_text(encoding="utf-8")
+        counts = json.loads(text)
+    except OSError as error:
+        raise OptionError(f"`counts` {path}: cannot be read: {error.strerror}") from None
+    except ValueError:
+        counts = None
+    if not isinstance(counts, dict) or not counts:
+        raise OptionError(f'`counts` {path}: must be JSON, {{"layer name": inputs pruned per row}}')
+    return counts
