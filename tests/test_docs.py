@@ -12,6 +12,7 @@ import typer
 from maskopt.cli import app
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
 
 
 @pytest.mark.slow
@@ -39,10 +40,10 @@ PAGES["quality"] = ("quality", "quality-gaps", "quality-seconds")
 def test_a_page_is_what_its_measurements_make(name, benchmarks, tmp_path):
     from book import Book
 
-    books = [Book(ROOT / "docs" / "figures" / f"{file}.jsonl") for file in PAGES[name]]
+    books = [Book(RESULTS / "figures" / f"{file}.jsonl") for file in PAGES[name]]
     importlib.import_module(f"{name}_page").write(*books, tmp_path / f"{name}.md")
     page = (tmp_path / f"{name}.md").read_text()
-    assert page == (ROOT / "docs" / f"{name}.md").read_text()
+    assert page == (RESULTS / f"{name}.md").read_text()
     if name == "generalisation":
         from generalisation_studies import STUDIES
 

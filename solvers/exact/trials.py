@@ -32,13 +32,13 @@ class Plans(NamedTuple):
     anyway: bool = False
 
 
-#: of trees that triangles nearly close: chosen on the k-cluster instances of seed 1; docs/exact.md measures
+#: of trees that triangles nearly close: chosen on the k-cluster instances of seed 1; docs/results/proofs.md measures
 #: them on those of seed 2
 CLOSE = Plans(
     Plan((20.0, 10.0, 5.0, 2.5, 1.2, 0.6, 0.3, 0.15), (15, 15, 20, 30)),
     Plan((1.2, 0.6, 0.3, 0.15, 0.08)),
 )
-#: of others: chosen on a row of block 10 gate_proj, restricted to 320 inputs; docs/exact.md measures them
+#: of others: chosen on a row of block 10 gate_proj, restricted to 320 inputs; docs/results/proofs.md measures them
 #: on another one (n = 320)
 FAR = Plans(
     Plan(

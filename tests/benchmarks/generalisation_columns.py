@@ -1,4 +1,4 @@
-"""Cells of the tables of docs/generalisation.md, each out of a measurement and its study."""
+"""Cells of the tables of docs/results/generalisation.md, each out of a measurement and its study."""
 
 from __future__ import annotations
 

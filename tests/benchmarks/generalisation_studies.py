@@ -1,4 +1,4 @@
-"""The studies of docs/generalisation.md: of each what is said, and the columns of its table."""
+"""The studies of docs/results/generalisation.md: of each what is said, and the columns of its table."""
 
 from __future__ import annotations
 

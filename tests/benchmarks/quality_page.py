@@ -17,7 +17,7 @@ Lines = Mapping[str, Record]
 
 
 def write(of_layers: Book, of_gaps: Book, timed: Book, page: Path) -> None:
-    """docs/quality.md and docs/figures/quality.png; studies without measurements are left out.
+    """docs/results/quality.md and docs/results/figures/quality.png; studies without measurements are left out.
 
     Where `of_layers` was measured on a busy machine, the page has the seconds of `timed`.
     """

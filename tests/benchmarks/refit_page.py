@@ -10,7 +10,7 @@ from book import PATTERNS, POOLED, Book, Record, family, table
 
 
 def write(book: Book, page: Path) -> None:
-    """docs/refit.md: a table for each pattern, errors × 10⁴."""
+    """docs/results/refit.md: a table for each pattern, errors × 10⁴."""
     about = book.about
     measured = {k: r for k, r in book.lines.items() if "rows" in r}
     taken = sorted({f"{r['machine']}, {r['date']}" for r in measured.values()})

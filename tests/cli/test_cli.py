@@ -146,7 +146,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
 
 # Lines that the documents show, and examples of the helps -------------------------------------
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 #: what a file of --config stands for here
 GIVEN = {"model": "MODEL", "calibration": "text.txt", "out": "OUT", "sparsity": 0.5}
 

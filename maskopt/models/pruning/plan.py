@@ -53,7 +53,7 @@ SMALL = 64 * 2**20
 #: of a shard, to learn how fast weights are read and hashed
 PROBE_BYTES = 64 * 2**20
 #: what passes and Gram matrices reach of the speed of a large matrix product, what training reaches, and
-#: seconds until the libraries are there: from runs of Gemma 3 270M on a CPU (docs/benchmarks.md)
+#: seconds until the libraries are there: from runs of Gemma 3 270M on a CPU (docs/results/benchmarks.md)
 SHARE, TRAINED_SHARE, START = 0.6, 0.8, 5.0
 
 
