@@ -32,14 +32,14 @@ class Plans(NamedTuple):
     anyway: bool = False
 
 
-#: of trees that triangles nearly close: chosen on the k-cluster instances of seed 1; docs/results/proofs.md measures
-#: them on those of seed 2
+#: of trees that triangles nearly close: chosen on the k-cluster instances of seed 1;
+#: docs/results/proofs.md measures those of seed 2
 CLOSE = Plans(
     Plan((20.0, 10.0, 5.0, 2.5, 1.2, 0.6, 0.3, 0.15), (15, 15, 20, 30)),
     Plan((1.2, 0.6, 0.3, 0.15, 0.08)),
 )
-#: of others: chosen on a row of block 10 gate_proj, restricted to 320 inputs; docs/results/proofs.md measures them
-#: on another one (n = 320)
+#: of others: chosen on a row of block 10 gate_proj, restricted to 320 inputs;
+#: docs/results/proofs.md measures another one (n = 320)
 FAR = Plans(
     Plan(
         (20, 10, 5, 2.5, 2, 1.6, 1.3, 1.1, 0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.22, 0.15),

@@ -50,7 +50,9 @@ def main() -> None:
     parser.add_argument(
         "--data", type=Path, default=ROOT / "docs" / "results" / "figures" / "generalisation.jsonl"
     )
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results" / "generalisation.md")
+    parser.add_argument(
+        "--page", type=Path, default=ROOT / "docs" / "results" / "generalisation.md"
+    )
     args = parser.parse_args()
     book = Book(args.data)
     book.begin(about(args))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from book import Book, Record, family, percent, table
+from book import Book, Record, family, percent, plain, table
 from generalisation_columns import TITLES
 
 ORDER = (
@@ -52,8 +52,8 @@ def channels(lines: dict[str, Record]) -> str:
             if any((share, method, w) in mine for w in ("keep", "refit"))
         ]  # fmt: skip
         if rows:
-            head = ("removed", "channels by", "perplexity / dense, weights kept", "refitted",
-                    "held-out error, kept", "refitted")  # fmt: skip
+            head = ("removed", "channels by", "perplexity / dense, unchanged", "least squares",
+                    "held-out error, unchanged", "least squares")  # fmt: skip
             parts.append(f"{title}:\n\n{table(head, rows).strip()}\n\n{_beaten(mine)}")
     if not parts:
         return ""
@@ -71,7 +71,7 @@ def _beaten(mine: dict[tuple[str, ...], Record]) -> str:
         return ""
     return (
         "Layers in which a search's choice costs less than the diagonal's, each on the inputs that it is "
-        "given, weights kept: "
+        "given, weights unchanged: "
         + ", ".join(
             f"{method} {layers} at {share}" for method, share, layers in dict.fromkeys(better)
         )
@@ -86,7 +86,7 @@ def heads(lines: dict[str, Record]) -> str:
             record = lines.get(f"heads/{name}/{weights}")
             if record:
                 rows.append(
-                    [title, weights, percent(record["removed"]), _cell(record), _held(record),
+                    [title, plain(weights), percent(record["removed"]), _cell(record), _held(record),
                      f"{record['proven']} of {len(record['errors'])}", f"{record['slowest']:.2f} s"]
                 )  # fmt: skip
     if not rows:
@@ -110,9 +110,8 @@ def gaps(lines: dict[str, Record]) -> str:
         return ""
     head = ("model", "choices", "proven optimal", "median gap of the others", "largest",
             "slowest, bound and all")  # fmt: skip
-    return (
-        "## How far from the best choice\n\n25% of the channels by swap, and heads:\n\n"
-        + table(head, rows)
+    return "## How far from the best choice\n\n25% of the channels by swap, and heads:\n\n" + table(
+        head, rows
     )
 
 
