@@ -119,15 +119,30 @@ def test_measurements_that_were_taken_in_another_way_are_not_mixed(benchmarks, t
     assert after.dates == "today, tomorrow"
 
 
+def known_commands():
+    """All commands by their full name."""
+    known = dict(typer.main.get_command(app).commands)
+    return known | {f"masks {name}": c for name, c in known.pop("masks").commands.items()}
+
+
+def test_every_flag_in_the_text_exists():
+    known = {"--help"}
+    for command in known_commands().values():
+        known |= {name for one in command.params for name in (*one.opts, *one.secondary_opts)}
+    for page in (*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "guide").glob("*.md")):
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        codes = re.findall(r"`((?:--|maskopt )[^`\n]+)`", text)
+        named = {flag for code in codes for flag in re.findall(r"(?<!\S)--[\w-]+", code)}
+        assert named <= known, (page.name, named - known)
+
+
 def test_every_option_of_every_command_is_on_a_page(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     from _hook import on_page_markdown
 
     page = on_page_markdown((ROOT / "docs" / "reference" / "commands.md").read_text())
     sections = page.split("\n## ")
-    known = typer.main.get_command(app).commands
-    known |= {f"masks {name}": command for name, command in known.pop("masks").commands.items()}
-    for name, command in known.items():
+    for name, command in known_commands().items():
         (section,) = (text for text in sections if text.startswith(f"{name}\n"))
         for option in (name for one in command.params for name in one.opts if name[0] == "-"):
             assert option in section, (name, option)

@@ -148,7 +148,7 @@ STUDIES = (
             "1-swap, refitted": "*1-swap, least squares*: `--solver portfolio --option 'members=[\"swap\"]' "
             "--start relax`.",
             "on F": "*for updates*: masks and first weights are those of `--update least-squares`;\n"
-            "*unchanged*: those masks alone (`maskopt masks apply`). The others are chosen for unchanged weights.",
+            "*unchanged*: those masks alone (`maskopt masks apply`). Others: for unchanged weights.",
         },
         best_first=True,
     ),

@@ -152,9 +152,9 @@ GIVEN = {"model": "MODEL", "calibration": "text.txt", "out": "OUT", "sparsity": 
 
 
 def in_blocks(page):
-    """Lines that begin with the program, in blocks of code: `$ maskopt …`, or indented."""
+    """Lines that call the program, in blocks of code: `$ maskopt …`, or indented."""
     text = page.read_text().replace("\\\n", " ")
-    lines = re.findall(r"^(?:\$ |    )(maskopt .*)$", text, re.MULTILINE)
+    lines = re.findall(r"^(?:\$ |    )(?:torchrun .* -m )?(maskopt .*)$", text, re.MULTILINE)
     parts = [p for line in lines for p in re.split(r" && | \| | > ", line.split("  #")[0])]
     return {part.strip() for part in parts if part.startswith("maskopt ") and "…" not in part}
 
