@@ -74,8 +74,8 @@ def rows_of(page, heading):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
 
 
-def test_the_page_of_dependencies_is_what_is_declared():
-    page = (ROOT / "docs" / "dependencies.md").read_text()
+def test_the_table_of_dependencies_is_what_is_declared():
+    page = (ROOT / "docs" / "architecture.md").read_text()
     named = set()
     for packages, ranges, _ in rows_of(page, "Always installed"):
         names, limits = packages.split(", "), ranges.replace("≥ ", ">=").replace("< ", "<")

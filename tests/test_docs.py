@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from maskopt.cli import COMMANDS
-from maskopt.cli.command import flag
+from maskopt.cli.command import flag, left
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
 
 
 @pytest.mark.slow
@@ -22,10 +23,16 @@ def test_docs_build_strictly(tmp_path):
     assert "not included in the" not in result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/tutorial.md"])
+#: pages whose python blocks run; a block after `NOT_RUN` needs a model or a cluster
+RUNNING = ("index", "tutorial", "howto", "matrices", "guide/structured")
+NOT_RUN = "<!-- not run by the tests -->\n"
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{page}.md" for page in RUNNING)])
 def test_the_examples_run(page, tmp_path, monkeypatch):
     """All python blocks of a page, one after the other, as a reader would paste them."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    text = re.sub(NOT_RUN + "```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert blocks, f"{page} shows no example"
     monkeypatch.chdir(tmp_path)
     exec(compile("\n".join(blocks), page, "exec"), {"__name__": "example"})
@@ -39,10 +46,10 @@ PAGES["quality"] = ("quality", "quality-gaps", "quality-seconds")
 def test_a_page_is_what_its_measurements_make(name, benchmarks, tmp_path):
     from book import Book
 
-    books = [Book(ROOT / "docs" / "figures" / f"{file}.jsonl") for file in PAGES[name]]
+    books = [Book(RESULTS / "figures" / f"{file}.jsonl") for file in PAGES[name]]
     importlib.import_module(f"{name}_page").write(*books, tmp_path / f"{name}.md")
     page = (tmp_path / f"{name}.md").read_text()
-    assert page == (ROOT / "docs" / f"{name}.md").read_text()
+    assert page == (RESULTS / f"{name}.md").read_text()
     if name == "generalisation":
         from generalisation_studies import STUDIES
 
@@ -110,6 +117,17 @@ def test_measurements_that_were_taken_in_another_way_are_not_mixed(benchmarks, t
     after = Book(tmp_path / "some.jsonl")
     assert after.lines["two"] == {"date": "tomorrow", "error": 2}
     assert after.dates == "today, tomorrow"
+
+
+def test_every_flag_in_the_text_exists():
+    known = {"--help"}
+    for command in COMMANDS.values():
+        known |= {name for one in command.options for name in re.findall(r"--[\w-]+", left(one))}
+    for page in (*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "guide").glob("*.md")):
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        codes = re.findall(r"`((?:--|maskopt )[^`\n]+)`", text)
+        named = {flag for code in codes for flag in re.findall(r"(?<!\S)--[\w-]+", code)}
+        assert named <= known, (page.name, named - known)
 
 
 def test_every_option_of_every_command_is_on_a_page(monkeypatch):

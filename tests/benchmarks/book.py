@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ PATTERNS: dict[str, Pattern] = {
     "60%": Unstructured(sparsity=0.6),
     "2:4": NM(keep=2, of=4),
 }
-#: rows of a layer trade
+#: rows of a layer share one budget
 POOLED: dict[str, Pattern] = {
     "50% per layer": Unstructured(sparsity=0.5, per="layer"),
     "60% per layer": Unstructured(sparsity=0.6, per="layer"),
 }
-#: what may differ between runs whose measurements stand beside each other
+#: what may differ between runs whose measurements are in one file
 TOLD = ("date", "note", "corpus")
 
 Record = Mapping[str, Any]
@@ -99,6 +100,31 @@ class Book:
 
     def __contains__(self, key: str) -> bool:
         return key in self.lines
+
+
+#: words of the keys under which measurements are stored, and the words of the pages
+_PLAIN = {
+    "1-swap on F": "1-swap for updates",
+    "memetic on F": "memetic for updates",
+    "rows trade": "shared budget",
+    "weights kept": "unchanged",
+    "kept": "unchanged",
+    "refitted": "least squares",
+    "loss": "fisher",
+    "measured": "kl",
+    "none": "uniform",
+    "alike": "uniform",
+    "rest": "skip-first",
+    "keep": "unchanged",
+    "refit": "least squares",
+}
+
+
+def plain(key: str) -> str:
+    """A part of a key in the words of the pages."""
+    for word, other in _PLAIN.items():
+        key = re.sub(rf"\b{word}\b", other, key)
+    return key
 
 
 def family(lines: Mapping[str, Record], prefix: str) -> dict[str, Record]:

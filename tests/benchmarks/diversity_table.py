@@ -1,4 +1,4 @@
-"""Maximum diversity after the recipes of MDPLIB: searches, certified bounds, Gurobi, as docs/exact.md has it.
+"""Maximum diversity after the recipes of MDPLIB: searches, certified bounds, Gurobi: docs/results/proofs.md.
 
     python tests/benchmarks/diversity_table.py --sizes 100 200 300 500 --time-limit 60
 

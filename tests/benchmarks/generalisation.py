@@ -1,4 +1,4 @@
-"""Masks judged on text that they were not fitted to. Writes docs/generalisation.md.
+"""Masks judged on text that they were not fitted to. Writes docs/results/generalisation.md.
 
     python tests/benchmarks/generalisation.py --calibration valid.txt --text test.txt --corpus WikiText-2
     python tests/benchmarks/generalisation.py … --only bos --models gemma3
@@ -48,9 +48,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--only", nargs="*", choices=list(STUDIES), default=list(STUDIES))
     parser.add_argument(
-        "--data", type=Path, default=ROOT / "docs" / "figures" / "generalisation.jsonl"
+        "--data", type=Path, default=ROOT / "docs" / "results" / "figures" / "generalisation.jsonl"
     )
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "generalisation.md")
+    parser.add_argument(
+        "--page", type=Path, default=ROOT / "docs" / "results" / "generalisation.md"
+    )
     args = parser.parse_args()
     book = Book(args.data)
     book.begin(about(args))

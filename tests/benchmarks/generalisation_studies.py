@@ -1,4 +1,4 @@
-"""The studies of docs/generalisation.md: of each what is said, and the columns of its table."""
+"""The studies of docs/results/generalisation.md: of each what is said, and the columns of its table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from generalisation_columns import (
     Found,
     Lines,
     alpha,
-    beside,
     by_model,
     crossed,
     divergence,
@@ -20,6 +19,7 @@ from generalisation_columns import (
     minutes,
     part,
     ratio,
+    ratio_to,
     reported,
 )
 
@@ -48,13 +48,13 @@ class Study:
         if not found:
             return ""
         rows = [[c(k, record, found) for c in self.columns.values()] for k, record in found.items()]
-        told = [
+        notes = [
             words
             for word, words in self.of_lines.items()
             if any(word in "/".join(k) for k in found)
         ]
         return (
-            "\n".join([f"## {self.title}\n", self.words, *told])
+            "\n".join([f"## {self.title}\n", self.words, *notes])
             + "\n\n"
             + table(list(self.columns), rows)
             + self.more(found)
@@ -78,7 +78,7 @@ STUDIES = (
             "masks": part(2),
             "dense": figure("dense", ".1f"),
             **QUALITY,
-            "× Wanda": beside("Wanda"),
+            "× Wanda": ratio_to("Wanda"),
             "KL to dense": figure("kl", ".3f"),
             "same top token": figure("agreement", ".1%"),
             **ERRORS,
@@ -86,34 +86,32 @@ STUDIES = (
     ),
     Study(
         "weights",
-        "Weights that are refitted, and rows that trade",
-        "32 windows. Kept weights are set anew by least squares, damping λ = 0.01, unless said otherwise;\n"
-        "SparseGPT's are its own. *on F*: masks that are chosen for refitted weights. *rows trade*: the\n"
-        "count is that of a layer, not of each of its rows, without limits, ω by the loss. Errors after the\n"
-        "least squares.\n"
+        "Least-squares updates and shared budgets",
+        "32 windows. Kept weights are updated by least squares, damping λ = 0.01, unless stated otherwise;\n"
+        "SparseGPT's are its own. *for updates*: masks are chosen for updated weights. *shared budget*: the\n"
+        "rows of a layer share one count, without limits, ω by the loss. Errors are those after the update.\n"
         "Minutes are mostly those of one core, with other work on it now and then.",
         {
             "model": MODEL,
             "pattern": part(1),
             "mask": part(2),
             **QUALITY,
-            "× SparseGPT": beside("SparseGPT"),
-            "× ADMM": beside("ADMM"),
+            "× SparseGPT": ratio_to("SparseGPT"),
+            "× ADMM": ratio_to("ADMM"),
             "KL to dense": figure("kl", ".3f"),
             **ERRORS,
             "solving, min": minutes("solving"),
         },
         {
             "½": "*power ½*: inputs damped by the root of their size (`--damping-exponent 0.5`).",
-            "gradient": "*gradient*: tokens count by the norm of the loss's gradient "
-            "(`--token-weights gradient`), in these errors, too.",
+            "gradient": "*gradient*: `--token-weights gradient`, in these errors, too.",
         },
         best_first=True,
     ),
     Study(
         "draws",
         "Other calibration windows",
-        "50%, 32 windows, refitted weights as above, by the seed that the windows are drawn with; the\n"
+        "50%, 32 windows, updated weights as above, by the seed that the windows are drawn with; the\n"
         "windows that are judged on are the same. Rounding has a part in it, too: a line here and its like\n"
         "above may be of different machines, whose masks have the same error and are not the same.",
         {
@@ -121,8 +119,8 @@ STUDIES = (
             "seed": part(1),
             "mask": part(2),
             **QUALITY,
-            "× SparseGPT": beside("SparseGPT"),
-            "× ADMM": beside("ADMM"),
+            "× SparseGPT": ratio_to("SparseGPT"),
+            "× ADMM": ratio_to("ADMM"),
             "KL to dense": figure("kl", ".3f"),
             **ERRORS,
         },
@@ -131,26 +129,26 @@ STUDIES = (
     Study(
         "trained",
         "Weights that are trained",
-        "50%, 32 windows. Kept weights as they are, refitted by least squares, or trained towards the\n"
-        "dense model with the defaults of `--update blockwise`; the windows kept aside choose the epoch.\n"
+        "50%, 32 windows. Kept weights unchanged, updated by least squares, or trained towards the\n"
+        "dense model with the defaults of `--update blockwise`; held-out windows choose the epoch.\n"
         "Errors are those before weights are trained. Minutes were taken with other work on the same cores\n"
         "now and then.",
         {
             "model": MODEL,
             "mask, weights": part(1),
             **QUALITY,
-            "× 1-swap, kept": beside("1-swap, kept"),
-            "× on F, refitted": beside("1-swap on F, refitted"),
+            "× 1-swap, unchanged": ratio_to("1-swap, kept"),
+            "× 1-swap for updates, least squares": ratio_to("1-swap on F, refitted"),
             "KL to dense": figure("kl", ".3f"),
             **ERRORS,
             "training, min": minutes("training"),
         },
         {
             "parts trained": f"*parts trained*: {OF_PARTS}.",
-            "1-swap, refitted": "*1-swap, refitted*: `--solver portfolio --solver-options "
-            "'members=[\"swap\"]' --start relax`.",
-            "on F": "*on F*: masks and weights to begin with are those of `--update least-squares`; *kept*: "
-            "those masks\nalone (`maskopt masks apply`). The other masks are chosen for weights as they are.",
+            "1-swap, refitted": "*1-swap, least squares*: `--solver portfolio "
+            "--solver-options 'members=[\"swap\"]' --start relax`.",
+            "on F": "*for updates*: masks and first weights are those of `--update least-squares`;\n"
+            "*unchanged*: those masks alone (`maskopt masks apply`). Others: for unchanged weights.",
         },
         best_first=True,
     ),
@@ -167,7 +165,7 @@ STUDIES = (
             "model": MODEL,
             "trained": part(1),
             **QUALITY,
-            "× default": beside("default"),
+            "× default": ratio_to("default"),
             "KL to dense": figure("kl", ".3f"),
             "training, min": minutes("training"),
         },
@@ -175,21 +173,21 @@ STUDIES = (
     ),
     Study(
         "budgets",
-        "Rows and layers that trade",
-        "32 windows. Who trades, and what an error counts (`allocation`, `sensitivity`): as it is; as a "
-        "part of\n"
-        "the layer's output; or by the squared gradient of the dense model's loss by each output.",
+        "Allocation",
+        "32 windows. Where sparsity may differ, and how errors are weighted (`allocation`, `sensitivity`):\n"
+        "uniform: equally; relative: by the inverse of the output energy; fisher: by the squared gradient\n"
+        "of the dense model's loss by each output.",
         {
             "model": MODEL,
             "pattern": part(1),
-            "trades": part(2),
+            "sparsity differs": part(2),
             **QUALITY,
-            "× where none do": beside("none"),
+            "× uniform": ratio_to("none"),
             "KL to dense": figure("kl", ".3f"),
             **ERRORS,
         },
         {
-            "measured": "*measured*: by what the model's output loses where a block alone is pruned.",
+            "measured": "*kl*: by the KL divergence of the model's output when one block alone is pruned.",
             "±": LIMITED,
         },
         best_first=True,
@@ -197,29 +195,28 @@ STUDIES = (
     Study(
         "cells",
         "Masks, weights and budgets together",
-        "64 windows unless said otherwise. kept: weights as they are; trained: refitted by least squares,\n"
+        "64 windows unless stated otherwise. trained: updated by least squares,\n"
         "damping λ = 0.01, then trained towards the dense model with the defaults of `--update\n"
-        "blockwise`. SparseGPT's weights are its own; ADMM's masks are chosen for refitted weights.\n"
-        "Who trades: `allocation` and `sensitivity` as above. Errors are those before training. Minutes "
-        "were\n"
+        "blockwise`. SparseGPT's weights are its own; ADMM's masks are chosen for updated weights.\n"
+        "`allocation` and `sensitivity` as above. Errors are those before training. Minutes were\n"
         "taken with other work on the same cores now and then.",
         {
             "model": MODEL,
             "pattern": part(1),
-            "trades": part(2),
+            "sparsity differs": part(2),
             "masks, weights": part(3),
             **QUALITY,
-            "× 1-swap, kept": beside("1-swap, kept"),
-            "× where none do": beside("none", 2),
+            "× 1-swap, unchanged": ratio_to("1-swap, kept"),
+            "× uniform": ratio_to("none", 2),
             "KL to dense": figure("kl", ".3f"),
             **ERRORS,
             "minutes": minutes("seconds"),
         },
         {
             "parts trained": f"parts trained: {OF_PARTS}.",
-            "refitted": "refitted: the least squares alone.",
+            "refitted": "least squares: without training.",
             "±": LIMITED,
-            "on F": "*on F*: masks are chosen for refitted weights, too.",
+            "on F": "*for updates*: masks are chosen for updated weights, too.",
             "distilled": "distilled: then trained all together (`maskopt distill`), on the same windows.",
             "other windows": "other windows: on as many others of the same text.",
         },
@@ -232,7 +229,7 @@ STUDIES = (
         "50%, masks of the 1-swap search, blocks trained on 32 windows with the defaults of `--update\n"
         "blockwise`; then all kept weights together on 32 others (`maskopt distill`), with several\n"
         "learning rates. Divergence: from the dense model, in nats a token, on windows of the calibration\n"
-        "text that are kept aside; by it rates are chosen.",
+        "text that are held out; by it rates are chosen.",
         {
             "model": MODEL,
             "learning rate": part(1),
@@ -266,16 +263,16 @@ STUDIES = (
             "target": part(1),
             **ERRORS,
             **QUALITY,
-            "× that of pruned": beside("pruned"),
+            "× that of pruned": ratio_to("pruned"),
         },
     ),
     Study(
         "weighting",
         "Which tokens count",
-        "50%, 32 windows. rest: the first token of a window does not count; relative: each counts by one\n"
-        "over the mean square of its hidden state; gradient: by the norm of the loss's gradient by its\n"
+        "50%, 32 windows. skip-first: the first token of a window does not count; relative: each counts by\n"
+        "one over the mean square of its hidden state; gradient: by the norm of the loss's gradient by its\n"
         "hidden state as it leaves the block, in the dense model.",
-        {"model": MODEL, "weighting": part(1), **QUALITY, "× that of alike": beside("alike")},
+        {"model": MODEL, "weighting": part(1), **QUALITY, "× uniform": ratio_to("alike")},
     ),
     Study(
         "sizes",
@@ -287,7 +284,7 @@ STUDIES = (
         "shrink",
         "Shrinkage",
         "16 windows unless said otherwise. auto: for each layer the greatest α of a grid up to 0.3 whose\n"
-        "error on the windows kept aside is within 5% of the least; the 5% was chosen on the lines of 16\n"
+        "held-out error is within 5% of the least; the 5% was chosen on the lines of 16\n"
         "and of 4 windows. Where text is scarce for what is pruned, shrinkage pays, and more than errors of\n"
         "layers say: at 70% Gemma becomes better up to α = 0.3 and SmolLM2 up to 0.1, while the held-out\n"
         "errors rise by 7 and 6% from 0 to 0.3. So no part of the least error stands for the best α: auto\n"
@@ -300,14 +297,14 @@ STUDIES = (
             "α": alpha,
             **ERRORS,
             **QUALITY,
-            "× that of 0.0": beside("0.0"),
+            "× that of 0.0": ratio_to("0.0"),
         },
     ),
     Study(
         "stopping",
         "Fewer swaps",
         "50%, 16 windows, from Wanda's masks, at most so many swaps of a row; all: to the proven optimum.\n"
-        "Stopping early never gained anything, on the windows kept aside or in perplexity.",
-        {"model": MODEL, "swaps": part(1), **ERRORS, **QUALITY, "× that of all": beside("all")},
+        "Stopping early never gained anything, on held-out windows or in perplexity.",
+        {"model": MODEL, "swaps": part(1), **ERRORS, **QUALITY, "× that of all": ratio_to("all")},
     ),
 )

@@ -1,4 +1,4 @@
-"""Densest k-subgraphs proven optimal by `branch`, each proof checked: the table of docs/exact.md.
+"""Densest k-subgraphs proven optimal by `branch`, each proof checked: the table of docs/results/proofs.md.
 
     python tests/benchmarks/graphs.py FOLDER --vertices 40 80 100 --time-limit 60
 

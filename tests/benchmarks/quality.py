@@ -1,4 +1,4 @@
-"""How good are the masks? Writes docs/quality.md and its plot.
+"""How good are the masks? Writes docs/results/quality.md and its plot.
 
     python tests/benchmarks/quality.py            # everything, on Gemma 3 270M (extra `demo`)
     python tests/benchmarks/quality.py --rows 4 --only masks starts --data FOLDER --page FOLDER/page.md
@@ -62,11 +62,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     studies = [*OF_LAYERS, *OF_GAPS]
     parser.add_argument("--only", nargs="*", choices=studies, default=studies)
-    parser.add_argument("--data", type=Path, default=ROOT / "docs" / "figures")
+    parser.add_argument("--data", type=Path, default=ROOT / "docs" / "results" / "figures")
     parser.add_argument(
         "--problems", type=Path, default=cache_directory() / "quality", help="collected layers"
     )
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "quality.md")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results" / "quality.md")
     args = parser.parse_args()
     of_layers, of_gaps = Book(args.data / "quality.jsonl"), Book(args.data / "quality-gaps.jsonl")
     warm_up()

@@ -59,7 +59,7 @@ def gaps(lines: Lines) -> str:
 Two rows of each layer: 1 − bound/objective in %, one figure a row. The bound is `sdp`, every certificate
 re-checked in float64 by code it shares nothing with; with cuts, rounds of triangle inequalities are added,
 for at most a minute a row. The best mask is that of nine tabu runs of 100,000 moves, three seeds from each of
-1-swap, `relax` and the rounded SDP; beside it the mask of `memetic` after 300 generations.
+1-swap, `relax` and the rounded SDP; memetic: the mask of `memetic` after 300 generations.
 
 """ + table(
         [

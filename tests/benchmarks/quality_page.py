@@ -17,7 +17,7 @@ Lines = Mapping[str, Record]
 
 
 def write(of_layers: Book, of_gaps: Book, timed: Book, page: Path) -> None:
-    """docs/quality.md and docs/figures/quality.png; studies without measurements are left out.
+    """docs/results/quality.md and its plot; studies without measurements are left out.
 
     Where `of_layers` was measured on a busy machine, the page has the seconds of `timed`.
     """
@@ -29,9 +29,9 @@ def write(of_layers: Book, of_gaps: Book, timed: Book, page: Path) -> None:
 
 ![Error against time, 60%](figures/quality.png)
 
-The same for methods that set the kept weights anew, on held-out windows at 50% ([all figures](refit.md)):
+The same for methods that update the kept weights, on held-out windows at 50% ([all figures](refit.md)):
 
-![Held-out error of refitted layers at 50% against milliseconds a row](figures/refit.png)
+![Held-out error of updated layers at 50% against milliseconds a row](figures/refit.png)
 
 {lead(lines)}
 ## How it was measured
@@ -54,7 +54,7 @@ layers; less is better. Layers are named by block and kind.
     wanted = {
         "certified gaps of 17.down": "gaps/17.down",
         "the bound with cuts": "tightened/",
-        "memetic search beside long ones": "crossed/",
+        "memetic search and long tabu runs": "crossed/",
         "bound or search on small rows": "blame/",
         "tabu by moves": "moves/",
         "the rounded SDP at n = 2048": "masks/60%/2.down/sdp",

@@ -1,4 +1,4 @@
-"""Weights that are refitted: masks chosen for it beside others, on held-out windows. Writes docs/refit.md.
+"""Least-squares updates: masks chosen for them and other masks. Writes docs/results/refit.md.
 
     python tests/benchmarks/refit.py --calibration calibration.npy --heldout heldout.npy
 
@@ -60,8 +60,10 @@ def main() -> None:
     parser.add_argument("--heldout", required=True, help="windows that all is judged on")
     parser.add_argument("--layers", nargs="*", default=list(LAYERS))
     parser.add_argument("--patterns", nargs="*", choices=list(EVERY), default=list(EVERY))
-    parser.add_argument("--data", type=Path, default=ROOT / "docs" / "figures" / "refit.jsonl")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "refit.md")
+    parser.add_argument(
+        "--data", type=Path, default=ROOT / "docs" / "results" / "figures" / "refit.jsonl"
+    )
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results" / "refit.md")
     args = parser.parse_args()
     book = Book(args.data)
     book.begin({"calibration": Path(args.calibration).name, "heldout": Path(args.heldout).name})

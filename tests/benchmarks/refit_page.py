@@ -6,28 +6,28 @@ import re
 from pathlib import Path
 from statistics import mean, median
 
-from book import PATTERNS, POOLED, Book, Record, family, table
+from book import PATTERNS, POOLED, Book, Record, family, plain, table
 
 
 def write(book: Book, page: Path) -> None:
-    """docs/refit.md: a table for each pattern, errors × 10⁴."""
+    """docs/results/refit.md: a table for each pattern, errors × 10⁴."""
     about = book.about
     measured = {k: r for k, r in book.lines.items() if "rows" in r}
     taken = sorted({f"{r['machine']}, {r['date']}" for r in measured.values()})
-    plain, root = (_dampings(measured, power) for power in (0.0, 0.5))
+    flat, root = (_dampings(measured, power) for power in (0.0, 0.5))
     calibration, heldout = about["calibration"], about["heldout"]
-    text = f"""# Refitted weights
+    text = f"""# Least-squares updates, layer by layer
 
 Written by `python tests/benchmarks/refit.py --calibration {calibration} --heldout {heldout}` (extra
 `demo`): whole layers of Gemma 3 270M, inputs of the dense model, {calibration} of which everything is fitted
 to and {heldout} on which it is judged. Errors are ‖(W−Ŵ)X‖²/‖WX‖² × 10⁴, fitted / held out, with the mask's
-weights refitted by least squares; λ in parts of G's mean diagonal: {plain}, chosen on blocks 5 and 11.
-*power ½*: inputs damped by the root of their size in place of alike, `Refit(λ, power=0.5)`; λ: {root},
+weights updated by least squares; λ relative to the mean of diag(G): {flat}, chosen on blocks 5 and 11.
+*power ½*: inputs damped by the root of their size, `--damping-exponent 0.5`; λ: {root},
 chosen on the odd blocks.
-*kept*: the same mask with its weights as they were, held out. *on F*: chosen for refitted weights. *of B
+*unchanged*: the same mask with unchanged weights, held out. *for updates*: chosen for updated weights. *of B
 formed*: the part of B, which has an entry for each kept and each pruned input, that a scan needs. *per
-layer*: the count is that of the layer, and its rows trade, ω = 1; what is proven is that no trade improves,
-either. *memetic*: crosses 1-swap optima for 10 generations of 4 children a row, at 50% and of rows that are
+layer*: the rows of a layer share one budget, ω = 1; proven is also that no exchange between rows
+improves. *memetic*: crosses 1-swap optima for 10 generations of 4 children a row, at 50% and of rows that are
 not long.
 {"; ".join(taken)}.
 """
@@ -39,7 +39,7 @@ not long.
             rows.append(
                 [
                     layer,
-                    method,
+                    plain(method),
                     f"{1e4 * record['fitted']:.1f} / {1e4 * record['held']:.1f}",
                     f"{1e4 * record['kept_held']:.1f}",
                     "" if swaps is None else f"{swaps:.1f}",
@@ -53,11 +53,11 @@ not long.
             head = [
                 "layer",
                 "mask",
-                "refitted",
-                "kept",
+                "updated",
+                "unchanged",
                 "swaps a row",
                 "of B formed",
-                "proven for F",
+                "proven",
             ]
             text += f"\n## {pattern}\n\n" + table(head, rows)
     figure = page.parent / "figures" / f"{page.stem}.png"
@@ -115,12 +115,12 @@ def plotted(book: Book, figure: Path) -> str:
                 1e4 * mean(r["held"] for r in these.values()),
                 s=28,
                 color=f"C{number}",
-                label=method,
+                label=plain(method),
             )
         panel.set(xscale="log", xlabel="milliseconds a row", title=f"{kind}_proj")
         panel.grid(visible=True, which="both", alpha=0.3)
     first = panels if len(kinds) == 1 else panels[0]
-    first.set_ylabel("held-out error × 10⁴, refitted")
+    first.set_ylabel("held-out error × 10⁴, updated")
     first.legend(fontsize=7)
     figure.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(figure, dpi=100, metadata={"Software": None})
@@ -128,7 +128,7 @@ def plotted(book: Book, figure: Path) -> str:
     return f"""
 ## Error against time
 
-![Held-out error of refitted layers at 50% against milliseconds a row](figures/{figure.name})
+![Held-out error of updated layers at 50% against milliseconds a row](figures/{figure.name})
 
 The table at 50%, means over the layers of a kind; the time of the start, the mask and its least squares.
 """
@@ -156,9 +156,9 @@ def toys(book: Book) -> str:
     head = [
         "n",
         "proven",
-        "1-swap on F above it",
+        "1-swap for updates above it",
         "ADMM",
-        "1-swap, refitted",
+        "1-swap, updated",
         "bound below it",
         "nodes",
     ]
@@ -201,7 +201,7 @@ becomes of the error on held-out windows, ± one standard error over rows. The m
 
 
 def pace(book: Book) -> str:
-    """What least squares cost beside a plain loop."""
+    """What least squares cost, compared with a plain loop."""
     found = family(book.lines, "pace/")
     if not found:
         return ""
@@ -214,8 +214,8 @@ def pace(book: Book) -> str:
     return f"""
 ## What least squares cost
 
-Of Wanda's mask at 50%, all rows together, beside a loop over rows that solves every system in float64, and
-beside Wanda's mask where rows trade, which keep different counts.
+Of Wanda's mask at 50%, all rows together, compared with a loop over rows that solves every system in float64,
+and for Wanda's mask under a shared budget, whose rows keep different counts.
 {"; ".join(machines)}.
 
-""" + table(["layer", "n", "the loop's time is × ours", "that of rows that trade"], rows)
+""" + table(["layer", "n", "the loop's time is × ours", "under a shared budget"], rows)

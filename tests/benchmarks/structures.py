@@ -1,4 +1,4 @@
-"""Whole channels and heads: methods beside each other on real models. Writes docs/structures.md.
+"""Whole channels and heads: methods compared on real models. Writes docs/results/structures.md.
 
     python tests/benchmarks/structures.py --calibration valid.txt --text test.txt --corpus WikiText-2
     python tests/benchmarks/structures.py … --models smollm2 --only channels
@@ -115,8 +115,10 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
     names = [*STUDIES, *APART]
     parser.add_argument("--only", nargs="*", choices=names, default=names)
-    parser.add_argument("--data", type=Path, default=ROOT / "docs" / "figures" / "structures.jsonl")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "structures.md")
+    parser.add_argument(
+        "--data", type=Path, default=ROOT / "docs" / "results" / "figures" / "structures.jsonl"
+    )
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results" / "structures.md")
     args = parser.parse_args()
     book = Book(args.data)
     book.begin(about(args))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from book import Book, Record, family, percent, table
+from book import Book, Record, family, percent, plain, table
 from generalisation_columns import TITLES
 
 ORDER = (
@@ -13,11 +13,10 @@ ORDER = (
 )  # fmt: skip
 #: what `maskopt prune-structured --blocks` does
 DEFAULT = "least as a whole (default)"
-_TEXT = Path(__file__).with_name("structures.md")
 
 
 def write(book: Book, page: Path) -> None:
-    """docs/structures.md: what structures are, and what was measured; studies without lines are left out."""
+    """docs/results/structures.md; studies without lines are left out."""
     about = book.about
     command = (
         "python tests/benchmarks/structures.py "
@@ -25,11 +24,12 @@ def write(book: Book, page: Path) -> None:
     )
     taken = sorted({f"{r['machine']}, {r['date']}" for r in book.lines.values() if "machine" in r})
     parts = [
-        _TEXT.read_text().rstrip(),
-        f"""## What was measured
+        f"""# Channels, heads and blocks
+
+How to remove them: [structured pruning](../guide/structured.md).
 
 Written by `{command}`:
-32 calibration windows of 512 tokens, eight more kept aside for held-out errors, perplexity on
+32 calibration windows of 512 tokens, eight held-out windows for held-out errors, perplexity on
 {about["windows"]} windows. Windows begin with what the tokenizer puts before a text. Intervals are 95%, by
 bootstrap over the windows, paired with the dense model. Seconds of solving were taken with other work on the
 same cores now and then. {"; ".join(taken)}.""",
@@ -52,28 +52,28 @@ def channels(lines: dict[str, Record]) -> str:
             if any((share, method, w) in mine for w in ("keep", "refit"))
         ]  # fmt: skip
         if rows:
-            head = ("removed", "channels by", "perplexity / dense, weights kept", "refitted",
-                    "held-out error, kept", "refitted")  # fmt: skip
+            head = ("removed", "channels by", "perplexity / dense, unchanged", "least squares",
+                    "held-out error, unchanged", "least squares")  # fmt: skip
             parts.append(f"{title}:\n\n{table(head, rows).strip()}\n\n{_beaten(mine)}")
     if not parts:
         return ""
-    return "### Channels of the MLP\n\n" + "\n\n".join(parts)
+    return "## Channels of the MLP\n\n" + "\n\n".join(parts)
 
 
 def _beaten(mine: dict[tuple[str, ...], Record]) -> str:
     """In how many layers the choice of a search costs less than the diagonal's."""
-    told = []
+    better = []
     for (share, method, _), one in sorted(mine.items()):
         if method in ("swap", "tabu") and "diagonal" in one:
             below = sum(one["errors"][n] < cost for n, cost in one["diagonal"].items())
-            told.append((method, share, f"{below} of {len(one['diagonal'])}"))
-    if not told:
+            better.append((method, share, f"{below} of {len(one['diagonal'])}"))
+    if not better:
         return ""
     return (
         "Layers in which a search's choice costs less than the diagonal's, each on the inputs that it is "
-        "given, weights kept: "
+        "given, weights unchanged: "
         + ", ".join(
-            f"{method} {layers} at {share}" for method, share, layers in dict.fromkeys(told)
+            f"{method} {layers} at {share}" for method, share, layers in dict.fromkeys(better)
         )
         + "."
     )
@@ -86,14 +86,14 @@ def heads(lines: dict[str, Record]) -> str:
             record = lines.get(f"heads/{name}/{weights}")
             if record:
                 rows.append(
-                    [title, weights, percent(record["removed"]), _cell(record), _held(record),
+                    [title, plain(weights), percent(record["removed"]), _cell(record), _held(record),
                      f"{record['proven']} of {len(record['errors'])}", f"{record['slowest']:.2f} s"]
                 )  # fmt: skip
     if not rows:
         return ""
     head = ("model", "weights", "heads removed", "perplexity / dense", "held-out error",
             "layers whose choice is proven", "slowest layer")  # fmt: skip
-    return "### Heads\n\n" + table(head, rows)
+    return "## Heads\n\n" + table(head, rows)
 
 
 def gaps(lines: dict[str, Record]) -> str:
@@ -110,9 +110,8 @@ def gaps(lines: dict[str, Record]) -> str:
         return ""
     head = ("model", "choices", "proven optimal", "median gap of the others", "largest",
             "slowest, bound and all")  # fmt: skip
-    return (
-        "### How far from the best choice\n\n25% of the channels by swap, and heads:\n\n"
-        + table(head, rows)
+    return "## How far from the best choice\n\n25% of the channels by swap, and heads:\n\n" + table(
+        head, rows
     )
 
 
@@ -142,7 +141,7 @@ def blocks(lines: dict[str, Record]) -> str:
         else ""
     )
     return (
-        "### Blocks\n\nEffects measured on 4 windows; every choice of least cost is proven, in at most "
+        "## Blocks\n\nEffects measured on 4 windows; every choice of least cost is proven, in at most "
         f"{max(seconds):.2f} s:\n\n" + table(head, rows) + lacking
     )
 
@@ -168,7 +167,7 @@ def speed(lines: dict[str, Record]) -> str:
         return ""
     head = ("model", "", "parameters", "file", "tokens/s, window of 512", "tokens/s, one by one")
     return (
-        "### Size and speed\n\nA quarter of the channels removed, and of the heads two of four (Gemma) or "
+        "## Size and speed\n\nA quarter of the channels removed, and of the heads two of four (Gemma) or "
         "one group of three (SmolLM2); plain transformers in float32 on the CPU, dense and smaller in turn, "
         "medians of seven:\n\n" + table(head, rows)
     )

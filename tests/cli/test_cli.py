@@ -224,13 +224,13 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
 
 # Lines that the documents show, and examples of the helps -------------------------------------
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def in_blocks(page):
-    """Lines that begin with the program, in blocks of code: `$ maskopt …`, or indented."""
+    """Lines that call the program, in blocks of code: `$ maskopt …`, or indented."""
     text = page.read_text().replace("\\\n", " ")
-    lines = re.findall(r"^(?:\$ |    )(maskopt .*)$", text, re.MULTILINE)
+    lines = re.findall(r"^(?:\$ |    )(?:torchrun .* -m )?(maskopt .*)$", text, re.MULTILINE)
     parts = [p for line in lines for p in re.split(r" && | \| | > ", line.split("  #")[0])]
     return {part.strip() for part in parts if part.startswith("maskopt ") and "…" not in part}
 

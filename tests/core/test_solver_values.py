@@ -1,5 +1,5 @@
 """A solver is a value: by value or by name the same, starts as declared, one clock for everything; options
-are fields, of which every bad value is refused by name; and the package of docs/adding-a-solver.md, built and
+are fields, of which every bad value is refused by name; and the package of docs/extending.md, built and
 installed as it stands there, and used."""
 
 import os
@@ -270,7 +270,7 @@ def test_a_backend_of_another_distribution(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    page = (ROOT / "docs" / "adding-a-solver.md").read_text()
+    page = (ROOT / "docs" / "extending.md").read_text()
     for name, text in re.findall(r'```\w+ title="(\S+)"\n(.*?)```', page, re.DOTALL):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(text)

@@ -286,7 +286,7 @@ def test_checkpoints_without_the_name_of_the_base_model(family, prefix, tmp_path
 
 
 def test_the_recipe_for_tools_of_pytorch(pruned, tmp_path, monkeypatch):
-    page = (ROOT / "docs" / "after.md").read_text()
+    page = (ROOT / "docs" / "guide" / "after.md").read_text()
     (recipe,) = (b.split("```")[0] for b in page.split("```python\n") if "FakeSparsity" in b)
     (tmp_path / "OUT").symlink_to(pruned("gpt2"))
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Zeros of a pruned model that a quantiser leaves: the table of docs/after.md."""
+"""Zeros of a pruned model that a quantiser leaves: the table of docs/guide/after.md."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from commands import ROOT
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
-PAGE = ROOT / "docs" / "after.md"
+PAGE = ROOT / "docs" / "guide" / "after.md"
 #: zeros of a matrix of 128 × 512 normal numbers, half of them pruned, that are still zero
 EVERY = 32768
 
