@@ -85,7 +85,7 @@ def masks(book: Book, args: argparse.Namespace) -> None:
 
 
 def mean_swaps(solution: Solution) -> float:
-    return float(solution.trace.swaps.double().mean())  # type: ignore[attr-defined]
+    return float(solution.trace.swaps.double().mean())
 
 
 def starts(book: Book, args: argparse.Namespace) -> None:
