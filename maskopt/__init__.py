@@ -7,11 +7,11 @@ from maskopt.certificates.certificate import Certificate
 from maskopt.certificates.proof import Proof
 from maskopt.checks.swap_check import SwapMove, improving_swap
 from maskopt.checks.verification import Verification, verify
-from maskopt.core.least_squares import Refit
+from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.limits import Limits, Progress
-from maskopt.core.linear_term import Linear
+from maskopt.core.linear_term import LinearTerm
 from maskopt.core.pattern import NM, Unstructured
-from maskopt.core.problem import LayerProblem, Refitted, RowProblem, refit
+from maskopt.core.problem import LayerProblem, RowProblem, UpdatedWeights, update_weights
 from maskopt.core.structure import structure_problem
 from maskopt.errors import MaskoptError
 from maskopt.instances.formats import load_problem, save_problem
@@ -49,19 +49,19 @@ __all__ = [
     "Bound",
     "Certificate",
     "LayerProblem",
+    "LeastSquaresUpdate",
     "Limits",
-    "Linear",
+    "LinearTerm",
     "MaskoptError",
     "Progress",
     "Proof",
     "PruneOptions",
-    "Refit",
-    "Refitted",
     "RowProblem",
     "Solution",
     "Status",
     "SwapMove",
     "Unstructured",
+    "UpdatedWeights",
     "Verification",
     "__version__",
     "available_bounds",
@@ -78,12 +78,12 @@ __all__ = [
     "open_job",
     "perplexity",
     "prune_model",
-    "refit",
     "remove_blocks",
     "remove_experts",
     "save_problem",
     "shrink_model",
     "solve",
     "structure_problem",
+    "update_weights",
     "verify",
 ]

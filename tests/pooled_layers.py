@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 from strategies import KINDS, random_gram, random_linear, random_weight
 
-from maskopt import LayerProblem, Refit, Unstructured
+from maskopt import LayerProblem, LeastSquaresUpdate, Unstructured
 
 
 def pool(sparsity=0.5, max_deviation=None):
@@ -14,7 +14,7 @@ def pool(sparsity=0.5, max_deviation=None):
 
 
 def layer(
-    rows=6, n=24, kind="full", sparsity=0.5, refit=None, seed=1, omega=None, max_deviation=None, **more
+    rows=6, n=24, kind="full", sparsity=0.5, update=None, seed=1, omega=None, max_deviation=None, **more
 ):  # fmt: skip
     """Rows of very different size, so that their counts differ; no weight is 0, so that nothing ties."""
     generator = torch.Generator().manual_seed(seed)
@@ -22,12 +22,12 @@ def layer(
     weight *= torch.rand(rows, 1, generator=generator, dtype=torch.float64) + 0.2
     gram = random_gram(n, kind, seed + 1)
     return LayerProblem(
-        weight, gram, pool(sparsity, max_deviation), refit=refit, omega=omega, **more
+        weight, gram, pool(sparsity, max_deviation), update=update, omega=omega, **more
     )
 
 
 @st.composite
-def pooled(draw, max_n=12, max_rows=5):
+def shared_budget(draw, max_n=12, max_rows=5):
     """Any kind of layer, of weights kept or refitted, counted equally or not."""
     n, rows = draw(st.integers(1, max_n)), draw(st.integers(1, max_rows))
     seed = draw(st.integers(0, 2**31 - 1))
@@ -38,10 +38,19 @@ def pooled(draw, max_n=12, max_rows=5):
     pruned = draw(st.sampled_from((0.0, 0.1, 0.37, 0.5, 0.8, 0.99)))
     max_deviation = draw(st.sampled_from((None, None, 0.0, 0.05, 0.1, 0.3)))
     linear = random_linear(weight, gram, seed + 2) if draw(st.booleans()) else None
-    refit = draw(st.sampled_from((None, Refit(0.01), Refit(0.3), Refit(0.1, power=0.5))))
+    update = draw(
+        st.sampled_from(
+            (
+                None,
+                LeastSquaresUpdate(0.01),
+                LeastSquaresUpdate(0.3),
+                LeastSquaresUpdate(0.1, power=0.5),
+            )
+        )
+    )
     omega = shares if draw(st.booleans()) else None
     return LayerProblem(
-        weight, gram, pool(pruned, max_deviation), linear=linear, refit=refit, omega=omega
+        weight, gram, pool(pruned, max_deviation), linear=linear, update=update, omega=omega
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maskopt import NM, LayerProblem, Linear, Refit, RowProblem, Unstructured
+from maskopt import NM, LayerProblem, LeastSquaresUpdate, LinearTerm, RowProblem, Unstructured
 from maskopt.core.pattern import Pattern
 
 HALF = Unstructured(sparsity=0.5)
@@ -46,13 +46,13 @@ def random_weight(rows: int, n: int, seed: int, dtype: torch.dtype = torch.float
     return weight.to(dtype)
 
 
-def random_linear(weight: Tensor, gram: Tensor, seed: int) -> Linear:
+def random_linear(weight: Tensor, gram: Tensor, seed: int) -> LinearTerm:
     """Moments of r = aᵀx + noise: a about the size of the weights, the noise of some rows none."""
     generator = torch.Generator().manual_seed(seed)
     a = torch.randn(weight.shape, generator=generator, dtype=torch.float64) / 2
     own = (a @ gram.double() * a).sum(1)
     noise = torch.rand(len(a), generator=generator, dtype=torch.float64).round(decimals=1) * own
-    return Linear(a @ gram.double(), own + noise)
+    return LinearTerm(a @ gram.double(), own + noise)
 
 
 def refit_layer(
@@ -61,7 +61,7 @@ def refit_layer(
 ) -> LayerProblem:  # fmt: skip
     """A layer whose kept weights are refitted."""
     weight, gram = random_weight(rows, n, seed, dtype), random_gram(n, kind, seed + 1, dtype)
-    return LayerProblem(weight, gram, pattern, refit=Refit(damping))
+    return LayerProblem(weight, gram, pattern, update=LeastSquaresUpdate(damping))
 
 
 @st.composite

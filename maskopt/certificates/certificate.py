@@ -114,7 +114,7 @@ class Certificate:
         """
         layer = problem.as_layer()
         self.check_shapes(layer)
-        value = _bounds(self, layer) if layer.refit is None else _bounds_of_update(self, layer)
+        value = _bounds(self, layer) if layer.update is None else _bounds_of_update(self, layer)
         # sums beyond float64 prove nothing
         return torch.where(torch.isfinite(value), value, 0.0).clamp(min=0.0)
 
@@ -211,7 +211,7 @@ class Certificate:
         """Raise VerificationError where arrays do not fit the layer, or hold what no certificate does."""
         rows, n, groups = layer.rows, layer.n, layer.n // layer.group_size
         of_update = self.penalty.shape[1:] == (0,) and self.product is None and self.cuts is None
-        if of_update != (layer.refit is not None):
+        if of_update != (layer.update is not None):
             of, other = ("updated", "unchanged") if of_update else ("unchanged", "updated")
             raise VerificationError(
                 f"certificate: it is of {of} weights, and proves nothing of {other} ones"
@@ -234,7 +234,7 @@ class Certificate:
                 raise VerificationError(f"certificate: {what} holds NaN or infinite values")
         if of_update and bool((self.diagonal < 0).any()):
             raise VerificationError("certificate: the split of the diagonal is negative")
-        if layer.pooled and (bool(self.penalty.any()) or self.product is not None):
+        if layer.shared_budget and (bool(self.penalty.any()) or self.product is not None):
             raise VerificationError(
                 "certificate: penalty and product need a count of each row, and these rows share a budget"
             )
@@ -299,7 +299,7 @@ def _bounds(certificate: Certificate, layer: LayerProblem) -> Float[Tensor, " ro
     """Of f."""
     slacks = _shared_slacks(certificate, layer)
     gram = layer.gram.double()
-    if not layer.pooled:
+    if not layer.shared_budget:
         rows = range(layer.rows)
         return torch.stack([_check_row(certificate, layer, gram, r, slacks[r]) for r in rows])
     parts = [_at_point(certificate, layer, gram, row, slacks[row]) for row in range(layer.rows)]
@@ -327,7 +327,7 @@ def _at_point(
     point = certificate.point[row].to(w)
     diagonal = certificate.diagonal[row].to(w)
     penalty = certificate.penalty[row].to(w)
-    pruned = 0.0 if layer.pooled else float(layer.pruned_per_group)
+    pruned = 0.0 if layer.shared_budget else float(layer.pruned_per_group)
     product = None if certificate.product is None else certificate.product[row].to(w)
     cuts = None if certificate.cuts is None else certificate.cuts[row]
     gram_diagonal = gram.diagonal().clamp(min=0.0)
@@ -371,7 +371,7 @@ def _at_point(
     value = value + 2 * pull @ point + constant
     gradient = gradient + 2 * pull
     # rounding of everything above and of the sum of all rows: no sum has more terms in a row
-    terms = 2 * n + 8 + (layer.rows * n if layer.pooled else 0)
+    terms = 2 * n + 8 + (layer.rows * n if layer.shared_budget else 0)
     far = point.abs().clamp(min=1.0)
     size = 4 * (reach @ far) ** 2 + 4 * (lam.abs() @ far.square())
     widest = group * far.max() + pruned
@@ -507,7 +507,7 @@ def _bounds_of_update(certificate: Certificate, layer: LayerProblem) -> Float[Te
         return torch.zeros(layer.rows, dtype=torch.float64, device=layer.device)
     parts = [_update_at_point(certificate, layer, row) for row in range(layer.rows)]
     offset, price = (torch.stack([part[i] for part in parts]) for i in (0, 1))
-    if not layer.pooled:
+    if not layer.shared_budget:
         kept = layer.group_size - layer.pruned_per_group
         grouped = price.view(layer.rows, -1, layer.group_size)
         dearest = grouped.topk(kept, dim=2).values.sum((1, 2))

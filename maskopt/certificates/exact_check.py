@@ -81,20 +81,20 @@ def exact_bounds(
 ) -> list[Fraction]:
     """What a `Certificate` and a `RowProof` (or None) for each row prove, at least 0; one number for a shared
     budget. VerificationError for updated weights, more than MOST_INPUTS inputs, or arrays that do not fit."""
-    if layer.refit is not None:
+    if layer.update is not None:
         raise VerificationError("exact checks are for rows whose weights are kept unchanged")
     if layer.n > MOST_INPUTS:
         raise VerificationError(
             f"exact checks are for rows of at most {MOST_INPUTS} inputs, not {layer.n}; leave exact out"
         )
-    found = [Fraction(0)] * (1 if layer.pooled else layer.rows)
+    found = [Fraction(0)] * (1 if layer.shared_budget else layer.rows)
     if certificate is not None:
         certificate.check_shapes(layer)
         found = _of_certificate(certificate, layer)
     for row, tree in enumerate(trees or ()):
         if tree is not None:
             found[row] = max(found[row], Fraction(ExactTreeCheck(layer, row, tree).bound()))
-    if layer.integral and not layer.pooled:
+    if layer.integral and not layer.shared_budget:
         values = [layer.row(row).values() for row in range(layer.rows)]
         found = [v.at_least(bound) for v, bound in zip(values, found, strict=True) if v]
     return found
@@ -112,7 +112,7 @@ def _of_certificate(certificate: Certificate, layer: LayerProblem) -> list[Fract
         slope = form.slope(point)
         offsets.append(form.value(point) - slope @ point)
         slopes.append(slope)
-    if not layer.pooled:
+    if not layer.shared_budget:
         return [
             max(offset + _least(slope, layer.group_size, layer.pruned_per_group), Fraction(0))
             for offset, slope in zip(offsets, slopes, strict=True)
@@ -136,7 +136,9 @@ def _form(certificate: Certificate, layer: LayerProblem, row: int) -> Quadratic:
     linear = linear - lam
     for group, mu in enumerate(rational(certificate.penalty[row])):
         of = slice(group * size, (group + 1) * size)
-        s = 0 if layer.pooled else layer.pruned_per_group  # with a shared budget, μ and ν are 0
+        s = (
+            0 if layer.shared_budget else layer.pruned_per_group
+        )  # with a shared budget, μ and ν are 0
         if mu:
             matrix[of, of] += mu
             linear[of] -= 2 * s * mu

@@ -55,7 +55,7 @@ def check_proof(problem: LayerProblem | RowProblem, proof: Proof) -> Float[Tenso
             a problem of updated weights or with a shared budget.
     """
     layer = problem.as_layer()
-    if layer.refit is not None or layer.pooled:
+    if layer.update is not None or layer.shared_budget:
         raise VerificationError(
             "proof: a tree bounds rows with a count of their own and unchanged weights, not a shared budget "
             "or updated weights"

@@ -219,7 +219,7 @@ class UpdatedCosts:
 
 def costs_of(layer: LayerProblem) -> UnchangedCosts | UpdatedCosts:
     """The costs of the layer's own objective."""
-    return UnchangedCosts(layer) if layer.refit is None else UpdatedCosts(layer)
+    return UnchangedCosts(layer) if layer.update is None else UpdatedCosts(layer)
 
 
 def within_range(weight: Tensor) -> float:

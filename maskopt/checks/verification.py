@@ -106,7 +106,11 @@ def verify(
     size = size_of(layer, proven)
     slack = OBJECTIVE_TOLERANCE * size + rounding.cpu()
     if layer.integral:  # the next value is reached, or it is not; a shared bound has been divided
-        slack = 4 * (layer.rows + 8) * 2.0**-53 * size if layer.pooled else torch.zeros_like(size)
+        slack = (
+            4 * (layer.rows + 8) * 2.0**-53 * size
+            if layer.shared_budget
+            else torch.zeros_like(size)
+        )
     basis = []
     for row, bound in enumerate(solution.lower_bound.tolist()):
         if bound <= float(proven[row]) + float(slack[row]):
@@ -134,28 +138,30 @@ def _rounding(layer: LayerProblem, mask: Tensor, solution: Solution) -> Tensor:
 def _verify_claims(layer: LayerProblem, mask: Tensor, solution: Solution, rounding: Tensor) -> bool:
     """Statuses and bounds, of each row or of all rows of a shared budget together; returns whether by
     enumeration, too."""
-    if layer.pooled and len(set(solution.status)) > 1:
+    if layer.shared_budget and len(set(solution.status)) > 1:
         raise VerificationError(
             "status: rows of a shared budget are proven together, yet some claim "
             f"{' and some '.join(sorted(set(solution.status)))}"
         )
     slack = optimal_slack(layer, mask, solution.objective)
     optimum_of, enumerated = _enumeration(layer, rounding), False
-    for rows in [list(range(layer.rows))] if layer.pooled else [[i] for i in range(layer.rows)]:
+    for rows in (
+        [list(range(layer.rows))] if layer.shared_budget else [[i] for i in range(layer.rows)]
+    ):
         first, status = rows[0], Status(solution.status[rows[0]])
-        share = layer.shares.cpu() if layer.pooled else torch.ones(1, dtype=torch.float64)
+        share = layer.shares.cpu() if layer.shared_budget else torch.ones(1, dtype=torch.float64)
         objective, bound, room = (
             float(share @ x[rows].cpu()) for x in (solution.objective, solution.lower_bound, slack)
         )
         who, s, what = (
-            ("the rows", "", "sum") if layer.pooled else (f"row {first}", "s", "objective")
+            ("the rows", "", "sum") if layer.shared_budget else (f"row {first}", "s", "objective")
         )
         claim = f"status: {who} claim{s} {status}"
         if status is not Status.FEASIBLE:
             # an optimum within OPTIMAL_TOLERANCE can leave swaps of that size
-            swap = improving_swap(layer if layer.pooled else layer.row(first), mask[rows])
+            swap = improving_swap(layer if layer.shared_budget else layer.row(first), mask[rows])
             if swap is not None:
-                of, other = (f" of row {r}" * layer.pooled for r in (swap.other, swap.row))
+                of, other = (f" of row {r}" * layer.shared_budget for r in (swap.other, swap.row))
                 raise VerificationError(
                     f"{claim}, yet keeping input {swap.pruned}{of} instead of {swap.kept}{other} changes the "
                     f"{what} by {swap.delta:.6g}"
@@ -185,7 +191,7 @@ def _enumeration(
     Args:
         rounding: of the masks that are claimed.
     """
-    if layer.pooled:
+    if layer.shared_budget:
         if layer.rows * 2**layer.n > ENUMERATION_LIMIT:
             return None
         least = _least_sum(layer)
@@ -230,7 +236,7 @@ def _verify_exactly(layer: LayerProblem, mask: Tensor, solution: Solution) -> No
     proven = exact_bounds(layer, solution.certificate, trees)
     costs = [exact_cost(layer, mask[row], row) for row in range(layer.rows)]
     stated = [Fraction(bound) for bound in solution.lower_bound.tolist()]
-    if layer.pooled:
+    if layer.shared_budget:
         shares = [Fraction(share) for share in layer.shares.tolist()]
         costs, stated = ([sum(map(mul, shares, x), Fraction(0))] for x in (costs, stated))
     elif layer.pruned_per_group in (0, layer.group_size):
@@ -287,7 +293,7 @@ def _legal_mask(layer: LayerProblem, solution: Solution) -> Tensor:
 def _proven(layer: LayerProblem, mask: Tensor, solution: Solution) -> Tensor:
     """What tree and certificate prove of every row, by checks of their own; 0 without either. Where there is
     one legal mask, its objective."""
-    if not layer.pooled and layer.pruned_per_group in (0, layer.group_size):
+    if not layer.shared_budget and layer.pruned_per_group in (0, layer.group_size):
         return layer.objective(mask).cpu()
     proven = torch.zeros(layer.rows, dtype=torch.float64)
     if solution.proof is not None:
@@ -295,7 +301,7 @@ def _proven(layer: LayerProblem, mask: Tensor, solution: Solution) -> Tensor:
     if solution.certificate is None:
         return proven
     certified = layer.next_value(solution.certificate.check(layer)).cpu()
-    if layer.pooled:  # one bound of the layer's sum, whichever way it is shared out
+    if layer.shared_budget:  # one bound of the layer's sum, whichever way it is shared out
         share, stated = layer.shares.cpu(), solution.lower_bound.cpu()
         claimed = share @ stated
         certified = stated * (share @ certified / claimed) if claimed > 0 else certified
@@ -324,9 +330,9 @@ def _verify_objective(
     layer: LayerProblem, mask: Tensor, solution: Solution, rounding: Tensor
 ) -> None:
     if solution.own:
-        if layer.refit is None or set(solution.status) != {Status.FEASIBLE}:
+        if layer.update is None or set(solution.status) != {Status.FEASIBLE}:
             raise VerificationError(
-                "weights: a solver's own are claimed, which only FEASIBLE rows of a problem with refit have"
+                "weights: a solver's own are claimed, which only FEASIBLE rows of a problem with update have"
             )
         true = _costs_of_weights(layer, mask, solution.weight)
     else:
@@ -344,7 +350,7 @@ def _verify_objective(
             )
 
     compare(solution.objective.to(true), "objective: row")
-    if layer.refit is not None and solution.weight is not None and not solution.own:
+    if layer.update is not None and solution.weight is not None and not solution.own:
         compare(_costs_of_weights(layer, mask, solution.weight), "weights: the cost of row")
 
 
@@ -382,7 +388,7 @@ def _every_mask(layer: LayerProblem) -> Tensor | None:
     group, pruned = layer.group_size, layer.pruned_per_group
     count = math.comb(group, pruned) ** (layer.n // group)
     operations = count * (pruned * layer.n // group) ** 3
-    if count > ENUMERATION_LIMIT or (layer.refit and operations > REFIT_ENUMERATION_LIMIT):
+    if count > ENUMERATION_LIMIT or (layer.update and operations > REFIT_ENUMERATION_LIMIT):
         return None
     choices = [
         [

@@ -89,7 +89,7 @@ def bound(
             records = certify_model(original, source[0], **shared, **options)
     few = original is None and len(records) <= FEW
     screen.print(_rows_table(records) if few else _kinds_table(records))
-    if original is None and any(problem.pooled for problem in layers.problems):
+    if original is None and any(problem.shared_budget for problem in layers.problems):
         screen.print("rows of a shared budget: the bound is of their sum, weighted by ω")
     if output is not None:
         written(output)

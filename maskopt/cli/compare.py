@@ -66,7 +66,7 @@ def compare(
             on_progress=lambda done, total: shown.show("solving", done, total),
         )
     screen.print(comparison_table(records))
-    if any(problem.pooled for problem in layers.problems):
+    if any(problem.shared_budget for problem in layers.problems):
         said = "each row is solved alone, at the sparsity of its layer: no budget is shared"
         screen.print(said, soft_wrap=True)
     for record in records:

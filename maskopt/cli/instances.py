@@ -11,7 +11,7 @@ from maskopt.cli.command import OF_A_MODEL as HEADING
 from maskopt.cli.prune_view import PruneView
 from maskopt.cli.view import view
 from maskopt.core.fields import options_of
-from maskopt.core.least_squares import Refit
+from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.pattern import Pattern, parse_sparsity
 from maskopt.core.problem import LayerProblem
 from maskopt.errors import OptionError
@@ -109,10 +109,10 @@ def _of_instances(
         layers = [layer.under(pattern) for layer in layers]
     if given.get("update") == LEAST_SQUARES:
         damping, power = (
-            given.get("damping", Refit.damping),
-            given.get("damping_exponent", Refit.power),
+            given.get("damping", LeastSquaresUpdate.damping),
+            given.get("damping_exponent", LeastSquaresUpdate.power),
         )
-        return [layer.refitting(Refit(damping, power)) for layer in layers]
+        return [layer.with_update(LeastSquaresUpdate(damping, power)) for layer in layers]
     for name in ("damping", "damping_exponent"):
         if name in given:
             raise OptionError(f"`{name}` needs `update` least-squares")

@@ -200,7 +200,7 @@ def _kinds_table(report: PruneReport) -> Table:
         "pruned": len({layer.pattern for layer in layers}) > 1,
         "start, uniform": any(layer.error_uniform is not None for layer in layers),
         "start error": any(layer.error_start is not None for layer in layers),
-        "before refit": any(layer.error_kept is not None for layer in layers),
+        "before update": any(layer.error_kept is not None for layer in layers),
         "error": True,
         "error/start": any(layer.error_start is not None for layer in layers),
         "held-out error": any(layer.relative_held is not None for layer in layers),
@@ -234,7 +234,7 @@ def _errors(layers: Sequence[LayerReport]) -> dict[str, str]:
     return {
         "start, uniform": part(total("error_uniform"), energy),
         "start error": part(begin, energy),
-        "before refit": part(total("error_kept"), energy),
+        "before update": part(total("error_kept"), energy),
         "error": part(end, energy),
         "error/start": f"{end / begin:.3f}" if begin else "–",
         "held-out error": part(total("error_held"), total("energy_held")),

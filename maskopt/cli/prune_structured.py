@@ -126,11 +126,11 @@ def _remove_blocks(model: str, count: int, windows: int | None, given: dict[str,
     screen.print(f"{report.seconds:.1f} s")
 
 
-def show_report(report: PruneReport, before: str = "before refit") -> None:
+def show_report(report: PruneReport, before: str = "before update") -> None:
     """One line per kind of layer; errors relative to the energy of the layers' outputs."""
-    refit = any(layer.error_kept is not None for layer in report.layers)
+    least_squares = any(layer.error_kept is not None for layer in report.layers)
     held = any(layer.relative_held is not None for layer in report.layers)
-    errors = (*([before] if refit else []), "error", *(["held out"] if held else []))
+    errors = (*([before] if least_squares else []), "error", *(["held out"] if held else []))
     table = make_table(
         *("what stays", "inputs of", "layers", "proven best", "gap at most", *errors, "s"),
         left=2,
@@ -146,7 +146,7 @@ def show_report(report: PruneReport, before: str = "before refit") -> None:
             str(len(layers)),
             f"{best}",
             _gap(kept, layers),
-            *([f"{_mean(first):.4f}"] if refit else []),
+            *([f"{_mean(first):.4f}"] if least_squares else []),
             f"{_mean([layer.relative for layer in layers]):.4f}",
             *([f"{_mean([layer.relative_held or 0.0 for layer in layers]):.4f}"] if held else []),
             f"{sum(layer.seconds for layer in layers):.1f}",

@@ -18,7 +18,7 @@ from maskopt.core.fields import OUTPUT, REQUIRED, option
 from maskopt.core.files import check_writable
 from maskopt.core.limits import Limits, parse_bytes
 from maskopt.core.problem import LayerProblem, RowProblem
-from maskopt.core.units import Posed
+from maskopt.core.units import OriginalValues
 from maskopt.errors import OptionError
 from maskopt.experiments.prove import BRANCH
 from maskopt.experiments.prove import prove as prove_rows
@@ -152,7 +152,7 @@ def solution_table(problem: LayerProblem | RowProblem, solution: Solution) -> Ta
         objective, bound = (
             float(counts[rows] @ x[rows]) for x in (solution.objective, solution.lower_bound)
         )
-        cells = [f"{bound:.6g}", f"{Posed.of(objective, bound).gap:.2%}"]
+        cells = [f"{bound:.6g}", f"{OriginalValues.of(objective, bound).gap:.2%}"]
         known = is_bounded(objective, bound, status)
         table.add_row(
             str(status), str(len(rows)), f"{objective:.6g}", *(cells if known else NO_BOUND)
@@ -163,10 +163,10 @@ def solution_table(problem: LayerProblem | RowProblem, solution: Solution) -> Ta
 def _posed_table(problem: RowProblem, solution: Solution, side: str) -> Table:
     """In the units of whoever posed the problem."""
     objective, lower = float(solution.objective[0]), float(solution.lower_bound[0])
-    posed = problem.posed(objective, lower)
-    cells = [f"{posed.bound:.9g}", f"{posed.gap:.2%}"]
+    values = problem.to_original_units(objective, lower)
+    cells = [f"{values.bound:.9g}", f"{values.gap:.2%}"]
     known = is_bounded(objective, lower, solution.status[0])
     headings = ("status", "value", side, "gap")
     table = make_table(*headings, title=repr(problem), title_justify="left")
-    table.add_row(str(solution.status[0]), f"{posed.value:.9g}", *(cells if known else NO_BOUND))
+    table.add_row(str(solution.status[0]), f"{values.value:.9g}", *(cells if known else NO_BOUND))
     return table

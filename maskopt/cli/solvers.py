@@ -38,7 +38,7 @@ def _solvers() -> Table:
     for info in available_solvers().values():
         can = info.capabilities
         note = can.note if info.available else f"unavailable: {info.unavailable}"
-        also = (("update", can.refit), ("shared budget", can.pooled))
+        also = (("update", can.update), ("shared budget", can.shared_budget))
         values = (
             info.name,
             "all" if len(can.patterns) == 2 else can.patterns[0],

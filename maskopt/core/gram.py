@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from maskopt.core.linear_term import Linear
+from maskopt.core.linear_term import LinearTerm
 from maskopt.errors import ProblemError
 
 #: tokens whose products are summed in float32 before they go to float64
@@ -206,7 +206,7 @@ class Moved:
                 left = left * weights[part, None].to(left)
             self._cross[rows] += left.T @ moved[part]
 
-    def linear(self, weight: Float[Tensor, "rows n"], *, shrinkage: float = 0.0) -> Linear:
+    def linear(self, weight: Float[Tensor, "rows n"], *, shrinkage: float = 0.0) -> LinearTerm:
         """The linear part for a layer's weights, with the shrinkage of `Gram.value` for C and D, too, so that
         f ≥ 0."""
         cross = self._cross / max(self.tokens, 1)
@@ -214,4 +214,4 @@ class Moved:
             diagonal = cross.diagonal().clone()
             cross.mul_(1.0 - shrinkage).diagonal().copy_(diagonal)
         moved = self._moved.value(shrinkage=shrinkage, dtype=torch.float64)
-        return Linear.of_inputs(weight, cross, moved)
+        return LinearTerm.of_inputs(weight, cross, moved)

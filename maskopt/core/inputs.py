@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskopt.core.linear_term import Linear
+from maskopt.core.linear_term import LinearTerm
 from maskopt.core.pattern import NM, Pattern, Unstructured
 from maskopt.core.values import MOST_WHOLE
 from maskopt.errors import MaskoptError, PatternError, ProblemError
@@ -79,7 +79,7 @@ def of_shape(array: ArrayLike | None, shape: tuple[int, ...], what: str) -> Tens
     return tensor
 
 
-def linear_part(linear: Linear, weight: Tensor, label: str) -> Linear:
+def linear_part(linear: LinearTerm, weight: Tensor, label: str) -> LinearTerm:
     """In float64, on the device of the weight."""
     label = f"{label}linear: "
     correlation = of_shape(linear.correlation, tuple(weight.shape), f"{label}correlation")
@@ -88,7 +88,7 @@ def linear_part(linear: Linear, weight: Tensor, label: str) -> Linear:
         raise ProblemError(f"{label}it needs a correlation and a constant")
     if bool((constant < 0).any()):
         raise ProblemError(f"{label}the constant is a mean of squares, and not below 0")
-    return Linear(
+    return LinearTerm(
         correlation.to(weight.device, torch.float64), constant.to(weight.device, torch.float64)
     )
 
@@ -170,7 +170,7 @@ def is_whole(index: Tensor) -> bool:
     return not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
 
 
-def check_integral(weight: Tensor, gram: Tensor, linear: Linear | None, label: str) -> None:
+def check_integral(weight: Tensor, gram: Tensor, linear: LinearTerm | None, label: str) -> None:
     """Raise ProblemError where f need not be a whole number of every mask, or is one beyond float64."""
     if linear is not None:
         raise ProblemError(f"{label}integral: an objective with a linear part is no sum of wholes")

@@ -38,7 +38,7 @@ _ANY = sys.float_info.max
 
 
 @dataclass(frozen=True)
-class Refit:
+class LeastSquaresUpdate:
     """The objective F: the kept weights are updated by least squares.
 
     With μ the mean of G's diagonal, D has μ (Gⱼⱼ/μ)^power on its diagonal: ridge regression on the inputs
@@ -77,12 +77,12 @@ class LeastSquares:
     ridge: Float[Tensor, " n"]
 
     @classmethod
-    def of(cls, gram: Float[Tensor, "n n"], refit: Refit) -> LeastSquares:
+    def of(cls, gram: Float[Tensor, "n n"], update: LeastSquaresUpdate) -> LeastSquares:
         diagonal = gram.diagonal().double()
         mean = diagonal.mean()
         # by rounding an entry may be below 0; 0/0 where G is 0
-        parts = (diagonal / mean).nan_to_num().clamp(min=0.0) ** refit.power
-        ridge = refit.damping * mean * parts
+        parts = (diagonal / mean).nan_to_num().clamp(min=0.0) ** update.power
+        ridge = update.damping * mean * parts
         return cls(gram, ridge.clamp(min=LEAST_DAMPING * mean))
 
     @cached_property

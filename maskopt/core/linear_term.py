@@ -26,7 +26,7 @@ _TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearTerm:
     """r of every row, by its moments.
 
     Attributes:
@@ -43,20 +43,20 @@ class Linear:
         weight: Float[Tensor, "rows n"],
         cross: Float[Tensor, "n n"],
         moved: Float[Tensor, "n n"],
-    ) -> Linear:
+    ) -> LinearTerm:
         """For the target W·x′ of other inputs x′, from E[x(x′ − x)ᵀ] and E[(x′ − x)(x′ − x)ᵀ]."""
         w = weight.double()
         constant = ((w @ moved.double()) * w).sum(1).clamp(min=0.0)
         return cls(w @ cross.double().T, constant)
 
-    def take(self, rows: Tensor | slice | Sequence[int]) -> Linear:
+    def take(self, rows: Tensor | slice | Sequence[int]) -> LinearTerm:
         """Of some rows only."""
         index: Any = list(rows) if isinstance(rows, Sequence) else rows
-        return Linear(self.correlation[index], self.constant[index])
+        return LinearTerm(self.correlation[index], self.constant[index])
 
-    def restrict(self, columns: Tensor) -> Linear:
+    def restrict(self, columns: Tensor) -> LinearTerm:
         """Of some inputs only; the others are kept."""
-        return Linear(self.correlation[:, columns].contiguous(), self.constant)
+        return LinearTerm(self.correlation[:, columns].contiguous(), self.constant)
 
     def value(self, dropped: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
         """2 gᵀ(w⊙p) + c of w⊙p, float64."""

@@ -60,7 +60,7 @@ class Unstructured:
         if self.per not in ("row", "layer"):
             raise PatternError(f"per must be 'row' or 'layer', not {self.per!r}")
         if self.max_deviation is not None:
-            if not self.pooled:
+            if not self.shared_budget:
                 raise PatternError("max_deviation=… needs per='layer'")
             if not _is_share(self.max_deviation):
                 raise PatternError(
@@ -69,11 +69,11 @@ class Unstructured:
             object.__setattr__(self, "max_deviation", _as_float(self.max_deviation))
 
     @property
-    def pooled(self) -> bool:
+    def shared_budget(self) -> bool:
         """Whether only the layer has a count: its rows share a budget."""
         return self.per == "layer"
 
-    def alike(self) -> Unstructured:
+    def uniform(self) -> Unstructured:
         """The same sparsity with an equal count in every row."""
         return replace(self, per="row", max_deviation=None)
 
@@ -90,19 +90,19 @@ class Unstructured:
     def pruned_per_group(self, n: int) -> int:
         """Raises PatternError for a shared budget, whose rows have no count of their own."""
         self.check(n)
-        if self.pooled:
+        if self.shared_budget:
             raise PatternError(f"at {self} a row has no count of its own; the layer has")
         return self._part_of(n)
 
     def pruned_in(self, rows: int, n: int) -> int:
         """Entries of a layer that are pruned."""
-        if not self.pooled:
+        if not self.shared_budget:
             return rows * self.pruned_per_group(n)
         return self._part_of(rows * n) if self.keep is None else rows * (n - self.keep)
 
     def row_limits(self, rows: int, n: int) -> tuple[int, int]:
         """The least and the most that a row prunes; equal counts are always within."""
-        if not self.pooled:
+        if not self.shared_budget:
             pruned = self.pruned_per_group(n)
             return pruned, pruned
         if self.max_deviation is None:
@@ -119,7 +119,7 @@ class Unstructured:
 
     def is_legal(self, mask: Bool[Tensor, "rows n"]) -> Bool[Tensor, " rows"]:
         """Per row; with a shared budget none is where the layer has another count."""
-        if not self.pooled:
+        if not self.shared_budget:
             return _is_legal(self, mask)
         pruned = (~mask).sum(1)
         least, most = self.row_limits(*mask.shape)
@@ -129,7 +129,7 @@ class Unstructured:
     def __str__(self) -> str:
         share = f"{_KEEP}{self.keep}" if self.keep is not None else _shortly(self.sparsity or 0.0)
         within = "" if self.max_deviation is None else f"{_WITHIN}{_shortly(self.max_deviation)}"
-        return f"{share}{_PER_LAYER if self.pooled else ''}{within}"
+        return f"{share}{_PER_LAYER if self.shared_budget else ''}{within}"
 
 
 @dataclass(frozen=True)
@@ -139,10 +139,10 @@ class NM:
     keep: int
     of: int
     #: no shared budgets
-    pooled: ClassVar[bool] = False
+    shared_budget: ClassVar[bool] = False
     max_deviation: ClassVar[None] = None
 
-    def alike(self) -> NM:
+    def uniform(self) -> NM:
         """Itself."""
         return self
 
@@ -231,7 +231,7 @@ def pattern_to_dict(pattern: Pattern) -> dict[str, Any]:
         return {"kind": "nm", "keep": pattern.keep, "of": pattern.of}
     record: dict[str, Any] = {"kind": "unstructured"}
     record |= {"sparsity": pattern.sparsity, "keep": pattern.keep}
-    if pattern.pooled:
+    if pattern.shared_budget:
         record["per"] = pattern.per
     if pattern.max_deviation is not None:
         record["max_deviation"] = pattern.max_deviation

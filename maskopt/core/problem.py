@@ -10,8 +10,8 @@ All rows of a layer share G, so a layer is a batch of independent rows. Masks ar
 True = kept; p is their complement. With `linear` the output had missed its target before, and f is
 (w⊙p)ᵀG(w⊙p) + 2 gᵀ(w⊙p) + c (see `maskopt.core.linear_term`).
 
-With `refit` a mask is judged by what it costs after least squares for the weights that it keeps: with
-P the pruned set, A = G + λD (see `Refit`) and H = A⁻¹,
+With `update` a mask is judged by what it costs after least squares for the weights that it keeps: with
+P the pruned set, A = G + λD (see `LeastSquaresUpdate`) and H = A⁻¹,
 
     F(p) = min over v, zero on P, of (w−v)ᵀA(w−v) [+ 2 gᵀ(w−v) + c]  =  w_Pᵀ (H_PP)⁻¹ w_P
 
@@ -52,11 +52,11 @@ from maskopt.core.inputs import (
     shares_of_rows,
     symmetric,
 )
-from maskopt.core.least_squares import LeastSquares, Refit
+from maskopt.core.least_squares import LeastSquares, LeastSquaresUpdate
 from maskopt.core.limits import Limits
-from maskopt.core.linear_term import Linear
+from maskopt.core.linear_term import LinearTerm
 from maskopt.core.pattern import Pattern, Unstructured, pattern_from_dict, pattern_to_dict
-from maskopt.core.units import Posed, Units, semidefinite
+from maskopt.core.units import ObjectiveTransform, OriginalValues, semidefinite
 from maskopt.core.values import MOST_WHOLE, Values, values_of
 from maskopt.errors import ProblemError, WarmStartError
 
@@ -69,7 +69,7 @@ _SOLVED = 1e-8
 class LayerProblem:
     """Mask selection for every row of one linear layer.
 
-    The objective of a row is f, or F with `refit`; see the module.
+    The objective of a row is f, or F with `update`; see the module.
 
     Args:
         weight: [rows, n], any real floating dtype, torch or NumPy; kept as a torch tensor.
@@ -81,7 +81,7 @@ class LayerProblem:
         variance: [n], their variance within sequences, averaged, for the same; None: that over all tokens.
         linear: moments of what the outputs miss their targets by before anything is pruned:
             correlation [rows, n] and constant [rows], torch or NumPy, brought to float64.
-        refit: the objective is F, of updated weights; None: f, of unchanged ones.
+        update: the objective is F, of updated weights; None: f, of unchanged ones.
         omega: [rows], the weight of a row in the sum of a shared budget, more than 0; None: 1.
         integral: f of every mask is a whole number, as in graphs, so that a bound of f holds up to the next
             value that f can take (`RowProblem.values`). Weights, Gᵢᵢ and 2Gᵢⱼ must be whole, without a linear
@@ -107,11 +107,11 @@ class LayerProblem:
         name: str = "",
         mean: ArrayLike | None = None,
         variance: ArrayLike | None = None,
-        linear: Linear | None = None,
-        refit: Refit | None = None,
+        linear: LinearTerm | None = None,
+        update: LeastSquaresUpdate | None = None,
         omega: ArrayLike | None = None,
         integral: bool = False,
-        units: Units | None = None,
+        units: ObjectiveTransform | None = None,
         assume_psd: bool = False,
     ) -> None:
         self.name = name
@@ -152,7 +152,7 @@ class LayerProblem:
             if self.linear is not None:
                 ridge = PSD_TOLERANCE * float(self.gram.double().trace())
                 self.linear.check_moments(self.gram, ridge or 1.0, label)
-        self.refit = refit
+        self.update = update
         self._squares: LeastSquares | None = None
         self._check_refit()
 
@@ -186,9 +186,9 @@ class LayerProblem:
         return self.pattern.pruned_per_group(self.n)
 
     @property
-    def pooled(self) -> bool:
+    def shared_budget(self) -> bool:
         """Whether the rows share a budget: only the layer has a count."""
-        return self.pattern.pooled
+        return self.pattern.shared_budget
 
     @property
     def pruned(self) -> int:
@@ -225,37 +225,39 @@ class LayerProblem:
 
     @property
     def least_squares(self) -> LeastSquares:
-        """The metric A, which the rows share; ProblemError without `refit`."""
-        if self.refit is None:
-            raise ProblemError("the problem keeps its weights; give it refit=Refit(damping)")
+        """The metric A, which the rows share; ProblemError without `update`."""
+        if self.update is None:
+            raise ProblemError(
+                "the problem keeps its weights; give it update=LeastSquaresUpdate(damping)"
+            )
         if self._squares is None:
-            self._squares = LeastSquares.of(self.gram, self.refit)
+            self._squares = LeastSquares.of(self.gram, self.update)
         return self._squares
 
     @property
     def ridge(self) -> Float[Tensor, " n"]:
         """λD of A = G + λD, float64; 0 of unchanged weights."""
-        if self.refit is None:
+        if self.update is None:
             return torch.zeros(self.n, dtype=torch.float64, device=self.device)
         return self.least_squares.ridge
 
     def objective(self, mask: Bool[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
-        """f of every row, or F with `refit`, float64 [rows], at least 0.
+        """f of every row, or F with `update`, float64 [rows], at least 0.
 
         Args:
             mask: True = kept; a NumPy array will do.
         """
         mask = as_mask(mask, self.weight)
-        if self.refit is None:
+        if self.update is None:
             return self._form(torch.where(mask, 0.0, self.weight.double())).clamp_(min=0.0)
         return self.refitted(mask)[1]
 
     def weights(
         self, mask: Bool[Tensor, "rows n"], limits: Limits | None = None
     ) -> Float[Tensor, "rows n"]:
-        """The weights that a mask leaves, float64, zero where it prunes: updated with `refit`, else w⊙m."""
+        """The weights that a mask leaves, float64, zero where it prunes: updated with `update`, else w⊙m."""
         mask = as_mask(mask, self.weight)
-        if self.refit is None:
+        if self.update is None:
             return torch.where(mask, self.weight.double(), 0.0)
         return self.refitted(mask, limits)[0]
 
@@ -263,7 +265,7 @@ class LayerProblem:
         self, mask: Bool[Tensor, "rows n"], limits: Limits | None = None
     ) -> tuple[Float[Tensor, "rows n"], Float[Tensor, " rows"]]:
         """Weights by least squares (w⊙m where rounding makes them worse than that), and F; ProblemError
-        without `refit`."""
+        without `update`."""
         mask, squares = as_mask(mask, self.weight), self.least_squares
         own = torch.where(mask, self.weight.double(), 0.0)
         found = squares.solve(squares.target(self.weight, self.correlation), mask, limits)
@@ -322,7 +324,7 @@ class LayerProblem:
         """
         lost = (self.weight.double() - weight).abs()
         found = 4 * (self.n + 8) * 2.0**-53 * self._size(lost)
-        if self.refit is not None:  # F is least there, so what the solve is off by counts squared
+        if self.update is not None:  # F is least there, so what the solve is off by counts squared
             found += _SOLVED**2 * self._size(self.weight.double().abs())
         # where the sizes leave float64, nothing is excused
         return found.nan_to_num(posinf=0.0) + self.n * 2.0**-1074 * (1 + lost.sum(1))
@@ -334,7 +336,7 @@ class LayerProblem:
     def next_value(self, bound: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
         """The least value of f that is at least a bound: the next whole value of an integral problem (without
         a shared budget), else the bound."""
-        if not self.integral or self.pooled:
+        if not self.integral or self.shared_budget:
             return bound
         values = [self.row(row).values() for row in range(self.rows)]
         raised = [v.at_least(b) for v, b in zip(values, bound.tolist(), strict=True) if v]
@@ -348,12 +350,12 @@ class LayerProblem:
         if not len(bad):
             return tensor
         pruned, row = (~tensor).sum(1), int(bad[0])
-        if self.pooled and int(pruned.sum()) != self.pruned:
+        if self.shared_budget and int(pruned.sum()) != self.pruned:
             raise WarmStartError(
                 f"{what} prunes {int(pruned.sum())} of {tensor.numel()}; the pattern ({self.pattern}) "
                 f"asks for exactly {self.pruned}"
             )
-        if self.pooled:
+        if self.shared_budget:
             allowed = "allows {} to {}".format(*self.row_limits)
         else:
             groups = "" if self.group_size == self.n else f" in each group of {self.group_size}"
@@ -403,16 +405,16 @@ class LayerProblem:
         check_pattern(pattern, self.n, self._label)
         return self._with(pattern=pattern)
 
-    def refitting(self, refit: Refit | None) -> LayerProblem:
+    def with_update(self, update: LeastSquaresUpdate | None) -> LayerProblem:
         """The same rows under F, or f (None); ProblemError for a damping that leaves G + λD indefinite."""
-        if refit == self.refit:
+        if update == self.update:
             return self
-        problem = self._with(refit=refit, _squares=None)
+        problem = self._with(update=update, _squares=None)
         problem._check_refit()
         return problem
 
     def _check_refit(self) -> None:
-        if self.refit is None:
+        if self.update is None:
             return
         if self.units is not None:
             raise ProblemError("a quadratic objective has no weights to update; take `update` none")
@@ -434,7 +436,7 @@ class LayerProblem:
         header = {
             "name": self.name,
             "pattern": pattern_to_dict(self.pattern),
-            "refit": self.refit and asdict(self.refit),
+            "update": self.update and asdict(self.update),
             "integral": self.integral,
             "units": self.units and asdict(self.units),
         }
@@ -464,8 +466,8 @@ class LayerProblem:
 
     def __repr__(self) -> str:
         name = f"{self.name!r}, " if self.name else ""
-        refit = "" if self.refit is None else f", {self.refit}"
-        return f"LayerProblem({name}rows={self.rows}, n={self.n}, pattern={self.pattern}{refit})"
+        update = "" if self.update is None else f", {self.update}"
+        return f"LayerProblem({name}rows={self.rows}, n={self.n}, pattern={self.pattern}{update})"
 
 
 class RowProblem:
@@ -534,20 +536,20 @@ class RowProblem:
         units = self._layer.units
         return cost if units is None else units.value(cost, self._layer.pruned)
 
-    def posed(self, objective: float, lower_bound: float) -> Posed:
+    def to_original_units(self, objective: float, lower_bound: float) -> OriginalValues:
         """An objective, a lower bound of it and the gap between them in the problem's own units."""
-        return Posed.of(self.value(objective), self.value(lower_bound))
+        return OriginalValues.of(self.value(objective), self.value(lower_bound))
 
     @classmethod
     def _of(cls, layer: LayerProblem) -> RowProblem:
         """A layer of one row that was checked already; alone, it has a count of its own."""
         problem = cls.__new__(cls)
-        problem._layer = layer.under(layer.pattern.alike()) if layer.pooled else layer
+        problem._layer = layer.under(layer.pattern.uniform()) if layer.shared_budget else layer
         return problem
 
     def __getattr__(self, name: str) -> Any:
-        """`gram`, `pattern`, `name`, `n`, `linear`, `refit` and `integral` of its layer."""
-        if name in ("gram", "pattern", "name", "n", "linear", "refit", "integral"):
+        """`gram`, `pattern`, `name`, `n`, `linear`, `update` and `integral` of its layer."""
+        if name in ("gram", "pattern", "name", "n", "linear", "update", "integral"):
             return getattr(self._layer, name)
         raise AttributeError(f"RowProblem has no attribute {name!r}")
 
@@ -560,7 +562,7 @@ class RowProblem:
         return self._layer
 
     def q(self) -> Float[Tensor, "n n"]:
-        """Q [n, n], float64, with f(p) = pᵀQp for every legal p; ProblemError with `refit`.
+        """Q [n, n], float64, with f(p) = pᵀQp for every legal p; ProblemError with `update`.
 
         diag(w)·G·diag(w), and with a linear part l = w⊙g and c, since 1ᵀp = s for every legal p,
 
@@ -568,7 +570,7 @@ class RowProblem:
 
         Where nothing is pruned c is left out.
         """
-        if self.refit is not None:
+        if self.update is not None:
             raise ProblemError("the objective of refitted weights is no quadratic form of the mask")
         weight = self.weight.double()
         q = weight[:, None] * self.gram.double() * weight[None, :]
@@ -583,22 +585,22 @@ class RowProblem:
         return values_of(self.q(), self._layer.pruned) if self.integral else None
 
     def objective(self, mask: Bool[Tensor, " n"]) -> float:
-        """f, or F with `refit`, of one mask [n] (True = kept), float64."""
+        """f, or F with `update`, of one mask [n] (True = kept), float64."""
         return float(self._layer.objective(mask.reshape(1, -1)))
 
     def weights(self, mask: Bool[Tensor, " n"]) -> Float[Tensor, " n"]:
         """The weights that one mask [n] leaves, float64; see `LayerProblem.weights`."""
         return self._layer.weights(mask.reshape(1, -1))[0]
 
-    def refitting(self, refit: Refit | None) -> RowProblem:
-        """The same row under the other objective; see `LayerProblem.refitting`."""
-        return RowProblem._of(self._layer.refitting(refit))
+    def with_update(self, update: LeastSquaresUpdate | None) -> RowProblem:
+        """The same row under the other objective; see `LayerProblem.with_update`."""
+        return RowProblem._of(self._layer.with_update(update))
 
     def restrict(self, columns: Any, pattern: Pattern | None = None) -> RowProblem:
         """The row with only these inputs, in this order, under its own pattern or another one.
 
         Raises:
-            ProblemError: no such columns, or with `refit` a G that the damping leaves indefinite.
+            ProblemError: no such columns, or with `update` a G that the damping leaves indefinite.
         """
         index = torch.as_tensor(columns, device=self.weight.device)
         if index.ndim != 1 or len(index) == 0 or not is_whole(index):
@@ -634,8 +636,8 @@ class RowProblem:
 
     def __repr__(self) -> str:
         name = f"{self.name!r}, " if self.name else ""
-        refit = "" if self.refit is None else f", {self.refit}"
-        return f"RowProblem({name}n={self.n}, pattern={self.pattern}{refit})"
+        update = "" if self.update is None else f", {self.update}"
+        return f"RowProblem({name}n={self.n}, pattern={self.pattern}{update})"
 
 
 def load_npz(path: str | os.PathLike[str]) -> LayerProblem | RowProblem:
@@ -655,10 +657,12 @@ def _loaded(path: str | os.PathLike[str], *kinds: str) -> LayerProblem | RowProb
         "name": str(header.get("name", "")),
         "mean": arrays.get("mean"),
         "variance": arrays.get("variance"),
-        "linear": None if correlation is None else Linear(correlation, constant),  # type: ignore[arg-type]
-        "refit": _described(Refit, header.get("refit"), "how kept weights are refitted"),
+        "linear": None if correlation is None else LinearTerm(correlation, constant),  # type: ignore[arg-type]
+        "update": _described(
+            LeastSquaresUpdate, header.get("update"), "how kept weights are refitted"
+        ),
         "integral": header.get("integral", False) is True,
-        "units": _described(Units, header.get("units"), "units"),
+        "units": _described(ObjectiveTransform, header.get("units"), "units"),
     }
     weight, gram = arrays["weight"], arrays["gram"]
     if header["kind"] == "layer":
@@ -678,7 +682,7 @@ def _described(kind: type[Any], data: Any, what: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Refitted:
+class UpdatedWeights:
     """A layer's weights after the least squares.
 
     Attributes:
@@ -693,19 +697,19 @@ class Refitted:
     residual: Float[Tensor, " rows"]
 
 
-def refit(
+def update_weights(
     problem: LayerProblem | RowProblem,
     mask: Bool[Tensor, "rows n"],
     *,
     damping: float | None = None,
     power: float | None = None,
     limits: Limits | None = None,
-) -> Refitted:
+) -> UpdatedWeights:
     """The best weights on what a mask keeps; no row's error is above f.
 
     Args:
         mask: legal, True = kept.
-        damping, power: as in `Refit`; None: the problem's own, or the defaults of `Refit`.
+        damping, power: as in `LeastSquaresUpdate`; None: those of the problem, or the defaults.
         limits: memory and threads.
 
     Raises:
@@ -714,9 +718,9 @@ def refit(
     """
     layer = problem.as_layer()
     mask = layer.check_mask(mask)
-    how = layer.refit or Refit()
+    how = layer.update or LeastSquaresUpdate()
     damping = how.damping if damping is None else damping
-    layer = layer.refitting(Refit(damping, how.power if power is None else power))
+    layer = layer.with_update(LeastSquaresUpdate(damping, how.power if power is None else power))
     weight, own = layer.weights(mask, limits), torch.where(mask, layer.weight.double(), 0.0)
     error, own_error = layer.error(weight), layer.error(own)
     # rounding: of rows that least squares cannot better, the weights stay
@@ -724,4 +728,6 @@ def refit(
     weight = torch.where(worse[:, None], own, weight)
     squares = layer.least_squares
     target = squares.target(layer.weight, layer.correlation)
-    return Refitted(weight, error.where(~worse, own_error), squares.residual(weight, target, mask))
+    return UpdatedWeights(
+        weight, error.where(~worse, own_error), squares.residual(weight, target, mask)
+    )

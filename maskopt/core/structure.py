@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from maskopt.core.inputs import is_whole
-from maskopt.core.least_squares import LeastSquares, Refit
+from maskopt.core.least_squares import LeastSquares, LeastSquaresUpdate
 from maskopt.core.pattern import Pattern
 from maskopt.core.problem import RowProblem
 from maskopt.errors import ProblemError
@@ -73,11 +73,11 @@ def refit_inputs(
     weight: Float[Tensor, "rows n"],
     gram: Float[Tensor, "n n"],
     kept: Bool[Tensor, " n"],
-    refit: Refit,
+    update: LeastSquaresUpdate,
 ) -> Float[Tensor, "rows n"]:
     """The weights of the kept inputs by least squares, float64, zero for the others: V_S = A_SS⁻¹A_S:Wᵀ with
     A = G + λD; unchanged in rows that it does not improve. ProblemError for an indefinite A."""
-    squares = LeastSquares.of(gram, refit)
+    squares = LeastSquares.of(gram, update)
     squares.check("")
     a, exact = squares.damped, weight.double()
     inside = kept.nonzero()[:, 0]

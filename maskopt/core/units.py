@@ -22,7 +22,7 @@ _LOST = 1e-6
 
 
 @dataclass(frozen=True)
-class Units:
+class ObjectiveTransform:
     """value = sign·(f − shift·s) + constant, s entries of a row being pruned.
 
     Attributes:
@@ -53,7 +53,7 @@ class Units:
         return self.shift * pruned - self.sign * self.constant
 
 
-class Posed(NamedTuple):
+class OriginalValues(NamedTuple):
     """An objective and a bound of it in the problem's own units.
 
     Attributes:
@@ -67,7 +67,7 @@ class Posed(NamedTuple):
     gap: float
 
     @classmethod
-    def of(cls, value: float, bound: float) -> Posed:
+    def of(cls, value: float, bound: float) -> OriginalValues:
         if value == bound:
             return cls(value, bound, 0.0)
         return cls(value, bound, abs(value - bound) / abs(value) if value else math.inf)
@@ -84,7 +84,9 @@ def check_size(n: int) -> None:
         raise ProblemError(f"{n} vertices or variables; a dense matrix holds 1 to {MOST_ENTRIES}")
 
 
-def semidefinite(quadratic: Any, maximise: bool, constant: float) -> tuple[np.ndarray, Units, bool]:
+def semidefinite(
+    quadratic: Any, maximise: bool, constant: float
+) -> tuple[np.ndarray, ObjectiveTransform, bool]:
     """G [n, n] float64, what its costs mean, and whether all of them are whole numbers.
 
     Raises:
@@ -113,7 +115,7 @@ def semidefinite(quadratic: Any, maximise: bool, constant: float) -> tuple[np.nd
         shift = float(np.ceil(shift))
     else:
         _check_shift(gram, shift)
-    return gram + shift * np.eye(len(gram)), Units(sign, shift, float(constant)), whole
+    return gram + shift * np.eye(len(gram)), ObjectiveTransform(sign, shift, float(constant)), whole
 
 
 def _check_shift(gram: np.ndarray, shift: float) -> None:

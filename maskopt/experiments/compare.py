@@ -33,7 +33,7 @@ class Record:
     """The answer of one solver for one row.
 
     `value` and `value_bound` are `objective` and `lower_bound` in the problem's own units
-    (`RowProblem.posed`),
+    (`RowProblem.to_original_units`),
     `gap` and `excess` parts of the value: `gap` by the solver's own bound, `excess` over the optimum where a
     solver of the comparison proved it, else NaN. `trusted` is the exact solver whose bound nothing proves,
     `trace` the rest (`maskopt.protocol.trace`), with columns of its own in a file.
@@ -198,7 +198,7 @@ def _jobs_by_name(
 
 def _solved(row: RowProblem, name: str, job: _Job, key: str) -> tuple[Record, Solution | None]:
     try:
-        solution = solve(row, job.solver, start=job.start, limits=job.limits).uninterrupted()
+        solution = solve(row, job.solver, start=job.start, limits=job.limits).raise_if_interrupted()
     except MaskoptError as error:
         return _record(row, name, job, key, error), None
     return _record(row, name, job, key, solution), solution
@@ -228,8 +228,8 @@ def _record(
         )
         return Record(**base, **nothing, status="failed", trusted="", error=str(answer))
     columns = {name: values[0] for name, values in answer.columns().items()}
-    posed = row.posed(columns["objective"], columns["lower_bound"])
-    columns |= {"value": posed.value, "value_bound": posed.bound, "gap": posed.gap}
+    values = row.to_original_units(columns["objective"], columns["lower_bound"])
+    columns |= {"value": values.value, "value_bound": values.bound, "gap": values.gap}
     known = {f.name for f in fields(Record)}
     return Record(
         **base,

@@ -99,7 +99,7 @@ def digest_of(problem: LayerProblem, row: int) -> hashlib._Hash:
     for name, tensor in tensors.items():
         if tensor is not None:
             digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-    digest.update(repr([problem.refit, problem.integral, problem.units]).encode())
+    digest.update(repr([problem.update, problem.integral, problem.units]).encode())
     return digest
 
 

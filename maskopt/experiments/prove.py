@@ -59,7 +59,7 @@ def prove(
     """
     backend = make_solver(BRANCH, **{**options, "proof": True})
     layer = problem.as_layer()
-    if layer.pooled or layer.refit is not None:
+    if layer.shared_budget or layer.update is not None:
         raise OptionError("proofs are of rows with an equal count and unchanged weights")
     if isinstance(start, str | Solver):
         make_solver(start)
@@ -121,4 +121,4 @@ def _start_of(start: Any, row: int) -> Any:
 def _proven(
     key: str, row: RowProblem, backend: Solver, start: Any, limits: Limits
 ) -> tuple[str, Solution]:
-    return key, solve(row, backend, start=start, limits=limits).uninterrupted()
+    return key, solve(row, backend, start=start, limits=limits).raise_if_interrupted()

@@ -19,7 +19,7 @@ from maskopt.checks.verification import verify
 from maskopt.core.fields import holds_its_kinds
 from maskopt.core.files import atomic_write, check_writable, from_json
 from maskopt.core.problem import LayerProblem, RowProblem
-from maskopt.core.units import Posed
+from maskopt.core.units import OriginalValues
 from maskopt.errors import DataError, MaskoptError, OptionError, printable
 from maskopt.protocol.solution import Solution
 
@@ -194,7 +194,7 @@ def read_records(path: Path, kind: type[Any]) -> dict[str, Any]:
         if not holds_its_kinds(record):
             raise DataError(f"{path}: line {number + 1} has a value of another kind; remove it")
         if math.isnan(record.gap):  # infinite ones were written so, too
-            record = replace(record, gap=Posed.of(record.value, record.value_bound).gap)
+            record = replace(record, gap=OriginalValues.of(record.value, record.value_bound).gap)
         found[record.key] = record
     return found
 

@@ -80,7 +80,7 @@ def save_problem(
     if ending not in _WRITERS:
         raise ProblemError(f"{path}: no known format; one of .npz, {', '.join(_WRITERS)}")
     pattern = problem.pattern
-    if not isinstance(pattern, Unstructured) or problem.refit is not None:
+    if not isinstance(pattern, Unstructured) or problem.update is not None:
         raise ProblemError(f"{path}: {ending} holds one set of a given size, and unchanged weights")
     text = _WRITERS[ending](problem)
     with atomic_write(Path(path)) as file:

@@ -68,15 +68,15 @@ class BoundMethod(Protocol):
     Attributes:
         name: in the registry.
         largest_n: rows of more inputs are refused; None: any.
-        pooled: it bounds shared budgets, too.
-        refit: it bounds F, and nothing else.
+        shared_budget: it bounds shared budgets, too.
+        update: it bounds F, and nothing else.
         note: one line for lists.
     """
 
     name: ClassVar[str]
     largest_n: ClassVar[int | None] = None
-    pooled: ClassVar[bool] = False
-    refit: ClassVar[bool] = False
+    shared_budget: ClassVar[bool] = False
+    update: ClassVar[bool] = False
     note: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
@@ -128,16 +128,16 @@ def lower_bound(
     layer = problem.as_layer()
     limits, own = limits_of(limits, options)
     maker = make_bound(method, **own)
-    if layer.refit is not None and not maker.refit:
+    if layer.update is not None and not maker.update:
         raise SolverError(
             f"bound {maker.name!r} is for unchanged weights; take method 'perspective' for updated ones"
         )
-    if layer.refit is None and maker.refit:
+    if layer.update is None and maker.update:
         raise SolverError(
             f"bound {maker.name!r} is for updated weights, and the problem keeps its own; take method 'sdp', "
-            "or problem.refitting(Refit(damping))"
+            "or problem.with_update(LeastSquaresUpdate(damping))"
         )
-    if layer.pooled and not maker.pooled:
+    if layer.shared_budget and not maker.shared_budget:
         raise SolverError(
             f"bound {maker.name!r} needs an equal count in every row; take method 'box' or 'shift' for a "
             "shared budget with unchanged weights"
@@ -153,7 +153,12 @@ def lower_bound(
         value = layer.next_value(certificate.check(layer))
     seconds = time.perf_counter() - began
     return Bound(
-        value, certificate, maker.name, seconds, trace, layer.shares if layer.pooled else None
+        value,
+        certificate,
+        maker.name,
+        seconds,
+        trace,
+        layer.shares if layer.shared_budget else None,
     )
 
 

@@ -74,14 +74,14 @@ def swap_threshold(
     diagonal_mass: Float[Tensor, " rows"],
     tolerance: float = SWAP_TOLERANCE,
     *,
-    refit: bool = False,
+    update: bool = False,
 ) -> Float[Tensor, " rows"]:
     """The least decrease that counts as an improving swap, float64 [rows].
 
     Relative to the objective, with a floor where the objective is nothing but rounding. Both terms scale
     with w² and with G, so the definition has no units.
     """
-    return tolerance * objective + (REFIT_FLOOR if refit else SWAP_FLOOR) * diagonal_mass
+    return tolerance * objective + (REFIT_FLOOR if update else SWAP_FLOOR) * diagonal_mass
 
 
 def relative_gap(
@@ -103,7 +103,7 @@ class Solution:
 
     Attributes:
         mask: bool [rows, n], True = kept.
-        objective: float64 [rows], f of the mask, F of a problem with `refit`, or the cost of `own` weights.
+        objective: float64 [rows], f of the mask, F of a problem with `update`, or the cost of `own` weights.
         lower_bound: float64 [rows], no legal mask has a smaller objective; 0 where none is known. With a
             shared budget Σ ωᵣ lower_boundᵣ is one bound of the sum.
         status: per row OPTIMAL, SWAP_OPTIMAL or FEASIBLE.
@@ -134,7 +134,7 @@ class Solution:
     @property
     def gap(self) -> Float[Tensor, " rows"]:
         """(objective − lower_bound) / objective per row, float64; 0 where the objective is 0. For the gap
-        in the problem's own units see `RowProblem.posed`."""
+        in the problem's own units see `RowProblem.to_original_units`."""
         return relative_gap(self.objective, self.lower_bound)
 
     @classmethod
@@ -152,7 +152,7 @@ class Solution:
         proof: Proof | None = None,
     ) -> Solution:
         """A Solution with the float64 objective computed from the mask; or from a solver's own `weight`, of a
-        problem with `refit`.
+        problem with `update`.
 
         A lower bound above the objective by rounding alone is cut back to it.
         """
@@ -161,7 +161,7 @@ class Solution:
         own = weight is not None
         if weight is not None:
             objective = layer.damped_error(weight)
-        elif layer.refit is not None:
+        elif layer.update is not None:
             weight, objective = layer.refitted(mask)
         else:
             objective = layer.objective(mask)
@@ -169,7 +169,7 @@ class Solution:
             lower_bound = torch.zeros_like(objective)
         else:
             bound = lower_bound.to(objective)
-            if layer.pooled:  # one bound, shared out so that every row has the layer's gap
+            if layer.shared_budget:  # one bound, shared out so that every row has the layer's gap
                 cost = layer.shares @ objective
                 bound = (
                     objective * (layer.shares @ bound / cost)
@@ -231,7 +231,7 @@ class Solution:
             certificate=None if self.certificate is None else self.certificate.take(rows),
         )
 
-    def uninterrupted(self) -> Solution:
+    def raise_if_interrupted(self) -> Solution:
         """Itself; KeyboardInterrupt where Ctrl-C ended its search."""
         if self.trace.interrupted:
             raise KeyboardInterrupt

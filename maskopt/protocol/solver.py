@@ -47,8 +47,8 @@ class Capabilities:
         default_start: the solver that makes a needed start.
         proves: the best status that it can give.
         largest_n: rows of more inputs are refused; None: any.
-        refit: it answers problems of updated weights, too: by F, or by a score that ignores the objective.
-        pooled: it answers layers with a shared budget.
+        update: it answers problems of updated weights, too: by F, or by a score that ignores the objective.
+        shared_budget: it answers layers with a shared budget.
         limited: it holds the `max_deviation` of a shared budget.
         apart: without a shared budget, the answer of a row depends at most on rows of the same tile of 128.
         trusted: of an exact solver, the names in `Solution.trusted` for bounds that nothing else proves.
@@ -61,8 +61,8 @@ class Capabilities:
     default_start: str | None = None
     proves: Literal["optimality", "1-swap", "nothing"] = "nothing"
     largest_n: int | None = None
-    refit: bool = False
-    pooled: bool = False
+    update: bool = False
+    shared_budget: bool = False
     limited: bool = True
     apart: bool = False
     trusted: tuple[str, ...] = ()
@@ -90,13 +90,13 @@ class Solver(Protocol):
     def as_start(self, layer: LayerProblem) -> tuple[Solver, LayerProblem]:
         """The solver and the problem that make a start for another solver: with less to do, since the other
         one improves and proves, and of unchanged weights where the mask is the same or F is not supported."""
-        return self, layer if self.capabilities.refit else layer.refitting(None)
+        return self, layer if self.capabilities.update else layer.with_update(None)
 
-    def check_size(self, n: int, pattern: Pattern, *, refit: bool) -> None:
+    def check_size(self, n: int, pattern: Pattern, *, update: bool) -> None:
         """Raise SolverError where rows of n inputs are too large, before there are any numbers.
 
         Args:
-            refit: for problems of updated weights.
+            update: for problems of updated weights.
         """
         largest = self.capabilities.largest_n
         if largest is not None and n > largest:
@@ -253,7 +253,7 @@ def make_start(layer: LayerProblem, solver: Solver | str, limits: Limits | None 
     backend, asked = make_solver(solver).as_start(layer)
     limits = (limits or Limits()).quiet()
     if trades_as_asked(backend, layer.pattern):
-        return solve(asked, backend, limits=limits).uninterrupted()
+        return solve(asked, backend, limits=limits).raise_if_interrupted()
     began = time.perf_counter()
     each, more = divmod(asked.pruned, asked.rows)  # one entry more in the first rows
     counts = [(each + 1, slice(0, more)), (each, slice(more, asked.rows))]
@@ -262,7 +262,7 @@ def make_start(layer: LayerProblem, solver: Solver | str, limits: Limits | None 
         for count, rows in counts
         if rows.start < rows.stop
     ]
-    mask = torch.cat([solve(p, backend, limits=limits).uninterrupted().mask for p in parts])
+    mask = torch.cat([solve(p, backend, limits=limits).raise_if_interrupted().mask for p in parts])
     seconds = time.perf_counter() - began
     return replace(Solution.of(asked, mask), solver=backend.name, seconds=seconds)
 
@@ -270,7 +270,9 @@ def make_start(layer: LayerProblem, solver: Solver | str, limits: Limits | None 
 def trades_as_asked(backend: Solver, pattern: Pattern) -> bool:
     """Whether the solver holds the pattern's shared budget, and its limits, where it has them."""
     can = backend.capabilities
-    return not pattern.pooled or (can.pooled and (pattern.max_deviation is None or can.limited))
+    return not pattern.shared_budget or (
+        can.shared_budget and (pattern.max_deviation is None or can.limited)
+    )
 
 
 def _start_mask(backend: Solver, layer: LayerProblem, start: Any, limits: Limits) -> Tensor | None:
@@ -307,19 +309,19 @@ def check_fit(backend: Solver, layer: LayerProblem) -> None:
             f"solver {backend.name!r} runs on {', '.join(can.devices)}; the "
             f"problem is on {layer.device.type}: move weight and gram there first"
         )
-    if layer.refit is not None and not can.refit:
+    if layer.update is not None and not can.update:
         raise SolverError(
             f"solver {backend.name!r} chooses for unchanged weights, not for updated ones; take "
-            "problem.refitting(None), or its mask as a start of solver 'swap'"
+            "problem.with_update(None), or its mask as a start of solver 'swap'"
         )
-    if layer.pooled and not can.pooled:
+    if layer.shared_budget and not can.shared_budget:
         raise SolverError(
             f"solver {backend.name!r} needs an equal count in every row; take "
-            "problem.under(problem.pattern.alike()), or use it as a start of solver 'swap'"
+            "problem.under(problem.pattern.uniform()), or use it as a start of solver 'swap'"
         )
     if layer.pattern.max_deviation is not None and not can.limited:
         raise SolverError(
             f"solver {backend.name!r} holds no limits on what a row prunes; leave out the pattern's "
             "`max_deviation`, or take it as a start of solver 'swap'"
         )
-    backend.check_size(layer.n, layer.pattern, refit=layer.refit is not None)
+    backend.check_size(layer.n, layer.pattern, update=layer.update is not None)

@@ -34,7 +34,7 @@ class BoxBound(BoundMethod):
 
     name: ClassVar[str] = "box"
     largest_n: ClassVar[int | None] = None
-    pooled: ClassVar[bool] = True
+    shared_budget: ClassVar[bool] = True
     note: ClassVar[str] = "continuous relaxation; a whole layer in seconds"
 
     steps: int = option(200, "steps at most; more tighten towards the relaxation", least=1)
@@ -60,7 +60,7 @@ class ShiftBound(BoundMethod):
 
     name: ClassVar[str] = "shift"
     largest_n: ClassVar[int | None] = None
-    pooled: ClassVar[bool] = True
+    shared_budget: ClassVar[bool] = True
     note: ClassVar[str] = "box after the best diagonal shift of G, one for all rows"
 
     kind: str = option("diagonal", "of the shift", choices=("diagonal", "uniform"))

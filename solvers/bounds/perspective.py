@@ -49,8 +49,8 @@ class PerspectiveBound(BoundMethod):
 
     name: ClassVar[str] = "perspective"
     largest_n: ClassVar[int | None] = None
-    pooled: ClassVar[bool] = True
-    refit: ClassVar[bool] = True
+    shared_budget: ClassVar[bool] = True
+    update: ClassVar[bool] = True
     note: ClassVar[str] = "of refitted weights: perspective relaxation, best split of the diagonal"
 
     turns: int = option(60, "of v and z at most, with the first split", least=1)
@@ -95,7 +95,7 @@ class PerspectiveBound(BoundMethod):
         self, rows: Sequence[_Row], problem: LayerProblem, limits: Limits, threads: int
     ) -> Iterator[tuple[Sequence[_Choice], Callable[[], None]]]:
         """What to better the rows' splits for, in turn, and what tells of each that is done."""
-        if not problem.pooled:
+        if not problem.shared_budget:
             group = problem.group_size
             counted = _Counted(group, group - problem.pruned_per_group)
             yield [counted] * problem.rows, limits.counter(problem.rows)

@@ -113,7 +113,7 @@ def relax_box(
     row_bytes = _TILE_ARRAYS * split.factor.element_size() * problem.n
     on_cpu = problem.device.type == "cpu"
     tile = _TILE_ROWS if on_cpu else max(1, limits.bytes(_TILE_BYTES) // row_bytes)
-    if problem.pooled:  # one projection for all rows
+    if problem.shared_budget:  # one projection for all rows
         tile = problem.rows
     starts = range(0, problem.rows, tile)
     threads = 1
@@ -212,7 +212,9 @@ class _Tile:
         self.q = q / mean
         inverse = 1.0 / (self.q.square() + _FLOOR)
         self.step: TorchStep | CompiledStep
-        if problem.pooled:  # the layer is one group, in the metric of what rows count in its sum
+        if (
+            problem.shared_budget
+        ):  # the layer is one group, in the metric of what rows count in its sum
             counts = (size * mean.double()).square() * problem.shares[:, None]
             counts = (counts / counts.mean().clamp(min=1e-300)).clamp(min=_FLOOR)
             metric = inverse / counts.to(inverse.dtype)

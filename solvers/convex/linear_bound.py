@@ -68,10 +68,10 @@ def linear_bound(
         sizes = diagonal.abs() * x.abs().clamp(min=1.0).square()
         margin = margin + 4 * problem.n * 2.0**-52 * sizes.sum(1)
     share = problem.shares[:, None]
-    vertex = ~keep_highest(problem, gradient * share if problem.pooled else gradient)
+    vertex = ~keep_highest(problem, gradient * share if problem.shared_budget else gradient)
     least = torch.where(vertex, gradient, 0.0).sum(1)
     bound = least + offset - margin
-    if problem.pooled:  # of the layer's sum, which no row has a part of by itself
+    if problem.shared_budget:  # of the layer's sum, which no row has a part of by itself
         bound = evenly(problem.shares @ bound, problem)
     return value, bound.clamp(min=0.0)
 
@@ -84,7 +84,7 @@ def provable(
     Of several rows it takes θw² off for what G lacks, as is done here. A single row, or a G far from
     semidefinite, is judged by its own matrix A, where one large weight can cost more: then it is asked.
     """
-    if problem.rows > 1 and not problem.pooled:
+    if problem.rows > 1 and not problem.shared_budget:
         lack = _lack(problem)
         if lack <= _SHARED * float(problem.gram.diagonal().double().abs().mean()):
             loss = _SLACK * lack * problem.weight.double().square().sum(1)

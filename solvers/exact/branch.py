@@ -39,7 +39,7 @@ class Branch(RowSolver):
     capabilities: ClassVar[Capabilities] = exact(
         trusted=("branch of maskopt",),
         largest_n=512,
-        refit=True,
+        update=True,
         note="branch and bound on the QCR form of the SDP bound; proves up to about 256 inputs, of "
         "refitted weights 64",
     )
@@ -53,7 +53,7 @@ class Branch(RowSolver):
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
         """See `Solver.run`."""
-        if self.proof and problem.refit is not None:
+        if self.proof and problem.update is not None:
             raise OptionError("branch: the tree of refitted weights is not kept; leave `proof` out")
         return super().run(problem, start, limits)
 

@@ -45,14 +45,14 @@ class Exhaustive(Solver):
         start="ignored",
         proves="optimality",
         trusted=("enumeration of maskopt",),
-        refit=True,
-        pooled=True,
+        update=True,
+        shared_budget=True,
         note=f"enumerates, up to {COMBINATION_LIMIT:,} masks a row",
     )
 
-    def check_size(self, n: int, pattern: Pattern, *, refit: bool) -> None:
+    def check_size(self, n: int, pattern: Pattern, *, update: bool) -> None:
         """See `Solver.check_size`: too many masks."""
-        if isinstance(pattern, Unstructured) and pattern.pooled:
+        if isinstance(pattern, Unstructured) and pattern.shared_budget:
             if 2**n > COMBINATION_LIMIT:
                 raise SolverError(
                     f"exhaustive: a row of {n} inputs of a shared budget has {_about(2**n)} masks, more than "
@@ -67,7 +67,7 @@ class Exhaustive(Solver):
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
         """See `Solver.run`."""
         began = time.monotonic()
-        if problem.pooled:
+        if problem.shared_budget:
             return _pooled(problem, limits, began)
         combinations = _masks(problem.n, problem.pattern)
         mask, seen = _enumerate(problem, combinations, limits)
@@ -153,7 +153,7 @@ def _best_counts(cost: Float[Tensor, "rows counts"], total: int) -> list[int]:
 def _enumerate(problem: LayerProblem, combinations: int, limits: Limits) -> tuple[Tensor, Tensor]:
     """The best mask of every row among those looked at, and how many those were; at least one."""
     rows = problem.rows
-    cost = _refitted_cost(problem) if problem.refit is not None else _quadratic_cost(problem)
+    cost = _refitted_cost(problem) if problem.update is not None else _quadratic_cost(problem)
     best = torch.full((rows,), torch.inf, dtype=torch.float64)
     first = torch.arange(problem.n) % problem.group_size >= problem.pruned_per_group
     mask = first.repeat(rows, 1)

@@ -37,7 +37,7 @@ class Gurobi(RowSolver):
     capabilities: ClassVar[Capabilities] = exact(
         trusted=("Gurobi",),
         largest_n=512,
-        refit=True,
+        update=True,
         note="optional gurobipy; proves up to about 96 inputs, of refitted weights 20",
     )
 

@@ -68,7 +68,7 @@ class Scip(RowSolver):
     capabilities: ClassVar[Capabilities] = exact(
         trusted=("SCIP", "presolve of maskopt and SCIP"),
         largest_n=512,
-        refit=True,
+        update=True,
         note="integer programming; proves up to about 128 inputs, beyond that a gap; of refitted weights 20",
     )
 
@@ -91,7 +91,7 @@ class Scip(RowSolver):
         """See `RowSolver.trusted_name`."""
         from pyscipopt import Model
 
-        presolved = self.presolve and self.formulation == "qcr" and problem.refit is None
+        presolved = self.presolve and self.formulation == "qcr" and problem.update is None
         return f"{self.capabilities.trusted[presolved]} {Model().version()}"
 
     def search_row(self, task: RowTask) -> RowAnswer:

@@ -201,7 +201,7 @@ def tasks_of(problem: LayerProblem, start: Tensor, limits: Limits, **options: An
         "pruned": problem.pruned_per_group,
         "limits": limits.quiet(),
     }
-    if problem.refit is not None:
+    if problem.update is not None:
         return _updated_tasks(problem, start, limits, options)
     rows = (problem.row(i) for i in range(problem.rows))
     return [

@@ -31,7 +31,7 @@ class _Score(Solver):
 
     def as_start(self, layer: LayerProblem) -> tuple[Solver, LayerProblem]:
         """Scores look at no objective."""
-        return self, layer.refitting(None)
+        return self, layer.with_update(None)
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
         """One pass over the scores; see `Solver.run`. Rows that trade are ranked by √ω times the score."""
@@ -50,7 +50,7 @@ class Magnitude(_Score):
 
     name: ClassVar[str] = "magnitude"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        refit=True, pooled=True, apart=True, note="|W|"
+        update=True, shared_budget=True, apart=True, note="|W|"
     )
 
     def _scores(self, problem: LayerProblem, limits: Limits) -> Tensor:
@@ -63,7 +63,7 @@ class Wanda(_Score):
 
     name: ClassVar[str] = "wanda"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        refit=True, pooled=True, apart=True, note="|W|·‖X‖; optimal on diagonal G"
+        update=True, shared_budget=True, apart=True, note="|W|·‖X‖; optimal on diagonal G"
     )
 
     def _scores(self, problem: LayerProblem, limits: Limits) -> Tensor:
@@ -80,7 +80,7 @@ class Ria(_Score):
 
     name: ClassVar[str] = "ria"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        refit=True, pooled=True, note="relative |W|·‖X‖^a; column sums need the whole layer"
+        update=True, shared_budget=True, note="relative |W|·‖X‖^a; column sums need the whole layer"
     )
 
     a: float = option(0.5, "exponent of the activation norm, 0.5 in the paper", least=0)
@@ -101,7 +101,7 @@ class Random(_Score):
 
     name: ClassVar[str] = "random"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        refit=True, pooled=True, note="control: a seeded random mask"
+        update=True, shared_budget=True, note="control: a seeded random mask"
     )
 
     def _scores(self, problem: LayerProblem, limits: Limits) -> Tensor:
@@ -116,7 +116,7 @@ class Worst(_Score):
 
     name: ClassVar[str] = "worst"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        refit=True, pooled=True, note="control: keeps the smallest Wanda scores"
+        update=True, shared_budget=True, note="control: keeps the smallest Wanda scores"
     )
 
     def _scores(self, problem: LayerProblem, limits: Limits) -> Tensor:

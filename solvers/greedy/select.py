@@ -23,7 +23,7 @@ def keep_highest(problem: LayerProblem, score: Shaped[Tensor, "rows n"]) -> Bool
 
     Threshold rules (`score <= sorted[k]`) prune every tie; here those beyond the count stay.
     """
-    if problem.pooled:
+    if problem.shared_budget:
         gone = _least_of_layer(problem, score)
     else:
         gone = _least(score.reshape(-1, problem.group_size), problem.pruned_per_group)

@@ -38,8 +38,8 @@ class SparseGPT(Solver):
 
     name: ClassVar[str] = "sparsegpt"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        refit=True,
-        pooled=True,
+        update=True,
+        shared_budget=True,
         limited=False,
         note="SparseGPT's mask; its weights with update=true",
     )
@@ -54,14 +54,15 @@ class SparseGPT(Solver):
 
     def as_start(self, layer: LayerProblem) -> tuple[Solver, LayerProblem]:
         """Its mask is the same whatever becomes of the weights."""
-        return replace(self, update=False), layer.refitting(None)
+        return replace(self, update=False), layer.with_update(None)
 
-    def check_size(self, n: int, pattern: Pattern, *, refit: bool) -> None:
+    def check_size(self, n: int, pattern: Pattern, *, update: bool) -> None:
         """See `Solver.check_size`: `update`, and the weights are kept."""
-        if self.update and not refit:
+        if self.update and not update:
             raise SolverError(
-                "sparsegpt: update=true sets weights anew, and the problem keeps them; give it "
-                "refit=Refit(damping), a prune --weights refit, or leave update away"
+                "sparsegpt: update=true updates weights, and the problem keeps them; give it "
+                "update=LeastSquaresUpdate(damping), in a prune `update` least-squares, or leave "
+                "update=true out"
             )
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
@@ -107,7 +108,7 @@ def _chosen(problem: LayerProblem, score: Float[Tensor, "rows part"], first: int
     def upto(pruned: int) -> int:
         return pruned * last // n - pruned * first // n
 
-    if problem.pooled:
+    if problem.shared_budget:
         ranked, count = (score * problem.shares[:, None]).view(1, -1), upto(problem.pruned)
     else:
         grouped = problem.group_size < n

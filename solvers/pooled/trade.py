@@ -134,8 +134,8 @@ def trades(
     """
     offers = _allowed(offers, problem.row_limits, pruned)
     share = problem.shares[:, None]
-    refit = problem.refit is not None
-    slack = swap_threshold(objective, problem.diagonal_mass(), SWAP_TOLERANCE, refit=refit)
+    update = problem.update is not None
+    slack = swap_threshold(objective, problem.diagonal_mass(), SWAP_TOLERANCE, update=update)
     slack = _PART * slack[:, None]
     # from the front of a row's offers only: one that is cheaper than those before it waits for them
     cost = (share * (offers.costs + slack)).cummax(1).values

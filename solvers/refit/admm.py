@@ -47,7 +47,10 @@ class Admm(Damped):
 
     name: ClassVar[str] = "admm"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        refit=True, pooled=True, apart=True, note="ALPS's splitting, for weights that are refitted"
+        update=True,
+        shared_budget=True,
+        apart=True,
+        note="ALPS's splitting, for weights that are refitted",
     )
 
     iterations: int = option(300, "at most, of every row", least=1)
@@ -61,7 +64,7 @@ class Admm(Damped):
         values, vectors = torch.linalg.eigh(squares.damped / size / size[:, None])
         target = squares.target(refitted.weight, refitted.correlation) / size
         shared = values.float(), vectors.float()
-        tile = problem.rows if problem.pooled else _TILE
+        tile = problem.rows if problem.shared_budget else _TILE
         parts = [slice(i, i + tile) for i in range(0, problem.rows, tile)]
 
         def some(part: int) -> tuple[Tensor, Tensor]:
@@ -70,7 +73,7 @@ class Admm(Damped):
 
         parallel = partial(one_thread_each, threads=_threads(problem))
         with fast_products():
-            found = [some(0)] if problem.pooled else parallel(some, len(parts))
+            found = [some(0)] if problem.shared_budget else parallel(some, len(parts))
         mask, steps = (torch.cat([part[which] for part in found]) for which in (0, 1))
         return Solution.of(problem, mask, trace=Trace(iterations=steps.cpu()))
 
@@ -92,7 +95,7 @@ class Admm(Damped):
         unit = unit.where(unit > 0, 1.0)  # what is beyond float32 counts in float64
         unit = unit * (scale / unit).square().mean(1, keepdim=True).sqrt().clamp(min=1e-30)
         d, target = (d / unit).float(), (target / unit).float()
-        if problem.pooled:  # rows are compared as what they count in the layer's sum
+        if problem.shared_budget:  # rows are compared as what they count in the layer's sum
             unit = unit * problem.shares.sqrt()[:, None]
         mask = keep_highest(problem, d.abs().double() * unit)
         d = torch.where(mask, d, 0.0)
@@ -116,7 +119,7 @@ class Admm(Damped):
             came = (now & ~seen[alive]).sum(1)
             changed = (
                 (came.sum() / kept.sum()).expand(len(came))
-                if problem.pooled
+                if problem.shared_budget
                 else came / kept[alive]
             )
             seen[alive] = now

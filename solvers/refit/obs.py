@@ -42,7 +42,9 @@ class Obs(Damped):
 
     name: ClassVar[str] = "obs"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        refit=True, apart=True, note="greedy removal at exact prices, for weights that are refitted"
+        update=True,
+        apart=True,
+        note="greedy removal at exact prices, for weights that are refitted",
     )
 
     panel: int = option(

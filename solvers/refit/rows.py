@@ -30,7 +30,7 @@ def swap_refitted(
 ) -> Solution:
     """1-swap search on F from a legal mask: proven optima, or what was reached when a limit came. With a
     shared budget, of the layer as a whole."""
-    if not problem.pooled:
+    if not problem.shared_budget:
         return _solution(problem, _searched(problem, start, max_swaps, limits))
 
     def search(rows: Tensor, mask: Tensor, limits: Limits) -> tuple[Solution, Offers]:
@@ -70,7 +70,7 @@ def _searched(
         objective = problem.take(batch).damped_error(weights).tolist()
         for index, row, cost in zip(batch.tolist(), rows, objective, strict=True):
             found.append(refine(row, cost, mass[index], most, limits))
-            if problem.pooled and not squares.flat and found[-1].proven:
+            if problem.shared_budget and not squares.flat and found[-1].proven:
                 found[-1].offers = _offers(row)
             done()
         return found

@@ -48,7 +48,7 @@ class Relax(Solver):
     capabilities: ClassVar[Capabilities] = Capabilities(
         start="optional",
         proves="1-swap",
-        pooled=True,
+        shared_budget=True,
         apart=True,
         note="relaxation by ADMM, hardened, rounded, then swap; gives a lower bound",
     )
@@ -87,7 +87,7 @@ class Relax(Solver):
         """Whoever starts from the rounded mask swaps by itself and has no use for the bound."""
         steps = 0 if self.max_iterations is None else self.max_iterations
         less = replace(self, max_iterations=steps, refine=bool(self.refine))
-        return less, layer.refitting(None)
+        return less, layer.with_update(None)
 
     @property
     def _steps(self) -> int:
@@ -131,7 +131,7 @@ def swapped(
 ) -> tuple[Tensor, tuple[Status, ...], Tensor]:
     """1-swap optima of the rounded masks, and of the start where that alone costs less already."""
     refined = Swap().run(problem, mask, limits)
-    if problem.pooled and start is not None:  # all rows or none
+    if problem.shared_budget and start is not None:  # all rows or none
         other = Swap().run(problem, start, limits.quiet())
         if problem.shares @ other.objective < problem.shares @ refined.objective:
             refined = other
@@ -155,7 +155,7 @@ def _where(rows: Tensor) -> list[int]:
 
 def better(problem: LayerProblem, mask: Tensor, other: Tensor) -> Tensor:
     first = problem.objective(mask) <= problem.objective(other)
-    if problem.pooled:  # all rows or none
+    if problem.shared_budget:  # all rows or none
         least = [problem.shares @ problem.objective(m) for m in (mask, other)]
         first = (least[0] <= least[1]).expand_as(first)
     return torch.where(first[:, None], mask, other)

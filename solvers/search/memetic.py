@@ -54,7 +54,7 @@ class Memetic(Solver):
     """Crossing of masks, a search of every child, then 1-swap search to a proven 1-swap optimum.
 
     Never ends above its start. Children of a problem with unchanged weights go through tabu search on the
-    CPU: a problem on another device is copied there and the mask back. Those of a problem with `refit` go
+    CPU: a problem on another device is copied there and the mask back. Those of a problem with `update` go
     through 1-swap search on F, on the problem's device. The history of the `Trace` has the best of the
     first pool and of every generation.
     """
@@ -64,8 +64,8 @@ class Memetic(Solver):
         start="needed",
         default_start="relax",
         proves="1-swap",
-        refit=True,
-        pooled=True,
+        update=True,
+        shared_budget=True,
         note="masks are crossed, each child searched (tabu; refitted: 1-swap), then swap: the best masks",
     )
 
@@ -123,7 +123,7 @@ class Memetic(Solver):
 
 def _tiles(problem: LayerProblem, start: Tensor, most: int) -> list[tuple[Tensor, Pattern]]:
     """So many rows at most that prune as many, and the pattern of each alone."""
-    if not problem.pooled:
+    if not problem.shared_budget:
         rows = torch.arange(problem.rows)
         return [(tile, problem.pattern) for tile in rows.split(most)]
     counts = start.sum(1).cpu()
@@ -143,7 +143,7 @@ class _Pool:
 
     def __init__(self, problem: LayerProblem, start: Tensor, plan: Memetic, limits: Limits) -> None:
         self._problem, self._plan, self._limits = problem, plan, limits
-        self._scaled = Scaled.of(problem) if problem.refit is None else None
+        self._scaled = Scaled.of(problem) if problem.update is None else None
         self.masks = start[:, None].expand(-1, plan.pool, -1)
         self._start_objective = problem.objective(start.to(problem.device)).cpu()
         self._values = self._start_objective[:, None].expand(-1, plan.pool)

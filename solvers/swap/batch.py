@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from maskopt.core.linear_term import Linear
+from maskopt.core.linear_term import LinearTerm
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import SWAP_TOLERANCE, swap_threshold
 
@@ -66,7 +66,7 @@ class Batch:
     """float64 G_jj."""
     single: bool
     """Whether float32 may propose swaps; False for extreme ranges and for float64 G."""
-    linear: Linear | None
+    linear: LinearTerm | None
     """The linear part in scaled units."""
     _low: Tensor | None = None
 
@@ -88,7 +88,7 @@ class Batch:
         linear = None
         if problem.linear is not None:
             correlation = problem.linear.correlation / scale.sqrt()[:, None]
-            linear = Linear(correlation, problem.linear.constant / scale)
+            linear = LinearTerm(correlation, problem.linear.constant / scale)
             mass = mass + linear.constant
         zeros = torch.zeros_like(mass)
         none = torch.zeros(len(x), dtype=torch.int64, device=x.device)

@@ -43,7 +43,7 @@ class Swap(Solver):
 
     Every row is swapped until no 1-swap improves, which is then proven (SWAP_OPTIMAL). A row that is
     stopped early, by `max_swaps` or the time limit, is FEASIBLE; another call with its mask as the
-    start continues from there. Reports a `Trace`. For a problem with `refit` the swaps minimise F
+    start continues from there. Reports a `Trace`. For a problem with `update` the swaps minimise F
     (`maskopt.solvers.refit`). Where rows share a budget, swaps between rows follow until none improves
     (`maskopt.solvers.pooled`).
     """
@@ -53,8 +53,8 @@ class Swap(Solver):
         start="needed",
         default_start="wanda",
         proves="1-swap",
-        refit=True,
-        pooled=True,
+        update=True,
+        shared_budget=True,
         apart=True,
         note="best exchanges of one kept and one pruned",
     )
@@ -76,13 +76,13 @@ class Swap(Solver):
             SolverError: a kernel that cannot run here, or one named for refitted weights.
         """
         assert start is not None
-        if problem.refit is not None:
+        if problem.update is not None:
             if self.kernel != "auto":
                 raise SolverError(
                     f"swap: kernel {self.kernel!r} is for unchanged weights; updated ones take 'auto'"
                 )
             return swap_refitted(problem, start, self.max_swaps, limits)
-        if not problem.pooled:
+        if not problem.shared_budget:
             return self._swapped(problem, start, limits)
 
         def search(rows: Tensor, mask: Tensor, limits: Limits) -> tuple[Solution, Offers]:

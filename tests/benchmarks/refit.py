@@ -21,7 +21,15 @@ from demo_layers import name_of
 from machine import machine, machine_now
 from refit_page import write
 
-from maskopt import LayerProblem, Limits, Refit, Unstructured, lower_bound, make_solver, solve
+from maskopt import (
+    LayerProblem,
+    LeastSquaresUpdate,
+    Limits,
+    Unstructured,
+    lower_bound,
+    make_solver,
+    solve,
+)
 from maskopt.demo.model import demo_model
 from maskopt.models.pruning.problems import collect_problems
 from maskopt.protocol.solution import Status
@@ -81,7 +89,7 @@ def main() -> None:
                 if (key := f"{pattern}/{layer}/{label}") not in book:
                     problem, aside = (x.under(EVERY[pattern]) for x in (fitted, judge))
                     book.put(key, measured(problem, aside, label, damped(layer, METHODS[label][3])))
-        refitted = fitted.refitting(damped(layer))
+        refitted = fitted.with_update(damped(layer))
         if (key := f"pace/{layer}") not in book:
             book.put(key, pace(refitted))
         if (key := f"beyond/{layer}") in wanted[layer] and key not in book:
@@ -93,8 +101,8 @@ def main() -> None:
     print(f"wrote {args.page}")
 
 
-def damped(layer: str, power: float = 0.0) -> Refit:
-    return Refit(DAMPING[power][layer.split(".")[1]], power)
+def damped(layer: str, power: float = 0.0) -> LeastSquaresUpdate:
+    return LeastSquaresUpdate(DAMPING[power][layer.split(".")[1]], power)
 
 
 def methods(pattern: str, layer: str) -> list[str]:
@@ -125,12 +133,12 @@ def problems(
 
 
 def measured(
-    problem: LayerProblem, judge: LayerProblem, label: str, refit: Refit
+    problem: LayerProblem, judge: LayerProblem, label: str, update: LeastSquaresUpdate
 ) -> dict[str, Any]:
     """One mask, with its weights kept and refitted: errors as parts of the outputs' energy."""
     name, start, for_refit, _ = METHODS[label]
     solver = make_solver(name, **(BEYOND if name == "memetic" else {}))
-    refitted = problem.refitting(refit)
+    refitted = problem.with_update(update)
     target = refitted if for_refit else problem
     solve(target.take(slice(0, 2)), solver, start=start)  # compiles what is to be compiled
     began = time.perf_counter()
@@ -151,8 +159,8 @@ def measured(
         "formed": None if trace is None else float((trace.pairs / trace.scans / pairs).mean()),
         "seconds": seconds,
         "rows": problem.rows,
-        "damping": refit.damping,
-        "power": refit.power,
+        "damping": update.damping,
+        "power": update.power,
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -197,7 +205,7 @@ def toys(problem: LayerProblem, n: int) -> dict[str, Any]:
         masks = {
             "swap": solve(toy, "swap", start="admm").mask,
             "admm": solve(toy, "admm").mask,
-            "kept": solve(toy.refitting(None), "swap", start="relax").mask,
+            "kept": solve(toy.with_update(None), "swap", start="relax").mask,
         }
         for name, mask in masks.items():
             found[name].append(float(toy.objective(mask[0])) / optimum - 1)

@@ -15,7 +15,7 @@ from maskopt import NM, LayerProblem, Solution, Status, Unstructured, lower_boun
 from maskopt.certificates.certificate import Certificate, Cuts, _check_row, _shared_slacks, missing
 from maskopt.certificates.exact_check import _form, exact_bounds, rational, semidefinite
 from maskopt.core.files import write_arrays
-from maskopt.core.linear_term import Linear
+from maskopt.core.linear_term import LinearTerm
 from maskopt.errors import OptionError, ProblemError, VerificationError
 
 U = 2.0**-53
@@ -76,7 +76,7 @@ def test_the_margin_covers_the_rounding_of_every_part(part):
         own = {"diagonal": ones(1, 8), "point": far * rand(1, 8), "penalty": given.penalty.abs()}
         given = replace(given, **own)
         weight, gram = problem.weight, problem.gram
-        linear = Linear(large * (1 + rand(1, 8)) * ALTERNATING, large * ones(1))
+        linear = LinearTerm(large * (1 + rand(1, 8)) * ALTERNATING, large * ones(1))
         scaled = {
             "weight": (large * weight.abs() * ALTERNATING, gram, None),
             "gram": (weight, large * gram, None),

@@ -17,7 +17,7 @@ from maskopt.certificates.certificate import Certificate, Cuts
 from maskopt.certificates.exact_check import exact_bounds, exact_cost, rational, semidefinite
 from maskopt.certificates.proof import Proof
 from maskopt.certificates.proof_check import check_proof
-from maskopt.core.least_squares import Refit
+from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.errors import OptionError, VerificationError
 
 SLOW = pytest.mark.slow
@@ -158,7 +158,7 @@ def test_a_shared_budget_has_one_exact_bound():
     assert float(exactly) <= float(problem.shares @ problem.objective(mask))
     # and what has none is refused by name
     with pytest.raises(VerificationError, match="weights are kept unchanged"):
-        exact_bounds(layer().refitting(Refit(0.1)))
+        exact_bounds(layer().with_update(LeastSquaresUpdate(0.1)))
     wide = LayerProblem(torch.ones(1, 256), torch.eye(256), Unstructured(0.5))
     with pytest.raises(VerificationError, match="at most 200 inputs, not 256"):
         verify(wide, solve(wide, "wanda"), require="exact")

@@ -8,39 +8,39 @@ import torch
 from certificates import claimed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pooled_layers import layer, pooled, slack, total
+from pooled_layers import layer, shared_budget, slack, total
 from scipy.optimize import LinearConstraint, minimize
 
-from maskopt import Refit, Solution, Status, improving_swap, lower_bound, solve, verify
+from maskopt import LeastSquaresUpdate, Solution, Status, improving_swap, lower_bound, solve, verify
 from maskopt.certificates.certificate import Certificate
 from maskopt.errors import SolverError, VerificationError
 
 # --- the relaxation of a layer, and what it proves ---------------------------------------------------
 
 
-@pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.parametrize("update", [False, True])
 @settings(max_examples=20)
 @given(data=st.data())
-def test_bounds_are_below_the_optimum(refit, data):
-    problem = data.draw(pooled(max_n=6 if refit else 8, max_rows=3 if refit else 4))
-    if refit:
-        problem = problem.refitting(Refit(data.draw(st.sampled_from((0.01, 0.3)))))
+def test_bounds_are_below_the_optimum(update, data):
+    problem = data.draw(shared_budget(max_n=6 if update else 8, max_rows=3 if update else 4))
+    if update:
+        problem = problem.with_update(LeastSquaresUpdate(data.draw(st.sampled_from((0.01, 0.3)))))
         splits = data.draw(st.integers(0, 3))
         bound = lower_bound(problem, "perspective", turns=10, splits=splits)
     else:
-        problem = problem.refitting(None)
+        problem = problem.with_update(None)
         bound = lower_bound(problem, data.draw(st.sampled_from(("box", "shift"))))
     best = solve(problem, "exhaustive")
     assert float(problem.shares @ bound.value) <= total(problem, best) + slack(problem)
     gaps = bound.gap(best.objective)
-    assert refit or (bool((gaps == gaps[0]).all()) and bool((gaps >= -1e-9).all()))
+    assert update or (bool((gaps == gaps[0]).all()) and bool((gaps >= -1e-9).all()))
     more = {"lower_bound": bound.value, "certificate": bound.certificate}
     verify(problem, Solution.of(problem, best.mask, **more))
 
 
 @pytest.mark.parametrize("omega", [None, torch.tensor([1.0, 9.0, 0.1, 1.0])])
 def test_any_point_and_split_of_refitted_rows_prove_what_the_formula_says(omega):
-    problem = layer(rows=4, n=6, refit=Refit(0.1), omega=omega)
+    problem = layer(rows=4, n=6, update=LeastSquaresUpdate(0.1), omega=omega)
     a, share = problem.least_squares.damped, problem.shares
     best = total(problem, solve(problem, "exhaustive"))
     room = float(torch.linalg.eigvalsh(a)[0])
@@ -60,7 +60,9 @@ def test_any_point_and_split_of_refitted_rows_prove_what_the_formula_says(omega)
 
 
 def test_bounds_are_worth_something():
-    problem = layer(rows=4, n=12, refit=Refit(0.1), omega=torch.tensor([1.0, 3.0, 0.5, 2.0]))
+    problem = layer(
+        rows=4, n=12, update=LeastSquaresUpdate(0.1), omega=torch.tensor([1.0, 3.0, 0.5, 2.0])
+    )
     found = total(problem, solve(problem, "swap"))
     proven, unsplit, other = (
         float(problem.shares @ lower_bound(problem, "perspective", **options).value)
@@ -69,8 +71,8 @@ def test_bounds_are_worth_something():
     assert 0.6 * found <= proven <= found * (1 + 1e-9)
     assert unsplit < proven
     assert other == proven
-    alone = layer(rows=1, n=16, refit=Refit(0.1))
-    counted = lower_bound(alone.under(alone.pattern.alike()), "perspective").value
+    alone = layer(rows=1, n=16, update=LeastSquaresUpdate(0.1))
+    counted = lower_bound(alone.under(alone.pattern.uniform()), "perspective").value
     torch.testing.assert_close(lower_bound(alone, "perspective").value, counted, rtol=0.05, atol=0)
     problem = layer(rows=4, n=9, kind="diagonal", omega=torch.tensor([1.0, 3.0, 0.5, 1.0]))
     best = total(problem, solve(problem, "swap"))
@@ -117,7 +119,7 @@ def test_a_relaxed_start_counts_for_the_layer(max_deviation, part):
     if max_deviation is None:
         more = {"sparsity": 0.6, "seed": 5}
     problem = layer(rows=12, n=32, **more)
-    equal = problem.under(problem.pattern.alike())
+    equal = problem.under(problem.pattern.uniform())
     begun, start = (solve(p, "relax", refine=False, max_iterations=0) for p in (equal, problem))
     assert total(problem, start) <= part * total(problem, begun)
     whole = solve(problem, "relax")
@@ -139,7 +141,7 @@ def test_certificates_of_a_layer_are_checked():
     moved = replace(bound.certificate, point=torch.full((3, 8), 0.3, dtype=torch.float64))
     assert float(moved.check(problem).sum()) <= float(bound.value.sum())
     # of rows with equal counts the same point proves another thing
-    equal = problem.under(problem.pattern.alike())
+    equal = problem.under(problem.pattern.uniform())
     assert float(bound.certificate.check(equal).sum()) >= float(bound.value.sum()) * (1 - 1e-12)
     # of other rows they are refused
     with pytest.raises(
@@ -147,7 +149,7 @@ def test_certificates_of_a_layer_are_checked():
     ):
         lower_bound(layer(rows=2, n=4), "sdp")
     with pytest.raises(SolverError, match=r"'box' is for unchanged weights; .* 'perspective'"):
-        lower_bound(layer(rows=2, n=4, refit=Refit(0.01)), "box")
+        lower_bound(layer(rows=2, n=4, update=LeastSquaresUpdate(0.01)), "box")
 
 
 # --- what is claimed falsely -------------------------------------------------------------------------
@@ -159,10 +161,10 @@ def exchanged(mask, i, u, j, p):
     return other
 
 
-@pytest.mark.parametrize("refit", [None, Refit(0.01)])
-def test_a_swap_between_rows_that_improves_is_found(refit):
-    problem = layer(refit=refit)
-    mask = solve(problem.under(problem.pattern.alike()), "swap").mask
+@pytest.mark.parametrize("update", [None, LeastSquaresUpdate(0.01)])
+def test_a_swap_between_rows_that_improves_is_found(update):
+    problem = layer(update=update)
+    mask = solve(problem.under(problem.pattern.uniform()), "swap").mask
     swap = improving_swap(problem, mask)
     assert swap is not None
     assert swap.row != swap.other

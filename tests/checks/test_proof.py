@@ -19,9 +19,9 @@ from maskopt.certificates.certificate import NO_INPUT, Cuts
 from maskopt.certificates.proof import AGAIN, KINDS, LEAF, NO_FORM, Proof, RowProof
 from maskopt.certificates.proof_check import TreeCheck, check_proof
 from maskopt.core.files import read_arrays, write_arrays
-from maskopt.core.least_squares import Refit
+from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.limits import Limits
-from maskopt.core.linear_term import Linear
+from maskopt.core.linear_term import LinearTerm
 from maskopt.core.values import values_of
 from maskopt.errors import OptionError, ProblemError, VerificationError
 from maskopt.solvers.bounds.cuts import cut_certificate
@@ -92,7 +92,7 @@ def test_an_open_tree_proves_the_bound_of_its_leaves():
 @pytest.mark.parametrize("keep", [0, 8])
 def test_rows_without_a_choice_have_a_tree_of_one_leaf(keep):
     weight, gram = random_weight(2, 8, 3), random_gram(8, "full", 4)
-    constant = Linear(torch.full((2, 8), 0.1).double(), torch.full((2,), 50.0).double())
+    constant = LinearTerm(torch.full((2, 8), 0.1).double(), torch.full((2,), 50.0).double())
     for linear, proof in itertools.product((None, constant), (False, True)):
         problem = LayerProblem(weight, gram, Unstructured(keep=keep), linear=linear)
         found = solve(problem, "branch", proof=proof)
@@ -354,7 +354,7 @@ def test_trees_of_other_rows_prove_less_and_the_claim_is_refused():
     with pytest.raises(VerificationError, match="negative multiplier"):
         bound_of(layer(9, FOUR), single(np.ones(9), 0.0, np.full(9, 0.5), cuts))
     # refitted weights and rows of a shared budget have none
-    refitted = problem.refitting(Refit(0.1))
+    refitted = problem.with_update(LeastSquaresUpdate(0.1))
     with pytest.raises(OptionError, match="refitted weights is not kept"):
         proven(refitted)
     for one in (refitted, problem.under(Unstructured(sparsity=0.5, per="layer"))):
@@ -414,14 +414,14 @@ def test_values_of_a_graph_are_two_apart_and_what_is_not_whole_is_refused(tmp_pa
         ((weight, quarter), {}, r"integral: twice gram holds 0\.5"),
         ((1e9 * weight, gram), {}, "not whole in float64"),
         ((weight, gram), {"linear": linear}, "linear part"),
-        ((weight, gram), {"refit": Refit()}, "updated weights"),
+        ((weight, gram), {"update": LeastSquaresUpdate()}, "updated weights"),
     ):
         with pytest.raises(ProblemError, match=message):
             LayerProblem(*arguments, HALF, integral=True, **more)
     with pytest.raises(ProblemError, match=r"integral: weight holds 0\.5"):
         RowProblem(torch.full((8,), 0.5), gram, HALF, integral=True)
     with pytest.raises(ProblemError, match="updated weights"):
-        problem.refitting(Refit())
+        problem.with_update(LeastSquaresUpdate())
     problem.save(tmp_path / "graph.npz")
     assert LayerProblem.load(tmp_path / "graph.npz").integral
     assert problem.take([0]).integral

@@ -11,7 +11,7 @@ from strategies import problems, random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Solution, Status, Unstructured, lower_bound, solve, verify
 from maskopt.checks.swap_check import improving_swap
-from maskopt.core.least_squares import Refit
+from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.problem import RowProblem
 from maskopt.errors import VerificationError
 from maskopt.protocol.solution import SWAP_FLOOR, SWAP_TOLERANCE
@@ -313,7 +313,7 @@ def test_weights_that_meet_no_input_are_refitted_without_a_claim_on_rounding():
     weight = torch.zeros(2, 6, dtype=torch.float64)
     weight[:, 0] = 1e6
     weight[1] = torch.randn(6, generator=generator, dtype=torch.float64)
-    problem = LayerProblem(weight, x.T @ x / 40, Unstructured(0.5), refit=Refit(0.01))
+    problem = LayerProblem(weight, x.T @ x / 40, Unstructured(0.5), update=LeastSquaresUpdate(0.01))
     for solver in ("exhaustive", "branch", "admm", "obs", "swap"):
         found = solve(problem, solver)
         verify(problem, found)
@@ -357,7 +357,10 @@ def test_whole_numbers_are_optimal_where_the_next_value_is_proven_and_not_before
         found = solve(problem, name, **options)
         verify(problem, found)
         assert found.status == (Status.OPTIMAL,)
-        assert problem.posed(float(found.objective), float(found.lower_bound))[:2] == (0.0, 0.0)
+        assert problem.to_original_units(float(found.objective), float(found.lower_bound))[:2] == (
+            0.0,
+            0.0,
+        )
     u = np.triu(np.random.default_rng(1).integers(0, 2, (14, 14)), 1) * 2.0
     problem = RowProblem.from_quadratic(u + u.T + np.diag(np.full(14, 6e7)), cardinality=7)
     best, other = solve(problem, "branch", proof=True), solve(problem, "swap")

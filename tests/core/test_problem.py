@@ -15,10 +15,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import HALF, problems, random_gram, random_linear, random_weight
 
-from maskopt import NM, LayerProblem, Refit, RowProblem, Unstructured, errors, solve, verify
+from maskopt import (
+    NM,
+    LayerProblem,
+    LeastSquaresUpdate,
+    RowProblem,
+    Unstructured,
+    errors,
+    solve,
+    verify,
+)
 from maskopt.certificates.certificate import Certificate
 from maskopt.core import files
-from maskopt.core.linear_term import Linear
+from maskopt.core.linear_term import LinearTerm
 from maskopt.errors import MaskoptError, PatternError, ProblemError, VerificationError
 from maskopt.instances.formats import load_problem
 from maskopt.protocol.bounds import available_bounds, lower_bound
@@ -61,7 +70,11 @@ def test_arrays_lists_and_half_precision_are_accepted():
     problem = LayerProblem([[1, 2.0, 3], [3, 2, 1]], [[2.0, 0, 0], [0, 1, 0], [0, 0, 1]], HALF)
     assert problem.weight.dtype == torch.float64
     mask = torch.tensor([[False, True, True], [True, True, False]])
-    for cost in (problem.objective, problem.weights, problem.refitting(Refit(0.01)).objective):
+    for cost in (
+        problem.objective,
+        problem.weights,
+        problem.with_update(LeastSquaresUpdate(0.01)).objective,
+    ):
         assert torch.equal(cost(mask.numpy()), cost(mask))
     legal = torch.tensor([[True, False, True, False]])
     for given_mask in (legal, legal[0], legal.tolist()):  # one row needs no second axis
@@ -278,7 +291,11 @@ def test_bad_masks(mask, message):
     if not isinstance(mask, str):
         refuses(wrong, None, PLAIN.check_mask, mask)
     if "shape" in message or "bool" in message:  # no cost can be named
-        for cost in (PLAIN.objective, PLAIN.weights, PLAIN.refitting(Refit(0.01)).refitted):
+        for cost in (
+            PLAIN.objective,
+            PLAIN.weights,
+            PLAIN.with_update(LeastSquaresUpdate(0.01)).refitted,
+        ):
             refuses(ProblemError, f"mask {message}", cost, mask)
 
 
@@ -300,7 +317,7 @@ def test_the_objective_is_the_error_of_the_outputs_against_their_targets():
     generator = torch.Generator().manual_seed(0)
     x, target = torch.randn(2, 50, 8, generator=generator, dtype=torch.float64)
     weight, moved = random_weight(3, 8, 1), target - x
-    linear = Linear.of_inputs(weight, x.T @ moved / 50, moved.T @ moved / 50)
+    linear = LinearTerm.of_inputs(weight, x.T @ moved / 50, moved.T @ moved / 50)
     problem = LayerProblem(weight, x.T @ x / 50, Unstructured(keep=4), linear=linear)
     mask = solve(problem, "random").mask
     expected = (target @ weight.T - x @ (weight * mask).T).square().mean(0)
@@ -308,7 +325,7 @@ def test_the_objective_is_the_error_of_the_outputs_against_their_targets():
     energy = (target @ weight.T).square().mean(0)
     close(problem.output_energy(), energy, rtol=1e-6, atol=0)
     # of inputs 0 and 1, which cost the same by themselves, 0 brings the output nearer to its target
-    linear = Linear(torch.tensor([[-0.5, 0.5, 0.0]]), torch.tensor([1.0]))
+    linear = LinearTerm(torch.tensor([[-0.5, 0.5, 0.0]]), torch.tensor([1.0]))
     problem = LayerProblem(torch.ones(1, 3), torch.eye(3), Unstructured(keep=2), linear=linear)
     found = solve(problem, "elimination")
     assert found.mask.tolist() == [[False, True, True]]
@@ -351,7 +368,7 @@ SAME = ("swap", "relax", "tabu", "memetic", "kswap", "frank_wolfe", "elimination
 @pytest.mark.parametrize("name", SAME)
 def test_a_part_of_zeros_changes_nothing(name):
     weight, gram = random_weight(4, 24, 1), random_gram(24, "full", 2)
-    zeros = Linear(torch.zeros(4, 24), torch.zeros(4))
+    zeros = LinearTerm(torch.zeros(4, 24), torch.zeros(4))
     options = {"frank_wolfe": {"iterations": 50}, "memetic": {"generations": 4}}.get(name, {})
     both = (LayerProblem(weight, gram, HALF, linear=part) for part in (None, zeros))
     expected, found = (solve(problem, name, **options) for problem in both)
@@ -366,7 +383,7 @@ def test_permuted_scaled_and_restricted(pattern):
     order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
     if isinstance(pattern, NM):
         order = torch.tensor([4, 5, 6, 7, 0, 1, 2, 3])
-    linear = Linear(problem.linear.correlation[:, order] * 64, problem.linear.constant * 256)
+    linear = LinearTerm(problem.linear.correlation[:, order] * 64, problem.linear.constant * 256)
     weight, gram = problem.weight[:, order] * 4, problem.gram[order][:, order] * 16
     moved = LayerProblem(weight, gram, pattern, linear=linear)
     wanda = solve(problem, "wanda").mask
@@ -396,15 +413,15 @@ def test_permuted_scaled_and_restricted(pattern):
     ],
 )
 def test_what_is_no_linear_part(correlation, constant, message):
-    linear = Linear(correlation, constant)
+    linear = LinearTerm(correlation, constant)
     with pytest.raises(ProblemError, match=message):
         LayerProblem(random_weight(2, 8, 1), torch.eye(8), HALF, linear=linear)
 
 
 # --- at the edges of float64
-def scaled(weight_scale=1.0, gram_scale=1.0, refit=None, n=8):
+def scaled(weight_scale=1.0, gram_scale=1.0, update=None, n=8):
     weight, gram = random_weight(2, n, 3) * weight_scale, random_gram(n, "full", 4) * gram_scale
-    return LayerProblem(weight, gram, HALF, refit=refit)
+    return LayerProblem(weight, gram, HALF, update=update)
 
 
 @pytest.mark.parametrize("seed", range(16))
@@ -420,15 +437,15 @@ def test_grams_that_are_indefinite_by_rounding_and_hardly_damped(seed):
         verify(problem, solve(problem, name))
     x = torch.randn(4, 8, generator=generator, dtype=torch.float64)
     other = torch.randn(4, 2, generator=generator, dtype=torch.float64) * 10
-    linear = Linear(other.T @ x / 4, other.square().mean(0) * (1 + 1e-9))
+    linear = LinearTerm(other.T @ x / 4, other.square().mean(0) * (1 + 1e-9))
     weight = random_weight(2, 8, seed)
-    problem = LayerProblem(weight, x.T @ x / 4, HALF, linear=linear, refit=Refit(0.0))
+    problem = LayerProblem(weight, x.T @ x / 4, HALF, linear=linear, update=LeastSquaresUpdate(0.0))
     verify(problem, solve(problem, "exhaustive"))
 
 
 @pytest.mark.parametrize("scale", [1e-170, 1e-165, 1e-100, 1.0, 1e100, 1e160])
 def test_refitted_rows_at_any_scale_of_the_gram_matrix(scale):
-    problem = scaled(gram_scale=scale, refit=Refit())
+    problem = scaled(gram_scale=scale, update=LeastSquaresUpdate())
     found, best = solve(problem, "swap"), solve(problem, "exhaustive")
     verify(problem, found)
     verify(problem, best)
@@ -447,9 +464,9 @@ def test_refitted_rows_at_any_scale_of_the_gram_matrix(scale):
 
 
 def test_rows_of_any_scale_but_no_costs_beyond_float64_and_no_subnormal_gram_matrix():
-    for refit in (None, Refit()):
+    for update in (None, LeastSquaresUpdate()):
         for scale in (1e-310, 1e-200, 1e-160, 1e-155, 1e-150, 1e140):
-            problem = scaled(scale, refit=refit)
+            problem = scaled(scale, update=update)
             verify(problem, solve(problem, "swap"))
     tiny = torch.eye(4, dtype=torch.float64) * 1e-315
     message = r"float64 has few digits; scale it"
@@ -482,8 +499,8 @@ def test_weights_beyond_float32_are_pruned_as_others_are(solver, pattern):
     weight, gram = random_weight(3, 48, 3), random_gram(48, "full", 4).float()
     objectives = []
     for scale in (1.0, 1e-60, 1e30, 1e60):
-        refit = Refit() if solver == "admm" else None
-        problem = LayerProblem(weight * scale, gram, pattern, refit=refit)
+        update = LeastSquaresUpdate() if solver == "admm" else None
+        problem = LayerProblem(weight * scale, gram, pattern, update=update)
         found = solve(problem, solver)
         verify(problem, found)
         objectives.append(float(found.objective.sum()) / scale**2)

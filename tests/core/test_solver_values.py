@@ -15,7 +15,15 @@ import torch
 from commands import ROOT
 from strategies import random_gram, random_weight
 
-from maskopt import LayerProblem, Limits, Refit, Solution, Unstructured, available_solvers, solve
+from maskopt import (
+    LayerProblem,
+    LeastSquaresUpdate,
+    Limits,
+    Solution,
+    Unstructured,
+    available_solvers,
+    solve,
+)
 from maskopt.core.fields import build, check_options, option, options_of
 from maskopt.core.limits import Progress
 from maskopt.errors import MaskoptError, OptionError, PatternError, SolverError, WarmStartError
@@ -163,7 +171,7 @@ def test_make_start_leaves_out_what_the_next_solver_does_anyway():
     assert not Relax().as_start(PROBLEM)[0].refine
     assert DSnoT().as_start(PROBLEM)[0] == DSnoT()
     # and is the mask that the solver makes by itself
-    problem = PROBLEM.refitting(Refit(0.2))
+    problem = PROBLEM.with_update(LeastSquaresUpdate(0.2))
     for name in ("admm", "obs", "sparsegpt", "wanda", "swap"):
         start = make_start(problem, name)
         assert torch.equal(start.mask, solve(problem, name).mask)

@@ -11,7 +11,7 @@ import torch
 from resuming import stop_at
 from strategies import HALF, random_gram, random_weight
 
-from maskopt import LayerProblem, Limits, Refit, Solution, Unstructured, verify
+from maskopt import LayerProblem, LeastSquaresUpdate, Limits, Solution, Unstructured, verify
 from maskopt.errors import OptionError, UnknownSolverError, WarmStartError
 from maskopt.experiments.compare import compare, sample_rows
 from maskopt.experiments.prove import prove
@@ -147,13 +147,13 @@ def test_forged_rows_of_an_interrupted_proof_are_proven_again(tmp_path):
 
 def test_what_will_not_do_is_refused_before_anything_is_proven(tmp_path):
     began, nowhere = [], tmp_path / "nowhere" / "proof.npz"
-    pooled = LAYER.under(Unstructured(0.5, per="layer"))
+    shared_budget = LAYER.under(Unstructured(0.5, per="layer"))
     for layer, path, start, error, message in (
         (LAYER, nowhere, None, OptionError, "no such folder"),
         (LAYER, None, torch.ones(12, 20, dtype=torch.bool), WarmStartError, "row 0 prunes 0"),
         (LAYER, None, "swop", UnknownSolverError, "swop"),
-        (LAYER.refitting(Refit(0.1)), None, None, OptionError, "unchanged weights"),
-        (pooled, None, None, OptionError, "an equal count"),
+        (LAYER.with_update(LeastSquaresUpdate(0.1)), None, None, OptionError, "unchanged weights"),
+        (shared_budget, None, None, OptionError, "an equal count"),
     ):
         with pytest.raises(error, match=message):
             prove(layer, path, start=start, on_progress=lambda *x: began.append(1))

@@ -16,7 +16,16 @@ from pyscipopt import Model
 from resuming import stop_at
 from strategies import HALF, random_gram, random_weight
 
-from maskopt import NM, LayerProblem, Limits, Refit, RowProblem, Solution, Status, Unstructured
+from maskopt import (
+    NM,
+    LayerProblem,
+    LeastSquaresUpdate,
+    Limits,
+    RowProblem,
+    Solution,
+    Status,
+    Unstructured,
+)
 from maskopt.core.files import check_writable
 from maskopt.errors import DataError, OptionError
 from maskopt.experiments.compare import Record, compare, sample_rows
@@ -231,8 +240,8 @@ def test_the_same_jobs_have_the_same_keys_and_others_have_others():
     assert keys[3] == keys[4] != keys[5]
     # patterns that differ by little, and all that a row may have besides weights and Gram matrix
     weight, gram = torch.arange(1.0, 25.0), torch.eye(24)
-    more = ({"mean": ones}, {"variance": ones}, {"refit": Refit()}, {"refit": Refit(0.5)},
-            {"integral": True})  # fmt: skip
+    updates = [{"update": LeastSquaresUpdate(damping)} for damping in (0.01, 0.5)]
+    more = ({"mean": ones}, {"variance": ones}, *updates, {"integral": True})
     rows = [RowProblem(weight, gram, Unstructured(s)) for s in (2 / 3, 0.6667, 0.6666)]
     rows += [RowProblem(weight, gram, Unstructured(0.6666), **part) for part in more]
     posed = (RowProblem.from_quadratic(np.eye(24), cardinality=16, constant=c) for c in (0.0, 1e2))

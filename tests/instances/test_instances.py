@@ -16,9 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import KINDS, random_gram, random_weight
 
-from maskopt import NM, LayerProblem, Linear, Refit, RowProblem, Unstructured, lower_bound, verify
+from maskopt import (
+    NM,
+    LayerProblem,
+    LeastSquaresUpdate,
+    LinearTerm,
+    RowProblem,
+    Unstructured,
+    lower_bound,
+    verify,
+)
 from maskopt.core.structure import change, refit_inputs, structure_problem
-from maskopt.core.units import Units
+from maskopt.core.units import ObjectiveTransform
 from maskopt.errors import OptionError, PatternError, ProblemError, VerificationError
 from maskopt.instances.formats import load_problem, save_problem
 from maskopt.protocol.solution import Solution, Status
@@ -57,7 +66,7 @@ def test_a_quadratic_is_given_back_with_its_sense():
     u = np.array([[0.0, 2.0, 1.0], [2.0, 0.0, 3.0], [1.0, 3.0, 0.0]])
     problem = RowProblem.from_quadratic(u, cardinality=2, maximise=True, constant=1.0)
     assert problem.maximised
-    posed = problem.posed(problem.objective(np.array([True, False, False])), 0.0)
+    posed = problem.to_original_units(problem.objective(np.array([True, False, False])), 0.0)
     assert posed.value == pytest.approx(7.0)
     assert posed.gap == pytest.approx((posed.bound - 7.0) / 7.0)
     assert not RowProblem.from_quadratic(u, cardinality=2).maximised
@@ -80,7 +89,7 @@ def test_what_is_called_optimal_is_so_in_the_units_of_the_problem(name, penalty)
     problem, known = penalised(penalty), penalised(1e3)
     best = known.value(float(solve(known, "exhaustive").objective[0]))
     found = solve(problem, name)
-    posed = problem.posed(float(found.objective[0]), float(found.lower_bound[0]))
+    posed = problem.to_original_units(float(found.objective[0]), float(found.lower_bound[0]))
     verify(problem, found)
     assert posed.value == pytest.approx(best, rel=1e-6 + 1e-15 * penalty)
     if found.status[0] is Status.OPTIMAL:
@@ -242,7 +251,7 @@ def test_a_row_of_a_layer_is_written_for_qplib_alone(tmp_path):
     for problem, ending, message in (
         *((row, ending, "to be minimised") for ending in ("dat", "mc", "mdp")),
         (other, "qplib", "one set of a given size"),
-        (row.refitting(Refit(0.1)), "qplib", "one set of a given size"),
+        (row.with_update(LeastSquaresUpdate(0.1)), "qplib", "one set of a given size"),
         (row, "xyz", "no known format"),
     ):
         with pytest.raises(ProblemError, match=message):
@@ -332,7 +341,7 @@ NO_UNITS = ((2, 0, 0), (1, np.nan, 0), (1, 0, "a"), (-1, 10**400, 0.0))
           for bad in ("1", 1.5, None, 4)),
         # what penalties round off
         (lambda _: penalised(1e11), "scale penalties down to what they need"),
-        *((lambda _, units=units: Units(*units), "units") for units in NO_UNITS),
+        *((lambda _, units=units: ObjectiveTransform(*units), "units") for units in NO_UNITS),
     ],
 )  # fmt: skip
 def test_bad_calls_are_named(tmp_path, call, message):
@@ -407,17 +416,22 @@ def test_a_bound_of_whole_numbers_is_one_of_them_and_nothing_can_be_refitted(tmp
     verify(problem, replace(solution, lower_bound=bound.value, certificate=bound.certificate))
     message = "has no weights to update"
     with pytest.raises(ProblemError, match=message):
-        problem.refitting(Refit())
-    assert problem.refitting(None).value(0.0) == problem.value(0.0)
+        problem.with_update(LeastSquaresUpdate())
+    assert problem.with_update(None).value(0.0) == problem.value(0.0)
     units = problem.as_layer().units
     with pytest.raises(ProblemError, match=message):
-        RowProblem(problem.weight, problem.gram, problem.pattern, refit=Refit(), units=units)
+        RowProblem(
+            problem.weight, problem.gram, problem.pattern, update=LeastSquaresUpdate(), units=units
+        )
     words = ("--update", "least-squares", "--solvers", "swap", "--output", tmp_path / "o.csv")
     assert message in run("compare", tmp_path / "a.dat", *words, fails=ProblemError)
 
 
 def test_the_constant_of_a_row_that_prunes_nothing_is_written(tmp_path):
-    linear, ones = Linear(torch.ones(1, 6).double(), torch.tensor([50.0])), torch.ones(6).double()
+    linear, ones = (
+        LinearTerm(torch.ones(1, 6).double(), torch.tensor([50.0])),
+        torch.ones(6).double(),
+    )
     row = RowProblem(ones, 9 * torch.eye(6).double(), Unstructured(keep=6), linear=linear)
     assert float(row.objective(torch.ones(6, dtype=torch.bool))) == row.value(50.0) == 50
     save_problem(row, tmp_path / "z.qplib")
@@ -498,8 +512,10 @@ def test_refitted_inputs_solve_the_least_squares_of_every_row(kind, seed, dampin
     weight, gram = random_weight(4, 9, seed), random_gram(9, kind, seed + 1)
     kept = torch.rand(9, generator=torch.Generator().manual_seed(seed)) < 0.6
     kept[0] = True
-    new = refit_inputs(weight, gram, kept, Refit(damping))
-    problem = LayerProblem(weight, gram, Unstructured(keep=int(kept.sum())), refit=Refit(damping))
+    new = refit_inputs(weight, gram, kept, LeastSquaresUpdate(damping))
+    problem = LayerProblem(
+        weight, gram, Unstructured(keep=int(kept.sum())), update=LeastSquaresUpdate(damping)
+    )
     expected = change(problem.weights(kept.expand(4, 9)), weight, gram)
     assert bool((new[:, ~kept] == 0).all())
     own = change(torch.where(kept, weight.double(), 0.0), weight, gram)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from local_search import check_contract, drawn, floor
 from strategies import HALF, problems, refit_layer
 
-from maskopt import NM, LayerProblem, Progress, Refit, Unstructured, solve, verify
+from maskopt import NM, LayerProblem, LeastSquaresUpdate, Progress, Unstructured, solve, verify
 from maskopt.errors import MaskoptError, OptionError, WarmStartError
 from maskopt.protocol.solution import Status
 from maskopt.protocol.solver import make_start
@@ -46,20 +46,22 @@ def test_contract(name, data):
 @settings(max_examples=10)
 @given(problems(max_n=11, max_rows=3), st.sampled_from((0.0, 0.01, 0.3)))
 def test_contract_of_refitted_weights(problem, damping):
-    check_contract(problem.refitting(Refit(damping)), "memetic", start="worst", **MEMETIC)
+    check_contract(
+        problem.with_update(LeastSquaresUpdate(damping)), "memetic", start="worst", **MEMETIC
+    )
 
 
 @pytest.mark.parametrize("pattern", [HALF, NM(2, 4)], ids=str)
 @pytest.mark.parametrize("name", [*SEARCHES, "memetic, refitted"])
 def test_permutations_scales_and_rows_by_themselves(name, pattern):
     solver, options = SEARCHES[name.split(",")[0]]
-    refit = Refit(0.01) if "refitted" in name else None
+    update = LeastSquaresUpdate(0.01) if "refitted" in name else None
     kind = "outliers" if isinstance(pattern, NM) else "full"
     for seed in range(3 if name in ("swap-torch", "swap-numba") else 1):
-        problem = drawn(4, 24, kind, pattern, (seed + 1, seed + 2)).refitting(refit)
+        problem = drawn(4, 24, kind, pattern, (seed + 1, seed + 2)).with_update(update)
 
-        def solved(weight, gram, pattern=pattern, refit=refit):
-            layer = LayerProblem(weight, gram, pattern, refit=refit)
+        def solved(weight, gram, pattern=pattern, update=update):
+            layer = LayerProblem(weight, gram, pattern, update=update)
             return solve(layer, solver, start="wanda", **options)
 
         w, gram = problem.weight, problem.gram
@@ -81,7 +83,7 @@ def test_permutations_scales_and_rows_by_themselves(name, pattern):
 @pytest.mark.parametrize("name", [*KERNELS, "kswap", "tabu", "memetic", "memetic, refitted"])
 def test_without_time_the_start_comes_back(name):
     solver, options = SEARCHES[name.split(",")[0]]
-    problem = drawn(4, 32).refitting(Refit(0.01) if "refitted" in name else None)
+    problem = drawn(4, 32).with_update(LeastSquaresUpdate(0.01) if "refitted" in name else None)
     start = solve(problem, "worst").mask
     stopped = solve(problem, solver, start=start, time_limit=0.0, **options)
     verify(problem, stopped)

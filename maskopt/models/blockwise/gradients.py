@@ -224,7 +224,7 @@ def row_sensitivity(
 
 def counting(problem: LayerProblem, sensitivity: str, gradients: Gradients | None) -> LayerProblem:
     """The same problem, with weights of its rows, 1 on average, where they share a budget."""
-    if not problem.pooled:
+    if not problem.shared_budget:
         return problem
     omega = row_sensitivity(problem, sensitivity, gradients, of_layer=False)
     mean = float(omega.mean())

@@ -190,7 +190,7 @@ class Job:
             self.activation_memory,
             held=bool(self.held),
             beside=options.beside,
-            refit=options.refit is not None,
+            least_squares=options.least_squares is not None,
             trained=self.trained_states,
             gradients=0 if self.whole else options.gradient_windows(self.count),
             variants=0 if self.whole else options.variant_windows(self.count, blocks),

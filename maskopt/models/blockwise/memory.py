@@ -68,7 +68,7 @@ class Load:
         activation_memory: bytes of hidden states above which they go to a file.
         held: Gram matrices of held-out windows are summed, too.
         beside: the dense model's hidden states go along, with moments of both.
-        refit: kept weights are updated by least squares: a system for every row.
+        least_squares: kept weights are updated by least squares: a system for every row.
         gradients: windows whose hidden states of every block are kept for gradients of the loss.
         variants: windows of all variants of the model that are measured before anything is pruned.
         trained: hidden states of a window that are kept while a block is trained.
@@ -84,7 +84,7 @@ class Load:
     activation_memory: int
     held: bool = False
     beside: bool = False
-    refit: bool = False
+    least_squares: bool = False
     gradients: int = 0
     variants: int = 0
     trained: int = 0
@@ -119,7 +119,7 @@ def estimate_memory(load: Load) -> Memory:
         square = (16 if load.held else 12) + (16 if load.beside else 0)
         # damped G, its inverse and its eigenvectors, mostly float64; a thread's systems: one for a row
         # without pruned weights, or several smaller ones
-        systems, fixed = (40 + 24 * threads, SYSTEMS * threads) if load.refit else (0, 0)
+        systems, fixed = (40 + 24 * threads, SYSTEMS * threads) if load.least_squares else (0, 0)
         for y in mine:
             matrices = (square + systems) * y.n**2 + 8 * min(y.n, 4096) ** 2 + fixed
             solving = max(solving, matrices + 24 * y.rows * y.n)

@@ -151,12 +151,12 @@ def copy_file(source: Path, target: Path) -> None:
         shutil.copyfileobj(given, file)
 
 
-def disk_needed(checkpoint: Checkpoint, refit: bool = False) -> int:
+def disk_needed(checkpoint: Checkpoint, least_squares: bool = False) -> int:
     """Bytes that the pruned copy takes, with masks and, until it is complete, updated weights."""
     elements = sum(
         math.prod(entry.shape) for s in checkpoint.shards.values() for entry in s.entries.values()
     )
-    return checkpoint.bytes * (2 if refit else 1) + elements // 4 + 64 * 2**20
+    return checkpoint.bytes * (2 if least_squares else 1) + elements // 4 + 64 * 2**20
 
 
 class Unchanged:

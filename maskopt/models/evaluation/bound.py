@@ -108,7 +108,7 @@ def bound_layers(
         _rows(how, part, kinds.get(layer.name, layer.name), chosen, mask)
         for position, layer in enumerate(problems)
         for part, chosen in _sampled(layer, rows, columns, seed=[seed, position])
-        for mask in [solve(part, solver).uninterrupted().mask]
+        for mask in [solve(part, solver).raise_if_interrupted().mask]
     )
     return _certify(parts, how, jobs, output, on_rows)
 
@@ -159,7 +159,7 @@ def certify_model(
     if original is not None and dense_model.digest != original:
         raise ModelError(f"{pruned}: was pruned from another model than {model}; name the original")
     pattern = pattern_from_dict(manifest["fingerprint"]["options"]["sparsity"])
-    if pattern.pooled or manifest["fingerprint"]["options"].get("allocation") == BOTH:
+    if pattern.shared_budget or manifest["fingerprint"]["options"].get("allocation") == BOTH:
         raise ModelError(
             f"{pruned}: its rows share a budget, and bounds need an equal count in every row; prune with "
             "`allocation` uniform or layers"
@@ -229,11 +229,11 @@ class _Rows:
     def parts(self) -> list[list[int]]:
         """The rows by their bounds: one each, or one for all rows of a shared budget."""
         every = list(range(self.problem.rows))
-        return [every] if self.problem.pooled else [[row] for row in every]
+        return [every] if self.problem.shared_budget else [[row] for row in every]
 
     def take(self, rows: list[int]) -> _Rows:
         """Some of them; of a shared budget all."""
-        if self.problem.pooled:
+        if self.problem.shared_budget:
             return self
         chosen, keys = [self.chosen[row] for row in rows], [self.keys[row] for row in rows]
         problem = self.problem.take(rows)
@@ -254,7 +254,7 @@ class _Rows:
         missing = [row for row, key in enumerate(self.keys) if key not in finished]
         if not missing:
             return []
-        if not apart or self.problem.pooled:
+        if not apart or self.problem.shared_budget:
             return [delayed(_bounded)(self.take(missing))]
         options = dict(self.how.options)
         if options.get("time_limit") is not None:
@@ -267,7 +267,7 @@ class _Rows:
         found = []
         for i, key in enumerate(self.keys):
             objective, bound = float(solution.objective[i]), float(solution.lower_bound[i])
-            posed = self.problem.row(i).posed(objective, bound)
+            values = self.problem.row(i).to_original_units(objective, bound)
             found.append(
                 GapRecord(
                     instance=self.problem.name,
@@ -278,9 +278,9 @@ class _Rows:
                     method=self.how.method,
                     objective=objective,
                     lower_bound=bound,
-                    value=posed.value,
-                    value_bound=posed.bound,
-                    gap=posed.gap,
+                    value=values.value,
+                    value_bound=values.bound,
+                    gap=values.gap,
                     seconds=solution.seconds,
                     seed=self.how.seed,
                     key=key,
@@ -297,7 +297,7 @@ def _rows(
     keys = [
         _key(problem, i, mask[i], chosen[i], how.method, how.options) for i in range(problem.rows)
     ]
-    if problem.pooled:
+    if problem.shared_budget:
         counts = problem.shares.tolist()
         keys = [_short(json.dumps([at, keys, counts])) for at in range(len(keys))]
     return _Rows(how, problem, kind, chosen, mask, keys)
@@ -349,7 +349,7 @@ def _bounded(rows: _Rows) -> list[tuple[list[GapRecord], Solution]]:
     problem = rows.problem
     bound = lower_bound(problem, rows.how.method, **rows.how.options)
     value = bound.value
-    if problem.pooled:
+    if problem.shared_budget:
         objective, counts = problem.objective(rows.mask), problem.shares
         total = float((counts * objective).sum())
         value = objective * (float((counts * value).sum()) / total if total else 0.0)
@@ -357,7 +357,7 @@ def _bounded(rows: _Rows) -> list[tuple[list[GapRecord], Solution]]:
     solution = replace(solution, seconds=bound.seconds / problem.rows)
     records = rows.records(solution)
     return [
-        ([records[row] for row in part], solution if problem.pooled else solution.take(part))
+        ([records[row] for row in part], solution if problem.shared_budget else solution.take(part))
         for part in rows.parts()
     ]
 

@@ -19,7 +19,7 @@ from maskopt.core.fields import (
     check_needs,
     option,
 )
-from maskopt.core.least_squares import Refit
+from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.pattern import NM, Pattern, Unstructured, parse_sparsity, pattern_to_dict
 from maskopt.errors import ModelError, OptionError, PatternError, SolverError
 from maskopt.models.options.solver import check_size, check_solver, default_start
@@ -123,14 +123,14 @@ class PruneOptions(WalkOptions):
         dict, "How to train; may be repeated.", UPDATE, needs=("update", BLOCKWISE)
     )
     damping: float | str = option(
-        Refit.damping,
+        LeastSquaresUpdate.damping,
         "Penalty that keeps weights near their values, relative to the mean of diag(G); auto: per layer by "
         "the error on held-out windows.",
         UPDATE,
         needs=("update", LEAST_SQUARES, BLOCKWISE),
     )
     damping_exponent: float = option(
-        Refit.power,
+        LeastSquaresUpdate.power,
         "Exponent p: the damping of input i is scaled by G[i,i]^p. 0: the same for all inputs.",
         UPDATE,
         least=0,
@@ -156,9 +156,9 @@ class PruneOptions(WalkOptions):
         check_needs(self)
         self._set_reconstruction()
         self._check_automatic()
-        if self.refit is None and (self.damping, self.damping_exponent) != (
-            Refit.damping,
-            Refit.power,
+        if self.least_squares is None and (self.damping, self.damping_exponent) != (
+            LeastSquaresUpdate.damping,
+            LeastSquaresUpdate.power,
         ):
             raise OptionError(
                 "`damping` needs kept weights solved by least squares: give `training` begin=least-squares"
@@ -175,11 +175,15 @@ class PruneOptions(WalkOptions):
 
     def _set_allocation(self) -> None:
         """Pattern and `allocation` say the same; either is enough."""
-        if isinstance(self.pattern, Unstructured) and self.pattern.pooled and not self.layers_trade:
+        if (
+            isinstance(self.pattern, Unstructured)
+            and self.pattern.shared_budget
+            and not self.layers_trade
+        ):
             self._trade_as(self.pattern)
         elif self.allocation != UNIFORM:
             if isinstance(self.pattern, NM) or (
-                self.layers_trade and (self.pattern.pooled or self.pattern.sparsity is None)
+                self.layers_trade and (self.pattern.shared_budget or self.pattern.sparsity is None)
             ):
                 raise OptionError(
                     f"`allocation` {self.allocation} needs a share such as 0.5, not {self.pattern}"
@@ -238,7 +242,7 @@ class PruneOptions(WalkOptions):
                 raise OptionError(
                     f"`damping` must be a number of at least 0 or auto, not {damping!r}"
                 )
-            Refit(damping)
+            LeastSquaresUpdate(damping)
 
     @property
     def pattern(self) -> Pattern:
@@ -253,15 +257,17 @@ class PruneOptions(WalkOptions):
     @property
     def start_solver(self) -> str | None:
         """The solver that makes the start: the one named, `relax` or `admm` for swap, or the solver's own."""
-        return self.start or default_start(self.solver, refit=self.refit is not None)
+        return self.start or default_start(
+            self.solver, least_squares=self.least_squares is not None
+        )
 
     @property
-    def refit(self) -> Refit | None:
+    def least_squares(self) -> LeastSquaresUpdate | None:
         """How kept weights are refitted, `damping` auto counting as its default; None: they stay."""
         if self.update == NONE or self.training.get("begin") == NONE:
             return None
-        damping = Refit.damping if self.damping == AUTO else float(self.damping)
-        return Refit(damping, self.damping_exponent)
+        damping = LeastSquaresUpdate.damping if self.damping == AUTO else float(self.damping)
+        return LeastSquaresUpdate(damping, self.damping_exponent)
 
     @property
     def beside(self) -> bool:
@@ -323,7 +329,7 @@ class PruneOptions(WalkOptions):
                 pattern = self._pattern_of(self.pattern_of(layer))
                 check_size(
                     self.solver, self.solver_options, self.start_solver, layer.n, pattern,
-                    refit=self.refit is not None,
+                    least_squares=self.least_squares is not None,
                 )  # fmt: skip
             except (PatternError, SolverError) as error:
                 raise type(error)(f"layer {layer.name!r}: {error}") from None

@@ -12,9 +12,9 @@ DEFAULT_STARTS = {"swap": "relax"}
 REFIT_STARTS = {"swap": "admm", "memetic": "admm"}
 
 
-def default_start(solver: str, *, refit: bool = False) -> str | None:
+def default_start(solver: str, *, least_squares: bool = False) -> str | None:
     """What `solver` starts from in a prune where nothing is named."""
-    starts = REFIT_STARTS if refit else DEFAULT_STARTS
+    starts = REFIT_STARTS if least_squares else DEFAULT_STARTS
     return starts.get(solver) or make_solver(solver).capabilities.default_start
 
 
@@ -26,7 +26,7 @@ def check_solver(
     backend = make_solver(solver, **limits_of(None, options)[1])
     if pattern is not None and not trades_as_asked(backend, pattern):
         lacks, other = "needs an equal count in every row", ""
-        if backend.capabilities.pooled:
+        if backend.capabilities.shared_budget:
             lacks, other = (
                 "holds no `max_deviation` of rows",
                 "; or set no limits, with `max_deviation` 1",
@@ -50,9 +50,9 @@ def check_size(
     n: int,
     pattern: Pattern,
     *,
-    refit: bool = False,
+    least_squares: bool = False,
 ) -> None:
     """Raise SolverError where solver or start cannot answer rows of so many inputs."""
-    make_solver(solver, **limits_of(None, options)[1]).check_size(n, pattern, refit=refit)
+    make_solver(solver, **limits_of(None, options)[1]).check_size(n, pattern, update=least_squares)
     if start is not None:
-        make_solver(start).check_size(n, pattern, refit=True)
+        make_solver(start).check_size(n, pattern, update=True)

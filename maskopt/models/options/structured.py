@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from maskopt.core.fields import SELECTION, UPDATE, check_needs, option
-from maskopt.core.least_squares import Refit
+from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.errors import OptionError
 from maskopt.models.options.prune import LEAST_SQUARES, NONE
 from maskopt.models.options.solver import check_solver
@@ -66,7 +66,7 @@ class ShrinkOptions(WalkOptions):
         shown=True,
     )
     damping: float = option(
-        Refit.damping,
+        LeastSquaresUpdate.damping,
         "Penalty that keeps weights near their values, relative to the mean of diag(G).",
         UPDATE,
         least=0,
@@ -88,9 +88,9 @@ class ShrinkOptions(WalkOptions):
         check_solver(self.solver, self.solver_options, None)
 
     @property
-    def how(self) -> Refit | None:
+    def how(self) -> LeastSquaresUpdate | None:
         """How kept columns are updated, in one system for all rows; None: they stay."""
-        return Refit(self.damping) if self.update == LEAST_SQUARES else None
+        return LeastSquaresUpdate(self.damping) if self.update == LEAST_SQUARES else None
 
 
 ShrinkOptions.__doc__ = described(ShrinkOptions)

@@ -17,7 +17,7 @@ from maskopt.core.fields import (
     option,
     options_of,
 )
-from maskopt.core.least_squares import Refit
+from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.limits import Limits, parse_bytes
 from maskopt.errors import DataError, ModelError, OptionError, near
 from maskopt.models.calibration.token_weights import GRADIENT, TOKEN_WEIGHTS, UNIFORM
@@ -210,7 +210,7 @@ class WalkOptions:
         return None
 
     @property
-    def refit(self) -> Refit | None:
+    def least_squares(self) -> LeastSquaresUpdate | None:
         """How kept weights are refitted; None: they stay."""
         return None
 

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from maskopt.core.knapsack import choose_levels
-from maskopt.core.least_squares import Refit
+from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.pattern import Unstructured
 from maskopt.core.problem import LayerProblem
 from maskopt.errors import OptionError
@@ -56,8 +56,8 @@ def allocate(job: Job, options: PruneOptions) -> dict[str, int]:
         target="pruned",
         update=NONE,
         training={},
-        damping=Refit.damping,
-        damping_exponent=Refit.power,
+        damping=LeastSquaresUpdate.damping,
+        damping_exponent=LeastSquaresUpdate.power,
         gram_shrinkage=0.0,
     )
     if options.sensitivity == KL:

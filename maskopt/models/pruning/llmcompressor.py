@@ -117,7 +117,7 @@ class SparseSwapsModifier(SparsityModifierBase):
         return True
 
     def _options(self, sparsity: Any) -> PruneOptions:
-        refit = {"damping": self.damping} if self.damping is not None else {}
+        least_squares = {"damping": self.damping} if self.damping is not None else {}
         return prune_options(
             None,
             {
@@ -128,7 +128,7 @@ class SparseSwapsModifier(SparsityModifierBase):
                 "gram_shrinkage": self.gram_shrinkage,
                 "solver_options": self.solver_options,
                 "seed": self.seed,
-                **refit,
+                **least_squares,
             },
         )
 
@@ -156,11 +156,11 @@ def pruned(weight: Tensor, gram: Gram, options: PruneOptions) -> tuple[Tensor, f
         options.pattern,
         mean=gram.mean() if seen else None,
         variance=gram.variance() if seen else None,
-        refit=options.refit,
+        update=options.least_squares,
         assume_psd=True,
     )
     found = solve_layer(problem, options).solution
-    mask, own = found.mask, None if options.refit is None else found.weight
+    mask, own = found.mask, None if options.least_squares is None else found.weight
     left = problem.weights(mask) if own is None else own
     return torch.where(mask, left.to(weight.dtype), 0), float(problem.error(left).sum())
 

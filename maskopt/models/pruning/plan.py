@@ -235,7 +235,9 @@ def _solve_seconds(source: Source, layers: Sequence[Layer], options: PruneOption
 
     def timed(rows: int) -> float:
         weight = torch.randn(rows, n, generator=generator).to(device)
-        problem = LayerProblem(weight, gram, options.pattern, refit=options.refit, assume_psd=True)
+        problem = LayerProblem(
+            weight, gram, options.pattern, update=options.least_squares, assume_psd=True
+        )
         return solve_layer(problem, probing).seconds
 
     try:
@@ -257,7 +259,7 @@ def _solve_seconds(source: Source, layers: Sequence[Layer], options: PruneOption
         return longest * len(layers) if math.isfinite(longest) else None
 
     def work(rows: int, n: int) -> float:
-        return rows * n**2 * (1.0 if options.refit is None else 1 + n / CUBIC)
+        return rows * n**2 * (1.0 if options.least_squares is None else 1 + n / CUBIC)
 
     seconds, rows = measured
     unit = seconds / work(rows, n)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from maskopt.core.gram import Gram, Moved
-from maskopt.core.least_squares import Refit
+from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.pattern import Pattern
 from maskopt.core.problem import LayerProblem
 from maskopt.errors import ModelError
@@ -89,9 +89,9 @@ def _walked(
                 gram = grams.of(layer.name)
                 if gram is not None or unseen:
                     weight = matrix(job.source.model, layer).detach().float().clone()
-                    pattern, refit = options.pattern_of(layer), options.refit
+                    pattern, least_squares = options.pattern_of(layer), options.least_squares
                     problem = layer_problem(
-                        layer, weight, gram, pattern, gram_shrinkage, refit=refit
+                        layer, weight, gram, pattern, gram_shrinkage, least_squares=least_squares
                     )
                     yield layer, counting(problem, options.sensitivity, job.gradients)
             block.advance()
@@ -115,13 +115,13 @@ def layer_problem(
     pattern: Pattern,
     gram_shrinkage: float = 0.0,
     moved: Moved | None = None,
-    refit: Refit | None = None,
+    least_squares: LeastSquaresUpdate | None = None,
 ) -> LayerProblem:
     """The problem of a layer with `weight` [rows, n] and the Gram matrix of its inputs, shrunk by α; without
     one G is the identity. With `moved` the target is the layer's output on the dense model's inputs.
 
     Raises:
-        ProblemError: a `refit` with a damping that leaves the Gram matrix indefinite.
+        ProblemError: a `update` with a damping that leaves the Gram matrix indefinite.
     """
     if gram is None:
         values, mean, variance = torch.eye(layer.n, device=weight.device), None, None
@@ -139,5 +139,5 @@ def layer_problem(
         mean=mean,
         variance=variance,
         linear=linear,
-        refit=refit,
+        update=least_squares,
     )

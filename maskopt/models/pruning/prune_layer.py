@@ -151,12 +151,12 @@ def solve_rows(
     fallback = tokens < options.min_tokens
     dense = matrix(job.source.model, layer).detach().float()
     used = None if fallback else gram
-    refit = None if fallback else options.refit
+    least_squares = None if fallback else options.least_squares
     pattern = options.pattern_of(layer)
 
     def at(alpha: float) -> LayerProblem:
         moved = grams.moved(layer.name)
-        problem = layer_problem(layer, dense, used, pattern, alpha, moved, refit)
+        problem = layer_problem(layer, dense, used, pattern, alpha, moved, least_squares)
         if not fallback:
             problem = counting(problem, options.sensitivity, job.gradients)
         return problem.take(rows)
@@ -164,8 +164,10 @@ def solve_rows(
     judge = held_problem(layer, dense, grams, pattern)
     judge = None if judge is None else judge.take(rows)
     began, limits = time.perf_counter(), layer_limits(options)
-    if refit is not None and options.damping == AUTO and judge is not None:
-        refit = damping_by_held_error(at(_fixed(options.gram_shrinkage)), judge, options, limits)
+    if least_squares is not None and options.damping == AUTO and judge is not None:
+        least_squares = damping_by_held_error(
+            at(_fixed(options.gram_shrinkage)), judge, options, limits
+        )
     if options.gram_shrinkage == AUTO and judge is not None and not fallback:
         solved, gram_shrinkage = solve_by_held_error(at, judge, options, limits)
         fitted = at(gram_shrinkage)
@@ -174,7 +176,7 @@ def solve_rows(
         fitted = at(gram_shrinkage)
         solved = solve_by_magnitude(fitted) if fallback else solve_layer(fitted, options, limits)
     new = None
-    if refit is not None:
+    if least_squares is not None:
         found = solved.solution.weight
         found = fitted.weights(solved.solution.mask) if found is None else found
         new = as_stored(job.source, layer, found)
@@ -185,7 +187,7 @@ def solve_rows(
         "gram_shrinkage": gram_shrinkage,
         "pattern": str(fitted.pattern),
         "objective": _chosen_for(solved, new, options),
-        "damping": None if fitted.refit is None else fitted.refit.damping,
+        "damping": None if fitted.update is None else fitted.update.damping,
     }
     return SolvedRows(
         solved.solution.mask.cpu(),
@@ -203,7 +205,7 @@ def _fixed(gram_shrinkage: float | str) -> float:
 
 
 def _chosen_for(solved: Solved, new: Tensor | None, options: PruneOptions) -> str:
-    if new is None or not make_solver(options.solver).capabilities.refit:
+    if new is None or not make_solver(options.solver).capabilities.update:
         return "kept"
     return "updated" if solved.solution.own else "refitted"
 
@@ -216,7 +218,7 @@ def _columns(
     options: PruneOptions,
 ) -> dict[str, Tensor]:
     """The columns of `SolvedRows`: `fitted` was solved, `judge` is the same layer on held-out windows."""
-    solution, start, kept = solved.solution, solved.start, fitted.refitting(None)
+    solution, start, kept = solved.solution, solved.start, fitted.with_update(None)
     begun = None if start is None else start.objective
     uniform = None if solved.uniform is None else kept.objective(solved.uniform.mask)
     if start is not None and (options.gram_shrinkage == AUTO or new is not None):
@@ -244,7 +246,7 @@ def _columns(
         "swaps": _traced(solution, "swaps"),
         "scans": _traced(solution, "scans"),
         "improvement_quantiles": None
-        if fitted.pooled
+        if fitted.shared_budget
         else _gained(solution, start, new is not None),
     }
     nothing = torch.empty(0, dtype=torch.float64)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from maskopt.core.least_squares import Refit
+from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import Solution
@@ -49,13 +49,13 @@ def solve_layer(
     """Run the options' start and solver on one layer, both within the same limits. A solver that does not
     choose for updated weights chooses for unchanged ones."""
     limits = layer_limits(options) if limits is None else limits
-    if not make_solver(options.solver).capabilities.refit:
-        problem = problem.refitting(None)
+    if not make_solver(options.solver).capabilities.update:
+        problem = problem.with_update(None)
     start = uniform = None
     if options.start_solver is not None:
         start = make_start(problem, options.start_solver, limits)
-        if problem.pooled:
-            same = problem.under(problem.pattern.alike())
+        if problem.shared_budget:
+            same = problem.under(problem.pattern.uniform())
             uniform = make_start(same, options.start_solver, limits)
     solution = solve(
         problem,
@@ -64,7 +64,7 @@ def solve_layer(
         limits=limits,
         **limits_of(None, options.solver_options)[1],
     )
-    return Solved(solution.uninterrupted(), start, uniform)
+    return Solved(solution.raise_if_interrupted(), start, uniform)
 
 
 def solve_by_held_error(
@@ -98,16 +98,18 @@ def solve_by_held_error(
 
 def damping_by_held_error(
     problem: LayerProblem, judge: LayerProblem, options: PruneOptions, limits: Limits
-) -> Refit:
+) -> LeastSquaresUpdate:
     """The best of DAMPING_GRID by the error on held-out windows, for the mask of the start, or of a solver
     without one, which has half of the layer's time."""
     maker = options.start_solver or options.solver
     mask = make_start(problem, maker, limits.share(0.5)).mask
 
-    def held_error(refit: Refit) -> float:
-        return float(judge.error(problem.refitting(refit).weights(mask)).sum())
+    def held_error(least_squares: LeastSquaresUpdate) -> float:
+        return float(judge.error(problem.with_update(least_squares).weights(mask)).sum())
 
-    return min((Refit(x, options.damping_exponent) for x in DAMPING_GRID), key=held_error)
+    return min(
+        (LeastSquaresUpdate(x, options.damping_exponent) for x in DAMPING_GRID), key=held_error
+    )
 
 
 def solve_by_magnitude(problem: LayerProblem) -> Solved:

@@ -300,7 +300,7 @@ class Effects:
 
     def best(self, count: int) -> tuple[list[int], Solution]:
         """The set of least cost, and its solution."""
-        solution = solve(self.problem(count), "branch", time_limit=600.0).uninterrupted()
+        solution = solve(self.problem(count), "branch", time_limit=600.0).raise_if_interrupted()
         return (~solution.mask[0]).nonzero()[:, 0].tolist(), solution
 
     def yardsticks(self, count: int) -> tuple[list[int], list[int]]:

@@ -222,7 +222,7 @@ def _chosen(
         solution = solve(
             problem, options.solver, start=start, limits=limits, **options.solver_options
         )
-    bound = float(solution.uninterrupted().lower_bound)
+    bound = float(solution.raise_if_interrupted().lower_bound)
     if options.certify and solution.status[0] is not Status.OPTIMAL:
         found = lower_bound(problem, _BOUND, time_limit=_BOUND_SECONDS, seed=options.seed)
         bound = max(bound, float(found.value))

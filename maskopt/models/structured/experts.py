@@ -174,8 +174,10 @@ def _choose(
                 problem = RowProblem.from_quadratic(
                     quadratic.numpy(), cardinality=len(quadratic) - left, name=mixture.name
                 )
-                solution = solve(problem, "branch", time_limit=_SECONDS).uninterrupted()
-                posed = problem.posed(float(solution.objective), float(solution.lower_bound))
+                solution = solve(problem, "branch", time_limit=_SECONDS).raise_if_interrupted()
+                values = problem.to_original_units(
+                    float(solution.objective), float(solution.lower_bound)
+                )
                 kept[mixture.name] = solution.mask[0]
                 model = job.source.model
                 dense = copy.deepcopy(model.get_submodule(mixture.parent))
@@ -191,13 +193,13 @@ def _choose(
                     pruned=mixture.count - left,
                     error_start=None,
                     error=error,
-                    lower_bound=max(posed.bound, 0.0),
+                    lower_bound=max(values.bound, 0.0),
                     statuses={str(solution.status[0]): 1},
                     tokens=tokens,
                     fallback=False,
                     seconds=time.perf_counter() - began,
                     energy=energy,
-                    error_kept=max(posed.value, 0.0),
+                    error_kept=max(values.value, 0.0),
                 )
                 layers.append(report)
                 tick(1, report)

@@ -55,7 +55,7 @@ def check_layers(manifest: Manifest) -> None:
         if info["pattern"] != manifest.record["fingerprint"]["options"]["sparsity"]:
             raise manifest.wrong(f"tensor {name!r} has another pattern than the options")
     for layer in layers:
-        refitted = options.refit is not None and not layer["fallback"]
+        refitted = options.least_squares is not None and not layer["fallback"]
         bounded = "error_kept" if refitted and layer["objective"] == "kept" else "error"
         wrong = {
             "has another pattern than the options": layer["pattern"] != str(manifest.pattern(layer)),

@@ -210,7 +210,7 @@ def _options(path: Path, record: Mapping[str, Any]) -> PruneOptions:
     pattern = pattern_from_dict(given["sparsity"])
     if (allocation in (LAYERS, BOTH)) != bool(given.get("counts")):
         what = "has counts of its layers, or none, otherwise than its allocation says"
-    elif (allocation == ROWS) != pattern.pooled:
+    elif (allocation == ROWS) != pattern.shared_budget:
         what = "has an allocation that is not its pattern's"
     elif given.get("update") != BLOCKWISE and (training or record["parts"]):
         what = "has trained parts, and its options train none"
@@ -241,7 +241,7 @@ def groups(pattern: Pattern, n: int) -> tuple[int, int]:
 
 def pruned_of(pattern: Pattern, rows: int, n: int) -> int:
     """Pruned entries of a layer."""
-    if isinstance(pattern, Unstructured) and pattern.pooled and pattern.keep is None:
+    if isinstance(pattern, Unstructured) and pattern.shared_budget and pattern.keep is None:
         return _part_of(pattern, rows * n)
     group, pruned = groups(pattern, n)
     return rows * (n // group) * pruned
@@ -254,7 +254,7 @@ def _part_of(pattern: Unstructured, entries: int) -> int:
 def _limits(pattern: Pattern, rows: int, n: int) -> tuple[int, int, int]:
     """Inputs of a group, and the least and the most that a row prunes of it: of rows with a shared budget,
     whole numbers no further from the mean than `max_deviation`, and those next to the mean in any case."""
-    if not pattern.pooled:
+    if not pattern.shared_budget:
         group, pruned = groups(pattern, n)
         return group, pruned, pruned
     if pattern.max_deviation is None:

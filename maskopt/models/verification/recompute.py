@@ -19,7 +19,7 @@ from torch import Tensor
 
 from maskopt.checks.costs import costs_of
 from maskopt.checks.swap_check import improving_swap, improving_swap_between_rows
-from maskopt.core.least_squares import Refit
+from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.problem import LayerProblem
 from maskopt.errors import VerificationError
 from maskopt.models.architecture.blocks import choose, matrix
@@ -108,9 +108,9 @@ def recheck_layers(
     # masks and updated weights are those of the result
     walked = dataclasses.replace(
         options, include=tuple(layer["name"] for layer in manifest.layers), exclude=(), update=NONE,
-        training={}, damping=Refit.damping, damping_exponent=Refit.power, gram_shrinkage=0.0,
-        samples=data["samples"], seq_len=data["length"], bos=bos if bos in BOS else "auto",
-        chat=bos == TEMPLATE.bos and not are_tokens(calibration),
+        training={}, damping=LeastSquaresUpdate.damping, damping_exponent=LeastSquaresUpdate.power,
+        gram_shrinkage=0.0, samples=data["samples"], seq_len=data["length"],
+        bos=bos if bos in BOS else "auto", chat=bos == TEMPLATE.bos and not are_tokens(calibration),
         device=device, dtype=fingerprint["dtype"], **machine,
     )  # fmt: skip
     job = open_job(model, calibration, walked)
@@ -155,7 +155,7 @@ def _faults(
     if damping is None:
         sums = _sums("error", found, lambda x: x.objective(kept))
     else:
-        unchanged = float(problem.refitting(None).objective(kept).sum())
+        unchanged = float(problem.with_update(None).objective(kept).sum())
         sums = [("error_kept", unchanged, " before its weights were refitted")]
     yield from _other_sums(said, sums, tolerance, floor)
     if damping is not None and found.result is not None:
@@ -219,13 +219,13 @@ def _other_statuses(
     said: Mapping[str, Any], found: Found, tolerance: float, pool: Threads
 ) -> Iterator[str]:
     kept = found.kept
-    problem = found.problem if said["objective"] == "refitted" else found.problem.refitting(None)
+    problem = found.problem if said["objective"] == "refitted" else found.problem.with_update(None)
     count = sum(said["statuses"].get(s, 0) for s in (Status.SWAP_OPTIMAL, Status.OPTIMAL))
     if not count:
         return
 
     def swap_of(row: int) -> Any:
-        one = problem.at_count_of(kept, row) if problem.pooled else problem.row(row)
+        one = problem.at_count_of(kept, row) if problem.shared_budget else problem.row(row)
         return improving_swap(one, kept[row], tolerance)
 
     swaps = pool.run([lambda row=row: swap_of(row) for row in range(problem.rows)])  # type: ignore[misc]
@@ -237,7 +237,9 @@ def _other_statuses(
             f"{problem.rows - len(improvable)} are: in row {row}, keeping input {swap.pruned} "
             f"instead of {swap.kept} changes the error by {swap.delta:.3g}"
         )
-    between = improving_swap_between_rows(problem, kept, tolerance) if problem.pooled else None
+    between = (
+        improving_swap_between_rows(problem, kept, tolerance) if problem.shared_budget else None
+    )
     if between is not None:
         yield (
             f" states that its rows are {Status.SWAP_OPTIMAL} together; keeping input "
@@ -289,8 +291,14 @@ def _walk(
                     alpha, dense = float(one["gram_shrinkage"]), weight.float()
                     pattern, moved = options.pattern_of(layer), grams.moved(layer.name)
                     held = held_problem(layer, dense, grams, pattern)
-                    refit = Refit(one["damping"], options.damping_exponent) if updated else None
-                    problem = layer_problem(layer, dense, known, pattern, alpha, moved, refit)
+                    least_squares = (
+                        LeastSquaresUpdate(one["damping"], options.damping_exponent)
+                        if updated
+                        else None
+                    )
+                    problem = layer_problem(
+                        layer, dense, known, pattern, alpha, moved, least_squares
+                    )
                     if known is not None:
                         problem = counting(problem, options.sensitivity, job.gradients)
                     if trained:

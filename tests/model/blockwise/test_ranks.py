@@ -23,7 +23,15 @@ from outputs import contents
 from strategies import random_gram, random_weight
 from tiny_models import SHARED, overflowing, save, tiny, tokens
 
-from maskopt import NM, LayerProblem, Refit, Unstructured, available_solvers, prune_model, solve
+from maskopt import (
+    NM,
+    LayerProblem,
+    LeastSquaresUpdate,
+    Unstructured,
+    available_solvers,
+    prune_model,
+    solve,
+)
 from maskopt.cli import main
 from maskopt.cli import ranks as cli_ranks
 from maskopt.cli.prune import told_of_resume
@@ -285,13 +293,13 @@ APART = [name for name, info in available_solvers().items() if info.capabilities
 
 
 @pytest.mark.parametrize("name", APART)
-@pytest.mark.parametrize("refit", [None, Refit(0.01)])
-def test_rows_that_are_solved_apart_are_solved_as_together(name, refit):
-    if refit is not None and not make_solver(name).capabilities.refit:
+@pytest.mark.parametrize("update", [None, LeastSquaresUpdate(0.01)])
+def test_rows_that_are_solved_apart_are_solved_as_together(name, update):
+    if update is not None and not make_solver(name).capabilities.update:
         pytest.skip("chooses for kept weights")
     rows, n = 2 * ROWS + 44, 24
     gram = random_gram(n, "outliers", 2)
-    layer = LayerProblem(random_weight(rows, n, 1), gram, Unstructured(0.5), refit=refit)
+    layer = LayerProblem(random_weight(rows, n, 1), gram, Unstructured(0.5), update=update)
     whole = solve(layer, name)
     for part in Ranks(0, 3).parts(rows):
         found = solve(layer.take(part), name)

@@ -135,7 +135,10 @@ REFUSED = {
         ),
     ],
     e.SolverError: [
-        ("update=true sets", {**WIDTH, "solver": "sparsegpt", "solver_options": {"update": True}}),
+        (
+            "update=true updates",
+            {**WIDTH, "solver": "sparsegpt", "solver_options": {"update": True}},
+        ),
         (r"q_proj': exhaustive: a row of 32 .* 6\.01e\+8", {**WIDTH, "solver": "exhaustive"}),
         ("exhaustive: .* of a shared budget has", {**WIDTH, **ROWS, "start": "exhaustive"}),
         ("branch: a row of 520 inputs", {**WIDTH, "solver": "swap", "start": "branch"}),

@@ -8,7 +8,7 @@ from commands import run
 from forging import change_tensors, copied, fails, forge_manifest, shard_of
 from tiny_models import inputs_of, save, tiny, tokens
 
-from maskopt import Refit, collect_problems, prune_model
+from maskopt import LeastSquaresUpdate, collect_problems, prune_model
 from maskopt.errors import ModelError, OptionError, VerificationError
 from maskopt.models.checkpoints.report import read_manifest
 from maskopt.models.checkpoints.workspace import MANIFEST
@@ -112,11 +112,11 @@ def test_problems_of_a_model_and_instances_are_for_refitted_weights_where_asked(
     more = {"layers": "layers.0.mlp.up_proj", "calibration": tokens(), "sparsity": 0.5}
     more["update"] = "least-squares"
     ((_, problem),) = collect_problems(dense, damping=0.1, **more)
-    assert problem.refit == Refit(0.1)
+    assert problem.update == LeastSquaresUpdate(0.1)
     with pytest.raises(ModelError, match="`damping` auto chooses by masks, and none are made here"):
         collect_problems(dense, damping="auto", holdout=0.5, **more)
     up, out = tmp_path / "up.npz", tmp_path / "rows.jsonl"
-    problem.refitting(None).save(up)
+    problem.with_update(None).save(up)
     part = ("--columns", 12, "--output", out)
 
     def objectives(*options):

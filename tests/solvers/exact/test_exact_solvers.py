@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from local_search import floor
 from strategies import KINDS, problems, random_gram, random_linear, random_weight, refit_layer
 
-from maskopt import NM, LayerProblem, Limits, Refit, Status, Unstructured, solve, verify
+from maskopt import (
+    NM,
+    LayerProblem,
+    LeastSquaresUpdate,
+    Limits,
+    Status,
+    Unstructured,
+    solve,
+    verify,
+)
 from maskopt.errors import SolverError, SolverUnavailableError
 from maskopt.protocol.bounds import lower_bound
 from maskopt.protocol.solver import available_solvers, make_solver
@@ -61,7 +70,7 @@ def test_they_find_what_enumeration_finds(case, data):
     problem = data.draw(problems(max_n=max_n, max_rows=max_rows))
     if case[1]:
         dampings = (0.001, 0.01, 0.3) if case[0] == "branch" else (0.01, 0.3)
-        problem = problem.refitting(Refit(data.draw(st.sampled_from(dampings))))
+        problem = problem.with_update(LeastSquaresUpdate(data.draw(st.sampled_from(dampings))))
     best = solve(problem, "exhaustive").objective
     found = solve(problem, case[0], **options_of(case))
     slack = 1e-6 * best + off * problem.diagonal_mass() + 1e-30
@@ -75,14 +84,14 @@ def test_they_find_what_enumeration_finds(case, data):
 
 def rows_of(case, kind):
     """Layers of every pattern and their starts; of kept weights, with rows of very different scales."""
-    (name, refitted), refit = case, Refit(0.01) if case[1] else None
+    (name, refitted), update = case, LeastSquaresUpdate(0.01) if case[1] else None
     if kind == "degenerate":
         ones, gram = torch.ones(2, 8, dtype=torch.float64), random_gram(8, "full", 1)
-        yield LayerProblem(0 * ones, gram, HALF, refit=refit), None
+        yield LayerProblem(0 * ones, gram, HALF, update=update), None
         if name == "branch":
-            yield LayerProblem(ones, 0 * gram, HALF, refit=refit), None
+            yield LayerProblem(ones, 0 * gram, HALF, update=update), None
         for keep in (0, 1, 5):
-            yield refit_layer(Unstructured(keep=keep), n=5).refitting(refit), None
+            yield refit_layer(Unstructured(keep=keep), n=5).with_update(update), None
     elif not refitted:
         for pattern in (Unstructured(keep=7), TWO_FOUR):
             problem = layer(16, 3, kind, pattern, 7 * KINDS.index(kind) + 1)
@@ -103,7 +112,7 @@ def rows_of(case, kind):
             weight, gram = random_weight(2, 12, 1), random_gram(12, kind, 2)
             linear = random_linear(weight, gram, 3) if kind == "full" else None
             power = 0.5 if pattern == TWO_FOUR or kind == "zero-columns" else 0.0
-            how = {"linear": linear, "refit": Refit(damping, power)}
+            how = {"linear": linear, "update": LeastSquaresUpdate(damping, power)}
             yield LayerProblem(weight, gram, pattern, **how), None
 
 
@@ -200,10 +209,10 @@ PROCESSES = [("scip", False), ("branch", True), ("scip", True), ("gurobi", True)
 
 @pytest.mark.parametrize("case", slow_where(PROCESSES, lambda c: c[1]), ids=case_id, indirect=True)
 def test_workers_threads_and_a_row_alone_change_nothing(case):
-    (name, refit), seen = case, []
-    problem = refit_layer(rows=3, n=8, damping=0.1) if refit else layer(12, 3, pattern=TWO_FOUR)
+    (name, update), seen = case, []
+    problem = refit_layer(rows=3, n=8, damping=0.1) if update else layer(12, 3, pattern=TWO_FOUR)
     more = {"on_progress": lambda progress: seen.append((progress.done, progress.total))}
-    two = 1 if refit else 2
+    two = 1 if update else 2
     found, *others = (solve(problem, name, workers=workers, **more) for workers in (0, two))
     if name == "branch":
         others.append(solve(problem, name, threads=2))

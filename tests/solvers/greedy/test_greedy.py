@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from local_search import drawn
 from strategies import HALF, patterns, problems, random_weight, refit_layer
 
-from maskopt import NM, LayerProblem, Refit, Solution, Status, Unstructured, solve, verify
+from maskopt import (
+    NM,
+    LayerProblem,
+    LeastSquaresUpdate,
+    Solution,
+    Status,
+    Unstructured,
+    solve,
+    verify,
+)
 from maskopt.errors import ProblemError, SolverError, VerificationError
 from maskopt.solvers.greedy.select import keep_highest
 from maskopt.solvers.greedy.sparsegpt import SparseGPT
@@ -52,7 +61,7 @@ def test_of_equal_scores_the_lowest_index_goes(data, rows, n, seed):
     generator = torch.Generator().manual_seed(seed)
     score = torch.randint(-2, 3, (rows, n), generator=generator).double()
     score[score == 2] = torch.inf
-    if problem.pooled:
+    if problem.shared_budget:
         grouped, pruned = score.reshape(1, -1), problem.pruned
     else:
         grouped, pruned = score.reshape(-1, problem.group_size), problem.pruned_per_group
@@ -119,7 +128,11 @@ def square(n, pattern=HALF, **more):
         (lambda: solve(square(4), "dsnot"), ProblemError, "mean"),
         (lambda: square(4, mean=torch.ones(3)), ProblemError, r"mean must be \[4\]"),
         (lambda: square(4, variance=-torch.ones(4)), ProblemError, "variance"),
-        (lambda: solve(square(4), "sparsegpt", update=True), SolverError, r"refit=Refit\(damping"),
+        (
+            lambda: solve(square(4), "sparsegpt", update=True),
+            SolverError,
+            r"update=LeastSquaresUpdate\(damping",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused(call, kind, message):
@@ -239,7 +252,7 @@ def literal_sparsegpt(problem, damping):
     for j in range(n):
         if j % group == 0:  # an unstructured row is one group, and fits one block
             score = w[:, j : j + group].square() / d[j : j + group]
-            if problem.pooled:
+            if problem.shared_budget:
                 order = score.flatten().argsort(stable=True)[: problem.pruned]
                 kept.view(-1)[order] = False
             else:
@@ -257,7 +270,7 @@ def test_sparsegpt_equals_the_literal_algorithm(pattern, kind):
     problem = drawn(4, 24, kind, pattern)
     mask, weight = literal_sparsegpt(problem, 0.01)
     assert torch.equal(solve(problem, "sparsegpt").mask, mask)
-    updated = solve(problem.refitting(Refit(0.02)), "sparsegpt", update=True)
+    updated = solve(problem.with_update(LeastSquaresUpdate(0.02)), "sparsegpt", update=True)
     assert torch.equal(updated.mask, mask)
     torch.testing.assert_close(updated.weight, weight, rtol=1e-8, atol=1e-9)
 
@@ -266,7 +279,7 @@ def test_sparsegpt_equals_the_literal_algorithm(pattern, kind):
 def test_its_own_weights_are_verified_and_never_better_than_least_squares(problem, float32):
     if float32:
         problem = LayerProblem(problem.weight.float(), problem.gram.float(), problem.pattern)
-    problem = problem.refitting(Refit(0.01))
+    problem = problem.with_update(LeastSquaresUpdate(0.01))
     solution = solve(problem, "sparsegpt", update=True)
     assert solution.own
     assert verify(problem, solution).checked
@@ -287,7 +300,7 @@ def test_over_many_blocks_counts_are_exact_and_pooled_rows_have_the_layers(patte
     verify(problem, solution)
     assert len(set((~solution.mask).sum(1).tolist())) > 1
     assert int((~solution.mask[:, :128]).sum()) == problem.pruned * 128 // 300
-    alone = problem.under(problem.pattern.alike())
+    alone = problem.under(problem.pattern.uniform())
     row = solve(alone.row(2), "sparsegpt", update=True)
     torch.testing.assert_close(row.weight[0], solve(alone, "sparsegpt", update=True).weight[2])
 
@@ -318,5 +331,5 @@ def test_weights_that_are_not_what_they_are_said_to_be_are_found(tmp_path):
     ]:
         with pytest.raises(VerificationError, match=message):
             verify(problem, replace(solution, **change))
-    with pytest.raises(VerificationError, match="of a problem with refit"):
-        verify(problem.refitting(None), solution)
+    with pytest.raises(VerificationError, match="of a problem with update"):
+        verify(problem.with_update(None), solution)

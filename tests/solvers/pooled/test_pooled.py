@@ -10,10 +10,18 @@ from certificates import claimed
 from commands import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pooled_layers import layer, pool, pooled, slack, total
+from pooled_layers import layer, pool, shared_budget, slack, total
 from strategies import random_gram, random_weight
 
-from maskopt import NM, LayerProblem, Limits, Refit, RowProblem, Unstructured, lower_bound
+from maskopt import (
+    NM,
+    LayerProblem,
+    LeastSquaresUpdate,
+    Limits,
+    RowProblem,
+    Unstructured,
+    lower_bound,
+)
 from maskopt.checks.swap_check import improving_swap
 from maskopt.checks.verification import verify
 from maskopt.errors import PatternError, ProblemError, SolverError, WarmStartError
@@ -24,14 +32,14 @@ from maskopt.solvers.greedy.select import keep_highest
 EQUAL = sorted(
     name
     for name, info in available_solvers().items()
-    if info.available and not info.capabilities.pooled
+    if info.available and not info.capabilities.shared_budget
 )
-BOTH = pytest.mark.parametrize("refit", [None, Refit(0.01)])
+BOTH = pytest.mark.parametrize("update", [None, LeastSquaresUpdate(0.01)])
 
 
 def scaled(problem, w, g, omega=None):
     weight, gram = w * problem.weight, g * problem.gram
-    return LayerProblem(weight, gram, problem.pattern, refit=problem.refit, omega=omega)
+    return LayerProblem(weight, gram, problem.pattern, update=problem.update, omega=omega)
 
 
 def assert_optimal(problem, found):
@@ -46,12 +54,12 @@ def test_the_count_is_that_of_the_layer():
         assert pattern.group_size(n) == n
         with pytest.raises(PatternError, match="no count of its own"):
             pattern.pruned_per_group(n)
-        assert pattern.alike() == Unstructured(sparsity=sparsity)
-    assert NM(2, 4).alike() == NM(2, 4)
+        assert pattern.uniform() == Unstructured(sparsity=sparsity)
+    assert NM(2, 4).uniform() == NM(2, 4)
     assert NM(1, 4).pruned_in(3, 8) == 18
     kept = Unstructured(keep=3, per="layer")
     assert kept.pruned_in(4, 10) == 28
-    assert kept.alike() == Unstructured(keep=3)
+    assert kept.uniform() == Unstructured(keep=3)
     assert str(kept) == "keep 3 per layer"
     assert kept.is_legal(torch.arange(40).view(4, 10) < 12).tolist() == [True] * 4
     problem = layer(rows=3, n=8)
@@ -96,8 +104,8 @@ def test_the_highest_within_limits_have_the_least_sum_pruned(rows, n, seed, ties
 
 
 @BOTH
-def test_limits_are_felt_and_optima_within_them_proven(refit):
-    near, free = (layer(refit=refit, sparsity=0.4, max_deviation=d, rows=8) for d in (0.1, None))
+def test_limits_are_felt_and_optima_within_them_proven(update):
+    near, free = (layer(update=update, sparsity=0.4, max_deviation=d, rows=8) for d in (0.1, None))
     found, other = solve(near, "swap"), solve(free, "swap")
     counts, wide = (sorted((~x.mask).sum(1).tolist()) for x in (found, other))
     assert near.row_limits == (8, 11)  # of 24, 9.5 ± 2.4
@@ -115,12 +123,12 @@ def test_limits_are_felt_and_optima_within_them_proven(refit):
 
 @BOTH
 @pytest.mark.parametrize("start", ["relax", "wanda"])
-def test_a_start_within_limits_is_no_worse_than_equal_counts(start, refit):
+def test_a_start_within_limits_is_no_worse_than_equal_counts(start, update):
     """Where rows count for very different amounts, limits bind on most of them."""
     omega = torch.linspace(0, 6, 16, dtype=torch.float64).exp()
     sums = []
     for most in (0.0, 0.05, 0.1, 0.2, None):
-        problem = layer(rows=16, n=32, refit=refit, omega=omega, max_deviation=most)
+        problem = layer(rows=16, n=32, update=update, omega=omega, max_deviation=most)
         sums.append(total(problem, solve(problem, "swap", start=start)))
     equal = problem.under(Unstructured(sparsity=0.5))
     assert sums[0] <= 1.02 * float(omega @ solve(equal, "swap", start=start).objective)
@@ -156,11 +164,11 @@ def test_what_a_pattern_and_its_masks_and_shares_cannot_be():
 
 
 def test_an_instance_on_disk_keeps_its_count_and_its_rows_their_weights(tmp_path):
-    problem = layer(omega=torch.arange(1.0, 7.0), refit=Refit(0.02))
+    problem = layer(omega=torch.arange(1.0, 7.0), update=LeastSquaresUpdate(0.02))
     problem.save(tmp_path / "layer.npz")
     loaded = LayerProblem.load(tmp_path / "layer.npz")
     assert loaded.pattern == problem.pattern
-    assert loaded.pooled
+    assert loaded.shared_budget
     assert torch.equal(loaded.shares, problem.shares)
     found = solve(problem)
     assert total(loaded, solve(loaded)) == total(problem, found)
@@ -187,7 +195,7 @@ def test_scores_rank_the_layer_and_what_prunes_rows_equally_says_so(omega):
 
 
 @settings(max_examples=40)
-@given(pooled(), st.sampled_from(("wanda", "random", "relax", "admm")))
+@given(shared_budget(), st.sampled_from(("wanda", "random", "relax", "admm")))
 def test_a_search_ends_at_a_proven_optimum_across_rows(problem, start):
     found = solve(problem, "swap", start=start)
     assert int((~found.mask).sum()) == problem.pruned
@@ -204,7 +212,7 @@ def test_a_search_ends_at_a_proven_optimum_across_rows(problem, start):
 
 
 @settings(max_examples=settings.default.max_examples // 2)
-@given(pooled(max_n=8, max_rows=4))
+@given(shared_budget(max_n=8, max_rows=4))
 def test_enumeration_is_the_optimum_and_swaps_never_below(problem):
     best = solve(problem, "exhaustive")
     assert set(best.status) == {Status.OPTIMAL}
@@ -216,23 +224,23 @@ def test_enumeration_is_the_optimum_and_swaps_never_below(problem):
 
 
 @BOTH
-def test_counts_of_their_own_gain_over_equal_ones(refit):
+def test_counts_of_their_own_gain_over_equal_ones(update):
     for omega in (None, torch.tensor([1.0, 9.0, 0.1, 1.0, 2.0, 0.5])):
-        problem = layer(refit=refit, omega=omega)
-        equal = solve(problem.under(problem.pattern.alike()), "swap")
+        problem = layer(update=update, omega=omega)
+        equal = solve(problem.under(problem.pattern.uniform()), "swap")
         found = solve(problem, "swap", start=equal.mask)
         assert int(found.trace.trades.sum()) > 0
         assert total(problem, found) < 0.95 * total(problem, equal)
         assert len(set(found.mask.sum(1).tolist())) > 1
     # what a row counts decides what it keeps
     shares = (torch.tensor([share] + [1.0] * 5) for share in (0.01, 1.0, 100.0))
-    kept = [int(solve(layer(refit=refit, omega=x)).mask[0].sum()) for x in shares]
+    kept = [int(solve(layer(update=update, omega=x)).mask[0].sum()) for x in shares]
     assert kept[0] < kept[1] < kept[2]
 
 
 @BOTH
-def test_order_units_threads_and_memory_change_nothing(refit):
-    problem = layer(rows=5, n=16, refit=refit)
+def test_order_units_threads_and_memory_change_nothing(update):
+    problem = layer(rows=5, n=16, update=update)
 
     def found(one):
         return solve(one, "swap", start="wanda").mask
@@ -240,11 +248,11 @@ def test_order_units_threads_and_memory_change_nothing(refit):
     mask, generator = found(problem), torch.Generator().manual_seed(0)
     rows, columns = (torch.randperm(size, generator=generator) for size in (5, 16))
     weight, gram = problem.weight[rows][:, columns], problem.gram[columns][:, columns]
-    moved = LayerProblem(weight, gram, problem.pattern, refit=refit)
+    moved = LayerProblem(weight, gram, problem.pattern, update=update)
     assert torch.equal(found(moved), mask[rows][:, columns])
     for w, g, omega in ((2.0**20, 1, 1), (2.0**-30, 2.0**10, 1), (-1, 1, 1), (1, 1, 8)):
         assert torch.equal(found(scaled(problem, w, g, torch.full((5,), float(omega)))), mask)
-    problem, one = layer(rows=40, n=12, refit=refit), layer(rows=1, n=20, refit=refit)
+    problem, one = layer(rows=40, n=12, update=update), layer(rows=1, n=20, update=update)
     for solver in ("wanda", "admm", "swap"):
         masks = [
             solve(problem, solver, threads=threads, memory_limit=memory).mask
@@ -257,26 +265,26 @@ def test_order_units_threads_and_memory_change_nothing(refit):
 
 
 @BOTH
-def test_rows_that_keep_all_or_nothing_dead_and_float32_layers_come_to_a_proof(refit):
+def test_rows_that_keep_all_or_nothing_dead_and_float32_layers_come_to_a_proof(update):
     for sparsity in (0.0, 0.03, 0.97):
-        problem = layer(rows=4, n=8, refit=refit, sparsity=sparsity)
+        problem = layer(rows=4, n=8, update=update, sparsity=sparsity)
         assert_optimal(problem, solve(problem, "swap", start="random"))
     for weight, gram in ((0.0, 1.0), (1.0, 0.0)):
-        problem = scaled(layer(rows=3, n=6, refit=refit), weight, gram)
+        problem = scaled(layer(rows=3, n=6, update=update), weight, gram)
         found = solve(problem, "swap", start="random")
         assert_optimal(problem, found)
         assert not int(found.trace.trades.sum())
     wide = layer(rows=40, n=64)
-    problem = LayerProblem(wide.weight.float(), wide.gram.float(), wide.pattern, refit=refit)
+    problem = LayerProblem(wide.weight.float(), wide.gram.float(), wide.pattern, update=update)
     assert_optimal(problem, solve(problem, "swap", start="wanda"))
-    for kernel, seed in itertools.product(("torch", "literal"), range(0 if refit else 3)):
+    for kernel, seed in itertools.product(("torch", "literal"), range(0 if update else 3)):
         problem = LayerProblem(random_weight(4, 20, seed), random_gram(20, "full", seed), pool())
         assert_optimal(problem, solve(problem, "swap", start="wanda", kernel=kernel))
 
 
 @BOTH
-def test_a_limit_leaves_a_legal_mask_and_claims_nothing(refit):
-    problem = layer(rows=5, n=16, refit=refit)
+def test_a_limit_leaves_a_legal_mask_and_claims_nothing(update):
+    problem = layer(rows=5, n=16, update=update)
     start = solve(problem, "random", seed=2)
     for more in ({"limits": Limits(seconds=0)}, {"max_swaps": 1}):
         found = solve(problem, "swap", start=start.mask, **more)
@@ -284,7 +292,7 @@ def test_a_limit_leaves_a_legal_mask_and_claims_nothing(refit):
         assert total(problem, found) <= total(problem, start) + slack(problem)
         verify(problem, found)
     # a start of equal rows has the count of the layer: 10 of 21
-    found = solve(layer(rows=3, n=7, refit=refit), "swap", start="elimination", max_swaps=0)
+    found = solve(layer(rows=3, n=7, update=update), "swap", start="elimination", max_swaps=0)
     assert (~found.mask).sum(1).tolist() == [4, 3, 3]
 
 

@@ -3,12 +3,27 @@
 import torch
 from strategies import HALF, random_gram, random_linear
 
-from maskopt import NM, LayerProblem, Refit, Status, Unstructured, improving_swap, solve, verify
+from maskopt import (
+    NM,
+    LayerProblem,
+    LeastSquaresUpdate,
+    Status,
+    Unstructured,
+    improving_swap,
+    solve,
+    verify,
+)
 
 PATTERNS = (HALF, NM(keep=2, of=4))
 #: for rows of more inputs than a search has candidates
 LARGE = (Unstructured(sparsity=0.6), NM(keep=2, of=4), NM(keep=4, of=8))
-REFITS = (Refit(0.0), Refit(0.01), Refit(0.3), Refit(0.1, power=0.5), Refit(0.1, power=1))
+REFITS = (
+    LeastSquaresUpdate(0.0),
+    LeastSquaresUpdate(0.01),
+    LeastSquaresUpdate(0.3),
+    LeastSquaresUpdate(0.1, power=0.5),
+    LeastSquaresUpdate(0.1, power=1),
+)
 LINEAR = {"argnames": "linear", "argvalues": [False, True], "ids": ["plain", "linear"]}
 F64 = torch.float64
 
@@ -21,12 +36,12 @@ def layer(
     weight = torch.randn(rows, n, generator=generator, dtype=F64).to(dtype)
     gram = random_gram(n, kind, seed + 1, dtype)
     part = random_linear(weight, gram, seed + 2) if linear else None
-    return LayerProblem(weight, gram, pattern, linear=part, refit=how)
+    return LayerProblem(weight, gram, pattern, linear=part, update=how)
 
 
 def wide(problem):
     """The same numbers in float64."""
-    same = {"linear": problem.linear, "refit": problem.refit, "assume_psd": True}
+    same = {"linear": problem.linear, "update": problem.update, "assume_psd": True}
     return LayerProblem(problem.weight.double(), problem.gram.double(), problem.pattern, **same)
 
 
@@ -36,7 +51,7 @@ def changed(problem, w=1.0, g=1.0, columns=None):
     if linear is not None:
         linear = type(linear)(linear.correlation[:, at] * w * g, linear.constant * w * w * g)
     weight, gram = problem.weight[:, at] * w, problem.gram[at][:, at] * g
-    return LayerProblem(weight, gram, problem.pattern, linear=linear, refit=problem.refit)
+    return LayerProblem(weight, gram, problem.pattern, linear=linear, update=problem.update)
 
 
 def shuffled(problem, seed=0):
@@ -48,10 +63,10 @@ def shuffled(problem, seed=0):
 
 def metric(problem):
     """A in float64, from its definition."""
-    gram, refit = problem.gram.double(), problem.refit
+    gram, update = problem.gram.double(), problem.update
     mean = gram.diagonal().mean()
-    own = mean ** (1 - refit.power) * gram.diagonal().clamp(min=0.0) ** refit.power
-    return gram + torch.diag((refit.damping * own).clamp(min=1e-6 * mean))
+    own = mean ** (1 - update.power) * gram.diagonal().clamp(min=0.0) ** update.power
+    return gram + torch.diag((update.damping * own).clamp(min=1e-6 * mean))
 
 
 def dense(problem, mask, a=None):
@@ -81,7 +96,7 @@ def slack(problem):
 
 
 def random_mask(problem, seed=0):
-    return solve(problem.refitting(None), "random", seed=seed).mask
+    return solve(problem.with_update(None), "random", seed=seed).mask
 
 
 def assert_equal_but_for_rounding(problem, found, expected):

@@ -13,7 +13,16 @@ from local_search import floor
 from refit_layers import REFITS, changed, shuffled
 from strategies import HALF, problems, refit_layer
 
-from maskopt import NM, LayerProblem, Limits, Refit, Unstructured, available_bounds, solve, verify
+from maskopt import (
+    NM,
+    LayerProblem,
+    LeastSquaresUpdate,
+    Limits,
+    Unstructured,
+    available_bounds,
+    solve,
+    verify,
+)
 from maskopt.certificates.certificate import Certificate
 from maskopt.errors import OptionError, ProblemError, SolverError, VerificationError
 from maskopt.protocol.bounds import lower_bound
@@ -38,12 +47,12 @@ def anything(problem, seed):
 
 @given(
     st.one_of(problems(max_n=8, max_rows=10), st.sampled_from(PATTERNS)),
-    st.sampled_from((Refit(0.001), *REFITS)), st.integers(0, 4), st.integers(0, 10**6),
+    st.sampled_from((LeastSquaresUpdate(0.001), *REFITS)), st.integers(0, 4), st.integers(0, 10**6),
 )  # fmt: skip
 def test_no_mask_costs_less_than_what_any_certificate_proves(problem, how, splits, seed):
     if not isinstance(problem, LayerProblem):
         problem = refit_layer(problem, rows=8, n=8, seed=seed)
-    problem = problem.refitting(how)
+    problem = problem.with_update(how)
     bound, best = bound_of(problem, splits=splits, turns=20), solve(problem, "exhaustive")
     most = best.objective + floor(problem)
     assert bool((bound.value >= 0).all())
@@ -68,7 +77,7 @@ def test_inputs_that_say_the_same_are_bounded_too(per, seed):
     weight[torch.rand(3, 4, generator=generator) < 0.3] = 0
     for damping in (0.0, 1e-6, 0.01):
         pattern = Unstructured(sparsity=0.5, per=per)
-        problem = LayerProblem(weight, x.T @ x, pattern, refit=Refit(damping))
+        problem = LayerProblem(weight, x.T @ x, pattern, update=LeastSquaresUpdate(damping))
         best, bound = solve(problem, "exhaustive"), bound_of(problem, splits=2, turns=20)
         room = 1e-9 * problem.diagonal_mass().sum()
         assert float(bound.value.sum()) <= float(best.objective.sum() + room)
@@ -168,7 +177,7 @@ def test_a_claim_goes_to_disk_and_back_and_none_beyond_its_certificate_is_accept
 
 def test_bounds_of_kept_weights_are_no_bounds_of_refitted_ones():
     problem = refit_layer(rows=1, n=6)
-    kept = problem.refitting(None)
+    kept = problem.with_update(None)
     assert "perspective" in available_bounds()
     box, own = lower_bound(kept, "box").certificate, bound_of(problem).certificate
     for call, error, message in (

@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from refit_layers import PATTERNS, REFITS, changed, dense, layer, metric, random_mask, shuffled
 from strategies import HALF, KINDS, problems, random_weight
 
-from maskopt import NM, LayerProblem, Refit, RowProblem, Unstructured, errors, refit, solve, verify
+from maskopt import (
+    NM,
+    LayerProblem,
+    LeastSquaresUpdate,
+    RowProblem,
+    Unstructured,
+    errors,
+    solve,
+    update_weights,
+    verify,
+)
 from maskopt.certificates.certificate import Certificate
 from maskopt.checks.swap_check import improving_swap
 from maskopt.core.files import read_arrays, write_arrays
@@ -27,7 +37,7 @@ from maskopt.protocol.solver import available_solvers, make_start
 
 ROOT, ALL, F32, F64 = REFITS[3], Unstructured(keep=16), torch.float32, torch.float64
 CASES = [*itertools.product(KINDS, PATTERNS), ("full", Unstructured(keep=0)), ("full", ALL)]
-KEEPING = [name for name, info in available_solvers().items() if not info.capabilities.refit]
+KEEPING = [name for name, info in available_solvers().items() if not info.capabilities.update]
 BOUNDS = sorted({*available_bounds()} - {"perspective"})
 LINEAR = pytest.mark.parametrize(**refit_layers.LINEAR)
 close, same = torch.testing.assert_close, refit_layers.assert_equal_but_for_rounding
@@ -41,7 +51,7 @@ def in_one_line(error):
 # --- what it is
 @given(problems(), st.sampled_from(REFITS))
 def test_it_is_the_least_over_all_weights_on_what_is_kept(problem, how):
-    kept, problem = problem, problem.refitting(how)
+    kept, problem = problem, problem.with_update(how)
     mask, a = random_mask(problem), metric(problem)
     value, _ = dense(problem, mask)
     same(problem, problem.objective(mask), value.clamp(min=0.0))
@@ -56,7 +66,7 @@ def test_it_is_the_least_over_all_weights_on_what_is_kept(problem, how):
     f = kept.objective(mask) + (problem.weight * ~mask).square() @ (a - problem.gram).diagonal()
     assert bool((problem.objective(mask) <= f * (1 + 1e-12)).all())
     # no row gets worse without the damping, and none better than by least squares
-    found, (least, _) = refit(problem, mask), dense(problem, mask, problem.gram)
+    found, (least, _) = update_weights(problem, mask), dense(problem, mask, problem.gram)
     assert bool((found.error <= kept.objective(mask)).all())
     assert bool((found.error >= least - refit_layers.slack(problem)).all())
     assert bool((found.weight[~mask] == 0).all())
@@ -80,8 +90,8 @@ def test_the_weights_solve_the_normal_equations_and_cost_what_is_said(kind, how,
 
     assert float(rest(weight).max()) <= 1e-9
     # refitted whatever the mask was chosen for
-    found = refit(problem.refitting(None), mask, **vars(how))
-    for other in (found, refit(problem, mask)):
+    found = update_weights(problem.with_update(None), mask, **vars(how))
+    for other in (found, update_weights(problem, mask)):
         close(other.weight, weight, rtol=1e-9, atol=1e-12)
     if kind == "full":
         close(weight, dense(problem, mask)[1], rtol=1e-7, atol=1e-9)
@@ -100,20 +110,20 @@ def test_other_orders_scales_and_batches_give_the_same_and_float32_does(how, lin
     whole, weights = problem.objective(mask), problem.weights(mask)
     moved = changed(problem, 8, 4, order)
     close(moved.objective(mask[:, order]), whole * 256, rtol=1e-9, atol=0)
-    found = refit(moved, mask[:, order])
+    found = update_weights(moved, mask[:, order])
     close(found.weight, weights[:, order] * 8, rtol=1e-9, atol=1e-11)
-    close(found.error, refit(problem, mask).error * 256, rtol=1e-9, atol=1e-14)
+    close(found.error, update_weights(problem, mask).error * 256, rtol=1e-9, atol=1e-14)
     for i in range(problem.rows):
         assert problem.row(i).objective(mask[i]) == pytest.approx(float(whole[i]), rel=1e-12)
         alone = problem.row(i).weights(mask[i])
         close(alone, weights[i], rtol=1e-9, atol=1e-12)
-        assert torch.equal(refit(problem.row(i), mask[i]).weight[0], alone)
+        assert torch.equal(update_weights(problem.row(i), mask[i]).weight[0], alone)
     for kind in () if linear else KINDS:
         narrow = layer(n=64, kind=kind, how=how, dtype=torch.float32)
         exact, found = refit_layers.wide(narrow), solve(narrow, "random")
         verify(narrow, found)
         same(exact, narrow.objective(found.mask), exact.objective(found.mask))
-        one, other = refit(narrow, found.mask), refit(exact, found.mask)
+        one, other = update_weights(narrow, found.mask), update_weights(exact, found.mask)
         if how.damping:
             close(one.error, other.error, rtol=1e-6, atol=1e-12)
         assert float(one.residual.max()) < 1e-7
@@ -123,7 +133,7 @@ def test_other_orders_scales_and_batches_give_the_same_and_float32_does(how, lin
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_inputs_without_anything_make_every_mask_as_good_as_any(pattern):
     gram = torch.zeros(16, 16, dtype=torch.float64)
-    problem = LayerProblem(random_weight(3, 16, 1), gram, pattern, refit=Refit(0.01))
+    problem = LayerProblem(random_weight(3, 16, 1), gram, pattern, update=LeastSquaresUpdate(0.01))
     for solver in ("worst", "swap", "exhaustive" if isinstance(pattern, NM) else "admm"):
         solution = solve(problem, solver)
         assert solution.objective.tolist() == [0.0, 0.0, 0.0]
@@ -132,7 +142,7 @@ def test_inputs_without_anything_make_every_mask_as_good_as_any(pattern):
             assert improving_swap(problem.row(row), solution.mask[row]) is None
     assert not solve(problem, "swap", start="worst").trace.history.any()
     assert bool(torch.isfinite(problem.weights(solution.mask)).all())
-    assert refit(problem, solution.mask).error.tolist() == [0.0, 0.0, 0.0]
+    assert update_weights(problem, solution.mask).error.tolist() == [0.0, 0.0, 0.0]
 
 
 def test_a_row_that_float32_cannot_solve_does_not_spoil_the_others(monkeypatch):
@@ -145,7 +155,7 @@ def test_a_row_that_float32_cannot_solve_does_not_spoil_the_others(monkeypatch):
     mask[:, 2:60] = False
     mask[1:, 0], mask[1:, 5] = False, True
     weight, pattern = torch.randn(6, 160, generator=generator), Unstructured(keep=102)
-    problem = LayerProblem(weight, x.T @ x / 400, pattern, refit=Refit(0.0))
+    problem = LayerProblem(weight, x.T @ x / 400, pattern, update=LeastSquaresUpdate(0.0))
     squares, again = problem.least_squares, []
     target = squares.target(problem.weight, problem.correlation)
     refined = LeastSquares._refined
@@ -197,7 +207,7 @@ def test_a_gram_matrix_with_one_large_direction(n, damping, dtype, solver, rtol)
     loses it, and swaps leave weights that are not quite those of their mask."""
     generator = torch.Generator().manual_seed(1)
     x, weight = (torch.randn(k, n, generator=generator, dtype=dtype) for k in (1, 4))
-    problem = LayerProblem(weight, x.T @ x, Unstructured(0.6), refit=Refit(damping))
+    problem = LayerProblem(weight, x.T @ x, Unstructured(0.6), update=LeastSquaresUpdate(damping))
     found = solve(problem, solver)
     _, best = refit_layers.wide(problem).refitted(found.mask)
     close(found.objective, best, rtol=rtol, atol=0)
@@ -209,7 +219,9 @@ def test_inputs_that_are_indefinite_by_rounding_count_as_they_are_and_worse_ones
     x = torch.randn(4, 12, dtype=torch.float64)
     gram = x.T @ x / 4
     gram -= 0.4e-6 * gram.diagonal().mean() * torch.eye(12, dtype=torch.float64)
-    problem = LayerProblem(random_weight(6, 12, 1), gram, Unstructured(keep=6), refit=Refit(0))
+    problem = LayerProblem(
+        random_weight(6, 12, 1), gram, Unstructured(keep=6), update=LeastSquaresUpdate(0)
+    )
     mask = random_mask(problem)
     value, best = dense(problem, mask)
     lost = problem.weight - best
@@ -220,7 +232,7 @@ def test_inputs_that_are_indefinite_by_rounding_count_as_they_are_and_worse_ones
     for least in (-0.4, -0.6):
         gram = torch.eye(40, dtype=torch.float64)
         gram[0, 0] = least * 0.01 * (39 / (40 - least * 0.01))
-        squares = LeastSquares.of(gram, Refit(0.01))
+        squares = LeastSquares.of(gram, LeastSquaresUpdate(0.01))
         assert least * float(squares.ridge[0]) == pytest.approx(float(gram[0, 0]), rel=1e-3)
         if least == -0.4:
             squares.check("")
@@ -232,22 +244,24 @@ def test_inputs_that_are_indefinite_by_rounding_count_as_they_are_and_worse_ones
     gram -= 3e-6 * gram.diagonal().mean() * torch.eye(64, dtype=torch.float64)
     weight, gram = random_weight(2, 64, 1, torch.float32), gram.float()
     for make in (
-        lambda how: LayerProblem(weight, gram, HALF, name="q", refit=how),
-        lambda how: LayerProblem(weight, gram, HALF, name="q").refitting(how),
+        lambda how: LayerProblem(weight, gram, HALF, name="q", update=how),
+        lambda how: LayerProblem(weight, gram, HALF, name="q").with_update(how),
     ):
         with pytest.raises(ProblemError, match=r"layer 'q': .* take a larger damping") as error:
-            make(Refit(0.0))
+            make(LeastSquaresUpdate(0.0))
         assert in_one_line(error)
-        problem = make(Refit(0.01))
+        problem = make(LeastSquaresUpdate(0.01))
         verify(problem, solve(problem, "swap"))
-    assert RowProblem(weight[1], gram, HALF, refit=Refit(0.01)).refit == Refit(0.01)
+    assert RowProblem(
+        weight[1], gram, HALF, update=LeastSquaresUpdate(0.01)
+    ).update == LeastSquaresUpdate(0.01)
     with pytest.raises(ProblemError, match="damping"):
-        RowProblem(weight[1], gram, HALF, refit=Refit(0))
+        RowProblem(weight[1], gram, HALF, update=LeastSquaresUpdate(0))
 
 
 # --- the problem object
 @LINEAR
-@pytest.mark.parametrize("how", [Refit(0.03), ROOT], ids=repr)
+@pytest.mark.parametrize("how", [LeastSquaresUpdate(0.03), ROOT], ids=repr)
 def test_a_file_holds_it_and_one_that_says_it_wrongly_is_refused(tmp_path, how, linear):
     problem = layer(PATTERNS[linear], how=how, linear=linear)
     mask = random_mask(problem)
@@ -255,22 +269,22 @@ def test_a_file_holds_it_and_one_that_says_it_wrongly_is_refused(tmp_path, how, 
     problem.row(2).save(tmp_path / "row.npz")
     for load in (LayerProblem.load, load_problem):
         whole = load(tmp_path / "layer.npz")
-        assert whole.refit == how
+        assert whole.update == how
         assert torch.equal(whole.objective(mask), problem.objective(mask))
     for load in (RowProblem.load, load_problem):
         row = load(tmp_path / "row.npz")
-        assert (row.refit, row.objective(mask[2])) == (how, problem.row(2).objective(mask[2]))
-    problem.refitting(None).save(tmp_path / "kept.npz")
-    assert LayerProblem.load(tmp_path / "kept.npz").refit is None
+        assert (row.update, row.objective(mask[2])) == (how, problem.row(2).objective(mask[2]))
+    problem.with_update(None).save(tmp_path / "kept.npz")
+    assert LayerProblem.load(tmp_path / "kept.npz").update is None
     header, arrays = read_arrays(tmp_path / "layer.npz", "layer")
     assert repr(how) in repr(problem)
     assert repr(how) in repr(problem.row(0))
-    assert "Refit" not in repr(problem.refitting(None))
-    header = {k: v for k, v in header.items() if k not in ("format", "kind", "refit")}
+    assert "LeastSquaresUpdate" not in repr(problem.with_update(None))
+    header = {k: v for k, v in header.items() if k not in ("format", "kind", "update")}
     arrays.pop("header", None)
     bad = ({"damping": value, "power": 0.0} for value in (-1.0, "x"))
     for words in (*bad, {"damping": 0.1, "power": 0.0, "more": 1}, {}, 0.01, [0.01]):
-        write_arrays(tmp_path / "forged.npz", "layer", {**header, "refit": words}, arrays)
+        write_arrays(tmp_path / "forged.npz", "layer", {**header, "update": words}, arrays)
         with pytest.raises(errors.MaskoptError, match=r"damping|kept weights are refitted"):
             load_problem(tmp_path / "forged.npz")
     for units in (3, {"sign": 1}, {"sign": 2, "shift": 0, "constant": 0}):
@@ -280,29 +294,31 @@ def test_a_file_holds_it_and_one_that_says_it_wrongly_is_refused(tmp_path, how, 
 
 
 def test_rows_parts_other_patterns_and_the_other_objective():
-    problem = layer(linear=True, how=Refit(0.1))
+    problem = layer(linear=True, how=LeastSquaresUpdate(0.1))
     mask = random_mask(problem)
     some = problem.take([0, 2])
-    assert problem.row(1).refit == some.refit == Refit(0.1)
+    assert problem.row(1).update == some.update == LeastSquaresUpdate(0.1)
     close(some.objective(mask[[0, 2]]), problem.objective(mask)[[0, 2]])
     other = problem.under(NM(keep=1, of=2))
-    assert other.refit == Refit(0.1)
+    assert other.update == LeastSquaresUpdate(0.1)
     assert torch.equal(other.objective(mask), problem.objective(mask))
     problem = layer()
-    kept = problem.refitting(None)
+    kept = problem.with_update(None)
     f = ((problem.weight * ~mask) @ problem.gram * (problem.weight * ~mask)).sum(1)
     close(kept.objective(mask), f, rtol=1e-12, atol=0)
     assert torch.equal(kept.weights(mask), problem.weight * mask)
     assert kept.gram.data_ptr() == problem.gram.data_ptr()
-    more = problem.refitting(Refit(0.3))
+    more = problem.with_update(LeastSquaresUpdate(0.3))
     same(more, more.objective(mask), dense(more, mask)[0])
-    assert problem.refit == Refit(0.01)
+    assert problem.update == LeastSquaresUpdate(0.01)
     same(problem, problem.objective(mask), dense(problem, mask)[0])
-    with pytest.raises(ProblemError, match=r"refit=Refit\(damping\)"):
+    with pytest.raises(ProblemError, match=r"update=LeastSquaresUpdate\(damping\)"):
         _ = kept.least_squares
     row = problem.row(0)
-    assert row.refitting(None).refit is None
-    assert row.refitting(None).refitting(Refit(0.1)).refit == Refit(0.1)
+    assert row.with_update(None).update is None
+    assert row.with_update(None).with_update(LeastSquaresUpdate(0.1)).update == LeastSquaresUpdate(
+        0.1
+    )
     # the two objectives are not taken for each other
     one, other = solve(kept, "random"), solve(problem, "random")
     assert torch.equal(one.mask, other.mask)
@@ -322,7 +338,7 @@ def test_rows_parts_other_patterns_and_the_other_objective():
 def test_a_restricted_row_is_damped_by_the_inputs_that_are_left():
     problem = layer(kind="outliers", linear=True)
     row = problem.row(1).restrict([14, 3, 0, 7, 8, 1], Unstructured(keep=3))
-    assert row.refit == problem.refit
+    assert row.update == problem.update
     alone = row.as_layer()
     mask = random_mask(alone)
     expected, _ = dense(alone, mask)
@@ -332,7 +348,7 @@ def test_a_restricted_row_is_damped_by_the_inputs_that_are_left():
     gram = torch.eye(6)
     gram[0, 0] = 1e6
     gram[1, 2] = gram[2, 1] = 1.01
-    row = LayerProblem(torch.ones(1, 6), gram, HALF, refit=Refit(0)).row(0)
+    row = LayerProblem(torch.ones(1, 6), gram, HALF, update=LeastSquaresUpdate(0)).row(0)
     with pytest.raises(ProblemError, match="damping"):
         row.restrict([1, 2, 3, 4])
 
@@ -341,7 +357,7 @@ def test_what_knows_kept_weights_alone_refuses_but_makes_a_start():
     assert {"tabu", "highs", "relax"} <= set(KEEPING)
     assert {"swap", "admm", "obs", "branch", "scip", "exhaustive", "wanda"}.isdisjoint(KEEPING)
     problem = layer(Unstructured(keep=4), rows=1, n=8)
-    kept = problem.refitting(None)
+    kept = problem.with_update(None)
     certificate = Certificate.box(kept, torch.zeros(1, 8))
     assert bool((certificate.check(kept) >= 0).all())
     for call, kind, message in (
@@ -360,7 +376,7 @@ def test_what_knows_kept_weights_alone_refuses_but_makes_a_start():
     assert solve(problem, "swap", kernel="auto").trace.kernel == "least squares"
     # but makes a start all the same
     for maker, problem in itertools.product(("relax", "elimination"), map(layer, PATTERNS)):
-        start = make_start(problem.refitting(None), maker).mask
+        start = make_start(problem.with_update(None), maker).mask
         stopped, swapped = (solve(problem, "swap", start=maker, max_swaps=k) for k in (0, 999))
         assert torch.equal(stopped.mask, start)
         assert torch.equal(swapped.mask, solve(problem, start=start).mask)
@@ -376,15 +392,15 @@ def test_what_knows_kept_weights_alone_refuses_but_makes_a_start():
 def test_bad_dampings_and_powers_are_refused(bad):
     problem, message = layer(), "`damping` must be at least 0"
     with pytest.raises(OptionError, match=message):
-        Refit(bad)
+        LeastSquaresUpdate(bad)
     for power in (bad, 1.1):
         with pytest.raises(OptionError, match="`power` must be 0 to 1"):
-            Refit(0.1, power)
+            LeastSquaresUpdate(0.1, power)
     if bad is not None:
         with pytest.raises(OptionError, match=message):
-            refit(problem, random_mask(problem), damping=bad)
+            update_weights(problem, random_mask(problem), damping=bad)
     with pytest.raises(errors.WarmStartError, match="row 0 prunes"):
-        refit(problem, torch.ones(4, 16, dtype=torch.bool))
+        update_weights(problem, torch.ones(4, 16, dtype=torch.bool))
     for number in (np.float32(0.25), np.float64(0.25), np.int64(1), 1):
-        assert type(Refit(number).damping) is float
-        assert Refit(number).damping == number
+        assert type(LeastSquaresUpdate(number).damping) is float
+        assert LeastSquaresUpdate(number).damping == number

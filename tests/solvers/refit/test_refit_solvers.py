@@ -14,10 +14,19 @@ from refit_layers import LARGE, PATTERNS, REFITS, assert_proven, changed, layer,
 from strategies import HALF, KINDS, problems, random_gram, random_linear, random_weight, refit_layer
 from tiny_models import tiny, tokens
 
-from maskopt import NM, LayerProblem, Limits, Refit, Unstructured, prune_model, solve, verify
+from maskopt import (
+    NM,
+    LayerProblem,
+    LeastSquaresUpdate,
+    Limits,
+    Unstructured,
+    prune_model,
+    solve,
+    verify,
+)
 from maskopt.checks.swap_check import improving_swap
 from maskopt.core.limits import Progress
-from maskopt.core.linear_term import Linear
+from maskopt.core.linear_term import LinearTerm
 from maskopt.errors import MaskoptError, OptionError, VerificationError
 from maskopt.models.checkpoints.report import read_manifest
 from maskopt.models.checkpoints.workspace import MANIFEST
@@ -45,7 +54,7 @@ def total(problem, solver, **options):
     st.sampled_from(STARTS),
 )  # fmt: skip
 def test_never_below_the_optimum_which_is_left_alone(problem, how, panel, start):
-    problem = problem.refitting(how)
+    problem = problem.with_update(how)
     best = solve(problem, "exhaustive")
     verify(problem, best, require="checked")
     assert set(best.status) == {Status.OPTIMAL}
@@ -90,7 +99,7 @@ def test_threads_and_the_other_rows_change_nothing(solver, kind, pattern):
     if (
         solver == "admm" and kind == "full" and pattern is LARGE[0]
     ):  # also where they share one budget
-        problem = pooled_layers.layer(rows=70, n=16, refit=REFITS[1])
+        problem = pooled_layers.layer(rows=70, n=16, update=REFITS[1])
         one, three = (solve(problem, "admm", threads=threads) for threads in (1, 3))
         assert torch.equal(one.mask, three.mask)
         verify(problem, three)
@@ -121,7 +130,7 @@ def test_narrow_numbers_and_rows_without_anything_or_a_choice(pattern, solver):
     plain = layer(pattern, n=32, kind="outliers", how=ROOT)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         weight, gram = plain.weight.to(dtype), plain.gram.float()
-        problem = LayerProblem(weight, gram, pattern, refit=ROOT)
+        problem = LayerProblem(weight, gram, pattern, update=ROOT)
         solution, exact = solve(problem, solver), refit_layers.wide(problem)
         verify(problem, solution)
         assert torch.equal(solve(exact, solver).mask, solution.mask)
@@ -129,7 +138,7 @@ def test_narrow_numbers_and_rows_without_anything_or_a_choice(pattern, solver):
     problem = layer(pattern, rows=6, n=32, kind="zero-columns")
     weight = problem.weight.clone()
     weight[[0, 3]] = 0
-    problem = LayerProblem(weight, problem.gram, pattern, refit=problem.refit)
+    problem = LayerProblem(weight, problem.gram, pattern, update=problem.update)
     assert bool((problem.gram.diagonal() == 0).any())
     solution = solve(problem, solver)
     verify(problem, solution)
@@ -145,12 +154,14 @@ def test_narrow_numbers_and_rows_without_anything_or_a_choice(pattern, solver):
 
 @pytest.mark.parametrize("solver", ["admm", "obs"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", [Refit(), ROOT], ids=repr)
+@pytest.mark.parametrize("how", [LeastSquaresUpdate(), ROOT], ids=repr)
 def test_weights_that_are_kept_get_a_mask_of_refitted_ones(kind, solver, how):
     """With one percent of damping unless another is named; so does a start for refitted weights."""
     problem = layer(n=32, kind=kind, how=how)
-    kept, mask = problem.refitting(None), solve(problem, solver).mask
-    solution = solve(kept, make_solver(solver, **({} if how == Refit() else vars(how))))
+    kept, mask = problem.with_update(None), solve(problem, solver).mask
+    solution = solve(
+        kept, make_solver(solver, **({} if how == LeastSquaresUpdate() else vars(how)))
+    )
     assert torch.equal(solution.mask, mask)
     verify(kept, solution)
     assert torch.equal(solution.objective, kept.objective(mask))
@@ -183,8 +194,10 @@ def test_they_are_better_than_scores_and_close_to_a_one_swap_optimum(kind, patte
     # a refitted optimum beats the refitted optimum of kept weights
     weight, gram = random_weight(6, 48, 3), random_gram(48, kind, 4)
     part = random_linear(weight, gram, 5) if linear else None
-    problem = LayerProblem(weight, gram, Unstructured(0.6), linear=part, refit=Refit(0.01))
-    kept = solve(problem.refitting(None), "swap")
+    problem = LayerProblem(
+        weight, gram, Unstructured(0.6), linear=part, update=LeastSquaresUpdate(0.01)
+    )
+    kept = solve(problem.with_update(None), "swap")
     better, before = solve(problem, "swap", start=kept.mask), problem.objective(kept.mask)
     assert bool((better.objective <= before + slack(problem)).all())
     assert kind == "diagonal" or float(better.objective.sum()) < 0.98 * float(before.sum())
@@ -196,12 +209,14 @@ def test_a_power_of_one_does_not_see_the_size_of_inputs(solver):
     size = 2.0 ** torch.randint(-3, 4, (24,), generator=torch.Generator().manual_seed(3)).double()
     problem = layer(n=24, rows=3, how=REFITS[4])
     gram = problem.gram * size * size[:, None]
-    scaled = LayerProblem(problem.weight / size, gram, problem.pattern, refit=problem.refit)
+    scaled = LayerProblem(problem.weight / size, gram, problem.pattern, update=problem.update)
     one, other = solve(problem, solver), solve(scaled, solver)
     assert torch.equal(one.mask, other.mask)
     close(one.objective, other.objective, rtol=1e-9, atol=0)
-    plain = scaled.refitting(Refit(0.1))
-    apart = plain.objective(one.mask) / problem.refitting(Refit(0.1)).objective(one.mask)
+    plain = scaled.with_update(LeastSquaresUpdate(0.1))
+    apart = plain.objective(one.mask) / problem.with_update(LeastSquaresUpdate(0.1)).objective(
+        one.mask
+    )
     assert bool((apart - 1).abs().gt(0.01).all())
 
 
@@ -218,7 +233,7 @@ def assert_history(problem, start, solution):
 
 @given(problems(), st.sampled_from(REFITS), st.sampled_from(STARTS))
 def test_every_row_ends_at_a_proven_one_swap_optimum(problem, how, start):
-    problem = problem.refitting(how)
+    problem = problem.with_update(how)
     before = solve(problem, start)
     solution = solve(problem, "swap", start=start)
     assert bool(problem.pattern.is_legal(solution.mask).all())
@@ -306,7 +321,9 @@ def test_exchanges_that_do_not_pay_do_not_follow_each_other_for_ever(pattern, li
     problems = [layer(pattern, 3, 96, "low-rank", REFITS[0], linear, seed) for seed in range(3)]
     seed = 314524202
     weight, gram = random_weight(2, 128, seed + 1)[1:], random_gram(128, "low-rank", seed)
-    problems.append(LayerProblem(weight, gram, Unstructured(keep=52), refit=Refit(0.0)))
+    problems.append(
+        LayerProblem(weight, gram, Unstructured(keep=52), update=LeastSquaresUpdate(0.0))
+    )
     for problem in problems:
         before = solve(problem, "worst")
         solution = solve(problem, "swap", start="worst", max_swaps=2000)
@@ -380,13 +397,13 @@ def extreme_scales():
     for w in (1e-44, 1e-30, 1.0, 1e30):
         for g in (1e-30, 1.0, 1e30):
             narrow = (weight * w).float(), (gram * g).float()
-            yield LayerProblem(*narrow, HALF, refit=Refit(0.01)), ["wanda"]
+            yield LayerProblem(*narrow, HALF, update=LeastSquaresUpdate(0.01)), ["wanda"]
     size = torch.ones(48, dtype=torch.float64)
     size[::7] = 1e6
     gram = (size[:, None] * random_gram(48, "full", 4) * size).float()
     for how in (*REFITS[:2], REFITS[3]):
         weight = random_weight(4, 48, 7, F32)
-        yield LayerProblem(weight, gram, Unstructured(0.6), refit=how), ["wanda", "worst"]
+        yield LayerProblem(weight, gram, Unstructured(0.6), update=how), ["wanda", "worst"]
 
 
 @pytest.mark.parametrize("family", [few_entries, group_sizes, extreme_scales])
@@ -421,7 +438,7 @@ def test_the_trace_and_the_progress_say_what_was_done(tmp_path):
 def test_damping_linear_part_and_iterations_have_their_say_and_the_order_has_none():
     problem, other = (layer(rows=16, n=32, kind="low-rank", linear=x) for x in (False, True))
     mask = solve(problem, "admm").mask
-    assert not torch.equal(solve(problem.refitting(Refit(10.0)), "admm").mask, mask)
+    assert not torch.equal(solve(problem.with_update(LeastSquaresUpdate(10.0)), "admm").mask, mask)
     found = solve(other, "admm")
     assert not torch.equal(found.mask, mask)
     assert float(found.objective.sum()) < float(other.objective(mask).sum())
@@ -458,8 +475,8 @@ def test_no_time_rows_of_no_weights_and_inputs_that_one_percent_leaves_indefinit
         problem = layer(rows=6, n=32, linear=True)
         weight = scale * problem.weight
         weight[2] = 0
-        linear = Linear(scale * problem.linear.correlation, scale**2 * problem.linear.constant)
-        problem = LayerProblem(weight, problem.gram, HALF, linear=linear, refit=problem.refit)
+        linear = LinearTerm(scale * problem.linear.correlation, scale**2 * problem.linear.constant)
+        problem = LayerProblem(weight, problem.gram, HALF, linear=linear, update=problem.update)
         verify(problem, solve(problem, "admm"))
     # of a G that was never checked, and for weights that are kept
     gram = torch.eye(64)
@@ -496,13 +513,13 @@ def one_by_one(problem, row):
 @LINEAR
 def test_it_removes_what_costs_least_one_by_one(pattern, linear):
     """With all inputs among the candidates of a panel, panels change nothing either."""
-    problem = layer(pattern, rows=3, n=12, linear=linear, how=Refit(0.02))
+    problem = layer(pattern, rows=3, n=12, linear=linear, how=LeastSquaresUpdate(0.02))
     expected = torch.stack([one_by_one(problem, row) for row in range(3)])
     for panel in (1, 3, 64):
         assert torch.equal(solve(problem, "obs", panel=panel).mask, expected)
     if linear or pattern is not HALF:
         return
-    problem = layer(rows=6, n=96, how=Refit(0.02))
+    problem = layer(rows=6, n=96, how=LeastSquaresUpdate(0.02))
     assert total(problem, "obs", panel=8) <= 1.02 * total(problem, "obs", panel=1)
     hurried = solve(problem, "obs", time_limit=0.0)
     verify(problem, hurried)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import HALF, KINDS, patterns, problems, random_gram, refit_layer
 
-from maskopt import NM, Limits, Refit, Unstructured, improving_swap, solve
+from maskopt import NM, LeastSquaresUpdate, Limits, Unstructured, improving_swap, solve
 from maskopt.checks.costs import costs_of
 from maskopt.core.limits import torch_threads
 from maskopt.solvers.refit import compiled_row, state
@@ -145,7 +145,7 @@ def test_after_exchanges_the_state_is_that_from_scratch(kind, damping, kind_of_r
 @given(problems(max_n=14, max_rows=1), st.sampled_from(DAMPINGS[1:]))
 def test_exchanges_in_the_small_tableau_are_those_of_the_row(problem, damping):
     """All inputs being candidates, it ends at a mask that no pair improves."""
-    problem = problem.refitting(Refit(damping))
+    problem = problem.with_update(LeastSquaresUpdate(damping))
     row = random_row(problem)
     k, s = len(row.kept), len(row.pruned)
     if not k or not s:
@@ -188,7 +188,7 @@ def test_no_more_exchanges_than_allowed_are_made():
 @given(problems(max_n=20, max_rows=1), st.sampled_from(DAMPINGS), st.integers(0, 9))
 def test_the_scan_of_a_row_finds_what_all_pairs_hold(kind_of_row, problem, damping, seed):
     """None where no pair improves; else the best pair is among the candidates. So does the check."""
-    problem = problem.refitting(Refit(damping))
+    problem = problem.with_update(LeastSquaresUpdate(damping))
     mask = solve(problem, "random", seed=seed).mask
     row = row_of(problem, mask[0], kind_of_row)
     assert torch.equal(row.mask(), mask[0])

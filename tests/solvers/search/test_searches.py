@@ -8,10 +8,19 @@ import torch
 from hypothesis import given, settings
 from local_search import drawn
 from pooled_layers import layer as pooled_layer
-from pooled_layers import pooled, slack, total
+from pooled_layers import shared_budget, slack, total
 from strategies import HALF, problems, random_gram, random_weight, refit_layer
 
-from maskopt import NM, Certificate, LayerProblem, Limits, Refit, Unstructured, lower_bound, solve
+from maskopt import (
+    NM,
+    Certificate,
+    LayerProblem,
+    LeastSquaresUpdate,
+    Limits,
+    Unstructured,
+    lower_bound,
+    solve,
+)
 from maskopt.checks.verification import verify
 from maskopt.core.least_squares import LEAST_DAMPING
 from maskopt.errors import MaskoptError
@@ -28,9 +37,9 @@ SIXTY, TWO_FOUR = Unstructured(sparsity=0.6), NM(keep=2, of=4)
 PATTERNS = [SIXTY, TWO_FOUR, NM(keep=12, of=32)]
 ONE_AND_SLOW = [SIXTY, *(pytest.param(p, marks=pytest.mark.slow) for p in PATTERNS[1:])]
 OPTIONS = {"generations": 6, "children": 3, "pool": 4, "moves": 40}
-REFITS = pytest.mark.parametrize("refit", [None, Refit(0.01)])
+REFITS = pytest.mark.parametrize("update", [None, LeastSquaresUpdate(0.01)])
 REFITS_SLOW = pytest.mark.parametrize(
-    "refit", [None, pytest.param(Refit(0.01), marks=pytest.mark.slow)]
+    "update", [None, pytest.param(LeastSquaresUpdate(0.01), marks=pytest.mark.slow)]
 )
 
 
@@ -197,8 +206,8 @@ def test_memetic_finds_better_masks_than_as_many_moves_of_tabu(pattern):
 
 
 @REFITS_SLOW
-def test_a_row_does_not_depend_on_the_others_threads_or_memory_but_on_the_seed(refit):
-    problem = layer(module._TILE + 3, 96 if refit is None else 32).refitting(refit)
+def test_a_row_does_not_depend_on_the_others_threads_or_memory_but_on_the_seed(update):
+    problem = layer(module._TILE + 3, 96 if update is None else 32).with_update(update)
     start = solve(problem, "wanda").mask
     one, whole = (solve(problem, "memetic", start=start, threads=t, **OPTIONS) for t in (1, 3))
     assert torch.equal(whole.mask, one.mask)
@@ -212,18 +221,20 @@ def test_a_row_does_not_depend_on_the_others_threads_or_memory_but_on_the_seed(r
     for row in (0, module._TILE - 1, module._TILE):
         alone = solve(problem.row(row), "memetic", start=start[row], **OPTIONS)
         assert torch.equal(alone.mask[0], whole.mask[row])
-    problem = layer(4, 128 if refit is None else 48).refitting(refit)
+    problem = layer(4, 128 if update is None else 48).with_update(update)
     masks = [solve(problem, "memetic", seed=seed, **OPTIONS).mask for seed in (1, 1, 2, 2**63 - 1)]
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
 
 
-@pytest.mark.parametrize("refit", [None, Refit(0.0)])
-def test_rows_with_nothing_to_choose_zero_rows_and_dead_inputs(refit):
+@pytest.mark.parametrize("update", [None, LeastSquaresUpdate(0.0)])
+def test_rows_with_nothing_to_choose_zero_rows_and_dead_inputs(update):
     # with G + λI in place of G; λI costs what is pruned of dead inputs, too
-    ridge = 0.0 if refit is None else LEAST_DAMPING
+    ridge = 0.0 if update is None else LEAST_DAMPING
     for n, kept in ((1, 0), (1, 1), (2, 0), (2, 1), (2, 2)):
-        problem = LayerProblem(torch.ones(2, n), torch.eye(n), Unstructured(keep=kept), refit=refit)
+        problem = LayerProblem(
+            torch.ones(2, n), torch.eye(n), Unstructured(keep=kept), update=update
+        )
         found = solve(problem, "memetic", start="wanda", **OPTIONS)
         verify(problem, found)
         expected = torch.full((2,), (n - kept) * (1.0 + ridge), dtype=torch.float64)
@@ -233,7 +244,7 @@ def test_rows_with_nothing_to_choose_zero_rows_and_dead_inputs(refit):
     weight = random_weight(3, 16, 1)
     weight[1] = 0
     for g in (gram, torch.zeros(16, 16)):
-        problem = LayerProblem(weight, g, Unstructured(keep=12), refit=refit)
+        problem = LayerProblem(weight, g, Unstructured(keep=12), update=update)
         found = solve(problem, "memetic", **OPTIONS)
         verify(problem, found)
         most = ridge * float(g.diagonal().mean()) * weight.square().sum(1)
@@ -241,8 +252,8 @@ def test_rows_with_nothing_to_choose_zero_rows_and_dead_inputs(refit):
 
 
 @REFITS
-def test_memetic_under_time_limits(refit, clock):
-    problem = layer().refitting(refit)
+def test_memetic_under_time_limits(update, clock):
+    problem = layer().with_update(update)
     start, seen = solve(problem, "wanda"), []
     limits = Limits(seconds=40, on_progress=seen.append)
     plan = Memetic(**OPTIONS | {"generations": 10**6})
@@ -254,7 +265,7 @@ def test_memetic_under_time_limits(refit, clock):
     assert (seen[-1].done, seen[-1].total) == (6, 6)
 
 
-@given(pooled(max_n=8, max_rows=4))
+@given(shared_budget(max_n=8, max_rows=4))
 @settings(max_examples=8)
 def test_contract_of_rows_that_share_a_count(problem):
     before = solve(problem, "worst")
@@ -268,9 +279,9 @@ def test_contract_of_rows_that_share_a_count(problem):
 
 
 @REFITS_SLOW
-def test_rows_that_share_a_count_are_searched_at_counts_of_their_own(refit):
-    n = 64 if refit is None else 32
-    problem = pooled_layer(rows=2 * module._TILE, n=n, refit=refit)
+def test_rows_that_share_a_count_are_searched_at_counts_of_their_own(update):
+    n = 64 if update is None else 32
+    problem = pooled_layer(rows=2 * module._TILE, n=n, update=update)
     start = solve(problem, "swap")
     assert len(set(start.mask.sum(1).tolist())) > 3
     found = solve(problem, "memetic", start=start.mask, **OPTIONS)
