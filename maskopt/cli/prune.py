@@ -256,6 +256,6 @@ def trained_words(parts: Sequence[PartReport]) -> str:
 
 
 def _range(parts: Sequence[float]) -> str:
-    """`54–89%`, or one of them where they are alike."""
+    """`54–89%`, or one of them if they are equal."""
     ends = [f"{100 * end:.0f}" for end in (min(parts), max(parts))]
     return "–".join(dict.fromkeys(ends)) + "%"

@@ -78,7 +78,7 @@ class PruneView:
     def _note(self) -> str:
         words = []
         if self._start:
-            words.append(f"error {self._error / self._start:.3f} of the start's")
+            words.append(f"error {self._error / self._start:.3f} of the start")
         if self._proven:
             words.append(
                 f"{self._proven:,} of {self._rows:,} rows proven optimal or 1-swap optimal"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _RUN, _SIZE, _ON_THIS_MACHINE = "TORCHELASTIC_RUN_ID", "WORLD_SIZE", "LOCAL_WORLD_SIZE"
 
 _ranks: Any = None
-#: what ended the run is being told
+#: what ended the run is being reported
 _ending = False
 
 
@@ -95,6 +95,6 @@ def again(*more: str) -> str:
 
 
 def _interrupt(*_: object) -> None:
-    # torchrun's signal may come while this process tells that another is gone: it ends by itself then
+    # torchrun's signal may come while this process reports that another is gone: it ends by itself then
     if not _ending:
         raise KeyboardInterrupt

@@ -48,8 +48,8 @@ def _solvers() -> Table:
             "any" if can.largest_n is None else str(can.largest_n),
             ", ".join(word for word, has in also if has),
         )
-        told = zip(_HEADINGS, values, strict=True)
-        table.add_row(*(v for heading, v in told if not (narrow and heading in _LEFT_OUT)), note)
+        cells = zip(_HEADINGS, values, strict=True)
+        table.add_row(*(v for heading, v in cells if not (narrow and heading in _LEFT_OUT)), note)
     return table
 
 

@@ -21,7 +21,7 @@ from maskopt.errors import OptionError, printable
 LIVE, PLAIN, JSON, QUIET = "live", "plain", "json", "quiet"
 #: seconds before plain lines begin, and between two of them; where nothing is finished meanwhile, more
 _FIRST, _BETWEEN = 3.0, 30.0
-#: the share of everything from which on it tells how long the rest will take
+#: the share of everything from which on it estimates the time that is left
 _KNOWN = 0.01
 #: seconds between two JSON lines of one step
 _APART = 1.0
@@ -43,7 +43,7 @@ class Step:
         what: goes on.
         done, total: of it; None: it is not known how much there is.
         left: seconds to the end of everything, if it goes on as it went so far; None: nobody knows yet.
-        note: what is known so far; a new one tells that something is finished.
+        note: what is known so far; a new one reports that something is finished.
         facts: for JSON lines alone.
     """
 

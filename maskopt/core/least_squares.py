@@ -158,8 +158,8 @@ class LeastSquares:
         row_bytes = 2 * self.gram.element_size() * max(most_kept, 1) ** 2 + 64 * n
         most = limits.bytes(threads * _MOST_BYTES) // threads // row_bytes
         tile = max(1, min(max(_TILE_BYTES // row_bytes, _TILE_ROWS), most, rows))
-        alike = [(sizes == size).nonzero()[:, 0] for size in sizes.unique()]
-        parts = [part for rows in alike for part in rows.split(tile)]
+        equal = [(sizes == size).nonzero()[:, 0] for size in sizes.unique()]
+        parts = [part for rows in equal for part in rows.split(tile)]
         _ = self.damped  # made once, not by every thread
         own = threading.local()
 

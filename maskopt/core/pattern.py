@@ -287,7 +287,7 @@ def _is_legal(pattern: Pattern, mask: Tensor) -> Tensor:
     rows, n = mask.shape
     group, pruned = pattern.group_size(n), pattern.pruned_per_group(n)
     groups = mask.reshape(rows, n // group, group)
-    # numpy where it can: torch would wake its threads, which then wait by spinning beside a solver's
+    # numpy where it can: torch would wake its threads, which then spin and slow down a solver's
     on_cpu = mask.device.type == "cpu"
     counts = torch.from_numpy(groups.numpy().sum(-1)) if on_cpu else groups.sum(-1)
     return (counts == group - pruned).all(-1)

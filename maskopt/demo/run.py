@@ -91,10 +91,10 @@ def run_demo(
     toy = _toy_rows(folder, sparsity, min(samples, 8), columns, time_limit, calibration, on_stage)
 
     def judged(name: str, place: Path) -> float:
-        told = partial(on_stage, f"perplexity: {name}")
+        progress = partial(on_stage, f"perplexity: {name}")
         text = demo_text().evaluation
         return perplexity(
-            place, text=text, seq_len=seq_len, windows=windows, on_progress=told
+            place, text=text, seq_len=seq_len, windows=windows, on_progress=progress
         ).value
 
     values = {"dense": judged("dense", folder)}
@@ -147,8 +147,8 @@ def _toy_rows(
         row.name: f"{layer.block} {short(layer.kind)}{row.name.removeprefix(layer.name)}"
         for (layer, _), row in zip(layers, rows, strict=True)
     }
-    told = partial(on_stage, "toy rows: solving")
-    records = compare(rows, TOY_SOLVERS, time_limit=time_limit, seed=seed, on_progress=told)
+    progress = partial(on_stage, "toy rows: solving")
+    records = compare(rows, TOY_SOLVERS, time_limit=time_limit, seed=seed, on_progress=progress)
     return toy_table(records, labels, sparsity)
 
 
@@ -212,8 +212,8 @@ def perplexity_table(
 
 
 def _told(on_stage: OnStage, title: str) -> Callable[[BlockProgress], None]:
-    def told(progress: BlockProgress) -> None:
+    def show(progress: BlockProgress) -> None:
         where = f"{title}: block {progress.block + 1}/{progress.blocks}, {progress.stage}"
         on_stage(where, progress.done, progress.total)
 
-    return told
+    return show

@@ -252,7 +252,7 @@ def make_start(layer: LayerProblem, solver: Solver | str, limits: Limits | None 
     no others."""
     backend, asked = make_solver(solver).as_start(layer)
     limits = (limits or Limits()).quiet()
-    if trades_as_asked(backend, layer.pattern):
+    if holds_budget(backend, layer.pattern):
         return solve(asked, backend, limits=limits).raise_if_interrupted()
     began = time.perf_counter()
     each, more = divmod(asked.pruned, asked.rows)  # one entry more in the first rows
@@ -267,7 +267,7 @@ def make_start(layer: LayerProblem, solver: Solver | str, limits: Limits | None 
     return replace(Solution.of(asked, mask), solver=backend.name, seconds=seconds)
 
 
-def trades_as_asked(backend: Solver, pattern: Pattern) -> bool:
+def holds_budget(backend: Solver, pattern: Pattern) -> bool:
     """Whether the solver holds the pattern's shared budget, and its limits, where it has them."""
     can = backend.capabilities
     return not pattern.shared_budget or (

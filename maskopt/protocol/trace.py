@@ -24,7 +24,7 @@ class Trace:
         swaps: made by 1-swap search, or (dsnot) weights regrown and pruned.
         scans: exact scans over all pairs, the proof included.
         pairs: whose Δ the scans had to form.
-        trades: inputs that rows of a shared budget passed to each other.
+        transfers: inputs that rows of a shared budget passed to each other.
         moves: beyond 1-swap search (kswap: compounds of two; memetic with updated weights: swaps of the
             children).
         rounds: of candidates (swap), of moves, generations or members (searches), of eliminated panels (obs).
@@ -61,7 +61,7 @@ class Trace:
     swaps: Any = None
     scans: Any = None
     pairs: Any = None
-    trades: Any = None
+    transfers: Any = None
     moves: Any = None
     rounds: Any = None
     history: Any = None

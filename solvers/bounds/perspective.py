@@ -3,7 +3,7 @@
 The relaxation and its turns are those of `convex.perspective`. As a function of d its minimum is concave,
 with the slope vⱼ²(1/zⱼ − 1): d goes step by step towards the best split of the slope, by Frank and Wolfe.
 
-Where rows trade, the z of all of them share one count: after turns of all rows together, what an input
+Under a shared budget, the z of all rows share one count: after turns of all rows together, what an input
 that is kept costs the layer makes every row one by itself again, whose split is bettered at that price.
 
 What is proven is computed from d and v by `maskopt.certificates.certificate`, wherever the steps end.
@@ -37,7 +37,7 @@ _TINIEST = 1e-12
 _STEPS = (0.7, 0.4, 0.2, 0.1, 0.05, 0.02)
 #: turns of v and z after a step of d, where they begin near their end
 _TURNS_AFTER = 25
-#: times that the rows of a layer whose rows trade are priced
+#: times that the rows of a shared budget are priced
 _PRICES = 2
 #: a round of d that gains less than this part of the bound is the last
 _SETTLED = 1e-4
@@ -94,7 +94,7 @@ class PerspectiveBound(BoundMethod):
     def _choices(
         self, rows: Sequence[_Row], problem: LayerProblem, limits: Limits, threads: int
     ) -> Iterator[tuple[Sequence[_Choice], Callable[[], None]]]:
-        """What to better the rows' splits for, in turn, and what tells of each that is done."""
+        """What the rows' splits are improved for, in turn, and the report of each that is done."""
         if not problem.shared_budget:
             group = problem.group_size
             counted = _Counted(group, group - problem.pruned_per_group)
@@ -142,7 +142,7 @@ _Choice = _Counted | _Priced
 def _together(
     rows: Sequence[_Row], problem: LayerProblem, turns: int, limits: Limits, threads: int
 ) -> list[_Choice]:
-    """Turns of v and z of rows that trade, one count for all of them; what an input costs each in the end."""
+    """Turns of v and z of rows with a shared budget; the cost of an input for each row at the end."""
     share = problem.shares.cpu().numpy()[:, None]
     every = problem.weight.numel()
     kept, level = every - problem.pruned, np.inf

@@ -25,7 +25,7 @@ from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
 from maskopt.core.values import Values
 from maskopt.protocol.bounds import lower_bound
-from maskopt.solvers.refit.rows import swap_refitted
+from maskopt.solvers.least_squares.rows import swap_refitted
 
 #: the start's objective in the units of a backend's model: far above its absolute tolerances
 _MODEL_UNITS = 1000.0

@@ -34,7 +34,7 @@ class _Score(Solver):
         return self, layer.with_update(None)
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
-        """One pass over the scores; see `Solver.run`. Rows that trade are ranked by √ω times the score."""
+        """One pass over the scores; see `Solver.run`. With a shared budget √ω times the score ranks."""
         scores = self._scores(problem, limits)
         if problem.omega is not None:
             scores = scores * problem.shares.sqrt()[:, None]

@@ -15,7 +15,7 @@ _THREADS = 6
 
 
 def keep_highest(problem: LayerProblem, score: Shaped[Tensor, "rows n"]) -> Bool[Tensor, "rows n"]:
-    """Prune exactly `pruned_per_group` of least score in every group, or where rows trade so many of the
+    """Prune exactly `pruned_per_group` of least score in every group, or under a shared budget so many of the
     layer; of equals the lowest index.
 
     Where a row's count has limits, what it prunes in any case goes first, and what it keeps in any case last:

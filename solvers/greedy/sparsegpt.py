@@ -2,9 +2,9 @@
 
 SparseGPT walks over the columns; a pruned weight's error is spread over the columns to its right by the
 inverse Hessian, and later choices are made on the compensated weights. Its mask may be taken alone, with the
-weights as they were or by least squares; or with the weights as the walk leaves them (`update`). Where rows
-trade, rows × 128 columns are ranked together, as the original does; else every row has its own quota in each
-block. The quotas of the blocks add up to the pattern's count.
+weights unchanged or updated by least squares, or with the weights that the walk leaves (`update`). Under a
+shared budget, rows × 128 columns are ranked together, as in the original; else every row has its own quota in
+each block. The quotas of the blocks add up to the pattern's count.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from maskopt.core.problem import LayerProblem
-from maskopt.solvers.pooled.offers import OFFERED, Offers
+from maskopt.solvers.shared_budget.offers import OFFERED, Offers
 
 #: rows whose offers are made at a time; bytes of G in float64 at a time
 _ROWS, _BYTES = 512, 64 * 2**20

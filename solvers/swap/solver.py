@@ -17,9 +17,9 @@ from maskopt.errors import SolverError
 from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.solver import Capabilities, Solver
 from maskopt.protocol.trace import Trace
-from maskopt.solvers.pooled.offers import Offers
-from maskopt.solvers.pooled.trade import trade
-from maskopt.solvers.refit.rows import swap_refitted
+from maskopt.solvers.least_squares.rows import swap_refitted
+from maskopt.solvers.shared_budget.offers import Offers
+from maskopt.solvers.shared_budget.transfer import transfer
 from maskopt.solvers.swap.batch import Batch
 from maskopt.solvers.swap.engine import Kernel, Outcome, refine
 from maskopt.solvers.swap.literal import refine_literally
@@ -44,8 +44,8 @@ class Swap(Solver):
     Every row is swapped until no 1-swap improves, which is then proven (SWAP_OPTIMAL). A row that is
     stopped early, by `max_swaps` or the time limit, is FEASIBLE; another call with its mask as the
     start continues from there. Reports a `Trace`. For a problem with `update` the swaps minimise F
-    (`maskopt.solvers.refit`). Where rows share a budget, swaps between rows follow until none improves
-    (`maskopt.solvers.pooled`).
+    (`solvers.least_squares`). With a shared budget, swaps between rows follow until none improves
+    (`solvers.shared_budget`).
     """
 
     name: ClassVar[str] = "swap"
@@ -90,7 +90,7 @@ class Swap(Solver):
             found = self._swapped(some, mask, limits)
             return found, offers(some, found.mask)
 
-        return trade(problem, start, search, limits)
+        return transfer(problem, start, search, limits)
 
     def _swapped(self, problem: LayerProblem, start: Tensor, limits: Limits) -> Solution:
         """Every row at the count of its own mask."""

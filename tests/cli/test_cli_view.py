@@ -137,7 +137,7 @@ def test_a_prune_shows_how_far_it_is_and_what_it_has_reached(still):
     assert kept.seen[4]["part"] == pytest.approx(2 / 4)
     assert kept.seen[5]["part"] == pytest.approx((2 + 0.98) / 4)
     assert kept.seen[-1]["what"] == "block 4 of 4: solve"
-    assert kept.seen[-1]["note"].startswith("error 0.500 of the start's; 10 of 16 rows proven")
+    assert kept.seen[-1]["note"].startswith("error 0.500 of the start; 10 of 16 rows proven")
     assert kept.seen[-1]["layer"]["rows"] == 4
     # before a block is done, the time left is by what was expected
     show = PruneView(kept := Kept(), expected=100.0)

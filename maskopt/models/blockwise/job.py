@@ -189,7 +189,7 @@ class Job:
             self.threads,
             self.activation_memory,
             held=bool(self.held),
-            beside=options.beside,
+            both_states=options.both_states,
             least_squares=options.least_squares is not None,
             trained=self.trained_states,
             gradients=0 if self.whole else options.gradient_windows(self.count),
@@ -323,7 +323,7 @@ class Job:
         """The windows before the first block."""
         skip = None if self.whole else self.options.skip_bad_samples
         dense = None
-        if self.options.beside:
+        if self.options.both_states:
             mine = self.ranks.own(range(self.count))
             place = folder if self._spills(len(mine) * states.bytes) else None
             lanes = lanes_to(self.source.device)

@@ -350,11 +350,11 @@ def walk_whole(job: Job, tell: Callable[[int, int], None]) -> None:
     """Send all windows through all blocks. `tell` is called with (passes done, all of them with one more per
     window through the output head)."""
 
-    def told(event: BlockProgress) -> None:
+    def report(event: BlockProgress) -> None:
         if event.done:
             tell(event.block * job.count + event.done, _walked(job) + job.count)
 
-    job.tell = told
+    job.tell = report
     for block in job.blocks():
         block.advance()
 

@@ -42,8 +42,8 @@ RELATIVE, FISHER, KL = "relative", "fisher", "kl"
 SENSITIVITIES = (UNIFORM, RELATIVE, FISHER, KL)
 #: sparsities of a block at which it is measured (the least, the model's, the most), and on how many windows
 VARIANTS, VARIANT_WINDOWS = 3, 4
-#: where none is given: of rows that trade, the best of ± 0.05, 0.1, 0.2 and any on both demo models at
-#: 70% (tests/benchmarks/generalisation.py); of layers, whether their rows trade, too, or not
+#: defaults of `max_deviation`: of rows, the best of ± 0.05, 0.1, 0.2 and any on both demo models at 70%
+#: (tests/benchmarks/generalisation.py); of layers, with `allocation` layers and both
 ROW_DEVIATION, LAYER_DEVIATION = 0.1, 0.2
 
 
@@ -178,29 +178,29 @@ class PruneOptions(WalkOptions):
         if (
             isinstance(self.pattern, Unstructured)
             and self.pattern.shared_budget
-            and not self.layers_trade
+            and not self.layers_differ
         ):
-            self._trade_as(self.pattern)
+            self._budget_as(self.pattern)
         elif self.allocation != UNIFORM:
             if isinstance(self.pattern, NM) or (
-                self.layers_trade and (self.pattern.shared_budget or self.pattern.sparsity is None)
+                self.layers_differ and (self.pattern.shared_budget or self.pattern.sparsity is None)
             ):
                 raise OptionError(
                     f"`allocation` {self.allocation} needs a share such as 0.5, not {self.pattern}"
                 )
-            if self.rows_trade and self.max_deviation is None:
+            if self.rows_differ and self.max_deviation is None:
                 usual = ROW_DEVIATION if self.allocation == ROWS else LAYER_DEVIATION
                 object.__setattr__(self, "max_deviation", usual)
             if self.allocation == ROWS:
                 object.__setattr__(self, "sparsity", self._pattern_of(self.pattern))
         if self.sensitive:
             self._check_every_window("`sensitivity` fisher")
-        if self.sensitivity == KL and self.rows_trade:
+        if self.sensitivity == KL and self.rows_differ:
             raise OptionError(
                 "`sensitivity` kl is of whole blocks, not of rows: take fisher, or `allocation` layers"
             )
 
-    def _trade_as(self, pattern: Unstructured) -> None:
+    def _budget_as(self, pattern: Unstructured) -> None:
         """Rows differ as this pattern says; its `max_deviation` and the option's are one."""
         said = 1.0 if self.max_deviation is None else self.max_deviation
         max_deviation = said if pattern.max_deviation is None else pattern.max_deviation
@@ -270,7 +270,7 @@ class PruneOptions(WalkOptions):
         return LeastSquaresUpdate(damping, self.damping_exponent)
 
     @property
-    def beside(self) -> bool:
+    def both_states(self) -> bool:
         return self.moved or self.reconstruction is not None
 
     @property
@@ -279,20 +279,20 @@ class PruneOptions(WalkOptions):
 
     @property
     def sensitive(self) -> bool:
-        trades = self.rows_trade or (self.layers_trade and not self.counts)
-        return trades and self.sensitivity == FISHER
+        differ = self.rows_differ or (self.layers_differ and not self.counts)
+        return differ and self.sensitivity == FISHER
 
     def variant_windows(self, windows: int, blocks: int) -> int:
-        measured = self.layers_trade and self.sensitivity == KL and not self.counts
+        measured = self.layers_differ and self.sensitivity == KL and not self.counts
         return VARIANTS * blocks * min(VARIANT_WINDOWS, windows) if measured else 0
 
     @property
-    def rows_trade(self) -> bool:
+    def rows_differ(self) -> bool:
         """Whether those of a layer do."""
         return self.allocation in (ROWS, BOTH)
 
     @property
-    def layers_trade(self) -> bool:
+    def layers_differ(self) -> bool:
         """Whether those of the model do."""
         return self.allocation in (LAYERS, BOTH)
 
@@ -302,17 +302,17 @@ class PruneOptions(WalkOptions):
         return LAYER_DEVIATION if self.max_deviation is None else self.max_deviation
 
     def pattern_of(self, layer: Layer) -> Pattern:
-        """The layer's own where layers trade, once their counts are known; else that of all."""
+        """The layer's own where layers may differ and their counts are known; else that of all."""
         if not self.counts:
             return self.pattern
         return self._pattern_of(Unstructured(keep=layer.n - self.counts[layer.name]))
 
-    def _pattern_of(self, alike: Pattern) -> Pattern:
-        """Of a layer, from that of rows that prune alike."""
-        if not self.rows_trade or isinstance(alike, NM):
-            return alike
+    def _pattern_of(self, uniform: Pattern) -> Pattern:
+        """Of a layer, from its pattern with uniform rows."""
+        if not self.rows_differ or isinstance(uniform, NM):
+            return uniform
         return replace(
-            alike,
+            uniform,
             per="layer",
             max_deviation=None if self.max_deviation == 1 else self.max_deviation,
         )
@@ -341,7 +341,7 @@ class PruneOptions(WalkOptions):
 
     def _check_counts(self, layers: Sequence[Layer]) -> None:
         """Raise OptionError where `counts` are not of these layers, or not as many in all as they would be
-        alike."""
+        with uniform sparsity."""
         check_names(self.counts, [layer.name for layer in layers], "layer that is pruned")
         total, most = 0, 1.0 if self.max_deviation is None else self.max_deviation
         for layer in layers:
@@ -357,10 +357,10 @@ class PruneOptions(WalkOptions):
                     f"{self.pattern} than `max_deviation` {self.max_deviation:g}; give other counts"
                 )
             total += layer.rows * count
-        alike = sum(self.pattern.pruned_in(layer.rows, layer.n) for layer in layers)
-        if total != alike:
+        wanted = sum(self.pattern.pruned_in(layer.rows, layer.n) for layer in layers)
+        if total != wanted:
             raise OptionError(
-                f"`counts` prune {total} weights; at sparsity {self.pattern} it must be {alike}"
+                f"`counts` prune {total} weights; at sparsity {self.pattern} it must be {wanted}"
             )
 
     def record(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from maskopt.core.pattern import Pattern
 from maskopt.errors import OptionError, SolverError
-from maskopt.protocol.solver import limits_of, make_solver, trades_as_asked
+from maskopt.protocol.solver import holds_budget, limits_of, make_solver
 
 #: starts that serve whole layers better than the solvers' own, which also have to serve single rows
 DEFAULT_STARTS = {"swap": "relax"}
@@ -22,9 +22,9 @@ def check_solver(
     solver: str, options: Mapping[str, Any], start: str | None, pattern: Pattern | None = None
 ) -> None:
     """Raise where solver or start do not exist, cannot run here, have no such option, or prune as much of
-    every row where the pattern's rows are to trade."""
+    every row under a shared budget."""
     backend = make_solver(solver, **limits_of(None, options)[1])
-    if pattern is not None and not trades_as_asked(backend, pattern):
+    if pattern is not None and not holds_budget(backend, pattern):
         lacks, other = "needs an equal count in every row", ""
         if backend.capabilities.shared_budget:
             lacks, other = (

@@ -195,8 +195,8 @@ class WalkOptions:
         return False
 
     @property
-    def beside(self) -> bool:
-        """Whether the dense model's hidden states go through the blocks beside those of the pruned one."""
+    def both_states(self) -> bool:
+        """Whether the dense model's hidden states go through the blocks, too."""
         return False
 
     @property

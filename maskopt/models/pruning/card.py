@@ -131,7 +131,7 @@ def _use(smaller: bool, own_code: bool) -> str:
     )
     code = (
         " It asks for code of the original (`auto_map` in config.json), which is not copied: put those files "
-        "beside it, and load it with `trust_remote_code=True`."
+        "next to it, and load it with `trust_remote_code=True`."
         if own_code
         else ""
     )

@@ -142,7 +142,7 @@ class GramStore:
         if options.moved or options.true_sequential:
             name = "target" if options.moved else "true_sequential"
             raise OptionError(f"`{name}` needs the text: give `calibration`, not `grams`")
-        if options.sensitive or (options.layers_trade and not options.counts):
+        if options.sensitive or (options.layers_differ and not options.counts):
             raise OptionError(
                 "`allocation` layers, and `sensitivity` fisher, need the text: give "
                 "`calibration`, or `sensitivity` uniform or relative with `allocation` rows, or the `counts`"

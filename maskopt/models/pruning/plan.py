@@ -116,7 +116,7 @@ def plan_prune(
         )
     job = open_job(model, tokens, replace(options, max_memory=None))
     job.source.blocks.check_unshared(job.layers)
-    if options.layers_trade and options.sensitivity == KL and not options.counts:
+    if options.layers_differ and options.sensitivity == KL and not options.counts:
         check_moves(job, options)
     if output is not None and job.source.checkpoint is not None:
         check_inputs(Path(output), model=job.source.checkpoint.folder, grams=grams)
@@ -174,12 +174,12 @@ def _forward_operations(job: Job, options: PruneOptions) -> float:
     its passes, and 3n² for the moments of both."""
     tokens, width = job.count * job.length, hidden_size(job.source.model)
     chosen = by_block(job.layers)
-    squares = 4 if options.beside else 1
+    squares = 4 if options.both_states else 1
     total = 0.0
     for index, block in enumerate(list(job.source.blocks.modules)[: job.last + 1]):
         mine = chosen.get(index, [])
         distinct = distinct_inputs(mine)
-        passes = 2.0 if options.beside else 1.0
+        passes = 2.0 if options.both_states else 1.0
         if mine and not options.one_pass:
             passes += len(distinct) if options.true_sequential else 1
             if mine[-1].expert is None:  # its product is not needed once its inputs are seen
@@ -187,7 +187,7 @@ def _forward_operations(job: Job, options: PruneOptions) -> float:
         variants = options.variant_windows(job.count, 1)
         if variants:  # those of all blocks so far, and twice the dense model
             passes += (variants * (index + 1) + 2 * min(VARIANT_WINDOWS, job.count)) / job.count
-        elif options.layers_trade and not options.counts:  # once more through the dense model
+        elif options.layers_differ and not options.counts:  # once more through the dense model
             passes += min(GRADIENT_WINDOWS, job.count) / job.count
         total += passes * _pass_operations(job, block) + squares * sum(n * n for n in distinct)
     judged = options.variant_windows(job.count, len(job.source.blocks)) * job.length / EVERY

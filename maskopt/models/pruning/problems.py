@@ -67,7 +67,7 @@ def layer_problems(
             raise ModelError(
                 f"`{name}` auto chooses by masks, and none are made here; give a number"
             )
-    if options.layers_trade and not options.counts:
+    if options.layers_differ and not options.counts:
         raise ModelError(
             f"`allocation` {options.allocation} is computed by a prune; give its `counts`, or another one"
         )

@@ -100,7 +100,7 @@ def prune_model(
     if store is not None:
         store.check_model(job)
     results = results_of(job, run, tokenizer)
-    if options.layers_trade and not options.counts:
+    if options.layers_differ and not options.counts:
         counts = None if run is None else run.recorded_counts(options.record())
         counts = allocate(job, options) if counts is None else counts
         options = dataclasses.replace(options, counts=counts)

@@ -137,7 +137,7 @@ def _deal(ranks: Ranks, layers: Sequence[Layer], *, apart: bool) -> list[list[sl
 def _apart(options: PruneOptions) -> bool:
     """Whether a part of a layer, from a multiple of 128 rows on, gets the result of the whole layer."""
     makers = [name for name in (options.solver, options.start_solver) if name is not None]
-    by_all_rows = AUTO in (options.gram_shrinkage, options.damping) or options.rows_trade
+    by_all_rows = AUTO in (options.gram_shrinkage, options.damping) or options.rows_differ
     timed = "time_limit" in options.solver_options
     return not (by_all_rows or timed) and all(make_solver(m).capabilities.apart for m in makers)
 

@@ -160,7 +160,7 @@ class Manifest:
     @property
     def unlimited(self) -> bool:
         """Whether the rows of a layer have only its budget, and no limits of their own."""
-        return self.options.rows_trade and self.options.max_deviation == 1
+        return self.options.rows_differ and self.options.max_deviation == 1
 
     def pattern(self, layer: Mapping[str, Any]) -> Pattern:
         """The layer's own where the options have counts."""
@@ -168,7 +168,7 @@ class Manifest:
         if not counts:
             return options.pattern
         keep = layer["n"] - counts[layer["name"]]
-        if not options.rows_trade:
+        if not options.rows_differ:
             return Unstructured(keep=keep)
         within = None if self.unlimited else options.max_deviation
         return Unstructured(keep=keep, per="layer", max_deviation=within)

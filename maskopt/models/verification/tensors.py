@@ -107,7 +107,7 @@ def _check_rows(manifest: Manifest, part: Slice, kept: Tensor) -> None:
     if not bool(legal.all()):
         row = int((~legal).any(1).nonzero()[0])
         what = "as in no layer there"
-        if manifest.options.rows_trade:
+        if manifest.options.rows_differ:
             what = "beyond the deviation of its layer"
         elif there and not manifest.options.counts:
             what = f"not {min(there)[1]} of every {group}"
@@ -125,7 +125,7 @@ def _measure(manifest: Manifest, part: Slice, kept: Tensor, weight: Tensor) -> N
     part.square = float(weight.masked_fill(kept, 0).square().sum())
     if manifest.unlimited:
         group = kept.numel()
-    elif manifest.options.rows_trade:
+    elif manifest.options.rows_differ:
         group = part.n
     else:
         group = groups(manifest.options.pattern, part.n)[0]

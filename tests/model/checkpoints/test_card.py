@@ -37,7 +37,7 @@ tags: [chat]
 Its text.
 """
 OURS = {"library_name": "transformers", "tags": ["maskopt", "pruned", "sparse"]}
-CODE = "put those files beside it"
+CODE = "put those files next to it"
 
 
 def prune(model, out, **options):

@@ -33,7 +33,7 @@ from maskopt.models.checkpoints.workspace import MANIFEST
 from maskopt.models.verification.verify import verify_model
 from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.solver import make_solver
-from maskopt.solvers.refit.search import CANDIDATES, OF_GROUPS
+from maskopt.solvers.least_squares.search import CANDIDATES, OF_GROUPS
 
 ROOT = REFITS[3]
 SOLVERS, STARTS, F32 = ("swap", "admm", "obs"), ("wanda", "random", "worst"), torch.float32

@@ -11,13 +11,13 @@ from strategies import HALF, KINDS, patterns, problems, random_gram, refit_layer
 from maskopt import NM, LeastSquaresUpdate, Limits, Unstructured, improving_swap, solve
 from maskopt.checks.costs import costs_of
 from maskopt.core.limits import torch_threads
-from maskopt.solvers.refit import compiled_row, state
-from maskopt.solvers.refit.block import exchanged as searched
-from maskopt.solvers.refit.block import exchanges
-from maskopt.solvers.refit.compiled_row import CompiledRow
-from maskopt.solvers.refit.scratch import Scratch, inverse, part_of
-from maskopt.solvers.refit.search import refine
-from maskopt.solvers.refit.state import Metric, Pairs, Row
+from maskopt.solvers.least_squares import compiled_row, state
+from maskopt.solvers.least_squares.block import exchanged as searched
+from maskopt.solvers.least_squares.block import exchanges
+from maskopt.solvers.least_squares.compiled_row import CompiledRow
+from maskopt.solvers.least_squares.scratch import Scratch, inverse, part_of
+from maskopt.solvers.least_squares.search import refine
+from maskopt.solvers.least_squares.state import Metric, Pairs, Row
 
 DAMPINGS = (0.0, 0.01, 0.3)
 BOTH = pytest.mark.parametrize("kind_of_row", [Row, CompiledRow])

@@ -1,12 +1,12 @@
-"""Rows of a layer trade until it is 1-swap optimal as a whole.
+"""Swaps between the rows of a layer, until it is 1-swap optimal under its shared budget.
 
 An exchange between two rows has no interaction term: pruning u in row i and keeping p of row j again changes
 Σ ωᵣ fᵣ by ωᵢ·cost(u) − ωⱼ·gain(p). So a layer is 1-swap optimal if every row is, and the cheapest removal of
 any row does not pay for the dearest return of another.
 
 1. *search*: every row that changed is swapped to a 1-swap optimum at its own count.
-2. *trade*: removals in order of their cost and returns in order of their gain are paired off as long as they
-   pay; each row gives or takes, not both. None pays: the layer is proven 1-swap optimal. Else again with 1.
+2. *transfer*: removals in order of their cost and returns in order of their gain are paired off as long as
+   they pay; each row gives or takes, not both. None pays: the layer is proven 1-swap optimal. Else again with 1.
 
 Both steps only lower the layer's sum, and keep its count.
 """
@@ -24,9 +24,9 @@ from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import SWAP_TOLERANCE, Solution, Status, swap_threshold
 from maskopt.protocol.trace import Trace
-from maskopt.solvers.pooled.offers import Offers
+from maskopt.solvers.shared_budget.offers import Offers
 
-#: part of the tolerance of SWAP_OPTIMAL that trades go below, so that rounding never decides a claim
+#: part of the tolerance of SWAP_OPTIMAL that transfers go below, so that rounding never decides a claim
 _PART = 0.5
 
 #: (rows, their masks) → 1-swap optima at the masks' own counts, and what those rows offer then
@@ -58,17 +58,17 @@ class _State:
         return _State(*parts, self.offers, weight)
 
 
-def trade(problem: LayerProblem, start: Tensor, search: Search, limits: Limits) -> Solution:
+def transfer(problem: LayerProblem, start: Tensor, search: Search, limits: Limits) -> Solution:
     """From a legal mask to a proven 1-swap optimum of the layer, or what was reached when a limit came."""
     rows = torch.arange(problem.rows, device=problem.device)
     found, offers = search(rows, start, limits)
     state = _State(found.mask, found.objective, _proven(found), offers, found.weight)
-    told = found.trace
-    history = [told.history[:, 0].to(state.objective), state.objective.clone()]
-    given = torch.zeros_like(told.swaps)
+    trace = found.trace
+    history = [trace.history[:, 0].to(state.objective), state.objective.clone()]
+    given = torch.zeros_like(trace.swaps)
     done = False
     while bool(state.proven.all()) and not limits.expired:
-        pairs = trades(state.offers, problem, state.objective, (~state.mask).sum(1))
+        pairs = transfers(state.offers, problem, state.objective, (~state.mask).sum(1))
         done = pairs is None
         if pairs is None:
             break
@@ -78,7 +78,7 @@ def trade(problem: LayerProblem, start: Tensor, search: Search, limits: Limits) 
         rows = changed.any(1).nonzero()[:, 0]
         found, offers = search(rows, state.mask[rows], limits.quiet())
         state.put(rows, found, offers)
-        _add(told, rows, found.trace)
+        _add(trace, rows, found.trace)
         if not problem.shares @ state.objective < total:  # rounding promised too much
             state = before
             state.proven[:] = False
@@ -89,7 +89,7 @@ def trade(problem: LayerProblem, start: Tensor, search: Search, limits: Limits) 
         objective=state.objective,
         lower_bound=torch.zeros_like(state.objective),
         status=(Status.SWAP_OPTIMAL if done else Status.FEASIBLE,) * problem.rows,
-        trace=replace(told, history=torch.stack(history, 1).cpu(), trades=given),
+        trace=replace(trace, history=torch.stack(history, 1).cpu(), transfers=given),
         weight=state.weight,
     )
 
@@ -104,8 +104,8 @@ class Pairs:
     """As many removals as returns. Flat indices into the offers, [rows · some]."""
 
     offers: Offers
-    removals: Int[Tensor, " trades"]
-    returns: Int[Tensor, " trades"]
+    removals: Int[Tensor, " transfers"]
+    returns: Int[Tensor, " transfers"]
 
     def apply(self, mask: Bool[Tensor, "rows n"]) -> Bool[Tensor, "rows n"]:
         """Do them; what changed."""
@@ -120,7 +120,7 @@ class Pairs:
         return changed
 
 
-def trades(
+def transfers(
     offers: Offers,
     problem: LayerProblem,
     objective: Float[Tensor, " rows"],
@@ -148,7 +148,7 @@ def trades(
     cost = cost.masked_fill((both & (takes >= gives))[:, None], torch.inf)
     gain = gain.masked_fill((both & (takes < gives))[:, None], -torch.inf)
     count, _ = _crossing(cost, gain)
-    if not count:  # a row that could only trade with itself stood in the way
+    if not count:  # a row that could only swap with itself stood in the way
         return _single(share[:, 0], slack[:, 0], offers)
     return Pairs(
         offers,
@@ -177,7 +177,7 @@ def _crossing(cost: Tensor, gain: Tensor) -> tuple[int, float]:
 
 
 def _single(share: Tensor, slack: Tensor, offers: Offers) -> Pairs | None:
-    """The best trade of two rows, each by its best offer."""
+    """The best transfer of two rows, each by its best offer."""
     some = offers.costs.shape[1]
     cost, gain = share * (offers.costs[:, 0] + slack), share * (offers.gains[:, 0] - slack)
     best: tuple[float, int, int] | None = None
@@ -192,7 +192,7 @@ def _single(share: Tensor, slack: Tensor, offers: Offers) -> Pairs | None:
     return Pairs(offers, giver, taker)
 
 
-def _add(told: Trace, rows: Tensor, more: Trace) -> None:
-    """What a search of some rows tells, on top of what they told before."""
+def _add(trace: Trace, rows: Tensor, more: Trace) -> None:
+    """Add the trace of a search of some rows to what they have."""
     for name in ("swaps", "scans", "rounds", "pairs"):
-        getattr(told, name)[rows.cpu()] += getattr(more, name)
+        getattr(trace, name)[rows.cpu()] += getattr(more, name)

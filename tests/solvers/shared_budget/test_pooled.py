@@ -208,7 +208,7 @@ def test_a_search_ends_at_a_proven_optimum_across_rows(problem, start):
     assert abs(float(history[-1]) - total(problem, found)) <= slack(problem)
     again = solve(problem, "swap", start=found.mask)
     assert torch.equal(again.mask, found.mask)
-    assert not int(again.trace.trades.sum())
+    assert not int(again.trace.transfers.sum())
 
 
 @settings(max_examples=settings.default.max_examples // 2)
@@ -229,7 +229,7 @@ def test_counts_of_their_own_gain_over_equal_ones(update):
         problem = layer(update=update, omega=omega)
         equal = solve(problem.under(problem.pattern.uniform()), "swap")
         found = solve(problem, "swap", start=equal.mask)
-        assert int(found.trace.trades.sum()) > 0
+        assert int(found.trace.transfers.sum()) > 0
         assert total(problem, found) < 0.95 * total(problem, equal)
         assert len(set(found.mask.sum(1).tolist())) > 1
     # what a row counts decides what it keeps
@@ -273,7 +273,7 @@ def test_rows_that_keep_all_or_nothing_dead_and_float32_layers_come_to_a_proof(u
         problem = scaled(layer(rows=3, n=6, update=update), weight, gram)
         found = solve(problem, "swap", start="random")
         assert_optimal(problem, found)
-        assert not int(found.trace.trades.sum())
+        assert not int(found.trace.transfers.sum())
     wide = layer(rows=40, n=64)
     problem = LayerProblem(wide.weight.float(), wide.gram.float(), wide.pattern, update=update)
     assert_optimal(problem, solve(problem, "swap", start="wanda"))

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskopt.solvers.refit import row_kernel as kernel
-from maskopt.solvers.refit.scratch import part_of
-from maskopt.solvers.refit.state import CHUNK, SAFETY, Block, Pairs, Row
+from maskopt.solvers.least_squares import row_kernel as kernel
+from maskopt.solvers.least_squares.scratch import part_of
+from maskopt.solvers.least_squares.state import CHUNK, SAFETY, Block, Pairs, Row
 
 
 class CompiledRow(Row):

@@ -13,13 +13,13 @@ from maskopt.core.limits import Limits, one_thread_each
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.trace import Trace
-from maskopt.solvers.pooled.offers import OFFERED, Offers
-from maskopt.solvers.pooled.trade import trade
-from maskopt.solvers.refit.block import one_sided
-from maskopt.solvers.refit.compiled_row import CompiledRow
-from maskopt.solvers.refit.scratch import Scratch
-from maskopt.solvers.refit.search import Found, refine
-from maskopt.solvers.refit.state import Metric, Pairs, Row
+from maskopt.solvers.least_squares.block import one_sided
+from maskopt.solvers.least_squares.compiled_row import CompiledRow
+from maskopt.solvers.least_squares.scratch import Scratch
+from maskopt.solvers.least_squares.search import Found, refine
+from maskopt.solvers.least_squares.state import Metric, Pairs, Row
+from maskopt.solvers.shared_budget.offers import OFFERED, Offers
+from maskopt.solvers.shared_budget.transfer import transfer
 
 #: rows whose M are made together, at most, and bytes of these
 _TOGETHER, _TOGETHER_BYTES = 16, 2**25
@@ -39,7 +39,7 @@ def swap_refitted(
         nothing = Offers.none(1, problem.device)
         return _solution(some, found), Offers.joined([row.offers or nothing for row in found])
 
-    return trade(problem, start, search, limits)
+    return transfer(problem, start, search, limits)
 
 
 def _searched(

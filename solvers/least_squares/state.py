@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from maskopt.solvers.refit.scratch import Scratch, inverse, part_of
+from maskopt.solvers.least_squares.scratch import Scratch, inverse, part_of
 
 #: kept inputs whose pairs are screened at a time; numbers of a product over pairs at a time
 CHUNK, AT_ONCE = 64, 2**20

@@ -28,7 +28,7 @@ from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities
 from maskopt.protocol.trace import Trace
 from maskopt.solvers.greedy.select import keep_highest
-from maskopt.solvers.refit.damped import Damped
+from maskopt.solvers.least_squares.damped import Damped
 
 #: rows of a tile; a constant, since the last bits of a product may depend on it
 _TILE = 64

@@ -25,8 +25,8 @@ from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities
 from maskopt.protocol.trace import Trace
 from maskopt.solvers.greedy.select import keep_highest
-from maskopt.solvers.refit.block import one_sided
-from maskopt.solvers.refit.damped import Damped
+from maskopt.solvers.least_squares.block import one_sided
+from maskopt.solvers.least_squares.damped import Damped
 
 #: candidates on the small block for each that is eliminated there
 _CANDIDATES = 4

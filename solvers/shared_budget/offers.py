@@ -1,4 +1,4 @@
-"""What rows that trade have to offer: inputs that they could prune, and inputs that they could keep again."""
+"""Offers of rows with a shared budget: inputs that each could prune, and inputs that it could keep again."""
 
 from __future__ import annotations
 
