@@ -139,8 +139,8 @@ def _trees(solution: Solution) -> str:
 
 
 def solution_table(problem: LayerProblem | RowProblem, solution: Solution) -> Table:
-    """Statuses, objective and bound, summed over the rows of each status, with ω under a shared budget; of a row
-    with original units, its value in them."""
+    """Statuses, objective and bound, summed over rows by status, with ω under a shared budget; of a row with
+    original units, its value in them."""
     if isinstance(problem, RowProblem) and problem.as_layer().units is not None:
         return _posed_table(problem, solution, "at most" if problem.maximised else "at least")
     headings = ("status", "rows", "objective", "bound", "gap")
