@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from maskopt import keep_masks, prune_model
 from maskopt.errors import ModelError, OptionError, VerificationError
+from maskopt.models.checkpoints.workspace import MASKS
 from maskopt.models.training.held_masks import parameter_masks, unwrapped
 from maskopt.models.verification.verify import verify_model
 
@@ -393,6 +394,10 @@ def test_a_packed_folder_and_files_of_training(folders, tmp_path):
     held = verify_model(folders["plain"], masks=folders["packed"])
     assert held.pruned > 0
     assert held.others == 0
+    empty = copied(folders["plain"], tmp_path / "empty")
+    none = {"format": "maskopt-masks-1", "tensors": "{}"}
+    save_file({}, empty / MASKS, metadata=none)
+    fails(VerificationError, "header of the masks", verify_model, folders["plain"], masks=empty)
     configured(num_hidden_layers=10**5)(packed := copied(folders["packed"], tmp_path / "packed"))
     with pytest.raises(VerificationError, match="`num_hidden_layers` is 100000"):
         verify_model(folders["plain"], masks=packed)
