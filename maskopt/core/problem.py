@@ -709,7 +709,8 @@ def update_weights(
 
     Args:
         mask: legal, True = kept.
-        damping, power: as in `LeastSquaresUpdate`; None: those of the problem, or the defaults.
+        damping: as in `LeastSquaresUpdate`; None: those of the problem, or the defaults.
+        power: as in `LeastSquaresUpdate`; None: those of the problem, or the defaults.
         limits: memory and threads.
 
     Raises:

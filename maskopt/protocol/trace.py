@@ -48,8 +48,8 @@ class Trace:
         relaxations: convex programs solved in the tree; −1 where unknown.
         convexified: nodes that had a semidefinite relaxation of their own; −1 where unknown.
         message: empty, or what went wrong.
-        correction: float64, what the correction that makes A ⪰ 0 costs, as part of the bound; NaN without
-        one.
+        correction: float64, what the correction that makes A ⪰ 0 costs, as part of the bound; NaN
+            without one.
         cuts: triangle inequalities in the certificate.
         cut_correction: the correction of the bound with cuts; NaN where the plain one is kept.
         shifted: `yes` where the row uses the common diagonal shift.

@@ -98,7 +98,8 @@ def distill_model(
     Args:
         pruned: the folder that `maskopt prune` wrote; it is not changed.
         teacher: the dense model's folder, or its name on the hub.
-        tokenizer_or_tokens, calibration: as for `prune_model`.
+        tokenizer_or_tokens: as for `prune_model`.
+        calibration: as for `prune_model`.
         options: how to train.
         output: folder of the result: a copy of `pruned` with updated kept weights, and the record
             `maskopt-distill.json`.

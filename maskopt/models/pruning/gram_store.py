@@ -59,7 +59,9 @@ def collect_grams(
 
     Args:
         model: a folder, or a name on the hub.
-        tokenizer_or_tokens, calibration, ranks: as for `prune_model`.
+        tokenizer_or_tokens: as for `prune_model`.
+        calibration: as for `prune_model`.
+        ranks: as for `prune_model`.
         options: of the walk; `include` and `exclude` choose layers.
         shorthand: single options by name, with or without `options`.
 
@@ -208,7 +210,10 @@ def open_store(
     """The Gram matrices in a folder, which are collected and written first if there are none.
 
     Args:
-        model, calibration, on_progress, ranks: as for `collect_grams`.
+        model: as for `collect_grams`.
+        calibration: as for `collect_grams`.
+        on_progress: as for `collect_grams`.
+        ranks: as for `collect_grams`.
         options: of the walk, by name.
 
     Raises:

@@ -101,7 +101,8 @@ def plan_prune(
 
     Args:
         tokens: int64 [samples, length], where the prune is given tokens.
-        options, shorthand: as for `prune_model`.
+        options: as for `prune_model`.
+        shorthand: as for `prune_model`.
         grams: what `collect_grams` wrote, in place of text: no passes are needed.
         output: the folder that the prune will write.
 

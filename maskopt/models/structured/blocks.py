@@ -110,7 +110,8 @@ def remove_blocks(
 
     Args:
         model: a folder, or a name on the hub.
-        tokenizer_or_tokens, calibration: as for `prune_model`; the first windows of the text are taken.
+        tokenizer_or_tokens: as for `prune_model`; the first windows of the text are taken.
+        calibration: as for `prune_model`; the first windows of the text are taken.
         count: how many blocks to remove.
         windows: of calibration, `options.seq_len` tokens each (2048 by default).
 
