@@ -11,7 +11,7 @@ from maskopt.cli.console import screen
 from maskopt.cli.solve import check
 from maskopt.cli.view import view
 from maskopt.core.fields import REQUIRED, option, options_of
-from maskopt.errors import OptionError
+from maskopt.errors import OptionError, VerificationError
 from maskopt.models.options.walk import WalkOptions
 
 if TYPE_CHECKING:
@@ -93,6 +93,10 @@ def verify(
         _print_smaller(model_or_instance, original, _verify(model_or_instance, original, options))
     else:
         _refuse("a pruned model", given, "original", "calibration", "semi_structured", *_OPTIONS)
+        if "include" in given and calibration is None:
+            raise VerificationError(
+                "`include` chooses what `calibration` computes again; give both"
+            )
         result = _verify(model_or_instance, original, options, calibration=calibration)
         _print_pruned(model_or_instance, original, result)
         _convert(model_or_instance, result, semi_structured)

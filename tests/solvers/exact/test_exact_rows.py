@@ -302,7 +302,7 @@ def test_what_cannot_be_started_or_pickled_is_one_error_and_no_hang(monkeypatch,
 def test_workers_end_with_their_parent_however_that_ended():
     code = (
         "import joblib, threading; from worker_tasks import say_so_and_stay as stay\n"
-        "from maskopt import jobs; from maskopt.solvers.exact import workers\n"
+        "from maskopt.experiments import jobs; from maskopt.solvers.exact import workers\n"
         "rows = lambda: list(workers.run_tasks(stay, [1], workers=1))\n"
         "threading.Thread(target=rows, daemon=True).start()\n"
         "list(jobs.as_they_finish([joblib.delayed(stay)(1) for _ in range(2)], jobs=2))"
