@@ -154,7 +154,7 @@ class Masks:
                 self._digests[name] = layout[name]["sha256"]
         except (ValueError, KeyError, TypeError, RecursionError):
             raise damaged from None
-        if metadata.get("format") != MASK_FORMAT or not names or len(layout) != len(names):
+        if metadata.get("format") != MASK_FORMAT or len(layout) != len(names):
             raise damaged
 
     def _wrong(self, what: str) -> VerificationError:

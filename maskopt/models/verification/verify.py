@@ -281,6 +281,8 @@ def _verify_fine_tuned(
     """Every weight of a folder that the masks of a pruned one prune is zero, and
     a loader makes the same model of both, apart from the values of finite weights."""
     weights, masks = read_weights(tuned), Masks(pruned / MASKS)
+    if not masks.layout:
+        raise VerificationError(f"{masks.path}: holds no mask")
     # a packed folder has no weights to compare
     before = read_weights(pruned) if any(pruned.glob("*.safetensors")) else None
 

@@ -397,7 +397,7 @@ def test_a_packed_folder_and_files_of_training(folders, tmp_path):
     empty = copied(folders["plain"], tmp_path / "empty")
     none = {"format": "maskopt-masks-1", "tensors": "{}"}
     save_file({}, empty / MASKS, metadata=none)
-    fails(VerificationError, "header of the masks", verify_model, folders["plain"], masks=empty)
+    fails(VerificationError, "holds no mask", verify_model, folders["plain"], masks=empty)
     configured(num_hidden_layers=10**5)(packed := copied(folders["packed"], tmp_path / "packed"))
     with pytest.raises(VerificationError, match="`num_hidden_layers` is 100000"):
         verify_model(folders["plain"], masks=packed)
