@@ -1,17 +1,18 @@
-"""Compilation of loops by Numba, and where the machine code is stored.
+"""How loops are compiled, and where the machine code is kept.
 
-The code is stored in NUMBA_CACHE_DIR, or in the user's cache folder, under a hash of the loop's file and of
-every file of maskopt.solvers that this file imports. So it survives a reinstallation, serves several
-installations, and is never stale (Numba's own cache looks at the loop's file only). The versions of Numba and
-Python and the processor are part of Numba's own key. Where Numba's internals are not the known ones, or the
-folder is not writable, Numba's own cache is used.
+Numba keeps it beside the source, so that every installation compiles anew, and looks at the one file that
+holds the loop, so that it is blind to changes of what the loop calls. Here it is kept in the user's cache
+folder (or NUMBA_CACHE_DIR) under the hash of the loop's file and of all files of maskopt.solvers that this
+imports: it survives a reinstallation, serves several installations at once, and is never stale. Numba
+itself sees to the rest: its version, Python's, and the processor are part of its own key. Where its
+insides have changed, or the folder cannot be written to, Numba does what it does by itself.
 
-The first compilation in a process is logged to `maskopt.compile`, because it takes seconds.
+The first compilation in a process is told to the logger `maskopt.compile`, since it is worth some seconds
+of waiting; loading what is kept is not.
 """
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import logging
 import os
@@ -27,26 +28,24 @@ from numba.core.registry import CPUDispatcher
 from platformdirs import user_cache_path
 
 _log = logging.getLogger("maskopt.compile")
+#: what the logger is told
 NOTICE = "compiling once …"
-#: the release of Numba whose internals `part` uses; with any other release a part is compiled as usual
+#: the release of Numba whose insides `part` knows; with any other it compiles as Numba does by itself
 _KNOWN = (0, 68)
 _ROOT = Path(__file__).parent
 _IMPORT = re.compile(r"^\s*from maskopt\.solvers\.([\w.]+) import", re.MULTILINE)
 
 
 def loop(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """numba.njit with these options, for a function that Python calls; its machine code is stored."""
+    """A loop that Python calls: numba.njit with those options, its machine code kept as told above."""
 
     def decorate(function: Callable[..., Any]) -> Any:
         compiled: Any = numba.njit(**{"no_cfunc_wrapper": True, **options})(function)
         try:
             compiled._cache = _kept_by_source(function)
-        except Exception as error:  # Numba's internals may change
-            _log.debug("%s: stored by Numba itself (%s)", function.__qualname__, error)
-            try:
-                compiled.enable_caching()
-            except RuntimeError as nowhere:  # no writable folder: compile in every process
-                _log.debug("%s", nowhere)
+        except Exception as error:  # what Numba does inside is its own affair, and may change
+            _log.debug("%s: kept by Numba itself (%s)", function.__qualname__, error)
+            _keep_by_numba(compiled)
         compiled.__class__ = _Loop
         return compiled
 
@@ -54,10 +53,8 @@ def loop(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 def part(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """numba.njit with these options, for a function that only loops call.
-
-    It has no wrapper for Python, and is optimised (so that its loops become SIMD) but not translated to
-    machine code by itself; it is stored as part of the loops. This saves a third of the time.
+    """What only loops call, and is kept as part of them: without what Python would need to call it, and
+    optimised (so that SIMD comes of its loops) but not translated by itself. Together a third of the time.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
@@ -72,23 +69,13 @@ def part(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 class _Loop(CPUDispatcher):
-    """Compiles without the garbage collector, and raises KeyboardInterrupt where Numba hides it."""
-
-    def compile(self, signature: Any) -> Any:
-        """The collector would walk over all objects of torch again and again, for a tenth of the time."""
-        paused = gc.isenabled()
-        gc.disable()
-        try:
-            return super().compile(signature)
-        finally:
-            if paused:
-                gc.enable()
+    """A Ctrl-C that comes while Numba makes Python's objects of results arrives as what it is."""
 
     def __call__(self, *arguments: Any) -> Any:
         try:
             return super().__call__(*arguments)
         except SystemError as error:
-            # "returned a result with an exception set", nested once or twice
+            # "returned a result with an exception set", once or twice over
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, KeyboardInterrupt):
                 cause = cause.__cause__
@@ -104,7 +91,7 @@ class _Part(CPUDispatcher):
 
 @cache
 def _part_compiler() -> Any:
-    """A compiler that stops at LLVM's optimised code; None where Numba's internals are not the known ones."""
+    """Compiles parts up to LLVM's optimised code; None where Numba has other insides than is known here."""
     if numba.version_info.short != _KNOWN:
         return None
     try:
@@ -113,7 +100,7 @@ def _part_compiler() -> Any:
 
         finalize = JITCodeLibrary._finalize_dynamic_globals, JITCodeLibrary._ensure_finalized
     except (ImportError, AttributeError) as error:
-        _log.debug("parts are translated too (%s)", error)
+        _log.debug("parts are translated by themselves (%s)", error)
         return None
 
     class NoEngine:
@@ -140,11 +127,18 @@ def _part_compiler() -> Any:
     return PartCompiler
 
 
+def _keep_by_numba(compiled: Any) -> None:
+    try:
+        compiled.enable_caching()
+    except RuntimeError as error:  # no folder that can be written to: compile in every process
+        _log.debug("%s", error)
+
+
 def _kept_by_source(function: Callable[..., Any]) -> Any:
-    """A cache of Numba's in a folder that is named by the hash of the source.
+    """A cache of Numba's whose place is the hash of the source.
 
     Raises:
-        Exception: of any kind, where Numba's internals have changed or the folder is not writable.
+        Exception: of any kind, where Numba is not what it was or the folder cannot be written to.
     """
     from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
 
@@ -179,14 +173,14 @@ def _kept_by_source(function: Callable[..., Any]) -> Any:
 
 
 def kernel_folder() -> Path:
-    """The folder of the machine code: NUMBA_CACHE_DIR, or `kernels` in the user's cache folder of maskopt."""
+    """Where machine code is kept: NUMBA_CACHE_DIR, or the user's cache folder of maskopt."""
     given = os.environ.get("NUMBA_CACHE_DIR")
     return Path(given) if given else user_cache_path("maskopt", appauthor=False) / "kernels"
 
 
 @cache
 def source_key(file: Path) -> str:
-    """SHA-256 of a file and of all files of maskopt.solvers that it imports, directly or not."""
+    """SHA-256 of a file and of all files of maskopt.solvers that it imports, themselves or through others."""
     known: dict[str, bytes] = {}
     waiting = [file]
     while waiting:
@@ -205,14 +199,14 @@ def source_key(file: Path) -> str:
 
 
 class _Notice(event.Listener):
-    """Logs the first compilation of a loop of this package in this process."""
+    """Tells the first compilation of a loop of this package in this process."""
 
-    logged = False
+    told = False
 
     def on_start(self, happening: event.Event) -> None:
-        module = happening.data["dispatcher"].py_func.__module__ or ""
-        if not self.logged and module.startswith("maskopt.solvers."):
-            self.logged = True
+        ours = happening.data["dispatcher"].py_func.__module__.startswith("maskopt.solvers.")
+        if ours and not self.told:
+            self.told = True
             _log.info(NOTICE)
 
     def on_end(self, happening: event.Event) -> None:

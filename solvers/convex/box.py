@@ -15,8 +15,8 @@ growing μ bends the relaxed solution towards a mask. In the ADMM step the conca
 μ = θ·ρw²h/2 the projection of v becomes that of (v − θ/2)/(1 − θ). θ rises from 0 to `hardness`; near 1 the
 steps no longer settle. Its products may be bfloat16, with sums in float32, where that is much faster.
 
-**Rows that share a budget** have one sum for all of them: the projection is that of the whole layer, within
-the limits of each row where it has some.
+**Rows that trade** have one sum for all of them: the projection is that of the whole layer, and where a row
+has limits within them.
 
 **A shift.** With d where G − diag(d) is still semidefinite, f(x) = (w⊙x)ᵀ(G − diag(d))(w⊙x) + Σ dⱼwⱼ²xⱼ on
 masks, which relaxes to more. The linear term is linear in y too, as is that of the problem, where it has one:
@@ -35,7 +35,7 @@ from torch import Tensor
 
 from maskopt.core.limits import Limits, one_thread_each
 from maskopt.core.problem import LayerProblem
-from maskopt.solvers.convex.box_step import CompiledStep, PooledStep, TorchStep
+from maskopt.solvers.convex.box_step import CompiledStep, PooledStep, TorchStep, make_step
 from maskopt.solvers.convex.linear_bound import linear_bound
 
 #: ρ in units of the mean eigenvalue of H, and the over-relaxation: the best of a grid on real layers
@@ -170,7 +170,7 @@ class _Split:
         middle = float(matrix.diagonal().mean())
         rho = _PENALTY * (middle if middle > 0 else 1.0)
         matrix.mul_(2.0).diagonal().add_(rho)
-        # one name, so that never more than two matrices of this size exist besides G
+        # one name, so that never more than two matrices of this size live beside G
         matrix = torch.cholesky_inverse(_cholesky(matrix, rho)).mul_(rho)
         factor = matrix.to(problem.gram.dtype)
         pull = None if shift is None else (shift / (mean * rho) / h).to(factor.dtype)
@@ -220,8 +220,8 @@ class _Tile:
             metric = inverse / counts.to(inverse.dtype)
             self.step = PooledStep(self.q, inverse, problem.pruned, metric, problem.row_limits)
         else:
-            kind = CompiledStep if self.q.device.type == "cpu" else TorchStep
-            self.step = kind(self.q, inverse, problem.group_size, problem.pruned_per_group)
+            sizes = problem.group_size, problem.pruned_per_group
+            self.step = make_step(self.q, inverse, *sizes)
         self.bound = torch.zeros(problem.rows, dtype=torch.float64, device=weight.device)
         self.value = torch.full_like(self.bound, torch.inf)
         self.point = self.step.x.clone()

@@ -14,7 +14,7 @@ times faster than a dozen passes over all rows.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ class TorchStep:
 
 
 class PooledStep(TorchStep):
-    """Where rows share a budget: the layer is one group, in a metric of what its rows count in the sum.
+    """Where rows trade: the layer is one group, in a metric of what its rows count in the sum.
 
     Args:
         metric: 1 over what the entries count in the projection [rows, n].
@@ -91,7 +91,6 @@ class _Rows(NamedTuple):
         x, u, target: as above [rows, n].
         tau: multipliers of the sums [rows, groups].
         scratch: [rows, n].
-        turned, excess, slope: [group, groups] (empty with one group), [groups], [groups].
     """
 
     q: np.ndarray
@@ -102,9 +101,6 @@ class _Rows(NamedTuple):
     target: np.ndarray
     tau: np.ndarray
     scratch: np.ndarray
-    turned: np.ndarray
-    excess: np.ndarray
-    slope: np.ndarray
 
 
 class CompiledStep:
@@ -126,14 +122,13 @@ class CompiledStep:
             self.target.numpy(),
             q.new_zeros(rows, groups).numpy(),
             torch.empty_like(q).numpy(),
-            q.new_empty(group if groups > 1 else 0, groups).numpy(),
-            *q.new_empty(2, groups).numpy(),
         )
         self._group, self._pruned = group, pruned
 
     def advance(self, product: Tensor, relaxation: float, theta: float) -> None:
         kind = self._rows.q.dtype.type
-        _advance(
+        advance: Any = _advance
+        advance(
             product.contiguous().numpy(),
             self._rows,
             self._group,
@@ -143,15 +138,29 @@ class CompiledStep:
         )
 
 
+def make_step(q: Tensor, inverse: Tensor, group: int, pruned: int) -> TorchStep | CompiledStep:
+    return (CompiledStep if q.device.type == "cpu" else TorchStep)(q, inverse, group, pruned)
+
+
 @loop(nogil=True, fastmath=FAST, error_model="numpy")
-def _advance(product, of, group, total, relaxation, theta):  # type: ignore[no-untyped-def]
-    q, inverse, across, x, u, target, tau, scratch, turned, excess, slope = of
+def _advance(
+    product: np.ndarray,
+    of: _Rows,
+    group: int,
+    total: float,
+    relaxation: float,
+    theta: float,
+) -> None:
+    q, inverse, across, x, u, target, tau, scratch = of
     rows, n = q.shape
     kind = q.dtype.type
     one = kind(1)
     sharp = one / (one - theta)
     shift = theta / kind(2)
     groups = n // group
+    turned = np.empty((group if groups > 1 else 0, groups), q.dtype)
+    excess = np.empty(groups, q.dtype)
+    slope = np.empty(groups, q.dtype)
     for row in range(rows):
         q_row, i_row, x_row = q[row], inverse[row], x[row]
         u_row, p_row, s_row, t_row = u[row], product[row], scratch[row], target[row]

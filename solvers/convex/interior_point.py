@@ -74,13 +74,11 @@ def minimise(
         this is what was reached before.
     """
     label = np.repeat(np.arange(len(left)), size)
-    m, count = len(c), len(left)
-    p, gradient = (left / size)[label], np.empty(m)
-    work, hessian = np.empty((5, m)), np.empty((m, m))
-    groups, schur = np.empty((count, m)), np.empty((count, count))
-    value, here, slope = _evaluate(a, c, offset, left, size, p, gradient, work[0])
-    low = np.full(m, slope + _LEAST_MULTIPLIER)
-    high, nu = low.copy(), np.zeros((3, count))
+    p = (left / size)[label]
+    gradient = np.empty(len(c))
+    value, here, slope = _evaluate(a, c, offset, left, size, p, gradient)
+    low = np.full(len(c), slope + _LEAST_MULTIPLIER)
+    high, nu = low.copy(), np.zeros(len(left))
     bound, value_there = -np.inf, np.inf
     point, gradient_there = p.copy(), gradient.copy()
     for _ in range(_ITERATIONS):
@@ -89,24 +87,23 @@ def minimise(
             point, gradient_there = p.copy(), gradient.copy()
         if _settled(bound, value, cutoff, tolerance, enough):
             break
-        if not _step(
-            a, gradient, label, left, size, p, low, high, nu, work, hessian, groups, schur
-        ):
+        if not _step(a, gradient, label, left, size, p, low, high, nu):
             break
-        value, here, _ = _evaluate(a, c, offset, left, size, p, gradient, work[0])
+        value, here, _ = _evaluate(a, c, offset, left, size, p, gradient)
     return bound, value_there, point, gradient_there
 
 
 @loop(nogil=True, error_model="numpy")
-def _evaluate(a, c, offset, left, size, p, gradient, product):
+def _evaluate(a, c, offset, left, size, p, gradient):
     """Value and Frank–Wolfe bound at p, and the mean size of the gradient, which is left in `gradient`."""
+    product = np.empty(len(p))
     _multiply(a, p, product)
     value, slope = offset, 0.0
     for x in range(len(p)):
         value += p[x] * (product[x] + c[x])
         gradient[x] = 2 * product[x] + c[x]
         slope += abs(gradient[x]) / len(p)
-    return value, value + _least(gradient, left, size, product) - _dot(gradient, p), slope
+    return value, value + _least(gradient, left, size) - _dot(gradient, p), slope
 
 
 def _settled(bound: float, value: float, cutoff: float, tolerance: float, enough: float) -> bool:
@@ -135,13 +132,12 @@ def _multiply(a, x, product):
 
 
 @part(nogil=True, error_model="numpy")
-def _least(gradient, left, size, work):
+def _least(gradient, left, size):
     """min gradientᵀv over the polytope: of every group the `left` least entries."""
-    for x in range(len(gradient)):
-        work[x] = gradient[x]
+    sorted_out = gradient.copy()
     total, first = 0.0, 0
     for g in range(len(left)):
-        part = work[first : first + size[g]]
+        part = sorted_out[first : first + size[g]]
         least_first(part, left[g])
         for x in range(left[g]):
             total += part[x]
@@ -177,21 +173,14 @@ def least_first(values, count):
 
 
 @loop(nogil=True, error_model="numpy")
-def _step(a, gradient, label, left, size, p, low, high, multipliers, work, h, w, schur):
-    """Predictor and corrector; p, the multipliers low, high of p ≥ 0, p ≤ 1 and ν move. False: broken.
-
-    Args:
-        multipliers: float64 [3, groups], ν and two rows of workspace.
-        work, h, w, schur: workspace [5, m], [m, m], [groups, m], [groups, groups].
-    """
+def _step(a, gradient, label, left, size, p, low, high, nu):
+    """Predictor and corrector; p, the multipliers low, high of p ≥ 0, p ≤ 1 and ν move. False: broken."""
     m, count = len(p), len(left)
-    nu, dnu, miss = multipliers[0], multipliers[1], multipliers[2]
-    cross_low, cross_high, dp, dlow, dhigh = work[0], work[1], work[2], work[3], work[4]
     mu = 0.0
+    miss, h = np.empty(count), np.empty((m, m))
     for g in range(count):
         miss[g] = left[g]
     for x in range(m):
-        cross_low[x] = cross_high[x] = 0.0
         for y in range(m):
             h[x, y] = 2 * a[x, y]
         mu += (low[x] * p[x] + high[x] * (1 - p[x])) / (2 * m)
@@ -200,11 +189,13 @@ def _step(a, gradient, label, left, size, p, low, high, multipliers, work, h, w,
     sound, lower = _cholesky(h)
     if not sound:
         return False
-    _groups_through(lower, size, w)
-    np.dot(w, w.T, schur)
-    sound, schur = _cholesky(schur)
+    w = _groups_through(lower, size)
+    sound, schur = _cholesky(np.dot(w, w.T))
     if not sound:
         return False
+    work = np.zeros((5, m))
+    cross_low, cross_high, dp, dlow, dhigh = work[0], work[1], work[2], work[3], work[4]
+    dnu = np.empty(count)
     primal, dual, target = 1.0, 1.0, 0.0
     for phase in range(2):
         for x in range(m):
@@ -258,10 +249,10 @@ def _cholesky(h):
 
 
 @part(nogil=True, error_model="numpy", fastmath=True)
-def _groups_through(lower, size, w):
-    """w = (L⁻¹E)ᵀ [groups, m]. Row g is zero before its group, so that only what follows is worked on."""
+def _groups_through(lower, size):
+    """W = (L⁻¹E)ᵀ [groups, m]. Row g is zero before its group, so that only what follows is worked on."""
     m, count = len(lower), len(size)
-    w[:] = 0
+    w = np.zeros((count, m))
     # matrix products pay where groups are many; else one block is all
     width = m if count <= _FEW_GROUPS else _BLOCK
     begun, first = 0, 0
@@ -273,15 +264,9 @@ def _groups_through(lower, size, w):
             first += size[begun]
             begun += 1
         if low > 0:
-            solved, left_of = np.empty((begun, low)), np.empty((high - low, low))
-            product = np.empty((begun, high - low))
-            for g in range(begun):
-                for y in range(low):
-                    solved[g, y] = w[g, y]
-            for x in range(low, high):
-                for y in range(low):
-                    left_of[x - low, y] = lower[x, y]
-            np.dot(solved, left_of.T, product)
+            solved = np.ascontiguousarray(w[:begun, :low])
+            beside = np.ascontiguousarray(lower[low:high, :low])
+            product = np.dot(solved, beside.T)
             for g in range(begun):
                 for x in range(low, high):
                     w[g, x] -= product[g, x - low]
@@ -291,6 +276,7 @@ def _groups_through(lower, size, w):
                 for y in range(low, x):
                     total -= lower[x, y] * w[g, y]
                 w[g, x] = total / lower[x, x]
+    return w
 
 
 @part(nogil=True, error_model="numpy", fastmath=True)

@@ -115,10 +115,21 @@ class Mixing:
             none = np.zeros(0, np.int32)
             extra = Extra(np.zeros((0, 0), np.int64), none, none)
         self.threads.run(
-            sweep, np.arange(len(self.w)) if rows is None else rows, self.gram.numpy(), self.w.numpy(),
-            self.linear.numpy(), self.v.numpy(), self.duals.numpy(), dtype.type(rho), self.group,
-            self.pruned, count, extra.starts, extra.index, extra.value.astype(dtype, copy=False),
-        )  # fmt: skip
+            sweep,
+            np.arange(len(self.w)) if rows is None else rows,
+            self.gram.numpy(),
+            self.w.numpy(),
+            self.linear.numpy(),
+            self.v.numpy(),
+            self.duals.numpy(),
+            dtype.type(rho),
+            self.group,
+            self.pruned,
+            count,
+            extra.starts,
+            extra.index,
+            extra.value.astype(dtype, copy=False),
+        )
 
     def sweep_torch(self, rho: float) -> None:
         """One pass on any device, all rows at once, coordinates in blocks.
@@ -168,7 +179,7 @@ class Mixing:
 def scales_of(problem: LayerProblem) -> Tensor:
     """What makes one of the cost that the cheapest input to be kept has by itself (its w²G, the mean over
     the groups): outlier inputs, which are kept anyway, do not count. 1 where Q = 0. Float64 [rows]."""
-    # not `diagonal_mass`: a matrix product sums in an order that depends on the other rows
+    # not `diagonal_mass`: a matrix product sums in an order that depends on the rows beside
     cost = problem.weight.double().square() * problem.gram.diagonal().double().clamp(min=0.0)
     cheapest = cost.view(problem.rows, -1, problem.group_size).sort(-1).values
     unit = cheapest[..., min(problem.pruned_per_group, problem.group_size - 1)].mean(1)

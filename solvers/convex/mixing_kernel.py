@@ -4,7 +4,7 @@
 Coordinates go in order, eight at a time: their g_i = Σ_j C_ij v_j over everything outside the eight is
 a small matrix product with the accumulators in registers, what is inside follows one after the other.
 This is the Gauss–Seidel order exactly, only summed differently. Rows share
-nothing but G, so no result depends on the number of threads or on the other rows.
+nothing but G, so no result depends on the number of threads or on the rows beside it.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ WIDTH = 4
 _wide, _narrow = _scattered(WIDTH), _scattered(1)
 
 
-@part(_nrt=False)
+@part(nogil=True)
 def _add_entries(value, index, v, g, first, last):
     """g += Σ_t value[t]·v[index[t]] for first ≤ t < last; index of int32."""
     k = v.shape[1]
@@ -177,7 +177,15 @@ def _add_entries(value, index, v, g, first, last):
         lane += LANES
 
 
-@part(_nrt=False)
+@part(nogil=True)
+def _aligned(rows, columns, like):
+    """Zeros [rows, columns] at a multiple of 64 bytes: vectors that straddle cache lines are slow."""
+    raw = np.zeros(rows * columns + 64, like.dtype)
+    shift = ((-raw.ctypes.data) % 64) // like.itemsize
+    return raw[shift : shift + rows * columns].reshape(rows, columns)
+
+
+@part(nogil=True)
 def _outside(gram, u, out, low, high):
     """out[h, :] = Σ over j outside low … high of G[low + h, j]·u[j, :]."""
     n, k = u.shape
@@ -198,7 +206,7 @@ def _outside(gram, u, out, low, high):
                 _single(like, rest + below, n, vectors_after, k, sums, n - high)
 
 
-@loop(nogil=True, _nrt=False)
+@loop(nogil=True)
 def couplings(gram, w, out, pieces):
     """out = w_i(Gw)_i, for the rows of `pieces`; a BLAS would sum as it suits all rows together."""
     n = w.shape[1]
@@ -210,6 +218,7 @@ def couplings(gram, w, out, pieces):
             out[row, i] = w[row, i] * total
 
 
+@loop(nogil=True, fastmath={"nnan", "ninf", "nsz", "contract", "reassoc"})
 def sweep(gram, w, linear, v, y, rho, group, pruned, sweeps, starts, index, value, pieces):
     """`sweeps` passes over the rows of `pieces`; v [rows, n, k] and y [rows, n] are changed in place.
 
@@ -219,36 +228,14 @@ def sweep(gram, w, linear, v, y, rho, group, pruned, sweeps, starts, index, valu
             have no rows.
         pieces: int64, which rows.
     """
-    n, k = v.shape[1:]
-    work = _aligned(n, k, v.dtype), _aligned(HEIGHT, k, v.dtype), np.empty((n // group, k), v.dtype)
-    _sweep(
-        gram, w, linear, v, y, rho, group, pruned, sweeps, starts, index, value, *work, pieces
-    )  # fmt: skip
-
-
-def _aligned(rows, columns, dtype):
-    """An array at a multiple of 64 bytes: vectors that straddle cache lines are slow."""
-    size = rows * columns * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    first = -raw.ctypes.data % 64
-    return raw[first : first + size].view(dtype).reshape(rows, columns)
-
-
-@loop(
-    nogil=True,
-    fastmath={"nnan", "ninf", "nsz", "contract", "reassoc"},
-    error_model="numpy",
-    _nrt=False,
-)
-def _sweep(
-    gram, w, linear, v, y, rho, group, pruned, sweeps, starts, index, value, u, out, total, pieces
-):  # fmt: skip
     n, k = v.shape[1], v.shape[2]
-    quarter = v.dtype.type(0.25)
-    penalty = quarter * rho
-    offset = rho * (group - 2 * pruned) * quarter
     for row in pieces:
-        total[:] = 0
+        u = _aligned(n, k, v)
+        out = _aligned(HEIGHT, k, v)
+        total = np.zeros((n // group, k), v.dtype)
+        quarter = v.dtype.type(0.25)
+        penalty = quarter * rho
+        offset = rho * (group - 2 * pruned) * quarter
         for i in range(n):
             for a in range(k):
                 u[i, a] = quarter * w[row, i] * v[row, i, a]

@@ -2,14 +2,14 @@
 
 The sum falls with τ and is piecewise linear, so that Newton's step on τ is exact within a piece; a τ that is
 warm needs two or three. In torch for any device, and compiled for the CPU: a row as one group, or all
-groups of a row side by side. And for rows that share a budget within limits, in torch.
+groups of a row side by side. And for rows that trade within limits, in torch.
 """
-# mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +26,7 @@ FAST = {"nnan", "ninf", "nsz", "reassoc", "contract", "arcp"}
 
 
 @part(fastmath=FAST, error_model="numpy")
-def _sums(start, inverse, tau):
+def _sums(start: np.ndarray, inverse: np.ndarray, tau: float) -> tuple[float, float]:
     """Σ clip(start − τ·inverse, 0, 1), and Σ inverse over what is strictly inside."""
     zero = start[0] * 0
     one = zero + 1
@@ -41,7 +41,7 @@ def _sums(start, inverse, tau):
 
 
 @part(fastmath=FAST, error_model="numpy")
-def _multiplier(start, inverse, total, tau):
+def _multiplier(start: np.ndarray, inverse: np.ndarray, total: float, tau: float) -> float:
     # a warm τ needs two or three Newton steps; the bracket, a pass of divisions, only if they fail
     for _ in range(_UNGUARDED):
         value, slope = _sums(start, inverse, tau)
@@ -72,7 +72,14 @@ def _multiplier(start, inverse, total, tau):
 
 
 @part(fastmath=FAST, error_model="numpy")
-def _multipliers(start, inverse, total, tau, excess, slope):
+def _multipliers(
+    start: np.ndarray,
+    inverse: np.ndarray,
+    total: float,
+    tau: np.ndarray,
+    excess: np.ndarray,
+    slope: np.ndarray,
+) -> None:
     """Newton steps on τ of all groups, from start and inverse [group, groups]; unguarded.
 
     Where all x of a group are 0 or 1 and the slope is 0, τ goes to where the first has moved far enough.
@@ -103,7 +110,7 @@ def _multipliers(start, inverse, total, tau, excess, slope):
 
 
 @part(fastmath=FAST, error_model="numpy")
-def _first_to_move(start, inverse, tau, excess):
+def _first_to_move(start: np.ndarray, inverse: np.ndarray, tau: float, excess: float) -> float:
     """The τ nearest to `tau` at which one x alone has made good the excess, or all that it can."""
     zero = excess * 0
     one = zero + 1
@@ -120,7 +127,7 @@ def _first_to_move(start, inverse, tau, excess):
 
 
 @part(fastmath=FAST, error_model="numpy")
-def project_row(start, inverse, total, tau):
+def project_row(start: np.ndarray, inverse: np.ndarray, total: float, tau: float) -> float:
     """start ← clip(start − τ·inverse, 0, 1) of the sum wanted; returns τ.
 
     In the metric of D⁻¹ itself: its factor 1/(1 − θ) goes into τ.
@@ -136,7 +143,16 @@ def project_row(start, inverse, total, tau):
 
 
 @part(fastmath=FAST, error_model="numpy")
-def project_side_by_side(start, inverse, across, total, tau, turned, excess, slope):
+def project_side_by_side(
+    start: np.ndarray,
+    inverse: np.ndarray,
+    across: np.ndarray,
+    total: float,
+    tau: np.ndarray,
+    turned: np.ndarray,
+    excess: np.ndarray,
+    slope: np.ndarray,
+) -> None:
     """The same for all groups of a row; `across` is inverse as [group, groups]."""
     group, groups = turned.shape
     zero = start[0] * 0
@@ -187,7 +203,7 @@ def project(start: Tensor, inverse: Tensor, total: int, tau: Tensor) -> tuple[Te
 
 
 class Multipliers(NamedTuple):
-    """τ of a layer whose rows share a budget within limits, and what holds it off in each row.
+    """τ of a layer whose rows trade within limits, and what holds it off in each row.
 
     Attributes:
         tau: [1, 1].

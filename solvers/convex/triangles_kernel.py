@@ -191,9 +191,21 @@ def _dot(x, y):
 
 @loop(nogil=True)
 def damp(
-    v, pairs, entries, cut_rows, pair_rows, entry_rows, member, sign, step, follow, tau, used, value,
+    v,
+    pairs,
+    entries,
+    cut_rows,
+    pair_rows,
+    entry_rows,
+    member,
+    sign,
+    step,
+    follow,
+    tau,
+    used,
+    value,
     rows,
-):  # fmt: skip
+):
     """τ_used = max(0, τ − step·(triangle + 1)), τ follows by the part `follow`, and E from τ_used.
 
     Args:

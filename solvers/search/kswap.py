@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from maskopt.core.fields import option
@@ -114,24 +114,10 @@ class _State:
     def compound(
         self, rows: Int[Tensor, " some"], candidates: int, threads: RowThreads
     ) -> Int[Tensor, " moved"]:
-        """Improving compounds of some rows until none is left among the candidates, or a round is full.
-
-        Returns the rows that moved.
-        """
-        from maskopt.solvers.search.kswap_kernel import search_rows
-
+        """A round of compounds of some rows. → those that moved"""
         began = time.monotonic()
-        batch = Batch.of(self.problem.take(rows), self.mask[rows])
-        every = torch.arange(batch.rows)
-        refresh(batch, every, _REFRESH_BYTES)
-        batch.add_linear(every)
-        made = torch.zeros(batch.rows, dtype=torch.int64)
-        threads.run(
-            search_rows, every.numpy(), batch.x.numpy(), batch.gram.numpy(), batch.kept.numpy(),
-            batch.c.numpy(), batch.group, candidates, batch.threshold().numpy(), _MOVES_A_ROUND,
-            made.numpy(),
-        )  # fmt: skip
-        self.mask[rows] = batch.kept
+        kept, made = compound_moves(self.problem.take(rows), self.mask[rows], candidates, threads)
+        self.mask[rows] = kept
         self.moves[rows] += made
         self.rounds[rows] += 1
         self.settled[rows] = made == 0
@@ -153,3 +139,33 @@ class _State:
         )
         status = [Status.SWAP_OPTIMAL if p else Status.FEASIBLE for p in self.proven.tolist()]
         return Solution.of(self.problem, self.mask, status=status, trace=trace)
+
+
+def compound_moves(
+    problem: LayerProblem, mask: Tensor, candidates: int, threads: RowThreads
+) -> tuple[Bool[Tensor, "rows n"], Int[Tensor, " rows"]]:
+    """Make improving compounds until none is left among the candidates (or a round is full).
+
+    Returns masks, and the number of moves.
+    """
+    from maskopt.solvers.search.kswap_kernel import search_rows
+
+    batch = Batch.of(problem, mask)
+    rows = torch.arange(batch.rows)
+    refresh(batch, rows, _REFRESH_BYTES)
+    batch.add_linear(rows)
+    made = torch.zeros(batch.rows, dtype=torch.int64)
+    threads.run(
+        search_rows,
+        rows.numpy(),
+        batch.x.numpy(),
+        batch.gram.numpy(),
+        batch.kept.numpy(),
+        batch.c.numpy(),
+        batch.group,
+        candidates,
+        batch.threshold().numpy(),
+        _MOVES_A_ROUND,
+        made.numpy(),
+    )
+    return batch.kept, made

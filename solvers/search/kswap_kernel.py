@@ -8,7 +8,7 @@ import numpy as np
 from maskopt.solvers.compiled import loop, part
 
 # no reference is counted: arrays belong to the callers, and nothing is allocated
-_part = part(_nrt=False, error_model="numpy")
+_part = part(_nrt=False)
 
 
 def search_rows(x, gram, kept, c, group, candidates, threshold, most, made, rows):
@@ -135,7 +135,7 @@ def _search_row(x, gram, kept, c, group, threshold, most, work):
     return most
 
 
-@loop(nogil=True, _nrt=False, error_model="numpy")
+@loop(nogil=True, _nrt=False)
 def _search_rows(x, gram, kept, c, group, threshold, most, made, work, rows):
     for row in rows:
         made[row] = _search_row(x[row], gram, kept[row], c[row], group, threshold[row], most, work)

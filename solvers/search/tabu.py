@@ -13,7 +13,7 @@ The search is float32 with c from scratch every SCRATCH moves; what is compared 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -45,7 +45,7 @@ _TENURE_SHARE = 4
 #: a restart holds one input in so many
 _HELD = 10
 #: share of a time limit that the search may use; `swap` has the rest
-SEARCH_SHARE = 0.9
+_SEARCH_SHARE = 0.9
 #: the search's clock counts moves in 32 bits, and it holds one list per move of the longest tenure
 _MOST_MOVES, _MOST_TENURE = 10**9, 10**6
 #: largest entries of G between which float32 has room for products of three factors
@@ -90,16 +90,22 @@ class Tabu(Solver):
         """Search every row; see `Solver.run`."""
         assert start is not None
         began = time.monotonic()
-        found = search(problem, start, self, limits.share(SEARCH_SHARE))
+        found = search(problem, start, self, limits.share(_SEARCH_SHARE))
+        better = problem.objective(found.mask) < found.start_objective
+        mask = torch.where(better[:, None], found.mask, start)
+        search_seconds = time.monotonic() - began
+        refined = Swap().run(problem, mask, limits)
         trace = Trace(
             moves=found.moves,
+            swaps=refined.trace.swaps,
             rounds=found.rounds,
             start_objective=found.start_objective,
+            search_seconds=shared_out(search_seconds, problem.rows),
+            swap_seconds=shared_out(time.monotonic() - began - search_seconds, problem.rows),
             history=found.history,
             stopped=tuple("yes" if late else "no" for late in found.stopped.tolist()),
         )
-        done = swapped(problem, start, found.mask, trace, began, limits)
-        return Solution.of(problem, done.mask, status=done.status, trace=done.trace)
+        return Solution.of(problem, refined.mask, status=refined.status, trace=trace)
 
     def tenure_of(self, problem: LayerProblem) -> int:
         """The tenure in moves."""
@@ -108,28 +114,6 @@ class Tabu(Solver):
         grouped = problem.group_size < problem.n
         tenure = _TENURE_NM if grouped else _TENURE_LEAST + problem.n // _INPUTS_PER_TENURE
         return max(1, min(tenure, problem.n // _TENURE_SHARE))
-
-
-def swapped(
-    problem: LayerProblem,
-    start: Tensor,
-    found: Tensor,
-    trace: Trace,
-    began: float,
-    limits: Limits,
-) -> Solution:
-    """1-swap search of every row from the better of its start and what a search found since `began`."""
-    better = problem.objective(found) < problem.objective(start)
-    search_seconds = time.monotonic() - began
-    refined = Swap().run(problem, torch.where(better[:, None], found, start), limits)
-    swap_seconds = time.monotonic() - began - search_seconds
-    trace = replace(
-        trace,
-        swaps=refined.trace.swaps,
-        search_seconds=shared_out(search_seconds, problem.rows),
-        swap_seconds=shared_out(swap_seconds, problem.rows),
-    )
-    return replace(refined, trace=trace)
 
 
 class Found(NamedTuple):
@@ -152,7 +136,7 @@ class Found(NamedTuple):
 
 
 class _State(NamedTuple):
-    """Where the rows of a search stand."""
+    """Where the rows of a search stand, in the order of the compiled loop's arguments."""
 
     square: np.ndarray
     """float32 [rows, n], x²G_jj"""
@@ -206,7 +190,7 @@ def search(
     Args:
         scaled: of the problem, where it is known already.
     """
-    from maskopt.solvers.search.tabu_kernel import Settings, search_rows
+    from maskopt.solvers.search.tabu_kernel import search_rows
 
     rows, tenure = problem.rows, plan.tenure_of(problem)
     scaled = Scaled.of(problem) if scaled is None else scaled
@@ -221,9 +205,7 @@ def search(
     while planned < plan.moves and not limits.expired:
         step = min(ROUND, plan.moves - planned)
         scratch, held = planned % SCRATCH == 0, max(1, problem.n // _HELD)
-        settings = Settings(
-            problem.group_size, step, scratch, tenure, tenure // 2, plan.patience, held
-        )
+        settings = problem.group_size, step, scratch, tenure, tenure // 2, plan.patience, held
         for tile in torch.arange(rows).split(_TILE):
             if limits.expired:
                 break

@@ -1,4 +1,3 @@
-# mypy: disallow-untyped-defs=False
 """The compiled inner loop of tabu search: no allocation per move.
 
 For one row in scaled units, x = w·const, P the pruned and U the kept inputs, c = G(x ⊙ pruned):
@@ -14,7 +13,7 @@ mostly worse: the narrow list is a diversification of its own.
 
 from __future__ import annotations
 
-from collections import namedtuple
+from typing import Any
 
 import numpy as np
 
@@ -27,51 +26,28 @@ FORBIDDEN = np.float32(1e30)
 SMALL = 16
 #: least value that has FORBIDDEN in it
 BEYOND = FORBIDDEN * np.float32(0.1)
-#: a mask is better than another one from this part of its objective on; float32 cannot resolve less
+#: a mask is better than another one from this part of its objective on: float32 tells no less
 BETTER = 1 - 1e-6
 #: moves of a descent, for each input: many times as many as one has
 DESCENT = 8
-#: group size, moves, whether to compute c from scratch first, tenure, how much longer it may be, patience,
-#: and how many inputs a restart holds
-Settings = namedtuple("Settings", "group moves scratch tenure spread patience held")
-#: float32 [n] and [group] (a, b, out), [n, group], int32 lists of moves and of inputs, float32 [n]
-_Work = namedtuple("_Work", "bar_kept bar_pruned a b out cross head follow twice")
 # no reference is counted: arrays belong to the callers, and nothing is allocated
-_exact = part(error_model="numpy", _nrt=False)
+_exact = part(_nrt=False)
 # every flag but `afn`: FORBIDDEN is finite, and reductions may be vectorised
 _FLAGS = {"nnan", "ninf", "nsz", "reassoc", "contract", "arcp"}
 _fast = part(fastmath=_FLAGS, error_model="numpy", _nrt=False)
 
 
-def search_rows(x, gram, state, settings, rows):
-    """Moves of some rows.
-
-    Args:
-        x, gram: float32, scaled so that Σ x²G_jj = 1.
-        state: where the rows stand, a `tabu._State`.
-        settings: `Settings`.
-        rows: int64.
-    """
-    n, group = x.shape[1], settings.group
-    bar_kept, bar_pruned, twice = np.empty((3, n), np.float32)
-    a, b, out = np.empty((3, group), np.float32)
-    cross = np.empty((n, group) if group <= SMALL else (0, 1), np.float32)
-    head = np.empty(2 * (settings.tenure + settings.spread) + 2, np.int32)
-    work = _Work(bar_kept, bar_pruned, a, b, out, cross, head, np.empty(n, np.int32), twice)
-    _search_rows(x, gram, state, settings, work, rows)
-
-
 @_fast
-def _where(values, least):
+def _where(values: np.ndarray, least: Any) -> Any:
     """The lowest index of that value. No early exit: a reduction is vectorised, a search is not."""
     first = np.int32(len(values))
     for j in range(len(values)):
-        first = minimum(first, np.int32(j) if values[j] == least else np.int32(len(values)))
+        first = min(first, np.int32(j) if values[j] == least else np.int32(len(values)))
     return first
 
 
 @_fast
-def _price(bar, slope, sign, out):
+def _price(bar: np.ndarray, slope: np.ndarray, sign: Any, out: np.ndarray) -> int:
     """out ← a or b; the lowest index of the least."""
     least = FORBIDDEN
     for j in range(len(out)):
@@ -82,7 +58,9 @@ def _price(bar, slope, sign, out):
 
 
 @_fast
-def _partner(own, twice, line, weight, out):
+def _partner(
+    own: np.ndarray, twice: np.ndarray, line: np.ndarray, weight: Any, out: np.ndarray
+) -> int:
     """The j of least own_j − 2·weight·x_j·line_j; the values are left in out."""
     least = FORBIDDEN
     for j in range(len(out)):
@@ -93,7 +71,14 @@ def _partner(own, twice, line, weight, out):
 
 
 @_fast
-def _products(slope, x, gram, pruned, linear, constant):
+def _products(
+    slope: np.ndarray,
+    x: np.ndarray,
+    gram: np.ndarray,
+    pruned: np.ndarray,
+    linear: np.ndarray,
+    constant: float,
+) -> float:
     """slope ← 2x⊙G(x ⊙ pruned) + linear from scratch; returns the objective."""
     slope[:] = 0
     for j in range(len(slope)):
@@ -111,13 +96,20 @@ def _products(slope, x, gram, pruned, linear, constant):
 
 
 @_fast
-def _exchange(slope, twice, added, plus, gone, minus):
+def _exchange(
+    slope: np.ndarray,
+    twice: np.ndarray,
+    added: np.ndarray,
+    plus: Any,
+    gone: np.ndarray,
+    minus: Any,
+) -> None:
     for j in range(len(slope)):
         slope[j] += twice[j] * (plus * added[j] - minus * gone[j])
 
 
 @_exact
-def _random(state):
+def _random(state: np.ndarray) -> np.uint64:
     """SplitMix64."""
     state[0] += np.uint64(0x9E3779B97F4A7C15)
     z = state[0]
@@ -127,25 +119,40 @@ def _random(state):
 
 
 @_exact
-def _bar(j, pruned, free, square, work):
+def _bar(
+    j: int,
+    pruned: np.ndarray,
+    free: bool,
+    square: np.ndarray,
+    bar_kept: np.ndarray,
+    bar_pruned: np.ndarray,
+) -> None:
     """Open j for the role it plays now if it is free, and shut it for the other."""
-    work.bar_kept[j] = square[j] if free and not pruned[j] else FORBIDDEN
-    work.bar_pruned[j] = square[j] if free and pruned[j] else FORBIDDEN
+    bar_kept[j] = square[j] if free and not pruned[j] else FORBIDDEN
+    bar_pruned[j] = square[j] if free and pruned[j] else FORBIDDEN
 
 
 @_fast
-def _best_move(x, gram, slope, work):
+def _best_move(
+    x: np.ndarray,
+    twice: np.ndarray,
+    gram: np.ndarray,
+    slope: np.ndarray,
+    bar_kept: np.ndarray,
+    bar_pruned: np.ndarray,
+    of_moves: np.ndarray,
+) -> Any:
     """The best exchange of the least a with its partner, and of the least b with its, per group."""
-    a, b, out = work.a, work.b, work.out
+    a, b, out = of_moves[0], of_moves[1], of_moves[2]
     best = BEYOND
     kept, pruned = -1, -1
     group = len(out)
     one = np.float32(1)
     for first in range(0, len(x), group):
         last = first + group
-        slope_part, twice_part = slope[first:last], work.twice[first:last]
-        u = _price(work.bar_kept[first:last], slope_part, one, a)
-        p = _price(work.bar_pruned[first:last], slope_part, -one, b)
+        slope_part, twice_part = slope[first:last], twice[first:last]
+        u = _price(bar_kept[first:last], slope_part, one, a)
+        p = _price(bar_pruned[first:last], slope_part, -one, b)
         if a[u] > BEYOND or b[p] > BEYOND:
             continue
         q = _partner(b, twice_part, gram[first + u, first:last], x[first + u], out)
@@ -160,9 +167,10 @@ def _best_move(x, gram, slope, work):
 
 
 @_fast
-def _best_of_small(slope, work):
+def _best_of_small(
+    cross: np.ndarray, slope: np.ndarray, bar_kept: np.ndarray, bar_pruned: np.ndarray
+) -> Any:
     """All pairs of every group, where groups are small; cross[i, j] = −2 x_i x_j G_ij inside them."""
-    cross, bar_kept, bar_pruned = work.cross, work.bar_kept, work.bar_pruned
     best = BEYOND
     kept, pruned = -1, -1
     n, group = cross.shape
@@ -178,128 +186,231 @@ def _best_of_small(slope, work):
     return kept, pruned, best
 
 
-# Inputs whose tabu ends at the same move form a list: `head` by move, modulo the longest tenure, and
-# `follow` by input. No input is in two of them, since none is moved while it is tabu.
+@_exact
+def _copy(source: np.ndarray, target: np.ndarray) -> None:
+    for j in range(len(target)):
+        target[j] = source[j]
 
 
 @_exact
-def _shut(j, expiry, work):
-    """Into the list of the move at which the tabu of j ends."""
-    slot = expiry[j] % len(work.head)
-    work.follow[j] = work.head[slot]
-    work.head[slot] = j
-
-
-@_exact
-def _open(now, pruned, expiry, square, work):
-    """Open the inputs whose tabu ends now."""
-    slot = now % len(work.head)
-    j = np.int64(work.head[slot])
-    while j >= 0:
-        _bar(j, pruned, expiry[j] <= now, square, work)
-        j = np.int64(work.follow[j])
-    work.head[slot] = -1
-
-
-@_exact
-def _hold(now, settings, expiry, random, work):
-    """End every tabu, and hold up to `held` random inputs for twice the tenure and more."""
-    work.head[:] = -1
-    for j in range(len(expiry)):
-        expiry[j] = now
-    for _ in range(settings.held):
-        chosen = np.int64(_random(random) % np.uint64(len(expiry)))
-        if expiry[chosen] <= now:
-            longer = np.int64(_random(random) % np.uint64(settings.spread + 1))
-            expiry[chosen] = now + 2 * settings.tenure + longer
-            _shut(chosen, expiry, work)
-
-
-@_exact
-def _enter(now, x, gram, square, pruned, expiry, work):
-    """The workspace of a row, from where it stands at move `now`."""
-    cross = work.cross
+def _pairs(x: np.ndarray, gram: np.ndarray, cross: np.ndarray) -> None:
+    """cross[i, j] = −2 x_i x_j G_ij for the j-th input of i's group."""
     group = cross.shape[1]
     for i in range(len(cross)):
         first = i // group * group
         for j in range(group):
             cross[i, j] = np.float32(-2) * (x[i] * x[first + j]) * gram[i, first + j]
-    work.head[:] = -1
+
+
+# Inputs whose tabu ends at the same move form a list: `head` by move, modulo the longest tenure, and
+# `follow` by input. No input is in two of them, since none is moved while it is tabu.
+
+
+@_exact
+def _shut(j: int, expiry: np.ndarray, head: np.ndarray, follow: np.ndarray) -> None:
+    """Into the list of the move at which the tabu of j ends."""
+    slot = expiry[j] % len(head)
+    follow[j] = head[slot]
+    head[slot] = j
+
+
+@_exact
+def _open(
+    now: int,
+    pruned: np.ndarray,
+    expiry: np.ndarray,
+    head: np.ndarray,
+    follow: np.ndarray,
+    square: np.ndarray,
+    bar_kept: np.ndarray,
+    bar_pruned: np.ndarray,
+) -> None:
+    """Open the inputs whose tabu ends now."""
+    slot = now % len(head)
+    j = head[slot]
+    while j >= 0:
+        _bar(j, pruned, expiry[j] <= now, square, bar_kept, bar_pruned)
+        j = follow[j]
+    head[slot] = -1
+
+
+@_exact
+def _hold(
+    now: int,
+    kick: int,
+    tenure: int,
+    spread: int,
+    expiry: np.ndarray,
+    state: np.ndarray,
+    head: np.ndarray,
+    follow: np.ndarray,
+) -> None:
+    """End every tabu, and hold up to `kick` random inputs for twice the tenure and more."""
+    head[:] = -1
+    for j in range(len(expiry)):
+        expiry[j] = now
+    for _ in range(kick):
+        j = int(_random(state) % np.uint64(len(expiry)))
+        if expiry[j] <= now:
+            expiry[j] = now + 2 * tenure + np.int64(_random(state) % np.uint64(spread + 1))
+            _shut(j, expiry, head, follow)
+
+
+@_exact
+def _enter(
+    now: int,
+    x: np.ndarray,
+    gram: np.ndarray,
+    square: np.ndarray,
+    pruned: np.ndarray,
+    expiry: np.ndarray,
+    work: Any,
+) -> None:
+    """The workspace of a row, from where it stands at move `now`."""
+    bars, _, cross, head, follow, twice = work
     for j in range(len(x)):
-        work.twice[j] = np.float32(2) * x[j]
+        twice[j] = np.float32(2) * x[j]
+    _pairs(x, gram, cross)
+    head[:] = -1
+    for j in range(len(x)):
         if expiry[j] > now:
-            _shut(j, expiry, work)
-        _bar(j, pruned, expiry[j] <= now, square, work)
+            _shut(j, expiry, head, follow)
+        _bar(j, pruned, expiry[j] <= now, square, bars[0], bars[1])
 
 
-@loop(nogil=True, error_model="numpy", _nrt=False)
-def _search_rows(all_x, gram, state, settings, work, rows):
-    """Up to `settings.moves` moves of every row beyond its first descent, after the rest of that."""
-    for row in rows:
-        x, square, linear, slope = (
-            all_x[row],
-            state.square[row],
-            state.linear[row],
-            state.slope[row],
-        )
-        pruned, best, expiry = state.pruned[row], state.best[row], state.expiry[row]
-        random, clock, values = state.random[row], state.clock[row], state.values[row]
-        n, constant = len(x), state.constant[row]
-        now, descending = clock[0], clock[2] == 0
-        begun = now
-        _enter(now, x, gram, square, pruned, expiry, work)
-        if settings.scratch:
-            values[0] = _products(slope, x, gram, pruned, linear, constant)
-        value, best_value = values[0], values[1]
-        if descending:
-            best_value = value
-        made = 0
-        while made < settings.moves:
-            _open(now, pruned, expiry, square, work)
-            if settings.group <= SMALL:
-                u, p, delta = _best_of_small(slope, work)
-            else:
-                u, p, delta = _best_move(x, gram, slope, work)
-            if u < 0:
-                if descending:
-                    break
-                # everything is tabu: let time pass
-                now += 1
-                made += 1
-                continue
-            if descending and (
-                value + delta >= best_value * BETTER
-                # by float32's rounding alone values could fall on and on, below 0
-                or value + delta <= 0.0
-                or now - begun >= DESCENT * n
-            ):
-                descending = False
-                clock[2] = 1
-            pruned[u], pruned[p] = 1, 0
-            _exchange(slope, work.twice, gram[u], x[u], gram[p], x[p])
-            value += delta
+# the arguments of a row are those of `_search_rows`, which says what they are
+@_exact
+def _search_row(  # type: ignore[no-untyped-def]
+    x, gram, square, linear, constant, pruned, best_pruned, expiry, state, clock, slope, values, group,
+    moves, scratch, tenure, spread, patience, kick, work,
+):  # fmt: skip
+    """Up to `moves` moves beyond the first descent, after the rest of that. How many there were."""
+    bars, of_moves, cross, head, follow, twice = work
+    bar_kept, bar_pruned = bars[0], bars[1]
+    now, descending = clock[0], clock[2] == 0
+    begun = now
+    _enter(now, x, gram, square, pruned, expiry, work)
+    if scratch:
+        values[0] = _products(slope, x, gram, pruned, linear, constant)
+    value, best_value = values
+    if descending:
+        best_value = value
+    made = 0
+    while made < moves:
+        _open(now, pruned, expiry, head, follow, square, bar_kept, bar_pruned)
+        if group <= SMALL:
+            u, p, delta = _best_of_small(cross, slope, bar_kept, bar_pruned)
+        else:
+            u, p, delta = _best_move(x, twice, gram, slope, bar_kept, bar_pruned, of_moves)
+        if u < 0:
+            if descending:
+                break
+            # everything is tabu: let time pass
             now += 1
+            made += 1
+            continue
+        if descending and (
+            value + delta >= best_value * BETTER
+            # by float32's rounding alone values could fall on and on, below 0
+            or value + delta <= 0.0
+            or now - begun >= DESCENT * len(x)
+        ):
+            descending = False
+            clock[2] = 1
+        pruned[u], pruned[p] = 1, 0
+        _exchange(slope, twice, gram[u], x[u], gram[p], x[p])
+        value += delta
+        now += 1
+        if not descending:
+            made += 1
+        for j in (u, p):
             if not descending:
-                made += 1
-            for j in (u, p):
-                if not descending:
-                    longer = np.int64(_random(random) % np.uint64(settings.spread + 1))
-                    expiry[j] = now + settings.tenure + longer
-                    _shut(j, expiry, work)
-                _bar(j, pruned, descending, square, work)
-            if value < best_value * BETTER:
-                best_value = value
-                for j in range(n):
-                    best[j] = pruned[j]
-                clock[1] = now
-            elif not descending and 0 < settings.patience <= now - clock[1]:
-                for j in range(n):
-                    pruned[j] = best[j]
-                value = best_value = _products(slope, x, gram, pruned, linear, constant)
-                clock[1] = now
-                _hold(now, settings, expiry, random, work)
-                for j in range(n):
-                    _bar(j, pruned, expiry[j] <= now, square, work)
-        clock[0] = now
-        values[0], values[1] = value, best_value
-        state.moves[row] += made
+                expiry[j] = now + tenure + np.int64(_random(state) % np.uint64(spread + 1))
+                _shut(j, expiry, head, follow)
+            _bar(j, pruned, descending, square, bar_kept, bar_pruned)
+        if value < best_value * BETTER:
+            best_value = value
+            _copy(pruned, best_pruned)
+            clock[1] = now
+        elif not descending and patience > 0 and now - clock[1] >= patience:
+            _copy(best_pruned, pruned)
+            value = best_value = _products(slope, x, gram, pruned, linear, constant)
+            clock[1] = now
+            _hold(now, kick, tenure, spread, expiry, state, head, follow)
+            for j in range(len(x)):
+                _bar(j, pruned, expiry[j] <= now, square, bar_kept, bar_pruned)
+    clock[0] = now
+    values[0], values[1] = value, best_value
+    return made
+
+
+def search_rows(x: np.ndarray, gram: np.ndarray, state: Any, plan: Any, rows: np.ndarray) -> None:
+    """Moves of some rows.
+
+    Args:
+        x, gram: float32, scaled so that Σ x²G_jj = 1.
+        state: where the rows stand, a `tabu._State`.
+        plan: group, moves, whether to compute c from scratch first, tenure, how much longer it may be,
+            patience, and how many inputs a restart holds.
+        rows: int64.
+    """
+    n, group, tenure, spread = x.shape[1], plan[0], plan[3], plan[4]
+    work = (
+        np.empty((2, n), np.float32),  # bars
+        np.empty((3, group), np.float32),  # values of moves
+        np.empty((n, group) if group <= SMALL else (0, 1), np.float32),  # cross
+        np.empty(2 * (tenure + spread) + 2, np.int32),  # head
+        np.empty(n, np.int32),  # follow
+        np.empty(n, np.float32),  # twice x
+    )
+    _search_rows(x, gram, *state, *plan, work, rows)
+
+
+@loop(nogil=True, _nrt=False)
+def _search_rows(
+    x: np.ndarray,
+    gram: np.ndarray,
+    square: np.ndarray,
+    linear: np.ndarray,
+    constant: np.ndarray,
+    pruned: np.ndarray,
+    best_pruned: np.ndarray,
+    expiry: np.ndarray,
+    state: np.ndarray,
+    clock: np.ndarray,
+    slope: np.ndarray,
+    values: np.ndarray,
+    made: np.ndarray,
+    group: int,
+    moves: int,
+    scratch: bool,
+    tenure: int,
+    spread: int,
+    patience: int,
+    kick: int,
+    work: Any,
+    rows: np.ndarray,
+) -> None:
+    for row in rows:
+        made[row] += _search_row(
+            x[row],
+            gram,
+            square[row],
+            linear[row],
+            constant[row],
+            pruned[row],
+            best_pruned[row],
+            expiry[row],
+            state[row],
+            clock[row],
+            slope[row],
+            values[row],
+            group,
+            moves,
+            scratch,
+            tenure,
+            spread,
+            patience,
+            kick,
+            work,
+        )

@@ -61,7 +61,7 @@ class Batch:
     partner: Int[Tensor, "rows n"]
     """int32: a column on the other side that made a good pair when last priced, or −1."""
     cross: Float[Tensor, "rows n"]
-    """float64: G between a column and its partner."""
+    """G between a column and its partner, in G's dtype."""
     diagonal: Float[Tensor, " n"]
     """float64 G_jj."""
     single: bool
@@ -106,7 +106,7 @@ class Batch:
             rounds=none.clone(),
             priced=none.clone(),
             partner=torch.full_like(kept, -1, dtype=torch.int32),
-            cross=torch.zeros_like(kept, dtype=torch.float64),
+            cross=torch.zeros_like(kept, dtype=problem.gram.dtype),
             diagonal=diagonal,
             single=problem.gram.dtype == torch.float32 and in_range,
             linear=linear,
@@ -120,11 +120,10 @@ class Batch:
     def n(self) -> int:
         return self.x.shape[1]
 
-    @property
-    def low(self) -> Float[Tensor, "rows n"]:
+    def proposing(self, dtype: torch.dtype) -> Float[Tensor, "rows n"]:
         """x in the dtype that proposes swaps; exact for weights that have no more digits."""
-        if self._low is None:
-            self._low = self.x.float() if self.single else self.x
+        if self._low is None or self._low.dtype != dtype:
+            self._low = self.x.to(dtype)
         return self._low
 
     def add_linear(self, rows: Int[Tensor, " some"]) -> None:
@@ -161,7 +160,7 @@ def _even_power_of_two(value: Tensor) -> Tensor:
     return torch.from_numpy(np.where(numbers > 0, np.ldexp(1.0, exponent), 1.0)).to(value.device)
 
 
-def rows_by_count(kept: Bool[Tensor, "rows n"]) -> list[Int[Tensor, " some"]]:
-    """Places of the rows of each number of kept inputs; all in one unless rows share a budget."""
+def keeping_alike(kept: Bool[Tensor, "rows n"]) -> list[Int[Tensor, " some"]]:
+    """Places of the rows that keep as many each; of rows that do not trade all in one."""
     counts = kept.sum(1)
     return [(counts == count).nonzero()[:, 0] for count in counts.unique()]

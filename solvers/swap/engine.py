@@ -77,6 +77,7 @@ class Outcome:
 def refine(
     batch: Batch,
     kernel: Kernel,
+    *,
     max_swaps: int | None = None,
     deadline: float = float("inf"),
     progress: Callable[[int], None] | None = None,

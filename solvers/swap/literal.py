@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from maskopt.solvers.swap.batch import Batch, rows_by_count
+from maskopt.solvers.swap.batch import Batch, keeping_alike
 from maskopt.solvers.swap.engine import Outcome
 
 #: bytes per pair that a scan holds at once: Δ, the gathered G, a temporary
@@ -24,9 +24,10 @@ _PAIR_BYTES = 4
 
 def refine_literally(
     batch: Batch,
-    memory: int,
+    *,
     max_swaps: int | None,
     deadline: float,
+    memory: int,
     progress: Callable[[int], None] | None = None,
 ) -> Outcome:
     """Swap every row to 1-swap optimality; the outcome says which rows are proven.
@@ -94,13 +95,13 @@ def best_swaps(
     """
     kept, pruned = torch.zeros_like(rows), torch.zeros_like(rows)
     delta = torch.zeros(rows.shape, dtype=torch.float64, device=rows.device)
-    for some in rows_by_count(batch.kept[rows]):
-        found = _best_at_one_count(batch, rows[some], exact, memory)
+    for some in keeping_alike(batch.kept[rows]):
+        found = _best_alike(batch, rows[some], exact, memory)
         kept[some], pruned[some], delta[some] = found
     return kept, pruned, delta
 
 
-def _best_at_one_count(
+def _best_alike(
     batch: Batch, rows: Tensor, exact: bool, memory: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of rows that keep as many each."""

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
-
 import numpy as np
 
 from maskopt.solvers.swap.numba_common import (
@@ -27,53 +25,25 @@ FLUSHED = 1e-24
 DENSE = 4
 
 
-#: workspace: float64 [n] and [4, GRID]; int64 [2, n] and [2] (0: pruned, 1: kept); in the dtype of proposals
-#: [2, n] twice, and [n]: heights and slopes of all columns (later those of the far side), …
-_Work = namedtuple(
-    "_Work", "score bound lines sides count height slope heights slopes heavy thin formed"
-)
-
-
-def price_rows(
-    gram, x, low, diagonal, reach, rho, kept, c, partner, cross, objective, mass, improving, pairs, group,
-    relative, floor, margin, rows,
-):  # fmt: skip
-    """Step 2 of some rows; see `_price_rows`. With groups it is a loop of its own, which is soon compiled."""
+def price_rows(gram, x, low, *others):
+    """Step 2 of some rows: the last of `others`; see `_price_rows` for the rest."""
     n, single = x.shape[1], low.dtype
-    rest = kept, c, partner, cross, objective, mass, improving
-    if group < n:
-        _price_group_rows(gram, x, diagonal, *rest, group, relative, floor, np.empty(n), rows)
-        return
-    work = _Work(
-        np.empty(n), np.empty(n), np.empty((4, GRID)), np.empty((2, n), np.int64), np.empty(2, np.int64),
-        np.empty((2, n), single), np.empty((2, n), single), *np.empty((5, n), single),
+    work = (
+        np.empty(n), np.empty(n),  # score, bound
+        np.empty((4, GRID)),  # lines
+        np.empty((2, n), np.int64), np.empty(2, np.int64),  # sides, count
+        np.empty((2, n), single), np.empty((2, n), single),  # height, slope
     )  # fmt: skip
-    _price_rows(
-        gram, x, low, diagonal, reach, rho, *rest, pairs, relative, floor, margin, work, rows
-    )
-
-
-@fast_loop
-def _price_group_rows(
-    gram, x, diagonal, kept, c, partner, cross, objective, mass, improving, group, relative, floor, score,
-    rows,
-):  # fmt: skip
-    """All pairs inside groups, in float64."""
-    for r in rows:
-        threshold = relative * maximum(objective[r], 0.0) + floor * mass[r]
-        scores(x[r], diagonal, c[r], kept[r], score)
-        improving[r] = price_groups(
-            gram, x[r], kept[r], score, group, threshold, partner[r], cross[r]
-        )
+    wide = (
+        np.empty(n, single), np.empty(n, single),  # heights and slopes, then those of the far side
+        np.empty(n, single), np.empty(n, single), np.empty(n, single),  # heavy, thin, formed
+    )  # fmt: skip
+    _price_rows(gram, x, low, *others[:-1], *work, *wide, others[-1])
 
 
 @fast
-def _envelope(height, slope, count, top, lines):
-    """Chords start_k + rise_k·t of min over i of (height_i − t·slope_i), sampled on a grid from top to 0.
-
-    The minimum is concave, and so above the least of its chords.
-    """
-    grid, out, start, rise = lines[0], lines[1], lines[2], lines[3]
+def _envelope(height, slope, count, top, grid, out):
+    """out_k = min over i of (height_i − grid_k·slope_i), on a grid that falls from top to 0."""
     low = height.dtype.type
     value = top
     for k in range(GRID):
@@ -89,14 +59,18 @@ def _envelope(height, slope, count, top, lines):
             least3 = minimum(least3, height[i] - t3 * slope[i])
         out[k], out[k + 1], out[k + 2], out[k + 3] = least0, least1, least2, least3
 
+
+@fast
+def _chords(grid, values, start, rise):
+    """The chords between samples as start_k + rise_k·t; a concave envelope is above the least of them."""
     for k in range(GRID - 1):
         span = grid[k] - grid[k + 1]
         if span > 0.0:
-            rise[k] = (out[k] - out[k + 1]) / span
-            start[k] = out[k + 1] - rise[k] * grid[k + 1]
+            rise[k] = (values[k] - values[k + 1]) / span
+            start[k] = values[k + 1] - rise[k] * grid[k + 1]
         else:
             rise[k] = 0.0
-            start[k] = minimum(out[k], out[k + 1])
+            start[k] = min(values[k], values[k + 1])
     rise[GRID - 1], start[GRID - 1] = rise[GRID - 2], start[GRID - 2]
 
 
@@ -126,10 +100,8 @@ def _lower(x, score, kept, reach, rho, margin, heights, slopes):
 
 
 @fast
-def _split(kept, work):
+def _split(kept, heights, slopes, sides, height, slope, count):
     """The columns of each side (0: pruned, 1: kept) one after the other."""
-    sides, height, slope, count = work.sides, work.height, work.slope, work.count
-    heights, slopes = work.heights, work.slopes
     count[:] = 0
     for j in range(len(kept)):
         side = np.int64(kept[j])
@@ -146,14 +118,15 @@ def _survivors(side, threshold, work):
 
     → how many
     """
-    bound, count, height, slope = work.bound, work.count, work.height, work.slope
+    _, bound, lines, sides, count, height, slope = work
     other, many = 1 - side, count[side]
-    columns, heights, slopes = work.sides[side], height[side], slope[side]
+    columns, heights, slopes = sides[side], height[side], slope[side]
     top = slopes.dtype.type(0)
     for i in range(many):
         top = maximum(top, slopes[i])
-    _envelope(height[other], slope[other], count[other], float(top), work.lines)
-    _bound(slopes, many, work.lines, bound)
+    _envelope(height[other], slope[other], count[other], float(top), lines[0], lines[1])
+    _chords(lines[0], lines[1], lines[2], lines[3])
+    _bound(slopes, many, lines, bound)
     m = 0
     for i in range(many):
         if heights[i] + bound[i] < -threshold:
@@ -166,9 +139,9 @@ def _survivors(side, threshold, work):
 
 
 @fast
-def _spread(low, columns, height, many, dense, work):
+def _spread(low, columns, height, many, dense, wide):
     """The far side's heights and weights in a row, and where `dense` at their columns as well."""
-    full, factor, heavy, thin = work.heights, work.slopes, work.heavy, work.thin
+    full, factor, heavy, thin, _ = wide
     if dense:
         full[:] = full.dtype.type(BIG)
         factor[:] = full.dtype.type(0)
@@ -179,6 +152,15 @@ def _spread(low, columns, height, many, dense, work):
         if dense:
             full[j] = height[i]
             factor[j] = low[j]
+
+
+@fast
+def _where(formed, least):
+    """The first place of a value that is there."""
+    at = 0
+    while formed[at] > least:
+        at += 1
+    return at
 
 
 @fast
@@ -196,15 +178,14 @@ def _decide(line, x, score, s, columns, many, threshold):
 
 
 @fast
-def _price_row(gram, x, low, partner, cross, threshold, work):
+def _price_row(gram, x, low, partner, cross, threshold, work, wide):
     """The best partner of every surviving column of the side with fewer. → how many of them improve"""
-    score, sides, count, height = work.score, work.sides, work.count, work.height
-    full, factor, heavy, thin = work.heights, work.slopes, work.heavy, work.thin
-    formed = work.formed
+    score, sides, count, height = work[0], work[3], work[4], work[5]
     near = 0 if count[0] < count[1] else 1  # the side whose rows of G are read
     far, many = sides[1 - near], count[1 - near]
     dense = many * DENSE > len(x)
-    _spread(low, far, height[1 - near], many, dense, work)
+    _spread(low, far, height[1 - near], many, dense, wide)
+    full, factor, heavy, thin, formed = wide
     improving = 0
     for i in range(count[near]):
         s = sides[near, i]
@@ -223,9 +204,7 @@ def _price_row(gram, x, low, partner, cross, threshold, work):
                 least = minimum(least, value)
         if float(height[near, i]) + float(least) >= -threshold:
             continue
-        at = 0
-        while formed[at] > least:
-            at += 1
+        at = _where(formed, least)
         j = at if dense else far[at]
         value = (score[s] + score[j]) - 2.0 * x[s] * x[j] * line[j]
         if value >= -threshold:  # so little that rounding decides: float64 for this column
@@ -240,8 +219,9 @@ def _price_row(gram, x, low, partner, cross, threshold, work):
 
 @fast_loop
 def _price_rows(
-    gram, x, low, diagonal, reach, rho, kept, c, partner, cross, objective, mass, improving, pairs, relative,
-    floor, margin, work, rows,
+    gram, x, low, diagonal, reach, rho, kept, c, partner, cross, objective, mass, improving, pairs, group,
+    relative, floor, margin, score, bound, lines, sides, count, height, slope, heights, slopes, heavy,
+    thin, formed, rows,
 ):  # fmt: skip
     """The exact scan: is there an improving swap? Every column's best partner goes to `partner`.
 
@@ -249,14 +229,19 @@ def _price_rows(
     the rest in the proposing dtype with a and b lowered by more than rounding can add, so that what
     is passed over is proven; what is not passed over is decided in float64. `pairs` counts.
     """
-    count = work.count
+    work = score, bound, lines, sides, count, height, slope
+    wide = heights, slopes, heavy, thin, formed
     for r in rows:
-        x_r, kept_r, partner_r = x[r], kept[r], partner[r]
-        threshold = relative * maximum(objective[r], 0.0) + floor * mass[r]
-        scores(x_r, diagonal, c[r], kept_r, work.score)
-        partner_r[:] = -1
-        _lower(x_r, work.score, kept_r, reach, rho, margin, work.heights, work.slopes)
-        _split(kept_r, work)
+        threshold = relative * max(objective[r], 0.0) + floor * mass[r]
+        scores(x[r], diagonal, c[r], kept[r], score)
+        if group < len(score):
+            improving[r] = price_groups(
+                gram, x[r], kept[r], score, group, threshold, partner[r], cross[r]
+            )
+            continue
+        partner[r, :] = -1
+        _lower(x[r], score, kept[r], reach, rho, margin, heights, slopes)
+        _split(kept[r], heights, slopes, sides, height, slope, count)
         if not count[0] or not count[1]:
             continue
         left = 1
@@ -264,4 +249,6 @@ def _price_rows(
             left = left and _survivors(side, threshold, work)
         if left:
             pairs[r] += count[0] * count[1]
-            improving[r] = _price_row(gram, x_r, low[r], partner_r, cross[r], threshold, work) > 0
+            improving[r] = (
+                _price_row(gram, x[r], low[r], partner[r], cross[r], threshold, work, wide) > 0
+            )

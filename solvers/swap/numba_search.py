@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
-
 import numpy as np
 
 from maskopt.solvers.swap.numba_common import (
@@ -12,7 +10,6 @@ from maskopt.solvers.swap.numba_common import (
     SMALL_GROUP,
     fast,
     fast_loop,
-    maximum,
     minimum,
     price_groups,
     scores,
@@ -31,42 +28,26 @@ TOP, BOTTOM = np.int32(2**31 - 1), np.int32(-(2**31) + 1)
 STEP = 2**20
 
 
-#: workspace of the choice of candidates: [n], and [SLOTS] from `columns` on
-_Choice = namedtuple("_Choice", "score taken rounded bits keys guess columns chosen place heap")
-#: the candidates, [SLOTS, SLOTS] or [SLOTS]: G, cross terms, integers, float64, and the dtype of proposals
-_Slots = namedtuple(
-    "_Slots",
-    "block cross code columns pruned changed linear square weight light bar_kept bar_pruned a b lowest sums",
-)
-
-
 def search_rows(gram, x, low, *others):
     """Step 1 of some rows, the last of `others`; see `_search_rows` for the rest."""
     n = x.shape[1]
-    keys = np.empty((2, n), np.int32)
-    ints, doubles = np.zeros((5, SLOTS), np.int64), np.empty((4, SLOTS))
-    columns, chosen, place, pruned, changed = ints
-    linear, square, weight, heap = doubles
-    choice = _Choice(
-        np.empty(n), np.zeros(n, np.uint8), keys[0].view(np.float32), keys[0], keys[1],
-        np.zeros(2, np.int64), columns, chosen, place, heap,
-    )  # fmt: skip
-    slots = _Slots(
-        np.empty((SLOTS, SLOTS), gram.dtype), np.empty((SLOTS, SLOTS), low.dtype),
-        np.empty(SLOTS, np.int32), columns, pruned, changed, linear, square, weight,
-        *np.empty((7, SLOTS), low.dtype),
-    )  # fmt: skip
-    _search_rows(gram, x, low, *others[:-1], choice, slots, others[-1])
+    score, taken, keys = np.empty(n), np.zeros(n, np.uint8), np.empty((2, n), np.int32)
+    guess, code = np.zeros(2, np.int64), np.empty(SLOTS, np.int32)
+    ints = np.zeros((5, SLOTS), np.int64)  # columns, chosen, place, pruned, changed
+    doubles = np.empty((4, SLOTS))  # linear, square, weight, heap
+    singles = np.empty((7, SLOTS), low.dtype)  # light, bars of kept and pruned, a, b, lowest, sums
+    block, cross = np.empty((SLOTS, SLOTS), gram.dtype), np.empty((SLOTS, SLOTS), low.dtype)
+    choice = (score, taken, keys[0].view(np.float32), keys, guess)
+    slots = (block, cross, code, ints, doubles, singles)
+    _search_rows(gram, x, low, *others[:-1], *choice, *slots, others[-1])
 
 
 @fast
-def _order(kept, wanted, choice):
+def _order(score, kept, wanted, taken, rounded, bits, keys):
     """Integers that order as the float32 scores of one side's free columns do; TOP for all others.
 
     → the least key, and the largest below TOP (BOTTOM where there is none)
     """
-    score, taken, rounded = choice.score, choice.taken, choice.rounded
-    bits, keys = choice.bits, choice.keys
     n = len(score)
     for j in range(n):
         rounded[j] = score[j] if (kept[j] == wanted) & (taken[j] == 0) else BIG
@@ -75,9 +56,9 @@ def _order(kept, wanted, choice):
         keys[j] = key if rounded[j] < np.float32(BIG) else TOP
     least, most = TOP, BOTTOM
     for j in range(n):
-        least = minimum(least, keys[j])
+        least = min(least, keys[j])
     for j in range(n):
-        most = maximum(most, keys[j] if keys[j] < TOP else BOTTOM)
+        most = max(most, keys[j] if keys[j] < TOP else BOTTOM)
     return least, most
 
 
@@ -99,10 +80,11 @@ def _least(kept, side, most, at, choice):
     last cut on, to a key with `most`, or up to a quarter less, of the keys at or below it. Columns come
     out ascending; of equal scores the lowest columns are in.
     """
-    keys, guess, columns = choice.keys, choice.guess, choice.columns
+    score, taken, rounded, integers, guess, ints, _ = choice
+    bits, keys, columns = integers[0], integers[1], ints[0]
     if most <= 0:
         return 0
-    least, largest = _order(kept, side == 1, choice)
+    least, largest = _order(score, kept, side == 1, taken, rounded, bits, keys)
     if largest == BOTTOM:
         return 0
     low, high = np.int64(least) - 1, np.int64(largest)
@@ -111,7 +93,7 @@ def _least(kept, side, most, at, choice):
     if found:
         cut = high
     while not found and high - low > 1:
-        cut = minimum(maximum(cut, low + 1), high - 1)
+        cut = min(max(cut, low + 1), high - 1)
         count = _count(keys, cut)
         if count > most:
             high, above = cut, True
@@ -149,8 +131,8 @@ def _harvest(x, kept, partner, cross, threshold, most, choice):
 
     What is no pair any more, since both are on one side, is forgotten.
     """
-    score, taken = choice.score, choice.taken
-    chosen, place, heap = choice.chosen, choice.place, choice.heap
+    score, taken, _, _, _, ints, doubles = choice
+    chosen, place, heap = ints[1], ints[2], doubles[3]
     size = 0
     for j in range(len(score)):
         i = partner[j]
@@ -190,7 +172,8 @@ def _choose(kept, total, fill, choice):
     First those of the harvest, `total` in number; the rest (where `fill`) are the kept of least a and
     the pruned of least b.
     """
-    columns, chosen = choice.columns, choice.chosen
+    taken, ints = choice[1], choice[5]
+    columns, chosen = ints[0], ints[1]
     k = at = np.int64(0)
     for side in (1, 0):
         first = at
@@ -205,7 +188,7 @@ def _choose(kept, total, fill, choice):
         if side == 1:
             k = at
     for s in range(total):
-        choice.taken[chosen[s]] = 0
+        taken[chosen[s]] = 0
     return k, at
 
 
@@ -225,17 +208,20 @@ def _gather(gram, at, block):
 
 
 @fast
-def _cross(t, group, slots):
-    """−2 x_s x_t G_st of one slot with all, BIG where another slot belongs to another group."""
-    columns, light, line, out = slots.columns, slots.light, slots.block[t], slots.cross[t]
-    twice = light.dtype.type(-2) * light[t]
+def _cross(t, light, block, cross):
+    """−2 x_s x_t G_st of one slot with all."""
+    line, twice, out = block[t], light.dtype.type(-2) * light[t], cross[t]
     for s in range(SLOTS):
         out[s] = twice * (light[s] * line[s])
-    if group > 0:
-        team = columns[t] // group
-        for s in range(SLOTS):
-            if columns[s] // group != team:
-                out[s] = BIG
+
+
+@fast
+def _forbid(t, columns, group, cross):
+    """BIG where another slot belongs to another group."""
+    team = columns[t] // group
+    for s in range(SLOTS):
+        if columns[s] // group != team:
+            cross[t, s] = BIG
 
 
 @fast
@@ -276,7 +262,7 @@ def _least_sum(one, two, code, sums):
         return -1
     found = TOP
     for s in range(SLOTS):
-        found = minimum(found, code[s] if sums[s] == best else TOP)
+        found = min(found, code[s] if sums[s] == best else TOP)
     return np.int64(found % SLOTS)
 
 
@@ -291,11 +277,12 @@ def _move_linear(u, q, weight, block, linear):
 @fast
 def _load(gram, x, low, diagonal, c, k, m, group, slots):
     """Bring candidates into their slots: k kept ones, then pruned ones up to m, then fillers."""
-    code, columns, pruned = slots.code, slots.columns, slots.pruned
-    linear, square, weight, light = slots.linear, slots.square, slots.weight, slots.light
-    bar_kept, bar_pruned = slots.bar_kept, slots.bar_pruned
+    block, cross, code, ints, doubles, singles = slots
+    columns, pruned = ints[0], ints[3]
+    linear, square, weight = doubles[0], doubles[1], doubles[2]
+    light, bar_kept, bar_pruned = singles[0], singles[1], singles[2]
     columns[m:] = columns[0]
-    _gather(gram, columns, slots.block)
+    _gather(gram, columns, block)
     for s in range(SLOTS):
         j = columns[s]
         weight[s], light[s] = x[j], low[j]
@@ -306,13 +293,16 @@ def _load(gram, x, low, diagonal, c, k, m, group, slots):
         bar_pruned[s] = 0.0 if k <= s < m else BIG
         pruned[s] = k + s if s < m - k else k  # filled up with one that is there already
     for t in range(k, m):
-        _cross(t, group, slots)
+        _cross(t, light, block, cross)
+        if group < len(x):
+            _forbid(t, columns, group, cross)
 
 
 @fast
 def _store(kept, m, slots):
     """The sides of the slots into the mask; what changed, ascending. → how many"""
-    columns, changed, bar_kept = slots.columns, slots.changed, slots.bar_kept
+    ints, bar_kept = slots[3], slots[5][1]
+    columns, changed = ints[0], ints[4]
     count = first = np.int64(0)
     for s in range(m):
         j = columns[s]
@@ -325,27 +315,33 @@ def _store(kept, m, slots):
 
 
 @fast
-def _exchange(many, group, objective, mass, relative, floor, most, slots):
+def _exchange(
+    many, grouped, group, objective, mass, relative, floor, most, slots
+):  # fmt: skip
     """Best swaps between slots, `many` of them pruned, until none gains more than the threshold.
 
     Nothing outside the candidates' block of G is read, and nothing of the block moves: a swap changes
     the bars that shut a slot for one of the two sides. → swaps, objective
     """
-    block, cross, code, pruned = slots.block, slots.cross, slots.code, slots.pruned
-    linear, square, weight, a, b = slots.linear, slots.square, slots.weight, slots.a, slots.b
-    bar_kept, bar_pruned, lowest = slots.bar_kept, slots.bar_pruned, slots.lowest
+    block, cross, code, ints, doubles, singles = slots
+    columns, pruned = ints[0], ints[3]
+    linear, square, weight = doubles[0], doubles[1], doubles[2]
+    light, bar_kept, bar_pruned, a, b = singles[0], singles[1], singles[2], singles[3], singles[4]
+    lowest, sums = singles[5], singles[6]
     made = 0
     while made < most:
         _candidate_scores(square, linear, bar_kept, bar_pruned, a, b)
         _least_over_pruned(b, cross, pruned, many, lowest)
-        u = _least_sum(a, lowest, code, slots.sums)
+        u = _least_sum(a, lowest, code, sums)
         if u < 0:
             break
-        _cross(u, group, slots)  # and if u is pruned below, its row is there already
-        q = _least_sum(b, cross[u], code, slots.sums)
+        _cross(u, light, block, cross)  # and if u is pruned below, its row is there already
+        if grouped:
+            _forbid(u, columns, group, cross)
+        q = _least_sum(b, cross[u], code, sums)
         delta = (square[u] + linear[u]) + (square[q] - linear[q])
         delta -= 2.0 * weight[u] * weight[q] * block[u, q]
-        if delta >= -(relative * maximum(objective, 0.0) + floor * mass):
+        if delta >= -(relative * max(objective, 0.0) + floor * mass):
             break
         objective += delta
         made += 1
@@ -358,12 +354,16 @@ def _exchange(many, group, objective, mass, relative, floor, most, slots):
 
 
 @fast
-def _swap_harvested(j, other, k, m, slots):
-    """Swap the best pair of the harvest, which the lower precision did not propose."""
-    columns, bar_kept, bar_pruned = slots.columns, slots.bar_kept, slots.bar_pruned
+def _swap_harvested(partner, k, m, slots):
+    """Swap the best pair of the harvest, which improves by float64, where the lower precision proposed none
+    that does. → how the objective changes"""
+    ints, heap = slots[3], slots[4][3]
+    bar_kept, bar_pruned = slots[5][1], slots[5][2]
+    columns, j = ints[0], ints[2][0]
     for s in range(m):
-        if columns[s] == j or columns[s] == other:
+        if columns[s] == j or columns[s] == partner[j]:
             bar_kept[s], bar_pruned[s] = (BIG, 0.0) if s < k else (0.0, BIG)
+    return heap[0]
 
 
 @fast
@@ -390,33 +390,42 @@ def _add_columns(gram, x, kept, c, changed, count):
 @fast_loop
 def _search_rows(
     gram, x, low, diagonal, kept, c, partner, cross, objective, mass, swaps, rounds, group,
-    relative, floor, most, choice, slots, rows,
+    relative, floor, most, score, taken, rounded, keys, guess, block, cross_terms, code, ints, doubles,
+    singles, rows,
 ):  # fmt: skip
-    """Rounds of candidates for some rows, until fresh candidates hold no improving pair; group 0: none."""
-    most_pairs = WIDTH if group else WIDTH // 2
+    """Rounds of candidates for some rows, until fresh candidates hold no improving pair."""
+    choice = score, taken, rounded, keys, guess, ints, doubles
+    slots = block, cross_terms, code, ints, doubles, singles
+    changed = ints[4]
+    grouped = group < len(score)
+    most_pairs = WIDTH if grouped else WIDTH // 2
     for r in rows:
-        x_r, kept_r, c_r, partner_r, cross_r = x[r], kept[r], c[r], partner[r], cross[r]
-        choice.guess[:] = 0
+        guess[:] = 0
         while swaps[r] < most:
-            threshold = relative * maximum(objective[r], 0.0) + floor * mass[r]
-            scores(x_r, diagonal, c_r, kept_r, choice.score)
-            if 0 < group <= SMALL_GROUP:
-                price_groups(gram, x_r, kept_r, choice.score, group, threshold, partner_r, cross_r)
-            total = _harvest(x_r, kept_r, partner_r, cross_r, threshold, most_pairs, choice)
-            k, m = _choose(kept_r, total, group == 0, choice)
+            threshold = relative * max(objective[r], 0.0) + floor * mass[r]
+            scores(x[r], diagonal, c[r], kept[r], score)
+            if grouped and group <= SMALL_GROUP:
+                price_groups(gram, x[r], kept[r], score, group, threshold, partner[r], cross[r])
+            total = _harvest(x[r], kept[r], partner[r], cross[r], threshold, most_pairs, choice)
+            k, m = _choose(kept[r], total, not grouped, choice)
             if k == 0 or k == m:
                 break
             rounds[r] += 1
-            _load(gram, x_r, low[r], diagonal, c_r, k, m, group, slots)
-            made, value = _exchange(
-                m - k, group, objective[r], mass[r], relative, floor, most - swaps[r], slots
+            _load(gram, x[r], low[r], diagonal, c[r], k, m, group, slots)
+            made, objective[r] = _exchange(
+                m - k,
+                grouped,
+                group,
+                objective[r],
+                mass[r],
+                relative,
+                floor,
+                most - swaps[r],
+                slots,
             )
             if made == 0 and total > 0:
-                j = choice.place[0]
-                _swap_harvested(j, partner_r[j], k, m, slots)
-                made, value = 1, value + choice.heap[0]
-            objective[r] = value
+                made, objective[r] = 1, objective[r] + _swap_harvested(partner[r], k, m, slots)
             if made == 0:
                 break
             swaps[r] += made
-            _add_columns(gram, x_r, kept_r, c_r, slots.changed, _store(kept_r, m, slots))
+            _add_columns(gram, x[r], kept[r], c[r], changed, _store(kept[r], m, slots))

@@ -1,4 +1,4 @@
-"""Offers of rows that share a budget, for unchanged weights: the objective f, on any device.
+"""What rows that trade offer where weights are kept: the objective f, for any device.
 
 With c = G(w ⊙ pruned) (+ g), pruning a kept u costs w_u²G_uu + 2 w_u c_u, keeping a pruned p again saves
 2 w_p c_p − w_p²G_pp, and each of either kind moves the price of another j by 2 w_j w_u G_ju.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -94,10 +95,8 @@ class Swap(Solver):
 
     def _swapped(self, problem: LayerProblem, start: Tensor, limits: Limits) -> Solution:
         """Every row at the count of its own mask."""
-        name, threads = _choose_kernel(self.kernel, problem), torch.get_num_threads()
-        # the compiled loops have threads of their own; those of torch, which wait by spinning, would take
-        # the cores from them
-        with torch_threads(1) if name == "numba" else nullcontext():
+        name = _choose_kernel(self.kernel, problem)
+        with _threads_for(name) as threads:
             parts = self._parts(problem, start, name, threads, limits)
         return _solution(name, parts)
 
@@ -121,11 +120,7 @@ class Swap(Solver):
                 batch = Batch.of(problem.take(rows), kept[rows])
                 if name != "literal" and (built is None or built.single != batch.single):
                     built = make_kernel(name, batch, memory // 2, threads)
-                ends = self.max_swaps, limits.deadline, listener
-                if built is None:
-                    outcome = refine_literally(batch, memory // 2, *ends)
-                else:
-                    outcome = refine(batch, built, *ends)
+                outcome = self._refine(batch, built, limits.deadline, memory // 2, listener)
             except torch.OutOfMemoryError:
                 if tile == 1 and memory <= _LEAST_MEMORY:
                     raise
@@ -136,6 +131,22 @@ class Swap(Solver):
             parts.append((batch.result(), outcome))
             start += tile
         return parts
+
+    def _refine(
+        self,
+        batch: Batch,
+        kernel: Kernel | None,
+        deadline: float,
+        memory: int,
+        progress: Callable[[int], None] | None,
+    ) -> Outcome:
+        """By the engine, or without a kernel to the letter of the paper."""
+        most = self.max_swaps
+        if kernel is None:
+            return refine_literally(
+                batch, max_swaps=most, deadline=deadline, memory=memory, progress=progress
+            )
+        return refine(batch, kernel, max_swaps=most, deadline=deadline, progress=progress)
 
 
 def _solution(kernel: str, parts: list[tuple[Batch, Outcome]]) -> Solution:
@@ -164,6 +175,21 @@ def _solution(kernel: str, parts: list[tuple[Batch, Outcome]]) -> Solution:
         status=tuple(Status.SWAP_OPTIMAL if done else Status.FEASIBLE for done in proven),
         trace=trace,
     )
+
+
+@contextmanager
+def _threads_for(kernel: str) -> Iterator[int]:
+    """How many threads a kernel may use.
+
+    The compiled loops bring threads of their own, and those of torch, which wait by spinning, would
+    take the cores from them: torch has one as long as they run.
+    """
+    threads = torch.get_num_threads()
+    if kernel != "numba":
+        yield threads
+        return
+    with torch_threads(1):
+        yield threads
 
 
 def make_kernel(name: str, batch: Batch, memory: int, threads: int) -> Kernel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maskopt.solvers.swap.batch import Batch, rows_by_count
+from maskopt.solvers.swap.batch import Batch, keeping_alike
 from maskopt.solvers.swap.literal import refresh
 
 #: kept and pruned candidates of a round
@@ -123,11 +123,11 @@ class TorchKernel:
     def _price_all(self, batch: Batch, rows: Tensor) -> Tensor:
         """Every kept column against all pruned ones: which rows are not optimal."""
         improving = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-        for some in rows_by_count(batch.kept[rows]):
-            improving[some] = self._price_at_one_count(batch, rows[some])
+        for some in keeping_alike(batch.kept[rows]):
+            improving[some] = self._price_alike(batch, rows[some])
         return improving
 
-    def _price_at_one_count(self, batch: Batch, rows: Tensor) -> Tensor:
+    def _price_alike(self, batch: Batch, rows: Tensor) -> Tensor:
         """Of rows that keep as many each, some kept columns of each at a time."""
         a, b = _sides(batch, rows)
         count = int(batch.kept[rows[0]].sum())
@@ -173,8 +173,8 @@ class TorchKernel:
     ) -> None:
         """Decide flagged pairs in float64; where rounding flagged one, its whole kept column."""
         x, limit = batch.x[rows], -batch.threshold(rows)[line]
-        cross = batch.gram[u, p].double()
-        delta = a[line, u] + b[line, p] - 2 * x[line, u] * x[line, p] * cross
+        cross = batch.gram[u, p]
+        delta = a[line, u] + b[line, p] - 2 * x[line, u] * x[line, p] * cross.double()
         unsure = (delta >= limit).nonzero()[:, 0]
         for part in unsure.split(max(1, self._memory // (8 * 4 * batch.n))):
             full = b[line[part]] - 2 * x[line[part], u[part], None] * x[line[part]] * (
@@ -183,7 +183,7 @@ class TorchKernel:
             best, place = full.min(1)
             delta[part] = best + a[line[part], u[part]]
             p[part] = place
-            cross[part] = batch.gram[u[part], place].double()
+            cross[part] = batch.gram[u[part], place]
         good = delta < limit
         improving[line[good]] = True
         batch.partner[rows[line[good]], u[good]] = p[good].to(torch.int32)
@@ -210,7 +210,7 @@ class TorchKernel:
             p = mate[line, group, u]
             start = (group + first) * size
             batch.partner[rows[line], start + u] = (start + p).to(torch.int32)
-            batch.cross[rows[line], start + u] = gram[group, u, p].double()
+            batch.cross[rows[line], start + u] = gram[group, u, p]
         return improving
 
     def _reach(self, batch: Batch) -> Tensor:

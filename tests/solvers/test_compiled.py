@@ -23,10 +23,10 @@ class Said(logging.Handler):
 logging.getLogger("maskopt.compile").addHandler(Said())
 logging.getLogger("maskopt.compile").setLevel(logging.INFO)
 import numpy as np
-from maskopt.solvers.convex.mixing_kernel import couplings
+from maskopt.solvers.swap.numba_product import reach_rows
 for dtype in sys.argv[1:]:
-    couplings(np.eye(4, dtype=dtype), np.ones((1, 4), dtype), np.zeros((1, 4)), np.arange(1))
-print(json.dumps({"said": said, "hits": sum(couplings.stats.cache_hits.values())}))
+    reach_rows(np.eye(4, dtype=dtype), np.ones(4, dtype), np.zeros(4), np.arange(4))
+print(json.dumps({"said": said, "hits": sum(reach_rows.stats.cache_hits.values())}))
 """
 
 

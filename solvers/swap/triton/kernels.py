@@ -23,9 +23,23 @@ import triton.language as tl
 
 @triton.jit
 def swap_block(
-    gram, x, c, kept, index, columns, limit, room, pairs, made, kept_after, n, most, group,
-    N: tl.constexpr, GROUPED: tl.constexpr,
-):  # fmt: skip
+    gram,
+    x,
+    c,
+    kept,
+    index,
+    columns,
+    limit,
+    room,
+    pairs,
+    made,
+    kept_after,
+    n,
+    most,
+    group,
+    N: tl.constexpr,
+    GROUPED: tl.constexpr,
+):
     """One program per row: best swaps among N candidate columns until none gains over the limit.
 
     Everything a swap touches (2 x_i x_j G_ij over the candidates, and 2 x_i c_i) is loaded once and
@@ -163,9 +177,25 @@ def list_finite(values, columns, count, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def scan_survivors(
-    gram, x, a, b, e, rho, limit, kept_list, kept_count, pruned_list, pruned_count, value, partner, n,
-    group, GROUPED: tl.constexpr, BU: tl.constexpr, BP: tl.constexpr,
-):  # fmt: skip
+    gram,
+    x,
+    a,
+    b,
+    e,
+    rho,
+    limit,
+    kept_list,
+    kept_count,
+    pruned_list,
+    pruned_count,
+    value,
+    partner,
+    n,
+    group,
+    GROUPED: tl.constexpr,
+    BU: tl.constexpr,
+    BP: tl.constexpr,
+):
     """The best partner of BU kept columns of one row, among the row's listed columns only.
 
     A pair is looked up in G only if a_u + b_p − 2 min(ρ_u, ρ_p) e_u e_p < −limit: no other can gain
@@ -213,8 +243,19 @@ def scan_survivors(
 
 @triton.jit
 def scan_groups(
-    blocks, x, a, b, value, kept_best, pruned_best, n, M, groups, MP: tl.constexpr, BG: tl.constexpr,
-):  # fmt: skip
+    blocks,
+    x,
+    a,
+    b,
+    value,
+    kept_best,
+    pruned_best,
+    n,
+    M,
+    groups,
+    MP: tl.constexpr,
+    BG: tl.constexpr,
+):
     """N:M: the best swap inside each of BG groups of M consecutive columns of one row.
 
     blocks is [groups, M, M], the diagonal blocks of G. Ties: the lowest u, then the lowest p.

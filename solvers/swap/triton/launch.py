@@ -86,9 +86,20 @@ def column_terms(
     a, b, e = (torch.empty(shape, dtype=dtype, device=x.device) for _ in range(3))
     if len(rows):
         kernels.column_terms[(len(rows), triton.cdiv(x.shape[1], STRIP))](
-            x, c, kept.view(torch.int8), rows, diagonal.double().contiguous(), reach.d, a, b, e,
-            x.shape[1], 4.0 * torch.finfo(dtype).eps if lowered else 0.0, BLOCK=STRIP, num_warps=4,
-        )  # fmt: skip
+            x,
+            c,
+            kept.view(torch.int8),
+            rows,
+            diagonal.double().contiguous(),
+            reach.d,
+            a,
+            b,
+            e,
+            x.shape[1],
+            4.0 * torch.finfo(dtype).eps if lowered else 0.0,
+            BLOCK=STRIP,
+            num_warps=4,
+        )
     return a, b, e
 
 
@@ -133,11 +144,24 @@ def swap_block(
     after = torch.zeros((many, width), dtype=torch.int8, device=x.device)
     if many:
         kernels.swap_block[(many,)](
-            gram, x, c, kept.view(torch.int8), rows, columns.to(torch.int32).contiguous(),
-            limit.to(dtype).contiguous(), room, pairs, made, after, x.shape[1], most,
-            group or x.shape[1], N=width, GROUPED=group is not None and group < x.shape[1],
+            gram,
+            x,
+            c,
+            kept.view(torch.int8),
+            rows,
+            columns.to(torch.int32).contiguous(),
+            limit.to(dtype).contiguous(),
+            room,
+            pairs,
+            made,
+            after,
+            x.shape[1],
+            most,
+            group or x.shape[1],
+            N=width,
+            GROUPED=group is not None and group < x.shape[1],
             num_warps=swap_block_warps(width, dtype),
-        )  # fmt: skip
+        )
     return pairs, made, after.bool()
 
 
@@ -168,9 +192,16 @@ def move_correlation(
     rows = _all_rows(c) if rows is None else rows
     if len(rows):
         kernels.move_correlation[(len(rows), triton.cdiv(c.shape[1], STRIP))](
-            gram, c, rows, columns.clamp(min=0).to(torch.int32).contiguous(),
-            change.to(c.dtype).contiguous(), c.shape[1], N=columns.shape[1], BLOCK=STRIP, num_warps=4,
-        )  # fmt: skip
+            gram,
+            c,
+            rows,
+            columns.clamp(min=0).to(torch.int32).contiguous(),
+            change.to(c.dtype).contiguous(),
+            c.shape[1],
+            N=columns.shape[1],
+            BLOCK=STRIP,
+            num_warps=4,
+        )
 
 
 def discard(
@@ -252,9 +283,23 @@ def scan(
     if longest == 0:
         return value, partner
     kernels.scan_survivors[(rows, triton.cdiv(longest, BLOCK_U))](
-        gram, x, a.contiguous(), b.contiguous(), e, rho, limit, *lists, value, partner, n, group or n,
-        GROUPED=group is not None and group < n, BU=BLOCK_U, BP=BLOCK_P, num_warps=4,
-    )  # fmt: skip
+        gram,
+        x,
+        a.contiguous(),
+        b.contiguous(),
+        e,
+        rho,
+        limit,
+        *lists,
+        value,
+        partner,
+        n,
+        group or n,
+        GROUPED=group is not None and group < n,
+        BU=BLOCK_U,
+        BP=BLOCK_P,
+        num_warps=4,
+    )
     return value, partner
 
 
@@ -277,7 +322,18 @@ def scan_groups(
     together = groups_together(width, x.dtype)
     if rows:
         kernels.scan_groups[(rows, triton.cdiv(groups, together))](
-            blocks.contiguous(), x.contiguous(), a.contiguous(), b.contiguous(), value, kept_best,
-            pruned_best, n, size, groups, MP=width, BG=together, num_warps=4,
-        )  # fmt: skip
+            blocks.contiguous(),
+            x.contiguous(),
+            a.contiguous(),
+            b.contiguous(),
+            value,
+            kept_best,
+            pruned_best,
+            n,
+            size,
+            groups,
+            MP=width,
+            BG=together,
+            num_warps=4,
+        )
     return value, kept_best, pruned_best

@@ -160,10 +160,17 @@ class TritonKernel:
         threshold = batch.threshold(rows)
         with self._stage("swaps", rows.device):
             _, made, after = launch.swap_block(
-                batch.gram, batch.x, batch.c, batch.kept, columns, threshold, rows=rows,
-                group=self._group, room=(most - batch.swaps[rows]).clamp(max=2 * self._width),
+                batch.gram,
+                batch.x,
+                batch.c,
+                batch.kept,
+                columns,
+                threshold,
+                rows=rows,
+                group=self._group,
+                room=(most - batch.swaps[rows]).clamp(max=2 * self._width),
                 dtype=dtype,
-            )  # fmt: skip
+            )
         with self._stage("update", rows.device):
             at = columns.clamp(min=0).long()
             line = rows[:, None]

@@ -438,7 +438,9 @@ def test_mask_of_one_and_bound_of_another_can_be_optimal_together(caplog):
     assert "an oracle" in caplog.text
 
 
-def test_members_start_from_the_best_mask_so_far(monkeypatch):
+def test_members_start_from_the_best_mask_so_far(
+    monkeypatch,
+):
     problem = drawn(3, 20, pattern=Unstructured(keep=8))
     nothing = solve(problem, "portfolio", time_limit=0.0)
     assert torch.equal(nothing.mask, solve(problem, "wanda").mask)
