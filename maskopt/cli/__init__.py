@@ -8,37 +8,28 @@ import typer
 from rich.markup import escape
 
 from maskopt import __version__
-from maskopt.cli import (
-    bound,
-    compare,
-    demo,
-    distill,
-    evaluate,
-    export,
-    masks,
-    prune,
-    prune_structured,
-    report,
-    solve,
-    solvers,
-    sweep,
-    verify_output,
-)
+from maskopt.cli import files, information, models, prune, prune_structured, rows, solve, sweep
 from maskopt.cli.command import Command, Panels
-from maskopt.cli.console import INTERRUPTED, errors, insist_on_interrupts, show_compiling
-from maskopt.cli.ranks import launched, speaks
+from maskopt.cli.console import (
+    INTERRUPTED,
+    errors,
+    insist_on_interrupts,
+    launched,
+    show_compiling,
+    speaks,
+)
 from maskopt.errors import MaskoptError
 
-_MASKS = (masks.apply, masks.export, masks.pack, masks.unpack)
+_MASKS = (files.apply, files.export, files.pack, files.unpack)
 #: commands by the headings of `maskopt --help`
 PANELS = {
     "Models": (
-        *(prune.prune, prune_structured.prune_structured, distill.distill),
-        *(sweep.sweep, evaluate.evaluate),
+        *(prune.prune, prune_structured.prune_structured, models.distill),
+        *(sweep.sweep, models.evaluate),
     ),
-    "Matrices": (solve.solve, compare.compare, bound.bound, export.export),
-    "Files": (verify_output.verify, report.report, *_MASKS),
-    "Information": (demo.demo, solvers.solvers),
+    "Matrices": (solve.solve, rows.compare, rows.bound, rows.export),
+    "Files": (files.verify, files.report, *_MASKS),
+    "Information": (information.demo, information.solvers),
 }
 COMMANDS: dict[str, Command] = {one.name: one for panel in PANELS.values() for one in panel}
 
@@ -55,13 +46,8 @@ _masks = typer.Typer(cls=Panels, no_args_is_help=True)
 for _panel, _commands in PANELS.items():
     for _command in _commands:
         _command.register(_masks if _command in _MASKS else app, _panel)
-app.add_typer(
-    _masks,
-    name="masks",
-    help="Apply, export, pack and unpack masks.",
-    rich_help_panel="Files",
-)
-
+_HELP = "Apply, export, pack and unpack masks."
+app.add_typer(_masks, name="masks", help=_HELP, rich_help_panel="Files")
 
 #: in errors of torch on a GPU and on the CPU, for which it has no common class
 _NO_MEMORY = ("out of memory", "memory: you tried to allocate")
@@ -100,7 +86,8 @@ def _run() -> None:
         app()
     except (MaskoptError, OSError, MemoryError, RuntimeError) as error:
         known = isinstance(error, MaskoptError | OSError)
-        if "--debug" in sys.argv or not (known or _out_of_memory(error)):
+        full = isinstance(error, MemoryError) or any(x in str(error) for x in _NO_MEMORY)
+        if "--debug" in sys.argv or not (known or full):
             raise
         if speaks():
             _tell(error if known else MaskoptError(_memory_words(error)))
@@ -109,10 +96,6 @@ def _run() -> None:
         if end.code == INTERRUPTED and speaks():
             errors.print("stopped")
         raise
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY)
 
 
 def _memory_words(error: Exception) -> str:

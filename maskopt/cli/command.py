@@ -1,4 +1,8 @@
-"""A command from declared options: its command line, its file of options, and its help."""
+"""A command from declared options: its command line, its file of options, and its help.
+
+A file of options is TOML, or the manifest of an earlier run. Its keys are names of options; the command line
+overrides it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import inspect
 import json
 import re
 import shutil
+import tomllib
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import tomli_w
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from maskopt.cli.config import config_text, read_config
-from maskopt.cli.ranks import several
+from maskopt.cli.console import several
 from maskopt.cli.view import show_as
 from maskopt.core.fields import (
     CALIBRATION,
@@ -35,7 +40,7 @@ from maskopt.core.fields import (
     options_of,
     parameters_of,
 )
-from maskopt.errors import MaskoptError, OptionError
+from maskopt.errors import MaskoptError, OptionError, near
 from maskopt.models.options.walk import name_patterns
 
 SOURCES = "FILE.txt, FILE.jsonl, a folder, tokens .npy, hf:DATASET[:SPLIT]"
@@ -49,12 +54,16 @@ CARDINALITY = option(
 )
 RECORDS = option(None, "File of results: .jsonl (resumable), .csv or .parquet.", OUTPUT)
 #: heading of options of a source that may also be an instance
-OF_A_MODEL = "If the source is a model"
-TEXT_OF_A_MODEL = option(None, "Calibration text, as for `maskopt prune`; required.", OF_A_MODEL)
+FOR_A_MODEL = "If the source is a model"
+TEXT_OF_A_MODEL = option(None, "Calibration text, as for `maskopt prune`; required.", FOR_A_MODEL)
 _ORDER = (
-    *("Arguments", "Options", SELECTION, UPDATE, TRAINING, OF_A_MODEL, TEXT, CALIBRATION),
+    *("Arguments", "Options", SELECTION, UPDATE, TRAINING, FOR_A_MODEL, TEXT, CALIBRATION),
     *(RUNTIME, OUTPUT),
 )
+#: not allowed in a file: it may come from a stranger
+_TRUST = "trust_remote_code"
+#: options that say how a run begins, not what it computes
+_NOT_KEPT = ("overwrite", "resume", "dry_run", _TRUST)
 _METAVARS = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 
 
@@ -102,6 +111,11 @@ class Command:
     shared: bool
 
     @property
+    def of_run(self) -> dict[str, Option]:
+        """Options that a file may hold, by name."""
+        return {one.name: one for one in (*self.own, *self.library)}
+
+    @property
     def options(self) -> tuple[Option, ...]:
         """All options, in the order of the help."""
         files = options_of(Files) if self.config else ()
@@ -125,11 +139,25 @@ class Command:
             error.args = (self._with_flags(str(error)), *error.args[1:])
             raise
 
-    def _stored(self, file: Path) -> dict[str, Any]:
-        """Values of a file of options."""
-        known = {one.name: one for one in (*self.own, *self.library)}
-        values = read_config(file, known)
-        return {name: read_value(known[name], value) for name, value in values.items()}
+    def _stored(self, path: Path) -> dict[str, Any]:
+        """Values of a file of options.
+
+        Raises:
+            OptionError: no such file, not TOML, a key that is no option, `trust_remote_code`, or a bad value.
+            ModelError: a manifest that was changed.
+        """
+        known = self.of_run
+        given = _of_manifest(path) if path.suffix == ".json" else _of_toml(path)
+        if _TRUST in given:
+            raise OptionError(
+                f"{path}: `{_TRUST}` cannot be set in a file; remove it, and give it on the command line"
+            )
+        for key, value in given.items():
+            if key not in known or key in _NOT_KEPT:
+                raise OptionError(f"{path}: no option is called {key!r}{near(key, known)}")
+            if isinstance(value, bool | int | float):
+                known[key].checked(value, f"{path}: `{key}`")
+        return {name: read_value(known[name], value) for name, value in given.items()}
 
     def _run(self, given: dict[str, Any], file: Path | None, stored: dict[str, Any]) -> None:
         show_as(quiet=given.pop("quiet", False), log_json=given.pop("log_json", False))
@@ -137,7 +165,7 @@ class Command:
             raise OptionError(
                 "only prune and sweep run as several processes; start this command without torchrun"
             )
-        usual = {one.name: one.default for one in (*self.own, *self.library)}
+        usual = {name: one.default for name, one in self.of_run.items()}
         if given.pop("print_config", False):
             typer.echo(config_text({**usual, **stored, **given}), nl=False)
             return
@@ -381,3 +409,56 @@ def _read_counts(path: str) -> dict[str, Any]:
     if not isinstance(counts, dict) or not counts:
         raise OptionError(f'`counts` {path}: must be JSON, {{"layer name": inputs pruned per row}}')
     return counts
+
+
+def config_text(values: Mapping[str, Any]) -> str:
+    """TOML of the values, without those that are not set.
+
+    Raises:
+        OptionError: a null in a mapping.
+    """
+    table: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in _NOT_KEPT or value is REQUIRED or value in (None, {}, [], ()):
+            continue
+        if isinstance(value, Mapping):
+            _check_no_null(name, value)
+        value = list(value) if isinstance(value, tuple) else value
+        plain = isinstance(value, Mapping | list | bool | int | float)
+        table[name] = value if plain else str(value)
+    # tables come last: a key after a table would belong to it
+    return tomli_w.dumps(dict(sorted(table.items(), key=lambda x: isinstance(x[1], Mapping))))
+
+
+def _check_no_null(key: str, given: Mapping[str, Any]) -> None:
+    """Raise OptionError for a value, read from JSON, that TOML cannot hold."""
+    for name, value in given.items():
+        try:
+            tomli_w.dumps({name: value})
+        except TypeError:
+            raise OptionError(
+                f"`{key}` {name}: null cannot be said in TOML; leave it out where that is the default"
+            ) from None
+
+
+def _of_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionError(f"`config` {path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise OptionError(f"`config` {path}: is no TOML: {error}") from None
+
+
+def _of_manifest(path: Path) -> dict[str, Any]:
+    """The options that repeat a run, without its text, of which a manifest has only the name."""
+    from maskopt.models.checkpoints.report import read_manifest
+    from maskopt.models.pruning.rerun import options_again
+
+    manifest = read_manifest(path, smaller=True)
+    try:
+        return options_again(manifest["fingerprint"], path)
+    except OptionError:  # which is a TypeError, too
+        raise
+    except (KeyError, TypeError, AttributeError):
+        raise OptionError(f"{path}: holds no options of a prune") from None

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskopt.cli.command import MODEL, OVERWRITE, RESUME, SOURCES, command
-from maskopt.cli.console import errors, make_table, screen, written
+from maskopt.cli.console import again, errors, make_table, ranks, screen, speaks, written
 from maskopt.cli.prune_view import PruneView
-from maskopt.cli.ranks import again, ranks, speaks
 from maskopt.cli.view import View, clock, view
 from maskopt.core.fields import OUTPUT, TEXT, option, options_of
 from maskopt.errors import OptionError

@@ -145,8 +145,7 @@ def solution_table(problem: LayerProblem | RowProblem, solution: Solution) -> Ta
         return _posed_table(problem, solution, "at most" if problem.maximised else "at least")
     headings = ("status", "rows", "objective", "bound", "gap")
     table = make_table(*headings, title=repr(problem), title_justify="left")
-    layer = problem.as_layer() if isinstance(problem, RowProblem) else problem
-    counts = layer.shares.to(solution.objective)
+    counts = problem.as_layer().shares.to(solution.objective)
     for status in dict.fromkeys(solution.status):
         rows = [i for i, s in enumerate(solution.status) if s == status]
         objective, bound = (
@@ -154,9 +153,8 @@ def solution_table(problem: LayerProblem | RowProblem, solution: Solution) -> Ta
         )
         cells = [f"{bound:.6g}", f"{OriginalValues.of(objective, bound).gap:.2%}"]
         known = is_bounded(objective, bound, status)
-        table.add_row(
-            str(status), str(len(rows)), f"{objective:.6g}", *(cells if known else NO_BOUND)
-        )
+        cells = cells if known else [*NO_BOUND]
+        table.add_row(str(status), str(len(rows)), f"{objective:.6g}", *cells)
     return table
 
 

@@ -136,9 +136,11 @@ def _alone(path: Path) -> Iterator[None]:
                 lock.unlink(missing_ok=True)
 
 
-def check_format(path: Path, *, overwrite: bool) -> None:
+def check_format(path: Path | None, *, overwrite: bool) -> None:
     """Raise OptionError where the ending is no table format, its package is missing, or another file would be
-    replaced. (A JSONL file grows.)"""
+    replaced. (A JSONL file grows; None: nothing is written.)"""
+    if path is None:
+        return
     if path.suffix not in FORMATS:
         raise OptionError(f"{path.name}: write one of {', '.join(FORMATS)}")
     begin = _BEGIN.get(path.suffix, b"")

@@ -21,7 +21,7 @@ from rich.console import Console
 
 import maskopt
 from maskopt import RowProblem, Unstructured, available_solvers
-from maskopt.cli import COMMANDS, PANELS, app, solvers
+from maskopt.cli import COMMANDS, PANELS, app, information
 from maskopt.cli.command import flag
 from maskopt.core.fields import JSON_FILE, RECORDED, REQUIRED, options_of
 from maskopt.models.options.distill import DistillOptions
@@ -39,8 +39,8 @@ EXAMPLES = {name: command.example for name, command in COMMANDS.items()}
 def test_solvers_and_their_options_are_listed(monkeypatch):
     """In a pipe, and in a narrow terminal with names and reasons."""
     listed = run("solvers")
-    monkeypatch.setattr(solvers, "screen", Console(width=80, markup=False))
-    Console(width=80, markup=False, file=(shown := StringIO())).print(solvers._solvers())
+    monkeypatch.setattr(information, "screen", Console(width=80, markup=False))
+    Console(width=80, markup=False, file=(shown := StringIO())).print(information._solvers())
     words = "".join(shown.getvalue().replace("│", " ").split())
     for name, info in available_solvers().items():
         assert f" {name} " in listed

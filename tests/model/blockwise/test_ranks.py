@@ -32,8 +32,8 @@ from maskopt import (
     prune_model,
     solve,
 )
+from maskopt.cli import console as cli_ranks
 from maskopt.cli import main
-from maskopt.cli import ranks as cli_ranks
 from maskopt.cli.prune import told_of_resume
 from maskopt.errors import ModelError
 from maskopt.models.blockwise.distributed import ALONE, ROWS, LostRankError, Ranks, joined

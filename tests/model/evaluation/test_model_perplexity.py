@@ -181,7 +181,7 @@ def test_figures_are_printed_before_they_are_written(dense_folder, tmp_path, mon
         ):
             assert message in run(*asked, *words, fails=OptionError)
     full = Mock(side_effect=OSError(28, "No space left on device"))
-    monkeypatch.setattr("maskopt.cli.evaluate.atomic_write", full)
+    monkeypatch.setattr("maskopt.cli.models.atomic_write", full)
     result = CliRunner().invoke(app, [str(word) for word in (*asked, tmp_path / "b.json", again)])
     assert isinstance(result.exception, OSError)
     assert "perplexity" in result.output

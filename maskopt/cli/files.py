@@ -1,0 +1,289 @@
+"""`maskopt verify`, `report` and `masks`: folders and files that other commands wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from maskopt.checks.verification import CHECKED, CLAIMS, EXACT
+from maskopt.cli.command import CARDINALITY, OVERWRITE, SOURCES, command
+from maskopt.cli.console import screen, written
+from maskopt.cli.solve import check
+from maskopt.cli.view import View, view
+from maskopt.core.fields import OUTPUT, REQUIRED, option, options_of
+from maskopt.errors import OptionError, VerificationError
+from maskopt.models.options.walk import WalkOptions
+
+if TYPE_CHECKING:
+    from maskopt.models.verification.verify import Verified
+
+_OPTIONS = ("include", "text_field", "threads", "trust_remote_code")
+
+
+@command(
+    *(one for one in options_of(WalkOptions) if one.name in _OPTIONS),
+    example="maskopt verify OUT --original MODEL",
+)
+def verify(
+    model_or_instance: Path = option(
+        REQUIRED, "Pruned model folder, or an instance (.npz, .dat, …).", argument=True
+    ),
+    solution: Path | None = option(
+        None, "Solution or proof of the instance, as `maskopt solve` wrote it.", argument=True
+    ),
+    original: str | None = option(
+        None,
+        "Dense model, a folder or a name on the hub: weights without an update must equal it bit for bit.",
+    ),
+    calibration: str | None = option(
+        None,
+        "Calibration text of the prune: errors and statuses of the layers of --include are computed again. "
+        f"{SOURCES}.",
+    ),
+    masks: Path | None = option(
+        None, "Folder of the prune: check that a fine-tuned model kept its zeros."
+    ),
+    strict: bool = option(False, "Of an instance: fail if a lower bound is trusted, not checked."),
+    exact: bool = option(
+        False,
+        "Of an instance: repeat the checks of lower bounds and optima in rational arithmetic. Needs "
+        "certificates or trees, unchanged weights and at most 200 inputs per row.",
+    ),
+    cardinality: int | None = CARDINALITY,
+    semi_structured: bool | None = option(
+        None,
+        "Check that PyTorch can convert each 2:4 layer to its semi-structured format. Default: with CUDA.",
+    ),
+    **options: Any,
+) -> None:
+    """Check a pruned model, a solution of an instance, or a pruned model that was trained further.
+
+    A pruned model: file digests, pruned weights per row, zeros, and with --original the weights that were not
+    updated; of a smaller model also which parts were removed. Without --calibration, errors and statuses are
+    reported as claimed. With --masks: the zeros of a fine-tuned model.
+
+    A solution: objectives, statuses, lower bounds, every leaf of a proof. Bounds that rest on a solver are
+    listed as trusted. The exit status is 1 if a check fails.
+    """
+    from maskopt.models.verification.structured import is_smaller
+
+    path = model_or_instance
+    known = {**options, "original": original, "calibration": calibration, "solution": solution}
+    known |= {"semi_structured": semi_structured, "cardinality": cardinality}
+    known |= {"strict": strict or None, "exact": exact or None}
+    given = {name for name, value in known.items() if value is not None}
+    if masks is not None:
+        _refuse("a model with --masks", given, "trust_remote_code")
+        _print_fine_tuned(path, masks, _verify(path, None, options, masks=masks))
+    elif solution is not None:
+        _refuse("a solution", given, "solution", "strict", "exact", "cardinality")
+        check(path, solution, EXACT if exact else CHECKED if strict else CLAIMS, cardinality)
+    elif path.suffix == ".npz":
+        raise OptionError(f"{path} is an instance: name its solution, too")
+    elif is_smaller(path):
+        _refuse("a smaller model", given, "original")
+        _print_smaller(path, original, _verify(path, original, options))
+    else:
+        _refuse("a pruned model", given, "original", "calibration", "semi_structured", *_OPTIONS)
+        if "include" in given and calibration is None:
+            raise VerificationError(
+                "`include` chooses what `calibration` computes again; give both"
+            )
+        result = _verify(path, original, options, calibration=calibration)
+        _print_pruned(path, original, result)
+        _convert(path, result, semi_structured)
+
+
+def _verify(folder: Path, original: str | None, options: dict[str, Any], **more: Any) -> Verified:
+    from maskopt.models.checkpoints.checkpoint import resolve_model
+    from maskopt.models.verification.verify import verify_model
+
+    trusted = options.get("trust_remote_code", False)
+    home = None if original is None else resolve_model(original, trust_remote_code=trusted)
+    given = {"layers" if name == "include" else name: value for name, value in options.items()}
+    with view() as shown:
+        return verify_model(
+            folder, home, lambda done, total: shown.show("tensors", done, total), **given, **more
+        )
+
+
+def _print_smaller(folder: Path, original: str | None, result: Verified) -> None:
+    """What `maskopt prune-structured` wrote."""
+    same = f", every other weight is that of {original}" if original is not None else ""
+    screen.print(
+        f"{folder}: holds. {result.tensors} tensors, of which {result.cut} are smaller and "
+        f"{result.updated} updated, {result.files} files, {result.weights:,} weights{same} "
+        f"(checked: {', '.join(result.checked)}); {', '.join(result.claimed)}: claimed",
+        soft_wrap=True,
+    )
+
+
+def _print_pruned(folder: Path, original: str | None, result: Verified) -> None:
+    """What `maskopt prune` wrote."""
+    changed = "trained" if "trained weights" in result.claimed else "updated"
+    every = "kept weight"
+    if "kept weights" not in result.checked:
+        every = f"weight that is neither pruned nor {changed}"
+    same = f", every {every} is that of {original}" if original is not None else ""
+    screen.print(
+        f"{folder}: holds. {result.layers} layers, {result.rows} rows, {result.files} files, "
+        f"sparsity {result.sparsity:.4f}{same} (checked); {_claims(result)}: claimed",
+        soft_wrap=True,
+    )
+
+
+def _claims(result: Verified) -> str:
+    """The layers whose errors were computed again, and what is claimed."""
+    count, claimed = len(result.checked_layers), list(result.claimed)
+    if not count:
+        return ", ".join(claimed)
+    if count < result.layers:
+        rest = f"errors and statuses of the other {result.layers - count}"
+        claimed = [rest, *(c for c in claimed if c not in ("errors", "statuses"))]
+    updated = ", updated weights" if "updated weights" in result.checked else ""
+    return (
+        f"errors (to {result.tolerance:.0e}) and statuses of {count} layers{updated} (checked); "
+        + ", ".join(claimed)
+    )
+
+
+def _convert(folder: Path, result: Verified, semi_structured: bool | None) -> None:
+    """Conversion of 2:4 layers by PyTorch, where it is asked for or there is a CUDA device."""
+    from maskopt.models.architecture.source import choose_device
+    from maskopt.models.verification import verify
+
+    if semi_structured is None and result.two_four:
+        semi_structured = choose_device("auto").type == "cuda"
+        if not semi_structured:
+            screen.print("conversion by PyTorch (2:4): skipped, there is no CUDA device here")
+    if semi_structured:
+        converted = verify.semi_structured(folder)
+        screen.print(f"PyTorch accepts all {len(converted)} layers as semi-structured 2:4")
+
+
+def _print_fine_tuned(folder: Path, pruned: Path, result: Verified) -> None:
+    """A model that was trained further after a prune."""
+    others = f". Of {result.others} tensors without a mask, {result.changed} changed"
+    screen.print(
+        f"{folder}: holds. All {result.pruned} weights that {pruned} prunes are zero, in {result.tensors} "
+        f"tensors; sparsity {result.sparsity:.4f}{others if result.others else ''}",
+        soft_wrap=True,
+    )
+
+
+def _refuse(what: str, given: set[str], *takes: str) -> None:
+    """Raise OptionError for an option of another check."""
+    for name in sorted(given - {*takes}):
+        raise OptionError(f"`{name}` does not apply to {what}")
+
+
+@command(example="maskopt report OUT --output report.html")
+def report(
+    folders: list[Path] = option(
+        REQUIRED, "Folders that `maskopt prune` wrote; several are compared.", argument=True
+    ),
+    evaluation: Path | None = option(None, "File that `maskopt eval --json FILE` wrote."),
+    gaps: Path | None = option(
+        None, "File that `maskopt bound --output FILE.jsonl` wrote about the first folder."
+    ),
+    picture: str | None = option(None, "Tensor whose mask is shown. Default: the first one."),
+    figures: Path | None = option(None, "Folder for the figures as .png and .svg.", OUTPUT),
+    output: Path = option(Path("report.html"), "The page, .html.", OUTPUT),
+    overwrite: bool = OVERWRITE,
+) -> None:
+    """One self-contained HTML page: the options, errors, improvements, a mask, and how to repeat it.
+
+    It needs no network and holds no script.
+    """
+    from maskopt.report.prune_page import write_report
+
+    if figures is not None and figures.exists() and not figures.is_dir():
+        raise OptionError(f"{figures}: is no folder")
+    found = write_report(
+        output,
+        folders,
+        evaluation=evaluation,
+        gaps=gaps,
+        picture=picture,
+        figures=figures,
+        overwrite=overwrite,
+    )
+    for path in found:
+        written(path)
+
+
+@command(
+    example="maskopt masks apply MODEL OUT/maskopt-masks.bits --output MASKED", name="masks apply"
+)
+def apply(
+    model: Path = option(REQUIRED, "Folder of the dense model.", argument=True),
+    masks: Path = option(REQUIRED, "A file of packed masks.", argument=True),
+    output: Path = option(REQUIRED, "Folder for the masked model.", OUTPUT),
+    overwrite: bool = OVERWRITE,
+) -> None:
+    """Copy a model with the masked weights set to zero."""
+    from maskopt.models.pruning.output import apply_masks
+
+    apply_masks(model, masks, output, overwrite=overwrite)
+    written(output, "masked model")
+
+
+@command(example="maskopt masks export OUT --output masks.bits", name="masks export")
+def export(
+    model: Path = option(REQUIRED, "Folder of a pruned model.", argument=True),
+    output: Path = option(REQUIRED, "File for the packed masks.", OUTPUT),
+    overwrite: bool = OVERWRITE,
+) -> None:
+    """Write the nonzero pattern of the linear layers as packed masks."""
+    from maskopt.models.pruning.output import extract_masks
+
+    sparsities = extract_masks(model, output, overwrite=overwrite)
+    mean = sum(sparsities.values()) / len(sparsities)
+    written(output, f"masks of {len(sparsities)} tensors, mean sparsity {mean:.4f}")
+
+
+@command(example="maskopt masks pack OUT --output PACKED", name="masks pack")
+def pack(
+    folder: Path = option(REQUIRED, "A pruned model; not changed.", argument=True),
+    output: Path = option(REQUIRED, "Folder for the packed model.", OUTPUT),
+    overwrite: bool = OVERWRITE,
+) -> None:
+    """Store a pruned folder without its zeros: kept values and one bit per weight."""
+    from maskopt.models.checkpoints.pack import pack as library
+
+    with view() as shown:
+        library(folder, output, overwrite=overwrite, tick=Bytes(shown, folder))
+    before, after = _size(folder), _size(output)
+    screen.print(
+        f"packed: {output}, {after / 1e6:.1f} MB of {before / 1e6:.1f} MB ({after / before:.1%})",
+        soft_wrap=True,
+    )
+
+
+@command(example="maskopt masks unpack PACKED --output OUT", name="masks unpack")
+def unpack(
+    folder: Path = option(REQUIRED, "Folder that `maskopt masks pack` wrote.", argument=True),
+    output: Path = option(REQUIRED, "Folder for the model.", OUTPUT),
+    overwrite: bool = OVERWRITE,
+) -> None:
+    """Restore a packed folder bit for bit."""
+    from maskopt.models.checkpoints.pack import unpack_folder
+
+    with view() as shown:
+        unpack_folder(folder, output, overwrite=overwrite, tick=Bytes(shown, folder))
+    screen.print(f"unpacked: {output}, {_size(output) / 1e6:.1f} MB", soft_wrap=True)
+
+
+class Bytes:
+    """Counts bytes of the files in a folder, and shows how many are done."""
+
+    def __init__(self, shown: View, folder: Path) -> None:
+        self._shown, self._done, self._total = shown, 0, _size(folder)
+
+    def __call__(self, count: int) -> None:
+        self._done += count
+        self._shown.show("files", min(self._done, self._total), self._total)
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*") if file.is_file())

@@ -1,0 +1,396 @@
+"""`maskopt compare`, `bound` and `export`: rows of instances, or of the layers of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import typer
+from rich.table import Table
+
+from maskopt.cli.command import (
+    CARDINALITY,
+    FOR_A_MODEL,
+    OVERWRITE,
+    RECORDS,
+    TEXT_OF_A_MODEL,
+    command,
+    option_list,
+    read_pairs,
+)
+from maskopt.cli.console import bound_cells, errors, make_table, screen, written
+from maskopt.cli.prune_view import PruneView
+from maskopt.cli.view import view
+from maskopt.core.fields import REQUIRED, option, options_of
+from maskopt.core.files import check_writable
+from maskopt.core.least_squares import LeastSquaresUpdate
+from maskopt.core.pattern import Pattern, parse_sparsity
+from maskopt.core.problem import LayerProblem, RowProblem
+from maskopt.errors import OptionError, SolverError
+from maskopt.experiments.compare import Record, load_instances, sample_rows
+from maskopt.experiments.compare import compare as compare_rows
+from maskopt.experiments.store import check_format
+from maskopt.instances.formats import save_problem
+from maskopt.models.options.prune import BLOCKWISE, LEAST_SQUARES, NONE, PruneOptions
+from maskopt.protocol.solver import WritesInstances, make_solver
+
+if TYPE_CHECKING:
+    from maskopt.models.evaluation.bound import GapRecord
+
+#: options of a prune that have no effect on Gram matrices and patterns, or that each command has itself
+_NOT_HERE = (
+    *("solver", "start", "solver_options", "allocation", "sensitivity", "max_deviation", "counts"),
+    *("training", "seed", "calibrate_on", "true_sequential", "holdout", "target", "min_tokens"),
+)
+#: fewer and shorter windows than a prune has: defaults of `collect_problems`
+_DEFAULTS = {"samples": 32, "seq_len": 512, "sparsity": None}
+#: options of a command whose source may be a model
+OF_A_MODEL = tuple(
+    replace(one, group=FOR_A_MODEL, default=_DEFAULTS.get(one.name, one.default))
+    for one in options_of(PruneOptions)
+    if one.name not in _NOT_HERE
+)
+#: options of an update by the fields of `LeastSquaresUpdate`; options that also apply to instances
+_OF_UPDATE = {"damping": "damping", "damping_exponent": "power"}
+_OF_BOTH = ("sparsity", "update", *_OF_UPDATE, "activation_memory")
+COLUMNS = option(None, "Number of inputs sampled per row. Default: all.", least=1)
+#: of `bound --original`: seconds of sdp for a layer, whose bounds are valid at any time, and rows of a layer
+SDP_SECONDS, ROWS = 60.0, 4
+#: up to this number of rows `bound` prints each
+FEW = 24
+#: of `export`: formats of solvers of integer programs, and all
+PROGRAMS = ("cip", "lp", "mps")
+FORMATS = ("npz", *PROGRAMS, "qplib", "dat", "mc", "rudy", "mdp", "txt")
+
+
+@command(*OF_A_MODEL, example="maskopt compare row.npz --solvers wanda,swap,scip --columns 48")
+def compare(
+    source: list[Path] = option(
+        REQUIRED, "A model folder, or instances (.npz, .dat, …).", argument=True
+    ),
+    solvers: str = option("wanda,swap,scip", "Names, separated by commas."),
+    solver_options: list[str] | None = option(
+        None, "Option of one of the solvers, SOLVER.NAME=VALUE; may be repeated."
+    ),
+    rows: int = option(4, "Rows sampled from every layer.", least=1),
+    columns: int | None = COLUMNS,
+    row_time_limit: float | None = option(None, "Seconds per row.", least=0),
+    jobs: int = option(1, "Number of rows at a time; −1: one per core."),
+    seed: int = option(0, "Random seed of the sample and of the solvers.", least=0),
+    cardinality: int | None = CARDINALITY,
+    calibration: str | None = TEXT_OF_A_MODEL,
+    output: Path | None = RECORDS,
+    overwrite: bool = OVERWRITE,
+    **options: Any,
+) -> None:
+    """Solve the same rows with several solvers: objective, bound, gap, status, time."""
+    check_format(output, overwrite=overwrite)
+    chosen = with_options(option_list(solvers), solver_options)
+    layers = load_layers(source, options, calibration, seed, cardinality)
+    sampled = sample_rows(layers.problems, rows, columns=columns, pattern=layers.pattern, seed=seed)
+    with view() as shown:
+        records = compare_rows(
+            sampled,
+            chosen,
+            time_limit=row_time_limit,
+            seed=seed,
+            jobs=jobs,
+            output=output,
+            on_progress=lambda done, total: shown.show("solving", done, total),
+        )
+    screen.print(comparison_table(records))
+    if layers.shared_budget:
+        said = "each row is solved alone, at the sparsity of its layer: no budget is shared"
+        screen.print(said, soft_wrap=True)
+    for record in records:
+        if record.error:
+            said = f"{record.instance}, {record.solver}: {record.error}"
+            errors.print(said, soft_wrap=True, markup=False, emoji=False)
+    written(output)
+    if all(record.status == "failed" for record in records):
+        raise typer.Exit(1)
+
+
+def with_options(
+    names: list[str], items: list[str] | None
+) -> list[str] | dict[str, dict[str, Any]]:
+    """The solvers, each with the options that are given for it.
+
+    Raises:
+        OptionError: an option of a solver that is not among them.
+    """
+    if not items:
+        return names
+    options: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for item in items:
+        name, dot, setting = item.partition(".")
+        if not dot:
+            raise OptionError(f"`solver_options` takes SOLVER.NAME=VALUE, not {item!r}")
+        if name not in options:
+            raise OptionError(
+                f"`solver_options` {item}: there is no solver {name!r} among {', '.join(names)}"
+            )
+        options[name] |= read_pairs([setting])
+    return options
+
+
+def comparison_table(records: list[Record]) -> Table:
+    """One line per row and solver, in the original units of the rows."""
+    headings = ("objective", "bound", "gap", "> optimum", "status", "seconds")
+    table = make_table("instance, n", "solver", *headings, left=2, no_wrap=True)
+    table.columns[6].justify = "left"
+    last = ""
+    for r in records:
+        here = f"{r.instance}, {r.n}, {r.pattern}"
+        excess = "–" if r.excess != r.excess else f"{r.excess:.2%}"
+        cells = (f"{r.value:.6g}", *bound_cells(r), excess, r.status, f"{r.seconds:.2f}")
+        table.add_row("" if here == last else here, r.solver, *cells)
+        last = here
+    return table
+
+
+@command(*OF_A_MODEL, example="maskopt bound OUT --original MODEL --calibration text.txt")
+def bound(
+    source: list[Path] = option(
+        REQUIRED, "A pruned folder (with --original), a model, or instances.", argument=True
+    ),
+    original: str | None = option(None, "Dense model of the pruned folder."),
+    method: str = option("sdp", "sdp, box, shift, or another bound of `maskopt solvers`."),
+    solver: str | None = option(None, "Solver of the masks without --original. Default: swap."),
+    rows: int | None = option(
+        None, f"Rows sampled per layer. Default: all; {ROWS} with --original.", least=1
+    ),
+    columns: int | None = COLUMNS,
+    cuts: int | None = option(None, "Rounds of triangle cuts for sdp; 8 is a good value.", least=0),
+    layer_time_limit: float | None = option(
+        None,
+        f"Seconds for the rows of a layer. Default: none; {SDP_SECONDS:.0f} for sdp with --original.",
+        least=0,
+    ),
+    jobs: int = option(1, "Number of rows at a time; −1: one per core."),
+    seed: int = option(0, "Random seed of the sampled rows and inputs.", least=0),
+    cardinality: int | None = CARDINALITY,
+    calibration: str | None = TEXT_OF_A_MODEL,
+    output: Path | None = RECORDS,
+    overwrite: bool = OVERWRITE,
+    **options: Any,
+) -> None:
+    """Certified lower bounds of rows, and how far masks are from them.
+
+    With --original, SOURCE is a pruned folder whose masks are bounded: give --samples and --seq-len of the
+    prune.
+    """
+    from maskopt.models.evaluation.bound import bound_layers, certify_model
+
+    check_format(output, overwrite=overwrite)
+    layers = None
+    if original is None:
+        layers = load_layers(source, options, calibration, seed, cardinality)
+    else:
+        searched = {"solver": solver, "columns": columns, "cardinality": cardinality}
+        _check_pruned(source, calibration, {**options, **searched})
+        if layer_time_limit is None and method == "sdp":
+            layer_time_limit = SDP_SECONDS
+    limits = {"cuts": cuts, "time_limit": layer_time_limit}
+    with view() as shown:
+        shared: dict[str, Any] = {
+            "method": method,
+            "method_options": {name: x for name, x in limits.items() if x is not None},
+            "seed": seed,
+            "jobs": jobs,
+            "output": output,
+            "on_rows": lambda done, name: shown.show(f"{name}, rows bounded: {done}", done, None),
+        }
+        if layers is not None:
+            shared |= {"rows": rows, "columns": columns, "solver": solver or "swap"}
+            records = bound_layers(layers.problems, kinds=layers.kinds, **shared)
+        else:
+            shared |= {"calibration": calibration, "rows_per_layer": rows or ROWS}
+            records = certify_model(str(original), source[0], **shared, **options)
+    few = layers is not None and len(records) <= FEW
+    screen.print(_rows_table(records) if few else _kinds_table(records))
+    if layers is not None and layers.shared_budget:
+        screen.print("rows of a shared budget: the bound is of their sum, weighted by ω")
+    written(output)
+
+
+def _check_pruned(source: list[Path], calibration: str | None, given: dict[str, Any]) -> None:
+    """Raise OptionError for several sources, no text, or an option that a pruned folder decides."""
+    if len(source) > 1:
+        raise OptionError("`original` is of one pruned folder")
+    if calibration is None:
+        raise OptionError("`calibration` is missing: name text for the Gram matrices")
+    searched = ("sparsity", "update", "damping", "damping_exponent")
+    for name in (*searched, "solver", "columns", "cardinality"):
+        if given.get(name) is not None:
+            raise OptionError(f"`{name}` is of masks that are searched, not of a pruned folder")
+
+
+_CAPTION = "gap: from objective to bound; no mask is better by more"
+
+
+def _rows_table(records: Sequence[GapRecord]) -> Table:
+    """One line per row, in the original units of the instance."""
+    headings = ("instance, n", "row", "objective", "bound", "gap", "seconds")
+    table = make_table(*headings, no_wrap=True, caption=_CAPTION)
+    for r in records:
+        cells = (f"{r.value:.6g}", *bound_cells(r), f"{r.seconds:.3f}")
+        table.add_row(f"{r.instance}, {r.n}, {r.pattern}", str(r.row), *cells)
+    return table
+
+
+def _kinds_table(records: Sequence[GapRecord]) -> Table:
+    from maskopt.models.evaluation.bound import by_kind
+
+    headings = ("layer kind", "rows", "median gap", "worst gap", "seconds a row")
+    table = make_table(*headings, caption=_CAPTION)
+    for kind, (rows, median, worst, seconds) in by_kind(records).items():
+        table.add_row(kind, str(rows), f"{median:.2%}", f"{worst:.2%}", f"{seconds:.3f}")
+    return table
+
+
+@command(
+    *OF_A_MODEL,
+    example="maskopt export MODEL row.npz --include up_proj --calibration text.txt --sparsity 0.6",
+)
+def export(
+    source: Path = option(REQUIRED, "A model folder, or an instance.", argument=True),
+    destination: Path = option(REQUIRED, "The file to write.", argument=True),
+    row: int = option(0, "Index of the row in the layer.", least=0),
+    columns: str | None = option(
+        None, "Number of inputs to sample, or their indices separated by commas."
+    ),
+    format: str | None = option(
+        None, f"One of {', '.join(FORMATS)}. Default: the ending of the name."
+    ),
+    formulation: str = option("factored", "factored, linear (mps holds no squares) or epigraph."),
+    seed: int = option(0, "Random seed of the sampled inputs.", least=0),
+    cardinality: int | None = CARDINALITY,
+    calibration: str | None = TEXT_OF_A_MODEL,
+    overwrite: bool = OVERWRITE,
+    **options: Any,
+) -> None:
+    """Write one row, or a toy instance out of it, for this program or for any other IP solver."""
+    form = format or destination.suffix.lstrip(".").lower()
+    if form not in FORMATS:
+        raise OptionError(f"unknown format {form!r}; one of {', '.join(FORMATS)}")
+    check_writable(destination, overwrite=overwrite, instance=source)
+    found = load_layers([source], options, calibration, seed, cardinality)
+    if len(found.problems) != 1:
+        names = ", ".join(problem.name for problem in found.problems[:8])
+        raise OptionError(f"--include must name one layer; {len(found.problems)} match: {names}")
+    problem = found.problems[0].row(row)
+    if columns is not None or found.pattern is not None:
+        chosen = np.arange(problem.n) if columns is None else _columns(columns, problem.n, seed)
+        problem = problem.restrict(chosen, found.pattern)
+    if form in PROGRAMS:
+        solver = make_solver("scip")
+        if not isinstance(solver, WritesInstances):
+            raise SolverError("the solver registered as 'scip' cannot write instances")
+        solver.write_instance(problem, destination, form=form, formulation=formulation)
+    else:
+        save_problem(problem, destination, form)
+    screen.print(f"{destination}: {problem!r}", soft_wrap=True)
+    if form in PROGRAMS:
+        _print_units(problem)
+
+
+def _print_units(problem: RowProblem) -> None:
+    """Print how an objective that was shifted is converted to the value in the original units."""
+    units = problem.as_layer().units
+    if units is None:
+        return
+    sign, shift = ("−" if problem.maximised else ""), units.shift * problem.as_layer().pruned
+    value = f"value = {sign}(objective − {shift:.17g}) + {units.constant:.17g}"
+    screen.print(f"it is minimised, shifted to be convex: {value}", soft_wrap=True)
+
+
+def _columns(text: str, n: int, seed: int) -> np.ndarray:
+    try:
+        numbers = [int(part) for part in option_list(text)]
+    except ValueError:
+        raise OptionError(f"--columns takes whole numbers, not {text!r}") from None
+    if len(numbers) > 1 and all(0 <= number < n for number in numbers):
+        return np.array(numbers)
+    if len(numbers) != 1 or not 1 <= numbers[0] <= n:
+        raise OptionError(
+            f"--columns is how many, 1 … {n}, or which ones, 0 … {n - 1} separated by commas"
+        )
+    return np.sort(np.random.default_rng(seed).choice(n, size=numbers[0], replace=False))
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of a source.
+
+    Attributes:
+        pattern: the requested sparsity, or None.
+        kinds: kinds of a model's layers, by name.
+    """
+
+    problems: list[LayerProblem]
+    pattern: Pattern | None
+    kinds: dict[str, str]
+
+    @property
+    def shared_budget(self) -> bool:
+        return any(problem.shared_budget for problem in self.problems)
+
+
+def load_layers(
+    source: list[Path],
+    options: Mapping[str, Any],
+    calibration: str | None,
+    seed: int,
+    cardinality: int | None,
+) -> Layers:
+    """Layers of instances, or of one model folder by running text through it; with an update of kept weights
+    if `options` ask for it.
+
+    Raises:
+        OptionError: a model without calibration text or sparsity, or among other sources.
+    """
+    (update,) = (one for one in OF_A_MODEL if one.name == "update")
+    if update.checked(options.get("update", NONE)) == BLOCKWISE:
+        raise OptionError("`update` blockwise trains whole blocks of a model; take `maskopt prune`")
+    pattern = parse_sparsity(options["sparsity"]) if "sparsity" in options else None
+    model = next((path for path in source if path.is_dir()), None)
+    if model is None:
+        given = {**options, **({} if calibration is None else {"calibration": calibration})}
+        return Layers(_of_instances(source, pattern, given, cardinality), pattern, {})
+    if len(source) > 1:
+        raise OptionError(f"{model} is a model folder: name it alone, or .npz instances")
+    if calibration is None:
+        raise OptionError(f"{model} is a model: name text for its Gram matrices, --calibration")
+    if pattern is None:
+        raise OptionError(f"{model} is a model: say what to prune, --sparsity 0.6 or 2:4")
+    from maskopt.models.pruning.problems import layer_problems
+
+    with view() as shown:
+        how: dict[str, Any] = {"calibration": calibration, "seed": seed, **options}
+        found = list(layer_problems(model, on_progress=PruneView(shown), **how))
+    kinds = {layer.name: layer.kind for layer, _ in found}
+    return Layers([problem for _, problem in found], pattern, kinds)
+
+
+def _of_instances(
+    source: list[Path], pattern: Pattern | None, given: Mapping[str, Any], cardinality: int | None
+) -> list[LayerProblem]:
+    for name, value in given.items():
+        if name not in _OF_BOTH:
+            raise OptionError(
+                f"`{name}` is for a model folder, and {value!r} says nothing of an instance"
+            )
+    layers = load_instances(source, cardinality)
+    if pattern is not None:
+        layers = [layer.under(pattern) for layer in layers]
+    if given.get("update") == LEAST_SQUARES:
+        how = {field: given[name] for name, field in _OF_UPDATE.items() if name in given}
+        return [layer.with_update(LeastSquaresUpdate(**how)) for layer in layers]
+    for name in _OF_UPDATE:
+        if name in given:
+            raise OptionError(f"`{name}` needs `update` least-squares")
+    return layers
