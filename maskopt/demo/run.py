@@ -19,8 +19,9 @@ from maskopt.models.checkpoints.workspace import check_output
 from maskopt.models.evaluation.evaluate import perplexity
 from maskopt.models.pruning.problems import layer_problems
 from maskopt.models.pruning.prune import prune_model
-from maskopt.report import Table, number, write_page
+from maskopt.report.page import write_page
 from maskopt.report.prune_page import Pruned, report_parts
+from maskopt.report.table import Table, number
 
 #: layers whose rows are solved to proven optimality
 TOY_LAYERS = (
@@ -92,10 +93,8 @@ def run_demo(
 
     def judged(name: str, place: Path) -> float:
         progress = partial(on_stage, f"perplexity: {name}")
-        text = demo_text().evaluation
-        return perplexity(
-            place, text=text, seq_len=seq_len, windows=windows, on_progress=progress
-        ).value
+        how: dict[str, Any] = {"text": demo_text().evaluation, "seq_len": seq_len}
+        return perplexity(place, windows=windows, on_progress=progress, **how).value
 
     values = {"dense": judged("dense", folder)}
     prunes: dict[str, PruneReport] = {}
@@ -114,11 +113,8 @@ def run_demo(
         values[solver] = judged(solver, output / place)
 
     blocks = len({layer.block for layer in prunes["swap"].layers})
-    tables = [
-        toy,
-        error_table(prunes["swap"], sparsity, blocks),
-        perplexity_table(values, prunes, windows, seq_len),
-    ]
+    errors = error_table(prunes["swap"], sparsity, blocks)
+    tables = [toy, errors, perplexity_table(values, prunes, windows, seq_len)]
     parts = [
         "Calibrated on Python's help topics, and evaluated on others of them.",
         *report_parts([Pruned.open(output / "model", "model")], tables=tables),
@@ -161,18 +157,12 @@ def toy_table(records: Sequence[Record], labels: Mapping[str, str], sparsity: fl
         note="RIA's column sums see one row only here.",
     )
     last = ""
-    for record in records:
-        shown = labels[record.instance] if record.instance != last else ""
-        last = record.instance
-        table.add(
-            shown,
-            record.solver,
-            number(record.objective),
-            number(record.lower_bound) if record.bounded else "–",
-            "–" if record.excess != record.excess else f"{record.excess:.2%}",
-            record.error or record.status,
-            f"{record.seconds:.2f}",
-        )
+    for r in records:
+        bound = number(r.lower_bound) if r.bounded else "–"
+        excess = "–" if r.excess != r.excess else f"{r.excess:.2%}"
+        cells = (number(r.objective), bound, excess, r.error or r.status, f"{r.seconds:.2f}")
+        table.add("" if r.instance == last else labels[r.instance], r.solver, *cells)
+        last = r.instance
     return table
 
 

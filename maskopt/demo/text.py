@@ -1,8 +1,4 @@
-"""Text that every Python already has: the help topics of `pydoc_data.topics`.
-
-About 110k tokens of English technical prose. The first part is for calibration, the last for
-evaluation; no topic is in both.
-"""
+"""Text that every Python already has: the help topics of `pydoc_data.topics`, about 110k tokens."""
 
 from __future__ import annotations
 
@@ -23,10 +19,7 @@ class DemoText:
 
 
 def demo_text() -> DemoText:
-    """The topics in the order of their names, cut between two topics at three quarters.
-
-    Topics that repeat an earlier one word for word are left out, so that no text is on both sides.
-    """
+    """The topics in the order of their names, each text once, cut between two topics at three quarters."""
     try:
         from pydoc_data.topics import topics  # type: ignore[import-not-found, unused-ignore]
     except ImportError:

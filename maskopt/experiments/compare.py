@@ -1,8 +1,7 @@
 """The same rows through several solvers: objective, lower bound, gap, status, seconds.
 
-A job is one row through one solver. Jobs run under joblib, so `joblib.parallel_config` sends them to threads,
-processes, Dask or Ray. With an `output` of JSON lines every finished job is written at once, its solution
-into the folder `<output>.rows`; a later run verifies that solution and skips the job.
+A job is one row through one solver. With an `output` of JSON lines every finished job is written at once, its
+solution into the folder `<output>.rows`; a later run verifies that solution and skips the job.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from joblib import delayed
@@ -32,11 +31,12 @@ from maskopt.protocol.solver import Solver, make_solver, solve
 class Record:
     """The answer of one solver for one row.
 
-    `value` and `value_bound` are `objective` and `lower_bound` in the problem's own units
-    (`RowProblem.to_original_units`),
-    `gap` and `excess` parts of the value: `gap` by the solver's own bound, `excess` over the optimum where a
-    solver of the comparison proved it, else NaN. `trusted` is the exact solver whose bound nothing proves,
-    `trace` the rest (`maskopt.protocol.trace`), with columns of its own in a file.
+    Attributes:
+        value, value_bound: objective and lower bound in original units (`RowProblem.to_original_units`).
+        gap: from the value to the solver's own bound, relative to the value.
+        excess: over the optimum, relative, where a solver of the comparison proved it; else NaN.
+        trusted: the exact solver whose bound nothing proves.
+        trace: the columns of `maskopt.protocol.trace`; a file has them as columns of its own.
     """
 
     instance: str
@@ -71,11 +71,8 @@ def sample_rows(
     pattern: Pattern | None = None,
     seed: int = 0,
 ) -> list[RowProblem]:
-    """`rows` rows of every layer, each restricted to `columns` random inputs of its own.
-
-    The draw depends on the seed and on the layer's position alone. Restricted rows keep the layer's
-    pattern (of N:M only whole groups make sense: `columns` must be divisible by M).
-    """
+    """`rows` rows of every layer, each restricted to `columns` random inputs of its own (for N:M divisible by
+    M). The draw depends on the seed and on the layer's position alone."""
     check_rows(rows)
     sampled = []
     for position, layer in enumerate(layers):
@@ -99,11 +96,14 @@ def draw_rows(
     """Random rows of a layer (None: all) with `columns` random inputs each: (row, inputs), both ascending,
     inputs None where they are all."""
     rng = np.random.default_rng(seed)
-    count = layer.rows if rows is None else min(rows, layer.rows)
-    chosen = np.sort(rng.choice(layer.rows, size=count, replace=False))
+
+    def drawn(size: int, of: int) -> np.ndarray:
+        return np.sort(rng.choice(of, size=size, replace=False))
+
+    chosen = drawn(layer.rows if rows is None else min(rows, layer.rows), layer.rows).tolist()
     if columns is None or columns >= layer.n:
-        return [(int(row), None) for row in chosen]
-    return [(int(row), np.sort(rng.choice(layer.n, size=columns, replace=False))) for row in chosen]
+        return [(row, None) for row in chosen]
+    return [(row, drawn(columns, layer.n)) for row in chosen]
 
 
 def compare(
@@ -119,13 +119,12 @@ def compare(
     """Every row through every solver.
 
     Args:
-        rows: the instances, for example of `sample_rows`.
+        rows: instances, for example of `sample_rows`.
         solvers: names or values such as `Swap()`, none of them twice, or name → options (`start`,
             `time_limit`, `seed`, … among them, which override those for all).
-        time_limit: seconds a row, its start included.
-        seed: of everything random.
-        jobs: joblib's n_jobs, as many rows at a time; None: that of a `joblib.parallel_config` around the
-            call, which may name a cluster's backend (Dask, Ray), else one.
+        time_limit: seconds per row, its start included.
+        jobs: joblib's n_jobs: rows at a time. None: as a `joblib.parallel_config` around the call says, which
+            may name a cluster's backend (Dask, Ray); else one.
         output: a `.jsonl` makes the run resumable; `.csv` and `.parquet` are written at the end.
         on_progress: called with (finished jobs, jobs).
 
@@ -133,8 +132,8 @@ def compare(
         Records in the order rows × solvers. A job that failed has status `failed` and its error.
 
     Raises:
-        OptionError, SolverError: solvers, options or an `output` that will not do, before anything
-            runs. DataError: an `output` that holds something else.
+        OptionError, SolverError: solvers, options or an `output` that will not do, before anything runs.
+            DataError: an `output` that holds something else.
     """
     jobs_by_name = _jobs_by_name(solvers, Limits(seconds=time_limit, seed=seed))
     if not jobs_by_name:
@@ -150,7 +149,9 @@ def compare(
     held = store.records()
     for (_, name), (key, row) in wanted.items():
         job = jobs_by_name[name]
-        found = store.solution(key, row, _required(job.solver)) if key in held else None
+        # only exact solvers have bounds that nothing proves
+        required = "claims" if job.solver.capabilities.trusted else "checked"
+        found = store.solution(key, row, required) if key in held else None
         if found is not None:
             finished[key] = _record(row, name, job, key, found)
         else:
@@ -204,15 +205,10 @@ def _solved(row: RowProblem, name: str, job: _Job, key: str) -> tuple[Record, So
     return _record(row, name, job, key, solution), solution
 
 
-def _required(solver: Solver) -> Literal["claims", "checked"]:
-    """What a solution of an earlier run must hold: only exact solvers have bounds that nothing proves."""
-    return "claims" if solver.capabilities.trusted else "checked"
-
-
 def _record(
     row: RowProblem, name: str, job: _Job, key: str, answer: Solution | MaskoptError
 ) -> Record:
-    """What a solution, or the error in place of one, says of a row."""
+    """The record of a solution, or of the error in place of one."""
     base: dict[str, Any] = {
         "instance": row.name,
         "n": row.n,

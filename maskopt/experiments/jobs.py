@@ -1,7 +1,5 @@
-"""Rows as jobs of their own, under whatever backend of joblib is configured: threads, processes, Dask, Ray.
-
-A job is known by its data, its solver and its limits: what was finished once is not done again.
-"""
+"""Rows as jobs of their own, under the configured backend of joblib: threads, processes, Dask, Ray. The key
+of a job is made of its data, its solver and its limits."""
 
 from __future__ import annotations
 

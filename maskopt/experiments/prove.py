@@ -7,12 +7,14 @@ continues.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from joblib import delayed
+from torch import Tensor
 
 from maskopt.certificates.certificate import Certificate
 from maskopt.core.limits import Limits
@@ -43,10 +45,10 @@ def prove(
             prove(LayerProblem.load("layer.npz"), "proof.npz")
 
     Args:
-        output: .npz for masks and trees, as `maskopt verify` takes it; until all rows are done, finished ones
-            are in the folder `<output>.rows`.
+        output: .npz for masks and trees; until all rows are done, finished ones are in the folder
+            `<output>.rows`.
         start: as for `solve`: a solver, a mask [rows, n], or None.
-        limits: the seconds are shared by all rows; the listener is that of a single row.
+        limits: the seconds are of all rows together.
         jobs: as for `maskopt.experiments.compare.compare`.
         on_progress: called with (finished rows, rows).
         options: of the solver `branch`.
@@ -67,7 +69,7 @@ def prove(
         start = layer.check_mask(start, "start")
     limits, jobs = limits or Limits(), 1 if layer.rows == 1 else jobs
     rows = [layer.row(index) for index in range(layer.rows)]
-    starts = [_start_of(start, index) for index in range(layer.rows)]
+    starts = [start[i : i + 1] if isinstance(start, Tensor) else start for i in range(layer.rows)]
     store = Store(output, None)
     # what is proven stays so, however long it may take and however many workers share the time
     untimed = replace(limits, seconds=None)
@@ -91,13 +93,14 @@ def prove(
     joined = Solution.joined([found[key] for key in keys], certificate)
     if output is not None:
         joined.save(output)
-    store.remove_solutions()
+    if store.folder is not None:
+        shutil.rmtree(store.folder, ignore_errors=True)
     return joined
 
 
 def _of_a_row(limits: Limits, rows: int, jobs: int | None) -> Limits:
-    """Its share of the time of all rows; and no listener, which cannot be sent to another process, but of a
-    single row."""
+    """Its share of the time of all rows; with several rows no listener, which cannot be sent to another
+    process."""
     limits = limits.quiet() if rows > 1 else limits
     if limits.seconds is None:
         return limits
@@ -111,11 +114,6 @@ def _certificate(layer: LayerProblem, rows: Sequence[Solution]) -> Certificate |
     if all(one is None for one in own):
         return None
     return Certificate.stack(one or nothing.take([at]) for at, one in enumerate(own))
-
-
-def _start_of(start: Any, row: int) -> Any:
-    """Of a mask, its row; of all else, itself."""
-    return start if start is None or isinstance(start, str | Solver) else start[row : row + 1]
 
 
 def _proven(

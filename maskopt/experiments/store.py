@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import logging
 import math
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from filelock import FileLock
 
-from maskopt.checks.verification import verify
+from maskopt.checks.verification import Require, verify
 from maskopt.core.fields import holds_its_kinds
 from maskopt.core.files import atomic_write, check_writable, from_json
 from maskopt.core.problem import LayerProblem, RowProblem
@@ -33,21 +34,21 @@ _POLL = 0.005
 
 
 class Store:
-    """What finished jobs leave behind: records in the file `output`, solutions in the folder `<output>.rows`.
+    """Finished jobs: records in the file `output`, solutions in the folder `<output>.rows`.
 
     A `.jsonl` grows by a line as each job finishes, and several runs may share it; its jobs are resumed from
-    their solutions. A `.csv` or `.parquet` is written once, at the end. Anybody can write into the folder,
-    so a solution that `verify` refuses is dropped, and its job runs again. Without an output nothing is
-    kept.
+    their solutions. A `.csv` or `.parquet` is written once, at the end. Anybody can write into the folder, so
+    a solution that `verify` refuses is dropped, and its job runs again. Without an output nothing is kept.
+
+    Args:
+        kind: of the records, a frozen dataclass with `key`, `value`, `value_bound` and `gap`; None: the
+            caller writes the output.
+
+    Raises:
+        OptionError: as `check_format`, before anything is written.
     """
 
     def __init__(self, output: str | os.PathLike[str] | None, kind: type[Any] | None) -> None:
-        """Errors are those of `check_format`, before anything is written.
-
-        Args:
-            kind: of the records, a frozen dataclass with `key`, `value`, `value_bound` and `gap`; None: the
-                output is written by somebody else, at the end.
-        """
         self.path = None if output is None else Path(output)
         self.kind, self.grows = kind, self.path is not None and self.path.suffix == ".jsonl"
         self.folder: Path | None = None
@@ -61,13 +62,8 @@ class Store:
             self.folder = self.path.with_name(self.path.name + ".rows")
 
     def records(self) -> dict[str, Any]:
-        """The records of a file that is to grow, by key; of a table none.
-
-        The file then ends with a whole line: `add` would write onto one that was cut off.
-
-        Raises:
-            DataError: as of `read_records`.
-        """
+        """The records of a file that is to grow, by key; of a table none. The file then ends with a whole
+        line: `add` would write onto one that was cut off. Raises what `read_records` does."""
         if self.path is None or self.kind is None or not self.grows or not self.path.exists():
             return {}
         with _alone(self.path):
@@ -79,7 +75,7 @@ class Store:
         self,
         key: str,
         problem: LayerProblem | RowProblem,
-        require: Literal["claims", "checked"] = "checked",
+        require: Require = "checked",
     ) -> Solution | None:
         """The solution of a job, verified against its problem; None where there is none that holds."""
         path = self.folder and self.folder / f"{key}.npz"
@@ -117,10 +113,6 @@ class Store:
             held = read_records(self.path, self.kind)
             others = [record for key, record in held.items() if key not in own]
             write_records(self.path, [*others, *records])
-
-    def remove_solutions(self) -> None:
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @contextmanager
@@ -181,8 +173,7 @@ def read_records(path: Path, kind: type[Any]) -> dict[str, Any]:
             raise DataError(
                 f"{path}: line {number + 1} is not JSON ({error}); remove the file"
             ) from None
-        if not isinstance(data, dict):
-            data = {}
+        data = data if isinstance(data, dict) else {}
         own = {k: v for k, v in data.items() if k in names}
         extra = {k: v for k, v in data.items() if k not in names}
         sound = set(own) == names - {"trace"} and isinstance(own["key"], str)
@@ -209,9 +200,6 @@ def write_records(path: Path, records: Sequence[Any]) -> None:
         if path.suffix == ".jsonl":
             file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
         elif path.suffix == ".csv":
-            import csv
-            import io
-
             text = io.StringIO()
             writer = csv.DictWriter(text, fieldnames=columns)
             writer.writeheader()

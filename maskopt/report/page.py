@@ -108,9 +108,9 @@ class MaskPicture:
     def html(self) -> str:
         part = self.kept[:MOST, :MOST]
         rows, n = part.shape
-        of = "" if part.shape == self.kept.shape else (
-            f" of {self.kept.shape[0]} × {self.kept.shape[1]}, the upper left part"
-        )  # fmt: skip
+        of = ""
+        if part.shape != self.kept.shape:
+            of = f" of {self.kept.shape[0]} × {self.kept.shape[1]}, the upper left part"
         words = (
             f"Mask of {self.name}: {rows} outputs (down) by {n} inputs (across){of}; dark is kept, "
             f"{float((~part).float().mean()):.1%} is pruned"

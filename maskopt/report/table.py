@@ -13,11 +13,6 @@ from rich.text import Text
 from maskopt.errors import printable
 
 
-def _text(cell: str) -> Text:
-    """No markup, and no control characters."""
-    return Text(printable(cell))
-
-
 def number(value: float | None, digits: int = 4) -> str:
     """`12.35`, `0.004021`, `1.2e+05`; `–` where there is nothing to say."""
     if value is None or math.isnan(value):
@@ -43,17 +38,18 @@ class Table:
         self.rows.append(cells)
 
     def rich(self) -> rich.table.Table:
-        """For `rich.print`."""
-        table = rich.table.Table(
-            title=_text(self.title),
-            title_justify="left",
-            caption=_text(self.note) if self.note else None,
-        )
+        """For `rich.print`: no markup, and no control characters."""
+
+        def text(cell: str) -> Text:
+            return Text(printable(cell))
+
+        caption = text(self.note) if self.note else None
+        table = rich.table.Table(title=text(self.title), title_justify="left", caption=caption)
         for index, heading in enumerate(self.headings):
             justify = "left" if index < self.text_columns else "right"
-            table.add_column(_text(heading), justify=justify, no_wrap=True)  # type: ignore[arg-type]
+            table.add_column(text(heading), justify=justify, no_wrap=True)  # type: ignore[arg-type]
         for row in self.rows:
-            table.add_row(*map(_text, row))
+            table.add_row(*map(text, row))
         return table
 
     def html(self) -> str:

@@ -20,8 +20,9 @@ from tiny_models import save, tiny, tokens
 
 from maskopt import prune_model
 from maskopt.errors import ModelError, OptionError
-from maskopt.report import Table, number, write_page
+from maskopt.report.page import write_page
 from maskopt.report.prune_page import Pruned, summary
+from maskopt.report.table import Table, number
 
 OPTIONS = {"sparsity": 0.5, "min_tokens": 1, "holdout": 0.25}
 TRAINED = {"update": "blockwise", "training": {"epochs": 1, "begin": "least-squares"}}

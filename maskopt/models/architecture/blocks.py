@@ -1,9 +1,8 @@
-"""The structure of a causal LM: its decoder blocks and the weight matrices in them.
+"""The decoder blocks of a causal LM and the weight matrices in them.
 
-Blocks are found by structure, not by name: the outermost `nn.ModuleList` whose elements hold the
-most weights. Inside a block, a layer is a matrix that multiplies activations: the weight of an
-`nn.Linear` [out, in], of GPT-2's `Conv1D` [in, out], or one expert's slice of a 3-D parameter
-[experts, out, in] (or [experts, in, out] where the module says `is_transposed`).
+The blocks are the outermost `nn.ModuleList` whose elements hold the most weights. A layer is a matrix that
+multiplies activations: the weight of an `nn.Linear` [out, in], of GPT-2's `Conv1D` [in, out], or one expert's
+slice of a 3-D parameter [experts, out, in] ([experts, in, out] where the module says `is_transposed`).
 """
 
 from __future__ import annotations
@@ -62,12 +61,7 @@ Found = TypeVar("Found", bound=Named)
 
 
 class Blocks:
-    """The decoder blocks of a model.
-
-    Attributes:
-        name: of the module list, e.g. `model.layers`.
-        modules: the list itself.
-    """
+    """The decoder blocks of a model: the module list `modules`, called `name` in it, e.g. `model.layers`."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -87,8 +81,8 @@ class Blocks:
         return [layer for index in range(len(self)) for layer in self.layers(index)]
 
     def outside(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and parameters that belong to no block and are needed before the first one: all
-        but an output head of its own."""
+        """Names and parameters of no block that are needed before the first one: all but an output head of
+        its own."""
         head = {name for name, _ in self.own_head()}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if not name.startswith(self.name + ".") and name not in head:
@@ -132,10 +126,9 @@ def matrix(model: nn.Module, layer: Layer) -> Float[Tensor, "rows n"]:
 def choose(
     layers: Sequence[Found], include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> list[Found]:
-    """The layers that some `include` pattern matches (all where there is none) and no `exclude`.
-
-    A pattern is a shell pattern on the whole name or on any run of its dotted parts: `q_proj`,
-    `mlp.*`, `model.layers.0.*`.
+    """The layers that some `include` pattern matches (all where there is none) and no `exclude`. A pattern is
+    a shell pattern on the whole name or on any run of its dotted parts: `q_proj`, `mlp.*`,
+    `model.layers.0.*`.
 
     Raises:
         ModelError: a pattern that matches no layer (near names are given), or nothing is left.
@@ -160,10 +153,8 @@ def choose(
 
 
 class _Names:
-    """Dotted names that shell patterns match, as a whole or by a run of their parts.
-
-    Patterns without a wildcard are looked up: lists of all names of a model are patterns, too.
-    """
+    """Dotted names that shell patterns match, as a whole or by a run of their parts. Patterns without a
+    wildcard are looked up: lists of all names of a model are patterns, too."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = list(names)
@@ -273,8 +264,8 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def _transposed(module: nn.Module) -> bool:
-    """Are the experts stored [experts, in, out]? By the module's own attribute, or else by its shapes:
-    the outputs of the last matrix are the inputs of the first."""
+    """Are the experts stored [experts, in, out]? By the module's own attribute, or else by its shapes: the
+    outputs of the last matrix are the inputs of the first."""
     said = getattr(module, "is_transposed", None)
     if said is not None:
         return bool(said)

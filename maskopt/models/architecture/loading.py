@@ -34,11 +34,8 @@ class Loader:
         self._loaded_buffers = False
 
     def load(self, names: Iterable[str], edits: Edits | None = None) -> None:
-        """Bring parameters into memory, as the edits leave their tensors.
-
-        Raises:
-            ModelError: a parameter without a tensor, or of another shape.
-        """
+        """Bring parameters into memory, after the edits of their tensors; ModelError for a parameter without
+        a tensor, or of another shape."""
         wanted = list(names)
         buffers = [] if self._loaded_buffers else [key for key, _ in self.model.named_buffers()]
         self._loaded_buffers = True
@@ -150,8 +147,8 @@ def stored_masks(
 ) -> dict[str, TensorMask]:
     """Masks of layers [rows, n], by the layer's name, as masks of the checkpoint's tensors.
 
-    Where the checkpoint stores a parameter otherwise (experts one by one, say), transformers' own
-    conversion for saving is applied to the mask; so it is where there is no checkpoint yet (`loader` None).
+    Where the checkpoint stores a parameter otherwise (experts one by one), or there is none yet (`loader`
+    None), transformers' own conversion for saving is applied to the mask.
 
     Raises:
         ModelError: a parameter that the conversion does not store where it was read from.
@@ -172,17 +169,8 @@ def stored_masks(
 def stored_values(
     model: nn.Module, values: Mapping[str, tuple[Layer, Tensor]], loader: Loader
 ) -> dict[str, Tensor]:
-    """New weights of layers [rows, n], by the layer's name, as those of the checkpoint's tensors.
-
-    Args:
-        values: in the dtype in which they are stored.
-
-    Returns:
-        In the tensors' shapes, NaN where a tensor holds weights of no such layer.
-
-    Raises:
-        ModelError: as for `stored_masks`.
-    """
+    """New weights of layers [rows, n], in the stored dtype, as those of the checkpoint's tensors: NaN where a
+    tensor holds weights of no such layer. Raises what `stored_masks` raises."""
     result: dict[str, Tensor] = {}
     for name, whole in merged(model, values, torch.nan).items():
         result |= _stored(model, name, whole, loader)

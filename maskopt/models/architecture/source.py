@@ -1,8 +1,6 @@
-"""Where the weights come from: a model in memory, or a folder read block by block.
-
-Both are a `Source`: a model whose parts outside the decoder blocks are in memory, and `open(index)`,
-inside which the weights of one block are. The rest of the pipeline knows only this.
-"""
+"""Where the weights come from: a model in memory, or a folder read block by block. Both are a `Source`: a
+model whose parts outside the decoder blocks are in memory, and `open(index)`, inside which one block's
+weights are."""
 
 from __future__ import annotations
 
@@ -68,10 +66,8 @@ class Source:
 
     @contextmanager
     def open(self, index: int, edits: Edits | None = None) -> Iterator[nn.Module]:
-        """Context in which the weights of block `index` are in memory; yields the block.
-
-        `edits` are applied to the checkpoint's tensors on reading.
-        """
+        """Context in which the weights of block `index` are in memory, after `edits` of the checkpoint's
+        tensors; yields the block."""
         if edits is not None:
             raise ModelError("a model in memory cannot be resumed; prune its folder instead")
         block = self.blocks.modules[index]
@@ -81,8 +77,8 @@ class Source:
 
     @contextmanager
     def head(self, like: Source | None = None) -> Iterator[None]:
-        """Context in which all is in memory that follows the blocks; it may be entered again. Parameters that
-        equal those of that name of `like`, where they are in memory, are held once."""
+        """Context in which all that follows the blocks is in memory. Parameters that equal those of that name
+        of `like`, where they are in memory, are held once."""
         yield
 
     def drop(self) -> None:
@@ -109,12 +105,8 @@ class Source:
 
 
 class FolderSource(Source):
-    """A model folder; only what lies outside the blocks and the open block are in memory.
-
-    Args:
-        device, dtype: where and in which precision the forward passes run. The stored weights
-            keep theirs.
-    """
+    """A model folder; only what lies outside the blocks and the open block are in memory. Forward passes run
+    on `device` in `dtype`; the stored weights keep theirs."""
 
     checkpoint: Checkpoint
     model: Any
@@ -226,11 +218,7 @@ class FolderSource(Source):
 
 
 def as_stored(source: Source, layer: Layer, weight: Tensor) -> Tensor:
-    """New weights of a layer [rows, n] as they can be stored, float64.
-
-    Raises:
-        ModelError: one is beyond the dtype's range.
-    """
+    """New weights of a layer [rows, n] rounded to the stored dtype, float64; ModelError beyond its range."""
     dtype = source.stored_dtype(layer)
     rounded = weight.to(dtype).double()
     if not bool(torch.isfinite(rounded).all()):
@@ -241,8 +229,7 @@ def as_stored(source: Source, layer: Layer, weight: Tensor) -> Tensor:
 
 
 def vectors_of(blocks: Blocks, index: int) -> list[str]:
-    """Names in the model of a block's parameters with one dimension, but for those that it shares with
-    another block."""
+    """Names in the model of a block's one-dimensional parameters that no other block shares."""
     others = {
         id(p)
         for number, block in enumerate(blocks.modules)
@@ -256,11 +243,8 @@ def vectors_of(blocks: Blocks, index: int) -> list[str]:
 def skeleton(
     checkpoint: Checkpoint, dtype: torch.dtype | None, *, trust_remote_code: bool = False
 ) -> Any:
-    """The model without any weights, in evaluation mode.
-
-    Raises:
-        ModelError: transformers does not know the model, or its configuration is impossible.
-    """
+    """The model without any weights, in evaluation mode; ModelError where transformers does not know it, or
+    its configuration is impossible."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = checkpoint.folder
@@ -302,12 +286,8 @@ def open_source(
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> Source:
-    """A model as a `Source`; one in memory is put into evaluation mode.
-
-    Raises:
-        ModelError: no CUDA where `cuda` is asked, an unknown device or dtype, or a model that
-            cannot be read.
-    """
+    """A model as a `Source`; one in memory is put into evaluation mode. Raises ModelError: an unknown device
+    or dtype, no CUDA, or a model that cannot be read."""
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"`dtype` must be auto or one of {', '.join(DTYPES)}, not {dtype!r}")
     if isinstance(model, nn.Module):
@@ -329,11 +309,7 @@ def open_source(
 
 
 def choose_device(device: str) -> torch.device:
-    """cpu, cuda, cuda:N or auto as a device that is there.
-
-    Raises:
-        ModelError: no CUDA, or no such device.
-    """
+    """`cpu`, `cuda`, `cuda:N` or `auto` as a device; ModelError where there is no such device."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

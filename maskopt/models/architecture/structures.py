@@ -1,10 +1,9 @@
 """What can be cut out of a decoder block whole: channels of its MLP, attention heads.
 
-A structure is read off by what consumes it: the columns of `down_proj` are channels, blocks of columns of
-`o_proj` are heads. What produces it goes along: rows of `gate_proj` and `up_proj`, of `q_proj`, and of
-`k_proj` and `v_proj` where whole key–value groups go. The names are those of transformers; whether a family
-computes what its names say is what the tests of families show, and whether its configuration can say the new
-sizes is asked of the model that it then describes (`maskopt.models.structured.change`).
+The columns of `down_proj` are channels, blocks of columns of `o_proj` heads. What produces them goes along:
+rows of `gate_proj` and `up_proj`, of `q_proj`, and of `k_proj` and `v_proj` where whole key–value groups go.
+The names are those of transformers. Whether a configuration can describe the new sizes is tested on the model
+that it then describes (`maskopt.models.structured.change`).
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ class Cut:
     """How a parameter is cut along an axis.
 
     Attributes:
-        parts: (length, width) of what lies there one after the other: structure 0, 1, … of `width` indices
-            each; of width 0: what stays.
+        parts: (length, width) in order along the axis: structure 0, 1, … of `width` indices each; width 0:
+            stays.
     """
 
     axis: int
@@ -113,11 +112,8 @@ class Attention:
 
 
 def channels_of(blocks: Blocks, index: int, share: float, round_to: int) -> Structures:
-    """The channels of a block's MLP, of which `share` goes, rounded down so that what stays is a multiple.
-
-    Raises:
-        ModelError: no MLP whose channels are known; nothing would go.
-    """
+    """The channels of a block's MLP, of which `share` goes, rounded down so that a multiple of `round_to`
+    stays; ModelError for an unknown MLP, or where nothing would go."""
     consumer, producers = _find(blocks, index, _MLPS, "MLP", CHANNELS)
     n = consumer.n
     kept = -(-(n - Unstructured(sparsity=share).pruned_in(1, n)) // round_to) * round_to
@@ -135,11 +131,8 @@ def channels_of(blocks: Blocks, index: int, share: float, round_to: int) -> Stru
 
 def heads_of(blocks: Blocks, index: int, share: float) -> Structures:
     """The attention heads of a block: whole key–value groups where the share takes at least one of them, else
-    as many query heads of every group.
-
-    Raises:
-        ModelError: an attention that is not known; nothing would go.
-    """
+    as many query heads of every group. Raises ModelError for an unknown attention, or where nothing would
+    go."""
     consumer, producers = _find(blocks, index, _ATTENTIONS, "attention", HEADS)
     numbers = attention_of(blocks.model, consumer)
     each = numbers.heads // numbers.groups

@@ -1,8 +1,5 @@
-"""What a streamed model needs of transformers beyond its documented interface; nothing else may use it.
-
-These parts change without notice between releases, so the versions that they were tested with are
-said here, and the oldest and the newest of them are tested.
-"""
+"""What a streamed model needs of transformers beyond its documented interface; nothing else may use it. These
+parts change without notice; the oldest and the newest tested release are named here."""
 
 from __future__ import annotations
 
@@ -25,11 +22,7 @@ SUPPORTED = ("5.6", "5.24")
 
 @functools.cache
 def check_version(installed: str = transformers.__version__) -> None:
-    """Refuse a transformers that lacks what is used here; warn, once, of one that nobody tried.
-
-    Raises:
-        ModelError: older than the oldest supported release.
-    """
+    """Raise ModelError for a transformers older than the oldest tested release; warn once of a newer one."""
     oldest, newest = SUPPORTED
     remedy = f'pip install "transformers>={oldest},<={newest}.*"'
     if _minor(installed) < _minor(oldest):
@@ -51,8 +44,8 @@ class Conversion:
     """How the tensors of a checkpoint become the parameters of a model, by transformers' own rules.
 
     Args:
-        model: without weights (`torch.device("meta")`); remembers the rules that were used, so that
-            `revert` undoes them.
+        model: without weights (`torch.device("meta")`); it remembers the rules that were used, which `revert`
+            undoes.
         keys: names of the checkpoint's tensors.
         place: what messages call the checkpoint.
 
@@ -60,8 +53,7 @@ class Conversion:
         converted: parameters that the checkpoint stores otherwise (experts one by one, say).
 
     Raises:
-        ModelError: two tensors are the same parameter, such as with and without the name of the base model;
-            which of them is loaded is a matter of their order.
+        ModelError: two tensors are the same parameter, such as with and without the name of the base model.
     """
 
     def __init__(self, model: Any, keys: Iterable[str], place: str) -> None:
@@ -125,11 +117,8 @@ class Conversion:
         return [key for first in firsts for key in self._sources[first]]
 
     def load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        """Convert tensors [as stored] into the model's parameters on the device, in its dtype.
-
-        Raises:
-            ModelError: a tensor of another shape than its parameter, or one that cannot be converted.
-        """
+        """Convert tensors [as stored] into the model's parameters on the device, in its dtype; ModelError for
+        one of another shape than its parameter, or that cannot be converted."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 

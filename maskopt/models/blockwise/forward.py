@@ -1,8 +1,7 @@
 """Run a causal LM block by block: what every block is called with, and samples through one block.
 
-Samples run one at a time. On the CPU each runs on one thread of its own, several at once;
-all sums are taken in the order of the samples. So the bits of the result do not depend on the number
-of threads.
+Samples run one at a time. On the CPU each runs on one thread of its own, several at once; all sums are taken
+in the order of the samples. So the bits of the result do not depend on the number of threads.
 """
 
 from __future__ import annotations

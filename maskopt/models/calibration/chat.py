@@ -1,9 +1,7 @@
 """From conversations to windows of tokens, through the model's own chat template.
 
-A chat-tuned model sees text only as its template writes it: roles and turns marked by tokens of their own.
 A template is a program that comes with the model. transformers runs it in Jinja's sandbox, where it reaches
-nothing but the messages and the names of the special tokens, and writes text; its errors are reported in one
-line, with the conversation.
+nothing but the messages and the special tokens; its errors are reported with the conversation.
 """
 
 from __future__ import annotations
@@ -59,9 +57,8 @@ def chat_calibration_windows(
 ) -> Windows:
     """`samples` windows of `seq_len` tokens of conversations in random order, the same for the same seed.
 
-    A window begins with the beginning of a conversation, as the template writes it, and is filled with
-    the next ones; the last one is cut where the window ends, and its rest is dropped, so that no
-    conversation is in two windows. Once all have been used they are used again, in another order, and
+    A window begins with a conversation, and is filled with the next ones; the last one is cut at the end of
+    the window, and its rest is dropped. Once all have been used they are used again, in another order, and
     the windows' source says so.
 
     Args:
@@ -69,8 +66,8 @@ def chat_calibration_windows(
         tokenizer: of the model, with its chat template.
 
     Raises:
-        DataError: what `read_conversations` raises; no chat template, or one that refuses a
-            conversation; less than one window.
+        DataError: as `read_conversations`; no chat template, or one that refuses a conversation; less than
+            one window.
     """
     chats = _Chats(read_conversations(source), tokenizer)
     words, generator = _name(source), random.Random(seed)
@@ -92,12 +89,8 @@ def chat_evaluation_windows(
     seq_len: int = 2048,
     limit: int | None = None,
 ) -> Windows:
-    """Windows as for calibration, but of the conversations in their own order, each used once; a rest
-    that does not fill a window is dropped. `limit` keeps the first so many windows.
-
-    Raises:
-        DataError: as for calibration.
-    """
+    """Windows as for calibration, but of the conversations in their own order, each used once, without a rest
+    that fills no window. `limit` keeps the first so many. Raises DataError as for calibration."""
     chats = _Chats(read_conversations(source), tokenizer)
     rows = chats.packed(range(len(chats.conversations)), seq_len, limit)
     return Windows(torch.tensor(rows, dtype=torch.int64), _name(source), TEMPLATE)
@@ -107,12 +100,11 @@ def read_conversations(source: str | Path | Sequence[Any]) -> list[Conversation]
     """The conversations of a source, in its order.
 
     Args:
-        source: a `.jsonl` file, each line `{"messages": [{"role": …, "content": …}, …]}` or the
-            list alone; or a sequence of such objects.
+        source: a `.jsonl` file, each line `{"messages": [{"role": …, "content": …}, …]}` or the list alone;
+            or a sequence of such objects.
 
     Raises:
-        DataError: no such file, one of another kind, not JSON, no conversation, or one of another form;
-            file and line are named.
+        DataError: no such file, not JSON, no conversation, or one of another form; file and line are named.
     """
     if are_tokens(source):
         raise DataError("these are tokens already, not messages; leave `chat` out")
@@ -171,11 +163,8 @@ class _Chats:
         self._known: dict[int, list[int]] = {}
 
     def packed(self, order: Sequence[int], length: int, limit: int | None) -> list[list[int]]:
-        """The first windows of `length` tokens that the conversations fill in this order.
-
-        Raises:
-            DataError: all of them together do not fill one.
-        """
+        """The first windows of `length` tokens that the conversations fill in this order; DataError where all
+        of them together do not fill one."""
         rows: list[list[int]] = []
         window: list[int] = []
         for index in order:
@@ -219,11 +208,8 @@ class _Chats:
 
 
 def _template(tokenizer: Any) -> str:
-    """The tokenizer's template for conversations, on a fixed day.
-
-    Raises:
-        DataError: it has none, or several and none that is the default.
-    """
+    """The tokenizer's template for conversations, on a fixed day; DataError where it has none, or several
+    without a default."""
     if tokenizer is None:
         raise DataError("conversations need the model's tokenizer; give one, or token tensors")
     if not getattr(tokenizer, "chat_template", None):

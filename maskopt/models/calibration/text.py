@@ -29,9 +29,9 @@ def read_documents(source: str | Path, *, field: str = "text") -> list[str]:
     """The documents of a source, in a fixed order; empty ones are left out.
 
     Args:
-        source: a text file (one document), a `.jsonl` file (one document a line, under `field`),
-            a folder (every text and JSON-lines file in it, sorted by path), or `hf:NAME[:SPLIT]`
-            for the `datasets` package, where NAME may be a preset (`c4`, `wikitext2`).
+        source: a text file (one document), a `.jsonl` file (one document a line, under `field`), a folder
+            (every text and JSON-lines file in it, sorted by path), or `hf:NAME[:SPLIT]` for the `datasets`
+            package, where NAME may be a preset (`c4`, `wikitext2`).
 
     Raises:
         DataError: nothing there, not UTF-8, not JSON, no such field, or no text at all.
@@ -75,10 +75,7 @@ def _read_text(path: Path) -> str:
 
 def json_records(path: Path) -> Iterator[tuple[str, Any]]:
     """(where, value) of every line of a file of JSON lines that is not blank; `where` names file and line.
-
-    Raises:
-        DataError: no such file, not UTF-8, not JSON, or half a character in its text.
-    """
+    Raises DataError: no such file, not UTF-8, not JSON, or half a character in its text."""
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue

@@ -1,10 +1,8 @@
 """How much each token of a calibration window counts in the Gram matrices.
 
-Of the tokens of a window the first is unlike the others: models leave there, in a hidden state hundreds of
-times as large, what attention puts nowhere else (Sun et al., *Massive activations in large language
-models*, arXiv 2402.17762). What a layer's output loses is added to the hidden state, and counts the less the
-larger that is, since the next block normalises the sum. To first order the model's loss changes by as much
-as its gradient by that hidden state says.
+Models leave in the first token a hidden state hundreds of times as large as the others (Sun et al., *Massive
+activations in large language models*, arXiv 2402.17762). An error is added to the hidden state, which the
+next block normalises; to first order the loss changes by its gradient by that state.
 """
 
 from __future__ import annotations
@@ -33,8 +31,8 @@ def weights_of_tokens(
     Args:
         state: the window's hidden state as it enters the block.
         token_weights: `skip-first`, `relative` or `gradient`.
-        gradients: for `gradient`, norms of the loss's gradient by each token's hidden state as it leaves the
-            block in the dense model; see `maskopt.models.blockwise.gradients`.
+        gradients: for `gradient`, norms of the loss's gradient by each token's hidden state after the block
+            in the dense model; see `maskopt.models.blockwise.gradients`.
     """
     if token_weights == SKIP_FIRST:
         weights = torch.ones(state.shape[1])

@@ -29,7 +29,7 @@ JOIN = "\n\n"
 
 @dataclass(frozen=True)
 class Windows:
-    """Token windows of equal length, all real tokens, no padding.
+    """Token windows of equal length, without padding.
 
     Attributes:
         tokens: int64 [samples, length].
@@ -72,11 +72,10 @@ def calibration_windows(
     bos: str = "auto",
 ) -> Windows:
     """`samples` random windows of `seq_len` tokens, the same for the same seed: what the tokenizer puts
-    before a text (see `maskopt.models.checkpoints.bos`), and a random contiguous crop of a document.
+    before a text (`maskopt.models.checkpoints.bos`), and a random contiguous crop of a document.
 
-    A crop is taken from one document that is longer than the crop; each sample draws its
-    document anew. Documents too short are skipped; where all are, they are joined by blank lines
-    into one. A `.npy` file of tokens [samples, seq_len] is taken unchanged.
+    Each sample draws its document among those that are longer than a crop; where none is, all are joined by
+    blank lines. A `.npy` file of tokens [samples, seq_len] is taken unchanged.
 
     Raises:
         DataError: no text, or less than one window of it; tokens of a wrong shape.
@@ -161,10 +160,9 @@ def evaluation_windows(
     limit: int | None = None,
     bos: str = "auto",
 ) -> Windows:
-    """Documents joined by a blank line, tokenised once, cut into non-overlapping windows, the tail
-    dropped; each window begins with what the tokenizer puts before a text (see
-    `maskopt.models.checkpoints.bos`). `limit` keeps the first so many windows. A `.npy` file of tokens
-    [windows, length] is taken unchanged.
+    """Documents joined by a blank line, tokenised once, cut into non-overlapping windows without the tail;
+    each begins with what the tokenizer puts before a text. `limit` keeps the first so many windows. A `.npy`
+    file of tokens [windows, length] is taken unchanged.
 
     Raises:
         DataError: no text, or less than one window of it; tokens of a wrong shape.

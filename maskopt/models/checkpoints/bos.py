@@ -1,7 +1,6 @@
 """What a window of tokens begins with: what the model's tokenizer puts before a text.
 
-A model that was trained on texts that begin with a token of their own (beginning of sequence, BOS) sees crops
-without it as something that it was never trained on. Asked of the tokenizer, never of a list of families.
+A model that was trained on texts with a beginning token (BOS) has never seen crops without it.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ class Beginning:
     """What every window begins with.
 
     Attributes:
-        bos: `auto`: what the tokenizer puts before a text. `always`: its BOS token, even where it puts
-            none. `never`: nothing, the convention for tables of LLaMA-1 and 2. `given`: tokens were given.
-            `template`: a conversation, as the model's chat template begins it.
-        ids: the token ids; empty where there are none, or where they are given or the template's.
+        bos: `auto`: what the tokenizer puts before a text. `always`: its BOS token, even where it puts none.
+            `never`: nothing, as in tables of LLaMA-1 and 2. `given`: tokens were given. `template`: a
+            conversation, as the model's chat template begins it.
+        ids: token ids; empty where there are none, or where they are given or the template's.
     """
 
     bos: str
@@ -61,8 +60,8 @@ TEMPLATE = Beginning("template")
 
 
 def beginning_of(tokenizer: Any, bos: str = "auto") -> Beginning:
-    """What windows of this tokenizer begin with. Raises DataError: an unknown word; `always` without a BOS
-    token; one outside the vocabulary."""
+    """What windows of this tokenizer begin with; DataError for an unknown word, `always` without a BOS token,
+    or a token outside the vocabulary."""
     check_bos(bos)
     if bos == "never":
         return Beginning(bos)

@@ -66,8 +66,8 @@ class Checkpoint:
 
 def open_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:
     """Check a model folder's configuration, index and shard headers. Raises ModelError: no such folder, a
-    broken or missing config.json or one that asks for remote code, quantised or pickled weights, an index
-    that names a path outside the folder or a missing tensor, a link out of the folder, a truncated shard."""
+    broken config.json or one that asks for code, quantised or pickled weights, an adapter, a link or an index
+    that leads out of the folder, a missing tensor, a truncated shard."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such model folder")
@@ -124,8 +124,8 @@ def _check_config(folder: Path, config: Any, trust_remote_code: bool) -> None:
 
 
 def _check_counts(folder: Path, config: Any, entries: Iterable[TensorEntry]) -> None:
-    """Raise ModelError for far more blocks or experts than are stored: to build such a model takes hours,
-    even without its weights. Some families count a block twice."""
+    """Raise ModelError for far more blocks or experts than are stored: building such a model takes hours.
+    Some families count a block twice."""
     blocks, experts, each = set(), set(), 0
     for entry in entries:
         numbers = [part for part in entry.name.split(".") if part.isdecimal()]
@@ -231,8 +231,8 @@ def damage(folder: Path, digests: Mapping[str, str]) -> str | None:
 
 
 def check_link(file: Path) -> None:
-    """Raise ModelError for a link to no file, or out of the model folder: its content would end up in the
-    output. Links may lead into the hub's blob store (`models--…/snapshots/…` and `models--…/blobs`)."""
+    """Raise ModelError for a link to no file, or out of the model folder, unless it leads into the hub's blob
+    store (`models--…/snapshots/…` and `models--…/blobs`)."""
     real, home = Path(os.path.realpath(file)), Path(os.path.realpath(file.parent))
     in_cache = home.parent.name == "snapshots" and home.parent.parent / "blobs" in real.parents
     if not (home in real.parents or in_cache):

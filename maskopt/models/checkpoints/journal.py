@@ -1,7 +1,5 @@
-"""The journal of a run: one line per fact, each with its own digest, flushed before it counts.
-
-A last line without its end was cut off by a crash and is dropped. Any other damage is refused.
-"""
+"""The journal of a run: one line per fact, each with its own digest, flushed before it counts. A last line
+that a crash cut off is dropped; any other damage is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from maskopt.models.checkpoints.checkpoint import plain_name
 
 
 class Journal:
-    """The records that are there, and new ones.
+    """The records of a file, and new ones.
 
     Attributes:
         header: the run's fingerprint; None in a new journal.
@@ -37,8 +35,8 @@ class Journal:
                 self._take(record, number)
 
     def begin(self, header: dict[str, Any]) -> None:
-        """Write the header, or compare it with the one that is there. Raises ModelError: the journal belongs
-        to another run; the difference is named."""
+        """Write the header, or compare it with the one that is there; ModelError, which names the
+        differences, where the journal is of another run."""
         if self.header is None:
             self._append({"kind": "header", "header": header})
             self.header = header

@@ -1,10 +1,8 @@
 """Masks on disk, and what they and updated weights make of a checkpoint's tensors.
 
-Masks are packed bits in a safetensors file, one entry per weight tensor of the checkpoint.
-
-Bit i of an entry (least significant first) is element i of the tensor in its stored layout; 1 = kept.
-The header's metadata holds, per tensor, its shape, the axis that counts inputs, and a SHA-256 of all of
-that and the bits, so a flipped bit is noticed on reading.
+Masks are packed bits in a safetensors file, one entry per weight tensor of the checkpoint. Bit i of an entry
+(least significant first) is element i of the tensor in its stored layout; 1 = kept. The header's metadata
+holds, per tensor, its shape, the axis that counts inputs, and a SHA-256 of these and the bits.
 """
 
 from __future__ import annotations
@@ -39,8 +37,8 @@ WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class TensorMask:
-    """The mask of one stored tensor. `kept` is bool in the tensor's shape; `input_axis` counts the
-    inputs, the axis before or after it the outputs; a leading third axis counts experts."""
+    """The mask of one stored tensor: bool in its shape, True = kept. `input_axis` counts the inputs, the axis
+    before or after it the outputs; a leading third axis counts experts."""
 
     kept: Bool[Tensor, ...]
     input_axis: int
@@ -52,8 +50,7 @@ class TensorMask:
 
 
 class MaskFile:
-    """A checked mask file, read tensor by tensor. Raises ModelError: not a mask file, or its header
-    contradicts itself."""
+    """A checked mask file, read tensor by tensor; ModelError for another file or a damaged header."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -177,8 +174,8 @@ def _sound(item: Any) -> bool:
 
 @dataclass(frozen=True)
 class Edits:
-    """Masks, and by tensor the file with its updated weights, in the checkpoint's dtype and shape; NaN stands
-    for an unchanged weight (experts that were left out, layers pruned by magnitude)."""
+    """Masks, and by tensor the file with its updated weights, in the checkpoint's dtype and shape; NaN: an
+    unchanged weight (experts that were left out, layers pruned by magnitude)."""
 
     masks: MaskFile | MaskFiles = field(default_factory=MaskFiles)
     values: Mapping[str, SafeFile] = field(default_factory=dict)

@@ -1,9 +1,8 @@
 """A pruned folder without its zeros: kept values and masks, and back again, bit for bit.
 
-Each shard becomes a safetensors file of its own: the shard's header as it was, tensors without a mask byte
-by byte (`=name`), and of tensors with one the kept values alone, in the order of the tensor (`~name`). Which
-places they are for is in the folder's mask file, one bit a weight: 1 − s + 1/16 of what bfloat16 weights take
-at sparsity s.
+Each shard becomes a safetensors file: the shard's header, tensors without a mask unchanged (`=name`), and of
+the others the kept values in the order of the tensor (`~name`). Their places are in the folder's mask file,
+one bit a weight: 1 − s + 1/16 of the size of bfloat16 weights at sparsity s.
 """
 
 from __future__ import annotations
@@ -48,12 +47,8 @@ def pack(
     overwrite: bool = False,
     tick: Callable[[int], None] = lambda _: None,
 ) -> Path:
-    """Write what `maskopt prune` wrote without the zeros; `tick` is called with bytes done.
-
-    Raises:
-        ModelError: no such folder; files that differ from the manifest; weights in pruned places that are
-            not zero.
-    """
+    """Write what `maskopt prune` wrote without the zeros; `tick` is called with bytes done. Raises
+    ModelError: no such folder; files that differ from the manifest; pruned weights that are not zero."""
     checkpoint, target = open_checkpoint(pruned), Path(output)
     check_output(target, overwrite=overwrite, model=checkpoint.folder)
     masks = MaskFile(checkpoint.folder / MASKS)
@@ -80,11 +75,7 @@ def unpack_folder(
     overwrite: bool = False,
     tick: Callable[[int], None] = lambda _: None,
 ) -> Path:
-    """Restore the folder that was packed, bit for bit.
-
-    Raises:
-        ModelError: not what `pack` wrote, or changed since.
-    """
+    """Restore the folder that was packed, bit for bit; ModelError for what `pack` did not write."""
     folder, target = Path(packed), Path(output)
     check_output(target, overwrite=overwrite, model=folder)
     masks, digests = MaskFile(folder / MASKS), read_manifest(folder / MANIFEST)["files"]
@@ -109,11 +100,8 @@ def unpack_folder(
 
 
 def load_packed(packed: str | Path, **options: Any) -> Any:
-    """The model of a packed folder; `options` are those of `AutoModelForCausalLM.from_pretrained`.
-
-    Raises:
-        ModelError: as for `unpack_folder`.
-    """
+    """The model of a packed folder; `options` are those of `AutoModelForCausalLM.from_pretrained`. Raises
+    what `unpack_folder` raises."""
     import tempfile
 
     from transformers import AutoModelForCausalLM

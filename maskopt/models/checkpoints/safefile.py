@@ -1,8 +1,7 @@
 """Safetensors files read and written without trusting them.
 
-The format is eight bytes of header length, a JSON header, and the tensors' bytes. Everything in the
-header is checked against the file's size before a byte of data is read, and data is read by position:
-nothing is unpickled, nothing is mapped, and the resident memory is that of the tensors asked for.
+The header is checked against the file's size before any data is read, and data is read by position: nothing
+is unpickled or mapped, and only the requested tensors are in memory.
 """
 
 from __future__ import annotations
@@ -103,8 +102,8 @@ class SafeFile:
 
 
 def open_safe(path: Path) -> SafeFile:
-    """Check a file's header against its size. Raises ModelError: missing, unreadable, truncated, or not a
-    safetensors file."""
+    """Check a file's header against its size; ModelError for a file that is missing, unreadable, truncated,
+    or not safetensors."""
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(8)
@@ -188,8 +187,8 @@ def bytes_of(tensor: Tensor) -> np.ndarray:
 
 
 def open_file(path: Path) -> IO[bytes]:
-    """A regular file for reading: a pipe or a device in its place could be read for ever. Raises ModelError:
-    missing, unreadable, or no regular file."""
+    """A regular file for reading, not a pipe or a device; ModelError for another one, or one that cannot be
+    read."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ModelError(f"{path}: not a regular file")

@@ -1,7 +1,7 @@
 """An output folder that appears whole.
 
-While a run is under way, `OUT/.maskopt/` holds the lock, the journal, the masks of finished blocks and, under
-`out/`, the files of the result. The last step renames those into OUT, the manifest last.
+During a run, `OUT/.maskopt/` holds the lock, the journal, the masks of finished blocks and, under `out/`, the
+files of the result. The last step renames those into OUT, the manifest last.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CARD = "README.md"
 
 class Workspace:
     """An output folder. `keep` leaves the hidden folder after an error, so that the run can resume; `moving`:
-    files are on their way from `staging` into `output`."""
+    files are being moved from `staging` into `output`."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
@@ -60,10 +60,8 @@ class Workspace:
 
     def commit(self) -> None:
         """Move the staged files into the output folder, remove those of an earlier result, and move the
-        manifest last.
-
-        The list of files is on disk before the first of them moves, so that the next run that resumes
-        finishes an interrupted commit.
+        manifest last. The list of files is on disk first, so that a run that resumes finishes an interrupted
+        commit.
 
         Raises:
             ModelError: a file of that name appeared in the output folder during the run.
@@ -88,8 +86,8 @@ class Workspace:
         sync_folder(self.output)
 
     def remove(self) -> None:
-        """Remove the hidden folder, by a rename first, so that a process that is killed meanwhile leaves
-        nothing that looks like an unfinished run."""
+        """Remove the hidden folder, by a rename first, so that a killed process leaves nothing that looks
+        like an unfinished run."""
         gone = self.output / GONE
         shutil.rmtree(gone, ignore_errors=True)
         os.replace(self.hidden, gone)
@@ -197,8 +195,8 @@ def check_output(
         inputs: of the run, see `check_inputs`.
 
     Raises:
-        ModelError: it is no folder, is the current or the home folder, overlaps with an input, holds files
-            that no run wrote, is not empty (unless `overwrite`, or `resume` with something to resume).
+        ModelError: no folder, the current or the home folder, one that overlaps with an input, holds other
+            files, or is not empty (unless `overwrite`, or `resume` with something to resume).
     """
     check_place(output)
     check_inputs(output, **inputs)
@@ -243,11 +241,7 @@ def _in_the_way(output: Path, names: Collection[str]) -> ModelError:
 
 def check_inputs(output: Path, **inputs: Any) -> None:
     """Refuse an output folder that is an input, lies in one, holds one, or shares a file with one, by device
-    and inode: links and bind mounts are other paths to the same files.
-
-    Args:
-        inputs: by what they are called; only paths count.
-    """
+    and inode. `inputs` are named as in messages; only paths count."""
     there = _files(output)
     for what, given in inputs.items():
         if not isinstance(given, str | Path) or not os.path.exists(given):

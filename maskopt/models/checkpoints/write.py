@@ -76,9 +76,8 @@ def write_shard(
     """Write one shard with its edits; the SHA-256 of what was written.
 
     Args:
-        names: new names of tensors, None for one that is dropped; without it all names stay.
-        left: the indices that stay of a tensor along an axis; without `names` and `left` the header is
-            the original's, byte by byte.
+        names: new names of tensors, None for a dropped one. Default: all names stay.
+        left: indices that stay of a tensor along an axis. Without `names` and `left` the header is copied.
     """
     source = checkpoint.shards[shard]
     named = {e.name: e.name if names is None else names[e.name] for e in source.entries.values()}
@@ -160,10 +159,10 @@ def disk_needed(checkpoint: Checkpoint, least_squares: bool = False) -> int:
 
 
 class Unchanged:
-    """The state of a model folder when a run begins; ModelError where it changed since it was opened.
+    """The state of a model folder when a run begins; ModelError where it has changed since it was opened.
 
-    Sizes and times of all files are compared before anything that was read is written; only a file of which
-    they differ is read again. (A file that is changed and restored between two checks goes unnoticed.)
+    Sizes and times of all files are compared before anything that was read is written; only where they differ
+    is a file read again. (A file that is changed and restored between two checks goes unnoticed.)
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:

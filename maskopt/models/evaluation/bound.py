@@ -1,9 +1,8 @@
 """Certified gaps of full-width rows: how far masks are from the best possible.
 
-`bound_layers` bounds rows of layer problems for a solver's masks; `certify_model` does the same for the
-masks of a model that is already pruned. Every bound is re-checked from its certificate by
-`maskopt.protocol.bounds` before it is reported, and once more where a later run reads it from the folder
-`<output>.rows`.
+`bound_layers` bounds rows of layer problems for a solver's masks; `certify_model` does the same for the masks
+of a model that is already pruned. Every bound is re-checked from its certificate by `maskopt.protocol.bounds`
+before it is reported, and once more where a later run reads it from the folder `<output>.rows`.
 """
 
 from __future__ import annotations

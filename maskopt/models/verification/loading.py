@@ -1,6 +1,5 @@
 """What transformers makes of a folder: a model's parameters, its layers, and the tensors that they are made
-of. No weight is read.
-"""
+of. No weight is read."""
 
 from __future__ import annotations
 
