@@ -169,17 +169,11 @@ class _Names:
         found: set[str] = set()
         for pattern in patterns:
             if any(sign in pattern for sign in "*?["):
-                found.update(name for name in self._names if _matches(name, pattern))
+                shapes = (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*")
+                found.update(n for n in self._names if any(fnmatchcase(n, p) for p in shapes))
             else:
                 found |= self._by_run.get(pattern, set())
         return found
-
-
-def _matches(name: str, pattern: str) -> bool:
-    """Does the shell pattern match the name, or a run of its dotted parts?"""
-    return any(
-        fnmatchcase(name, p) for p in (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*")
-    )
 
 
 def short(kind: str) -> str:
@@ -213,17 +207,13 @@ def _find(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def _layers(block: nn.Module, index: int, prefix: str) -> Iterator[Layer]:
-    from transformers.pytorch_utils import (
-        Conv1D,  # takes seconds that not every command has to wait for
-    )
+    from transformers.pytorch_utils import Conv1D  # takes seconds, and not every command needs it
 
     for name, module in block.named_modules(remove_duplicate=True):
         path = f"{name}." if name else ""
         if isinstance(module, nn.Linear | Conv1D):
-            input_axis = 1 if isinstance(module, nn.Linear) else 0
-            yield _layer(
-                index, prefix, name, path + "weight", None, input_axis, module.weight.shape
-            )
+            axis = 1 if isinstance(module, nn.Linear) else 0
+            yield _layer(index, prefix, name, path + "weight", None, axis, module.weight.shape)
             continue
         for key, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 3 and min(parameter.shape[1:]) > 1 and is_experts(module):

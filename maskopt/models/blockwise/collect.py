@@ -111,11 +111,13 @@ class Given:
         for layer, key in sharing.items():
             firsts.setdefault(key, layer)
         place = {key: number for number, key in enumerate(firsts)}
-        inputs, of_dense = (
-            [] if one is None else [_joined(one.inputs[layer]) for layer in firsts.values()]
-            for one in (watch, dense)
-        )
-        return cls(inputs, {x: place[key] for x, key in sharing.items()}, of_dense, counts)
+
+        def joined(one: Watch | None) -> list[Tensor]:
+            parts = [] if one is None else [one.inputs[layer] for layer in firsts.values()]
+            return [part[0] if len(part) == 1 else torch.cat(part) for part in parts]
+
+        places = {layer: place[key] for layer, key in sharing.items()}
+        return cls(joined(watch), places, joined(dense), counts)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -197,9 +199,8 @@ class Grams:
             leader = self.leaders[layer]
             if leader == layer:
                 x, counts = given.inputs[key], given.counts
-                mine = {
-                    tile for tile, rank in self._tiles[layer].items() if rank == self.ranks.rank
-                }
+                rank = self.ranks.rank
+                mine = {tile for tile, owner in self._tiles[layer].items() if owner == rank}
                 pieces.extend(self._grams[layer].tasks(x, counts, mine))
                 if given.dense:
                     pieces.extend(self._moved[layer].tasks(x, given.dense[key], counts, mine))
@@ -228,10 +229,6 @@ class Grams:
                     self.ranks.send(part, rank)
         if self.held is not None:
             self.held.complete()
-
-
-def _joined(inputs: list[Tensor]) -> Tensor:
-    return inputs[0] if len(inputs) == 1 else torch.cat(inputs)
 
 
 @dataclass(frozen=True)
@@ -267,27 +264,26 @@ class _Observed(NamedTuple):
     bad: str | None
 
 
-@dataclass(frozen=True)
-class _Passes:
-    """Passes of single samples through a block, each under a watch of its own: `watch` in `local`."""
-
-    block: OpenBlock
-    weights: WatchedWeights
-    local: threading.local
-
-    def observe(
-        self, sample: int, states: Activations, advance: bool, until: str | None = None
-    ) -> _Observed:
-        """One pass; it ends where the layer `until` has its inputs."""
-        output = None
-        for copy in (False, True):
-            watch = self.local.watch = Watch(self.weights, copy=copy, until=until)
-            with suppress(Seen), watch:
-                output = self.block.run(sample, states)
-            if not watch.overwritten:
-                break
-        output = output if advance else None
-        return _Observed(watch, output, _first_bad(watch, output, self.block.name))
+def _observe(
+    block: OpenBlock,
+    weights: WatchedWeights,
+    local: threading.local,
+    sample: int,
+    states: Activations,
+    advance: bool,
+    until: str | None = None,
+) -> _Observed:
+    """One pass of one sample under a watch of its own, `local.watch`; it ends where the layer `until` has its
+    inputs."""
+    output = None
+    for copy in (False, True):
+        watch = local.watch = Watch(weights, copy=copy, until=until)
+        with suppress(Seen), watch:
+            output = block.run(sample, states)
+        if not watch.overwritten:
+            break
+    output = output if advance else None
+    return _Observed(watch, output, _first_bad(watch, output, block.name))
 
 
 def collect(
@@ -315,19 +311,18 @@ def collect(
         ModelError: a sample with NaN or infinite activations (unless those may be left out).
     """
     sizes = {layer.name: layer.n for layer in layers}
-    samples = block.samples
-    ranks = block.ranks
+    samples, ranks = block.samples, block.ranks
     held = Grams(block.device, ranks=ranks) if samples.held else None
     grams = Grams(block.device, held, ranks)
     local = threading.local()
-    passes = _Passes(block, WatchedWeights(block.model, layers), local)
+    observe = partial(_observe, block, WatchedWeights(block.model, layers), local)
     until: str | None = None
 
     def both(sample: int) -> tuple[_Observed, _Observed | None]:
         dense = None
         if moved and samples.dense is not None:
-            dense = passes.observe(sample, samples.dense, True)
-        return passes.observe(sample, samples.states, advance, until), dense
+            dense = observe(sample, samples.dense, True)
+        return observe(sample, samples.states, advance, until), dense
 
     shown = experts_see_all(block.module, f"{block.name}.", layers, local)
     with shown if all_experts else nullcontext():

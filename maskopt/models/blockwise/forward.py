@@ -174,8 +174,7 @@ class _Recorders:
             if index == len(self.blocks) - 1:
                 raise _LastBlock
             # a new tensor, so that no other argument is mistaken for the hidden state
-            passed = state.clone()
-            return _returned(passed, self.outputs)
+            return _returned(state.clone(), self.outputs)
 
         return records
 

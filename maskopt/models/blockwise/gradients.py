@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -97,7 +98,9 @@ class DenseModel:
         norms = torch.zeros(blocks, len(self.windows), self.windows.length)
         squares: dict[str, Tensor] = {}
         with ExitStack() as until_the_end:
-            later = [until_the_end.enter_context(self._empty()) for _ in range(blocks)]
+            states = self.captured.states
+            shape: Any = (self.mine, states.shape, states.dtype, self.folder)
+            later = [until_the_end.enter_context(Activations(*shape)) for _ in range(blocks)]
             # the first are those of the walk to come, and do not change
             entered = [self.captured.states, *later]
             for index in range(blocks):
@@ -127,10 +130,6 @@ class DenseModel:
             for name, squares in found[window].items():
                 total[name] = total[name] + squares if name in total else squares
         return {name: squares / tokens for name, squares in total.items()}
-
-    def _empty(self) -> Activations:
-        states = self.captured.states
-        return Activations(self.mine, states.shape, states.dtype, self.folder)
 
     def _each(self, of: Callable[[int], Tensor], into: Activations) -> None:
         """Compute every window's state, several at once."""

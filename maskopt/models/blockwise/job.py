@@ -162,20 +162,13 @@ class Job:
 
     def few(self) -> list[int]:
         """The first fitted windows, enough to measure which layers and rows matter."""
-        return [window for window in range(self.count) if window not in self.held][
-            :GRADIENT_WINDOWS
-        ]
+        return [w for w in range(self.count) if w not in self.held][:GRADIENT_WINDOWS]
 
     def again(self, options: WalkOptions) -> Job:
         """Another walk through the same model, with the same windows."""
         options.check_layers(self.layers)
         how: dict[str, Any] = {"whole": self.whole, "on_progress": self.tell, "ranks": self.ranks}
         return Job(self.source, self.layers, self._windows, options, **how)
-
-    def whole_again(self, options: WalkOptions, windows: Sequence[int]) -> Job:
-        """A walk through all blocks of the same model, with some of the windows."""
-        some = self.windows.take(windows)
-        return Job(self.source, self.layers, some, options, whole=True, on_progress=self.tell)
 
     @property
     def load(self) -> Load:
@@ -280,11 +273,10 @@ class Job:
                 state = captured.states[window].to(self.source.device, copy=True)
                 again = recompute and torch.is_grad_enabled()
                 for module, calls in zip(modules, captured.calls, strict=True):
-                    state = (
-                        checkpoint(calls[window], module, state, use_reentrant=False)
-                        if again
-                        else calls[window](module, state)
-                    )
+                    if again:
+                        state = checkpoint(calls[window], module, state, use_reentrant=False)
+                    else:
+                        state = calls[window](module, state)
                 return state
 
             yield of
@@ -303,14 +295,13 @@ class Job:
 
     def _start(self, stack: ExitStack, folder: Path) -> Captured:
         """Everything before the first block."""
-        tokens = self.windows.tokens
         self.pool = stack.enter_context(Threads(self.source.device, self.threads))
         self.source.load_outside()
         with torch.no_grad():
             captured = capture(
                 self.source.model,
                 self.source.blocks,
-                tokens,
+                self.windows.tokens,
                 self.pool,
                 self.source.device,
                 self.ranks.own(range(self.count)),
@@ -355,14 +346,8 @@ class Job:
         token_weights = self.options.token_weights
         if token_weights == UNIFORM:
             return None
-        norms = None if self.gradients is None else self.gradients.norms[block]
-
-        def of(window: int) -> Tensor:
-            return weights_of_tokens(
-                states[window], token_weights, None if norms is None else norms[window]
-            )
-
-        return of
+        every = [None] * self.count if self.gradients is None else self.gradients.norms[block]
+        return lambda window: weights_of_tokens(states[window], token_weights, every[window])
 
     @cached_property
     def trained_states(self) -> int:

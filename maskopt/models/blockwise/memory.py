@@ -41,13 +41,8 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        return (
-            self.base
-            + self.outside
-            + self.block
-            + self.activations
-            + max(self.grams + self.inputs, self.grams + self.solving, self.gradients)
-        )
+        parts = max(self.grams + self.inputs, self.grams + self.solving, self.gradients)
+        return self.base + self.outside + self.block + self.activations + parts
 
     @property
     def gib(self) -> float:
@@ -192,9 +187,8 @@ def trained_states(source: Source, layers: Sequence[Layer], how: Reconstruction 
             alone = first.parameter.rpartition(".")[0] == prefix + part.name
             given.append(-(-first.n // hidden) if alone else 1)
             gives.append(-(-first.rows // hidden) if alone else 1)
-        most = max(
-            most, sum(gives) + (sum(given) if how.inputs == "dense" else max(given, default=0))
-        )
+        inputs = sum(given) if how.inputs == "dense" else max(given, default=0)
+        most = max(most, sum(gives) + inputs)
     return most
 
 

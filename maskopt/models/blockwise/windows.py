@@ -21,11 +21,8 @@ from maskopt.models.options.walk import WalkOptions
 
 
 def tokens_or_tokenizer(given: Any, text: Any) -> tuple[Any, Any]:
-    """(text, tokenizer) from an argument that is either tokens, which are then the text, or a tokenizer.
-
-    Raises:
-        DataError: tokens, and a text, too.
-    """
+    """(text, tokenizer) from an argument that is either tokens, which are then the text, or a tokenizer;
+    DataError for tokens and a text."""
     if not isinstance(given, Tensor | Windows):
         return text, given
     if text is not None:
@@ -36,11 +33,7 @@ def tokens_or_tokenizer(given: Any, text: Any) -> tuple[Any, Any]:
 def windows_of(
     source: Source, text: Any, tokenizer: Any, options: WalkOptions, whole: bool, limit: int | None
 ) -> Windows:
-    """The windows of `open_job`'s text; see there.
-
-    Raises:
-        MaskoptError: a text, a tokenizer or numbers that cannot be used.
-    """
+    """The windows of `open_job`'s text; MaskoptError for text, tokenizer or numbers that cannot be used."""
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise OptionError(f"`windows` must be a whole number of at least 1, not {limit!r}")
     if isinstance(text, Windows | Tensor) and not options.chat:
@@ -64,22 +57,14 @@ def windows_of(
         return chat_calibration_windows(
             text, tokenizer, samples=options.samples, seq_len=length, seed=options.seed
         )
-    how: dict[str, Any] = {
-        "seq_len": length,
-        "field": options.text_field,
-        "bos": options.bos,
-    }
+    how: dict[str, Any] = {"seq_len": length, "field": options.text_field, "bos": options.bos}
     if whole:
         return evaluation_windows(text, tokenizer, limit=limit, **how)
     return calibration_windows(text, tokenizer, samples=options.samples, seed=options.seed, **how)
 
 
 def held_out(windows: int, share: float) -> frozenset[int]:
-    """The held-out windows: the last ones, ⌊share·windows⌋.
-
-    Raises:
-        DataError: none would be held out, or none would be left.
-    """
+    """The held-out windows: the last ⌊share·windows⌋; DataError where these would be none or all."""
     count = math.floor(as_written(share) * windows)
     if share and not 0 < count < windows:
         raise DataError(

@@ -12,6 +12,29 @@ from typing import Any
 
 from maskopt.errors import ModelError
 from maskopt.models.checkpoints.checkpoint import plain_name
+from maskopt.models.checkpoints.schema import fits, is_count
+
+#: shapes of records
+_SHAPES = {
+    "header": {"header": dict},
+    "block": {
+        "index": lambda v: is_count(v) and v < 10**5,
+        "masks": str,
+        "weights?": str,
+        "layers": list,
+        "parts?": list,
+        "bad": [{"sample": int}],
+    },
+    "shard": {"name": plain_name},
+    "progress": {
+        "before": lambda v: fits(v, [float]) and len(v) == 2,
+        "file": plain_name,
+        "digest": str,
+        "step": is_count,
+        "epoch": is_count,
+        "held": float,
+    },
+}
 
 
 class Journal:
@@ -61,23 +84,24 @@ class Journal:
         self.progress = record
 
     def _take(self, record: dict[str, Any], number: int) -> None:
-        kind = record.get("kind")
-        if kind == "header" and number == 1 and isinstance(record.get("header"), dict):
-            self.header = record["header"]
-        elif kind == "block" and number > 1 and _is_block(record):
-            self.blocks[record["index"]] = record
-        elif kind == "shard" and number > 1 and plain_name(record.get("name")):
-            self.shards[record["name"]] = str(record.get("digest"))
-        elif kind == "progress" and number > 1 and _is_progress(record):
-            self.progress = record
-        else:
+        kind = str(record.get("kind"))
+        first = (kind == "header") == (number == 1)
+        if not first or kind not in _SHAPES or not fits(record, _SHAPES[kind]):
             raise ModelError(f"{self.path}, line {number}: not a journal of maskopt")
+        if kind == "header":
+            self.header = record["header"]
+        elif kind == "block":
+            self.blocks[record["index"]] = record
+        elif kind == "shard":
+            self.shards[record["name"]] = str(record.get("digest"))
+        else:
+            self.progress = record
 
     def _append(self, record: dict[str, Any]) -> None:
         """A record with its digest, in place of a last line that a crash cut off."""
         line = json.dumps({**record, "sha256": _digest(record)}, sort_keys=True) + "\n"
         with open(self.path, "ab") as file:
-            complete = _complete_length(self.path)
+            complete = self.path.read_bytes().rfind(b"\n") + 1
             if file.tell() != complete:
                 file.truncate(complete)
             file.write(line.encode())
@@ -127,35 +151,5 @@ def in_words(lines: Sequence[str]) -> str:
     return "; ".join(lines[:5]) + more
 
 
-def _is_block(record: dict[str, Any]) -> bool:
-    return (
-        type(record.get("index")) is int
-        and 0 <= record["index"] < 10**5
-        and isinstance(record.get("masks"), str)
-        and isinstance(record.get("weights", ""), str)
-        and isinstance(record.get("layers"), list)
-        and isinstance(record.get("parts", []), list)
-        and isinstance(record.get("bad"), list)
-        and all(isinstance(b, dict) and type(b.get("sample")) is int for b in record["bad"])
-    )
-
-
-def _is_progress(record: dict[str, Any]) -> bool:
-    before = record.get("before")
-    return (
-        plain_name(record.get("file"))
-        and isinstance(record.get("digest"), str)
-        and all(type(record.get(name)) is int and record[name] >= 0 for name in ("step", "epoch"))
-        and isinstance(before, list)
-        and len(before) == 2
-        and all(type(x) is float for x in (*before, record.get("held")))
-    )
-
-
 def _digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _complete_length(path: Path) -> int:
-    data = path.read_bytes()
-    return data.rfind(b"\n") + 1

@@ -29,8 +29,15 @@ from maskopt.models.checkpoints.safefile import (
     safe_header,
     write_file,
 )
+from maskopt.models.checkpoints.schema import fits, is_count, is_size
 
 FORMAT = "maskopt-masks-1"
+#: of a tensor in the header
+_ITEM = {
+    "shape": lambda v: fits(v, [is_size]) and len(v) in (2, 3),
+    "input_axis": is_count,
+    "sha256": str,
+}
 #: whole numbers as wide as an element, by its bytes: zero is zero in all of them
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -66,7 +73,12 @@ class MaskFile:
         self.layout: dict[str, dict[str, Any]] = layout
         for name, item in layout.items():
             entry = self.file.entries[name]
-            if not _sound(item) or entry.dtype != "U8":
+            sound = fits(item, _ITEM) and set(item) == set(_ITEM)
+            if (
+                not sound
+                or not 0 <= len(item["shape"]) - 1 - item["input_axis"] <= 1
+                or entry.dtype != "U8"
+            ):
                 raise ModelError(f"{path}: the header of mask {name[:200]!r} is damaged")
             if entry.shape != ((math.prod(item["shape"]) + 7) // 8,):
                 raise ModelError(f"{path}: mask {name[:200]!r} has the wrong number of bits")
@@ -119,7 +131,10 @@ def unpack(packed: np.ndarray, start: int, count: int) -> Bool[Tensor, " count"]
 
 def write_masks(path: Path, masks: Mapping[str, TensorMask]) -> str:
     """Write a mask file; it appears whole or not at all. Its SHA-256."""
-    packed = {name: _pack(mask.kept) for name, mask in masks.items()}
+    packed = {
+        name: np.packbits(mask.kept.contiguous().view(-1).cpu().numpy(), bitorder="little")
+        for name, mask in masks.items()
+    }
     layout = {
         name: {
             "shape": list(mask.kept.shape),
@@ -150,26 +165,9 @@ def _write(path: Path, layout: Mapping[str, Any], bits: Iterable[np.ndarray]) ->
     return write_file(path, chain([safe_header(shapes, about)], bits))
 
 
-def _pack(kept: Tensor) -> np.ndarray:
-    return np.packbits(kept.contiguous().view(-1).cpu().numpy(), bitorder="little")
-
-
 def _digest(name: str, shape: list[int], input_axis: int, packed: np.ndarray) -> str:
     head = json.dumps([FORMAT, name, shape, input_axis]).encode()
     return hashlib.sha256(head + b"\n" + packed.tobytes()).hexdigest()
-
-
-def _sound(item: Any) -> bool:
-    return (
-        isinstance(item, dict)
-        and set(item) == {"shape", "input_axis", "sha256"}
-        and isinstance(item["shape"], list)
-        and len(item["shape"]) in (2, 3)
-        and all(type(s) is int and 0 < s < 2**40 for s in item["shape"])
-        and type(item["input_axis"]) is int
-        and len(item["shape"]) - 2 <= item["input_axis"] < len(item["shape"])
-        and isinstance(item["sha256"], str)
-    )
 
 
 @dataclass(frozen=True)

@@ -48,12 +48,6 @@ class Workspace:
         self.journal = self.hidden / JOURNAL
         self.keep = self.moving = False
 
-    def remove_temporaries(self) -> None:
-        """Remove half-written files of an interrupted run."""
-        for folder in (self.hidden, self.staging, self.blocks):
-            for file in (*folder.glob(".*.tmp"), *folder.glob("activations.*")):
-                file.unlink(missing_ok=True)
-
     def write_record(self, name: str) -> None:
         """List the staged files, for results without a manifest: `overwrite` deletes only what is listed."""
         write_json(self.staging / name, {"files": sorted(f.name for f in self.staging.iterdir())})
@@ -123,7 +117,9 @@ def open_workspace(output: Path, *, overwrite: bool, resume: bool = False) -> It
                 (work.hidden / _COMMITTED).unlink(missing_ok=True)
             work.staging.mkdir(exist_ok=True)
             work.blocks.mkdir(exist_ok=True)
-            work.remove_temporaries()
+            for folder in (work.hidden, work.staging, work.blocks):
+                for file in (*folder.glob(".*.tmp"), *folder.glob("activations.*")):
+                    file.unlink(missing_ok=True)  # half-written
             try:
                 yield work
             except BaseException:

@@ -147,39 +147,34 @@ def certify_model(
     """
     check_rows(rows_per_layer)
     manifest = read_manifest(Path(pruned) / MANIFEST)
-    if manifest["fingerprint"]["options"].get("update", NONE) != NONE:
+    asked, original = manifest["fingerprint"]["options"], manifest["fingerprint"].get("model")
+    if asked.get("update", NONE) != NONE:
         raise ModelError(
             f"{pruned}: its weights were updated, and bounds are for unchanged ones; prune with `update` none"
         )
-    original = manifest["fingerprint"].get("model")
     trusted = bool(shorthand.get("trust_remote_code"))
     home = resolve_model(model, trust_remote_code=trusted)
     dense_model = open_checkpoint(home, trust_remote_code=trusted)
     if original is not None and dense_model.digest != original:
         raise ModelError(f"{pruned}: was pruned from another model than {model}; name the original")
-    pattern = pattern_from_dict(manifest["fingerprint"]["options"]["sparsity"])
-    if pattern.shared_budget or manifest["fingerprint"]["options"].get("allocation") == BOTH:
+    pattern = pattern_from_dict(asked["sparsity"])
+    if pattern.shared_budget or asked.get("allocation") == BOTH:
         raise ModelError(
             f"{pruned}: its rows share a budget, and bounds need an equal count in every row; prune with "
             "`allocation` uniform or layers"
         )
     wanted = (*name_patterns(layers), *name_patterns(shorthand.get("include")))
     done = choose(read_layers(manifest["layers"], Path(pruned) / MANIFEST), wanted)
-    common: dict[str, Any] = {
-        **shorthand,
-        "include": tuple(layer.name for layer in done),
-        "sparsity": pattern,
-        "calibration": calibration,
-    }
+    common: dict[str, Any] = {"sparsity": pattern, "calibration": calibration}
+    common = {**shorthand, **common, "include": tuple(layer.name for layer in done)}
     seed = int(shorthand.get("seed", 0))
     # the walks end in the order in which they began, each with the threads that it found
     with ExitStack() as walks:
         walks.enter_context(torch_threads(None))
         dense = walks.enter_context(closing(layer_problems(model, unseen=True, **common)))
         sparse = walks.enter_context(closing(layer_problems(pruned, **common)))
-        counts = manifest["fingerprint"]["options"].get("counts", {})
         how = _How(method, dict(method_options or {}), seed, result_digest(manifest))
-        parts = _model_rows(how, dense, sparse, counts, rows_per_layer)
+        parts = _model_rows(how, dense, sparse, asked.get("counts", {}), rows_per_layer)
         return _certify(parts, how, jobs, output, on_rows)
 
 
@@ -263,27 +258,27 @@ class _Rows:
 
     def records(self, solution: Solution) -> list[GapRecord]:
         """One for every row."""
-        found = []
+        found, problem, how = [], self.problem, self.how
         for i, key in enumerate(self.keys):
             objective, bound = float(solution.objective[i]), float(solution.lower_bound[i])
-            values = self.problem.row(i).to_original_units(objective, bound)
+            values = problem.row(i).to_original_units(objective, bound)
             found.append(
                 GapRecord(
-                    instance=self.problem.name,
+                    instance=problem.name,
                     kind=self.kind,
                     row=int(self.chosen[i]),
-                    n=self.problem.n,
-                    pattern=str(self.problem.pattern),
-                    method=self.how.method,
+                    n=problem.n,
+                    pattern=str(problem.pattern),
+                    method=how.method,
                     objective=objective,
                     lower_bound=bound,
                     value=values.value,
                     value_bound=values.bound,
                     gap=values.gap,
                     seconds=solution.seconds,
-                    seed=self.how.seed,
+                    seed=how.seed,
                     key=key,
-                    model=self.how.model,
+                    model=how.model,
                 )
             )
         return found
@@ -293,9 +288,7 @@ def _rows(
     how: _How, problem: LayerProblem, kind: str, chosen: Sequence[int], mask: Tensor
 ) -> _Rows:
     """Rows with their keys; of a shared budget each key is by all rows."""
-    keys = [
-        _key(problem, i, mask[i], chosen[i], how.method, how.options) for i in range(problem.rows)
-    ]
+    keys = [_key(how, problem, i, mask[i], chosen[i]) for i in range(problem.rows)]
     if problem.shared_budget:
         counts = problem.shares.tolist()
         keys = [_short(json.dumps([at, keys, counts])) for at in range(len(keys))]
@@ -417,17 +410,16 @@ def _mask_of(problem: LayerProblem, nonzero: Tensor) -> Tensor:
     return mask
 
 
-def _key(
-    problem: LayerProblem,
-    row: int,
-    mask: Tensor,
-    chosen: int,
-    method: str,
-    options: Mapping[str, Any],
-) -> str:
+def _key(how: _How, problem: LayerProblem, row: int, mask: Tensor, chosen: int) -> str:
     digest = digest_of(problem, row)
     digest.update(mask.cpu().numpy().tobytes())
-    text = [str(problem.pattern), problem.name, int(chosen), method, sorted(options.items())]
+    text = [
+        str(problem.pattern),
+        problem.name,
+        int(chosen),
+        how.method,
+        sorted(how.options.items()),
+    ]
     return _short(digest.hexdigest() + json.dumps(text, default=str))
 
 

@@ -277,7 +277,11 @@ def _change(
     """A model compared with the first one, whose cross-entropies are `losses`."""
     windows = job.windows
     targets = _targets(windows)
-    hidden = torch.cat([_hidden_change(first, job, w, targets) for w in range(len(windows))])
+    changes = []
+    for window in range(len(windows)):
+        one, two = (x.last_state(window)[-1 - targets : -1].double() for x in (first, job))
+        changes.append((two - one).square().sum(1) / one.square().sum(1).clamp(min=1e-300))
+    hidden = torch.cat(changes)
     difference = (sums[:, 0] - losses) / targets
     ratio, kl = interval(difference), interval(sums[:, 1] / targets)
     return Change(
@@ -291,12 +295,6 @@ def _change(
         hidden_mean=float(hidden.mean()),
         hidden_median=float(hidden.median()),
     )
-
-
-def _hidden_change(first: Job, job: Job, window: int, targets: int) -> Float[Tensor, " targets"]:
-    """‖h' − h‖² / ‖h‖² for every token that predicts a target, h being the output of the last block."""
-    one, two = (walk.last_state(window)[-1 - targets : -1].double() for walk in (first, job))
-    return (two - one).square().sum(1) / one.square().sum(1).clamp(min=1e-300)
 
 
 def check_targets(windows: Windows) -> None:

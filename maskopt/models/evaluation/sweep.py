@@ -17,7 +17,7 @@ from maskopt.models.blockwise.progress import OnBlockProgress
 from maskopt.models.checkpoints.report import PruneReport
 from maskopt.models.checkpoints.workspace import MANIFEST, check_place, unfinished
 from maskopt.models.evaluation.evaluate import Evaluation, check_targets, evaluate
-from maskopt.models.options.prune import NONE, PruneOptions, prune_options
+from maskopt.models.options.prune import NONE, prune_options
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.pruning.gram_store import OF_TEXT, GramStore, open_store
 from maskopt.models.pruning.prune import prune_model
@@ -92,16 +92,18 @@ def sweep(
         store = open_store(
             model, grams, calibration, of_walk, on_progress=on_progress("grams"), ranks=ranks
         )
-        asked = [
-            (label, {k: v for k, v in how.items() if k not in OF_TEXT}) for label, how in asked
-        ]
+        asked = [(x, {k: v for k, v in how.items() if k not in OF_TEXT}) for x, how in asked]
     cases = {label: store.options(None, how) for label, how in asked}
     if not cases:
         raise OptionError("nothing is swept; give at least one `sparsity`")
-    _check(model, store, list(cases.values()))
+    first = next(iter(cases.values()))
+    job = open_job(model, None, first)
+    job.source.blocks.check_unshared(job.layers)
+    store.check_model(job)
+    for options in cases.values():  # refuses what a later prune would refuse
+        options.check_layers(job.layers)
     if walk is None:
-        prunes = next(iter(cases.values()))
-        walk = WalkOptions(seq_len=512, **{name: getattr(prunes, name) for name in _OF_JUDGING})
+        walk = WalkOptions(seq_len=512, **{name: getattr(first, name) for name in _OF_JUDGING})
     if text is not None:
         _check_judging(open_job(model, text, walk, whole=True, limit=windows))
     check_place(Path(output))
@@ -133,15 +135,6 @@ def _check_judging(job: Job) -> None:
             "is not copied to the pruned folders; leave out `text`, copy it there and judge by `maskopt eval`"
         )
     check_targets(job.windows)
-
-
-def _check(model: str | Path, store: GramStore, options: Sequence[PruneOptions]) -> None:
-    """Refuse what `prune_model` would refuse in any of them."""
-    job = open_job(model, None, options[0])
-    job.source.blocks.check_unshared(job.layers)
-    store.check_model(job)
-    for one in options:
-        one.check_layers(job.layers)
 
 
 def _cases(

@@ -44,11 +44,8 @@ _STEPS = 128
 
 def allocate(job: Job, options: PruneOptions) -> dict[str, int]:
     """How many inputs each row of a layer prunes, on average over its rows, by the layer's name. Layers that
-    see fewer tokens than `min_tokens` have the model's sparsity. The model is not changed.
-
-    Args:
-        job: the model with the prune's layers and windows; another job walks through it.
-    """
+    see fewer tokens than `min_tokens` have the model's sparsity. The model is not changed: another job walks
+    through it, with the layers and windows of `job`."""
     dense = replace(
         options,
         calibrate_on="pruned" if options.sensitivity == KL else "dense",
@@ -98,17 +95,13 @@ def _curve(layer: Layer, problem: LayerProblem, counts: Tensor, options: PruneOp
 
 
 def measured_curves(job: Job, options: PruneOptions) -> list[Curve]:
-    """The curves of all blocks; the model is not changed.
-
-    Args:
-        job: the model with the prune's layers and windows; another job walks through it.
-        options: with `calibrate_on` pruned, so that samples stay while Gram matrices are made.
-    """
+    """The curves of all blocks. The model is not changed: another job walks through it. With `calibrate_on`
+    pruned in `options`, samples stay while Gram matrices are made."""
     # the gradients that count tokens are those of all windows, of another walk
     token_weights = UNIFORM if options.token_weights == GRADIENT else options.token_weights
-    walk = job.whole_again(
-        replace(options, token_weights=token_weights), job.few()[:VARIANT_WINDOWS]
-    )
+    options = replace(options, token_weights=token_weights)
+    some = job.windows.take(job.few()[:VARIANT_WINDOWS])
+    walk = Job(job.source, job.layers, some, options, whole=True, on_progress=job.tell)
     windows = range(walk.count)
     check_moves(job, options)
     most = VARIANTS * len(job.source.blocks)
@@ -126,7 +119,8 @@ def measured_curves(job: Job, options: PruneOptions) -> list[Curve]:
             if problems:
                 chosen = [layer for layer, _ in problems]
                 move = moves[block.index] = Moves.of(chosen, options)
-                for level in _measured(move):
+                # the first of the moves, that of 0, and the last
+                for level in sorted({0, move.moves.index(0), len(move.moves) - 1}):
                     counts = [move.counts(index)[level] for index in range(len(chosen))]
                     key = block.index, move.counts(0)[level]
                     with _pruned(walk, problems, counts):
@@ -165,11 +159,6 @@ def _problems(job: Job, block: Block, options: PruneOptions) -> list[tuple[Layer
     return found
 
 
-def _measured(move: Moves) -> list[int]:
-    """Places among the moves: the first, that of 0, and the last."""
-    return sorted({0, move.moves.index(0), len(move.moves) - 1})
-
-
 @contextmanager
 def _pruned(
     job: Job, problems: Sequence[tuple[Layer, LayerProblem]], counts: Sequence[int]
@@ -191,12 +180,8 @@ def _pruned(
 @dataclass(frozen=True)
 class Moves:
     """Layers that prune more or less together, in even steps from a uniform sparsity, so that their counts
-    have large common units.
-
-    Attributes:
-        middle, step: of each layer, inputs of a row.
-        moves: how many steps, ascending; 0 is among them.
-    """
+    have large common units. `middle` and `step` are inputs of a row of each layer; `moves`: how many steps,
+    ascending."""
 
     layers: tuple[Layer, ...]
     middle: tuple[int, ...]
@@ -208,13 +193,12 @@ class Moves:
         """All moves that keep every layer within the deviation, and some inputs."""
         middle = tuple(options.pattern.pruned_per_group(layer.n) for layer in layers)
         step = _steps([layer.n for layer in layers])
-        sides = [
-            ends(layer.n, m, options.layer_deviation)
-            for layer, m in zip(layers, middle, strict=True)
-        ]
-        below = min((m - low) // s for m, s, (low, _) in zip(middle, step, sides, strict=True))
-        above = min((high - m) // s for m, s, (_, high) in zip(middle, step, sides, strict=True))
-        return cls(tuple(layers), middle, step, range(-below, above + 1))
+        below, above = [], []
+        for layer, m, s in zip(layers, middle, step, strict=True):
+            low, high = ends(layer.n, m, options.layer_deviation)
+            below.append((m - low) // s)
+            above.append((high - m) // s)
+        return cls(tuple(layers), middle, step, range(-min(below), min(above) + 1))
 
     def counts(self, index: int) -> list[int]:
         """What each row of one of the layers prunes, by move."""

@@ -28,7 +28,8 @@ from maskopt.models.blockwise.windows import tokens_or_tokenizer
 from maskopt.models.checkpoints.checkpoint import file_digest, read_json, write_json
 from maskopt.models.checkpoints.report import FinishedBlock
 from maskopt.models.checkpoints.safefile import open_safe, write_tensors
-from maskopt.models.checkpoints.workspace import Workspace, check_inputs
+from maskopt.models.checkpoints.schema import fits
+from maskopt.models.checkpoints.workspace import check_inputs
 from maskopt.models.options.prune import AUTO, BLOCKWISE, PruneOptions, prune_options
 from maskopt.models.options.walk import WalkOptions, options_by_name
 from maskopt.models.pruning.run import Run, fingerprint_of
@@ -40,7 +41,18 @@ OF_STORE = ("token_weights", "all_experts", "skip_bad_samples", "holdout", "seed
 #: options that say how text is read
 OF_TEXT = ("bos", "chat", "text_field")
 _HELD = "held"
-_BAD = {"sample", "layer", "block"}
+#: all that is read of an index
+_INDEX = {
+    "format": FORMAT,
+    "fingerprint": {
+        "calibration": {"samples": int, "length": int},
+        "options": dict.fromkeys(OF_STORE, lambda _: True),
+        "dtype": str,
+    },
+    "files": dict,
+    "layers": [str],
+    "bad_samples": [dict.fromkeys(("sample", "layer", "block"), lambda _: True)],
+}
 
 
 def collect_grams(
@@ -59,11 +71,10 @@ def collect_grams(
 
     Args:
         model: a folder, or a name on the hub.
-        tokenizer_or_tokens: as for `prune_model`.
-        calibration: as for `prune_model`.
-        ranks: as for `prune_model`.
         options: of the walk; `include` and `exclude` choose layers.
         shorthand: single options by name, with or without `options`.
+
+    Other arguments are those of `prune_model`.
 
     Returns:
         The folder. It takes 4·n² bytes for each distinct input of n numbers.
@@ -98,7 +109,12 @@ def collect_grams(
             "bad_samples": bad,
             "files": files,
         }
-        ranks.agreed(lambda: _finish(work, index))
+
+        def finish() -> None:
+            write_json(work.staging / INDEX, index)
+            work.commit()
+
+        ranks.agreed(finish)
     return run.output
 
 
@@ -111,7 +127,7 @@ class GramStore:
             self.folder / INDEX,
             "it holds no Gram matrices; give `calibration` to `maskopt sweep`, which collects them",
         )
-        if index.get("format") != FORMAT or not _is_whole(index):
+        if not fits(index, _INDEX):
             raise ModelError(f"{self.folder / INDEX}: not an index of format {FORMAT}")
         self.fingerprint: dict[str, Any] = index["fingerprint"]
         self._files: dict[str, str] = index["files"]
@@ -130,11 +146,8 @@ class GramStore:
     def options(
         self, options: PruneOptions | None, shorthand: Mapping[str, Any] | None = None
     ) -> PruneOptions:
-        """Options of a prune from these Gram matrices, given as for `prune_model`.
-
-        Raises:
-            OptionError: an option that needs a walk through the model, or that differs from the store's.
-        """
+        """Options of a prune from these Gram matrices, given as for `prune_model`; OptionError for one that
+        needs a walk through the model, or that differs from the store's."""
         shorthand = dict(shorthand or {})
         if BLOCKWISE in (shorthand.get("update"), getattr(options, "update", None)):
             raise OptionError("`update` blockwise needs the text: give `calibration`, not `grams`")
@@ -185,7 +198,11 @@ class GramStore:
                 states.setdefault((kind, leader), {})[part] = file.read(key)
             restored: dict[str, dict[str, Gram]] = {_HELD: {}, "": {}}
             for (kind, leader), state in states.items():
-                restored[kind][leader] = _restored(state, device, f"{path}: layer {leader!r}")
+                try:
+                    restored[kind][leader] = Gram.restored(state, device)
+                except ProblemError as error:
+                    what = f"{path}: layer {leader!r}: its Gram matrix was changed"
+                    raise ModelError(f"{what}: {error}") from None
             held = None
             if _HELD in every:
                 held = Grams.restored(device, every[_HELD], restored[_HELD])
@@ -207,14 +224,8 @@ def open_store(
     on_progress: OnBlockProgress | None = None,
     ranks: Ranks = ALONE,
 ) -> GramStore:
-    """The Gram matrices in a folder, which are collected and written first if there are none.
-
-    Args:
-        model: as for `collect_grams`.
-        calibration: as for `collect_grams`.
-        on_progress: as for `collect_grams`.
-        ranks: as for `collect_grams`.
-        options: of the walk, by name.
+    """The Gram matrices in a folder, which are collected and written first if there are none; arguments are
+    those of `collect_grams`, `options` by name.
 
     Raises:
         ModelError: the folder holds Gram matrices of another text, or what `collect_grams` refuses.
@@ -233,30 +244,6 @@ def open_store(
             "another folder"
         )
     return store
-
-
-def _restored(state: Mapping[str, torch.Tensor], device: torch.device, what: str) -> Gram:
-    try:
-        return Gram.restored(state, device)
-    except ProblemError as error:
-        raise ModelError(f"{what}: its Gram matrix was changed: {error}") from None
-
-
-def _is_whole(index: dict[str, Any]) -> bool:
-    """Whether all that is read of it is there."""
-    kinds = {"fingerprint": dict, "files": dict, "bad_samples": list, "layers": list}
-    if not all(isinstance(index.get(key), kind) for key, kind in kinds.items()):
-        return False
-    text, options = (index["fingerprint"].get(name) for name in ("calibration", "options"))
-    return (
-        isinstance(text, dict)
-        and isinstance(options, dict)
-        and all(type(text.get(name)) is int for name in ("samples", "length"))
-        and all(name in options for name in OF_STORE)
-        and isinstance(index["fingerprint"].get("dtype"), str)
-        and all(isinstance(layer, str) for layer in index["layers"])
-        and all(isinstance(bad, dict) and bad.keys() >= _BAD for bad in index["bad_samples"])
-    )
 
 
 class StoredBlock:
@@ -292,11 +279,6 @@ def stored_blocks(
 
 def _file_of(block: int) -> str:
     return f"grams-{block:05d}.bits"
-
-
-def _finish(work: Workspace, index: dict[str, Any]) -> None:
-    write_json(work.staging / INDEX, index)
-    work.commit()
 
 
 def _write(path: Path, grams: Grams) -> str:

@@ -117,20 +117,10 @@ class SparseSwapsModifier(SparsityModifierBase):
         return True
 
     def _options(self, sparsity: Any) -> PruneOptions:
-        least_squares = {"damping": self.damping} if self.damping is not None else {}
-        return prune_options(
-            None,
-            {
-                "sparsity": self._pattern(sparsity),
-                "solver": self.solver,
-                "start": self.start,
-                "update": self.update,
-                "gram_shrinkage": self.gram_shrinkage,
-                "solver_options": self.solver_options,
-                "seed": self.seed,
-                **least_squares,
-            },
-        )
+        names = ("solver", "start", "update", "gram_shrinkage", "solver_options", "seed")
+        given = {name: getattr(self, name) for name in names}
+        damping = {"damping": self.damping} if self.damping is not None else {}
+        return prune_options(None, {"sparsity": self._pattern(sparsity), **given, **damping})
 
     def _pattern(self, sparsity: Any) -> Pattern:
         """Their N:M counts pruned weights, ours kept ones."""
@@ -147,18 +137,13 @@ class SparseSwapsModifier(SparsityModifierBase):
 def pruned(weight: Tensor, gram: Gram, options: PruneOptions) -> tuple[Tensor, float]:
     """The pruned weight [rows, n] in its own dtype, and its error summed over rows; by magnitude without
     tokens."""
-    seen = gram.tokens > 0
-    problem = LayerProblem(
-        weight.detach().float(),
-        gram.value(shrinkage=float(options.gram_shrinkage))
-        if seen
-        else torch.eye(weight.shape[1]).to(weight.device),
-        options.pattern,
-        mean=gram.mean() if seen else None,
-        variance=gram.variance() if seen else None,
-        update=options.least_squares,
-        assume_psd=True,
-    )
+    how: dict[str, Any] = {"update": options.least_squares, "assume_psd": True}
+    if gram.tokens > 0:
+        values = gram.value(shrinkage=float(options.gram_shrinkage))
+        how |= {"mean": gram.mean(), "variance": gram.variance()}
+    else:
+        values = torch.eye(weight.shape[1]).to(weight.device)
+    problem = LayerProblem(weight.detach().float(), values, options.pattern, **how)
     found = solve_layer(problem, options).solution
     mask, own = found.mask, None if options.least_squares is None else found.weight
     left = problem.weights(mask) if own is None else own

@@ -205,10 +205,7 @@ class FolderResults(Results):
             values = {**self._source.stored_values(found.weights), **found.vectors}
             digests["weights"] = write_tensors(self._path(index, "weights"), values)
         self._run.work.keep = True  # from the moment that the journal may hold the block
-        reports = {
-            "layers": [asdict(layer) for layer in done.layers],
-            "parts": [asdict(part) for part in done.parts],
-        }
+        reports = {name: list(map(asdict, getattr(done, name))) for name in ("layers", "parts")}
         self._run.journal.add_block(index, {**digests, **reports, "bad": list(done.bad)})
         self.write_shards()
 
@@ -229,10 +226,8 @@ class FolderResults(Results):
 
     def finish(self, report: PruneReport, pattern: Pattern) -> None:
         """Write the rest of the pruned folder and move it into view."""
-        path = self._run.work.staging / MASKS
-        digest = join_masks(
-            path, [self._path(i, "masks") for i in sorted(self._run.journal.blocks)]
-        )
+        path, blocks = self._run.work.staging / MASKS, sorted(self._run.journal.blocks)
+        digest = join_masks(path, [self._path(index, "masks") for index in blocks])
         masks = MaskFile(path)
         check_masks(self._source.checkpoint, masks)
         files = {MASKS: digest, **self.write_shards()}
@@ -323,8 +318,8 @@ def results_of(job: Job, run: Run | None, tokenizer: Any) -> FolderResults | Mem
 def apply_masks(
     model: str | Path, masks: str | Path, output: str | Path, *, overwrite: bool = False
 ) -> Path:
-    """`maskopt masks apply`: a copy of a model folder with the masked entries set to zero. Raises ModelError:
-    the masks do not belong to the model, or were changed."""
+    """Copy a model folder with masked entries set to zero; ModelError for masks of another model, or
+    changed."""
     checkpoint = open_checkpoint(model)
     run = Run(output, overwrite=overwrite, model=model, mask_file=masks)
     file = MaskFile(Path(masks))
@@ -343,10 +338,7 @@ def apply_masks(
 def extract_masks(
     model: str | Path, output: str | Path, *, overwrite: bool = False
 ) -> dict[str, float]:
-    """`maskopt masks export`: what is not zero in the linear layers, as a mask file.
-
-    Returns the share of zeros by tensor.
-    """
+    """Write the nonzero pattern of the linear layers as a mask file; returns the share of zeros by tensor."""
     checkpoint, path = open_checkpoint(model), Path(output)
     check_writable(path, overwrite=overwrite)
     source = FolderSource(checkpoint, torch.device("cpu"), None)

@@ -33,7 +33,7 @@ from maskopt.models.checkpoints.checkpoint import Checkpoint, resolve_model
 from maskopt.models.checkpoints.workspace import check_inputs
 from maskopt.models.checkpoints.write import disk_needed
 from maskopt.models.options.prune import KL, NONE, VARIANT_WINDOWS, PruneOptions, prune_options
-from maskopt.models.options.training import BLOCK
+from maskopt.models.options.training import BLOCK, Reconstruction
 from maskopt.models.options.walk import GRADIENT_WINDOWS
 from maskopt.models.pruning.allocate import check_moves
 from maskopt.models.pruning.gram_store import GramStore
@@ -94,17 +94,13 @@ def plan_prune(
     output: str | Path | None = None,
     **shorthand: Any,
 ) -> Plan:
-    """Memory, disk and time of `prune_model` with the same options.
+    """Memory, disk and time of `prune_model` with the same arguments. Nothing is written.
 
     Times come from three measurements of about a second each: a matrix product, the solver on a small layer,
-    and reading a piece of the weights. Nothing is written.
+    and reading a piece of the weights.
 
     Args:
         tokens: int64 [samples, length], where the prune is given tokens.
-        options: as for `prune_model`.
-        shorthand: as for `prune_model`.
-        grams: what `collect_grams` wrote, in place of text: no passes are needed.
-        output: the folder that the prune will write.
 
     Raises:
         MaskoptError: what the prune itself would refuse, but for want of memory.
@@ -147,16 +143,14 @@ def _pass_seconds(job: Job, options: PruneOptions) -> float:
     dtype = next(source.model.parameters()).dtype
     seconds = _forward_operations(job, options) / (SHARE * _speed(source, dtype))
     if options.reconstruction is not None:
-        trained = _trained_operations(job, options)
+        trained = _trained_operations(job, options, options.reconstruction)
         seconds += trained / (TRAINED_SHARE * _speed(source, torch.float32))
     return seconds
 
 
-def _trained_operations(job: Job, options: PruneOptions) -> float:
+def _trained_operations(job: Job, options: PruneOptions, how: Reconstruction) -> float:
     """Operations of training all blocks: forward and back for fitted windows, forward for held-out ones; and
     forward for targets, for losses before and after, and by parts for their inputs."""
-    how = options.reconstruction
-    assert how is not None
     epoch = 3 * (1 - options.holdout) + options.holdout
     passes = epoch * how.epochs + (3 if how.granularity == BLOCK else 4)
     blocks = job.source.blocks.modules

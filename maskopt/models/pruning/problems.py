@@ -89,10 +89,13 @@ def _walked(
                 gram = grams.of(layer.name)
                 if gram is not None or unseen:
                     weight = matrix(job.source.model, layer).detach().float().clone()
-                    pattern, least_squares = options.pattern_of(layer), options.least_squares
-                    problem = layer_problem(
-                        layer, weight, gram, pattern, gram_shrinkage, least_squares=least_squares
+                    how: Any = (
+                        options.pattern_of(layer),
+                        gram_shrinkage,
+                        None,
+                        options.least_squares,
                     )
+                    problem = layer_problem(layer, weight, gram, *how)
                     yield layer, counting(problem, options.sensitivity, job.gradients)
             block.advance()
 
@@ -121,23 +124,12 @@ def layer_problem(
     one G is the identity. With `moved` the target is the layer's output on the dense model's inputs.
 
     Raises:
-        ProblemError: a `update` with a damping that leaves the Gram matrix indefinite.
+        ProblemError: a damping that leaves the Gram matrix indefinite.
     """
+    how: dict[str, Any] = {"name": layer.name, "assume_psd": True, "update": least_squares}
     if gram is None:
-        values, mean, variance = torch.eye(layer.n, device=weight.device), None, None
-    else:
-        values, mean, variance = gram.value(shrinkage=gram_shrinkage), gram.mean(), gram.variance()
-    linear = (
-        None if gram is None or moved is None else moved.linear(weight, shrinkage=gram_shrinkage)
-    )
-    return LayerProblem(
-        weight,
-        values,
-        pattern,
-        name=layer.name,
-        assume_psd=True,
-        mean=mean,
-        variance=variance,
-        linear=linear,
-        update=least_squares,
-    )
+        return LayerProblem(weight, torch.eye(layer.n, device=weight.device), pattern, **how)
+    how |= {"mean": gram.mean(), "variance": gram.variance()}
+    if moved is not None:
+        how["linear"] = moved.linear(weight, shrinkage=gram_shrinkage)
+    return LayerProblem(weight, gram.value(shrinkage=gram_shrinkage), pattern, **how)

@@ -25,11 +25,8 @@ _RECORDED = {"removed", "experts"} | {
 
 
 def options_again(fingerprint: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
-    """Options that repeat a run; its text only if it is a data set of the hub.
-
-    Raises:
-        OptionError: no sparsity, or an option that no fingerprint records.
-    """
+    """Options that repeat a run; its text only if it is a data set of the hub. Raises OptionError: no
+    sparsity, or an option that no fingerprint records."""
     options, text = dict(fingerprint["options"]), fingerprint["calibration"]
     if odd := set(options) - _RECORDED:
         raise OptionError(
@@ -43,7 +40,10 @@ def options_again(fingerprint: Mapping[str, Any], where: str | Path) -> dict[str
     elif "experts" in options:
         options.pop("update", None)
     elif "channels" not in options:  # a smaller model has no sparsity
-        options["sparsity"] = _sparsity(where, options.get("sparsity"))
+        try:
+            options["sparsity"] = str(pattern_from_dict(options["sparsity"]))
+        except (KeyError, TypeError, PatternError):
+            raise OptionError(f"{where}: holds no sparsity") from None
         # rows without recorded limits have none, where the default would set some
         if options.get("allocation") in (ROWS, BOTH) and options.get("max_deviation") is None:
             options["max_deviation"] = 1.0
@@ -62,15 +62,9 @@ def options_again(fingerprint: Mapping[str, Any], where: str | Path) -> dict[str
 
 
 def command_again(fingerprint: Mapping[str, Any], folder: str | Path) -> list[str]:
-    """Commands that give the same bytes from the same model and text, of which a manifest has no paths.
-
-    Args:
-        folder: of the manifest.
-
-    Returns:
-        One that reads the manifest and one with all options that are not at their default. Without the latter
-        if the manifest has no sparsity, or the counts of all layers.
-    """
+    """Commands that give the same bytes from the same model and text, whose paths a manifest does not have:
+    one that reads the manifest in `folder`, and one with all options that are not at their default (not if it
+    has no sparsity, or counts of all layers)."""
     command = "prune" if "sparsity" in fingerprint["options"] else "prune-structured"
     begin, end = f"maskopt {command} MODEL", "--calibration TEXT --output AGAIN"
     lines = [f"{begin} --config {shlex.quote(str(Path(folder) / MANIFEST))} {end}"]
@@ -97,10 +91,3 @@ def _words(flag: str, value: Any) -> list[str]:
     if isinstance(value, bool):  # no switch is on by default
         return [flag] if value else []
     return [flag, ",".join(value) if isinstance(value, list) else str(value)]
-
-
-def _sparsity(where: str | Path, record: Any) -> str:
-    try:
-        return str(pattern_from_dict(record))
-    except (KeyError, TypeError, PatternError):
-        raise OptionError(f"{where}: holds no sparsity") from None

@@ -161,7 +161,11 @@ class Run:
             )
             hidden = self.work.hidden.rglob("*")
             there = sum(file.stat().st_size for file in hidden if file.is_file())
-            _check_disk(self.output, needed - there, remedy)
+            if (free := shutil.disk_usage(self.output).free) < needed - there:
+                raise ModelError(
+                    f"{self.output}: the result takes {(needed - there) / 2**30:.2f} GiB, "
+                    f"{free / 2**30:.2f} GiB are free on the disk{remedy}"
+                )
             if fingerprint is not None:
                 Journal(self.work.journal).begin(dict(fingerprint))
 
@@ -203,16 +207,6 @@ class Run:
         self.work.commit()
 
 
-def _check_disk(output: Path, needed: int, remedy: str) -> None:
-    """Raise ModelError with the numbers where the disk is too small."""
-    free = shutil.disk_usage(output).free
-    if free < needed:
-        raise ModelError(
-            f"{output}: the result takes {needed / 2**30:.2f} GiB, "
-            f"{free / 2**30:.2f} GiB are free on the disk{remedy}"
-        )
-
-
 def fingerprint_of(
     job: Job, options: Mapping[str, Any], calibration: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -222,10 +216,19 @@ def fingerprint_of(
         calibration: what an earlier walk recorded of the text, where the job has none.
     """
     source = job.source
+    if calibration is None:
+        windows = job.windows
+        calibration = {
+            "source": windows.source,
+            "samples": len(windows),
+            "length": windows.length,
+            "beginning": windows.beginning.record(),
+            "sha256": windows.digest,
+        }
     fingerprint = {
         "versions": versions(),
         "options": dict(options),
-        "calibration": _calibration(job) if calibration is None else dict(calibration),
+        "calibration": dict(calibration),
         "dtype": str(next(source.model.parameters()).dtype).removeprefix("torch."),
         "device": source.device.type,
     }
@@ -234,28 +237,12 @@ def fingerprint_of(
     return fingerprint
 
 
-def _calibration(job: Job) -> dict[str, Any]:
-    windows = job.windows
-    assert windows is not None
-    return {
-        "source": windows.source,
-        "samples": len(windows),
-        "length": windows.length,
-        "beginning": windows.beginning.record(),
-        "sha256": windows.digest,
-    }
-
-
 def peaks(device: torch.device) -> Mapping[str, int | None]:
     """Most bytes so far of the `process` (resident; None where the system has no /proc) and, on CUDA, of
     tensors on the `device` (None elsewhere)."""
     on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return {"process": _resident(), "device": on_device}
-
-
-def _resident() -> int | None:
-    # not getrusage: Linux counts there what the process was forked from
-    if not _STATUS.is_file():
-        return None
-    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
-    return int(lines["VmHWM"].split()[0]) * 1024 if "VmHWM" in lines else None
+    resident = None
+    if _STATUS.is_file():  # not getrusage: Linux counts there what the process was forked from
+        lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+        resident = int(lines["VmHWM"].split()[0]) * 1024 if "VmHWM" in lines else None
+    return {"process": resident, "device": on_device}

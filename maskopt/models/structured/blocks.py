@@ -1,13 +1,13 @@
 """Make a model smaller by whole decoder blocks: the set whose absence changes its output least.
 
-Every single block and every pair of them is left out of the dense model, and the change of the next token's
-distribution is measured: KL(dense ‖ without), nats a token. All of these models go through the blocks
-together, so that each block's weights are in memory once; a block is left out by taking over the states that
-came to it. For N blocks that is N³/6 passes through single blocks.
+Every single block and every pair of them is left out of the dense model, and KL(dense ‖ without) of the next
+token is measured, nats a token. All of these models go through the blocks together, so that each block's
+weights are in memory once; a left-out block passes on the states that came to it. For N blocks that is N³/6
+passes through single blocks.
 
-The cost of leaving out a set P is then modelled as pᵀUp: U's diagonal holds the single costs, and each other
-entry half of what a pair costs beyond its two. That is exact for one block and for two; larger sets are
-searched by exchanges, and measured as a whole.
+The cost of leaving out a set P is modelled as pᵀUp: U's diagonal holds the single costs, each other entry
+half of what a pair costs beyond its two. That is exact for one block and for two; larger sets are searched by
+exchanges, and measured as a whole.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from maskopt.models.blockwise.progress import OnBlockProgress
 from maskopt.models.blockwise.variants import Variant, Variants, divergences, place, through
 from maskopt.models.checkpoints.checkpoint import read_json
 from maskopt.models.checkpoints.report import PruneReport
-from maskopt.models.checkpoints.workspace import Workspace
 from maskopt.models.checkpoints.write import disk_needed
 from maskopt.models.options.prune import NONE
 from maskopt.models.options.walk import WalkOptions
@@ -77,7 +76,7 @@ class BlocksReport:
     Attributes:
         removed: their indices.
         effects: of every block and pair.
-        solution: of least cost by these. One or two blocks: what was removed; more: where the search began.
+        solution: of least cost by these; for more than two blocks, where the search began.
         measured: nats a token of every set that was left out as a whole; the least was removed.
         seconds: wall time.
     """
@@ -102,22 +101,21 @@ def remove_blocks(
     overwrite: bool = False,
     on_progress: OnBlockProgress | None = None,
 ) -> BlocksReport:
-    """Write a copy of a model folder without `count` of its blocks: an ordinary folder that `from_pretrained`
-    loads.
+    """Write a copy of a model folder without `count` of its blocks, which `from_pretrained` loads.
 
-    They are the set of least cost by all single blocks and pairs, solved exactly; more than
-    two are searched from there by exchanges, each measured as a whole.
+    They are the set of least cost by all single blocks and pairs, solved exactly; more than two are searched
+    from there by exchanges, each measured as a whole.
 
     Args:
         model: a folder, or a name on the hub.
         tokenizer_or_tokens: as for `prune_model`; the first windows of the text are taken.
         calibration: as for `prune_model`; the first windows of the text are taken.
-        count: how many blocks to remove.
-        windows: of calibration, `options.seq_len` tokens each (2048 by default).
+        count: number of blocks to remove.
+        windows: number of windows, of `options.seq_len` tokens each (2048 by default).
 
     Raises:
-        MaskoptError: a count that leaves no block, a family whose configuration cannot describe what is
-            left, or what `prune_model` refuses.
+        MaskoptError: a count that leaves no block, a family whose configuration cannot describe what is left,
+            or what `prune_model` refuses.
     """
     began = time.perf_counter()
     options = options or WalkOptions()
@@ -137,14 +135,18 @@ def remove_blocks(
             pairs = len(source.blocks) * (len(source.blocks) + 1) // 2
             effects = measure_effects(job, place(job, pairs, work.hidden))
             best, solution = effects.best(count)
-            measured = choose(effects, best, _as_a_whole(job, options, work), sayable)
+
+            def measure(sets: Sequence[Left]) -> dict[Left, float]:
+                with job.again(options) as walk:
+                    folder = place(job, len(sets), work.hidden)
+                    return measure_sets(walk, sets, folder, judged=JUDGED)
+
+            measured = choose(effects, best, measure, sayable)
         least = min(measured, key=lambda left: measured[left])
         removed = sorted(least)
-        change = Change(
-            _check_family(source, removed),
-            "blocks of this family depend on their numbers, and cannot be removed",
-            _new_names(source, removed),
-        )
+        settings, names = _check_family(source, removed), _new_names(source, removed)
+        why = "blocks of this family depend on their numbers, and cannot be removed"
+        change = Change(settings, why, names)
         record = {"removed": removed, "update": NONE, "seed": options.seed}
         fingerprint, memory = fingerprint_of(job, record), peaks(source.device)
         report = PruneReport([], fingerprint, output=run.output, memory=memory)
@@ -153,22 +155,21 @@ def remove_blocks(
             if block.index in removed:
                 block.advanced = block.dense_advanced = True
 
+        def by_name(sets: Mapping[Left, float]) -> dict[str, float]:
+            return {",".join(map(str, sorted(left))): kl for left, kl in sets.items()}
+
         found = {
-            "kl": {_name(left): kl for left, kl in effects.kl.items()},
+            "kl": by_name(effects.kl),
             "similarity": effects.similarity,
             "cost": effects.cost(removed),
             "status": str(solution.status[0]),
-            "measured": {_name(left): kl for left, kl in measured.items()},
+            "measured": by_name(measured),
             "last": effects.cost(effects.last(count)),
             "most_alike": effects.cost(effects.most_alike(count)),
         }
         finish_smaller(job, run, change, report, prepare=leave_out, blocks=removed, effects=found)
     seconds = time.perf_counter() - began
     return BlocksReport(removed, effects, solution, measured, run.output, seconds)
-
-
-def _name(left: Left) -> str:
-    return ",".join(map(str, sorted(left)))
 
 
 def choose(
@@ -196,17 +197,9 @@ def choose(
     return search_sets(known, effects, first)
 
 
-def _as_a_whole(job: Job, options: WalkOptions, work: Workspace) -> Measure:
-    def measure(sets: Sequence[Left]) -> dict[Left, float]:
-        with job.again(options) as walk:
-            return measure_sets(walk, sets, place(job, len(sets), work.hidden), judged=JUDGED)
-
-    return measure
-
-
 def _sayable(source: FolderSource) -> Callable[[Left], bool]:
     """Whether the family's configuration can describe what is left without some blocks. Where every single
-    block can go, any set is taken to; what is written is checked in any case."""
+    block can go, any set is assumed to; what is written is checked in any case."""
 
     @cache
     def can_go(left: Left) -> bool:
@@ -244,8 +237,8 @@ def _check_family(source: FolderSource, removed: list[int]) -> dict[str, Any]:
 
 
 def _new_names(source: FolderSource, removed: list[int]) -> dict[str, str | None]:
-    """The new names of stored tensors, whose prefixes may differ: only those of the decoder's blocks, since a
-    vision tower may have blocks of that name, too."""
+    """The new names of stored tensors of the decoder's blocks (a vision tower may have blocks of that name,
+    too)."""
     last = source.blocks.name.rpartition(".")[2]
     of_blocks = source.stored_inside(source.blocks.name)
     return {
@@ -320,14 +313,12 @@ class Effects:
 
 
 def measure_effects(job: Job, folder: Path | None = None) -> Effects:
-    """Walk through a dense model with all variants that leave out one or two of its blocks.
+    """Walk through a dense model with all variants that leave out one or two of its blocks; ModelError for
+    NaN or infinite activations.
 
     Args:
         job: of a whole walk, entered.
         folder: for a file of hidden states; None: in memory.
-
-    Raises:
-        ModelError: NaN or infinite activations.
     """
     windows, blocks = range(job.count), len(job.source.blocks)
     similarity: list[float] = []
@@ -353,8 +344,8 @@ def measure_effects(job: Job, folder: Path | None = None) -> Effects:
 def measure_sets(
     job: Job, sets: Sequence[Left], folder: Path | None = None, *, judged: int
 ) -> dict[Left, float]:
-    """KL(dense ‖ without) of whole sets, nats a token, as `measure_effects`; only `judged` of them, the best
-    by some tokens of every window, are measured on all tokens and returned."""
+    """KL(dense ‖ without) of whole sets, nats a token, as `measure_effects`; only the `judged` best ones by
+    some tokens of every window are measured on all tokens and returned."""
     windows = range(job.count)
     with Variants[Left](job, len(sets), folder) as held:
         for block in job.blocks(folder=folder):

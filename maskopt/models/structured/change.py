@@ -60,18 +60,16 @@ class Change:
             "names": {new: old for old, new in self.names.items() if new not in (None, old)},
             "gone": sorted(old for old, new in self.names.items() if new is None),
         }
+
+        def step(by: str, cut: Cut) -> dict[str, Any]:
+            return {"axis": cut.axis, "parts": [list(part) for part in cut.parts], "by": by}
+
         return {
             **(names if self.names else {}),
             "settings": dict(self.settings),
             "kept": {name: stays.nonzero()[:, 0].tolist() for name, stays in self.kept.items()},
-            "tensors": {
-                name: [
-                    {"axis": cut.axis, "parts": [list(part) for part in cut.parts], "by": by}
-                    for by, cut in cuts
-                ]
-                for name, cuts in self.cuts.items()
-            },
-            "set_anew": sorted(self.updated),
+            "tensors": {name: [step(*x) for x in cuts] for name, cuts in self.cuts.items()},
+            "updated": sorted(self.updated),
         }
 
 
@@ -99,11 +97,8 @@ def open_original(
     doing: str,
     **how: Any,
 ) -> tuple[Job, FolderSource]:
-    """A walk through a model folder whose smaller copy can be opened and compared with it.
-
-    Args:
-        doing: what needs the text, in messages.
-        how: as for `open_job`.
+    """A walk through a model folder whose smaller copy can be opened and compared with it. `doing` names in
+    messages what needs the text; `how` is passed to `open_job`.
 
     Raises:
         ModelError: no text; a model in memory; one that needs code of its own, which results do not hold.
@@ -141,15 +136,14 @@ def finish_smaller(
         more: added to the change in the manifest.
 
     Raises:
-        ModelError: what was written does not compute what the changed original computes.
+        ModelError: the written model does not compute what the changed original computes.
     """
     checkpoint, staging = folder_source(job.source).checkpoint, run.work.staging
     if shards is None:
         left = indices_left(change.cuts, change.kept)
+        how: Any = {"names": change.names, "left": left}
         shards = {
-            name: write_shard(
-                checkpoint, name, staging / name, Edits(), names=change.names, left=left
-            )
+            name: write_shard(checkpoint, name, staging / name, Edits(), **how)
             for name, file in checkpoint.shards.items()
             if any(change.names[tensor] is not None for tensor in file.entries)
         }
@@ -173,8 +167,8 @@ def _check_same_output(
     finished: Mapping[int, FinishedBlock] | None,
     prepare: Callable[[Block], None],
 ) -> None:
-    """Send a window that is not `bad` through the original and through what was written; ModelError where the
-    results differ. Blocks of the original are `finished` by a run, or changed by `prepare`."""
+    """Send a window that is not `bad` through the original, its blocks `finished` by a run or changed by
+    `prepare`, and through what was written; ModelError where the results differ."""
     assert job.windows is not None
     window = next((w for w in range(len(job.windows)) if w not in bad), None)
     if window is None:

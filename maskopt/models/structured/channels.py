@@ -83,10 +83,8 @@ def shrink_model(
     on_progress: OnBlockProgress | None = None,
     **shorthand: Any,
 ) -> PruneReport:
-    """Write a smaller copy of a model folder, without some of its MLP channels and attention heads.
-
-    It is an ordinary folder that `from_pretrained` loads: fewer rows and columns, another config.json. All
-    blocks are cut to the same sizes, since configurations name one width.
+    """Write a smaller copy of a model folder, without some of its MLP channels and attention heads, which
+    `from_pretrained` loads. All blocks are cut to the same sizes, since configurations name one width.
 
     Args:
         model: a folder, or a name on the hub.
@@ -98,7 +96,8 @@ def shrink_model(
 
     Returns:
         A report with a `LayerReport` for every consumer (`down_proj`, `o_proj`). Its bound and statuses are
-        of the choice with unchanged weights (`error_kept`); `error` is that of the written weights.
+            of the
+        choice with unchanged weights (`error_kept`); `error` is that of the written weights.
 
     Raises:
         MaskoptError: a family whose blocks or configuration are not known, or what `prune_model` refuses.
@@ -115,7 +114,12 @@ def shrink_model(
             f"{source.checkpoint.folder}: was pruned, and least squares would fill its zeros; shrink the "
             "original and prune what comes of it, or take `update` none"
         )
-    every = find_structures(source, options)
+    every: list[Structures] = []  # in the order of the model
+    for index in range(len(source.blocks)):
+        if options.heads:
+            every.append(heads_of(source.blocks, index, options.heads))
+        if options.channels:
+            every.append(channels_of(source.blocks, index, options.channels, options.round_to))
     start = default_start(options.solver)
     for one in every:
         if one.kind == CHANNELS:
@@ -143,17 +147,6 @@ def shrink_model(
     return dataclasses.replace(report, seconds=time.perf_counter() - began)
 
 
-def find_structures(source: FolderSource, options: ShrinkOptions) -> list[Structures]:
-    """The structures of all blocks, in the order of the model."""
-    found: list[Structures] = []
-    for index in range(len(source.blocks)):
-        if options.heads:
-            found.append(heads_of(source.blocks, index, options.heads))
-        if options.channels:
-            found.append(channels_of(source.blocks, index, options.channels, options.round_to))
-    return found
-
-
 def _shrink(
     block: Block, cuts: StructureCuts, options: ShrinkOptions, layers: Sequence[Layer], grams: Grams
 ) -> Iterator[LayerResult]:
@@ -167,14 +160,9 @@ def _shrink(
         dense = weight.detach().float().clone()
         began = time.perf_counter()
         of_input = structures.groups.to(dense.device)
-        problem = structure_problem(
-            dense,
-            gram,
-            structures.pattern,
-            groups=None if structures.count == layer.n else of_input,
-            mean=gathered.mean(),
-            name=layer.name,
-        )
+        groups = None if structures.count == layer.n else of_input
+        how: dict[str, Any] = {"groups": groups, "mean": gathered.mean(), "name": layer.name}
+        problem = structure_problem(dense, gram, structures.pattern, **how)
         solution, bound = _chosen(problem, structures, options)
         kept = solution.mask[0][of_input]
         new = None
@@ -231,14 +219,12 @@ def _chosen(
 
 
 class StructureCuts:
-    """The cuts of the checkpoint's tensors, and what stays of the consumers by their stored masks.
+    """The cuts of the checkpoint's tensors, and what stays of the consumers by their stored masks; ModelError
+    for a parameter that is not stored unchanged.
 
     Attributes:
         stored: by tensor, its cuts.
         blocks: by tensor, the block whose masks decide.
-
-    Raises:
-        ModelError: a parameter that is not stored unchanged.
     """
 
     def __init__(self, source: FolderSource, every: Sequence[Structures]) -> None:
@@ -257,8 +243,8 @@ class StructureCuts:
                 self.blocks.setdefault(tensor, one.consumer.block)
 
     def kept(self, masks: MaskFiles) -> dict[str, Bool[Tensor, " m"]]:
-        """The structures that stay, by consumer, of the blocks that are done. All rows of a consumer's mask
-        are the same, so the first one is read."""
+        """The structures that stay, by consumer, of finished blocks. All rows of a consumer's mask are the
+        same, so the first one is read."""
         found = {}
         for tensor, one in self.consumers.items():
             if tensor in masks:
@@ -274,11 +260,8 @@ class StructureCuts:
 
 
 def new_settings(source: FolderSource, every: Sequence[Structures]) -> dict[str, int]:
-    """What of the configuration changes, by key.
-
-    Raises:
-        ModelError: blocks of different sizes; a family whose configuration cannot say the new ones.
-    """
+    """What of the configuration changes, by key; ModelError for blocks of different sizes, or a family whose
+    configuration cannot describe the new ones."""
     text: Any = source.model.config.get_text_config()
     found: dict[str, set[int]] = {}
     for one in every:

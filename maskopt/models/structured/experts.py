@@ -75,8 +75,8 @@ def remove_experts(
     overwrite: bool = False,
     on_progress: OnBlockProgress | None = None,
 ) -> PruneReport:
-    """Write a copy of a model folder without a share of the experts of every mixture: an ordinary folder that
-    `from_pretrained` loads.
+    """Write a copy of a model folder without a share of the experts of every mixture, which `from_pretrained`
+    loads.
 
     Args:
         model: a folder, or a name on the hub.
@@ -86,11 +86,12 @@ def remove_experts(
 
     Returns:
         A report with a `LayerReport` for every mixture. `error` is the change of its output in the smaller
-        model; `error_kept`, of which statuses and bounds are, the change without new routing of tokens.
+            model;
+        `error_kept`, of which statuses and bounds are, the change without new routing of tokens.
 
     Raises:
-        MaskoptError: no mixtures, or some that cannot be cut; a share that takes none, or leaves fewer than
-            a token goes to; what `prune_model` refuses.
+        MaskoptError: no mixtures, or some that cannot be cut; a share that takes none, or leaves fewer than a
+            token goes to; what `prune_model` refuses.
     """
     began = time.perf_counter()
     if not 0 < share < 1:
@@ -172,20 +173,18 @@ def _choose(
             for mixture in mine:
                 began = time.perf_counter()
                 quadratic, tokens = costs(block, mixture)
-                problem = RowProblem.from_quadratic(
-                    quadratic.numpy(), cardinality=len(quadratic) - left, name=mixture.name
-                )
+                gone, name = len(quadratic) - left, mixture.name
+                problem = RowProblem.from_quadratic(quadratic.numpy(), cardinality=gone, name=name)
                 solution = solve(problem, "branch", time_limit=_SECONDS).raise_if_interrupted()
-                values = problem.to_original_units(
-                    float(solution.objective), float(solution.lower_bound)
-                )
-                kept[mixture.name] = solution.mask[0]
+                found = float(solution.objective), float(solution.lower_bound)
+                values = problem.to_original_units(*found)
+                kept[name] = solution.mask[0]
                 model = job.source.model
                 dense = copy.deepcopy(model.get_submodule(mixture.parent))
-                cut(model, mixture, kept[mixture.name])
+                cut(model, mixture, kept[name])
                 error, energy = change_of(block, mixture, dense)
                 report = LayerReport(
-                    name=mixture.name,
+                    name=name,
                     block=mixture.block,
                     kind=mixture.kind,
                     rows=1,
@@ -215,8 +214,8 @@ def _change(
     kept: Mapping[str, Bool[Tensor, " experts"]],
     settings: Mapping[str, int],
 ) -> tuple[Change, dict[str, str]]:
-    """What becomes of the stored model; and of experts that are stored one by one the mixture, by what their
-    tensors' names begin with. Raises ModelError for experts that are stored in another way."""
+    """What becomes of the stored model; and of experts that are stored one by one the mixture, by the
+    beginning of their tensors' names. Raises ModelError for experts that are stored in another way."""
     names: dict[str, str | None] = {name: name for name in source.checkpoint.where}
     cuts: dict[str, list[tuple[str, Cut]]] = {}
     homes: dict[str, str] = {}
@@ -304,7 +303,7 @@ def mixtures_of(blocks: Blocks, index: int) -> list[Mixture]:
 
 
 def _each(model: nn.Module, name: str) -> int:
-    """To how many experts a token goes; ModelError where it chooses groups of experts first, which removals
+    """To how many experts a token goes; ModelError where groups of experts are chosen first, which removals
     would change, or where the configuration does not say."""
     text: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     groups = getattr(text, "n_group", None) or 1
@@ -356,9 +355,7 @@ def change_of(block: Block, mixture: Mixture, dense: nn.Module) -> tuple[float, 
     squares over tokens, summed over the outputs."""
     module = block.job.source.model.get_submodule(mixture.parent)
 
-    def visit(
-        args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> tuple[Tensor, Tensor, int]:
+    def visit(args: Any, kwargs: dict[str, Any], output: Any) -> tuple[Tensor, Tensor, int]:
         before, after = _hidden(dense(*args, **kwargs)).double(), _hidden(output).double()
         error, energy = (after - before).square().sum(), before.square().sum()
         return error, energy, before.numel() // before.shape[-1]
@@ -375,18 +372,14 @@ def seen_by(
     visit: Callable[[tuple[Any, ...], dict[str, Any], Any], T],
 ) -> list[T]:
     """What `visit` returns for arguments and output of a module's call, window by window, without an advance.
-
-    Raises:
-        ModelError: a module that is not called once a window; NaN or infinite activations.
-    """
+    Raises ModelError: a module that is not called once a window; NaN or infinite activations."""
     opened, local = block.opened, threading.local()
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not getattr(local, "busy", True):
             local.busy = True  # a visit may call the module
-            local.found.append(
-                (visit(args, kwargs, output), bool(_hidden(output).isfinite().all()))
-            )
+            finite = bool(_hidden(output).isfinite().all())
+            local.found.append((visit(args, kwargs, output), finite))
             local.busy = False
 
     def one(sample: int) -> list[tuple[T, bool]]:

@@ -114,17 +114,10 @@ class Targets:
             if not free:
                 continue
             with self._outputs(index, ticker) as gives:
+                name, remedy = part.name or "a block", "leave its layers out with `exclude`"
+                loss = self._loss(index, gives, fitted)
                 task = Task(
-                    part.name or "a block",
-                    "leave its layers out with `exclude`",
-                    part.module,
-                    free,
-                    stored,
-                    self._loss(index, gives, fitted),
-                    fitted,
-                    held,
-                    reported=fitted,
-                    how=self.how,
+                    name, remedy, part.module, free, stored, loss, fitted, held, fitted, self.how
                 )
                 generator = torch.Generator().manual_seed((self._seed + number) % 2**63)
                 tick = ticker(f"train {part.name}".rstrip(), self.how.epochs * len(fitted))
@@ -133,17 +126,9 @@ class Targets:
                 self.trained_layers |= {layer.name for layer in part.layers} & masks.keys()
                 prefix = self._prefix(part)
                 self.trained_vectors |= {f"{prefix}.{name}" for name in free} & {*self._vectors}
-            yield PartReport(
-                self.index,
-                part.name,
-                found.before.fitted,
-                found.after.fitted,
-                found.before.held,
-                found.after.held,
-                found.epoch,
-                found.diverged,
-                time.perf_counter() - began,
-            )
+            losses = [x for both in zip(found.before, found.after, strict=True) for x in both]
+            seconds = time.perf_counter() - began
+            yield PartReport(self.index, part.name, *losses, found.epoch, found.diverged, seconds)
 
     def close(self) -> None:
         """Free what was recorded."""

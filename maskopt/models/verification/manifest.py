@@ -18,6 +18,7 @@ from typing import Any
 
 from maskopt.core.pattern import NM, Pattern, Unstructured, pattern_from_dict
 from maskopt.errors import MaskoptError, VerificationError
+from maskopt.models.checkpoints.schema import fits, is_amount, is_count, is_number, is_size
 from maskopt.models.options.prune import BLOCKWISE, BOTH, LAYERS, ROWS, UNIFORM, PruneOptions
 from maskopt.models.verification.folder import MANIFEST, check_regular
 
@@ -28,22 +29,6 @@ OF_SOLVER = ("solver", "start", "solver_options")
 
 #: the numbers in a layer's name (block, expert), and its inputs
 Key = tuple[tuple[int, ...], int]
-
-
-def is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**48
-
-
-def is_amount(value: Any) -> bool:
-    return _is_number(value) and value >= 0
-
-
-def _is_size(value: Any) -> bool:
-    return is_count(value) and value > 0
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _is_pattern(value: Any) -> bool:
@@ -60,19 +45,19 @@ SHAPE = {
     "sparsity": is_amount, "seconds": is_amount, "memory": {...: MAYBE_COUNT},
     "layers": [{
         **dict.fromkeys(("name", "pattern", "kind"), str),
-        **dict.fromkeys(("rows", "n"), _is_size),
+        **dict.fromkeys(("rows", "n"), is_size),
         **dict.fromkeys(("pruned", "tokens", "block"), is_count),
         **dict.fromkeys(("error", "lower_bound", "energy", "gram_shrinkage"), is_amount),
         **dict.fromkeys(("seconds", "sparsity"), is_amount),
         **dict.fromkeys(("error_start", "error_uniform", "error_held", "energy_held"), MAYBE_AMOUNT),
         **dict.fromkeys(("error_kept", "damping"), MAYBE_AMOUNT),
         **dict.fromkeys(("swaps", "scans"), MAYBE_COUNT),
-        "improvement_quantiles": (None, lambda v: fits(v, [_is_number]) and len(v) == 5),
-        "statuses": lambda v: fits(v, {...: _is_size}) and set(v) <= set(STATUSES),
+        "improvement_quantiles": (None, lambda v: fits(v, [is_number]) and len(v) == 5),
+        "statuses": lambda v: fits(v, {...: is_size}) and set(v) <= set(STATUSES),
         "fallback": bool, "objective": ("kept", "refitted", "updated"),
     }],
     "parts": [{
-        **dict.fromkeys(("fitted_before", "fitted_after", "held_before", "held_after"), _is_number),
+        **dict.fromkeys(("fitted_before", "fitted_after", "held_before", "held_after"), is_number),
         "block": is_count, "epoch": is_count, "part": str, "diverged": bool, "seconds": is_amount,
     }],
     "bad_samples": [{"sample": is_count, "layer": str}],
@@ -80,33 +65,6 @@ SHAPE = {
     "tensors": {...: {"input_axis": is_count, "pattern": _is_pattern}},
     "files": {...: str},
 }  # fmt: skip
-
-
-def fits(value: Any, shape: Any) -> bool:
-    """Whether a JSON value has a shape.
-
-    Args:
-        shape: a type, a predicate, a constant, a tuple of alternatives, a list with the shape of every
-            element, or an object by keys: `key?` may be missing, `...` stands for all other keys.
-    """
-    if isinstance(shape, type):
-        return type(value) is shape
-    if callable(shape):
-        return bool(shape(value))
-    if isinstance(shape, tuple):
-        return any(fits(value, one) for one in shape)
-    if isinstance(shape, list):
-        return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
-    if not isinstance(shape, dict):
-        return type(value) is type(shape) and bool(value == shape)
-    if not isinstance(value, dict):
-        return False
-    named = {key.removesuffix("?"): key for key in shape if key is not ...}
-    return all(key in value for key in shape if key in named) and all(
-        fits(item, shape[named[key]] if key in named else shape[...])
-        for key, item in value.items()
-        if key in named or ... in shape
-    )
 
 
 def sound_record(path: Path, shape: Any) -> dict[str, Any]:

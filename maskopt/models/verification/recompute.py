@@ -31,10 +31,11 @@ from maskopt.models.blockwise.threads import Threads
 from maskopt.models.calibration.tokens import are_tokens
 from maskopt.models.checkpoints.bos import BOS, GIVEN, TEMPLATE
 from maskopt.models.checkpoints.checkpoint import open_checkpoint
+from maskopt.models.checkpoints.schema import fits, is_size
 from maskopt.models.options.prune import AUTO, BLOCKWISE, NONE, PruneOptions
 from maskopt.models.pruning.problems import held_problem, layer_problem
 from maskopt.models.verification.folder import MASKS
-from maskopt.models.verification.manifest import Manifest, fits, is_count
+from maskopt.models.verification.manifest import Manifest
 from maskopt.protocol.solution import SWAP_TOLERANCE, Status
 
 #: relative difference at which a stated error is wrong, by the precision of the passes. On one machine
@@ -49,8 +50,8 @@ CALIBRATED = {
     "dtype": tuple(ERROR_TOLERANCES),
     "device": ("cpu", "cuda"),
     "calibration": {
-        "samples": lambda v: is_count(v) and v > 0,
-        "length": lambda v: is_count(v) and v > 0,
+        "samples": is_size,
+        "length": is_size,
         "sha256": str,
         "beginning": {"bos": (*BOS, GIVEN.bos, TEMPLATE.bos)},
     },

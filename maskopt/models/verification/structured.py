@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from maskopt.errors import VerificationError
+from maskopt.models.checkpoints.schema import fits, is_count
 from maskopt.models.verification.folder import (
     CONFIG,
     MANIFEST,
@@ -29,7 +30,7 @@ from maskopt.models.verification.folder import (
     same_files,
 )
 from maskopt.models.verification.loading import Loading, check_loads
-from maskopt.models.verification.manifest import fits, is_count, sound_record
+from maskopt.models.verification.manifest import sound_record
 from maskopt.models.verification.tensors import OnTensor
 
 FORMAT = "maskopt-smaller-1"
