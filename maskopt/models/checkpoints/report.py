@@ -34,7 +34,7 @@ class LayerReport:
         error_uniform: with a shared budget, the same at an equal count in every row; else None.
         error: of the result: the mean squared change of the output, with G shrunk by `gram_shrinkage`.
         error_kept: of the mask before kept weights were updated; None without an update.
-        objective: what the statuses are of: `kept` or `refitted` weights, or `updated` by the solver itself.
+        objective: of the statuses: `kept` weights, `least-squares` updated ones, or `updated` by the solver.
         damping: of the update; None without one.
         lower_bound: proven bound of `error`, or of `error_kept` where weights were updated after masks were
             chosen for kept ones; 0 where none is known.

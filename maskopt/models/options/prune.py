@@ -263,7 +263,7 @@ class PruneOptions(WalkOptions):
 
     @property
     def least_squares(self) -> LeastSquaresUpdate | None:
-        """How kept weights are refitted, `damping` auto counting as its default; None: they stay."""
+        """How kept weights are updated, `damping` auto counting as its default; None: they stay."""
         if self.update == NONE or self.training.get("begin") == NONE:
             return None
         damping = LeastSquaresUpdate.damping if self.damping == AUTO else float(self.damping)

@@ -9,12 +9,12 @@ from maskopt.protocol.solver import holds_budget, limits_of, make_solver
 
 #: starts that serve whole layers better than the solvers' own, which also have to serve single rows
 DEFAULT_STARTS = {"swap": "relax"}
-REFIT_STARTS = {"swap": "admm", "memetic": "admm"}
+UPDATE_STARTS = {"swap": "admm", "memetic": "admm"}
 
 
 def default_start(solver: str, *, least_squares: bool = False) -> str | None:
     """What `solver` starts from in a prune where nothing is named."""
-    starts = REFIT_STARTS if least_squares else DEFAULT_STARTS
+    starts = UPDATE_STARTS if least_squares else DEFAULT_STARTS
     return starts.get(solver) or make_solver(solver).capabilities.default_start
 
 

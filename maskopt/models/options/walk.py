@@ -211,7 +211,7 @@ class WalkOptions:
 
     @property
     def least_squares(self) -> LeastSquaresUpdate | None:
-        """How kept weights are refitted; None: they stay."""
+        """How kept weights are updated; None: they stay."""
         return None
 
     def check_layers(self, layers: Sequence[Layer]) -> None:

@@ -207,7 +207,7 @@ def _fixed(gram_shrinkage: float | str) -> float:
 def _chosen_for(solved: Solved, new: Tensor | None, options: PruneOptions) -> str:
     if new is None or not make_solver(options.solver).capabilities.update:
         return "kept"
-    return "updated" if solved.solution.own else "refitted"
+    return "updated" if solved.solution.own else "least-squares"
 
 
 def _columns(
@@ -259,12 +259,12 @@ def _traced(solution: Solution, what: str) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def _gained(solution: Solution, start: Solution | None, refitted: bool) -> Tensor | None:
+def _gained(solution: Solution, start: Solution | None, updated: bool) -> Tensor | None:
     """1 − objective / start by row; 0 of rows whose start is 0."""
     if start is None:
         return None
     before, after = start.objective.double(), solution.objective.double()
-    if refitted:  # the start's objective is of unchanged weights
+    if updated:  # the start's objective is of unchanged weights
         history = _traced(solution, "history")
         if history is None:
             return None

@@ -55,8 +55,8 @@ def check_layers(manifest: Manifest) -> None:
         if info["pattern"] != manifest.record["fingerprint"]["options"]["sparsity"]:
             raise manifest.wrong(f"tensor {name!r} has another pattern than the options")
     for layer in layers:
-        refitted = options.least_squares is not None and not layer["fallback"]
-        bounded = "error_kept" if refitted and layer["objective"] == "kept" else "error"
+        updated = options.least_squares is not None and not layer["fallback"]
+        bounded = "error_kept" if updated and layer["objective"] == "kept" else "error"
         wrong = {
             "has another pattern than the options": layer["pattern"] != str(manifest.pattern(layer)),
             "counts other pruned weights than its pattern": layer["pruned"] != manifest.pruned(layer),
@@ -64,10 +64,10 @@ def check_layers(manifest: Manifest) -> None:
                 layer["sparsity"] != layer["pruned"] / (layer["rows"] * layer["n"]),
             "has another fallback than its tokens say":
                 layer["fallback"] != (layer["tokens"] < options.min_tokens),
-            "is refitted, or not, otherwise than the options say":
-                any((layer[key] is not None) != refitted for key in ("damping", "error_kept")),
-            "has statuses of refitted weights, and keeps its own":
-                layer["objective"] != "kept" and not refitted,
+            "is updated, or not, otherwise than the options say":
+                any((layer[key] is not None) != updated for key in ("damping", "error_kept")),
+            "has statuses of updated weights, and keeps its own":
+                layer["objective"] != "kept" and not updated,
             "has statuses of another number of rows": sum(layer["statuses"].values()) != layer["rows"],
             "has a lower bound above its error":
                 layer["lower_bound"] > (layer[bounded] or 0.0) * (1 + BOUND_ROUNDING),
@@ -115,7 +115,7 @@ def check_parts(manifest: Manifest) -> None:
 
 
 def updated_layers(manifest: Manifest) -> set[Key]:
-    """Layers whose kept weights may differ from the original's: refitted, or of a part that became better."""
+    """Layers whose kept weights may differ from the original's: updated, or of a part that became better."""
     options, parts = manifest.options, manifest.record["parts"]
     if options.update == NONE:
         return set()

@@ -54,7 +54,7 @@ SHAPE = {
         **dict.fromkeys(("swaps", "scans"), MAYBE_COUNT),
         "improvement_quantiles": (None, lambda v: fits(v, [is_number]) and len(v) == 5),
         "statuses": lambda v: fits(v, {...: is_size}) and set(v) <= set(STATUSES),
-        "fallback": bool, "objective": ("kept", "refitted", "updated"),
+        "fallback": bool, "objective": ("kept", "least-squares", "updated"),
     }],
     "parts": [{
         **dict.fromkeys(("fitted_before", "fitted_after", "held_before", "held_after"), is_number),

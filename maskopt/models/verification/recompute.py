@@ -149,7 +149,7 @@ def _faults(
         yield " was shrunk by another α than the options say"
     problem, kept, damping = found.problem, found.kept, said["damping"]
     if damping is not None and options.damping not in (AUTO, damping):
-        yield " was refitted with another damping than the options say"
+        yield " was updated with another damping than the options say"
     energies = _sums("energy", found, LayerProblem.output_energy)
     yield from _other_sums(said, energies, tolerance, 0.0)
     floor = SAME_BITS * float(problem.diagonal_mass().sum())
@@ -157,7 +157,7 @@ def _faults(
         sums = _sums("error", found, lambda x: x.objective(kept))
     else:
         unchanged = float(problem.with_update(None).objective(kept).sum())
-        sums = [("error_kept", unchanged, " before its weights were refitted")]
+        sums = [("error_kept", unchanged, " before its weights were updated")]
     yield from _other_sums(said, sums, tolerance, floor)
     if damping is not None and found.result is not None:
         if said["objective"] != "updated":
@@ -220,7 +220,9 @@ def _other_statuses(
     said: Mapping[str, Any], found: Found, tolerance: float, pool: Threads
 ) -> Iterator[str]:
     kept = found.kept
-    problem = found.problem if said["objective"] == "refitted" else found.problem.with_update(None)
+    problem = (
+        found.problem if said["objective"] == "least-squares" else found.problem.with_update(None)
+    )
     count = sum(said["statuses"].get(s, 0) for s in (Status.SWAP_OPTIMAL, Status.OPTIMAL))
     if not count:
         return

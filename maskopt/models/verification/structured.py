@@ -61,7 +61,7 @@ SHAPE = {
     "format": FORMAT, "fingerprint": dict, "files": {...: str},
     "shrunk": {
         "settings": {...: (is_count, list)}, "kept": {...: [is_count]}, "tensors": {...: [_STEP]},
-        "set_anew": [str], "names?": {...: str}, "gone?": [str], "blocks?": [is_count],
+        "updated": [str], "names?": {...: str}, "gone?": [str], "blocks?": [is_count],
         "experts?": {...: str},
     },
 }  # fmt: skip
@@ -115,12 +115,12 @@ def verify_smaller(folder: Path, original: Path | None, on_progress: OnTensor) -
     return {
         "tensors": len(weights.where),
         "cut": len(shrunk["tensors"]),
-        "updated": len(shrunk["set_anew"]),
+        "updated": len(shrunk["updated"]),
         "files": len(files),
         "weights": count,
         "checked": ("files", "sizes", *(compared if dense else ())),
         "claimed": (
-            *(["updated weights"] if shrunk["set_anew"] else []),
+            *(["updated weights"] if shrunk["updated"] else []),
             *([] if dense else ["weights"]),
             *quality,
             "calibration",
@@ -186,7 +186,7 @@ def _check_tensor(
             theirs = theirs.index_select(step["axis"], _inside(step, shrunk["kept"]))
         if found.dtype != theirs.dtype or found.shape != theirs.shape:
             raise weights.wrong(f"tensor {name!r} has another shape or type")
-        same = name in shrunk["set_anew"] or torch.equal(bytes_of(found), bytes_of(theirs))
+        same = name in shrunk["updated"] or torch.equal(bytes_of(found), bytes_of(theirs))
         if not same:
             raise weights.wrong(f"tensor {name!r} is not the original's, cut as the manifest says")
     check_finite(weights, name, found)
@@ -202,7 +202,7 @@ def _check_cuts(weights: Weights, shrunk: Mapping[str, Any], removal: Removal) -
                 f"tensor {name!r} is not cut as what was removed asks; all that a block's "
                 "channels, heads or experts run through loses the same of them"
             )
-    said = set(shrunk["set_anew"])
+    said = set(shrunk["updated"])
     if odd := said - removal.updatable or (removal.updatable - said if said else set()):
         raise weights.wrong(
             f"tensor {min(odd)!r} is updated, or not, unlike a least-squares update of all "
@@ -243,7 +243,7 @@ def _is_manifest(manifest: Any) -> bool:
             for step in steps
             for length, width in step["parts"]
         )
-        and set(shrunk["set_anew"]) <= set(shrunk["tensors"])
+        and set(shrunk["updated"]) <= set(shrunk["tensors"])
     )
 
 

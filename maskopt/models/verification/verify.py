@@ -252,14 +252,14 @@ def _facts(
         compared: with the original.
     """
     layers, trained = manifest.layers, manifest.options.update == BLOCKWISE
-    refitted = not trained and any(layer["damping"] is not None for layer in layers)
+    updated = not trained and any(layer["damping"] is not None for layer in layers)
     every = recomputed == len(layers)
     # of a solver's own weights only the errors are checked
     solved = all(layer["objective"] != "updated" for layer in layers)
     facts = {
         **dict.fromkeys(("files", "counts", "pattern", "sparsity", "names"), True),
-        "kept weights": compared and not refitted and not trained,
-        "refitted weights": every and solved if refitted else None,
+        "kept weights": compared and not updated and not trained,
+        "updated weights": every and solved if updated else None,
         "trained weights": False if trained else None,
         "configuration and tokenizer": compared and {*filter(is_copied, manifest.files)} <= same,
         "errors": every and (solved or not trained),
@@ -270,7 +270,7 @@ def _facts(
         "bounds": False if not again or any(layer["lower_bound"] for layer in layers) else None,
         **dict.fromkeys(("start errors", "options"), False),
     }
-    if facts["refitted weights"]:
+    if facts["updated weights"]:
         del facts["kept weights"]  # there are none that were not solved for
     return {fact: holds for fact, holds in facts.items() if holds is not None}
 

@@ -131,7 +131,7 @@ def test_options_are_written_as_in_memory_and_verified(family, options, tmp_path
         assert found == {0.1} if options["damping"] == 0.1 else found <= {*DAMPING_GRID}
     verified = verify_model(out, folder, calibration=data)
     assert len(verified.checked_layers) == verified.layers
-    assert ("refitted weights" in verified.checked) == updated
+    assert ("updated weights" in verified.checked) == updated
     assert ("kept weights" in {*verified.checked, *verified.claimed}) == (not updated)
     prune_model(model, data, **options)
     found, expected = (logits_of(m, data[:2]) for m in (reload(out), model))

@@ -56,7 +56,7 @@ def test_weights_are_those_of_least_squares_on_the_layers_own_inputs(solver):
         assert layer.error_held == pytest.approx(lost(w - v, held), rel=1e-4)
         assert layer.error_kept == pytest.approx(lost(w * ~mask, x))
         assert layer.error < layer.error_kept
-        assert layer.objective == ("kept" if solver == "tabu" else "refitted")
+        assert layer.objective == ("kept" if solver == "tabu" else "least-squares")
 
 
 def test_dampings_of_held_out_windows_and_of_experts_that_saw_too_little(tmp_path):
@@ -101,10 +101,10 @@ def test_the_command_says_what_mask_and_refit_did(dense, data, tmp_path):
     assert "before" in run("prune", dense, *words, "--calibration", data, "--output", out)
     assert {layer["damping"] for layer in read_manifest(out / MANIFEST)["layers"]} == {0.03}
     shown = run("verify", out, "--original", dense)
-    assert "every weight that is neither pruned nor refitted is that of" in shown
-    assert "refitted weights" in shown[shown.index("(checked)") :]  # claimed
+    assert "every weight that is neither pruned nor updated is that of" in shown
+    assert "updated weights" in shown[shown.index("(checked)") :]  # claimed
     shown = run("verify", out, "--original", dense, "--calibration", data)
-    assert "refitted weights (checked)" in shown
+    assert "updated weights (checked)" in shown
     assert "kept weights" not in shown
 
 
@@ -167,9 +167,9 @@ FORGED = [
     (moved, "row 0: its weights are not those of least squares"),
     (infinite, "holds NaN or infinite weights"),
     (keeps, "a kept weight differs from the original"),
-    (layer(damping=0.02), "was refitted with another damping than the options say"),
-    (layer(damping=None), "is refitted, or not, otherwise than the options say"),
-    (layer(error_kept=0.0), "before its weights were refitted; its mask has"),
+    (layer(damping=0.02), "was updated with another damping than the options say"),
+    (layer(damping=None), "is updated, or not, otherwise than the options say"),
+    (layer(error_kept=0.0), "before its weights were updated; its mask has"),
     (layer(error=0.0), "states an error of 0; its mask has"),
 ]
 
@@ -201,10 +201,10 @@ def test_a_solvers_own_weights_are_said_to_be_and_checked_for_what_they_cost(
     assert first[0].error < first[1].error < first[1].error_kept
     verified = verify_model(own, dense_folder, calibration=tokens())
     assert "errors" in verified.checked
-    assert "refitted weights" in verified.claimed
+    assert "updated weights" in verified.claimed
 
     def claims(out):
-        forge_manifest(out, lambda m: [x.update(objective="refitted") for x in m["layers"]])
+        forge_manifest(out, lambda m: [x.update(objective="least-squares") for x in m["layers"]])
 
     for forge, said in ((moved, "states an error of"), (claims, "are not those of least squares")):
         forge(out := copied(own, tmp_path / said))

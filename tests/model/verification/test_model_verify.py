@@ -136,7 +136,7 @@ def test_refitted_weights_have_no_bound(dense_folder, tmp_path):
         damping=1.0, include=["layers.0.self_attn.k_proj"], solver_options={"node_limit": 1},
         sparsity=0.5, min_tokens=1,
     )  # fmt: skip
-    assert {layer.objective for layer in report.layers} == {"refitted"}
+    assert {layer.objective for layer in report.layers} == {"least-squares"}
     assert {layer.lower_bound for layer in report.layers} == {0.0}
     verify_model(tmp_path / "out", dense_folder)
 
@@ -227,7 +227,7 @@ def test_training_that_began_from_the_weights_of_a_solver(tmp_path):
     assert "errors" in check(tmp_path / "blocks", dense).claimed
     refused(tmp_path / "rounds", dense, "it cannot be checked on text")
     forge_manifest(tmp_path / "blocks", edit("layers", 3, "error_kept", to=1e-3))
-    refused(tmp_path / "blocks", dense, "before its weights were refitted")
+    refused(tmp_path / "blocks", dense, "before its weights were updated")
 
 
 @pytest.mark.parametrize(

@@ -530,7 +530,7 @@ def cut_by(tensor, by):
 def refitted(tensor):
     def forge(out, _):
         redraw(out, tensor)
-        forge_manifest(out, edit("shrunk", "set_anew", to=[tensor]))
+        forge_manifest(out, edit("shrunk", "updated", to=[tensor]))
 
     return forge
 
@@ -580,7 +580,7 @@ SMALLER = {
         ("nothing kept", says(lambda m: m["shrunk"].pop("kept")), "damaged"),
         ("another model", says(edit("fingerprint", "model", to="0")), "another model"),
         ("parts", shrunk_says("tensors", UP, 0, "parts", 0, to=[36, 1]), "than it is long|damaged"),
-        ("a norm refitted", says(lambda m: m["shrunk"]["set_anew"].append(NORM)), "damaged"),
+        ("a norm refitted", says(lambda m: m["shrunk"]["updated"].append(NORM)), "damaged"),
         ("a cut of nothing", shrunk_says("tensors", "no", to=NOTHING), "not there"),
         ("one more in a layer", one_more(UP), "is not the original's"),
         ("one more in a norm", one_more(NORM), "is not the original's"),
