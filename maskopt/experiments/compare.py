@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from joblib import delayed
 
+from maskopt.checks.verification import Require
 from maskopt.core.limits import KEYWORDS, Limits
 from maskopt.core.pattern import Pattern
 from maskopt.core.problem import LayerProblem, RowProblem
@@ -150,7 +151,7 @@ def compare(
     for (_, name), (key, row) in wanted.items():
         job = jobs_by_name[name]
         # only exact solvers have bounds that nothing proves
-        required = "claims" if job.solver.capabilities.trusted else "checked"
+        required: Require = "claims" if job.solver.capabilities.trusted else "checked"
         found = store.solution(key, row, required) if key in held else None
         if found is not None:
             finished[key] = _record(row, name, job, key, found)

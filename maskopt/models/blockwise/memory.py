@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from maskopt.errors import ModelError
-from maskopt.models.architecture.blocks import Layer, vocabulary_size
+from maskopt.models.architecture.blocks import Layer, parts_of, vocabulary_size
 from maskopt.models.architecture.source import Source, text_config
 from maskopt.models.blockwise.gradients import LOGITS
-from maskopt.models.blockwise.parts import parts_of
 from maskopt.models.options.training import BLOCK, Reconstruction
 
 GIB = 2**30

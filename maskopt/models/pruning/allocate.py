@@ -27,10 +27,10 @@ from maskopt.core.pattern import Unstructured
 from maskopt.core.problem import LayerProblem
 from maskopt.errors import OptionError
 from maskopt.models.architecture.blocks import Layer, matrix
+from maskopt.models.blockwise.divergence import Variants, divergences, place, through
 from maskopt.models.blockwise.gradients import row_sensitivity
 from maskopt.models.blockwise.job import Block, Job
 from maskopt.models.blockwise.memory import by_block
-from maskopt.models.blockwise.variants import Variants, divergences, place, through
 from maskopt.models.calibration.token_weights import GRADIENT, UNIFORM
 from maskopt.models.options.prune import KL, NONE, VARIANT_WINDOWS, VARIANTS, PruneOptions
 from maskopt.models.pruning.problems import layer_problem

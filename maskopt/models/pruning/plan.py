@@ -19,6 +19,7 @@ from maskopt.core.products import fast_products
 from maskopt.errors import MaskoptError, ModelError
 from maskopt.models.architecture.blocks import Layer, vocabulary_size
 from maskopt.models.architecture.source import Source
+from maskopt.models.blockwise.divergence import EVERY
 from maskopt.models.blockwise.job import Job, open_job
 from maskopt.models.blockwise.memory import (
     Memory,
@@ -28,7 +29,6 @@ from maskopt.models.blockwise.memory import (
     estimate_memory,
     hidden_size,
 )
-from maskopt.models.blockwise.variants import EVERY
 from maskopt.models.checkpoints.checkpoint import Checkpoint, resolve_model
 from maskopt.models.checkpoints.workspace import check_inputs
 from maskopt.models.checkpoints.write import disk_needed

@@ -27,9 +27,9 @@ from torch import Tensor
 from maskopt.core.problem import RowProblem
 from maskopt.errors import ModelError, OptionError
 from maskopt.models.architecture.source import FolderSource
+from maskopt.models.blockwise.divergence import Variant, Variants, divergences, place, through
 from maskopt.models.blockwise.job import Block, Job
 from maskopt.models.blockwise.progress import OnBlockProgress
-from maskopt.models.blockwise.variants import Variant, Variants, divergences, place, through
 from maskopt.models.checkpoints.checkpoint import read_json
 from maskopt.models.checkpoints.report import PruneReport
 from maskopt.models.checkpoints.write import disk_needed

@@ -17,12 +17,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from maskopt.errors import ModelError
-from maskopt.models.architecture.blocks import Layer
+from maskopt.models.architecture.blocks import Layer, Part, parts_of
 from maskopt.models.blockwise.activations import Activations
 from maskopt.models.blockwise.collect import IN_DENSE, OpenBlock
-from maskopt.models.blockwise.parts import Heard, Listener, Part, Recorded, called, parts_of
 from maskopt.models.checkpoints.report import PartReport
 from maskopt.models.options.training import ALL, BLOCK, CHANNELS, COSINE, SQUARE, Reconstruction
+from maskopt.models.training.parts import Heard, Listener, Recorded, called
 from maskopt.models.training.trainer import Task, train
 
 #: lower limit of a token's mean square, relative to that of its window's targets
@@ -126,7 +126,7 @@ class Targets:
                 self.trained_layers |= {layer.name for layer in part.layers} & masks.keys()
                 prefix = self._prefix(part)
                 self.trained_vectors |= {f"{prefix}.{name}" for name in free} & {*self._vectors}
-            losses = [x for both in zip(found.before, found.after, strict=True) for x in both]
+            losses = (found.before.fitted, found.after.fitted, found.before.held, found.after.held)
             seconds = time.perf_counter() - began
             yield PartReport(self.index, part.name, *losses, found.epoch, found.diverged, seconds)
 

@@ -16,9 +16,9 @@ from maskopt.cli import app
 from maskopt.errors import DataError, ModelError, OptionError
 from maskopt.models.architecture.source import FolderSource
 from maskopt.models.blockwise import job as walk
-from maskopt.models.blockwise.parts import first
 from maskopt.models.evaluation import evaluate as evaluation
 from maskopt.models.options.walk import WalkOptions
+from maskopt.models.training.parts import first
 
 
 def cross_entropy(model, data):

@@ -26,7 +26,7 @@ from maskopt.core.gram import Gram
 from maskopt.errors import ModelError, OptionError
 from maskopt.models.blockwise import activations
 from maskopt.models.blockwise.activations import _reserved
-from maskopt.models.blockwise.variants import place
+from maskopt.models.blockwise.divergence import place
 from maskopt.models.checkpoints.checkpoint import open_checkpoint
 from maskopt.models.checkpoints.safefile import open_safe
 from maskopt.models.checkpoints.workspace import HIDDEN, MANIFEST

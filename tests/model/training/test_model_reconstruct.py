@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM
 from maskopt import prune_model
 from maskopt.errors import ModelError, OptionError, VerificationError
 from maskopt.models.blockwise.job import open_job
-from maskopt.models.blockwise.parts import Recorded
 from maskopt.models.checkpoints.report import read_manifest
 from maskopt.models.checkpoints.workspace import MANIFEST, MASKS
 from maskopt.models.options.prune import prune_options
 from maskopt.models.training import blockwise as reconstruct
 from maskopt.models.training import trainer as training
+from maskopt.models.training.parts import Recorded
 from maskopt.models.verification.verify import verify_model
 
 HOW = {"epochs": 6, "learning_rate": 0.1}

@@ -18,36 +18,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
 from maskopt.errors import ModelError
-from maskopt.models.architecture.blocks import Layer
+from maskopt.models.architecture.blocks import Part
 from maskopt.models.blockwise.activations import Activations
 from maskopt.models.blockwise.forward import Call, HiddenState, merge_calls
-
-
-@dataclass(frozen=True)
-class Part:
-    """A module and the layers in it.
-
-    Attributes:
-        name: inside the block; empty: the block itself.
-    """
-
-    name: str
-    module: nn.Module
-    layers: Sequence[Layer]
-
-
-def parts_of(block: nn.Module, prefix: str, layers: Sequence[Layer]) -> list[Part]:
-    """The children of a block that hold any of the layers.
-
-    Args:
-        prefix: of the block's parameters in the model, with its last dot.
-    """
-    found = []
-    for name, child in block.named_children():
-        mine = [layer for layer in layers if layer.parameter.startswith(f"{prefix}{name}.")]
-        if mine:
-            found.append(Part(name, child, mine))
-    return found
 
 
 @dataclass(frozen=True)
