@@ -1,8 +1,8 @@
 """Blockwise training: the kept weights of a block are trained, part by part, towards the dense block.
 
-While the block still has its dense weights, the outputs of its parts in the dense model are recorded as
-targets. Once its layers are pruned, each part in turn, or the block as a whole, is trained on its inputs in
-the pruned model (after the parts before it were trained).
+While the block has its dense weights, the outputs of its parts in the dense model are recorded as targets.
+Once its layers are pruned, each part in turn, or the block as a whole, is trained on its inputs in the pruned
+model.
 """
 
 from __future__ import annotations
@@ -229,11 +229,9 @@ class Targets:
 
 
 def _scales(recorded: Recorded, windows: Sequence[int]) -> Float[Tensor, " width"]:
-    """One over the root mean square of every recorded channel, float32, on the CPU.
-
-    Every token is taken with length 1. A few channels of a hidden state may be many times larger than all
-    others; where the next norm has small entries there, as in Gemma, later layers see little of it.
-    """
+    """One over the root mean square of every recorded channel, float32, on the CPU, every token taken with
+    length 1. A few channels of a hidden state may be many times larger than all others; where the next norm
+    has small entries there, as in Gemma, later layers see little of it."""
     total: Tensor | float = 0.0
     for window in windows:
         square = recorded.state(window).double().square().flatten(0, -2)

@@ -1,10 +1,8 @@
 """Masks held while a pruned model is trained on: what was pruned stays zero, whatever the optimiser does.
 
-Gradients of pruned weights are set to zero, so that they have no part in norms and moments; and after every
-step of any optimiser pruned weights are set to zero once more, for those that move weights without a
-gradient (momentum of before, weight decay towards something else, orthogonalised updates). LoRA's product is
-masked in the forward pass and where it is merged: what is trained is what the merged model computes. PEFT's
-layers are recognised by their attributes, so that PEFT itself is not needed.
+Gradients of pruned weights are set to zero, and after every step of any optimiser the weights once more, for
+optimisers that move weights without a gradient. LoRA's product is masked in the forward pass and where it is
+merged. PEFT's layers are recognised by their attributes, so that PEFT itself is not needed.
 """
 
 from __future__ import annotations
@@ -94,8 +92,8 @@ def parameter_masks(
 
 
 class KeptMasks:
-    """The zeros of a model that are held. Leaving its `with`, or `close`, sets them once more and lets go; it
-    warns where LoRA's product, which is masked no longer then, is not merged.
+    """The zeros of a model that are held. Leaving its `with`, or `close`, sets them once more and ends the
+    hold; it warns where LoRA's product is not merged, since it is masked no longer then.
 
     A held mask takes a byte for each weight of the pruned layers, on their device; a step takes one pass over
     these weights more, and their gradients another. With LoRA the product of its two matrices is made in full
@@ -229,14 +227,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _lora_layers(model: nn.Module, masks: Mapping[int, Tensor]) -> list[tuple[Any, Tensor]]:
-    """PEFT's modules around pruned layers, each with the mask in the layout of the base layer's weight.
-
-    Args:
-        masks: by the `id` of the base layers' weights.
-
-    Raises:
-        ModelError: adapters of another kind around a pruned layer.
-    """
+    """PEFT's modules around pruned layers, each with the mask in the layout of the base layer's weight;
+    `masks` by the `id` of the base layers' weights. Raises ModelError: adapters of another kind around a
+    pruned layer."""
     found = []
     for name, module in model.named_modules():
         base = getattr(module, _BASE, None)

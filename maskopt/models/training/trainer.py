@@ -4,8 +4,8 @@ AdamW with a warm-up and a cosine decay, in float32, on a few windows a step, wh
 the order of the windows: the result does not depend on the number of threads. Held-out windows judge every
 epoch and the start, and the best weights stay.
 
-The progress may be saved after a step: a file of tensors appears whole, then a line of the journal counts it,
-then the file before it is removed. Whenever the process ends, the last line's file is there.
+To save the progress a file of tensors is written whole, then a line of the journal names it, then the file
+before it is removed.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ class Task:
         name, remedy: of the module, and the remedy for NaN, for errors.
         free: by parameter name inside it, bool in its shape: entries that may change.
         stored: by parameter name, the dtype in which it will be written.
-        loss: of a fitted or held-out window; differentiable by the free parameters where gradients are
-            enabled, and called from several threads.
+        loss: of a window; differentiable by the free parameters where gradients are enabled, and called from
+            several threads.
         reported: fitted windows whose loss is reported before and after.
     """
 
@@ -209,14 +209,11 @@ def _epochs(
 def _optimizer(task: Task, weights: Sequence[nn.Parameter]) -> torch.optim.AdamW:
     """AdamW whose groups know their highest learning rate, `peak`."""
     sizes = _sizes(list(zip(weights, task.free.values(), strict=True)))
-    groups = [
-        {
-            "params": [weight],
-            "peak": min(task.how.learning_rate * size, _MOST_RATE),
-            "weight_decay": task.how.weight_decay if weight.ndim > 1 else 0.0,
-        }
-        for weight, size in zip(weights, sizes, strict=True)
-    ]
+    groups: list[dict[str, Any]] = []
+    for weight, size in zip(weights, sizes, strict=True):
+        decay = task.how.weight_decay if weight.ndim > 1 else 0.0
+        peak = min(task.how.learning_rate * size, _MOST_RATE)
+        groups.append({"params": [weight], "peak": peak, "weight_decay": decay})
     return torch.optim.AdamW(groups, betas=(0.9, 0.95))
 
 
@@ -254,14 +251,10 @@ def _go_on(
     tensors: Tensors, step: int, optimizer: torch.optim.AdamW, named: Mapping[str, nn.Parameter]
 ) -> None:
     """Restore the weights and moments of a training that was interrupted after so many steps."""
-    state = {
-        index: {
-            "step": torch.tensor(float(step)),
-            "exp_avg": tensors["first"][name],
-            "exp_avg_sq": tensors["second"][name],
-        }
-        for index, name in enumerate(named)
-    }
+    state = {}
+    for index, name in enumerate(named):
+        moments = {"exp_avg": tensors["first"][name], "exp_avg_sq": tensors["second"][name]}
+        state[index] = {"step": torch.tensor(float(step)), **moments}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     for name, weight in named.items():
         weight.data = tensors["weights"][name]

@@ -67,11 +67,9 @@ class Weights:
 
 
 def read_weights(folder: Path) -> Weights:
-    """Find tensors as transformers does: one file goes before an index, and all of a shard is loaded.
-
-    Raises VerificationError for an index that leads out of the folder or names a tensor that is not there,
-    and for a tensor in two shards.
-    """
+    """Find tensors as transformers does: one file goes before an index, and all of a shard is loaded. Raises
+    VerificationError for an index that leads out of the folder or names a missing tensor, and for a tensor in
+    two shards."""
     if (folder / SINGLE).is_file():
         named, shards = None, [SINGLE]
     elif (folder / INDEX).is_file():
@@ -115,8 +113,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
 def check_entries(
     weights: Weights, listed: Mapping[str, str], needed: Collection[str] = (MASKS, CONFIG)
 ) -> None:
-    """Compare every file with the manifest's digest, and refuse everything else that a loader could
-    take for weights, configuration or code.
+    """Compare every file with the manifest's digest, and refuse everything else that a loader could take for
+    weights, configuration or code.
 
     Args:
         listed: the manifest's files, name → SHA-256.
@@ -189,13 +187,13 @@ def same_files(
 ) -> set[str]:
     """Names of the files besides the weights that are those of the original.
 
-    Of a model folder, pruning copies them all, byte by byte, and the manifest holds the folder's digest.
-    A model in memory was saved again: its configuration must mean the same, the rest may differ.
+    Of a model folder, pruning copies them all, and the manifest holds the folder's digest. A model in memory
+    was saved again: its configuration must mean the same, the rest may differ.
 
     Args:
         record: the manifest.
-        tensors: of a smaller model, the names in the original of its tensors and of the removed ones.
-            Its weights have another index and its configuration other sizes, which are checked elsewhere.
+        tensors: of a smaller model, the names in the original of its tensors and of the removed ones; its
+            index and configuration are checked elsewhere.
     """
     folder, home = weights.folder, original.folder
     known = weights.where if tensors is None else tensors
@@ -204,8 +202,7 @@ def same_files(
     if len(known) != len(set(known)):
         raise weights.wrong("the manifest names a tensor of the original twice")
     own = {CONFIG} if tensors is not None else set()
-    there = [x for x in home.iterdir() if is_copied(x.name) and is_plain(x.name) and x.is_file()]
-    theirs = {file.name for file in filter(_is_inside, there)} - own
+    theirs = {x.name for x in home.iterdir() if _is_taken(x)} - own
     ours = set(filter(is_copied, record["files"])) - own
     same = {n for n in ours & theirs if sha256(folder / n) == sha256(home / n)}
     model = record["fingerprint"].get("model")
@@ -234,8 +231,10 @@ def same_files(
     return same
 
 
-def _is_inside(file: Path) -> bool:
-    """Links out of an original are not followed, and what they lead to is not copied."""
+def _is_taken(file: Path) -> bool:
+    """Is a file of an original copied? Links out of it are not followed."""
+    if not (is_copied(file.name) and is_plain(file.name) and file.is_file()):
+        return False
     try:
         check_regular(file)
     except VerificationError:
@@ -284,8 +283,8 @@ def is_plain(name: str) -> bool:
 
 
 def check_regular(file: Path) -> None:
-    """Raise VerificationError for a pipe, a device, or a link out of the folder. Links into the blobs of
-    the hub's cache, next to the snapshot, stay inside."""
+    """Raise VerificationError for a pipe, a device, or a link out of the folder (links into the blobs of the
+    hub's cache stay inside)."""
     real, home = Path(os.path.realpath(file)), Path(os.path.realpath(file.parent))
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if real.parent not in (home, blobs):

@@ -17,8 +17,6 @@ from maskopt.models.verification.manifest import Key, Manifest, key_of, numbers,
 BOUND_ROUNDING = 1e-6
 #: relative difference at which the stated error of a layer pruned by magnitude is wrong
 SUM_TOLERANCE = 1e-9
-#: after a block's name, of a sample that it gave NaN of in the dense model
-_IN_DENSE = " (dense)"
 
 
 @dataclass
@@ -28,8 +26,8 @@ class Slice:
     Attributes:
         key: its place, which is that of its layer.
         expert: it is one of several matrices of its tensor.
-        square: Σ of the pruned weights' squares in the original; None where it was not asked for.
-        least_first: every row prunes its smallest weights; None likewise.
+        square: Σ of the pruned weights' squares in the original, or None.
+        least_first: every row prunes its smallest weights, or None.
     """
 
     tensor: str
@@ -125,11 +123,11 @@ def updated_layers(manifest: Manifest) -> set[Key]:
 
 
 def updated_vectors(manifest: Manifest, tensors: Mapping[str, Any]) -> tuple[str, ...]:
-    """What names of norms and biases that may have been trained begin with.
+    """Beginnings of the names of norms and biases that may have been trained.
 
     Args:
-        tensors: with masks. Their names are those of the blocks up to the first number. (Another part
-            of the model may number blocks of its own.)
+        tensors: with masks. Their names are those of the blocks up to the first number. (Another part of the
+            model may number blocks of its own.)
     """
     if manifest.options.training.get("train") != "all":
         return ()
@@ -147,18 +145,12 @@ def updated_vectors(manifest: Manifest, tensors: Mapping[str, Any]) -> tuple[str
     return tuple(found)
 
 
-def seen_in_dense(manifest: Manifest) -> bool:
-    """Whether samples were left out for what the dense model gave, which runs along during training."""
-    return any(x["layer"].endswith(_IN_DENSE) for x in manifest.record["bad_samples"])
-
-
 def check_masks(manifest: Manifest, slices: Sequence[Slice]) -> tuple[int, float]:
     """Compare the layers with the masks; the rows and the sparsity that the masks give.
 
-    A layer's parameter may be stored in other pieces (fused experts one by one, say). What is the same
-    in both is block, expert and number of inputs, so rows and pruned weights are compared over all
-    matrices that share those; a tensor called like its layer is compared with it alone. Experts that
-    were left out have masks that keep all.
+    A layer's parameter may be stored in other pieces (fused experts one by one, say), so rows and pruned
+    weights are compared over all matrices of the same block, expert and number of inputs; a tensor called
+    like its layer is compared with it alone. Experts that were left out have masks that keep all.
     """
     by_tensor = {part.tensor: part for part in slices}
     for layer in manifest.layers:
@@ -222,20 +214,14 @@ def check_fallbacks(manifest: Manifest, slices: Sequence[Slice]) -> list[str]:
 def called_like(layer: str, tensors: Mapping[str, Any]) -> str | None:
     """The tensor `LAYER.weight`, where the checkpoint may lack the first parts of the name."""
     parts = layer.split(".")
-    names = (
-        ".".join([*parts[i:], "weight"]) for i in range(len(parts)) if numbers(".".join(parts[i:]))
-    )
-    return next((name for name in names if name in tensors), None)
+    ends = (".".join(parts[i:]) for i in range(len(parts)))
+    return next((f"{x}.weight" for x in ends if numbers(x) and f"{x}.weight" in tensors), None)
 
 
 def _home(layer: Mapping[str, Any], parts: list[dict[str, Any]]) -> list[int]:
     """Which parts hold a layer."""
-    inside = _split(layer["name"])[2]
-    return [
-        index
-        for index, part in enumerate(parts)
-        if part["block"] == layer["block"] and _holds(part["part"], inside)
-    ]
+    inside, block = _split(layer["name"])[2], layer["block"]
+    return [i for i, x in enumerate(parts) if x["block"] == block and _holds(x["part"], inside)]
 
 
 def _holds(part: str, inside: str) -> bool:

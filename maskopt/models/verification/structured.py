@@ -1,8 +1,6 @@
-"""Check what `maskopt prune-structured` wrote against its manifest and the original.
-
-Every tensor is the original's, in its place, cut as the choice of what stays asks, and the configuration is
-the original's except for the sizes that follow from this choice. How good the choice is, is claimed.
-"""
+"""Check what `maskopt prune-structured` wrote against its manifest and the original: every tensor is the
+original's, in its place, cut as the choice of what stays asks, and the configuration is the original's except
+for the sizes that follow. How good the choice is, is claimed."""
 
 from __future__ import annotations
 
@@ -110,7 +108,9 @@ def verify_smaller(folder: Path, original: Path | None, on_progress: OnTensor) -
         raise weights.wrong(f"tensor {min(odd)!r} of the manifest is not there")
     if dense is not None:
         _check_cuts(weights, shrunk, removal)
-    quality = ["effects of blocks"] if shrunk.get("blocks") else ["errors", "bounds and statuses"]
+    claimed = ["updated weights"] if shrunk["updated"] else []
+    claimed += [] if dense else ["weights"]
+    claimed += ["effects of blocks"] if shrunk.get("blocks") else ["errors", "bounds and statuses"]
     compared = ("kept weights", "other tensors", "configuration")
     return {
         "tensors": len(weights.where),
@@ -119,12 +119,7 @@ def verify_smaller(folder: Path, original: Path | None, on_progress: OnTensor) -
         "files": len(files),
         "weights": count,
         "checked": ("files", "sizes", *(compared if dense else ())),
-        "claimed": (
-            *(["updated weights"] if shrunk["updated"] else []),
-            *([] if dense else ["weights"]),
-            *quality,
-            "calibration",
-        ),
+        "claimed": (*claimed, "calibration"),
     }
 
 

@@ -123,11 +123,8 @@ def _measure(manifest: Manifest, part: Slice, kept: Tensor, weight: Tensor) -> N
         raise manifest.wrong(f"says that its run worked in {said[:50]!r}, which is no dtype")
     weight = weight.to(dtype).double()
     part.square = float(weight.masked_fill(kept, 0).square().sum())
-    if manifest.unlimited:
-        group = kept.numel()
-    elif manifest.options.rows_differ:
-        group = part.n
-    else:
+    group = kept.numel() if manifest.unlimited else part.n
+    if not manifest.options.rows_differ:
         group = groups(manifest.options.pattern, part.n)[0]
     size, some = weight.abs().view(-1, group), kept.view(-1, group)
     largest = size.masked_fill(some, 0).amax(1)

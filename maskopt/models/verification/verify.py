@@ -1,9 +1,8 @@
 """Check a model folder that `maskopt` pruned against its manifest, its masks and the original.
 
-Files are read by the safetensors library; bits are unpacked, digests computed and weights counted here. The
-manifest's digest is not keyed, so anybody can write a manifest; what it says is therefore only compared with
-what weights and masks say. What they cannot say (errors, bounds, statuses) is called claimed, unless it is
-computed again from calibration text.
+Files are read by the safetensors library; bits are unpacked, digests computed and weights counted here.
+Anybody can write a manifest, so what it says is only compared with what weights and masks say. What they
+cannot say (errors, bounds, statuses) is called claimed, unless it is computed again from calibration text.
 """
 
 from __future__ import annotations
@@ -42,7 +41,6 @@ from maskopt.models.verification.layers import (
     check_layers,
     check_masks,
     check_parts,
-    seen_in_dense,
 )
 from maskopt.models.verification.loading import Loading, check_loads, check_names
 from maskopt.models.verification.manifest import Manifest, read_manifest
@@ -50,6 +48,8 @@ from maskopt.models.verification.recompute import recheck_layers
 from maskopt.models.verification.structured import is_smaller, verify_smaller
 from maskopt.models.verification.tensors import Masks, OnTensor, check_tensors
 
+#: after a block's name, of a sample that it gave NaN of in the dense model
+_IN_DENSE = " (dense)"
 #: what `maskopt`, transformers' Trainer and tokenizers leave in a folder and no loader takes
 SAVED = re.compile(
     rf"{re.escape(MASKS)}|{re.escape(MANIFEST)}|maskopt-distill\.json|"
@@ -122,14 +122,14 @@ def verify_model(
     tensor is the original's, cut as the choice of what stays asks.
 
     Args:
-        original: the original model folder. It must have the manifest's digest, the same tensors, and bit
-            for bit the same kept weights (except updated ones), other tensors, configuration and
-            tokenizer. Errors of layers pruned by magnitude are computed again.
+        original: the original model folder. It must have the manifest's digest, the same tensors, and bit for
+            bit the same kept weights (except updated ones), other tensors, configuration and tokenizer.
+            Errors of layers pruned by magnitude are computed again.
         on_progress: called with tensors done and their number.
-        masks: the folder of the prune, of a model that was trained further: every weight that its masks
-            prune is zero, and a loader takes nothing but these weights. Needs no `original`.
-        calibration: the text (or tokens) that the prune was given, as for `prune_model`; needs
-            `original`. Errors and statuses of the chosen layers are computed again.
+        masks: the folder of the prune, of a model that was trained further: every weight that its masks prune
+            is zero, and a loader takes nothing but these weights. Needs no `original`.
+        calibration: the text (or tokens) of the prune; needs `original`. Errors and statuses of the chosen
+            layers are computed again.
         layers: name patterns that choose them; all by default.
         text_field: where JSON lines hold their text.
         threads: for the passes through the model, on the CPU.
@@ -236,9 +236,8 @@ def semi_structured(output: str | Path) -> list[tuple[str, Any]]:
         try:
             converted.append((name, to_sparse_semi_structured(weight.contiguous())))
         except (RuntimeError, ValueError, NotImplementedError) as error:
-            raise VerificationError(
-                f"{name!r} is not accepted as 2:4: {first_line(error)}"
-            ) from error
+            line = first_line(error)
+            raise VerificationError(f"{name!r} is not accepted as 2:4: {line}") from error
     return converted
 
 
@@ -253,7 +252,7 @@ def _facts(
     """
     layers, trained = manifest.layers, manifest.options.update == BLOCKWISE
     updated = not trained and any(layer["damping"] is not None for layer in layers)
-    every = recomputed == len(layers)
+    every, bad = recomputed == len(layers), manifest.record["bad_samples"]
     # of a solver's own weights only the errors are checked
     solved = all(layer["objective"] != "updated" for layer in layers)
     facts = {
@@ -265,8 +264,8 @@ def _facts(
         "errors": every and (solved or not trained),
         "statuses": every,
         "optima": False if again and any("optimal" in x["statuses"] for x in layers) else None,
-        # whether the dense model gave NaN is not seen again
-        "windows left out": False if seen_in_dense(manifest) else None,
+        # whether the dense model, which runs along during training, gave NaN is not seen again
+        "windows left out": False if any(x["layer"].endswith(_IN_DENSE) for x in bad) else None,
         "bounds": False if not again or any(layer["lower_bound"] for layer in layers) else None,
         **dict.fromkeys(("start errors", "options"), False),
     }
@@ -324,14 +323,8 @@ def _verify_fine_tuned(
         if before is not None and name in theirs:
             others += 1
             changed += not torch.equal(bytes_of(found), bytes_of(before.read(theirs[name])))
-    return Verified(
-        tensors=len(masks.layout),
-        pruned=count,
-        sparsity=count / total,
-        zeros=zeros,
-        others=others,
-        changed=changed,
-    )
+    facts = {"pruned": count, "zeros": zeros, "others": others, "changed": changed}
+    return Verified(len(masks.layout), sparsity=count / total, **facts)
 
 
 def _check_model(weights: Weights, pruned: Path, before: Weights | None, trust: bool) -> None:
