@@ -271,11 +271,7 @@ def vocabulary_size(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Part:
-    """A module and the layers in it.
-
-    Attributes:
-        name: inside the block; empty: the block itself.
-    """
+    """A module of a block, by its name inside it (empty: the block itself), and the layers in it."""
 
     name: str
     module: nn.Module
@@ -283,11 +279,7 @@ class Part:
 
 
 def parts_of(block: nn.Module, prefix: str, layers: Sequence[Layer]) -> list[Part]:
-    """The children of a block that hold any of the layers.
-
-    Args:
-        prefix: of the block's parameters in the model, with its last dot.
-    """
+    """The children of a block that hold any of the layers; `prefix`: of its parameters, with the last dot."""
     found = []
     for name, child in block.named_children():
         mine = [layer for layer in layers if layer.parameter.startswith(f"{prefix}{name}.")]

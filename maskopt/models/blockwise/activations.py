@@ -1,8 +1,6 @@
-"""Hidden states between two blocks: [samples, length, width], in memory or in a mapped file.
-
-On a CUDA device states wait in page-locked memory of the host. While a window goes through a block, the next
-window's state is copied up and the last one's down, each on a stream of its own.
-"""
+"""Hidden states between two blocks: [samples, length, width], in memory or in a mapped file. On a CUDA device
+they wait in page-locked memory; while a window goes through a block, the next window's state is copied up and
+the last one's down, each on a stream of its own."""
 
 from __future__ import annotations
 
@@ -56,11 +54,8 @@ class Lanes:
         return upload.there
 
     def down(self, state: Tensor, host: Tensor, after: Any | None) -> Any:
-        """Begin to copy a result down, once the event `after` (of a read of the buffer) has happened.
-
-        Returns:
-            The event of its arrival.
-        """
+        """Begin to copy a result down, once the event `after` (of a read of the buffer) has happened; returns
+        the event of its arrival."""
         self._down.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._down):
             if after is not None:
@@ -96,8 +91,8 @@ class Activations:
 
     Args:
         shape: of one sample, e.g. [1, length, width].
-        folder: None keeps them in memory. Else they lie in a nameless file in that folder, and one
-            sample at a time is mapped: the resident size stays that of one sample.
+        folder: None keeps them in memory. Else they lie in a nameless file in that folder, and one sample at
+            a time is mapped.
         lanes: to the device that computes; not used for a file.
 
     Attributes:

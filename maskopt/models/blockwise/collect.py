@@ -1,8 +1,5 @@
-"""Gram matrices of the layers of one block, from the samples that pass through it.
-
-Where several processes work together, each runs samples of its own, sends the inputs of the layers to the
-others, and sums tiles of its own; all of them end with the whole matrices.
-"""
+"""Gram matrices of the layers of one block, from the samples that pass through it. Of several processes each
+runs samples of its own, sends the layers' inputs to the others, and sums tiles of its own."""
 
 from __future__ import annotations
 
@@ -47,8 +44,8 @@ class Samples:
         source: where the windows came from, in words.
         active: indices still in use, ascending.
         bad: those that were left out.
-        skip_bad: may bad ones be left out? None: they may not, whatever the options.
-        held: held-out windows: their inputs are summed apart, and nothing is fitted to them.
+        skip_bad: whether bad ones may be left out; None: not, and no option allows it.
+        held: held-out windows, whose inputs are summed separately.
         dense: hidden states in the dense model, or None.
     """
 
@@ -94,7 +91,7 @@ class Given:
     Attributes:
         inputs: [tokens, n] each.
         of: by layer, the place of its input; layers with the very same tensors have the same place.
-        dense: the same inputs in the dense model, where that goes along; else nothing.
+        dense: the same inputs in the dense model; empty where that does not run.
         counts: [tokens], weights of the tokens; None: 1.
     """
 
@@ -233,7 +230,7 @@ class Grams:
 
 @dataclass(frozen=True)
 class OpenBlock:
-    """A block whose weights are in memory, and what it takes to run samples through it.
+    """A block whose weights are in memory, and what is needed to run samples through it.
 
     Attributes:
         module: the block.
@@ -296,19 +293,16 @@ def collect(
     weights: Callable[[int], Tensor] | None = None,
     tick: Callable[[int], None] = lambda _: None,
 ) -> Grams:
-    """Send all samples through a block and sum the Gram matrix of every layer's inputs.
+    """Send all samples through a block and sum the Gram matrix of every layer's inputs; ModelError for a
+    sample with NaN or infinite activations (unless those may be left out).
 
     Args:
-        advance: store the block's outputs as the samples' new states; else passes end where the last
-            layer has its inputs.
+        advance: store the block's outputs as the samples' new states; else passes end where the last layer
+            has its inputs.
         moved: sum also how inputs differ from those in the dense model, and send the dense hidden states
             through the block as it is now.
-        all_experts: observe experts on all tokens, not only on those routed to them; the block's output
-            does not change.
+        all_experts: observe experts on all tokens; the block's output does not change.
         weights: of a sample's tokens [length], called before its state has passed; None: all 1.
-
-    Raises:
-        ModelError: a sample with NaN or infinite activations (unless those may be left out).
     """
     sizes = {layer.name: layer.n for layer in layers}
     samples, ranks = block.samples, block.ranks
@@ -358,7 +352,7 @@ def _gathered(
     weights: Callable[[int], Tensor] | None,
 ) -> Iterator[tuple[int, Given, str | None]]:
     """Every sample of a wave with the inputs of layers and the first layer with NaN, wherever it ran; inputs
-    from another process are in memory here one sample at a time."""
+    from another process are in memory one sample at a time."""
     ranks = block.ranks
     own: dict[int, tuple[Given, str | None]] = {}
     for sample, (seen, dense) in observed.items():
@@ -401,10 +395,8 @@ def pass_on(
 
 
 def _last_input(layers: Sequence[Layer], watch: Watch) -> str | None:
-    """The layer whose input is the last that a pass records: the rest need not be computed.
-
-    None where other samples might call the layers otherwise: experts, and layers in a list.
-    """
+    """The layer whose input is the last that a pass records: the rest need not be computed. None where other
+    samples might call the layers otherwise: experts, and layers in a list."""
     once = all(len(watch.inputs.get(layer.name, ())) == 1 for layer in layers)
     fixed = all(layer.expert is None and "*" not in layer.kind for layer in layers)
     return next(reversed(watch.inputs), None) if once and fixed else None

@@ -2,7 +2,7 @@
 
 Every rank walks through the blocks with windows of its own, sums tiles of its own of every Gram matrix, and
 solves rows of its own; rank 0 writes. Sums are taken in the order of the windows and rows are solved in the
-tiles in which a single process solves them, so the result does not depend on how many ranks there are.
+tiles of a single process, so the result does not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -34,12 +34,7 @@ class LostRankError(ModelError):
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run, seen from one of them; by default there is one.
-
-    Attributes:
-        rank: of this one.
-        size: how many there are.
-    """
+    """The processes of a run, seen from the one with this `rank`; by default there is one."""
 
     rank: int = 0
     size: int = 1
@@ -63,11 +58,8 @@ class Ranks:
             yield windows[start : start + threads * self.size]
 
     def parts(self, rows: int, order: Sequence[int] | None = None) -> list[slice]:
-        """The rows of a layer for each rank: whole tiles, as evenly as possible.
-
-        Args:
-            order: of the ranks that get the tiles left over.
-        """
+        """The rows of a layer for each rank: whole tiles, as evenly as possible. `order`: of the ranks that
+        get the tiles left over."""
         tiles = -(-rows // ROWS)
         each, more = divmod(tiles, self.size)
         one_more = (order or range(self.size))[:more]
@@ -126,11 +118,8 @@ ALONE = Ranks()
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """The ranks that torchrun started, this process among them: NCCL between GPUs, gloo between processors.
-
-    Raises:
-        ModelError: they do not find each other, or a GPU is missing.
-    """
+    """The ranks that torchrun started: NCCL between GPUs, gloo between processors. Raises ModelError: they do
+    not find each other, or a GPU is missing."""
     import torch.distributed as dist
 
     # Its functions have the world's group as a default: imported while there is one, as transformers does in

@@ -40,11 +40,8 @@ def divergence(
     found: Float[Tensor, "positions vocabulary"],
     slope: Float[Tensor, "positions vocabulary"] | None = None,
 ) -> Float[Tensor, ""]:
-    """`kl` of p and q, the softmax of these logits.
-
-    Args:
-        slope: receives the derivative by the logits of q, which is q − p.
-    """
+    """`kl` of p and q, the softmax of these logits; `slope` receives its derivative by the logits of q, q −
+    p."""
     step = CACHED if found.device.type == "cpu" else len(found)
     total = found.new_zeros(())
     for start in range(0, len(found), step):
@@ -107,11 +104,8 @@ class _Known(torch.autograd.Function):
 
 
 def place(job: Job, variants: int, folder: Path) -> Path | None:
-    """The folder, if the hidden states of so many variants must go to a file there; None: in memory.
-
-    Raises:
-        ModelError: `max_memory` allows not even what is left then.
-    """
+    """The folder, if the hidden states of so many variants must go to a file there; None: in memory. Raises
+    ModelError where `max_memory` does not allow the rest."""
     most = job.activation_memory
     if job.options.max_memory is not None:
         load = replace(job.load, variants=variants * job.count)
@@ -138,12 +132,8 @@ class Variant:
 
 
 class Variants(dict[Key, Variant]):
-    """Variants by key; their hidden states lie in memory, or all in one file.
-
-    Args:
-        most: how many there will be.
-        folder: for the file; None: in memory.
-    """
+    """Variants by key, `most` of them at most; their hidden states lie in memory, or in one file in
+    `folder`."""
 
     def __init__(self, job: Job, most: int, folder: Path | None) -> None:
         super().__init__()
@@ -171,11 +161,8 @@ class Variants(dict[Key, Variant]):
 
 
 def through(block: Block, states: States, windows: Sequence[int]) -> None:
-    """The windows of one variant through the block as it is now, in place.
-
-    Raises:
-        ModelError: NaN or infinite activations.
-    """
+    """The windows of one variant through the block as it is now, in place; ModelError for NaN or infinite
+    activations."""
     opened = block.opened
     for window, state in opened.threads.each(lambda w: opened.run(w, states), windows):
         if not bool(torch.isfinite(state).all()):
@@ -184,12 +171,8 @@ def through(block: Block, states: States, windows: Sequence[int]) -> None:
 
 
 def divergences(job: Job, held: Mapping[Key, States], every: int = EVERY) -> dict[Key, float]:
-    """KL(model ‖ variant), nats per token, over each `every`th token of every window.
-
-    Args:
-        job: after its whole walk.
-        held: the output of the last block, of every variant.
-    """
+    """KL(model ‖ variant), nats per token, over each `every`th token of every window. `job` is after its
+    whole walk; `held`: the output of the last block, of every variant."""
     tokens, device = job.windows.tokens, job.source.device
     some = torch.arange(every - 1, job.windows.length, every)
     if not len(some):

@@ -1,7 +1,7 @@
 """Run a causal LM block by block: what every block is called with, and samples through one block.
 
-Samples run one at a time. On the CPU each runs on one thread of its own, several at once; all sums are taken
-in the order of the samples. So the bits of the result do not depend on the number of threads.
+Samples run one at a time; on the CPU each on one thread of its own, several at once. All sums are taken in
+the order of the samples, so the result does not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -78,14 +78,12 @@ def capture(
     samples: Sequence[int],
     activation_folder: Callable[[int], Path | None] = lambda _: None,
 ) -> Captured:
-    """Run embeddings and everything before the blocks; record how each block is called.
-
-    No block runs: each is replaced by a recorder that returns its input, so this works while the
-    blocks' weights are not in memory.
+    """Run embeddings and everything before the blocks; record how each block is called. No block runs: each
+    is replaced by a recorder that returns its input, so the blocks' weights need not be in memory.
 
     Args:
         tokens: int64 [all samples, length].
-        samples: those of them that are to run here.
+        samples: those of them that run here.
         activation_folder: given the bytes of their hidden states, where to keep them (None: memory).
     """
     recorders = _Recorders(model, blocks, device)
@@ -108,12 +106,9 @@ def capture(
 def ending(
     model: nn.Module, blocks: Blocks, outputs: int
 ) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
-    """What a model does after its blocks: a function of token ids [1, length] and the last block's
-    output [1, length, width] that returns the logits [1, length, vocabulary].
-
-    The model itself is called, with blocks that return their input, and a last one that
-    returns that output: so final norms, projections and caps are the model's own.
-    """
+    """What a model does after its blocks: a function of token ids [1, length] and the last block's output [1,
+    length, width] that returns the logits [1, length, vocabulary]. The model itself is called, with blocks
+    that return their input, and a last one that returns that output."""
     local = threading.local()
     # `capture` stops in the last block: with a single one it cannot see what the model unpacks
     counts = range(MOST_OUTPUTS + 1) if len(blocks) == 1 else (outputs,)

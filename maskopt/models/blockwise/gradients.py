@@ -2,8 +2,8 @@
 model; and the weights of errors that follow from it.
 
 All windows go forward through the blocks, and what enters each is kept; then backward, each block computed
-once more with what autograd needs. So, as in every walk, the weights of one block are in memory at a time.
-The loss is the cross-entropy of the windows' own next tokens, as in an empirical Fisher matrix.
+once more with what autograd needs. The weights of one block are in memory at a time. The loss is the
+cross-entropy of the windows' own next tokens, as in an empirical Fisher matrix.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Gradients:
         squares: by layer name, float64 [rows], of the gradient by each output, summed over the tokens and
             divided by the number of predicted tokens. Half of Σᵣ squaresᵣ fᵣ is the loss per token that
             errors fᵣ of a layer's rows cost, to second order, with the diagonal of the empirical Fisher
-            matrix for the loss's curvature. Layers that received no token are left out.
+            matrix as curvature. Layers that received no token are left out.
     """
 
     norms: Float[Tensor, "blocks windows length"]
@@ -86,14 +86,8 @@ class DenseModel:
         return 2 * blocks + of_layers
 
     def gradients(self, layers: Sequence[Layer] = (), held: Set[int] = frozenset()) -> Gradients:
-        """Gradients of the loss by the outputs of the blocks, and by those of some layers.
-
-        Args:
-            held: windows that do not count in the squares.
-
-        Raises:
-            ModelError: NaN or infinite activations or gradients.
-        """
+        """Gradients of the loss by the outputs of the blocks, and by those of some layers; windows `held` do
+        not count in the squares. Raises ModelError: NaN or infinite activations or gradients."""
         blocks = len(self.source.blocks)
         norms = torch.zeros(blocks, len(self.windows), self.windows.length)
         squares: dict[str, Tensor] = {}
@@ -163,11 +157,8 @@ class DenseModel:
     def _backward(
         self, index: int, entered: Activations, gradients: Activations, layers: Sequence[Layer]
     ) -> dict[int, dict[str, Tensor]]:
-        """Replace gradients by a block's outputs by those by its inputs.
-
-        Returns:
-            By window and layer name, the squares of the gradients by the layers' outputs.
-        """
+        """Replace gradients by a block's outputs by those by its inputs. Returns, by window and layer name,
+        the squares of the gradients by the layers' outputs."""
         calls, device = self.captured.calls[index], self.source.device
         squares: dict[int, dict[str, Tensor]] = {}
         with self.source.open(index) as block:

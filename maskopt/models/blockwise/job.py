@@ -1,4 +1,4 @@
-"""One walk through the blocks of a model, for whoever prunes, bounds or evaluates.
+"""One walk through the blocks of a model, for all that prunes, bounds or evaluates.
 
     with open_job(model, text, options) as job:
         for block in job.blocks():
@@ -7,8 +7,7 @@
             block.advance()
 
 All windows go through one block after the other. While a block is open its weights are in memory and may be
-changed; `grams` sums what its layers receive, `advance` sends the windows through it, and their hidden states
-become the inputs of the next block.
+changed; `grams` sums what its layers receive, `advance` sends the windows through it.
 """
 
 from __future__ import annotations
@@ -74,12 +73,11 @@ def open_job(
 
     Args:
         model: in memory, or a folder (or a name on the hub).
-        text: token windows int64 [samples, length]; or text, see `read_documents`, a list of
-            strings for documents; with the option `chat`, conversations, see
-            `read_conversations`; None: for a look at the layers without a walk.
+        text: token windows int64 [samples, length]; or text, see `read_documents`, or with the option `chat`
+            conversations, see `read_conversations`; None: for a look at the layers without a walk.
         tokenizer: for text; None takes that of the model's folder.
-        whole: walk through all blocks, and take all of the text in consecutive windows. Else the
-            walk ends at the last block with a chosen layer, and the windows are random crops.
+        whole: walk through all blocks, and take all of the text in consecutive windows. Else the walk ends at
+            the last block with a chosen layer, and the windows are random crops.
         limit: of a whole walk: take only the first so many windows.
         on_progress: called with `BlockProgress`.
         ranks: the processes that walk together.
@@ -108,16 +106,14 @@ def open_job(
 
 
 class Job:
-    """A model, the chosen layers, and the windows for its blocks.
-
-    Leaving its `with` frees what it holds, as does the end of `blocks` where there is no `with`.
+    """A model, the chosen layers, and the windows for its blocks. Leaving its `with` frees what it holds, as
+    does the end of `blocks` without one.
 
     Attributes:
         layers: the chosen ones, in the order of the model.
         held: indices of the held-out windows.
         last: the block that the walk ends with.
-        threads: number of threads on the CPU.
-        pool: those threads, during the walk.
+        threads: number of threads on the CPU; `pool`: those threads, during the walk.
         gradients: of the dense model's loss, once a walk that needs them has begun.
         ranks: the processes that walk together, each with windows of its own.
     """
@@ -195,8 +191,8 @@ class Job:
         """Every block up to the last one, with its weights in memory while it is open.
 
         Args:
-            finished: blocks that an earlier run has done: they are not yielded, the windows are
-                only sent through them as that run left them.
+            finished: blocks of an earlier run: they are not yielded, and windows go through them as that run
+                left them.
             folder: for a file of hidden states, where they take more than `activation_memory`.
         """
         self._walk = self._blocks(finished or {}, folder or Path(tempfile.gettempdir()))
@@ -241,9 +237,9 @@ class Job:
 
     @contextmanager
     def after_blocks(self, like: Job | None = None) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
-        """After a whole walk: a function of token ids [1, length] and the last block's output for them,
-        [1, length, width], that returns logits [1, length, vocabulary]. The output head is in memory
-        meanwhile, but for what equals that of `like`, where it is in memory, too; it may be entered again."""
+        """After a whole walk: a function of token ids [1, length] and the last block's output for them, [1,
+        length, width], that returns logits [1, length, vocabulary]. The output head is in memory meanwhile,
+        but for what equals that of `like`."""
         assert self._captured is not None
         blocks, outputs = self.source.blocks, self._captured.outputs
         source = None if like is None else like.source
@@ -258,11 +254,8 @@ class Job:
     @contextmanager
     def in_memory(self, *, recompute: bool = False) -> Iterator[Callable[[int], Tensor]]:
         """All of the model in memory, in place of a walk: a function of a window's index that returns the
-        last block's output, [1, length, width]; it can be differentiated by the blocks' parameters.
-
-        Args:
-            recompute: for gradients keep only each block's input, and compute the rest again.
-        """
+        last block's output, [1, length, width]; it can be differentiated by the blocks' parameters, with
+        `recompute` from the inputs of the blocks."""
         with ExitStack() as until_the_end:
             captured = self._start(self._until_exit or until_the_end, Path(tempfile.gettempdir()))
             self.source.load_whole()
@@ -360,12 +353,12 @@ class Job:
 
 
 class Block:
-    """One block of a walk, its weights in memory: to be looked at, changed, and left by `advance`.
+    """One block of a walk, its weights in memory: changed by the caller, and left by `advance`.
 
     Attributes:
         index: of the block in the model.
         layers: the chosen ones among its layers, in the order of the model.
-        opened: its module, and what it takes to run samples through it.
+        opened: its module, and what is needed to run samples through it.
     """
 
     def __init__(
@@ -401,11 +394,9 @@ class Block:
         return ticker(self.job.tell, self.index, self.job.last + 1, stage, total)
 
     def grams(self, layers: Sequence[Layer] | None = None) -> Grams:
-        """Gram matrices of the inputs of the layers (all chosen ones) in the block as it is now.
-
-        With `calibrate_on` dense, the samples move on with the same pass, as long as a
-        block follows that needs them.
-        """
+        """Gram matrices of the inputs of the layers (all chosen ones) in the block as it is now. With
+        `calibrate_on` dense, the samples move on with the same pass, as long as a following block needs
+        them."""
         if self.advanced:
             raise RuntimeError(f"the samples have left block {self.index}")
         advance = self.job.options.one_pass and self.job.goes_on(self.index)
@@ -425,12 +416,9 @@ class Block:
 
     def rounds(self) -> Iterator[tuple[Sequence[Layer], Grams]]:
         """The chosen layers with their Gram matrices: all in one round; or, with `true_sequential`, layers
-        that share their inputs in one round, each after the layers of the rounds before were changed.
-
-        Raises:
-            ModelError: a 3-D parameter of which no part was multiplied with any token: some expert always
-                is, so it holds something else.
-        """
+        that share their inputs in one round, each after the layers of the rounds before were changed. Raises
+        ModelError: a 3-D parameter of which no part was multiplied with any token, so that it holds no
+        experts."""
         waiting = list(self.layers)
         while waiting:
             grams = self.grams(waiting)
@@ -455,8 +443,8 @@ class Block:
                 )
 
     def advance(self, stage: str = "forward") -> None:
-        """Send the samples through the block as it is now; its outputs are the inputs of the next
-        one. Nothing runs where nothing needs them, or where they have moved on already."""
+        """Send the samples through the block as it is now; its outputs are the inputs of the next one.
+        Nothing runs where nothing needs them, or where they have moved on already."""
         if not self.dense_advanced:
             self.advance_dense()
         if not self.advanced and self.job.goes_on(self.index):

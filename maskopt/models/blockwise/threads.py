@@ -19,13 +19,8 @@ Item = TypeVar("Item")
 
 
 class Threads:
-    """Runs independent pieces of work; results come in the order of the pieces.
-
-    Args:
-        device: on a GPU pieces run one after the other.
-        count: threads on the CPU, each with one thread inside torch; the caller's own thread has so many
-            inside torch meanwhile.
-    """
+    """Runs independent pieces of work; results come in the order of the pieces. On the CPU with `count`
+    threads, each with one thread inside torch; on a GPU one piece after the other."""
 
     def __init__(self, device: torch.device, count: int) -> None:
         self.count = count if device.type == "cpu" else 1
@@ -52,8 +47,8 @@ class Threads:
     def each(
         self, function: Callable[[Item], T], items: Sequence[Item]
     ) -> Iterator[tuple[Item, T]]:
-        """The items with their results; as many at a time as run at once, and one result in memory less with
-        each that is taken."""
+        """The items with their results, as many at a time as run at once; a result that was taken is not
+        kept."""
         for wave in self.waves(items):
             results = self.run([partial(function, item) for item in wave])[::-1]
             for item in wave:

@@ -1,8 +1,8 @@
 """Observe the inputs of layers, wherever the model's code writes the product.
 
-Inside a `Watch`, every product of activations with a watched weight is recorded: `nn.Linear`,
-`Conv1D`, an expert's slice of a 3-D parameter, in `linear`, `addmm`, `matmul` or `bmm`. The weight is
-recognised by its address, so no module has to be patched. A `WatchGradients` sums gradients by the outputs.
+Inside a `Watch`, every product of activations with a watched weight is recorded: `nn.Linear`, `Conv1D`, an
+expert's slice of a 3-D parameter, in `linear`, `addmm`, `matmul` or `bmm`. The weight is recognised by its
+address. A `WatchGradients` sums gradients by the outputs.
 """
 
 from __future__ import annotations
@@ -48,10 +48,8 @@ class WatchedWeights:
                 self._experts.setdefault(layer.parameter, []).append(layer)
 
     def find(self, weight: Tensor) -> list[tuple[int | None, Layer]]:
-        """The layer whose matrix the tensor is, or all experts of a whole 3-D parameter.
-
-        The first of each pair says which part of a 3-D input belongs to the layer; None: all.
-        """
+        """The layer whose matrix the tensor is, or all experts of a whole 3-D parameter. The first of each
+        pair says which part of a 3-D input belongs to the layer; None: all."""
         layer = self._by_address.get(weight.data_ptr())
         if layer is None:
             return []
@@ -81,11 +79,9 @@ class Seen(Exception):
 
 
 class Watch(TorchFunctionMode):
-    """Records, per layer name, the inputs of one forward pass as [tokens, n] tensors.
-
-    Layers named in `muted` are not recorded; a hook may change the set on the way. The pass ends by
-    `Seen` once the input of the layer `until` is recorded, before it is multiplied.
-    """
+    """Records, per layer name, the inputs of one forward pass as [tokens, n] tensors, without layers in
+    `muted`, which a hook may change on the way. The pass ends by `Seen` once the input of the layer `until`
+    is recorded."""
 
     def __init__(
         self, weights: WatchedWeights, *, copy: bool = False, until: str | None = None

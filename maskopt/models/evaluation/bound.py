@@ -1,9 +1,6 @@
-"""Certified gaps of full-width rows: how far masks are from the best possible.
-
-`bound_layers` bounds rows of layer problems for a solver's masks; `certify_model` does the same for the masks
-of a model that is already pruned. Every bound is re-checked from its certificate by `maskopt.protocol.bounds`
-before it is reported, and once more where a later run reads it from the folder `<output>.rows`.
-"""
+"""Certified gaps of full-width rows: how far masks are from the best possible. Every bound is re-checked from
+its certificate before it is reported, and once more where a later run reads it from the folder
+`<output>.rows`."""
 
 from __future__ import annotations
 
@@ -46,10 +43,11 @@ OnRows = Callable[[int, str], None]
 class GapRecord:
     """One row: its mask's objective, a certified lower bound, and the gap between them.
 
-    `value`, `value_bound` and `gap` are those of `maskopt.experiments.compare.Record`.
-    `kind` is the layer's kind for a row of a model (`self_attn.q_proj`), else its name.
-    `model` is `result_digest` of the pruned model of the row; empty where there is none.
-    `seconds` is the bound's share of the time of its batch of rows.
+    Attributes:
+        value, value_bound, gap: as those of `maskopt.experiments.compare.Record`.
+        kind: of the row's layer in a model (`self_attn.q_proj`), else its name.
+        model: `result_digest` of the pruned model of the row; empty where there is none.
+        seconds: the bound's share of the time of its batch of rows.
     """
 
     instance: str
@@ -94,11 +92,11 @@ def bound_layers(
         kinds: names of kinds in the records, by layer.
         rows: sampled from each layer; None: all.
         columns: inputs that each row is restricted to, drawn per row; None: full width.
-        jobs: as for `compare`. One at a time bounds the rows of a layer together; several,
-            each row by itself, with its share of a layer's time limit.
-        output: `.jsonl` grows as layers finish and makes the run resumable (other records in the file
-            stay). Certificates lie in the folder `<output>.rows`, and only a row whose certificate
-            holds is skipped. `.csv` and `.parquet` are written at the end.
+        jobs: as for `compare`. One at a time bounds the rows of a layer together; several, each row by
+            itself, with its share of a layer's time limit.
+        output: `.jsonl` grows as layers finish and makes the run resumable (other records in the file stay).
+            Certificates lie in the folder `<output>.rows`, and only a row whose certificate holds is skipped.
+            `.csv` and `.parquet` are written at the end.
     """
     check_rows(rows)
     how = _How(method, dict(method_options or {}), seed)
@@ -128,9 +126,9 @@ def certify_model(
 ) -> list[GapRecord]:
     """The certified gap of sampled full-width rows of a pruned model.
 
-    The weights are those of `model`, the masks those of `pruned` (what `maskopt prune` wrote), the
-    Gram matrices those of each layer's inputs in the pruned model, on the given text: no other mask can lower
-    the error there by more than the gap.
+    Weights are those of `model`, masks those of `pruned` (what `maskopt prune` wrote), Gram matrices those of
+    each layer's inputs in the pruned model, on the given text: no other mask can lower the error there by
+    more than the gap.
 
     Args:
         rows_per_layer: sampled from each layer, by the `seed`.

@@ -1,7 +1,7 @@
 """Perplexity of models on consecutive windows of text, with intervals, and what pruning changed.
 
-Text joined by blank lines, tokenised once, cut into non-overlapping windows, the tail dropped, each window
-beginning with what the tokenizer puts before a text (`checkpoints.bos`). Perplexity is the exponential of the
+Text is joined by blank lines, tokenised once and cut into non-overlapping windows without the tail; each
+begins with what the tokenizer puts before a text (`checkpoints.bos`). Perplexity is the exponential of the
 mean cross-entropy over the shifted targets of every window; tokens of a beginning are no targets.
 
 Of several models the first is the reference, window by window: the difference of the cross-entropies, the
@@ -105,10 +105,8 @@ def perplexity(
     on_progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Perplexity:
-    """Perplexity of a causal language model, in memory or in a folder.
-
-    As in pruning, all windows go through one block after the other, and of a folder only one block
-    is in memory at a time; at the end the head makes the logits of `threads` windows at once.
+    """Perplexity of a causal language model, in memory or in a folder. As in pruning, all windows go through
+    one block after the other; at the end the head makes the logits of `threads` windows at once.
 
     Args:
         model: a module, or a folder (or a name on the hub).
@@ -117,8 +115,8 @@ def perplexity(
             With `chat`, see `maskopt.models.calibration.chat.read_conversations`.
         windows: take only the first so many.
         on_progress: called with (window passes done, all of them: one a block, and one at the end).
-        options: `seq_len`, `text_field`, `chat`, `bos`, `device`, `dtype`, `threads`,
-            `activation_memory`, `trust_remote_code`, as in `maskopt.PruneOptions`.
+        options: `seq_len`, `text_field`, `chat`, `bos`, `device`, `dtype`, `threads`, `activation_memory`,
+            `trust_remote_code`, as in `maskopt.PruneOptions`.
 
     Raises:
         OptionError: another option, or an impossible value.
@@ -245,12 +243,8 @@ def _judged(
     reference: Float[Tensor, "length vocabulary"] | None = None,
 ) -> Float[Tensor, 3]:
     """Over the targets of a window: cross-entropy, KL(reference ‖ this), agreements; float64. With logsumexp,
-    since torch's log_softmax sums a large vocabulary less exactly in float32: by up to 7e-5 nats where there
-    are 262,144 tokens.
-
-    Raises:
-        ModelError: a cross-entropy that is not finite.
-    """
+    since torch's log_softmax sums a large vocabulary less exactly in float32: by up to 7e-5 nats with 262,144
+    tokens. Raises ModelError for a cross-entropy that is not finite."""
     first, last = job.windows.beginning.first_target, logits.shape[0] - 1
     targets = job.windows.tokens[window][1:, None].to(logits.device)
     sums = torch.zeros(3, dtype=torch.float64, device=logits.device)

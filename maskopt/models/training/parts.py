@@ -1,8 +1,5 @@
-"""Parts of a decoder block: their calls and outputs, window by window.
-
-A part is a module that the block calls once in a pass: its attention, its MLP, or the block itself. It is
-found by structure (a child of the block that holds layers), and its calls can be repeated.
-"""
+"""Calls and outputs of parts of a decoder block, window by window. A part is a module that the block calls
+once in a pass: its attention, its MLP, or the block itself; its calls can be repeated."""
 
 from __future__ import annotations
 
@@ -59,11 +56,8 @@ class Listener:
         self._local.outputs = {}
 
     def heard(self) -> list[Heard]:
-        """The calls of the pass that has ended on this thread, in the order of the parts.
-
-        Raises:
-            ModelError: a part that was not called once.
-        """
+        """The calls of the pass that has ended on this thread, in the order of the parts; ModelError for a
+        part that was not called once."""
         calls, outputs = self._local.calls, self._local.outputs
         for index, part in enumerate(self.parts):
             if (times := len(calls.get(index, ()))) != 1:
@@ -122,12 +116,8 @@ def called(part: nn.Module, call: Call, state: Tensor) -> Tensor:
 
 
 class Recorded:
-    """The calls of a part with all windows; or its outputs.
-
-    Args:
-        windows: how many the model has in all.
-        folder: for files of hidden states; None keeps them in memory.
-    """
+    """The calls of a part with all windows, or its outputs; in memory, or in files of hidden states in
+    `folder`. `windows`: how many the model has in all."""
 
     def __init__(self, windows: int, folder: Path | None) -> None:
         self._windows, self._folder = windows, folder
