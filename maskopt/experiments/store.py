@@ -72,10 +72,7 @@ class Store:
         return found
 
     def solution(
-        self,
-        key: str,
-        problem: LayerProblem | RowProblem,
-        require: Require = "checked",
+        self, key: str, problem: LayerProblem | RowProblem, require: Require = "checked"
     ) -> Solution | None:
         """The solution of a job, verified against its problem; None where there is none that holds."""
         path = self.folder and self.folder / f"{key}.npz"

@@ -33,14 +33,9 @@ _DIGITS = ".17g"
 def load_problem(
     path: str | os.PathLike[str], cardinality: int | None = None
 ) -> LayerProblem | RowProblem:
-    """A layer or a row of an `.npz`, or a row out of another library's file, by its ending.
-
-    Args:
-        cardinality: how many are chosen, where the file does not say (`.mc`).
-
-    Raises:
-        ProblemError: no such file, or no instance that chooses a set of given size.
-    """
+    """A layer or a row of an `.npz`, or a row out of another library's file, by its ending. `cardinality`:
+    how many are chosen, where the file does not say (`.mc`). Raises ProblemError: no such file, or no
+    instance that chooses a set of given size."""
     ending = Path(path).suffix.lower()
     if ending not in _READERS:
         if cardinality is not None:
@@ -69,11 +64,8 @@ def load_problem(
 def save_problem(
     problem: RowProblem, path: str | os.PathLike[str], form: str | None = None
 ) -> None:
-    """Write a row in the format of the file's ending, or of `form`, atomically; `.npz` as its `save` does.
-
-    Raises:
-        ProblemError: a format that cannot hold it, or none that is known.
-    """
+    """Write a row in the format of the file's ending, or of `form`, atomically; ProblemError for a format
+    that cannot hold it, or is unknown."""
     ending = f".{form}" if form else Path(path).suffix.lower()
     if ending == ".npz":
         return problem.save(path)
@@ -183,24 +175,27 @@ def _pairs(problem: RowProblem) -> tuple[np.ndarray, int]:
     return 2 * (quadratic - np.diag(diagonal)), chosen
 
 
+def _edge_lines(weight: np.ndarray, pairs: tuple[np.ndarray, np.ndarray], first: int) -> list[str]:
+    return [
+        f"{a + first} {b + first} {weight[a, b]:{_DIGITS}}" for a, b in zip(*pairs, strict=True)
+    ]
+
+
 def _write_cluster(problem: RowProblem) -> str:
     weight, chosen = _pairs(problem)
-    i, j = np.nonzero(np.triu(weight))
-    lines = [f"{a + 1} {b + 1} {weight[a, b] / 2:{_DIGITS}}" for a, b in zip(i, j, strict=True)]
+    lines = _edge_lines(weight / 2, np.nonzero(np.triu(weight)), 1)
     return "\n".join([f"{problem.n} {chosen} {len(lines)}", *lines, ""])
 
 
 def _write_rudy(problem: RowProblem) -> str:
     weight, _ = _pairs(problem)
-    i, j = np.nonzero(np.triu(weight))
-    lines = [f"{a + 1} {b + 1} {weight[a, b]:{_DIGITS}}" for a, b in zip(i, j, strict=True)]
+    lines = _edge_lines(weight, np.nonzero(np.triu(weight)), 1)
     return "\n".join([f"{problem.n} {len(lines)}", *lines, ""])
 
 
 def _write_diversity(problem: RowProblem) -> str:
     weight, chosen = _pairs(problem)
-    i, j = np.triu_indices(problem.n, 1)
-    lines = [f"{a} {b} {weight[a, b]:{_DIGITS}}" for a, b in zip(i, j, strict=True)]
+    lines = _edge_lines(weight, np.triu_indices(problem.n, 1), 0)
     return "\n".join([f"{problem.n} {chosen}", *lines, ""])
 
 

@@ -254,9 +254,7 @@ def skeleton(
         )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                config,
-                dtype=dtype or stored_dtype(checkpoint),
-                trust_remote_code=trust_remote_code,
+                config, dtype=dtype or stored_dtype(checkpoint), trust_remote_code=trust_remote_code
             )
     except ModelError:
         raise

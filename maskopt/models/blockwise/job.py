@@ -27,23 +27,11 @@ from maskopt.errors import DataError, ModelError
 from maskopt.models.architecture.blocks import Layer, choose, vocabulary_size
 from maskopt.models.architecture.source import Source, capped_length, open_source
 from maskopt.models.blockwise.activations import Activations, lanes_to
-from maskopt.models.blockwise.collect import (
-    BadSample,
-    Grams,
-    OpenBlock,
-    Samples,
-    collect,
-    pass_on,
-)
+from maskopt.models.blockwise.collect import BadSample, Grams, OpenBlock, Samples, collect, pass_on
 from maskopt.models.blockwise.distributed import ALONE, Ranks
 from maskopt.models.blockwise.forward import Captured, capture, ending
 from maskopt.models.blockwise.gradients import DenseModel, Gradients
-from maskopt.models.blockwise.memory import (
-    Load,
-    by_block,
-    check_memory,
-    trained_states,
-)
+from maskopt.models.blockwise.memory import Load, by_block, check_memory, trained_states
 from maskopt.models.blockwise.progress import OnBlockProgress, Tick, ticker
 from maskopt.models.blockwise.threads import Threads
 from maskopt.models.blockwise.windows import held_out, windows_of

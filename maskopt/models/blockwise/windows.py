@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from maskopt.core.pattern import as_written
-from maskopt.errors import DataError, OptionError
+from maskopt.errors import DataError, ModelError, OptionError
 from maskopt.models.architecture.source import Source, capped_length, load_tokenizer
 from maskopt.models.calibration.chat import chat_calibration_windows, chat_evaluation_windows
 from maskopt.models.calibration.tokens import (
@@ -20,14 +20,22 @@ from maskopt.models.calibration.tokens import (
 from maskopt.models.options.walk import WalkOptions
 
 
-def tokens_or_tokenizer(given: Any, text: Any) -> tuple[Any, Any]:
-    """(text, tokenizer) from an argument that is either tokens, which are then the text, or a tokenizer;
-    DataError for tokens and a text."""
-    if not isinstance(given, Tensor | Windows):
-        return text, given
-    if text is not None:
-        raise DataError("there are both tokens and `calibration`; leave one of them out")
-    return given, None
+def tokens_or_tokenizer(given: Any, text: Any, needs: str = "") -> tuple[Any, Any]:
+    """(text, tokenizer) from an argument that is either tokens, which are then the text, or a tokenizer.
+
+    Args:
+        needs: what needs a text, in words; empty: there may be none.
+
+    Raises:
+        DataError: tokens and a text. ModelError: neither, where a text is needed.
+    """
+    if isinstance(given, Tensor | Windows):
+        if text is not None:
+            raise DataError("there are both tokens and `calibration`; leave one of them out")
+        return given, None
+    if needs and text is None:
+        raise ModelError(f"{needs} `calibration` text or tokens; name a source of text")
+    return text, given
 
 
 def windows_of(

@@ -85,9 +85,7 @@ def collect_grams(
     options = options_by_name(WalkOptions, options, {**shorthand, "calibrate_on": "dense"})
     inputs = {"model": model, "calibration": calibration}
     run = Run(output, overwrite=overwrite, ranks=ranks, **inputs)
-    text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
-    if text is None:
-        raise ModelError("Gram matrices need `calibration` text or tokens; name a source of text")
+    text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration, "Gram matrices need")
     job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress, ranks=ranks)
     if job.source.checkpoint is None:
         raise ModelError("Gram matrices are stored of model folders; save the model first")

@@ -71,9 +71,7 @@ def layer_problems(
         raise ModelError(
             f"`allocation` {options.allocation} is computed by a prune; give its `counts`, or another one"
         )
-    text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
-    if text is None:
-        raise ModelError("Gram matrices need `calibration` text or tokens; name a source of text")
+    text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration, "Gram matrices need")
     job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress)
     return _walked(job, options, unseen=unseen)
 

@@ -2,7 +2,7 @@
 
 The main loop is `_prune_blocks`: for every decoder block, compute the Gram matrices of its layers' inputs;
 solve each layer; set pruned weights to zero and update the others where asked to; send the samples through
-the pruned block. It is the same for a model in memory and for a folder, and independent of the solver.
+the pruned block.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ def prune_model(
 ) -> PruneReport:
     """Prune every linear layer in the decoder blocks of a causal language model.
 
-    `prune_model(model, tokens, PruneOptions(Unstructured(sparsity=0.5), samples=64))` and
-    `prune_model(model, tokens, sparsity=0.5, samples=64)` are the same.
+    `prune_model(model, tokens, PruneOptions(Unstructured(sparsity=0.5), samples=64))` and `prune_model(model,
+    tokens, sparsity=0.5, samples=64)` are the same.
 
     Args:
-        model: a model in memory, changed in place; or a model folder (or a name on the hub), read block
-            by block and not changed: `output` is then needed.
-        tokenizer_or_tokens: a tokenizer (text comes from `calibration`), or calibration tokens
-            int64 [samples, length]; None takes the tokenizer of the model folder.
+        model: a model in memory, changed in place; or a model folder (or a name on the hub), read block by
+            block and not changed: `output` is then needed.
+        tokenizer_or_tokens: a tokenizer (text comes from `calibration`), or calibration tokens int64
+            [samples, length]; None takes the tokenizer of the model folder.
         options: how to prune; `help(maskopt.PruneOptions)` lists all options.
         calibration: see `maskopt.models.calibration.text.read_documents`; a list of strings are documents, a
             `.npy` file tokens. With `chat`: `maskopt.models.calibration.chat.read_conversations`.
@@ -152,8 +152,7 @@ def _prune_blocks(
     for block in blocks:
         targets = _targets(block, options, folder)
         found = BlockResult.of(
-            block,
-            lambda layers, grams: prune_layers(job, grams.neighbours(layers), grams, options),
+            block, lambda layers, grams: prune_layers(job, grams.neighbours(layers), grams, options)
         )
         if targets is not None:
             some = {n: mask for n, mask in found.masks.items() if not found.reports[n].fallback}

@@ -1,8 +1,5 @@
-"""One run that writes a folder: its output folder from the first check to the end, and its fingerprint.
-
-Every command that writes a model folder goes through `Run`: it checks the output folder, locks it, goes on
-with an unfinished run or replaces an earlier result, and moves the finished files into view together.
-"""
+"""One run that writes a model folder: it checks the output folder, locks it, goes on with an unfinished run
+or replaces an earlier result, and moves the finished files into view together."""
 
 from __future__ import annotations
 
@@ -77,8 +74,8 @@ class Run:
         ranks.agreed(lambda: check_output(self.output, **how, **inputs))
 
     def reads(self, **models: Checkpoint) -> None:
-        """Record the state of the model folders that the run reads, by what messages call them; ModelError
-        where one is the output folder, or changed since it was opened."""
+        """Record the state of the model folders that the run reads, by their names in messages; ModelError
+        where one is the output folder, or has changed since it was opened."""
         check_inputs(self.output, **{name: x.folder for name, x in models.items()})
         self._read = {name: Unchanged(checkpoint) for name, checkpoint in models.items()}
 
@@ -88,8 +85,8 @@ class Run:
             model.check()
 
     def finished(self, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The record of a complete run that is to be resumed; None where there is something left to do.
-        Raises ModelError: it is complete, but another run than this one, or its files are damaged."""
+        """The record of a complete run that is to be resumed; None where something is left to do. Raises
+        ModelError: it is complete, but another run than this one, or its files are damaged."""
         return self.ranks.agreed(lambda: self._finished(fingerprint)) if self.resume else None
 
     def _finished(self, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -120,8 +117,8 @@ class Run:
         return PruneReport(layers, fingerprint, bad, {}, self.output, 0.0, parts)
 
     def recorded_counts(self, options: Mapping[str, Any]) -> dict[str, int] | None:
-        """The counts of layers in the run that is to be resumed, finished or not; None where there is none.
-        Raises ModelError: journal or manifest are damaged, or of a run with other `options` than counts."""
+        """The counts of layers in the run that is to be resumed; None where there is none. Raises ModelError:
+        journal or manifest are damaged, or of a run with other `options` than counts."""
         journal, manifest = self.output / HIDDEN / JOURNAL, self.output / MANIFEST
         what, header = "the result", None
         if self.resume and journal.exists():
@@ -211,10 +208,7 @@ def fingerprint_of(
     job: Job, options: Mapping[str, Any], calibration: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """What decides the result of a walk: versions, options, text, precision, device and the model's digest.
-
-    Args:
-        calibration: what an earlier walk recorded of the text, where the job has none.
-    """
+    `calibration`: what an earlier walk recorded of the text, where the job has none."""
     source = job.source
     if calibration is None:
         windows = job.windows

@@ -46,8 +46,8 @@ def layer_limits(options: PruneOptions) -> Limits:
 def solve_layer(
     problem: LayerProblem, options: PruneOptions, limits: Limits | None = None
 ) -> Solved:
-    """Run the options' start and solver on one layer, both within the same limits. A solver that does not
-    choose for updated weights chooses for unchanged ones."""
+    """Run the options' start and solver on one layer, within the same limits. A solver that does not choose
+    for updated weights chooses for unchanged ones."""
     limits = layer_limits(options) if limits is None else limits
     if not make_solver(options.solver).capabilities.update:
         problem = problem.with_update(None)
@@ -68,13 +68,10 @@ def solve_layer(
 
 
 def solve_by_held_error(
-    at: Callable[[float], LayerProblem],
-    judge: LayerProblem,
-    options: PruneOptions,
-    limits: Limits,
+    at: Callable[[float], LayerProblem], judge: LayerProblem, options: PruneOptions, limits: Limits
 ) -> tuple[Solved, float]:
-    """The greatest α of SHRINK_GRID whose error on held-out windows is within SHRINK_TOLERANCE of the
-    least, and its solution.
+    """The greatest α of SHRINK_GRID whose error on held-out windows is within SHRINK_TOLERANCE of the least,
+    and its solution.
 
     The least error is a bad judge: on Gemma, masks of a lower held-out error than those of any fixed α made a
     worse model. Each α starts afresh, since masks carried along the grid stay near the first ones.

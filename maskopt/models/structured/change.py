@@ -103,9 +103,7 @@ def open_original(
     Raises:
         ModelError: no text; a model in memory; one that needs code of its own, which results do not hold.
     """
-    text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
-    if text is None:
-        raise ModelError(f"{doing} needs `calibration` text or tokens; name a source of text")
+    text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration, f"{doing} needs")
     job = open_job(model, text, options, tokenizer=tokenizer, **how)
     source = folder_source(job.source)
     if source.checkpoint.config.get("auto_map"):

@@ -11,19 +11,8 @@ import torch
 from torch import Tensor
 
 from maskopt.errors import VerificationError
-from maskopt.models.verification.folder import (
-    Weights,
-    bytes_of,
-    check_finite,
-    opened,
-    read_tensor,
-)
-from maskopt.models.verification.layers import (
-    Slice,
-    called_like,
-    updated_layers,
-    updated_vectors,
-)
+from maskopt.models.verification.folder import Weights, bytes_of, check_finite, opened, read_tensor
+from maskopt.models.verification.layers import Slice, called_like, updated_layers, updated_vectors
 from maskopt.models.verification.manifest import Manifest, groups, key_of, numbers
 
 #: elements compared at a time
