@@ -18,7 +18,6 @@ from rich.text import Text
 from maskopt.cli.console import errors, hush_compiling
 from maskopt.errors import OptionError, printable
 
-LIVE, PLAIN, JSON, QUIET = "live", "plain", "json", "quiet"
 #: seconds before plain lines begin, and between two of them; where nothing is finished meanwhile, more
 _FIRST, _BETWEEN = 3.0, 30.0
 #: the share of everything from which on it estimates the time that is left
@@ -26,13 +25,12 @@ _KNOWN = 0.01
 #: seconds between two JSON lines of one step
 _APART = 1.0
 
-_asked: str | None = None
+_asked: type[View] | None = None
 
 
 def view() -> View:
     """To be entered; `show` says what goes on."""
-    kind = _asked or (LIVE if errors.is_terminal else PLAIN)
-    return {LIVE: LiveView, PLAIN: PlainView, JSON: JsonView, QUIET: View}[kind]()
+    return (_asked or (LiveView if errors.is_terminal else PlainView))()
 
 
 @dataclass(frozen=True)
@@ -40,9 +38,9 @@ class Step:
     """Where the work is.
 
     Attributes:
-        what: goes on.
-        done, total: of it; None: it is not known how much there is.
-        left: seconds to the end of everything, if it goes on as it went so far; None: nobody knows yet.
+        what: is being done.
+        done, total: of it; None: not known.
+        left: estimated seconds to the end of everything; None: not known yet.
         note: what is known so far; a new one reports that something is finished.
         facts: for JSON lines alone.
     """
@@ -73,13 +71,12 @@ class View:
         note: str = "",
         **facts: Any,
     ) -> None:
-        """Say where the work is: as in `Step`, `part` being that of everything; default: done/total."""
+        """Say where the work is, as in `Step`; `part`: the share of everything that is done."""
         share = part if part is not None else (done / total if total else 0.0)
         self.take(Step(what, done, total, self._left(share), note, facts))
 
     def _left(self, share: float) -> float | None:
-        """Seconds to the end, as fast as it went since the first step that was shown: what comes before the
-        work, such as opening a model, says nothing of the rest."""
+        """Seconds to the end, at the pace since the first step that was shown."""
         now = time.monotonic()
         begins_anew = share < self._last_share  # and has a pace of its own
         if self._first is None or begins_anew:
@@ -210,6 +207,6 @@ def show_as(*, quiet: bool, log_json: bool) -> None:
     global _asked
     if quiet and log_json:
         raise OptionError("`quiet` and `log_json` exclude each other; choose one")
-    _asked = QUIET if quiet else JSON if log_json else None
+    _asked = View if quiet else JsonView if log_json else None
     if _asked:
         hush_compiling()

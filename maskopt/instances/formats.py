@@ -175,7 +175,7 @@ def _pairs(problem: RowProblem) -> tuple[np.ndarray, int]:
     return 2 * (quadratic - np.diag(diagonal)), chosen
 
 
-def _edge_lines(weight: np.ndarray, pairs: tuple[np.ndarray, np.ndarray], first: int) -> list[str]:
+def _edge_lines(weight: np.ndarray, pairs: tuple[np.ndarray, ...], first: int) -> list[str]:
     return [
         f"{a + first} {b + first} {weight[a, b]:{_DIGITS}}" for a, b in zip(*pairs, strict=True)
     ]

@@ -211,9 +211,8 @@ class FolderSource(Source):
         """A block is read in its stored dtype and converted; one tensor of it is held twice."""
         working = next(self.model.parameters()).dtype.itemsize
         stored = stored_dtype(self.checkpoint).itemsize
-        largest = max(
-            sum(p.numel() for p in block.parameters()) * working for block in self.blocks.modules
-        )
+        sizes = [sum(p.numel() for p in block.parameters()) for block in self.blocks.modules]
+        largest = max(sizes) * working
         return largest + (largest * stored // working if stored != working else 0)
 
 
@@ -230,12 +229,8 @@ def as_stored(source: Source, layer: Layer, weight: Tensor) -> Tensor:
 
 def vectors_of(blocks: Blocks, index: int) -> list[str]:
     """Names in the model of a block's one-dimensional parameters that no other block shares."""
-    others = {
-        id(p)
-        for number, block in enumerate(blocks.modules)
-        if number != index
-        for p in block.parameters()
-    }
+    modules = [block for number, block in enumerate(blocks.modules) if number != index]
+    others = {id(p) for block in modules for p in block.parameters()}
     named = blocks.modules[index].named_parameters()
     return [blocks.prefix(index) + name for name, p in named if p.ndim == 1 and id(p) not in others]
 
@@ -380,9 +375,8 @@ def layer_masks(
     source = masks_as_model(checkpoint, path, trust_remote_code=trust_remote_code)
     masked = set(MaskFile(path).names)
     for index in range(len(source.blocks)):
-        mine = [
-            x for x in source.blocks.layers(index) if masked & {*source.stored_parts(x.parameter)}
-        ]
+        layers = source.blocks.layers(index)
+        mine = [x for x in layers if masked & {*source.stored_parts(x.parameter)}]
         if mine:
             with source.open(index):
                 for layer in mine:

@@ -163,9 +163,8 @@ def _least(groups: int, each: int) -> str:
     parts = max(groups, each)
     if parts == 1:
         return "there is a single head; leave out `heads`"
-    share = next(
-        x / 1000 for x in range(1, 1000) if Unstructured(sparsity=x / 1000).pruned_in(1, parts)
-    )
+    shares = (x / 1000 for x in range(1, 1000))
+    share = next(x for x in shares if Unstructured(sparsity=x).pruned_in(1, parts))
     return f"`heads` {share:g} takes one"
 
 

@@ -122,9 +122,8 @@ class Job:
         self._windows, self.whole = windows, whole
         self.count = options.samples if windows is None else len(windows)
         self.held = frozenset() if whole else held_out(self.count, options.holdout)
-        self.length = (
-            capped_length(source.model, options.seq_len) if windows is None else windows.length
-        )
+        capped = capped_length(source.model, options.seq_len)
+        self.length = capped if windows is None else windows.length
         self.last = len(source.blocks) - 1 if whole else max(layer.block for layer in layers)
         self.threads = options.threads or torch.get_num_threads()
         self.activation_memory = int(options.activation_memory)
@@ -317,10 +316,8 @@ class Job:
         layers = self.layers if self.options.sensitive else ()
         steps = DenseModel.steps(blocks, of_layers=bool(layers)) * len(chosen)
         tick = ticker(self.tell, 0, self.last + 1, "gradients", steps)
-        dense = DenseModel(
-            self.source, self.windows, chosen, captured, self.pool, place, tick, self.ranks
-        )
-        return dense.gradients(layers, self.held)
+        what = (self.source, self.windows, chosen, captured, self.pool)
+        return DenseModel(*what, place, tick, self.ranks).gradients(layers, self.held)
 
     def weights_of_tokens(self, block: int, states: Activations) -> Callable[[int], Tensor] | None:
         """Weights of a window's tokens, `states` entering the block; None: all of them 1."""

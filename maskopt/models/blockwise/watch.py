@@ -20,17 +20,9 @@ from maskopt.models.architecture.blocks import Layer, matrix
 #: position of (input, weight) among the arguments of each product
 _PRODUCTS: dict[Callable[..., Any], tuple[int, int]] = {
     F.linear: (0, 1),
-    torch.addmm: (1, 2),
-    Tensor.addmm: (1, 2),
-    torch.baddbmm: (1, 2),
-    Tensor.baddbmm: (1, 2),
-    torch.matmul: (0, 1),
-    Tensor.matmul: (0, 1),
-    Tensor.__matmul__: (0, 1),
-    torch.mm: (0, 1),
-    Tensor.mm: (0, 1),
-    torch.bmm: (0, 1),
-    Tensor.bmm: (0, 1),
+    **dict.fromkeys((torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm), (1, 2)),
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), (0, 1)),
+    **dict.fromkeys((torch.mm, Tensor.mm, torch.bmm, Tensor.bmm), (0, 1)),
 }
 #: those whose weight may stand on either side (in `linear` it is the second by definition)
 _EITHER_WAY = set(_PRODUCTS) - {F.linear}

@@ -16,13 +16,7 @@ from torch import Tensor
 
 from maskopt.errors import DataError
 from maskopt.models.calibration.text import read_documents
-from maskopt.models.checkpoints.bos import (
-    GIVEN,
-    Beginning,
-    beginning_of,
-    plain_tokens,
-    whole_tokens,
-)
+from maskopt.models.checkpoints.bos import GIVEN, Beginning, beginning_of, tokens_of
 
 JOIN = "\n\n"
 
@@ -131,10 +125,10 @@ class _Text:
             raise DataError(
                 f"`seq_len` {seq_len} leaves no room after the beginning token; take more"
             )
-        self._tokenize = whole_tokens if bos == "never" else plain_tokens
+        self._whole = bos == "never"
 
     def encoded(self, text: str) -> list[int]:
-        return self._tokenize(self._tokenizer, text)
+        return tokens_of(self._tokenizer, text, whole=self._whole)
 
     def joined(self) -> list[int]:
         """All documents with blank lines between, at least one window."""

@@ -88,19 +88,11 @@ def check_bos(bos: str) -> None:
         raise DataError(f"`bos` must be {', '.join(BOS[:-1])} or {BOS[-1]}, not {bos!r}")
 
 
-def plain_tokens(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text alone, without anything that the tokenizer puts around it."""
-    return _tokens(tokenizer, text, add_special_tokens=False)
-
-
-def whole_tokens(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text, with what the tokenizer puts around it."""
-    return _tokens(tokenizer, text)
-
-
-def _tokens(tokenizer: Any, text: str, **options: Any) -> list[int]:
+def tokens_of(tokenizer: Any, text: str, *, whole: bool) -> list[int]:
+    """Token ids of a text; `whole`: with what the tokenizer puts around it."""
     with no_panic(getattr(tokenizer, "name_or_path", "")):
-        return [int(t) for t in tokenizer(text, verbose=False, **options)["input_ids"]]
+        found = tokenizer(text, verbose=False, **({} if whole else {"add_special_tokens": False}))
+        return [int(token) for token in found["input_ids"]]
 
 
 @contextmanager
@@ -119,7 +111,7 @@ def no_panic(folder: str | Path) -> Iterator[None]:
 
 
 def _put_before(tokenizer: Any) -> tuple[int, ...]:
-    whole, plain = whole_tokens(tokenizer, _PROBE), plain_tokens(tokenizer, _PROBE)
+    whole, plain = (tokens_of(tokenizer, _PROBE, whole=x) for x in (True, False))
     for start in range(len(whole) - len(plain) + 1):
         if whole[start : start + len(plain)] == plain:
             return tuple(whole[:start])

@@ -205,9 +205,9 @@ def _parts(masks: MaskFile, name: str) -> Iterator[np.ndarray]:
 
 def _open_packed(path: Path) -> SafeFile:
     found = open_safe(path)
-    names = list(found.entries)
-    right = found.metadata.get("format") == FORMAT and names and names[0] == _HEADER
-    if not right or not all(name[0] in (_WHOLE, _KEPT) for name in names[1:]):
+    first, *names = found.entries or ("",)
+    right = found.metadata.get("format") == FORMAT and first == _HEADER
+    if not right or not all(name[0] in (_WHOLE, _KEPT) for name in names):
         raise ModelError(f"{path}: is not what `maskopt masks pack` writes")
     return found
 

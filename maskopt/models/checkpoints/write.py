@@ -152,9 +152,8 @@ def copy_file(source: Path, target: Path) -> None:
 
 def disk_needed(checkpoint: Checkpoint, least_squares: bool = False) -> int:
     """Bytes that the pruned copy takes, with masks and, until it is complete, updated weights."""
-    elements = sum(
-        math.prod(entry.shape) for s in checkpoint.shards.values() for entry in s.entries.values()
-    )
+    entries = (x for shard in checkpoint.shards.values() for x in shard.entries.values())
+    elements = sum(math.prod(entry.shape) for entry in entries)
     return checkpoint.bytes * (2 if least_squares else 1) + elements // 4 + 64 * 2**20
 
 

@@ -121,10 +121,9 @@ def remove_blocks(
     options = options or WalkOptions()
     options.refuse(_NOT_HERE, "`blocks` are chosen by the model's output on all tokens")
     run = Run(output, overwrite=overwrite, model=model, calibration=calibration)
-    how = {"whole": True, "limit": windows, "on_progress": on_progress}
-    job, source = open_original(
-        model, tokenizer_or_tokens, calibration, options, "removing blocks", **how
-    )
+    how: Any = {"whole": True, "limit": windows, "on_progress": on_progress}
+    given = (model, tokenizer_or_tokens, calibration, options, "removing blocks")
+    job, source = open_original(*given, **how)
     if not 0 < count < len(source.blocks):
         raise OptionError(f"`blocks` must be 1 to {len(source.blocks) - 1}, not {count}")
     _check_family(source, list(range(len(source.blocks) - count, len(source.blocks))))

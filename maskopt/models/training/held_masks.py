@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,8 +114,8 @@ class KeptMasks:
         self._undo: list[Callable[[], None]] = []
         for parameter, kept in self._held.values():
             if parameter.requires_grad:
-                hook = partial(_masked, kept)
-                self._undo.append(parameter.register_hook(hook).remove)
+                hook = parameter.register_hook(lambda x, kept=kept: x.masked_fill(~kept, 0))
+                self._undo.append(hook.remove)
         self._undo.append(register_optimizer_step_post_hook(self._after_step).remove)
         self._undo += [_mask_product(module, kept) for module, kept in self._lora]
 
@@ -209,10 +208,6 @@ def _put(model: nn.Module, layer: Layer, mask: Any, held: dict[str, Tensor]) -> 
     whole = held[layer.parameter]
     place = whole if layer.expert is None else whole[layer.expert]
     (place if layer.input_axis == 1 else place.T).copy_(kept)
-
-
-def _masked(kept: Tensor, gradient: Tensor) -> Tensor:
-    return gradient.masked_fill(~kept, 0)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -376,9 +376,8 @@ class FolderKeeper:
 
     def keep(self, at: Progress, tensors: Tensors) -> None:
         path = self._work.blocks / f"step-{at.step:08d}.safetensors"
-        digest = write_tensors(
-            path, {f"{k}/{name}": x for k in KINDS for name, x in tensors[k].items()}
-        )
+        named = {f"{kind}/{name}": x for kind in KINDS for name, x in tensors[kind].items()}
+        digest = write_tensors(path, named)
         record: dict[str, Any] = {"file": path.name, "digest": digest, "step": at.step}
         record |= {"before": list(at.before), "held": at.held, "epoch": at.epoch}
         self._work.keep = True  # from the moment that the journal may hold it

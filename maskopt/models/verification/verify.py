@@ -323,7 +323,7 @@ def _verify_fine_tuned(
         if before is not None and name in theirs:
             others += 1
             changed += not torch.equal(bytes_of(found), bytes_of(before.read(theirs[name])))
-    facts = {"pruned": count, "zeros": zeros, "others": others, "changed": changed}
+    facts: Any = {"pruned": count, "zeros": zeros, "others": others, "changed": changed}
     return Verified(len(masks.layout), sparsity=count / total, **facts)
 
 
