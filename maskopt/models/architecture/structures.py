@@ -102,15 +102,6 @@ class Structures:
         return self.count - self.pattern.pruned_in(1, self.count)
 
 
-@dataclass(frozen=True)
-class Attention:
-    """Numbers of a block's attention: query heads, key–value heads, width of each."""
-
-    heads: int
-    groups: int
-    width: int
-
-
 def channels_of(blocks: Blocks, index: int, share: float, round_to: int) -> Structures:
     """The channels of a block's MLP, of which `share` goes, rounded down so that a multiple of `round_to`
     stays; ModelError for an unknown MLP, or where nothing would go."""
@@ -134,22 +125,22 @@ def heads_of(blocks: Blocks, index: int, share: float) -> Structures:
     as many query heads of every group. Raises ModelError for an unknown attention, or where nothing would
     go."""
     consumer, producers = _find(blocks, index, _ATTENTIONS, "attention", HEADS)
-    numbers = attention_of(blocks.model, consumer)
-    each = numbers.heads // numbers.groups
-    gone = Unstructured(sparsity=share).pruned_in(1, numbers.groups)
-    unit, size, count = "key–value group", each * numbers.width, numbers.groups
-    pattern: Pattern = Unstructured(keep=numbers.groups - gone)
+    heads, groups, width = attention_of(blocks.model, consumer)
+    each = heads // groups
+    gone = Unstructured(sparsity=share).pruned_in(1, groups)
+    unit, size, count = "key–value group", each * width, groups
+    pattern: Pattern = Unstructured(keep=groups - gone)
     if not gone:
         gone = Unstructured(sparsity=share).pruned_in(1, each)
-        unit, size, count = "head", numbers.width, numbers.heads
+        unit, size, count = "head", width, heads
         if not gone:
             raise ModelError(
-                f"layer {consumer.name!r}: a share of {share:g} of {numbers.groups} key–value groups with "
-                f"{each} heads each is none; {_least(numbers.groups, each)}"
+                f"layer {consumer.name!r}: a share of {share:g} of {groups} key–value groups with "
+                f"{each} heads each is none; {_least(groups, each)}"
             )
         pattern = NM(keep=each - gone, of=each)
     query = (consumer.n, size)
-    key = (numbers.groups * numbers.width, numbers.width if unit != "head" else 0)
+    key = (groups * width, width if unit != "head" else 0)
     cuts = {consumer.parameter: Cut(1, [query])}
     for producer in producers:
         last = producer.name.rpartition(".")[2]
@@ -168,8 +159,9 @@ def _least(groups: int, each: int) -> str:
     return f"`heads` {share:g} takes one"
 
 
-def attention_of(model: nn.Module, consumer: Layer) -> Attention:
-    """Raises ModelError where the configuration's numbers are not those of the layer."""
+def attention_of(model: nn.Module, consumer: Layer) -> tuple[int, int, int]:
+    """Query heads, key–value heads and width of each; ModelError where the configuration has other numbers
+    than the layer."""
     text: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     heads = int(getattr(text, "num_attention_heads", 0) or 0)
     groups = int(getattr(text, "num_key_value_heads", None) or heads)
@@ -179,7 +171,7 @@ def attention_of(model: nn.Module, consumer: Layer) -> Attention:
             f"layer {consumer.name!r} has {consumer.n} inputs, which are not the {heads} heads of {width} "
             "that the configuration names; leave out `heads`"
         )
-    return Attention(heads, groups, width)
+    return heads, groups, width
 
 
 def _find(

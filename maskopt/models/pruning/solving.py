@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
+from maskopt.models.options.prune import PruneOptions
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import limits_of, make_solver, make_start, solve
-
-if TYPE_CHECKING:
-    from maskopt.models.options.prune import PruneOptions
 
 #: λ of `damping` auto
 DAMPING_GRID = (0.003, 0.01, 0.03, 0.1, 0.3)

@@ -271,12 +271,11 @@ def new_settings(source: FolderSource, every: Sequence[Structures]) -> dict[str,
                 raise cannot_say(source, f"{one.count} channels")
             new = {keys[0]: one.kept}
         else:
-            numbers = attention_of(source.model, one.consumer)
-            heads, groups = one.kept, numbers.groups
-            if one.count == numbers.groups:
-                heads, groups = one.kept * (numbers.heads // numbers.groups), one.kept
-            new = {"num_attention_heads": heads, "num_key_value_heads": groups}
-            new["head_dim"] = numbers.width
+            every_head, groups, width = attention_of(source.model, one.consumer)
+            heads = one.kept
+            if one.count == groups:
+                heads, groups = one.kept * (every_head // groups), one.kept
+            new = {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": width}
         for key, value in new.items():
             found.setdefault(key, set()).add(value)
     for key, values in found.items():
