@@ -85,13 +85,21 @@ def verify(
         _print_smaller(path, original, _verify(path, original, options))
     else:
         _refuse("a pruned model", given, "original", "calibration", "semi_structured", *_OPTIONS)
-        if "include" in given and calibration is None:
-            raise VerificationError(
-                "`include` chooses what `calibration` computes again; give both"
-            )
-        result = _verify(path, original, options, calibration=calibration)
-        _print_pruned(path, original, result)
-        _convert(path, result, semi_structured)
+        _verify_pruned(path, original, calibration, semi_structured, options)
+
+
+def _verify_pruned(
+    path: Path,
+    original: str | None,
+    calibration: str | None,
+    semi_structured: bool | None,
+    options: dict[str, Any],
+) -> None:
+    if "include" in options and calibration is None:
+        raise VerificationError("`include` chooses what `calibration` computes again; give both")
+    result = _verify(path, original, options, calibration=calibration)
+    _print_pruned(path, original, result)
+    _convert(path, result, semi_structured)
 
 
 def _verify(folder: Path, original: str | None, options: dict[str, Any], **more: Any) -> Verified:

@@ -196,12 +196,9 @@ def bound(
             layer_time_limit = SDP_SECONDS
     limits = {"cuts": cuts, "time_limit": layer_time_limit}
     with view() as shown:
-        shared: dict[str, Any] = {
-            "method": method,
+        shared: dict[str, Any] = {"method": method, "seed": seed, "jobs": jobs, "output": output}
+        shared |= {
             "method_options": {name: x for name, x in limits.items() if x is not None},
-            "seed": seed,
-            "jobs": jobs,
-            "output": output,
             "on_rows": lambda done, name: shown.show(f"{name}, rows bounded: {done}", done, None),
         }
         if layers is not None:

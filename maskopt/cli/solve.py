@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from maskopt.cli.console import INTERRUPTED, NO_BOUND, make_table, screen
 from maskopt.cli.view import view
 from maskopt.core.fields import OUTPUT, REQUIRED, option
 from maskopt.core.files import check_writable
-from maskopt.core.limits import Limits, parse_bytes
+from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.core.units import OriginalValues
 from maskopt.errors import OptionError
@@ -75,24 +76,18 @@ def solve(
     with view() as shown:
         limits = Limits(
             shared.seconds if time_limit is None else time_limit,
-            shared.memory if memory_limit is None else parse_bytes(memory_limit),
+            shared.memory if memory_limit is None else memory_limit,
             shared.threads,
             seed or shared.seed,
             lambda event: shown.show(event.step or "rows", event.done, event.total),
         )
+        how: dict[str, Any] = {"start": begin, "limits": limits}
         if prove:
-            solution = prove_rows(
-                problem,
-                output,
-                start=begin,
-                limits=limits,
-                jobs=-1 if jobs is None else jobs,
-                on_progress=lambda done, total: shown.show("rows proven", done, total),
-                **own,
-            )
+            how |= {"jobs": -1 if jobs is None else jobs, **own}
+            report = partial(shown.show, "rows proven")
+            solution = prove_rows(problem, output, on_progress=report, **how)
         else:
-            chosen = make_solver(solver or "swap", **own)
-            solution = library(problem, chosen, start=begin, limits=limits)
+            solution = library(problem, make_solver(solver or "swap", **own), **how)
             solution.save(output)
     screen.print(solution_table(problem, solution))
     screen.print(f"written: {output}{_trees(solution)}", soft_wrap=True)
@@ -103,13 +98,9 @@ def solve(
 
 
 def check(instance: Path, solution: Path, require: Require, cardinality: int | None = None) -> None:
-    """What `maskopt verify INSTANCE SOLUTION` does and prints; every leaf of a
-    proof's trees is checked in float64, by code that no search shares, and nothing is trusted.
-
-    Raises:
-        VerificationError: a claim that does not hold, or one of a trusted solver where only checked
-            ones are allowed.
-    """
+    """Check a solution and print the result; every leaf of a proof is checked in float64, by code that
+    no search shares. Raises VerificationError: a claim does not hold, or is of a trusted solver where only
+    checked ones are allowed."""
     problem, found = load_problem(instance, cardinality), Solution.load(solution)
     if found.proof is not None and require == CLAIMS:
         require = CHECKED
@@ -126,7 +117,7 @@ def check(instance: Path, solution: Path, require: Require, cardinality: int | N
 
 
 def _trees(solution: Solution) -> str:
-    """How many rows are proven by trees, and how large these are; empty for a solution without trees."""
+    """Number of rows that trees prove, and their size; empty for a solution without trees."""
     trees = [tree for tree in (solution.proof.rows if solution.proof else ()) if tree is not None]
     leaves, size = sum(tree.leaves for tree in trees), sum(tree.nbytes for tree in trees)
     proven = sum(status is Status.OPTIMAL for status in solution.status)
@@ -159,7 +150,7 @@ def solution_table(problem: LayerProblem | RowProblem, solution: Solution) -> Ta
 
 
 def _posed_table(problem: RowProblem, solution: Solution, side: str) -> Table:
-    """In the units of whoever posed the problem."""
+    """In original units."""
     objective, lower = float(solution.objective[0]), float(solution.lower_bound[0])
     values = problem.to_original_units(objective, lower)
     cells = [f"{values.bound:.9g}", f"{values.gap:.2%}"]
