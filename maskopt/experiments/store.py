@@ -214,6 +214,5 @@ def _flat(record: Any) -> dict[str, Any]:
     """A record as one flat line: what its trace holds are columns; NaN and infinity are null."""
     data = asdict(record)
     data |= data.pop("trace", {})
-    return {
-        k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in data.items()
-    }
+    odd = [k for k, v in data.items() if isinstance(v, float) and not math.isfinite(v)]
+    return {**data, **dict.fromkeys(odd)}

@@ -247,9 +247,10 @@ def test_the_same_jobs_have_the_same_keys_and_others_have_others():
     posed = (RowProblem.from_quadratic(np.eye(24), cardinality=16, constant=c) for c in (0.0, 1e2))
     rows += posed
     wanda, mask = make_solver("wanda"), torch.ones(24, dtype=torch.bool)
+    sdp = certify_module._How("sdp", {}, 0)
     for keys in (
         {job_key(row, "wanda", wanda, None, Limits()) for row in rows},
-        {certify_module._key(row.as_layer(), 0, mask, 0, "sdp", {}) for row in rows},
+        {certify_module._key(sdp, row.as_layer(), 0, mask, 0) for row in rows},
     ):
         assert len(keys) == len(rows)
 

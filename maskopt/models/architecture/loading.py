@@ -39,9 +39,8 @@ class Loader:
         wanted = list(names)
         buffers = [] if self._loaded_buffers else [key for key, _ in self.model.named_buffers()]
         self._loaded_buffers = True
-        state = {
-            key: self.checkpoint.read(key) for key in self.conversion.needed([*wanted, *buffers])
-        }
+        needed = self.conversion.needed([*wanted, *buffers])
+        state = {key: self.checkpoint.read(key) for key in needed}
         if edits is not None:
             for key, tensor in state.items():
                 edits.apply(key, tensor)

@@ -53,9 +53,8 @@ def windows_of(
             )
         return given if limit is None else given.take(slice(limit))
     if tokenizer is None and source.checkpoint is not None:
-        tokenizer = load_tokenizer(
-            source.checkpoint.folder, trust_remote_code=options.trust_remote_code
-        )
+        trust = options.trust_remote_code
+        tokenizer = load_tokenizer(source.checkpoint.folder, trust_remote_code=trust)
     length = capped_length(source.model, options.seq_len)
     if whole and length < 2:
         raise OptionError(f"`seq_len` must be a whole number of at least 2, not {length!r}")

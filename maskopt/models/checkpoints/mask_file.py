@@ -154,9 +154,8 @@ def join_masks(path: Path, parts: Iterable[Path]) -> str:
         if both := set(layout) & set(part.layout):
             raise ModelError(f"{part.path}: mask {min(both)!r} is in another part as well")
         layout.update(part.layout)
-    return _write(
-        path, layout, (part.file.read(name).numpy() for part in files for name in part.names)
-    )
+    bits = (part.file.read(name).numpy() for part in files for name in part.names)
+    return _write(path, layout, bits)
 
 
 def _write(path: Path, layout: Mapping[str, Any], bits: Iterable[np.ndarray]) -> str:

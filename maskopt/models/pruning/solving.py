@@ -101,9 +101,8 @@ def damping_by_held_error(
     def held_error(least_squares: LeastSquaresUpdate) -> float:
         return float(judge.error(problem.with_update(least_squares).weights(mask)).sum())
 
-    return min(
-        (LeastSquaresUpdate(x, options.damping_exponent) for x in DAMPING_GRID), key=held_error
-    )
+    power = options.damping_exponent
+    return min((LeastSquaresUpdate(x, power) for x in DAMPING_GRID), key=held_error)
 
 
 def solve_by_magnitude(problem: LayerProblem) -> Solved:

@@ -57,9 +57,8 @@ def keep_masks(
     """
     inner = unwrapped(model)
     held = parameter_masks(inner, masks, trust_remote_code=trust_remote_code)
-    return KeptMasks(
-        {name: (inner.get_parameter(name), kept) for name, kept in held.items()}, inner
-    )
+    pairs = {name: (inner.get_parameter(name), kept) for name, kept in held.items()}
+    return KeptMasks(pairs, inner)
 
 
 def parameter_masks(

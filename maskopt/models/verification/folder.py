@@ -224,9 +224,8 @@ def same_files(
     ):
         raise VerificationError(f"{folder / INDEX}: the index is not that of the original")
     for name in sorted((ours | theirs) - same):
-        where = (
-            "differs from the original" if name in ours & theirs else "is in only one of the two"
-        )
+        both = name in ours & theirs
+        where = "differs from the original" if both else "is in only one of the two"
         raise VerificationError(f"{folder / name}: {where}; configuration and tokenizer are copied")
     return same
 
