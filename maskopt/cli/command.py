@@ -14,6 +14,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -205,14 +206,8 @@ class Command:
 def command(
     *library: Option, example: str, name: str = "", config: bool = False, shared: bool = False
 ) -> Callable[[Callable[..., None]], Command]:
-    """Make a command of a function whose default values are options.
-
-    Args:
-        library: options of classes of options; the function takes their given values as keywords.
-        example: last line of the help.
-        name: of the command; empty: that of the function.
-        config, shared: as in `Command`.
-    """
+    """Make a command of a function whose default values are options. It takes given values of `library` as
+    keywords. `name` is by default that of the function; other arguments are those of `Command`."""
 
     def made(run: Callable[..., None]) -> Command:
         called = name or run.__name__.replace("_", "-")
@@ -294,8 +289,7 @@ def left(one: Option) -> str:
     """`--allocation [uniform|rows|layers|both]`."""
     if one.argument:
         return _argument(one)
-    names = "/".join(_flags(one)[:1])
-    names = f"-o, {names}" if one.name == "output" else names
+    names = ("-o, " if one.name == "output" else "") + _flags(one)[0]
     kind = _kind(one)
     if kind is bool:
         return names
@@ -360,14 +354,15 @@ def read_value(one: Option, given: Any) -> Any:
         return read_pairs(given) if isinstance(given, list) else given
     if tuple in origins:
         return name_patterns(given)
-    if isinstance(given, str) and float in origins:
-        try:
+    if not isinstance(given, str):
+        return given
+    if float in origins:
+        with suppress(ValueError):
             return float(given)
-        except ValueError:
-            return given
-    if isinstance(given, str) and int in origins and given.isdecimal():
+        return given
+    if int in origins and given.isdecimal():
         return int(given)
-    return Path(given) if Path in origins and isinstance(given, str) else given
+    return Path(given) if Path in origins else given
 
 
 def option_list(text: str | None) -> list[str]:
@@ -386,10 +381,9 @@ def read_pairs(items: Sequence[str]) -> dict[str, Any]:
         name, sign, value = item.partition("=")
         if not sign or not name:
             raise OptionError(f"an option takes NAME=VALUE, not {item!r}")
-        try:
+        options[name.replace("-", "_")] = value
+        with suppress(ValueError):
             options[name.replace("-", "_")] = json.loads(value)
-        except ValueError:
-            options[name.replace("-", "_")] = value
     return options
 
 
@@ -412,7 +406,7 @@ def _read_counts(path: str) -> dict[str, Any]:
 
 
 def config_text(values: Mapping[str, Any]) -> str:
-    """TOML of the values, without those that are not set.
+    """TOML of the values that are set.
 
     Raises:
         OptionError: a null in a mapping.

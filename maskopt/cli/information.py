@@ -14,7 +14,7 @@ from maskopt.protocol.bounds import available_bounds
 from maskopt.protocol.solver import REGISTRY, available_solvers
 
 _HEADINGS = ("solver", "patterns", "device", "start", "proves", "n up to", "also", "note")
-#: columns that a table needs to have them all; and those that go first
+#: terminal columns that the whole table needs; columns that a narrower one leaves out
 _WIDE, _LEFT_OUT = 110, ("patterns", "device", "start", "also")
 
 

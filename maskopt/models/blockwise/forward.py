@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,7 +87,7 @@ def capture(
         activation_folder: given the bytes of their hidden states, where to keep them (None: memory).
     """
     recorders = _Recorders(model, blocks, device)
-    with recorders.installed():
+    with _replaced(blocks, recorders.recorder):
         [first] = threads.run([lambda: recorders.probe(tokens[:1])])
         state = first[0][0]
         size = state.nbytes * len(samples)
@@ -159,10 +159,7 @@ class _Recorders:
         self.local = threading.local()
         self.outputs = 0
 
-    def installed(self) -> AbstractContextManager[None]:
-        return _replaced(self.blocks, self._recorder)
-
-    def _recorder(self, index: int) -> Callable[..., Any]:
+    def recorder(self, index: int) -> Callable[..., Any]:
         def records(*args: Any, **kwargs: Any) -> Any:
             state: Any = args[0] if args else kwargs.get("hidden_states")
             self.local.calls.append((state, args, kwargs))

@@ -118,7 +118,7 @@ class DenseModel:
     def _mean(self, found: Mapping[int, Mapping[str, Tensor]], held: Set[int]) -> dict[str, Tensor]:
         """Over the windows that count, in their order: the sum does not depend on the threads."""
         used = [window for window in self.chosen if window not in held]
-        tokens = len(used) * (self.windows.length - self.windows.beginning.first_target)
+        tokens = len(used) * self.windows.targets
         total: dict[str, Tensor] = {}
         for window in used:
             for name, squares in found[window].items():

@@ -54,6 +54,11 @@ class Windows:
     def length(self) -> int:
         return self.tokens.shape[1]
 
+    @property
+    def targets(self) -> int:
+        """Predicted tokens of a window."""
+        return self.length - self.beginning.first_target
+
 
 def calibration_windows(
     source: str | Path | Sequence[str],
@@ -68,8 +73,8 @@ def calibration_windows(
     """`samples` random windows of `seq_len` tokens, the same for the same seed: what the tokenizer puts
     before a text (`maskopt.models.checkpoints.bos`), and a random contiguous crop of a document.
 
-    Each sample draws its document among those that are longer than a crop; where none is, all are joined by
-    blank lines. A `.npy` file of tokens [samples, seq_len] is taken unchanged.
+    Each sample draws its document among the documents longer than a crop; where there are none, all are
+    joined by blank lines. A `.npy` file of tokens [samples, seq_len] is taken unchanged.
 
     Raises:
         DataError: no text, or less than one window of it; tokens of a wrong shape.

@@ -165,19 +165,18 @@ def resolve_model(model: str | Path, *, trust_remote_code: bool = False) -> Path
         return Path(model)
     from huggingface_hub import snapshot_download
 
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+    wanted += [
+        "*.md",
+        "LICENSE*",
+        "NOTICE*",
+        "USE_POLICY*",
+        *(["*.py"] if trust_remote_code else []),
+    ]
+    # the weights once more, in the layout of other programs
+    ignored = ["consolidated*.safetensors", "*/*.safetensors"]
     try:
-        return Path(
-            snapshot_download(
-                name,
-                allow_patterns=[
-                    *("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"),
-                    *("*.md", "LICENSE*", "NOTICE*", "USE_POLICY*"),
-                    *(("*.py",) if trust_remote_code else ()),
-                ],
-                # the weights once more, in the layout of other programs
-                ignore_patterns=["consolidated*.safetensors", "*/*.safetensors"],
-            )
-        )
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=ignored))
     except Exception as error:  # the hub client raises whatever its layers raise
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{name}: neither a folder nor a model of the hub: {line}") from error

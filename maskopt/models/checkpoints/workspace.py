@@ -77,7 +77,12 @@ class Workspace:
             (self.output / name).unlink(missing_ok=True)
         if (self.staging / MANIFEST).exists():
             os.replace(self.staging / MANIFEST, self.output / MANIFEST)
-        sync_folder(self.output)
+        if os.name == "posix":  # the renames must outlast a crash
+            handle = os.open(self.output, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
 
     def remove(self) -> None:
         """Remove the hidden folder, by a rename first, so that a killed process leaves nothing that looks
@@ -157,16 +162,6 @@ def _names(path: Path) -> list[str]:
 
 def _write_names(path: Path, names: Collection[str]) -> None:
     write_file(path, ["\n".join(names).encode()])
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in the folder last, where the system can."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def unfinished(output: Path) -> bool:

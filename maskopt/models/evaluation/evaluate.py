@@ -186,7 +186,7 @@ def evaluate(
         for number, (name, job) in enumerate(zip(names, jobs, strict=True)):
             losses = sums[:, number, 0]
             change = _change(jobs[0], job, sums[:, 0, 0], sums[:, number]) if number else None
-            means = tuple((losses / _targets(windows_of)).tolist())
+            means = tuple((losses / windows_of.targets).tolist())
             found.append(Evaluation(name, _perplexity_of(losses, windows_of), means, change))
     return found
 
@@ -270,7 +270,7 @@ def _change(
 ) -> Change:
     """A model compared with the first one, whose cross-entropies are `losses`."""
     windows = job.windows
-    targets = _targets(windows)
+    targets = windows.targets
     changes = []
     for window in range(len(windows)):
         one, two = (x.last_state(window)[-1 - targets : -1].double() for x in (first, job))
@@ -293,20 +293,15 @@ def _change(
 
 def check_targets(windows: Windows) -> None:
     """Raise DataError where nothing in a window is predicted."""
-    if windows.length <= windows.beginning.first_target:
+    if windows.targets <= 0:
         raise DataError(
             "nothing is predicted in these windows; take windows of at least two tokens, and one of text"
         )
 
 
-def _targets(windows: Windows) -> int:
-    """Predicted tokens of a window."""
-    return windows.length - windows.beginning.first_target
-
-
 def _perplexity_of(summed: Float[Tensor, " windows"], windows: Windows) -> Perplexity:
     """From the cross-entropy summed over the targets of each window."""
-    per_window = _targets(windows)
+    per_window = windows.targets
     low, high = interval(summed / per_window)
     # summed one after the other, as the windows came
     mean = sum(summed.tolist()) / (per_window * len(windows))

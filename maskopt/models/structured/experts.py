@@ -294,8 +294,9 @@ def mixtures_of(blocks: Blocks, index: int) -> list[Mixture]:
             if n.partition(".")[0] in _ROUTERS and b.ndim and b.shape[0] == count
         ]
         if not routers or kept:
-            buffer = f"keeps {kept[0]!r} in addition to its weights" if kept else ""
-            what = buffer or "is of no known form"
+            what = "is of no known form"
+            if kept:
+                what = f"keeps {kept[0]!r} in addition to its weights"
             raise ModelError(f"{full}: its router {what}; leave out `experts`")
         found.append(Mixture(full, name, index, count, each, (*parameters, *routers)))
     return found
