@@ -15,15 +15,15 @@ from maskopt.core.fields import Option, options_of
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    markdown = re.sub(r"^\{\{ commands \}\}$", lambda _: commands(), markdown, flags=re.M)
+    markdown = re.sub(r"^\{\{ commands \}\}$", lambda _: _commands(), markdown, flags=re.M)
     return re.sub(r"^\{\{ options: (\S+) \}\}$", lambda m: table(m.group(1)), markdown, flags=re.M)
 
 
-def commands() -> str:
+def _commands() -> str:
     """Every command: what it does, an example, and a line an option."""
-    from maskopt.cli import COMMANDS
+    from maskopt.cli import all_commands
 
-    return "\n".join(map(_command, COMMANDS.values()))
+    return "\n".join(map(_command, all_commands().values()))
 
 
 def _command(command: Any) -> str:

@@ -1,89 +1,122 @@
 """maskopt: which weights of a linear layer can go, with a proof of how good the choice is."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from maskopt.certificates.certificate import Certificate
-from maskopt.certificates.proof import Proof
-from maskopt.checks.swap_check import SwapMove, improving_swap
-from maskopt.checks.verification import Verification, verify
-from maskopt.core.least_squares import LeastSquaresUpdate
-from maskopt.core.limits import Limits, Progress
-from maskopt.core.linear_term import LinearTerm
-from maskopt.core.pattern import NM, Unstructured
-from maskopt.core.problem import LayerProblem, RowProblem, UpdatedWeights, update_weights
-from maskopt.core.structure import structure_problem
-from maskopt.errors import MaskoptError
-from maskopt.instances.formats import load_problem, save_problem
-from maskopt.protocol.bounds import Bound, available_bounds, lower_bound
-from maskopt.protocol.solution import Solution, Status
-from maskopt.protocol.solver import available_solvers, make_solver, solve
+from maskopt._version import __version__
 
-__version__ = "0.2.0"
+if TYPE_CHECKING:
+    from maskopt.certificates.certificate import Certificate as Certificate
+    from maskopt.certificates.proof import Proof as Proof
+    from maskopt.checks.swap_check import SwapMove as SwapMove, improving_swap as improving_swap
+    from maskopt.checks.verification import Verification as Verification, verify as verify
+    from maskopt.core.least_squares import LeastSquaresUpdate as LeastSquaresUpdate
+    from maskopt.core.limits import Limits as Limits, Progress as Progress
+    from maskopt.core.linear_term import LinearTerm as LinearTerm
+    from maskopt.core.pattern import NM as NM, Unstructured as Unstructured
+    from maskopt.core.problem import (
+        LayerProblem as LayerProblem,
+        RowProblem as RowProblem,
+        UpdatedWeights as UpdatedWeights,
+        update_weights as update_weights,
+    )
+    from maskopt.core.structure import structure_problem as structure_problem
+    from maskopt.errors import MaskoptError as MaskoptError
+    from maskopt.instances.formats import load_problem as load_problem, save_problem as save_problem
+    from maskopt.models.blockwise.job import open_job as open_job
+    from maskopt.models.checkpoints.pack import load_packed as load_packed
+    from maskopt.models.distillation.distill import distill_model as distill_model
+    from maskopt.models.evaluation.evaluate import perplexity as perplexity
+    from maskopt.models.options.prune import PruneOptions as PruneOptions
+    from maskopt.models.pruning.gram_store import collect_grams as collect_grams
+    from maskopt.models.pruning.problems import collect_problems as collect_problems
+    from maskopt.models.pruning.prune import prune_model as prune_model
+    from maskopt.models.structured.blocks import remove_blocks as remove_blocks
+    from maskopt.models.structured.channels import shrink_model as shrink_model
+    from maskopt.models.structured.experts import remove_experts as remove_experts
+    from maskopt.models.training.held_masks import keep_masks as keep_masks
+    from maskopt.protocol.bounds import (
+        Bound as Bound,
+        available_bounds as available_bounds,
+        lower_bound as lower_bound,
+    )
+    from maskopt.protocol.solution import Solution as Solution, Status as Status
+    from maskopt.protocol.solver import (
+        available_solvers as available_solvers,
+        make_solver as make_solver,
+        solve as solve,
+    )
 
-#: imported on first use, since they bring transformers along
-_MODEL_SIDE = {
-    "collect_grams": "maskopt.models.pruning.gram_store",
-    "collect_problems": "maskopt.models.pruning.problems",
-    "distill_model": "maskopt.models.distillation.distill",
-    "keep_masks": "maskopt.models.training.held_masks",
-    "load_packed": "maskopt.models.checkpoints.pack",
-    "perplexity": "maskopt.models.evaluation.evaluate",
-    "PruneOptions": "maskopt.models.options.prune",
-    "open_job": "maskopt.models.blockwise.job",
-    "prune_model": "maskopt.models.pruning.prune",
-    "remove_blocks": "maskopt.models.structured.blocks",
-    "remove_experts": "maskopt.models.structured.experts",
-    "shrink_model": "maskopt.models.structured.channels",
+#: modules that are imported on first use, since torch and transformers take seconds to import
+_MODULES = {
+    "maskopt.certificates.certificate": ("Certificate",),
+    "maskopt.certificates.proof": ("Proof",),
+    "maskopt.checks.swap_check": (
+        "SwapMove",
+        "improving_swap",
+    ),
+    "maskopt.checks.verification": (
+        "Verification",
+        "verify",
+    ),
+    "maskopt.core.least_squares": ("LeastSquaresUpdate",),
+    "maskopt.core.limits": (
+        "Limits",
+        "Progress",
+    ),
+    "maskopt.core.linear_term": ("LinearTerm",),
+    "maskopt.core.pattern": (
+        "NM",
+        "Unstructured",
+    ),
+    "maskopt.core.problem": (
+        "LayerProblem",
+        "RowProblem",
+        "UpdatedWeights",
+        "update_weights",
+    ),
+    "maskopt.core.structure": ("structure_problem",),
+    "maskopt.errors": ("MaskoptError",),
+    "maskopt.instances.formats": (
+        "load_problem",
+        "save_problem",
+    ),
+    "maskopt.models.blockwise.job": ("open_job",),
+    "maskopt.models.checkpoints.pack": ("load_packed",),
+    "maskopt.models.distillation.distill": ("distill_model",),
+    "maskopt.models.evaluation.evaluate": ("perplexity",),
+    "maskopt.models.options.prune": ("PruneOptions",),
+    "maskopt.models.pruning.gram_store": ("collect_grams",),
+    "maskopt.models.pruning.problems": ("collect_problems",),
+    "maskopt.models.pruning.prune": ("prune_model",),
+    "maskopt.models.structured.blocks": ("remove_blocks",),
+    "maskopt.models.structured.channels": ("shrink_model",),
+    "maskopt.models.structured.experts": ("remove_experts",),
+    "maskopt.models.training.held_masks": ("keep_masks",),
+    "maskopt.protocol.bounds": (
+        "Bound",
+        "available_bounds",
+        "lower_bound",
+    ),
+    "maskopt.protocol.solution": (
+        "Solution",
+        "Status",
+    ),
+    "maskopt.protocol.solver": (
+        "available_solvers",
+        "make_solver",
+        "solve",
+    ),
 }
+_EXPORTS = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = ["__version__", *_EXPORTS]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODEL_SIDE:
-        return getattr(importlib.import_module(_MODEL_SIDE[name]), name)
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = [
-    "NM",
-    "Bound",
-    "Certificate",
-    "LayerProblem",
-    "LeastSquaresUpdate",
-    "Limits",
-    "LinearTerm",
-    "MaskoptError",
-    "Progress",
-    "Proof",
-    "PruneOptions",
-    "RowProblem",
-    "Solution",
-    "Status",
-    "SwapMove",
-    "Unstructured",
-    "UpdatedWeights",
-    "Verification",
-    "__version__",
-    "available_bounds",
-    "available_solvers",
-    "collect_grams",
-    "collect_problems",
-    "distill_model",
-    "improving_swap",
-    "keep_masks",
-    "load_packed",
-    "load_problem",
-    "lower_bound",
-    "make_solver",
-    "open_job",
-    "perplexity",
-    "prune_model",
-    "remove_blocks",
-    "remove_experts",
-    "save_problem",
-    "shrink_model",
-    "solve",
-    "structure_problem",
-    "update_weights",
-    "verify",
-]
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -41,13 +41,14 @@ def test_every_entry_point_loads_and_is_a_solver():
 
 
 def test_what_importing_leaves_out():
-    """No solver is loaded before it is asked for; nor is transformers, which takes as long to import as
-    torch, and `--help`, `solve` and `bound` have no use for it."""
-    code = """import sys, maskopt
+    """A help page of all commands needs no torch, and no solver is loaded before it is asked for; nor is
+    transformers, which takes as long to import as torch: `solve` and `bound` have no use for it."""
+    code = """import sys, maskopt, maskopt.cli
+    print("torch" in sys.modules, len(dir(maskopt)) == len(maskopt.__all__))
+    maskopt.solve, maskopt.cli.all_commands()
     print([name for name in sys.modules if name.startswith("maskopt.solvers")])
-    import maskopt.cli
     print("transformers" in sys.modules, "torch" in sys.modules)"""
-    assert output_of(code) == ["[]", "False True"]
+    assert output_of(code) == ["False True", "[]", "False True"]
 
 
 def test_every_import_is_declared_and_every_dependency_imported():

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from maskopt.cli import COMMANDS
+from maskopt.cli import all_commands
 from maskopt.cli.command import flag, left
 
+COMMANDS = all_commands()
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import typer
 from rich.markup import escape
+from typer.core import TyperCommand, TyperGroup
 
-from maskopt import __version__
-from maskopt.cli import files, information, models, prune, prune_structured, rows, solve, sweep
-from maskopt.cli.command import Command, Panels
+from maskopt._version import __version__
 from maskopt.cli.console import (
     INTERRUPTED,
     errors,
@@ -17,37 +18,163 @@ from maskopt.cli.console import (
     launched,
     show_compiling,
     speaks,
+    write_text,
 )
 from maskopt.errors import MaskoptError
 
-_MASKS = (files.apply, files.export, files.pack, files.unpack)
-#: commands by the headings of `maskopt --help`
+if TYPE_CHECKING:
+    from maskopt.cli.command import Command
+
+#: commands by the headings of `maskopt --help`: the function of each, and its line there
 PANELS = {
-    "Models": (
-        *(prune.prune, prune_structured.prune_structured, models.distill),
-        *(sweep.sweep, models.evaluate),
-    ),
-    "Matrices": (solve.solve, rows.compare, rows.bound, rows.export),
-    "Files": (files.verify, files.report, *_MASKS),
-    "Information": (information.demo, information.solvers),
+    "Models": {
+        "prune": (
+            "prune:prune",
+            "Prune every linear layer in the decoder blocks of a causal language model.",
+        ),
+        "prune-structured": (
+            "prune_structured:prune_structured",
+            "Remove whole MLP channels, attention heads, experts or blocks.",
+        ),
+        "distill": (
+            "models:distill",
+            "Train all kept weights of a pruned model together until it predicts what the dense model "
+            "predicts.",
+        ),
+        "sweep": (
+            "sweep:sweep",
+            "Prune a model with every combination of sparsity, solver and update, and print one table.",
+        ),
+        "eval": (
+            "models:evaluate",
+            "Perplexity of one or several models on the same consecutive windows.",
+        ),
+    },
+    "Matrices": {
+        "solve": (
+            "solve:solve",
+            "Solve every row of an instance; write masks, bounds and certificates to one file.",
+        ),
+        "compare": (
+            "rows:compare",
+            "Solve the same rows with several solvers: objective, bound, gap, status, time.",
+        ),
+        "bound": (
+            "rows:bound",
+            "Certified lower bounds of rows, and how far masks are from them.",
+        ),
+        "export": (
+            "rows:export",
+            "Write one row, or a toy instance out of it, for this program or for any other IP solver.",
+        ),
+    },
+    "Files": {
+        "verify": (
+            "files:verify",
+            "Check a pruned model, a solution of an instance, or a pruned model that was trained further.",
+        ),
+        "report": (
+            "files:report",
+            "One self-contained HTML page: the options, errors, improvements, a mask, and how to repeat it.",
+        ),
+        "masks": ("", "Apply, export, pack and unpack masks."),
+    },
+    "Information": {
+        "demo": (
+            "information:demo",
+            "Compare solvers with proven optima on small rows, then prune all of a small real model.",
+        ),
+        "solvers": (
+            "information:solvers",
+            "List solvers and bounds with what each supports; or the options of one solver.",
+        ),
+    },
 }
-COMMANDS: dict[str, Command] = {one.name: one for panel in PANELS.values() for one in panel}
+_MASKS = {
+    "Commands": {
+        "apply": ("files:apply", "Copy a model with the masked weights set to zero."),
+        "export": (
+            "files:export",
+            "Write the nonzero pattern of the linear layers as packed masks.",
+        ),
+        "pack": (
+            "files:pack",
+            "Store a pruned folder without its zeros: kept values and one bit per weight.",
+        ),
+        "unpack": ("files:unpack", "Restore a packed folder bit for bit."),
+    }
+}
+
+
+def load(function: str) -> Command:
+    """The command of `module:function` in this package. Its modules import torch, which takes seconds: a help
+    page of all commands does without them."""
+    module, _, name = function.partition(":")
+    found: Command = getattr(importlib.import_module(f"maskopt.cli.{module}"), name)
+    return found
+
+
+def all_commands() -> dict[str, Command]:
+    """Every command by its name."""
+    panels = (*PANELS.values(), *_MASKS.values())
+    loaded = [load(function) for panel in panels for function, _ in panel.values() if function]
+    return {one.name: one for one in loaded}
+
+
+class Group(TyperGroup):
+    """Commands that are loaded when they run, listed by panel."""
+
+    panels: ClassVar[dict[str, dict[str, tuple[str, str]]]] = PANELS
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        # names only: typer suggests one of them after a typing error
+        self.commands = {
+            name: self.commands.get(name) or TyperCommand(name)
+            for panel in self.panels.values()
+            for name in panel
+        }
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        for panel in self.panels.values():
+            function, _ = panel.get(cmd_name, ("", ""))
+            if function:
+                return load(function).typed()
+        return self.commands.get(cmd_name)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        formatter.write_usage(ctx.command_path, "[OPTIONS] COMMAND [ARGUMENTS]...")
+        write_text(formatter, self.help)
+        records = (one.get_help_record(ctx) for one in self.get_params(ctx))
+        panels = {
+            **{
+                panel: [(x, line) for x, (_, line) in of.items()]
+                for panel, of in self.panels.items()
+            },
+            "Options": [record for record in records if record],
+        }
+        for panel, lines in panels.items():
+            with formatter.section(panel):
+                formatter.write_dl(lines, col_max=26)
+        write_text(formatter, self.epilog)
+
+
+class _MaskGroup(Group):
+    panels = _MASKS
+
 
 app = typer.Typer(
     name="maskopt",
-    cls=Panels,
+    cls=Group,
     help="Pruning masks for large language models, with a proof of how good they are.",
     no_args_is_help=True,
     epilog="Exit status: 0 done; 1 failure, one line gives the reason; 2 invalid command line; "
     "130 stopped by Ctrl-C.",
     pretty_exceptions_enable=False,
 )
-_masks = typer.Typer(cls=Panels, no_args_is_help=True)
-for _panel, _commands in PANELS.items():
-    for _command in _commands:
-        _command.register(_masks if _command in _MASKS else app, _panel)
-_HELP = "Apply, export, pack and unpack masks."
-app.add_typer(_masks, name="masks", help=_HELP, rich_help_panel="Files")
+_masks = typer.Typer(cls=_MaskGroup, no_args_is_help=True)
+_masks.callback()(lambda: None)
+app.add_typer(_masks, name="masks", help=PANELS["Files"]["masks"][1])
 
 #: in errors of torch on a GPU and on the CPU, for which it has no common class
 _NO_MEMORY = ("out of memory", "memory: you tried to allocate")

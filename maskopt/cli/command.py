@@ -21,9 +21,9 @@ from typing import Annotated, Any
 
 import tomli_w
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand
 
-from maskopt.cli.console import several
+from maskopt.cli.console import several, write_text
 from maskopt.cli.view import show_as
 from maskopt.core.fields import (
     CALIBRATION,
@@ -189,8 +189,8 @@ class Command:
         flags = {f"`{one.name}`": flag(one.name) for one in self.options if not one.argument}
         return re.sub(r"`\w+`", lambda found: flags.get(found[0], found[0]), message)
 
-    def register(self, app: typer.Typer, panel: str | None) -> None:
-        """Add the command to an application of typer."""
+    def typed(self) -> Any:
+        """The command for a group of typer."""
 
         def run(**words: Any) -> None:
             self(words)
@@ -199,8 +199,10 @@ class Command:
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {one.name: one.annotation for one in parameters}
         run.__doc__ = self.run.__doc__
+        app = typer.Typer(add_completion=False)
         kind = type("Shown", (ShownCommand,), {"declared": self})
-        app.command(self.name.split()[-1], cls=kind, rich_help_panel=panel)(run)
+        app.command(self.name.split()[-1], cls=kind)(run)
+        return typer.main.get_command(app)
 
 
 def command(
@@ -228,36 +230,12 @@ class ShownCommand(TyperCommand):
         arguments = [one for one in options if one.argument]
         words = " ".join(("[OPTIONS]", *map(_argument, arguments)))
         formatter.write_usage(f"maskopt {self.declared.name}", words)
-        _write_text(formatter, self.help)
+        write_text(formatter, self.help)
         for group in sorted(set(map(_heading, options)), key=_ORDER.index):
             with formatter.section(group):
                 lines = [(left(one), described(one)) for one in options if _heading(one) == group]
                 formatter.write_dl(lines, col_max=26)
-        _write_text(formatter, f"Example: {self.declared.example}")
-
-
-class Panels(TyperGroup):
-    """A group of commands whose help lists them by panel."""
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        formatter.write_usage(ctx.command_path, "[OPTIONS] COMMAND [ARGUMENTS]...")
-        _write_text(formatter, self.help)
-        panels: dict[str, list[tuple[str, str]]] = {}
-        for name, one in self.commands.items():
-            panel = getattr(one, "rich_help_panel", None) or "Commands"
-            panels.setdefault(panel, []).append((name, one.get_short_help_str(100)))
-        records = (one.get_help_record(ctx) for one in self.get_params(ctx))
-        panels["Options"] = [record for record in records if record]
-        for panel, lines in panels.items():
-            with formatter.section(panel):
-                formatter.write_dl(lines, col_max=26)
-        _write_text(formatter, self.epilog)
-
-
-def _write_text(formatter: Any, text: str | None) -> None:
-    for paragraph in (text or "").split("\n\n"):
-        formatter.write_paragraph()
-        formatter.write_text(" ".join(paragraph.split()))
+        write_text(formatter, f"Example: {self.declared.example}")
 
 
 def _heading(one: Option) -> str:

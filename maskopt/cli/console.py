@@ -85,6 +85,13 @@ def written(path: Any, what: str = "written") -> None:
         screen.print(f"{what}: {path}", soft_wrap=True)
 
 
+def write_text(formatter: Any, text: str | None) -> None:
+    """Write paragraphs to a formatter of help pages."""
+    for paragraph in (text or "").split("\n\n"):
+        formatter.write_paragraph()
+        formatter.write_text(" ".join(paragraph.split()))
+
+
 class _Notice(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         errors.print(record.getMessage(), style="dim", markup=False)

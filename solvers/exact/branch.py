@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-import maskopt
+from maskopt._version import __version__
 from maskopt.core.fields import option
 from maskopt.core.limits import Limits, torch_threads
 from maskopt.core.problem import LayerProblem
@@ -59,7 +59,7 @@ class Branch(RowSolver):
 
     def trusted_name(self, problem: LayerProblem) -> str:
         """See `RowSolver.trusted_name`."""
-        return f"{self.capabilities.trusted[0]} {maskopt.__version__}"
+        return f"{self.capabilities.trusted[0]} {__version__}"
 
     def search_row(self, task: RowTask) -> RowAnswer:
         """Incumbent, duals, tree; what the time leaves undone is left out."""

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-import maskopt
+from maskopt._version import __version__
 from maskopt.core.limits import Limits
 from maskopt.core.pattern import Pattern, Unstructured
 from maskopt.core.problem import LayerProblem
@@ -90,7 +90,7 @@ def _solution(
 ) -> Solution:
     """Rows of which all masks were seen are optimal."""
     done, cost = complete.tolist(), problem.objective(mask)
-    word = f"{Exhaustive.capabilities.trusted[0]} {maskopt.__version__}"
+    word = f"{Exhaustive.capabilities.trusted[0]} {__version__}"
     return Solution.of(
         problem,
         mask,

@@ -21,7 +21,7 @@ from rich.console import Console
 
 import maskopt
 from maskopt import RowProblem, Unstructured, available_solvers
-from maskopt.cli import COMMANDS, PANELS, app, information
+from maskopt.cli import PANELS, all_commands, app, information
 from maskopt.cli.command import flag
 from maskopt.core.fields import JSON_FILE, RECORDED, REQUIRED, options_of
 from maskopt.models.options.distill import DistillOptions
@@ -33,6 +33,7 @@ from maskopt.solvers import Swap
 TRUST = "trust_remote_code"
 CUT = {PruneOptions: {}, ShrinkOptions: {"heads": 0.5}}
 
+COMMANDS = all_commands()
 EXAMPLES = {name: command.example for name, command in COMMANDS.items()}
 
 
@@ -56,16 +57,19 @@ def test_solvers_and_their_options_are_listed(monkeypatch):
 def test_helps_name_every_command_and_fit_two_screens():
     shown = ended("--help").stdout
     assert len(LINES) >= 40
-    names = [name for panel in PANELS.values() for name in panel if " " not in name.name]
+    names = [name for panel in PANELS.values() for name in panel]
     listed = re.findall(r"^  ([a-z]\S+) ", shown, re.MULTILINE)
-    assert sorted(listed) == sorted([*(one.name for one in names), "masks"])
+    assert listed == names
     assert re.findall(r"^(\w+):$", shown, re.MULTILINE) == [*PANELS, "Options"]
     assert "Exit status: 0 done" in shown
     listed = re.findall(r"^  ([a-z]\S+) ", ended("masks", "--help").stdout, re.MULTILINE)
     assert listed == ["apply", "export", "pack", "unpack"]
     assert run("--version") == f"maskopt {maskopt.__version__}\n"
+    summary = {name: line for panel in PANELS.values() for name, (_, line) in panel.items()}
     for name, command in COMMANDS.items():
         shown = ended(*name.split(), "--help").stdout
+        first = " ".join(inspect.getdoc(command.run).split("\n\n")[0].split())
+        assert summary.get(name, first) == first
         assert shown.startswith(f"Usage: maskopt {name} [OPTIONS]")
         assert f"Example: {command.example}" in " ".join(shown.split())
         lines = shown.splitlines()
@@ -242,9 +246,9 @@ COMMAND = typer.main.get_command(app)
 @pytest.mark.parametrize("line", LINES)
 def test_the_line_is_taken(line):
     name, *arguments = shlex.split(line, comments=True)[1:]
-    command = COMMAND.commands[name]
+    command = COMMAND.get_command(None, name)
     if name == "masks":
-        command, name = command.commands[arguments[0]], arguments.pop(0)
+        command, name = command.get_command(None, arguments[0]), arguments.pop(0)
     with command.make_context(name, arguments) as context:
         assert context.args == []  # nothing is left over
         source = {p.name: context.get_parameter_source(p.name).name for p in command.params}

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from maskopt._version import __version__
 from maskopt.core.fields import holds_its_kinds
 from maskopt.core.pattern import pattern_from_dict
 from maskopt.errors import ModelError
@@ -243,8 +244,6 @@ def versions() -> dict[str, str]:
     import numpy
     import torch
     import transformers
-
-    from maskopt import __version__
 
     return {
         "maskopt": __version__,

@@ -124,7 +124,7 @@ def test_a_journal_of_another_run_is_refused(dense, stopped, tmp_path, monkeypat
         assert (stopped / JOURNAL).read_bytes() == before
     model = patched(tiny("llama"), "lm_head.weight", lambda p: p[0, 0].add_(1))
     refused("model was", save(model, tmp_path / "other", shard="30KB"), stopped)
-    monkeypatch.setattr("maskopt.__version__", "99")
+    monkeypatch.setattr("maskopt.models.checkpoints.report.__version__", "99")
     refused(r"versions.maskopt was .*, is '99'", dense, stopped)
 
 
