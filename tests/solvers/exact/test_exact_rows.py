@@ -22,8 +22,9 @@ import numpy as np
 import pytest
 import torch
 from commands import import_path
+from forging import fails
 from outputs import contents
-from strategies import random_gram, random_weight
+from strategies import drawn, verified
 from tiny_models import tokens
 from worker_tasks import die_on_seven, lie
 
@@ -57,7 +58,7 @@ def name(request):
 
 
 def layer(n=14, rows=3, kind="full", sparsity=0.5):
-    return LayerProblem(random_weight(rows, n, 1), random_gram(n, kind, 2), Unstructured(sparsity))
+    return drawn(rows, n, kind, Unstructured(sparsity))
 
 
 HARD = layer(64, 1, sparsity=0.6)
@@ -191,8 +192,7 @@ def test_rows_share_one_deadline(name, monkeypatch, clock):
         clock, SOLVERS[name], "search_row", monkeypatch, 10, lambda _, task: task.limits.left
     )
     problem = layer()
-    solution = solve(problem, name, workers=0, time_limit=10)
-    verify(problem, solution)
+    solution = verified(problem, name, workers=0, time_limit=10)
     assert (begun, solution.status) == ([10], (Status.OPTIMAL, *FEASIBLE[1:]))
     assert solution.trace.nodes.tolist()[1:] == [0, 0]
     assert torch.equal(solution.mask[1:], solve(problem, "wanda").mask[1:])
@@ -242,30 +242,20 @@ def test_trees_and_enumeration_stop_at_the_deadline(clock, monkeypatch):
 def test_sizes_and_options_out_of_range_are_refused(name):
     most = make_solver(name).capabilities.largest_n
     problem = LayerProblem(torch.ones(1, most + 1), torch.eye(most + 1), Unstructured(0.5))
-    with pytest.raises(SolverError, match=f"at most {most}.*lower_bound"):
-        solve(problem, name)
+    fails(SolverError, f"at most {most}.*lower_bound", solve, problem, name)
     assert make_solver("exhaustive").capabilities.largest_n is None
-    with pytest.raises(SolverError, match="masks"):
-        solve(layer(n=60), "exhaustive")
+    fails(SolverError, "masks", solve, layer(n=60), "exhaustive")
     bad = {"gap_limit": 1, "node_limit": 0, "row_seconds": -1, "workers": -1}
     bad |= {"branch": {"candidates": 0}, "scip": {"formulation": "magic"}}.get(name, {})
     for option, value in bad.items():
-        with pytest.raises(OptionError, match=option):
-            make_solver(name, **{option: value})
-    with pytest.raises(OptionError, match="time_limit"):
-        solve(layer(), name, time_limit=-1.0)
+        fails(OptionError, option, make_solver, name, **{option: value})
+    fails(OptionError, "time_limit", solve, layer(), name, time_limit=-1.0)
 
 
 # --- worker processes and interrupts
-@pytest.fixture
-def importable(monkeypatch):
-    """Worker processes import what is defined next to this file."""
-    monkeypatch.setenv("PYTHONPATH", import_path(__file__))
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("importable")
-def test_a_crash_costs_its_task_alone():
+def test_a_crash_costs_its_task_alone(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", import_path(__file__))
     found = dict(run_tasks(die_on_seven, [7, 3, 5, 6], workers=1, recycle=2))
     assert isinstance(found.pop(0), WorkerCrash)
     squares, (first, again, last) = zip(*(found[i] for i in (1, 2, 3)), strict=True)
@@ -298,8 +288,8 @@ def test_what_cannot_be_started_or_pickled_is_one_error_and_no_hang(monkeypatch,
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(select, "poll"), reason="needs poll(), which Windows lacks")
-@pytest.mark.usefixtures("importable")
-def test_workers_end_with_their_parent_however_that_ended():
+def test_workers_end_with_their_parent_however_that_ended(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", import_path(__file__))
     code = (
         "import joblib, threading; from worker_tasks import say_so_and_stay as stay\n"
         "from maskopt.experiments import jobs; from maskopt.solvers.exact import workers\n"
@@ -363,7 +353,6 @@ def interrupt(monkeypatch, owner, name, after):
 
 @pytest.mark.parametrize("where", ["a bound", "a node that was taken", "the duals"])
 def test_the_incumbent_and_the_least_open_bound_are_returned(where, monkeypatch):
-    """Where `branch` is interrupted."""
     if where == "a bound":
         interrupt(monkeypatch, quadratic, "bound_node", 9)
     elif where == "the duals":
@@ -400,8 +389,7 @@ def test_what_goes_on_from_a_search_ends_with_it(monkeypatch):
     ):
         with monkeypatch.context() as patched:
             interrupt(patched, quadratic, "bound_node", 9)
-            with pytest.raises(KeyboardInterrupt):
-                goes_on()
+            fails(KeyboardInterrupt, None, goes_on)
     # a portfolio keeps what its member has
     interrupt(monkeypatch, quadratic, "bound_node", 9)
     found = solve(HARD, "portfolio", members=("branch", "swap", "tabu"))

@@ -6,27 +6,19 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from forging import fails
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from local_search import floor
-from strategies import KINDS, problems, random_gram, random_linear, random_weight, refit_layer
+from strategies import HALF, KINDS, TWO_FOUR, drawn, floor, problems, refit_layer
 
-from maskopt import (
-    NM,
-    LayerProblem,
-    LeastSquaresUpdate,
-    Limits,
-    Status,
-    Unstructured,
-    solve,
-    verify,
-)
+from maskopt import NM, LayerProblem, Limits, Status, Unstructured, solve, verify
+from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.errors import SolverError, SolverUnavailableError
 from maskopt.protocol.bounds import lower_bound
 from maskopt.protocol.solver import available_solvers, make_solver
 from maskopt.solvers.exact import gurobi
 
-HALF, SIXTY, TWO_FOUR = Unstructured(sparsity=0.5), Unstructured(sparsity=0.6), NM(keep=2, of=4)
+SIXTY = Unstructured(sparsity=0.6)
 OPTIMAL = {Status.OPTIMAL}
 #: solver and whether kept weights are refitted, with the largest n and rows that are drawn, and the part of
 #: its diagonal that an objective may be off
@@ -55,7 +47,7 @@ def slow_where(cases, late):
 
 
 def layer(n=64, rows=1, kind="full", pattern=SIXTY, seed=1):
-    return LayerProblem(random_weight(rows, n, seed), random_gram(n, kind, seed + 1), pattern)
+    return drawn(rows, n, kind, pattern, (seed, seed + 1))
 
 
 def options_of(case):
@@ -86,10 +78,10 @@ def rows_of(case, kind):
     """Layers of every pattern and their starts; of kept weights, with rows of very different scales."""
     (name, refitted), update = case, LeastSquaresUpdate(0.01) if case[1] else None
     if kind == "degenerate":
-        ones, gram = torch.ones(2, 8, dtype=torch.float64), random_gram(8, "full", 1)
-        yield LayerProblem(0 * ones, gram, HALF, update=update), None
+        ones, plain = torch.ones(2, 8, dtype=torch.float64), layer(8, 2, "full", HALF, 0)
+        yield LayerProblem(0 * ones, plain.gram, HALF, update=update), None
         if name == "branch":
-            yield LayerProblem(ones, 0 * gram, HALF, update=update), None
+            yield LayerProblem(ones, 0 * plain.gram, HALF, update=update), None
         for keep in (0, 1, 5):
             yield refit_layer(Unstructured(keep=keep), n=5).with_update(update), None
     elif not refitted:
@@ -100,20 +92,19 @@ def rows_of(case, kind):
             yield LayerProblem(problem.weight * scale, problem.gram, pattern), None
         for seed in range(4 if kind == "full" and name in ("gurobi", "highs") else 0):
             # the start costs 1e8 times the optimum, which is below tolerances in its units
-            weight, gram = random_weight(1, 10, seed), random_gram(10, "full", seed)
-            weight[0, 0] = 1e4
-            yield LayerProblem(weight, gram, HALF), "worst"
+            plain = drawn(1, 10, seeds=(seed, seed))
+            large = torch.full((1, 10), 1e4).where(torch.arange(10) == 0, plain.weight)
+            yield LayerProblem(large, plain.gram, HALF), "worst"
     else:
         damping, patterns = 0.1, (TWO_FOUR if kind == "duplicates" else HALF,)
         if name == "branch":
             damping = 0.03
             patterns = (TWO_FOUR if kind in ("full", "low-rank") else HALF, NM(keep=1, of=4))
         for pattern in patterns:
-            weight, gram = random_weight(2, 12, 1), random_gram(12, kind, 2)
-            linear = random_linear(weight, gram, 3) if kind == "full" else None
+            linear = 3 if kind == "full" else None
             power = 0.5 if pattern == TWO_FOUR or kind == "zero-columns" else 0.0
-            how = {"linear": linear, "update": LeastSquaresUpdate(damping, power)}
-            yield LayerProblem(weight, gram, pattern, **how), None
+            update = LeastSquaresUpdate(damping, power)
+            yield drawn(2, 12, kind, pattern, linear=linear, update=update), None
 
 
 FIRST = ("full", "outliers")
@@ -229,16 +220,14 @@ def test_missing_packages_and_licences_name_the_remedy(monkeypatch):
     for more, reason in ((0, "beyond this licence; use 'branch'"), (1, "gurobi: ")):
         refused = gurobipy.GurobiError(gurobipy.GRB.Error.SIZE_LIMIT_EXCEEDED + more, "no")
         monkeypatch.setattr(gurobi, "_solved", Mock(side_effect=refused))
-        with pytest.raises(SolverError, match=reason):
-            solve(layer(12), "gurobi", workers=0)
+        fails(SolverError, reason, solve, layer(12), "gurobi", workers=0)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for solver, package in (("gurobi", "gurobipy"), ("highs", "highspy")):
         monkeypatch.setitem(sys.modules, package, None)
         info = available_solvers()[solver]
         assert not info.available
         assert f"pip install 'maskopt[{solver}]'" in info.unavailable
-        with pytest.raises(SolverUnavailableError, match=package):
-            make_solver(solver)
+        fails(SolverUnavailableError, package, make_solver, solver)
 
 
 PATTERNS = {
@@ -252,11 +241,12 @@ PATTERNS = {
 def test_no_bound_passes_the_optimum_of_rows_of_very_different_scales(kind, n):
     for pattern in PATTERNS[n]:
         seed = 7 * KINDS.index(kind) + 1000 * n
-        weight = random_weight(36, n, seed + 1)
+        plain = drawn(36, n, kind, pattern, (seed + 1, seed))
+        weight = plain.weight.clone()
         weight[0] = 0
         weight[10:] *= torch.randn(26, n, dtype=torch.float64).mul(2).exp()
         weight[20:30] *= 1e-6
-        problem = LayerProblem(weight, random_gram(n, kind, seed), pattern)
+        problem = LayerProblem(weight, plain.gram, pattern)
         exact = solve(problem, "exhaustive").objective
         bounds = {name: lower_bound(problem, name).value for name in ("box", "shift", "sdp")}
         bounds["crude"] = lower_bound(problem, "sdp", sweeps=1, rank=2, seed=3).value
