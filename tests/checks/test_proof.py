@@ -46,7 +46,10 @@ def costs(problem):
 
 
 def proven(problem, **options):
-    return solve(problem, "branch", proof=True, workers=0, **options)
+    """What `branch` proves, and the check of it."""
+    solution = solve(problem, "branch", proof=True, workers=0, **options)
+    verify(problem, solution, require="checked")
+    return solution
 
 
 def bound_of(problem, tree):
@@ -62,7 +65,6 @@ def test_what_branch_proves_is_checked_and_the_optimum(problem):
         assert status is Status.OPTIMAL or (0 < cost < 1e-7 * size and gap < 1e-5)
     assert bool((check_proof(problem, solution.proof) <= exact + 1e-12 * mass).all())
     assert bool(((solution.objective - exact).abs() <= 1e-6 * exact + 1e-10 * mass).all())
-    assert verify(problem, solution, require="checked").checked
 
 
 @pytest.mark.parametrize("pattern", [HALF, TWO_FOUR], ids=str)
@@ -87,7 +89,6 @@ def test_an_open_tree_proves_the_bound_of_its_leaves():
         assert solution.status == (Status.FEASIBLE,)
         assert 0 < float(solution.lower_bound) < best
         assert float(check_proof(problem, solution.proof)) == float(solution.lower_bound)
-        verify(problem, solution, require="checked")
 
 
 @pytest.mark.parametrize("keep", [0, 8])
@@ -355,7 +356,6 @@ def test_graphs_are_proven_with_fewer_nodes_where_they_are_whole(chance):
     solution = proven(problem)
     assert solution.status == (Status.OPTIMAL,)
     assert float(solution.lower_bound) == float(solution.objective)
-    assert verify(problem, solution, require="checked").checked
     plain = proven(graph(20, chance, keep=13, integral=False))
     assert float(plain.objective) == float(solution.objective)
     assert int(solution.trace.nodes[0]) < int(plain.trace.nodes[0])
@@ -380,7 +380,6 @@ def test_every_mask_has_one_of_the_values(seed):
         assert (apart.astype(int) == apart).all()
     solution = proven(problem)
     assert float(solution.objective) == float(every.min())
-    assert verify(problem, solution, require="checked").checked
 
 
 def test_values_of_a_graph_are_two_apart_and_what_is_not_whole_is_refused(tmp_path):
