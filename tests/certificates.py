@@ -4,19 +4,17 @@ from fractions import Fraction
 
 import numpy as np
 import torch
-from strategies import random_gram, random_linear, random_weight
+from strategies import TWO_FOUR, drawn
 
-from maskopt import NM, Certificate, LayerProblem, Solution, Unstructured, verify
+from maskopt import NM, Certificate, Solution, Unstructured, verify
 from maskopt.certificates.certificate import Cuts, _check_row
 from maskopt.certificates.proof import KINDS, LEAF, RowProof
 
-PATTERNS = (Unstructured(keep=4), NM(keep=1, of=4), NM(keep=2, of=4), Unstructured(keep=8))
+PATTERNS = (Unstructured(keep=4), NM(keep=1, of=4), TWO_FOUR, Unstructured(keep=8))
 
 
 def layer(pattern=PATTERNS[2], rows=2, kind="full", linear=False):
-    weight, gram = random_weight(rows, 8, 1), random_gram(8, kind, 2)
-    part = random_linear(weight, gram, 3) if linear else None
-    return LayerProblem(weight, gram, pattern, linear=part)
+    return drawn(rows, 8, kind, pattern, linear=3 if linear else None)
 
 
 def claimed(problem, solution, bound, factor=1.0, certificate=None):

@@ -1,29 +1,32 @@
-"""Random mask-selection problems for property tests.
+"""Random mask-selection problems for tests, and what brute force needs of them.
 
 The Gram matrices are what layers really give: full rank, rank-deficient, with dead inputs (zero
 columns), with duplicate inputs, diagonal, and badly scaled by outlier features.
 """
 
-from __future__ import annotations
+from itertools import chain, combinations, product
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
 
 from maskopt import NM, LayerProblem, LeastSquaresUpdate, LinearTerm, RowProblem, Unstructured
-from maskopt.core.pattern import Pattern
+from maskopt.checks.verification import verify
+from maskopt.protocol.solution import Status
+from maskopt.protocol.solver import solve
 
-HALF = Unstructured(sparsity=0.5)
+HALF, TWO_FOUR = Unstructured(sparsity=0.5), NM(keep=2, of=4)
+ONE_PERCENT = LeastSquaresUpdate(0.01)
+F64 = torch.float64
 KINDS = ("full", "low-rank", "zero-columns", "duplicates", "diagonal", "outliers")
 
 
-def random_gram(n: int, kind: str, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def random_gram(n, kind, seed, dtype=F64):
     """A PSD [n, n] of the named kind: the mean of xxᵀ over random tokens."""
     generator = torch.Generator().manual_seed(seed)
     tokens = max(2, n // 3) if kind == "low-rank" else 4 * n
-    x = torch.randn(tokens, n, generator=generator, dtype=torch.float64)
-    x = x @ (torch.eye(n, dtype=torch.float64) + torch.randn(n, n, generator=generator) / n**0.5)
+    x = torch.randn(tokens, n, generator=generator, dtype=F64)
+    x = x @ (torch.eye(n, dtype=F64) + torch.randn(n, n, generator=generator) / n**0.5)
     if kind == "zero-columns":
         x[:, torch.rand(n, generator=generator) < 0.3] = 0
     elif kind == "duplicates":
@@ -36,36 +39,68 @@ def random_gram(n: int, kind: str, seed: int, dtype: torch.dtype = torch.float64
     return ((gram + gram.T) / 2).to(dtype)
 
 
-def random_weight(rows: int, n: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+def random_weight(rows, n, seed, dtype=F64):
     """[rows, n] with some zero entries and, at times, a zero row."""
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, n, generator=generator, dtype=torch.float64)
+    weight = torch.randn(rows, n, generator=generator, dtype=F64)
     weight[torch.rand(rows, n, generator=generator) < 0.1] = 0
     if seed % 5 == 0:
         weight[0] = 0
     return weight.to(dtype)
 
 
-def random_linear(weight: Tensor, gram: Tensor, seed: int) -> LinearTerm:
+def random_linear(weight, gram, seed):
     """Moments of r = aᵀx + noise: a about the size of the weights, the noise of some rows none."""
     generator = torch.Generator().manual_seed(seed)
-    a = torch.randn(weight.shape, generator=generator, dtype=torch.float64) / 2
+    a = torch.randn(weight.shape, generator=generator, dtype=F64) / 2
     own = (a @ gram.double() * a).sum(1)
-    noise = torch.rand(len(a), generator=generator, dtype=torch.float64).round(decimals=1) * own
+    noise = torch.rand(len(a), generator=generator, dtype=F64).round(decimals=1) * own
     return LinearTerm(a @ gram.double(), own + noise)
 
 
-def refit_layer(
-    pattern: Pattern = HALF, rows: int = 3, n: int = 16, kind: str = "full",
-    damping: float = 0.01, seed: int = 1, dtype: torch.dtype = torch.float64,
-) -> LayerProblem:  # fmt: skip
+def drawn(rows, n, kind="full", pattern=HALF, seeds=(1, 2), dtype=F64, linear=None, **more):
+    """A layer of random weights and a Gram matrix of that kind, with a seed each, and with a seed for it a
+    linear part."""
+    weight, gram = random_weight(rows, n, seeds[0], dtype), random_gram(n, kind, seeds[1], dtype)
+    part = None if linear is None else random_linear(weight, gram, linear)
+    return LayerProblem(weight, gram, pattern, linear=part, **more)
+
+
+def refit_layer(pattern=HALF, rows=3, n=16, kind="full", damping=0.01, seed=1, dtype=F64):
     """A layer whose kept weights are refitted."""
-    weight, gram = random_weight(rows, n, seed, dtype), random_gram(n, kind, seed + 1, dtype)
-    return LayerProblem(weight, gram, pattern, update=LeastSquaresUpdate(damping))
+    update = LeastSquaresUpdate(damping)
+    return drawn(rows, n, kind, pattern, (seed, seed + 1), dtype, update=update)
+
+
+def floor(problem):
+    """What an objective may be off by, per row."""
+    return 1e-9 * problem.diagonal_mass() + 1e-300
+
+
+def verified(problem, solver, **options):
+    """What a solver answers, which `verify` confirms."""
+    solution = solve(problem, solver, **options)
+    verify(problem, solution)
+    return solution
+
+
+def swap_optimal(problem, solver="swap", **options):
+    """The same, of which every row is proven 1-swap optimal."""
+    solution = verified(problem, solver, **options)
+    assert set(solution.status) == {Status.SWAP_OPTIMAL}
+    return solution
+
+
+def legal_masks(problem):
+    """Every legal mask of a row, bool [masks, n]."""
+    group, groups = problem.group_size, problem.n // problem.group_size
+    chosen = combinations(range(group), problem.pruned_per_group)
+    sides = [[i not in one for i in range(group)] for one in chosen]
+    return torch.tensor([[*chain(*sides)] for sides in product(sides, repeat=groups)])
 
 
 @st.composite
-def patterns(draw: st.DrawFn, n: int) -> Pattern:
+def patterns(draw, n):
     """Any legal pattern of n inputs, the empty and the full mask among them."""
     sizes = [m for m in range(2, min(n, 8) + 1) if n % m == 0]
     if sizes and bool(draw(st.booleans())):
@@ -75,10 +110,7 @@ def patterns(draw: st.DrawFn, n: int) -> Pattern:
 
 
 @st.composite
-def problems(
-    draw: st.DrawFn, max_n: int = 16, max_rows: int = 5, dtype: torch.dtype = torch.float64,
-    kinds: tuple[str, ...] = KINDS, linear: bool = True,
-) -> LayerProblem:  # fmt: skip
+def problems(draw, max_n=16, max_rows=5, dtype=F64, kinds=KINDS, linear=True):
     """A layer of up to max_rows rows and max_n inputs, any kind of Gram matrix, any pattern, and where
     `linear` allows it at times a linear part."""
     n = draw(st.integers(1, max_n))
@@ -90,9 +122,7 @@ def problems(
     return LayerProblem(weight, gram, pattern, linear=part)
 
 
-def graph(
-    n: int = 14, chance: float = 0.5, keep: int = 7, seed: int = 0, integral: bool = True
-) -> LayerProblem:
+def graph(n=14, chance=0.5, keep=7, seed=0, integral=True):
     """Densest subgraph: the pruned vertices are those of the cluster."""
     upper = np.triu(np.random.default_rng(seed).random((n, n)) < chance, 1)
     adjacent = (upper | upper.T).astype(float)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from certificates import PATTERNS, certificate, exact, layer, triangles, unclamped
-from strategies import random_gram, random_weight
+from forging import fails
+from strategies import TWO_FOUR, drawn, random_gram, random_weight
 
-from maskopt import NM, LayerProblem, Solution, Status, Unstructured, lower_bound, solve, verify
+from maskopt import LayerProblem, Solution, Status, Unstructured, lower_bound, solve, verify
 from maskopt.certificates.certificate import Certificate, Cuts, _check_row, _shared_slacks, missing
 from maskopt.certificates.exact_check import _form, exact_bounds, rational, semidefinite
 from maskopt.core.files import write_arrays
@@ -69,7 +70,6 @@ def test_the_value_is_the_formulas(pattern):
     "part", ["weight", "gram", "small gram", "linear", "diagonal", "penalty", "product", "cuts"]
 )
 def test_the_margin_covers_the_rounding_of_every_part(part):
-    """Whichever is the large one."""
     for pattern, far in itertools.product(PATTERNS, (0.5, 30.0)):
         problem, large = layer(pattern, rows=1), 1e6
         given = certificate(problem, product=True, cuts=True)
@@ -187,7 +187,6 @@ def test_one_factorisation_for_all_rows_proves_what_one_for_each_does(pattern):
 
 @pytest.mark.parametrize("parts", [{}, {"product": True, "cuts": True}], ids=["plain", "all"])
 def test_rows_that_add_nothing_negative_share_a_factorisation(parts, monkeypatch):
-    """In a certificate in which other rows do not."""
     problem = layer(rows=6)
     own = certificate(problem, **parts)
     negative = replace(own, diagonal=own.diagonal - 0.1 * problem.weight.square())
@@ -195,9 +194,8 @@ def test_rows_that_add_nothing_negative_share_a_factorisation(parts, monkeypatch
     given = Certificate.choose(torch.arange(6) < 2, box, negative)
     assert [slack is None for slack in _shared_slacks(given, problem)] == [True] * 2 + [False] * 4
     counted = []
-    monkeypatch.setattr(
-        "maskopt.certificates.certificate.missing", lambda a: counted.append(a) or missing(a)
-    )
+    name = "maskopt.certificates.certificate.missing"
+    monkeypatch.setattr(name, lambda a: counted.append(a) or missing(a))
     found = given.check(problem)
     assert len(counted) <= 4  # two rows of their own, the others, and perhaps a try with all
     for row in range(6):
@@ -290,8 +288,7 @@ def test_rows_that_lack_more_together_are_checked_one_by_one():
         assert float(found.certificate.check(problem)[row]) == pytest.approx(alone, rel=1e-9)
 
 
-# forgeries
-
+# --- forgeries
 TAU = ones(2)
 GOOD = Cuts(torch.tensor([[-1, 0, 7], [3, 2, 1]]), torch.tensor([[1, -1], [-1, -1]]), TAU)
 NO_CUTS = Cuts(GOOD.index[:0], GOOD.sign[:0], TAU[:0])
@@ -346,8 +343,7 @@ def test_tensors_and_cuts_that_do_not_fit_are_named():
         "point holds NaN or infinite": [{"point": p / (torch.arange(8) != 3)}],
         "penalty holds NaN or inf": [{"penalty": mu / torch.tensor([0.0, 1.0])}],
         "product must be float64": [
-            {"product": 0 * ones(2, 8, 2)},
-            {"product": torch.zeros(2, 2, 8)},
+            {"product": x} for x in (0 * ones(2, 8, 2), torch.zeros(2, 2, 8))
         ],
         "product holds NaN": [{"product": torch.nan * ones(2, 2, 8)}],
         "1 cut lists for 2 rows": [{"cuts": [GOOD]}],
@@ -359,8 +355,7 @@ def test_tensors_and_cuts_that_do_not_fit_are_named():
             refused.append(({"cuts": [cuts, None]}, f"row 0 .*{message}"))
             refused.append(({"cuts": [None, cuts]}, f"row 1 .*{message}"))
     for changes, message in refused:
-        with pytest.raises(VerificationError, match=message):
-            replace(given, **changes).check(problem)
+        fails(VerificationError, message, replace(given, **changes).check, problem)
     # every whole number and a multiplier of 0 make a cut
     lists = [[NO_CUTS] * 2]
     for kind in (torch.int8, torch.int16, torch.int32, torch.int64):
@@ -381,10 +376,9 @@ def test_numbers_near_the_end_of_float64_prove_nothing_and_break_nothing():
             assert bool(((value >= 0) & (value <= best)).all()), (part, size, sign)
 
 
-# files
-
+# --- files
 #: too many masks to enumerate
-LAYER = LayerProblem(random_weight(3, 40, 1), random_gram(40, "full", 7), NM(keep=2, of=4))
+LAYER = drawn(3, 40, pattern=TWO_FOUR, seeds=(1, 7))
 
 
 @pytest.fixture(scope="module")
@@ -412,10 +406,6 @@ def test_a_solution_and_its_certificate_are_read_as_written(kind, tmp_path):
     assert read.columns().keys() == solution.columns().keys()
     assert str(read.columns()) == str(solution.columns())  # NaN is not equal to itself
     assert verify(problem, read).basis == verify(problem, solution).basis
-    if kind in ("relax", "cuts"):
-        solution.certificate.save(path)
-        known = solution.certificate.check(problem)
-        assert torch.equal(Certificate.load(path).check(problem), known)
 
 
 def test_files_that_are_damaged_or_lack_a_part_are_named(relaxed, tmp_path):
@@ -438,18 +428,15 @@ def test_files_that_are_damaged_or_lack_a_part_are_named(relaxed, tmp_path):
             (tmp_path / name).write_bytes(content)
         refused |= {"nowhere.npz": "no such file", "other.npz": f"not a {kind.__name__.lower()}"}
         for name, message in refused.items():
-            with pytest.raises(ProblemError, match=message):
-                kind.load(tmp_path / name)
+            fails(ProblemError, message, kind.load, tmp_path / name)
     relaxed.save(path)
     for part in ("mask", "lower_bound", "certificate.point"):
         with np.load(path) as archive:
             parts = {name: archive[name] for name in archive.files if name != part}
         np.savez(tmp_path / "less.npz", **parts)
-        with pytest.raises(ProblemError, match="not a sound"):
-            Solution.load(tmp_path / "less.npz")
+        fails(ProblemError, "not a sound", Solution.load, tmp_path / "less.npz")
     replace(relaxed, lower_bound=relaxed.objective).save(path)  # sound, and not true
-    with pytest.raises(VerificationError, match="its certificate proves"):
-        verify(LAYER, Solution.load(path))
+    fails(VerificationError, "its certificate proves", verify, LAYER, Solution.load(path))
 
 
 def test_columns_and_frames_have_a_line_a_row(monkeypatch):
@@ -459,8 +446,7 @@ def test_columns_and_frames_have_a_line_a_row(monkeypatch):
     assert columns["status"] == ["swap-optimal"] * 3
     assert columns["swaps"] == solution.trace.swaps.tolist()
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(OptionError, match="pandas"):
-        solution.to_frame()
+    fails(OptionError, "pandas", solution.to_frame)
     monkeypatch.undo()
     pandas = pytest.importorskip("pandas")
     frame = solution.to_frame()

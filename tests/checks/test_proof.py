@@ -1,21 +1,25 @@
-"""Proofs of optimality: complete, checked against all masks, and not to be forged."""
+"""Proofs of optimality: complete, checked against all masks, and not to be forged; they and certificates with
+many, repeated and tiny cuts are also judged in exact rational arithmetic."""
 
 import functools
 import itertools
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from certificates import layer as eight
 from certificates import single
 from commands import ended, run
-from forging import edit
+from forging import edit, fails
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import graph, problems, random_gram, random_linear, random_weight
+from strategies import HALF, TWO_FOUR, drawn, graph, legal_masks, problems, random_gram
 
 from maskopt import NM, LayerProblem, RowProblem, Solution, Status, Unstructured, solve, verify
-from maskopt.certificates.certificate import NO_INPUT, Cuts
+from maskopt.certificates.certificate import NO_INPUT, Certificate, Cuts
+from maskopt.certificates.exact_check import exact_bounds, exact_cost, rational, semidefinite
 from maskopt.certificates.proof import AGAIN, KINDS, LEAF, NO_FORM, Proof, RowProof
 from maskopt.certificates.proof_check import TreeCheck, check_proof
 from maskopt.core.files import read_arrays, write_arrays
@@ -24,28 +28,28 @@ from maskopt.core.limits import Limits
 from maskopt.core.linear_term import LinearTerm
 from maskopt.core.values import values_of
 from maskopt.errors import OptionError, ProblemError, VerificationError
+from maskopt.protocol.bounds import lower_bound
 from maskopt.solvers.bounds.cuts import cut_certificate
 
-HALF, TWO_FOUR, FOUR = Unstructured(sparsity=0.5), NM(keep=2, of=4), Unstructured(keep=4)
+FOUR = Unstructured(keep=4)
+LINEAR = pytest.mark.parametrize("linear", [None, 3], ids=["plain", "linear"])
 
 
-def layer(n=16, pattern=HALF, kind="full", rows=1, linear=False, seed=1):
-    weight, gram = random_weight(rows, n, seed), random_gram(n, kind, seed + 1)
-    part = random_linear(weight, gram, 3) if linear else None
-    return LayerProblem(weight, gram, pattern, linear=part)
+def layer(n=16, pattern=HALF, kind="full", rows=1, linear=None, seed=1):
+    return drawn(rows, n, kind, pattern, (seed, seed + 1), linear=linear)
 
 
 def costs(problem):
     """The legal masks of a row, and their objectives."""
-    group, groups = problem.group_size, problem.n // problem.group_size
-    chosen = itertools.combinations(range(group), problem.pruned_per_group)
-    sides = [[i not in one for i in range(group)] for one in chosen]
-    masks = torch.tensor([[*itertools.chain(*p)] for p in itertools.product(sides, repeat=groups)])
+    masks = legal_masks(problem)
     return masks, problem.take([0] * len(masks)).objective(masks)
 
 
 def proven(problem, **options):
-    return solve(problem, "branch", proof=True, workers=0, **options)
+    """What `branch` proves, and the check of it."""
+    solution = solve(problem, "branch", proof=True, workers=0, **options)
+    verify(problem, solution, require="checked")
+    return solution
 
 
 def bound_of(problem, tree):
@@ -61,11 +65,10 @@ def test_what_branch_proves_is_checked_and_the_optimum(problem):
         assert status is Status.OPTIMAL or (0 < cost < 1e-7 * size and gap < 1e-5)
     assert bool((check_proof(problem, solution.proof) <= exact + 1e-12 * mass).all())
     assert bool(((solution.objective - exact).abs() <= 1e-6 * exact + 1e-10 * mass).all())
-    assert verify(problem, solution, require="checked").checked
 
 
 @pytest.mark.parametrize("pattern", [HALF, TWO_FOUR], ids=str)
-@pytest.mark.parametrize("linear", [False, True])
+@LINEAR
 def test_trees_beyond_enumeration_are_checked(pattern, linear):
     problem = layer(32, pattern, rows=2, linear=linear)
     solution = proven(problem)
@@ -86,15 +89,14 @@ def test_an_open_tree_proves_the_bound_of_its_leaves():
         assert solution.status == (Status.FEASIBLE,)
         assert 0 < float(solution.lower_bound) < best
         assert float(check_proof(problem, solution.proof)) == float(solution.lower_bound)
-        verify(problem, solution, require="checked")
 
 
 @pytest.mark.parametrize("keep", [0, 8])
 def test_rows_without_a_choice_have_a_tree_of_one_leaf(keep):
-    weight, gram = random_weight(2, 8, 3), random_gram(8, "full", 4)
+    plain = layer(8, Unstructured(keep=keep), rows=2, seed=3)
     constant = LinearTerm(torch.full((2, 8), 0.1).double(), torch.full((2,), 50.0).double())
     for linear, proof in itertools.product((None, constant), (False, True)):
-        problem = LayerProblem(weight, gram, Unstructured(keep=keep), linear=linear)
+        problem = LayerProblem(plain.weight, plain.gram, plain.pattern, linear=linear)
         found = solve(problem, "branch", proof=proof)
         assert found.status == (Status.OPTIMAL,) * 2
         assert torch.equal(found.lower_bound, found.objective)
@@ -124,13 +126,10 @@ def test_a_tree_is_the_same_every_time_and_survives_a_file(tmp_path):
     del arrays["proof.rows.0.points"]
     header = {k: v for k, v in header.items() if k not in ("format", "kind")}
     write_arrays(path, "solution", header, arrays)
-    with pytest.raises(ProblemError, match="not a sound solution"):
-        Solution.load(path)
+    fails(ProblemError, "not a sound solution", Solution.load, path)
 
 
-# what a step proves, without any search
-
-
+# --- what a step proves, without any search
 def every_mask_below(check, state):
     """The `branch` of steps without forms that split a node down to single masks."""
     if not check._settle(state) or (state >= 0).all():
@@ -144,14 +143,12 @@ def every_mask_below(check, state):
 
 
 def but_for(n, i, side):
-    """All free, and one that is not."""
     state = np.full(n, -1, dtype=np.int8)
     state[i] = side
     return state
 
 
 def tree_with(tree, form, branch, **more):
-    """Other steps for a tree."""
     steps = {"form": form, "branch": branch, "fixes": np.zeros(len(form)), **more}
     return replace(tree, **{k: np.asarray(v, dtype=KINDS[k]) for k, v in steps.items()})
 
@@ -165,7 +162,7 @@ def test_any_form_at_any_point_is_below_all_masks(pattern, kind):
     random = np.random.default_rng(4)
     positive = 0
     for trial in range(30):
-        problem = layer(9, pattern, kind, linear=trial % 2 == 1, seed=trial)
+        problem = layer(9, pattern, kind, linear=3 if trial % 2 else None, seed=trial)
         masks, every = costs(problem)
         share = problem.pruned_per_group / problem.group_size
         unit, rounding = float(problem.row(0).q().trace()) / 9, 1e-12 * float(every.max())
@@ -218,7 +215,7 @@ def test_cuts_of_a_form_are_counted_as_in_a_certificate(kind):
     assert bound > 1.001 * bound_of(problem, plain)
 
 
-@pytest.mark.parametrize("linear", [False, True])
+@LINEAR
 def test_cuts_never_pass_the_best_mask(linear):
     random = np.random.default_rng(1)
     for trial in range(20):
@@ -233,26 +230,22 @@ def test_cuts_never_pass_the_best_mask(linear):
         assert bound_of(problem, tree) <= best * (1 + 1e-12)
 
 
-# forgeries
-
+# --- forgeries
 FORGED = layer(14, seed=3)
 DAMAGED = layer(12), layer(12, TWO_FOUR), layer(12, kind="outliers"), graph(12, keep=6)
 
 
 @functools.cache
 def sound(problem):
-    """Its optimum and a sound tree."""
     solution = proven(problem)
     return float(solution.objective), solution.proof.rows[0]
 
 
 def parts_of(tree):
-    """Arrays to change."""
     return {name: getattr(tree, name).copy() for name in KINDS} | {"penalty": tree.penalty}
 
 
 def steps(*branch, **more):
-    """In the place of all others: steps of no form."""
     more = {"points": [], "fixed": [], "side": [], **more}
     return lambda parts: parts.update(
         vars(tree_with(RowProof(**parts), [NO_FORM] * len(branch), branch, **more))
@@ -306,7 +299,6 @@ def proves_nothing_false(problem, best, tree):
 
 
 def test_arrays_of_any_shape_are_refused_or_prove_nothing_false():
-    """What a file may hold in the place of an array."""
     best, tree = sound(FORGED)
     shapes = ((), (0,), (1,), (0, 0), (2, 2), (1, 14), (1, 1, 1))
     for name, kind in KINDS.items():
@@ -318,7 +310,6 @@ def test_arrays_of_any_shape_are_refused_or_prove_nothing_false():
 
 @given(st.integers(0, 10**9))
 def test_whatever_is_changed_nothing_false_is_proven(seed):
-    """Random damage to every part: refused, or no more than the truth."""
     random = np.random.default_rng(seed)
     problem = DAMAGED[seed % 4]
     best, tree = sound(problem)
@@ -344,34 +335,27 @@ def test_trees_of_other_rows_prove_less_and_the_claim_is_refused():
     solution = proven(problem)
     other = replace(proven(harder), proof=solution.proof)
     assert float(check_proof(harder, solution.proof)) < 0.999 * float(other.objective)
-    with pytest.raises(VerificationError, match="its proof proves"):
-        verify(harder, other)
-    with pytest.raises(VerificationError, match="1 trees for 2 rows"):
-        check_proof(layer(24, rows=2), solution.proof)
-    with pytest.raises(VerificationError):
-        verify(problem, replace(solution, mask=~solution.mask))
+    fails(VerificationError, "its proof proves", verify, harder, other)
+    fails(VerificationError, "1 trees for 2 rows", check_proof, layer(24, rows=2), solution.proof)
+    fails(VerificationError, None, verify, problem, replace(solution, mask=~solution.mask))
     cuts = Cuts(torch.tensor([[0, 1, 2]]), torch.tensor([[1, 1]]), torch.tensor([-0.1]))
     with pytest.raises(VerificationError, match="negative multiplier"):
         bound_of(layer(9, FOUR), single(np.ones(9), 0.0, np.full(9, 0.5), cuts))
     # refitted weights and rows of a shared budget have none
     refitted = problem.with_update(LeastSquaresUpdate(0.1))
-    with pytest.raises(OptionError, match="refitted weights is not kept"):
-        proven(refitted)
+    fails(OptionError, "refitted weights is not kept", proven, refitted)
     for one in (refitted, problem.under(Unstructured(sparsity=0.5, per="layer"))):
         with pytest.raises(VerificationError, match="a count of their own and unchanged weights"):
             check_proof(one, solution.proof)
 
 
-# whole numbers
-
-
+# --- whole numbers
 @pytest.mark.parametrize("chance", [0.25, 0.75])
 def test_graphs_are_proven_with_fewer_nodes_where_they_are_whole(chance):
     problem = graph(20, chance, keep=13)
     solution = proven(problem)
     assert solution.status == (Status.OPTIMAL,)
     assert float(solution.lower_bound) == float(solution.objective)
-    assert verify(problem, solution, require="checked").checked
     plain = proven(graph(20, chance, keep=13, integral=False))
     assert float(plain.objective) == float(solution.objective)
     assert int(solution.trace.nodes[0]) < int(plain.trace.nodes[0])
@@ -396,7 +380,6 @@ def test_every_mask_has_one_of_the_values(seed):
         assert (apart.astype(int) == apart).all()
     solution = proven(problem)
     assert float(solution.objective) == float(every.min())
-    assert verify(problem, solution, require="checked").checked
 
 
 def test_values_of_a_graph_are_two_apart_and_what_is_not_whole_is_refused(tmp_path):
@@ -408,7 +391,7 @@ def test_values_of_a_graph_are_two_apart_and_what_is_not_whole_is_refused(tmp_pa
     problem = graph(8)
     weight, gram, quarter = problem.weight, problem.gram, problem.gram.clone()
     quarter[0, 1] = quarter[1, 0] = 0.25
-    linear = random_linear(weight, gram, 1)
+    linear = drawn(1, 8, linear=1).linear
     for arguments, more, message in (
         ((0.5 * torch.ones(1, 8), gram), {}, r"integral: weight holds 0\.5"),
         ((weight, quarter), {}, r"integral: twice gram holds 0\.5"),
@@ -416,12 +399,10 @@ def test_values_of_a_graph_are_two_apart_and_what_is_not_whole_is_refused(tmp_pa
         ((weight, gram), {"linear": linear}, "linear part"),
         ((weight, gram), {"update": LeastSquaresUpdate()}, "updated weights"),
     ):
-        with pytest.raises(ProblemError, match=message):
-            LayerProblem(*arguments, HALF, integral=True, **more)
+        fails(ProblemError, message, LayerProblem, *arguments, HALF, integral=True, **more)
     with pytest.raises(ProblemError, match=r"integral: weight holds 0\.5"):
         RowProblem(torch.full((8,), 0.5), gram, HALF, integral=True)
-    with pytest.raises(ProblemError, match="updated weights"):
-        problem.with_update(LeastSquaresUpdate())
+    fails(ProblemError, "updated weights", problem.with_update, LeastSquaresUpdate())
     problem.save(tmp_path / "graph.npz")
     assert LayerProblem.load(tmp_path / "graph.npz").integral
     assert problem.take([0]).integral
@@ -430,9 +411,160 @@ def test_values_of_a_graph_are_two_apart_and_what_is_not_whole_is_refused(tmp_pa
     assert layer().row(0).values() is None
 
 
-# on the command line
+# --- in exact rational arithmetic
+def many_cuts(groups, size, copies, part=0.99):
+    """Of every pair (2g, 2g + 1) the cut 4pᵢpⱼ ≥ 0, which 1:2 masks meet with equality: once with the
+    multiplier `size`, then many times with less than half a unit in its last place.
+
+    Added one after the other to 2·size, the linear terms of the copies are lost, and the terms that cancel
+    them are not: by rounding alone Σ τ c(p) is 2·copies·τ too small wherever pᵢ + pⱼ = 1.
+    """
+    pairs = torch.tensor([[-1, 2 * group, 2 * group + 1] for group in groups], dtype=torch.int32)
+    tau = torch.full((len(pairs), copies + 1), part * size * 2.0**-53, dtype=torch.float64)
+    tau[:, 0] = size
+    sign = torch.ones(tau.numel(), 2, dtype=torch.int8)
+    return Cuts(pairs.repeat_interleave(copies + 1, 0), sign, tau.flatten())
 
 
+def forged_certificate(problem, honest, groups, size, copies, part=0.99):
+    """An honest certificate, and cuts that μ and λ cancel: μ = 2τ takes the products, λ = −2τ the squares."""
+    diagonal, penalty = honest.diagonal.clone(), honest.penalty.clone()
+    for group in groups:
+        penalty[:, group] += 2 * size
+        diagonal[:, 2 * group : 2 * group + 2] -= 2 * size
+    cuts = [many_cuts(groups, size, copies, part)] * problem.rows
+    return Certificate(diagonal, penalty, honest.point, cuts=cuts)
+
+
+def forged_tree(problem, honest, size, copies, part=0.99):
+    """The same as a tree of one leaf, whose μ holds for all groups."""
+    cuts = many_cuts(range(problem.n // 2), size, copies, part)
+    return single(np.full(problem.n, -2 * size), 2 * size, honest.point[0].numpy(), cuts)
+
+
+def one_of_two(n, seed):
+    return layer(n, NM(keep=1, of=2), seed=seed)
+
+
+@functools.cache
+def toy(n, seed):
+    """A 1:2 row, its box certificate, its exact optimum and the worst of its masks."""
+    problem = one_of_two(n, seed)
+    costs = {exact_cost(problem, mask, 0): mask for mask in legal_masks(problem)}
+    assert max(costs) > 1.001 * float(min(costs)) > 0
+    honest = lower_bound(problem, "box").certificate
+    return problem, honest, min(costs), Solution.of(problem, costs[max(costs)])
+
+
+def test_rounding_of_many_cuts_proves_nothing(tmp_path):
+    problem, honest, optimum, _ = toy(8, 4)
+    tree = forged_tree(problem, honest, 2.0**41, 40_000)
+    assert Fraction(float(check_proof(problem, Proof([tree])))) <= optimum
+    problem, instance = one_of_two(32, seed=4), tmp_path / "row.npz"
+    problem.save(instance)
+    best = solve(problem, "branch", proof=True, workers=0)
+    starts = (solve(problem, "random", seed=seed).mask for seed in range(12))
+    found = (solve(problem, "swap", start=start) for start in starts)
+    other = next(s for s in found if float(s.objective) > 1.01 * float(best.objective))
+    honest = lower_bound(problem, "box").certificate
+    forged = forged_certificate(problem, honest, [0], 2.0**37, 500_000)
+    more = {"lower_bound": other.objective, "certificate": forged}
+    claim = Solution.of(problem, other.mask, status=Status.OPTIMAL, **more)
+    for require in ("claims", "exact"):
+        with pytest.raises(VerificationError, match="lower bound: row 0 states"):
+            verify(problem, claim, require=require)
+    assert bool((forged.check(problem) <= best.objective).all())
+    best.save(tmp_path / "best.npz")
+    said = run("verify", instance, tmp_path / "best.npz", "--exact")
+    assert "holds: 1 row checked" in said
+    assert "checked in exact arithmetic in" in said
+    # a bound above what the tree proves
+    off = replace(best, status=(Status.FEASIBLE,), lower_bound=best.lower_bound * (1 + 1e-8))
+    off.save(tmp_path / "off.npz")
+    run("verify", instance, tmp_path / "off.npz", "--exact", fails=VerificationError)
+    run("verify", tmp_path, "--exact", fails=OptionError)
+
+
+@pytest.mark.parametrize(
+    "first", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in (50, 100, 150, 200))]
+)
+def test_forged_certificates_and_trees_are_refused(first, monkeypatch):
+    """250 of them: none proves more than the optimum, or than it does in exact arithmetic."""
+    # else verify tries all masks of a toy
+    monkeypatch.setattr("maskopt.checks.verification.ENUMERATION_LIMIT", 0)
+    for seed in range(first, first + 50):
+        generator = np.random.default_rng(seed)
+        problem, honest, optimum, poor = toy(int(generator.choice([4, 6, 8])), 1 + seed % 4)
+        size = 2.0 ** generator.integers(0, 60)
+        copies = int(generator.choice([3, 40, 500] if seed % 50 else [30_000]))
+        part = float(generator.choice([0.99, 0.5, 1.01, 1e-3]))
+        groups = generator.permutation(problem.n // 2)[: generator.integers(1, problem.n // 2 + 1)]
+        bad = forged_certificate(problem, honest, groups.tolist(), size, copies, part)
+        tree = forged_tree(problem, honest, size, copies, part)
+        claim = replace(poor, lower_bound=poor.objective)
+        for forged, judge in (
+            (replace(claim, certificate=bad), exact_bounds(problem, bad)),
+            (replace(claim, proof=Proof([tree])), exact_bounds(problem, trees=[tree])),
+        ):
+            with pytest.raises(VerificationError, match="lower bound: row 0 states"):
+                verify(problem, forged, require="checked")
+            proof = forged.proof
+            found = bad.check(problem) if proof is None else check_proof(problem, proof)
+            assert Fraction(float(found)) <= judge[0] + optimum / 10**6, seed
+            assert judge[0] <= optimum, seed
+
+
+@pytest.mark.parametrize("pattern", [HALF, TWO_FOUR], ids=str)
+@pytest.mark.parametrize("linear", [None, 7], ids=["plain", "linear"])
+def test_trees_and_certificates_of_searches_hold_exactly(pattern, linear):
+    problem = layer(12, pattern, rows=2, linear=linear, seed=5)
+    optimum = solve(problem, "branch", proof=True, workers=0)
+    assert verify(problem, optimum, require="exact").checked
+    bound = lower_bound(problem, "sdp")
+    more = {"lower_bound": bound.value, "certificate": bound.certificate}
+    claim = Solution.of(problem, optimum.mask, **more)
+    assert verify(problem, claim, require="exact").checked
+    higher = replace(claim, lower_bound=1.001 * claim.lower_bound)
+    for wrong in (higher, replace(optimum, proof=None, trusted=("SCIP 10.0.0",) * 2)):
+        fails(VerificationError, None, verify, problem, wrong, require="exact")
+
+
+def test_a_shared_budget_has_one_exact_bound():
+    problem = layer(8, Unstructured(0.5, per="layer"), rows=3, seed=5)
+    problem = problem.counting(torch.tensor([1.0, 2.0, 0.5]))
+    bound, mask = lower_bound(problem, "box"), solve(problem, "exhaustive").mask
+    more = {"lower_bound": bound.value, "certificate": bound.certificate}
+    verify(problem, Solution.of(problem, mask, **more), require="exact")
+    (exactly,) = exact_bounds(problem, bound.certificate)
+    assert float(exactly) == pytest.approx(float(problem.shares @ bound.value), rel=1e-9)
+    assert float(exactly) <= float(problem.shares @ problem.objective(mask))
+    # and what has none is refused by name
+    with pytest.raises(VerificationError, match="weights are kept unchanged"):
+        exact_bounds(eight().with_update(LeastSquaresUpdate(0.1)))
+    wide = LayerProblem(torch.ones(1, 256), torch.eye(256), Unstructured(0.5))
+    with pytest.raises(VerificationError, match="at most 200 inputs, not 256"):
+        verify(wide, solve(wide, "wanda"), require="exact")
+
+
+def test_semidefinite_is_decided_without_rounding():
+    tiny = Fraction(1, 2**200)
+    one = np.array([[Fraction(1)] * 3] * 3)
+    assert semidefinite(one)
+    for i in range(3):
+        less, more = one.copy(), one.copy()
+        less[i, i] -= tiny
+        more[i, i] += tiny
+        assert semidefinite(more)
+        assert not semidefinite(less)
+    assert semidefinite(rational(np.zeros((2, 2))))
+    assert not semidefinite(rational(np.array([[0.0, 1.0], [1.0, 5.0]])))
+    for seed in range(20):
+        x = np.random.default_rng(seed).integers(-3, 4, (6, 4)).astype(float)
+        assert semidefinite(rational(x @ x.T))
+        assert not semidefinite(rational(x @ x.T - 2.0**-40 * np.eye(6)))
+
+
+# --- on the command line
 def test_solve_with_proof_and_verify(tmp_path):
     instance, out, again = (tmp_path / name for name in ("row.npz", "proof.npz", "again.npz"))
     layer(24, rows=2).save(instance)

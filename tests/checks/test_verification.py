@@ -6,19 +6,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from forging import fails
 from hypothesis import given
-from strategies import problems, random_gram, random_weight
+from strategies import ONE_PERCENT, TWO_FOUR, drawn, problems, random_gram, random_weight, verified
 
-from maskopt import NM, LayerProblem, Solution, Status, Unstructured, lower_bound, solve, verify
+from maskopt import LayerProblem, Solution, Status, Unstructured, lower_bound, solve, verify
 from maskopt.checks.swap_check import improving_swap
-from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.problem import RowProblem
 from maskopt.errors import VerificationError
 from maskopt.protocol.solution import SWAP_FLOOR, SWAP_TOLERANCE
 from maskopt.protocol.solver import available_solvers, is_trusted
 
 TWO, THREE, SIX = (Unstructured(keep=keep) for keep in (2, 3, 6))
-TWO_FOUR = NM(keep=2, of=4)
 WORDS = ("SCIP 10.0",) * 2
 OPTIMAL = (Status.OPTIMAL,) * 2
 #: claims off by less than their tolerance, and by more
@@ -26,13 +25,11 @@ WITHIN, BEYOND = 0.5, 3.0
 
 
 def large(unit=1.0, dtype=torch.float64, rows=2):
-    """Too many masks to enumerate."""
     weight = random_weight(rows, 40, 3, dtype) * unit
     return LayerProblem(weight, random_gram(40, "full", 7, dtype), TWO_FOUR)
 
 
 def small(unit=1.0, pattern=THREE):
-    """35 masks a row, or 36."""
     return LayerProblem(random_weight(2, 8, 3) * unit, random_gram(8, "full", 7), pattern)
 
 
@@ -53,23 +50,19 @@ def rounding(problem, mask):
 
 
 def second(value, of):
-    """The same with another second entry."""
     return torch.stack([of[0], torch.as_tensor(value, dtype=of.dtype)])
 
 
 def assert_refused(problem, solution, message, **options):
-    with pytest.raises(VerificationError, match=message):
-        verify(problem, solution, **options)
+    fails(VerificationError, message, verify, problem, solution, **options)
 
 
 def forgeries(w, o):
     """What is refused, and what is changed of a poor solution w where the optimum is o."""
     zero, high = 0 * w.objective, {"lower_bound": w.objective, "trusted": WORDS}
     low, between = {"lower_bound": o.objective * 0.1}, (w.objective + o.objective) / 2
-    shapes = (lambda x: x.float(), lambda x: x[:1], lambda x: x[:, None], lambda x: x.sum())
-    bad = [
-        (name, shape(getattr(w, name))) for name in ("objective", "lower_bound") for shape in shapes
-    ]
+    values = {name: getattr(w, name) for name in ("objective", "lower_bound")}
+    bad = [(k, y) for k, x in values.items() for y in (x.float(), x[:1], x[:, None], x.sum())]
     return [
         ("pattern: mask: row 1", {"mask": second(w.mask[1] ^ (torch.arange(8) < 1), w.mask)}),
         ("pattern: mask has shape", {"mask": w.mask[:1]}),
@@ -94,9 +87,10 @@ def forgeries(w, o):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("update", [None, ONE_PERCENT], ids=repr)
 @pytest.mark.parametrize("pattern", [THREE, TWO_FOUR], ids=str)
-def test_forgeries_are_refused(pattern):
-    problem = small(pattern=pattern)
+def test_forgeries_are_refused(pattern, update):
+    problem = small(pattern=pattern).with_update(update)
     worst, optimum = solve(problem, "worst"), solve(problem, "exhaustive")
     verify(problem, worst)
     for message, changes in forgeries(worst, optimum):
@@ -167,9 +161,7 @@ def test_only_registered_exact_solvers_with_a_version_are_trusted(tmp_path):
         assert all(is_trusted(f"{name} 1.0.1") for name in capabilities.trusted)
 
 
-# how far a claim may be off
-
-
+# --- how far a claim may be off
 def claims(unit, off):
     """Claims that are off by so much of their tolerance: what is refused, and the problem."""
     problem, nothing = large(unit), cancelling(unit)
@@ -280,9 +272,8 @@ def test_a_weight_of_a_row_that_prunes_nothing_excuses_no_sum_of_rows():
     weight[weight == 0] = 0.1
     problem = LayerProblem(weight, gram, Unstructured(0.3, per="layer"))
     problem = problem.counting(torch.tensor([1e12, 1.0, 1.0], dtype=torch.float64))
-    best = solve(problem, "exhaustive")
+    best = verified(problem, "exhaustive")
     assert bool(best.mask[0].all())
-    verify(problem, best)
     claimed = replace(best, lower_bound=0.9 * best.objective)
     assert_refused(problem, claimed, "rows claim optimal without proof")
 
@@ -313,17 +304,14 @@ def test_weights_that_meet_no_input_are_refitted_without_a_claim_on_rounding():
     weight = torch.zeros(2, 6, dtype=torch.float64)
     weight[:, 0] = 1e6
     weight[1] = torch.randn(6, generator=generator, dtype=torch.float64)
-    problem = LayerProblem(weight, x.T @ x / 40, Unstructured(0.5), update=LeastSquaresUpdate(0.01))
+    problem = LayerProblem(weight, x.T @ x / 40, Unstructured(0.5), update=ONE_PERCENT)
     for solver in ("exhaustive", "branch", "admm", "obs", "swap"):
-        found = solve(problem, solver)
-        verify(problem, found)
+        verified(problem, solver)
     best = solve(problem, "exhaustive")
     assert_refused(problem, replace(best, objective=best.objective + 1.0), "objective: row 0")
 
 
-# whole numbers, and the ends of float64
-
-
+# --- whole numbers, and the ends of float64
 @pytest.mark.parametrize(
     "penalty", [1e14, *(pytest.param(x, marks=pytest.mark.slow) for x in (1e8, 1e12))]
 )
@@ -347,20 +335,15 @@ def test_whole_numbers_are_optimal_where_the_next_value_is_proven_and_not_before
     """Where the best is nothing; and within 1e-6 of 420 million, where a hundred values are."""
     star = np.zeros((4, 4))
     star[0, 1:] = 1
-    problem, scip = RowProblem.from_quadratic(star, cardinality=2), {"presolve": False}
+    problem = RowProblem.from_quadratic(star, cardinality=2)
     for name, options in (
-        ("branch", {}),
-        ("branch", {"proof": True}),
-        ("scip", {}),
-        ("scip", scip),
+        *(("branch", {"proof": proof}) for proof in (False, True)),
+        *(("scip", {"presolve": presolve}) for presolve in (True, False)),
     ):
-        found = solve(problem, name, **options)
-        verify(problem, found)
+        found = verified(problem, name, **options)
         assert found.status == (Status.OPTIMAL,)
-        assert problem.to_original_units(float(found.objective), float(found.lower_bound))[:2] == (
-            0.0,
-            0.0,
-        )
+        posed = problem.to_original_units(float(found.objective), float(found.lower_bound))
+        assert posed[:2] == (0.0, 0.0)
     u = np.triu(np.random.default_rng(1).integers(0, 2, (14, 14)), 1) * 2.0
     problem = RowProblem.from_quadratic(u + u.T + np.diag(np.full(14, 6e7)), cardinality=7)
     best, other = solve(problem, "branch", proof=True), solve(problem, "swap")
@@ -378,8 +361,7 @@ def test_whole_numbers_are_optimal_where_the_next_value_is_proven_and_not_before
     ):
         assert_refused(problem, wrong, message)
     for solver in ("scip", "gurobi", "highs"):  # their tolerances are many values wide
-        solution = solve(problem, solver)
-        verify(problem, solution)
+        solution = verified(problem, solver)
         assert solution.status == (Status.FEASIBLE,)
 
 
@@ -391,14 +373,11 @@ def test_bounds_at_the_ends_of_float64():
         usual = solve(LayerProblem(weight, gram, pattern), solver).status
         for power in (-290, 160, 290):
             scaled = LayerProblem(weight, gram * 10.0**power, pattern)
-            solution = solve(scaled, solver)
-            verify(scaled, solution)
+            solution = verified(scaled, solver)
             assert solution.status == usual
 
 
-# what counts as an improving swap: how much, which of several, and in whatever unit
-
-
+# --- what counts as an improving swap: how much, which of several, and in whatever unit
 def diagonal(*squares, pattern=TWO, gram=1.0):
     """A row whose objective is `gram` times the sum of what is pruned of `squares`."""
     weight = torch.tensor([squares], dtype=torch.float64).sqrt()
@@ -465,7 +444,7 @@ def test_the_best_swap_of_all_groups_is_named_and_the_first_of_equals():
     equal = diagonal(*[2.0, 2.0, 1.0, 1.0] * 3, pattern=TWO_FOUR)
     assert improving_swap(equal, mask) == pytest.approx((2, 0, -1.0, 0, 0))
     # of one row
-    problem = LayerProblem(random_weight(2, 8, 1), random_gram(8, "full", 2), TWO_FOUR)
+    problem = drawn(2, 8, pattern=TWO_FOUR)
     with pytest.raises(VerificationError, match=r"takes one row; use problem\.row\(i\)"):
         improving_swap(problem, solve(problem, "wanda").mask)
     row = problem.row(0)

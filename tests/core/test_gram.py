@@ -3,6 +3,7 @@ and the setting is as before afterwards."""
 
 import pytest
 import torch
+from forging import fails
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -75,12 +76,10 @@ def test_sums_do_not_drift_and_shrinking_keeps_the_diagonal():
     ],
 )  # fmt: skip
 def test_what_is_refused(call, message):
-    with pytest.raises(ProblemError, match=message):
-        call()
+    fails(ProblemError, message, call)
 
 
 def error():
-    """Of a product that is large enough for either library."""
     generator = torch.Generator().manual_seed(1)
     left, right = (torch.randn(300, 300, generator=generator) for _ in range(2))
     exact = left.double() @ right.double()
@@ -96,7 +95,6 @@ def fresh():
 
 
 def check_left_alone():
-    """The setting is as before inside, too."""
     products._precise.cache_clear()
     before = setting()
     with fast_products():

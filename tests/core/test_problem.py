@@ -1,9 +1,11 @@
 """LayerProblem and RowProblem: the objective, with a linear part and without, the checks at the door, files;
-and the edges of float64, where nothing overflows."""
+the edges of float64, where nothing overflows; and solutions made, listed and read back."""
 
 import copy
 import itertools
 import json
+import math
+import time
 import zipfile
 from dataclasses import replace
 from unittest.mock import Mock
@@ -11,29 +13,24 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from forging import fails
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import HALF, problems, random_gram, random_linear, random_weight
+from strategies import HALF, TWO_FOUR, drawn, problems, random_gram, random_weight, verified
 
-from maskopt import (
-    NM,
-    LayerProblem,
-    LeastSquaresUpdate,
-    RowProblem,
-    Unstructured,
-    errors,
-    solve,
-    verify,
-)
+from maskopt import NM, LayerProblem, RowProblem, Unstructured, errors, solve, verify
 from maskopt.certificates.certificate import Certificate
 from maskopt.core import files
+from maskopt.core.files import read_arrays, write_arrays
+from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.linear_term import LinearTerm
-from maskopt.errors import MaskoptError, PatternError, ProblemError, VerificationError
+from maskopt.errors import PatternError, ProblemError, SolverError, VerificationError
 from maskopt.instances.formats import load_problem
 from maskopt.protocol.bounds import available_bounds, lower_bound
-from maskopt.protocol.solution import Solution, Status
+from maskopt.protocol.solution import Solution, Status, is_bounded, relative_gap
 from maskopt.protocol.solver import available_solvers
 from maskopt.solvers import Relax
+from maskopt.solvers.bounds.conic import ConicBound
 
 EYE, ONES, ALL = torch.eye(4), torch.ones(2, 4), torch.ones(2, 4, dtype=torch.bool)
 PLAIN = LayerProblem(ONES, EYE, HALF)
@@ -55,11 +52,6 @@ def test_objective_is_the_mean_squared_change_of_the_output(linear, data):
         assert float(torch.linalg.eigvalsh(q)[0]) >= -1e-9 * float(q.trace()) - 1e-300
 
 
-def refuses(error, message, call, *arguments, **named):
-    with pytest.raises(error, match=message):
-        call(*arguments, **named)
-
-
 def test_arrays_lists_and_half_precision_are_accepted():
     kinds = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
     arrays = [np.ones((2, 4), dtype=kind) for kind in (">f8", np.float16, np.longdouble)]
@@ -70,11 +62,8 @@ def test_arrays_lists_and_half_precision_are_accepted():
     problem = LayerProblem([[1, 2.0, 3], [3, 2, 1]], [[2.0, 0, 0], [0, 1, 0], [0, 0, 1]], HALF)
     assert problem.weight.dtype == torch.float64
     mask = torch.tensor([[False, True, True], [True, True, False]])
-    for cost in (
-        problem.objective,
-        problem.weights,
-        problem.with_update(LeastSquaresUpdate(0.01)).objective,
-    ):
+    updated = problem.with_update(LeastSquaresUpdate(0.01))
+    for cost in (problem.objective, problem.weights, updated.objective):
         assert torch.equal(cost(mask.numpy()), cost(mask))
     legal = torch.tensor([[True, False, True, False]])
     for given_mask in (legal, legal[0], legal.tolist()):  # one row needs no second axis
@@ -82,13 +71,12 @@ def test_arrays_lists_and_half_precision_are_accepted():
 
 
 def test_a_problem_shows_its_name_and_is_the_same_under_another_pattern(monkeypatch):
-    gram = random_gram(40, "full", 0)
-    problem = LayerProblem(random_weight(3, 40, 1), gram, HALF, name="up", mean=gram[0])
-    other = problem.under(NM(keep=2, of=4))
-    assert (other.pattern, other.name, problem.pattern) == (NM(keep=2, of=4), "up", HALF)
+    problem = drawn(3, 40, seeds=(1, 0), name="up", mean=torch.arange(40.0))
+    other = problem.under(TWO_FOUR)
+    assert (other.pattern, other.name, problem.pattern) == (TWO_FOUR, "up", HALF)
     for name in ("weight", "gram", "mean"):
         assert getattr(other, name).data_ptr() == getattr(problem, name).data_ptr()
-    refuses(PatternError, "layer 'up'", problem.under, NM(keep=1, of=3))
+    fails(PatternError, "layer 'up'", problem.under, NM(keep=1, of=3))
     assert repr(problem) == "LayerProblem('up', rows=3, n=40, pattern=0.5)"
     assert repr(problem.row(-1)) == "RowProblem('up[2]', n=40, pattern=0.5)"
     assert repr(PLAIN.under(NM(2, 4))) == "LayerProblem(rows=2, n=4, pattern=2:4)"
@@ -109,7 +97,7 @@ def test_a_gram_matrix_is_symmetric_and_definite_but_for_rounding():
 
     with_least(-0.9 * 4 * 2.0**-23)
     for least in (-1.1 * 4 * 2.0**-23, -1.0):
-        refuses(ProblemError, "not positive semidefinite", with_least, least)
+        fails(ProblemError, "not positive semidefinite", with_least, least)
     trusted = with_least(-1.0, assume_psd=True)
     assert torch.equal(trusted.gram, torch.diag(torch.tensor([1.0, 1.0, 2.0, -1.0]).double()))
     gram, one = random_gram(6, "full", 0), torch.ones(1, 6)
@@ -119,7 +107,7 @@ def test_a_gram_matrix_is_symmetric_and_definite_but_for_rounding():
     assert torch.equal(problem.gram, problem.gram.T)
     assert torch.equal(problem.gram, (noisy + noisy.T) / 2)
     gram[0, 1] += 100
-    refuses(ProblemError, "not symmetric", LayerProblem, one, gram, HALF)
+    fails(ProblemError, "not symmetric", LayerProblem, one, gram, HALF)
     # singular ones of any scale are ordinary
     for kind in ("low-rank", "zero-columns", "duplicates", "outliers"):
         for scale in (1e-30, 1e-12, 1.0, 1e12, 1e30):
@@ -146,15 +134,15 @@ def test_a_gram_matrix_is_symmetric_and_definite_but_for_rounding():
     ],
 )
 def test_bad_input_names_the_thing(weight, gram, message):
-    refuses(ProblemError, message, LayerProblem, weight, gram, HALF, name="q_proj")
+    fails(ProblemError, message, LayerProblem, weight, gram, HALF, name="q_proj")
 
 
 def test_bad_patterns_means_rows_and_columns_name_the_thing():
-    refuses(PatternError, "q_proj", LayerProblem, ONES, EYE, NM(keep=2, of=3), name="q_proj")
+    fails(PatternError, "q_proj", LayerProblem, ONES, EYE, NM(keep=2, of=3), name="q_proj")
     message = r"layer 'q': mean must be \[4\], not \[3\]"
-    refuses(ProblemError, message, LayerProblem, ONES, EYE, HALF, name="q", mean=torch.ones(3))
+    fails(ProblemError, message, LayerProblem, ONES, EYE, HALF, name="q", mean=torch.ones(3))
     message = r"a row's weight must be \[n\], not \[1, 4\]"
-    refuses(ProblemError, message, RowProblem, torch.ones(1, 4), EYE, HALF)
+    fails(ProblemError, message, RowProblem, torch.ones(1, 4), EYE, HALF)
     layer = LayerProblem(torch.ones(3, 4), EYE, HALF)
     for rows in ([-1, 0], torch.tensor([True, False, True]), torch.tensor([1])):
         assert layer.take(rows).rows == 2 - (len(rows) == 1)
@@ -162,8 +150,8 @@ def test_bad_patterns_means_rows_and_columns_name_the_thing():
     tensors = [torch.tensor(rows) for rows in (0, [3], [0.0], [True, False], [[0]])]
     for bad in (*lists, *tensors, 0, (1,)):
         message = r"rows must be a list of indices within 0 … 2"
-        refuses(ProblemError, message, layer.take, bad)
-    problem = LayerProblem(random_weight(2, 8, 1), random_gram(8, "full", 0), HALF)
+        fails(ProblemError, message, layer.take, bad)
+    problem = drawn(2, 8, seeds=(1, 0))
     row = problem.row(1)
     sub = row.restrict([5, 2, 7])
     assert torch.equal(sub.weight, row.weight[[5, 2, 7]])
@@ -171,18 +159,17 @@ def test_bad_patterns_means_rows_and_columns_name_the_thing():
     assert sub.as_layer().pruned_per_group == 1
     assert row.restrict([0, 1, 2, 3], NM(keep=1, of=2)).pattern == NM(keep=1, of=2)
     for columns in ([], [1, 1], [8], [-1], [[1]], [0.5, 2], [True, False]):
-        refuses(ProblemError, None, row.restrict, columns)
-    refuses(PatternError, None, row.restrict, [0, 1], Unstructured(keep=3))
-    refuses(ProblemError, None, problem.row, 2)
+        fails(ProblemError, None, row.restrict, columns)
+    fails(PatternError, None, row.restrict, [0, 1], Unstructured(keep=3))
+    fails(ProblemError, None, problem.row, 2)
 
 
-@pytest.mark.parametrize("pattern", [HALF, Unstructured(keep=3), NM(keep=2, of=4)])
+@pytest.mark.parametrize("pattern", [HALF, Unstructured(keep=3), TWO_FOUR])
 def test_save_and_load_round_trip(tmp_path, pattern):
-    weight, gram, more = random_weight(2, 8, 1), random_gram(8, "full", 0), {"name": "a.b"}
+    more = {"name": "a.b"}
     if pattern is HALF:
-        linear = random_linear(weight, gram, 1)
-        more |= {"mean": torch.arange(8.0), "variance": torch.arange(8.0), "linear": linear}
-    problem = LayerProblem(weight, gram, pattern, **more)
+        more |= {"mean": torch.arange(8.0), "variance": torch.arange(8.0), "linear": 1}
+    problem = drawn(2, 8, pattern=pattern, seeds=(1, 0), **more)
     problem.save(tmp_path / "layer.npz")
     problem.row(1).save(tmp_path / "row.npz")
     back, row = LayerProblem.load(tmp_path / "layer.npz"), RowProblem.load(tmp_path / "row.npz")
@@ -190,6 +177,7 @@ def test_save_and_load_round_trip(tmp_path, pattern):
     pairs = [(getattr(back, x), getattr(problem, x)) for x in names]
     pairs.append((row.weight, problem.weight[1]))
     if pattern is HALF:
+        linear = problem.linear
         pairs.append((back.linear.correlation, linear.correlation))
         pairs.append((back.linear.constant, linear.constant))
         pairs.append((row.linear.correlation, linear.correlation[1:2]))
@@ -197,11 +185,10 @@ def test_save_and_load_round_trip(tmp_path, pattern):
         assert one is other is None or torch.equal(one, other)
     assert (back.pattern, back.name) == (pattern, "a.b")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["layer.npz", "row.npz"]
-    refuses(ProblemError, "a row, not a layer", LayerProblem.load, tmp_path / "row.npz")
+    fails(ProblemError, "a row, not a layer", LayerProblem.load, tmp_path / "row.npz")
 
 
 def saved(path):
-    """The arrays of a sound file of a layer."""
     PLAIN.save(path)
     with np.load(path) as archive:
         return dict(archive)
@@ -210,7 +197,7 @@ def saved(path):
 def test_load_refuses_rubbish_and_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(np, "savez", Mock(side_effect=OSError("No space left on device")))
-        refuses(OSError, "No space", PLAIN.row(0).save, tmp_path / "row.npz")
+        fails(OSError, "No space", PLAIN.row(0).save, tmp_path / "row.npz")
     assert list(tmp_path.iterdir()) == []
     path = tmp_path / "x.npz"
     parts = saved(path)
@@ -229,7 +216,7 @@ def test_load_refuses_rubbish_and_a_failed_save_leaves_nothing(tmp_path, monkeyp
         elif content is not None:
             arrays = parts if isinstance(content, str) else {}
             np.savez(path, **{**arrays, "header": np.array(content)})
-        refuses(ProblemError, message, RowProblem.load, path)
+        fails(ProblemError, message, RowProblem.load, path)
 
 
 def forged(path, case):
@@ -270,7 +257,7 @@ def test_an_array_is_read_once_its_header_is_sound(case, message, tmp_path, monk
         return found
 
     monkeypatch.setattr(files.npy, "read_array", watched)
-    refuses(ProblemError, f"x.npz: {message}", load_problem, tmp_path / "x.npz")
+    fails(ProblemError, f"x.npz: {message}", load_problem, tmp_path / "x.npz")
     assert sum(sizes) < 4096
 
 
@@ -285,18 +272,17 @@ def test_an_array_is_read_once_its_header_is_sound(case, message, tmp_path, monk
     ],
 )
 def test_bad_masks(mask, message):
-    wrong = errors.WarmStartError
-    refuses(wrong, r"shape \[4\], the problem \[2, 4\]", PLAIN.check_mask, ALL[0])
-    refuses(MaskoptError, message, solve, PLAIN, "elimination", start=mask)
+    fails(errors.WarmStartError, r"shape \[4\], the problem \[2, 4\]", PLAIN.check_mask, ALL[0])
+    fails(errors.MaskoptError, message, solve, PLAIN, "elimination", start=mask)
     if not isinstance(mask, str):
-        refuses(wrong, None, PLAIN.check_mask, mask)
+        fails(errors.WarmStartError, None, PLAIN.check_mask, mask)
     if "shape" in message or "bool" in message:  # no cost can be named
         for cost in (
             PLAIN.objective,
             PLAIN.weights,
             PLAIN.with_update(LeastSquaresUpdate(0.01)).refitted,
         ):
-            refuses(ProblemError, f"mask {message}", cost, mask)
+            fails(ProblemError, f"mask {message}", cost, mask)
 
 
 # --- with a linear part: the same promises, kept by every solver and every bound
@@ -304,13 +290,12 @@ SOLVERS = [name for name, info in available_solvers().items() if info.available]
 EXACT = ("branch", "exhaustive", "gurobi", "highs", "scip")
 #: but that of refitted weights
 BOUNDS = [n for n, i in available_bounds().items() if i.unavailable is None and n != "perspective"]
-PATTERNS = (Unstructured(keep=4), NM(keep=2, of=4))
+PATTERNS = (Unstructured(keep=4), TWO_FOUR)
 
 
-def linear_layer(pattern, rows=3, n=8, kind="full", seed=1, dtype=torch.float64):
-    weight, gram = random_weight(rows, n, seed, dtype), random_gram(n, kind, seed, dtype)
-    mean = gram.diagonal().sqrt() / 2
-    return LayerProblem(weight, gram, pattern, mean=mean, linear=random_linear(weight, gram, seed))
+def linear_layer(pattern, rows=3, kind="full", seed=1):
+    mean = random_gram(8, kind, seed).diagonal().sqrt() / 2
+    return drawn(rows, 8, kind, pattern, (seed, seed), linear=seed, mean=mean)
 
 
 def test_the_objective_is_the_error_of_the_outputs_against_their_targets():
@@ -336,16 +321,14 @@ def test_the_objective_is_the_error_of_the_outputs_against_their_targets():
 def test_every_solver_answers_for_the_whole_objective(name):
     for problem in map(linear_layer, PATTERNS):
         best = solve(problem, "exhaustive").objective
-        solution = solve(problem, name)
-        verify(problem, solution)
+        solution = verified(problem, name)
         assert bool((solution.objective >= best * (1 - 1e-9)).all())
         if name in EXACT:
             assert solution.status == (Status.OPTIMAL,) * 3
             close(solution.objective, best, rtol=1e-6, atol=1e-12)
     for keep in (8, 0):  # nothing to prune, and everything
         one = linear_layer(Unstructured(keep=keep), rows=1)
-        solution = solve(one, name)
-        verify(one, solution)
+        solution = verified(one, name)
         assert int(solution.mask.sum()) == keep
 
 
@@ -367,10 +350,9 @@ SAME = ("swap", "relax", "tabu", "memetic", "kswap", "frank_wolfe", "elimination
 
 @pytest.mark.parametrize("name", SAME)
 def test_a_part_of_zeros_changes_nothing(name):
-    weight, gram = random_weight(4, 24, 1), random_gram(24, "full", 2)
-    zeros = LinearTerm(torch.zeros(4, 24), torch.zeros(4))
+    plain, zeros = drawn(4, 24), LinearTerm(torch.zeros(4, 24), torch.zeros(4))
     options = {"frank_wolfe": {"iterations": 50}, "memetic": {"generations": 4}}.get(name, {})
-    both = (LayerProblem(weight, gram, HALF, linear=part) for part in (None, zeros))
+    both = plain, LayerProblem(plain.weight, plain.gram, HALF, linear=zeros)
     expected, found = (solve(problem, name, **options) for problem in both)
     assert torch.equal(expected.mask, found.mask)
     assert torch.equal(expected.objective, found.objective)
@@ -399,7 +381,7 @@ def test_permuted_scaled_and_restricted(pattern):
     assert problem.take([2, 0]).linear.constant.tolist() == problem.linear.constant[[2, 0]].tolist()
     bare = LayerProblem(problem.weight, problem.gram, pattern)
     for name in ("swap", "branch"):  # claims for the quadratic part alone
-        refuses(VerificationError, None, verify, problem, solve(bare, name))
+        fails(VerificationError, None, verify, problem, solve(bare, name))
 
 
 @pytest.mark.parametrize(
@@ -457,7 +439,7 @@ def test_refitted_rows_at_any_scale_of_the_gram_matrix(scale):
         one, mask = problem.row(row), worst[row : row + 1]
         if float(one.objective(mask)) > 1.01 * float(found.objective[row]):
             claim = Solution.of(one.as_layer(), mask, status=Status.SWAP_OPTIMAL)
-            refuses(VerificationError, None, verify, one, claim)
+            fails(VerificationError, None, verify, one, claim)
     for wrong in (1e6, float("nan"), 0.0):
         with pytest.raises(VerificationError, match="weights"):
             verify(problem, replace(found, weight=torch.full_like(found.weight, wrong)))
@@ -470,10 +452,10 @@ def test_rows_of_any_scale_but_no_costs_beyond_float64_and_no_subnormal_gram_mat
             verify(problem, solve(problem, "swap"))
     tiny = torch.eye(4, dtype=torch.float64) * 1e-315
     message = r"float64 has few digits; scale it"
-    refuses(ProblemError, message, LayerProblem, torch.ones(1, 4), tiny, HALF)
+    fails(ProblemError, message, LayerProblem, torch.ones(1, 4), tiny, HALF)
     weight, message = ONES.double(), r"a weight of 1e\+160 squared.*scale weight or gram"
     weight[1, 2] = 1e160
-    refuses(ProblemError, message, LayerProblem, weight, EYE, HALF)
+    fails(ProblemError, message, LayerProblem, weight, EYE, HALF)
     weight[1, 2] = 1e150
     problem = LayerProblem(weight, EYE, HALF)
     for name in ("swap", "sdp", "branch"):
@@ -493,7 +475,7 @@ def test_a_certificate_of_many_rows_whose_weights_squared_are_subnormal():
 
 
 @pytest.mark.parametrize("solver", [Relax(), Relax(max_iterations=0), "admm"], ids=str)
-@pytest.mark.parametrize("pattern", [HALF, Unstructured(0.5, per="layer"), NM(2, 4)])
+@pytest.mark.parametrize("pattern", [HALF, Unstructured(0.5, per="layer"), TWO_FOUR])
 def test_weights_beyond_float32_are_pruned_as_others_are(solver, pattern):
     """Scaled by a power of ten: the same masks but for the last bits, so the same objective within them."""
     weight, gram = random_weight(3, 48, 3), random_gram(48, "full", 4).float()
@@ -501,7 +483,121 @@ def test_weights_beyond_float32_are_pruned_as_others_are(solver, pattern):
     for scale in (1.0, 1e-60, 1e30, 1e60):
         update = LeastSquaresUpdate() if solver == "admm" else None
         problem = LayerProblem(weight * scale, gram, pattern, update=update)
-        found = solve(problem, solver)
-        verify(problem, found)
+        found = verified(problem, solver)
         objectives.append(float(found.objective.sum()) / scale**2)
     assert objectives == [pytest.approx(objectives[0], rel=1e-3)] * 4
+
+
+# --- solutions: bounds cut back by rounding alone, files that lie
+LAYER = drawn(2, 8)
+
+
+@pytest.mark.parametrize("unit", [1e-5, 1.0, 1e5])
+def test_a_bound_above_the_objective_by_rounding_is_cut_back_and_no_other(unit):
+    layer = LayerProblem(LAYER.weight * unit, LAYER.gram, LAYER.pattern)
+    mask = solve(layer, "wanda").mask
+    objective = layer.objective(mask)
+    weight = layer.weight.clone()
+    weight[:, :4] = 0
+    free = LayerProblem(weight, layer.gram, layer.pattern)
+    nothing = (torch.arange(8) >= 4).expand(2, 8)
+    rounding = 1e-13 * free.diagonal_mass()
+    for of, masks, bound, expected in (
+        (layer, mask, objective * (1 + 0.5e-6), objective),
+        (layer, mask, objective * (1 + 3e-6), objective * (1 + 3e-6)),
+        (layer, mask, objective * 0.5, objective * 0.5),
+        (layer, mask, -objective, 0 * objective),
+        (free, nothing, 0.5 * rounding, 0 * rounding),
+        (free, nothing, 3 * rounding, 3 * rounding),
+    ):
+        assert torch.equal(Solution.of(of, masks, lower_bound=bound).lower_bound, expected)
+    single = Solution.of(layer, mask, lower_bound=(0.5 * objective).float())
+    assert single.lower_bound.dtype == torch.float64
+
+
+def test_a_row_is_answered_as_a_layer_of_one_and_traces_columns_and_words():
+    row = LAYER.row(1)
+    mask = solve(row, "wanda").mask[0]
+    solution = Solution.of(row, mask, status=[Status.SWAP_OPTIMAL])
+    assert (solution.mask.shape, solution.status) == ((1, 8), (Status.SWAP_OPTIMAL,))
+    assert float(solution.objective) == row.objective(mask)
+    began = time.perf_counter()
+    bound = lower_bound(row, "box")
+    assert 0 < bound.seconds <= time.perf_counter() - began
+    assert torch.equal(bound.value, bound.certificate.check(row))
+    trace, mask = solve(LAYER, "swap").trace, solve(LAYER, "wanda").mask
+    solution = Solution.of(LAYER, mask, trace=trace, trusted=("", "SCIP 10.0"))
+    assert solution.trace is trace
+    assert solution.columns()["trusted"] == ["", "SCIP 10.0"]
+    plain = Solution.of(LAYER, mask)
+    assert (plain.columns()["trusted"], len(plain.columns())) == (["", ""], 5)
+    problem = LayerProblem(torch.ones(2, 3), torch.eye(3), Unstructured(keep=2))
+    found = Solution.of(problem, torch.tensor([[True, True, False]] * 2))
+    assert repr(found) == "Solution(rows=2, objective=2, lower_bound=0, 2 feasible)"
+    bound = repr(lower_bound(problem, "box"))
+    assert bound.startswith("Bound(box, rows=2, value=0.666667 in all, ")
+    # a gap is relative, and 0 where there is nothing to gain
+    objective = torch.tensor([0.0, 0.0, 0.5, 2.0], dtype=torch.float64)
+    bound = torch.tensor([0.0, 1e-13, 0.125, 1.0], dtype=torch.float64)
+    assert relative_gap(objective, bound).tolist() == [0.0, 0.0, 0.75, 0.5]
+    assert [is_bounded(2.0, 0.0), is_bounded(0.0, 0.0), is_bounded(2.0, 1.0)] == [False, True, True]
+    assert is_bounded(1e-300, 0.0, Status.OPTIMAL)
+
+
+def test_what_is_unknown_is_null_in_a_file(tmp_path):
+    """The header is JSON for any reader: it has no NaN."""
+    path = tmp_path / "s.npz"
+    solution = Solution.of(LAYER, solve(LAYER, "wanda").mask)
+    assert math.isnan(solution.seconds)
+    solution.save(path)
+    with np.load(path) as archive:
+        header = json.loads(str(archive["header"]), parse_constant=pytest.fail)
+    assert header["seconds"] is None
+    assert math.isnan(Solution.load(path).seconds)
+    replace(solution, seconds=2.5).save(path)
+    assert Solution.load(path).seconds == 2.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "kinds"),
+    [
+        ({"seconds": 10**400}, {}), ({"seconds": "long"}, {}), ({"seconds": []}, {}),
+        ({"status": None}, {}), ({"status": ["feasible", "perfect"]}, {}), ({"trusted": 3}, {}),
+        ({"trace.winner": []}, {}), ({"trace.nodes": 3}, {}), ({"trace.nodes": {}}, {}),
+        *(({}, {what: kind}) for kind in (">f8", "U1")
+          for what in ("mask", "objective", "lower_bound", "certificate.point")),
+    ],
+    ids=lambda changes: str(changes)[:40],
+)  # fmt: skip
+def test_a_forged_file_is_named(changes, kinds, tmp_path):
+    solve(LAYER, "relax" if kinds else "wanda").save(tmp_path / "s.npz")
+    header, arrays = read_arrays(tmp_path / "s.npz", "solution")
+    header = {k: v for k, v in header.items() if k not in ("format", "kind")} | changes
+    arrays |= {name: arrays[name].astype(kind) for name, kind in kinds.items()}
+    write_arrays(tmp_path / "f.npz", "solution", header, arrays)
+    with pytest.raises(ProblemError, match=r"f\.npz: not a sound" + " solution" * bool(changes)):
+        Solution.load(tmp_path / "f.npz")
+
+
+def test_a_bound_takes_as_many_inputs_as_it_says(monkeypatch):
+    monkeypatch.setattr(ConicBound, "unavailable", classmethod(lambda cls: None))
+    box = lower_bound(LAYER, "box")
+    monkeypatch.setattr(ConicBound, "certify", lambda *_: (box.certificate, box.trace))
+    monkeypatch.setattr(ConicBound, "largest_n", 8)
+    assert torch.equal(lower_bound(LAYER, "sdp-conic").value, box.value)
+    gap = box.gap(LAYER.objective(solve(LAYER, "wanda").mask).float())
+    assert gap.dtype == torch.float64
+    monkeypatch.setattr(ConicBound, "largest_n", 7)
+    fails(SolverError, "takes at most 7 inputs, the row has 8", lower_bound, LAYER, "sdp-conic")
+
+
+def test_parts_of_a_layer_are_joined_with_what_they_found():
+    problem = drawn(7, 16, seeds=(3, 4))
+    parts = [solve(problem.take(rows), "swap") for rows in (slice(0, 3), slice(3, 7))]
+    joined, whole = Solution.joined(parts), solve(problem, "swap")
+    assert torch.equal(joined.mask, whole.mask)
+    assert joined.status == whole.status
+    assert joined.trace.swaps.tolist() == whole.trace.swaps.tolist()
+    ends = torch.cat([part.trace.history[:, -1] for part in parts])
+    assert torch.equal(joined.trace.history[:, -1], ends)
+    verify(problem, joined)

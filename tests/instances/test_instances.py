@@ -12,24 +12,18 @@ import pytest
 import torch
 from commands import run
 from diversity import RECIPES, diversity
+from forging import fails
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import KINDS, random_gram, random_weight
+from strategies import KINDS, TWO_FOUR, drawn, legal_masks, random_gram, random_weight, verified
 
-from maskopt import (
-    NM,
-    LayerProblem,
-    LeastSquaresUpdate,
-    LinearTerm,
-    RowProblem,
-    Unstructured,
-    lower_bound,
-    verify,
-)
+from maskopt import LayerProblem, LeastSquaresUpdate, RowProblem, Unstructured, verify
+from maskopt.core.linear_term import LinearTerm
 from maskopt.core.structure import change, refit_inputs, structure_problem
 from maskopt.core.units import ObjectiveTransform
 from maskopt.errors import OptionError, PatternError, ProblemError, VerificationError
 from maskopt.instances.formats import load_problem, save_problem
+from maskopt.protocol.bounds import lower_bound
 from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.solver import make_solver, solve
 
@@ -88,9 +82,8 @@ def penalised(penalty):
 def test_what_is_called_optimal_is_so_in_the_units_of_the_problem(name, penalty):
     problem, known = penalised(penalty), penalised(1e3)
     best = known.value(float(solve(known, "exhaustive").objective[0]))
-    found = solve(problem, name)
+    found = verified(problem, name)
     posed = problem.to_original_units(float(found.objective[0]), float(found.lower_bound[0]))
-    verify(problem, found)
     assert posed.value == pytest.approx(best, rel=1e-6 + 1e-15 * penalty)
     if found.status[0] is Status.OPTIMAL:
         assert posed.gap <= 1e-6
@@ -102,9 +95,8 @@ def test_one_element_that_must_not_be_chosen_hides_nothing():
     u = u @ u.T
     u[0, 0] = 1e15
     row = RowProblem.from_quadratic(u, cardinality=4)
-    found = solve(row, "branch")
+    found = verified(row, "branch")
     assert found.status == (Status.OPTIMAL,)
-    verify(row, found)
     least = min(values_of(u, 4).values())
     assert row.value(float(found.objective)) == pytest.approx(least, rel=1e-6)
     whole = np.diag([1.0, 2, 3, 4])
@@ -116,9 +108,7 @@ def test_one_element_that_must_not_be_chosen_hides_nothing():
 def test_a_worse_mask_is_not_optimal_however_large_the_penalties_are():
     problem = penalised(1e6)
     layer, best = problem.as_layer(), solve(problem, "exhaustive")
-    sets = itertools.combinations(range(10), 3)
-    masks = (torch.tensor([[j not in chosen for j in range(10)]]) for chosen in sets)
-    costs = {float(layer.objective(mask)): mask for mask in masks}
+    costs = {float(layer.objective(mask[None])): mask for mask in legal_masks(layer)}
     worse = sorted(costs)[1]
     assert 1e-3 < worse - float(best.objective[0]) < 1e-6 * worse  # part of f it is nothing
     claim = Solution.of(layer, costs[worse], status=Status.OPTIMAL, lower_bound=best.lower_bound)
@@ -129,8 +119,7 @@ def test_a_worse_mask_is_not_optimal_however_large_the_penalties_are():
         (word, "a mask of objective"),
         (low, "objective: row 0 states"),
     ):
-        with pytest.raises(VerificationError, match=message):
-            verify(problem, solution)
+        fails(VerificationError, message, verify, problem, solution)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -141,9 +130,8 @@ def test_the_farthest_elements_are_found_bounded_from_above_written_and_read(rec
     assert not np.diagonal(distance).any()
     best = max(values_of(distance / 2, 4).values())
     for name in ("branch", "scip", "tabu", "portfolio"):
-        solution = solve(problem, name)
+        solution = verified(problem, name)
         assert problem.value(float(solution.objective[0])) == pytest.approx(best), name
-        verify(problem, solution)
     assert solve(problem, "branch").status == (Status.OPTIMAL,)
     for cuts in (0, 2):
         bound = problem.value(float(lower_bound(problem, "sdp", cuts=cuts).value[0]))
@@ -158,32 +146,9 @@ CLUSTER = "5 3 4\n1 2 0.500000\n2 3 0.5\n1 3 0.5\n4 5 0.5\n"
 RUDY = "4 3\n1 2 3\n2 3 -1\n3 4 2.5\n"
 DIVERSITY = "4 2\n0 1 1.5\n0 2 7.25\n0 3 2\n1 2 3\n1 3 4\n2 3 5\n"
 QPLIB = (
-    """! a comment
-toy # its name
-QBL
-maximize
-3 # variables
-1 # constraint
-3 # quadratic terms
-1 1 2.0
-2 1 -1.0
-3 2 4
-0.5 # default linear
-1
-3 -1
-10 # constant
-3
-1 1 2
-1 2 2
-1 3 2
-1e30
-4 # left
-0
-0
-1
-1 4
-"""
-    + "0\n" * 8
+    "! a comment\ntoy # its name\nQBL\nmaximize\n3 # variables\n1 # constraint\n"
+    "3 # quadratic terms\n1 1 2.0\n2 1 -1.0\n3 2 4\n0.5 # default linear\n1\n3 -1\n"
+    "10 # constant\n3\n1 1 2\n1 2 2\n1 3 2\n1e30\n4 # left\n0\n0\n1\n1 4\n" + "0\n" * 8
 )
 TEXTS = {"dat": CLUSTER, "mc": RUDY, "mdp": DIVERSITY, "qplib": QPLIB}
 
@@ -228,8 +193,7 @@ def test_what_is_written_is_the_same_problem(tmp_path, kind, ending):
     problem = read(tmp_path, f"a.{kind}", TEXTS[kind], 2 if kind == "mc" else None)
     target = tmp_path / f"again.{ending}"
     if kind == "qplib" and ending not in ("qplib", "npz"):
-        with pytest.raises(ProblemError, match=r"take \.qplib"):
-            save_problem(problem, target)
+        fails(ProblemError, r"take \.qplib", save_problem, problem, target)
         return
     save_problem(problem, target)
     again = load_problem(target, problem.as_layer().pruned if ending == "mc" else None)
@@ -243,19 +207,18 @@ def test_what_is_written_is_the_same_problem(tmp_path, kind, ending):
 
 
 def test_a_row_of_a_layer_is_written_for_qplib_alone(tmp_path):
-    row = RowProblem(random_weight(1, 8, 1)[0], random_gram(8, "full", 2), Unstructured(keep=3))
+    row = drawn(1, 8, pattern=Unstructured(keep=3)).row(0)
     save_problem(row, tmp_path / "row.qplib")
     again = load_problem(tmp_path / "row.qplib")
     assert best(row)[0] == pytest.approx(best(again)[0])
-    other = RowProblem(row.weight, row.gram, NM(keep=2, of=4))
+    other = RowProblem(row.weight, row.gram, TWO_FOUR)
     for problem, ending, message in (
         *((row, ending, "to be minimised") for ending in ("dat", "mc", "mdp")),
         (other, "qplib", "one set of a given size"),
         (row.with_update(LeastSquaresUpdate(0.1)), "qplib", "one set of a given size"),
         (row, "xyz", "no known format"),
     ):
-        with pytest.raises(ProblemError, match=message):
-            save_problem(problem, tmp_path / f"row.{ending}")
+        fails(ProblemError, message, save_problem, problem, tmp_path / f"row.{ending}")
 
 
 def cluster(old, new):
@@ -298,8 +261,7 @@ def qplib(old, new):
     ],
 )
 def test_what_does_not_map_is_refused_with_the_reason(tmp_path, file, reason):
-    with pytest.raises(ProblemError, match=f"{file[0]}: .*{reason}"):
-        read(tmp_path, *file)
+    fails(ProblemError, f"{file[0]}: .*{reason}", read, tmp_path, *file)
 
 
 @pytest.mark.parametrize(
@@ -346,8 +308,7 @@ NO_UNITS = ((2, 0, 0), (1, np.nan, 0), (1, 0, "a"), (-1, 10**400, 0.0))
 )  # fmt: skip
 def test_bad_calls_are_named(tmp_path, call, message):
     (tmp_path / "bytes.dat").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ProblemError, match=message):
-        call(tmp_path)
+    fails(ProblemError, message, call, tmp_path)
 
 
 def test_a_graph_on_the_command_line(tmp_path):
@@ -369,12 +330,8 @@ def test_a_graph_on_the_command_line(tmp_path):
     shift = load_problem(graph).as_layer().units.shift * 3
     assert f"value = −(objective − {shift:g}) + 0" in " ".join(said.split())
     # the instance is not overwritten with what comes of it
-    written = (
-        ("solve", graph, "--output"),
-        ("solve", graph, "--prove", "--output"),
-        ("export", graph),
-    )
-    for words in written:
+    solved = ("solve", graph, "--output"), ("solve", graph, "--prove", "--output")
+    for words in (*solved, ("export", graph)):
         message = run(*words, graph, "--overwrite", fails=OptionError)
         assert "is the instance itself" in message
     assert graph.read_text() == CLUSTER
@@ -415,24 +372,19 @@ def test_a_bound_of_whole_numbers_is_one_of_them_and_nothing_can_be_refitted(tmp
     solution = solve(problem, "swap")
     verify(problem, replace(solution, lower_bound=bound.value, certificate=bound.certificate))
     message = "has no weights to update"
-    with pytest.raises(ProblemError, match=message):
-        problem.with_update(LeastSquaresUpdate())
+    fails(ProblemError, message, problem.with_update, LeastSquaresUpdate())
     assert problem.with_update(None).value(0.0) == problem.value(0.0)
     units = problem.as_layer().units
-    with pytest.raises(ProblemError, match=message):
-        RowProblem(
-            problem.weight, problem.gram, problem.pattern, update=LeastSquaresUpdate(), units=units
-        )
+    parts = problem.weight, problem.gram, problem.pattern
+    fails(ProblemError, message, RowProblem, *parts, update=LeastSquaresUpdate(), units=units)
     words = ("--update", "least-squares", "--solvers", "swap", "--output", tmp_path / "o.csv")
     assert message in run("compare", tmp_path / "a.dat", *words, fails=ProblemError)
 
 
 def test_the_constant_of_a_row_that_prunes_nothing_is_written(tmp_path):
-    linear, ones = (
-        LinearTerm(torch.ones(1, 6).double(), torch.tensor([50.0])),
-        torch.ones(6).double(),
-    )
-    row = RowProblem(ones, 9 * torch.eye(6).double(), Unstructured(keep=6), linear=linear)
+    linear = LinearTerm(torch.ones(1, 6).double(), torch.tensor([50.0]))
+    gram = 9 * torch.eye(6).double()
+    row = RowProblem(torch.ones(6).double(), gram, Unstructured(keep=6), linear=linear)
     assert float(row.objective(torch.ones(6, dtype=torch.bool))) == row.value(50.0) == 50
     save_problem(row, tmp_path / "z.qplib")
     again = load_problem(tmp_path / "z.qplib")
@@ -486,13 +438,12 @@ def test_groups_may_lie_anywhere_and_scaling_and_order_do_not_matter():
     assert torch.equal(masks[1], masks[0])
     assert torch.equal(masks[2], masks[0][order])
     # a layer of one row is the row
-    weight, gram = random_weight(1, 10, 5), random_gram(10, "outliers", 6)
-    one = structure_problem(weight, gram, Unstructured(keep=4))
-    row = LayerProblem(weight, gram, Unstructured(keep=4)).row(0)
+    row = drawn(1, 10, "outliers", Unstructured(keep=4), (5, 6)).row(0)
+    one = structure_problem(row.weight[None], row.gram, row.pattern)
     torch.testing.assert_close(one.q(), row.q().double())
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(keep=6), NM(keep=2, of=4)], ids=str)
+@pytest.mark.parametrize("pattern", [Unstructured(keep=6), TWO_FOUR], ids=str)
 def test_everything_that_solves_and_proves_rows_does_so_here(pattern):
     weight, gram = random_weight(20, 24, 3), random_gram(24, "low-rank", 4)
     problem = structure_problem(weight, gram, pattern, groups=torch.arange(24) // 2)
@@ -513,9 +464,8 @@ def test_refitted_inputs_solve_the_least_squares_of_every_row(kind, seed, dampin
     kept = torch.rand(9, generator=torch.Generator().manual_seed(seed)) < 0.6
     kept[0] = True
     new = refit_inputs(weight, gram, kept, LeastSquaresUpdate(damping))
-    problem = LayerProblem(
-        weight, gram, Unstructured(keep=int(kept.sum())), update=LeastSquaresUpdate(damping)
-    )
+    pattern = Unstructured(keep=int(kept.sum()))
+    problem = LayerProblem(weight, gram, pattern, update=LeastSquaresUpdate(damping))
     expected = change(problem.weights(kept.expand(4, 9)), weight, gram)
     assert bool((new[:, ~kept] == 0).all())
     own = change(torch.where(kept, weight.double(), 0.0), weight, gram)
@@ -536,5 +486,4 @@ def test_refitted_inputs_solve_the_least_squares_of_every_row(kind, seed, dampin
 )
 def test_what_does_not_fit_is_refused(shape, groups, keep, error, said):
     index, pattern = groups and torch.tensor(groups), Unstructured(keep=keep)
-    with pytest.raises(error, match=said):
-        structure_problem(torch.ones(shape), torch.eye(4), pattern, groups=index)
+    fails(error, said, structure_problem, torch.ones(shape), torch.eye(4), pattern, groups=index)

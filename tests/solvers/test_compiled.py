@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from forging import fails
 
 from maskopt.cli.console import show_compiling
 from maskopt.solvers import compiled
@@ -48,8 +49,7 @@ def test_where_nothing_can_be_kept_loops_are_compiled_all_the_same(tmp_path, mon
     """Numba's own place beside the source serves, where that can be written to."""
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file"))
-    with pytest.raises(OSError, match="file"):
-        compiled._kept_by_source(twice)
+    fails(OSError, "file", compiled._kept_by_source, twice)
     assert compiled.loop()(twice)(2.0) == 4.0
 
 
@@ -92,7 +92,5 @@ def test_ctrl_c_inside_a_loop_is_no_system_error_and_parts_are_not_called(monkey
     matrix, row, state = np.eye(4), np.ones(4), np.full(4, -1, dtype=np.int8)
     assert len(_gather(matrix, row, row, 0.0, state, np.arange(4))) == 3
     monkeypatch.setattr("numba.core.serialize._unpickled_memo", Interrupted())
-    with pytest.raises(KeyboardInterrupt):
-        _gather(matrix, row, row, 0.0, state, np.arange(4))
-    with pytest.raises(TypeError, match="part of compiled loops"):
-        sort(np.zeros(3), 0, 3)
+    fails(KeyboardInterrupt, None, _gather, matrix, row, row, 0.0, state, np.arange(4))
+    fails(TypeError, "part of compiled loops", sort, np.zeros(3), 0, 3)

@@ -10,9 +10,8 @@ import torch
 from certificates import claimed
 from hypothesis import given
 from hypothesis import strategies as st
-from local_search import drawn
 from scipy.optimize import minimize
-from strategies import KINDS, graph, random_gram, random_weight
+from strategies import KINDS, TWO_FOUR, drawn, graph, random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Status, Unstructured, lower_bound, solve, verify
 from maskopt.certificates.certificate import NO_INPUT, OF_Z0, Cuts, check_cuts, cut_form
@@ -36,7 +35,6 @@ SIGNS = (-1.0, 1.0)
 
 
 def correlations(n, rank, seed):
-    """As a relaxation has them: of vectors of few dimensions."""
     v = np.random.default_rng(seed).normal(size=(n, rank))
     v /= np.linalg.norm(v, axis=1, keepdims=True)
     return v @ v.T
@@ -121,7 +119,7 @@ def test_the_pairs_of_triangles_and_their_sparse_matrix(seed, n, most):
         assert across == -1 if j == n else both[across] == (j, i)
 
 
-@pytest.mark.parametrize("pattern", [SPARSE, NM(keep=2, of=4)])
+@pytest.mark.parametrize("pattern", [SPARSE, TWO_FOUR])
 def test_cuts_close_a_good_part_of_the_gap(pattern):
     problem = drawn(8, 20, "low-rank", pattern, (3, 4))
     exact = solve(problem, "exhaustive").objective
@@ -167,7 +165,6 @@ def worth(pool, z):
 
 
 def cuts_of(pool, n):
-    """As a certificate has them."""
     index = np.select([pool.index == n, pool.index == ABSENT], [OF_Z0, NO_INPUT], pool.index)
     return Cuts(torch.tensor(index), torch.tensor(pool.sign), torch.tensor(pool.tau))
 
@@ -177,7 +174,6 @@ def nothing(q):
 
 
 def hollow(n, random):
-    """Symmetric, with nothing on the diagonal."""
     c = random.normal(size=(n, n))
     c = c + c.T
     np.fill_diagonal(c, 0)
@@ -230,7 +226,7 @@ def test_inequalities_of_fixed_inputs_become_those_of_z0(inputs):
     assert _below(kept, np.full(n, -1, dtype=np.int8)).tau.tolist() == kept.tau.tolist()
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(keep=10), NM(keep=2, of=4)], ids=str)
+@pytest.mark.parametrize("pattern", [Unstructured(keep=10), TWO_FOUR], ids=str)
 def test_a_form_is_convex_and_tighter_than_without_triangles(pattern):
     n, problem = 20, drawn(1, 20, pattern=pattern)
     q, group = problem.row(0).q().numpy(), np.arange(n) // problem.group_size

@@ -1,33 +1,56 @@
-"""Branch and bound of our own, of kept and of refitted weights: what a node bounds and fixes; and inputs that
-may be exchanged, of which a tree looks at one order, and the check of its proof knows why."""
+"""Branch and bound of our own, of kept and of refitted weights: what a node bounds and fixes; inputs that may
+be exchanged, of which a tree looks at one order; SCIP's formulations, certificates, and what bounds fix
+before it begins: nothing that a better mask has otherwise."""
 
+import dataclasses
 import itertools
 
 import numpy as np
+import pyscipopt
 import pytest
 import torch
+from forging import fails
 from hypothesis import given
-from local_search import floor
-from strategies import problems, random_gram, random_weight, refit_layer
+from strategies import HALF, TWO_FOUR, drawn, floor, legal_masks, problems, refit_layer, verified
 
-from maskopt import NM, LayerProblem, RowProblem, Status, Unstructured, solve, verify
+from maskopt import LayerProblem, Limits, RowProblem, Status, Unstructured, solve, verify
 from maskopt.certificates.proof_check import check_proof
-from maskopt.errors import VerificationError
+from maskopt.errors import OptionError, VerificationError
+from maskopt.protocol.bounds import lower_bound
+from maskopt.protocol.solver import WritesInstances, make_solver
+from maskopt.solvers import Scip
 from maskopt.solvers.convex.triangles import Pool
 from maskopt.solvers.exact import rows
-from maskopt.solvers.exact.tasks import RowTask
+from maskopt.solvers.exact.incumbent import with_incumbent
+from maskopt.solvers.exact.rows import assemble
+from maskopt.solvers.exact.scip import FORMULATIONS
+from maskopt.solvers.exact.tasks import RowAnswer, RowTask
 from maskopt.solvers.exact.tree import least_squares
 from maskopt.solvers.exact.tree.convexify import free_part, multipliers, qcr_duals, start_vectors
 from maskopt.solvers.exact.tree.node import in_order, put_in_order, twins_of
 from maskopt.solvers.exact.tree.pentagons import PLACES
+from maskopt.solvers.exact.tree.probing import probe
 from maskopt.solvers.exact.tree.quadratic import QuadraticTree
 from maskopt.solvers.exact.tree.relaxation import Plan, Relaxed
 
+SIXTY, OPTIMAL = Unstructured(sparsity=0.6), (Status.OPTIMAL,)
+close = torch.testing.assert_close
 SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("low-rank", "duplicates")]
 
 
-def layer(n, seed=1):
-    return LayerProblem(random_weight(1, n, seed), random_gram(n, "full", 2), Unstructured(0.6))
+def layer(n, seed=1, rows=1):
+    return drawn(rows, n, pattern=SIXTY, seeds=(seed, 2))
+
+
+def task_of(problem, row=0):
+    group, pruned, row = problem.group_size, problem.pruned_per_group, problem.row(row)
+    start = np.arange(problem.n) % group < pruned
+    return RowTask(row.q().numpy(), group, pruned, start, values=row.values())
+
+
+def pruned_sets(problem):
+    """Every legal p, bool [masks, n]."""
+    return ~legal_masks(problem).numpy()
 
 
 def test_the_multipliers_of_a_node_are_semidefinite_and_tighten_it():
@@ -65,17 +88,15 @@ def test_the_multipliers_of_a_node_are_semidefinite_and_tighten_it():
     assert np.array_equal(after, vectors)
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.6), NM(keep=2, of=4)], ids=str)
+@pytest.mark.parametrize("pattern", [SIXTY, TWO_FOUR], ids=str)
 @pytest.mark.parametrize("kind", ["full", "outliers", *SLOW])
 def test_a_node_is_bounded_and_fixed_validly(pattern, kind):
     """Against all masks below random nodes, with the multipliers of the root and with the node's own."""
-    n = 12
-    problem = LayerProblem(random_weight(1, n, 9), random_gram(n, kind, 3), pattern)
-    q, group, pruned = problem.row(0).q().numpy(), problem.group_size, problem.pruned_per_group
-    legal = np.array(list(itertools.product((0, 1), repeat=n)), dtype=float)
-    legal = legal[(legal.reshape(-1, n // group, group).sum(2) == pruned).all(1)]
+    n, problem = 12, drawn(1, 12, kind, pattern, (9, 3))
+    legal = np.unique(pruned_sets(problem), axis=0).astype(float)
+    task = dataclasses.replace(task_of(problem), start=legal[0] > 0)
+    q, group, pruned = task.q, task.group, task.pruned
     costs = np.einsum("si,ij,sj->s", legal, q, legal)
-    task = RowTask(q=q, group=group, pruned=pruned, start=legal[0].astype(bool))
     duals = qcr_duals(task)
     searched, random = QuadraticTree(task, duals), np.random.default_rng(0)
     fixings = tight = cuts = 0
@@ -125,7 +146,7 @@ def test_float32_and_turns_that_end_early_cost_no_proof(monkeypatch):
         problem = refit_layer(rows=2, n=14, **how)
         found, best = solve(problem, "branch", workers=0), solve(problem, "exhaustive")
         assert set(found.status) == {Status.OPTIMAL}
-        torch.testing.assert_close(found.objective, best.objective, rtol=1e-6, atol=1e-12)
+        close(found.objective, best.objective, rtol=1e-6, atol=1e-12)
         monkeypatch.setattr(least_squares, "_TURNS", 1)
 
 
@@ -188,15 +209,18 @@ def test_graphs_of_twins_take_few_nodes_and_are_checked(cardinality):
     assert int(solution.trace.nodes[0]) < 30
 
 
+def copies(gram, times, pattern=HALF):
+    """A row of ones, of so many copies of each input."""
+    gram = gram.repeat_interleave(times, 0).repeat_interleave(times, 1)
+    return LayerProblem(torch.ones(1, len(gram), dtype=torch.float64), gram, pattern)
+
+
 def test_copies_of_inputs_on_both_patterns():
     x = torch.randn(40, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    x = x.repeat_interleave(2, 1)
-    weight = torch.ones(1, 16, dtype=torch.float64)
-    for pattern in (Unstructured(sparsity=0.5), NM(2, 4)):
-        problem = LayerProblem(weight, x.T @ x, pattern)
+    for pattern in (HALF, TWO_FOUR):
+        problem = copies(x.T @ x, 2, pattern)
         solution = solve(problem, "branch", proof=True)
-        exact = solve(problem, "exhaustive").objective
-        torch.testing.assert_close(solution.objective, exact)
+        close(solution.objective, solve(problem, "exhaustive").objective)
         assert verify(problem, solution, require="checked").checked
 
 
@@ -214,3 +238,153 @@ def test_a_tree_of_twins_does_not_serve_a_row_whose_inputs_are_none():
     except VerificationError:
         proven = 0.0
     assert proven <= best
+
+
+# --- SCIP
+@pytest.mark.parametrize("formulation", FORMULATIONS)
+@pytest.mark.parametrize("pattern", [HALF, pytest.param(TWO_FOUR, marks=pytest.mark.slow)], ids=str)
+def test_every_formulation_proves_the_same_optimum(formulation, pattern):
+    for kind in ("full", "duplicates"):
+        problem = drawn(1, 12, kind, pattern, (4, 3))
+        solution = verified(problem, "scip", formulation=formulation, workers=0)
+        close(solution.objective, solve(problem, "exhaustive").objective, rtol=1e-6, atol=1e-12)
+        assert solution.status == OPTIMAL
+
+
+def test_symmetric_and_separable_rows_are_presolved():
+    diagonal = drawn(3, 30, "diagonal")
+    solution = solve(diagonal, "scip", workers=0)
+    assert (solution.trace.ended, solution.status) == (("presolved",) * 3, OPTIMAL * 3)
+    assert torch.allclose(solution.objective, solve(diagonal, "wanda").objective)
+    # by a certificate, SCIP is not trusted
+    assert verify(diagonal, solution, require="checked").checked
+    # ten copies of each of three inputs: without symmetry breaking a tree of 10!³ twins
+    few = drawn(1, 3, seeds=(1, 5)).gram
+    solution = solve(copies(few, 10), "scip")
+    assert solution.status == OPTIMAL
+    counts = [(a, b, 15 - a - b) for a in range(11) for b in range(11) if 0 <= 15 - a - b <= 10]
+    best = min(float(torch.tensor(k).double() @ few @ torch.tensor(k).double()) for k in counts)
+    assert float(solution.objective[0]) == pytest.approx(best, rel=1e-6)
+
+
+def test_qcr_starts_from_the_semidefinite_bound():
+    problem = drawn(1, 30, "low-rank", SIXTY, (2, 3))
+    plain = solve(problem, "scip", formulation="factored")
+    convexified = solve(problem, "scip")
+    assert convexified.status == plain.status == OPTIMAL
+    assert float(convexified.objective[0]) == pytest.approx(float(plain.objective[0]), rel=1e-6)
+    certified = float(lower_bound(problem, "sdp").value[0])
+    assert convexified.trace.root_bound[0] >= certified * (1 - 1e-9)
+    assert 0 < certified <= float(plain.objective[0])
+
+
+def test_scip_is_trusted_for_what_scip_itself_added():
+    problem = layer(40)
+    first = solve(problem, "scip", node_limit=1, presolve=False)
+    assert first.trusted == (f"SCIP {pyscipopt.Model().version()}",)
+    assert verify(problem, first).basis == (f"trusted: {first.trusted[0]}",)
+    problem = layer(24, rows=3)
+    tasks = [task_of(problem, row) for row in range(3)]
+    answers = [RowAnswer(task.start, "timelimit") for task in tasks]
+    duals = qcr_duals(tasks[1])
+    own = {"certificate": duals.certificate, "certified": duals.certified}
+    answers[1] = dataclasses.replace(answers[1], bound=duals.certified, **own)
+    answers[2] = dataclasses.replace(answers[2], bound=0.01 * tasks[2].cost(tasks[2].start))
+    solution = assemble(problem, answers, "SCIP 10.0")
+    assert (solution.trusted, solution.lower_bound[0]) == (("", "", "SCIP 10.0"), 0)
+    assert float(solution.lower_bound[1]) == pytest.approx(duals.certified, rel=1e-9)
+    assert verify(problem, solution).basis == ("checked", "checked", "trusted: SCIP 10.0")
+
+
+def test_limits_beyond_those_of_scip_are_none_and_instances_of_another_kind_are_refused(tmp_path):
+    limits = {"time_limit": 1e300, "row_seconds": 1e300, "node_limit": 10**20}
+    assert solve(layer(12), "scip", memory_limit=10**40, **limits).status == OPTIMAL
+    row, solver = layer(8).row(0), Scip()
+    assert isinstance(solver, WritesInstances)
+    assert not isinstance(make_solver("wanda"), WritesInstances)
+    for bad in ({"form": "txt"}, {"formulation": "qcr"}, {"form": "mps"}):
+        fails(OptionError, None, solver.write_instance, row, tmp_path / "row", **bad)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- presolve of our own
+class Blind(QuadraticTree):
+    """Never finds a better mask than the one that it began with."""
+
+    def _round(self, point, state):
+        pass
+
+
+@given(problems(max_n=12, max_rows=1))
+def test_every_mask_below_the_cutoff_has_what_was_fixed(problem):
+    """From a bad incumbent, which leaves many masks below it."""
+    task = task_of(problem)
+    if not 0 < task.pruned < task.group or task.cost(task.start) <= task.noise:
+        return
+    tree = Blind(task, qcr_duals(task))
+    found = probe(tree)
+    free = np.flatnonzero(found.state < 0)
+    for p in pruned_sets(problem):
+        if task.cost(p) < found.cutoff and in_order(p.astype(np.int8), tree.twins):
+            assert found.allows(p)
+            # a single mask that is left would have been kept, were this tree not blind
+            if len(free):
+                assert task.cost(p) >= found.bound - 1e-9 * task.cost(task.start)
+    same = np.arange(problem.n) // task.group
+    a = task.q + np.diag(found.lam) + tree.mu * (same[:, None] == same[None, :])
+    least = np.linalg.eigvalsh(a[np.ix_(free, free)]).min(initial=0.0)
+    assert least >= -1e-9 * max(np.abs(a).max(), 1e-300)
+
+
+def test_twins_are_fixed_in_order():
+    x = torch.randn(30, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    problem = copies(x.T @ x, 2)
+    task = task_of(problem)
+    tree = QuadraticTree(task, qcr_duals(task))
+    assert [known.tolist() for known in tree.twins] == [[i, i + 1] for i in range(0, 12, 2)]
+    assert in_order(probe(tree).state, tree.twins)
+    solution = verified(problem, "scip", workers=0)
+    assert in_order((~solution.mask[0].numpy()).astype(np.int8), tree.twins)
+    close(solution.objective, solve(problem, "exhaustive").objective)
+    assert solution.status == OPTIMAL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("misleading", [False, True])
+def test_scip_has_what_is_left(monkeypatch, misleading):
+    """The search sees the free inputs alone, also where the incumbent is not among what is allowed."""
+    problem, seen = layer(48), []
+
+    solved = Scip._solved
+
+    def watched(solver, task, known):
+        if misleading:  # as of a mask below the incumbent, of which there is none
+            state = known.probed.state.copy()
+            state[np.flatnonzero(state >= 0)[0]] ^= 1
+            known = known._replace(probed=known.probed._replace(state=state))
+        seen.append((task, known.probed))
+        return solved(solver, task, known)
+
+    monkeypatch.setattr(Scip, "_solved", watched)
+    solution = solve(problem, "scip", workers=0)
+    ((task, probed),) = seen
+    assert 0 < (probed.state < 0).sum() < problem.n
+    assert probed.allows(task.start) is not misleading
+    assert solution.status == OPTIMAL
+    assert solution.trusted[0].startswith("presolve of maskopt and SCIP ")
+    close(solution.objective, solve(problem, "branch").objective)
+
+
+def test_no_time_leaves_everything_free_and_a_whole_number_below_the_incumbent_is_no_gap():
+    task = with_incumbent(task_of(layer(40)))
+    tree = QuadraticTree(task, qcr_duals(task))
+    tree.task = dataclasses.replace(task, limits=Limits(seconds=0).begin())
+    found = probe(tree)
+    assert (found.state.tolist(), found.bound) == (tree.start.state.tolist(), tree.start.bound)
+    graph = np.triu(np.random.default_rng(3).random((24, 24)) < 0.5, 1)
+    edges = (graph + graph.T).astype(float)
+    problem = RowProblem.from_quadratic(edges, cardinality=8, maximise=True)
+    solution, ours = solve(problem, "scip"), solve(problem, "branch")
+    assert solution.status == OPTIMAL
+    assert float(solution.lower_bound[0]) == float(solution.objective[0])
+    assert problem.value(float(solution.objective[0])) == problem.value(float(ours.objective[0]))

@@ -1,6 +1,6 @@
-"""What all exact solvers share: one deadline for all rows, and no belief in a self-contradiction; what the
-crash of a worker process costs; and that an interrupt leaves the incumbent and the bound of all open nodes,
-and ends what goes on from a search."""
+"""Exact backends, of kept and of refitted weights, agree with enumeration and are honest at every limit; one
+deadline for all rows, no belief in a self-contradiction; what a crash of a worker costs; an interrupt leaves
+the incumbent and the bound of all open nodes, and ends what goes on from a search."""
 
 import errno
 import heapq
@@ -16,26 +16,32 @@ from dataclasses import replace
 from importlib import import_module
 from pickle import PicklingError
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import joblib
 import numpy as np
 import pytest
 import torch
 from commands import import_path
+from forging import fails
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from outputs import contents
-from strategies import random_gram, random_weight
+from strategies import HALF, KINDS, TWO_FOUR, drawn, floor, problems, refit_layer, verified
 from tiny_models import tokens
 from worker_tasks import die_on_seven, lie
 
 import maskopt
-from maskopt import LayerProblem, Limits, Status, Unstructured, prune_model, solve, verify
-from maskopt.errors import OptionError, SolverError
+from maskopt import NM, LayerProblem, Limits, Status, Unstructured, prune_model, solve, verify
+from maskopt.core.least_squares import LeastSquaresUpdate
+from maskopt.errors import OptionError, SolverError, SolverUnavailableError
 from maskopt.experiments.jobs import as_they_finish
 from maskopt.models.evaluation.bound import bound_layers
 from maskopt.models.options.prune import PruneOptions
 from maskopt.models.pruning.solving import solve_layer
+from maskopt.protocol.bounds import lower_bound
 from maskopt.protocol.solver import available_solvers, make_solver
-from maskopt.solvers.exact import exhaustive, incumbent, rows, workers
+from maskopt.solvers.exact import exhaustive, gurobi, incumbent, rows, workers
 from maskopt.solvers.exact.rows import assemble, run_rows
 from maskopt.solvers.exact.tasks import RowAnswer, RowTask
 from maskopt.solvers.exact.tree import quadratic, search
@@ -44,23 +50,28 @@ from maskopt.solvers.exact.workers import WorkerCrash, run_tasks
 NAMES = ("branch", "scip", "gurobi", "highs")
 MODULES = {name: import_module(f"maskopt.solvers.exact.{name}") for name in NAMES}
 SOLVERS = {name: getattr(module, name.title()) for name, module in MODULES.items()}
+SIXTY, OPTIMAL = Unstructured(sparsity=0.6), {Status.OPTIMAL}
 FEASIBLE, LATE = (Status.FEASIBLE,) * 3, ("timelimit",) * 3
 TREES = pytest.mark.parametrize("solver", ["branch", "scip"])
 
 
 @pytest.fixture(params=NAMES)
 def name(request):
-    info = available_solvers()[request.param]
+    return asked(request.param)
+
+
+def asked(name):
+    info = available_solvers()[name]
     if not info.available:
         pytest.skip(info.unavailable)
-    return request.param
+    return name
 
 
-def layer(n=14, rows=3, kind="full", sparsity=0.5):
-    return LayerProblem(random_weight(rows, n, 1), random_gram(n, kind, 2), Unstructured(sparsity))
+def layer(n=14, rows=3, kind="full", pattern=HALF, seed=1):
+    return drawn(rows, n, kind, pattern, (seed, seed + 1))
 
 
-HARD = layer(64, 1, sparsity=0.6)
+HARD = layer(64, 1, pattern=SIXTY)
 
 
 def tasks_of(problem):
@@ -191,8 +202,7 @@ def test_rows_share_one_deadline(name, monkeypatch, clock):
         clock, SOLVERS[name], "search_row", monkeypatch, 10, lambda _, task: task.limits.left
     )
     problem = layer()
-    solution = solve(problem, name, workers=0, time_limit=10)
-    verify(problem, solution)
+    solution = verified(problem, name, workers=0, time_limit=10)
     assert (begun, solution.status) == ([10], (Status.OPTIMAL, *FEASIBLE[1:]))
     assert solution.trace.nodes.tolist()[1:] == [0, 0]
     assert torch.equal(solution.mask[1:], solve(problem, "wanda").mask[1:])
@@ -242,30 +252,20 @@ def test_trees_and_enumeration_stop_at_the_deadline(clock, monkeypatch):
 def test_sizes_and_options_out_of_range_are_refused(name):
     most = make_solver(name).capabilities.largest_n
     problem = LayerProblem(torch.ones(1, most + 1), torch.eye(most + 1), Unstructured(0.5))
-    with pytest.raises(SolverError, match=f"at most {most}.*lower_bound"):
-        solve(problem, name)
+    fails(SolverError, f"at most {most}.*lower_bound", solve, problem, name)
     assert make_solver("exhaustive").capabilities.largest_n is None
-    with pytest.raises(SolverError, match="masks"):
-        solve(layer(n=60), "exhaustive")
+    fails(SolverError, "masks", solve, layer(n=60), "exhaustive")
     bad = {"gap_limit": 1, "node_limit": 0, "row_seconds": -1, "workers": -1}
     bad |= {"branch": {"candidates": 0}, "scip": {"formulation": "magic"}}.get(name, {})
     for option, value in bad.items():
-        with pytest.raises(OptionError, match=option):
-            make_solver(name, **{option: value})
-    with pytest.raises(OptionError, match="time_limit"):
-        solve(layer(), name, time_limit=-1.0)
+        fails(OptionError, option, make_solver, name, **{option: value})
+    fails(OptionError, "time_limit", solve, layer(), name, time_limit=-1.0)
 
 
 # --- worker processes and interrupts
-@pytest.fixture
-def importable(monkeypatch):
-    """Worker processes import what is defined next to this file."""
-    monkeypatch.setenv("PYTHONPATH", import_path(__file__))
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("importable")
-def test_a_crash_costs_its_task_alone():
+def test_a_crash_costs_its_task_alone(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", import_path(__file__))
     found = dict(run_tasks(die_on_seven, [7, 3, 5, 6], workers=1, recycle=2))
     assert isinstance(found.pop(0), WorkerCrash)
     squares, (first, again, last) = zip(*(found[i] for i in (1, 2, 3)), strict=True)
@@ -298,8 +298,8 @@ def test_what_cannot_be_started_or_pickled_is_one_error_and_no_hang(monkeypatch,
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(select, "poll"), reason="needs poll(), which Windows lacks")
-@pytest.mark.usefixtures("importable")
-def test_workers_end_with_their_parent_however_that_ended():
+def test_workers_end_with_their_parent_however_that_ended(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", import_path(__file__))
     code = (
         "import joblib, threading; from worker_tasks import say_so_and_stay as stay\n"
         "from maskopt.experiments import jobs; from maskopt.solvers.exact import workers\n"
@@ -316,7 +316,7 @@ def test_workers_end_with_their_parent_however_that_ended():
 
 @pytest.mark.slow
 def test_ctrl_c_returns_the_incumbent(tmp_path):
-    layer(80, 1, sparsity=0.6).save(tmp_path / "hard.npz")
+    layer(80, 1, pattern=SIXTY).save(tmp_path / "hard.npz")
     code = (
         "import os, signal, sys, threading; from maskopt import LayerProblem, solve, verify\n"
         "from maskopt.solvers.exact.scip_model import ScipModel; run = ScipModel.optimize\n"
@@ -363,7 +363,6 @@ def interrupt(monkeypatch, owner, name, after):
 
 @pytest.mark.parametrize("where", ["a bound", "a node that was taken", "the duals"])
 def test_the_incumbent_and_the_least_open_bound_are_returned(where, monkeypatch):
-    """Where `branch` is interrupted."""
     if where == "a bound":
         interrupt(monkeypatch, quadratic, "bound_node", 9)
     elif where == "the duals":
@@ -400,8 +399,7 @@ def test_what_goes_on_from_a_search_ends_with_it(monkeypatch):
     ):
         with monkeypatch.context() as patched:
             interrupt(patched, quadratic, "bound_node", 9)
-            with pytest.raises(KeyboardInterrupt):
-                goes_on()
+            fails(KeyboardInterrupt, None, goes_on)
     # a portfolio keeps what its member has
     interrupt(monkeypatch, quadratic, "bound_node", 9)
     found = solve(HARD, "portfolio", members=("branch", "swap", "tabu"))
@@ -421,3 +419,233 @@ def test_a_prune_goes_on_after_the_layers_that_were_done(tmp_path, dense_folder,
             prune_model(dense_folder, tokens(6), output=tmp_path / "out", **how)
     prune_model(dense_folder, tokens(6), output=tmp_path / "out", resume=True, **how)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+# --- against enumeration, and at every limit
+#: solver and whether kept weights are refitted, with the largest n and rows that are drawn, and the part of
+#: its diagonal that an objective may be off
+CASES = {
+    ("branch", False): (10, 1, 1e-10), ("scip", False): (14, 1, 1e-10),
+    ("highs", False): (12, 2, 1e-9), ("gurobi", False): (12, 2, 1e-9),
+    ("branch", True): (10, 3, 1e-9), ("scip", True): (7, 2, 1e-9), ("gurobi", True): (7, 2, 1e-9),
+}  # fmt: skip
+
+
+def case_id(case):
+    return f"{case[0]}-{'refitted' if case[1] else 'kept'}"
+
+
+@pytest.fixture(params=CASES, ids=case_id, scope="module")
+def case(request):
+    asked(request.param[0])
+    return request.param
+
+
+def slow_where(cases, late):
+    """The cases, those in `late` for the slow tier alone."""
+    return [pytest.param(c, marks=pytest.mark.slow) if late(c) else c for c in cases]
+
+
+def options_of(case):
+    """A search of refitted weights by a general solver ends some time."""
+    return {"workers": 0, **({"node_limit": 2000} if case[1] and case[0] != "branch" else {})}
+
+
+@settings(max_examples=min(30, settings().max_examples))  # 0.1 s each, of seven cases
+@given(data=st.data())
+def test_they_find_what_enumeration_finds(case, data):
+    max_n, max_rows, off = CASES[case]
+    problem = data.draw(problems(max_n=max_n, max_rows=max_rows))
+    if case[1]:
+        dampings = (0.001, 0.01, 0.3) if case[0] == "branch" else (0.01, 0.3)
+        problem = problem.with_update(LeastSquaresUpdate(data.draw(st.sampled_from(dampings))))
+    best = solve(problem, "exhaustive").objective
+    found = solve(problem, case[0], **options_of(case))
+    slack = 1e-6 * best + off * problem.diagonal_mass() + 1e-30
+    assert bool(((found.objective - best).abs() <= slack).all())
+    assert bool((found.lower_bound <= best + slack).all())
+    checked = verify(problem, found).checked
+    if case == ("branch", True):
+        assert set(found.status) == OPTIMAL
+        assert checked  # since so few masks are enumerated
+
+
+def rows_of(case, kind):
+    """Layers of every pattern and their starts; of kept weights, with rows of very different scales."""
+    (name, refitted), update = case, LeastSquaresUpdate(0.01) if case[1] else None
+    if kind == "degenerate":
+        ones, plain = torch.ones(2, 8, dtype=torch.float64), layer(8, 2, "full", HALF, 0)
+        yield LayerProblem(0 * ones, plain.gram, HALF, update=update), None
+        if name == "branch":
+            yield LayerProblem(ones, 0 * plain.gram, HALF, update=update), None
+        for keep in (0, 1, 5):
+            yield refit_layer(Unstructured(keep=keep), n=5).with_update(update), None
+    elif not refitted:
+        for pattern in (Unstructured(keep=7), TWO_FOUR):
+            problem = layer(16, 3, kind, pattern, 7 * KINDS.index(kind) + 1)
+            spread = torch.randn(16, dtype=torch.float64).exp().square()
+            scale = torch.stack([spread**0, spread, 1e-6 * spread])
+            yield LayerProblem(problem.weight * scale, problem.gram, pattern), None
+        for seed in range(4 if kind == "full" and name in ("gurobi", "highs") else 0):
+            # the start costs 1e8 times the optimum, which is below tolerances in its units
+            plain = drawn(1, 10, seeds=(seed, seed))
+            large = torch.full((1, 10), 1e4).where(torch.arange(10) == 0, plain.weight)
+            yield LayerProblem(large, plain.gram, HALF), "worst"
+    else:
+        damping, patterns = 0.1, (TWO_FOUR if kind == "duplicates" else HALF,)
+        if name == "branch":
+            damping = 0.03
+            patterns = (TWO_FOUR if kind in ("full", "low-rank") else HALF, NM(keep=1, of=4))
+        for pattern in patterns:
+            linear = 3 if kind == "full" else None
+            power = 0.5 if pattern == TWO_FOUR or kind == "zero-columns" else 0.0
+            update = LeastSquaresUpdate(damping, power)
+            yield drawn(2, 12, kind, pattern, linear=linear, update=update), None
+
+
+FIRST = ("full", "outliers")
+
+
+@pytest.mark.parametrize("kind", slow_where([*KINDS, "degenerate"], lambda k: k not in FIRST))
+def test_rows_of_every_kind_are_proven(case, kind):
+    for problem, start in rows_of(case, kind):
+        best = solve(problem, "exhaustive")
+        found = solve(problem, case[0], start=start, **options_of(case))
+        off = floor(problem) if case[1] else 1e-10 * problem.diagonal_mass()
+        slack = (1e-6 if case[1] else 2e-6) * best.objective + off
+        if start is not None:
+            slack = 1e-7 * best.objective
+        assert bool(((found.objective - best.objective).abs() <= slack).all())
+        assert bool((found.lower_bound <= best.objective + slack).all())
+        # far below the mass of Q, SCIP's tolerances leave a relative gap: no OPTIMAL
+        clear = torch.ones(problem.rows, dtype=torch.bool)
+        if kind != "degenerate" and not case[1]:
+            clear = best.objective > 1e-4 * problem.diagonal_mass()
+        elif (case[0], kind) == ("scip", "outliers"):
+            clear = ~clear
+        proven = torch.tensor([status == Status.OPTIMAL for status in found.status])
+        assert bool((proven | ~clear).all())
+        verify(problem, found)
+
+
+BEYOND = [
+    *(("scip", {}, layer(24, 1, kind, pattern, 3)) for pattern in (SIXTY, TWO_FOUR)
+      for kind in ("full", "low-rank", "duplicates", "outliers")),
+    *(("scip", {"presolve": False}, layer(22, 1, "full", pattern)) for pattern in (HALF, NM(1, 2))),
+    *((name, {}, layer(20, 2, "low-rank", pattern, 2)) for pattern in (SIXTY, TWO_FOUR)
+      for name in ("highs", "gurobi")),
+    *((name, {}, refit_layer(rows=1, n=22, damping=0.3)) for name in ("scip", "gurobi")),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "options", "problem"), BEYOND, ids=str)
+def test_they_agree_with_branch_where_enumeration_ends(name, options, problem):
+    found, ours = solve(problem, asked(name), **options), solve(problem, "branch")
+    assert set(found.status) == set(ours.status) == OPTIMAL
+    torch.testing.assert_close(found.objective, ours.objective, rtol=2e-6, atol=1e-9)
+    for solution in (found, ours):
+        verify(problem, solution)
+
+
+LIMITED = {
+    ("branch", False): (HARD, 3, 0.5), ("scip", False): (layer(48, 1, pattern=SIXTY), 1, 0.9),
+    ("highs", False): (layer(24, 1, "low-rank", SIXTY), None, 0.5),
+    ("gurobi", False): (layer(24, 1, "low-rank", SIXTY), None, 0.5),
+    ("branch", True): (refit_layer(rows=2, n=20, damping=0.03), 3, 0.6),
+    ("scip", True): (refit_layer(rows=2, n=20, damping=0.3), 1, 0.6),
+    ("gurobi", True): (refit_layer(rows=2, n=20, damping=0.3), 1, 0.6),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case", slow_where(CASES, lambda case: case[1]), ids=case_id, indirect=True
+)
+def test_limits_leave_an_incumbent_and_a_bound_that_holds(case):
+    (name, refitted), (problem, nodes, gap) = case, LIMITED[case]
+    limited = [(problem, {"limits": Limits(seconds=0)}), (problem, {"gap_limit": gap})]
+    if nodes is not None:
+        limited.append((problem, {"node_limit": nodes}))
+    if not refitted:
+        limited.append((layer(16, 2, pattern=TWO_FOUR, seed=2), {"gap_limit": 0.02}))
+        limited.append((layer(16, 2, pattern=Unstructured(keep=6), seed=2), {"gap_limit": 0.3}))
+    proven = {id(p): solve(p, "branch", workers=0).objective for p, _ in limited}
+    for one, options in limited:
+        best, off, (limit,) = proven[id(one)], floor(one), options
+        found = solve(one, name, workers=0, **options)
+        assert Status.FEASIBLE in found.status or limit == "gap_limit"
+        most = best * (1 + (1e-9 if name == "branch" else 1e-6)) + off
+        assert bool((found.lower_bound <= most).all())
+        assert bool((found.objective >= best * (1 - 1e-6) - off).all())
+        if not refitted:
+            start = solve(one, "wanda")
+            assert bool((found.objective <= start.objective).all())
+            assert limit != "limits" or torch.equal(found.mask, start.mask)
+        if limit == "limits":
+            assert set(found.status) == {Status.FEASIBLE}
+        elif one is problem and name in ("branch", "scip"):
+            assert limit.replace("_", "") in found.trace.ended
+        assert bool((found.gap <= options.get("gap_limit", 1.0) + 1e-9).all())
+        verify(one, found)
+
+
+PROCESSES = [("scip", False), ("branch", True), ("scip", True), ("gurobi", True)]
+
+
+@pytest.mark.parametrize("case", slow_where(PROCESSES, lambda c: c[1]), ids=case_id, indirect=True)
+def test_workers_threads_and_a_row_alone_change_nothing(case):
+    (name, update), seen = case, []
+    problem = refit_layer(rows=3, n=8, damping=0.1) if update else layer(12, 3, pattern=TWO_FOUR)
+    more = {"on_progress": lambda progress: seen.append((progress.done, progress.total))}
+    two = 1 if update else 2
+    found, *others = (solve(problem, name, workers=workers, **more) for workers in (0, two))
+    if name == "branch":
+        others.append(solve(problem, name, threads=2))
+    for other in others:
+        assert torch.equal(other.mask, found.mask)
+        assert torch.equal(other.lower_bound, found.lower_bound)
+    assert seen == [(1, 3), (2, 3), (3, 3)] * 2
+    for row in range(3):
+        assert torch.equal(solve(problem.row(row), name, workers=0).mask[0], found.mask[row])
+
+
+def test_missing_packages_and_licences_name_the_remedy(monkeypatch):
+    gurobipy = pytest.importorskip("gurobipy")
+    for more, reason in ((0, "beyond this licence; use 'branch'"), (1, "gurobi: ")):
+        refused = gurobipy.GurobiError(gurobipy.GRB.Error.SIZE_LIMIT_EXCEEDED + more, "no")
+        monkeypatch.setattr(gurobi, "_solved", Mock(side_effect=refused))
+        fails(SolverError, reason, solve, layer(12), "gurobi", workers=0)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for solver, package in (("gurobi", "gurobipy"), ("highs", "highspy")):
+        monkeypatch.setitem(sys.modules, package, None)
+        info = available_solvers()[solver]
+        assert not info.available
+        assert f"pip install 'maskopt[{solver}]'" in info.unavailable
+        fails(SolverUnavailableError, package, make_solver, solver)
+
+
+PATTERNS = {
+    12: (Unstructured(keep=5), TWO_FOUR, NM(keep=1, of=4)),
+    16: (Unstructured(keep=8), NM(keep=4, of=8), Unstructured(0.25)),
+}
+
+
+@pytest.mark.parametrize("n", slow_where(PATTERNS, lambda n: n > 12))
+@pytest.mark.parametrize("kind", slow_where(KINDS, lambda kind: kind not in FIRST))
+def test_no_bound_passes_the_optimum_of_rows_of_very_different_scales(kind, n):
+    for pattern in PATTERNS[n]:
+        seed = 7 * KINDS.index(kind) + 1000 * n
+        plain = drawn(36, n, kind, pattern, (seed + 1, seed))
+        weight = plain.weight.clone()
+        weight[0] = 0
+        weight[10:] *= torch.randn(26, n, dtype=torch.float64).mul(2).exp()
+        weight[20:30] *= 1e-6
+        problem = LayerProblem(weight, plain.gram, pattern)
+        exact = solve(problem, "exhaustive").objective
+        bounds = {name: lower_bound(problem, name).value for name in ("box", "shift", "sdp")}
+        bounds["crude"] = lower_bound(problem, "sdp", sweeps=1, rank=2, seed=3).value
+        for name, value in bounds.items():
+            assert bool((value <= exact + 1e-13 * problem.diagonal_mass()).all()), name
+            assert bool((value >= 0).all()), name
+        if kind in ("full", "diagonal"):  # and no idle zeros where the relaxation is any good
+            assert float(bounds["sdp"].sum()) >= 0.5 * float(exact.sum())

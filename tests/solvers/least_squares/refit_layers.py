@@ -1,36 +1,25 @@
 """Layers whose kept weights are refitted, and their objective F by its definition."""
 
 import torch
-from strategies import HALF, random_gram, random_linear
+from strategies import HALF, ONE_PERCENT, TWO_FOUR, random_gram, random_linear
 
-from maskopt import (
-    NM,
-    LayerProblem,
-    LeastSquaresUpdate,
-    Status,
-    Unstructured,
-    improving_swap,
-    solve,
-    verify,
-)
+from maskopt import NM, LayerProblem, LeastSquaresUpdate, Unstructured, solve
 
-PATTERNS = (HALF, NM(keep=2, of=4))
+PATTERNS = (HALF, TWO_FOUR)
 #: for rows of more inputs than a search has candidates
-LARGE = (Unstructured(sparsity=0.6), NM(keep=2, of=4), NM(keep=4, of=8))
+LARGE = (Unstructured(sparsity=0.6), TWO_FOUR, NM(keep=4, of=8))
+#: damping, and the power of the diagonal that it counts by
 REFITS = (
-    LeastSquaresUpdate(0.0),
-    LeastSquaresUpdate(0.01),
-    LeastSquaresUpdate(0.3),
-    LeastSquaresUpdate(0.1, power=0.5),
-    LeastSquaresUpdate(0.1, power=1),
+    *(LeastSquaresUpdate(d) for d in (0.0, 0.01, 0.3)),
+    *(LeastSquaresUpdate(0.1, power=power) for power in (0.5, 1)),
 )
 LINEAR = {"argnames": "linear", "argvalues": [False, True], "ids": ["plain", "linear"]}
 F64 = torch.float64
 
 
 def layer(
-    pattern=HALF, rows=4, n=16, kind="full", how=REFITS[1], linear=False, seed=1, dtype=F64
-):  # fmt: skip
+    pattern=HALF, rows=4, n=16, kind="full", how=ONE_PERCENT, linear=False, seed=1, dtype=F64
+):
     """Weights none of which is 0, so that there are no ties."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, n, generator=generator, dtype=F64).to(dtype)
@@ -91,20 +80,9 @@ def rounding(problem):
     return 1e-12 * float(problem.diagonal_mass().max()) + 1e-300
 
 
-def slack(problem):
-    return 1e-9 * problem.diagonal_mass() + 1e-300
-
-
 def random_mask(problem, seed=0):
     return solve(problem.with_update(None), "random", seed=seed).mask
 
 
 def assert_equal_but_for_rounding(problem, found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=rounding(problem))
-
-
-def assert_proven(problem, solution):
-    assert set(solution.status) == {Status.SWAP_OPTIMAL}
-    verify(problem, solution)
-    for i in range(problem.rows):
-        assert improving_swap(problem.row(i), solution.mask[i]) is None

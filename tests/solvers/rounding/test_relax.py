@@ -3,25 +3,23 @@
 import time
 
 import pytest
-import scipy.optimize
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from local_search import drawn, floor
-from strategies import HALF, problems, random_gram, random_weight
+from scipy.optimize import minimize
+from strategies import HALF, TWO_FOUR, drawn, floor, problems, random_gram, random_weight, verified
 
-from maskopt import NM, LayerProblem, Unstructured, solve, verify
+from maskopt import LayerProblem, Unstructured, solve, verify
 from maskopt.core.limits import Limits
 from maskopt.protocol.solution import Status
 from maskopt.solvers.convex.box import BoxPlan, relax_box
 from maskopt.solvers.convex.box_step import CompiledStep, TorchStep
 from maskopt.solvers.convex.linear_bound import linear_bound
-from maskopt.solvers.convex.projection import project
 from maskopt.solvers.rounding import relax as module
 from maskopt.solvers.rounding.frank_wolfe import FrankWolfe
 
 SINGLE = torch.float32
-SIXTY, TWO_FOUR = Unstructured(sparsity=0.6), NM(keep=2, of=4)
+SIXTY = Unstructured(sparsity=0.6)
 PATTERNS = pytest.mark.parametrize("pattern", [SIXTY, TWO_FOUR])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
@@ -51,15 +49,9 @@ def test_the_relaxed_value_is_the_one_of_a_general_solver(pattern):
     sums = {"type": "eq", "fun": lambda p: inside @ p - pruned, "jac": lambda p: inside}
     for row in range(3):
         q = problem.row(row).q().numpy()
-        answer = scipy.optimize.minimize(
-            lambda p, q=q: (p @ q @ p, 2 * q @ p),
-            torch.full((20,), pruned / group).numpy(),
-            jac=True,
-            bounds=[(0, 1)] * 20,
-            constraints=sums,
-            method="SLSQP",
-            options={"maxiter": 1000, "ftol": 1e-12},
-        )
+        how = {"method": "SLSQP", "options": {"maxiter": 1000, "ftol": 1e-12}}
+        how |= {"jac": True, "bounds": [(0, 1)] * 20, "constraints": sums}
+        answer = minimize(lambda p, q=q: (p @ q @ p, 2 * q @ p), [pruned / group] * 20, **how)
         assert float(box.bound[row]) <= answer.fun * (1 + 1e-6)
         assert float(box.value[row]) == pytest.approx(answer.fun, rel=1e-3)
 
@@ -94,19 +86,6 @@ def test_sums_hold_where_all_inputs_of_a_group_sit_at_their_bounds(dtype):
     assert float(((step.x > 0) & (step.x < 1)).double().mean()) < 0.2
 
 
-def test_projection():
-    generator = torch.Generator().manual_seed(0)
-    start = 3 * torch.randn(50, 12, generator=generator, dtype=torch.float64)
-    inverse = torch.rand(50, 12, generator=generator, dtype=torch.float64) + 1e-6
-    x, tau = project(start, inverse, 5, torch.zeros(50, 1, dtype=torch.float64))
-    assert float((x.sum(1) - 5).abs().max()) < 1e-3
-    # optimality: (x − start)/inverse + τ is 0 inside, ≥ 0 at 0, ≤ 0 at 1
-    slope = (x - start) / inverse + tau
-    assert bool((slope[(x > 0) & (x < 1)].abs() < 1e-6).all())
-    assert bool((slope[x == 0] >= -1e-9).all())
-    assert bool((slope[x == 1] <= 1e-9).all())
-
-
 @PATTERNS
 def test_hardening_rounds_better_and_swap_ends_better_than_from_wanda(pattern):
     problem = drawn(32, 256, "full", pattern, dtype=SINGLE)
@@ -114,8 +93,7 @@ def test_hardening_rounds_better_and_swap_ends_better_than_from_wanda(pattern):
     hard = solve(problem, "relax", refine=False)
     assert summed(hard) < summed(soft)
     assert set(hard.status) == {Status.FEASIBLE}
-    done = solve(problem, "relax")
-    verify(problem, done)
+    done = verified(problem, "relax")
     assert summed(done) < summed(solve(problem, "swap", start="wanda"))
     assert bool((done.lower_bound > 0).all())
 
@@ -160,8 +138,7 @@ def test_hardening_at_once_ends_as_low_as_after_the_relaxation():
 def test_a_limit_is_passed_by_no_more_than_a_step(limit, start, clock):
     # three tiles, each of which makes its one step
     problem = drawn(300, 24)
-    hurried = solve(problem, "relax", start=start, time_limit=limit)
-    verify(problem, hurried)
+    hurried = verified(problem, "relax", start=start, time_limit=limit)
     at_once = solve(problem, "relax", start=start, time_limit=limit, max_iterations=0)
     for solution, steps in ((hurried, 1), (at_once, 0)):
         assert solution.trace.iterations.tolist() == [steps] * 300
@@ -212,8 +189,7 @@ def test_no_claim_on_a_float32_gram_is_above_its_certificate(solver, scale):
         gram[1, 1] = gram[0, 0] * (1 - 1e-7)
         for pattern in (HALF, TWO_FOUR):
             problem = LayerProblem(weight, gram, pattern)
-            solution = solve(problem, solver)
-            verify(problem, solution)
+            solution = verified(problem, solver)
             proven = solution.certificate.check(problem)
             assert bool((solution.lower_bound <= proven).all())
     # an indefinite G that was never checked is relaxed all the same
@@ -248,8 +224,7 @@ def test_rows_whose_start_is_better_are_swapped_from_there():
 @PATTERNS
 def test_semidefinite_mask_and_certificate_in_one(pattern):
     problem = drawn(6, 64, "full", pattern, dtype=SINGLE)
-    solution = solve(problem, "sdp")
-    verify(problem, solution)
+    solution = verified(problem, "sdp")
     assert bool((solution.gap < 0.3).all())
     assert bool((solution.lower_bound >= solve(problem, "relax").lower_bound).all())
     rounded = solve(problem, "sdp", refine=False)
@@ -289,10 +264,8 @@ def test_it_converges_to_the_relaxations_optimum(pattern):
 def test_alpha_keeps_the_top_wanda_weights():
     problem = drawn(3, 20, seeds=(1, 4))
     score = problem.weight.abs() * problem.gram.diagonal().sqrt()
-    half, whole = (
-        solve(problem, FrankWolfe(alpha=alpha, iterations=50), start="worst")
-        for alpha in (0.5, 1.0)
-    )
+    plans = (FrankWolfe(alpha=alpha, iterations=50) for alpha in (0.5, 1.0))
+    half, whole = (solve(problem, plan, start="worst") for plan in plans)
     verify(problem, half)
     assert bool((half.objective < solve(problem, "worst").objective).all())
     top = score.argsort(1, descending=True)[:, :5]

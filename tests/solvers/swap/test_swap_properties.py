@@ -6,29 +6,29 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from local_search import drawn
-from strategies import HALF, random_gram, random_weight
+from strategies import HALF, ONE_PERCENT, TWO_FOUR, drawn, floor, swap_optimal, verified
 
-from maskopt import NM, LayerProblem, Status, Unstructured, solve, verify
+from maskopt import NM, LayerProblem, LeastSquaresUpdate, Status, Unstructured, solve
 from maskopt.solvers.swap.batch import Batch
 from maskopt.solvers.swap.engine import refine
 from maskopt.solvers.swap.numba_kernel import NumbaKernel
 
-NAMES = ("literal", "torch", "numba")
+#: one search of updated weights has no kernels
+NAMES = ("literal", "torch", "numba", "updated")
 SINGLE = torch.float32
 SIXTY = Unstructured(sparsity=0.6)
 
 
 def scaled(weight_scale, gram_scale, dtype=SINGLE, kind="outliers", pattern=HALF):
-    weight = (random_weight(3, 24, 7) * weight_scale).to(dtype)
-    return LayerProblem(weight, (random_gram(24, kind, 8) * gram_scale).float(), pattern)
+    plain = drawn(3, 24, kind, pattern, (7, 8))
+    weight, gram = (plain.weight * weight_scale).to(dtype), (plain.gram * gram_scale).float()
+    return LayerProblem(weight, gram, pattern)
 
 
 def outliers_of_a_million_times_the_median():
-    size = torch.ones(48, dtype=torch.float64)
+    plain, size = drawn(4, 48, seeds=(7, 4)), torch.ones(48, dtype=torch.float64)
     size[::7] = 1e6
-    gram = (size[:, None] * random_gram(48, "full", 4) * size).float()
-    return LayerProblem(random_weight(4, 48, 7, SINGLE), gram, SIXTY)
+    return LayerProblem(plain.weight.float(), (size[:, None] * plain.gram * size).float(), SIXTY)
 
 
 def one_direction():
@@ -39,31 +39,31 @@ def one_direction():
     return LayerProblem(weight, np.ones((n, n), np.float32), HALF)
 
 
+HALVES = (torch.bfloat16, torch.float16)
 LAYERS = {
-    **{
-        f"scales {w}, {g}": partial(scaled, w, g)
-        for w in (1e-44, 1e-30, 1.0, 1e30)
-        for g in (1e-30, 1.0, 1e30)
-    },
-    **{
-        str(dtype): partial(scaled, 1, 1, dtype, "full", NM(2, 4))
-        for dtype in (torch.bfloat16, torch.float16)
-    },
-    **{  # fewer entries than candidates
-        f"keep {k}": partial(drawn, 5, 40, "zero-columns", Unstructured(keep=k), (5, 4), SINGLE)
-        for k in (0, 1, 2, 39, 40)
-    },
-    **{
-        f"groups of {of}": partial(drawn, 3, 160, "low-rank", NM(of // 2, of), (7, 4), SINGLE)
-        for of in (2, 4, 8, 20, 80)
-    },
-    "outliers": outliers_of_a_million_times_the_median,
-    "one direction": one_direction,
+    f"scales {w}, {g}": partial(scaled, w, g)
+    for w, g in product((1e-44, 1e-30, 1.0, 1e30), (1e-30, 1.0, 1e30))
 }
-
-
+LAYERS |= {str(dtype): partial(scaled, 1, 1, dtype, "full", TWO_FOUR) for dtype in HALVES}
+LAYERS |= {  # fewer entries than candidates
+    f"keep {k}": partial(drawn, 5, 40, "zero-columns", Unstructured(keep=k), (5, 4), SINGLE)
+    for k in (0, 1, 2, 37, 38, 39, 40)
+}
+LAYERS |= {
+    f"groups of {of}": partial(drawn, 3, 160, "low-rank", NM(of // 2, of), (7, 4), SINGLE)
+    for of in (2, 4, 8, 20, 80)
+}
+LAYERS["outliers"] = outliers_of_a_million_times_the_median
+LAYERS["one direction"] = one_direction
 #: a float32 G beyond float32's range has loops of its own, which take long to compile
 SLOW = [(layer, "numba") for layer in LAYERS if layer.endswith("1e+30")]
+
+
+def posed(problem, kernel):
+    """The problem of a kernel, and how it is chosen."""
+    updated = kernel == "updated"
+    how = {"kernel": "auto" if updated else kernel}
+    return problem.with_update(ONE_PERCENT if updated else None), how
 
 
 @pytest.mark.parametrize(
@@ -71,35 +71,54 @@ SLOW = [(layer, "numba") for layer in LAYERS if layer.endswith("1e+30")]
     [
         pytest.param(*case, marks=pytest.mark.slow if case in SLOW else ())
         for case in product(LAYERS, NAMES)
+        if case != ("one direction", "updated")  # of which test_refit_objective has its own
     ],
 )
 def test_every_row_of_any_layer_is_proven(layer, kernel):
-    problem = LAYERS[layer]()
+    problem, how = posed(LAYERS[layer](), kernel)
     # where a search once went on for ever
     wide = problem.n > 400
     for start in ("wanda", "random", "worst")[: 1 if wide else 3]:
         limit = 300 if wide else None
-        solution = solve(problem, "swap", start=start, kernel=kernel, time_limit=limit)
-        verify(problem, solution)
-        assert set(solution.status) == {Status.SWAP_OPTIMAL}
+        solution = swap_optimal(problem, start=start, time_limit=limit, **how)
+        nothing = problem.pruned_per_group in (0, problem.n)
+        assert (int(solution.trace.scans.sum()) == 0) == nothing or kernel != "updated"
+
+
+@pytest.mark.parametrize("update", [LeastSquaresUpdate(0.0), LeastSquaresUpdate(0.1, power=0.5)])
+@pytest.mark.parametrize("start", ["wanda", "worst"])
+def test_outliers_are_proven_whatever_the_damping(start, update):
+    problem = outliers_of_a_million_times_the_median().with_update(update)
+    swap_optimal(problem, start=start)
 
 
 @pytest.mark.parametrize("kernel", NAMES)
-@pytest.mark.parametrize("pattern", [HALF, NM(2, 4)], ids=str)
+@pytest.mark.parametrize("pattern", [HALF, TWO_FOUR], ids=str)
 def test_stopped_by_max_swaps_goes_on_from_there(kernel, pattern):
-    problem = drawn(4, 32, pattern=pattern)
-    options = {"start": "worst", "kernel": kernel}
-    assert int(solve(problem, "swap", **options).trace.swaps.min()) > 2
-    nothing = solve(problem, "swap", max_swaps=0, **options)
-    assert torch.equal(nothing.mask, solve(problem, "worst").mask)
-    assert set(nothing.status) == {Status.FEASIBLE}
-    two = solve(problem, "swap", max_swaps=2, **options)
-    assert int(two.trace.swaps.max()) == 2
-    verify(problem, two)
-    assert bool((two.objective <= nothing.objective).all())
-    rest = solve(problem, "swap", start=two.mask, kernel=kernel)
-    assert set(rest.status) == {Status.SWAP_OPTIMAL}
-    verify(problem, rest)
+    problem, how = posed(drawn(4, 32, pattern=pattern), kernel)
+    start = solve(problem, "worst")
+    whole = solve(problem, "swap", start="worst", **how)
+    off = floor(problem) if kernel == "updated" else 0.0
+    least = start.objective + floor(problem)
+    assert int(whole.trace.swaps.min()) > 2
+    for most in (0, 1, 2, 5, 1000):
+        stopped = verified(problem, "swap", start="worst", max_swaps=most, **how)
+        assert torch.equal(stopped.trace.swaps, whole.trace.swaps.clamp(max=most))
+        assert bool((stopped.objective <= least).all())
+        least = stopped.objective + off
+        if most < int(whole.trace.swaps.min()):
+            assert set(stopped.status) == {Status.FEASIBLE}
+        assert bool(((stopped.mask & ~start.mask).sum(1) <= stopped.trace.swaps).all())
+        assert most > 0 or torch.equal(stopped.mask, start.mask)
+        swap_optimal(problem, start=stopped.mask, **how)
+    assert set(stopped.status) == {Status.SWAP_OPTIMAL}
+    # a row that needs no swap is proven without any
+    mask = start.mask.clone()
+    mask[0] = whole.mask[0]
+    stopped = solve(problem, "swap", start=mask, max_swaps=0, **how)
+    assert torch.equal(stopped.mask, mask)
+    known = Status.SWAP_OPTIMAL if kernel == "updated" else Status.FEASIBLE
+    assert stopped.status == (known,) + (Status.FEASIBLE,) * 3
 
 
 def test_what_memory_held_before_changes_nothing_and_kernels_end_near_each_other():
@@ -115,8 +134,7 @@ def test_what_memory_held_before_changes_nothing_and_kernels_end_near_each_other
     problem = drawn(8, 160, "low-rank", SIXTY, (11, 12), SINGLE)
     most = 1.1 * float(solve(problem, "swap", kernel="literal").objective.sum())
     for kernel in ("numba", "torch"):
-        other = solve(problem, "swap", kernel=kernel)
-        verify(problem, other)
+        other = verified(problem, "swap", kernel=kernel)
         assert float(other.objective.sum()) < most
 
 

@@ -9,12 +9,13 @@ from itertools import product
 import pytest
 import torch
 from commands import TESTS
+from forging import fails
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
-from strategies import HALF, KINDS, problems, random_gram, random_weight
+from strategies import HALF, KINDS, TWO_FOUR, problems, random_gram, random_weight, verified
 
 from maskopt import NM, LayerProblem, Solution, Status, Unstructured, verify
 from maskopt.protocol.solver import solve
@@ -267,8 +268,7 @@ def test_scans_of_groups_stay_inside_and_find_the_best_swap_of_each(n, group):
     blocks = data.gram[columns[:, :, None], columns[:, None, :]]
     arguments = blocks, data.x, data.low_a, data.low_b
     if group > 32:
-        with pytest.raises(ValueError, match="at most 32"):
-            launch.scan_groups(*arguments)
+        fails(ValueError, "at most 32", launch.scan_groups, *arguments)
         return
     value, kept, pruned = launch.scan_groups(*arguments)
     best = data.best.view(3, -1, group).min(2).values
@@ -313,7 +313,7 @@ def _layer(rows, n, kind, pattern, dtype=torch.float32):
         (2, 33, "full", Unstructured(keep=0), torch.float32),
         (2, 33, "full", Unstructured(keep=1), torch.float32),
         (2, 1, "full", Unstructured(keep=1), torch.float32),
-        (1, 64, "low-rank", NM(2, 4), torch.float32),
+        (1, 64, "low-rank", TWO_FOUR, torch.float32),
         (1, 40, "full", NM(2, 5), torch.float64),
         pytest.param(1, 96, "low-rank", NM(20, 48), torch.float32, marks=SLOW),
         (1, 64, "full", NM(8, 32), torch.float32),
@@ -326,10 +326,8 @@ def test_search_ends_at_proven_optima(rows, n, kind, pattern, dtype):
     assert set(solution.status) == {Status.SWAP_OPTIMAL}
     assert (solution.objective <= problem.objective(start) * (1 + 1e-12)).all()
     # where the paper's algorithm finds nothing to do, neither does this one, and vice versa
-    literal = Batch.of(problem, start)
-    refine_literally(
-        literal, max_swaps=None, deadline=INFINITY, memory=2**24, progress=lambda done: None
-    )
+    literal, limits = Batch.of(problem, start), {"deadline": INFINITY, "memory": 2**24}
+    refine_literally(literal, max_swaps=None, progress=lambda done: None, **limits)
     assert torch.equal(literal.swaps > 0, batch.swaps > 0)
 
 
@@ -364,11 +362,10 @@ def test_a_search_stops_and_goes_on_in_chunks_of_any_size_and_order():
     assert (more.objective < two.objective).all()
 
 
-@pytest.mark.parametrize("pattern", [HALF, NM(2, 4)], ids=str)
+@pytest.mark.parametrize("pattern", [HALF, TWO_FOUR], ids=str)
 def test_the_solver_takes_the_kernel(pattern):
     problem = _layer(2, 24, "low-rank", pattern)
-    solution = solve(problem, "swap", kernel="triton")
-    verify(problem, solution)
+    solution = verified(problem, "swap", kernel="triton")
     assert solution.trace.kernel == "triton"
     assert solution.trace.scans.min() >= 1
     assert set(solution.status) == {Status.SWAP_OPTIMAL}
@@ -421,7 +418,7 @@ def test_a_faulty_program_is_named(benchmarks):
 
 @pytest.mark.cuda
 def test_on_a_device_large_layers_are_proven_and_scans_agree_with_float64():
-    for n, pattern in ((1000, SIXTY), (2048, HALF), (1024, NM(2, 4))):
+    for n, pattern in ((1000, SIXTY), (2048, HALF), (1024, TWO_FOUR)):
         problem = _layer(64, n, "low-rank", pattern)
         solution, *_ = _refine(problem, solve(problem, "wanda").mask, memory=2**30)
         assert set(solution.status) == {Status.SWAP_OPTIMAL}
