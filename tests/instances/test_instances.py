@@ -11,10 +11,9 @@ import pyscipopt
 import pytest
 import torch
 from commands import run
-from diversity import RECIPES, diversity
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import KINDS, random_gram, random_weight
+from strategies import KINDS, RECIPES, diversity, random_gram, random_weight
 
 from maskopt import (
     NM,

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from commands import import_path
-from outputs import contents
+from prunes import contents
 from strategies import random_gram, random_weight
 from tiny_models import tokens
 from worker_tasks import die_on_seven, lie
