@@ -7,7 +7,8 @@ import logging
 import os
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -34,14 +35,32 @@ def run(*arguments: object, fails: type[Exception] | None = None) -> str:
     return result.output
 
 
-def ended(*arguments: object, columns: int | None = None) -> subprocess.CompletedProcess[str]:
+def shows(text: str, *parts: str) -> None:
+    """All of these are in the text."""
+    missing = [part for part in parts if part not in text]
+    assert not missing, (missing, text)
+
+
+@contextmanager
+def small_files(limit: int) -> Iterator[None]:
+    """No file may grow beyond so many bytes, as on a full disk."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def ended(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Status and words as from a shell, without the seconds of a process to import all packages."""
     words, status, out, err = [str(a) for a in arguments], 0, io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["maskopt", *words])
         patch.setattr(sys, "unraisablehook", sys.unraisablehook)
         patch.setattr(logging.getLogger("maskopt.compile"), "handlers", [])
-        patch.setattr("typer.rich_utils.MAX_WIDTH", columns)
         try:
             main()
         except SystemExit as end:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,29 +32,22 @@ if not (_CPU.exists() and "GenuineIntel" in _CPU.read_text()):
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
-_COMMON: dict[str, Any] = {
-    "deadline": None,
-    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
-}
+_UNFIT = [HealthCheck.too_slow, HealthCheck.data_too_large]
+_COMMON: dict[str, Any] = {"deadline": None, "suppress_health_check": _UNFIT}
 #: the same cases every time: a change fails by its own fault alone
 settings.register_profile("suite", max_examples=20, derandomize=True, **_COMMON)
 settings.register_profile("slow", max_examples=60, derandomize=True, **_COMMON)
 #: fresh cases, and how to draw a failing one again: pytest -m hypothesis --hypothesis-profile=explore
-settings.register_profile(
-    "explore", max_examples=300, derandomize=False, print_blob=True, **_COMMON
-)
-
+_FRESH: dict[str, Any] = {"derandomize": False, "print_blob": True, **_COMMON}
+settings.register_profile("explore", max_examples=300, **_FRESH)
 
 #: files that take longest
-LONG = {"test_model_families", "test_model_resume", "test_notebooks", "test_proof", "test_ranks"}
+LONG = {"test_model_families", "test_model_resume", "test_docs", "test_proof", "test_ranks"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--slow",
-        action="store_true",
-        help="run the tests marked slow as well, and 60 examples of each property in place of 20",
-    )
+    words = "run the tests marked slow as well, and 60 examples of each property in place of 20"
+    parser.addoption("--slow", action="store_true", help=words)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -88,44 +84,69 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parent / "benchmarks")
 
 
+# Folders of tiny models; nobody may change them ---------------------------------------------------
+
+
 @pytest.fixture(scope="session")
 def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama in several shards; nobody may change it."""
+    """A Llama in several shards."""
     from tiny_models import save, tiny
 
     return save(tiny("llama"), tmp_path_factory.mktemp("dense") / "model", shard="30KB")
 
 
 @pytest.fixture(scope="session")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with a tokenizer; nobody may change it."""
-    from tiny_models import save, save_tokenizer, tiny
+def dense(dense_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a tokenizer."""
+    from tiny_models import save_tokenizer
 
-    folder = save(tiny("llama"), tmp_path_factory.mktemp("with-tokenizer") / "model", shard="30KB")
+    folder = shutil.copytree(dense_folder, tmp_path_factory.mktemp("with-tokenizer") / "model")
     save_tokenizer(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of two blocks."""
+    from tiny_models import save, tiny
+
+    return save(tiny("llama", layers=2), tmp_path_factory.mktemp("small") / "model", shard="30KB")
+
+
+@pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Token windows in a file; nobody may change it."""
+    """Token windows in a file."""
     from tiny_models import tokens
 
-    path = tmp_path_factory.mktemp("tokens") / "tokens.npy"
-    np.save(path, tokens().numpy())
+    np.save(path := tmp_path_factory.mktemp("tokens") / "tokens.npy", tokens().numpy())
     return path
 
 
 @pytest.fixture(scope="session")
 def pruned_folder(dense_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What Wanda makes of it at 50%; nobody may change it."""
-    from tiny_models import tokens
+    """What Wanda makes of `dense_folder` at 50%."""
+    from prunes import prune
 
-    from maskopt import prune_model
-
-    out = tmp_path_factory.mktemp("pruned") / "out"
-    prune_model(dense_folder, tokens(), sparsity=0.5, solver="wanda", min_tokens=1, output=out)
+    prune(dense_folder, out := tmp_path_factory.mktemp("pruned") / "out")
     return out
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+    """A model of a family with two blocks, and what Wanda makes of it at 50%."""
+    from prunes import prune
+    from tiny_models import loud, save
+
+    home = tmp_path_factory.mktemp("pairs")
+
+    @functools.cache
+    def of(family: str, dtype: Any = torch.float32, model: Any = loud, **more: Any) -> Any:
+        name = f"{len(list(home.iterdir()))}-{family}"
+        dense = save(model(family, dtype=dtype, layers=2), home / name)
+        prune(dense, pruned := home / f"{name}-pruned", **more)
+        return dense, pruned
+
+    return of
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -135,8 +156,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
     # left for the end, one of these would keep a single worker busy
     items.sort(key=lambda item: item.path.stem not in LONG)
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if item.get_closest_marker("cuda"):
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from outputs import read_masks
+from prunes import read_masks
 from safetensors.torch import load_file, save_file
+from tiny_models import edit_json
+from torch import Tensor
 
-from maskopt.errors import VerificationError
 from maskopt.models.checkpoints.mask_file import MaskFile, TensorMask, write_masks
 from maskopt.models.checkpoints.safefile import open_safe
 from maskopt.models.checkpoints.workspace import MANIFEST, MASKS
-from maskopt.models.verification.verify import verify_model
 
 #: what a field could be given
 VALUES: tuple[Any, ...] = (
@@ -35,15 +35,15 @@ def forge_manifest(result: Path, change: Change = lambda _: None) -> None:
     change(manifest)
     for name in manifest["files"]:
         if (result / name).is_file():
-            digest = hashlib.sha256((result / name).read_bytes()).hexdigest()
-            manifest["files"][name] = digest
+            manifest["files"][name] = hashlib.sha256((result / name).read_bytes()).hexdigest()
     (result / MANIFEST).write_text(json.dumps(signed(manifest)))
 
 
 def fails(error: type[Exception], said: str | None, call: Any, *given: Any, **more: Any) -> None:
     """The call is refused with this message."""
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=said):  # noqa: PT012
         call(*given, **more)
+        pytest.fail(f"nothing was refused with {said!r}")
 
 
 def copied(result: Path, to: Path) -> Path:
@@ -51,20 +51,11 @@ def copied(result: Path, to: Path) -> Path:
     return Path(shutil.copytree(result, to / "out"))
 
 
-def flip(path: Path, place: int = -1) -> None:
-    """Another bit in one byte of a file."""
+def flip(path: Path, place: int = -1, bits: int = 1) -> None:
+    """Other bits in one byte of a file."""
     data = bytearray(path.read_bytes())
-    data[place] ^= 1
+    data[place] ^= bits
     path.write_bytes(data)
-
-
-def check_forgery(
-    result: Path, to: Path, change: Change, message: str, original: Path | None = None
-) -> None:
-    """A copy of the result with another manifest is refused with this message."""
-    out = copied(result, to)
-    forge_manifest(out, change)
-    fails(VerificationError, message, verify_model, out, original)
 
 
 def list_file(result: Path, *names: str) -> None:
@@ -72,14 +63,22 @@ def list_file(result: Path, *names: str) -> None:
     forge_manifest(result, lambda m: m["files"].update(dict.fromkeys(names, "")))
 
 
-def change_masks(
-    result: Path, change: Callable[[dict[str, TensorMask]], None]
-) -> dict[str, TensorMask]:
+def change_masks(result: Path, change: Change) -> dict[str, TensorMask]:
     masks = read_masks(result / MASKS)
     change(masks)
     write_masks(result / MASKS, masks)
     forge_manifest(result)
     return masks
+
+
+def config(**changes: Any) -> Callable[..., None]:
+    """Other entries in the configuration of a folder."""
+    return lambda folder, *_: edit_json(folder / "config.json", lambda c: c.update(changes))
+
+
+def record_of(out: Path) -> dict[str, Any]:
+    """What the manifest of a smaller folder says of what was removed."""
+    return dict(json.loads((out / MANIFEST).read_text())["shrunk"])
 
 
 def shards(result: Path) -> list[Path]:
@@ -95,7 +94,7 @@ def first_weight_shard(result: Path) -> Path:
     return next(p for p in shards(result) if set(open_safe(p).entries) & set(masks.names))
 
 
-def change_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+def change_tensors(path: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
@@ -104,7 +103,7 @@ def change_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], Any])
 def change_weight(result: Path, where: str, value: float) -> None:
     mask = read_masks(result / MASKS)
 
-    def change(tensors: dict[str, torch.Tensor]) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
         name = next(n for n in tensors if n in mask)
         place = (mask[name].kept if where == "kept" else ~mask[name].kept).nonzero()[0].tolist()
         tensors[name][tuple(place)] = value
@@ -112,9 +111,7 @@ def change_weight(result: Path, where: str, value: float) -> None:
     change_tensors(first_weight_shard(result), change)
 
 
-def prune_by(
-    result: Path, dense: Path, kept_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-) -> None:
+def prune_by(result: Path, dense: Path, kept_of: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Other masks, and weights that agree with them; `kept_of` takes the weight and its mask."""
     masks = read_masks(result / MASKS)
     for path in shards(result):
@@ -148,6 +145,11 @@ def signed(record: Any) -> dict[str, Any]:
     return {**rest, "sha256": hashlib.sha256(text).hexdigest()}
 
 
+def options(**changes: Any) -> Change:
+    """Other options in the fingerprint of a manifest."""
+    return lambda manifest: manifest["fingerprint"]["options"].update(changes)
+
+
 def says(change: Change) -> Callable[..., None]:
     """A forgery of the manifest alone."""
     return lambda result, *_: forge_manifest(result, change)
@@ -164,12 +166,11 @@ def edit(*path: Any, to: Any) -> Change:
     return change
 
 
-def shuffled(_: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+def shuffled(_: Tensor, kept: Tensor) -> Tensor:
     """Random masks of as many kept weights a row."""
     return torch.stack([row[torch.randperm(len(row))] for row in kept])
 
 
-def redraw(result: Path, *names: str) -> None:
-    """Other weights for some tensors."""
-    for name in names:
-        change_tensors(shard_of(result, name), lambda tensors, n=name: tensors[n].normal_())
+def redraw(result: Path, name: str) -> None:
+    """Other weights for a tensor."""
+    change_tensors(shard_of(result, name), lambda tensors: tensors[name].normal_())

@@ -4,7 +4,9 @@ The Gram matrices are what layers really give: full rank, rank-deficient, with d
 columns), with duplicate inputs, diagonal, and badly scaled by outlier features.
 """
 
+from collections.abc import Callable
 from itertools import chain, combinations, product
+from typing import Any
 
 import numpy as np
 import torch
@@ -129,3 +131,40 @@ def graph(n=14, chance=0.5, keep=7, seed=0, integral=True):
     shift = np.ceil(np.linalg.eigvalsh(adjacent)[-1])
     gram = shift * np.eye(n) - adjacent
     return RowProblem(np.ones(n), gram, Unstructured(keep=keep), integral=integral).as_layer()
+
+
+# Maximum diversity: which m of n elements are the farthest from one another? After the recipes of Martí,
+# Gallego, Duarte and Pardo (*Heuristics and metaheuristics for the maximum diversity problem*, J. Heuristics
+# 19, 2013); the instances are drawn here and are none of the library's.
+
+
+def gkd(n: int, rng: np.random.Generator) -> np.ndarray:
+    """Euclidean distances of points with 2 to 21 coordinates from 0 to 10 (Glover, Kuo and Dhir)."""
+    points = rng.uniform(0, 10, (n, int(rng.integers(2, 22))))
+    return np.linalg.norm(points[:, None] - points[None, :], axis=2)
+
+
+def som(n: int, rng: np.random.Generator) -> np.ndarray:
+    """Whole numbers from 0 to 9 (Silva, Ochi and Martins)."""
+    return _symmetric(rng.integers(0, 10, (n, n)).astype(float))
+
+
+def mdg(n: int, rng: np.random.Generator) -> np.ndarray:
+    """Real numbers from 0 to 10 (Duarte and Martí, MDG-a)."""
+    return _symmetric(rng.uniform(0, 10, (n, n)))
+
+
+Recipe = Callable[[int, np.random.Generator], np.ndarray]
+RECIPES: dict[str, Recipe] = {"GKD": gkd, "SOM": som, "MDG": mdg}
+
+
+def diversity(recipe: str, n: int, cardinality: int, seed: int) -> RowProblem:
+    """The problem of an instance: its value is the sum of the distances between the chosen, each once."""
+    distance = RECIPES[recipe](n, np.random.default_rng([seed, n]))
+    more: Any = {"name": f"{recipe} {n} of {cardinality}, {seed}", "maximise": True}
+    return RowProblem.from_quadratic(distance / 2, cardinality=cardinality, **more)
+
+
+def _symmetric(matrix: np.ndarray) -> np.ndarray:
+    upper = np.triu(matrix, 1)
+    return np.asarray(upper + upper.T)

@@ -1,18 +1,25 @@
-"""The rules of the house: which way imports point, and what installs."""
+"""The rules of the house: which way imports point, what installs, which cases are drawn."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
 import tomllib
+import warnings
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import pytest
+from commands import ROOT, TESTS
+from forging import fails
+
 import maskopt
 from maskopt.demo.model import MODELS
+from maskopt.errors import ModelError
+from maskopt.models.architecture.transformers_adapter import SUPPORTED, check_version
 from maskopt.protocol.solver import ENTRY_POINT_GROUP, Solver
 
-ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 #: but for those that no module imports from
 EXTRAS = PROJECT["optional-dependencies"]
@@ -117,3 +124,99 @@ def test_one_version_everywhere():
     cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
     assert {PROJECT["version"], cited[1]} == {maskopt.__version__}
     assert f"## {maskopt.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+# transformers
+
+
+PACKAGE = Path(maskopt.__file__).parent
+ADAPTER = PACKAGE / "models" / "architecture" / "transformers_adapter.py"
+#: documented, so every file may import from them
+PUBLIC = {"transformers", "transformers.utils", "transformers.pytorch_utils"}
+PRIVATE = {"_init_weights", "_weight_conversions", "_experts_implementation", "hf_quantizer"}
+
+
+def private_uses(source):
+    """Imports from transformers' undocumented modules, and its private attributes."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers"):
+            if node.module not in PUBLIC:
+                yield str(node.module)
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+            yield from (n for n in names if n.startswith("transformers.") and n not in PUBLIC)
+        elif isinstance(node, ast.Attribute) and node.attr in PRIVATE:
+            yield node.attr
+
+
+def test_only_the_adapter_knows_private_parts():
+    private = {str(x): set(private_uses(x.read_text())) for x in PACKAGE.rglob("*.py")}
+    used = private.pop(str(ADAPTER))
+    assert used >= {"_init_weights", "_experts_implementation"}
+    assert used >= {f"transformers.{x}" for x in ("core_model_loading", "conversion_mapping")}
+    assert {file: found for file, found in private.items() if found} == {}
+
+
+def test_the_range_of_transformers_is_the_one_that_is_installed():
+    """pip enforces what the adapter says."""
+    entry = next(d for d in PROJECT["dependencies"] if d.startswith("transformers"))
+    major, minor = SUPPORTED[1].split(".")
+    assert entry == f"transformers>={SUPPORTED[0]},<{major}.{int(minor) + 1}"
+
+
+def test_other_versions_of_transformers_are_refused_or_warned_of():
+    for version in ("5.5.4", "4.57.6", "5.0.0rc1"):
+        fails(ModelError, rf"{re.escape(version)} is too old.*>=5\.6", check_version, version)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for version in ("5.25.0", "5.100.0.dev0", "6.0.0"):
+            check_version.cache_clear()
+            with pytest.warns(
+                UserWarning, match=rf"{re.escape(version)} is newer than maskopt was"
+            ):
+                check_version(version)
+            check_version(version)  # says it once
+        for version in SUPPORTED:  # both ends of the range
+            check_version.cache_clear()
+            check_version(version + ".0")
+
+
+# Profiles
+
+SUITE = """
+from hypothesis import given, settings, strategies
+
+own = settings(max_examples=30)
+
+def test_a_test_with_settings_of_its_own_follows_the_profile():
+    print("derandomize", own.derandomize, settings.default.max_examples)
+
+@own
+@given(strategies.integers(0, 2**60))
+def test_draws(number):
+    print("drawn", number)
+    assert number < 0
+"""
+PROFILES = {20: [], 60: ["--slow"], 300: ["--hypothesis-profile=explore"]}
+#: all in one process, which imports torch but once; a file each, which is imported under its profile
+RUN = """import pytest, sys
+for number, *options in {}:
+    pytest.main(["-s", "-p", "conftest", *options, f"test_case_{{number}}.py"])
+    print("END OF A RUN")"""
+
+
+@pytest.mark.slow
+def test_the_profile_decides_which_cases_are_drawn(tmp_path):
+    for examples in PROFILES:
+        (tmp_path / f"test_case_{examples}.py").write_text(SUITE)
+    # CI: derandomised by default
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "CI": "true"}
+    command = [sys.executable, "-c", RUN.format([(n, *o) for n, o in PROFILES.items()])]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    runs = result.stdout.split("END OF A RUN")[:-1]
+    for examples, said in zip(PROFILES, runs, strict=True):
+        assert "1 failed, 1 passed" in said, said + result.stderr
+        explores = examples == 300
+        assert f"derandomize {not explores} {examples}" in said
+        assert said.count("drawn") > 1
+        assert not explores or "@reproduce_failure(" in said

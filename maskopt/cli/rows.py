@@ -30,8 +30,7 @@ from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.pattern import Pattern, parse_sparsity
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import OptionError, SolverError
-from maskopt.experiments.compare import Record, load_instances, sample_rows
-from maskopt.experiments.compare import compare as compare_rows
+from maskopt.experiments.compare import Record, compare as compare_rows, load_instances, sample_rows
 from maskopt.experiments.store import check_format
 from maskopt.instances.formats import save_problem
 from maskopt.models.options.prune import BLOCKWISE, LEAST_SQUARES, NONE, PruneOptions

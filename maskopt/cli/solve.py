@@ -21,12 +21,10 @@ from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.core.units import OriginalValues
 from maskopt.errors import OptionError
-from maskopt.experiments.prove import BRANCH
-from maskopt.experiments.prove import prove as prove_rows
+from maskopt.experiments.prove import BRANCH, prove as prove_rows
 from maskopt.instances.formats import load_problem
 from maskopt.protocol.solution import Solution, Status, is_bounded
-from maskopt.protocol.solver import limits_of, make_solver
-from maskopt.protocol.solver import solve as library
+from maskopt.protocol.solver import limits_of, make_solver, solve as library
 
 
 @command(example="maskopt solve row.npz --prove --output proof.npz")

@@ -1,7 +1,7 @@
 """Feed mutated files to the loaders of instances, masks, journals, manifests, indices and shards, and
 journals and manifests that were changed in what they say, with right digests.
 
-    PYTHONPATH=tests python tests/benchmarks/fuzz_loaders.py --inputs 100000
+    PYTHONPATH=tests:tests/model/checkpoints python tests/benchmarks/fuzz_loaders.py --inputs 100000
 
 Anything but a clear error or a sound result, and any file outside the work folder, ends it.
 """
@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from test_model_fuzz import examples, hostile, try_loaders
+from test_model_safety import examples, hostile, try_loaders
 from tiny_models import save, tiny, tokens
 
 from maskopt.models.pruning.prune import prune_model

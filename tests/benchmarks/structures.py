@@ -33,8 +33,7 @@ from maskopt.models.blockwise.job import Job
 from maskopt.models.checkpoints.report import PruneReport
 from maskopt.models.evaluation.evaluate import evaluate
 from maskopt.models.options.walk import WalkOptions
-from maskopt.models.structured import blocks as removal
-from maskopt.models.structured import channels as shrinking
+from maskopt.models.structured import blocks as removal, channels as shrinking
 from maskopt.models.structured.blocks import Effects, Left, Measure, remove_blocks
 from maskopt.models.structured.channels import shrink_model
 

@@ -18,8 +18,7 @@ import torch
 
 from maskopt import LayerProblem, Status, Unstructured
 from maskopt.protocol.solver import solve
-from maskopt.solvers.swap import engine
-from maskopt.solvers.swap import triton as triton_kernels
+from maskopt.solvers.swap import engine, triton as triton_kernels
 from maskopt.solvers.swap.batch import Batch
 
 BLOCKS, SPARSITY = 32, 0.6

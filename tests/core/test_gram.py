@@ -4,8 +4,7 @@ and the setting is as before afterwards."""
 import pytest
 import torch
 from forging import fails
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from maskopt.core import products
 from maskopt.core.gram import CHUNK, TILE, Gram

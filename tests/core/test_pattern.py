@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 from forging import fails
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from maskopt import NM, Unstructured
 from maskopt.core.knapsack import choose_levels

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 from forging import fails
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from strategies import HALF, TWO_FOUR, drawn, problems, random_gram, random_weight, verified
 
 from maskopt import NM, LayerProblem, RowProblem, Unstructured, errors, solve, verify

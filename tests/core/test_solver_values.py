@@ -24,10 +24,15 @@ from maskopt.errors import MaskoptError, OptionError, PatternError, SolverError,
 from maskopt.models.options.prune import PruneOptions
 from maskopt.models.pruning.solving import solve_layer
 from maskopt.protocol import solver
-from maskopt.protocol.bounds import REGISTRY as BOUNDS
-from maskopt.protocol.bounds import available_bounds
-from maskopt.protocol.solver import REGISTRY as SOLVERS
-from maskopt.protocol.solver import Capabilities, Solver, available_solvers, make_solver, make_start
+from maskopt.protocol.bounds import REGISTRY as BOUNDS, available_bounds
+from maskopt.protocol.solver import (
+    REGISTRY as SOLVERS,
+    Capabilities,
+    Solver,
+    available_solvers,
+    make_solver,
+    make_start,
+)
 from maskopt.protocol.trace import Trace
 from maskopt.solvers import DSnoT, Relax, Ria, Swap, Tabu, Wanda
 

@@ -1,39 +1,46 @@
-"""The comparison: records, resumption, formats, and its commands."""
+"""The comparison, its commands and clusters of processes; proofs; certified gaps."""
 
 import csv
 import json
 import math
 import os
+import signal
 import sys
 import threading
 from dataclasses import replace
 
+import joblib
 import numpy as np
 import pytest
 import torch
 from commands import run
+from forging import fails
 from pyscipopt import Model
-from resuming import stop_at
 from strategies import HALF, random_gram, random_weight
+from tiny_models import save, save_tokenizer, tiny, tokens
 
+import maskopt
 from maskopt import (
     NM,
     LayerProblem,
     LeastSquaresUpdate,
     Limits,
     RowProblem,
-    Solution,
-    Status,
     Unstructured,
+    errors as e,
+    verify,
 )
 from maskopt.core.files import check_writable
-from maskopt.errors import DataError, OptionError
 from maskopt.experiments.compare import Record, compare, sample_rows
 from maskopt.experiments.jobs import job_key
 from maskopt.experiments.prove import prove
 from maskopt.experiments.store import Store, read_records, write_records
+from maskopt.models.checkpoints.report import read_manifest, result_digest
 from maskopt.models.evaluation import bound as certify_module
-from maskopt.protocol.solver import make_solver
+from maskopt.models.evaluation.bound import GapRecord, bound_layers, by_kind, certify_model
+from maskopt.protocol.bounds import lower_bound
+from maskopt.protocol.solution import Solution, Status
+from maskopt.protocol.solver import make_solver, solve
 from maskopt.solvers.exact.branch import Branch
 from maskopt.solvers.exact.tasks import RowAnswer
 
@@ -42,6 +49,14 @@ LAYER = LayerProblem(random_weight(6, 24, 1), random_gram(24, "full", 2), HALF, 
 
 def some(rows, columns=10, **options):
     return sample_rows([LAYER], rows, columns=columns, **options)
+
+
+def stop_at(count):
+    def stop(done, total):
+        if done == count:
+            raise KeyboardInterrupt
+
+    return stop
 
 
 @pytest.fixture
@@ -61,8 +76,7 @@ def test_records_say_how_far_from_the_optimum_and_who_is_trusted():
     records = compare(rows, ["worst", "exhaustive"])
     assert [r.solver for r in records] == ["worst", "exhaustive"] * 3
     for poor, best in zip(records[::2], records[1::2], strict=True):
-        assert best.status == "optimal"
-        assert best.excess == 0
+        assert (best.status, best.excess) == ("optimal", 0)
         assert poor.excess == pytest.approx(poor.objective / best.objective - 1)
         assert poor.excess > 0
     assert math.isnan(compare(rows[:1], ["worst"])[0].excess)
@@ -87,15 +101,12 @@ def test_records_say_how_far_from_the_optimum_and_who_is_trusted():
 
 
 def interrupted(rows, solvers, path, count):
-    """Lines in the file of a run that ends with so many jobs finished."""
-    with pytest.raises(KeyboardInterrupt):
-        compare(rows, solvers, output=path, on_progress=stop_at(count))
+    fails(KeyboardInterrupt, None, compare, rows, solvers, output=path, on_progress=stop_at(count))
     return path.read_text().splitlines()
 
 
 @pytest.mark.parametrize("cut", [40, 1, 0])
 def test_an_interrupted_run_keeps_its_rows_and_goes_on_any_number_of_times(path, cut):
-    """Cut off in the last line, before its newline, or in one more."""
     rows, solvers, heard = some(3), ["wanda", "exhaustive"], []
     kept = interrupted(rows, solvers, path, 2)
     assert len(kept) == 2
@@ -180,7 +191,6 @@ def test_a_forged_solution_and_a_forged_line_do_not_survive_a_resume(claim, path
 
 
 def test_a_forged_line_and_a_failed_one_are_replaced(path):
-    """By what the solution says; a failed record of another run is kept."""
     rows = some(1)
     (honest,) = compare(rows, ["relax"], output=path)
     path.write_text(path.read_text().replace('"status": "swap-optimal"', '"status": "optimal"'))
@@ -200,19 +210,19 @@ def test_bad_calls_are_refused_before_anything_runs(tmp_path, monkeypatch):
     for name in ("folder", "folder.csv"):
         os.mkdir(name)
     ran, twice = [], ["wanda", make_solver("tabu", moves=1), make_solver("tabu", moves=500)]
+    outputs = {
+        "x.xlsx": r"\.jsonl, \.csv, \.parquet", "folder": "write one of", "no/x.csv": "no such folder",
+        "folder.csv": "a folder; name a file", "no/such.jsonl": "no such folder",
+        "x.parquet": r"pyarrow.*maskopt\[parquet\]",
+    }  # fmt: skip
     for solvers, options, message in (
         (twice, {}, r"'tabu' is given twice.*compare once for each"),
         ({"random": {"seed": -1}}, {"seed": 5}, "seed"),
         (["wanda"], {"jobs": 0}, "`jobs` is at least 1"),
         ([], {}, "at least one solver"),
-        (["wanda"], {"output": "x.xlsx"}, r"\.jsonl, \.csv, \.parquet"),
-        (["wanda"], {"output": "folder"}, r"write one of"),
-        (["wanda"], {"output": "folder.csv"}, "a folder; name a file"),
-        (["wanda"], {"output": "no/such.jsonl"}, "no such folder"),
-        (["wanda"], {"output": "no/x.csv"}, "no such folder"),
-        (["wanda"], {"output": "x.parquet"}, r"pyarrow.*maskopt\[parquet\]"),
+        *((["wanda"], {"output": name}, message) for name, message in outputs.items()),
     ):
-        with pytest.raises(OptionError, match=message):
+        with pytest.raises(e.OptionError, match=message):
             compare(some(1), solvers, **options, on_progress=lambda *event: ran.append(event))
     assert ran == []
     assert sorted(os.listdir()) == ["folder", "folder.csv"]
@@ -260,11 +270,9 @@ def test_an_interrupted_search_is_no_record(path, monkeypatch):
     rows = some(2, 12)
     stopped = lambda _, task: RowAnswer(task.start, "userinterrupt", message="")  # noqa: E731
     monkeypatch.setattr(Branch, "search_row", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        compare(rows, ["wanda", "branch"], output=path)
+    fails(KeyboardInterrupt, None, compare, rows, ["wanda", "branch"], output=path)
     assert [record.solver for record in read_records(path, Record).values()] == ["wanda"]
-    with pytest.raises(KeyboardInterrupt):
-        prove(rows[0], path.with_name("proof.npz"))
+    fails(KeyboardInterrupt, None, prove, rows[0], path.with_name("proof.npz"))
     assert not path.with_name("proof.npz").exists()
 
 
@@ -272,21 +280,18 @@ def test_a_file_of_something_else_is_left_unchanged(path):
     compare(rows := some(1, 6), ["wanda"], output=path)
     line = json.loads(path.read_text())
     odd = {"gap": "–", "value": "0.5", "seconds": "1,5", "status": 5, "n": None}
+    none = (b'{"a": 1}\n', b"1", b'{"instance": "x"}')
     for content, message in (
         (b"\xff\xfe\x00", "holds no text"),
-        (b'{"a": 1}\n', "no record of this command"),
-        (b"1", "no record of this command"),
-        (b'{"instance": "x"}', "no record of this command"),
-        (b"my precious notes", "is not JSON"),
-        (b'{"name": "Ada', "is not JSON"),
+        *((content, "no record of this command") for content in none),
+        *((content, "is not JSON") for content in (b"my precious notes", b'{"name": "Ada')),
         ({"instance": "\ud800"}, r"out\.jsonl: line 1 is not JSON \('\\ud800' is half of"),
         *(({name: value}, "line 1 has a value of another kind") for name, value in odd.items()),
     ):
         if isinstance(content, dict):
             content = (json.dumps({**line, **content}) + "\n").encode()
         path.write_bytes(content)
-        with pytest.raises(DataError, match=message):
-            compare(rows, ["wanda"], output=path)
+        fails(e.DataError, message, compare, rows, ["wanda"], output=path)
         assert path.read_bytes() == content
 
 
@@ -306,13 +311,13 @@ def test_infinite_gaps_are_no_json_numbers_and_come_back_out_of_the_file(path):
 def test_a_table_of_somebody_elses_is_not_replaced(command, saved, tmp_path):
     name, *more = command.split()
     (out := tmp_path / "mine.csv").write_text("my,own,data\n")
-    said = run(name, saved, *more, "--output", out, fails=OptionError)
+    said = run(name, saved, *more, "--output", out, fails=e.OptionError)
     assert "no table of this command" in said
     assert out.read_text() == "my,own,data\n"
     words = [name, saved, *more, "--output", out := tmp_path / "out.csv"]
     run(*words)
     written = out.read_bytes()
-    assert "exists; pass --overwrite" in run(*words, fails=OptionError)
+    assert "exists; pass --overwrite" in run(*words, fails=e.OptionError)
     assert out.read_bytes() == written
     run(*words, "--overwrite")
     assert out.read_text().startswith("instance,")
@@ -329,14 +334,14 @@ def test_files_of_a_model_are_never_replaced(weights, saved, tmp_path):
     (link := tmp_path / "link").symlink_to(model / weights)
     for path in (*model.iterdir(), link):
         for overwrite in (False, True):
-            with pytest.raises(OptionError, match=f"{message}; name a file in"):
+            with pytest.raises(e.OptionError, match=f"{message}; name a file in"):
                 check_writable(path, overwrite=overwrite)
     for words in (
         ("solve", saved, "--output", model / "config.json"),
         ("solve", "--prove", saved, "--output", model / "config.json"),
         ("compare", saved, "--solvers", "swap", "--output", model / "t.csv"),
     ):
-        assert message in run(*words, "--overwrite", fails=OptionError)
+        assert message in run(*words, "--overwrite", fails=e.OptionError)
     assert (model / weights).read_text() == "instance,"
     (model / weights).unlink()  # then it is no model
     check_writable(model / "t.csv", overwrite=True)
@@ -344,25 +349,18 @@ def test_files_of_a_model_are_never_replaced(weights, saved, tmp_path):
 
 def test_options_that_do_not_fit_are_refused(saved, monkeypatch):
     monkeypatch.chdir(saved.parent)
-    for words, message in (
-        ("compare --solvers swap --solver-options swap.on_progress=5", "`on_progress`"),
-        ("solve --output out.npz --solver-options on_progress=5", "`on_progress`"),
-        (
-            "compare --solvers wanda --update refitt",
-            "--update must be text none or least-squares or blockwise",
-        ),
-        ("compare --solvers wanda --calibration no.txt", "is for a model folder"),
-        ("compare --solvers wanda --samples 3", "is for a model folder"),
-        ("compare --solvers wanda --include q_proj", "is for a model folder"),
-        ("compare --solvers wanda --bos never", "is for a model folder"),
-        ("export r.xyz", "unknown format 'xyz'"),
-        ("export none.npz --columns 5,3000", "--columns is how many"),
-        ("export none.npz --columns 5,-1", "--columns is how many"),
-        ("export none.npz --columns 0", "--columns is how many"),
-        ("export none.npz --columns -3", "--columns is how many"),
+    wanda, columns = "compare --solvers wanda", ("5,3000", "5,-1", 0, -3)
+    walk = ("--calibration no.txt", "--samples 3", "--include q_proj", "--bos never")
+    for message, *commands in (
+        ("`on_progress`", "compare --solvers swap --solver-options swap.on_progress=5"),
+        ("`on_progress`", "solve --output out.npz --solver-options on_progress=5"),
+        ("--update must be text none or least-squares or blockwise", f"{wanda} --update refitt"),
+        ("is for a model folder", *(f"{wanda} {option}" for option in walk)),
+        ("unknown format 'xyz'", "export r.xyz"),
+        ("--columns is how many", *(f"export none.npz --columns {x}" for x in columns)),
     ):
-        command, *more = words.split()
-        assert message in run(command, saved, *more, fails=OptionError)
+        for command, *more in map(str.split, commands):
+            assert message in run(command, saved, *more, fails=e.OptionError)
 
 
 def test_commands_compare_and_export_what_other_programs_read(saved, tmp_path):
@@ -386,10 +384,355 @@ def test_commands_compare_and_export_what_other_programs_read(saved, tmp_path):
         model.readProblem(str(target))
         model.optimize()
         assert model.getObjVal() == pytest.approx(best, rel=1e-4, abs=1e-5)
-        assert "exists; pass --overwrite" in run(*words, fails=OptionError)
+        assert "exists; pass --overwrite" in run(*words, fails=e.OptionError)
     # a row keeps its name through files
     LAYER.row(3).save(tmp_path / "0.npz")
     for number in range(2):
         said = run("export", tmp_path / f"{number}.npz", tmp_path / f"{number + 1}.npz")
         assert "RowProblem('q[3]'," in said
     assert LAYER.take([3]).row(0).name == "q[0]"
+
+
+# Clusters of processes, one of which dies: every row is there, none twice
+
+ROWS, KILLED_AFTER = 200, 40
+PROVEN = LayerProblem(random_weight(12, 20, 5), random_gram(20, "outliers", 6), HALF)
+
+
+def instances():
+    layer = LayerProblem(random_weight(ROWS, 24, 1), random_gram(24, "low-rank", 2), HALF)
+    return sample_rows([layer], ROWS, columns=12, seed=3)
+
+
+def check(path, **options):
+    """Records, certificates and proofs are those of one process, and the files hold every row once."""
+    records = compare(instances(), ["exhaustive"], output=path / "found.jsonl", **options)
+    gaps = bound_layers([PROVEN], method="box", output=path / "gaps.jsonl")
+    proof = prove(PROVEN, path / "proof.npz")
+    with joblib.parallel_config(backend="sequential"):
+        alone = bound_layers([PROVEN], method="box")
+        assert torch.equal(prove(PROVEN).mask, proof.mask)
+        compared = compare(instances(), ["exhaustive"])
+    assert [(r.row, r.key) for r in gaps] == [(r.row, r.key) for r in alone]
+    # together, rows stop when they are within 1% on average; alone, each when it is
+    assert [r.lower_bound for r in gaps] == pytest.approx([r.lower_bound for r in alone], rel=0.05)
+    assert len((path / "gaps.jsonl").read_text().splitlines()) == PROVEN.rows
+    assert "checked" in str(verify(PROVEN, Solution.load(path / "proof.npz"), require="checked"))
+    assert not (path / "proof.npz.rows").exists()
+    assert [r.objective for r in records] == [r.objective for r in compared]
+    assert {r.status for r in records} == {"optimal"}
+    keys = [json.loads(line)["key"] for line in (path / "found.jsonl").read_text().splitlines()]
+    assert len(keys) == len(set(keys)) == ROWS
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+def test_dask_workers_of_which_one_is_killed(tmp_path):
+    distributed = pytest.importorskip("distributed", reason="needs pip install distributed")
+    size, killed = {"n_workers": 4, "threads_per_worker": 1, "dashboard_address": None}, []
+    with (
+        distributed.LocalCluster(**size) as cluster,
+        distributed.Client(cluster) as client,
+        joblib.parallel_config(backend="dask", n_jobs=-1),
+    ):
+        pids = list(client.run(os.getpid).values())
+
+        def kill(finished, _):
+            """One of the workers, in the middle of the work."""
+            if finished >= KILLED_AFTER and not killed:
+                killed.append(pids[0])
+                os.kill(pids[0], signal.SIGKILL)
+
+        check(tmp_path, on_progress=kill)
+        assert pids[0] not in client.run(os.getpid).values()
+
+
+@pytest.mark.slow
+def test_ray_workers(tmp_path):
+    ray = pytest.importorskip("ray", reason="needs pip install ray")
+    from ray.util.joblib import register_ray
+
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    try:
+        register_ray()
+        with joblib.parallel_config(backend="ray", n_jobs=4):
+            check(tmp_path)
+    finally:
+        ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["loky", "threading"])
+def test_processes_and_threads_of_this_machine(tmp_path, backend):
+    """An interrupted comparison goes on under another backend."""
+    kept = interrupted(instances(), ["exhaustive"], tmp_path / "found.jsonl", KILLED_AFTER)
+    assert len(kept) == KILLED_AFTER
+    with joblib.parallel_config(backend=backend, n_jobs=2):
+        check(tmp_path)
+
+
+def interrupted_proof(path, **options):
+    fails(KeyboardInterrupt, None, prove, PROVEN, path, on_progress=stop_at(5), **options)
+    assert not path.exists()
+    kept = sorted((path.parent / "proof.npz.rows").iterdir())
+    assert len(kept) == 5
+    return kept
+
+
+def test_an_interrupted_proof_keeps_its_rows_whatever_the_time_and_the_workers(tmp_path):
+    path, seen = tmp_path / "proof.npz", []
+    kept = interrupted_proof(path, limits=Limits(seconds=600))
+    kept[0].write_bytes(kept[0].read_bytes()[:100])  # cut off by a crash
+    with joblib.parallel_config(backend="threading", n_jobs=2):
+        listen = {"on_progress": lambda done, rows: seen.append(done)}
+        proof = prove(PROVEN, path, limits=Limits(seconds=900), **listen)
+    assert seen == list(range(5, 13))  # four were kept
+    verify(PROVEN, proof, require="checked")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["proof.npz"]
+
+
+def test_forged_rows_of_an_interrupted_proof_are_proven_again(tmp_path):
+    """Masks that are legal and claimed to be optimal: nothing proves that."""
+    path, again = tmp_path / "proof.npz", []
+    for kept in interrupted_proof(path):
+        found = Solution.load(kept)
+        forged = Solution.of(PROVEN.row(0), found.mask.flip(1), status=found.status)
+        bound = {"lower_bound": found.objective, "trusted": ("branch of maskopt 0.2.0",)}
+        replace(forged, objective=found.objective, **bound).save(kept)
+    zero = int((PROVEN.weight == 0).all(1).sum())  # rows of which every mask is optimal
+    proof = prove(PROVEN, path, on_progress=lambda done, rows: again.append(done))
+    assert again == list(range(1 + zero, 13))
+    assert torch.equal(proof.objective, prove(PROVEN).objective)
+
+
+def test_what_will_not_do_is_refused_before_anything_is_proven(tmp_path):
+    began, nowhere = [], tmp_path / "nowhere" / "proof.npz"
+    shared_budget = PROVEN.under(Unstructured(0.5, per="layer"))
+    updated = PROVEN.with_update(LeastSquaresUpdate(0.1))
+    for layer, path, start, error, message in (
+        (PROVEN, nowhere, None, e.OptionError, "no such folder"),
+        (PROVEN, None, torch.ones(12, 20, dtype=torch.bool), e.WarmStartError, "row 0 prunes 0"),
+        (PROVEN, None, "swop", e.UnknownSolverError, "swop"),
+        (updated, None, None, e.OptionError, "unchanged weights"),
+        (shared_budget, None, None, e.OptionError, "an equal count"),
+    ):
+        with pytest.raises(error, match=message):
+            prove(layer, path, start=start, on_progress=lambda *x: began.append(1))
+    assert not began
+
+
+# Certified gaps
+
+
+TEXT = "the quick brown fox jumps over the lazy dog and runs away again " * 60
+
+
+@pytest.fixture
+def layer():
+    weight, gram = random_weight(5, 24, 1), random_gram(24, "full", 2)
+    return LayerProblem(weight, gram, HALF, name="a.0.q_proj")
+
+
+@pytest.fixture(scope="module")
+def models(dense, tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    (root / "text.txt").write_text(TEXT)
+    words = {"calibration": root / "text.txt", "samples": 8, "seq_len": 32}
+    maskopt.prune_model(dense, sparsity=NM(keep=2, of=4), output=root / "pruned", **words)
+    (root / "dense").symlink_to(dense)
+    return root
+
+
+def certified(models, dense="dense", pruned="pruned", **options):
+    words = {"calibration": models / "text.txt", "method": "box", "samples": 4, "seq_len": 32}
+    return certify_model(models / dense, models / pruned, **{**words, **options})
+
+
+@pytest.mark.parametrize("columns", [None, 10, 24])
+def test_gaps_are_what_objective_and_bound_say_of_rows_drawn_as_for_a_comparison(layer, columns):
+    layers = [layer, LayerProblem(2 * layer.weight, layer.gram, layer.pattern, name="b")]
+    seen, words = [], {"columns": columns, "seed": 5}
+    sampled = sample_rows(layers, 3, **words)
+    listen = {"on_rows": lambda *event: seen.append(event)}
+    records = bound_layers(layers, rows=3, method="box", solver="swap", **words, **listen)
+    # before a layer is bounded, and after its rows; where each has columns of its own, after each
+    counts = [(0, "a.0.q_proj"), (3, "a.0.q_proj"), (3, "b"), (6, "b")]
+    assert columns is not None or seen == counts
+    assert [f"{r.instance}[{r.row}]" for r in records] == [row.name for row in sampled]
+    assert len({r.row for r in records[:3]}) == 3
+    for row, record in zip(sampled, records, strict=True):
+        assert row.n == record.n
+        assert record.objective == pytest.approx(float(solve(row, "swap").objective), rel=1e-9)
+        assert 0 <= record.lower_bound <= record.objective
+        assert record.gap == pytest.approx(1 - record.lower_bound / record.objective)
+    same = LayerProblem(torch.ones(3, 8), random_gram(8, "full", 4), HALF)
+    assert [r.row for r in bound_layers([same], method="box")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("columns", "missing", "sizes"), [(None, [2], [4, 6]), (12, [1, 1], [4, 4, 4, 5, 5, 6])]
+)
+def test_an_interrupted_run_goes_on(columns, missing, sizes, layer, tmp_path, monkeypatch):
+    """All rows that are missing are bounded together; where each has columns of its own, one by one."""
+    path, bounded, held, original = tmp_path / "gaps.jsonl", [], [], certify_module.lower_bound
+    words = {"rows": 4, "columns": columns, "method": "box", "output": path}
+    shift = bound_layers([layer], rows=2, method="shift", output=path)
+    whole = bound_layers([layer], **words)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:4], lines[4][:20]]))
+
+    def counting(problem, *args, **options):
+        bounded.append(problem.rows)
+        return original(problem, *args, **options)
+
+    monkeypatch.setattr(certify_module, "lower_bound", counting)
+    # the file grows before the next rows begin
+    listen = {"on_rows": lambda *event: held.append(len(read_records(path, GapRecord)))}
+    again = bound_layers([layer], **words, **listen)
+    assert (bounded, held) == (missing, sizes)
+    assert [r.key for r in again] == [r.key for r in whole]
+    assert list(read_records(path, GapRecord).values()) == [*shift, *again]
+    # a matrix product may sum in another order when fewer rows are left
+    expected = [r.objective for r in whole]
+    assert [r.objective for r in again] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("per", ["row", "layer"])
+@pytest.mark.parametrize("forged", ["line", "solution", "another mask"])
+def test_forged_bounds_do_not_survive_a_resume(per, forged, layer, tmp_path, caplog):
+    layer = layer.under(Unstructured(sparsity=0.5, per=per))
+    path = tmp_path / "gaps.jsonl"
+    honest = bound_layers([layer], method="box", output=path)
+    if forged == "line":
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lies = [json.dumps({**r, "lower_bound": r["objective"], "gap": 0.0}) for r in lines]
+        path.write_text("\n".join(lies) + "\n")
+    for kept in (tmp_path / "gaps.jsonl.rows").iterdir() if forged != "line" else ():
+        found = Solution.load(kept)
+        if forged == "solution":
+            replace(found, lower_bound=found.objective).save(kept)
+        else:
+            rows = layer if per == "layer" else layer.row(0)
+            Solution.of(rows, found.mask.flip(1)).save(kept)
+    again = bound_layers([layer], method="box", output=path)
+    dropped = forged == "solution" or (forged, per) == ("another mask", "row")
+    assert ("dropped" in caplog.text) == dropped
+    assert [r.lower_bound for r in again] == pytest.approx([r.lower_bound for r in honest])
+    assert list(read_records(path, GapRecord).values()) == again
+
+
+def test_what_will_not_do_is_refused_before_anything_is_read(models, layer, tmp_path):
+    path, other = tmp_path / "gaps.jsonl", tiny("llama")
+    bound_layers([layer], method="box", output=path)
+    said = r"gaps\.jsonl: holds gaps of another model; name another"
+    began = {"on_rows": lambda *event: pytest.fail("it began")}
+    fails(e.DataError, said, certified, models, output=path, **began)
+    path.unlink()
+    records = certified(models, output=path, layers="layers.0.mlp")
+    manifest = read_manifest(models / "pruned" / "maskopt-manifest.json")
+    assert {r.model for r in records} == {result_digest(manifest)}
+    fails(e.DataError, "another model", bound_layers, [layer], method="box", output=path)
+    fails(e.MaskoptError, "unknown bound", bound_layers, [layer], method="bxo")
+
+    def layers():
+        pytest.fail("not to be asked for")
+        yield
+
+    for draw in (sample_rows, bound_layers):
+        fails(e.OptionError, "rows must be at least 1, not 0", draw, layers(), rows=0)
+    fails(e.OptionError, "rows", certified, models, "no", "no", rows_per_layer=0)
+    # folders that do not belong together
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.01
+    save_tokenizer(save(other, tmp_path / "other"))
+    for wrong in (tmp_path / "other", "pruned"):
+        fails(e.ModelError, "was pruned from another model than", certified, models, wrong)
+    fails(e.MaskoptError, None, certified, models, pruned="dense")
+
+
+def test_the_masks_of_a_pruned_model_are_the_ones_judged(models, tmp_path):
+    records = certified(models, rows_per_layer=2, samples=8)
+    kinds = by_kind(records)
+    assert {kind.split(".")[-1] for kind in kinds} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    assert all(count == 6 for count, *_ in kinds.values())
+    assert {record.pattern for record in records} == {"2:4"}
+    for record in records:
+        assert record.objective > 0
+        assert 0 <= record.gap <= 1
+        assert math.isfinite(record.seconds)
+    # layers are chosen among the pruned ones
+    some = {"sparsity": NM(keep=2, of=4), "include": ("layers.0",), "output": tmp_path / "some"}
+    text = {"calibration": models / "text.txt", "samples": 4, "seq_len": 32}
+    maskopt.prune_model(models / "dense", **some, **text)
+    records = certified(models, pruned=tmp_path / "some", layers="q_proj", rows_per_layer=1)
+    assert [r.instance for r in records] == ["model.layers.0.self_attn.q_proj"]
+    with pytest.raises(e.ModelError, match=r"no layer matches 'layers\.1'"):
+        certified(models, pruned=tmp_path / "some", layers="layers.1")
+
+
+def test_experts_that_see_tokens_in_the_pruned_model_alone(tmp_path):
+    dense, out, text = save(tiny("mixtral"), tmp_path / "dense"), tmp_path / "out", tokens(2, 4)
+    maskopt.prune_model(dense, text, output=out, sparsity=0.7, solver="magnitude", min_tokens=1)
+    problems = (maskopt.collect_problems(folder, text, sparsity=0.7) for folder in (dense, out))
+    one, other = ([name for name, _ in found] for found in problems)
+    assert one != other
+    records = certify_model(dense, out, calibration=text, method="box", rows_per_layer=1)
+    assert [record.instance for record in records] == other
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_rows_with_a_common_count_have_the_bound_of_their_layer(jobs, tmp_path):
+    weight = random_weight(6, 24, 3) * 2.0 ** torch.arange(6.0)[:, None]
+    pattern = Unstructured(0.5, per="layer")
+    layer = LayerProblem(weight, random_gram(24, "full", 4), pattern, name="a")
+    words = {"method": "box", "output": tmp_path / "gaps.jsonl"}
+    with joblib.parallel_config(backend="threading"):
+        records = bound_layers([layer], jobs=jobs, **words)
+        assert bound_layers([layer], jobs=3 - jobs, **words) == records
+    best = float(solve(layer, "swap").objective.sum())
+    assert [r.row for r in records] == list(range(6))
+    truth = float(lower_bound(layer, "box").value.sum())
+    assert sum(r.lower_bound for r in records) == pytest.approx(truth)
+    assert truth <= best * (1 + 1e-9)
+    assert [r.gap for r in records] == pytest.approx([1 - truth / best] * 6)
+    fewer = layer.take([0, 1, 2])
+    fewer.name = "a"
+    assert not {r.key for r in bound_layers([fewer], **words)} & {r.key for r in records}
+
+
+def test_commands(models, layer, tmp_path):
+    layer.save(tmp_path / "layer.npz")
+    out, box = tmp_path / "gaps.csv", ("--method", "box")
+    assert "q_proj" in run("bound", tmp_path / "layer.npz", *box, "--rows", 2, "--output", out)
+    assert len(out.read_text().splitlines()) == 3
+    common = ("--calibration", models / "text.txt", "--samples", 4, "--seq-len", 32)
+    folders = (models / "pruned", "--original", models / "dense")
+    words = ("--rows", 1, "--include", "*q_proj")
+    assert "q_proj" in run("bound", *folders, *box, *words, *common)
+    assert "optimal" in run(
+        "compare", models / "dense", "--include", "*0*q_proj", "--sparsity", "0.5", "--rows", 1,
+        "--columns", 12, "--solvers", "wanda,swap,exhaustive", *common,
+    )  # fmt: skip
+    assert "--calibration" in run("bound", models / "dense", fails=e.MaskoptError)
+    gaps = []
+    for extra in ((), ("--cuts", "3")):
+        out = tmp_path / f"{len(extra)}.csv"
+        run("bound", tmp_path / "layer.npz", "--output", out, *extra)
+        with out.open() as lines:
+            gaps.append([float(row["gap"]) for row in csv.DictReader(lines)])
+    assert all(after <= before for before, after in zip(*gaps, strict=True))
+    assert sum(gaps[1]) < sum(gaps[0])
+    refused = run("bound", tmp_path / "layer.npz", *box, "--cuts", 3, fails=e.MaskoptError)
+    assert "bound 'box' has no option 'cuts'" in refused
+
+
+def test_walks_leave_torch_the_threads_that_it_had(models):
+    before = torch.get_num_threads()
+    some = {"rows_per_layer": 1, "samples": 2, "layers": "layers.0.mlp", "threads": before + 1}
+    certified(models, **some)
+    assert torch.get_num_threads() == before
+    fails(ZeroDivisionError, None, certified, models, **some, on_rows=lambda *event: 1 / 0)
+    assert torch.get_num_threads() == before

@@ -1,5 +1,4 @@
-"""Tables and the page of `maskopt report`: its numbers are the manifest's, it needs nothing but itself, and
-nothing that is shown can break out of it."""
+"""Tables and the page of `maskopt report`: its numbers are the manifest's, and nothing breaks out of it."""
 
 import base64
 import html
@@ -7,19 +6,24 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import run
-from forging import copied, forge_manifest
+from commands import run, shows
+from forging import copied, fails, forge_manifest
 from PIL import Image
+from prunes import prune
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_models import save, tiny, tokens
+from tiny_models import save, save_tokenizer, tiny, tokens
 
 from maskopt import prune_model
+from maskopt.demo.run import error_table, perplexity_table, run_demo, toy_table
 from maskopt.errors import ModelError, OptionError
+from maskopt.experiments.compare import Record
+from maskopt.models.checkpoints.report import LayerReport, PruneReport
 from maskopt.report.page import write_page
 from maskopt.report.prune_page import Pruned, summary
 from maskopt.report.table import Table, number
@@ -36,16 +40,12 @@ def test_numbers_are_short_and_cells_the_same_in_terminal_and_page(tmp_path):
     assert [number(value) for value in cases] == list(cases.values())
     table = Table("A [bold]title[/bold] <b>", ("solver", "objective"), note="see <here>")
     table.add("swap", "1.5")
-    with pytest.raises(ValueError, match="1 cells for 2"):
-        table.add("swap")
-    stream = io.StringIO()
-    Console(file=stream, width=60).print(table.rich())
-    for shown in ("[bold]title[/bold]", "swap", "1.5", "objective", "see <here>"):
-        assert shown in stream.getvalue()
+    fails(ValueError, "1 cells for 2", table.add, "swap")
+    Console(file=(stream := io.StringIO()), width=60).print(table.rich())
+    shows(stream.getvalue(), "[bold]title[/bold]", "swap", "1.5", "objective", "see <here>")
     write_page(tmp_path / "r.html", "T & U", ["a < b", table])
     found = (tmp_path / "r.html").read_text()
-    for shown in ("a &lt; b", "T &amp; U", '<td class="figure">1.5</td>', "see &lt;here&gt;"):
-        assert shown in found
+    shows(found, "a &lt; b", "T &amp; U", '<td class="figure">1.5</td>', "see &lt;here&gt;")
     assert "<b>" not in found
     assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
 
@@ -82,16 +82,11 @@ def test_everything_is_on_one_page(home, tmp_path):
     perplexity = json.loads((home / "eval.json").read_text())[1]["perplexity"]["value"]
     peak = manifest["memory"]["process"]
     assert (peak is None) == (not Path("/proc/self/status").exists())
-    for shown in (
-        f'<td class="figure">{mean:.4g}</td>',
-        f">{swaps / rows:.4g}</td>",
-        "swap from relax pruned 50.0% of 15,360 weights in 14 layers of 2 blocks",
-        f"{perplexity:.2f} (",
-        "As gaps.jsonl states of sampled rows",
-        "maskopt prune MODEL --config",
-        f">{'–' if peak is None else f'{peak / 2**30:.2f} GiB'}</td>",
-    ):
-        assert shown in found
+    shows(found, "swap from relax pruned 50.0% of 15,360 weights in 14 layers of 2 blocks")
+    shows(found, f'<td class="figure">{mean:.4g}</td>', f">{swaps / rows:.4g}</td>")
+    shows(found, "As gaps.jsonl states of sampled rows", f"{perplexity:.2f} (")
+    taken = "–" if peak is None else f"{peak / 2**30:.2f} GiB"
+    shows(found, "maskopt prune MODEL --config", f">{taken}</td>")
     assert len(re.findall(r"<img [^>]*alt=\"Mask of [^\"]+\"", found)) == 1
     names = sorted(file.name for file in (tmp_path / "figures").iterdir())
     assert names == ["errors.png", "errors.svg", "improvements-1.png", "improvements-1.svg"]
@@ -101,14 +96,12 @@ def test_everything_is_on_one_page(home, tmp_path):
 
 
 def unique_ids(found):
-    """Drawings do not mix."""
     ids = re.findall(r' id="([^"]*)"', found)
     assert len(ids) == len(set(ids))
     return set(ids)
 
 
 def test_nothing_is_asked_for_elsewhere_and_all_pictures_are_in_words_too(home, tmp_path):
-    """Its picture is the mask; the same bytes every time."""
     name = "model.layers.1.mlp.down_proj.weight"
     words = home / "OUT", home / "TRAINED", "--picture", name
     found = page(tmp_path, *words)
@@ -157,45 +150,40 @@ def test_names_cannot_break_out_of_the_page_and_do_not_mix(home, tmp_path):
     (tmp_path / "eval.json").write_text(json.dumps(records))
     found = page(tmp_path, home / "OUT", other, "--evaluation", tmp_path / "eval.json")
     rows = [f"Rows, {html.escape(str(folder))}" for folder in (home / "OUT", other)]
-    for shown in (*rows, "folder0/OUT", "folder1/OUT"):
-        assert shown in found
+    shows(found, *rows, "folder0/OUT", "folder1/OUT")
     assert "<b>" not in found
     unique_ids(found)
 
 
 def test_what_has_no_start_or_too_few_tokens_is_left_out(home, tmp_path):
-    options = {**OPTIONS, "solver": "wanda", "holdout": 0.0}
-    prune_model(home / "dense", tokens(2), output=tmp_path / "out", **options)
+    prune(home / "dense", tmp_path / "out", tokens(2))
     assert "Rows, out" not in page(tmp_path, tmp_path / "out")
     assert summary([Pruned.open(tmp_path / "out", "out")]).rows[0][4] == "–"
-    prune_model(home / "dense", tokens(2), output=tmp_path / "few", sparsity=0.5, min_tokens=999)
+    prune(home / "dense", tmp_path / "few", tokens(2), solver="swap", min_tokens=999)
     assert "In short" in page(tmp_path, tmp_path / "few")
     assert summary([Pruned.open(tmp_path / "few", "few")]).rows[0][3:6] == ("–",) * 3
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ("dense", ModelError, "the folder was not written by maskopt prune"),
-        ("OUT --picture nothing", OptionError, "has no mask of such a tensor"),
-        ("OUT --evaluation gaps.jsonl", OptionError, "holds no records"),
-        ("OUT --gaps eval.json", OptionError, "holds no records"),
-        ("OUT --evaluation missing", OptionError, "cannot be read"),
-        ("OUT --evaluation half.json", OptionError, "holds no records"),
-        ("OUT --output no/page.html", OptionError, "no such folder"),
-        ("OUT --figures eval.json/figures", ModelError, "Not a directory"),
-        ("TRAINED OUT --gaps gaps.jsonl", OptionError, "is of another model than TRAINED"),
-        ("OUT --output OUT/README.md --overwrite", OptionError, "is a file of a model folder"),
-        ("OUT --output OUT/model.safetensors --overwrite", OptionError, "is a file of a model"),
-        (
-            "OUT --evaluation eval.json --output eval.json --overwrite",
-            OptionError,
-            "evaluation itself",
-        ),
-    ],
-)
-def test_what_is_none_is_refused(arguments, error, message, home, monkeypatch):
+REFUSED = {
+    "dense": (ModelError, "the folder was not written by maskopt prune"),
+    "OUT --picture nothing": (OptionError, "has no mask of such a tensor"),
+    "OUT --evaluation gaps.jsonl": (OptionError, "holds no records"),
+    "OUT --gaps eval.json": (OptionError, "holds no records"),
+    "OUT --evaluation missing": (OptionError, "cannot be read"),
+    "OUT --evaluation half.json": (OptionError, "holds no records"),
+    "OUT --output no/page.html": (OptionError, "no such folder"),
+    "OUT --figures eval.json/figures": (ModelError, "Not a directory"),
+    "TRAINED OUT --gaps gaps.jsonl": (OptionError, "is of another model than TRAINED"),
+    "OUT --output OUT/README.md --overwrite": (OptionError, "is a file of a model folder"),
+    "OUT --output OUT/model.safetensors --overwrite": (OptionError, "is a file of a model"),
+    "OUT --evaluation eval.json --output eval.json --overwrite": (OptionError, "evaluation itself"),
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_what_is_none_is_refused(arguments, home, monkeypatch):
     monkeypatch.chdir(home)
+    error, message = REFUSED[arguments]
     before = (home / "eval.json").read_bytes()
     assert message in run("report", *arguments.split(), fails=error)
     assert not (home / "report.html").exists()
@@ -222,3 +210,97 @@ def test_layers_that_are_none_are_refused(bad, home, tmp_path):
     folder = copied(home / "OUT", tmp_path)
     forge_manifest(folder, lambda manifest: manifest["layers"][0].update(bad))
     assert "its layers are not those of a prune" in run("report", folder, fails=ModelError)
+
+
+# The demo
+
+
+def test_tables_name_a_row_once_and_sum_errors_per_kind():
+    name, nothing = "model.layers.0.self_attn.q_proj[3]", ("objective", "value", "excess")
+    wanda = Record(
+        *(name, 48, "0.5", "wanda", 3.0, 0.0, 3.0, 0.0, 0.0, 0.5, "feasible", 0, 0.1, 0, "wanda")
+    )
+    best = {"objective": 2.0, "lower_bound": 2.0, "value": 2.0, "value_bound": 2.0}
+    scip = replace(wanda, solver="scip", excess=0.0, status="optimal", **best)
+    labels = {name: "0 q_proj[3]"}
+    table = toy_table([wanda, scip], labels, 0.5)
+    assert [row[0] for row in table.rows] == ["0 q_proj[3]", ""]
+    assert [row[4] for row in table.rows] == ["50.00%", "0.00%"]
+    failed = replace(wanda, status="failed", **dict.fromkeys(nothing, math.nan))
+    assert toy_table([failed], labels, 0.5).rows[0][2] == "–"
+    layers = [
+        LayerReport(
+            f"model.layers.{block}.mlp.up_proj", block, "mlp.up_proj", 4, 8, "0.5", 16, before, after,
+            0.0, {"swap-optimal": 3, "feasible": 1}, 100, False, 0.1,
+        )
+        for block, before, after in ((0, 4.0, 1.0), (1, 6.0, 4.0))
+    ]  # fmt: skip
+    report = PruneReport(layers, {}, seconds=3.0)
+    table = error_table(report, 0.5, 2)
+    assert table.rows == [("up_proj", "10", "5", "0.500", "8", "75%")]
+    # and errors and perplexities are compared with the start's
+    shown = perplexity_table({"dense": 10.0, "swap": 12.5}, {"swap": report}, 8, 512)
+    assert shown.rows == [("dense", "10.00", "–", "–"), ("Wanda → 1-swap", "12.50", "50.0%", "3")]
+
+
+def test_the_demo_from_end_to_end_on_a_tiny_model(tmp_path, monkeypatch):
+    model = save(tiny("llama"), tmp_path / "model")
+    save_tokenizer(model)
+    monkeypatch.setattr("maskopt.demo.run.demo_model", lambda name: model)
+    names = ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj")
+    monkeypatch.setattr("maskopt.demo.run.TOY_LAYERS", names)
+    stages, size = [], {"samples": 2, "seq_len": 32, "windows": 2, "columns": 8}
+    result = run_demo(tmp_path / "out", **size, on_stage=lambda *stage: stages.append(stage[0]))
+    toy, errors, values = result.tables
+    shown = [row[0] for row in toy.rows if row[0]]
+    assert [label.split("[")[0] for label in shown] == ["0 q_proj", "2 down_proj"]
+    assert {row[0] for row in errors.rows} >= {"q_proj", "down_proj"}
+    assert [row[0] for row in values.rows] == ["dense", "Wanda", "Wanda → 1-swap"]
+    page = result.report.read_text()
+    assert "in 21 layers of 3 blocks" in page
+    assert all(title in page for title in ("Toy rows", "Errors along the model", "A mask"))
+    assert "toy rows: block 3/3, calibrate" in stages
+    # an output that is not empty is refused before anything starts
+    stages.clear()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ModelError, match="is not empty"):
+        run_demo(tmp_path, on_stage=lambda *stage: stages.append(stage))
+    assert stages == []
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_papers_table_holds_every_cell_and_goes_on(benchmarks, tmp_path, monkeypatch):
+    import paper_table
+
+    model = save(tiny("llama", layers=2), tmp_path / "llama")
+    save_tokenizer(model)
+    text, data, page = (tmp_path / name for name in ("text.txt", "table.jsonl", "table.md"))
+    text.write_text("Pack my box with five dozen liquor jugs. " * 20)
+    command = [
+        "paper_table.py", model, "--calibration", text, "--text", text, "--patterns", "50%", "2:4",
+        "--methods", "Wanda", "1-swap, T = 2", "--samples", 4, "--seq-len", 16, "--windows", 3,
+        "--bos", "never", "--data", data, "--page", page,
+    ]  # fmt: skip
+    monkeypatch.setattr("sys.argv", list(map(str, command)))
+    pruned = []
+
+    def counted(*given, **options):
+        pruned.append((options["solver"], str(options["sparsity"])))
+        return prune_model(*given, **options, min_tokens=1)
+
+    monkeypatch.setattr(paper_table, "prune_model", counted)
+    paper_table.main()
+    assert pruned == [(solver, p) for p in ("0.5", "2:4") for solver in ("wanda", "swap")]
+    lines = data.read_text().splitlines(keepends=True)
+    cells = [f"{model}/{p}/{m}" for p in ("50%", "2:4") for m in ("Wanda", "1-swap, T = 2")]
+    assert [json.loads(line)["key"] for line in lines[1:]] == [str(model), *cells]
+    assert len(json.loads(lines[3])["below"]) == 14
+    made = page.read_text()
+    assert "| method        | 50%" in made
+    assert made.count("| all layers") == 4
+    # an interrupted run has less: the rest is made again, to the same page
+    data.write_text("".join(lines[:-1]))
+    paper_table.main()
+    assert len(pruned) == 5
+    assert page.read_text() == made
+    assert {path.name for path in tmp_path.iterdir()} == {p.name for p in (model, text, data, page)}

@@ -3,8 +3,7 @@
 import pytest
 import torch
 from forging import fails
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from strategies import HALF, ONE_PERCENT, drawn, floor, problems, refit_layer, verified
 
 from maskopt import NM, LayerProblem, LeastSquaresUpdate, Progress, Unstructured, solve

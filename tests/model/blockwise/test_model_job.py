@@ -1,13 +1,15 @@
-"""The walk through the blocks, used from outside; the one list of options, and the commands' dialect."""
+"""The walk through the blocks, used from outside; the one list of options; states on a device."""
 
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 
 import pytest
 import torch
-from commands import run
-from hypothesis import given
-from hypothesis import strategies as st
+from commands import run, shows
+from forging import fails
+from hypothesis import given, strategies as st
+from prunes import WANDA, contents, prune
 from tiny_models import WordTokenizer, inputs_of, tiny, tokens
 
 import maskopt
@@ -15,16 +17,15 @@ from maskopt import NM, MaskoptError, PruneOptions, Unstructured, open_job, prun
 from maskopt.core.fields import RECORDED, options_of
 from maskopt.errors import ModelError, OptionError, PatternError
 from maskopt.models.architecture.blocks import Blocks, choose, matrix
+from maskopt.models.blockwise import forward, job
+from maskopt.models.blockwise.activations import Activations, Lanes, Upload, lanes_to
 from maskopt.models.options.prune import prune_options
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.pruning.plan import plan_prune
 
-WANDA = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1}
-
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_a_user_from_outside_sums_gram_matrices(dense_folder, in_memory):
-    """A use that the walk knows nothing of: traces by layer, and every block's weights doubled."""
     source = tiny("llama") if in_memory else dense_folder
     options = WalkOptions(include=("q_proj,down_proj",), exclude=("layers.2",), threads=1)
     kinds, found = {"self_attn.q_proj", "mlp.down_proj"}, {}
@@ -67,8 +68,7 @@ def test_a_walk_ends_with_the_threads_that_it_found(dense_folder):
             for _ in job.blocks():
                 raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError):
-        fail()
+    fails(ZeroDivisionError, None, fail)
     assert torch.get_num_threads() == before
     assert all(p.is_meta for p in jobs[0].source.blocks.modules.parameters())
 
@@ -76,17 +76,14 @@ def test_a_walk_ends_with_the_threads_that_it_found(dense_folder):
 def test_a_block_may_not_be_left_behind_nor_looked_at_afterwards(dense_folder):
     walk = open_job(tiny("llama"), tokens(), WalkOptions()).blocks()
     next(walk)
-    with pytest.raises(RuntimeError, match="without advance"):
-        next(walk)
+    fails(RuntimeError, "without advance", next, walk)
     block = next(open_job(tiny("llama"), tokens(), WalkOptions(calibrate_on="dense")).blocks())
     block.grams()
-    with pytest.raises(RuntimeError, match="samples have left block 0"):
-        block.grams()
+    fails(RuntimeError, "samples have left block 0", block.grams)
     # a job without text shows layers and walks nowhere
     with open_job(dense_folder, None, WalkOptions(include=("mlp",))) as job:
         assert len(job.layers) == 9
-        with pytest.raises(ModelError, match="no text"):
-            next(iter(job.blocks()))
+        fails(ModelError, "no text", next, iter(job.blocks()))
 
 
 def test_layers_know_block_and_kind():
@@ -142,17 +139,14 @@ def test_a_pattern_is_matched_as_a_whole_or_on_a_run_of_parts(pattern):
     if expected:
         assert choose(layers, [pattern]) == expected
     else:
-        with pytest.raises(ModelError, match="no layer matches"):
-            choose(layers, [pattern])
+        fails(ModelError, "no layer matches", choose, layers, [pattern])
 
 
 def test_filters(monkeypatch):
-    """One that names nothing is not none, as of a variable of the shell that is not set: all layers would be
-    pruned. Lists of names, of thousands in a mixture of experts, are looked up."""
+    """One that names nothing, as a variable that is not set, is not none. Lists of names are looked up."""
     for nothing in ("", ",", [""], [" , ", ""]):
         for name in ("include", "exclude"):
-            with pytest.raises(OptionError, match="must not be empty"):
-                WalkOptions(**{name: nothing})
+            fails(OptionError, "must not be empty", WalkOptions, **{name: nothing})
     assert WalkOptions(include=["q_proj,"]).include == ("q_proj",)
     assert WalkOptions(include=[]).include == ()
     layers, asked = Blocks(tiny("llama")).all_layers(), []
@@ -226,15 +220,13 @@ def test_options_that_cannot_be(message, given):
 def test_a_prune_command_with_dry_run_added(dense, data, tmp_path):
     out = tmp_path / "out"
     rest = [dense, "--calibration", data, "--output", out, "--overwrite"]
-    options = (
+    rest += shlex.split(
         "--sparsity 0.5 --solver wanda --text-field body --seed 3 --all-experts --min-tokens 1 "
         "--gram-shrinkage 0.1 --skip-bad-samples --include q_proj,mlp --exclude layers.1,up_proj"
     )
-    rest += options.split()
     shown = run("prune", "--dry-run", *rest)
-    assert "self_attn.q_proj" in shown
+    shows(shown, "self_attn.q_proj", "1,536")  # half of two gate projections of 48 × 32
     assert "up_proj" not in shown
-    assert "1,536" in shown  # half of two gate projections of 48 × 32
     assert not out.exists()
     run("prune", *rest)
     rest.remove("--overwrite")
@@ -242,18 +234,13 @@ def test_a_prune_command_with_dry_run_added(dense, data, tmp_path):
 
 
 def test_patterns_and_layers_are_read_in_one_way(dense, data, tmp_path):
-    common, results = [dense, "--solvers", "wanda", "--rows", 1, "--calibration", data], set()
-    asked = (
-        ["--sparsity", "0.5", "--include", "q_proj", "--include", "layers.0.mlp.*"],
-        ["--sparsity", "50%", "--include", "q_proj, layers.0.mlp.*"],
-    )
-    for number, words in enumerate(asked):
-        out = tmp_path / f"{number}.csv"
-        run("compare", *common, *words, "--output", out)
-        lines = out.read_text().splitlines()
-        assert len(lines) == 1 + 3 + 3
-        results.add(tuple(line.split(",")[0] for line in lines))
-    assert len(results) == 1
+    common, results = [dense, "--solvers", "wanda", "--rows", 1, "--calibration", data], []
+    for share, *include in (("0.5", "q_proj", "layers.0.mlp.*"), ("50%", "q_proj, layers.0.mlp.*")):
+        words = ["--sparsity", share, *(word for name in include for word in ("--include", name))]
+        run("compare", *common, *words, "--output", out := tmp_path / f"{share}.csv")
+        results.append([line.split(",")[0] for line in out.read_text().splitlines()])
+        assert len(results[0]) == 1 + 3 + 3
+    assert results[0] == results[1]
 
 
 def test_errors_name_flags_that_the_command_has(dense, data):
@@ -262,5 +249,124 @@ def test_errors_name_flags_that_the_command_has(dense, data):
     assert said == "--threads must be a whole number from 1 to 1024, not 0"
     said = run("eval", dense, "--text", data, "--threads", 100_000, fails=OptionError)
     assert "--threads must be" in said
-    with pytest.raises(OptionError, match="`threads` must"):
-        prune_model(dense, WordTokenizer(), calibration=data, threads=0, **WANDA)
+    fails(OptionError, "`threads` must", prune, dense, None, data=WordTokenizer(), threads=0)
+
+
+# States that go to a device and back
+
+CPU = torch.device("cpu")
+SHAPE = torch.Size((1, 3, 4))
+
+
+class Event:
+    """A copy that happens at the latest when something waits for it."""
+
+    def __init__(self, source, target, after):
+        self.ahead = [(source, target, after)]
+
+    def wait(self):
+        while self.ahead:
+            source, target, after = self.ahead.pop()
+            if after is not None:
+                after.wait()
+            target.copy_(source)
+
+
+class Late(Lanes):
+    """A processor that plays a device: what nothing waits for is seen as NaN, or with its old values."""
+
+    def __init__(self, device=CPU, *, at_once=False):
+        self.device, self.at_once, self.sent = device, at_once, 0
+
+    def buffer(self, shape, dtype):
+        return torch.full(shape, torch.nan, dtype=dtype)
+
+    def up(self, host, after):
+        there = torch.full_like(host, torch.nan)
+        self.sent += 1
+        return Upload(there, self.copy(host, there, after))
+
+    def take(self, upload):
+        upload.arrived.wait()
+        return upload.there
+
+    def down(self, state, host, after):
+        # what is on the device is not changed before it has been read
+        return self.copy(state.clone(), host, after)
+
+    def wait(self, event):
+        event.wait()
+
+    def copy(self, source, target, after):
+        event = Event(source, target, after)
+        if self.at_once:
+            event.wait()
+        return event
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("dropped", [(), (0,), (1, 2), (4,)])
+def test_every_pass_sees_what_the_last_one_left(dropped, at_once):
+    lanes = Late(at_once=at_once)
+    states = Activations(range(5), SHAPE, torch.float32, lanes=lanes)
+    for sample in range(5):
+        states[sample] = torch.full(SHAPE, float(sample))
+    for passes in range(3):
+        for sample in range(5):
+            if sample not in dropped:
+                there = states.on(CPU, sample)
+                states[sample] = there + 1
+                there.fill_(torch.nan)  # a block may change its input in place
+        for sample in range(5):
+            expected = sample + (passes + 1) * (sample not in dropped)
+            assert torch.equal(states[sample], torch.full(SHAPE, float(expected)))
+
+
+def test_the_next_state_is_under_way_and_one_that_is_set_meanwhile_is_not_the_old_one(tmp_path):
+    lanes = Late()
+    states = Activations([3, 5], SHAPE, torch.float32, lanes=lanes)
+    states[3], states[5] = torch.zeros(SHAPE), torch.ones(SHAPE)
+    states.on(CPU, 3)
+    assert lanes.sent == 2
+    states[5] = torch.full(SHAPE, 7.0)
+    assert torch.equal(states.on(CPU, 5), torch.full(SHAPE, 7.0))
+    assert torch.equal(states.on(CPU, 3), torch.zeros(SHAPE))
+    states.on(CPU, 3)  # a pass that is repeated
+    assert torch.equal(states[5], torch.full(SHAPE, 7.0))
+    lanes = Late()
+    with Activations([0], SHAPE, torch.float32, tmp_path, lanes) as states:
+        states[0] = torch.ones(SHAPE)
+        assert torch.equal(states.on(CPU, 0), torch.ones(SHAPE))
+    assert lanes.sent == 0  # states in a file go there as they are needed
+    assert lanes_to(CPU) is None  # the processor needs none
+
+
+MOVED = [{"target": "dense", "update": "least-squares"}, {"calibrate_on": "dense"}]
+
+
+@pytest.mark.parametrize("options", MOVED)
+def test_a_prune_writes_the_same_bytes(options, dense_folder, tmp_path, monkeypatch):
+    given, used = {"data": tokens(5), "threads": 1, **options}, []
+    prune(dense_folder, tmp_path / "without", **given)
+    late = lambda device: used.append(Late(device)) or used[-1]  # noqa: E731
+    for module in (forward, job):
+        monkeypatch.setattr(module, "lanes_to", late)
+    prune(dense_folder, tmp_path / "with", **given)
+    assert contents(tmp_path / "with") == contents(tmp_path / "without")
+    assert used
+    assert all(lanes.sent for lanes in used)
+
+
+@pytest.mark.cuda
+def test_on_a_device():
+    device = torch.device("cuda")
+    lanes = lanes_to(device)
+    shape = torch.Size((1, 2048, 4096))
+    states = Activations(range(6), shape, torch.bfloat16, lanes=lanes)
+    for sample in range(6):
+        states[sample] = torch.full(shape, float(sample), dtype=torch.bfloat16, device=device)
+    for _ in range(20):
+        for sample in range(6):
+            states[sample] = states.on(device, sample) + 1
+    for sample in range(6):
+        assert torch.equal(states[sample], torch.full(shape, sample + 20.0, dtype=torch.bfloat16))

@@ -17,23 +17,14 @@ import pytest
 import torch
 import transformers
 from commands import TESTS, run
-from hypothesis import given
-from hypothesis import strategies as st
-from outputs import contents
+from forging import fails
+from hypothesis import given, strategies as st
+from prunes import contents, prune, slow
 from strategies import random_gram, random_weight
 from tiny_models import SHARED, overflowing, save, tiny, tokens
 
-from maskopt import (
-    NM,
-    LayerProblem,
-    LeastSquaresUpdate,
-    Unstructured,
-    available_solvers,
-    prune_model,
-    solve,
-)
-from maskopt.cli import console as cli_ranks
-from maskopt.cli import main
+from maskopt import NM, LayerProblem, LeastSquaresUpdate, Unstructured, available_solvers, solve
+from maskopt.cli import console as cli_ranks, main
 from maskopt.cli.prune import told_of_resume
 from maskopt.errors import ModelError
 from maskopt.models.blockwise.distributed import ALONE, ROWS, LostRankError, Ranks, joined
@@ -49,7 +40,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs torch.distributed, /proc to find the processes, and a GPU for each if there are any",
 )
 
-COMMON = {"sparsity": Unstructured(sparsity=0.5), "min_tokens": 1, "threads": 1}
+COMMON = {"sparsity": Unstructured(sparsity=0.5), "solver": "swap", "threads": 1}
 WANDA, REFIT = {"solver": "wanda"}, {"update": "least-squares"}
 POOL = {"sparsity": Unstructured(sparsity=0.5, per="layer"), "sensitivity": "fisher"}
 FILES = {"sparsity": NM(keep=2, of=4), "activation_memory": 0, "true_sequential": True}
@@ -89,15 +80,13 @@ def prune_all(models, out, names, ranks=ALONE):
     """Every case in a folder of its own, and the Gram matrices of one model with a prune from them."""
     for name in names:
         model, options = CASES[name]
-        given = {**COMMON, **options, "output": out / name, "ranks": ranks}
-        prune_model(models / model, windows(), **given)
+        prune(models / model, out / name, windows(), ranks=ranks, **{**COMMON, **options})
     dense, grams = models / "tall", out / "grams"
     collect_grams(dense, windows(), output=grams, holdout=0.3, threads=1, ranks=ranks)
-    prune_model(dense, grams=grams, output=out / "from grams", ranks=ranks, **COMMON, **WANDA)
+    prune(dense, out / "from grams", grams=grams, ranks=ranks, **{**COMMON, **WANDA})
 
 
 def gloo_threads():
-    """Of this process, as Linux lists them."""
     found = 0
     for thread in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):  # it has ended meanwhile
@@ -119,9 +108,6 @@ def prune_as_one_of(models, out, names):
         time.sleep(0.01)
 
 
-# How they are started -----------------------------------------------------------------------------
-
-
 def said_into(home, function, *arguments):
     """What each process runs: with its output in files, and its number with the system in one."""
     rank = os.environ["RANK"]
@@ -135,8 +121,7 @@ def said_into(home, function, *arguments):
 
 
 class Forked:
-    """Processes of a run of this many, each of which calls the function; or the one that is their agent, as
-    `torchrun` is, which ends all when one has failed."""
+    """Processes that call the function; or their agent, as `torchrun`, which ends all when one fails."""
 
     def __init__(self, size, home, function, *arguments, agent=False):
         with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -177,9 +162,6 @@ def call(*words):
     main()
 
 
-# The result ---------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
@@ -188,12 +170,8 @@ def models(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    ("processes", "names"), [(2, QUICK), pytest.param(4, CASES, marks=pytest.mark.slow)]
-)
-def test_the_result_does_not_depend_on_how_many_processes_there_are(
-    processes, names, models, tmp_path
-):
+@pytest.mark.parametrize(("processes", "names"), [(2, QUICK), slow(4, CASES)])
+def test_the_result_does_not_depend_on_processes(processes, names, models, tmp_path):
     alone, out = tmp_path / "alone", tmp_path / "out"
     status, _, said = Forked(processes, tmp_path, prune_as_one_of, models, out, names).ended()
     assert set(status) == {0}, said
@@ -201,8 +179,7 @@ def test_the_result_does_not_depend_on_how_many_processes_there_are(
     for name in (*names, "from grams"):
         expected, found = contents(alone / name), contents(out / name)
         assert found.keys() == expected.keys()
-        for file in expected:
-            assert found[file] == expected[file], (name, file)
+        assert not [file for file in expected if found[file] != expected[file]], name
     for one in (alone / "grams").glob("*.bits"):
         assert (out / "grams" / one.name).read_bytes() == one.read_bytes()
 
@@ -214,7 +191,6 @@ def command(folder, out):
 
 @pytest.mark.slow
 def test_a_killed_process_costs_nothing_that_was_finished(tmp_path):
-    """All end, the folder looks unfinished, and any number of processes goes on from there."""
     out, whole = tmp_path / "out", tmp_path / "whole"
     save(tall(6), tmp_path / "model", shard="200KB")
     np.save(tmp_path / "tokens.npy", tokens(5).numpy())
@@ -252,8 +228,7 @@ def test_a_signal_while_the_end_is_said_does_not_silence_it(tmp_path, monkeypatc
     monkeypatch.setattr("maskopt.cli.prune.errors.print", interrupted)
     before = signal.signal(signal.SIGTERM, cli_ranks._interrupt)
     try:
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGTERM)
+        fails(KeyboardInterrupt, None, signal.raise_signal, signal.SIGTERM)
         with pytest.raises(LostRankError, match="gone"), told_of_resume(tmp_path / "out"):
             raise LostRankError("gone")
     finally:
@@ -261,18 +236,15 @@ def test_a_signal_while_the_end_is_said_does_not_silence_it(tmp_path, monkeypatc
     assert len(said) == 1
 
 
-TRAINED = "prune --update blockwise --holdout 0.5 --solver wanda --sparsity 0.5"
+WRONG = {
+    "prune --sparsity 1.5": "sparsity 1.5 is outside",
+    "prune --update blockwise --holdout 0.5 --sparsity 0.5": "start it without torchrun",
+    "prune --sparsity 0.5 --calibration nowhere.txt": "nowhere.txt",
+    "bound --sparsity 0.5": "start this command without torchrun",
+}
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("prune --sparsity 1.5", "sparsity 1.5 is outside"),
-        (TRAINED, "start it without torchrun"),
-        ("prune --sparsity 0.5 --calibration nowhere.txt", "nowhere.txt"),
-        ("bound --sparsity 0.5", "start this command without torchrun"),
-    ],
-)
+@pytest.mark.parametrize(("words", "message"), WRONG.items())
 def test_what_is_wrong_is_said_once(words, message, dense_folder, data, tmp_path):
     out, (name, *words) = tmp_path / "out", words.split()
     given = [name, dense_folder, "--output", out, "--calibration", data, *words]
@@ -283,11 +255,9 @@ def test_what_is_wrong_is_said_once(words, message, dense_folder, data, tmp_path
 
 
 def test_a_model_in_memory_is_pruned_by_one_process(tmp_path):
-    with pytest.raises(ModelError, match="several processes prune a model folder"):
-        prune_model(tiny("llama"), windows(), ranks=Ranks(0, 2), **COMMON)
+    said = "several processes prune a model folder"
+    fails(ModelError, said, prune, tiny("llama"), data=windows(), ranks=Ranks(0, 2), **COMMON)
 
-
-# How work is shared out ---------------------------------------------------------------------------
 
 APART = [name for name, info in available_solvers().items() if info.capabilities.apart]
 

@@ -1,5 +1,4 @@
-"""`overwrite` replaces an earlier result and nothing else: afterwards the folder holds the new result alone,
-and files that no run has written, or that a run reads, are never lost."""
+"""`overwrite` replaces an earlier result alone: files that no run has written or a run reads are not lost."""
 
 import os
 import shutil
@@ -7,37 +6,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import run
-from forging import copied
-from outputs import contents, files
+from commands import run, shows
+from forging import copied, fails
+from prunes import contents, files, prune
 from tiny_models import chat_tokenizer, save, tiny, tokens
 
-from maskopt import prune_model, shrink_model
+from maskopt import shrink_model
 from maskopt.demo.run import run_demo
 from maskopt.errors import MaskoptError, ModelError
+from maskopt.models.checkpoints import workspace
 from maskopt.models.checkpoints.pack import pack, unpack_folder
-from maskopt.models.checkpoints.workspace import (
-    HIDDEN,
-    MANIFEST,
-    MASKS,
-    check_inputs,
-    earlier_files,
-)
+from maskopt.models.checkpoints.workspace import HIDDEN, MANIFEST, MASKS
 from maskopt.models.pruning.gram_store import collect_grams
 from maskopt.models.pruning.output import apply_masks
 from maskopt.models.structured.blocks import remove_blocks
 from maskopt.models.verification.verify import verify_model
 
 
-def prune(model, out, **options):
-    how = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1, **options}
-    return prune_model(model, tokens(), output=out, **how)
-
-
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
-    """What runs read; nobody may change it. `dense` is of one file without a tokenizer, `chatty` of
-    several shards with one."""
+    """What runs read: `dense` is of one file without a tokenizer, `chatty` of several shards with one."""
     home = tmp_path_factory.mktemp("given")
     names = ("dense", "pruned", "packed", "grams", "chatty", "talked", "applied")
     found = {name: home / name for name in names}
@@ -56,7 +44,6 @@ def given(tmp_path_factory):
 
 @pytest.fixture
 def out(given, tmp_path):
-    """A result that may be changed."""
     return copied(given["pruned"], tmp_path)
 
 
@@ -66,8 +53,7 @@ def out(given, tmp_path):
 def test_a_prune_over_that_of_another_model(first, model, second, given, tmp_path):
     """One file, which would be loaded before any shards, and a tokenizer must not stay."""
     out = copied(given[first], tmp_path)
-    with pytest.raises(ModelError, match="not empty; `overwrite`"):
-        prune(given[model], out)
+    fails(ModelError, "not empty; `overwrite`", prune, given[model], out)
     assert contents(out) == contents(given[first])
     prune(given[model], out, overwrite=True)
     assert contents(out) == contents(given[second])
@@ -81,8 +67,7 @@ def test_what_no_run_has_written_is_never_deleted(given, out, tmp_path):
         (out / name).write_text("mine")
         before, entry = files(out), out / name.split("/")[0]
         message = rf"does not list 1 of the files and folders there: {entry.name};"
-        with pytest.raises(ModelError, match=message):
-            prune(given["dense"], out, overwrite=True)
+        fails(ModelError, message, prune, given["dense"], out, overwrite=True)
         assert files(out) == before
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     # nor a model without a manifest
@@ -93,8 +78,7 @@ def test_what_no_run_has_written_is_never_deleted(given, out, tmp_path):
         if damaged is not None:
             (chatty / MANIFEST).write_text(damaged)
             message = "does not list"
-        with pytest.raises(ModelError, match=message):
-            prune(given["dense"], chatty, overwrite=True)
+        fails(ModelError, message, prune, given["dense"], chatty, overwrite=True)
     (chatty / MANIFEST).unlink()
     assert files(chatty) == before
 
@@ -107,24 +91,30 @@ def test_every_command_knows_all_files_of_its_result(given, tmp_path):
     pack(given["talked"], out["d"])
     unpack_folder(out["d"], out["e"])
     for folder in (*out.values(), *(given[n] for n in ("talked", "applied", "grams"))):
-        assert earlier_files(folder) == {file.name for file in folder.iterdir()}, folder
+        assert workspace.earlier_files(folder) == {file.name for file in folder.iterdir()}, folder
 
 
+TEXT = "--calibration {text}"
 COMMANDS = [
-    ["prune", "{dense}", "--sparsity", "0.5", "--calibration", "{text}"],
-    ["prune-structured", "{dense}", "--channels", "0.5", "--calibration", "{text}"],
-    ["prune-structured", "{dense}", "--blocks", "1", "--calibration", "{text}"],
-    ["distill", "{pruned}", "--teacher", "{dense}", "--calibration", "{text}"],
-    ["masks", "apply", "{dense}", "{pruned}/maskopt-masks.bits"],
-    ["masks", "pack", "{pruned}"],
-    ["masks", "unpack", "{packed}"],
-    ["sweep", "{dense}", "--grams", "{grams}", "--sparsity", "0.5"],
-    ["demo"],
+    f"prune {{dense}} --sparsity 0.5 {TEXT}",
+    f"prune-structured {{dense}} --channels 0.5 {TEXT}",
+    f"prune-structured {{dense}} --blocks 1 {TEXT}",
+    f"distill {{pruned}} --teacher {{dense}} {TEXT}",
+    "masks apply {dense} {pruned}/maskopt-masks.bits",
+    *("masks pack {pruned}", "masks unpack {packed}"),
+    "sweep {dense} --grams {grams} --sparsity 0.5",
+    "demo",
 ]
-STORED = ["{dense}", "--sparsity", "0.5", "--grams", "{grams}"]
+STORED = "{dense} --sparsity 0.5 --grams {grams}"
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: "-".join(command[::2][:2]))
+def replaced(command, given, output, error=ModelError):
+    """What the command says that may overwrite this folder."""
+    words = command.format(**given).split()
+    return run(*words, "--output", output, "--overwrite", fails=error)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_the_current_and_the_home_folder_are_no_outputs(command, given, tmp_path, monkeypatch):
     home, here = tmp_path / "home", tmp_path / "work" / "here"
     for folder in (home, here):
@@ -134,10 +124,9 @@ def test_the_current_and_the_home_folder_are_no_outputs(command, given, tmp_path
         monkeypatch.setenv(variable, str(home))
     monkeypatch.chdir(here)
     (tmp_path / "link").symlink_to(here)
-    words = [word.format(**given) for word in command]
     more = (".", str(here), "..", tmp_path / "link") if command is COMMANDS[0] else ()
     for output in ("", home, *more):
-        said = run(*words, "--output", output, "--overwrite", fails=ModelError)
+        said = replaced(command, given, output)
         assert "`output`" in said or "--output" in said
         assert "is empty, or is the current folder, one above it or the home folder" in said
     assert not [*here.iterdir(), *home.iterdir()]
@@ -157,44 +146,37 @@ def test_another_path_to_an_input_is_noticed(name, given, tmp_path):
     outputs += [folder / "inside", tmp_path / "link" / "deep" / "inside"]
     for output in outputs:
         with pytest.raises(ModelError, match=r"is the input itself, lies|of the input itself"):
-            check_inputs(output, other="hf:c4", tokens=tokens(), the_input=None, input=folder)
-    check_inputs(tmp_path / "out", input=folder)
-    check_inputs(folder.parent / "out", input=folder)
+            workspace.check_inputs(
+                output, other="hf:c4", tokens=tokens(), the_input=None, input=folder
+            )
+    workspace.check_inputs(tmp_path / "out", input=folder)
+    workspace.check_inputs(folder.parent / "out", input=folder)
 
 
-@pytest.mark.parametrize(
-    ("command", "output", "what"),
-    [
-        (COMMANDS[0], "dense", "model"),
-        (COMMANDS[1], "dense", "model"),
-        (COMMANDS[2], "dense", "model"),
-        (COMMANDS[3], "pruned", "model"),
-        (COMMANDS[3], "dense", "teacher"),
-        (COMMANDS[4], "dense", "model"),
-        (COMMANDS[4], "pruned", "mask file"),
-        (COMMANDS[5], "pruned", "model"),
-        (COMMANDS[6], "packed", "model"),
-        (["prune", *STORED], "grams", "grams"),
-        (["prune", "--dry-run", *STORED], "grams", "grams"),
-        ([*COMMANDS[0], "--config", "{pruned}/maskopt-manifest.json"], "pruned", "config file"),
-        ([*COMMANDS[0][:-1], "{pruned}"], "pruned", "calibration"),
-    ],
-)
+OUTPUTS = [
+    *((COMMANDS[number], "dense", "model") for number in (0, 1, 2, 4)),
+    *((COMMANDS[number], "pruned", "model") for number in (3, 5)),
+    (COMMANDS[3], "dense", "teacher"),
+    (COMMANDS[4], "pruned", "mask file"),
+    (COMMANDS[6], "packed", "model"),
+    *((f"prune {dry}{STORED}", "grams", "grams") for dry in ("", "--dry-run ")),
+    (f"{COMMANDS[0]} --config {{pruned}}/maskopt-manifest.json", "pruned", "config file"),
+    (COMMANDS[0].replace("{text}", "{pruned}"), "pruned", "calibration"),
+]
+
+
+@pytest.mark.parametrize(("command", "output", "what"), OUTPUTS)
 def test_no_input_of_a_run_is_its_output(command, output, what, given):
     before = files(given[output].parent)
-    words = [word.format(**given) for word in command]
-    said = run(*words, "--output", given[output], "--overwrite", fails=MaskoptError)
-    assert f"is the {what}" in said
-    assert "itself, lies in it or holds it" in said
+    said = replaced(command, given, given[output], MaskoptError)
+    shows(said, f"is the {what}", "itself, lies in it or holds it")
     assert files(given[output].parent) == before
 
 
 def test_a_sweep_is_not_written_over_its_input(given, tmp_path):
     before = files(given["dense"].parent)
     (tmp_path / "0.5-swap-none").symlink_to(given["grams"])
-    words = [word.format(**given) for word in COMMANDS[7]]
-    said = run(*words, "--output", tmp_path, "--overwrite", fails=ModelError)
-    assert "is the grams itself" in said
+    assert "is the grams itself" in replaced(COMMANDS[7], given, tmp_path)
     assert files(given["dense"].parent) == before
 
 
@@ -210,11 +192,9 @@ def test_a_demo_replaces_what_a_demo_wrote(tmp_path):
 
 def test_a_file_that_appears_during_the_run_is_not_replaced(given, tmp_path):
     out = tmp_path / "out"
-
     late = {"on_progress": lambda event: (out / "README.md").write_text("mine")}
     for how in (late, {"resume": True}):
-        with pytest.raises(ModelError, match=r"does not list 1 of .*: README\.md"):
-            prune(given["dense"], out, **how)
+        fails(ModelError, r"does not list 1 of .*: README\.md", prune, given["dense"], out, **how)
         assert (out / "README.md").read_text() == "mine"
     (out / "README.md").unlink()
     prune(given["dense"], out, resume=True)
@@ -231,8 +211,7 @@ def test_other_kinds_of_results_over_a_prune(given, tmp_path):
     for _ in range(2):  # over a prune, and over the same
         apply_masks(chatty, masks, b, overwrite=True)
         assert files(b) == files(given["applied"])
-    with pytest.raises(ModelError, match="nothing to resume"):
-        prune(chatty, b, resume=True)
+    fails(ModelError, "nothing to resume", prune, chatty, b, resume=True)
     prune(dense, grams, overwrite=True)
     assert contents(grams) == contents(given["pruned"])
     verify_model(grams, dense)

@@ -1,5 +1,4 @@
-"""Interrupted prunes: killed, out of disk, two at once, of a model that changes meanwhile. Resumed output
-is bit-identical."""
+"""Interrupted prunes: killed, out of disk, two at once, of a changing model. Resumed output is identical."""
 
 import json
 import multiprocessing
@@ -7,18 +6,19 @@ import os
 import random
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
+import prunes
 import pytest
 import torch
+from commands import shows, small_files
 from filelock import FileLock
-from forging import change_tensors, copied, flip, shard_of, signed
-from outputs import contents, files
-from resuming import OPTIONS, Stop, interrupted
-from tiny_models import edit_json, overflowing, patched, save, save_tokenizer, tiny, tokens
+from forging import change_tensors, copied, fails, flip, shard_of, signed
+from prunes import Stop, contents, files, slow
+from tiny_models import edit_json, overflowing, patched, save, tiny, tokens
 
-from maskopt import prune_model
 from maskopt.errors import ModelError
 from maskopt.models.checkpoints.checkpoint import INDEX, open_checkpoint
 from maskopt.models.checkpoints.journal import Journal, read_journal
@@ -30,12 +30,11 @@ posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 JOURNAL = f"{HIDDEN}/journal.jsonl"
 
 
-def prune(dense, out, data=None, **options):
-    return prune_model(dense, tokens() if data is None else data, output=out, **OPTIONS | options)
+OPTIONS = {"solver": "elimination", "start": "wanda"}
+prune, interrupted = (partial(f, **OPTIONS) for f in (prunes.prune, prunes.interrupted))
 
 
 def refused(message, dense, out, **options):
-    """The run ends before its first block, with this message in one line."""
     began = []
     with pytest.raises(ModelError, match=message) as caught:
         prune(dense, out, on_progress=began.append, **{"resume": True, **options})
@@ -45,7 +44,6 @@ def refused(message, dense, out, **options):
 
 @pytest.fixture(scope="module")
 def whole_folder(dense, tmp_path_factory):
-    """What an uninterrupted run writes."""
     return prune(dense, tmp_path_factory.mktemp("whole") / "out").output
 
 
@@ -57,8 +55,7 @@ def whole(whole_folder):
 @pytest.fixture(scope="module")
 def unfinished(dense, tmp_path_factory):
     """What the same run leaves when it is stopped in its last block."""
-    out = tmp_path_factory.mktemp("unfinished") / "out"
-    interrupted(dense, out, 2, "solve")
+    interrupted(dense, out := tmp_path_factory.mktemp("unfinished") / "out", 2, "solve")
     return out
 
 
@@ -67,24 +64,21 @@ def stopped(unfinished, tmp_path):
     return copied(unfinished, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "more", [{"threads": 1, "max_memory": 2**33}, {"threads": 5, "activation_memory": 0}]
-)
-def test_the_same_bytes_with_any_threads_and_memory(more, dense, whole, tmp_path):
-    prune(dense, tmp_path / "out", **more)
-    assert contents(tmp_path / "out") == whole
+def test_the_same_bytes_with_any_threads_and_memory(dense, whole, tmp_path):
+    given = {"threads": 1, "max_memory": 2**33}, {"threads": 5, "activation_memory": 0}
+    for number, more in enumerate(given):
+        prune(dense, out := tmp_path / str(number), **more)
+        assert contents(out) == whole
 
 
-@pytest.mark.parametrize(
-    ("options", "block", "stage"),
-    [
-        ({}, 1, "calibrate"),
-        ({}, 1, "solve"),
-        ({}, 2, "calibrate"),
-        ({"calibrate_on": "dense"}, 1, "solve"),
-        ({"true_sequential": True, "token_weights": "gradient"}, 1, "solve"),
-    ],
-)
+ROUNDS = {"true_sequential": True, "token_weights": "gradient"}
+STOPPED = [
+    *(({}, block, stage) for block, stage in ((1, "calibrate"), (1, "solve"), (2, "calibrate"))),
+    *((options, 1, "solve") for options in ({"calibrate_on": "dense"}, ROUNDS)),
+]
+
+
+@pytest.mark.parametrize(("options", "block", "stage"), STOPPED)
 def test_a_stopped_run_goes_on_to_the_same_bytes(options, block, stage, dense, whole, tmp_path):
     out = tmp_path / "out"
     if options:
@@ -130,9 +124,8 @@ def test_a_journal_of_another_run_is_refused(dense, stopped, tmp_path, monkeypat
 
 def another_form(journal):
     """The same number in a record."""
-    data = journal.read_bytes()
-    place = data.upper().index(b"E-0")
-    journal.write_bytes(data[:place] + b"E" + data[place + 1 :])
+    place = journal.read_bytes().upper().index(b"E-0")
+    flip(journal, place, ord("e") ^ ord("E"))
 
 
 def forge(out, **change):
@@ -143,7 +136,6 @@ def forge(out, **change):
 
 
 def folder(path):
-    """A folder with a file in the place of a file."""
     path.unlink(missing_ok=True)
     path.mkdir()
     (path / "x").write_text("mine")
@@ -204,12 +196,9 @@ def test_what_is_lost_or_was_put_right_goes_on(dense, whole, stopped, tmp_path):
     journal = stopped / JOURNAL
     good, generator = journal.read_bytes(), random.Random(0)
     for _ in range(30):
-        place, bit = generator.randrange(len(good) - 1), generator.randrange(8)
-        flipped = bytearray(good)
-        flipped[place] ^= 1 << bit
-        journal.write_bytes(bytes(flipped))
-        with pytest.raises(ModelError, match=r"damaged|not a journal"):
-            Journal(journal)
+        journal.write_bytes(good)
+        flip(journal, generator.randrange(len(good) - 1), 1 << generator.randrange(8))
+        fails(ModelError, r"damaged|not a journal", Journal, journal)
     journal.write_bytes(good + b'{"kind": "block", "ind')  # cut off by a crash: dropped
     (tmp_path / "mine.txt").write_text("mine")
     committed = stopped / HIDDEN / "committed"
@@ -250,8 +239,7 @@ def test_killed_while_it_clears_up(dense, whole, stopped, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("maskopt.models.checkpoints.workspace.shutil.rmtree", stop)
-        with pytest.raises(Stop):
-            prune(dense, stopped, resume=True)
+        fails(Stop, None, prune, dense, stopped, resume=True)
     began = []
     prune(dense, stopped, resume=True, on_progress=began.append)
     assert not began  # nothing is done again
@@ -269,15 +257,12 @@ def commit_until(move, monkeypatch, dense, out):
 
     with monkeypatch.context() as patch:
         patch.setattr("maskopt.models.checkpoints.workspace.os.replace", replace)
-        with pytest.raises(Stop):
-            prune(dense, out, resume=True)
+        fails(Stop, None, prune, dense, out, resume=True)
 
 
-@pytest.mark.parametrize("move", [1, pytest.param(3, marks=pytest.mark.slow), 5])
+@pytest.mark.parametrize("move", [1, slow(3), 5])
 @pytest.mark.parametrize("over", [False, True])
-def test_an_interrupted_commit_is_finished(
-    over, move, dense, whole, whole_folder, stopped, monkeypatch
-):
+def test_a_commit_is_finished(over, move, dense, whole, whole_folder, stopped, monkeypatch):
     if over:
         shutil.copytree(whole_folder, stopped, dirs_exist_ok=True)
     commit_until(move, monkeypatch, dense, stopped)
@@ -287,7 +272,6 @@ def test_an_interrupted_commit_is_finished(
 
 
 def test_an_interrupted_commit_can_be_replaced(dense, stopped, tmp_path, monkeypatch):
-    """Files that it has moved are known as such, also after another run that came to nothing."""
     commit_until(2, monkeypatch, dense, stopped)
     assert len([*stopped.iterdir()]) == 2
     for stage in ("calibrate", "solve"):
@@ -298,7 +282,6 @@ def test_an_interrupted_commit_can_be_replaced(dense, stopped, tmp_path, monkeyp
 
 
 def attempts(dense, out):
-    """What is said to those who overwrite and to those who resume."""
     for how in ({"overwrite": True}, {"resume": True}):
         refused("another process is at work", dense, out, **{"resume": False, **how})
     return "both are refused"
@@ -321,8 +304,7 @@ def test_a_second_process_is_refused(dense, tmp_path):
 @posix
 @pytest.mark.parametrize("newcomer", [False, True])
 def test_a_lock_that_was_moved_away_is_none(newcomer, dense, tmp_path, monkeypatch):
-    """Between our opening of the lock file and our lock, the process before finishes (and moves the
-    hidden folder away), and perhaps a third one begins anew."""
+    """Between our opening of the lock file and our lock the process before moves the hidden folder away."""
     out = tmp_path / "out"
 
     class Late(FileLock):
@@ -372,52 +354,33 @@ def test_killed_at_random_moments(dense, whole, tmp_path):
 
 @posix
 def test_a_full_disk(dense, whole, tmp_path):
-    """Of files that may not grow beyond some bytes."""
-    import resource
-
-    out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-        with pytest.raises(ModelError) as caught:
-            prune(dense, out)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "no space left" in str(caught.value)
-    assert "go on with `resume`" in str(caught.value)
+    out = tmp_path / "out"
+    with small_files(20_000), pytest.raises(ModelError) as caught:
+        prune(dense, out)
+    shows(str(caught.value), "no space left", "go on with `resume`")
     assert "\n" not in str(caught.value)
     assert [entry.name for entry in out.iterdir()] == [HIDDEN]
     prune(dense, out, resume=True)
     assert contents(out) == whole
 
 
-NOTHING, FULL = (os, "name", os.name), Mock(side_effect=OSError(28, "No space left on device"))
+FULL, IN_FILES = Mock(side_effect=OSError(28, "No space left")), {"activation_memory": 0}
 
 
-@pytest.mark.parametrize(
-    ("patch", "options", "message"),
-    [
-        (
-            ("maskopt.models.pruning.output.disk_needed", lambda *_: 2**60),
-            {},
-            r"takes 1073741824\.00 GiB",
-        ),
-        ((Path, "mkdir", Mock(side_effect=OSError(13, "No"))), {}, "cannot be written: No"),
-        (
-            (os, "posix_fallocate", FULL),
-            {"activation_memory": 0},
-            r"no room for 0\.00 GiB of hidden",
-        ),
-        (NOTHING, {"max_memory": 2**26}, r"GiB are needed, `max_memory` allows 0\.06"),
-    ],
-)
-def test_what_does_not_fit_is_refused_up_front(
-    patch, options, message, dense, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(*patch)
-    refused(message, dense, tmp_path / "out", resume=False, **options)
-    assert list(tmp_path.iterdir()) == []
-    if "activation_memory" in options:
-        refused(message, tiny("llama"), None, resume=False, **options)
+def test_what_does_not_fit_is_refused_up_front(dense, tmp_path, monkeypatch):
+    needed = "maskopt.models.pruning.output.disk_needed"
+    for patch, value, options, message in (
+        ((needed,), lambda *_: 2**60, {}, r"takes 1073741824\.00 GiB"),
+        ((Path, "mkdir"), Mock(side_effect=OSError(13, "No")), {}, "cannot be written: No"),
+        ((os, "posix_fallocate"), FULL, IN_FILES, r"no room for 0\.00 GiB of hidden"),
+        ((os, "name"), os.name, {"max_memory": 2**26}, r"needed, `max_memory` allows 0\.06"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(*patch, value)
+            refused(message, dense, tmp_path / "out", resume=False, **options)
+            assert list(tmp_path.iterdir()) == []
+            if options is IN_FILES:
+                refused(message, tiny("llama"), None, resume=False, **options)
 
 
 def test_outputs_that_cannot_be(dense, tmp_path):
@@ -459,7 +422,6 @@ CHANGES = {
 
 
 def changing(model, out, change, block=1):
-    """Prune, with a change of the model in the middle of a block."""
     changes = [change]
 
     def meanwhile(event):
@@ -472,9 +434,7 @@ def changing(model, out, change, block=1):
 LATER = {"embedding", "a shard is gone", "a new tokenizer"}  # noticed in the same ways as others
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in LATER else []) for n in CHANGES]
-)
+@pytest.mark.parametrize("name", [slow(name) if name in LATER else name for name in CHANGES])
 def test_a_change_is_noticed_by_the_run(name, model, dense, whole, tmp_path):
     change, message = CHANGES[name]
     out = tmp_path / "out"
@@ -512,14 +472,12 @@ def test_a_file_that_is_only_touched_or_not_copied_may_change(model, dense, whol
     checkpoint = open_checkpoint(model)
     Unchanged(checkpoint).check()
     change_tensors(shard_of(model, "lm_head.weight"), lambda t: t.update(more=torch.ones(3)))
-    with pytest.raises(ModelError, match="changed while"):
-        Unchanged(checkpoint)
+    fails(ModelError, "changed while", Unchanged, checkpoint)
 
 
 def test_indices_of_other_weights_are_not_copied(tmp_path):
     """A loader would look for what they name."""
     model = save(tiny("llama"), tmp_path / "model")
-    save_tokenizer(model)
     for name in ("pytorch_model.bin.index.json", "model.fp16.safetensors.index.json", INDEX):
         (model / name).write_text('{"metadata": {}, "weight_map": {}}')
     prune(model, tmp_path / "out")

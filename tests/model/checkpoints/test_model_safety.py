@@ -4,38 +4,44 @@ import errno
 import json
 import os
 import pickle
+import random
 import re
 import shutil
 import struct
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
-from commands import run
-from forging import change_tensors
+from commands import run, shows
+from forging import change_tensors, config, edit, fails, forged, signed
 from huggingface_hub.utils import filter_repo_objects
-from safetensors.torch import load_file
+from hypothesis import given, strategies as st
+from prunes import WANDA, prune, slow
+from safetensors.torch import load_file, save_file
 from tiny_models import chat_tokenizer, edit_json, save, save_with_own_code, tiny, tokens
 
 import maskopt
-from maskopt import prune_model, shrink_model
+from maskopt import LayerProblem, RowProblem, Unstructured, prune_model, shrink_model
 from maskopt.errors import DataError, MaskoptError, ModelError
 from maskopt.models.architecture.source import load_tokenizer, open_source
 from maskopt.models.blockwise.activations import Activations
-from maskopt.models.checkpoints.checkpoint import INDEX, plain_name
+from maskopt.models.checkpoints.checkpoint import INDEX, open_checkpoint, plain_name
+from maskopt.models.checkpoints.journal import Journal
+from maskopt.models.checkpoints.mask_file import MaskFile, TensorMask, write_masks
 from maskopt.models.checkpoints.pack import pack
-from maskopt.models.checkpoints.workspace import MASKS, check_output
+from maskopt.models.checkpoints.report import manifest_digest, read_layers, read_manifest
+from maskopt.models.checkpoints.safefile import open_safe
+from maskopt.models.checkpoints.workspace import MANIFEST, MASKS, check_output
 from maskopt.models.pruning.output import apply_masks
 from maskopt.models.structured.blocks import remove_blocks
 from maskopt.models.verification.verify import verify_model
 
-OPTIONS = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1}
-
 
 @pytest.fixture
 def model(dense_folder, tmp_path):
-    """A copy of the dense model that a test may damage."""
     return Path(shutil.copytree(dense_folder, tmp_path / "model"))
 
 
@@ -52,11 +58,8 @@ def only_pickles(model):
 def outside(model):
     name = shard(model).name
     shutil.move(model / name, model.parent / name)
-
-    def lead_out(places, _):
-        places.update({t: "../" + name for t, where in places.items() if where == name})
-
-    weight_map(lead_out)(model)
+    there = lambda where: {t: f"../{x}" if x == name else x for t, x in where.items()}  # noqa: E731
+    edit_json(model / INDEX, edit("weight_map", to=there))
 
 
 def lead_out(name):
@@ -71,18 +74,14 @@ def lead_out(name):
 
 
 def in_place(make):
-    """Something else in the place of the first shard."""
     return lambda model: (path := shard(model), path.unlink(), make(path))
 
 
 def data(change):
-    """Other bytes in the first shard."""
     return lambda model: shard(model).write_bytes(change(shard(model).read_bytes()))
 
 
 def header(**given):
-    """Another entry of the first tensor."""
-
     def change(data):
         (length,) = struct.unpack("<Q", data[:8])
         value = json.loads(data[8 : 8 + length])
@@ -91,10 +90,6 @@ def header(**given):
         return struct.pack("<Q", len(text)) + text + data[8 + length :]
 
     return data(change)
-
-
-def config(**given):
-    return lambda model: edit_json(model / "config.json", lambda c: c.update(given))
 
 
 def written(name, text):
@@ -148,10 +143,7 @@ DAMAGES = {
     "quantised": (config(quantization_config={"a": 1}), "quantised"),
     "quantised in a part": (config(text_config={"quantization_config": {"a": 1}}), "quantised"),
     "kernel": (config(_attn_implementation="owner/kernel"), "kernel from the hub .*`trust_remote"),
-    "blocks": (
-        BLOCKS,
-        "config.json: `num_hidden_layers` is 10{12}, .* stored tensors have 3 blocks",
-    ),
+    "blocks": (BLOCKS, "config.json: `num_hidden_layers` is 10{12}, .* tensors have 3 blocks"),
     "blocks of a part": (config(vision_config={"depth": 10**5}), "`depth` is 100000"),
     "experts": (config(num_local_experts=10**5), "is 100000, .* stored tensors have 0 experts"),
     "tensor twice": (twice, "are the same parameter; remove one of them"),
@@ -170,14 +162,13 @@ def test_a_damaged_model_is_refused_in_one_line(damage, model, tmp_path):
     change, message = DAMAGES[damage]
     change(model)
     with pytest.raises(MaskoptError, match=message) as caught:
-        prune_model(model, tokens(), output=tmp_path / "out", **OPTIONS)
+        prune(model, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
 def test_links_of_the_hubs_cache(dense, tmp_path):
-    """snapshots/REVISION/… are links into blobs/ in the same folder, and are followed and copied, as are
-    links to other files of the folder."""
+    """snapshots/REVISION/… are links into blobs/, and are copied, as are links to files of the folder."""
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
     shutil.copytree(dense, blobs)
     snapshot.mkdir(parents=True)
@@ -187,41 +178,34 @@ def test_links_of_the_hubs_cache(dense, tmp_path):
     (snapshot / "modeling_x.py").write_text("print('hello')")  # code is not copied
     (tmp_path / "secret.txt").write_text("secret")
     (snapshot / "notes.pdf").symlink_to(tmp_path / "secret.txt")  # of no kind that is copied
-    out = tmp_path / "out"
-    prune_model(snapshot, tokens(), output=out, **OPTIONS)
+    prune(snapshot, out := tmp_path / "out")
     verify_model(out, original=snapshot)
     assert not any(file.is_symlink() for file in out.iterdir())
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (out / name).read_bytes() == (dense / name).read_bytes()
     assert (out / "vocab.json").is_file()
-    assert not (out / "modeling_x.py").exists()
-    assert not (out / "notes.pdf").exists()
+    assert not [name for name in ("modeling_x.py", "notes.pdf") if (out / name).exists()]
     assert load_tokenizer(out) is not None
 
 
+NARROW, FEWER = {"channels": 0.5, "solver": "wanda"}, {"count": 1, "windows": 2}
 COMMANDS = {
-    "prune": lambda model, out, _: prune_model(model, tokens(), output=out, **OPTIONS),
+    "prune": lambda model, out, _: prune(model, out),
     "apply": lambda model, out, pruned: apply_masks(model, pruned / MASKS, out),
-    "prune-structured": lambda model, out, _: shrink_model(
-        model, tokens(), output=out, channels=0.5, solver="wanda"
-    ),
-    "remove": lambda model, out, _: remove_blocks(model, tokens(), output=out, count=1, windows=2),
+    "prune-structured": lambda model, out, _: shrink_model(model, tokens(), output=out, **NARROW),
+    "remove": lambda model, out, _: remove_blocks(model, tokens(), output=out, **FEWER),
     "pack": lambda model, out, _: pack(model, out),
+}
+LINKS = {
+    "../secret.json": "link out of the model folder, to .*secret.json; put the file itself",
+    "gone.json": "link to .*gone.json, which is no file; put the file itself there",
+    "folder": "link to .*folder, which is no file; put the file itself there",
 }
 
 
-@pytest.mark.parametrize(
-    ("target", "said"),
-    [
-        ("../secret.json", "link out of the model folder, to .*secret.json; put the file itself"),
-        ("gone.json", "link to .*gone.json, which is no file; put the file itself there"),
-        ("folder", "link to .*folder, which is no file; put the file itself there"),
-    ],
-)
+@pytest.mark.parametrize(("target", "said"), LINKS.items())
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_tokenizer_that_cannot_be_copied_is_refused(
-    command, target, said, dense, pruned_folder, tmp_path
-):
+def test_a_link_of_a_tokenizer_is_refused(command, target, said, dense, pruned_folder, tmp_path):
     (tmp_path / "secret.json").write_text("{}")
     source, name = dense, "tokenizer.json"
     if command == "pack":
@@ -230,8 +214,7 @@ def test_a_tokenizer_that_cannot_be_copied_is_refused(
     (model / "folder").mkdir()
     (model / name).unlink(missing_ok=True)
     (model / name).symlink_to(target)
-    with pytest.raises(ModelError, match=f"{name}: .*{said}"):
-        COMMANDS[command](model, out, pruned_folder)
+    fails(ModelError, f"{name}: .*{said}", COMMANDS[command], model, out, pruned_folder)
     assert not out.exists()
 
 
@@ -250,26 +233,19 @@ def test_library_errors_name_options_and_commands_their_flags(tmp_path):
         with pytest.raises(ModelError) as caught:
             check_output(tmp_path, overwrite=False, resume=resume)
         assert str(caught.value) == f"{tmp_path}: {message}"
-    with pytest.raises(ModelError, match="`dtype` is for model folders"):
-        open_source(tiny("llama"), dtype="float32")
+    fails(ModelError, "`dtype` is for model folders", open_source, tiny("llama"), dtype="float32")
     for file in (Path(maskopt.__file__).parent / "models").rglob("*.py"):
         assert not re.search(r"--(overwrite|resume|dtype)", file.read_text()), file
 
 
 def test_a_file_of_hidden_states_that_cannot_be(tmp_path, monkeypatch):
-    for number, said in (
-        (errno.ENOSPC, "no room for 0.00 GiB"),
-        (errno.EACCES, "cannot be written"),
-    ):
+    numbers = {errno.ENOSPC: "no room for 0.00 GiB", errno.EACCES: "cannot be written"}
+    for number, said in numbers.items():
         monkeypatch.setattr("tempfile.mkstemp", Mock(side_effect=OSError(number, "because of x")))
         with pytest.raises(ModelError, match=said) as caught:
             Activations(range(2), torch.Size((1, 3, 4)), torch.float32, tmp_path)
         assert str(caught.value).startswith(f"{tmp_path}: ")
-        assert "because of x" in str(caught.value)
-        assert "`activation_memory`" in str(caught.value)
-
-
-NORMALIZER = {"type": "Precompiled", "precompiled_charsmap": ""}
+        shows(str(caught.value), "because of x", "`activation_memory`")
 
 
 @pytest.mark.parametrize("chat", [False, True, None])
@@ -280,13 +256,13 @@ def test_a_tokenizer_that_panics_is_one_error(chat, model, tmp_path):
         if chat is None:
             tokenizer["post_processor"].update(special_tokens={})
         else:
-            tokenizer.update(normalizer=NORMALIZER)
+            tokenizer.update(normalizer={"type": "Precompiled", "precompiled_charsmap": ""})
 
     chat_tokenizer().save_pretrained(model)
     edit_json(model / "tokenizer.json", panic)
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "some words", "messages": [{"role": "user", "content": "words"}]}')
-    how = {"calibration": text, "chat": bool(chat), "seq_len": 4, **OPTIONS}
+    how = {"calibration": text, "chat": bool(chat), "seq_len": 4, **WANDA}
     with pytest.raises(DataError, match=r"model/tokenizer\.json: the tokenizer's library stopped"):
         prune_model(model, output=tmp_path / "out", **how)
     assert not (tmp_path / "out").exists()
@@ -297,21 +273,14 @@ def test_a_tokenizer_that_panics_is_one_error(chat, model, tmp_path):
 CODE = """
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
-
 Path({marker!r}).write_text("yes")
-
-
 class OwnConfig(LlamaConfig):
     model_type = "own_llama"
-
-
 class OwnForCausalLM(LlamaForCausalLM):
     config_class = OwnConfig
 """
-CLASSES = {
-    "AutoConfig": "modeling_own.OwnConfig",
-    "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
-}
+OWN = "modeling_own.Own"
+CLASSES = {"AutoConfig": f"{OWN}Config", "AutoModelForCausalLM": f"{OWN}ForCausalLM"}
 
 
 def test_remote_code(tmp_path, monkeypatch):
@@ -320,16 +289,15 @@ def test_remote_code(tmp_path, monkeypatch):
     dense, marker = save(tiny("llama"), tmp_path / "dense"), tmp_path / "ran"
     (dense / "modeling_own.py").write_text(CODE.format(marker=str(marker)))
     edit_json(dense / "config.json", lambda c: c.update(model_type="own_llama", auto_map=CLASSES))
-    with pytest.raises(ModelError, match="not run unless `trust_remote_code`"):
-        prune_model(dense, tokens(), output=tmp_path / "out", **OPTIONS)
+    out = tmp_path / "out"
+    fails(ModelError, "not run unless `trust_remote_code`", prune, dense, out)
     assert not marker.exists()
-    prune_model(dense, tokens(), output=tmp_path / "out", trust_remote_code=True, **OPTIONS)
+    prune(dense, out, trust_remote_code=True)
     assert marker.exists()
-    verify_model(tmp_path / "out", original=dense)
+    verify_model(out, original=dense)
 
 
 def test_of_a_model_on_the_hub_code_is_fetched_only_when_asked_for(tmp_path, monkeypatch):
-    """A fetch from the hub copies what it asks for of the model `owner/own`."""
     stored, fetched = save_with_own_code(tmp_path / "stored"), tmp_path / "fetched"
     (stored / "fp16").mkdir()
     for name in ("consolidated.safetensors", "fp16/model.safetensors"):
@@ -347,13 +315,124 @@ def test_of_a_model_on_the_hub_code_is_fetched_only_when_asked_for(tmp_path, mon
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     out = tmp_path / "out"
-    with pytest.raises(ModelError, match="not run unless `trust_remote_code`"):
-        prune_model("owner/own", tokens(), output=out, **OPTIONS)
+    fails(ModelError, "not run unless `trust_remote_code`", prune, "owner/own", out)
     found = {file.name for file in fetched.rglob("*")}
     assert {"config.json", "model.safetensors", "qwen.tiktoken"} <= found
     assert not found & {"modeling_own.py", "weights.bin", "consolidated.safetensors", "fp16"}
-    prune_model("owner/own", tokens(), output=out, trust_remote_code=True, **OPTIONS)
+    prune("owner/own", out, trust_remote_code=True)
     assert (fetched / "modeling_own.py").exists()
     shutil.rmtree(fetched)
     said = run("verify", out, "--original", "owner/own", "--trust-remote-code")
     assert "every kept weight is that of owner/own" in " ".join(said.split())
+
+
+# Hostile bytes
+
+TELLING = (b"-1", b"null", b"[]", b"{}", b"1e999", b'"../../x"', b"99999999999999999999")
+
+
+def mutations(data: bytes, seed: int) -> bytes:
+    generator = random.Random(seed)
+    value = bytearray(data)
+    for _ in range(generator.randint(1, 4)):
+        place = generator.randrange(len(value) + 1)
+        kind = generator.randrange(6)
+        if kind == 0 and place < len(value):
+            value[place] ^= 1 << generator.randrange(8)
+        elif kind == 1:
+            del value[place : place + generator.randint(1, 40)]
+        elif kind == 2:
+            value[place:place] = value[place : place + generator.randint(1, 40)]
+        elif kind == 3:
+            value[place:place] = generator.choice(TELLING)
+        elif kind == 4:
+            value = value[:place]
+        else:
+            value[place : place + 8] = struct.pack("<Q", generator.getrandbits(64))
+    return bytes(value)
+
+
+def hostile(kind: str, data: bytes, seed: int) -> bytes:
+    """A few random edits; to forged files in what they say, with their digests made right."""
+    if not kind.startswith("forged"):
+        return mutations(data, seed)
+    generator, records = random.Random(seed), [json.loads(line) for line in data.splitlines()]
+    place = generator.randrange(len(records))
+    records[place] = forged(records[place], generator)
+    lines = [json.dumps(signed(record), sort_keys=True) + "\n" for record in records]
+    return "".join(lines).encode()
+
+
+LOADERS: dict[str, Callable[[Path], object]] = {
+    "masks": lambda path: [MaskFile(path).read(name) for name in MaskFile(path).names],
+    "journal": Journal,
+    "manifest": read_manifest,
+    "forged journal": lambda p: [read_layers(x["layers"], p) for x in Journal(p).blocks.values()],
+    "forged manifest": lambda path: read_layers(read_manifest(path)["layers"], path),
+    "shard": lambda path: [open_safe(path).read(name) for name in open_safe(path).entries],
+    "layer": LayerProblem.load,
+    "row": RowProblem.load,
+}
+
+
+def try_loaders(kind: str, data: bytes, folder: Path) -> str | None:
+    """Load hostile bytes: what the MaskoptError says, or None where they are sound."""
+    (folder / "input").write_bytes(data)
+    try:
+        if kind == "forged result":
+            (folder / "result" / MANIFEST).write_bytes(data)
+            verify_model(folder / "result")
+        elif kind == "index":
+            (folder / INDEX).write_bytes(data)
+            (folder / "config.json").write_text("{}")
+            open_checkpoint(folder)
+        else:
+            LOADERS[kind](folder / "input")
+    except MaskoptError as error:
+        return str(error)
+    return None
+
+
+def examples(pruned_folder: Path, folder: Path) -> dict[str, bytes]:
+    """One sound file of each kind; in `folder` stays a result for the manifests."""
+    made = Journal(folder / "journal")
+    made.begin({"seed": 1})
+    whole = json.loads((pruned_folder / MANIFEST).read_text())
+    made.add_block(0, {"layers": whole["layers"][:2], "masks": "0", "bad": [{"sample": 1}]})
+    made.add_shard("a.safetensors", "0")
+    write_masks(folder / "masks", {"a": TensorMask(torch.ones(3, 5, dtype=torch.bool), 1)})
+    save_file({"a": torch.ones(3, 2), "b": torch.ones(4)}, folder / "shard")
+    problem = LayerProblem(torch.ones(2, 4), torch.eye(4), Unstructured(0.5))
+    problem.save(folder / "layer.npz")
+    problem.row(0).save(folder / "row.npz")
+    (folder / "forged manifest").write_text(json.dumps(whole))
+    manifest = whole | {part: type(whole[part])() for part in ("layers", "tensors", "files")}
+    manifest["sha256"] = manifest_digest(manifest)
+    (folder / "manifest").write_text(json.dumps(manifest))
+    (folder / "index").write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    result = {file.stem: file.read_bytes() for file in folder.iterdir()}
+    for file in folder.iterdir():
+        file.unlink()
+    shutil.copytree(pruned_folder, folder / "result")
+    forged_too = {"journal": "forged journal", "forged manifest": "forged result"}
+    return result | {new: result[old] for old, new in forged_too.items()}
+
+
+# tests/benchmarks/fuzz_loaders.py runs the same with 100,000 inputs and more
+@pytest.mark.parametrize("seeds", [range(30), slow(range(30, 180))], ids=str)
+def test_hostile_bytes_do_not_crash_the_loaders(seeds, pruned_folder, tmp_path):
+    (work := tmp_path / "work").mkdir()
+    for kind, data in examples(pruned_folder, work).items():
+        for seed in seeds[:90] if kind == "forged result" else seeds:  # a whole verification each
+            said = try_loaders(kind, hostile(kind, data, seed), work)
+            assert said is None or (said and "\n" not in said), (kind, seed)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"work"}
+    assert {entry.name for entry in work.iterdir()} <= {"input", INDEX, "config.json", "result"}
+
+
+@given(data=st.binary(max_size=200))
+def test_any_bytes_at_all(data):
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("masks", "journal", "manifest", "index", "shard", "layer", "row"):
+            said = try_loaders(kind, data, Path(folder))
+            assert said is None or (said and "\n" not in said), kind

@@ -1,7 +1,6 @@
-"""A pruned folder without its zeros, and back: every byte as it was. Mask files: read back, applied,
-extracted; damaged ones and those of other models refused."""
+"""A pruned folder without its zeros, and back; its mask file; its model card."""
 
-import hashlib
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,22 +8,26 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from commands import run
-from forging import change_tensors, copied, flip, forge_manifest, shard_of
-from hypothesis import given
-from hypothesis import strategies as st
-from outputs import contents, read_masks
+import yaml
+from commands import run, shows
+from forging import change_tensors, copied, fails, flip, forge_manifest, list_file, shard_of
+from huggingface_hub import ModelCard
+from hypothesis import given, strategies as st
+from prunes import contents, prune, read_masks, slow
 from safetensors.torch import load_file
-from tiny_models import save, tiny, tokens
+from tiny_models import save, save_with_own_code, tiny, tokens
 from transformers import AutoModelForCausalLM
 
-from maskopt import load_packed, prune_model
+from maskopt import NM, load_packed
 from maskopt.errors import ModelError, OptionError, VerificationError
 from maskopt.models.checkpoints import pack as packing
 from maskopt.models.checkpoints.mask_file import TensorMask, join_masks, write_masks
 from maskopt.models.checkpoints.pack import pack, unpack_folder
 from maskopt.models.checkpoints.safefile import open_safe, write_tensors
-from maskopt.models.checkpoints.workspace import MASKS
+from maskopt.models.checkpoints.workspace import MANIFEST, MASKS
+from maskopt.models.evaluation.bound import certify_model
+from maskopt.models.pruning import run as running
+from maskopt.models.pruning.card import hub_name, write_card
 from maskopt.models.pruning.output import apply_masks, extract_masks
 from maskopt.models.verification.verify import verify_model
 
@@ -32,9 +35,7 @@ from maskopt.models.verification.verify import verify_model
 def pruned(family, home, *, dtype=torch.float32, sparsity=0.5):
     dense = save(tiny(family, dtype=dtype), home / "dense", shard="30KB")
     (dense / "LICENSE").write_text("yours")
-    how = {"sparsity": sparsity, "solver": "wanda", "min_tokens": 1}
-    prune_model(dense, tokens(), output=home / "out", **how)
-    return home / "out"
+    return Path(prune(dense, home / "out", sparsity=sparsity).output)
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +53,6 @@ def out(made, tmp_path):
 @pytest.fixture
 def packed(made, tmp_path):
     return Path(shutil.copytree(made / "packed", tmp_path / "packed"))
-
-
-def slow(*each):
-    return pytest.param(*each, marks=pytest.mark.slow)
 
 
 HALF, WHOLE = torch.bfloat16, torch.float32
@@ -99,17 +96,12 @@ def test_what_is_not_zero_is_not_dropped(out, tmp_path):
     name = "model.layers.0.self_attn.q_proj.weight"
     change_tensors(shard_of(out, name), lambda tensors: tensors[name].fill_(1.0))
     for message in ("was changed since the prune, and could not be packed", "its mask prunes"):
-        with pytest.raises(ModelError, match=message):
-            pack(out, tmp_path / "packed")
+        fails(ModelError, message, pack, out, tmp_path / "packed")
         forge_manifest(out)
     assert not (tmp_path / "packed").exists()
 
 
-def forge(file, change):
-    there = open_safe(file)
-    tensors = {name: there.read(name) for name in there.entries}
-    change(tensors)
-    write_tensors(file, tensors, {"format": "maskopt-packed-1"})
+NOT_PACKED = "is not what `maskopt masks pack` writes"
 
 
 @pytest.mark.parametrize(
@@ -118,22 +110,21 @@ def forge(file, change):
         (lambda t, name: t.update({name: t[name][:-1].clone()}), "ends too early"),
         (lambda t, name: t.update({name: t[name].repeat(2)}), "holds another number of values"),
         (lambda t, name: t.update({"~nothing": t.pop(name)}), "'nothing' has no mask"),
-        (
-            lambda t, name: t.update({"?other": t.pop(name)}),
-            "is not what `maskopt masks pack` writes",
-        ),
-        (lambda t, name: t.clear(), "is not what `maskopt masks pack` writes"),
+        (lambda t, name: t.update({"?other": t.pop(name)}), NOT_PACKED),
+        (lambda t, name: t.clear(), NOT_PACKED),
         (None, "does not give the file of the manifest"),
     ],
 )
 def test_files_that_were_not_packed_are_refused(change, message, packed, tmp_path):
     file = next(f for f in packed.glob("*.packed") if any("~" in n for n in load_file(f)))
     if change:
-        forge(file, lambda t: change(t, next(n for n in t if n.startswith("~"))))
+        there = open_safe(file)
+        tensors = {name: there.read(name) for name in there.entries}
+        change(tensors, next(n for n in tensors if n.startswith("~")))
+        write_tensors(file, tensors, {"format": "maskopt-packed-1"})
     else:
         flip(file)
-    with pytest.raises(ModelError, match=message):
-        unpack_folder(packed, tmp_path / "again")
+    fails(ModelError, message, unpack_folder, packed, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 
@@ -146,33 +137,24 @@ def test_folders_that_are_none(made, packed, tmp_path):
         (pack, made / "out", packed, "is not empty"),
         (unpack_folder, packed, again, "is missing"),
     ):
-        with pytest.raises(ModelError, match=message):
-            write(folder, to)
-
-
-def list_file(folder, name, text):
-    """Enter a file into the manifest as if the prune had written it."""
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    (folder / name).write_text(text)
-    forge_manifest(folder, lambda manifest: manifest["files"].update({name: digest}))
+        fails(ModelError, message, write, folder, to)
 
 
 def test_what_was_added_since_comes_back_and_what_was_changed_is_refused(out, tmp_path):
     (out / "NOTICE").write_text("ours")
     (out / "chat_template.jinja").write_text("{{ messages }}")
-    list_file(out, "vocab.bpe", "a b")  # every file of the manifest is packed
+    (out / "vocab.bpe").write_text("a b")
+    list_file(out, "vocab.bpe")  # every file of the manifest is packed
     packed = pack(out, tmp_path / "packed")
     unpack_folder(packed, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(out)
     for name in ("generation_config.json", "maskopt-masks.bits"):
         for source, write in ((out, pack), (packed, unpack_folder)):
             flip(source / name)
-            with pytest.raises(ModelError, match=rf"{name}: was changed since"):
-                write(source, tmp_path / "none")
+            fails(ModelError, rf"{name}: was changed since", write, source, tmp_path / "none")
             flip(source / name)
     (out / "vocab.bpe").unlink()
-    with pytest.raises(ModelError, match=r"vocab\.bpe: is missing"):
-        pack(out, tmp_path / "none")
+    fails(ModelError, r"vocab\.bpe: is missing", pack, out, tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
@@ -182,16 +164,23 @@ def test_what_was_added_since_comes_back_and_what_was_changed_is_refused(out, tm
 def test_hidden_files_and_code_are_not_packed_and_not_unpacked(name, out, packed, tmp_path):
     (packed / name.replace(".safetensors", ".packed")).write_text("evil")
     for folder, write in ((packed, unpack_folder), (out, pack)):
-        list_file(folder, name, "evil")
+        (folder / name).write_text("evil")
+        list_file(folder, name)
         with pytest.raises(ModelError, match=f"lists '{name}', and packed folders hold no hidden"):
             write(folder, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["../victim/model.safetensors", "C:x.json", "a\\b.json", "/victim/model.safetensors", ".."],
-)
+OUTSIDE = [
+    "../victim/model.safetensors",
+    "C:x.json",
+    "a\\b.json",
+    "/victim/model.safetensors",
+    "..",
+]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
 def test_nothing_is_written_outside_the_output(name, packed, tmp_path):
     (tmp_path / "victim").mkdir()
     (tmp_path / "victim" / "model.safetensors").write_text("of somebody")
@@ -213,11 +202,7 @@ def test_nothing_is_written_outside_the_output(name, packed, tmp_path):
 SMALL = TensorMask(torch.ones(2, 2, dtype=torch.bool), 1)
 
 
-@given(
-    shape=st.lists(st.integers(1, 9), min_size=2, max_size=3),
-    seed=st.integers(0, 99),
-    last=st.booleans(),
-)
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=3), st.integers(0, 99), st.booleans())
 def test_masks_come_back(shape, seed, last):
     generator = torch.Generator().manual_seed(seed)
     kept = torch.rand(shape, generator=generator) < 0.5
@@ -244,8 +229,7 @@ def test_masks_are_applied_and_extracted(dense_folder, pruned_folder, tmp_path, 
     for name, mask in read_masks(pruned_folder / MASKS).items():
         assert torch.equal(mask.kept, theirs[name].kept)
         assert mask.input_axis == theirs[name].input_axis
-    with pytest.raises(OptionError, match="`overwrite`"):
-        extract_masks(pruned_folder, path)
+    fails(OptionError, "`overwrite`", extract_masks, pruned_folder, path)
     extract_masks(pruned_folder, path, overwrite=True)
     refuse = Mock(side_effect=OSError(30, "Read-only file system"))
     monkeypatch.setattr("maskopt.core.files.tempfile.mkstemp", refuse)
@@ -263,11 +247,171 @@ def test_masks_that_do_not_belong_to_the_model_are_refused(dense_folder, pruned_
         (dense_folder, small, r"is \[2, 2\]"),
         (dense_folder, result / MASKS, "does not match its digest"),
     ):
-        with pytest.raises(ModelError, match=message):
-            apply_masks(model, masks, tmp_path / "applied")
+        fails(ModelError, message, apply_masks, model, masks, tmp_path / "applied")
     assert not (tmp_path / "applied").exists()
-    with pytest.raises(VerificationError, match="was changed"):
-        verify_model(result)
+    fails(VerificationError, "was changed", verify_model, result)
     write_masks(small, {"x": SMALL})
-    with pytest.raises(ModelError, match="another part"):
-        join_masks(tmp_path / "b.safetensors", [small, small])
+    fails(ModelError, "another part", join_masks, tmp_path / "b.safetensors", [small, small])
+
+
+# Cards
+
+TAKEN_OVER = """license: other
+license_name: mine
+license_link: https://example.org/licence
+language: [en, de]
+pipeline_tag: text-generation
+"""
+CARD = f"""---
+{TAKEN_OVER}base_model: someone/below
+extra_gated_prompt: Say please
+tags: [chat]
+---
+# The original
+
+Its text.
+"""
+OURS = {"library_name": "transformers", "tags": ["maskopt", "pruned", "sparse"]}
+CODE = "put those files next to it"
+
+
+@pytest.fixture(scope="module")
+def snapshot(dense_folder, tmp_path_factory):
+    """A model with a card where the hub's cache would have it."""
+    home = tmp_path_factory.mktemp("hub") / "models--owner--name" / "snapshots" / "0123"
+    shutil.copytree(dense_folder, home)
+    (home / "README.md").write_text(CARD)
+    return home
+
+
+@pytest.fixture(scope="module")
+def report(snapshot, tmp_path_factory):
+    return prune(snapshot, tmp_path_factory.mktemp("pruned") / "out")
+
+
+@pytest.fixture
+def carded(report, tmp_path):
+    return Path(shutil.copytree(report.output, tmp_path / "out"))
+
+
+def test_a_card_inherits_what_still_holds_and_keeps_the_original(snapshot, report, carded):
+    card = ModelCard.load(carded / "README.md")
+    ours = yaml.safe_load(TAKEN_OVER) | {"base_model": "owner/name"} | OURS
+    assert card.data.to_dict() == ours
+    manifest = json.loads((carded / MANIFEST).read_text())
+    fingerprint, again = manifest["fingerprint"], "$ maskopt prune MODEL"
+    shows(card.text, "owner/name, pruned to 50% zeros by maskopt", "wanda pruned 50.0% of")
+    shows(card.text, f"{again} --config", f"{again} --sparsity 0.5 --solver wanda --min-tokens 1")
+    shows(card.text, "that of the original holds: mine", fingerprint["model"])
+    assert fingerprint["calibration"]["sha256"] in card.text
+    assert CODE not in card.text
+    for folder in (snapshot.parents[2], Path(report.output).parent):  # are nobody's business
+        assert str(folder) not in card.content
+    assert (carded / "README-original.md").read_text() == CARD
+    assert "README-original.md" in manifest["files"]
+    verify_model(carded, snapshot)
+    (carded / "README.md").write_text("Edited by hand.")
+    verify_model(carded, snapshot)
+    (carded / "README-original.md").write_text("Not the original's.")
+    fails(VerificationError, r"README-original.md: was changed", verify_model, carded, snapshot)
+
+
+def test_the_figures_are_those_of_the_report(snapshot, tmp_path):
+    model = shutil.copytree(snapshot, tmp_path / "dense")
+    how = {"sparsity": NM(keep=2, of=4), "solver": "swap", "holdout": 0.34}
+    report = prune(model, tmp_path / "out", include="layers.0", **how)
+    text = (tmp_path / "out" / "README.md").read_text()
+    for name in ("relative", "relative_held"):
+        mean = sum(getattr(layer, name) for layer in report.layers) / len(report.layers)
+        assert f"| {mean:.4g} |" in text
+    assert "| 100% |" in text  # of the rows are proven
+    assert "# dense, pruned to 2:4 by maskopt" in text
+    assert "base_model: someone/below" in text  # of a folder without a name, its own card's
+
+
+def test_packing_and_pruning_again_keep_every_card(carded, tmp_path):
+    pack(carded, tmp_path / "packed")
+    assert (tmp_path / "packed" / "README.md").read_bytes() == (carded / "README.md").read_bytes()
+    unpack_folder(tmp_path / "packed", tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(carded)
+    twice = tmp_path / "twice"
+    prune(carded, twice, sparsity=0.75)
+    assert (twice / "README-original.md").read_text() == CARD
+    assert (twice / "README-original-2.md").read_text() == (carded / "README.md").read_text()
+    verify_model(twice, carded)
+
+
+UNUSABLE = [
+    *(None, b"no metadata", b"\xff\xfe\x00", b"---\n- a\n- list\n---\n", b"---\nlicense: [\n---\n"),
+    b"---\nlicense: " + b"m" * 500 + b"\n---\n",
+    b"---\nlicense_name: 'mine\n\n  # of all others'\n---\n",
+    b"---\nlicense: {a: 1}\nlanguage: [1, 2]\nbase_model: 3\n---\n",
+    b"---\nlicense: mit\n---\n" + b"x" * 2**20,
+    b"---\neval_results: 7\nmodel-index: [{results: broken}]\n---\n",
+]
+LICENSED = b"---\nlicense: [mit, apache-2.0]\n---\n"
+LICENCES = {**dict.fromkeys(UNUSABLE), LICENSED: ["mit", "apache-2.0"]}.items()
+
+
+@pytest.mark.parametrize(("card", "licences"), LICENCES)
+def test_of_an_unusable_card_nothing_is_taken_over(card, licences, snapshot, report, tmp_path):
+    shutil.copy(snapshot / "config.json", tmp_path)
+    there = [] if card is None else ["README.md"]
+    if there:
+        (tmp_path / "README.md").write_bytes(card)
+    files = write_card(tmp_path, report, None, "dense", ["LICENSE", *there])
+    ours = ModelCard.load(tmp_path / "README.md")
+    assert ours.data.to_dict() == ({"license": licences} if licences else {}) | OURS
+    said = ", ".join(licences) if licences else "its card names none"
+    assert (f"that of the original holds: {said}." if licences else said) in ours.text
+    assert files == ["LICENSE", *(["README-original.md"] if there else [])]
+    if there:
+        assert (tmp_path / "README-original.md").read_bytes() == card
+
+
+def test_an_unreadable_card_does_not_stop_a_prune_but_a_link_does(dense_folder, snapshot, tmp_path):
+    model, out = Path(shutil.copytree(dense_folder, tmp_path / "dense")), tmp_path / "out"
+    (model / "README.md").symlink_to(snapshot / "README.md")
+    fails(ModelError, r"README\.md: is a link out of the model folder", prune, model, out)
+    assert not out.exists()
+    (model / "README.md").unlink()
+    (model / "README.md").write_bytes(b"\xff\xfe\x00")
+    prune(model, out)
+    assert ModelCard.load(out / "README.md").data.to_dict() == OURS
+    verify_model(out, model)
+
+
+def test_an_interruption_after_the_cards(snapshot, carded, tmp_path, monkeypatch):
+    again = tmp_path / "again"
+    with monkeypatch.context() as patched:
+        patched.setattr(running, "write_manifest", Mock(side_effect=KeyboardInterrupt))
+        fails(KeyboardInterrupt, None, prune, snapshot, again)
+    staging = next(path.parent for path in again.rglob("README-original.md"))
+    assert (staging / "README.md").exists()
+    prune(snapshot, again, resume=True)
+    assert contents(again) == contents(carded)
+
+
+def test_a_model_in_memory_has_a_card_as_well_and_names_on_the_hub(tmp_path):
+    model = tiny("llama")
+    model.config._name_or_path = "owner/name"
+    prune(model, tmp_path / "out")
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == "owner/name"
+    verify_model(tmp_path / "out")
+    for path in ("/x/models--google--gemma-3-270m/snapshots/abc", "google/gemma-3-270m"):
+        assert hub_name(path) == "google/gemma-3-270m"
+    for path in ("/home/me/x", "./me/x", "", "a/b/c", "/x/models--alone/snapshots/abc"):
+        assert hub_name(path) is None
+
+
+def test_a_model_with_code_of_its_own_says_what_it_needs(tmp_path):
+    """Of a folder the code is not copied; a model in memory is saved with it, and opened with nothing run."""
+    dense, out = save_with_own_code(tmp_path / "dense"), tmp_path / "out"
+    prune(dense, out, trust_remote_code=True)
+    assert CODE in (out / "README.md").read_text()
+    shutil.copy(dense / "modeling_own.py", out)
+    how = {"method": "box", "rows_per_layer": 1, "trust_remote_code": True}
+    assert certify_model(dense, out, calibration=tokens(), **how)
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+    prune(model, tmp_path / "again", trust_remote_code=True)
+    assert (tmp_path / "again" / MANIFEST).exists()

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from commands import run
-from tiny_models import SHARED, WordTokenizer, patched, save, tiny, tokens
+from forging import fails
+from prunes import prune
+from tiny_models import SHARED, WordTokenizer, cross_entropy, logits_of, patched, save, tiny, tokens
 from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
@@ -21,23 +23,15 @@ from maskopt.models.options.walk import WalkOptions
 from maskopt.models.training.parts import first
 
 
-def cross_entropy(model, data):
-    """By definition: one forward pass of the whole model, float64."""
-    with torch.no_grad():
-        logits = model(data, use_cache=False).logits.double().log_softmax(-1)
-    return float(-logits[:, :-1].gather(-1, data[:, 1:, None]).mean())
-
-
 def in_memory(source):
     return {name for name, p in source.model.named_parameters() if not p.is_meta}
 
 
-@pytest.mark.parametrize(  # with a head of its own, and without
-    ("family", "head"), [("llama", "lm_head.weight"), ("gemma3", "model.embed_tokens.weight")]
-)
-def test_one_block_in_memory_at_a_time_and_of_several_models_equal_heads_once(
-    family, head, tmp_path, monkeypatch
-):
+HEADS = {"llama": "lm_head.weight", "gemma3": "model.embed_tokens.weight"}  # of its own, and none
+
+
+@pytest.mark.parametrize(("family", "head"), HEADS.items())
+def test_one_block_in_memory_at_a_time_and_equal_heads_once(family, head, tmp_path, monkeypatch):
     models = [save(tiny(family), tmp_path / name) for name in "ab"]
     other = patched(tiny(family), head, lambda p: p[3].mul_(1.5))
     models.append(save(other, tmp_path / "c"))
@@ -88,9 +82,7 @@ def test_one_block_in_memory_at_a_time_and_of_several_models_equal_heads_once(
     assert alone[0] == alone[1] != alone[2]
 
 
-def test_models_of_other_sizes_are_refused_before_they_are_walked(
-    dense_folder, tmp_path, monkeypatch
-):
+def test_models_of_other_sizes_are_refused_unwalked(dense_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "walk_whole", None)
     for name, size in (("vocab_size", 100), ("hidden_size", 64)):
         other = AutoModelForCausalLM.from_config(LlamaConfig(**{**SHARED, name: size}))
@@ -101,10 +93,8 @@ def test_models_of_other_sizes_are_refused_before_they_are_walked(
 
 def test_progress_and_a_bad_model_of_several(dense_folder, tmp_path):
     said, name = [], str(dense_folder)
-    evaluation.evaluate(
-        [dense_folder, dense_folder], tokens(2, 8), WalkOptions(threads=1),
-        on_progress=lambda *event: said.append(event),
-    )  # fmt: skip
+    listen = {"on_progress": lambda *event: said.append(event)}
+    evaluation.evaluate([dense_folder] * 2, tokens(2, 8), WalkOptions(threads=1), **listen)
     walked = [(name, done, 8) for done in range(1, 7)]
     assert said == 2 * walked + [(name, 7, 8), (name, 7, 8), (name, 8, 8), (name, 8, 8)]
     bad = patched(tiny("llama"), "model.norm.weight", lambda p: p.fill_(1e38))
@@ -114,14 +104,12 @@ def test_progress_and_a_bad_model_of_several(dense_folder, tmp_path):
 
 
 def test_how_far_the_last_hidden_states_have_moved(dense_folder, tmp_path):
-    """Against one forward pass of each whole model, by definition."""
     less = patched(tiny("llama"), "model.layers.1.mlp.down_proj.weight", lambda p: p.mul_(0.5))
     models, data, states = [tiny("llama"), less], tokens(3, 10), []
     for model in models:
         block = model.model.layers[-1]
         block.register_forward_hook(lambda m, a, out: states.append(first(out).double()))
-        with torch.no_grad():
-            model(data, use_cache=False)
+        logits_of(model, data)
     one, two = (state[:, :-1] for state in states)
     moved = ((two - one).square().sum(-1) / one.square().sum(-1)).flatten()
     folders = [dense_folder, save(less, tmp_path / "less")]
@@ -156,15 +144,13 @@ def test_a_model_of_a_single_block(family):
     model, data = tiny(family, layers=1), tokens(3, 12)
     found = maskopt.perplexity(model, data, threads=1)
     assert found.cross_entropy == pytest.approx(cross_entropy(model, data), rel=1e-5)
-    how = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1, "allocation": "rows"}
-    report = maskopt.prune_model(model, data, sensitivity="fisher", **how)
+    report = prune(model, data=data, allocation="rows", sensitivity="fisher")
     assert len({layer.pruned / layer.rows / layer.n for layer in report.layers}) == 1
 
 
 def test_figures_are_printed_before_they_are_written(dense_folder, tmp_path, monkeypatch):
     """And a file that cannot be is refused before there are any."""
-    text = tmp_path / "t.npy"
-    np.save(text, tokens(2, 8).numpy())
+    np.save(text := tmp_path / "t.npy", tokens(2, 8).numpy())
     (tmp_path / "folder").mkdir()
     (tmp_path / "b.json").write_text("mine")
     asked = ["eval", dense_folder, "--text", text, "--json"]
@@ -191,8 +177,7 @@ def test_what_is_refused():
     model, data = tiny("llama"), tokens(4, 12)
 
     def refused(error, message, model, data, **options):
-        with pytest.raises(error, match=message):
-            maskopt.perplexity(model, data, **options)
+        fails(error, message, maskopt.perplexity, model, data, **options)
 
     refused(DataError, "two tokens", model, data[:, :1])
     refused(DataError, "needs text", model, WordTokenizer())

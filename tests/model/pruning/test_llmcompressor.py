@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from forging import fails
 from tiny_models import inputs_of, save, save_tokenizer, tiny, tokens
 from torch.utils.data import DataLoader
 
@@ -24,11 +25,8 @@ def pruned(recipe, home):
     folder = save(tiny("llama"), home / "dense")
     save_tokenizer(folder)
     data = [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in WINDOWS]
-    model = oneshot(
-        model=str(folder), dataset=DataLoader(data), recipe=recipe,
-        num_calibration_samples=len(WINDOWS), pipeline="sequential",
-    )  # fmt: skip
-    return tiny("llama"), model
+    how = {"num_calibration_samples": len(WINDOWS), "pipeline": "sequential", "recipe": recipe}
+    return tiny("llama"), oneshot(model=str(folder), dataset=DataLoader(data), **how)
 
 
 def linears(model):
@@ -37,7 +35,6 @@ def linears(model):
 
 
 def gram_of(model, name):
-    """Of what the layer is given by a model that is pruned up to the block before."""
     gram = Gram(model.get_submodule(name).weight.shape[1])
     for window in inputs_of(model, name, WINDOWS).float().split(WINDOWS.shape[1]):
         gram.add(window)
@@ -104,5 +101,4 @@ def test_a_recipe_in_yaml_knows_it(tmp_path):
     ],
 )
 def test_what_cannot_be_is_refused_while_it_is_made(options, error, said):
-    with pytest.raises(error, match=said):
-        SparseSwapsModifier(**{"sparsity": 0.5, **options})
+    fails(error, said, SparseSwapsModifier, **{"sparsity": 0.5, **options})

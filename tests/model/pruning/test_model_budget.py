@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from commands import run
-from forging import change_masks, check_forgery, copied, fails, forge_manifest
-from outputs import contents, read_masks
+from forging import change_masks, copied, edit, fails, forge_manifest, options
 from pooled_layers import pool
+from prunes import contents, prune, read_masks, slow
 from tiny_models import inputs_of, logs, loud, save, tiny, tokens
 
 from maskopt import LayerProblem, Unstructured, collect_problems, prune_model, solve
@@ -25,8 +25,7 @@ from maskopt.models.checkpoints.workspace import MANIFEST, MASKS
 from maskopt.models.evaluation.bound import certify_model
 from maskopt.models.options.prune import VARIANT_WINDOWS, VARIANTS, PruneOptions, prune_options
 from maskopt.models.options.walk import GRADIENT_WINDOWS
-from maskopt.models.pruning import plan as planning
-from maskopt.models.pruning import prune
+from maskopt.models.pruning import plan as planning, prune as pruning
 from maskopt.models.pruning.allocate import Curve, Moves, allocate, measured_curves, share_out
 from maskopt.models.pruning.plan import plan_prune
 from maskopt.models.pruning.rerun import options_again
@@ -39,9 +38,6 @@ BOTH = {**LAYER, "allocation": "both"}
 OPTIONS = {**EQUAL, "allocation": "layers", "solver": "wanda"}
 WHOLE = PruneOptions(Unstructured(sparsity=0.5), allocation="layers", min_tokens=1)
 MEASURED = dataclasses.replace(WHOLE, sensitivity="kl", max_deviation=0.25)
-
-
-# What an error costs ------------------------------------------------------------------------------
 
 
 def squares(family, data):
@@ -74,15 +70,13 @@ def walked(family, data, **options):
     return job.gradients.squares, job.layers
 
 
-@pytest.mark.parametrize(
-    ("family", "threads", "windows", "holdout"),
-    [
-        ("gpt2", 3, 5, 0.0), ("bloom", 1, 5, 0.0), ("gemma3", 3, 5, 0.0),
-        ("llama", 3, GRADIENT_WINDOWS + 8, 0.0), ("llama", 1, GRADIENT_WINDOWS + 8, 0.5),
-    ],
-)  # fmt: skip
+MANY = GRADIENT_WINDOWS + 8
+SQUARES = [("gpt2", 3, 5, 0.0), ("bloom", 1, 5, 0.0), ("gemma3", 3, 5, 0.0)]
+SQUARES += [("llama", 3, MANY, 0.0), ("llama", 1, MANY, 0.5)]
+
+
+@pytest.mark.parametrize(("family", "threads", "windows", "holdout"), SQUARES)
 def test_squares_are_those_of_the_whole_model(family, threads, windows, holdout):
-    """On a few of the windows that masks are fitted to."""
     data, held = tokens(windows), held_out(windows, holdout)
     assert bool(held) == bool(holdout)
     found, layers = walked(family, data, threads=threads, holdout=holdout)
@@ -94,16 +88,12 @@ def test_squares_are_those_of_the_whole_model(family, threads, windows, holdout)
 
 
 def test_squares_of_experts_count_what_their_tokens_say():
-    """A layer's squares foretell to second order what noise in its outputs does to Fisher's quadratic form:
-    they are those of the gradient by a weight whose input is one."""
     found, layers = walked("mixtral", tokens(4))
-    experts = [layer for layer in layers if layer.expert is not None and layer.name in found]
-    for layer in experts:
-        assert found[layer.name].shape == (layer.rows,)
-        assert bool((found[layer.name] >= 0).all())
-    assert 2 * sum(float(found[x.name].sum()) > 0 for x in experts) > sum(
-        layer.expert is not None for layer in layers
-    )
+    experts = [layer for layer in layers if layer.expert is not None]
+    seen = [found[layer.name] for layer in experts if layer.name in found]
+    assert [len(x) for x in seen] == [layer.rows for layer in experts if layer.name in found]
+    assert all(bool((x >= 0).all()) for x in seen)
+    assert 2 * sum(float(x.sum()) > 0 for x in seen) > len(experts)
 
 
 @pytest.mark.parametrize("sensitivity", ["relative", "fisher"])
@@ -144,9 +134,6 @@ def test_costs_are_divergences_of_models_with_one_block_pruned():
             assert cost == pytest.approx(kl, rel=2e-2, abs=1e-7)
 
 
-# Counts from curves -------------------------------------------------------------------------------
-
-
 def curves(costs):
     layers, made = list(open_job(tiny("llama"), None, WHOLE).layers[: len(costs)]), []
     for x, cost in zip(layers, costs, strict=True):
@@ -159,34 +146,32 @@ def plain_layer(name, n):
     return Layer(name, 0, name, "", f"{name}.weight", None, 1, 1, n)
 
 
+def check_counts(layers, made, slack, **options):
+    how = dataclasses.replace(WHOLE, **options)
+    counts = share_out(layers, made, how)
+    half = [how.pattern.pruned_per_group(x.n) for x in layers]
+    reach = [int(how.max_deviation * x.n) for x in layers]
+    near = [range(h - r, h + r + 1) for h, r in zip(half, reach, strict=True)]
+
+    def weights(numbers):
+        return sum(x.rows * k for x, k in zip(layers, numbers, strict=True))
+
+    def cost(numbers):
+        return sum(float(c.at([k])[0]) for c, k in zip(made, numbers, strict=True))
+
+    mine = [counts[x.name] for x in layers]
+    assert weights(mine) == weights(half)
+    others = (x for x in itertools.product(*near) if weights(x) == weights(half))
+    assert cost(mine) <= slack * min(map(cost, others))
+
+
 def test_counts_are_the_cheapest_of_all():
-    def check(layers, made, slack, **options):
-        how = dataclasses.replace(WHOLE, **options)
-        counts = share_out(layers, made, how)
-        mine, near = [counts[x.name] for x in layers], []
-        for x in layers:
-            half, reach = how.pattern.pruned_per_group(x.n), int(how.max_deviation * x.n)
-            near.append(range(half - reach, half + reach + 1))
-
-        def weights(numbers):
-            return sum(x.rows * k for x, k in zip(layers, numbers, strict=True))
-
-        def cost(numbers):
-            return sum(float(c.at([k])[0]) for c, k in zip(made, numbers, strict=True))
-
-        total = weights(x.start + len(x) // 2 for x in near)
-        assert weights(mine) == total
-        best = min(
-            cost(numbers) for numbers in itertools.product(*near) if weights(numbers) == total
-        )
-        assert cost(mine) <= slack * best
-
-    check(*curves([1.0, 3.0, 0.2]), 1 + 1e-6, max_deviation=0.1)
+    check_counts(*curves([1.0, 3.0, 0.2]), 1 + 1e-6, max_deviation=0.1)
     # layers that may prune nothing
     layers, made = [plain_layer(f"l{i}", 128) for i in range(3)], []
     for layer, cost in zip(layers, (1.0, 2.0, 8.0), strict=True):
         made.append(Curve((layer,), (0, 16, 32), (0.0, cost * 16**3, cost * 32**3)))
-    check(layers, made, 1.05, max_deviation=0.125, sparsity=0.125)
+    check_counts(layers, made, 1.05, max_deviation=0.125, sparsity=0.125)
     # a layer that counts more prunes less, one without a curve as the model
     same, more = ([cost, 1.0, 1.0, 1.0] for cost in (1.0, 30.0))
     (layers, made), (_, more), (_, scaled) = map(curves, (same, more, [7.0 * x for x in same]))
@@ -232,9 +217,6 @@ def test_the_block_that_matters_less_prunes_more():
     assert move.sizes()[move.moves.index(0)] == sum(x.rows * half[x.name] for x in layers)
 
 
-# Prunes -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("sensitivity", ["uniform", "relative", "fisher"])
 def test_layers_differ_and_the_model_keeps_its_count(sensitivity):
     dense = tiny("llama", layers=2)
@@ -256,18 +238,17 @@ def test_layers_differ_and_the_model_keeps_its_count(sensitivity):
 
 
 def test_what_can_be_refused_is_refused_before_layers_are_compared(small, tmp_path, monkeypatch):
-    def pruned(**more):
-        prune_model(small, tokens(), output=tmp_path / "out", **{**OPTIONS, **more})
+    out, plain = tmp_path / "out", pruning.allocate
 
     def refused(message, **more):
-        with monkeypatch.context() as patch:
-            patch.setattr(prune, "allocate", lambda *_: pytest.fail("began"))
-            fails(ModelError, message, pruned, **more)
+        monkeypatch.setattr(pruning, "allocate", lambda *_: pytest.fail("began"))
+        fails(ModelError, message, prune, small, out, **{**OPTIONS, **more})
+        monkeypatch.setattr(pruning, "allocate", plain)
 
-    pruned(allocation="uniform")
+    prune(small, out)
     refused("exists and is not empty")
     refused(r"the result of another run: options\.allocation was", resume=True)
-    pruned(overwrite=True)
+    prune(small, out, overwrite=True, **OPTIONS)
     refused(r"the result of another run: options\.sparsity", resume=True, sparsity=0.7)
 
 
@@ -298,9 +279,8 @@ def test_plans_count_what_is_pruned_and_the_passes_before(dense, monkeypatch):
     monkeypatch.setattr(planning, "_speed", lambda *_: 1e9)  # operations, not this machine
 
     def plan(allocation, sensitivity="fisher"):
-        return plan_prune(
-            dense, **{**OPTIONS, "allocation": allocation, "sensitivity": sensitivity}
-        )
+        how = {"allocation": allocation, "sensitivity": sensitivity}
+        return plan_prune(dense, **{**OPTIONS, **how})
 
     equal, layer, both = plan("uniform"), plan("rows", "uniform"), plan("both", "uniform")
     loss, measured, free = plan("layers"), plan("layers", "kl"), plan("layers", "uniform")
@@ -344,9 +324,6 @@ def test_the_command_takes_an_allocation_and_a_file_of_counts(dense, data, tmp_p
         assert options["sparsity"].get("per") == ("layer" if allocation == "rows" else None)
 
 
-# Layers whose rows differ ----------------------------------------------------------------------
-
-
 def row_counts(mask):
     return (~mask).sum(1).tolist()
 
@@ -356,7 +333,7 @@ def pruned(**options):
     return prune_model(tiny("llama", layers=2), tokens(10), calibrate_on="dense", **options)
 
 
-@pytest.mark.parametrize("update", ["none", pytest.param("least-squares", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("update", ["none", slow("least-squares")])
 def test_rows_differ_within_limits_and_the_layer_keeps_its_count(update):
     free, near, equal = (pruned(**given, update=update) for given in (FREE, LAYER, EQUAL))
     felt = []
@@ -397,7 +374,6 @@ def test_rows_differ_within_limits_and_the_layer_keeps_its_count(update):
 
 @pytest.mark.parametrize(("allocation", "sensitivity"), [("rows", "fisher"), ("both", "relative")])
 def test_layers_of_few_tokens_are_ranked_by_magnitude_alone(allocation, sensitivity, tmp_path):
-    """What a row counts is not in the folder: `verify` could not know whether the least were pruned."""
     folder, data = save(loud("mixtral", layers=2), tmp_path / "model"), tokens(8)
     more = {"allocation": allocation, "sensitivity": sensitivity, "solver": "wanda"}
     runs = {"out": {**FREE, **more, "min_tokens": 60}, "all": {**LAYER, "min_tokens": 10**6}}
@@ -411,9 +387,8 @@ def test_layers_of_few_tokens_are_ranked_by_magnitude_alone(allocation, sensitiv
 
 def test_problems_have_the_patterns_of_their_allocation():
     def found(**given):
-        return dict(
-            collect_problems(tiny("llama", layers=2), tokens(), layers="layers.0.*", **given)
-        )
+        model = tiny("llama", layers=2)
+        return dict(collect_problems(model, tokens(), layers="layers.0.*", **given))
 
     def patterns(**given):
         return {problem.pattern for problem in found(**given).values()}
@@ -430,8 +405,6 @@ def test_problems_have_the_patterns_of_their_allocation():
         assert problem.row_limits == layer[name].row_limits
 
 
-# What checks them ---------------------------------------------------------------------------------
-
 UP = "model.layers.1.mlp.up_proj"
 TOGETHER = "its rows are swap-optimal together; keeping"
 
@@ -439,22 +412,14 @@ TOGETHER = "its rows are swap-optimal together; keeping"
 @pytest.fixture(scope="module")
 def folders(small, tmp_path_factory):
     home = tmp_path_factory.mktemp("budgets")
+    given = {"rows": FREE, "layers": {**EQUAL, "allocation": "layers"}, "both": BOTH}
 
     @cache
     def folder(name):
-        given = {
-            "rows": FREE,
-            "layers": {**EQUAL, "allocation": "layers"},
-            "both": BOTH,
-        }
-        prune_model(small, tokens(), output=home / name, solver="swap", **given[name])
+        prune(small, home / name, solver="swap", **given[name])
         return home / name
 
     return folder
-
-
-def option(**values):
-    return lambda manifest: manifest["fingerprint"]["options"].update(values)
 
 
 def layer(**values):
@@ -462,10 +427,7 @@ def layer(**values):
 
 
 def count(by):
-    def change(manifest):
-        manifest["fingerprint"]["options"]["counts"][UP] += by
-
-    return change
+    return edit("fingerprint", "options", "counts", UP, to=lambda count: count + by)
 
 
 def moved(manifest):
@@ -486,37 +448,36 @@ FORGED = [
     ("layers", count(-(10**6)), "damaged or was changed"),
     ("layers", moved, "weights pruned; its mask has"),
     ("layers", lambda m: m["fingerprint"]["options"]["counts"].pop(UP), "counts of other layers"),
-    ("layers", option(counts={}), ALLOCATION),
-    ("layers", option(allocation="uniform"), ALLOCATION),
+    ("layers", options(counts={}), ALLOCATION),
+    ("layers", options(allocation="uniform"), ALLOCATION),
     ("rows", layer(pruned=1023), "counts other pruned weights than its pattern"),
     ("rows", layer(pattern="0.5"), PATTERN),
-    ("rows", option(allocation="uniform"), "has an allocation that is not its pattern's"),
-    ("both", option(max_deviation=0.2), PATTERN),
-    ("both", option(max_deviation=2), "damaged or was changed"),
-    ("both", option(allocation="layers"), PATTERN),
-    ("both", option(counts={}), ALLOCATION),
+    ("rows", options(allocation="uniform"), "has an allocation that is not its pattern's"),
+    ("both", options(max_deviation=0.2), PATTERN),
+    ("both", options(max_deviation=2), "damaged or was changed"),
+    ("both", options(allocation="layers"), PATTERN),
+    ("both", options(counts={}), ALLOCATION),
 ]
 
 
 @pytest.mark.parametrize(("allocation", "change", "message"), FORGED)
-def test_manifests_that_say_otherwise_are_found(
-    allocation, change, message, folders, small, tmp_path
-):
-    check_forgery(folders(allocation), tmp_path, change, message, small)
+def test_manifests_that_say_otherwise(allocation, change, message, folders, small, tmp_path):
+    forge_manifest(out := copied(folders(allocation), tmp_path), change)
+    fails(VerificationError, message, verify_model, out, small)
 
 
-@pytest.mark.parametrize(
-    ("allocation", "more", "message"),
-    [
-        ("layers", 1, "row 0: .* as in no layer there"),
-        ("rows", None, "is said to have 768 weights pruned; its mask has"),
-        ("both", None, "row 0: 0 of .* beyond the deviation of its layer"),
-    ],
-)
-def test_a_row_of_another_count_is_found(allocation, more, message, folders, small, tmp_path):
+OTHER_ROWS = {
+    "layers": "row 0: .* as in no layer there",
+    "rows": "is said to have 768 weights pruned; its mask has",
+    "both": "row 0: 0 of .* beyond the deviation of its layer",
+}
+
+
+@pytest.mark.parametrize(("allocation", "message"), OTHER_ROWS.items())
+def test_a_row_of_another_count_is_found(allocation, message, folders, small, tmp_path):
     def keep(masks):
         row = masks[f"{UP}.weight"].kept[0]
-        row[(~row).nonzero()[:more]] = True
+        row[(~row).nonzero()[: 1 if allocation == "layers" else None]] = True
 
     change_masks(out := copied(folders(allocation), tmp_path), keep)
     fails(VerificationError, message, verify_model, out)
@@ -525,7 +486,7 @@ def test_a_row_of_another_count_is_found(allocation, more, message, folders, sma
             certify_model(small, folders(allocation), calibration=tokens(), rows_per_layer=1)
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("mixtral", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["llama", slow("mixtral")])
 def test_rows_that_count_differently_are_proven_together(family, tmp_path):
     model = tiny(family, layers=1)
     dense, out = save(model, tmp_path / "model"), tmp_path / "out"
@@ -534,19 +495,49 @@ def test_rows_that_count_differently_are_proven_together(family, tmp_path):
     equal = prune_model(model, tokens(), **FREE)
     assert [x.error for x in report.layers] != [x.error for x in equal.layers]
     verify_model(out, dense, calibration=tokens())
-    forge_manifest(out, option(sensitivity="uniform"))
+    forge_manifest(out, options(sensitivity="uniform"))
     fails(VerificationError, TOGETHER, verify_model, out, dense, calibration=tokens())
 
 
-@pytest.mark.parametrize("allocation", ["both", pytest.param("rows", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("allocation", ["both", slow("rows")])
 def test_limits_that_a_manifest_does_not_name_are_none(allocation, small, tmp_path):
     out = tmp_path / "out"
     prune_model(small, tokens(), output=out, **{**FREE, "allocation": allocation})
     kept = [mask.kept for mask in read_masks(out / MASKS).values()]
     assert any(max(row_counts(mask)) > 0.7 * mask.shape[1] for mask in kept)
-    forge_manifest(out, option(max_deviation=None))
+    forge_manifest(out, options(max_deviation=None))
     assert verify_model(out, small, calibration=tokens()).checked_layers
     for change in (lambda _: None, lambda m: m["fingerprint"]["options"].pop("max_deviation")):
         forge_manifest(out, change)
         found = options_again(read_manifest(out / MANIFEST)["fingerprint"], out)
         assert found["max_deviation"] == 1
+
+
+# Yardsticks
+
+
+@pytest.mark.parametrize("method", ["OWL", "DLP"])
+def test_blocks_that_count_more_keep_more_and_the_model_prunes_as_many(benchmarks, method):
+    from judges import Judge
+    from yardsticks import METHODS, blocks_keep, shared_out
+
+    pattern = Unstructured(sparsity=0.7)
+    generator = torch.Generator().manual_seed(0)
+    judges = {}
+    for block, outliers in enumerate((0, 3, 1)):
+        weight = 1 + torch.rand(5, 128, generator=generator)
+        # the more outliers, the smaller all else, and its median
+        weight = weight / (1 + outliers)
+        weight[:, :outliers] = 50
+        problem = LayerProblem(weight, torch.eye(128), pattern)
+        energy = problem.output_energy()
+        judges[f"layers.{block}.fc"] = Judge(block, problem, energy, energy)
+    keep = blocks_keep(method, judges)
+    assert keep[1] > keep[2] > keep[0]
+    reach = METHODS[method][1]
+    assert max(keep.values()) - min(keep.values()) == pytest.approx(2 * reach)
+    assert np.mean(list(keep.values())) == pytest.approx(0, abs=1e-12)
+    counts = shared_out(method, judges, pattern)
+    assert sum(counts.values()) == 3 * pattern.pruned_per_group(128)
+    for name, judge in judges.items():
+        assert counts[name] / 128 == pytest.approx(0.7 - keep[judge.block], abs=1.5 / 128)

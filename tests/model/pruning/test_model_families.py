@@ -7,9 +7,9 @@ import re
 import pytest
 import torch
 from forging import fails
-from tiny_models import FAMILIES, inputs_of, save, tiny, tokens
+from prunes import WANDA, prune
+from tiny_models import FAMILIES, cross_entropy, inputs_of, logits_of, reload, save, tiny, tokens
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 import maskopt
 from maskopt import NM, prune_model
@@ -17,22 +17,6 @@ from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Blocks, matrix
 from maskopt.models.pruning.solving import DAMPING_GRID
 from maskopt.models.verification.verify import verify_model
-
-WANDA = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1}
-
-
-def reload(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).eval()
-
-
-def logits_of(model, data):
-    with torch.no_grad():
-        return model(data, use_cache=False).logits
-
-
-def cross_entropy(model, data):
-    logits = logits_of(model, data)[:, :-1].double()
-    return float(nn.functional.cross_entropy(logits.flatten(0, 1), data[:, 1:].flatten()))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -46,10 +30,9 @@ def test_every_family_streamed_and_in_memory(family, tmp_path):
     assert streamed == maskopt.perplexity(model, data, threads=1)
     assert streamed == maskopt.perplexity(dense, data, threads=3, activation_memory=0)
     assert cross_entropy(model, data) == pytest.approx(expected, rel=1e-6)  # runs as before
-
-    report = prune_model(dense, tokens(), output=out, threads=2, **WANDA)
+    report = prune(dense, out, threads=2)
     original = copy.deepcopy(model.state_dict())
-    in_memory = prune_model(model, tokens(), threads=1, **WANDA)
+    in_memory = prune(model, threads=1)
     pruned, written = model.state_dict(), reload(out).state_dict()
     assert pruned.keys() == written.keys()
     assert all(torch.equal(pruned[k], written[k]) for k in pruned)
@@ -67,23 +50,23 @@ def test_every_family_streamed_and_in_memory(family, tmp_path):
     assert all(torch.equal(original[key], pruned[key]) for key in outside)
 
 
+REFIT, IN_ORDER = {"update": "least-squares"}, {"true_sequential": True}
+SWAP = {"solver": "swap", "start": "wanda"}
 #: options by pairs: for every family, and for one
 EVERY = {
-    "layers and rows by the loss, refitted": {"allocation": "both", "update": "least-squares"},
+    "layers and rows by the loss, refitted": {"allocation": "both", **REFIT},
     "layers as measured": {"allocation": "layers", "sensitivity": "kl", "calibrate_on": "dense"},
 }
 #: two thirds are not 0.6667, to whoever prunes and to whoever checks
 THIRDS = {"sparsity": 2 / 3}
 ONE = {
-    ("llama", "trained"): {
-        "update": "blockwise", "holdout": 0.34, "training": {"epochs": 1},
-    },
+    ("llama", "trained"): {"update": "blockwise", "holdout": 0.34, "training": {"epochs": 1}},
     ("llama", "layers and rows without limits, refitted"): {
-        "allocation": "both", "max_deviation": 1, "sensitivity": "relative", "update": "least-squares",
-        "holdout": 0.4, "damping": "auto",
+        "allocation": "both", "max_deviation": 1, "sensitivity": "relative", "holdout": 0.4, **REFIT,
+        "damping": "auto",
     },
     ("llama", "layers by the loss, to the dense output"): {
-        "allocation": "layers", "target": "dense", "update": "least-squares", "damping": 0.1,
+        "allocation": "layers", "target": "dense", "damping": 0.1, **REFIT,
     },
     ("mixtral", "rows by the loss, to the dense output"): {
         **THIRDS, "allocation": "rows", "max_deviation": 1 / 7, "sensitivity": "fisher", "target": "dense",
@@ -92,16 +75,11 @@ ONE = {
     ("mixtral", "layers and rows in one pass"): {
         "allocation": "both", "sensitivity": "uniform", "calibrate_on": "dense", "activation_memory": 0,
     },
-    ("mixtral", "2:4, refitted, one after the other"): {
-        "sparsity": NM(2, 4), "update": "least-squares", "true_sequential": True,
-    },
+    ("mixtral", "2:4, refitted, one after the other"): {"sparsity": NM(2, 4), **REFIT, **IN_ORDER},
     ("gpt2", "layers one after the other"): {
-        **THIRDS, "allocation": "layers", "sensitivity": "relative", "true_sequential": True,
-        "gram_shrinkage": 0.1,
+        **THIRDS, **IN_ORDER, "allocation": "layers", "sensitivity": "relative", "gram_shrinkage": 0.1,
     },
-    ("gpt2", "swapped, to the dense output"): {
-        **THIRDS, "solver": "swap", "start": "wanda", "target": "dense",
-    },
+    ("gpt2", "swapped, to the dense output"): {**THIRDS, **SWAP, "target": "dense"},
 }  # fmt: skip
 #: Mamba is refused; blocks of the others go through it in removals of whole blocks
 UNMEASURED = {
@@ -138,9 +116,6 @@ def test_options_are_written_as_in_memory_and_verified(family, options, tmp_path
     torch.testing.assert_close(expected, found, rtol=1e-5, atol=1e-6)
 
 
-# What layers are given ----------------------------------------------------------------------------
-
-
 def lost(model, name, weight, data):
     """Mean square of what these weights of a layer add to its output in the model, over the tokens."""
     x = inputs_of(model, name, data)
@@ -149,7 +124,6 @@ def lost(model, name, weight, data):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "falcon"])
 def test_gram_matrices_are_those_of_the_pruned_prefix(family):
-    """Errors equal the change of each layer's output, measured by hooks."""
     half, pruned, data = tiny(family), tiny(family), tokens(3, 16)
     report = prune_model(pruned, data, **WANDA)
     blocks = Blocks(half)
@@ -164,7 +138,6 @@ def test_gram_matrices_are_those_of_the_pruned_prefix(family):
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_gram_matrices_inside_a_block(family):
-    """True-sequential: each layer sees what the pruned layers before it in the block produce."""
     model, data = tiny(family, layers=1), tokens(4, 16)
     inside = copy.deepcopy(model)
     usual = prune_model(copy.deepcopy(model), data, **WANDA)
@@ -202,9 +175,6 @@ def test_a_weight_may_stand_on_the_left():
     x = torch.cat(seen).flatten(0, 1)[:, : mixer.dt_proj.in_features].double()
     gram = problems["backbone.layers.0.mixer.dt_proj"].gram
     assert torch.allclose(gram.double(), x.T @ x / len(x), rtol=1e-5, atol=1e-7)
-
-
-# Mixture of experts -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])

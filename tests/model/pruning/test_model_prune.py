@@ -1,25 +1,26 @@
 """Pruning whole models: what options do, from folders and in memory, and what is refused."""
 
 import copy
+import json
 import re
 
 import pytest
 import torch
 import transformers
+from commands import run
+from forging import change_tensors, copied, edit, fails, flip, forge_manifest, shard_of
 from pooled_layers import pool
-from tiny_models import SHARED, WordTokenizer, patched, save, tiny, tokens
+from prunes import WANDA, contents, interrupted, prune, slow
+from tiny_models import SHARED, WordTokenizer, inputs_of, patched, reload, save, tiny, tokens
 from transformers import AutoModelForCausalLM
 
 import maskopt
-from maskopt import NM, Unstructured, prune_model
-from maskopt import errors as e
+from maskopt import NM, LeastSquaresUpdate, Unstructured, collect_problems, errors as e, prune_model
+from maskopt.models.checkpoints.report import read_manifest
+from maskopt.models.checkpoints.workspace import MANIFEST
+from maskopt.models.evaluation.bound import certify_model
+from maskopt.models.pruning.solving import DAMPING_GRID
 from maskopt.models.verification.verify import verify_model
-
-WANDA = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1}
-
-
-def reload(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).eval()
 
 
 def test_one_pass_judges_on_the_dense_model(tmp_path):
@@ -41,9 +42,7 @@ def test_one_pass_judges_on_the_dense_model(tmp_path):
 
 
 def test_swap_improves_on_its_start_in_every_layer():
-    report = prune_model(
-        tiny("llama", layers=2), tokens(), sparsity=0.5, solver="swap", min_tokens=1
-    )
+    report = prune(tiny("llama", layers=2), solver="swap")
     for layer in report.layers:
         assert layer.error <= layer.error_start
         assert layer.statuses == {"swap-optimal": layer.rows}
@@ -56,14 +55,11 @@ def test_swap_improves_on_its_start_in_every_layer():
 def test_n_of_m_and_chosen_layers(tmp_path):
     model = tiny("qwen3", layers=2)
     dense = save(model, tmp_path / "dense")
-    report = prune_model(
-        dense, tokens(), sparsity=NM(keep=2, of=4), solver="wanda", output=tmp_path / "out",
-        include=["mlp", "q_proj"], exclude=["model.layers.1.*"],
-    )  # fmt: skip
-    mlp = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
-    assert {layer.kind for layer in report.layers} == {*mlp, "self_attn.q_proj"}
-    assert len(report.layers) == 4
-    assert all(layer.pattern == "2:4" for layer in report.layers)
+    some = {"include": ["mlp", "q_proj"], "exclude": ["model.layers.1.*"]}
+    report = prune(dense, tmp_path / "out", sparsity=NM(keep=2, of=4), **some)
+    kinds = ["mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", "self_attn.q_proj"]
+    assert sorted(layer.kind for layer in report.layers) == kinds
+    assert {layer.pattern for layer in report.layers} == {"2:4"}
     blocks, original = reload(tmp_path / "out").model.layers, model.model.layers
     assert torch.equal(blocks[1].mlp.up_proj.weight, original[1].mlp.up_proj.weight)
     assert bool(((blocks[0].mlp.up_proj.weight == 0).view(-1, 4).sum(1) == 2).all())
@@ -94,11 +90,7 @@ def test_half_precision_keeps_its_dtype_and_its_bits(dtype, tmp_path):
         assert reload(tmp_path / name).dtype == dtype
 
 
-# Bad input ----------------------------------------------------------------------------------------
-
-
 def refusal(kind=e.MaskoptError, **options):
-    """The one error that a prune of a tiny model ends with."""
     model = options.pop("model", None) or tiny("llama", layers=1)
     data = options.pop("data", tokens())
     with pytest.raises(kind) as caught:
@@ -112,6 +104,8 @@ NAME, EMBEDDING = "model.layers.0.mlp.up_proj", "model.embed_tokens.weight"
 MODEL, MEASURED, WIDTH = {"allocation": "layers"}, {"sensitivity": "kl"}, {"wide": True}
 WIDE, KEEP, POOL = ({"sparsity": x} for x in (NM(2, 4), Unstructured(keep=3), pool(0.5)))
 ROWS = {"allocation": "rows", "sensitivity": "uniform", "max_deviation": 1, "solver": "swap"}
+NEAR, OWN = {**ROWS, "max_deviation": 0.1}, {"solver_options": {"update": True}}
+BOTH, ALL = {"allocation": "both"}, {"allocation": "all"}
 REFIT, DENSE = {"update": "least-squares"}, {"target": "dense"}
 ONES = torch.ones(1, 4)
 REFUSED = {
@@ -129,16 +123,10 @@ REFUSED = {
         ("token id", {"data": (96 * ONES).long()}),
         ("whole numbers", {"data": 0.5 * ONES}),
         ("'tabu' needs an equal count .* take swap", {**ROWS, "solver": "tabu"}),
-        (
-            "'sparsegpt' holds no `max_deviation` .* take swap",
-            {**ROWS, "max_deviation": 0.1, "solver": "sparsegpt"},
-        ),
+        ("'sparsegpt' holds no `max_deviation` .* take swap", {**NEAR, "solver": "sparsegpt"}),
     ],
     e.SolverError: [
-        (
-            "update=true updates",
-            {**WIDTH, "solver": "sparsegpt", "solver_options": {"update": True}},
-        ),
+        ("update=true updates", {**WIDTH, **OWN, "solver": "sparsegpt"}),
         (r"q_proj': exhaustive: a row of 32 .* 6\.01e\+8", {**WIDTH, "solver": "exhaustive"}),
         ("exhaustive: .* of a shared budget has", {**WIDTH, **ROWS, "start": "exhaustive"}),
         ("branch: a row of 520 inputs", {**WIDTH, "solver": "swap", "start": "branch"}),
@@ -171,24 +159,15 @@ REFUSED = {
         ("`counts` needs `allocation` layers", {"allocation": "uniform", "counts": {"a": 1}}),
         ("no layer that is pruned is called 'a'", {**MODEL, "counts": {"a": 1}}),
         ("must be a whole number of at least 0 and less", {**MODEL, "counts": {NAME: 1}}),
-        (
-            "`allocation` must be text uniform or rows or layers or both, not 'all'",
-            {"allocation": "all"},
-        ),
+        ("`allocation` must be text uniform or rows or layers or both, not 'all'", ALL),
         ("`allocation` rows needs a share .*, not 2:4", {**ROWS, **WIDE}),
-        (
-            "`allocation` both needs a share .*, not keep 3",
-            {**ROWS, **KEEP, "allocation": "both"},
-        ),
+        ("`allocation` both needs a share .*, not keep 3", {**ROWS, **KEEP, **BOTH}),
         ("`max_deviation` needs `allocation` rows", {"max_deviation": 0.1}),
         ("`sensitivity` needs `allocation` rows", {"sensitivity": "uniform"}),
-        (
-            "`max_deviation` 0.1 is not that",
-            {**ROWS, "sparsity": pool(0.5, 0.2), "max_deviation": 0.1},
-        ),
+        ("`max_deviation` 0.1 is not that", {**NEAR, "sparsity": pool(0.5, 0.2)}),
         ("every window's loss", {**ROWS, "sensitivity": "fisher", "skip_bad_samples": True}),
         ("^`sensitivity` kl is .*, not of rows", {**MEASURED, "allocation": "rows"}),
-        ("^`sensitivity` kl is .*, not of rows", {**MEASURED, "allocation": "both"}),
+        ("^`sensitivity` kl is .*, not of rows", {**MEASURED, **BOTH}),
         ("2, 32, 64 inputs have no step", {**MODEL, **MEASURED, "model": "mamba"}),
         ("`update` must be text none or least-squares or blockwise", {"update": "both"}),
         ("`damping` must be at least 0, not -1.0", {**REFIT, "damping": -1.0}),
@@ -203,10 +182,10 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(
-    ("kind", "message", "options"),
-    [(kind, *case) for kind, cases in REFUSED.items() for case in cases],
-)
+CASES = [(kind, *case) for kind, cases in REFUSED.items() for case in cases]
+
+
+@pytest.mark.parametrize(("kind", "message", "options"), CASES)
 def test_bad_options(kind, message, options):
     given, begun = dict(options), []
     if isinstance(given.get("model"), str):
@@ -256,3 +235,234 @@ def test_weights_that_are_shared_and_models_that_do_not_fit():
     assert "longer than the model's 8 positions" in refusal(e.DataError, model=longer)
     if not torch.cuda.is_available():
         assert "no CUDA device" in refusal(device="cuda")
+
+
+# Interrupted runs
+
+SWAPPED = {"update": "least-squares", "solver": "swap"}
+HELD = {"holdout": 0.4}
+MEASURES = {"allocation": "layers", "sensitivity": "kl", "token_weights": "gradient"}
+FREE = {"allocation": "rows", "sensitivity": "uniform", "max_deviation": 1}
+#: options, the stage of the second block that is the last to be done, and blocks
+RUNS = [
+    ({**FREE, "update": "least-squares"}, "solve", 2),
+    ({"allocation": "both", "sensitivity": "fisher"}, "solve", 2),
+    ({**MEASURES, "holdout": 0.25}, "solve", 3),
+    ({"update": "least-squares", **HELD, "dtype": torch.bfloat16}, "calibrate", 3),
+]
+MORE = [
+    ({"allocation": "layers", "update": "least-squares"}, "solve", 2),
+    ({"allocation": "layers", "target": "dense"}, "solve", 2),
+    ({**FREE, "solver": "swap"}, "solve", 2),
+    ({"allocation": "rows", "sensitivity": "fisher"}, "calibrate", 2),
+    ({**SWAPPED, **HELD}, "calibrate", 2),
+    ({**SWAPPED, **HELD, "dtype": torch.bfloat16}, "solve", 2),
+    ({"target": "dense", **HELD}, "solve", 2),
+    ({"target": "dense", **HELD, "solver": "swap"}, "calibrate", 2),
+]
+
+
+@pytest.mark.parametrize(("options", "stage", "layers"), [*RUNS, *(slow(*run) for run in MORE)])
+def test_resumed_runs_write_the_same_bytes(options, stage, layers, tmp_path, monkeypatch):
+    more, whole, out = dict(options), tmp_path / "whole", tmp_path / "out"
+    model = tiny("llama", layers=layers, dtype=more.pop("dtype", torch.float32))
+    dense = save(model, tmp_path / "model", shard="20KB")
+    prune(dense, whole, **more)
+    interrupted(dense, out, 1, stage, **more)
+    again = lambda *_, **__: pytest.fail("chosen a second time")  # noqa: E731
+    monkeypatch.setattr("maskopt.models.pruning.prune.allocate", again)
+    for _ in range(2):  # unfinished, and finished
+        prune(dense, out, resume=True, **more)
+        assert contents(out) == contents(whole)
+    assert len(verify_model(out, dense, calibration=tokens()).checked_layers) == 7 * layers
+
+
+def test_a_changed_file_of_new_weights_is_not_gone_on_with(small, tmp_path):
+    interrupted(small, out := tmp_path / "out", 1, "solve", **REFIT)
+    flip(*out.rglob("00000.weights.safetensors"))
+    said = r"00000\.weights\.safetensors: does not match the journal"
+    fails(e.ModelError, said, prune, small, out, resume=True, **REFIT)
+
+
+# Refitted weights
+
+
+REFITTED = {"sparsity": 0.5, "min_tokens": 1, "update": "least-squares"}
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def result(dense_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("refit") / "out"
+    return out, prune_model(dense_folder, tokens(10), output=out, **REFITTED)
+
+
+def lost(change, inputs):
+    return float((inputs @ change.T).square().mean(0).sum())
+
+
+@pytest.mark.parametrize("solver", ["swap", "wanda", slow("tabu")])
+def test_weights_are_those_of_least_squares_on_the_layers_own_inputs(solver):
+    """Whatever chose the mask; block 1 is given what the refitted block 0 gives."""
+    data, model = tokens(10), tiny("llama", layers=2)
+    before, original = tiny("llama", layers=2), tiny("llama", layers=2)
+    given = {**REFITTED, "solver": solver, "holdout": 0.4}
+    report = prune_model(model, data, **given)
+    prune_model(before, data, include=("layers.0.*",), **given)
+    second = [layer for layer in report.layers if layer.block == 1]
+    assert len(second) == 7
+    for layer in second:
+        w, v = (m.get_submodule(layer.name).weight.detach().double() for m in (original, model))
+        mask = report.masks[layer.name]
+        assert not v[~mask].any()
+        x, held = (inputs_of(before, layer.name, windows) for windows in (data[:6], data[6:]))
+        gram = x.T @ x / len(x)
+        damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+        for row in range(0, len(w), 7):
+            kept = mask[row]
+            best = torch.linalg.solve(damped[kept][:, kept], (damped @ w[row])[kept])
+            torch.testing.assert_close(v[row, kept], best, rtol=1e-3, atol=1e-4)
+        assert layer.error == pytest.approx(lost(w - v, x), rel=1e-4)
+        assert layer.error_held == pytest.approx(lost(w - v, held), rel=1e-4)
+        assert layer.error_kept == pytest.approx(lost(w * ~mask, x))
+        assert layer.error < layer.error_kept
+        assert layer.objective == ("kept" if solver == "tabu" else "least-squares")
+
+
+def test_dampings_of_held_out_windows_and_of_experts_that_saw_too_little(tmp_path):
+    given = {**REFITTED, "holdout": 0.4, "include": ("layers.0.self_attn.*",)}
+    chosen = prune_model(tiny("llama", layers=2), tokens(10), damping="auto", **given)
+    assert {layer.damping for layer in chosen.layers} <= {*DAMPING_GRID}
+    fixed = prune_model(tiny("llama", layers=2), tokens(10), damping=0.003, **given)
+    first = zip(chosen.layers[:3], fixed.layers[:3], strict=True)
+    assert sum(a.error_held - b.error_held for a, b in first) < 0
+    # experts that saw too little keep their weights; their tensor may hold others that are refitted
+    more = {**REFITTED, "min_tokens": 45, "solver": "wanda"}
+    folder, out = save(tiny("mixtral", layers=2), tmp_path / "model"), tmp_path / "out"
+    report = prune_model(folder, tokens(), output=out, **more)
+    verify_model(out, folder, calibration=tokens())
+    few = [x for x in report.layers if x.fallback]
+    assert 0 < len(few) < len(report.layers)
+    assert all(x.damping is None and x.error_kept is None for x in few)
+
+
+def test_refitted_rows_are_proven_for_what_they_cost_refitted(result, dense_folder):
+    report = result[1]
+    assert all(set(layer.statuses) == {"swap-optimal"} for layer in report.layers)
+    assert report.fingerprint["options"]["start"] == "admm"
+    kept = prune_model(tiny("llama"), tokens(10), **{**REFITTED, "update": "none"})
+    assert kept.fingerprint["options"]["start"] == "relax"
+    ours, theirs = (sum(x.relative for x in r.layers) for r in (report, kept))
+    assert ours < 0.9 * theirs
+    options = {"solver_options": {"max_swaps": 0}, **REFITTED}
+    none = prune_model(tiny("llama"), tokens(10), solver="swap", **options)
+    for found, gains in ((none, False), (report, True)):
+        gained = [layer.improvement_quantiles for layer in found.layers]
+        assert all(gained)
+        assert any(gain[-1] > 0 for gain in gained) is gains
+        assert all(0 <= gain[0] <= gain[-1] < 0.9 for gain in gained)
+    said = "its weights were updated, and bounds are for unchanged"
+    how = {"calibration": tokens(10), "rows_per_layer": 1}
+    fails(e.ModelError, said, certify_model, dense_folder, result[0], **how)
+
+
+def test_the_command_says_what_mask_and_refit_did(dense, data, tmp_path):
+    out = tmp_path / "out"
+    words = ["--sparsity", 0.5, "--update", "least-squares", "--damping", 0.03]
+    words += ["--solver", "wanda", "--min-tokens", 8]
+    assert "before" in run("prune", dense, *words, "--calibration", data, "--output", out)
+    assert {layer["damping"] for layer in read_manifest(out / MANIFEST)["layers"]} == {0.03}
+    shown = run("verify", out, "--original", dense)
+    assert "every weight that is neither pruned nor updated is that of" in shown
+    assert "updated weights" in shown[shown.index("(checked)") :]  # claimed
+    shown = run("verify", out, "--original", dense, "--calibration", data)
+    assert "updated weights (checked)" in shown
+    assert "kept weights" not in shown
+
+
+def test_problems_of_a_model_and_instances_are_for_refitted_weights_where_asked(dense, tmp_path):
+    more = {"layers": "layers.0.mlp.up_proj", "calibration": tokens(), "sparsity": 0.5}
+    more["update"] = "least-squares"
+    ((_, problem),) = collect_problems(dense, damping=0.1, **more)
+    assert problem.update == LeastSquaresUpdate(0.1)
+    auto, said = (
+        {"damping": "auto", "holdout": 0.5},
+        "`damping` auto chooses by masks, and none are",
+    )
+    fails(e.ModelError, f"{said} made here", collect_problems, dense, **auto, **more)
+    up, out = tmp_path / "up.npz", tmp_path / "rows.jsonl"
+    problem.with_update(None).save(up)
+    part = ("--columns", 12, "--output", out)
+
+    def objectives(*options):
+        """Of the jobs that are new in the file: others were asked for otherwise."""
+        before = len(out.read_text().splitlines()) if out.exists() else 0
+        run("compare", up, *options, *part)
+        return [json.loads(line)["objective"] for line in out.read_text().splitlines()[before:]]
+
+    all_three = ("--solvers", "wanda,admm,swap", "--rows", 2)
+    refitted = objectives(*all_three, "--update", "least-squares", "--damping", "0.1")
+    kept = objectives(*all_three)
+    assert len(refitted) == len(kept) == 6
+    assert refitted[0] != kept[0]  # the damping counts in the one
+    assert refitted[2] <= min(refitted[:2]) * (1 + 1e-9)
+    owned = ("--update", "least-squares", "--solver-options", "sparsegpt.update=true", "--rows", 1)
+    assert len(objectives("--solvers", "sparsegpt,obs", *owned)) == 2
+    shown = run("compare", up, "--solvers", "obs", *owned, "--columns", 12, fails=e.OptionError)
+    assert "there is no solver 'sparsegpt' among obs" in shown
+
+
+def weights(change):
+    return lambda out: change_tensors(shard_of(out, UP), lambda tensors: change(tensors[UP]))
+
+
+def layer(**values):
+    return lambda out: forge_manifest(out, lambda m: m["layers"][9].update(values))
+
+
+def keeps(out):
+    kept = {"damping": None, "error_kept": None, "objective": "kept"}
+    forge_manifest(out, edit("fingerprint", "options", "update", to="none"))
+    forge_manifest(out, lambda m: [layer.update(kept) for layer in m["layers"]])
+
+
+moved = weights(lambda weight: weight[0].mul_(1.001))
+infinite = weights(lambda weight: weight.masked_fill_(weight == weight.max(), torch.inf))
+FORGED = [
+    (moved, "row 0: its weights are not those of least squares"),
+    (infinite, "holds NaN or infinite weights"),
+    (keeps, "a kept weight differs from the original"),
+    (layer(damping=0.02), "was updated with another damping than the options say"),
+    (layer(damping=None), "is updated, or not, otherwise than the options say"),
+    (layer(error_kept=0.0), "before its weights were updated; its mask has"),
+    (layer(error=0.0), "states an error of 0; its mask has"),
+]
+
+
+@pytest.mark.parametrize(("forge", "message"), FORGED)
+def test_what_is_not_so_is_found(forge, message, result, dense_folder, tmp_path):
+    forge(out := copied(result[0], tmp_path))
+    forge_manifest(out)
+    if forge is moved:  # only the calibration text shows it
+        verify_model(out, dense_folder)
+    fails(e.VerificationError, message, verify_model, out, dense_folder, calibration=tokens(10))
+
+
+def test_a_solvers_own_weights_are_checked_for_what_they_cost(dense_folder, tmp_path):
+    given, own = {**REFITTED, "solver": "sparsegpt"}, tmp_path / "own"
+    squares = prune_model(tiny("llama"), tokens(), **given)
+    report = prune(dense_folder, own, **given, solver_options={"update": True})
+    assert {x.objective for x in report.layers} == {"updated"}
+    first = [r.layers[0] for r in (squares, report)]
+    assert first[0].error < first[1].error < first[1].error_kept
+    verified = verify_model(own, dense_folder, calibration=tokens())
+    assert "errors" in verified.checked
+    assert "updated weights" in verified.claimed
+
+    def claims(out):
+        forge_manifest(out, lambda m: [x.update(objective="least-squares") for x in m["layers"]])
+
+    for forge, said in ((moved, "states an error of"), (claims, "are not those of least squares")):
+        forge(out := copied(own, tmp_path / said))
+        forge_manifest(out)
+        fails(e.VerificationError, said, verify_model, out, dense_folder, calibration=tokens())

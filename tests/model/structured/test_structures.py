@@ -1,21 +1,52 @@
 """Channels, heads, blocks and experts removed: a folder that computes what is left, or a refusal."""
 
+import itertools
 import json
 
 import pytest
 import torch
 import transformers
-from commands import run
-from forging import fails
-from outputs import contents, files
-from tiny_models import SHARED, logs, save, save_with_own_code, tiny, tokens
+from commands import run, shows
+from forging import fails, record_of
+from prunes import contents, files, slow
+from safetensors.torch import load_file
+from tiny_models import (
+    SHARED,
+    edit_json,
+    inputs_of,
+    logits_of,
+    logs,
+    loud,
+    reload,
+    save,
+    save_with_own_code,
+    tiny,
+    tiny_vision,
+    tokens,
+)
 from transformers import AutoModelForCausalLM
 
-from maskopt import open_job, remove_blocks, remove_experts, shrink_model
+from maskopt import (
+    LayerProblem,
+    Unstructured,
+    open_job,
+    remove_blocks,
+    remove_experts,
+    shrink_model,
+    verify,
+)
+from maskopt.core.gram import Gram
 from maskopt.errors import MaskoptError, ModelError, OptionError, VerificationError
-from maskopt.models.checkpoints.workspace import MANIFEST
+from maskopt.models.blockwise import activations
+from maskopt.models.blockwise.activations import _reserved
+from maskopt.models.blockwise.divergence import place
+from maskopt.models.checkpoints.checkpoint import open_checkpoint
+from maskopt.models.checkpoints.safefile import open_safe
+from maskopt.models.checkpoints.workspace import HIDDEN, MANIFEST
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.structured import blocks as removal
+from maskopt.models.structured.blocks import Effects, exchanges, search_sets
+from maskopt.models.structured.experts import costs, mixtures_of
 from maskopt.models.verification.verify import verify_model
 
 
@@ -25,17 +56,9 @@ def make(dense, out, **what):
     return how(dense, tokens(6), output=out, **what)
 
 
-def pair(folder, out):
-    return [AutoModelForCausalLM.from_pretrained(x) for x in (folder, out)]
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(tokens(3, seed=5), use_cache=False).logits
-
-
-def record_of(out):
-    return json.loads((out / MANIFEST).read_text())["shrunk"]
+def check_same(smaller, model, **close):
+    found, expected = (logits_of(x, tokens(3, seed=5)) for x in (smaller, model))
+    torch.testing.assert_close(found, expected, **{"rtol": 1e-4, "atol": 1e-5, **close})
 
 
 def set_zeros(model, smaller, record):
@@ -94,20 +117,18 @@ KINDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("kind", "family"),
-    [
-        pytest.param(kind, family, marks=[pytest.mark.slow] * more)
-        for kind, (_, *families) in KINDS.items()
-        for more in (0, 1)
-        for family in families[more].split()
-    ],
+EACH, LATER = (
+    [(kind, family) for kind, case in KINDS.items() for family in case[when].split()]
+    for when in (1, 2)
 )
+
+
+@pytest.mark.parametrize(("kind", "family"), [*EACH, *(slow(*each) for each in LATER)])
 def test_what_is_written_computes_what_is_left(kind, family, tmp_path):
     layers, out = 3 if kind in ("blocks", "experts") else 2, tmp_path / "out"
     dense = save(tiny(family, layers=layers), tmp_path / "dense", shard="30KB")
     report = make(dense, out, **KINDS[kind][0])
-    (model, smaller), record, close = pair(dense, out), record_of(out), {"rtol": 1e-4, "atol": 1e-5}
+    model, smaller, record, close = reload(dense), reload(out), record_of(out), {}
     config = smaller.config.get_text_config()
     sizes = [sum(p.numel() for p in m.parameters()) for m in (smaller, model)]
     assert sizes[0] < sizes[1]
@@ -136,7 +157,7 @@ def test_what_is_written_computes_what_is_left(kind, family, tmp_path):
         assert found.updated == (0 if "kept" in kind else len(record["kept"]))
         if "heads" in kind:
             assert 2 * config.num_attention_heads == model.config.num_attention_heads
-    torch.testing.assert_close(logits(smaller), logits(model), **close)
+    check_same(smaller, model, **close)
 
 
 def test_where_groups_are_too_few_every_group_loses_heads(tmp_path):
@@ -144,14 +165,13 @@ def test_where_groups_are_too_few_every_group_loses_heads(tmp_path):
     report = make(dense, out, heads=0.5)
     assert report.layers[0].pattern == "2 of 4 heads"
     assert all(layer.statuses == {"optimal": layer.rows} for layer in report.layers)
-    model, smaller = pair(dense, out)
+    model, smaller = reload(dense), reload(out)
     assert (smaller.config.num_attention_heads, smaller.config.num_key_value_heads) == (2, 1)
     set_zeros(model, smaller, record_of(out))
-    torch.testing.assert_close(logits(smaller), logits(model), rtol=1e-4, atol=1e-5)
+    check_same(smaller, model)
 
 
 def test_buffers_that_are_stored_go_along_with_their_blocks(tmp_path, monkeypatch):
-    """The biases of routers, which differ between blocks."""
     monkeypatch.setattr(removal, "choose", lambda *_: {frozenset({1}): 0.0})
     model = tiny("deepseek_v3", layers=4)
     for name, buffer in model.named_buffers():
@@ -159,12 +179,9 @@ def test_buffers_that_are_stored_go_along_with_their_blocks(tmp_path, monkeypatc
             buffer.normal_()
     dense, out = save(model, tmp_path / "dense"), tmp_path / "out"
     make(dense, out, count=1, windows=1)
-    model, smaller = pair(dense, out)
-    torch.testing.assert_close(logs(smaller, tokens(2)), logs(pass_on(model, {1}), tokens(2)))
+    model = pass_on(reload(dense), {1})
+    torch.testing.assert_close(logs(reload(out), tokens(2)), logs(model, tokens(2)))
     verify_model(out, dense)
-
-
-# Refusals -------------------------------------------------------------------------------------
 
 
 def one_group(family):
@@ -230,6 +247,7 @@ def test_what_cannot_be_cut_is_refused_before_anything_is_written(of, what, said
     assert not (out / MANIFEST if "off by" in said or "run" in said else out).exists()
 
 
+KEPT = {"channels": 0.2, "update": "none"}
 WALKS = {"holdout": 0.5, "include": ["q_proj"], "skip_bad_samples": True, "samples": 8, "seed": 1}
 OPTIONS = [
     ({}, OptionError, "nothing is to be removed"),
@@ -237,20 +255,13 @@ OPTIONS = [
     ({"channel": 0.25}, OptionError, "no option is called 'channel'; did you mean 'channels'"),
     ({"heads": -0.1}, MaskoptError, "heads"),
     ({"channels": 0.2, "include": "q_proj"}, OptionError, "leave out `include`"),
-    ({"heads": 0.5, "solver": "tabu"}, OptionError, "`solver` needs `channels`"),
-    (
-        {"heads": 0.5, "solver_options": {"seed": 1}},
-        OptionError,
-        "`solver_options` needs `channels`",
+    *(
+        ({"heads": 0.5, name: x}, OptionError, f"`{name}` needs `channels`")
+        for name, x in {"solver": "tabu", "solver_options": {"seed": 1}, "certify": True}.items()
     ),
-    ({"heads": 0.5, "certify": True}, OptionError, "`certify` needs `channels`"),
     ({"channels": 0.2, "solver": "swop"}, MaskoptError, "did you mean"),
     ({"channels": 0.2, "update": "blockwise"}, MaskoptError, "update"),
-    (
-        {"channels": 0.2, "update": "none", "damping": 0.1},
-        OptionError,
-        "`damping` needs `update` least-squares",
-    ),
+    ({**KEPT, "damping": 0.1}, OptionError, "`damping` needs `update` least-squares"),
     *(({"count": count}, OptionError, "must be 1 to 2") for count in (0, 3, 9)),
     *(
         ({"count": 1, "options": WalkOptions(**{name: x})}, OptionError, f"leave out `{name}`")
@@ -271,23 +282,17 @@ def test_options_that_cannot_be(options, error, said, dense_folder, tmp_path):
 
 
 def test_a_family_that_cannot_say_it_is_refused(tmp_path):
-    """Its first block is dense by its number."""
     dense = save(tiny("deepseek_v3"), tmp_path / "dense")
-    with (
-        open_job(dense, tokens(2), WalkOptions(), whole=True) as job,
-        pytest.raises(ModelError, match=NO_MODEL),
-    ):
-        removal._check_family(job.source, [0])
+    with open_job(dense, tokens(2), WalkOptions(), whole=True) as job:
+        fails(ModelError, NO_MODEL, removal._check_family, job.source, [0])
 
 
-# The command ----------------------------------------------------------------------------------
-
-KEPT = "kept 1 of 2 key–value groups and 36 of 48 channels of 2 blocks"
 #: kind → (family, options, what the command says, what card and page say, options of a second run)
 COMMANDS = {
     "channels and heads": (
         "llama", ["--channels", 0.25, "--heads", 0.5, "--certify"],
-        ["36 of 48 channels", "1 of 2 key–value groups"], KEPT,
+        ["36 of 48 channels", "1 of 2 key–value groups"],
+        "kept 1 of 2 key–value groups and 36 of 48 channels of 2 blocks",
         ["--channels", 0.2, "--round-to", 4],
     ),
     "blocks": (
@@ -323,32 +328,367 @@ def test_the_command_and_what_comes_after(kind, data, tmp_path):
     run("prune", twice, *sparse, *few, *text, tmp_path / "pruned")
     if kind == "channels and heads":
         assert "perplexity" in run("eval", dense, out, "--text", data)
-        of_masks = (
+        for words in (
             ["masks", "pack", out, "--output", tmp_path / "x"],
             ["verify", out, "--masks", out],
-        )
-        for command in of_masks:
-            said = run(*command, fails=MaskoptError).lower()
-            assert "maskopt-masks.bits" in said
-            assert "no such file" in said
+        ):
+            shows(run(*words, fails=MaskoptError).lower(), "maskopt-masks.bits", "no such file")
         assert "holds" in run("verify", twice, "--original", out)
         assert "another model" in run("verify", twice, "--original", dense, fails=VerificationError)
         assert (twice / "README-original.md").read_text() == readme
         run("verify", tmp_path / "pruned", "--original", twice)
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (["--channels", 0.25, "--blocks", 1], "second `maskopt prune-structured`"),
-        (["--experts", 0.25, "--blocks", 1], "second `maskopt prune-structured`"),
-        (["--windows", 2, "--channels", 0.25], "--windows need --blocks"),
-        (["--blocks", 1, "--solver", "tabu"], "says nothing of --blocks"),
-        (["--blocks", 1, "--certify"], "says nothing of --blocks"),
-        (["--blocks", 1, "--solver-options", "seed=1"], "says nothing of --blocks"),
-        (["--blocks", 1, "--resume"], "in one go"),
-    ],
-)
+EXCLUDED = {
+    "--channels 0.25 --blocks 1": "second `maskopt prune-structured`",
+    "--experts 0.25 --blocks 1": "second `maskopt prune-structured`",
+    "--windows 2 --channels 0.25": "--windows need --blocks",
+    "--blocks 1 --solver tabu": "says nothing of --blocks",
+    "--blocks 1 --certify": "says nothing of --blocks",
+    "--blocks 1 --solver-options seed=1": "says nothing of --blocks",
+    "--blocks 1 --resume": "in one go",
+}
+
+
+@pytest.mark.parametrize(("options", "said"), EXCLUDED.items())
 def test_options_of_the_command_that_cannot_be(options, said, dense_folder, data, tmp_path):
-    text = ["--calibration", data, "--output", tmp_path / "out"]
-    assert said in run("prune-structured", dense_folder, *options, *text, fails=OptionError)
+    text = ["--calibration", data, "--output", tmp_path / "out", *options.split()]
+    assert said in run("prune-structured", dense_folder, *text, fails=OptionError)
+
+
+# Choices
+
+
+def check_costs(costs, dense, data, **every):
+    """They are divergences of the model's predictions from those of it without some blocks."""
+    full = logs(reload(dense), data, **every)
+    for gone, cost in costs.items():
+        other = logs(pass_on(reload(dense), gone), data, **every)
+        kl = float((full.exp() * (full - other)).sum(-1).mean())
+        assert cost == pytest.approx(kl, rel=1e-3, abs=1e-7)
+
+
+def test_effects_are_divergences_of_models_without_blocks(tmp_path):
+    dense = save(tiny("llama", layers=4), tmp_path / "dense")
+    report = remove_blocks(dense, tokens(3), count=2, output=tmp_path / "out", windows=3)
+    sets = [{i} for i in range(4)] + [set(pair) for pair in itertools.combinations(range(4), 2)]
+    assert set(report.effects.kl) == {frozenset(s) for s in sets}
+    check_costs(report.effects.kl, dense, tokens(3))
+    pairs = {s: kl for s, kl in report.effects.kl.items() if len(s) == 2}
+    assert set(report.removed) == min(pairs, key=lambda s: pairs[s])
+    assert str(report.solution.status[0]) == "optimal"
+    assert report.effects.cost(report.removed) == pytest.approx(min(pairs.values()))
+    assert verify(report.effects.problem(2), report.solution).checked
+
+
+@pytest.mark.parametrize("judged", [16, slow(3)])
+def test_sets_of_three_are_searched_and_measured_on_all_tokens(judged, tmp_path, monkeypatch):
+    """Of many that a round leaves out, those that look best on some tokens."""
+    monkeypatch.setattr(removal, "JUDGED", judged)
+    dense, out = save(tiny("llama", layers=6), tmp_path / "dense"), tmp_path / "out"
+    report = remove_blocks(dense, tokens(2), count=3, output=out, windows=2)
+    costs = {s: report.effects.cost(s) for s in itertools.combinations(range(6), 3)}
+    least = min(costs, key=lambda s: costs[s])
+    assert tuple((~report.solution.mask[0]).nonzero()[:, 0].tolist()) == least
+    assert str(report.solution.status[0]) == "optimal"
+    near = {frozenset(report.removed) - {a} | {b} for a in report.removed for b in range(6)}
+    if judged >= 9:
+        assert {left for left in near if len(left) == 3} <= set(report.measured)
+    assert {frozenset(least), frozenset({3, 4, 5})} < set(report.measured)
+    assert frozenset(report.effects.most_alike(3)) in report.measured
+    check_costs(report.measured, dense, tokens(2), every=1)
+    assert report.measured[frozenset(report.removed)] == min(report.measured.values())
+    assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 3
+    assert verify_model(out, dense).tensors > 0
+
+
+def summing(costs):
+    kl = {frozenset({i}): cost for i, cost in enumerate(costs)}
+    pairs = itertools.combinations(range(len(costs)), 2)
+    kl |= {frozenset(p): costs[p[0]] + costs[p[1]] for p in pairs}
+    return Effects(kl, [0.5] * len(costs))
+
+
+def test_exchanges_of_least_cost_by_pairs_come_first_and_yardsticks():
+    found = exchanges(summing([5.0, 1.0, 2.0, 9.0, 3.0, 4.0]), frozenset({1, 2, 4}))
+    assert len(found) == len(set(found)) == 9
+    assert all(len(left & {1, 2, 4}) == 2 for left in found)
+    assert found[:2] == [frozenset({1, 2, 5}), frozenset({0, 1, 2})]
+    assert found[-1] == frozenset({2, 3, 4})
+    kl = {frozenset({i}): 1.0 + i for i in range(4)}
+    kl |= {frozenset(p): 9.0 for p in itertools.combinations(range(4), 2)}
+    effects = Effects(kl, [0.1, 0.9, 0.5, 0.8])
+    assert effects.last(2) == [2, 3]
+    assert effects.most_alike(2) == [1, 3]
+    assert effects.cost([0, 1]) == pytest.approx(9.0)
+    assert effects.cost([2]) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_search_ends_where_no_exchange_is_better(seed):
+    """Of costs that pairs do not foretell; a set is measured when it is asked for, and only then."""
+    generator = torch.Generator().manual_seed(seed)
+    sets = [frozenset(s) for s in itertools.combinations(range(8), 3)]
+    costs = dict(zip(sets, torch.rand(len(sets), generator=generator).tolist(), strict=True))
+    effects, asked = summing([1.0] * 8), []
+
+    def measure(some):
+        asked.extend(some)
+        return {left: costs[left] for left in some}
+
+    first = [frozenset({0, 1, 2}), frozenset({5, 6, 7})]
+    known = search_sets(measure, effects, first)
+    assert len(asked) == len(set(asked)) == len(known)
+    assert known == {left: costs[left] for left in asked}
+    least = min(known, key=lambda left: known[left])
+    assert costs[least] <= min(costs[left] for left in first)
+    assert all(costs[least] < costs[left] for left in exchanges(effects, least))
+
+
+def test_a_round_of_a_search_may_answer_for_a_few(monkeypatch):
+    """What is left out of an answer is not asked for again, and no round asks for more than it may."""
+    monkeypatch.setattr(removal, "EXCHANGES", 5)
+    effects, rounds = summing([9.0, 8.0, 7.0, 1.0, 2.0, 3.0, 4.0]), []
+
+    def measure(some):
+        rounds.append(list(some))
+        return {left: effects.cost(sorted(left)) for left in some[: 1 if rounds[1:] else None]}
+
+    known = search_sets(measure, effects, [frozenset({0, 1, 2})])
+    assert min(known, key=lambda left: known[left]) == frozenset({3, 4, 5})
+    assert all(len(some) <= 5 for some in rounds)
+    every = list(itertools.chain(*rounds))
+    assert len(set(every)) == len(every)
+
+
+def test_states_may_lie_in_one_file(dense_folder, tmp_path, monkeypatch):
+    """A file for each of hundreds of variants would be more than a process may open."""
+    made, effects = [], []
+    listed = lambda folder, size: made.append(folder) or _reserved(folder, size)  # noqa: E731
+    monkeypatch.setattr(activations, "_reserved", listed)
+    for memory, threads in ((0, 2), (2**30, 1)):
+        walk = WalkOptions(activation_memory=memory, threads=threads)
+        how = {"count": 1, "output": tmp_path / str(memory), "windows": 2, "options": walk}
+        effects.append(remove_blocks(dense_folder, tokens(3), **how).effects.kl)
+    assert effects[0] == effects[1]
+    assert set(made[:2]) == {tmp_path / "0" / HIDDEN}  # the model's, and those of all variants
+    # variants count where memory is limited
+    with open_job(dense_folder, tokens(4), WalkOptions(max_memory="1200MB"), whole=True) as job:
+        assert place(job, 10, tmp_path) is None
+        assert place(job, 300_000, tmp_path) == tmp_path
+    with open_job(dense_folder, tokens(4), WalkOptions(), whole=True) as job:
+        assert place(job, 300_000, tmp_path) is None
+
+
+def test_lists_of_the_configuration_follow_the_blocks(tmp_path):
+    """`moe_layers` names blocks by their index; three ends of text are no list of three blocks."""
+    dense = save(tiny("llama"), tmp_path / "dense")
+    lists = {"eos_token_id": [1, 2, 3], "moe_layers": [0, 2], "flags": ["a", "b", "c"]}
+    edit_json(dense / "config.json", lambda c: c.update(lists))
+    with open_job(dense, tokens(2), WalkOptions(), whole=True) as job:
+        for gone, stays in ([0], [1]), ([1], [0, 1]), ([2], [0]), ([0, 1], [0]):
+            settings = removal._check_family(job.source, gone)
+            assert settings["moe_layers"] == stays
+            assert settings["flags"] == [x for i, x in enumerate("abc") if i not in gone]
+            assert "eos_token_id" not in settings
+
+
+def test_one_file_with_an_index(tmp_path):
+    dense, name = save(tiny("llama"), tmp_path / "dense"), "model-00001-of-00001.safetensors"
+    (dense / "model.safetensors").rename(dense / name)
+    where = dict.fromkeys(open_safe(dense / name).entries, name)
+    index = {"metadata": {"total_size": 1}, "weight_map": where}
+    (dense / "model.safetensors.index.json").write_text(json.dumps(index))
+    remove_blocks(dense, tokens(2), count=1, output=tmp_path / "out", windows=2)
+    verify_model(tmp_path / "out", dense)
+    narrow = tmp_path / "narrow"
+    shrink_model(dense, tokens(4), output=narrow, channels=0.5, solver="wanda")
+    verify_model(narrow, dense)
+    size = json.loads((narrow / "model.safetensors.index.json").read_text())
+    stored = open_safe(narrow / name).entries.values()
+    assert size["metadata"]["total_size"] == sum(entry.size for entry in stored)
+
+
+def test_a_vision_tower_keeps_its_blocks(tmp_path):
+    """Their names are those of the decoder's, behind another beginning."""
+    dense, out = save(tiny_vision(), tmp_path / "dense"), tmp_path / "out"
+    remove_blocks(dense, tokens(2), count=1, output=out, windows=2)
+    verify_model(out, dense)
+    names = [sorted(n for n in open_checkpoint(x).where if "vision" in n) for x in (dense, out)]
+    assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("count", [1, slow(2), 3])
+def test_blocks_that_a_configuration_needs_stay(count, tmp_path):
+    """The first block, dense by its number, is the cheapest to leave out, and cannot be."""
+    model = loud("deepseek_v3", layers=5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layers.0." in name and ("o_proj" in name or "down_proj" in name):
+                parameter.zero_()
+    dense, out = save(model, tmp_path / "dense"), tmp_path / "out"
+    report = remove_blocks(dense, tokens(2), count=count, output=out, windows=1)
+    assert 0 in (~report.solution.mask[0]).nonzero()[:, 0] or count == 3
+    assert all(0 not in left for left in report.measured)
+    assert len(report.removed) == count
+    assert report.measured[frozenset(report.removed)] == min(report.measured.values())
+    if count <= 2:
+        others = [s for s in report.effects.kl if len(s) == count and 0 not in s]
+        assert frozenset(report.removed) == min(others, key=lambda s: report.effects.kl[s])
+    verify_model(out, dense)
+
+
+def test_costs_are_what_the_outputs_miss():
+    model = tiny("mixtral", layers=2)
+    with open_job(model, tokens(3), WalkOptions(threads=2)) as job, torch.no_grad():
+        for block in job.blocks():
+            (mixture,) = mixtures_of(job.source.blocks, block.index)
+            q, count = costs(block, mixture)
+            module, calls = model.get_submodule(mixture.name), []
+            handle = module.register_forward_hook(lambda *call, calls=calls: calls.append(call[1:]))
+            for sample in range(3):
+                block.opened.run(sample, block.opened.samples.states)
+            handle.remove()
+            assert count == sum(len(args[0]) for args, _ in calls)
+            for stays in itertools.product((0.0, 1.0), repeat=mixture.count):
+                p, missed = 1 - torch.tensor(stays, dtype=torch.float64), 0.0
+                for (hidden, index, weights), out in calls:
+                    left = torch.tensor(stays)[index] * weights
+                    missed += float((module(hidden, index, left) - out).double().square().sum())
+                assert float(p @ q @ p) == pytest.approx(missed / count, rel=1e-4, abs=1e-12)
+            block.advance()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_the_choice_is_the_best_by_enumeration(family, tmp_path):
+    dense = save(tiny(family, layers=2), tmp_path / "dense", shard="30KB")
+    for threads in (1, 3):
+        walk, out = WalkOptions(threads=threads), tmp_path / str(threads)
+        report = remove_experts(dense, tokens(6), output=out, share=0.5, options=walk)
+    assert contents(tmp_path / "1") == contents(out)
+    with open_job(dense, tokens(6), WalkOptions()) as job, torch.no_grad():
+        block = next(iter(job.blocks()))
+        (mixture,) = mixtures_of(job.source.blocks, 0)
+        q, _ = costs(block, mixture)
+    every = itertools.combinations(range(4), 2)
+    by_cost = {gone: float(q[list(gone)][:, list(gone)].sum()) for gone in every}
+    best = min(by_cost, key=by_cost.__getitem__)
+    assert record_of(out)["kept"][mixture.name] == sorted({0, 1, 2, 3} - set(best))
+    assert report.layers[0].error_kept == pytest.approx(by_cost[best], rel=1e-6)
+
+
+@pytest.mark.parametrize("sample", [0, 2])
+def test_samples_that_are_left_out_are_reported(sample, tmp_path):
+    """The products of the first experts are beyond float32 for one token."""
+    model = tiny("mixtral")
+    with torch.no_grad():
+        embedding, block = model.get_input_embeddings().weight, model.model.layers[0]
+        embedding[:, 0], embedding[5] = 0, 0
+        embedding[5, 0] = 1
+        block.self_attn.o_proj.weight[0] = 0
+        block.mlp.experts.gate_up_proj[:, :, 0] = 1e38
+    dense, data = save(model, tmp_path / "dense"), tokens(4)
+    data[data == 5] = 6
+    data[sample, 3] = 5
+    skip = WalkOptions(skip_bad_samples=True)
+    report = remove_experts(dense, data, share=0.25, output=tmp_path / "out", options=skip)
+    assert [sample["sample"] for sample in report.bad_samples] == [sample]
+    assert report.fingerprint["options"]["skip_bad_samples"]
+    with pytest.raises(ModelError, match=f"sample {sample} has NaN"):
+        remove_experts(dense, data, share=0.25, output=tmp_path / "again")
+
+
+def test_a_model_that_changes_meanwhile_is_refused(tmp_path):
+    dense, out = save(tiny("mixtral", layers=2), tmp_path / "dense"), tmp_path / "out"
+
+    def change(event):
+        (dense / "generation_config.json").write_text("{}")
+
+    removals = ((remove_blocks, {"count": 1, "windows": 1}), (remove_experts, {"share": 0.25}))
+    for remove, what in removals:
+        (dense / "generation_config.json").write_text("{ }")
+        said = "generation_config.*changed while the run was under way"
+        fails(ModelError, said, remove, dense, tokens(2), output=out, on_progress=change, **what)
+        assert not out.exists()
+
+
+def test_the_choice_of_the_first_block_is_the_optimum_of_what_it_is_given(dense_folder, tmp_path):
+    how = {"heads": 0.5, "update": "none"}
+    report = shrink_model(dense_folder, tokens(6), output=tmp_path / "out", **how)
+    model, name = tiny("llama"), "model.layers.0.self_attn.o_proj"
+    weight = model.get_submodule(name).weight.detach()
+    n = weight.shape[1]
+    gram = Gram(n)
+    gram.add(inputs_of(model, name, tokens(6)).float())
+    problem = LayerProblem(weight, gram.value(), Unstructured(keep=n // 2))
+    masks = [torch.arange(n) // (n // 2) == kept for kept in (0, 1)]
+    errors = [float(problem.objective(m.expand(len(weight), n)).sum()) for m in masks]
+    assert record_of(tmp_path / "out")["kept"][name] == [errors.index(min(errors))]
+    layer = next(x for x in report.layers if x.name == name)
+    assert [layer.error, layer.lower_bound] == pytest.approx([min(errors)] * 2, rel=1e-6)
+
+
+def test_errors_bounds_and_counts_of_channels(dense_folder, tmp_path):
+    def shrink(name, **options):
+        return shrink_model(dense_folder, tokens(12), output=tmp_path / name, **options).layers
+
+    layers = shrink("held", channels=0.5, heads=0.5, holdout=0.34)
+    for layer in layers:
+        assert 0 < layer.error < layer.error_kept < layer.energy
+        assert layer.relative_held is not None
+    assert any(layer.name.endswith("down_proj") for layer in layers)
+    layers = shrink("certified", channels=0.5, solver="wanda", certify=True)
+    assert all(0 < layer.lower_bound <= layer.error_kept for layer in layers)
+    shrink("rounded", channels=0.3, round_to=8)
+    config = json.loads((tmp_path / "rounded" / "config.json").read_text())
+    assert config["intermediate_size"] == 40
+    errors = [
+        shrink(solver, channels=0.5, solver=solver, update="none")[0].error
+        for solver in ("tabu", "swap", "wanda", "magnitude")
+    ]
+    assert all(one <= other * (1 + 1e-12) for one, other in itertools.pairwise(errors[:3]))
+
+
+def test_interrupted_runs_resume_to_the_same_bytes(dense_folder, tmp_path):
+    def shrink(out, **options):
+        given = {"channels": 0.25, "heads": 0.5, **options}
+        return shrink_model(dense_folder, tokens(6), output=tmp_path / out, **given)
+
+    shrink("whole")
+    for stop in range(3):
+
+        def halt(event, stop=stop):
+            if event.block == stop and event.stage == "solve" and event.done == 2:
+                raise KeyboardInterrupt
+
+        out = f"stopped in {stop}"
+        fails(KeyboardInterrupt, None, shrink, out, on_progress=halt)
+        if stop == 0:
+            assert not (tmp_path / out).exists()
+            continue
+        report = shrink(out, resume=True)
+        assert len(report.layers) == 6
+        assert contents(tmp_path / out) == contents(tmp_path / "whole")
+    finished = shrink(out, resume=True)
+    assert [x.error for x in finished.layers] == [x.error for x in report.layers]
+    fails(ModelError, "another run", shrink, out, resume=True, channels=0.5, heads=0.0)
+
+
+def test_bfloat16_stays_bfloat16(tmp_path):
+    dense, out = save(tiny("llama", dtype=torch.bfloat16), tmp_path / "dense"), tmp_path / "out"
+    shrink_model(dense, tokens(6), output=out, channels=0.25)
+    found = load_file(out / "model.safetensors")
+    assert {t.dtype for t in found.values()} == {torch.bfloat16}
+    verify_model(out, dense)
+
+
+@pytest.mark.parametrize("what", [{"channels": 0.25}, {"heads": 0.5}])
+def test_zeros_of_a_pruned_model_are_not_filled(what, pruned_folder, tmp_path):
+    small = tmp_path / "small"
+    with pytest.raises(OptionError, match="least squares would fill its zeros"):
+        shrink_model(pruned_folder, tokens(6), output=small, **what)
+    assert not small.exists()
+    shrink_model(pruned_folder, tokens(6), output=small, update="none", **what)
+    block = reload(small).model.layers[0]
+    for layer in (block.mlp.down_proj, block.self_attn.o_proj):
+        assert float((layer.weight == 0).float().mean()) > 0.3

@@ -9,9 +9,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from commands import run
+from commands import run, shows
 from forging import change_tensors, copied, fails
-from outputs import files, read_masks
+from prunes import Stop, files, read_masks, slow
 from safetensors.torch import load_file
 from tiny_models import edit_json, tokens
 from torch.nn import functional
@@ -46,26 +46,20 @@ def mean_divergence(dense, other, windows):
     return float((one.exp() * (one - two)).sum(-1).mean())
 
 
-@pytest.mark.parametrize(
-    ("family", "more"),
-    [
-        ("llama", {}),
-        ("llama", {"dtype": torch.bfloat16}),
-        *(
-            pytest.param(family, {}, marks=pytest.mark.slow)
-            for family in ("gemma3", "gpt2", "bloom", "gpt_neox", "mixtral")
-        ),
-        pytest.param("mixtral", {"exclude": ("experts.1.*",)}, marks=pytest.mark.slow),
-    ],
-)
-def test_it_comes_nearer_to_the_dense_model(family, more, made, tmp_path):
-    dense, pruned = made(family, **more)
+TRAINED = [("llama", {}), ("llama", {"dtype": torch.bfloat16})]
+TRAINED += [slow(x, {}) for x in ("gemma3", "gpt2", "bloom", "gpt_neox", "mixtral")]
+TRAINED += [slow("mixtral", {"exclude": ("experts.1.*",)})]
+
+
+@pytest.mark.parametrize(("family", "more"), TRAINED)
+def test_it_comes_nearer_to_the_dense_model(family, more, pairs, tmp_path):
+    dense, pruned = pairs(family, **more)
     out = tmp_path / "out"
     found = distill_model(pruned, dense, WINDOWS, output=out, **HOW)
     assert found.epoch > 0
     assert not found.diverged
-    assert found.after.held < 0.95 * found.before.held
-    assert found.after.fitted < 0.95 * found.before.fitted
+    for part in ("held", "fitted"):
+        assert getattr(found.after, part) < 0.95 * getattr(found.before, part)
     assert json.loads((out / RECORD).read_text())["after"]["held"] == found.after.held
     # the figures are those of the folders
     for folder, losses in ((pruned, found.before), (out, found.after)):
@@ -90,9 +84,9 @@ def test_it_comes_nearer_to_the_dense_model(family, more, made, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "mixtral"])
-def test_what_autograd_keeps_is_estimated(family, made):
+def test_what_autograd_keeps_is_estimated(family, pairs):
     """Of a window; what enters each block and nothing else where it is computed again."""
-    job = open_job(made(family)[1], WINDOWS, DistillOptions(threads=1))
+    job = open_job(pairs(family)[1], WINDOWS, DistillOptions(threads=1))
     with job, job.in_memory() as states:
         found = kept_bytes(job.source.model, lambda: states(0))
     with job, job.in_memory(recompute=True) as states:
@@ -123,20 +117,18 @@ def kept_bytes(model, compute):
 
 
 @pytest.mark.parametrize(("rate", "diverged"), [(10.0, False), (1e30, True), (1e300, True)])
-def test_weights_that_would_get_worse_are_not_changed(rate, diverged, made, tmp_path):
-    dense, pruned = made("llama")
+def test_weights_that_would_get_worse_are_not_changed(rate, diverged, pairs, tmp_path):
+    dense, pruned = pairs("llama")
     how = {**HOW, "learning_rate": rate}
     found = distill_model(pruned, dense, WINDOWS[:12], output=tmp_path / "out", **how)
-    assert found.diverged is diverged
-    assert found.epoch == 0
-    assert found.after == found.before
+    assert (found.diverged, found.epoch, found.after) == (diverged, 0, found.before)
     old, new = (x / "model.safetensors" for x in (pruned, tmp_path / "out"))
     assert old.read_bytes() == new.read_bytes()
 
 
-def test_the_gradient_is_that_of_the_whole_model(made, tmp_path):
+def test_the_gradient_is_that_of_the_whole_model(pairs, tmp_path):
     """One step of plain torch, from the same place, by the same optimiser."""
-    dense, pruned = made("llama")
+    dense, pruned = pairs("llama")
     how = {**HOW, "epochs": 1, "batch": 24, "learning_rate": 0.001, "max_memory": "3GiB"}
     found = distill_model(pruned, dense, WINDOWS, output=tmp_path / "out", **how)
     assert found.epoch == 1
@@ -158,30 +150,26 @@ def test_the_gradient_is_that_of_the_whole_model(made, tmp_path):
         torch.testing.assert_close(new[name][strong], expected[strong], rtol=1e-3, atol=1e-6)
 
 
-def test_what_cannot_be(made, tmp_path):
-    dense, pruned = made("llama")
-    out, number = tmp_path / "out", iter(range(9))
+def test_what_cannot_be(pairs, tmp_path):
+    dense, pruned = pairs("llama")
+    out = tmp_path / "out"
 
     def refused(kind, words, *models, windows=WINDOWS, **more):
-        with pytest.raises(kind, match=words):
-            distill_model(*(models or (pruned, dense)), windows, **{"output": out, **HOW, **more})
+        given = models or (pruned, dense)
+        fails(kind, words, distill_model, *given, windows, **{"output": out, **HOW, **more})
         assert not out.exists()
 
-    def forged(change):
-        change(folder := copied(pruned, tmp_path / str(next(number))))
+    def moved(name):
+        folder = copied(pruned, tmp_path / name)
+        change_tensors(folder / "model.safetensors", lambda tensors: tensors[name].add_(1))
         return folder
 
-    def moved(name):
-        return forged(lambda x: change_tensors(x / "model.safetensors", lambda t: t[name].add_(1)))
-
-    def all_kept(folder):
-        masks = read_masks(folder / MASKS)
-        kept = {n: TensorMask(torch.ones_like(x.kept), x.input_axis) for n, x in masks.items()}
-        write_masks(folder / MASKS, kept)
-
+    masks, kept = read_masks(pruned / MASKS), copied(pruned, tmp_path / "kept")
+    whole = {n: TensorMask(torch.ones_like(x.kept), x.input_axis) for n, x in masks.items()}
+    write_masks(kept / MASKS, whole)
     refused(ModelError, "holds no maskopt-masks", dense, dense)
-    refused(ModelError, "was not made of", pruned, made("gpt2")[0])
-    refused(ModelError, "prune nothing", forged(all_kept), dense)
+    refused(ModelError, "was not made of", pruned, pairs("gpt2")[0])
+    refused(ModelError, "prune nothing", kept, dense)
     refused(ModelError, "no prune changes it", moved("model.embed_tokens.weight"), dense)
     refused(ModelError, "its mask prunes", moved("model.layers.0.mlp.up_proj.weight"), dense)
     refused(DataError, "holdout", holdout=0.0)
@@ -197,17 +185,14 @@ def test_what_cannot_be(made, tmp_path):
     refused(ModelError, "folders, not of a LlamaForCausalLM", model, dense)
 
 
-def test_the_command_the_record_and_the_card(made, tmp_path):
-    dense, pruned = made("llama")
+def test_the_command_the_record_and_the_card(pairs, tmp_path):
+    dense, pruned = pairs("llama")
     out, text, again = tmp_path / "out", tmp_path / "tokens.npy", tmp_path / "again"
     np.save(text, WINDOWS.numpy())
     how = ["--calibration", text, "--epochs", 3, "--learning-rate", 0.003, "--holdout", 0.25]
     said = run("distill", pruned, "--teacher", dense, *how, "--output", out)
-    assert "on held-out windows" in said
-    assert "trained model" in said
-    checked = run("verify", out, "--masks", pruned)
-    assert "holds" in checked
-    assert "without a mask, 0 changed" in checked
+    shows(said, "on held-out windows", "trained model")
+    shows(run("verify", out, "--masks", pruned), "holds", "without a mask, 0 changed")
     fingerprint = json.loads((out / RECORD).read_text())["fingerprint"]
     assert fingerprint["options"]["epochs"] == 3
     assert fingerprint["model"] != fingerprint["teacher"]
@@ -239,19 +224,14 @@ def test_divergence_and_its_derivative_are_those_of_torch(positions):
     assert float(slope.abs().max()) == 0.0
 
 
-# Runs that are interrupted go on to the same bytes ------------------------------------------------
-
 #: of 16 windows 12 are fitted, so that an epoch has six steps
 STEPS = 6
 
 
-@pytest.fixture(
-    scope="module", params=["llama", pytest.param("gpt2-bfloat16", marks=pytest.mark.slow)]
-)
-def given(request, made, tmp_path_factory):
-    """A run, and what it makes when nothing interrupts it."""
+@pytest.fixture(scope="module", params=["llama", slow("gpt2-bfloat16")])
+def given(request, pairs, tmp_path_factory):
     family, _, dtype = request.param.partition("-")
-    dense, pruned = made(family, dtype=getattr(torch, dtype or "float32"))
+    dense, pruned = pairs(family, dtype=getattr(torch, dtype or "float32"))
     whole = tmp_path_factory.mktemp("whole") / "out"
     np.save(text := whole.with_name("tokens.npy"), tokens(16).numpy())
     distil = partial(distill_model, pruned, dense, calibration=text, save_every=1e-9, **HOW)
@@ -262,18 +242,13 @@ def given(request, made, tmp_path_factory):
 only_llama = pytest.mark.parametrize("given", ["llama"], indirect=True)
 
 
-class _Stop(Exception):
-    pass
-
-
 def interrupted(distil, out, step, **how):
     def stop(what, done, total):
         assert total == 2 * 3 * STEPS or what != "train"
         if what == "train" and done == 2 * step:
-            raise _Stop
+            raise Stop
 
-    with pytest.raises(_Stop):
-        distil(output=out, on_progress=stop, **how)
+    fails(Stop, None, distil, output=out, on_progress=stop, **how)
 
 
 @pytest.fixture
@@ -283,16 +258,15 @@ def steps(monkeypatch):
     return taken
 
 
-@pytest.mark.parametrize(
-    ("every", "kills", "taken"),
-    [  # kills: after so many steps, of which so many were saved
-        # in the first epoch, before it is judged, after that, and at the very end
-        (1, {k: k for k in (1, STEPS - 1, STEPS, STEPS + 1, 3 * STEPS)}, 3 * STEPS),
-        (5, {7: 5, 11: 8}, 7 + 6 + 3 * STEPS - 8),
-    ],
-)
+#: after so many steps, of which so many were saved: in the first epoch, around its judgement, at the end
+KILLS = [
+    (1, {k: k for k in (1, STEPS - 1, STEPS, STEPS + 1, 3 * STEPS)}, 3 * STEPS),
+    (5, {7: 5, 11: 8}, 7 + 6 + 3 * STEPS - 8),
+]
+
+
+@pytest.mark.parametrize(("every", "kills", "taken"), KILLS)
 def test_the_same_bytes(every, kills, taken, given, tmp_path, steps, monkeypatch):
-    """By other threads, and with what is computed again."""
     (distil, whole), out, before = given, tmp_path / "out", torch.get_num_threads()
     asked = itertools.count(1)
     monkeypatch.setattr(FolderKeeper, "due", lambda _: next(asked) % every == 0)
@@ -317,8 +291,7 @@ def test_the_same_bytes(every, kills, taken, given, tmp_path, steps, monkeypatch
 
 @only_llama
 def test_killed_while_it_saves(given, tmp_path, monkeypatch, steps):
-    """A dead process leaves a file that no line of the journal counts, and half of another. The command
-    goes on from there."""
+    """A dead process leaves a file that no line of the journal counts, and half of another."""
     (distil, whole), out, dead = given, tmp_path / "out", tmp_path / "dead"
     plain = Journal.set_progress
 
@@ -395,10 +368,8 @@ def test_what_cannot_be_gone_on_with(given, tmp_path):
     path = out / HIDDEN / JOURNAL
     right, journal = path.read_bytes(), Journal(path)
     record = {name: value for name, value in journal.progress.items() if name != "kind"}
-    for forged in (
-        *({"file": "../x"}, {"step": -1}, {"step": True}),
-        *({"before": [1.0]}, {"held": None}, {"digest": 7}),
-    ):
+    odd = {"file": "../x", "step": -1, "before": [1.0], "held": None, "digest": 7}
+    for forged in ({"step": True}, *({name: value} for name, value in odd.items())):
         journal.set_progress({**record, **forged})
         refused("not a journal of maskopt")
     path.write_bytes(right)

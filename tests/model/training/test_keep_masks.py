@@ -9,28 +9,29 @@ import numpy as np
 import peft
 import pytest
 import torch
-from commands import ROOT, run
-from forging import change_tensors, copied, fails
+from commands import ROOT, run, shows
+from forging import change_tensors, config, copied, fails
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+from prunes import but_slow, prune, slow
 from safetensors.torch import load_file, save_file
 from tiny_models import edit_json, save, save_with_own_code, tiny, tokens
 from torch import nn, optim
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from maskopt import keep_masks, prune_model
+from maskopt import keep_masks
 from maskopt.errors import ModelError, OptionError, VerificationError
 from maskopt.models.checkpoints.workspace import MASKS
 from maskopt.models.training.held_masks import parameter_masks, unwrapped
 from maskopt.models.verification.verify import verify_model
 
 STEPS = 50
-OPTIONS = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1}
 
 
 @pytest.fixture
-def pruned(made):
-    """The folder of a pruned tiny model of a family; nobody may change it."""
-    return lambda family: made(family, model=tiny)[1]
+def pruned(pairs):
+    return lambda family: pairs(family, model=tiny)[1]
 
 
 def loaded(folder):
@@ -70,16 +71,14 @@ class Restless(optim.Optimizer):
             parameter.add_(0.01)
 
 
-FIRST = [("llama", adamw), ("gpt2", Restless), ("mixtral", sgd)]
-
-
-@pytest.mark.parametrize(
-    ("family", "optimizer"),
-    [
-        pytest.param(*pair, marks=[pytest.mark.slow] * (pair not in FIRST))
-        for pair in itertools.product(("llama", "gpt2", "mixtral"), (adamw, Restless, sgd))
-    ],
+FAMILIES = ("llama", "gpt2", "mixtral")
+OPTIMIZERS = (adamw, Restless, sgd)
+TRAINED = but_slow(
+    [*zip(FAMILIES, OPTIMIZERS, strict=True)], itertools.product(FAMILIES, OPTIMIZERS)
 )
+
+
+@pytest.mark.parametrize(("family", "optimizer"), TRAINED)
 def test_no_zero_is_lost(family, optimizer, pruned, tmp_path):
     folder, model = pruned(family), loaded(pruned(family))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -109,13 +108,11 @@ AROUND = {
 }
 
 
+AROUND_BOTH = itertools.product(AROUND, (False, True))
+
+
 @pytest.mark.parametrize(
-    ("around", "adapters"),
-    [
-        pytest.param(x, adapters, marks=[pytest.mark.slow] * ((x, adapters) not in default))
-        for default in [(("distributed", True), ("parallel", False))]
-        for x, adapters in itertools.product(AROUND, (False, True))
-    ],
+    ("around", "adapters"), but_slow([("distributed", True), ("parallel", False)], AROUND_BOTH)
 )
 def test_what_torch_puts_around_a_model_changes_nothing(around, adapters, pruned, process_group):
     torch.manual_seed(0)
@@ -143,8 +140,7 @@ def test_without_it_zeros_are_lost_and_that_is_found(adapters, pruned, tmp_path)
     (model.merge_and_unload() if adapters else model).save_pretrained(tmp_path / "tuned")
     words = "not zero, the first ones in 'model.layers.0." + "self_attn.q_proj.weight'" * adapters
     said = run("verify", tmp_path / "tuned", "--masks", folder, fails=VerificationError)
-    assert f"pruned weights are {words}" in said
-    assert "keep_masks" in said
+    shows(said, f"pruned weights are {words}", "keep_masks")
 
 
 def test_gradients_of_pruned_weights_are_zero_and_held_no_longer_than_asked(pruned):
@@ -168,14 +164,12 @@ def test_gradients_of_pruned_weights_are_zero_and_held_no_longer_than_asked(prun
     assert held.lost() > 0
 
 
-@pytest.mark.parametrize(
-    ("family", "dropout", "targets"),
-    [("llama", 0.1, ["q_proj", "down_proj"]), ("gpt2", 0.0, ["c_attn", "c_proj"])],
-)
-def test_lora_that_is_merged_loses_none(family, dropout, targets, pruned, tmp_path):
-    folder = pruned(family)
-    how = {"lora_dropout": dropout, "fan_in_fan_out": family == "gpt2"}
-    model = with_adapter(r=4, target_modules=targets, **how)(loaded(folder))
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_lora_that_is_merged_loses_none(family, pruned, tmp_path):
+    folder, how = pruned(family), {"lora_dropout": 0.1, "target_modules": ["q_proj", "down_proj"]}
+    if family == "gpt2":
+        how = {"fan_in_fan_out": True, "target_modules": ["c_attn", "c_proj"]}
+    model = with_adapter(r=4, **how)(loaded(folder))
     with keep_masks(model, folder) as held:
         train(model, adamw(model))
         model.eval()
@@ -260,9 +254,8 @@ def test_what_cannot_be_held_is_refused(pruned, dense_folder, tmp_path):
     assert "--original does not apply to a model with --masks" in run(*words, fails=OptionError)
     # masks of a report are held too
     model = tiny("llama", layers=2)
-    report = prune_model(model, tokens(6), **OPTIONS)
-    model.train().requires_grad_(True)
-    with keep_masks(model, report.masks) as held:
+    report = prune(model)
+    with keep_masks(model.train().requires_grad_(True), report.masks) as held:
         train(model, adamw(model), 3)
         assert held.lost() == 0
 
@@ -274,7 +267,7 @@ def test_checkpoints_without_the_name_of_the_base_model(family, prefix, tmp_path
     tensors = load_file(dense / "model.safetensors")
     bare = {n.removeprefix(prefix): t for n, t in tensors.items() if n != "lm_head.weight"}
     save_file(bare, dense / "model.safetensors", metadata={"format": "pt"})
-    prune_model(dense, tokens(6), output=out, **OPTIONS)
+    prune(dense, out)
     model = loaded(out)
     with keep_masks(model, out):
         train(model, sgd(model), 2)
@@ -303,17 +296,11 @@ def test_the_recipe_for_tools_of_pytorch(pruned, tmp_path, monkeypatch):
     fails(ModelError, "masks are on it already; remove those first", keep_masks, model, "OUT")
 
 
-# What a loader makes of the folder ------------------------------------------------------------
-
 LAST = "model.layers.1."
 
 
 def added(change):
     return lambda folder: change_tensors(folder / "model.safetensors", change)
-
-
-def configured(**entries):
-    return lambda folder: edit_json(folder / "config.json", lambda c: c.update(entries))
 
 
 def another_block(folder):
@@ -322,14 +309,14 @@ def another_block(folder):
         found.update({n.replace(LAST, "model.layers.2."): t + 1 for n, t in block.items()})
 
     added(copy)(folder)
-    configured(num_hidden_layers=3)(folder)
+    config(num_hidden_layers=3)(folder)
     edit_json(folder / "config.json", lambda c: c.pop("layer_types", None))
 
 
 def with_dense_weights(folder):
     """The configuration names other weights than the files that were checked."""
     planted("dense.safetensors")(folder)
-    configured(transformers_weights="dense.safetensors")(folder)
+    config(transformers_weights="dense.safetensors")(folder)
 
 
 def planted(name):
@@ -346,34 +333,32 @@ Q = f"{LAST}self_attn.q_proj.weight"
 NINTH = Q.replace(LAST, "model.layers.9.")
 MADE_OTHERWISE = {
     "other weights": (with_dense_weights, "dense.safetensors: is not of the result"),
-    "weights by config": (configured(transformers_weights="x.safetensors"), "transformers_weights"),
-    "in a part of config": (configured(text_config={"transformers_weights": "x"}), "other weights"),
-    "quantised": (configured(quantization_config={"quant_method": "x"}), "quantization_config"),
-    "code": (configured(auto_map={"AutoModelForCausalLM": "m.M"}), r"run code \(auto_map\)"),
-    "kernel": (configured(attn_implementation="owner/kernel"), r"run code \(attn_implementation"),
+    "weights by config": (config(transformers_weights="x.safetensors"), "transformers_weights"),
+    "in a part of config": (config(text_config={"transformers_weights": "x"}), "other weights"),
+    "quantised": (config(quantization_config={"quant_method": "x"}), "quantization_config"),
+    "code": (config(auto_map={"AutoModelForCausalLM": "m.M"}), r"run code \(auto_map\)"),
+    "kernel": (config(attn_implementation="owner/kernel"), r"run code \(attn_implementation"),
     "adapter": (planted("adapter_config.json"), "adapter_config.json: is not of the result"),
     "adapter weights": (planted("adapter_model.safetensors"), "adapter_model.safetensors"),
     "pickle": (planted("pytorch_model.bin"), "pytorch_model.bin: is not of the result"),
     "source": (planted("modeling_own.py"), "modeling_own.py: is not of the result"),
     "index": (planted("model.safetensors.index.json"), "a loader could take either"),
     "dense block": (another_block, "parameter 'model.layers.2.* is only in one"),
-    "block of config alone": (configured(num_hidden_layers=1, layer_types=None), "is only in one"),
-    "blocks without end": (configured(num_hidden_layers=10**5), "`num_hidden_layers` is 100000"),
+    "block of config alone": (config(num_hidden_layers=1, layer_types=None), "is only in one"),
+    "blocks without end": (config(num_hidden_layers=10**5), "`num_hidden_layers` is 100000"),
     "unknown tensor": (added(lambda f: f.update(odd=torch.ones(2))), "takes no tensor 'odd'; remove"),
     "block of weights alone": (added(lambda f: f.update({NINTH: f[Q].clone()})), "no tensor 'model.layers.9"),
-    "tensor twice": (
-        added(lambda f: f.update({Q.removeprefix("model."): f[Q] + 1})), "are the same parameter; remove one",
-    ),
+    "tensor twice": (added(lambda f: f.update({Q[6:]: f[Q] + 1})), "are the same parameter; remove one"),
     "NaN": (fill("model.norm.weight", float("nan")), "'model.norm.weight' holds NaN"),
     "infinity in a mask": (fill(Q, float("inf")), "q_proj.weight' holds NaN or infinite"),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def folders(made, tmp_path_factory):
+def folders(pairs, tmp_path_factory):
     """Of a pruned model: its folder, that packed, and it loaded and saved; nobody may change them."""
     home = tmp_path_factory.mktemp("loaders")
-    pruned, packed, tuned = made("llama", model=tiny)[1], home / "packed", home / "tuned"
+    pruned, packed, tuned = pairs("llama", model=tiny)[1], home / "packed", home / "tuned"
     run("masks", "pack", pruned, "--output", packed)
     loaded(pruned).save_pretrained(tuned)
     for masks in (pruned, packed):
@@ -381,7 +366,7 @@ def folders(made, tmp_path_factory):
     return {"plain": pruned, "packed": packed, "tuned": tuned}
 
 
-@pytest.mark.parametrize("masks", ["plain", pytest.param("packed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("masks", ["plain", slow("packed")])
 @pytest.mark.parametrize("how", MADE_OTHERWISE)
 def test_what_a_loader_makes_otherwise_is_refused(how, masks, folders, tmp_path):
     change, message = MADE_OTHERWISE[how]
@@ -398,9 +383,9 @@ def test_a_packed_folder_and_files_of_training(folders, tmp_path):
     none = {"format": "maskopt-masks-1", "tensors": "{}"}
     save_file({}, empty / MASKS, metadata=none)
     fails(VerificationError, "holds no mask", verify_model, folders["plain"], masks=empty)
-    configured(num_hidden_layers=10**5)(packed := copied(folders["packed"], tmp_path / "packed"))
-    with pytest.raises(VerificationError, match="`num_hidden_layers` is 100000"):
-        verify_model(folders["plain"], masks=packed)
+    config(num_hidden_layers=10**5)(packed := copied(folders["packed"], tmp_path / "packed"))
+    said = "`num_hidden_layers` is 100000"
+    fails(VerificationError, said, verify_model, folders["plain"], masks=packed)
     tuned = copied(folders["tuned"], tmp_path)
     for name in ("training_args.bin", "optimizer.pt", "rng_state_0.pth", "trainer_state.json"):
         (tuned / name).write_text("{}")
@@ -413,9 +398,50 @@ def test_a_model_with_code_of_its_own_needs_trust(tmp_path, monkeypatch):
     cache = "transformers.dynamic_module_utils.HF_MODULES_CACHE"
     monkeypatch.setattr(cache, str(tmp_path / "modules"))
     dense, out = save_with_own_code(tmp_path / "dense"), tmp_path / "out"
-    prune_model(dense, tokens(6), output=out, trust_remote_code=True, **OPTIONS)
+    prune(dense, out, trust_remote_code=True)
     arguments = ("verify", out, "--masks", out)
     assert "--trust-remote-code allows it" in run(*arguments, fails=VerificationError)
     shutil.copy(dense / "modeling_own.py", out)
     assert "modeling_own.py" in run(*arguments, fails=VerificationError)
     assert "holds. All" in run(*arguments, "--trust-remote-code")
+
+
+# Quantised
+
+PAGE = ROOT / "docs" / "guide" / "after.md"
+#: zeros of a matrix of 128 × 512 normal numbers, half of them pruned, that are still zero
+EVERY = 32768
+
+
+def matrix():
+    """A matrix and what is pruned of it: in each row as many, of some groups of 32 all and of some none."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(128, 512, generator=generator)
+    gone = torch.zeros_like(weight, dtype=torch.bool)
+    gone.scatter_(1, torch.rand(128, 512, generator=generator).argsort(1)[:, :256], True)
+    gone[0] = torch.arange(512) < 256
+    return weight.masked_fill(gone, 0), gone
+
+
+@pytest.mark.parametrize("mapping", [None, "SYMMETRIC", "ASYMMETRIC"])
+def test_integers_of_torchao_keep_every_zero(mapping):
+    ao = pytest.importorskip("torchao.quantization", reason="needs torchao, which is in no extra")
+    config = ao.Int8WeightOnlyConfig()
+    if mapping is not None:
+        how = {"granularity": ao.PerGroup(32), "mapping_type": getattr(ao.MappingType, mapping)}
+        config = ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, **how)
+    weight, gone = matrix()
+    module = torch.nn.Sequential(torch.nn.Linear(512, 128, bias=False)).to(torch.bfloat16)
+    module[0].weight.data = weight.to(torch.bfloat16)
+    ao.quantize_(module, config)
+    assert int((module[0].weight.dequantize()[gone] == 0).sum()) == EVERY
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q5_0", "BF16", "F16", "Q4_1", "Q5_1"])
+def test_types_of_gguf_without_a_minimum_keep_every_zero(name):
+    weight, gone = matrix()
+    kind = GGMLQuantizationType[name]
+    kept = int((dequantize(quantize(weight.numpy(), kind), kind)[gone.numpy()] == 0).sum())
+    assert kept <= EVERY // 10 if name.endswith("_1") else kept == EVERY
+    line = next(x for x in PAGE.read_text().splitlines() if f"`{name}`" in x)
+    assert f"{100 * kept / EVERY:.0f}%" in line

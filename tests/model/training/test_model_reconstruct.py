@@ -8,8 +8,7 @@ import pytest
 import torch
 from commands import run
 from forging import change_tensors, fails, forge_manifest
-from outputs import contents
-from resuming import interrupted
+from prunes import WANDA, but_slow, contents, interrupted, prune, slow
 from safetensors.torch import load_file
 from tiny_models import FAMILIES, save, tiny, tokens
 from transformers import AutoModelForCausalLM
@@ -20,21 +19,16 @@ from maskopt.models.blockwise.job import open_job
 from maskopt.models.checkpoints.report import read_manifest
 from maskopt.models.checkpoints.workspace import MANIFEST, MASKS
 from maskopt.models.options.prune import prune_options
-from maskopt.models.training import blockwise as reconstruct
-from maskopt.models.training import trainer as training
+from maskopt.models.training import blockwise as reconstruct, trainer as training
 from maskopt.models.training.parts import Recorded
 from maskopt.models.verification.verify import verify_model
 
 HOW = {"epochs": 6, "learning_rate": 0.1}
-OPTIONS = {
-    "sparsity": 0.5, "solver": "wanda", "start": None, "min_tokens": 1, "holdout": 0.25,
-    "update": "blockwise",
-}  # fmt: skip
+OPTIONS = {**WANDA, "holdout": 0.25, "update": "blockwise"}
 KEEP = {"update": "none", "training": {}}
 
 
 def trained(model, data=None, **more):
-    """What `prune_model` reports of it with options of this file; options of training by `how`."""
     how = {**HOW, **more.pop("how", {})}
     data = tokens(12) if data is None else data
     return prune_model(model, data, **{**OPTIONS, "training": how, **more})
@@ -49,21 +43,13 @@ def read_weights(folder):
     return {k: v for f in files if f.name != MASKS for k, v in load_file(f).items()}
 
 
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
-FAMILIES_TRAINED = ("llama", "mixtral", "gemma3", "gpt2", "bloom", "gpt_neox")
-
-
-@pytest.mark.parametrize(
-    ("family", "granularity"),
-    [
-        pytest.param(*pair, marks=[pytest.mark.slow] * (pair not in default))
-        for default in [(("llama", "part"), ("mixtral", "block"))]
-        for pair in itertools.product(FAMILIES_TRAINED, ("part", "block"))
-    ],
+TRAINED = ("llama", "mixtral", "gemma3", "gpt2", "bloom", "gpt_neox")
+PARTS = but_slow(
+    [("llama", "part"), ("mixtral", "block")], itertools.product(TRAINED, ("part", "block"))
 )
+
+
+@pytest.mark.parametrize(("family", "granularity"), PARTS)
 def test_parts_come_nearer_to_the_dense_model(family, granularity):
     model = tiny(family, layers=2)
     before = copied_state(model)
@@ -81,15 +67,10 @@ def test_parts_come_nearer_to_the_dense_model(family, granularity):
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize(
-    ("family", "begin"),
-    [
-        ("llama", "least-squares"),
-        slow("llama", "none"),
-        slow("gemma3", "none"),
-        slow("gemma3", "least-squares"),
-    ],
-)
+BEGUN = itertools.product(("llama", "gemma3"), ("least-squares", "none"))
+
+
+@pytest.mark.parametrize(("family", "begin"), but_slow([("llama", "least-squares")], BEGUN))
 def test_epochs_are_judged_as_their_weights_are_stored(family, begin, tmp_path, monkeypatch):
     """A rate so small that bfloat16 rounds away what was gained."""
     dense = save(tiny(family, layers=2, dtype=torch.bfloat16), tmp_path / "dense")
@@ -171,7 +152,6 @@ def test_weights_that_a_window_does_not_come_by_are_trained_on_the_others():
 
 
 def test_a_norm_that_blocks_share_is_left_alone():
-    """Trained for one it would change the others, which are finished."""
     model = tiny("llama")
     layers = model.model.layers
     layers[2].input_layernorm = layers[0].input_layernorm
@@ -209,14 +189,16 @@ def test_weights_that_are_decayed_become_smaller(monkeypatch):
         assert said == pytest.approx(true, rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("family", "inputs", "states"),
-    # of OPT's parts, attention and both layers of the MLP, one gives four times the width of a hidden state
-    [
-        ("llama", "pruned", 3), slow("llama", "dense", 4), slow("opt", "pruned", 10),
-        ("opt", "dense", 12),
-    ],
-)  # fmt: skip
+# of OPT's parts, attention and both layers of the MLP, one gives four times the width of a hidden state
+STATES = [
+    ("llama", "pruned", 3),
+    slow("llama", "dense", 4),
+    slow("opt", "pruned", 10),
+    ("opt", "dense", 12),
+]
+
+
+@pytest.mark.parametrize(("family", "inputs", "states"), STATES)
 def test_hidden_states_that_parts_are_trained_by_are_counted(family, inputs, states, monkeypatch):
     made, data, most = [], tokens(12), 0
 
@@ -242,7 +224,6 @@ def test_hidden_states_that_parts_are_trained_by_are_counted(family, inputs, sta
 
 
 def recorded(states):
-    """Of a part that gave these, [windows, 1, length, width]."""
     found = Recorded(len(states), None)
     for window, state in enumerate(states):
         found.put(window, state)
@@ -279,33 +260,35 @@ def test_the_error_of_a_channel_counts_by_its_own_size():
     assert float(reconstruct._distance(zeros, zeros, "channels")) == 0
 
 
+ROUNDS = {"true_sequential": True, "solver": "magnitude"}
+
+
 @pytest.mark.parametrize(
-    "more",
+    ("how", "more"),
     [
-        {},
-        {"how": {"begin": "least-squares"}, "true_sequential": True, "solver": "magnitude"},
-        slow({"how": {"train": "all"}}),
-        {"how": {"granularity": "part", "loss": "relative"}, "target": "dense"},
-        slow({"how": {"begin": "least-squares"}}),
-        slow({"how": {"inputs": "dense"}}),
-        slow({"how": {"granularity": "part", "loss": "cosine"}}),
+        ({}, {}),
+        ({"begin": "least-squares"}, ROUNDS),
+        ({"granularity": "part", "loss": "relative"}, {"target": "dense"}),
+        *(
+            slow(how, {})
+            for how in ({"train": "all"}, {"begin": "least-squares"}, {"inputs": "dense"})
+        ),
+        slow({"granularity": "part", "loss": "cosine"}, {}),
     ],
 )
-def test_a_run_by_other_threads_is_resumed_and_verified(more, tmp_path):
+def test_a_run_by_other_threads_is_resumed_and_verified(how, more, small, tmp_path):
     """Killed three times in its second block."""
-    dense = save(tiny("llama", layers=2), tmp_path / "model", shard="30KB")
     whole, out = tmp_path / "whole", tmp_path / "out"
-    options = {**OPTIONS, **more, "training": {**HOW, "epochs": 3, **more.get("how", {})}}
-    options.pop("how", None)
-    report = prune_model(dense, tokens(), output=whole, threads=1, **options)
+    options = {**OPTIONS, **more, "training": {**HOW, "epochs": 3, **how}}
+    report = prune(small, whole, threads=1, **options)
     options["threads"] = 3
     for stage in ("targets", "solve", f"train {report.parts[-1].part}".rstrip()):
-        interrupted(dense, out, 1, stage, resume=stage != "targets", **options)
-    again = prune_model(dense, tokens(), output=out, resume=True, **options)
+        interrupted(small, out, 1, stage, resume=stage != "targets", **options)
+    again = prune(small, out, resume=True, **options)
     assert contents(out) == contents(whole)
     parts = [[replace(part, seconds=0.0) for part in one.parts] for one in (report, again)]
     assert parts[0] == parts[1]
-    found = verify_model(whole, dense, calibration=tokens())
+    found = verify_model(whole, small, calibration=tokens())
     assert len(found.checked_layers) == 14
     assert "trained weights" in found.claimed
     assert "kept weights" not in found.checked
@@ -314,13 +297,10 @@ def test_a_run_by_other_threads_is_resumed_and_verified(more, tmp_path):
 NORMS = {"gpt2": "ln_1.weight", "gemma3": "input_layernorm.weight", "qwen2": "layernorm.weight"}
 
 
-@pytest.mark.parametrize(
-    ("family", "granularity"),
-    [
-        *(("gpt2", "part"), slow("gemma3", "block"), ("qwen2", "block")),
-        *(slow("gpt2", "block"), slow("gemma3", "part"), slow("qwen2", "part")),
-    ],
-)
+ALL = but_slow([("gpt2", "part"), ("qwen2", "block")], itertools.product(NORMS, ("part", "block")))
+
+
+@pytest.mark.parametrize(("family", "granularity"), ALL)
 def test_norms_and_biases_are_trained_where_asked_for(family, granularity, tmp_path):
     model, out = tiny(family, layers=2, dtype=torch.bfloat16), tmp_path / "out"
     dense = save(model, tmp_path / "dense")

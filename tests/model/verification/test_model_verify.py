@@ -6,21 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import run
+from commands import run, shows
 from forging import copied, edit, fails, forge_manifest, prune_by, says, shuffled
-from test_verify_forgeries import TRAIN, WANDA
+from prunes import but_slow, prune, slow
+from test_verify_forgeries import TRAIN
 from tiny_models import FAMILIES, SHARED, edit_json, patched, save, tiny, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from maskopt import NM, prune_model
+from maskopt import NM
 from maskopt.errors import MaskoptError, ModelError, OptionError, VerificationError
 from maskopt.models.checkpoints.report import read_manifest
 from maskopt.models.checkpoints.workspace import MANIFEST
 from maskopt.models.verification.verify import semi_structured, verify_model
 
-SWAP = {**WANDA, "solver": "swap", "start": "wanda"}
+SWAP = {"solver": "swap", "start": "wanda"}
 TWO_FOUR = {"sparsity": NM(keep=2, of=4)}
-slow = pytest.mark.slow
 
 
 def test_masks_of_another_run_are_claims(dense_folder, pruned_folder, tmp_path):
@@ -38,8 +38,7 @@ def test_masks_of_another_run_are_claims(dense_folder, pruned_folder, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_two_four_needs_a_gpu_to_be_converted(dense_folder, tmp_path):
-    out = tmp_path / "out"
-    prune_model(dense_folder, tokens(), output=out, **{**WANDA, **TWO_FOUR})
+    prune(dense_folder, out := tmp_path / "out", **TWO_FOUR)
     fails(VerificationError, "CUDA", semi_structured, out)
     assert "skipped, there is no CUDA device" in run("verify", out)
     assert "skipped" not in run("verify", out, "--no-semi-structured")
@@ -51,18 +50,17 @@ def test_pytorch_accepts_two_four(tmp_path):
     wide = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
     config = LlamaConfig(**{**SHARED, **wide})
     dense = save(LlamaForCausalLM(config), tmp_path / "dense")
-    prune_model(dense, tokens(), output=tmp_path / "out", **{**WANDA, **TWO_FOUR})
+    prune(dense, tmp_path / "out", **TWO_FOUR)
     assert len(semi_structured(tmp_path / "out")) == 7
 
 
 def test_what_lies_beside_a_model_never_fails_its_prune(tmp_path, caplog):
-    """Names that not every system takes, and what a loader could take for weights: not copied."""
     dense = save(tiny("llama"), tmp_path / "dense")
     odd = ["notes 10:30.txt", "what?.json", "shot\u202fAM.md"]
     more = ["LICENSE.docx", "LICENSE.safetensors", "adapter_notes.txt"]
     for name in (*odd, *more, "LICENSE", "NOTICE.md"):
         (dense / name).write_text("{}")
-    prune_model(dense, tokens(), output=tmp_path / "out", sparsity=0.5, solver="wanda")
+    prune(dense, tmp_path / "out")
     verify_model(tmp_path / "out", dense)
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert {"LICENSE", "NOTICE.md"} < names
@@ -75,7 +73,7 @@ def test_a_model_that_was_pruned_in_memory(dense, tmp_path):
     out, original = tmp_path / "saved", Path(shutil.copytree(dense, tmp_path / "dense"))
     model, tokenizer = (x.from_pretrained(dense) for x in (AutoModelForCausalLM, AutoTokenizer))
     text = {"calibration": ["some text " * 40], "samples": 4, "seq_len": 16}
-    prune_model(model, tokenizer, output=out, **WANDA, **text)
+    prune(model, out, tokenizer, **text)
     more = {"transformers_version": "5.0.0"}
     edit_json(original / "config.json", lambda c: c.update(torch_dtype=c.pop("dtype"), **more))
     claimed = verify_model(out, original=original).claimed
@@ -91,8 +89,7 @@ def test_a_model_that_was_pruned_in_memory(dense, tmp_path):
 
 def test_leaving_the_digest_out_hides_nothing(dense, tmp_path):
     """Without the model's digest a result counts as saved from memory: what may differ is claimed."""
-    out = tmp_path / "out"
-    prune_model(dense, tokens(), output=out, **WANDA)
+    prune(dense, out := tmp_path / "out")
     sound = verify_model(out, original=dense)
     forge_manifest(out, lambda m: m["fingerprint"].pop("model"))
     assert verify_model(out, original=dense) == sound
@@ -106,7 +103,6 @@ def test_leaving_the_digest_out_hides_nothing(dense, tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX links")
 def test_a_result_in_the_hubs_cache(dense_folder, pruned_folder, tmp_path):
-    """There the files are links into a folder of blobs."""
     snapshot = tmp_path / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
     for file in Path(shutil.copytree(pruned_folder, tmp_path / "blobs")).iterdir():
@@ -117,11 +113,10 @@ def test_a_result_in_the_hubs_cache(dense_folder, pruned_folder, tmp_path):
 @pytest.mark.parametrize("update", ["least-squares", "blockwise"])
 def test_bounds_of_masks_that_were_found_for_kept_weights(update, dense_folder, tmp_path):
     """New weights cost less than any mask could whose weights are kept."""
-    out, more = tmp_path / "out", {**WANDA, "solver": "sdp", "update": update}
-    more["include"] = ["layers.0.self_attn.v_proj"]
+    more = {"solver": "sdp", "update": update, "include": ["layers.0.self_attn.v_proj"]}
     if update == "blockwise":
         more |= {"holdout": 0.34, "training": {"epochs": 1, "begin": "least-squares"}}
-    report = prune_model(dense_folder, tokens(), output=out, **more)
+    report = prune(dense_folder, out := tmp_path / "out", **more)
     assert any(layer.lower_bound > layer.error for layer in report.layers)
     verify_model(out, dense_folder)
     bound = 1.1 * report.layers[0].error_kept
@@ -131,38 +126,39 @@ def test_bounds_of_masks_that_were_found_for_kept_weights(update, dense_folder, 
 
 def test_refitted_weights_have_no_bound(dense_folder, tmp_path):
     """It would be of the damped error, and the reported one is without the damping."""
-    report = prune_model(
-        dense_folder, tokens(), output=tmp_path / "out", solver="branch", update="least-squares",
-        damping=1.0, include=["layers.0.self_attn.k_proj"], solver_options={"node_limit": 1},
-        sparsity=0.5, min_tokens=1,
-    )  # fmt: skip
-    assert {layer.objective for layer in report.layers} == {"least-squares"}
-    assert {layer.lower_bound for layer in report.layers} == {0.0}
+    how = {"solver": "branch", "solver_options": {"node_limit": 1}, "damping": 1.0}
+    some = {"include": ["layers.0.self_attn.k_proj"], "update": "least-squares"}
+    report = prune(dense_folder, tmp_path / "out", **how, **some)
+    assert {(x.objective, x.lower_bound) for x in report.layers} == {("least-squares", 0.0)}
     verify_model(tmp_path / "out", dense_folder)
 
 
 #: by whole blocks where these have another name or form than Llama's
-WHOLE = {
-    "llama", "mixtral", "gpt2", "opt", "gpt_neox", "falcon", "bloom", "mamba", "bamba", "gemma3",
-}  # fmt: skip
+WHOLE = (
+    "llama",
+    "mixtral",
+    "gpt2",
+    "opt",
+    "gpt_neox",
+    "falcon",
+    "bloom",
+    "mamba",
+    "bamba",
+    "gemma3",
+)
 #: LongCat's blocks have two attentions in one child
 PAIRS = [(x, "part" if x != "longcat_flash" else "block") for x in FAMILIES]
-PAIRS += [(x, "block") for x in FAMILIES if x in WHOLE]
+PAIRS += [(x, "block") for x in WHOLE]
 MAIN = [("llama", "block"), ("mixtral", "part"), ("gpt2", "part")]
 
 
-@pytest.mark.parametrize(
-    ("family", "granularity"), [pytest.param(*x, marks=[slow] * (x not in MAIN)) for x in PAIRS]
-)
+@pytest.mark.parametrize(("family", "granularity"), but_slow(MAIN, PAIRS))
 def test_trained_folders_of_every_family_hold(family, granularity, tmp_path):
     dense, out = save(tiny(family, layers=2), tmp_path / "dense"), tmp_path / "out"
     how = {"training": {**TRAIN, "granularity": granularity}, "update": "blockwise"}
-    prune_model(dense, tokens(6), output=out, **{**WANDA, "min_tokens": 8}, **how, holdout=0.34)
+    prune(dense, out, min_tokens=8, holdout=0.34, **how)
     assert any(part["epoch"] for part in read_manifest(out / MANIFEST)["parts"])
     verify_model(out, dense)
-
-
-# Errors and statuses computed again from the text of the prune ---------------------------------
 
 
 def refused(out, dense, said="", data=None, **options):
@@ -180,8 +176,7 @@ def check(out, dense, data=None, **options):
 
 @pytest.fixture(scope="module")
 def swapped(dense_folder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("swapped") / "out"
-    prune_model(dense_folder, tokens(), output=out, **SWAP)
+    prune(dense_folder, out := tmp_path_factory.mktemp("swapped") / "out", **SWAP)
     return out
 
 
@@ -203,58 +198,51 @@ def test_what_a_run_states_holds(swapped, dense_folder):
         verify_model(swapped, dense_folder, calibration=data, layers=["mpl"])
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {**TWO_FOUR, "calibrate_on": "dense", "gram_shrinkage": 0.1},
-        {"true_sequential": True, "dtype": "bfloat16", "threads": 1},
-        {"include": ["mlp"], "exclude": ["layers.1"]},
-    ],
-)
+IN_ORDER = {"true_sequential": True}
+EVERY = [
+    {**TWO_FOUR, "calibrate_on": "dense", "gram_shrinkage": 0.1},
+    {**IN_ORDER, "dtype": "bfloat16", "threads": 1},
+    {"include": ["mlp"], "exclude": ["layers.1"]},
+]
+
+
+@pytest.mark.parametrize("options", EVERY)
 def test_under_every_option(options, dense_folder, tmp_path):
-    prune_model(dense_folder, tokens(), output=tmp_path / "out", **{**SWAP, **options})
+    prune(dense_folder, tmp_path / "out", **SWAP, **options)
     check(tmp_path / "out", dense_folder, threads=2)
 
 
-def test_training_that_began_from_the_weights_of_a_solver(tmp_path):
-    dense = save(tiny("llama", layers=2), tmp_path / "dense")
-    given = {
-        **WANDA, "solver": "sparsegpt", "solver_options": {"update": True},
-        "update": "blockwise", "holdout": 0.3, "training": {"epochs": 1, "begin": "least-squares"},
-    }  # fmt: skip
-    for name, more in (("blocks", {}), ("rounds", {"true_sequential": True})):
-        prune_model(dense, tokens(), output=tmp_path / name, **given, **more)
-    assert "errors" in check(tmp_path / "blocks", dense).claimed
-    refused(tmp_path / "rounds", dense, "it cannot be checked on text")
+def test_training_that_began_from_the_weights_of_a_solver(small, tmp_path):
+    given = {"solver": "sparsegpt", "solver_options": {"update": True}, "update": "blockwise"}
+    given |= {"holdout": 0.3, "training": {"epochs": 1, "begin": "least-squares"}}
+    for name, more in (("blocks", {}), ("rounds", IN_ORDER)):
+        prune(small, tmp_path / name, **given, **more)
+    assert "errors" in check(tmp_path / "blocks", small).claimed
+    refused(tmp_path / "rounds", small, "it cannot be checked on text")
     forge_manifest(tmp_path / "blocks", edit("layers", 3, "error_kept", to=1e-3))
-    refused(tmp_path / "blocks", dense, "before its weights were updated")
+    refused(tmp_path / "blocks", small, "before its weights were updated")
 
 
-@pytest.mark.parametrize(
-    ("family", "how"),
-    [
-        *(("gpt2", "true_sequential"), ("llama4", "true_sequential"), ("mixtral", "all_experts")),
-        *(
-            pytest.param(x, "true_sequential", marks=slow)
-            for x in ("mixtral", "deepseek_v3", "bamba")
-        ),
-        pytest.param("deepseek_v3", "all_experts", marks=slow),
-    ],
-)
+OTHERS = [("gpt2", "true_sequential"), ("llama4", "true_sequential"), ("mixtral", "all_experts")]
+OTHERS += [slow(x, "true_sequential") for x in ("mixtral", "deepseek_v3", "bamba")]
+OTHERS += [slow("deepseek_v3", "all_experts")]
+
+
+@pytest.mark.parametrize(("family", "how"), OTHERS)
 def test_other_families(family, how, tmp_path):
     """Fused, split and transposed experts; some layers saw too few tokens."""
     dense = save(tiny(family, layers=2), tmp_path / "dense")
-    prune_model(dense, tokens(), output=tmp_path / "out", **{**WANDA, "min_tokens": 48, how: True})
+    prune(dense, tmp_path / "out", min_tokens=48, **{how: True})
     check(tmp_path / "out", dense)
 
 
 def test_experts_that_are_excluded_or_pruned_by_magnitude(tmp_path):
     dense, out = save(tiny("mixtral", layers=2), tmp_path / "dense"), tmp_path / "out"
-    prune_model(dense, tokens(), output=out, **WANDA, exclude=["experts.0"])
+    prune(dense, out, exclude=["experts.0"])
     check(out, dense)
     forge_manifest(out, edit("fingerprint", "options", "exclude", to=[]))
     fails(VerificationError, r"experts\.0", verify_model, out, dense)
-    prune_model(dense, tokens(), output=out, overwrite=True, **{**WANDA, "min_tokens": 48})
+    prune(dense, out, overwrite=True, min_tokens=48)
     layers = read_manifest(out / MANIFEST)["layers"]
     fallbacks = [x["name"] for x in layers if x["fallback"]]
     assert 0 < len(fallbacks) < len(layers)
@@ -266,7 +254,6 @@ def test_experts_that_are_excluded_or_pruned_by_magnitude(tmp_path):
 
 
 def test_a_status_that_does_not_hold(dense_folder, pruned_folder, tmp_path):
-    """Wanda's masks with their own errors, said to be 1-swap optimal."""
     out = copied(pruned_folder, tmp_path)
 
     def promote(manifest):
@@ -280,9 +267,7 @@ def test_a_status_that_does_not_hold(dense_folder, pruned_folder, tmp_path):
     assert "\n" not in said
 
 
-def test_optima_stay_claims_and_the_precision_decides_how_closely_errors_must_agree(
-    result, dense_folder
-):
+def test_optima_stay_claims_and_the_precision_sets_the_tolerance(result, dense_folder):
     """Half precision is believed of a forger, and the result says that it was."""
     layer = read_manifest(result / MANIFEST)["layers"][0]
     optimal = {"statuses": {"optimal": layer["rows"]}, "lower_bound": layer["error"]}
@@ -334,7 +319,7 @@ def test_bad_samples_are_left_out_again(tmp_path):
     dense, out, data = save(huge, tmp_path / "dense"), tmp_path / "out", tokens()
     data[data == 7] = 8
     data[2, 3] = 7
-    report = prune_model(dense, data, output=out, **SWAP, skip_bad_samples=True)
+    report = prune(dense, out, data, **SWAP, skip_bad_samples=True)
     assert [bad["sample"] for bad in report.bad_samples] == [2]
     check(out, dense, data)
     forge_manifest(out, edit("bad_samples", 0, "sample", to=3))
@@ -348,8 +333,7 @@ def test_samples_that_the_dense_model_left_out(tmp_path):
     huge = patched(tiny("gpt2", layers=2), "transformer.wte.weight", lambda p: p[token].fill_(3e38))
     dense = save(huge, tmp_path / "dense")
     options = {**SWAP, "skip_bad_samples": True, "holdout": 0.25}
-    more = {"update": "blockwise", "training": {"epochs": 1}}
-    report = prune_model(dense, data, output=out, **options, **more)
+    report = prune(dense, out, data, **options, update="blockwise", training={"epochs": 1})
     assert {bad["layer"] for bad in report.bad_samples} == {"transformer.h.0 (dense)"}
     verified = verify_model(out, dense, calibration=data)
     assert "errors" in verified.checked
@@ -360,19 +344,16 @@ def test_from_the_command_line(dense, tmp_path):
     text, other, out = tmp_path / "text.txt", tmp_path / "other.txt", tmp_path / "out"
     text.write_text("Pack my box with five dozen liquor jugs. " * 40)
     other.write_text("The quick brown fox jumps over the lazy dog. " * 40)
-    run(
-        "prune", dense, "--sparsity", 0.5, "--start", "wanda", "--calibration", text,
-        "--samples", 4, "--seq-len", 32, "--output", out, "--min-tokens", 8, "--seed", 3,
-    )  # fmt: skip
+    how = "--sparsity 0.5 --start wanda --samples 4 --seq-len 32 --min-tokens 8 --seed 3"
+    run("prune", dense, *how.split(), "--calibration", text, "--output", out)
     verify = ["verify", out, "--original", dense]
-    shown = run(*verify)
-    assert "sparsity 0.5000, every kept weight is that of" in shown
-    assert "(checked); errors, statuses, bounds, start errors, options: claimed" in shown
+    claimed = "(checked); errors, statuses, bounds, start errors, options: claimed"
+    shows(run(*verify), "sparsity 0.5000, every kept weight is that of", claimed)
     errors, on = "errors (to 1e-05) and statuses of", [*verify, "--calibration", text]
     assert f"{errors} 21 layers (checked); start errors, options: claimed" in run(*on)
     shown = run(*on, "--include", "q_proj,layers.0.mlp")
-    assert f"{errors} 6 layers (checked); errors and statuses of" in shown
-    assert "of the other 15, start errors, options: claimed" in shown
+    others = "of the other 15, start errors, options: claimed"
+    shows(shown, f"{errors} 6 layers (checked); errors and statuses of", others)
     shown = run(*on, "--include", "layers.0.mlp", "--include", "layers.1.mlp.up_proj,q_proj")
     assert "of 7 layers (checked)" in shown
     said = run("verify", out, "--include", "mlp", fails=MaskoptError)
@@ -381,11 +362,9 @@ def test_from_the_command_line(dense, tmp_path):
     assert "other.txt: is not what the model was calibrated on" in said
     said = run("verify", out, "--strict", fails=OptionError)
     assert said == "--strict does not apply to a pruned model"
-    for given in (
-        "--original x", "--calibration x", "--include x", "--semi-structured",
-        "--no-semi-structured", "--threads 1", "--text-field x",
-    ):  # fmt: skip
-        flag, *value = given.split()
-        said = run("verify", "a.npz", "solution.npz", flag, *value, fails=OptionError)
-        flag = flag.replace("--no-", "--")
-        assert said == f"{flag} does not apply to a solution"
+    flags = [["--semi-structured"], ["--no-semi-structured"], ["--threads", 1]]
+    for name in ("--original", "--calibration", "--include", "--text-field"):
+        flags.append([name, "x"])
+    for given in flags:
+        said = run("verify", "a.npz", "solution.npz", *given, fails=OptionError)
+        assert said == f"{given[0].replace('--no-', '--')} does not apply to a solution"

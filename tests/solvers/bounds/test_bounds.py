@@ -9,8 +9,7 @@ import pytest
 import torch
 from certificates import claimed
 from forging import fails
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from strategies import HALF, KINDS, TWO_FOUR, drawn, problems, random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Unstructured, lower_bound, solve

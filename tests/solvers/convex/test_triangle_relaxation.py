@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from certificates import claimed
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from scipy.optimize import minimize
 from strategies import KINDS, TWO_FOUR, drawn, graph, random_gram, random_weight
 

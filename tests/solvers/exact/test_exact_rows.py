@@ -24,9 +24,8 @@ import pytest
 import torch
 from commands import import_path
 from forging import fails
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from outputs import contents
+from hypothesis import given, settings, strategies as st
+from prunes import contents
 from strategies import HALF, KINDS, TWO_FOUR, drawn, floor, problems, refit_layer, verified
 from tiny_models import tokens
 from worker_tasks import die_on_seven, lie

@@ -7,8 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from forging import fails
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from strategies import HALF, TWO_FOUR, drawn, patterns, problems, random_weight, verified
 
 from maskopt import NM, LayerProblem, Solution, Status, Unstructured, solve, verify

@@ -10,8 +10,7 @@ import refit_layers
 import torch
 from certificates import claimed
 from forging import fails
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from refit_layers import PATTERNS, REFITS, changed, dense, layer, metric, random_mask, shuffled
 from strategies import HALF, KINDS, ONE_PERCENT, floor, problems, random_weight, refit_layer
 

@@ -7,8 +7,7 @@ import pytest
 import refit_layers
 import torch
 from forging import copied, fails, forge_manifest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from pooled_layers import layer as pooled_layer
 from refit_layers import LARGE, PATTERNS, REFITS, changed, layer, shuffled
 from strategies import HALF, KINDS, ONE_PERCENT, drawn, floor, problems, swap_optimal, verified

@@ -3,16 +3,14 @@ leaves out."""
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from strategies import HALF, KINDS, TWO_FOUR, patterns, problems, random_gram, refit_layer
 
 from maskopt import NM, LeastSquaresUpdate, Limits, Unstructured, improving_swap, solve
 from maskopt.checks.costs import costs_of
 from maskopt.core.limits import torch_threads
 from maskopt.solvers.least_squares import compiled_row, state
-from maskopt.solvers.least_squares.block import exchanged as searched
-from maskopt.solvers.least_squares.block import exchanges
+from maskopt.solvers.least_squares.block import exchanged as searched, exchanges
 from maskopt.solvers.least_squares.compiled_row import CompiledRow
 from maskopt.solvers.least_squares.scratch import Scratch, inverse, part_of
 from maskopt.solvers.least_squares.search import refine

@@ -4,8 +4,7 @@ import time
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from scipy.optimize import minimize
 from strategies import HALF, TWO_FOUR, drawn, floor, problems, random_gram, random_weight, verified
 

@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given, settings
-from pooled_layers import layer as pooled_layer
-from pooled_layers import shared_budget, slack, total
+from pooled_layers import layer as pooled_layer, shared_budget, slack, total
 from strategies import HALF, ONE_PERCENT, TWO_FOUR, drawn, problems, swap_optimal, verified
 
 from maskopt import NM, LayerProblem, LeastSquaresUpdate, Limits, Unstructured, lower_bound, solve
@@ -16,8 +15,7 @@ from maskopt.checks.verification import verify
 from maskopt.core.least_squares import LEAST_DAMPING
 from maskopt.errors import MaskoptError
 from maskopt.protocol.solution import Solution, Status
-from maskopt.solvers.search import memetic as module
-from maskopt.solvers.search import portfolio
+from maskopt.solvers.search import memetic as module, portfolio
 from maskopt.solvers.search.memetic import Memetic
 from maskopt.solvers.search.portfolio import merge
 from maskopt.solvers.search.tabu import SCRATCH, Tabu, search

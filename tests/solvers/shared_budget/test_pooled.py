@@ -11,8 +11,7 @@ import torch
 from certificates import claimed
 from commands import run
 from forging import fails
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from pooled_layers import layer, pool, shared_budget, slack, total
 from scipy.optimize import LinearConstraint, minimize
 from strategies import ONE_PERCENT, drawn, swap_optimal, verified

@@ -10,8 +10,7 @@ import pytest
 import torch
 from commands import TESTS
 from forging import fails
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
@@ -19,8 +18,7 @@ from strategies import HALF, KINDS, TWO_FOUR, problems, random_gram, random_weig
 
 from maskopt import NM, LayerProblem, Solution, Status, Unstructured, verify
 from maskopt.protocol.solver import solve
-from maskopt.solvers.swap import engine
-from maskopt.solvers.swap import triton as triton_kernels
+from maskopt.solvers.swap import engine, triton as triton_kernels
 from maskopt.solvers.swap.batch import Batch
 from maskopt.solvers.swap.literal import refine_literally
 from maskopt.solvers.swap.triton import launch

@@ -1,0 +1,648 @@
+"""Gram matrices: on disk, and pruned from them; weighted tokens, held-out windows, the dense target."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from commands import run
+from forging import fails, flip
+from hypothesis import given, strategies as st
+from prunes import contents, interrupted, prune, slow
+from tiny_models import edit_json, inputs_of, patched, save, save_with_own_code, tiny, tokens
+from transformers import AutoModelForCausalLM
+
+from maskopt import (
+    NM,
+    LayerProblem,
+    Unstructured,
+    collect_grams,
+    collect_problems,
+    errors as e,
+    prune_model,
+)
+from maskopt.cli.sweep import swept_table
+from maskopt.core.gram import CHUNK, Gram, Moved
+from maskopt.models.architecture.blocks import matrix
+from maskopt.models.blockwise.job import Block, open_job
+from maskopt.models.blockwise.windows import held_out
+from maskopt.models.calibration.token_weights import TOKEN_WEIGHTS, weights_of_tokens
+from maskopt.models.checkpoints.checkpoint import file_digest
+from maskopt.models.checkpoints.report import read_manifest
+from maskopt.models.checkpoints.safefile import open_safe
+from maskopt.models.checkpoints.workspace import MANIFEST
+from maskopt.models.evaluation.evaluate import evaluate
+from maskopt.models.evaluation.sweep import sweep
+from maskopt.models.options.prune import PruneOptions, prune_options
+from maskopt.models.pruning.gram_store import INDEX, GramStore
+from maskopt.models.pruning.plan import _forward_operations, plan_prune
+from maskopt.models.pruning.problems import layer_problem
+from maskopt.models.pruning.solving import SHRINK_GRID, SHRINK_TOLERANCE
+from maskopt.models.verification.verify import verify_model
+
+HALF = [Unstructured(sparsity=0.5)]
+FIRST = "grams-00001.bits"
+ATTENTION = {"include": "layers.1.self_attn.*"}
+LAST = "layers.1.*.o_proj"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A model and its stores, one with held-out windows; nobody may change them."""
+    home = tmp_path_factory.mktemp("home")
+    dense = save(tiny("llama"), home / "dense")
+    collect_grams(dense, tokens(), output=home / "grams")
+    collect_grams(dense, tokens(), output=home / "held", holdout=0.34)
+    prune(dense, grams=home / "grams", output=home / "out")
+    return home
+
+
+@pytest.fixture
+def model(home):
+    return home / "dense"
+
+
+@pytest.fixture
+def grams(home):
+    return home / "grams"
+
+
+@given(st.integers(1, 30), st.integers(0, 3), st.integers(0, 10**6))
+def test_a_gram_matrix_comes_back_to_the_bit(n, sequences, seed):
+    generator = torch.Generator().manual_seed(seed)
+    gram = Gram(n)
+    for _ in range(sequences):
+        gram.add(torch.randn(7, n, generator=generator))
+    again = Gram.restored(gram.state())
+    for shrink in (0.0, 0.3):
+        assert torch.equal(again.value(shrinkage=shrink), gram.value(shrinkage=shrink))
+    assert torch.equal(again.mean(), gram.mean())
+    assert torch.equal(again.variance(), gram.variance())
+    assert again.tokens == gram.tokens
+    assert len(gram.state()["sum"]) == n * (n + 1) // 2
+    more = torch.randn(5, n, generator=generator)
+    gram.add(more)
+    again.add(more)
+    assert torch.equal(again.value(), gram.value())
+    state, bad = gram.state(), "its diagonal is below 0, or values are not finite"
+    fails(e.ProblemError, "does not fit", Gram.restored, {**state, "sum": state["sum"][:-1]})
+    for last in (-1e-300, float("nan"), float("inf")):
+        state["sum"][-1] = last
+        fails(e.ProblemError, bad, Gram.restored, state)
+
+
+NONE, REFIT = "none", "least-squares"
+OTHERS = (
+    *(("llama", REFIT), ("gpt2", NONE), ("mixtral", REFIT), ("phi3", NONE), ("phi3", REFIT)),
+    *(("qwen3_moe", NONE), ("qwen3_moe", REFIT)),
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "update", "holdout"),
+    [
+        *(("llama", NONE, 0.0), ("mixtral", NONE, 0.34), ("gpt2", REFIT, 0.34)),
+        *(slow(*one, 0.34) for one in OTHERS),
+    ],
+)
+def test_the_same_bytes_as_in_one_pass(family, update, holdout, tmp_path):
+    dense = save(tiny(family, layers=2), tmp_path / "dense", shard="30KB")
+    how = {"update": update, "holdout": holdout, "solver": "wanda" if holdout else "swap"}
+    prune(dense, tmp_path / "walked", calibrate_on="dense", **how)
+    collect_grams(dense, tokens(), output=tmp_path / "grams", holdout=holdout)
+    prune(dense, grams=tmp_path / "grams", output=tmp_path / "stored", **how)
+    assert contents(tmp_path / "stored") == contents(tmp_path / "walked")
+    found = verify_model(tmp_path / "stored", dense, calibration=None if holdout else tokens())
+    assert len(found.checked_layers) == (0 if holdout else 14)
+
+
+def test_precision_and_seed_are_those_of_the_store(dense, tmp_path):
+    text, grams = tmp_path / "text.txt", tmp_path / "grams"
+    text.write_text("one two, three and four. " * 40)
+    said, first = {"dtype": "bfloat16", "seed": 5}, {"include": "layers.0.*"}
+    walk = {"calibration": text, "samples": 6, "seq_len": 16, **said, **first}
+    prune(dense, output=tmp_path / "walked", calibrate_on="dense", **walk)
+    collect_grams(dense, output=grams, **walk)
+    for label, more in (("silent", {}), ("spoken", said)):
+        out = tmp_path / label
+        prune(dense, grams=grams, output=out, **more, **first)
+        assert contents(out) == contents(tmp_path / "walked")
+    verify_model(out, dense, calibration=text)
+
+
+def test_held_out_windows_are_those_of_the_store(home, model, grams, tmp_path):
+    out, held = tmp_path / "out", home / "held"
+    more = ["--min-tokens", 1, "--solver", "wanda", "--gram-shrinkage", "auto", "--output", out]
+    run("prune", model, "--grams", held, "--sparsity", 0.5, *more)
+    options = read_manifest(out / MANIFEST)["fingerprint"]["options"]
+    assert (options["gram_shrinkage"], options["holdout"]) == ("auto", 0.34)
+    fails(e.ModelError, "needs held-out windows", prune, model, grams=grams, gram_shrinkage="auto")
+    how = {"update": REFIT, "damping": "auto", "gram_shrinkage": "auto"}
+    how |= {"include": "layers.1.*.o_proj"}
+    report = prune(model, grams=held, output=tmp_path / "refit", solver="swap", **how)
+    assert [layer.error_held is not None for layer in report.layers] == [True]
+    swept = {**how, "update": [REFIT], "min_tokens": 1}
+    found, _ = sweep(model, held, tmp_path / "sweep", sparsity=HALF, **swept)
+    assert contents(found[0].output) == contents(tmp_path / "refit")
+    plan = plan_prune(model, grams=held, sparsity=0.5, min_tokens=1, **how)
+    assert plan.forward_seconds == 0.0
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_interrupted_prunes_go_on(stop, home, model, grams, tmp_path):
+    interrupted(model, out := tmp_path / "out", stop, "solve", grams=grams)
+    prune(model, out, grams=grams, resume=True)
+    assert contents(out) == contents(home / "out")
+
+
+def test_only_chosen_layers_are_stored(model, tmp_path):
+    """A layer that was left out is not taken for one without tokens."""
+    for include, missing in (("layers.1.*", r".model.layers.0"), ("q_proj", r".*k_proj")):
+        grams, out = tmp_path / f"{include} grams", tmp_path / "out"
+        collect_grams(model, tokens(), output=grams, include=include)
+        prune(model, grams=grams, output=tmp_path / include, include=include)
+        said = f"no Gram matrix of layer {missing}"
+        fails(e.ModelError, said, prune, model, grams=grams, output=out)
+        assert not out.exists()
+
+
+def other_model(home):
+    other = patched(tiny("llama"), "lm_head.weight", lambda weight: weight.add_(1))
+    save(other, home / "dense")
+
+
+def index(change):
+    return lambda home: edit_json(home / "grams" / INDEX, lambda value: change(value, home))
+
+
+def another_file(index, home):
+    shutil.copy(home / "dense" / "model.safetensors", home / "grams" / FIRST)
+    index["files"][FIRST] = file_digest(home / "grams" / FIRST)
+
+
+def negate(index, home):
+    """Right digests of negative Gram matrices, of which every mask would cost nothing."""
+    for name in index["files"]:
+        path = home / "grams" / name
+        stored = open_safe(path)
+        with open(path, "r+b") as file:
+            for entry in stored.entries.values():
+                if entry.name.endswith("/sum"):
+                    file.seek(entry.start)
+                    file.write((-stored.read(entry.name)).numpy().tobytes())
+        index["files"][name] = file_digest(path)
+
+
+NO_INDEX = "not an index of format"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (index(negate), r"'model\.layers\.0\.\S+': .* changed: its diagonal is below 0"),
+        (other_model, "of another model"),
+        (lambda home: flip(home / "grams" / FIRST, -9), "was changed"),
+        (index(lambda i, _: i.clear()), NO_INDEX),
+        (index(lambda i, _: i.pop("layers")), NO_INDEX),
+        (index(lambda i, _: i["fingerprint"]["calibration"].pop("samples")), NO_INDEX),
+        (index(lambda i, _: i["fingerprint"].pop("dtype")), NO_INDEX),
+        (index(lambda i, _: i.update(layers=[[1]], bad_samples=[1])), NO_INDEX),
+        (index(another_file), "holds no Gram matrices of format"),
+    ],
+)
+def test_what_was_changed_is_refused(spoil, said, home, tmp_path):
+    for name in ("dense", "grams"):
+        shutil.copytree(home / name, tmp_path / name)
+    spoil(tmp_path)
+    with pytest.raises(e.ModelError, match=said):
+        prune(tmp_path / "dense", grams=tmp_path / "grams", output=tmp_path / "out")
+    assert not (tmp_path / "out" / MANIFEST).exists()
+
+
+def test_what_needs_a_walk_is_refused(home, model, grams, tmp_path):
+    asked = {"samples": 3, "bos": "never", "seq_len": 9, "holdout": 0.2, "dtype": "bfloat16"}
+    asked |= {"token_weights": "skip-first", "seed": 5}
+    for options, said in (
+        ({"update": "blockwise", "holdout": 0.3}, "`update` blockwise needs the text"),
+        ({"update": "blockwise", "grams": home / "held"}, "`update` blockwise needs the text"),
+        ({"target": "dense"}, "`target` needs the text"),
+        ({"true_sequential": True}, "`true_sequential` needs the text"),
+        ({"allocation": "layers"}, "need the text"),
+        ({"allocation": "rows"}, "need the text"),
+        *(({k: v}, f"`{k}` {v} says nothing here: .*grams was made of") for k, v in asked.items()),
+    ):
+        how = {"grams": grams, "output": tmp_path / "out", "solver": "swap", **options}
+        fails(e.OptionError, said, prune, model, **how)
+
+
+def test_models_and_options_that_do_not_go_with_a_store(model, grams, tmp_path):
+    fails(e.ModelError, "`grams` are of model folders", prune, tiny("llama"), grams=grams)
+    both = {"output": tmp_path / "out", "calibration": "here.txt"}
+    fails(e.ModelError, "one of the two", prune, model, grams=grams, **both)
+    with pytest.raises(e.OptionError, match="no option is called 'sample'; did you mean 'samples'"):
+        collect_grams(tmp_path, tokens(), output=tmp_path / "grams", sample=4)
+    assert not (tmp_path / "grams").exists()
+    # what a store is of goes before what is asked
+    collect_grams(model, tokens(), output=tmp_path / "grams", token_weights="skip-first")
+    options = GramStore(tmp_path / "grams").options(PruneOptions(Unstructured(sparsity=0.5)))
+    assert (options.token_weights, options.one_pass, options.samples) == ("skip-first", True, 6)
+
+
+def test_an_option_at_its_default_that_is_asked_for_is_refused(model, tmp_path):
+    grams, out = tmp_path / "grams", tmp_path / "out"
+    collect_grams(model, tokens(8), output=grams, holdout=0.25, seed=3)
+    how = {"grams": grams, "output": out}
+    command = ["prune", model, "--grams", grams, "--sparsity", 0.5, "--solver", "wanda"]
+    for name in ("seed", "holdout", "samples", "calibrate_on"):
+        usual = getattr(PruneOptions, name)
+        with pytest.raises(e.OptionError, match=f"`{name}` {usual} says nothing here"):
+            prune(model, **how, **{name: usual})
+        flag = f"--{name.replace('_', '-')}"
+        said = run(*command, "--output", out, flag, usual, fails=e.OptionError)
+        assert f"{usual} says nothing here" in said
+    prune(model, **how, seed=3, holdout=0.25, samples=8, calibrate_on="dense", dtype="auto")
+    # a file of options that --print-config wrote holds those at their defaults, too
+    path, again = tmp_path / "run.toml", tmp_path / "again"
+    path.write_text(run(*command, "--min-tokens", 1, "--print-config", "--output", again))
+    assert "seed = 0" in path.read_text()
+    run("prune", "--config", path)
+    assert read_manifest(again / MANIFEST)["fingerprint"]["options"]["seed"] == 3
+
+
+@pytest.mark.parametrize("allocation", ["rows", slow("layers"), "both"])
+def test_allocations_whose_counts_are_known_need_no_walk(allocation, model, grams, tmp_path):
+    how = {"allocation": allocation, "sensitivity": "relative"}
+    if allocation != "rows":  # whose rows need none
+        report = prune(model, tmp_path / "chosen", **how)
+        assert any(layer.pruned * 2 != layer.rows * layer.n for layer in report.layers)
+        how["counts"] = report.fingerprint["options"]["counts"]
+    prune(model, grams=grams, output=tmp_path / "stored", **how)
+    prune(model, tmp_path / "walked", calibrate_on="dense", **how)
+    assert contents(tmp_path / "stored") == contents(tmp_path / "walked")
+
+
+def test_a_sweep_is_its_prunes_and_goes_on_where_it_was(model, grams, tmp_path):
+    out, how = tmp_path / "sweep", {"damping": 0.02, **ATTENTION}  # damping of the refitted ones
+    swept = {"sparsity": [*HALF, "2:4"], "update": [NONE, REFIT], "min_tokens": 1, **how}
+    found, dense_too = sweep(model, grams, out, text=tokens(3), **swept)
+    labels = [f"{share}-swap-{update}" for share in ("0.5", "2of4") for update in (NONE, REFIT)]
+    assert [one.label for one in found] == labels
+    assert dense_too is not None
+    assert all(one.evaluation is not None and one.evaluation.change for one in found)
+    prune(model, grams=grams, output=tmp_path / "alone", update=REFIT, solver="swap", **how)
+    assert contents(tmp_path / "alone") == contents(out / "0.5-swap-least-squares")
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
+    again, _ = sweep(model, grams, out, **swept)
+    assert [one.report.sparsity for one in again] == [one.report.sparsity for one in found]
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+    (weights,) = again[1].output.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-7])
+    said = r"5-swap-least-squares: .*tensors was changed .*`overwrite`"
+    fails(e.ModelError, said, sweep, model, grams, out, **swept)
+    # of layers without tokens no error is shown
+    swept = {"sparsity": HALF, "min_tokens": 10**6, "include": "q_proj"}
+    found, _ = sweep(model, grams, tmp_path / "none", **swept)
+    columns = swept_table(found, None).columns[2:4]
+    assert [list(column.cells) for column in columns] == [["–"], ["–"]]
+
+
+def test_a_sweep_is_refused_before_its_first_prune(model, grams, tmp_path):
+    for more, said in (
+        ({"sparsity": []}, "nothing is swept"),
+        ({"text": "nothere.txt"}, "no such file"),
+        ({"text": tokens(3)[:, :1]}, "at least two tokens"),
+        ({"sparsity": [NM(keep=2, of=4), NM(keep=3, of=5)]}, "do not divide into groups of 5"),
+        ({"sparsity": [*HALF, Unstructured(0.5, per="layer")]}, "need the text"),
+        ({"solvers": ["swap", "nothing"]}, "unknown solver"),
+        ({"holdout": 0.3}, "`holdout`"),
+    ):
+        with pytest.raises(e.MaskoptError, match=said):
+            sweep(model, grams, tmp_path / "out", **{"sparsity": HALF, "min_tokens": 1, **more})
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_sweep_judges_as_it_prunes_but_no_model_with_own_code(model, tmp_path, monkeypatch):
+    here = {"device": "cpu", "threads": 1, "trust_remote_code": True}
+    own = save_with_own_code(tmp_path / "own")
+    for source, name in ((model, "grams"), (own, "own-grams")):
+        collect_grams(source, tokens(), output=tmp_path / name, **here)
+    walks = []
+
+    def recorded(models, text, walk, **more):
+        walks.append(walk)
+        return evaluate(models, text, walk, **more)
+
+    monkeypatch.setattr("maskopt.models.evaluation.sweep.evaluate", recorded)
+    how = {"sparsity": HALF, "solvers": ["wanda"], "min_tokens": 1, **here}
+    found, _ = sweep(model, tmp_path / "grams", tmp_path / "out", text=tokens(3), **how)
+    assert [one.evaluation is not None for one in found] == [True]
+    assert {name: getattr(walks[0], name) for name in here} == here
+    given, said = (
+        (own, tmp_path / "own-grams", tmp_path / "of-own"),
+        "not copied to the pruned folders",
+    )
+    fails(e.ModelError, f"{said}; leave out `text`", sweep, *given, text=tokens(3), **how)
+    assert not (tmp_path / "of-own").exists()
+    found, _ = sweep(*given, **how)
+    assert [one.label for one in found] == ["0.5-wanda-none"]
+
+
+def test_the_commands(model, tmp_path):
+    text, grams, out, swept = (tmp_path / n for n in ("t.npy", "grams", "out", "sweep"))
+    np.save(text, tokens(3).numpy())
+    assert "Gram matrices" in run("sweep", model, "--calibration", text, "--grams", grams)
+    half, more = ["--sparsity", 0.5], [model, "--grams", grams, "--min-tokens", 1]
+    more += ["--solver", "wanda", "--include", ATTENTION["include"]]
+    # a sweep collects what it needs, and reads it the next time
+    words = ["sweep", model, "--grams", tmp_path / "new", *more[3:], *half]
+    words += ["--output", tmp_path / "first"]
+    for _ in range(2):
+        assert "0.5-wanda-none" in run(*words, "--calibration", text)
+    np.save(other := tmp_path / "other.npy", tokens(2).numpy())
+    assert "of other text" in run(*words, "--calibration", other, fails=e.ModelError)
+    run("prune", *more, *half, "--output", out)
+    assert "holds" in run("verify", out, "--original", model)
+    planned = run("prune", "--dry-run", *more, *half)
+    assert "forward passes and Gram matrices about 0 s" in " ".join(planned.split())
+    both = ["--sparsity", "0.5,0.75,2:4", "--update", "none,least-squares"]
+    said = run("sweep", *more, *both, "--output", swept, "--text", text)
+    for label in ("0.5-wanda-none", "0.75-wanda-least-squares", "2of4-wanda-none", "perplexity"):
+        assert label in said
+    no = ["--output", tmp_path / "no"]
+    assert "must be like 0.6" in run("sweep", *more, "--sparsity", "x", *no, fails=e.PatternError)
+    assert "name a source of text" in run("prune", model, *half, *no, fails=e.ModelError)
+    # other options replace if asked to
+    before = contents(swept / "0.5-wanda-none")
+    other = [*more, *half, "--gram-shrinkage", 0.1, "--output", swept]
+    said = run("sweep", *other, fails=e.ModelError)
+    assert "another run: options.gram_shrinkage was 0.0, is 0.1; --overwrite replaces it" in said
+    assert contents(swept / "0.5-wanda-none") == before
+    run("sweep", *other, "--overwrite")
+    prune(model, grams=grams, output=tmp_path / "alone", gram_shrinkage=0.1, **ATTENTION)
+    assert contents(swept / "0.5-wanda-none") == contents(tmp_path / "alone")
+
+
+# What errors are measured on: tokens that count more or less, held-out windows, the dense target
+
+
+UNIFORM, SKIP_FIRST, RELATIVE, GRADIENT = TOKEN_WEIGHTS
+EQUALLY = {"sparsity": 0.5, "min_tokens": 1}
+FIRST_BLOCK = ("layers.0.*",)  # of the first block, whose inputs no pruning has changed
+NAME = "model.layers.1.mlp.up_proj"
+
+
+def gradients(model, data):
+    """Norms of the loss's, by the hidden states that leave the layer's block; [windows, length]."""
+    left, norms = [], []
+    model.get_submodule("model.layers.1").register_forward_hook(
+        lambda module, args, output: left.append(output[0] if isinstance(output, tuple) else output)
+    )
+    for window in data:
+        loss = model(window[None], labels=window[None]).loss
+        (gradient,) = torch.autograd.grad(loss, left.pop())
+        norms.append(gradient[0].norm(dim=1))
+    return torch.stack(norms).double()
+
+
+@pytest.mark.parametrize("token_weights", TOKEN_WEIGHTS)
+def test_a_gram_matrix_is_the_weighted_mean(token_weights):
+    data, names = tokens(5), (NAME, "model.layers.1.input_layernorm")
+    x, state = (inputs_of(tiny("llama"), name, data).view(*data.shape, -1) for name in names)
+    weights = torch.ones(x.shape[:2], dtype=torch.float64)
+    if token_weights == SKIP_FIRST:
+        weights[:, 0] = 0
+    elif token_weights == GRADIENT:
+        weights = gradients(tiny("llama"), data)
+    elif token_weights != UNIFORM:
+        weights = 1 / state.square().mean(2)
+    weights = weights / weights.mean(1, keepdim=True)
+    expected = torch.einsum("wt,wti,wtj->ij", weights, x, x) / weights.numel()
+    how = {"sparsity": 0.5, "layers": (NAME,), "token_weights": token_weights}
+    found = collect_problems(tiny("llama"), data, **how)
+    (_, problem), *_ = list(found)
+    torch.testing.assert_close(problem.gram.double(), expected, rtol=1e-4, atol=1e-6)
+    assert problem.mean is not None
+    mean = torch.einsum("wt,wti->i", weights, x) / weights.numel()
+    torch.testing.assert_close(problem.mean.double(), mean, rtol=1e-4, atol=1e-6)
+
+
+def test_weights_over_several_chunks_and_with_other_inputs():
+    x, other = torch.randn(2, CHUNK + 7, 6, dtype=torch.float64)
+    weights = torch.rand(CHUNK + 7, dtype=torch.float64)
+    gram, moved = Gram(6), Moved(6)
+    for task in (*gram.tasks(x, weights), *moved.tasks(x, other, weights)):
+        task()
+    part = x * weights[:, None]
+    torch.testing.assert_close(gram.value(dtype=torch.float64), part.T @ x / len(x))
+    w = torch.randn(3, 6, dtype=torch.float64)
+    linear = moved.linear(w)
+    residual = (other - x) @ w.T
+    torch.testing.assert_close(linear.correlation, residual.T @ part / len(x))
+    constant = (residual.square() * weights[:, None]).mean(0)
+    torch.testing.assert_close(linear.constant, constant)
+    # weights have a mean of one and outlast extreme states
+    state = torch.randn(1, 9, 4)
+    state[0, 0] *= 1e4
+    for token_weights in (SKIP_FIRST, RELATIVE):
+        weights = weights_of_tokens(state, token_weights)
+        assert float(weights.mean()) == pytest.approx(1)
+        assert float(weights[0]) < 1e-6
+    zeros = weights_of_tokens(torch.zeros(1, 3, 4), RELATIVE)
+    assert zeros.tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("token_weights", "more"),
+    [(RELATIVE, {}), (RELATIVE, {"target": "dense", "holdout": 0.4}), (GRADIENT, {})],
+)
+def test_a_weighted_run_is_verified(token_weights, more, dense_folder, tmp_path):
+    options = {**EQUALLY, "include": "layers.1", "token_weights": token_weights, **more}
+    report = prune_model(dense_folder, tokens(), output=tmp_path / "out", **options)
+    equal = prune_model(tiny("llama"), tokens(), **{**options, "token_weights": "uniform"})
+    assert [layer.error for layer in report.layers] != [layer.error for layer in equal.layers]
+    found = verify_model(tmp_path / "out", dense_folder, calibration=tokens())
+    assert len(found.checked_layers) == 7
+
+
+ONE, FIRST_TOKENS = {"data": tokens(4, 1)}, {"token_weights": "first"}
+SKIP, LOSS = {"token_weights": SKIP_FIRST}, {"token_weights": GRADIENT}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (FIRST_TOKENS, e.OptionError, "uniform or skip-first or relative or gradient"),
+        ({**SKIP, "model": "mixtral"}, e.OptionError, "skip-first needs `all_experts`"),
+        ({**SKIP, **ONE}, e.DataError, "windows of a single token"),
+        ({**LOSS, **ONE}, e.DataError, "windows of a single token"),
+        ({**LOSS, "skip_bad_samples": True}, e.OptionError, "leaves windows out: c"),
+        ({"holdout": 1.0}, e.OptionError, "`holdout` must be a number"),
+        ({"holdout": -0.1}, e.OptionError, "`holdout` must be a number"),
+        ({"holdout": 0.1}, e.DataError, "keeps 0 aside"),
+        ({"gram_shrinkage": "auto"}, e.ModelError, "needs held-out windows"),
+        ({"gram_shrinkage": "some"}, e.ModelError, "or be auto"),
+        ({"gram_shrinkage": 1.5}, e.ModelError, "must lie in"),
+    ],
+)
+def test_bad_input_gets_one_line(options, error, message):
+    how = {"data": tokens(4), "model": "llama", **EQUALLY, **options}
+    fails(error, message, prune_model, tiny(how.pop("model")), how.pop("data"), **how)
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma3", "gpt2", "mamba", slow("bloom"), slow("bamba")]
+)
+@pytest.mark.parametrize("dtype", ["float32", slow("bfloat16")])
+def test_gradients_of_a_folder_in_a_file_are_those_of_the_model_in_memory(family, dtype, tmp_path):
+    dense = save(tiny(family, dtype=getattr(torch, dtype)), tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=dtype)
+    options, data = {**EQUALLY, "token_weights": "gradient"}, tokens(3, 10)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    kept = list(collect_problems(model, data, **options))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    streamed = list(collect_problems(dense, data, dtype=dtype, activation_memory=0, **options))
+    for (name, one), (other, two) in zip(kept, streamed, strict=True):
+        assert name == other
+        torch.testing.assert_close(one.gram, two.gram, rtol=1e-5, atol=1e-6)
+
+
+def test_masks_do_not_depend_on_threads():
+    options = {"sparsity": 0.5, "token_weights": "gradient", "include": "layers.1.*"}
+    reports = [prune_model(tiny("llama"), tokens(), threads=n, **options) for n in (1, 2, 3)]
+    errors = [[layer.error for layer in report.layers] for report in reports]
+    assert errors[0] == errors[1] == errors[2]
+
+
+# Held-out windows: what is fitted never sees them, and errors are given on both ------------------
+
+
+def pruned(data, **options):
+    return prune_model(tiny("llama"), data, **EQUALLY, **options)
+
+
+def problems(data, **options):
+    return dict(collect_problems(tiny("llama"), data, sparsity=0.5, layers=FIRST_BLOCK, **options))
+
+
+def test_masks_are_those_of_the_windows_that_are_left():
+    data = tokens(10)
+    whole, part = pruned(data, holdout=0.3), pruned(data[:7])
+    for name, mask in part.masks.items():
+        assert torch.equal(mask, whole.masks[name])
+    for one, other in zip(whole.layers, part.layers, strict=True):
+        assert (one.tokens, one.error) == (other.tokens, other.error)
+        assert one.relative == pytest.approx(one.error / one.energy)
+        assert one.relative_held > 0
+        assert other.relative_held is None
+
+
+def test_errors_and_energies_are_those_of_the_windows_that_they_are_on():
+    data = tokens(10)
+    report = pruned(data, holdout=0.4, include=FIRST_BLOCK)
+    found = problems(data[6:])
+    for layer in report.layers:
+        problem, mask = found[layer.name], report.masks[layer.name]
+        judged = [float(x.sum()) for x in (problem.objective(mask), problem.output_energy())]
+        assert [layer.error_held, layer.energy_held] == pytest.approx(judged, rel=1e-5)
+    for shrink in (0.0, 0.5, 1.0):  # an error and its energy are of the same Gram matrix
+        report = pruned(tokens(4), gram_shrinkage=shrink, include=FIRST_BLOCK, solver="wanda")
+        found = problems(tokens(4), gram_shrinkage=shrink)
+        energies = [float(found[layer.name].output_energy().sum()) for layer in report.layers]
+        assert [layer.energy for layer in report.layers] == pytest.approx(energies, rel=1e-5)
+    x, weight = torch.randn(50, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+    problem = LayerProblem(weight, x.T @ x / 50, Unstructured(keep=3))
+    torch.testing.assert_close(problem.output_energy(), (x @ weight.T).square().mean(0))
+
+
+def test_auto_shrinkage_is_the_greatest_that_is_nearly_the_best_on_the_held_out_windows():
+    """Wanda's mask does not change with α, but the error does: that of the start is on the same matrix."""
+    first = {"include": "layers.0.self_attn", "holdout": 0.5, "start": "wanda"}
+    auto = pruned(tokens(2), gram_shrinkage="auto", **first)
+    fixed = [pruned(tokens(2), gram_shrinkage=alpha, **first) for alpha in SHRINK_GRID]
+    for index, layer in enumerate(auto.layers):
+        layers = [one.layers[index] for one in fixed]
+        best = min(one.error_held for one in layers) * (1 + SHRINK_TOLERANCE)
+        near = [i for i, one in enumerate(layers) if one.error_held <= best][-1]
+        assert layer.gram_shrinkage == SHRINK_GRID[near]
+        assert layer.error_held == pytest.approx(layers[near].error_held, rel=1e-9)
+        assert layer.error_start == layers[near].error_start
+    assert {layer.gram_shrinkage for layer in auto.layers} != {0.0}
+
+
+def test_the_share_is_taken_as_written():
+    """0.29 · 100 is 28.999… in binary floating point."""
+    assert [len(held_out(100, share / 100)) for share in range(100)] == list(range(100))
+    assert held_out(10, 0.0) == frozenset()
+
+
+# The dense target: a layer is to give on the pruned model's inputs what it gives in the dense model
+
+DENSE = {**EQUALLY, "target": "dense"}
+
+
+@pytest.mark.parametrize("more", [{}, {"activation_memory": 0, "threads": 3}])
+def test_errors_are_those_of_the_outputs_in_the_dense_model(more):
+    data, original = tokens(10), tiny("llama", layers=2)
+    given = {**DENSE, "holdout": 0.4, "start": "wanda"}
+    report = prune_model(tiny("llama", layers=2), data, **given, **more)
+    before = tiny("llama", layers=2)
+    prune_model(before, data, include=("layers.0.*",), **given)
+    second = [layer for layer in report.layers if layer.block == 1]
+    assert len(second) == 7
+    for layer in second:
+        weight = original.get_submodule(layer.name).weight.detach().double()
+        pruned = weight * report.masks[layer.name]
+        for windows, error, energy in (
+            (data[:6], layer.error, layer.energy),
+            (data[6:], layer.error_held, layer.energy_held),
+        ):
+            wanted = inputs_of(original, layer.name, windows) @ weight.T
+            there = inputs_of(before, layer.name, windows) @ pruned.T
+            assert error == pytest.approx(float((wanted - there).square().mean(0).sum()), rel=1e-4)
+            assert energy == pytest.approx(float(wanted.square().mean(0).sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("block", [0, 2])
+def test_where_nothing_before_is_pruned_both_targets_are_the_same(block):
+    given = {**DENSE, "include": (f"layers.{block}.*",)}
+    one = prune_model(tiny("llama"), tokens(), **given)
+    other = prune_model(tiny("llama"), tokens(), **{**given, "target": "pruned"})
+    assert all(torch.equal(mask, other.masks[name]) for name, mask in one.masks.items())
+    for layer, same in zip(one.layers, other.layers, strict=True):
+        assert layer.error == pytest.approx(same.error, rel=1e-9)
+
+
+def test_the_moments_of_a_shrunk_problem_are_still_those_of_something(monkeypatch):
+    problems, rounds = [], Block.rounds
+
+    def look(block):
+        for layers, grams in rounds(block):
+            for layer in layers:
+                weight = matrix(block.job.source.model, layer).clone()
+                gram, moved = grams.of(layer.name), grams.moved(layer.name)
+                pattern = block.job.options.pattern
+                problems.append(layer_problem(layer, weight, gram, pattern, 0.3, moved))
+            yield layers, grams
+
+    monkeypatch.setattr(Block, "rounds", look)
+    prune_model(tiny("llama"), tokens(2), gram_shrinkage=0.3, solver="wanda", **DENSE)
+    for problem in problems:
+        assert problem.linear is not None
+        gram = problem.gram.double()
+        problem.linear.check_moments(gram, 1e-6 * float(gram.trace()), "")
+    assert len(problems) == 21
+
+
+def test_plans_count_held_out_windows_and_the_dense_model_that_goes_along(dense_folder):
+    """Gram matrices of held-out windows are a second set. Moments, states and passes of the dense model."""
+    more = {"pruned": {}, "dense": {}, "held": {"target": "pruned", "holdout": 0.5}}
+    how = {**EQUALLY, "solver": "wanda", "threads": 1}
+    given = [prune_options(None, {**how, "target": t, **o}) for t, o in more.items()]
+    alone, both, held = (plan_prune(dense_folder, tokens(), one).memory for one in given)
+    # inputs of q k v, of o, of gate and up, of down; the widest is that of down
+    assert held.grams - alone.grams == 8 * (3 * 32**2 + 48**2)
+    assert held.solving - alone.solving == 4 * 48**2
+    assert both.grams == 3 * alone.grams
+    assert both.activations == 2 * alone.activations
+    alone, both, _ = (_forward_operations(open_job(dense_folder, tokens(), x), x) for x in given)
+    assert 1.4 * alone < both < 2 * alone
