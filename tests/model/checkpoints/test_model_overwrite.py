@@ -138,8 +138,7 @@ def test_another_path_to_an_input_is_noticed(name, given, tmp_path):
     folder = given[name]
     (tmp_path / "link").symlink_to(folder)
     (tmp_path / "above").symlink_to(folder.parent)
-    linked = tmp_path / "linked"
-    linked.mkdir()
+    (linked := tmp_path / "linked").mkdir()
     (weights, *_) = [file for file in folder.iterdir() if file.stat().st_size > 2000]
     (linked / "x").hardlink_to(weights)
     outputs = [folder, tmp_path / "link", tmp_path / "above", tmp_path / "above" / name, linked]

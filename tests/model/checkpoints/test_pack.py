@@ -334,8 +334,7 @@ def test_packing_and_pruning_again_keep_every_card(carded, tmp_path):
     assert (tmp_path / "packed" / "README.md").read_bytes() == (carded / "README.md").read_bytes()
     unpack_folder(tmp_path / "packed", tmp_path / "again")
     assert contents(tmp_path / "again") == contents(carded)
-    twice = tmp_path / "twice"
-    prune(carded, twice, sparsity=0.75)
+    prune(carded, twice := tmp_path / "twice", sparsity=0.75)
     assert (twice / "README-original.md").read_text() == CARD
     assert (twice / "README-original-2.md").read_text() == (carded / "README.md").read_text()
     verify_model(twice, carded)

@@ -281,12 +281,6 @@ def test_options_that_cannot_be(options, error, said, dense_folder, tmp_path):
     assert before == files(dense_folder)
 
 
-def test_a_family_that_cannot_say_it_is_refused(tmp_path):
-    dense = save(tiny("deepseek_v3"), tmp_path / "dense")
-    with open_job(dense, tokens(2), WalkOptions(), whole=True) as job:
-        fails(ModelError, NO_MODEL, removal._check_family, job.source, [0])
-
-
 #: kind → (family, options, what the command says, what card and page say, options of a second run)
 COMMANDS = {
     "channels and heads": (
