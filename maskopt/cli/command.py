@@ -91,6 +91,7 @@ class Command:
         example: last line of the help.
         config: whether options may come from a file.
         shared: whether several processes can run it together.
+        completed: of given values, with those that they stand for.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Command:
     example: str
     config: bool
     shared: bool
+    completed: Callable[[dict[str, Any]], dict[str, Any]]
 
     @property
     def options(self) -> tuple[Option, ...]:
@@ -138,11 +140,13 @@ class Command:
                 "only prune and sweep run as several processes; start this command without torchrun"
             )
         usual = {one.name: one.default for one in (*self.own, *self.library)}
-        if given.pop("print_config", False):
-            typer.echo(config_text({**usual, **stored, **given}), nl=False)
+        printed = given.pop("print_config", False)
+        values = self.completed({**stored, **given})
+        if printed:
+            typer.echo(config_text({**usual, **values}), nl=False)
             return
         # a printed file holds all options, which are not all asked for
-        values = {**{name: x for name, x in stored.items() if x != usual[name]}, **given}
+        values = {n: value for n, value in values.items() if n in given or value != usual[n]}
         own = {}
         for one in self.own:
             value = values.pop(one.name, one.default)
@@ -175,7 +179,12 @@ class Command:
 
 
 def command(
-    *library: Option, example: str, name: str = "", config: bool = False, shared: bool = False
+    *library: Option,
+    example: str,
+    name: str = "",
+    config: bool = False,
+    shared: bool = False,
+    completed: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> Callable[[Callable[..., None]], Command]:
     """Make a command of a function whose default values are options.
 
@@ -183,12 +192,13 @@ def command(
         library: options of classes of options; the function takes their given values as keywords.
         example: last line of the help.
         name: of the command; empty: that of the function.
-        config, shared: as in `Command`.
+        config, shared, completed: as in `Command`.
     """
 
     def made(run: Callable[..., None]) -> Command:
         called = name or run.__name__.replace("_", "-")
-        return Command(called, run, parameters_of(run), library, example, config, shared)
+        own = parameters_of(run)
+        return Command(called, run, own, library, example, config, shared, completed)
 
     return made
 

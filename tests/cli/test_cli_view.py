@@ -121,7 +121,9 @@ class Kept(View):
 def layer(error, proven):
     statuses = {"swap_optimal": proven, "feasible": 4 - proven}
     return LayerReport(
-        *("q", 0, "q", 4, 8, "0.5", 16, 2.0, error, 0.0, statuses, 99, False, 1.0), energy=10.0
+        *("q", 0, "q", 4, 8, "0.5", 16, 2.0, error, 0.0, statuses, 99, False, 1.0),
+        energy=10.0,
+        error_wanda=2.0,
     )
 
 
@@ -137,7 +139,7 @@ def test_a_prune_shows_how_far_it_is_and_what_it_has_reached(still):
     assert kept.seen[4]["part"] == pytest.approx(2 / 4)
     assert kept.seen[5]["part"] == pytest.approx((2 + 0.98) / 4)
     assert kept.seen[-1]["what"] == "block 4 of 4: solve"
-    assert kept.seen[-1]["note"].startswith("error 0.500 of the start; 10 of 16 rows proven")
+    assert kept.seen[-1]["note"].startswith("error 0.500 times that of Wanda; 10 of 16 rows proven")
     assert kept.seen[-1]["layer"]["rows"] == 4
     # before a block is done, the time left is by what was expected
     show = PruneView(kept := Kept(), expected=100.0)

@@ -166,7 +166,7 @@ def test_what_has_no_start_or_too_few_tokens_is_left_out(home, tmp_path):
     options = {**OPTIONS, "solver": "wanda", "holdout": 0.0}
     prune_model(home / "dense", tokens(2), output=tmp_path / "out", **options)
     assert "Rows, out" not in page(tmp_path, tmp_path / "out")
-    assert summary([Pruned.open(tmp_path / "out", "out")]).rows[0][4] == "–"
+    assert summary([Pruned.open(tmp_path / "out", "out")]).rows[0][4] == "1"
     prune_model(home / "dense", tokens(2), output=tmp_path / "few", sparsity=0.5, min_tokens=999)
     assert "In short" in page(tmp_path, tmp_path / "few")
     assert summary([Pruned.open(tmp_path / "few", "few")]).rows[0][3:6] == ("–",) * 3

@@ -33,7 +33,7 @@ from maskopt.models.pruning.solving import (
     solve_layer,
 )
 from maskopt.protocol.solution import Solution
-from maskopt.protocol.solver import make_solver
+from maskopt.protocol.solver import make_solver, make_start
 
 #: of the rows' improvements
 _QUANTILES = (0, 0.1, 0.5, 0.9, 1)
@@ -221,6 +221,7 @@ def _columns(
     solution, start, kept = solved.solution, solved.start, fitted.with_update(None)
     begun = None if start is None else start.objective
     uniform = None if solved.uniform is None else kept.objective(solved.uniform.mask)
+    wanda = make_start(kept.under(kept.pattern.uniform()), "wanda")
     if start is not None and (options.gram_shrinkage == AUTO or new is not None):
         # the start had another G than the error, or an objective of updated weights
         begun = kept.objective(start.mask)
@@ -235,6 +236,7 @@ def _columns(
         # the bound includes the penalty of the damping, which is not part of the error
         bound = torch.zeros_like(bound)
     known = {
+        "error_wanda": kept.objective(wanda.mask),
         "error_start": begun,
         "error_uniform": uniform,
         "error": error,

@@ -98,6 +98,10 @@ def recheck_layers(
     if device == "cuda" and not torch.cuda.is_available():
         raise manifest.wrong("its run was on a GPU, which rounds otherwise; check it on one")
     options = manifest.options
+    if manifest.distilled and options.update != NONE:
+        raise manifest.wrong(
+            "its updated weights were distilled since, so that their errors cannot be checked on text"
+        )
     own = any(layer["objective"] == "updated" for layer in manifest.layers)
     if options.update == BLOCKWISE and options.true_sequential and own:
         raise manifest.wrong(
@@ -108,7 +112,8 @@ def recheck_layers(
     # masks and updated weights are those of the result
     walked = dataclasses.replace(
         options, include=tuple(layer["name"] for layer in manifest.layers), exclude=(), update=NONE,
-        training={}, damping=LeastSquaresUpdate.damping, damping_exponent=LeastSquaresUpdate.power,
+        training={}, distillation={},
+        damping=LeastSquaresUpdate.damping, damping_exponent=LeastSquaresUpdate.power,
         gram_shrinkage=0.0, samples=data["samples"], seq_len=data["length"],
         bos=bos if bos in BOS else "auto", chat=bos == TEMPLATE.bos and not are_tokens(calibration),
         device=device, dtype=fingerprint["dtype"], **machine,

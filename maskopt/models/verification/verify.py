@@ -38,6 +38,7 @@ from maskopt.models.verification.folder import (
 )
 from maskopt.models.verification.layers import (
     SUM_TOLERANCE,
+    check_distillation,
     check_fallbacks,
     check_layers,
     check_masks,
@@ -176,6 +177,7 @@ def _verify_pruned(
     check_configuration(folder, manifest.files, compared=same)
     check_layers(manifest)
     check_parts(manifest)
+    check_distillation(manifest)
     trust = machine["trust_remote_code"]
     names_known = trust or not read_object(folder / CONFIG).get("auto_map")
     if names_known:
@@ -251,7 +253,8 @@ def _facts(
         recomputed: layers whose errors were computed again; `again`: from calibration text.
         compared: with the original.
     """
-    layers, trained = manifest.layers, manifest.options.update == BLOCKWISE
+    layers = manifest.layers
+    trained = manifest.options.update == BLOCKWISE or manifest.distilled
     refitted = not trained and any(layer["damping"] is not None for layer in layers)
     every = recomputed == len(layers)
     # of a solver's own weights only the errors are checked

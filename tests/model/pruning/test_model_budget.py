@@ -373,6 +373,7 @@ def test_rows_differ_within_limits_and_the_layer_keeps_its_count(update):
         assert one.error_uniform == pytest.approx(three.error_start, rel=1e-9)
         assert one.error_start != one.error_uniform
         assert three.error_uniform is None
+        assert one.error_wanda == pytest.approx(three.error_wanda, rel=1e-9)
         if update == "none":  # else it is the damped error that is lowered
             assert one.error < three.error * (1 + 1e-6)
     assert any(felt)

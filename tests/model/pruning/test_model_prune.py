@@ -44,8 +44,13 @@ def test_swap_improves_on_its_start_in_every_layer():
     report = prune_model(
         tiny("llama", layers=2), tokens(), sparsity=0.5, solver="swap", min_tokens=1
     )
-    for layer in report.layers:
+    given = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1}
+    wanda = prune_model(tiny("llama", layers=2), tokens(), **given)
+    for layer, other in zip(report.layers, wanda.layers, strict=True):
         assert layer.error <= layer.error_start
+        assert other.error_wanda == other.error
+        # the first block has the same inputs in both
+        assert layer.block > 0 or layer.error_wanda == pytest.approx(other.error, rel=1e-9)
         assert layer.statuses == {"swap-optimal": layer.rows}
     assert sum(x.error for x in report.layers) < sum(x.error_start for x in report.layers)
     again = prune_model(tiny("llama", layers=2), tokens(), sparsity=0.5, threads=1, min_tokens=1)
