@@ -52,6 +52,7 @@ class Pruned:
     parts: Sequence[PartReport]
     sparsity: float
     memory: Mapping[str, int | None]
+    distillation: Mapping[str, Any] | None
     digest: str
 
     @classmethod
@@ -72,6 +73,7 @@ class Pruned:
             read_parts(manifest["parts"], path),
             float(manifest["sparsity"]),
             manifest.get("memory", {}),  # folders of earlier versions have none
+            manifest.get("distillation"),
             result_digest(manifest),
         )
 
@@ -157,7 +159,7 @@ def report_parts(
             for i, one in enumerate(pruned, 1)
             if any(layer.improvement_quantiles is not None for layer in one.solved)
         ),
-        *(trained_table(one) for one in pruned if one.parts),
+        *(trained_table(one) for one in pruned if one.parts or one.distillation),
         *after,
         *([mask_picture(pruned[0], picture)] if pruned[0].has_masks or picture else []),
         Heading("The same once more"),
@@ -300,7 +302,8 @@ def trained_table(one: Pruned) -> Table:
             "unchanged",
             "time",
         ),
-        note="Mean losses towards the dense model, on training and on held-out windows.",
+        note="Mean losses towards the dense model, on training and on held-out windows; of the whole model "
+        "the KL divergence of its predictions, nats.",
     )
     parts: dict[str, list[PartReport]] = {}
     for part in one.parts:
@@ -314,6 +317,9 @@ def trained_table(one: Pruned) -> Table:
             str(sum(part.epoch == 0 for part in some)),
             _time(sum(part.seconds for part in some)),
         )
+    if (whole := one.distillation) is not None:
+        values = [whole[when][on] for on in ("fitted", "held") for when in ("before", "after")]
+        table.add("whole model", "1", *map(number, values), "–" if whole["epoch"] else "1", "–")
     return table
 
 

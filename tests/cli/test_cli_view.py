@@ -121,7 +121,7 @@ class Kept(View):
 def layer(error, proven):
     statuses = {"swap_optimal": proven, "feasible": 4 - proven}
     return LayerReport(
-        *("q", 0, "q", 4, 8, "0.5", 16, 2.0, error, 0.0, statuses, 99, False, 1.0),
+        *("q", 0, "q", 4, 8, "0.5", 16, error, 0.0, statuses, 99, False, 1.0),
         energy=10.0,
         error_wanda=2.0,
     )

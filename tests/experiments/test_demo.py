@@ -29,8 +29,8 @@ def test_tables_name_a_row_once_and_sum_errors_per_kind():
     assert toy_table([failed], labels, 0.5).rows[0][2] == "–"
     layers = [
         LayerReport(
-            f"model.layers.{block}.mlp.up_proj", block, "mlp.up_proj", 4, 8, "0.5", 16, before, after,
-            0.0, {"swap-optimal": 3, "feasible": 1}, 100, False, 0.1,
+            f"model.layers.{block}.mlp.up_proj", block, "mlp.up_proj", 4, 8, "0.5", 16, after, 0.0,
+            {"swap-optimal": 3, "feasible": 1}, 100, False, 0.1, error_wanda=before,
         )
         for block, before, after in ((0, 4.0, 1.0), (1, 6.0, 4.0))
     ]  # fmt: skip

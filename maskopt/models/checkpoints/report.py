@@ -32,8 +32,6 @@ class LayerReport:
         kind: the name inside the block, numbers as stars: `self_attn.q_proj`.
         error_wanda: of Wanda's mask with unchanged weights, at the layer's sparsity in every row; None where
             no mask was chosen.
-        error_start: of the start, with unchanged weights; None without a start.
-        error_uniform: with a shared budget, the same at an equal count in every row; else None.
         error: of the result: the mean squared change of the output, with G shrunk by `gram_shrinkage`.
         error_kept: of the mask before kept weights were updated; None without an update.
         objective: what the statuses are of: `kept` or `refitted` weights, or `updated` by the solver itself.
@@ -58,7 +56,6 @@ class LayerReport:
     n: int
     pattern: str
     pruned: int
-    error_start: float | None
     error: float
     lower_bound: float
     statuses: dict[str, int]
@@ -72,7 +69,6 @@ class LayerReport:
     error_kept: float | None = None
     objective: str = "kept"
     damping: float | None = None
-    error_uniform: float | None = None
     swaps: int | None = None
     scans: int | None = None
     error_wanda: float | None = None

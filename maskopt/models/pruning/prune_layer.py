@@ -219,12 +219,7 @@ def _columns(
 ) -> dict[str, Tensor]:
     """The columns of `SolvedRows`: `fitted` was solved, `judge` is the same layer on held-out windows."""
     solution, start, kept = solved.solution, solved.start, fitted.with_update(None)
-    begun = None if start is None else start.objective
-    uniform = None if solved.uniform is None else kept.objective(solved.uniform.mask)
     wanda = make_start(kept.under(kept.pattern.uniform()), "wanda")
-    if start is not None and (options.gram_shrinkage == AUTO or new is not None):
-        # the start had another G than the error, or an objective of updated weights
-        begun = kept.objective(start.mask)
     if new is None:
         error, error_kept = solution.objective, None
         held = None if judge is None else judge.objective(solution.mask)
@@ -237,8 +232,6 @@ def _columns(
         bound = torch.zeros_like(bound)
     known = {
         "error_wanda": kept.objective(wanda.mask),
-        "error_start": begun,
-        "error_uniform": uniform,
         "error": error,
         "lower_bound": bound,
         "energy": fitted.output_energy(),
@@ -294,6 +287,6 @@ def _report(layer: Layer, solved: SolvedRows) -> LayerReport:
         statuses={s: solved.statuses.count(s) for s in sorted(set(solved.statuses))},
         seconds=solved.seconds,
         improvement_quantiles=quantiles,
-        **{"error_start": None, **sums},
+        **sums,
         **solved.facts,
     )

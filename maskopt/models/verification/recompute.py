@@ -34,7 +34,7 @@ from maskopt.models.checkpoints.checkpoint import open_checkpoint
 from maskopt.models.options.prune import AUTO, BLOCKWISE, NONE, PruneOptions
 from maskopt.models.pruning.problems import held_problem, layer_problem
 from maskopt.models.verification.folder import MASKS
-from maskopt.models.verification.manifest import Manifest, fits, is_count
+from maskopt.models.verification.manifest import Manifest, fits, groups, is_count
 from maskopt.protocol.solution import SWAP_TOLERANCE, Status
 
 #: relative difference at which a stated error is wrong, by the precision of the passes. On one machine
@@ -163,6 +163,8 @@ def _faults(
         unchanged = float(problem.with_update(None).objective(kept).sum())
         sums = [("error_kept", unchanged, " before its weights were refitted")]
     yield from _other_sums(said, sums, tolerance, floor)
+    wanda = float(problem.with_update(None).objective(_wanda(problem)).sum())
+    yield from _other_sums(said, [("error_wanda", wanda, " for Wanda's mask")], tolerance, floor)
     if damping is not None and found.result is not None:
         if said["objective"] != "updated":
             yield from _other_weights(found, tolerance)
@@ -171,6 +173,15 @@ def _faults(
         yield from _other_sums(said, sums, tolerance, floor)
     same = not any(_other_sums(said, sums[:1], SAME_BITS, floor))  # as far as the error shows
     yield from _other_statuses(said, found, SWAP_TOLERANCE if same else tolerance, pool)
+
+
+def _wanda(problem: LayerProblem) -> Tensor:
+    """The mask, True = kept, that prunes the least |wᵢ|·√Gᵢᵢ of every row or group."""
+    group, pruned = groups(problem.pattern, problem.n)
+    scores = problem.weight.double().abs() * problem.gram.diagonal().double().clamp(min=0).sqrt()
+    least = scores.view(problem.rows, -1, group).topk(pruned, largest=False).indices
+    kept = torch.ones(problem.rows, problem.n // group, group, dtype=torch.bool)
+    return kept.to(scores.device).scatter_(-1, least, False).view(problem.rows, problem.n)
 
 
 #: what a layer states, what is computed in its place (None: there are no held-out windows), and more words

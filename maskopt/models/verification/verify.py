@@ -267,11 +267,12 @@ def _facts(
         "configuration and tokenizer": compared and {*filter(is_copied, manifest.files)} <= same,
         "errors": every and (solved or not trained),
         "statuses": every,
+        "Wanda's errors": every,
         "optima": False if again and any("optimal" in x["statuses"] for x in layers) else None,
         # whether the dense model gave NaN is not seen again
         "windows left out": False if seen_in_dense(manifest) else None,
         "bounds": False if not again or any(layer["lower_bound"] for layer in layers) else None,
-        **dict.fromkeys(("start errors", "options"), False),
+        "options": False,
     }
     if facts["refitted weights"]:
         del facts["kept weights"]  # there are none that were not solved for

@@ -1,4 +1,4 @@
-"""Recipes: options that agree wherever they are given, and one folder of a prune that ends in a distillation."""
+"""Recipes: options that agree wherever they are given, and one folder of prune and distillation."""
 
 import json
 import os
@@ -91,18 +91,14 @@ def check_agreement(options, words, tmp_path):
 def test_an_option_means_the_same_everywhere(name, tmp_path):
     if name == "trust_remote_code":  # which no file holds
         return
-    value, more = (
-        VALUES[name]
-        if isinstance(VALUES[name], tuple) and isinstance(VALUES[name][1], dict)
-        else (VALUES[name], {})
-    )
+    (one,) = (one for one in options_of(PruneOptions) if one.name == name)
+    value, more = VALUES[name], {}
+    if isinstance(value, tuple) and isinstance(value[-1], dict):
+        value, more = value
     given = {"sparsity": 0.5, **more, name: value}
     options = prune_options(None, given)
-    assert getattr(options, name) != next(
-        one.default for one in options_of(PruneOptions) if one.name == name
-    )
+    assert getattr(options, name) != one.default
     check_agreement(options, flags(given), tmp_path)
-    (one,) = (one for one in options_of(PruneOptions) if one.name == name)
     assert (name in options.record()) == (one.group in RECORDED)
 
 
@@ -119,6 +115,8 @@ def test_a_recipe_means_the_same_everywhere(recipe, sparsity, tmp_path):
         assert options == PruneOptions(sparsity)
     # every option of it may be changed, on the command line, in a file, and from Python
     for name, value in RECIPES[recipe].items():
+        if name == "allocation" and sparsity != "0.5":
+            continue  # which the pattern decides
         other = {"samples": 9, "seq_len": 8, "holdout": 0.4, "solver": "swap"}.get(name)
         if isinstance(value, dict):
             other = {"epochs": 0 if name == "distillation" else 1}
@@ -160,22 +158,14 @@ def test_what_cannot_be(dense, data, tmp_path):
     no_option = "no option of `distillation` is called 'samples'"
     fails(OptionError, no_option, prune, holdout=0.25, distillation={"samples": 1})
     fails(OptionError, "epochs", prune, holdout=0.25, distillation={"epochs": -1})
-    fails(ModelError, "GiB are needed", prune, **how, max_memory="1050MiB")
-    one = tokens(16, length=1)
-    fails(
-        DataError,
-        "nothing is predicted",
-        prune_model,
-        dense,
-        one,
-        sparsity=0.5,
-        output=tmp_path / "o",
-        **how,
-    )
+    fails(ModelError, "GiB are needed", prune, **how, max_memory="1GiB")
+    how["sparsity"] = 0.5
+    short = partial(prune_model, dense, tokens(16, length=1), output=tmp_path / "out")
+    fails(DataError, "nothing is predicted", short, **how)
     model = loud("llama", layers=1)
-    fails(OptionError, "model folder", prune_model, model, tokens(16), sparsity=0.5, **how)
+    fails(OptionError, "model folder", prune_model, model, tokens(16), **how)
     assert not (tmp_path / "out").exists()
-    dry = plan_prune(dense, sparsity=0.5, samples=16, seq_len=16, **how)
+    dry = plan_prune(dense, samples=16, seq_len=16, **how)
     plain = plan_prune(dense, sparsity=0.5, samples=16, seq_len=16, holdout=0.25)
     assert dry.forward_seconds > plain.forward_seconds
     assert dry.disk > plain.disk
@@ -368,6 +358,7 @@ def test_a_manifest_of_another_run_is_refused(distilled, home, dense, pruned_fol
         record = {**sound, "distillation": forged(sound["distillation"], random.Random(seed))}
         (out / MANIFEST).write_text(json.dumps(signed(record)))
         try:
-            assert verify_model(out, dense) == expected
-        except VerificationError as error:
-            assert "\n" not in str(error)
+            found = verify_model(out, dense)
+        except VerificationError:
+            continue
+        assert found == expected

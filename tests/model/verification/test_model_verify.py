@@ -194,7 +194,7 @@ def test_what_a_run_states_holds(swapped, dense_folder):
     verified = check(swapped, dense_folder)
     assert verified.layers == 21
     assert {"errors", "statuses"} <= set(verified.checked)
-    assert set(verified.claimed) == {"start errors", "options"}
+    assert set(verified.claimed) == {"options"}
     other, data = tokens(seed=1), tokens()
     refused(swapped, dense_folder, "is not what the model was calibrated on", other)
     fails(VerificationError, "needs `original`", verify_model, swapped, calibration=data)
@@ -367,12 +367,12 @@ def test_from_the_command_line(dense, tmp_path):
     verify = ["verify", out, "--original", dense]
     shown = run(*verify)
     assert "sparsity 0.5000, every kept weight is that of" in shown
-    assert "(checked); errors, statuses, bounds, start errors, options: claimed" in shown
+    assert "(checked); errors, statuses, Wanda's errors, bounds, options: claimed" in shown
     errors, on = "errors (to 1e-05) and statuses of", [*verify, "--calibration", text]
-    assert f"{errors} 21 layers (checked); start errors, options: claimed" in run(*on)
+    assert f"{errors} 21 layers (checked); options: claimed" in run(*on)
     shown = run(*on, "--include", "q_proj,layers.0.mlp")
     assert f"{errors} 6 layers (checked); errors and statuses of" in shown
-    assert "of the other 15, start errors, options: claimed" in shown
+    assert "of the other 15, Wanda's errors, options: claimed" in shown
     shown = run(*on, "--include", "layers.0.mlp", "--include", "layers.1.mlp.up_proj,q_proj")
     assert "of 7 layers (checked)" in shown
     said = run("verify", out, "--include", "mlp", fails=MaskoptError)
