@@ -149,8 +149,8 @@ def section(book: Book) -> str:
     corpus = f" of {about['corpus']}" if about.get("corpus") else ""
     return (
         "## Recipes\n\n"
-        "One command per cell, `maskopt prune MODEL --recipe R --sparsity S --calibration TEXT --output OUT`, by\n"
-        "`python tests/benchmarks/recipes.py`: calibration on "
+        "One command per cell, `maskopt prune MODEL --recipe R --sparsity S --calibration TEXT "
+        "--output OUT`, by\n`python tests/benchmarks/recipes.py`: calibration on "
         f"`{about['calibration']}`, perplexity on {about['windows']} windows of 512 tokens of\n"
         f"`{about['text']}`{corpus}. {'; '.join(machines)}, {book.dates or about['date']}.\n\n"
         + "\n".join(tables)
