@@ -216,13 +216,14 @@ def _kinds_table(report: PruneReport) -> Table:
         "sparsity, with unchanged weights",
     )
     for kind, of_kind in {**report.by_kind(), "all": layers}.items():
-        cells = _errors(
-            [layer for layer in of_kind if not layer.fallback]
-        )  # theirs are other errors
+        # errors of layers pruned by magnitude are other ones
+        cells = _errors([layer for layer in of_kind if not layer.fallback])
+        if kind == "all":
+            table.add_section()
         cells["pruned"] = _range([layer.sparsity for layer in of_kind])
         seconds = sum(layer.seconds for layer in of_kind)
         found = (cells[name] for name, has in shown.items() if has)
-        table.add_row(kind, str(len(of_kind)), *found, f"{seconds:.1f}", end_section=kind != "all")
+        table.add_row(kind, str(len(of_kind)), *found, f"{seconds:.1f}")
     return table
 
 
