@@ -187,8 +187,9 @@ def error_table(report: PruneReport, sparsity: float, blocks: int) -> Table:
     for kind, layers in report.by_kind().items():
         wanda, error = sum(x.error_wanda or 0.0 for x in layers), sum(x.error for x in layers)
         rows, proven = sum(layer.rows for layer in layers), proven_share(layers) or 0.0
-        cells = (number(wanda), number(error), number(ratio_to_wanda(layers), 3), f"{rows:,}")
-        table.add(short(kind), *cells, f"{proven:.0%}")
+        ratio = ratio_to_wanda(layers)
+        shown = "–" if ratio is None else f"{ratio:.3f}"
+        table.add(short(kind), number(wanda), number(error), shown, f"{rows:,}", f"{proven:.0%}")
     return table
 
 
