@@ -101,6 +101,7 @@ class Command:
         example: last line of the help.
         config: whether options may come from a file.
         shared: whether several processes can run it together.
+        completed: of given values, with those that they stand for.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Command:
     example: str
     config: bool
     shared: bool
+    completed: Callable[[dict[str, Any]], dict[str, Any]]
 
     @property
     def of_run(self) -> dict[str, Option]:
@@ -167,11 +169,13 @@ class Command:
                 "only prune and sweep run as several processes; start this command without torchrun"
             )
         usual = {name: one.default for name, one in self.of_run.items()}
-        if given.pop("print_config", False):
-            typer.echo(config_text({**usual, **stored, **given}), nl=False)
+        printed = given.pop("print_config", False)
+        values = self.completed({**stored, **given})
+        if printed:
+            typer.echo(config_text({**usual, **values}), nl=False)
             return
         # a printed file holds all options, which are not all asked for
-        values = {**{name: x for name, x in stored.items() if x != usual[name]}, **given}
+        values = {n: value for n, value in values.items() if n in given or value != usual[n]}
         own = {}
         for one in self.own:
             value = values.pop(one.name, one.default)
@@ -206,14 +210,20 @@ class Command:
 
 
 def command(
-    *library: Option, example: str, name: str = "", config: bool = False, shared: bool = False
+    *library: Option,
+    example: str,
+    name: str = "",
+    config: bool = False,
+    shared: bool = False,
+    completed: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> Callable[[Callable[..., None]], Command]:
     """Make a command of a function whose default values are options. It takes given values of `library` as
     keywords. `name` is by default that of the function; other arguments are those of `Command`."""
 
     def made(run: Callable[..., None]) -> Command:
         called = name or run.__name__.replace("_", "-")
-        return Command(called, run, parameters_of(run), library, example, config, shared)
+        own = parameters_of(run)
+        return Command(called, run, own, library, example, config, shared, completed)
 
     return made
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from maskopt.cli.prune_view import PruneView
 from maskopt.cli.view import View, clock, view
 from maskopt.core.fields import OUTPUT, TEXT, option, options_of
 from maskopt.errors import OptionError
-from maskopt.models.options.prune import PruneOptions
+from maskopt.models.options.prune import RECIPE, PruneOptions, with_recipe
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 
 
 @command(
+    RECIPE,
     *options_of(PruneOptions),
     example="maskopt prune MODEL --sparsity 0.5 --calibration text.txt --output OUT",
     config=True,
     shared=True,
+    completed=with_recipe,
 )
 def prune(
     model: str = MODEL,
@@ -183,6 +185,8 @@ def show_report(report: PruneReport) -> None:
     screen.print(f"sparsity of these layers: {report.sparsity:.4f}; {report.seconds:.1f} s")
     if report.parts:
         screen.print(trained_words(report.parts))
+    if report.distillation is not None:
+        screen.print(distilled_words(report.distillation), soft_wrap=True)
     if report.fallbacks:
         names = ", ".join(report.fallbacks[:5]) + (" …" if len(report.fallbacks) > 5 else "")
         screen.print(
@@ -197,19 +201,24 @@ def _kinds_table(report: PruneReport) -> Table:
     layers = report.layers
     shown = {
         "pruned": len({layer.pattern for layer in layers}) > 1,
-        "start, uniform": any(layer.error_uniform is not None for layer in layers),
-        "start error": any(layer.error_start is not None for layer in layers),
+        "Wanda": True,
         "before update": any(layer.error_kept is not None for layer in layers),
         "error": True,
-        "error/start": any(layer.error_start is not None for layer in layers),
+        "error/Wanda": True,
         "held-out error": any(layer.relative_held is not None for layer in layers),
+        "rows proven": True,
     }
     headings = ("layer kind", "layers", *(name for name, has in shown.items() if has), "seconds")
-    table = make_table(*headings, caption="errors are parts of the energy of the layers' outputs")
-    for kind, of_kind in report.by_kind().items():
-        cells = _errors(
-            [layer for layer in of_kind if not layer.fallback]
-        )  # theirs are other errors
+    table = make_table(
+        *headings,
+        caption="errors relative to the energy of the layers' outputs; Wanda: its masks at the same "
+        "sparsity, with unchanged weights",
+    )
+    for kind, of_kind in {**report.by_kind(), "all": layers}.items():
+        # errors of layers pruned by magnitude are other ones
+        cells = _errors([layer for layer in of_kind if not layer.fallback])
+        if kind == "all":
+            table.add_section()
         cells["pruned"] = _range([layer.sparsity for layer in of_kind])
         seconds = sum(layer.seconds for layer in of_kind)
         found = (cells[name] for name, has in shown.items() if has)
@@ -218,25 +227,21 @@ def _kinds_table(report: PruneReport) -> Table:
 
 
 def _errors(layers: Sequence[LayerReport]) -> dict[str, str]:
-    """Errors of the layers of one kind, by heading, relative to the energy of their outputs."""
+    """Errors of layers, by heading, relative to the energy of their outputs."""
+    from maskopt.models.checkpoints.report import proven_share, ratio_to_wanda
 
-    def total(name: str) -> float:
-        return sum(getattr(layer, name) or 0.0 for layer in layers)
+    def part(name: str, energy: str = "energy") -> str:
+        error, whole = (sum(getattr(x, of) or 0.0 for x in layers) for of in (name, energy))
+        return f"{error / whole:.4f}" if whole else "–"
 
-    def part(error: float | None, energy: float) -> str:
-        return "–" if error is None or not energy else f"{error / energy:.4f}"
-
-    energy, end = total("energy"), total("error")
-    begin = (
-        total("error_start") if layers and all(x.error_start is not None for x in layers) else None
-    )
+    ratio, proven = ratio_to_wanda(layers), proven_share(layers)
     return {
-        "start, uniform": part(total("error_uniform"), energy),
-        "start error": part(begin, energy),
-        "before update": part(total("error_kept"), energy),
-        "error": part(end, energy),
-        "error/start": f"{end / begin:.3f}" if begin else "–",
-        "held-out error": part(total("error_held"), total("energy_held")),
+        "Wanda": part("error_wanda"),
+        "before update": part("error_kept"),
+        "error": part("error"),
+        "error/Wanda": "–" if ratio is None else f"{ratio:.3f}",
+        "held-out error": part("error_held", "energy_held"),
+        "rows proven": "–" if proven is None else f"{proven:.1%}",
     }
 
 
@@ -251,6 +256,20 @@ def trained_words(parts: Sequence[PartReport]) -> str:
         f"trained: loss {mean('fitted_before'):.4f} → {mean('fitted_after'):.4f} on its windows, "
         f"{mean('held_before'):.4f} → {mean('held_after'):.4f} on held-out windows, mean of "
         f"{len(parts)} parts" + (f"; {stayed} unchanged" if stayed else "")
+    )
+
+
+def distilled_words(losses: Mapping[str, Any]) -> str:
+    """What training all kept weights together made of the model, in a line."""
+    before, after = losses["before"], losses["after"]
+    return (
+        f"distilled: KL to the dense model, nats: {before['fitted']:.4f} → {after['fitted']:.4f}; on "
+        f"held-out windows {before['held']:.4f} → {after['held']:.4f} (epoch {losses['epoch']})"
+        + (
+            "; it diverged and was ended: take a smaller learning_rate"
+            if losses["diverged"]
+            else ""
+        )
     )
 
 

@@ -1,4 +1,4 @@
-"""What a prune shows while it works: block, layer, how far errors are below the start's, rows proven."""
+"""What a prune shows while it works: block, layer, errors relative to Wanda's, rows proven."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PruneView:
         self._block = -1
         self._times: list[float] = []
         self._began = time.monotonic()
-        self._error = self._start = 0.0
+        self._error = self._wanda = 0.0
         self._rows = self._proven = 0
 
     def __call__(self, event: BlockProgress) -> None:
@@ -38,12 +38,13 @@ class PruneView:
         if event.layer is not None:
             self._count(event)
             facts = {"layer": asdict(event.layer)}
-        what = f"block {event.block + 1} of {event.blocks}: {event.stage}"
+        after = event.block == event.blocks  # all blocks are done
+        what = event.stage if after else f"block {event.block + 1} of {event.blocks}: {event.stage}"
         self._view.show(
             what,
             event.done,
             event.total or None,
-            part=self._part(event),
+            part=None if after else self._part(event),
             note=self._note(),
             **facts,
         )
@@ -69,16 +70,15 @@ class PruneView:
         assert layer is not None
         if layer.fallback:
             return
-        if layer.error_start is not None and layer.energy:
-            self._error += layer.relative
-            self._start += layer.error_start / layer.energy
+        self._error += layer.error
+        self._wanda += layer.error_wanda or 0.0
         self._rows += layer.rows
         self._proven += sum(n for name, n in layer.statuses.items() if name != "feasible")
 
     def _note(self) -> str:
         words = []
-        if self._start:
-            words.append(f"error {self._error / self._start:.3f} of the start")
+        if self._wanda:
+            words.append(f"error {self._error / self._wanda:.3f} times that of Wanda")
         if self._proven:
             words.append(
                 f"{self._proven:,} of {self._rows:,} rows proven optimal or 1-swap optimal"

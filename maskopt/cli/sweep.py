@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 #: options that are swept, or that need more than Gram matrices of the dense model
 _NOT_HERE = (
-    *("sparsity", "solver", "update", "training", "target", "calibrate_on", "true_sequential"),
-    *("allocation", "sensitivity", "max_deviation", "counts"),
+    *("sparsity", "solver", "update", "training", "distillation", "target", "calibrate_on"),
+    *("true_sequential", "allocation", "sensitivity", "max_deviation", "counts"),
 )
 
 
@@ -98,6 +98,8 @@ def sweep(
 
 def swept_table(found: list[Swept], dense: Evaluation | None) -> Table:
     """One line per prune; errors are means over its layers, relative to the energy of their outputs."""
+    from maskopt.models.checkpoints.report import proven_share
+
     table = make_table(
         *("prune", "pruned", "error", "held out", "rows proven", "solving, s"),
         *([] if dense is None else ["perplexity", "× dense"]),
@@ -106,10 +108,9 @@ def swept_table(found: list[Swept], dense: Evaluation | None) -> Table:
     if dense is not None:
         table.add_row("dense", *["–"] * 5, f"{dense.perplexity.value:.2f}", "1")
     for one in found:
-        layers = [layer for layer in one.report.layers if not layer.fallback]
+        layers = one.report.solved
         held = [x.relative_held for x in layers if x.relative_held is not None]
-        rows = sum(layer.rows for layer in layers)
-        proven = sum(n for x in layers for s, n in x.statuses.items() if s != "feasible")
+        proven = proven_share(layers)
         change = None if one.evaluation is None else one.evaluation.change
         cells = (
             []
@@ -121,7 +122,7 @@ def swept_table(found: list[Swept], dense: Evaluation | None) -> Table:
             f"{one.report.sparsity:.1%}",
             f"{sum(x.relative for x in layers) / len(layers):.4f}" if layers else "–",
             f"{sum(held) / len(held):.4f}" if held else "–",
-            f"{proven / rows:.0%}" if rows else "–",
+            "–" if proven is None else f"{proven:.0%}",
             f"{sum(x.seconds for x in one.report.layers):.1f}",
             *cells,
         )

@@ -105,6 +105,10 @@ class Option:
         *most, last = values or [""]
         return f"`{name}` {' or '.join(filter(None, (', '.join(most), last)))}".rstrip()
 
+    def has_effect(self, other: Any) -> bool:
+        """Whether the option has an effect with this value of the one that it needs."""
+        return other in self.needs[1:] if self.needs[1:] else bool(other)
+
     @property
     def sentence(self) -> str:
         """The help, after the condition."""
@@ -190,11 +194,9 @@ def check_options(value: Any, owner: str = "") -> None:
 def check_needs(value: Any) -> None:
     """Raise OptionError for an option that is given without the option that it needs."""
     for known in options_of(type(value)):
-        if known.needs and getattr(value, known.name) != known.default:
-            other, *values = known.needs
-            there = getattr(value, other)
-            if not (there in values if values else there):
-                raise OptionError(f"`{known.name}` needs {known.condition}")
+        given = known.needs and getattr(value, known.name) != known.default
+        if given and not known.has_effect(getattr(value, known.needs[0])):
+            raise OptionError(f"`{known.name}` needs {known.condition}")
 
 
 def build(

@@ -14,7 +14,7 @@ from maskopt.demo.text import demo_text
 from maskopt.experiments.compare import Record, compare, sample_rows
 from maskopt.models.architecture.blocks import short
 from maskopt.models.blockwise.progress import BlockProgress
-from maskopt.models.checkpoints.report import PruneReport
+from maskopt.models.checkpoints.report import PruneReport, proven_share, ratio_to_wanda
 from maskopt.models.checkpoints.workspace import check_output
 from maskopt.models.evaluation.evaluate import perplexity
 from maskopt.models.pruning.problems import layer_problems
@@ -175,13 +175,11 @@ def error_table(report: PruneReport, sparsity: float, blocks: int) -> Table:
         "activations from the already pruned earlier blocks.",
     )
     for kind, layers in report.by_kind().items():
-        before = sum(layer.error_start or 0.0 for layer in layers)
-        after = sum(layer.error for layer in layers)
-        rows = sum(layer.rows for layer in layers)
-        proven = sum(c for x in layers for name, c in x.statuses.items() if name != "feasible")
-        ratio = f"{after / before:.3f}" if before else "–"
-        cells = (number(before), number(after), ratio, f"{rows:,}", f"{proven / rows:.0%}")
-        table.add(short(kind), *cells)
+        wanda, error = sum(x.error_wanda or 0.0 for x in layers), sum(x.error for x in layers)
+        rows, proven = sum(layer.rows for layer in layers), proven_share(layers) or 0.0
+        ratio = ratio_to_wanda(layers)
+        shown = "–" if ratio is None else f"{ratio:.3f}"
+        table.add(short(kind), number(wanda), number(error), shown, f"{rows:,}", f"{proven:.0%}")
     return table
 
 

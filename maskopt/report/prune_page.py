@@ -16,6 +16,8 @@ from maskopt.models.checkpoints.mask_file import MaskFile
 from maskopt.models.checkpoints.report import (
     LayerReport,
     PartReport,
+    proven_share,
+    ratio_to_wanda,
     read_layers,
     read_manifest,
     read_parts,
@@ -50,6 +52,7 @@ class Pruned:
     parts: Sequence[PartReport]
     sparsity: float
     memory: Mapping[str, int | None]
+    distillation: Mapping[str, Any] | None
     digest: str
 
     @classmethod
@@ -70,6 +73,7 @@ class Pruned:
             read_parts(manifest["parts"], path),
             float(manifest["sparsity"]),
             manifest.get("memory", {}),  # folders of earlier versions have none
+            manifest.get("distillation"),
             result_digest(manifest),
         )
 
@@ -140,14 +144,14 @@ def report_parts(
     """The page from top to bottom.
 
     Args:
-        tables: for the place below the summary.
+        tables: of perplexities, for the place above the summary.
         after: for the place below the tables of layers.
     """
     solved = [one for one in pruned if one.solved]
     return [
         *(f"{x.folder}: {what_was_done(x.fingerprint, x.layers, x.sparsity)}" for x in pruned),
-        summary(pruned),
         *tables,
+        summary(pruned),
         *([errors_by_block(pruned)] if solved else []),
         *(kinds_table(one) for one in solved),
         *(
@@ -155,7 +159,7 @@ def report_parts(
             for i, one in enumerate(pruned, 1)
             if any(layer.improvement_quantiles is not None for layer in one.solved)
         ),
-        *(trained_table(one) for one in pruned if one.parts),
+        *(trained_table(one) for one in pruned if one.parts or one.distillation),
         *after,
         *([mask_picture(pruned[0], picture)] if pruned[0].has_masks or picture else []),
         Heading("The same once more"),
@@ -167,26 +171,25 @@ def summary(pruned: Sequence[Pruned]) -> Table:
     """A line for every folder."""
     table = Table(
         "In short",
-        ("folder", "solver", "sparsity", "error", "ratio to start", "held out", "rows", "proven",
+        ("folder", "solver", "sparsity", "error", "ratio to Wanda", "held out", "rows", "proven",
          "solving", "memory"),
         text_columns=2,
-        note="Errors: relative squared error of a layer's output, on average over the layers; proven: rows "
-        "whose mask is proven to be optimal, or 1-swap optimal; memory: of the process, at the peak.",
+        note="Errors: relative squared error of a layer's output, on average over the layers; ratio to "
+        "Wanda: the sum of errors over that of Wanda's masks at the same sparsity, with unchanged weights; "
+        "proven: rows whose mask is proven optimal, or 1-swap optimal; memory: of the process, at the peak.",
     )  # fmt: skip
     for one in pruned:
         layers, peak = one.solved, one.memory.get("process")
-        rows = sum(layer.rows for layer in layers)
-        proven = sum(c for x in layers for name, c in x.statuses.items() if name != "feasible")
-        error, start = _mean([x.relative for x in layers]), _start(layers)
+        proven = proven_share(layers)
         table.add(
             one.name,
             str(one.fingerprint["options"].get("solver", "–")),
             f"{one.sparsity:.1%}",
-            number(error),
-            number(error / start if error is not None and start else None),
+            number(_mean([x.relative for x in layers])),
+            number(ratio_to_wanda(layers)),
             number(_held(layers)),
-            f"{rows:,}",
-            f"{proven / rows:.0%}" if rows else "–",
+            f"{sum(layer.rows for layer in layers):,}",
+            "–" if proven is None else f"{proven:.0%}",
             _time(sum(layer.seconds for layer in one.layers)),
             "–" if peak is None else f"{peak / 2**30:.2f} GiB",
         )
@@ -197,7 +200,7 @@ def kinds_table(one: Pruned) -> Table:
     """A line for every kind of layer."""
     table = Table(
         f"Kinds of layers, {one.name}",
-        ("layers", "start", "error", "held out", "pruned", "swaps a row", "scans a row", "solving"),
+        ("layers", "Wanda", "error", "held out", "pruned", "swaps a row", "scans a row", "solving"),
         note="Means over the layers of a kind; errors: relative squared errors of their outputs.",
     )
     for kind, layers in one.by("kind").items():
@@ -205,7 +208,7 @@ def kinds_table(one: Pruned) -> Table:
         counts = [[getattr(layer, name) for layer in layers] for name in ("swaps", "scans")]
         table.add(
             short(kind),
-            number(_start(layers)),
+            number(_wanda(layers)),
             number(_mean([layer.relative for layer in layers])),
             number(_held(layers)),
             f"{sum(x.pruned for x in layers) / sum(x.rows * x.n for x in layers):.1%}",
@@ -216,13 +219,13 @@ def kinds_table(one: Pruned) -> Table:
 
 
 def errors_by_block(pruned: Sequence[Pruned]) -> Figure:
-    """Mean error of a block's layers, along the model: start, result, and on held-out windows."""
+    """Mean error of a block's layers, along the model: Wanda's masks, result, and on held-out windows."""
     series: dict[str, dict[int, float]] = {}
     for one in pruned:
         name = f"{one.name}: " if len(pruned) > 1 else ""
         blocks = one.by("block")
         lines = {
-            "start": {b: _start(layers) for b, layers in blocks.items()} if not name else {},
+            "Wanda": {b: _wanda(layers) for b, layers in blocks.items()} if not name else {},
             "result": {b: _mean([x.relative for x in layers]) for b, layers in blocks.items()},
             "held out": {b: _held(layers, every=True) for b, layers in blocks.items()},
         }
@@ -299,7 +302,8 @@ def trained_table(one: Pruned) -> Table:
             "unchanged",
             "time",
         ),
-        note="Mean losses towards the dense model, on training and on held-out windows.",
+        note="Mean losses towards the dense model, on training and on held-out windows; of the whole model "
+        "the KL divergence of its predictions, nats.",
     )
     parts: dict[str, list[PartReport]] = {}
     for part in one.parts:
@@ -313,6 +317,9 @@ def trained_table(one: Pruned) -> Table:
             str(sum(part.epoch == 0 for part in some)),
             _time(sum(part.seconds for part in some)),
         )
+    if (whole := one.distillation) is not None:
+        values = [whole[when][on] for on in ("fitted", "held") for when in ("before", "after")]
+        table.add("whole model", "1", *map(number, values), "–" if whole["epoch"] else "1", "–")
     return table
 
 
@@ -410,10 +417,10 @@ def _records(path: Path, *, whole: bool) -> list[Mapping[str, Any]]:
     return found
 
 
-def _start(layers: Sequence[LayerReport]) -> float | None:
-    """Mean relative error of the starts, where all had one."""
-    starts = [x.error_start / x.energy for x in layers if x.error_start is not None and x.energy]
-    return _mean(starts) if len(starts) == len(layers) else None
+def _wanda(layers: Sequence[LayerReport]) -> float | None:
+    """Mean relative error of Wanda's masks, where all are known."""
+    known = [x.error_wanda / x.energy for x in layers if x.error_wanda is not None and x.energy]
+    return _mean(known) if len(known) == len(layers) else None
 
 
 def _held(layers: Sequence[LayerReport], *, every: bool = False) -> float | None:

@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def cell(args: argparse.Namespace, model: str, pattern: str, method: str) -> Record:
-    """One prune: its perplexity, and by how much each layer's error is below that of its start."""
+    """One prune: its perplexity, and by how much each layer's error is below that of Wanda."""
     solver, options, start = METHODS[method]
     with tempfile.TemporaryDirectory(prefix="table-", dir=args.data.absolute().parent) as home:
         report = prune_model(
@@ -73,9 +73,9 @@ def cell(args: argparse.Namespace, model: str, pattern: str, method: str) -> Rec
         )  # fmt: skip
         found = judged(args, Path(home, "out"))
     below = [
-        (layer.kind, str(layer.block), 1 - layer.error / layer.error_start)
+        (layer.kind, str(layer.block), 1 - layer.error / layer.error_wanda)
         for layer in report.layers
-        if layer.error_start and not layer.fallback
+        if layer.error_wanda and not layer.fallback
     ]
     return {**found, "below": below, "seconds": report.seconds}
 

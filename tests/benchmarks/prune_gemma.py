@@ -69,6 +69,7 @@ def child(arguments: argparse.Namespace) -> None:
 
     from maskopt.demo.model import demo_model
     from maskopt.demo.text import demo_text
+    from maskopt.models.checkpoints.report import ratio_to_wanda
     from maskopt.models.pruning.prune import prune_model
     from maskopt.protocol.solver import available_solvers
 
@@ -91,7 +92,6 @@ def child(arguments: argparse.Namespace) -> None:
             training=read_pairs(arguments.training),
             include=include, output=Path(folder) / "out", threads=arguments.threads,
         )  # fmt: skip
-    starts = [layer.error_start for layer in report.layers]
     print(
         json.dumps(
             {
@@ -103,10 +103,7 @@ def child(arguments: argparse.Namespace) -> None:
                 "training": sum(part.seconds for part in report.parts),
                 "passes": sum(passes),
                 "recorded": sum(recorded),
-                "error/start": None
-                if None in starts
-                else sum(x.error / x.error_start for x in report.layers if x.error_start)
-                / len(report.layers),
+                "error/Wanda": ratio_to_wanda(report.layers),
                 "peak GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
                 "sparsity": report.sparsity,
             }

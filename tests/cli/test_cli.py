@@ -348,7 +348,9 @@ class Kept(View):
 def layer(error, proven):
     statuses = {"swap_optimal": proven, "feasible": 4 - proven}
     return LayerReport(
-        *("q", 0, "q", 4, 8, "0.5", 16, 2.0, error, 0.0, statuses, 99, False, 1.0), energy=10.0
+        *("q", 0, "q", 4, 8, "0.5", 16, error, 0.0, statuses, 99, False, 1.0),
+        energy=10.0,
+        error_wanda=2.0,
     )
 
 
@@ -363,7 +365,7 @@ def test_a_prune_shows_how_far_it_is_and_what_it_has_reached(still):
     assert parts == pytest.approx([0, 2 / 4, (2 + 0.98) / 4])
     last = kept.seen[-1]
     assert (kept.seen[0]["note"], last["what"]) == ("", "block 4 of 4: solve")
-    assert last["note"].startswith("error 0.500 of the start; 10 of 16 rows proven")
+    assert last["note"].startswith("error 0.500 times that of Wanda; 10 of 16 rows proven")
     assert last["layer"]["rows"] == 4
     # before a block is done, the time left is by what was expected
     show = PruneView(kept := Kept(), expected=100.0)

@@ -158,7 +158,7 @@ def test_names_cannot_break_out_of_the_page_and_do_not_mix(home, tmp_path):
 def test_what_has_no_start_or_too_few_tokens_is_left_out(home, tmp_path):
     prune(home / "dense", tmp_path / "out", tokens(2))
     assert "Rows, out" not in page(tmp_path, tmp_path / "out")
-    assert summary([Pruned.open(tmp_path / "out", "out")]).rows[0][4] == "–"
+    assert summary([Pruned.open(tmp_path / "out", "out")]).rows[0][4] == "1"
     prune(home / "dense", tmp_path / "few", tokens(2), solver="swap", min_tokens=999)
     assert "In short" in page(tmp_path, tmp_path / "few")
     assert summary([Pruned.open(tmp_path / "few", "few")]).rows[0][3:6] == ("–",) * 3
@@ -230,8 +230,8 @@ def test_tables_name_a_row_once_and_sum_errors_per_kind():
     assert toy_table([failed], labels, 0.5).rows[0][2] == "–"
     layers = [
         LayerReport(
-            f"model.layers.{block}.mlp.up_proj", block, "mlp.up_proj", 4, 8, "0.5", 16, before, after,
-            0.0, {"swap-optimal": 3, "feasible": 1}, 100, False, 0.1,
+            f"model.layers.{block}.mlp.up_proj", block, "mlp.up_proj", 4, 8, "0.5", 16, after, 0.0,
+            {"swap-optimal": 3, "feasible": 1}, 100, False, 0.1, error_wanda=before,
         )
         for block, before, after in ((0, 4.0, 1.0), (1, 6.0, 4.0))
     ]  # fmt: skip

@@ -32,7 +32,7 @@ from maskopt.models.blockwise.distributed import ALONE, Ranks
 from maskopt.models.blockwise.forward import Captured, capture, ending
 from maskopt.models.blockwise.gradients import DenseModel, Gradients
 from maskopt.models.blockwise.memory import Load, by_block, check_memory, trained_states
-from maskopt.models.blockwise.progress import OnBlockProgress, Tick, ticker
+from maskopt.models.blockwise.progress import BlockProgress, OnBlockProgress, Tick, ticker
 from maskopt.models.blockwise.threads import Threads
 from maskopt.models.blockwise.windows import held_out, windows_of
 from maskopt.models.calibration.token_weights import (
@@ -142,6 +142,11 @@ class Job:
         if self._windows is None:
             raise ModelError("there is no text to walk through the blocks; name some")
         return self._windows
+
+    @property
+    def passes(self) -> int:
+        """Passes of windows through blocks in a whole walk."""
+        return (self.last + 1) * self.count
 
     def few(self) -> list[int]:
         """The first fitted windows, enough to measure which layers and rows matter."""
@@ -443,6 +448,19 @@ class Block:
         if dense is not None and self.job.goes_on(self.index):
             pass_on(self.opened, dense)
         self.dense_advanced = True
+
+
+def walk_whole(job: Job, tell: Callable[[int, int], None]) -> None:
+    """Send all windows through all blocks. `tell` is called with (passes done, all of them with one more per
+    window through the output head)."""
+
+    def report(event: BlockProgress) -> None:
+        if event.done:
+            tell(event.block * job.count + event.done, job.passes + job.count)
+
+    job.tell = report
+    for block in job.blocks():
+        block.advance()
 
 
 def _first_round(layers: Sequence[Layer], grams: Grams) -> tuple[list[Layer], list[Layer]]:

@@ -70,6 +70,14 @@ def windows_of(
     return calibration_windows(text, tokenizer, samples=options.samples, seed=options.seed, **how)
 
 
+def check_targets(windows: Windows) -> None:
+    """Raise DataError where nothing in a window is predicted."""
+    if windows.length <= windows.beginning.first_target:
+        raise DataError(
+            "nothing is predicted in these windows; take windows of at least two tokens, and one of text"
+        )
+
+
 def held_out(windows: int, share: float) -> frozenset[int]:
     """The held-out windows: the last ⌊share·windows⌋; DataError where these would be none or all."""
     count = math.floor(as_written(share) * windows)

@@ -31,8 +31,8 @@ class LayerReport:
     Attributes:
         block: index of its decoder block.
         kind: the name inside the block, numbers as stars: `self_attn.q_proj`.
-        error_start: of the start, with unchanged weights; None without a start.
-        error_uniform: with a shared budget, the same at an equal count in every row; else None.
+        error_wanda: of Wanda's mask with unchanged weights, at the layer's sparsity in every row; None where
+            no mask was chosen.
         error: of the result: the mean squared change of the output, with G shrunk by `gram_shrinkage`.
         error_kept: of the mask before kept weights were updated; None without an update.
         objective: of the statuses: `kept` weights, `least-squares` updated ones, or `updated` by the solver.
@@ -57,7 +57,6 @@ class LayerReport:
     n: int
     pattern: str
     pruned: int
-    error_start: float | None
     error: float
     lower_bound: float
     statuses: dict[str, int]
@@ -71,9 +70,9 @@ class LayerReport:
     error_kept: float | None = None
     objective: str = "kept"
     damping: float | None = None
-    error_uniform: float | None = None
     swaps: int | None = None
     scans: int | None = None
+    error_wanda: float | None = None
     improvement_quantiles: Sequence[float] | None = None
 
     @property
@@ -91,6 +90,20 @@ class LayerReport:
         if self.error_held is None or not self.energy_held:
             return None
         return self.error_held / self.energy_held
+
+
+def ratio_to_wanda(layers: Sequence[LayerReport]) -> float | None:
+    """Sum of errors relative to that of Wanda's masks; None where a layer has none, or theirs is 0."""
+    errors = [layer.error_wanda for layer in layers]
+    total = sum(error or 0.0 for error in errors)
+    return None if None in errors or not total else sum(x.error for x in layers) / total
+
+
+def proven_share(layers: Sequence[LayerReport]) -> float | None:
+    """Share of rows whose mask is proven optimal or 1-swap optimal; None without rows."""
+    rows = sum(layer.rows for layer in layers)
+    open_ = sum(layer.statuses.get("feasible", 0) for layer in layers)
+    return 1 - open_ / rows if rows else None
 
 
 @dataclass(frozen=True)
@@ -137,6 +150,8 @@ class PruneReport:
         fingerprint: what decides the result: options, digests, versions.
         seconds: wall time of this call.
         memory: bytes at the peak, see `peaks`; empty where this call pruned nothing.
+        distillation: mean KL(dense ‖ pruned) of the next token, nats, `before` and `after`, on `fitted` and
+            `held` windows; the best `epoch` (0: the start), `diverged`. None: there was none.
     """
 
     layers: Sequence[LayerReport]
@@ -147,6 +162,7 @@ class PruneReport:
     seconds: float = 0.0
     parts: Sequence[PartReport] = ()
     memory: Mapping[str, int | None] = field(default_factory=dict)
+    distillation: Mapping[str, Any] | None = None
 
     @property
     def sparsity(self) -> float:
@@ -157,6 +173,11 @@ class PruneReport:
     @property
     def fallbacks(self) -> list[str]:
         return [layer.name for layer in self.layers if layer.fallback]
+
+    @property
+    def solved(self) -> list[LayerReport]:
+        """Layers with comparable errors: without those pruned by magnitude."""
+        return [layer for layer in self.layers if not layer.fallback]
 
     def sentence(self) -> str:
         """What was done, for people."""
@@ -189,6 +210,8 @@ def what_was_done(
         "least-squares": "kept weights were updated by least squares",
         "blockwise": "kept weights were trained towards the dense model's outputs",
     }[options["update"]]
+    if options.get("distillation"):
+        after += "; then all of them were trained together towards its predictions"
     smaller = "channels" in options or "experts" in options
     if smaller:  # `kept 3 of 4 heads and 1536 of 2048 channels`
         what = "kept " + " and ".join(dict.fromkeys(layer.pattern for layer in layers))
@@ -276,6 +299,7 @@ def write_manifest(
         "sparsity": report.sparsity,
         "layers": [{**asdict(layer), "sparsity": layer.sparsity} for layer in report.layers],
         "parts": [asdict(part) for part in report.parts],
+        "distillation": report.distillation,
         "bad_samples": list(report.bad_samples),
         "fallbacks": report.fallbacks,
         "tensors": dict(tensors or {}),

@@ -1,32 +1,24 @@
-"""A pruned model trained as a whole, its masks fixed, to predict what the dense model predicts.
-
-This is knowledge distillation (Hinton, Vinyals and Dean, arXiv 1503.02531) at temperature 1: one walk through
-the dense model, then all kept weights trained together by KL(dense ‖ pruned) of the next token.
-"""
+"""`distill_model`: a folder that was pruned before, trained as a whole towards the dense model."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from maskopt.errors import DataError, ModelError
-from maskopt.models.architecture.blocks import Layer, matrix
-from maskopt.models.architecture.loading import merged
-from maskopt.models.architecture.source import FolderSource, layer_masks
-from maskopt.models.blockwise.divergence import divergence_loss
+from maskopt.models.architecture.source import FolderSource
 from maskopt.models.blockwise.job import Job, open_job
 from maskopt.models.blockwise.memory import check_memory
-from maskopt.models.blockwise.windows import held_out, tokens_or_tokenizer
+from maskopt.models.blockwise.windows import check_targets, held_out, tokens_or_tokenizer
 from maskopt.models.checkpoints.checkpoint import Checkpoint, file_digest, write_json
 from maskopt.models.checkpoints.mask_file import Edits, MaskFile
-from maskopt.models.checkpoints.safefile import write_file, write_tensors
+from maskopt.models.checkpoints.safefile import write_file
 from maskopt.models.checkpoints.workspace import CARD, MASKS, Workspace
 from maskopt.models.checkpoints.write import (
     check_masks,
@@ -35,19 +27,12 @@ from maskopt.models.checkpoints.write import (
     disk_needed,
     write_shard,
 )
-from maskopt.models.evaluation.evaluate import check_targets, walk_whole
 from maskopt.models.options.distill import DistillOptions
-from maskopt.models.options.walk import WalkOptions, options_by_name
+from maskopt.models.options.walk import options_by_name
 from maskopt.models.pruning.run import Run, fingerprint_of
 from maskopt.models.structured.change import folder_source
-from maskopt.models.training.trainer import (
-    BYTES,
-    FolderKeeper,
-    Losses,
-    Task,
-    Trained,
-    train,
-)
+from maskopt.models.training.trainer import Losses, Trained
+from maskopt.models.training.whole import OnDistill, disk_of_training, open_teacher, train_whole
 
 FORMAT = "maskopt-distill-1"
 #: fingerprint, losses and digests of a result
@@ -61,9 +46,6 @@ model (`maskopt distill`; `maskopt-distill.json` has the figures). What is said 
 commands that make the same bytes, are of the model before that. `maskopt verify FOLDER --masks PRUNED`
 holds the zeros of both against each other.
 """
-
-#: called with the name of a stage, how much of it is done, and of how much
-OnDistill = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -129,26 +111,20 @@ def distill_model(
         load = replace(student.load, together=True, recompute=options.recompute)
         student.activation_memory = check_memory(load, int(options.max_memory))
     source, masks = _with_masks(student)
-    dense = _teacher(teacher, student, options)
+    dense = open_teacher(teacher, student, options)
+    _check_same_model(folder_source(dense.source), source.checkpoint)
     taught_by = folder_source(dense.source).checkpoint
     run.reads(model=source.checkpoint, teacher=taught_by)
     fingerprint = {**fingerprint_of(student, options.record()), "teacher": taught_by.digest}
     if (record := run.finished(fingerprint)) is not None:
         return Distilled(**vars(_trained(run, record)), seconds=0.0, output=run.output)
-    needed = disk_needed(source.checkpoint, True)
-    if options.save_every:  # what `resume` goes on from, twice
-        needed += 2 * BYTES * sum(math.prod(masks.shape(name)) for name in masks.names)
+    weights = sum(math.prod(masks.shape(name)) for name in masks.names)
+    needed = disk_needed(source.checkpoint) + disk_of_training(weights, options)
     remedy = "; `save_every` 0 takes less, and cannot be resumed"
     with run.opened(needed, fingerprint, remedy) as work:
-        keeper = FolderKeeper(work, run.journal, 60 * options.save_every, source.device)
-        # the dense model's threads begin first, so that they end last
-        with dense, student:
-            walk_whole(dense, lambda done, total: tell("dense model", done, total))
-            dense.source.drop()
-            trained, layers = _train(student, dense, options, keeper, tell)
+        trained, edits = train_whole(student, dense, options, work, run.journal, tell)
         run.check_models()
-        new = {layer.name: (layer, matrix(source.model, layer).cpu()) for layer in layers}
-        _write(source, masks, new, trained, fingerprint, work)
+        _write(source.checkpoint, masks, edits, trained, fingerprint, work)
     return Distilled(**vars(trained), seconds=time.perf_counter() - began, output=run.output)
 
 
@@ -164,18 +140,15 @@ def _trained(run: Run, record: Mapping[str, Any]) -> Trained:
 
 
 def _write(
-    source: FolderSource,
+    checkpoint: Checkpoint,
     masks: MaskFile,
-    new: Mapping[str, tuple[Layer, Tensor]],
+    edits: Edits,
     trained: Trained,
     fingerprint: Mapping[str, Any],
     work: Workspace,
 ) -> None:
-    """Write the pruned folder with new weights [rows, n] of the layers with masks, and move it into view."""
-    staging, checkpoint = work.staging, source.checkpoint
-    values = work.blocks / "distilled.values"
-    write_tensors(values, source.stored_values(new))
-    edits = Edits.of(masks, [values])
+    """Write the pruned folder with its edits, and move it into view."""
+    staging = work.staging
     files = {
         shard: write_shard(checkpoint, shard, staging / shard, edits) for shard in checkpoint.shards
     }
@@ -217,17 +190,6 @@ def _with_masks(student: Job) -> tuple[FolderSource, MaskFile]:
     return source, masks
 
 
-def _teacher(teacher: str | Path, student: Job, options: DistillOptions) -> Job:
-    """The dense model with the same windows; ModelError where the student was not made of it."""
-    same = ("device", "dtype", "threads", "trust_remote_code")
-    walk = WalkOptions(
-        activation_memory=student.activation_memory, **{n: getattr(options, n) for n in same}
-    )
-    dense = open_job(teacher, student.windows, walk, whole=True)
-    _check_same_model(folder_source(dense.source), folder_source(student.source).checkpoint)
-    return dense
-
-
 def _check_same_model(source: FolderSource, pruned: Checkpoint) -> None:
     """Raise ModelError unless both have the same tensors, and the same values of those outside the blocks."""
     dense = source.checkpoint
@@ -245,60 +207,3 @@ def _check_same_model(source: FolderSource, pruned: Checkpoint) -> None:
     for name in sorted({*dense.where} - inside):
         if not torch.equal(dense.read(name), pruned.read(name)):
             raise ModelError(f"{why}: tensor {name!r} has other values, and no prune changes it")
-
-
-def _train(
-    student: Job, dense: Job, options: DistillOptions, keeper: FolderKeeper, tell: OnDistill
-) -> tuple[Trained, list[Layer]]:
-    """Train the student in memory; also the layers that may have changed."""
-    source = folder_source(student.source)
-    held = held_out(student.count, options.holdout)
-    fitted = [window for window in range(student.count) if window not in held]
-    with (
-        student.in_memory(recompute=options.recompute) as states,
-        divergence_loss(student, dense, states) as loss,
-    ):
-        kept = _kept(source, options)
-        free = {
-            name: mask.to(source.device) for name, mask in merged(source.model, kept, False).items()
-        }
-        layers = [layer for layer, _ in kept.values()]
-        stored = {layer.parameter: source.stored_dtype(layer) for layer in layers}
-        task = Task(
-            str(source.checkpoint.folder),
-            "`maskopt eval` says whether it or the dense model does",
-            source.model,
-            free,
-            stored,
-            loss,
-            fitted,
-            sorted(held),
-            # passes of all windows would take nearly as long as an epoch
-            reported=fitted[: len(held)],
-            how=options,
-        )
-        done, total = 0, options.epochs * len(fitted)
-
-        def tick(windows: int) -> None:
-            nonlocal done
-            done += windows
-            tell("train", done, total)
-
-        generator = torch.Generator().manual_seed(options.seed)
-        return train(task, student.pool, generator, tick, keeper), layers
-
-
-def _kept(source: FolderSource, options: DistillOptions) -> dict[str, tuple[Layer, Tensor]]:
-    """Layers that are pruned, and their masks [rows, n], by name; ModelError for pruned weights that are not
-    zero."""
-    checkpoint, kept = source.checkpoint, {}
-    path, trust = checkpoint.folder / MASKS, options.trust_remote_code
-    for layer, mask in layer_masks(checkpoint, path, trust_remote_code=trust):
-        if bool((matrix(source.model, layer).cpu()[~mask] != 0).any()):
-            raise ModelError(
-                f"{checkpoint.folder}: layer {layer.name!r} holds weights that its mask prunes; "
-                "`maskopt masks apply` the masks to it first"
-            )
-        if not bool(mask.all()):
-            kept[layer.name] = layer, mask
-    return kept

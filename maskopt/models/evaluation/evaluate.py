@@ -28,9 +28,8 @@ from torch import Tensor, nn
 from maskopt.errors import DataError, ModelError, OptionError
 from maskopt.models.architecture.source import text_config
 from maskopt.models.blockwise.divergence import CACHED, kl
-from maskopt.models.blockwise.job import Job, open_job
-from maskopt.models.blockwise.progress import BlockProgress
-from maskopt.models.blockwise.windows import tokens_or_tokenizer
+from maskopt.models.blockwise.job import Job, open_job, walk_whole
+from maskopt.models.blockwise.windows import check_targets, tokens_or_tokenizer
 from maskopt.models.calibration.tokens import Windows
 from maskopt.models.options.walk import EVALUATION, WalkOptions, check_names
 
@@ -136,7 +135,7 @@ def perplexity(
         check_targets(cut)
         with job:
             walk_whole(job, tell)
-            sums = _sums([job], lambda done: tell(_walked(job) + done, _walked(job) + len(cut)))
+            sums = _sums([job], lambda done: tell(job.passes + done, job.passes + len(cut)))
     finally:
         if isinstance(model, nn.Module):
             model.train(training)
@@ -178,7 +177,7 @@ def evaluate(
 
         def judged(done: int) -> None:
             for name, job in zip(names, jobs, strict=True):
-                tell(name, _walked(job) + done, _walked(job) + job.count)
+                tell(name, job.passes + done, job.passes + job.count)
 
         sums = _sums(jobs, judged)
         windows_of = jobs[0].windows
@@ -291,14 +290,6 @@ def _change(
     )
 
 
-def check_targets(windows: Windows) -> None:
-    """Raise DataError where nothing in a window is predicted."""
-    if windows.targets <= 0:
-        raise DataError(
-            "nothing is predicted in these windows; take windows of at least two tokens, and one of text"
-        )
-
-
 def _perplexity_of(summed: Float[Tensor, " windows"], windows: Windows) -> Perplexity:
     """From the cross-entropy summed over the targets of each window."""
     per_window = windows.targets
@@ -326,24 +317,6 @@ def interval(values: Float[Tensor, " windows"]) -> tuple[float, float]:
     means = values.double()[lots].mean(1).sort().values
     cut = round(0.025 * RESAMPLES)
     return float(means[cut]), float(means[-1 - cut])
-
-
-def _walked(job: Job) -> int:
-    """Window passes of `walk_whole`."""
-    return (job.last + 1) * job.count
-
-
-def walk_whole(job: Job, tell: Callable[[int, int], None]) -> None:
-    """Send all windows through all blocks. `tell` is called with (passes done, all of them with one more per
-    window through the output head)."""
-
-    def report(event: BlockProgress) -> None:
-        if event.done:
-            tell(event.block * job.count + event.done, _walked(job) + job.count)
-
-    job.tell = report
-    for block in job.blocks():
-        block.advance()
 
 
 def exponential(nats: float) -> float:

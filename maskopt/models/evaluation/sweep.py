@@ -14,9 +14,10 @@ from maskopt.errors import ModelError, OptionError
 from maskopt.models.blockwise.distributed import ALONE, Ranks
 from maskopt.models.blockwise.job import Job, open_job
 from maskopt.models.blockwise.progress import OnBlockProgress
+from maskopt.models.blockwise.windows import check_targets
 from maskopt.models.checkpoints.report import PruneReport
 from maskopt.models.checkpoints.workspace import MANIFEST, check_place, unfinished
-from maskopt.models.evaluation.evaluate import Evaluation, check_targets, evaluate
+from maskopt.models.evaluation.evaluate import Evaluation, evaluate
 from maskopt.models.options.prune import NONE, prune_options
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.pruning.gram_store import OF_TEXT, GramStore, open_store

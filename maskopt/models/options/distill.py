@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from maskopt.core.fields import CALIBRATION, RUNTIME, TEXT, TRAINING, option
+from maskopt.core.fields import CALIBRATION, RUNTIME, TEXT, TRAINING, option, options_of
 from maskopt.models.options.walk import WalkOptions, described
 
 
@@ -70,4 +70,9 @@ class DistillOptions(WalkOptions):
     )
 
 
+#: of these, what `distillation` of a prune sets; windows and machine are those of the prune
+DISTILLATION = (
+    *(one.name for one in options_of(DistillOptions) if one.group == TRAINING),
+    "seed",
+)
 DistillOptions.__doc__ = described(DistillOptions)

@@ -13,15 +13,20 @@ from maskopt.core.fields import (
     CALIBRATION,
     JSON_FILE,
     REQUIRED,
+    RUNTIME,
     SELECTION,
+    TEXT,
     UPDATE,
+    Option,
     build,
     check_needs,
     option,
+    options_of,
 )
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.pattern import NM, Pattern, Unstructured, parse_sparsity, pattern_to_dict
 from maskopt.errors import ModelError, OptionError, PatternError, SolverError
+from maskopt.models.options.distill import DISTILLATION, DistillOptions
 from maskopt.models.options.solver import check_size, check_solver, default_start
 from maskopt.models.options.training import Reconstruction
 from maskopt.models.options.walk import WalkOptions, check_names, described, options_by_name
@@ -45,6 +50,33 @@ VARIANTS, VARIANT_WINDOWS = 3, 4
 #: defaults of `max_deviation`: of rows, the best of ± 0.05, 0.1, 0.2 and any on both demo models at 70%
 #: (tests/benchmarks/generalisation.py); of layers, with `allocation` layers and both
 ROW_DEVIATION, LAYER_DEVIATION = 0.1, 0.2
+#: named sets of options of a prune: what is not named has its default (docs/results/index.md, best models)
+RECIPES: dict[str, dict[str, Any]] = {
+    "fast": {},
+    "balanced": {"solver": "admm", "update": LEAST_SQUARES},
+    "best": {
+        "solver": "admm",
+        "allocation": LAYERS,
+        "update": BLOCKWISE,
+        "training": {"begin": LEAST_SQUARES},
+        "distillation": {"epochs": 2},
+        "samples": 72,
+        "seq_len": 512,
+        "holdout": 0.118,
+    },
+}
+
+RECIPE = Option(
+    "recipe",
+    str | None,
+    None,
+    "Named set of options, each of which may be changed. fast (default): proven masks, weights unchanged; "
+    "balanced: weights updated by least squares; best: also trained by blocks, then distilled. "
+    "--print-config prints them.",
+    choices=tuple(RECIPES),
+    group=SELECTION,
+    shown=True,
+)
 
 
 @dataclass(frozen=True)
@@ -122,6 +154,12 @@ class PruneOptions(WalkOptions):
     training: Mapping[str, Any] = option(
         dict, "How to train; may be repeated.", UPDATE, needs=("update", BLOCKWISE)
     )
+    distillation: Mapping[str, Any] = option(
+        dict,
+        "How to train all kept weights together afterwards, as `maskopt distill` does, on other windows of "
+        "the text, e.g. epochs=2; epochs=0: not at all; may be repeated.",
+        UPDATE,
+    )
     damping: float | str = option(
         LeastSquaresUpdate.damping,
         "Penalty that keeps weights near their values, relative to the mean of diag(G); auto: per layer by "
@@ -155,6 +193,7 @@ class PruneOptions(WalkOptions):
         self._set_allocation()
         check_needs(self)
         self._set_reconstruction()
+        self._set_distillation()
         self._check_automatic()
         if self.least_squares is None and (self.damping, self.damping_exponent) != (
             LeastSquaresUpdate.damping,
@@ -227,6 +266,20 @@ class PruneOptions(WalkOptions):
         made = build(Reconstruction, "training", dict(self.training), "option")
         object.__setattr__(self, "training", asdict(made))
 
+    def _set_distillation(self) -> None:
+        """Every setting is there, or none where no epoch is asked for."""
+        given = dict(self.distillation)
+        check_names(given, DISTILLATION, "option of `distillation`")
+        if not given or given.get("epochs") == 0:
+            object.__setattr__(self, "distillation", {})
+            return
+        if not self.holdout:
+            raise OptionError(
+                "`distillation` needs windows that judge it: give a `holdout` such as 0.1"
+            )
+        how = self.distilled
+        object.__setattr__(self, "distillation", {n: getattr(how, n) for n in DISTILLATION})
+
     def _check_automatic(self) -> None:
         """Raise MaskoptError for a number out of range, or for auto without held-out windows."""
         for name in ("gram_shrinkage", "damping"):
@@ -253,6 +306,15 @@ class PruneOptions(WalkOptions):
     def reconstruction(self) -> Reconstruction | None:
         """How kept weights are trained; None: they are not."""
         return Reconstruction(**self.training) if self.training else None
+
+    @property
+    def distilled(self) -> DistillOptions | None:
+        """How kept weights are trained together at the end; None: they are not."""
+        if not self.distillation:
+            return None
+        names = [one.name for one in options_of(WalkOptions) if one.group in (TEXT, RUNTIME)]
+        shared = {name: getattr(self, name) for name in (*names, "holdout") if name != "dtype"}
+        return DistillOptions(**shared, **self.distillation)
 
     @property
     def start_solver(self) -> str | None:
@@ -373,13 +435,48 @@ class PruneOptions(WalkOptions):
         }
 
 
-def prune_options(options: PruneOptions | None, shorthand: Mapping[str, Any]) -> PruneOptions:
-    """The options, with single ones set by name.
+def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Single options completed by those of their `recipe`, mappings key by key.
+
+    Left out are `allocation` where the sparsity is no share, and what needs an option that was changed.
 
     Raises:
-        OptionError: a name that is no option (near names are given).
+        OptionError: no such recipe.
+        PatternError: no such sparsity.
+    """
+    found = dict(given)
+    name = found.pop("recipe", None) or "fast"
+    if name not in RECIPES:
+        raise OptionError(f"`recipe` must be {' or '.join(RECIPES)}, not {name!r}")
+    for key, value in RECIPES[name].items():
+        if isinstance(value, dict):
+            found[key] = {**value, **found.get(key, {})}
+        elif key != "allocation" or _is_share(found.get("sparsity")):
+            found.setdefault(key, value)
+    for one in options_of(PruneOptions):
+        filled = one.needs and one.name in found and one.name not in given
+        if filled and not one.has_effect(found[one.needs[0]]):
+            del found[one.name]
+    return found
+
+
+def _is_share(sparsity: Pattern | float | str | None) -> bool:
+    """Whether layers may differ from it; None: not known yet."""
+    pattern = parse_sparsity(0.5 if sparsity is None else sparsity)
+    return isinstance(pattern, Unstructured) and pattern.keep is None and not pattern.shared_budget
+
+
+def prune_options(options: PruneOptions | None, shorthand: Mapping[str, Any]) -> PruneOptions:
+    """The options, with single ones set by name; a `recipe` completes single ones alone.
+
+    Raises:
+        OptionError: a name that is no option (near names are given), a recipe that is none.
         PatternError: no sparsity.
     """
+    if options is not None and "recipe" in shorthand:
+        raise OptionError("`recipe` completes single options: give them by name, not as `options`")
+    if options is None:
+        shorthand = with_recipe(shorthand)
     if options is None and shorthand.get("sparsity") is None:
         check_names(shorthand, [f.name for f in dataclasses.fields(PruneOptions)])
         raise PatternError("`sparsity` is missing: give 0.5, 50% or 2:4")

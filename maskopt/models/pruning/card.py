@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from maskopt.core.files import atomic_write
 from maskopt.core.pattern import NM, pattern_from_dict
 from maskopt.models.checkpoints.checkpoint import names_hub_model, read_json
-from maskopt.models.checkpoints.report import PruneReport
+from maskopt.models.checkpoints.report import PruneReport, proven_share, ratio_to_wanda
 from maskopt.models.checkpoints.workspace import CARD
 from maskopt.models.pruning.rerun import command_again
 
@@ -147,21 +147,26 @@ def _use(smaller: bool, own_code: bool) -> str:
 
 
 def _figures(report: PruneReport, smaller: bool) -> str:
-    solved = [layer for layer in report.layers if not layer.fallback]
+    solved, proven = report.solved, proven_share(report.solved)
     gone = "removed" if smaller else "pruned"
     lines = ["| | |", "|---|---|", f"| {gone} weights of these layers | {report.sparsity:.2%} |"]
     if solved:
         mean = sum(layer.relative for layer in solved) / len(solved)
         lines.append(f"| error of the layers' outputs, mean | {mean:.4g} |")
+    if (ratio := ratio_to_wanda(solved)) is not None:
+        lines.append(
+            f"| sum of errors, ratio to Wanda's masks at the same sparsity | {ratio:.3f} |"
+        )
     held = [layer.relative_held for layer in solved if layer.relative_held is not None]
     if held:
-        lines.append(f"| the same on held-out windows | {sum(held) / len(held):.4g} |")
-    rows = sum(layer.rows for layer in solved)
-    proven = sum(n for x in solved for status, n in x.statuses.items() if status != "feasible")
-    if rows and not smaller:
+        lines.append(f"| mean error on held-out windows | {sum(held) / len(held):.4g} |")
+    if report.distillation is not None:
+        before, after = (report.distillation[x]["held"] for x in ("before", "after"))
         lines.append(
-            f"| rows whose mask is proven optimal, or 1-swap optimal | {proven / rows:.0%} |"
+            f"| KL to the original on held-out windows, nats | {before:.4f} → {after:.4f} |"
         )
+    if proven is not None and not smaller:
+        lines.append(f"| rows whose mask is proven optimal, or 1-swap optimal | {proven:.0%} |")
     return "\n\n".join(
         [
             "## Figures",

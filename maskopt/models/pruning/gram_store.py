@@ -30,7 +30,13 @@ from maskopt.models.checkpoints.report import FinishedBlock
 from maskopt.models.checkpoints.safefile import open_safe, write_tensors
 from maskopt.models.checkpoints.schema import fits
 from maskopt.models.checkpoints.workspace import check_inputs
-from maskopt.models.options.prune import AUTO, BLOCKWISE, PruneOptions, prune_options
+from maskopt.models.options.prune import (
+    AUTO,
+    BLOCKWISE,
+    PruneOptions,
+    prune_options,
+    with_recipe,
+)
 from maskopt.models.options.walk import WalkOptions, options_by_name
 from maskopt.models.pruning.run import Run, fingerprint_of
 
@@ -147,13 +153,16 @@ class GramStore:
         """Options of a prune from these Gram matrices, given as for `prune_model`; OptionError for one that
         needs a walk through the model, or that differs from the store's."""
         shorthand = dict(shorthand or {})
+        if options is None:
+            shorthand = with_recipe(shorthand)
         if BLOCKWISE in (shorthand.get("update"), getattr(options, "update", None)):
             raise OptionError("`update` blockwise needs the text: give `calibration`, not `grams`")
         own = self.own
         usual = {field.name: field.default for field in dataclasses.fields(PruneOptions)}
         options = prune_options(options, shorthand if options else {**own, **shorthand})
-        if options.moved or options.true_sequential:
-            name = "target" if options.moved else "true_sequential"
+        if options.moved or options.true_sequential or options.distillation:
+            names = {"target": options.moved, "true_sequential": options.true_sequential}
+            name = next((name for name, asked in names.items() if asked), "distillation")
             raise OptionError(f"`{name}` needs the text: give `calibration`, not `grams`")
         if options.sensitive or (options.layers_differ and not options.counts):
             raise OptionError(

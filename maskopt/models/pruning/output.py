@@ -45,10 +45,11 @@ from maskopt.models.checkpoints.write import (
     side_files,
     write_shard,
 )
-from maskopt.models.options.prune import NONE
+from maskopt.models.options.prune import NONE, PruneOptions
 from maskopt.models.pruning.card import hub_name, write_card
 from maskopt.models.pruning.gram_store import StoredBlock
 from maskopt.models.pruning.run import Run, peaks
+from maskopt.models.training.whole import disk_of_training
 
 #: lists the files of a folder that `apply_masks` wrote
 APPLIED = "maskopt-apply.json"
@@ -105,12 +106,14 @@ class Results:
     Attributes:
         blocks: of finished blocks.
         masks: bool [rows, n] by layer, of a model in memory.
+        losses: of the distillation; None: there was none.
     """
 
     def __init__(self, job: Job, run: Run | None) -> None:
         self.job, self.run = job, run
         self.blocks: dict[int, FinishedBlock] = {}
         self.masks: dict[str, Tensor] = {}
+        self.losses: dict[str, Any] | None = None
 
     def keep(self, block: Block | StoredBlock, found: BlockResult) -> None:
         """Send the samples through the block as it is now, and record what was found of it."""
@@ -136,6 +139,7 @@ class Results:
             None if self.run is None else self.run.output,
             parts=[part for block in done for part in block.parts],
             memory=peaks(self.job.source.device),
+            distillation=self.losses,
         )
 
 
@@ -145,6 +149,9 @@ class FolderResults(Results):
     Args:
         cuts: where structures are removed: by tensor, the block whose masks decide.
         left: what stays of the tensors of finished blocks, see `write_shard`.
+
+    Attributes:
+        distilled: SHA-256 of shards that were written again after a distillation.
     """
 
     def __init__(
@@ -157,6 +164,7 @@ class FolderResults(Results):
     ) -> None:
         super().__init__(job, run)
         self._run, self._source, self._left = run, source, left
+        self.distilled: dict[str, str] = {}
         self._block_of = {
             t: layer.block for layer in job.layers for t in source.stored_parts(layer.parameter)
         }
@@ -171,6 +179,9 @@ class FolderResults(Results):
         finished blocks were changed."""
         updated = fingerprint["options"]["update"] != NONE
         needed = disk_needed(self._source.checkpoint, updated)
+        if isinstance(options := self.job.options, PruneOptions) and options.distilled is not None:
+            weights = sum(layer.rows * layer.n for layer in self.job.layers)
+            needed += disk_of_training(weights, options.distilled)
         with self._run.opened(needed, fingerprint) as work:
             self._run.ranks.agreed(self._check_blocks)
             self.blocks = self.stored_blocks()
@@ -224,13 +235,29 @@ class FolderResults(Results):
                 journal.add_shard(name, digest)
         return journal.shards
 
+    @property
+    def folder_run(self) -> Run:
+        return self._run
+
+    def join_masks(self) -> str:
+        """Stage the masks of all blocks in one file; its SHA-256."""
+        path = self._run.work.staging / MASKS
+        parts = [self._path(i, "masks") for i in sorted(self._run.journal.blocks)]
+        digest = join_masks(path, parts)
+        check_masks(self._source.checkpoint, MaskFile(path))
+        return digest
+
+    def stage(self) -> Path:
+        """The pruned model as a folder that can be opened, not yet in view."""
+        self.join_masks()
+        self.write_shards()
+        copy_side_files(self._source.checkpoint, self._run.work.staging)
+        return self._run.work.staging
+
     def finish(self, report: PruneReport, pattern: Pattern) -> None:
         """Write the rest of the pruned folder and move it into view."""
-        path, blocks = self._run.work.staging / MASKS, sorted(self._run.journal.blocks)
-        digest = join_masks(path, [self._path(index, "masks") for index in blocks])
-        masks = MaskFile(path)
-        check_masks(self._source.checkpoint, masks)
-        files = {MASKS: digest, **self.write_shards()}
+        files = {MASKS: self.join_masks(), **self.write_shards(), **self.distilled}
+        masks = MaskFile(self._run.work.staging / MASKS)
         self._run.finish(report, files, tensors=_tensors(masks, pattern))
 
     def stored_blocks(self) -> dict[int, FinishedBlock]:

@@ -32,12 +32,14 @@ from maskopt.models.blockwise.memory import (
 from maskopt.models.checkpoints.checkpoint import Checkpoint, resolve_model
 from maskopt.models.checkpoints.workspace import check_inputs
 from maskopt.models.checkpoints.write import disk_needed
+from maskopt.models.options.distill import DistillOptions
 from maskopt.models.options.prune import KL, NONE, VARIANT_WINDOWS, PruneOptions, prune_options
 from maskopt.models.options.training import BLOCK, Reconstruction
 from maskopt.models.options.walk import GRADIENT_WINDOWS
 from maskopt.models.pruning.allocate import check_moves
 from maskopt.models.pruning.gram_store import GramStore
 from maskopt.models.pruning.solving import solve_layer
+from maskopt.models.training.whole import disk_of_training
 
 #: inputs of the small problem that the solver's speed is measured on, and its rows, more while they are fast
 PROBE_N, PROBE_ROWS = 512, (2, 64, 256, 512)
@@ -118,21 +120,32 @@ def plan_prune(
     if output is not None and job.source.checkpoint is not None:
         check_inputs(Path(output), model=job.source.checkpoint.folder, grams=grams)
     refusal = None
+    source, layers, checkpoint, how = (
+        job.source,
+        job.layers,
+        job.source.checkpoint,
+        options.distilled,
+    )
+    loads = [job.load] if how is None else [job.load, replace(job.load, together=True)]
     if options.max_memory is not None:
         try:
-            job.activation_memory = check_memory(job.load, int(options.max_memory))
+            for load in loads:
+                job.activation_memory = check_memory(load, int(options.max_memory))
         except ModelError as error:
             refusal = error
-    source, layers, checkpoint = job.source, job.layers, job.source.checkpoint
+    disk = 0
+    if checkpoint is not None:
+        disk = disk_needed(checkpoint, options.update != NONE)
+        disk += 0 if how is None else disk_of_training(sum(x.rows * x.n for x in layers), how)
     with torch_threads(job.threads):
         return Plan(
             layers=layers,
             pruned={x.name: options.pattern_of(x).pruned_in(x.rows, x.n) for x in layers},
-            memory=estimate_memory(job.load),
+            memory=max(map(estimate_memory, loads), key=lambda memory: memory.peak),
             forward_seconds=0.0 if store is not None else _pass_seconds(job, options),
             solve_seconds=_solve_seconds(source, layers, options),
             file_seconds=0.0 if checkpoint is None else _file_seconds(checkpoint),
-            disk=0 if checkpoint is None else disk_needed(checkpoint, options.update != NONE),
+            disk=disk,
             refusal=refusal,
         )
 
@@ -145,7 +158,20 @@ def _pass_seconds(job: Job, options: PruneOptions) -> float:
     if options.reconstruction is not None:
         trained = _trained_operations(job, options, options.reconstruction)
         seconds += trained / (TRAINED_SHARE * _speed(source, torch.float32))
+    if options.distilled is not None:
+        trained = _distilled_operations(job, options.distilled)
+        seconds += trained / (TRAINED_SHARE * _speed(source, torch.float32))
     return seconds
+
+
+def _distilled_operations(job: Job, how: DistillOptions) -> float:
+    """Operations of training the whole model: a pass through the dense one; forward and back for fitted
+    windows, forward for held-out ones, and losses at the start; logits of both models."""
+    model = job.source.model
+    passes = how.epochs * (3 * (1 - how.holdout) + how.holdout) + 2 * how.holdout
+    blocks = sum(_pass_operations(job, block) for block in job.source.blocks.modules)
+    head = 2.0 * vocabulary_size(model) * hidden_size(model)
+    return job.count * job.length * ((1 + passes) * blocks + 2 * passes * head)
 
 
 def _trained_operations(job: Job, options: PruneOptions, how: Reconstruction) -> float:

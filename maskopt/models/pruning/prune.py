@@ -29,10 +29,11 @@ from maskopt.models.checkpoints.journal import differences, in_words
 from maskopt.models.checkpoints.report import PruneReport
 from maskopt.models.options.prune import BLOCKWISE, KL, PruneOptions, prune_options
 from maskopt.models.pruning.allocate import allocate
+from maskopt.models.pruning.distil import distil, distillation_windows
 from maskopt.models.pruning.gram_store import GramStore, StoredBlock, stored_blocks
 from maskopt.models.pruning.output import BlockResult, FolderResults, MemoryResults, results_of
 from maskopt.models.pruning.prune_layer import prune_layers
-from maskopt.models.pruning.run import Run, fingerprint_of
+from maskopt.models.pruning.run import Run, fingerprint_of, text_record
 from maskopt.models.training.blockwise import Targets
 
 
@@ -107,12 +108,18 @@ def prune_model(
         job = results.job = job.again(options)
     known = None if store is None else store.fingerprint["calibration"]
     fingerprint = fingerprint_of(job, options.record(), known)
+    if (how := options.distilled) is not None:
+        windows = distillation_windows(job, text, tokenizer, how)
+        fingerprint["distillation"] = text_record(windows)
     _check_uniform(ranks, fingerprint)
     if run is not None and (finished := run.finished_report(fingerprint)) is not None:
         return finished
-    with results.opened(fingerprint) as folder, torch.no_grad():
-        with job, nullcontext() if store is None else torch_threads(job.threads):
+    with results.opened(fingerprint) as folder:
+        threads = nullcontext() if store is None else torch_threads(job.threads)
+        with torch.no_grad(), job, threads:
             _prune_blocks(job, options, results, store, folder)
+        if how is not None and isinstance(results, FolderResults):
+            distil(results, windows, how)
         report = results.report(fingerprint)
         ranks.agreed(lambda: results.finish(report, options.pattern))
     return dataclasses.replace(report, seconds=time.perf_counter() - began)
@@ -120,8 +127,12 @@ def prune_model(
 
 def _check_ranks(ranks: Ranks, options: PruneOptions) -> None:
     """Raise for what several processes cannot do together."""
-    if ranks.size > 1 and options.update == BLOCKWISE:
-        raise OptionError("`update` blockwise trains in one process: start it without torchrun")
+    for name, trains in {
+        "`update` blockwise": options.update == BLOCKWISE,
+        "`distillation`": bool(options.distillation),
+    }.items():
+        if ranks.size > 1 and trains:
+            raise OptionError(f"{name} trains in one process: start it without torchrun")
     if ranks.size > 1 and options.sensitivity == KL and not options.counts:
         raise OptionError(
             "`sensitivity` kl is measured in one process: start it without torchrun, or give its `counts`"

@@ -33,7 +33,7 @@ from maskopt.models.pruning.solving import (
     solve_layer,
 )
 from maskopt.protocol.solution import Solution
-from maskopt.protocol.solver import make_solver
+from maskopt.protocol.solver import make_solver, make_start
 
 #: of the rows' improvements
 _QUANTILES = (0, 0.1, 0.5, 0.9, 1)
@@ -219,11 +219,7 @@ def _columns(
 ) -> dict[str, Tensor]:
     """The columns of `SolvedRows`: `fitted` was solved, `judge` is the same layer on held-out windows."""
     solution, start, kept = solved.solution, solved.start, fitted.with_update(None)
-    begun = None if start is None else start.objective
-    uniform = None if solved.uniform is None else kept.objective(solved.uniform.mask)
-    if start is not None and (options.gram_shrinkage == AUTO or new is not None):
-        # the start had another G than the error, or an objective of updated weights
-        begun = kept.objective(start.mask)
+    wanda = make_start(kept.under(kept.pattern.uniform()), "wanda")
     if new is None:
         error, error_kept = solution.objective, None
         held = None if judge is None else judge.objective(solution.mask)
@@ -235,8 +231,7 @@ def _columns(
         # the bound includes the penalty of the damping, which is not part of the error
         bound = torch.zeros_like(bound)
     known = {
-        "error_start": begun,
-        "error_uniform": uniform,
+        "error_wanda": kept.objective(wanda.mask),
         "error": error,
         "lower_bound": bound,
         "energy": fitted.output_energy(),
@@ -292,6 +287,6 @@ def _report(layer: Layer, solved: SolvedRows) -> LayerReport:
         statuses={s: solved.statuses.count(s) for s in sorted(set(solved.statuses))},
         seconds=solved.seconds,
         improvement_quantiles=quantiles,
-        **{"error_start": None, **sums},
+        **sums,
         **solved.facts,
     )

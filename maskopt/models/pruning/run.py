@@ -14,6 +14,7 @@ import torch
 from maskopt.errors import ModelError
 from maskopt.models.blockwise.distributed import ALONE, Ranks
 from maskopt.models.blockwise.job import Job
+from maskopt.models.calibration.tokens import Windows
 from maskopt.models.checkpoints.checkpoint import Checkpoint, damage, file_digest, read_json
 from maskopt.models.checkpoints.journal import Journal, differences, in_words
 from maskopt.models.checkpoints.report import (
@@ -114,7 +115,10 @@ class Run:
         layers = read_layers(manifest["layers"], self.output / MANIFEST)
         parts = read_parts(manifest.get("parts", []), self.output / MANIFEST)
         bad = manifest["bad_samples"]
-        return PruneReport(layers, fingerprint, bad, {}, self.output, 0.0, parts)
+        losses = manifest.get("distillation")
+        return PruneReport(
+            layers, fingerprint, bad, output=self.output, parts=parts, distillation=losses
+        )
 
     def recorded_counts(self, options: Mapping[str, Any]) -> dict[str, int] | None:
         """The counts of layers in the run that is to be resumed; None where there is none. Raises ModelError:
@@ -222,13 +226,24 @@ def fingerprint_of(
     fingerprint = {
         "versions": versions(),
         "options": dict(options),
-        "calibration": dict(calibration),
+        "calibration": text_record(job.windows) if calibration is None else dict(calibration),
         "dtype": str(next(source.model.parameters()).dtype).removeprefix("torch."),
         "device": source.device.type,
     }
     if source.checkpoint is not None:
         fingerprint["model"] = source.checkpoint.digest
     return fingerprint
+
+
+def text_record(windows: Windows) -> dict[str, Any]:
+    """What a manifest holds of windows."""
+    return {
+        "source": windows.source,
+        "samples": len(windows),
+        "length": windows.length,
+        "beginning": windows.beginning.record(),
+        "sha256": windows.digest,
+    }
 
 
 def peaks(device: torch.device) -> Mapping[str, int | None]:

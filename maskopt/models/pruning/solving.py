@@ -23,11 +23,10 @@ SHRINK_TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class Solved:
-    """A layer's solution and its start; under a shared budget, `uniform`: the start at equal counts a row."""
+    """A layer's solution and its start."""
 
     solution: Solution
     start: Solution | None = None
-    uniform: Solution | None = None
 
     @property
     def seconds(self) -> float:
@@ -48,12 +47,9 @@ def solve_layer(
     limits = layer_limits(options) if limits is None else limits
     if not make_solver(options.solver).capabilities.update:
         problem = problem.with_update(None)
-    start = uniform = None
+    start = None
     if options.start_solver is not None:
         start = make_start(problem, options.start_solver, limits)
-        if problem.shared_budget:
-            same = problem.under(problem.pattern.uniform())
-            uniform = make_start(same, options.start_solver, limits)
     solution = solve(
         problem,
         options.solver,
@@ -61,7 +57,7 @@ def solve_layer(
         limits=limits,
         **limits_of(None, options.solver_options)[1],
     )
-    return Solved(solution.raise_if_interrupted(), start, uniform)
+    return Solved(solution.raise_if_interrupted(), start)
 
 
 def solve_by_held_error(

@@ -181,7 +181,6 @@ def _shrink(
             n=layer.n,
             pattern=f"{structures.kept} of {structures.count} {structures.unit}s",
             pruned=layer.rows * int((~kept).sum()),
-            error_start=None,
             error=error_kept if new is None else float(change(left, dense, gram).sum()),
             lower_bound=bound,
             statuses={str(solution.status[0]): layer.rows},

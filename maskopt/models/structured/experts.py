@@ -191,7 +191,6 @@ def _choose(
                     n=mixture.count,
                     pattern=f"{left} of {mixture.count} experts",
                     pruned=mixture.count - left,
-                    error_start=None,
                     error=error,
                     lower_bound=max(values.bound, 0.0),
                     statuses={str(solution.status[0]): 1},

@@ -91,6 +91,18 @@ def _check_budget(manifest: Manifest) -> None:
         raise manifest.wrong("prunes another number of weights in all than its pattern")
 
 
+def check_distillation(manifest: Manifest) -> None:
+    """The epoch is one that can be, and what the losses say."""
+    losses, how = manifest.record["distillation"], manifest.options.distilled
+    if how is None:
+        return
+    if losses["epoch"] > how.epochs:
+        raise manifest.wrong("was distilled longer than the options say")
+    better = losses["after"]["held"] < losses["before"]["held"]
+    if not (better if losses["epoch"] else losses["after"] == losses["before"]):
+        raise manifest.wrong("was distilled to another epoch than its losses say")
+
+
 def check_parts(manifest: Manifest) -> None:
     """Every layer that was trained is in one part, every part holds one, and its epoch is one that can be."""
     parts, how = manifest.record["parts"], manifest.options.reconstruction

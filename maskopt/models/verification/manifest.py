@@ -39,7 +39,9 @@ MAYBE_AMOUNT, MAYBE_COUNT = (None, is_amount), (None, is_count)
 SHAPE = {
     "format": FORMAT,
     "fingerprint": {
-        "options": {"sparsity": _is_pattern, "counts?": {...: is_count}, "training?": dict},
+        "options": {
+            "sparsity": _is_pattern, "counts?": {...: is_count}, "training?": dict, "distillation?": dict,
+        },
         "dtype": str, "model?": str,
     },
     "sparsity": is_amount, "seconds": is_amount, "memory": {...: MAYBE_COUNT},
@@ -49,8 +51,8 @@ SHAPE = {
         **dict.fromkeys(("pruned", "tokens", "block"), is_count),
         **dict.fromkeys(("error", "lower_bound", "energy", "gram_shrinkage"), is_amount),
         **dict.fromkeys(("seconds", "sparsity"), is_amount),
-        **dict.fromkeys(("error_start", "error_uniform", "error_held", "energy_held"), MAYBE_AMOUNT),
-        **dict.fromkeys(("error_kept", "damping"), MAYBE_AMOUNT),
+        **dict.fromkeys(("error_held", "energy_held", "error_kept"), MAYBE_AMOUNT),
+        **dict.fromkeys(("error_wanda", "damping"), MAYBE_AMOUNT),
         **dict.fromkeys(("swaps", "scans"), MAYBE_COUNT),
         "improvement_quantiles": (None, lambda v: fits(v, [is_number]) and len(v) == 5),
         "statuses": lambda v: fits(v, {...: is_size}) and set(v) <= set(STATUSES),
@@ -60,6 +62,11 @@ SHAPE = {
         **dict.fromkeys(("fitted_before", "fitted_after", "held_before", "held_after"), is_number),
         "block": is_count, "epoch": is_count, "part": str, "diverged": bool, "seconds": is_amount,
     }],
+    "distillation": (None, {
+        "before": {"fitted": is_number, "held": is_number},
+        "after": {"fitted": is_number, "held": is_number},
+        "epoch": is_count, "diverged": bool,
+    }),
     "bad_samples": [{"sample": is_count, "layer": str}],
     "fallbacks": [str],
     "tensors": {...: {"input_axis": is_count, "pattern": _is_pattern}},
@@ -114,6 +121,11 @@ class Manifest:
     layers: Sequence[Mapping[str, Any]]
     tensors: Mapping[str, Any]
     files: Mapping[str, str]
+
+    @property
+    def distilled(self) -> bool:
+        """Whether kept weights of all layers may have changed after their errors were measured."""
+        return bool(self.record["distillation"]) and self.record["distillation"]["epoch"] > 0
 
     @property
     def unlimited(self) -> bool:
@@ -172,6 +184,8 @@ def _options(path: Path, record: Mapping[str, Any]) -> PruneOptions:
         what = "has an allocation that is not its pattern's"
     elif given.get("update") != BLOCKWISE and (training or record["parts"]):
         what = "has trained parts, and its options train none"
+    elif bool(given.get("distillation")) != bool(record["distillation"]):
+        what = "has losses of a distillation, or none, otherwise than its options say"
     elif given.get("update") == BLOCKWISE and not training:
         what = "does not say how its weights were trained"
     else:

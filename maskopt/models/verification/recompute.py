@@ -35,7 +35,7 @@ from maskopt.models.checkpoints.schema import fits, is_size
 from maskopt.models.options.prune import AUTO, BLOCKWISE, NONE, PruneOptions
 from maskopt.models.pruning.problems import held_problem, layer_problem
 from maskopt.models.verification.folder import MASKS
-from maskopt.models.verification.manifest import Manifest
+from maskopt.models.verification.manifest import Manifest, groups
 from maskopt.protocol.solution import SWAP_TOLERANCE, Status
 
 #: relative difference at which a stated error is wrong, by the precision of the passes. On one machine
@@ -99,6 +99,10 @@ def recheck_layers(
     if device == "cuda" and not torch.cuda.is_available():
         raise manifest.wrong("its run was on a GPU, which rounds otherwise; check it on one")
     options = manifest.options
+    if manifest.distilled and options.update != NONE:
+        raise manifest.wrong(
+            "its updated weights were distilled since, so that their errors cannot be checked on text"
+        )
     own = any(layer["objective"] == "updated" for layer in manifest.layers)
     if options.update == BLOCKWISE and options.true_sequential and own:
         raise manifest.wrong(
@@ -109,7 +113,8 @@ def recheck_layers(
     # masks and updated weights are those of the result
     walked = dataclasses.replace(
         options, include=tuple(layer["name"] for layer in manifest.layers), exclude=(), update=NONE,
-        training={}, damping=LeastSquaresUpdate.damping, damping_exponent=LeastSquaresUpdate.power,
+        training={}, distillation={},
+        damping=LeastSquaresUpdate.damping, damping_exponent=LeastSquaresUpdate.power,
         gram_shrinkage=0.0, samples=data["samples"], seq_len=data["length"],
         bos=bos if bos in BOS else "auto", chat=bos == TEMPLATE.bos and not are_tokens(calibration),
         device=device, dtype=fingerprint["dtype"], **machine,
@@ -159,6 +164,8 @@ def _faults(
         unchanged = float(problem.with_update(None).objective(kept).sum())
         sums = [("error_kept", unchanged, " before its weights were updated")]
     yield from _other_sums(said, sums, tolerance, floor)
+    wanda = float(problem.with_update(None).objective(_wanda(problem)).sum())
+    yield from _other_sums(said, [("error_wanda", wanda, " for Wanda's mask")], tolerance, floor)
     if damping is not None and found.result is not None:
         if said["objective"] != "updated":
             yield from _other_weights(found, tolerance)
@@ -167,6 +174,15 @@ def _faults(
         yield from _other_sums(said, sums, tolerance, floor)
     same = not any(_other_sums(said, sums[:1], SAME_BITS, floor))  # as far as the error shows
     yield from _other_statuses(said, found, SWAP_TOLERANCE if same else tolerance, pool)
+
+
+def _wanda(problem: LayerProblem) -> Tensor:
+    """The mask, True = kept, that prunes the least |wᵢ|·√Gᵢᵢ of every row or group."""
+    group, pruned = groups(problem.pattern, problem.n)
+    scores = problem.weight.double().abs() * problem.gram.diagonal().double().clamp(min=0).sqrt()
+    least = scores.view(problem.rows, -1, group).topk(pruned, largest=False).indices
+    kept = torch.ones(problem.rows, problem.n // group, group, dtype=torch.bool)
+    return kept.to(scores.device).scatter_(-1, least, False).view(problem.rows, problem.n)
 
 
 #: what a layer states, what is computed in its place (None: there are no held-out windows), and more words

@@ -41,7 +41,7 @@ def check_tensors(
             raise VerificationError(f"{name!r} has another dtype or shape than the original")
         same: Tensor | None = None
         if name in masks.layout:
-            kept, changeable = masks.kept(name, found), bool(updated)
+            kept, changeable = masks.kept(name, found), bool(updated) or manifest.distilled
             if bytes_of(found)[~kept.reshape(-1)].any():  # minus zero is a change, too
                 raise weights.wrong(f"{name!r} holds weights that its mask prunes")
             # a matrix of which nothing is pruned is that of an expert that was left out
@@ -51,7 +51,8 @@ def check_tensors(
                     _check_rows(manifest, part, mask)
                 if weight is not None and part.key in by_magnitude:
                     _measure(manifest, part, mask, weight)
-                if part.key in updated and (part.pruned or not part.expert):
+                free = manifest.distilled and part.pruned
+                if free or (part.key in updated and (part.pruned or not part.expert)):
                     (same[part.key[0][-1]] if part.expert else same).fill_(False)
                 slices.append(part)
             what = "a kept weight"

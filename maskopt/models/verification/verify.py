@@ -37,6 +37,7 @@ from maskopt.models.verification.folder import (
 )
 from maskopt.models.verification.layers import (
     SUM_TOLERANCE,
+    check_distillation,
     check_fallbacks,
     check_layers,
     check_masks,
@@ -176,6 +177,7 @@ def _verify_pruned(
     check_configuration(folder, manifest.files, compared=same)
     check_layers(manifest)
     check_parts(manifest)
+    check_distillation(manifest)
     trust = machine["trust_remote_code"]
     names_known = trust or not read_object(folder / CONFIG).get("auto_map")
     if names_known:
@@ -250,7 +252,8 @@ def _facts(
         recomputed: layers whose errors were computed again; `again`: from calibration text.
         compared: with the original.
     """
-    layers, trained = manifest.layers, manifest.options.update == BLOCKWISE
+    layers = manifest.layers
+    trained = manifest.options.update == BLOCKWISE or manifest.distilled
     updated = not trained and any(layer["damping"] is not None for layer in layers)
     every, bad = recomputed == len(layers), manifest.record["bad_samples"]
     # of a solver's own weights only the errors are checked
@@ -263,11 +266,12 @@ def _facts(
         "configuration and tokenizer": compared and {*filter(is_copied, manifest.files)} <= same,
         "errors": every and (solved or not trained),
         "statuses": every,
+        "Wanda's errors": every,
         "optima": False if again and any("optimal" in x["statuses"] for x in layers) else None,
         # whether the dense model, which runs along during training, gave NaN is not seen again
         "windows left out": False if any(x["layer"].endswith(_IN_DENSE) for x in bad) else None,
         "bounds": False if not again or any(layer["lower_bound"] for layer in layers) else None,
-        **dict.fromkeys(("start errors", "options"), False),
+        "options": False,
     }
     if facts["updated weights"]:
         del facts["kept weights"]  # there are none that were not solved for

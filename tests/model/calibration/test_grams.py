@@ -555,7 +555,7 @@ def test_errors_and_energies_are_those_of_the_windows_that_they_are_on():
 
 
 def test_auto_shrinkage_is_the_greatest_that_is_nearly_the_best_on_the_held_out_windows():
-    """Wanda's mask does not change with α, but the error does: that of the start is on the same matrix."""
+    """Wanda's mask does not change with α, but the error does: that of the result is on the same matrix."""
     first = {"include": "layers.0.self_attn", "holdout": 0.5, "start": "wanda"}
     auto = pruned(tokens(2), gram_shrinkage="auto", **first)
     fixed = [pruned(tokens(2), gram_shrinkage=alpha, **first) for alpha in SHRINK_GRID]
@@ -565,7 +565,7 @@ def test_auto_shrinkage_is_the_greatest_that_is_nearly_the_best_on_the_held_out_
         near = [i for i, one in enumerate(layers) if one.error_held <= best][-1]
         assert layer.gram_shrinkage == SHRINK_GRID[near]
         assert layer.error_held == pytest.approx(layers[near].error_held, rel=1e-9)
-        assert layer.error_start == layers[near].error_start
+        assert layer.error_wanda == layers[near].error_wanda
     assert {layer.gram_shrinkage for layer in auto.layers} != {0.0}
 
 

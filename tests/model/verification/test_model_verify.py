@@ -189,7 +189,7 @@ def test_what_a_run_states_holds(swapped, dense_folder):
     verified = check(swapped, dense_folder)
     assert verified.layers == 21
     assert {"errors", "statuses"} <= set(verified.checked)
-    assert set(verified.claimed) == {"start errors", "options"}
+    assert set(verified.claimed) == {"options"}
     other, data = tokens(seed=1), tokens()
     refused(swapped, dense_folder, "is not what the model was calibrated on", other)
     fails(VerificationError, "needs `original`", verify_model, swapped, calibration=data)
@@ -347,12 +347,12 @@ def test_from_the_command_line(dense, tmp_path):
     how = "--sparsity 0.5 --start wanda --samples 4 --seq-len 32 --min-tokens 8 --seed 3"
     run("prune", dense, *how.split(), "--calibration", text, "--output", out)
     verify = ["verify", out, "--original", dense]
-    claimed = "(checked); errors, statuses, bounds, start errors, options: claimed"
+    claimed = "(checked); errors, statuses, Wanda's errors, bounds, options: claimed"
     shows(run(*verify), "sparsity 0.5000, every kept weight is that of", claimed)
     errors, on = "errors (to 1e-05) and statuses of", [*verify, "--calibration", text]
-    assert f"{errors} 21 layers (checked); start errors, options: claimed" in run(*on)
+    assert f"{errors} 21 layers (checked); options: claimed" in run(*on)
     shown = run(*on, "--include", "q_proj,layers.0.mlp")
-    others = "of the other 15, start errors, options: claimed"
+    others = "of the other 15, Wanda's errors, options: claimed"
     shows(shown, f"{errors} 6 layers (checked); errors and statuses of", others)
     shown = run(*on, "--include", "layers.0.mlp", "--include", "layers.1.mlp.up_proj,q_proj")
     assert "of 7 layers (checked)" in shown

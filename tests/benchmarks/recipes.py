@@ -1,0 +1,169 @@
+"""Recipe × sparsity × model, each cell by the one command that a user would give, with its defaults.
+
+    python tests/benchmarks/recipes.py --calibration valid.txt --text test.txt --corpus WikiText-2
+    python tests/benchmarks/recipes.py … --cells gemma3/fast/50% smollm2/best/2:4
+
+A cell runs `maskopt prune MODEL --recipe R --sparsity S --calibration TEXT --output OUT` in a process of its
+own, whose CPU minutes and peak memory are recorded, and then compares OUT with the dense model on the text.
+An interrupted cell is resumed. Every finished cell is a line of a JSONL file (`--data`), of which a CSV file
+and the section Recipes of a page (`--page`) are made. The models are those of the demo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from book import ROOT, Book, table
+from generalisation_columns import TITLES
+from machine import machine
+
+from maskopt.demo.model import MODELS, demo_model
+from maskopt.models.checkpoints.report import proven_share, ratio_to_wanda
+from maskopt.models.checkpoints.workspace import MANIFEST, unfinished
+from maskopt.models.evaluation.evaluate import evaluate
+from maskopt.models.options.prune import RECIPES
+from maskopt.models.options.walk import WalkOptions
+from maskopt.report.prune_page import Pruned
+
+SPARSITIES = ("50%", "60%", "70%", "2:4")
+CELLS = [f"{m}/{recipe}/{s}" for m in MODELS for recipe in RECIPES for s in SPARSITIES]
+RESULTS = ROOT / "docs" / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--calibration", required=True, help="text of the command")
+    parser.add_argument("--text", required=True, help="text that models are evaluated on")
+    parser.add_argument("--corpus", help="where the two texts are from, for the page")
+    parser.add_argument("--windows", type=int, default=32, help="of 512 tokens, to evaluate")
+    parser.add_argument("--cells", nargs="*", choices=CELLS, default=CELLS, metavar="CELL")
+    parser.add_argument("--work", type=Path, default=Path("recipes"), help="folder for the models")
+    parser.add_argument("--data", type=Path, default=RESULTS / "figures" / "recipes.jsonl")
+    parser.add_argument("--page", type=Path, default=RESULTS / "index.md")
+    parser.add_argument(
+        "--more", nargs=argparse.REMAINDER, default=[], help="of the command, for a trial"
+    )
+    args = parser.parse_args()
+    book = Book(args.data)
+    texts = {name: Path(getattr(args, name)).name for name in ("calibration", "text")}
+    about = {**texts, "windows": args.windows, "corpus": args.corpus, "more": args.more}
+    book.begin({**about, "date": time.strftime("%Y-%m-%d")})
+    for cell in args.cells:
+        book.measure(cell, lambda cell=cell: measure(args, cell))
+        write_csv(book, args.data.with_suffix(".csv"))
+        write_section(book, args.page)
+    print(f"wrote {args.page}")
+
+
+def measure(args: argparse.Namespace, cell: str) -> dict[str, Any]:
+    """One command, and an evaluation of what it wrote."""
+    name, recipe, sparsity = cell.split("/")
+    dense, out = demo_model(name), args.work / re.sub(r"\W", "-", cell)
+    used, began = args.work / f"{out.name}.json", time.time()
+    # of the runs that were interrupted
+    spent = json.loads(used.read_text()) if used.exists() else {"cpu": 0.0, "wall": 0.0, "peak": 0}
+    command = [sys.executable, "-m", "maskopt", "prune", str(dense), "--recipe", recipe]
+    command += ["--sparsity", sparsity, "--calibration", args.calibration, "--output", str(out)]
+    if not (out / MANIFEST).exists() or unfinished(out):
+        args.work.mkdir(parents=True, exist_ok=True)
+        resume = ["--resume"] if unfinished(out) else []
+        process = subprocess.Popen([*command, *resume, *args.more])
+        _, status, usage = os.wait4(process.pid, 0)
+        spent["cpu"] += usage.ru_utime + usage.ru_stime
+        spent["wall"] += time.time() - began
+        spent["peak"] = max(spent["peak"], usage.ru_maxrss * 1024)
+        used.write_text(json.dumps(spent))
+        if status:
+            raise SystemExit(f"{cell}: the command failed or was interrupted; start again")
+    walk = WalkOptions(seq_len=512)
+    first, other = evaluate([dense, out], args.text, walk, windows=args.windows)
+    change, pruned = other.change, Pruned.open(out, cell)
+    assert change is not None
+    found = {
+        "perplexity": other.perplexity.value,
+        "dense": first.perplexity.value,
+        "ratio": [change.ratio, change.ratio_low, change.ratio_high],
+        "kl": change.kl,
+        "wanda": ratio_to_wanda(pruned.solved),
+        "proven": proven_share(pruned.solved),
+        "minutes": spent["cpu"] / 60,
+        "wall": spent["wall"] / 60,
+        "peak": spent["peak"],
+        "digest": pruned.digest,
+        "machine": machine(),
+    }
+    shutil.rmtree(out)
+    used.unlink(missing_ok=True)
+    return found
+
+
+def write_csv(book: Book, path: Path) -> None:
+    """A line for every cell."""
+    names = ("perplexity", "dense", "kl", "wanda", "proven", "minutes", "wall", "peak")
+    head = ("model", "recipe", "sparsity", "ratio", "ratio_low", "ratio_high", *names)
+    with path.open("w", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow(head)
+        for cell in CELLS:
+            if cell in book:
+                one = book.lines[cell]
+                lines.writerow([*cell.split("/"), *one["ratio"], *(one[name] for name in names)])
+
+
+def section(book: Book) -> str:
+    """The section of the page."""
+    about, head = book.about, ("model", "recipe", *SPARSITIES)
+    cells = {
+        "Ratio of perplexity to the dense model, 95% interval": lambda one: (
+            "{:.3f} ({:.3f} to {:.3f})".format(*one["ratio"])
+        ),
+        "KL divergence from the dense model, nats": lambda one: f"{one['kl']:.3f}",
+        "Sum of the layers' errors, ratio to that of Wanda's masks": lambda one: (
+            f"{one['wanda']:.3f}"
+        ),
+        "CPU minutes; peak memory, GiB": lambda one: (
+            f"{one['minutes']:.1f}; {one['peak'] / 2**30:.2f}"
+        ),
+    }
+    tables = []
+    for title, cell in cells.items():
+        rows = []
+        for name in MODELS:
+            for recipe in RECIPES:
+                keys = [f"{name}/{recipe}/{sparsity}" for sparsity in SPARSITIES]
+                if any(key in book for key in keys):
+                    shown = (cell(book.lines[key]) if key in book else "–" for key in keys)
+                    rows.append([TITLES[name], recipe, *shown])
+        tables.append(f"{title}:\n\n{table(head, rows)}")
+    machines = sorted({one["machine"] for one in book.lines.values() if "machine" in one})
+    corpus = f" of {about['corpus']}" if about.get("corpus") else ""
+    return (
+        "## Recipes\n\n"
+        "One command per cell, `maskopt prune MODEL --recipe R --sparsity S --calibration TEXT "
+        "--output OUT`, by\n`python tests/benchmarks/recipes.py`: calibration on "
+        f"`{about['calibration']}`, perplexity on {about['windows']} windows of 512 tokens of\n"
+        f"`{about['text']}`{corpus}. {'; '.join(machines)}, {book.dates or about['date']}.\n\n"
+        + "\n".join(tables)
+    )
+
+
+def write_section(book: Book, page: Path) -> None:
+    """Replace the section, or put it before the first one."""
+    text = page.read_text()
+    text = re.sub(r"## Recipes\n.*?(?=\n## |\Z)", "", text, flags=re.DOTALL)
+    before, first, after = text.partition("\n## ")
+    page.write_text(f"{before.rstrip()}\n\n{section(book).rstrip()}\n{first}{after.lstrip()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,364 @@
+"""Recipes: options that agree wherever they are given, and one folder of prune and distillation."""
+
+import json
+import os
+import random
+import tomllib
+from functools import partial
+
+import pytest
+from commands import run
+from forging import (
+    change_masks,
+    change_tensors,
+    change_weight,
+    copied,
+    edit,
+    fails,
+    forge_manifest,
+    forged,
+    shards,
+    signed,
+)
+from outputs import contents
+from tiny_models import loud, tokens
+
+from maskopt import PruneOptions, prune_model
+from maskopt.cli.command import flag
+from maskopt.core.fields import RECORDED, options_of
+from maskopt.errors import DataError, ModelError, OptionError, VerificationError
+from maskopt.models.checkpoints.workspace import HIDDEN, MANIFEST, Workspace
+from maskopt.models.options.prune import RECIPES, prune_options
+from maskopt.models.pruning import distil as stage
+from maskopt.models.pruning.plan import plan_prune
+from maskopt.models.pruning.rerun import options_again
+from maskopt.models.training.trainer import FolderKeeper
+from maskopt.models.verification.verify import verify_model
+
+ALLOCATED = {"allocation": "layers"}
+TRAINED = {"update": "blockwise", "training": {"epochs": 2}, "holdout": 0.3}
+#: of every option another value than its default, with what it needs
+VALUES = {
+    "sparsity": 0.7, "solver": "wanda", "start": "wanda", "solver_options": {"max_swaps": 3},
+    "allocation": "both", "sensitivity": ("uniform", ALLOCATED), "max_deviation": (0.3, ALLOCATED),
+    "counts": ({"a": 3}, ALLOCATED), "target": "dense", "update": "least-squares",
+    "training": ({"begin": "least-squares", "epochs": 2}, TRAINED),
+    "distillation": ({"epochs": 3, "seed": 5}, {"holdout": 0.3}),
+    "damping": (0.5, {"update": "least-squares"}),
+    "damping_exponent": (0.5, {"update": "least-squares"}), "min_tokens": 3,
+    "gram_shrinkage": ("auto", {"holdout": 0.3}), "include": ("q_proj", "layers.0.*"),
+    "exclude": ("k_proj",), "seed": 3, "calibrate_on": "dense", "true_sequential": True,
+    "all_experts": True, "skip_bad_samples": True, "token_weights": "relative", "holdout": 0.3,
+    "samples": 7, "seq_len": 9, "bos": "never", "text_field": "words", "chat": True, "device": "cpu",
+    "dtype": "bfloat16", "threads": 2, "activation_memory": 5000, "max_memory": 6000,
+}  # fmt: skip
+
+
+def flags(given):
+    """The options as words of the command line."""
+    words = []
+    for name, value in given.items():
+        if name == "counts":
+            words += [flag(name), json.dumps(value)]
+        elif isinstance(value, dict):
+            words += [w for key, x in value.items() for w in (flag(name), f"{key}={json.dumps(x)}")]
+        elif value is True:
+            words.append(flag(name))
+        else:
+            words += [flag(name), ",".join(value) if isinstance(value, tuple) else value]
+    return words
+
+
+def options_of_file(text):
+    known = {one.name for one in options_of(PruneOptions)}
+    return PruneOptions(**{k: v for k, v in tomllib.loads(text).items() if k in known})
+
+
+def check_agreement(options, words, tmp_path):
+    """The command line, the file that it prints, and the manifest of the run give these options."""
+    text = run("prune", *words, "--print-config")
+    (tmp_path / "run.toml").write_text(text)
+    assert options_of_file(text) == options
+    assert run("prune", "--config", tmp_path / "run.toml", "--print-config") == text
+    record = json.loads(json.dumps(options.record()))
+    calibration = {"samples": 1, "length": 8, "beginning": {"bos": "auto"}, "source": "text.txt"}
+    found = {"options": record, "calibration": calibration, "device": "cpu", "dtype": "float32"}
+    again = options_again(found, "OUT")
+    assert PruneOptions(**{k: v for k, v in again.items() if k in record}).record() == record
+
+
+@pytest.mark.parametrize("name", [one.name for one in options_of(PruneOptions)])
+def test_an_option_means_the_same_everywhere(name, tmp_path):
+    if name == "trust_remote_code":  # which no file holds
+        return
+    (one,) = (one for one in options_of(PruneOptions) if one.name == name)
+    value, more = VALUES[name], {}
+    if isinstance(value, tuple) and isinstance(value[-1], dict):
+        value, more = value
+    given = {"sparsity": 0.5, **more, name: value}
+    options = prune_options(None, given)
+    assert getattr(options, name) != one.default
+    check_agreement(options, flags(given), tmp_path)
+    assert (name in options.record()) == (one.group in RECORDED)
+
+
+@pytest.mark.parametrize("sparsity", ["0.5", "2:4", "0.5 per layer"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_means_the_same_everywhere(recipe, sparsity, tmp_path):
+    given = {"recipe": recipe, "sparsity": sparsity}
+    options = prune_options(None, given)
+    check_agreement(options, flags(given), tmp_path)
+    (tmp_path / "recipe.toml").write_text(f'recipe = "{recipe}"\nsparsity = "{sparsity}"\n')
+    by_file = ["prune", "--config", tmp_path / "recipe.toml", "--print-config"]
+    assert options_of_file(run(*by_file)) == options
+    if recipe == "fast":
+        assert options == PruneOptions(sparsity)
+    # every option of it may be changed, on the command line, in a file, and from Python
+    for name, value in RECIPES[recipe].items():
+        if name == "allocation" and sparsity != "0.5":
+            continue  # which the pattern decides
+        other = {"samples": 9, "seq_len": 8, "holdout": 0.4, "solver": "swap"}.get(name)
+        if isinstance(value, dict):
+            other = {"epochs": 0 if name == "distillation" else 1}
+        elif other is None:
+            other = "none" if name == "update" else "uniform"
+        changed = prune_options(None, {**given, name: other})
+        expected = {**value, **other} if isinstance(value, dict) else other
+        found = getattr(changed, name)
+        if isinstance(value, dict):
+            assert found == {} if name == "distillation" else expected.items() <= found.items()
+        else:
+            assert found == expected
+        check_agreement(changed, flags({**given, name: other}), tmp_path)
+        assert options_of_file(run(*by_file, *flags({name: other}))) == changed
+
+
+def test_the_recipes_are_those_that_were_measured():
+    balanced, best, groups = (
+        prune_options(None, {"recipe": recipe, "sparsity": sparsity})
+        for recipe, sparsity in (("balanced", 0.5), ("best", 0.5), ("best", "2:4"))
+    )
+    assert (balanced.solver, balanced.update) == ("admm", "least-squares")
+    assert (best.allocation, best.sensitivity, best.solver) == ("layers", "fisher", "admm")
+    assert best.training["begin"] == "least-squares"
+    assert (best.samples, best.seq_len, best.holdout) == (72, 512, 0.118)
+    assert (best.distilled.seed, best.distilled.samples, best.distilled.epochs) == (1, 72, 2)
+    assert groups.allocation == "uniform"
+    assert groups.record() | {"allocation": 0, "sparsity": 0} == best.record() | {
+        "allocation": 0, "sparsity": 0,
+    }  # fmt: skip
+
+
+def test_what_cannot_be(dense, data, tmp_path):
+    prune = partial(prune_model, dense, tokens(16), sparsity=0.5, output=tmp_path / "out")
+    fails(OptionError, "fast or balanced or best, not 'finest'", prune, recipe="finest")
+    fails(OptionError, "give them by name", prune, options=PruneOptions(0.5), recipe="best")
+    fails(OptionError, "`distillation` needs windows", prune, distillation={"epochs": 1})
+    how = {"holdout": 0.25, "distillation": {"epochs": 1}}
+    no_option = "no option of `distillation` is called 'samples'"
+    fails(OptionError, no_option, prune, holdout=0.25, distillation={"samples": 1})
+    fails(OptionError, "epochs", prune, holdout=0.25, distillation={"epochs": -1})
+    fails(ModelError, "GiB are needed", prune, **how, max_memory="1GiB")
+    how["sparsity"] = 0.5
+    short = partial(prune_model, dense, tokens(16, length=1), output=tmp_path / "out")
+    fails(DataError, "nothing is predicted", short, **how)
+    model = loud("llama", layers=1)
+    fails(OptionError, "model folder", prune_model, model, tokens(16), **how)
+    assert not (tmp_path / "out").exists()
+    dry = plan_prune(dense, samples=16, seq_len=16, **how)
+    plain = plan_prune(dense, sparsity=0.5, samples=16, seq_len=16, holdout=0.25)
+    assert dry.forward_seconds > plain.forward_seconds
+    assert dry.disk > plain.disk
+
+
+# One folder ---------------------------------------------------------------------------------------
+
+FEW = {"sparsity": 0.5, "samples": 12, "seq_len": 16, "holdout": 0.34, "min_tokens": 1}
+QUICK = {**FEW, "training": {"epochs": 1}, "distillation": {"learning_rate": 0.003}}
+
+
+class _Stop(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def home(dense, tmp_path_factory):
+    """A tiny model with a tokenizer, a text, and the best recipe's result without an interruption."""
+    home = tmp_path_factory.mktemp("recipes")
+    generator = random.Random(0)
+    text = "".join(chr(generator.randrange(33, 120)) for _ in range(4000))
+    (home / "text.txt").write_text(text)
+    best = partial(prune_model, dense, calibration=home / "text.txt", recipe="best", **QUICK)
+    report = best(output=home / "whole")
+    assert report.distillation["epoch"] > 0
+    return home, best
+
+
+def test_a_run_that_is_killed_anywhere_goes_on_to_the_same_folder(home, dense, monkeypatch):
+    folder, best = home
+    out, whole = folder / "killed", contents(folder / "whole")
+    monkeypatch.setattr(FolderKeeper, "due", lambda _: True)
+
+    def killed_at(block, words, done, *, resume):
+        def stop(event):
+            if (event.block, event.done) == (block, done) and words in event.stage:
+                raise _Stop
+
+        fails(_Stop, None, best, output=out, on_progress=stop, resume=resume)
+        assert [entry.name for entry in out.iterdir()] == [HIDDEN]
+
+    killed_at(1, "solve", 1, resume=False)
+    killed_at(2, "train", 2, resume=True)
+    for words, done in (("dense model", 5), ("train", 4), ("train", 10)):
+        killed_at(3, f"distillation, {words}", done, resume=True)
+    fails(
+        ModelError,
+        "options.distillation",
+        best,
+        output=out,
+        resume=True,
+        distillation={"epochs": 9},
+    )
+    # while the shards are written again, and while files are moved into view
+    write, written = stage.write_shard, []
+
+    def dies(*given):
+        if len(written) == 1:
+            raise _Stop
+        written.append(given)
+        return write(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "write_shard", dies)
+        fails(_Stop, None, best, output=out, resume=True)
+    replace = os.replace
+
+    def moves(source, target):
+        replace(source, target)
+        if os.fspath(target).endswith(".safetensors") and os.path.dirname(target) == str(out):
+            raise _Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr("maskopt.models.checkpoints.workspace.os.replace", moves)
+        fails(_Stop, None, best, output=out, resume=True)
+    assert Workspace(out).journal.exists()
+    report = best(output=out, resume=True)
+    assert contents(out) == whole
+    # nothing is left to do
+    again = best(output=out, resume=True)
+    assert dict(again.distillation) == dict(report.distillation)
+    assert contents(out) == whole
+
+
+def test_it_is_verified_and_shown_as_one_folder(home, dense, tmp_path):
+    folder, _ = home
+    whole = folder / "whole"
+    found = verify_model(whole, dense)
+    assert "trained weights" in found.claimed
+    assert {"counts", "configuration and tokenizer"} <= set(found.checked)
+    record = json.loads((whole / MANIFEST).read_text())
+    losses, fingerprint = record["distillation"], record["fingerprint"]
+    assert losses["after"]["held"] < losses["before"]["held"]
+    assert fingerprint["distillation"]["sha256"] != fingerprint["calibration"]["sha256"]
+    assert not (whole / "maskopt-distill.json").exists()
+    words = flags({**QUICK, "recipe": "best"})
+    text = ["--calibration", folder / "text.txt"]
+    said = run("prune", dense, *text, *words, "--output", tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(whole)
+    for shown in ("error/Wanda", "rows proven", f"{losses['after']['held']:.4f} (epoch"):
+        assert shown in said
+    assert "holds" in run("verify", tmp_path / "out", "--original", dense)
+    run("report", whole, "--output", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "ratio to Wanda" in page
+    assert "whole model" in page
+    card = (whole / "README.md").read_text()
+    assert "KL to the original" in card
+    again = ["--config", whole / MANIFEST, *text]
+    run("prune", dense, *again, "--output", tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(whole)
+    fails(
+        VerificationError, "were distilled since", verify_model, whole, dense, calibration=text[1]
+    )
+
+
+@pytest.fixture(scope="module")
+def distilled(home, dense):
+    """Masks of the fast recipe, and kept weights that only the distillation changed."""
+    folder, _ = home
+    out, how = folder / "fast", {**FEW, "distillation": {"learning_rate": 0.003}}
+    prune_model(dense, calibration=folder / "text.txt", output=out, **how)
+    found = verify_model(out, dense, calibration=folder / "text.txt")
+    assert {"errors", "statuses"} <= set(found.checked)
+    assert "kept weights" in found.claimed
+    return out
+
+
+def no_distillation(manifest):
+    manifest["fingerprint"]["options"]["distillation"] = {}
+    manifest["distillation"] = None
+
+
+def other_run(manifest):
+    options = manifest["fingerprint"]["options"]
+    options["sparsity"] = {"kind": "unstructured", "sparsity": 0.6, "keep": None}
+
+
+def moved_masks(masks):
+    name = min(masks)
+    masks[name] = masks[name].__class__(masks[name].kept.roll(1, 1), masks[name].input_axis)
+
+
+FORGED = {
+    "a zero": (lambda out: change_weight(out, "pruned", 0.5), "that its mask prunes"),
+    "other masks": (lambda out: change_masks(out, moved_masks), "that its mask prunes"),
+    "another tensor": (
+        lambda out: [
+            change_tensors(x, lambda t: [v.add_(1) for n, v in t.items() if "norm" in n])
+            for x in shards(out)
+        ],
+        "differs from the original",
+    ),
+    "no distillation": (no_distillation, "a kept weight differs from the original"),
+    "no losses": (edit("distillation", to=None), "losses of a distillation, or none"),
+    "no options": (
+        edit("fingerprint", "options", "distillation", to={}), "losses of a distillation, or none",
+    ),
+    "a late epoch": (edit("distillation", "epoch", to=9), "longer than the options say"),
+    "no epoch": (edit("distillation", "epoch", to=0), "another epoch than its losses say"),
+    "worse": (edit("distillation", "after", "held", to=99.0), "another epoch than its losses"),
+    "no number": (edit("distillation", "after", to={}), "damaged or was changed"),
+    "another run": (other_run, "has another pattern than the options"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_a_forged_distilled_folder_is_refused(name, distilled, dense, tmp_path):
+    change, said = FORGED[name]
+    out = copied(distilled, tmp_path)
+    if name in ("a zero", "other masks", "another tensor"):
+        change(out)
+        forge_manifest(out)
+    else:
+        forge_manifest(out, change)
+    fails(VerificationError, said, verify_model, out, dense)
+
+
+def test_a_manifest_of_another_run_is_refused(distilled, home, dense, pruned_folder, tmp_path):
+    for number, other in enumerate((home[0] / "whole", pruned_folder)):
+        out = copied(distilled, tmp_path / str(number))
+        (out / MANIFEST).write_bytes((other / MANIFEST).read_bytes())
+        fails(VerificationError, None, verify_model, out, dense)
+        forge_manifest(out)
+        fails(VerificationError, None, verify_model, out, dense)
+    # any edit is refused or changes nothing
+    sound, expected = json.loads((distilled / MANIFEST).read_text()), verify_model(distilled, dense)
+    out = copied(distilled, tmp_path / "edits")
+    for seed in range(15):
+        record = {**sound, "distillation": forged(sound["distillation"], random.Random(seed))}
+        (out / MANIFEST).write_text(json.dumps(signed(record)))
+        try:
+            found = verify_model(out, dense)
+        except VerificationError:
+            continue
+        assert found == expected
