@@ -70,9 +70,8 @@ RECIPE = Option(
     "recipe",
     str | None,
     None,
-    "Named set of options, each of which may be changed. fast (default): proven masks, weights unchanged; "
-    "balanced: weights updated by least squares; best: also trained by blocks, then distilled. "
-    "--print-config prints them.",
+    "Named set of options, each of which may be changed. fast (default): weights unchanged; balanced: updated "
+    "by least squares; best: then trained and distilled.",
     choices=tuple(RECIPES),
     group=SELECTION,
     shown=True,
@@ -109,7 +108,6 @@ class PruneOptions(WalkOptions):
         "both.",
         SELECTION,
         choices=ALLOCATIONS,
-        shown=True,
     )
     sensitivity: str = option(
         FISHER,

@@ -20,7 +20,7 @@ from forging import (
     shards,
     signed,
 )
-from outputs import contents
+from prunes import contents
 from tiny_models import loud, tokens
 
 from maskopt import PruneOptions, prune_model
