@@ -8,15 +8,18 @@ import os
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+import typer.testing
 
 from maskopt.cli import app, main
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
+# Typer makes the tree of all commands for every call, which takes longer than most calls
+typer.main.get_command = typer.testing._get_command = cache(typer.main.get_command)
 
 
 def import_path(file: str) -> str:
@@ -26,7 +29,7 @@ def import_path(file: str) -> str:
 
 def run(*arguments: object, fails: type[Exception] | None = None) -> str:
     """What the command prints, or says of the exception that it must end with."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    result = typer.testing.CliRunner().invoke(app, [str(a) for a in arguments])
     if fails is not None:
         assert isinstance(result.exception, fails), (result.output, result.exception)
         return str(result.exception)

@@ -93,7 +93,7 @@ def test_weights_over_several_chunks_and_with_other_inputs():
 @pytest.mark.parametrize(
     "more",
     [
-        {"token_weights": "relative"},
+        pytest.param({"token_weights": "relative"}, marks=pytest.mark.slow),
         {"token_weights": "relative", "target": "dense", "holdout": 0.4},
         {"token_weights": "gradient"},
     ],

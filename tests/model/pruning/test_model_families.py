@@ -35,7 +35,16 @@ def cross_entropy(model, data):
     return float(nn.functional.cross_entropy(logits.flatten(0, 1), data[:, 1:].flatten()))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+#: blocks of Llama's form, for --slow
+PLAIN = {
+    "qwen2", "qwen3", "mistral", "gemma", "phi", "gpt_neox", "falcon_alibi", "cohere", "olmo2", "stablelm",
+    "glm",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(x, marks=[pytest.mark.slow] * (x in PLAIN)) for x in FAMILIES]
+)
 def test_every_family_streamed_and_in_memory(family, tmp_path):
     model, data, out = tiny(family, layers=2), tokens(5, 12), tmp_path / "out"
     expected = cross_entropy(model, data)

@@ -24,12 +24,12 @@ MEASURED = {
 FREE = {"allocation": "rows", "sensitivity": "uniform", "max_deviation": 1}
 #: options, the stage of the second block that is the last to be done, and blocks
 RUNS = [
-    ({**FREE, "update": "least-squares"}, "solve", 2),
-    ({"allocation": "both", "sensitivity": "fisher"}, "solve", 2),
     (MEASURED, "solve", 3),
     ({"update": "least-squares", **HELD, "dtype": torch.bfloat16}, "calibrate", 3),
 ]
 MORE = [
+    ({**FREE, "update": "least-squares"}, "solve", 2),
+    ({"allocation": "both", "sensitivity": "fisher"}, "solve", 2),
     ({"allocation": "layers", "update": "least-squares"}, "solve", 2),
     ({"allocation": "layers", "target": "dense"}, "solve", 2),
     ({**FREE, "solver": "swap"}, "solve", 2),

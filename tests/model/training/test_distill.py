@@ -49,7 +49,7 @@ def mean_divergence(dense, other, windows):
 @pytest.mark.parametrize(
     ("family", "more"),
     [
-        ("llama", {}),
+        pytest.param("llama", {}, marks=pytest.mark.slow),
         ("llama", {"dtype": torch.bfloat16}),
         *(
             pytest.param(family, {}, marks=pytest.mark.slow)

@@ -282,7 +282,7 @@ def test_the_error_of_a_channel_counts_by_its_own_size():
 @pytest.mark.parametrize(
     "more",
     [
-        {},
+        slow({}),
         {"how": {"begin": "least-squares"}, "true_sequential": True, "solver": "magnitude"},
         slow({"how": {"train": "all"}}),
         {"how": {"granularity": "part", "loss": "relative"}, "target": "dense"},

@@ -208,7 +208,7 @@ def test_what_a_run_states_holds(swapped, dense_folder):
     [
         {**TWO_FOUR, "calibrate_on": "dense", "gram_shrinkage": 0.1},
         {"true_sequential": True, "dtype": "bfloat16", "threads": 1},
-        {"include": ["mlp"], "exclude": ["layers.1"]},
+        pytest.param({"include": ["mlp"], "exclude": ["layers.1"]}, marks=slow),
     ],
 )
 def test_under_every_option(options, dense_folder, tmp_path):

@@ -64,6 +64,7 @@ LAYERS = {
 
 #: a float32 G beyond float32's range has loops of its own, which take long to compile
 SLOW = [(layer, "numba") for layer in LAYERS if layer.endswith("1e+30")]
+SLOW += [("one direction", "literal")]
 
 
 @pytest.mark.parametrize(
