@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import shutil
 import time
@@ -41,8 +42,11 @@ settings.register_profile("slow", max_examples=60, derandomize=True, **_COMMON)
 _FRESH: dict[str, Any] = {"derandomize": False, "print_blob": True, **_COMMON}
 settings.register_profile("explore", max_examples=300, **_FRESH)
 
-#: files that take longest
-LONG = {"test_model_families", "test_model_resume", "test_docs", "test_proof", "test_ranks"}
+#: files that begin first, in this order: one compiles loops while another worker runs what needs few of
+#: them, and the longest ones, which would keep a single worker busy at the end
+FIRST = [
+    "ranks", "structures", "distill", "model_reconstruct", "proof", "model_families", "docs",
+]  # fmt: skip
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,8 +55,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    gc.disable()  # a sixth of the time that imports take
     if not config.getoption("--hypothesis-profile"):
         settings.load_profile("slow" if config.getoption("--slow") else "suite")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported stays
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -154,8 +168,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
-    # left for the end, one of these would keep a single worker busy
-    items.sort(key=lambda item: item.path.stem not in LONG)
+    items.sort(key=lambda item: [*FIRST, name := item.path.stem[5:]].index(name))
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))

@@ -91,7 +91,12 @@ def test_helps_name_every_command_and_fit_two_screens():
 def typed(one):
     """A value of an option that is not its default, and the same as words of the command line."""
     values = {"sparsity": "2:4", "include": ("a", "b"), "exclude": ("c",), "counts": {"a": 1}}
-    values |= {"training": {"epochs": 2}, "solver_options": {"moves": 3}, "max_memory": 2**30}
+    values |= {
+        "training": {"epochs": 2},
+        "distillation": {"epochs": 2},
+        "solver_options": {"moves": 3},
+        "max_memory": 2**30,
+    }
     values |= {"threads": 1, "max_deviation": 0.5, "start": "wanda", "damping": 0.5}
     if one.choices:
         value = next(word for word in one.choices if word != one.default)

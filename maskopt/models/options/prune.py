@@ -70,8 +70,8 @@ RECIPE = Option(
     "recipe",
     str | None,
     None,
-    "Named set of options, each of which may be changed. fast (default): weights unchanged; balanced: updated "
-    "by least squares; best: then trained and distilled.",
+    "Named set of options, each of which may be changed. fast (default): weights unchanged; balanced: "
+    "updated by least squares; best: then trained and distilled.",
     choices=tuple(RECIPES),
     group=SELECTION,
     shown=True,

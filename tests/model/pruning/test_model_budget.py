@@ -370,7 +370,10 @@ def test_rows_differ_within_limits_and_the_layer_keeps_its_count(update):
     assert len({layer.pattern for layer in both.layers}) > 2
 
 
-@pytest.mark.parametrize(("allocation", "sensitivity"), [("rows", "fisher"), ("both", "relative")])
+@pytest.mark.parametrize(
+    ("allocation", "sensitivity"),
+    [pytest.param("rows", "fisher", marks=pytest.mark.slow), ("both", "relative")],
+)
 def test_layers_of_few_tokens_are_ranked_by_magnitude_alone(allocation, sensitivity, tmp_path):
     folder, data = save(loud("mixtral", layers=2), tmp_path / "model"), tokens(8)
     more = {"allocation": allocation, "sensitivity": sensitivity, "solver": "wanda"}

@@ -18,8 +18,16 @@ from maskopt.models.architecture.blocks import Blocks, matrix
 from maskopt.models.pruning.solving import DAMPING_GRID
 from maskopt.models.verification.verify import verify_model
 
+#: blocks of Llama's form, for --slow
+PLAIN = {
+    "qwen2", "qwen3", "mistral", "gemma", "phi", "gpt_neox", "falcon_alibi", "cohere", "olmo2", "stablelm",
+    "glm",
+}  # fmt: skip
 
-@pytest.mark.parametrize("family", FAMILIES)
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(x, marks=[pytest.mark.slow] * (x in PLAIN)) for x in FAMILIES]
+)
 def test_every_family_streamed_and_in_memory(family, tmp_path):
     model, data, out = tiny(family, layers=2), tokens(5, 12), tmp_path / "out"
     expected = cross_entropy(model, data)

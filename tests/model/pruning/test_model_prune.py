@@ -250,12 +250,12 @@ MEASURES = {"allocation": "layers", "sensitivity": "kl", "token_weights": "gradi
 FREE = {"allocation": "rows", "sensitivity": "uniform", "max_deviation": 1}
 #: options, the stage of the second block that is the last to be done, and blocks
 RUNS = [
-    ({**FREE, "update": "least-squares"}, "solve", 2),
-    ({"allocation": "both", "sensitivity": "fisher"}, "solve", 2),
     ({**MEASURES, "holdout": 0.25}, "solve", 3),
     ({"update": "least-squares", **HELD, "dtype": torch.bfloat16}, "calibrate", 3),
 ]
 MORE = [
+    ({**FREE, "update": "least-squares"}, "solve", 2),
+    ({"allocation": "both", "sensitivity": "fisher"}, "solve", 2),
     ({"allocation": "layers", "update": "least-squares"}, "solve", 2),
     ({"allocation": "layers", "target": "dense"}, "solve", 2),
     ({**FREE, "solver": "swap"}, "solve", 2),

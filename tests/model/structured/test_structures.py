@@ -98,7 +98,7 @@ def reroute(model, record):
 CHANNELS, HEADS = {"channels": 0.25}, {"heads": 0.5}
 #: what is removed: families of the default run, and all others
 KINDS = {
-    "channels and heads": ({**CHANNELS, **HEADS}, "llama phi3 gemma3", "qwen2 qwen3 phi cohere glm"),
+    "channels and heads": ({**CHANNELS, **HEADS}, "llama phi3", "gemma3 qwen2 qwen3 phi cohere glm"),
     "channels": (CHANNELS, "opt", "gemma gpt_neox falcon olmo2 stablelm"),
     "heads": (HEADS, "mixtral", "llama4"),
     "channels and heads, kept": (
@@ -110,8 +110,8 @@ KINDS = {
     ),
     "blocks": (
         {"count": 1, "windows": 2},
-        "llama gemma3 gpt2 qwen3_moe bamba",
-        "qwen2 qwen3 opt phi3 gpt_neox falcon bloom cohere olmo2 glm mixtral llama4",
+        "llama gpt2 qwen3_moe bamba",
+        "gemma3 qwen2 qwen3 opt phi3 gpt_neox falcon bloom cohere olmo2 glm mixtral llama4",
     ),
     "experts": ({"share": 0.25}, "mixtral gpt_oss", "qwen3_moe"),
 }  # fmt: skip

@@ -46,7 +46,7 @@ def mean_divergence(dense, other, windows):
     return float((one.exp() * (one - two)).sum(-1).mean())
 
 
-TRAINED = [("llama", {}), ("llama", {"dtype": torch.bfloat16})]
+TRAINED = [slow("llama", {}), ("llama", {"dtype": torch.bfloat16})]
 TRAINED += [slow(x, {}) for x in ("gemma3", "gpt2", "bloom", "gpt_neox", "mixtral")]
 TRAINED += [slow("mixtral", {"exclude": ("experts.1.*",)})]
 

@@ -266,7 +266,7 @@ ROUNDS = {"true_sequential": True, "solver": "magnitude"}
 @pytest.mark.parametrize(
     ("how", "more"),
     [
-        ({}, {}),
+        slow({}, {}),
         ({"begin": "least-squares"}, ROUNDS),
         ({"granularity": "part", "loss": "relative"}, {"target": "dense"}),
         *(

@@ -202,7 +202,7 @@ IN_ORDER = {"true_sequential": True}
 EVERY = [
     {**TWO_FOUR, "calibrate_on": "dense", "gram_shrinkage": 0.1},
     {**IN_ORDER, "dtype": "bfloat16", "threads": 1},
-    {"include": ["mlp"], "exclude": ["layers.1"]},
+    slow({"include": ["mlp"], "exclude": ["layers.1"]}),
 ]
 
 

@@ -450,7 +450,7 @@ def options_of(case):
     return {"workers": 0, **({"node_limit": 2000} if case[1] and case[0] != "branch" else {})}
 
 
-@settings(max_examples=min(30, settings().max_examples))  # 0.1 s each, of seven cases
+@settings(max_examples=settings().max_examples // 2)  # 0.1 s each, of seven cases
 @given(data=st.data())
 def test_they_find_what_enumeration_finds(case, data):
     max_n, max_rows, off = CASES[case]

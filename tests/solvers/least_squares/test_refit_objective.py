@@ -408,10 +408,10 @@ def test_no_mask_costs_less_than_what_any_certificate_proves(problem, how, split
         assert bool((anything(problem, other).check(problem) <= most).all())
 
 
-LATER = [pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 12)]
+LATER = [pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 12)]
 
 
-@pytest.mark.parametrize("seed", [0, 1, *LATER])
+@pytest.mark.parametrize("seed", [0, *LATER])
 @pytest.mark.parametrize("per", ["row", "layer"])
 def test_inputs_that_say_the_same_are_bounded_too(per, seed):
     generator = torch.Generator().manual_seed(seed)

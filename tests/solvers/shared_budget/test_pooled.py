@@ -314,7 +314,7 @@ def test_what_is_said_of_all_rows_counts_each_as_it_is_minimised(tmp_path):
 
 # --- the relaxation of a layer, and what it proves
 @pytest.mark.parametrize("update", [False, True])
-@settings(max_examples=20)
+@settings(max_examples=min(20, settings().max_examples // 2))
 @given(data=st.data())
 def test_bounds_are_below_the_optimum(update, data):
     problem = data.draw(shared_budget(max_n=6 if update else 8, max_rows=3 if update else 4))
