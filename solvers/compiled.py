@@ -204,8 +204,9 @@ class _Notice(event.Listener):
     told = False
 
     def on_start(self, happening: event.Event) -> None:
-        ours = happening.data["dispatcher"].py_func.__module__.startswith("maskopt.solvers.")
-        if ours and not self.told:
+        # of a function that `exec` made the module is None
+        module = happening.data["dispatcher"].py_func.__module__ or ""
+        if module.startswith("maskopt.solvers.") and not self.told:
             self.told = True
             _log.info(NOTICE)
 
