@@ -67,7 +67,7 @@ def _searched(
         batch, found = batches[number], []
         rows = kind.several(metric, own.scratch, target[batch], start[batch])
         weights = torch.stack([row.weights() for row in rows])
-        objective = problem.take(batch).damped_error(weights).tolist()
+        objective = problem.take(batch).cost(weights).tolist()
         for index, row, cost in zip(batch.tolist(), rows, objective, strict=True):
             found.append(refine(row, cost, mass[index], most, limits))
             if problem.shared_budget and not squares.flat and found[-1].proven:
@@ -102,7 +102,7 @@ def _as_begun(problem: LayerProblem, start: Tensor, rows: list[int], limits: Lim
     """Some rows with the masks of the start."""
     some, mask = problem.take(rows), start[rows]
     weight = some.weights(mask, limits)
-    costs = some.damped_error(weight).tolist()
+    costs = some.cost(weight).tolist()
     return [Found(m, w, objectives=[c]) for m, w, c in zip(mask, weight, costs, strict=True)]
 
 
@@ -126,7 +126,7 @@ def _solution(problem: LayerProblem, rows: list[Found]) -> Solution:
         target = squares.target(problem.weight, problem.correlation)
         # a search that stopped may have left weights that are not quite those of its mask
         weight = squares.settled(weight, target, mask)
-    objective = problem.damped_error(weight)
+    objective = problem.cost(weight)
     return Solution(
         mask=mask,
         objective=objective,

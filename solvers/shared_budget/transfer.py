@@ -23,7 +23,7 @@ from torch import Tensor
 
 from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
-from maskopt.protocol.solution import SWAP_TOLERANCE, Solution, Status, swap_threshold
+from maskopt.protocol.solution import Solution, Status, swap_threshold
 from maskopt.protocol.trace import Trace
 from maskopt.solvers.shared_budget.offers import Offers
 
@@ -135,9 +135,8 @@ def transfers(
     """
     offers = _allowed(offers, problem.row_limits, pruned)
     share = problem.shares[:, None]
-    update = problem.update is not None
-    slack = swap_threshold(objective, problem.diagonal_mass(), SWAP_TOLERANCE, update=update)
-    slack = _PART * slack[:, None]
+    mass = problem.diagonal_mass()
+    slack = _PART * swap_threshold(objective, mass, update=problem.update)[:, None]
     # from the front of a row's offers only: one that is cheaper than those before it waits for them
     cost = (share * (offers.costs + slack)).cummax(1).values
     gain = (share * (offers.gains - slack)).cummin(1).values
