@@ -12,9 +12,9 @@ from maskopt.core.limits import Limits, Progress
 from maskopt.core.linear_term import LinearTerm
 from maskopt.core.pattern import NM, Unstructured
 from maskopt.core.problem import LayerProblem, RowProblem, UpdatedWeights, update_weights
-from maskopt.core.structure import structure_problem
 from maskopt.errors import MaskoptError
 from maskopt.instances.formats import load_problem, save_problem
+from maskopt.instances.structure import structure_problem
 from maskopt.protocol.bounds import Bound, available_bounds, lower_bound
 from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.solver import available_solvers, make_solver, solve

@@ -47,10 +47,10 @@ def improving_swap(
         VerificationError: several rows without a shared budget.
     """
     layer = problem.as_layer()
-    if layer.rows != 1 and not layer.shared_budget:
+    if layer.rows != layer.rows_per_budget:
         raise VerificationError("improving_swap takes one row; use problem.row(i)")
     mask = layer.check_mask(mask)
-    found = [improving_swap_between_rows(layer, mask, tolerance)] if layer.shared_budget else []
+    found = [improving_swap_between_rows(layer, mask, tolerance)] if layer.rows > 1 else []
     found += [_inside(layer, mask, row, tolerance) for row in range(layer.rows)]
     return min((move for move in found if move), key=lambda move: move.delta, default=None)
 

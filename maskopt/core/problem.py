@@ -43,8 +43,14 @@ from maskopt.core.limits import Limits
 from maskopt.core.linear_term import LinearTerm
 from maskopt.core.objective import Objective
 from maskopt.core.pattern import Pattern, Unstructured, pattern_from_dict, pattern_to_dict
-from maskopt.core.units import ObjectiveTransform, OriginalValues, semidefinite
-from maskopt.core.values import MOST_WHOLE, Values, values_of
+from maskopt.core.units import (
+    MOST_WHOLE,
+    ObjectiveTransform,
+    OriginalValues,
+    Values,
+    semidefinite,
+    values_of,
+)
 from maskopt.errors import ProblemError, WarmStartError
 
 
@@ -158,6 +164,11 @@ class LayerProblem(Objective):
     def shared_budget(self) -> bool:
         """Whether the rows share a budget: only the layer has a count."""
         return self.pattern.shared_budget
+
+    @property
+    def rows_per_budget(self) -> int:
+        """Rows that have one count together: all with a shared budget, else 1."""
+        return self.rows if self.shared_budget else 1
 
     @property
     def pruned(self) -> int:
@@ -308,9 +319,12 @@ class LayerProblem(Objective):
         return problem
 
     def __repr__(self) -> str:
+        return self._shown("LayerProblem", f"rows={self.rows}, ")
+
+    def _shown(self, kind: str, sizes: str = "") -> str:
         name = f"{self.name!r}, " if self.name else ""
         update = "" if self.update is None else f", {self.update}"
-        return f"LayerProblem({name}rows={self.rows}, n={self.n}, pattern={self.pattern}{update})"
+        return f"{kind}({name}{sizes}n={self.n}, pattern={self.pattern}{update})"
 
 
 class RowProblem:
@@ -387,7 +401,7 @@ class RowProblem:
     def _of(cls, layer: LayerProblem) -> RowProblem:
         """A layer of one row that was checked already; alone, it has a count of its own."""
         problem = cls.__new__(cls)
-        problem._layer = layer.under(layer.pattern.uniform()) if layer.shared_budget else layer
+        problem._layer = layer.under(layer.pattern.uniform())
         return problem
 
     def __getattr__(self, name: str) -> Any:
@@ -478,9 +492,7 @@ class RowProblem:
         return found
 
     def __repr__(self) -> str:
-        name = f"{self.name!r}, " if self.name else ""
-        update = "" if self.update is None else f", {self.update}"
-        return f"RowProblem({name}n={self.n}, pattern={self.pattern}{update})"
+        return self._layer._shown("RowProblem")
 
 
 def load_npz(path: str | os.PathLike[str]) -> LayerProblem | RowProblem:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -30,14 +31,15 @@ def swap_refitted(
 ) -> Solution:
     """1-swap search on F from a legal mask: proven optima, or what was reached when a limit came. With a
     shared budget, of the layer as a whole."""
-    if not problem.shared_budget:
-        return _solution(problem, _searched(problem, start, max_swaps, limits))
 
-    def search(rows: Tensor, mask: Tensor, limits: Limits) -> tuple[Solution, Offers]:
-        some = problem.take(rows)
+    def search(
+        some: LayerProblem, mask: Tensor, limits: Limits
+    ) -> tuple[Solution, Callable[[], Offers]]:
         found = _searched(some, mask, max_swaps, limits)
         nothing = Offers.none(1, problem.device)
-        return _solution(some, found), Offers.joined([row.offers or nothing for row in found])
+        return _solution(some, found), lambda: Offers.joined(
+            [row.offers or nothing for row in found]
+        )
 
     return transfer(problem, start, search, limits)
 

@@ -13,7 +13,8 @@ from commands import run
 from strategies import random_gram, random_linear, random_weight
 
 from maskopt import NM, LayerProblem, Solution, Status, Unstructured, lower_bound, solve, verify
-from maskopt.certificates.certificate import Certificate, Cuts
+from maskopt.certificates.certificate import Certificate
+from maskopt.certificates.cuts import Cuts
 from maskopt.certificates.exact_check import exact_bounds, exact_cost, rational, semidefinite
 from maskopt.certificates.proof import Proof
 from maskopt.certificates.proof_check import check_proof

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 from strategies import graph, problems, random_gram, random_linear, random_weight
 
 from maskopt import NM, LayerProblem, RowProblem, Solution, Status, Unstructured, solve, verify
-from maskopt.certificates.certificate import NO_INPUT, Cuts
+from maskopt.certificates.cuts import NO_INPUT, Cuts
 from maskopt.certificates.proof import AGAIN, KINDS, LEAF, NO_FORM, Proof, RowProof
 from maskopt.certificates.proof_check import TreeCheck, check_proof
 from maskopt.core.files import read_arrays, write_arrays
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.limits import Limits
 from maskopt.core.linear_term import LinearTerm
-from maskopt.core.values import values_of
+from maskopt.core.units import values_of
 from maskopt.errors import OptionError, ProblemError, VerificationError
 from maskopt.solvers.bounds.cuts import cut_certificate
 

@@ -14,7 +14,7 @@ from local_search import drawn
 from strategies import HALF, KINDS, problems, random_gram, random_weight
 
 from maskopt import NM, Certificate, LayerProblem, Unstructured, lower_bound, solve
-from maskopt.certificates.certificate import Cuts
+from maskopt.certificates.cuts import Cuts
 from maskopt.core.limits import torch_threads
 from maskopt.errors import OptionError, SolverError, UnknownSolverError, VerificationError
 from maskopt.protocol.bounds import ENTRY_POINT_GROUP, available_bounds
