@@ -20,9 +20,9 @@ if TYPE_CHECKING:
         UpdatedWeights as UpdatedWeights,
         update_weights as update_weights,
     )
-    from maskopt.core.structure import structure_problem as structure_problem
     from maskopt.errors import MaskoptError as MaskoptError
     from maskopt.instances.formats import load_problem as load_problem, save_problem as save_problem
+    from maskopt.instances.structure import structure_problem as structure_problem
     from maskopt.models.blockwise.job import open_job as open_job
     from maskopt.models.checkpoints.pack import load_packed as load_packed
     from maskopt.models.distillation.distill import distill_model as distill_model
@@ -75,7 +75,7 @@ _MODULES = {
         "UpdatedWeights",
         "update_weights",
     ),
-    "maskopt.core.structure": ("structure_problem",),
+    "maskopt.instances.structure": ("structure_problem",),
     "maskopt.errors": ("MaskoptError",),
     "maskopt.instances.formats": (
         "load_problem",

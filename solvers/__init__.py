@@ -11,29 +11,40 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from maskopt.solvers.bounds.box import BoxBound, ShiftBound
-    from maskopt.solvers.bounds.conic import ConicBound
-    from maskopt.solvers.bounds.sdp import SdpBound
-    from maskopt.solvers.exact.branch import Branch
-    from maskopt.solvers.exact.exhaustive import Exhaustive
-    from maskopt.solvers.exact.gurobi import Gurobi
-    from maskopt.solvers.exact.highs import Highs
-    from maskopt.solvers.exact.scip import Scip
-    from maskopt.solvers.greedy.dsnot import DSnoT
-    from maskopt.solvers.greedy.elimination import Elimination
-    from maskopt.solvers.greedy.scores import Magnitude, Random, Ria, Wanda, Worst
-    from maskopt.solvers.greedy.sparsegpt import SparseGPT
-    from maskopt.solvers.rounding.frank_wolfe import FrankWolfe
-    from maskopt.solvers.rounding.relax import Relax
-    from maskopt.solvers.rounding.sdp_round import SdpRound
-    from maskopt.solvers.search.kswap import KSwap
-    from maskopt.solvers.search.portfolio import Portfolio
-    from maskopt.solvers.search.tabu import Tabu
-    from maskopt.solvers.swap import Swap
+    from maskopt.solvers.bounds.box import BoxBound as BoxBound, ShiftBound as ShiftBound
+    from maskopt.solvers.bounds.conic import ConicBound as ConicBound
+    from maskopt.solvers.bounds.perspective import PerspectiveBound as PerspectiveBound
+    from maskopt.solvers.bounds.sdp import SdpBound as SdpBound
+    from maskopt.solvers.exact.branch import Branch as Branch
+    from maskopt.solvers.exact.exhaustive import Exhaustive as Exhaustive
+    from maskopt.solvers.exact.gurobi import Gurobi as Gurobi
+    from maskopt.solvers.exact.highs import Highs as Highs
+    from maskopt.solvers.exact.scip import Scip as Scip
+    from maskopt.solvers.greedy.dsnot import DSnoT as DSnoT
+    from maskopt.solvers.greedy.elimination import Elimination as Elimination
+    from maskopt.solvers.greedy.scores import (
+        Magnitude as Magnitude,
+        Random as Random,
+        Ria as Ria,
+        Wanda as Wanda,
+        Worst as Worst,
+    )
+    from maskopt.solvers.greedy.sparsegpt import SparseGPT as SparseGPT
+    from maskopt.solvers.least_squares.admm import Admm as Admm
+    from maskopt.solvers.least_squares.obs import Obs as Obs
+    from maskopt.solvers.rounding.frank_wolfe import FrankWolfe as FrankWolfe
+    from maskopt.solvers.rounding.relax import Relax as Relax
+    from maskopt.solvers.rounding.sdp_round import SdpRound as SdpRound
+    from maskopt.solvers.search.kswap import KSwap as KSwap
+    from maskopt.solvers.search.memetic import Memetic as Memetic
+    from maskopt.solvers.search.portfolio import Portfolio as Portfolio
+    from maskopt.solvers.search.tabu import Tabu as Tabu
+    from maskopt.solvers.swap import Swap as Swap
 
 _PLACES = {
     "bounds.box": ("BoxBound", "ShiftBound"),
     "bounds.conic": ("ConicBound",),
+    "bounds.perspective": ("PerspectiveBound",),
     "bounds.sdp": ("SdpBound",),
     "exact.branch": ("Branch",),
     "exact.exhaustive": ("Exhaustive",),
@@ -44,10 +55,13 @@ _PLACES = {
     "greedy.elimination": ("Elimination",),
     "greedy.scores": ("Magnitude", "Random", "Ria", "Wanda", "Worst"),
     "greedy.sparsegpt": ("SparseGPT",),
+    "least_squares.admm": ("Admm",),
+    "least_squares.obs": ("Obs",),
     "rounding.frank_wolfe": ("FrankWolfe",),
     "rounding.relax": ("Relax",),
     "rounding.sdp_round": ("SdpRound",),
     "search.kswap": ("KSwap",),
+    "search.memetic": ("Memetic",),
     "search.portfolio": ("Portfolio",),
     "search.tabu": ("Tabu",),
     "swap": ("Swap",),
@@ -61,29 +75,4 @@ def __getattr__(name: str) -> object:
     return getattr(importlib.import_module(f"{__name__}.{_MODULE[name]}"), name)
 
 
-__all__ = [
-    "BoxBound",
-    "Branch",
-    "ConicBound",
-    "DSnoT",
-    "Elimination",
-    "Exhaustive",
-    "FrankWolfe",
-    "Gurobi",
-    "Highs",
-    "KSwap",
-    "Magnitude",
-    "Portfolio",
-    "Random",
-    "Relax",
-    "Ria",
-    "Scip",
-    "SdpBound",
-    "SdpRound",
-    "ShiftBound",
-    "SparseGPT",
-    "Swap",
-    "Tabu",
-    "Wanda",
-    "Worst",
-]
+__all__ = sorted(_MODULE)

@@ -1,13 +1,13 @@
 """How loops are compiled, and where the machine code is kept.
 
-Numba keeps it beside the source, so that every installation compiles anew, and looks at the one file that
+Numba keeps it next to the source, so that every installation compiles again, and looks at the one file that
 holds the loop, so that it is blind to changes of what the loop calls. Here it is kept in the user's cache
 folder (or NUMBA_CACHE_DIR) under the hash of the loop's file and of all files of maskopt.solvers that this
 imports: it survives a reinstallation, serves several installations at once, and is never stale. Numba
 itself sees to the rest: its version, Python's, and the processor are part of its own key. Where its
 insides have changed, or the folder cannot be written to, Numba does what it does by itself.
 
-The first compilation in a process is told to the logger `maskopt.compile`, since it is worth some seconds
+The first compilation in a process is reported to the logger `maskopt.compile`, since it is worth some seconds
 of waiting; loading what is kept is not.
 """
 
@@ -28,7 +28,7 @@ from numba.core.registry import CPUDispatcher
 from platformdirs import user_cache_path
 
 _log = logging.getLogger("maskopt.compile")
-#: what the logger is told
+#: the message for the logger
 NOTICE = "compiling once …"
 #: the release of Numba whose insides `part` knows; with any other it compiles as Numba does by itself
 _KNOWN = (0, 68)
@@ -37,7 +37,7 @@ _IMPORT = re.compile(r"^\s*from maskopt\.solvers\.([\w.]+) import", re.MULTILINE
 
 
 def loop(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """A loop that Python calls: numba.njit with those options, its machine code kept as told above."""
+    """A loop that Python calls: numba.njit with those options, its machine code kept as described above."""
 
     def decorate(function: Callable[..., Any]) -> Any:
         compiled: Any = numba.njit(**{"no_cfunc_wrapper": True, **options})(function)
@@ -199,14 +199,15 @@ def source_key(file: Path) -> str:
 
 
 class _Notice(event.Listener):
-    """Tells the first compilation of a loop of this package in this process."""
+    """Reports the first compilation of a loop of this package in this process."""
 
-    told = False
+    reported = False
 
     def on_start(self, happening: event.Event) -> None:
-        ours = happening.data["dispatcher"].py_func.__module__.startswith("maskopt.solvers.")
-        if ours and not self.told:
-            self.told = True
+        # of a function that `exec` made the module is None
+        module = happening.data["dispatcher"].py_func.__module__ or ""
+        if module.startswith("maskopt.solvers.") and not self.reported:
+            self.reported = True
             _log.info(NOTICE)
 
     def on_end(self, happening: event.Event) -> None:

@@ -7,7 +7,8 @@ import torch
 from strategies import TWO_FOUR, drawn
 
 from maskopt import NM, Certificate, Solution, Unstructured, verify
-from maskopt.certificates.certificate import Cuts, _check_row
+from maskopt.certificates.certificate import _check_row
+from maskopt.certificates.cuts import Cuts
 from maskopt.certificates.proof import KINDS, LEAF, RowProof
 
 PATTERNS = (Unstructured(keep=4), NM(keep=1, of=4), TWO_FOUR, Unstructured(keep=8))

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskopt.certificates.certificate import NO_INPUT, OF_Z0, Certificate, Cuts
+from maskopt.certificates.certificate import Certificate
+from maskopt.certificates.cuts import NO_INPUT, OF_Z0, Cuts
 from maskopt.certificates.proof import RowProof
 from maskopt.certificates.proof_check import TreeCheck
 from maskopt.core.problem import LayerProblem
@@ -87,7 +88,7 @@ def exact_bounds(
         raise VerificationError(
             f"exact checks are for rows of at most {MOST_INPUTS} inputs, not {layer.n}; leave exact out"
         )
-    found = [Fraction(0)] * (1 if layer.shared_budget else layer.rows)
+    found = [Fraction(0)] * (layer.rows // layer.rows_per_budget)
     if certificate is not None:
         certificate.check_shapes(layer)
         found = _of_certificate(certificate, layer)
@@ -130,15 +131,15 @@ def _of_certificate(certificate: Certificate, layer: LayerProblem) -> list[Fract
 def _form(certificate: Certificate, layer: LayerProblem, row: int) -> Quadratic:
     """g of `maskopt.certificates.certificate`, term by term."""
     n, size = layer.n, layer.group_size
+    s = (
+        layer.pruned * size // layer.weight.numel()
+    )  # of a group; μ and ν are 0 with a shared budget
     matrix, linear, constant = objective(layer, row)
     lam = rational(certificate.diagonal[row])
     matrix[np.diag_indices(n)] += lam
     linear = linear - lam
     for group, mu in enumerate(rational(certificate.penalty[row])):
         of = slice(group * size, (group + 1) * size)
-        s = (
-            0 if layer.shared_budget else layer.pruned_per_group
-        )  # with a shared budget, μ and ν are 0
         if mu:
             matrix[of, of] += mu
             linear[of] -= 2 * s * mu

@@ -38,7 +38,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from maskopt.certificates.certificate import Cuts, check_cuts, cut_form, missing
+from maskopt.certificates.certificate import missing
+from maskopt.certificates.cuts import Cuts, check_cuts, cut_form
 from maskopt.certificates.proof import AGAIN, KINDS, LEAF, NO_FORM, Proof, RowProof
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import VerificationError

@@ -47,10 +47,10 @@ def improving_swap(
         VerificationError: several rows without a shared budget.
     """
     layer = problem.as_layer()
-    if layer.rows != 1 and not layer.shared_budget:
+    if layer.rows != layer.rows_per_budget:
         raise VerificationError("improving_swap takes one row; use problem.row(i)")
     mask = layer.check_mask(mask)
-    found = [improving_swap_between_rows(layer, mask, tolerance)] if layer.shared_budget else []
+    found = [improving_swap_between_rows(layer, mask, tolerance)] if layer.rows > 1 else []
     found += [_inside(layer, mask, row, tolerance) for row in range(layer.rows)]
     return min((move for move in found if move), key=lambda move: move.delta, default=None)
 
@@ -60,11 +60,8 @@ def _inside(
 ) -> SwapMove | None:
     """The best swap of one row at its own count."""
     swaps = costs_of(layer).swaps(mask, row)
-    update, share = (
-        layer.update is not None,
-        float(layer.shares[row]) if layer.shared_budget else 1.0,
-    )
-    least = -float(swap_threshold(swaps.objective, swaps.mass, tolerance, update=update))
+    share = float(layer.shares[row]) if layer.shared_budget else 1.0
+    least = -float(swap_threshold(swaps.objective, swaps.mass, tolerance, update=layer.update))
     best: SwapMove | None = None
     for inside in torch.arange(layer.n, device=mask.device).split(layer.group_size):
         kept, pruned = inside[mask[row, inside]], inside[~mask[row, inside]]
@@ -89,8 +86,8 @@ def improving_swap_between_rows(
         tolerance: of the objective of each of the two rows, in addition to rounding (`swap_threshold`).
     """
     prices, share = costs_of(layer).prices(mask), layer.shares
-    update = layer.update is not None
-    slack = swap_threshold(prices.objective, layer.diagonal_mass(), tolerance, update=update)
+    mass = layer.diagonal_mass()
+    slack = swap_threshold(prices.objective, mass, tolerance, update=layer.update)
     low, high = prices.prune.min(1), prices.keep.max(1)
     pruned, (least, most) = (~mask).sum(1), layer.row_limits
     low.values[pruned >= most], high.values[pruned <= least] = torch.inf, -torch.inf

@@ -138,17 +138,16 @@ def _rounding(layer: LayerProblem, mask: Tensor, solution: Solution) -> Tensor:
 def _verify_claims(layer: LayerProblem, mask: Tensor, solution: Solution, rounding: Tensor) -> bool:
     """Statuses and bounds, of each row or of all rows of a shared budget together; returns whether by
     enumeration, too."""
-    if layer.shared_budget and len(set(solution.status)) > 1:
-        raise VerificationError(
-            "status: rows of a shared budget are proven together, yet some claim "
-            f"{' and some '.join(sorted(set(solution.status)))}"
-        )
     slack = optimal_slack(layer, mask, solution.objective)
     optimum_of, enumerated = _enumeration(layer, rounding), False
-    for rows in (
-        [list(range(layer.rows))] if layer.shared_budget else [[i] for i in range(layer.rows)]
-    ):
-        first, status = rows[0], Status(solution.status[rows[0]])
+    for first in range(0, layer.rows, layer.rows_per_budget):
+        rows = list(range(first, first + layer.rows_per_budget))
+        status, *others = sorted({Status(solution.status[row]) for row in rows})
+        if others:
+            raise VerificationError(
+                "status: rows of a shared budget are proven together, yet some claim "
+                f"{' and some '.join((status, *others))}"
+            )
         share = layer.shares.cpu() if layer.shared_budget else torch.ones(1, dtype=torch.float64)
         objective, bound, room = (
             float(share @ x[rows].cpu()) for x in (solution.objective, solution.lower_bound, slack)
@@ -159,7 +158,7 @@ def _verify_claims(layer: LayerProblem, mask: Tensor, solution: Solution, roundi
         claim = f"status: {who} claim{s} {status}"
         if status is not Status.FEASIBLE:
             # an optimum within OPTIMAL_TOLERANCE can leave swaps of that size
-            swap = improving_swap(layer if layer.shared_budget else layer.row(first), mask[rows])
+            swap = improving_swap(layer.take(rows), mask[rows])
             if swap is not None:
                 of, other = (f" of row {r}" * layer.shared_budget for r in (swap.other, swap.row))
                 raise VerificationError(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maskopt.core.linear_term import LinearTerm
 from maskopt.core.pattern import NM, Pattern, Unstructured
-from maskopt.core.values import MOST_WHOLE
+from maskopt.core.units import MOST_WHOLE
 from maskopt.errors import MaskoptError, PatternError, ProblemError
 
 #: a G whose least eigenvalue is above −PSD_TOLERANCE·tr(G) counts as positive semidefinite: float32

@@ -1,22 +1,8 @@
 """The mask-selection problem: one linear layer, or one row of it.
 
-For a row with weights w [n] and the Gram matrix G [n, n] of the layer's inputs (the mean of xxᵀ
-over calibration tokens), a mask that prunes the set p ∈ {0,1}ⁿ changes the row's output by a mean
-squared
-
-    f(p) = (w⊙p)ᵀ G (w⊙p)                                          (SparseSwaps, arXiv 2512.10922)
-
-All rows of a layer share G, so a layer is a batch of independent rows. Masks are public as
-True = kept; p is their complement. With `linear` the output had missed its target before, and f is
-(w⊙p)ᵀG(w⊙p) + 2 gᵀ(w⊙p) + c (see `maskopt.core.linear_term`).
-
-With `update` a mask is judged by what it costs after least squares for the weights that it keeps: with
-P the pruned set, A = G + λD (see `LeastSquaresUpdate`) and H = A⁻¹,
-
-    F(p) = min over v, zero on P, of (w−v)ᵀA(w−v) [+ 2 gᵀ(w−v) + c]  =  w_Pᵀ (H_PP)⁻¹ w_P
-
-the last without a linear part: the Optimal Brain Surgeon's price of a whole set (Hassibi and Stork, NeurIPS
-1992). F is at most f in the same metric A.
+A mask prunes a set of every row's inputs at a cost (see `maskopt.core.objective`); which sets are allowed
+says its pattern. All rows of a layer share the Gram matrix of its inputs, so a layer is a batch of
+independent rows. Masks are public as True = kept.
 
 With a shared budget (`Unstructured(…, per="layer")`) Σᵣ ωᵣ fᵣ is minimised over the masks with that count in
 all, and a row has no count of its own.
@@ -55,21 +41,23 @@ from maskopt.core.inputs import (
 from maskopt.core.least_squares import LeastSquares, LeastSquaresUpdate
 from maskopt.core.limits import Limits
 from maskopt.core.linear_term import LinearTerm
+from maskopt.core.objective import Objective
 from maskopt.core.pattern import Pattern, Unstructured, pattern_from_dict, pattern_to_dict
-from maskopt.core.units import ObjectiveTransform, OriginalValues, semidefinite
-from maskopt.core.values import MOST_WHOLE, Values, values_of
+from maskopt.core.units import (
+    MOST_WHOLE,
+    ObjectiveTransform,
+    OriginalValues,
+    Values,
+    semidefinite,
+    values_of,
+)
 from maskopt.errors import ProblemError, WarmStartError
 
-#: columns of G that are brought to float64 at a time when an objective is computed
-_OBJECTIVE_BLOCK_BYTES = 64 * 2**20
-#: relative error of updated weights that a solve in float64 may leave
-_SOLVED = 1e-8
 
-
-class LayerProblem:
+class LayerProblem(Objective):
     """Mask selection for every row of one linear layer.
 
-    The objective of a row is f, or F with `update`; see the module.
+    The objective of a row is f, or F with `update`; see `Objective`.
 
     Args:
         weight: [rows, n], any real floating dtype, torch or NumPy; kept as a torch tensor.
@@ -154,7 +142,7 @@ class LayerProblem:
                 self.linear.check_moments(self.gram, ridge or 1.0, label)
         self.update = update
         self._squares: LeastSquares | None = None
-        self._check_refit()
+        self._check_update()
 
     @property
     def _label(self) -> str:
@@ -163,19 +151,6 @@ class LayerProblem:
     def as_layer(self) -> LayerProblem:
         """Itself; of a `RowProblem` the layer of that one row."""
         return self
-
-    @property
-    def rows(self) -> int:
-        return self.weight.shape[0]
-
-    @property
-    def n(self) -> int:
-        """Number of inputs."""
-        return self.weight.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.weight.device
 
     @property
     def group_size(self) -> int:
@@ -189,6 +164,11 @@ class LayerProblem:
     def shared_budget(self) -> bool:
         """Whether the rows share a budget: only the layer has a count."""
         return self.pattern.shared_budget
+
+    @property
+    def rows_per_budget(self) -> int:
+        """Rows that have one count together: all with a shared budget, else 1."""
+        return self.rows if self.shared_budget else 1
 
     @property
     def pruned(self) -> int:
@@ -206,132 +186,6 @@ class LayerProblem:
         if self.omega is None:
             return torch.ones(self.rows, dtype=torch.float64, device=self.device)
         return self.omega
-
-    @property
-    def correlation(self) -> Float[Tensor, "rows n"]:
-        """g of the linear term, float64; 0 without one."""
-        if self.linear is None:
-            return torch.zeros((), dtype=torch.float64, device=self.device).expand(
-                self.rows, self.n
-            )
-        return self.linear.correlation
-
-    @property
-    def constant(self) -> Float[Tensor, " rows"]:
-        """c of the linear term, float64; 0 without one."""
-        if self.linear is None:
-            return torch.zeros(self.rows, dtype=torch.float64, device=self.device)
-        return self.linear.constant
-
-    @property
-    def least_squares(self) -> LeastSquares:
-        """The metric A, which the rows share; ProblemError without `update`."""
-        if self.update is None:
-            raise ProblemError(
-                "the problem keeps its weights; give it update=LeastSquaresUpdate(damping)"
-            )
-        if self._squares is None:
-            self._squares = LeastSquares.of(self.gram, self.update)
-        return self._squares
-
-    @property
-    def ridge(self) -> Float[Tensor, " n"]:
-        """λD of A = G + λD, float64; 0 of unchanged weights."""
-        if self.update is None:
-            return torch.zeros(self.n, dtype=torch.float64, device=self.device)
-        return self.least_squares.ridge
-
-    def objective(self, mask: Bool[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
-        """f of every row, or F with `update`, float64 [rows], at least 0.
-
-        Args:
-            mask: True = kept; a NumPy array will do.
-        """
-        mask = as_mask(mask, self.weight)
-        if self.update is None:
-            return self._form(torch.where(mask, 0.0, self.weight.double())).clamp_(min=0.0)
-        return self.refitted(mask)[1]
-
-    def weights(
-        self, mask: Bool[Tensor, "rows n"], limits: Limits | None = None
-    ) -> Float[Tensor, "rows n"]:
-        """The weights that a mask leaves, float64, zero where it prunes: updated with `update`, else w⊙m."""
-        mask = as_mask(mask, self.weight)
-        if self.update is None:
-            return torch.where(mask, self.weight.double(), 0.0)
-        return self.refitted(mask, limits)[0]
-
-    def refitted(
-        self, mask: Bool[Tensor, "rows n"], limits: Limits | None = None
-    ) -> tuple[Float[Tensor, "rows n"], Float[Tensor, " rows"]]:
-        """Weights by least squares (w⊙m where rounding makes them worse than that), and F; ProblemError
-        without `update`."""
-        mask, squares = as_mask(mask, self.weight), self.least_squares
-        own = torch.where(mask, self.weight.double(), 0.0)
-        found = squares.solve(squares.target(self.weight, self.correlation), mask, limits)
-        cost, own_cost = self.damped_error(found), self.damped_error(own)
-        better = cost <= own_cost
-        return torch.where(better[:, None], found, own), torch.where(better, cost, own_cost)
-
-    def damped_error(self, weight: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
-        """(w−v)ᵀA(w−v) and the linear part, of float64 weights v; F is the least of it."""
-        lost = self.weight.double() - weight
-        squares = self.least_squares
-        value = ((lost @ squares.damped) * lost).sum(1)
-        if squares.flat:
-            value.zero_()  # G is 0, and A is not
-        return self._with_linear(value, lost).clamp_(min=0.0)
-
-    def error(self, weight: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
-        """f of other weights, float64 [rows]: mean square of every output's distance to its target."""
-        return self._form(self.weight.double() - weight.to(self.device).double()).clamp_(min=0.0)
-
-    def _form(
-        self, dropped: Float[Tensor, "rows n"], *, size: bool = False
-    ) -> Float[Tensor, " rows"]:
-        """f of w⊙p; with `size` the sum of the absolute values of its terms."""
-        of = torch.abs if size else (lambda x: x)
-        value = torch.zeros(self.rows, dtype=torch.float64, device=self.device)
-        step = max(1, _OBJECTIVE_BLOCK_BYTES // (8 * self.n))
-        for start in range(0, self.n, step):
-            block = slice(start, start + step)
-            value += ((dropped @ of(self.gram[:, block].double())) * dropped[:, block]).sum(1)
-        if self.linear is None:
-            return value
-        return value + (2 * (of(self.correlation) * dropped).sum(1) + self.constant)
-
-    def output_energy(self) -> Float[Tensor, " rows"]:
-        """Mean square of every row's target, float64 [rows] from products in G's dtype; for reports."""
-        weight = self.weight.to(self.gram.dtype)
-        energy = ((weight @ self.gram) * weight).sum(1, dtype=torch.float64)
-        return self._with_linear(energy, self.weight.double()).clamp_(min=0.0)
-
-    def _with_linear(
-        self, value: Float[Tensor, " rows"], dropped: Float[Tensor, "rows n"]
-    ) -> Float[Tensor, " rows"]:
-        return value if self.linear is None else value + self.linear.value(dropped)
-
-    def diagonal_mass(self) -> Float[Tensor, " rows"]:
-        """Σⱼ wⱼ²Aⱼⱼ + c of every row, float64: the scale of rounding."""
-        return self.weight.double().square() @ (self.gram.diagonal() + self.ridge) + self.constant
-
-    def rounding(self, weight: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
-        """The most that float64 can lose of the error of weights v [rows, n], float64 [rows].
-
-        γ (Σᵢⱼ |xᵢAᵢⱼxⱼ| + 2|x|ᵀ|g| + c) with x = w − v and γ = 4(n + 8)·2⁻⁵³ covers sums and products in any
-        order (Higham, *Accuracy and Stability of Numerical Algorithms*, section 3.1); n·2⁻¹⁰⁷⁴(1 + Σ|xᵢ|)
-        covers underflow. Only terms of the sum count: for v = w⊙m the pruned weights.
-        """
-        lost = (self.weight.double() - weight).abs()
-        found = 4 * (self.n + 8) * 2.0**-53 * self._size(lost)
-        if self.update is not None:  # F is least there, so what the solve is off by counts squared
-            found += _SOLVED**2 * self._size(self.weight.double().abs())
-        # where the sizes leave float64, nothing is excused
-        return found.nan_to_num(posinf=0.0) + self.n * 2.0**-1074 * (1 + lost.sum(1))
-
-    def _size(self, lost: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
-        """The sum of the absolute values of all terms of an error."""
-        return self._form(lost, size=True) + lost.square() @ self.ridge
 
     def next_value(self, bound: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
         """The least value of f that is at least a bound: the next whole value of an integral problem (without
@@ -410,10 +264,10 @@ class LayerProblem:
         if update == self.update:
             return self
         problem = self._with(update=update, _squares=None)
-        problem._check_refit()
+        problem._check_update()
         return problem
 
-    def _check_refit(self) -> None:
+    def _check_update(self) -> None:
         if self.update is None:
             return
         if self.units is not None:
@@ -465,9 +319,12 @@ class LayerProblem:
         return problem
 
     def __repr__(self) -> str:
+        return self._shown("LayerProblem", f"rows={self.rows}, ")
+
+    def _shown(self, kind: str, sizes: str = "") -> str:
         name = f"{self.name!r}, " if self.name else ""
         update = "" if self.update is None else f", {self.update}"
-        return f"LayerProblem({name}rows={self.rows}, n={self.n}, pattern={self.pattern}{update})"
+        return f"{kind}({name}{sizes}n={self.n}, pattern={self.pattern}{update})"
 
 
 class RowProblem:
@@ -544,7 +401,7 @@ class RowProblem:
     def _of(cls, layer: LayerProblem) -> RowProblem:
         """A layer of one row that was checked already; alone, it has a count of its own."""
         problem = cls.__new__(cls)
-        problem._layer = layer.under(layer.pattern.uniform()) if layer.shared_budget else layer
+        problem._layer = layer.under(layer.pattern.uniform())
         return problem
 
     def __getattr__(self, name: str) -> Any:
@@ -620,7 +477,7 @@ class RowProblem:
             variance=None if old.variance is None else old.variance[index],
             _squares=None,
         )
-        layer._check_refit()
+        layer._check_update()
         return RowProblem._of(layer)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -635,9 +492,7 @@ class RowProblem:
         return found
 
     def __repr__(self) -> str:
-        name = f"{self.name!r}, " if self.name else ""
-        update = "" if self.update is None else f", {self.update}"
-        return f"RowProblem({name}n={self.n}, pattern={self.pattern}{update})"
+        return self._layer._shown("RowProblem")
 
 
 def load_npz(path: str | os.PathLike[str]) -> LayerProblem | RowProblem:

@@ -16,6 +16,7 @@ from torch import Tensor
 from maskopt.certificates.certificate import Certificate
 from maskopt.certificates.proof import Proof, RowProof
 from maskopt.core.files import pack, read_arrays, unpack, unpack_rows, write_arrays
+from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import OptionError, ProblemError
 from maskopt.protocol.trace import Trace
@@ -74,7 +75,7 @@ def swap_threshold(
     diagonal_mass: Float[Tensor, " rows"],
     tolerance: float = SWAP_TOLERANCE,
     *,
-    update: bool = False,
+    update: LeastSquaresUpdate | None = None,
 ) -> Float[Tensor, " rows"]:
     """The least decrease that counts as an improving swap, float64 [rows].
 
@@ -159,12 +160,10 @@ class Solution:
         layer = problem.as_layer()
         mask = mask.reshape(layer.weight.shape)
         own = weight is not None
-        if weight is not None:
-            objective = layer.damped_error(weight)
-        elif layer.update is not None:
-            weight, objective = layer.refitted(mask)
-        else:
-            objective = layer.objective(mask)
+        if own and not layer.update:
+            raise ProblemError("weights of a solver's own are for a problem with update")
+        weight = layer.weights(mask) if weight is None else weight
+        objective = layer.cost(weight)
         if lower_bound is None:
             lower_bound = torch.zeros_like(objective)
         else:
@@ -187,7 +186,7 @@ class Solution:
             trace=trace if trace is not None else Trace(),
             certificate=certificate,
             trusted=tuple(trusted),
-            weight=weight,
+            weight=weight if layer.update else None,
             own=own,
             proof=proof,
         )

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskopt.certificates.certificate import Certificate, Cuts
+from maskopt.certificates.certificate import Certificate
+from maskopt.certificates.cuts import Cuts
 from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
 from maskopt.solvers.convex.duals import RowDuals, ScaledRow, certify_row, penalty_of

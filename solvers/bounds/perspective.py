@@ -28,6 +28,7 @@ from maskopt.protocol.bounds import BoundMethod
 from maskopt.protocol.trace import Trace
 from maskopt.solvers.bounds.box import diagonal_shift
 from maskopt.solvers.convex.perspective import OUT_SHARE, levels, shares
+from maskopt.solvers.least_squares.damped import Scaled
 
 #: B keeps this part of the room that d leaves to indefiniteness, and d is no less than this of its mean
 _ROOM, _LEAST = 1e-4, 1e-6
@@ -58,25 +59,18 @@ class PerspectiveBound(BoundMethod):
 
     def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, Trace]:
         """See `BoundMethod.certify`."""
-        squares = problem.least_squares
-        size = squares.damped.diagonal().sqrt()
-        a = squares.damped / size / size[:, None]
-        target = squares.target(problem.weight, problem.correlation)
-        weight = problem.weight.double()
-        constant = (weight * target).sum(1)
-        if problem.linear is not None:
-            constant += (weight * problem.linear.correlation).sum(1) + problem.linear.constant
-        target = target / size
-        room = float(torch.linalg.eigvalsh(a)[0])
+        of = Scaled.of(problem)
+        room = float(torch.linalg.eigvalsh(of.a)[0])
         kept = 1 - problem.pruned / problem.weight.numel()
-        rows = [_Row(a, room, b, float(c), kept) for b, c in zip(target, constant, strict=True)]
+        parts = zip(of.target, of.constant.tolist(), strict=True)
+        rows = [_Row(of.a, room, target, constant, kept) for target, constant in parts]
         threads = torch.get_num_threads() if problem.device.type == "cpu" else 1
         rounds = torch.zeros(problem.rows, dtype=torch.int64)
         for choices, tick in self._choices(rows, problem, limits, threads):
             better = partial(self._better, rows, choices, limits, tick)
             rounds += torch.tensor(one_thread_each(better, problem.rows, threads))
         d, v = torch.stack([row.d for row in rows]), torch.stack([row.v for row in rows])
-        return Certificate(d * size.square(), d[:, :0], v / size), Trace(iterations=rounds)
+        return Certificate(d * of.size.square(), d[:, :0], v / of.size), Trace(iterations=rounds)
 
     def _better(
         self,

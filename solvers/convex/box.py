@@ -15,7 +15,7 @@ growing μ bends the relaxed solution towards a mask. In the ADMM step the conca
 μ = θ·ρw²h/2 the projection of v becomes that of (v − θ/2)/(1 − θ). θ rises from 0 to `hardness`; near 1 the
 steps no longer settle. Its products may be bfloat16, with sums in float32, where that is much faster.
 
-**Rows that trade** have one sum for all of them: the projection is that of the whole layer, and where a row
+**Rows of a shared budget** have one sum: the projection is that of the whole layer, and where a row
 has limits within them.
 
 **A shift.** With d where G − diag(d) is still semidefinite, f(x) = (w⊙x)ᵀ(G − diag(d))(w⊙x) + Σ dⱼwⱼ²xⱼ on
@@ -113,8 +113,7 @@ def relax_box(
     row_bytes = _TILE_ARRAYS * split.factor.element_size() * problem.n
     on_cpu = problem.device.type == "cpu"
     tile = _TILE_ROWS if on_cpu else max(1, limits.bytes(_TILE_BYTES) // row_bytes)
-    if problem.shared_budget:  # one projection for all rows
-        tile = problem.rows
+    tile = max(tile, problem.rows_per_budget)  # one projection for the rows of a budget
     starts = range(0, problem.rows, tile)
     threads = 1
     if on_cpu:

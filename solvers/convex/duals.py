@@ -41,10 +41,8 @@ class ScaledRow(NamedTuple):
     def of(cls, problem: LayerProblem, gram: np.ndarray, row: int, scale: float) -> ScaledRow:
         """One row of a layer, whose G is given in float64."""
         w = problem.weight[row].double().cpu().numpy() * np.sqrt(scale)
-        linear, constant = np.zeros(len(w)), 0.0
-        if problem.linear is not None:
-            linear = w * problem.linear.correlation[row].cpu().numpy() * np.sqrt(scale)
-            constant = float(problem.linear.constant[row]) * scale
+        linear = w * problem.correlation[row].cpu().numpy() * np.sqrt(scale)
+        constant = float(problem.constant[row]) * scale
         q = w[:, None] * gram * w[None, :]
         return cls(q, linear, constant, problem.group_size, problem.pruned_per_group)
 

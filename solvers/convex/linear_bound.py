@@ -47,28 +47,24 @@ def linear_bound(
     for first in range(0, problem.n, step):
         block = slice(first, first + step)
         c[:, block] = product @ problem.gram[:, block].double()
-    value = (product * c).sum(1)
-    gradient = 2 * weight * c
-    offset = -value
+    square = (product * c).sum(1)
+    pull, constant = weight * problem.correlation, problem.constant
+    value = square + 2 * (pull * x).sum(1) + constant
+    gradient = 2 * weight * c + 2 * pull
+    offset = constant - square
     size = problem.gram.diagonal().double().abs().sqrt()
     mass = (product.abs() * size).sum(1)
     reach = (weight.abs() * size).sum(1)
     margin = 4 * problem.n * 2.0**-52 * mass * (mass + 2 * reach)
-    if problem.linear is not None:
-        pull, constant = weight * problem.linear.correlation, problem.linear.constant
-        value = value + 2 * (pull * x).sum(1) + constant
-        gradient = gradient + 2 * pull
-        offset = offset + constant
-        sizes = 2 * (pull.abs() * x.abs().clamp(min=1.0)).sum(1) + constant
-        margin = margin + 4 * problem.n * 2.0**-52 * sizes
+    sizes = 2 * (pull.abs() * x.abs().clamp(min=1.0)).sum(1) + constant
+    margin = margin + 4 * problem.n * 2.0**-52 * sizes
     if diagonal is not None:
         value = value + (diagonal * (x.square() - x)).sum(1)
         gradient = gradient + diagonal * (2 * x - 1)
         offset = offset - (diagonal * x.square()).sum(1)
         sizes = diagonal.abs() * x.abs().clamp(min=1.0).square()
         margin = margin + 4 * problem.n * 2.0**-52 * sizes.sum(1)
-    share = problem.shares[:, None]
-    vertex = ~keep_highest(problem, gradient * share if problem.shared_budget else gradient)
+    vertex = ~keep_highest(problem, gradient * problem.shares[:, None])
     least = torch.where(vertex, gradient, 0.0).sum(1)
     bound = least + offset - margin
     if problem.shared_budget:  # of the layer's sum, which no row has a part of by itself

@@ -63,8 +63,7 @@ class Mixing:
         # small rows are cheap: float64 there also carries extreme scales
         dtype = torch.float64 if problem.n <= _DOUBLE_N else torch.float32
         linear = self._couplings(problem.gram.double(), scaled) / 4
-        if problem.linear is not None:
-            linear += scaled * problem.linear.correlation * scales.sqrt()[:, None] / 2
+        linear += scaled * problem.correlation * scales.sqrt()[:, None] / 2
         self.linear = linear.to(dtype)
         self.w = scaled.to(dtype)
         self.gram = problem.gram.to(dtype).contiguous()

@@ -240,11 +240,10 @@ class Scip(RowSolver):
             pruned=layer.pruned_per_group,
             start=first,
         )
-        # Q has it in its entries, unless nothing is pruned
-        linear = layer.linear if layer.pruned == 0 else None
         program = replace(self, formulation=formulation)._program(task, 1.0, _Known([]))
         model = ScipModel(program).model
-        model.addObjoffset(0.0 if linear is None else float(linear.constant[0]))
+        if layer.pruned == 0:  # else Q has it in its entries
+            model.addObjoffset(float(layer.constant[0]))
         target = Path(path)
         with tempfile.TemporaryDirectory(dir=target.absolute().parent) as folder:
             whole = Path(folder) / f"row.{form}"

@@ -23,8 +23,9 @@ from maskopt.certificates.certificate import Certificate, missing
 from maskopt.certificates.proof import RowProof
 from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
-from maskopt.core.values import Values
+from maskopt.core.units import Values
 from maskopt.protocol.bounds import lower_bound
+from maskopt.solvers.least_squares.damped import Scaled
 from maskopt.solvers.least_squares.rows import swap_refitted
 
 #: the start's objective in the units of a backend's model: far above its absolute tolerances
@@ -216,21 +217,15 @@ def _updated_tasks(
     """From the 1-swap optimum of the start, with the split that the bound `perspective` ends with."""
     start = swap_refitted(problem, start, None, limits.share(_SEARCH_SHARE).quiet()).mask
     bound = lower_bound(problem, "perspective", limits=limits.share(_SPLIT_SHARE).quiet())
-    squares = problem.least_squares
-    size = squares.damped.diagonal().sqrt()
-    a = (squares.damped / size / size[:, None]).numpy()
-    target = squares.target(problem.weight, problem.correlation)
-    constant = (problem.weight.double() * target).sum(1)
-    if problem.linear is not None:
-        constant += (problem.weight.double() * problem.linear.correlation).sum(1)
-        constant += problem.linear.constant
+    squares, scaled = problem.least_squares, Scaled.of(problem)
+    a = scaled.a.numpy()
     split = (bound.certificate.diagonal / squares.damped.diagonal()).numpy()
     return [
         UpdatedTask(
             a,
             start=(~start[i]).numpy(),
-            target=(target[i] / size).numpy(),
-            constant=0.0 if squares.flat else float(constant[i]),
+            target=scaled.target[i].numpy(),
+            constant=0.0 if squares.flat else float(scaled.constant[i]),
             split=_safe(a, split[i]),
             certified=float(bound.value[i]),
             **options,

@@ -52,7 +52,7 @@ def _eliminate(problem: LayerProblem, limits: Limits) -> Tensor:
     gram = problem.gram.double()
     rows, n, group = problem.rows, problem.n, problem.group_size
     own_cost = weight.square() * gram.diagonal()
-    c = torch.zeros_like(weight) if problem.linear is None else problem.linear.correlation.clone()
+    c = problem.correlation.clone()
     kept = torch.ones_like(weight, dtype=torch.bool)
     left = torch.full((rows, n // group), problem.pruned_per_group, device=weight.device)
     index = torch.arange(rows, device=weight.device)

@@ -28,7 +28,7 @@ from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities
 from maskopt.protocol.trace import Trace
 from maskopt.solvers.greedy.select import keep_highest
-from maskopt.solvers.least_squares.damped import Damped
+from maskopt.solvers.least_squares.damped import Damped, Scaled
 
 #: rows of a tile; a constant, since the last bits of a product may depend on it
 _TILE = 64
@@ -59,17 +59,15 @@ class Admm(Damped):
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
         """See `Solver.run`."""
         refitted = self.refitted(problem)
-        squares = refitted.least_squares
-        size = squares.damped.diagonal().sqrt()
-        values, vectors = torch.linalg.eigh(squares.damped / size / size[:, None])
-        target = squares.target(refitted.weight, refitted.correlation) / size
-        shared = values.float(), vectors.float()
-        tile = problem.rows if problem.shared_budget else _TILE
+        scaled = Scaled.of(refitted)
+        values, vectors = torch.linalg.eigh(scaled.a)
+        shared = scaled.size, values.float(), vectors.float()
+        tile = max(_TILE, problem.rows_per_budget)
         parts = [slice(i, i + tile) for i in range(0, problem.rows, tile)]
 
         def some(part: int) -> tuple[Tensor, Tensor]:
             rows = parts[part]
-            return self._masks(refitted.take(rows), target[rows], *shared, limits)
+            return self._masks(refitted.take(rows), scaled.target[rows], *shared, limits)
 
         parallel = partial(one_thread_each, threads=_threads(problem))
         with fast_products():
@@ -81,12 +79,12 @@ class Admm(Damped):
         self,
         problem: LayerProblem,
         target: Float[Tensor, "rows n"],
+        size: Float[Tensor, " n"],
         values: Float[Tensor, " n"],
         vectors: Float[Tensor, "n n"],
         limits: Limits,
     ) -> tuple[Tensor, Tensor]:
         """The masks of some rows, and their iterations; all in the scaled inputs."""
-        size = problem.least_squares.damped.diagonal().sqrt()
         d = problem.weight.double() * size
         largest = d.abs().amax(1, keepdim=True), target.abs().amax(1, keepdim=True)
         # where the weights are next to nothing, what is wanted would be beyond float32 in their units
@@ -95,8 +93,7 @@ class Admm(Damped):
         unit = unit.where(unit > 0, 1.0)  # what is beyond float32 counts in float64
         unit = unit * (scale / unit).square().mean(1, keepdim=True).sqrt().clamp(min=1e-30)
         d, target = (d / unit).float(), (target / unit).float()
-        if problem.shared_budget:  # rows are compared as what they count in the layer's sum
-            unit = unit * problem.shares.sqrt()[:, None]
+        unit = unit * problem.shares.sqrt()[:, None]  # what a row counts in the layer's sum
         mask = keep_highest(problem, d.abs().double() * unit)
         d = torch.where(mask, d, 0.0)
         y = torch.zeros_like(d)
@@ -116,12 +113,11 @@ class Admm(Damped):
             mask[alive], steps[alive] = now, step
             if step % _PERIOD:
                 continue
-            came = (now & ~seen[alive]).sum(1)
-            changed = (
-                (came.sum() / kept.sum()).expand(len(came))
-                if problem.shared_budget
-                else came / kept[alive]
+            came, of = (
+                x.view(-1, rows.rows_per_budget).sum(1, keepdim=True)
+                for x in ((now & ~seen[alive]).sum(1), kept[alive])
             )
+            changed = (came / of).expand(-1, rows.rows_per_budget).flatten()
             seen[alive] = now
             growth = torch.ones_like(changed)
             for least, factor in reversed(_GROWTH):

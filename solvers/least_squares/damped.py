@@ -4,10 +4,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from jaxtyping import Float
+from torch import Tensor
+
 from maskopt.core.fields import option
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solver import Solver
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A problem of updated weights with its inputs scaled to A_jj = 1: F = min {vᵀAv − 2bᵀv + C}.
+
+    Attributes:
+        size: float64 [n], √A_jj before.
+        a: A, float64 [n, n].
+        target: b, float64 [rows, n].
+        constant: C, float64 [rows].
+    """
+
+    size: Float[Tensor, " n"]
+    a: Float[Tensor, "n n"]
+    target: Float[Tensor, "rows n"]
+    constant: Float[Tensor, " rows"]
+
+    @classmethod
+    def of(cls, problem: LayerProblem) -> Scaled:
+        squares, weight, g = problem.least_squares, problem.weight.double(), problem.correlation
+        size = squares.damped.diagonal().sqrt()
+        target = squares.target(weight, g)
+        constant = (weight * target).sum(1) + (weight * g).sum(1) + problem.constant
+        return cls(size, squares.damped / size / size[:, None], target / size, constant)
 
 
 @dataclass(frozen=True)

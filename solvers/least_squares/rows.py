@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -30,14 +31,15 @@ def swap_refitted(
 ) -> Solution:
     """1-swap search on F from a legal mask: proven optima, or what was reached when a limit came. With a
     shared budget, of the layer as a whole."""
-    if not problem.shared_budget:
-        return _solution(problem, _searched(problem, start, max_swaps, limits))
 
-    def search(rows: Tensor, mask: Tensor, limits: Limits) -> tuple[Solution, Offers]:
-        some = problem.take(rows)
+    def search(
+        some: LayerProblem, mask: Tensor, limits: Limits
+    ) -> tuple[Solution, Callable[[], Offers]]:
         found = _searched(some, mask, max_swaps, limits)
         nothing = Offers.none(1, problem.device)
-        return _solution(some, found), Offers.joined([row.offers or nothing for row in found])
+        return _solution(some, found), lambda: Offers.joined(
+            [row.offers or nothing for row in found]
+        )
 
     return transfer(problem, start, search, limits)
 
@@ -67,7 +69,7 @@ def _searched(
         batch, found = batches[number], []
         rows = kind.several(metric, own.scratch, target[batch], start[batch])
         weights = torch.stack([row.weights() for row in rows])
-        objective = problem.take(batch).damped_error(weights).tolist()
+        objective = problem.take(batch).cost(weights).tolist()
         for index, row, cost in zip(batch.tolist(), rows, objective, strict=True):
             found.append(refine(row, cost, mass[index], most, limits))
             if problem.shared_budget and not squares.flat and found[-1].proven:
@@ -102,7 +104,7 @@ def _as_begun(problem: LayerProblem, start: Tensor, rows: list[int], limits: Lim
     """Some rows with the masks of the start."""
     some, mask = problem.take(rows), start[rows]
     weight = some.weights(mask, limits)
-    costs = some.damped_error(weight).tolist()
+    costs = some.cost(weight).tolist()
     return [Found(m, w, objectives=[c]) for m, w, c in zip(mask, weight, costs, strict=True)]
 
 
@@ -126,7 +128,7 @@ def _solution(problem: LayerProblem, rows: list[Found]) -> Solution:
         target = squares.target(problem.weight, problem.correlation)
         # a search that stopped may have left weights that are not quite those of its mask
         weight = squares.settled(weight, target, mask)
-    objective = problem.damped_error(weight)
+    objective = problem.cost(weight)
     return Solution(
         mask=mask,
         objective=objective,

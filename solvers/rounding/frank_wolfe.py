@@ -98,9 +98,7 @@ def _minimise(
     down = torch.exp2(-weight.abs().amax(1, keepdim=True).clamp(min=1e-300).log2().ceil())
     weight = weight * down
     scale = float(problem.gram.diagonal().max()) or 1.0
-    pull: Tensor | float = 0.0
-    if problem.linear is not None:
-        pull = (weight * (problem.linear.correlation * down / scale)).to(problem.gram.dtype)
+    pull = (weight * (problem.correlation * down / scale)).to(problem.gram.dtype)
     weight = weight.to(problem.gram.dtype)
     # the start's mask, but for what is fixed: then others are pruned in its place
     x = _vertex(problem, start.to(weight), fixed).to(weight)

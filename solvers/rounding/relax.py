@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -101,29 +101,49 @@ class Relax(Solver):
         certificate = Certificate.box(problem, box.point) if plan.max_iterations > 0 else None
         bound = box.bound if certificate is None else provable(problem, box.bound, certificate)
         mask = keep_highest(problem, -box.last)
-        goes_on = self.refine is None or self.refine or start is not None
-        # of a mask that is the answer the objective is computed anyway, and once is enough
-        rounded = problem.objective(mask) if goes_on else None
-        relax_seconds = time.monotonic() - began
-        status: tuple[Status, ...] = (Status.FEASIBLE,) * problem.rows
-        swaps = torch.zeros(problem.rows, dtype=torch.int64)
-        if self.refine is None or self.refine:
-            mask, status, swaps = swapped(problem, mask, start, limits)
-        elif start is not None:
-            mask = better(problem, mask, start)
-        solution = Solution.of(
-            problem, mask, status=status, lower_bound=bound, certificate=certificate
-        )
         trace = Trace(
             iterations=box.iterations,
             relaxed_objective=torch.where(box.value.isfinite(), box.value, torch.nan),
             relaxed_gap=relative_gap(box.value, bound),
-            rounded_objective=solution.objective if rounded is None else rounded,
-            swaps=swaps,
-            relax_seconds=shared_out(relax_seconds, problem.rows),
-            swap_seconds=shared_out(time.monotonic() - began - relax_seconds, problem.rows),
+            relax_seconds=shared_out(time.monotonic() - began, problem.rows),
         )
-        return replace(solution, trace=trace)
+        how: dict[str, Any] = {
+            "refine": self.refine is not False,
+            "bound": bound,
+            "certificate": certificate,
+        }
+        return finished(problem, mask, start, limits, trace, **how)
+
+
+def finished(
+    problem: LayerProblem,
+    mask: Tensor,
+    start: Tensor | None,
+    limits: Limits,
+    trace: Trace,
+    *,
+    refine: bool,
+    bound: Tensor,
+    certificate: Certificate | None,
+) -> Solution:
+    """From rounded masks to the answer: 1-swap optima with `refine`, and no worse than the start."""
+    began = time.monotonic()
+    # of a mask that is the answer the objective is computed anyway, and once is enough
+    rounded = problem.objective(mask) if refine or start is not None else None
+    status: tuple[Status, ...] = (Status.FEASIBLE,) * problem.rows
+    swaps = torch.zeros(problem.rows, dtype=torch.int64)
+    if refine:
+        mask, status, swaps = swapped(problem, mask, start, limits)
+    elif start is not None:
+        mask = better(problem, mask, start)
+    solution = Solution.of(problem, mask, status=status, lower_bound=bound, certificate=certificate)
+    trace = replace(
+        trace,
+        rounded_objective=solution.objective if rounded is None else rounded,
+        swaps=swaps,
+        swap_seconds=shared_out(time.monotonic() - began, problem.rows),
+    )
+    return replace(solution, trace=trace)
 
 
 def swapped(

@@ -2,15 +2,15 @@
 
 A child keeps what both parents keep and prunes what both prune: what good masks agree on is mostly right. Of
 the inputs that they differ in it keeps as many as its pattern asks for, at random, and a short search puts
-that right: tabu search where weights stay as they are, 1-swap search on F where they are refitted. A pool
+that right: tabu search for unchanged weights, 1-swap search on F for updated ones. A pool
 holds the best masks that are unlike each other, so that they do not all become one (Moscato 1989; for the
 choice of a set of given size Wu and Hao, "A hybrid metaheuristic approach to solving the maximum diversity
 problem", 2013).
 
-Rows share the random numbers and nothing else: a row's mask does not depend on the others. Where rows trade,
-each is searched at the count that it has in the start, and `swap` trades at the end. The pool goes by
-the objectives that the search keeps, those of tabu search of float32 accuracy; the answer is compared in
-float64, and `swap` ends the run with its proof.
+Rows share the random numbers and nothing else: a row's mask does not depend on the others. With a shared
+budget each is searched at its count in the start, and `swap` moves counts between rows at the end. The pool
+is ordered by the objectives of the searches, in float32 accuracy those of tabu search. The answer is compared
+in float64, and `swap` ends the run with its proof.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from maskopt.core.fields import option
@@ -30,8 +30,8 @@ from maskopt.core.pattern import Pattern, Unstructured
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver
-from maskopt.protocol.trace import Trace, shared_out
-from maskopt.solvers.search.tabu import Scaled, Tabu, search
+from maskopt.protocol.trace import Trace
+from maskopt.solvers.search.tabu import SEARCH_SHARE, Scaled, Tabu, search, then_swapped
 from maskopt.solvers.swap import Swap
 
 #: rows at a time: with their children enough for many threads
@@ -47,8 +47,6 @@ _CHANCE = 0.01
 _INPUTS_APART = 50
 #: of tabu search of a child
 _PATIENCE = 300
-#: share of a time limit that the search may use; `swap` has the rest
-_SEARCH_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class Memetic(Solver):
         masks = 2 * self.pool + max(self.children, self.pool)
         fit = limits.bytes(_MEMORY) // (_ENTRY_BYTES * problem.n * masks)
         tiles = _tiles(problem, start, max(1, min(_TILE, fit)))
-        share, pools, rows_done = limits.share(_SEARCH_SHARE).quiet(), [], 0
+        share, pools, rows_done = limits.share(SEARCH_SHARE).quiet(), [], 0
         for done, (tile, pattern) in enumerate(tiles):
             own = share.share(1 / (len(tiles) - done))
             pool = _Pool(problem.take(tile).under(pattern), start[tile].cpu(), self, own)
@@ -97,23 +95,12 @@ class Memetic(Solver):
         limits.report(problem.rows, problem.rows)
         order = torch.cat([tile for tile, _ in tiles]).argsort()
         found = torch.cat([pool.masks[:, 0] for pool in pools])[order].to(problem.device)
-        start_objective = problem.objective(start)
-        better = problem.objective(found) < start_objective
-        mask = torch.where(better[:, None], found, start)
-        search_seconds = time.monotonic() - began
-        refined = Swap().run(problem, mask, limits)
-        seconds = shared_out(time.monotonic() - began - search_seconds, problem.rows)
         traces = [pool.trace() for pool in pools]
-        trace = replace(
-            traces[0].joined(traces).taken(order),
-            swaps=refined.trace.swaps,
-            search_seconds=shared_out(search_seconds, problem.rows),
-            swap_seconds=seconds,
-        )
-        return replace(refined, trace=trace)
+        trace = traces[0].joined(traces).taken(order)
+        return then_swapped(problem, found, start, limits, trace, began)
 
     def _evolve(self, pool: _Pool, seed: int) -> Iterator[int]:
-        """The main loop, of the rows of a tile at once; tells of every generation, 0 being the first pool."""
+        """The main loop, of the rows of a tile at once; reports every generation, 0 being the first pool."""
         generator = torch.Generator().manual_seed(seed)
         n = pool.masks.shape[-1]
         share = torch.linspace(*_SHAKEN, self.pool - 1)[:, None]
@@ -147,45 +134,6 @@ def _tiles(problem: LayerProblem, start: Tensor, most: int) -> list[tuple[Tensor
     ]
 
 
-class _Found(NamedTuple):
-    """What became of children, on the CPU.
-
-    Attributes:
-        values: float64, their objectives.
-        moves: made.
-    """
-
-    masks: Bool[Tensor, "children n"]
-    values: Float[Tensor, " children"]
-    moves: Int[Tensor, " children"]
-
-
-class _Kept:
-    """Tabu search of children, whose weights stay as they are."""
-
-    def __init__(self, problem: LayerProblem, plan: Memetic) -> None:
-        self._scaled = Scaled.of(problem)
-        self._tabu = Tabu(moves=plan.moves, patience=_PATIENCE)
-
-    def __call__(self, problem: LayerProblem, start: Tensor, count: int, limits: Limits) -> _Found:
-        """Of `count` children of every row, which lie together."""
-        found = search(problem, start, self._tabu, limits, self._scaled.repeated(count))
-        values = found.history[:, -1] if found.history.shape[1] else found.start_objective.cpu()
-        return _Found(found.mask.cpu(), values, found.moves)
-
-
-class _Refitted:
-    """1-swap search of children on F."""
-
-    def __init__(self, problem: LayerProblem, plan: Memetic) -> None:
-        self._swap = Swap(max_swaps=plan.moves)
-
-    def __call__(self, problem: LayerProblem, start: Tensor, count: int, limits: Limits) -> _Found:
-        """See `_Kept`."""
-        found = self._swap.run(problem, start, limits)
-        return _Found(found.mask.cpu(), found.objective.cpu(), found.trace.swaps)
-
-
 class _Pool:
     """The best masks of the rows of a tile, unlike each other.
 
@@ -195,8 +143,7 @@ class _Pool:
 
     def __init__(self, problem: LayerProblem, start: Tensor, plan: Memetic, limits: Limits) -> None:
         self._problem, self._plan, self._limits = problem, plan, limits
-        kept = problem.update is None
-        self._search: _Kept | _Refitted = (_Kept if kept else _Refitted)(problem, plan)
+        self._scaled = None if problem.update else Scaled.of(problem)
         self.masks = start[:, None].expand(-1, plan.pool, -1)
         self._start_objective = problem.objective(start.to(problem.device)).cpu()
         self._values = self._start_objective[:, None].expand(-1, plan.pool)
@@ -228,11 +175,23 @@ class _Pool:
         problem = self._problem.take(torch.arange(rows).repeat_interleave(count))
         limits = replace(self._limits, seed=(self._limits.seed + generation - 1) % 2**63)
         start = masks.reshape(-1, n).to(problem.device)
-        found = self._search(problem, start, count, limits)
-        masks, values = found.masks.view(rows, count, n), found.values.view(rows, count)
-        self._moves += found.moves.view(rows, count).sum(1)
+        masks, values, moves = self._searched(problem, start, count, limits)
+        masks, values = masks.view(rows, count, n), values.view(rows, count)
+        self._moves += moves.view(rows, count).sum(1)
         self._keep_best(torch.cat([self.masks, masks], 1), torch.cat([self._values, values], 1))
         self._history.append(self._values[:, 0].clone())
+
+    def _searched(
+        self, problem: LayerProblem, start: Tensor, count: int, limits: Limits
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Masks, objectives and moves of `count` children of every row, which lie together; on the CPU."""
+        if self._scaled is None:
+            swapped = Swap(max_swaps=self._plan.moves).run(problem, start, limits)
+            return swapped.mask.cpu(), swapped.objective.cpu(), swapped.trace.swaps
+        tabu = Tabu(moves=self._plan.moves, patience=_PATIENCE)
+        found = search(problem, start, tabu, limits, self._scaled.repeated(count))
+        values = found.history[:, -1] if found.history.shape[1] else found.start_objective.cpu()
+        return found.mask.cpu(), values, found.moves
 
     def _keep_best(
         self, masks: Bool[Tensor, "rows count n"], values: Float[Tensor, "rows count"]

@@ -13,7 +13,7 @@ The search is float32 with c from scratch every SCRATCH moves; what is compared 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -45,7 +45,7 @@ _TENURE_SHARE = 4
 #: a restart holds one input in so many
 _HELD = 10
 #: share of a time limit that the search may use; `swap` has the rest
-_SEARCH_SHARE = 0.9
+SEARCH_SHARE = 0.9
 #: the search's clock counts moves in 32 bits, and it holds one list per move of the longest tenure
 _MOST_MOVES, _MOST_TENURE = 10**9, 10**6
 #: largest entries of G between which float32 has room for products of three factors
@@ -90,22 +90,16 @@ class Tabu(Solver):
         """Search every row; see `Solver.run`."""
         assert start is not None
         began = time.monotonic()
-        found = search(problem, start, self, limits.share(_SEARCH_SHARE))
-        better = problem.objective(found.mask) < found.start_objective
-        mask = torch.where(better[:, None], found.mask, start)
-        search_seconds = time.monotonic() - began
-        refined = Swap().run(problem, mask, limits)
+        found = search(problem, start, self, limits.share(SEARCH_SHARE))
         trace = Trace(
             moves=found.moves,
-            swaps=refined.trace.swaps,
             rounds=found.rounds,
             start_objective=found.start_objective,
-            search_seconds=shared_out(search_seconds, problem.rows),
-            swap_seconds=shared_out(time.monotonic() - began - search_seconds, problem.rows),
             history=found.history,
             stopped=tuple("yes" if late else "no" for late in found.stopped.tolist()),
         )
-        return Solution.of(problem, refined.mask, status=refined.status, trace=trace)
+        refined = then_swapped(problem, found.mask, start, limits, trace, began)
+        return Solution.of(problem, refined.mask, status=refined.status, trace=refined.trace)
 
     def tenure_of(self, problem: LayerProblem) -> int:
         """The tenure in moves."""
@@ -114,6 +108,28 @@ class Tabu(Solver):
         grouped = problem.group_size < problem.n
         tenure = _TENURE_NM if grouped else _TENURE_LEAST + problem.n // _INPUTS_PER_TENURE
         return max(1, min(tenure, problem.n // _TENURE_SHARE))
+
+
+def then_swapped(
+    problem: LayerProblem,
+    mask: Tensor,
+    start: Tensor,
+    limits: Limits,
+    trace: Trace,
+    began: float,
+) -> Solution:
+    """1-swap optima from the masks that a search found, or from the start where that costs no more."""
+    better = problem.objective(mask) < problem.objective(start)
+    mask = torch.where(better[:, None], mask, start)
+    searched = time.monotonic()
+    refined = Swap().run(problem, mask, limits)
+    trace = replace(
+        trace,
+        swaps=refined.trace.swaps,
+        search_seconds=shared_out(searched - began, problem.rows),
+        swap_seconds=shared_out(time.monotonic() - searched, problem.rows),
+    )
+    return replace(refined, trace=trace)
 
 
 class Found(NamedTuple):
@@ -256,12 +272,9 @@ class Scaled(NamedTuple):
         root = mass.where(mass > 0, 1.0).sqrt()
         factor = (root * size[:, 0]).square() * peak
         x = weight / root[:, None]
-        linear, constant = torch.zeros_like(x), torch.zeros_like(factor)
-        if problem.linear is not None:
-            moments = problem.linear
-            unit = (root * size.where(size > 0, 1.0)[:, 0] * peak)[:, None]
-            linear = 2 * x * (moments.correlation.cpu() / unit)
-            constant = moments.constant.cpu() / factor.where(factor > 0, 1.0)
+        unit = (root * size.where(size > 0, 1.0)[:, 0] * peak)[:, None]
+        linear = 2 * x * (problem.correlation.cpu() / unit)
+        constant = problem.constant.cpu() / factor.where(factor > 0, 1.0)
         return cls(
             x.float().contiguous().numpy(),
             gram.float().contiguous().numpy(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -12,8 +12,7 @@ from torch import Tensor
 OFFERED = 48
 
 
-@dataclass
-class Offers:
+class Offers(NamedTuple):
     """Per row, in the order in which it would do so: what to prune, and what to keep again.
 
     The first of each is the row's best. Each later one is priced as if those before it were done, so that
@@ -39,10 +38,9 @@ class Offers:
 
     @classmethod
     def joined(cls, parts: list[Offers]) -> Offers:
-        names = ("removals", "costs", "returns", "gains")
-        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+        return cls(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
     def put(self, rows: Int[Tensor, " some"], other: Offers) -> None:
         """Some rows offer something else now."""
-        for name in ("removals", "costs", "returns", "gains"):
-            getattr(self, name)[rows] = getattr(other, name)
+        for mine, new in zip(self, other, strict=True):
+            mine[rows] = new

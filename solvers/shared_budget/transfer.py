@@ -23,15 +23,15 @@ from torch import Tensor
 
 from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
-from maskopt.protocol.solution import SWAP_TOLERANCE, Solution, Status, swap_threshold
+from maskopt.protocol.solution import Solution, Status, swap_threshold
 from maskopt.protocol.trace import Trace
 from maskopt.solvers.shared_budget.offers import Offers
 
 #: part of the tolerance of SWAP_OPTIMAL that transfers go below, so that rounding never decides a claim
 _PART = 0.5
 
-#: (rows, their masks) → 1-swap optima at the masks' own counts, and what those rows offer then
-Search = Callable[[Tensor, Tensor, Limits], tuple[Solution, Offers]]
+#: (some rows, their masks) → 1-swap optima at the masks' own counts, and what makes the rows' offers then
+Search = Callable[[LayerProblem, Tensor, Limits], tuple[Solution, Callable[[], Offers]]]
 
 
 @dataclass
@@ -60,10 +60,12 @@ class _State:
 
 
 def transfer(problem: LayerProblem, start: Tensor, search: Search, limits: Limits) -> Solution:
-    """From a legal mask to a proven 1-swap optimum of the layer, or what was reached when a limit came."""
-    rows = torch.arange(problem.rows, device=problem.device)
-    found, offers = search(rows, start, limits)
-    state = _State(found.mask, found.objective, _proven(found), offers, found.weight)
+    """From a legal mask to a proven 1-swap optimum of the layer, or what was reached when a limit came.
+    Without a shared budget the search is all."""
+    found, offers = search(problem, start, limits)
+    if not problem.shared_budget:
+        return found
+    state = _State(found.mask, found.objective, _proven(found), offers(), found.weight)
     trace = found.trace
     history = [trace.history[:, 0].to(state.objective), state.objective.clone()]
     given = torch.zeros_like(trace.swaps)
@@ -77,8 +79,8 @@ def transfer(problem: LayerProblem, start: Tensor, search: Search, limits: Limit
         changed = pairs.apply(state.mask)
         given += changed.sum(1).cpu()
         rows = changed.any(1).nonzero()[:, 0]
-        found, offers = search(rows, state.mask[rows], limits.quiet())
-        state.put(rows, found, offers)
+        found, offers = search(problem.take(rows), state.mask[rows], limits.quiet())
+        state.put(rows, found, offers())
         _add(trace, rows, found.trace)
         if not problem.shares @ state.objective < total:  # rounding promised too much
             state = before
@@ -135,9 +137,8 @@ def transfers(
     """
     offers = _allowed(offers, problem.row_limits, pruned)
     share = problem.shares[:, None]
-    update = problem.update is not None
-    slack = swap_threshold(objective, problem.diagonal_mass(), SWAP_TOLERANCE, update=update)
-    slack = _PART * slack[:, None]
+    mass = problem.diagonal_mass()
+    slack = _PART * swap_threshold(objective, mass, update=problem.update)[:, None]
     # from the front of a row's offers only: one that is cheaper than those before it waits for them
     cost = (share * (offers.costs + slack)).cummax(1).values
     gain = (share * (offers.gains - slack)).cummin(1).values
@@ -163,8 +164,7 @@ def _allowed(offers: Offers, limits: tuple[int, int], pruned: Int[Tensor, " rows
     least, most = limits
     place = torch.arange(offers.costs.shape[1], device=pruned.device)
     full, empty = place >= most - pruned[:, None], place >= pruned[:, None] - least
-    return replace(
-        offers,
+    return offers._replace(
         costs=offers.costs.masked_fill(full, torch.inf),
         gains=offers.gains.masked_fill(empty, -torch.inf),
     )

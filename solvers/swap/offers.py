@@ -1,4 +1,4 @@
-"""What rows that trade offer where weights are kept: the objective f, for any device.
+"""What rows of a shared budget offer where weights are unchanged: the objective f, for any device.
 
 With c = G(w ⊙ pruned) (+ g), pruning a kept u costs w_u²G_uu + 2 w_u c_u, keeping a pruned p again saves
 2 w_p c_p − w_p²G_pp, and each of either kind moves the price of another j by 2 w_j w_u G_ju.
@@ -44,7 +44,7 @@ def _products(problem: LayerProblem, dropped: Tensor) -> Float[Tensor, "rows n"]
     """c, by columns of G that fit into memory."""
     step = max(1, _BYTES // (8 * problem.n))
     c = torch.cat([dropped @ part.double() for part in problem.gram.split(step, 1)], 1)
-    return c if problem.correlation is None else c + problem.correlation
+    return c + problem.correlation
 
 
 def _in_order(problem: LayerProblem, price: Tensor, inputs: Tensor, prices: Tensor) -> None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -83,13 +84,12 @@ class Swap(Solver):
                     f"swap: kernel {self.kernel!r} is for unchanged weights; updated ones take 'auto'"
                 )
             return swap_refitted(problem, start, self.max_swaps, limits)
-        if not problem.shared_budget:
-            return self._swapped(problem, start, limits)
 
-        def search(rows: Tensor, mask: Tensor, limits: Limits) -> tuple[Solution, Offers]:
-            some = problem.take(rows)
+        def search(
+            some: LayerProblem, mask: Tensor, limits: Limits
+        ) -> tuple[Solution, Callable[[], Offers]]:
             found = self._swapped(some, mask, limits)
-            return found, offers(some, found.mask)
+            return found, partial(offers, some, found.mask)
 
         return transfer(problem, start, search, limits)
 

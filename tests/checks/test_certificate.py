@@ -13,7 +13,8 @@ from forging import fails
 from strategies import TWO_FOUR, drawn, random_gram, random_weight
 
 from maskopt import LayerProblem, Solution, Status, Unstructured, lower_bound, solve, verify
-from maskopt.certificates.certificate import Certificate, Cuts, _check_row, _shared_slacks, missing
+from maskopt.certificates.certificate import Certificate, _check_row, _shared_slacks, missing
+from maskopt.certificates.cuts import Cuts
 from maskopt.certificates.exact_check import _form, exact_bounds, rational, semidefinite
 from maskopt.core.files import write_arrays
 from maskopt.core.linear_term import LinearTerm

@@ -16,7 +16,8 @@ from hypothesis import given, strategies as st
 from strategies import HALF, TWO_FOUR, drawn, graph, legal_masks, problems, random_gram
 
 from maskopt import NM, LayerProblem, RowProblem, Solution, Status, Unstructured, solve, verify
-from maskopt.certificates.certificate import NO_INPUT, Certificate, Cuts
+from maskopt.certificates.certificate import Certificate
+from maskopt.certificates.cuts import NO_INPUT, Cuts
 from maskopt.certificates.exact_check import exact_bounds, exact_cost, rational, semidefinite
 from maskopt.certificates.proof import AGAIN, KINDS, LEAF, NO_FORM, Proof, RowProof
 from maskopt.certificates.proof_check import TreeCheck, check_proof
@@ -24,7 +25,7 @@ from maskopt.core.files import read_arrays, write_arrays
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.limits import Limits
 from maskopt.core.linear_term import LinearTerm
-from maskopt.core.values import values_of
+from maskopt.core.units import values_of
 from maskopt.errors import OptionError, ProblemError, VerificationError
 from maskopt.protocol.bounds import lower_bound
 from maskopt.solvers.bounds.cuts import cut_certificate

@@ -83,7 +83,7 @@ def test_a_problem_shows_its_name_and_is_the_same_under_another_pattern(monkeypa
     # its objective in blocks is that at once
     mask = solve(problem, "wanda").mask
     whole = problem.objective(mask)
-    monkeypatch.setattr("maskopt.core.problem._OBJECTIVE_BLOCK_BYTES", 8 * 40 * 7)
+    monkeypatch.setattr("maskopt.core.objective._BLOCK_BYTES", 8 * 40 * 7)
     close(problem.objective(mask), whole, rtol=1e-12, atol=0)
 
 
@@ -279,7 +279,7 @@ def test_bad_masks(mask, message):
         for cost in (
             PLAIN.objective,
             PLAIN.weights,
-            PLAIN.with_update(LeastSquaresUpdate(0.01)).refitted,
+            PLAIN.with_update(LeastSquaresUpdate(0.01)).weights,
         ):
             fails(ProblemError, f"mask {message}", cost, mask)
 

@@ -27,10 +27,10 @@ from strategies import (
 
 from maskopt import LayerProblem, LeastSquaresUpdate, RowProblem, Unstructured, verify
 from maskopt.core.linear_term import LinearTerm
-from maskopt.core.structure import change, refit_inputs, structure_problem
 from maskopt.core.units import ObjectiveTransform
 from maskopt.errors import OptionError, PatternError, ProblemError, VerificationError
 from maskopt.instances.formats import load_problem, save_problem
+from maskopt.instances.structure import change, refit_inputs, structure_problem
 from maskopt.protocol.bounds import lower_bound
 from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.solver import make_solver, solve

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import numba
 import numpy as np
 import pytest
 from forging import fails
@@ -55,6 +56,12 @@ def test_where_nothing_can_be_kept_loops_are_compiled_all_the_same(tmp_path, mon
 
 def twice(x):
     return 2 * x
+
+
+def test_functions_of_others_without_a_module_compile():
+    made = eval("lambda x: 2 * x", {})
+    made.__module__ = None
+    assert numba.njit(made)(2.0) == 4.0
 
 
 def test_the_command_line_says_that_it_compiles(capsys, monkeypatch):

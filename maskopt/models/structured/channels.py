@@ -2,7 +2,7 @@
 
     for every block:
         grams   of the inputs of the consumers (down_proj, o_proj), from the pruned blocks before
-        choose  the structures whose removal changes the consumer's output least (`maskopt.core.structure`)
+        choose  the structures whose removal changes the consumer's output least (`instances.structure`)
         update  the consumer's kept weights by least squares
         advance the windows through the block, the removed columns being zero
 
@@ -25,8 +25,8 @@ from torch import Tensor
 
 from maskopt.core.limits import Limits
 from maskopt.core.problem import RowProblem
-from maskopt.core.structure import change, refit_inputs, structure_problem
 from maskopt.errors import ModelError, OptionError
+from maskopt.instances.structure import change, refit_inputs, structure_problem
 from maskopt.models.architecture.blocks import Layer, matrix
 from maskopt.models.architecture.source import FolderSource, as_stored
 from maskopt.models.architecture.structures import (

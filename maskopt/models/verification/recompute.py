@@ -221,7 +221,7 @@ def _other_weights(found: Found, tolerance: float) -> Iterator[str]:
     rows = list(range(0, problem.rows, max(1, problem.rows // LEAST_SQUARES_ROWS)))
     some, mask = problem.take(rows), found.kept[rows]
     new = result[rows].to(problem.device).double()
-    cost, diagonal = some.damped_error(new), some.least_squares.damped.diagonal()
+    cost, diagonal = some.cost(new), some.least_squares.damped.diagonal()
     rounding = 10 * torch.finfo(result.dtype).eps ** 2 * (new.square() @ diagonal)
     for index, row in enumerate(rows):
         best = float(costs_of(some).cost(mask, index))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from maskopt.certificates.certificate import NO_INPUT, OF_Z0
+from maskopt.certificates.cuts import NO_INPUT, OF_Z0
 from maskopt.certificates.proof import KINDS, LEAF, NO_FORM, RowProof
 from maskopt.solvers.convex.triangles import ABSENT, Pool
 from maskopt.solvers.exact.tree.relaxation import Relaxed

@@ -13,7 +13,8 @@ from hypothesis import given, settings, strategies as st
 from strategies import HALF, KINDS, TWO_FOUR, drawn, problems, random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Unstructured, lower_bound, solve
-from maskopt.certificates.certificate import Certificate, Cuts
+from maskopt.certificates.certificate import Certificate
+from maskopt.certificates.cuts import Cuts
 from maskopt.core.limits import torch_threads
 from maskopt.errors import OptionError, SolverError, UnknownSolverError, VerificationError
 from maskopt.protocol.bounds import ENTRY_POINT_GROUP, available_bounds

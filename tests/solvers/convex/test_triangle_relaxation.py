@@ -13,7 +13,7 @@ from scipy.optimize import minimize
 from strategies import KINDS, TWO_FOUR, drawn, graph, random_gram, random_weight
 
 from maskopt import NM, LayerProblem, Status, Unstructured, lower_bound, solve, verify
-from maskopt.certificates.certificate import NO_INPUT, OF_Z0, Cuts, check_cuts, cut_form
+from maskopt.certificates.cuts import NO_INPUT, OF_Z0, Cuts, check_cuts, cut_form
 from maskopt.core.files import pack
 from maskopt.core.limits import Limits
 from maskopt.solvers.bounds.cuts import cut_certificate

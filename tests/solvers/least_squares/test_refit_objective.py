@@ -54,7 +54,7 @@ def test_it_is_the_least_over_all_weights_on_what_is_kept(problem, how):
     for size in (1e-3, 1.0):
         other = best + size * torch.where(mask, torch.randn_like(best), 0.0)
         least = value - refit_layers.rounding(problem)
-        assert bool((problem.damped_error(other) >= least).all())
+        assert bool((problem.cost(other) >= least).all())
     # and so at most f in the same metric
     f = kept.objective(mask) + (problem.weight * ~mask).square() @ (a - problem.gram).diagonal()
     assert bool((problem.objective(mask) <= f * (1 + 1e-12)).all())
@@ -74,7 +74,7 @@ def test_the_weights_solve_the_normal_equations_and_cost_what_is_said(kind, how,
     squares, mask, a = problem.least_squares, random_mask(problem), metric(problem)
     close(squares.damped, a)
     weight = problem.weights(mask)
-    assert torch.equal(problem.damped_error(weight), problem.objective(mask))
+    assert torch.equal(problem.cost(weight), problem.objective(mask))
     target = problem.weight @ a + (problem.linear.correlation if linear else 0.0)
 
     def rest(weight):
@@ -188,7 +188,7 @@ def test_a_gram_matrix_with_one_large_direction(n, damping, dtype, solver, rtol)
     problem = LayerProblem(weight, x.T @ x, Unstructured(0.6), update=LeastSquaresUpdate(damping))
     found = solve(problem, solver)
     verify(problem, found)
-    _, best = refit_layers.wide(problem).refitted(found.mask)
+    best = refit_layers.wide(problem).objective(found.mask)
     close(found.objective, best, rtol=rtol, atol=0)
 
 

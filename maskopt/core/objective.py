@@ -1,0 +1,178 @@
+"""What the masks of a layer's rows cost.
+
+For a row with weights w [n] and the Gram matrix G [n, n] of the layer's inputs (the mean of xxᵀ
+over calibration tokens), a mask that prunes the set p ∈ {0,1}ⁿ changes the row's output by a mean
+squared
+
+    f(p) = (w⊙p)ᵀ G (w⊙p)                                          (SparseSwaps, arXiv 2512.10922)
+
+With a linear term the output missed its target before, and f is (w⊙p)ᵀG(w⊙p) + 2 gᵀ(w⊙p) + c (see
+`maskopt.core.linear_term`).
+
+With `update` a mask is judged by what it costs after least squares for the weights that it keeps: with
+P the pruned set, A = G + λD (see `LeastSquaresUpdate`) and H = A⁻¹,
+
+    F(p) = min over v, zero on P, of (w−v)ᵀA(w−v) [+ 2 gᵀ(w−v) + c]  =  w_Pᵀ (H_PP)⁻¹ w_P
+
+the last without a linear term: the Optimal Brain Surgeon's price of a whole set (Hassibi and Stork, NeurIPS
+1992). F is at most f in the same metric A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from maskopt.core.inputs import as_mask
+from maskopt.core.least_squares import LeastSquares, LeastSquaresUpdate
+from maskopt.core.limits import Limits
+from maskopt.core.linear_term import LinearTerm
+from maskopt.errors import ProblemError
+
+#: bytes of the columns of G that are brought to float64 at a time
+_BLOCK_BYTES = 64 * 2**20
+#: relative error of updated weights that a solve in float64 may leave
+_SOLVED = 1e-8
+
+
+class Objective:
+    """The cost of every row: f, or F with `update`. Its attributes are those of `LayerProblem`."""
+
+    weight: Float[Tensor, "rows n"]
+    gram: Float[Tensor, "n n"]
+    linear: LinearTerm | None
+    update: LeastSquaresUpdate | None
+    _squares: LeastSquares | None
+
+    @property
+    def rows(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def n(self) -> int:
+        """Number of inputs."""
+        return self.weight.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def correlation(self) -> Float[Tensor, "rows n"]:
+        """g of the linear term, float64; 0 without one."""
+        if self.linear is None:
+            return torch.zeros((), dtype=torch.float64, device=self.device).expand(
+                self.rows, self.n
+            )
+        return self.linear.correlation
+
+    @property
+    def constant(self) -> Float[Tensor, " rows"]:
+        """c of the linear term, float64; 0 without one."""
+        if self.linear is None:
+            return torch.zeros(self.rows, dtype=torch.float64, device=self.device)
+        return self.linear.constant
+
+    @property
+    def least_squares(self) -> LeastSquares:
+        """The metric A, which the rows share; ProblemError without `update`."""
+        if self.update is None:
+            raise ProblemError(
+                "the problem keeps its weights; give it update=LeastSquaresUpdate(damping)"
+            )
+        if self._squares is None:
+            self._squares = LeastSquares.of(self.gram, self.update)
+        return self._squares
+
+    @property
+    def ridge(self) -> Float[Tensor, " n"]:
+        """λD of A = G + λD, float64; 0 of unchanged weights."""
+        if self.update is None:
+            return torch.zeros(self.n, dtype=torch.float64, device=self.device)
+        return self.least_squares.ridge
+
+    def objective(self, mask: Bool[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
+        """f of every row, or F with `update`, float64 [rows], at least 0.
+
+        Args:
+            mask: True = kept; a NumPy array will do.
+        """
+        return self.cost(self.weights(mask))
+
+    def weights(
+        self, mask: Bool[Tensor, "rows n"], limits: Limits | None = None
+    ) -> Float[Tensor, "rows n"]:
+        """The weights that a mask leaves, float64, zero where it prunes: w⊙m, or with `update` those of least
+        squares, unless rounding makes them worse than w⊙m."""
+        mask = as_mask(mask, self.weight)
+        unchanged = torch.where(mask, self.weight.double(), 0.0)
+        if self.update is None:
+            return unchanged
+        squares = self.least_squares
+        found = squares.solve(squares.target(self.weight, self.correlation), mask, limits)
+        better = self.cost(found) <= self.cost(unchanged)
+        return torch.where(better[:, None], found, unchanged)
+
+    def cost(self, weight: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
+        """What weights v cost, float64 [rows]: `error`, or with `update` (w−v)ᵀA(w−v) and the linear term, of
+        which F is the least."""
+        if self.update is None:
+            return self.error(weight)
+        lost, squares = self.weight.double() - weight, self.least_squares
+        value = ((lost @ squares.damped) * lost).sum(1)
+        if squares.flat:
+            value.zero_()  # G is 0, and A is not
+        return self._with_linear(value, lost).clamp_(min=0.0)
+
+    def error(self, weight: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
+        """f of weights v, float64 [rows]: mean square of every output's distance to its target."""
+        lost = self.weight.double() - weight.to(self.device).double()
+        return self._with_linear(self._form(lost), lost).clamp_(min=0.0)
+
+    def output_energy(self) -> Float[Tensor, " rows"]:
+        """Mean square of every row's target, float64 [rows] from products in G's dtype; for reports."""
+        weight = self.weight.to(self.gram.dtype)
+        energy = ((weight @ self.gram) * weight).sum(1, dtype=torch.float64)
+        return self._with_linear(energy, self.weight.double()).clamp_(min=0.0)
+
+    def diagonal_mass(self) -> Float[Tensor, " rows"]:
+        """Σⱼ wⱼ²Aⱼⱼ + c of every row, float64: the scale of rounding."""
+        return self.weight.double().square() @ (self.gram.diagonal() + self.ridge) + self.constant
+
+    def rounding(self, weight: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
+        """The most that float64 can lose of the cost of weights v [rows, n], float64 [rows].
+
+        γ (Σᵢⱼ |xᵢAᵢⱼxⱼ| + 2|x|ᵀ|g| + c) with x = w − v and γ = 4(n + 8)·2⁻⁵³ covers sums and products in any
+        order (Higham, *Accuracy and Stability of Numerical Algorithms*, section 3.1); n·2⁻¹⁰⁷⁴(1 + Σ|xᵢ|)
+        covers underflow. Only terms of the sum count: for v = w⊙m the pruned weights.
+        """
+        lost = (self.weight.double() - weight).abs()
+        found = 4 * (self.n + 8) * 2.0**-53 * self._size(lost)
+        if self.update is not None:  # F is least there, so what the solve is off by counts squared
+            found += _SOLVED**2 * self._size(self.weight.double().abs())
+        # where the sizes leave float64, nothing is excused
+        return found.nan_to_num(posinf=0.0) + self.n * 2.0**-1074 * (1 + lost.sum(1))
+
+    def _size(self, lost: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
+        """The sum of the absolute values of all terms of the cost, of |w − v|."""
+        linear = 2 * (self.correlation.abs() * lost).sum(1) + self.constant
+        return self._form(lost, torch.abs) + linear + lost.square() @ self.ridge
+
+    def _form(
+        self, x: Float[Tensor, "rows n"], of: Callable[[Tensor], Tensor] = lambda gram: gram
+    ) -> Float[Tensor, " rows"]:
+        """xᵀGx of every row, or with a function of G's entries in place of G."""
+        value = torch.zeros(self.rows, dtype=torch.float64, device=self.device)
+        step = max(1, _BLOCK_BYTES // (8 * self.n))
+        for start in range(0, self.n, step):
+            block = slice(start, start + step)
+            value += ((x @ of(self.gram[:, block].double())) * x[:, block]).sum(1)
+        return value
+
+    def _with_linear(
+        self, value: Float[Tensor, " rows"], lost: Float[Tensor, "rows n"]
+    ) -> Float[Tensor, " rows"]:
+        return value + (2 * (self.correlation * lost).sum(1) + self.constant)
