@@ -206,13 +206,13 @@ def _kinds_table(report: PruneReport) -> Table:
         "error": True,
         "error/Wanda": True,
         "held-out error": any(layer.relative_held is not None for layer in layers),
-        "rows proven": True,
+        "proven": True,
     }
     headings = ("layer kind", "layers", *(name for name, has in shown.items() if has), "seconds")
     table = make_table(
         *headings,
         caption="errors relative to the energy of the layers' outputs; Wanda: its masks at the same "
-        "sparsity, with unchanged weights",
+        "sparsity, with unchanged weights; proven: rows proven optimal or 1-swap optimal",
     )
     for kind, of_kind in {**report.by_kind(), "all": layers}.items():
         # errors of layers pruned by magnitude are other ones
@@ -241,7 +241,7 @@ def _errors(layers: Sequence[LayerReport]) -> dict[str, str]:
         "error": part("error"),
         "error/Wanda": "–" if ratio is None else f"{ratio:.3f}",
         "held-out error": part("error_held", "energy_held"),
-        "rows proven": "–" if proven is None else f"{proven:.1%}",
+        "proven": "–" if proven is None else f"{proven:.1%}",
     }
 
 

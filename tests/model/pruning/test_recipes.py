@@ -265,7 +265,7 @@ def test_it_is_verified_and_shown_as_one_folder(home, dense, tmp_path):
     text = ["--calibration", folder / "text.txt"]
     said = run("prune", dense, *text, *words, "--output", tmp_path / "out")
     assert contents(tmp_path / "out") == contents(whole)
-    for shown in ("error/Wanda", "rows proven", f"{losses['after']['held']:.4f} (epoch"):
+    for shown in ("error/Wanda", "proven", f"{losses['after']['held']:.4f} (epoch"):
         assert shown in said
     assert "holds" in run("verify", tmp_path / "out", "--original", dense)
     run("report", whole, "--output", tmp_path / "page.html")
