@@ -4,17 +4,20 @@ The Gram matrices are what layers really give: full rank, rank-deficient, with d
 columns), with duplicate inputs, diagonal, and badly scaled by outlier features.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
 from itertools import chain, combinations, product
 from typing import Any
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
+from torch import Tensor
 
 from maskopt import NM, LayerProblem, LeastSquaresUpdate, LinearTerm, RowProblem, Unstructured
 from maskopt.checks.verification import verify
-from maskopt.protocol.solution import Status
+from maskopt.core.pattern import Pattern
+from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.solver import solve
 
 HALF, TWO_FOUR = Unstructured(sparsity=0.5), NM(keep=2, of=4)
@@ -23,7 +26,7 @@ F64 = torch.float64
 KINDS = ("full", "low-rank", "zero-columns", "duplicates", "diagonal", "outliers")
 
 
-def random_gram(n, kind, seed, dtype=F64):
+def random_gram(n: int, kind: str, seed: int, dtype: torch.dtype = F64) -> Tensor:
     """A PSD [n, n] of the named kind: the mean of xxᵀ over random tokens."""
     generator = torch.Generator().manual_seed(seed)
     tokens = max(2, n // 3) if kind == "low-rank" else 4 * n
@@ -41,7 +44,7 @@ def random_gram(n, kind, seed, dtype=F64):
     return ((gram + gram.T) / 2).to(dtype)
 
 
-def random_weight(rows, n, seed, dtype=F64):
+def random_weight(rows: int, n: int, seed: int, dtype: torch.dtype = F64) -> Tensor:
     """[rows, n] with some zero entries and, at times, a zero row."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, n, generator=generator, dtype=F64)
@@ -51,7 +54,7 @@ def random_weight(rows, n, seed, dtype=F64):
     return weight.to(dtype)
 
 
-def random_linear(weight, gram, seed):
+def random_linear(weight: Tensor, gram: Tensor, seed: int) -> LinearTerm:
     """Moments of r = aᵀx + noise: a about the size of the weights, the noise of some rows none."""
     generator = torch.Generator().manual_seed(seed)
     a = torch.randn(weight.shape, generator=generator, dtype=F64) / 2
@@ -60,7 +63,10 @@ def random_linear(weight, gram, seed):
     return LinearTerm(a @ gram.double(), own + noise)
 
 
-def drawn(rows, n, kind="full", pattern=HALF, seeds=(1, 2), dtype=F64, linear=None, **more):
+def drawn(
+    rows: int, n: int, kind: str = "full", pattern: Pattern = HALF, seeds: tuple[int, int] = (1, 2),
+    dtype: torch.dtype = F64, linear: int | None = None, **more: Any,
+) -> LayerProblem:  # fmt: skip
     """A layer of random weights and a Gram matrix of that kind, with a seed each, and with a seed for it a
     linear part."""
     weight, gram = random_weight(rows, n, seeds[0], dtype), random_gram(n, kind, seeds[1], dtype)
@@ -68,32 +74,35 @@ def drawn(rows, n, kind="full", pattern=HALF, seeds=(1, 2), dtype=F64, linear=No
     return LayerProblem(weight, gram, pattern, linear=part, **more)
 
 
-def refit_layer(pattern=HALF, rows=3, n=16, kind="full", damping=0.01, seed=1, dtype=F64):
-    """A layer whose kept weights are refitted."""
+def refit_layer(
+    pattern: Pattern = HALF, rows: int = 3, n: int = 16, kind: str = "full", damping: float = 0.01,
+    seed: int = 1, dtype: torch.dtype = F64,
+) -> LayerProblem:  # fmt: skip
+    """A layer whose kept weights are updated."""
     update = LeastSquaresUpdate(damping)
     return drawn(rows, n, kind, pattern, (seed, seed + 1), dtype, update=update)
 
 
-def floor(problem):
+def floor(problem: LayerProblem) -> Tensor:
     """What an objective may be off by, per row."""
     return 1e-9 * problem.diagonal_mass() + 1e-300
 
 
-def verified(problem, solver, **options):
+def verified(problem: LayerProblem, solver: str, **options: Any) -> Solution:
     """What a solver answers, which `verify` confirms."""
     solution = solve(problem, solver, **options)
     verify(problem, solution)
     return solution
 
 
-def swap_optimal(problem, solver="swap", **options):
+def swap_optimal(problem: LayerProblem, solver: str = "swap", **options: Any) -> Solution:
     """The same, of which every row is proven 1-swap optimal."""
     solution = verified(problem, solver, **options)
     assert set(solution.status) == {Status.SWAP_OPTIMAL}
     return solution
 
 
-def legal_masks(problem):
+def legal_masks(problem: LayerProblem) -> Tensor:
     """Every legal mask of a row, bool [masks, n]."""
     group, groups = problem.group_size, problem.n // problem.group_size
     chosen = combinations(range(group), problem.pruned_per_group)
@@ -102,7 +111,7 @@ def legal_masks(problem):
 
 
 @st.composite
-def patterns(draw, n):
+def patterns(draw: st.DrawFn, n: int) -> Pattern:
     """Any legal pattern of n inputs, the empty and the full mask among them."""
     sizes = [m for m in range(2, min(n, 8) + 1) if n % m == 0]
     if sizes and bool(draw(st.booleans())):
@@ -112,7 +121,10 @@ def patterns(draw, n):
 
 
 @st.composite
-def problems(draw, max_n=16, max_rows=5, dtype=F64, kinds=KINDS, linear=True):
+def problems(
+    draw: st.DrawFn, max_n: int = 16, max_rows: int = 5, dtype: torch.dtype = F64,
+    kinds: tuple[str, ...] = KINDS, linear: bool = True,
+) -> LayerProblem:  # fmt: skip
     """A layer of up to max_rows rows and max_n inputs, any kind of Gram matrix, any pattern, and where
     `linear` allows it at times a linear part."""
     n = draw(st.integers(1, max_n))
@@ -124,47 +136,12 @@ def problems(draw, max_n=16, max_rows=5, dtype=F64, kinds=KINDS, linear=True):
     return LayerProblem(weight, gram, pattern, linear=part)
 
 
-def graph(n=14, chance=0.5, keep=7, seed=0, integral=True):
+def graph(
+    n: int = 14, chance: float = 0.5, keep: int = 7, seed: int = 0, integral: bool = True
+) -> LayerProblem:
     """Densest subgraph: the pruned vertices are those of the cluster."""
     upper = np.triu(np.random.default_rng(seed).random((n, n)) < chance, 1)
     adjacent = (upper | upper.T).astype(float)
     shift = np.ceil(np.linalg.eigvalsh(adjacent)[-1])
     gram = shift * np.eye(n) - adjacent
     return RowProblem(np.ones(n), gram, Unstructured(keep=keep), integral=integral).as_layer()
-
-
-# Maximum diversity: which m of n elements are the farthest from one another? After the recipes of Martí,
-# Gallego, Duarte and Pardo (*Heuristics and metaheuristics for the maximum diversity problem*, J. Heuristics
-# 19, 2013); the instances are drawn here and are none of the library's.
-
-
-def gkd(n: int, rng: np.random.Generator) -> np.ndarray:
-    """Euclidean distances of points with 2 to 21 coordinates from 0 to 10 (Glover, Kuo and Dhir)."""
-    points = rng.uniform(0, 10, (n, int(rng.integers(2, 22))))
-    return np.linalg.norm(points[:, None] - points[None, :], axis=2)
-
-
-def som(n: int, rng: np.random.Generator) -> np.ndarray:
-    """Whole numbers from 0 to 9 (Silva, Ochi and Martins)."""
-    return _symmetric(rng.integers(0, 10, (n, n)).astype(float))
-
-
-def mdg(n: int, rng: np.random.Generator) -> np.ndarray:
-    """Real numbers from 0 to 10 (Duarte and Martí, MDG-a)."""
-    return _symmetric(rng.uniform(0, 10, (n, n)))
-
-
-Recipe = Callable[[int, np.random.Generator], np.ndarray]
-RECIPES: dict[str, Recipe] = {"GKD": gkd, "SOM": som, "MDG": mdg}
-
-
-def diversity(recipe: str, n: int, cardinality: int, seed: int) -> RowProblem:
-    """The problem of an instance: its value is the sum of the distances between the chosen, each once."""
-    distance = RECIPES[recipe](n, np.random.default_rng([seed, n]))
-    more: Any = {"name": f"{recipe} {n} of {cardinality}, {seed}", "maximise": True}
-    return RowProblem.from_quadratic(distance / 2, cardinality=cardinality, **more)
-
-
-def _symmetric(matrix: np.ndarray) -> np.ndarray:
-    upper = np.triu(matrix, 1)
-    return np.asarray(upper + upper.T)

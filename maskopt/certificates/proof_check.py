@@ -281,9 +281,9 @@ class TreeCheck:
 
 def _twins(q: np.ndarray, group: int) -> list[np.ndarray]:
     """All sets of at least two twins, ascending."""
-    alike: dict[bytes, list[list[int]]] = {}  # by the entries of their rows, in any order
+    same: dict[bytes, list[list[int]]] = {}  # by the entries of their rows, in any order
     for i, line in enumerate(q + 0.0):
-        sets = alike.setdefault(np.sort(line).tobytes(), [])
+        sets = same.setdefault(np.sort(line).tobytes(), [])
         for twins in sets:
             j, exchanged = twins[0], line.copy()
             exchanged[i], exchanged[j] = line[j], line[i]
@@ -292,7 +292,7 @@ def _twins(q: np.ndarray, group: int) -> list[np.ndarray]:
                 break
         else:
             sets.append([i])
-    return [np.array(twins) for sets in alike.values() for twins in sets if len(twins) > 1]
+    return [np.array(twins) for sets in same.values() for twins in sets if len(twins) > 1]
 
 
 def _size_of_terms(layer: LayerProblem, row: int) -> float:

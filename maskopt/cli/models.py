@@ -12,7 +12,7 @@ from rich.table import Table
 
 from maskopt.cli.command import CALIBRATION_TEXT, OVERWRITE, RESUME, SOURCES, command
 from maskopt.cli.console import make_table, screen, written
-from maskopt.cli.prune import told_of_resume
+from maskopt.cli.prune import naming_resume
 from maskopt.cli.view import view
 from maskopt.core.fields import OUTPUT, REQUIRED, option, options_of
 from maskopt.core.files import atomic_write, check_writable
@@ -47,7 +47,7 @@ def distill(
     """
     from maskopt.models.distillation.distill import distill_model
 
-    with told_of_resume(output, "what was saved last is", "nothing was saved"), view() as shown:
+    with naming_resume(output, "what was saved last is", "nothing was saved"), view() as shown:
         found = distill_model(
             pruned,
             teacher,

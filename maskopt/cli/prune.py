@@ -63,7 +63,7 @@ def prune(
         _show_plan(model, calibration, grams, output, options)
         return
     assert output is not None
-    with told_of_resume(output), view() as shown:
+    with naming_resume(output), view() as shown:
         # a part of it is done already, or several processes share it
         known = resume or grams is not None or here.size > 1
         expected = None if known else _say_beforehand(shown, model, calibration, options)
@@ -152,7 +152,7 @@ def _say_beforehand(
 
 
 @contextmanager
-def told_of_resume(
+def naming_resume(
     out: Path, kept: str = "finished blocks are", none: str = "no block was finished"
 ) -> Iterator[None]:
     """Of an interrupted run, what is `kept` or that there is `none`, and the command that goes on."""

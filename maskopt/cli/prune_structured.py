@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from maskopt.cli.command import CALIBRATION_TEXT, MODEL, OVERWRITE, RESUME, command
 from maskopt.cli.console import make_table, screen, written
-from maskopt.cli.prune import told_of_resume
+from maskopt.cli.prune import naming_resume
 from maskopt.cli.prune_view import PruneView
 from maskopt.cli.view import view
 from maskopt.core.fields import OUTPUT, REQUIRED, SELECTION, TEXT, option, options_of
@@ -73,7 +73,7 @@ def prune_structured(
         check_output(
             output, overwrite=overwrite, resume=resume, model=model, calibration=calibration
         )
-        with told_of_resume(output), view() as shown:
+        with naming_resume(output), view() as shown:
             report = shrink_model(
                 model, resume=resume, on_progress=PruneView(shown), **inputs, **options
             )

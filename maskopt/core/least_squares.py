@@ -119,7 +119,7 @@ class LeastSquares:
             raise ProblemError(
                 f"{label}gram is not safely positive definite with damping, of {float(self.ridge.min()):.3g} "
                 "and more on its diagonal, so kept weights "
-                "cannot be refitted; take a larger damping (0.01), or accumulate gram in float64"
+                "cannot be updated; take a larger damping (0.01), or accumulate gram in float64"
             )
 
     def target(

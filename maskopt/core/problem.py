@@ -428,7 +428,7 @@ class RowProblem:
         Where nothing is pruned c is left out.
         """
         if self.update is not None:
-            raise ProblemError("the objective of refitted weights is no quadratic form of the mask")
+            raise ProblemError("the objective of updated weights is no quadratic form of the mask")
         weight = self.weight.double()
         q = weight[:, None] * self.gram.double() * weight[None, :]
         pruned = self._layer.pruned
@@ -514,7 +514,7 @@ def _loaded(path: str | os.PathLike[str], *kinds: str) -> LayerProblem | RowProb
         "variance": arrays.get("variance"),
         "linear": None if correlation is None else LinearTerm(correlation, constant),  # type: ignore[arg-type]
         "update": _described(
-            LeastSquaresUpdate, header.get("update"), "how kept weights are refitted"
+            LeastSquaresUpdate, header.get("update"), "how kept weights are updated"
         ),
         "integral": header.get("integral", False) is True,
         "units": _described(ObjectiveTransform, header.get("units"), "units"),

@@ -1,4 +1,4 @@
-"""`perspective`: bounds of F, of refitted weights: a perspective relaxation with a split of A's diagonal.
+"""`perspective`: bounds of F, of updated weights: a perspective relaxation with a split of A's diagonal.
 
 The relaxation and its turns are those of `convex.perspective`. As a function of d its minimum is concave,
 with the slope vⱼ²(1/zⱼ − 1): d goes step by step towards the best split of the slope, by Frank and Wolfe.
@@ -52,7 +52,7 @@ class PerspectiveBound(BoundMethod):
     largest_n: ClassVar[int | None] = None
     shared_budget: ClassVar[bool] = True
     update: ClassVar[bool] = True
-    note: ClassVar[str] = "of refitted weights: perspective relaxation, best split of the diagonal"
+    note: ClassVar[str] = "of updated weights: perspective relaxation, best split of the diagonal"
 
     turns: int = option(60, "of v and z at most, with the first split", least=1)
     splits: int = option(20, "rounds that better the split; 0: the least eigenvalue", least=0)

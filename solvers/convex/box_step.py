@@ -56,7 +56,7 @@ class TorchStep:
 
 
 class PooledStep(TorchStep):
-    """Where rows trade: the layer is one group, in a metric of what its rows count in the sum.
+    """With a shared budget the layer is one group, in a metric of what its rows count in the sum.
 
     Args:
         metric: 1 over what the entries count in the projection [rows, n].

@@ -18,7 +18,7 @@ from maskopt.solvers.greedy.select import keep_highest
 _ENTRIES = 2**23
 #: how often θΣw² the bound is lowered by for θ = what G lacks to semidefiniteness: 9/4 suffice
 _SLACK = 3.0
-#: of an operation, what a check leaves for numbers too small to be told apart
+#: of an operation, what a check leaves for numbers too small to be distinguished
 _UNDERFLOW = 1e-300
 #: up to this part of G's mean diagonal the check makes good what G lacks for all rows at once
 _SHARED = 1e-4

@@ -1,4 +1,4 @@
-"""The perspective relaxation of refitted weights, by turns: what the bound and the tree have in common.
+"""The perspective relaxation of updated weights, by turns: what the bound and the tree have in common.
 
 With A = B + diag(d), B ⪰ 0, and z the kept inputs relaxed to {0 ≤ z ≤ 1, Σ over a group = kept},
 

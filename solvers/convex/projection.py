@@ -2,7 +2,7 @@
 
 The sum falls with τ and is piecewise linear, so that Newton's step on τ is exact within a piece; a τ that is
 warm needs two or three. In torch for any device, and compiled for the CPU: a row as one group, or all
-groups of a row side by side. And for rows that trade within limits, in torch.
+groups of a row side by side. For a shared budget within limits, in torch.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def project(start: Tensor, inverse: Tensor, total: int, tau: Tensor) -> tuple[Te
 
 
 class Multipliers(NamedTuple):
-    """τ of a layer whose rows trade within limits, and what holds it off in each row.
+    """τ of a layer with a shared budget within limits, and what holds it off in each row.
 
     Attributes:
         tau: [1, 1].

@@ -108,7 +108,7 @@ def separate(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The `most` most violated triangles of all, the most violated first.
 
-    Beyond _ALL inputs the least violation among them is told from a sample: about so many then, no more.
+    Beyond _ALL inputs the least violation among them is estimated from a sample: about so many then, no more.
 
     Args:
         inner: ⟨v_i, v_j⟩ [n + 1, n + 1] with v_0 last.

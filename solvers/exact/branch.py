@@ -41,7 +41,7 @@ class Branch(RowSolver):
         largest_n=512,
         update=True,
         note="branch and bound on the QCR form of the SDP bound; proves up to about 256 inputs, of "
-        "refitted weights 64",
+        "updated weights 64",
     )
 
     candidates: int = option(
@@ -54,7 +54,7 @@ class Branch(RowSolver):
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
         """See `Solver.run`."""
         if self.proof and problem.update is not None:
-            raise OptionError("branch: the tree of refitted weights is not kept; leave `proof` out")
+            raise OptionError("branch: the tree of updated weights is not kept; leave `proof` out")
         return super().run(problem, start, limits)
 
     def trusted_name(self, problem: LayerProblem) -> str:

@@ -27,7 +27,7 @@ from maskopt.protocol.trace import Trace, shared_out
 COMBINATION_LIMIT = 3_000_000
 #: masks between two looks at the clock
 _CHUNK = 2**16
-#: numbers in the systems of refitted weights that are solved at a time
+#: numbers in the systems of updated weights that are solved at a time
 _SYSTEMS = 2**22
 
 

@@ -38,7 +38,7 @@ class Gurobi(RowSolver):
         trusted=("Gurobi",),
         largest_n=512,
         update=True,
-        note="optional gurobipy; proves up to about 96 inputs, of refitted weights 20",
+        note="optional gurobipy; proves up to about 96 inputs, of updated weights 20",
     )
 
     @classmethod

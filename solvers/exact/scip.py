@@ -69,7 +69,7 @@ class Scip(RowSolver):
         trusted=("SCIP", "presolve of maskopt and SCIP"),
         largest_n=512,
         update=True,
-        note="integer programming; proves up to about 128 inputs, beyond that a gap; of refitted weights 20",
+        note="integer programming; proves up to about 128 inputs, beyond that a gap; of updated weights 20",
     )
 
     formulation: str = option(

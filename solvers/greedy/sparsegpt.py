@@ -48,9 +48,7 @@ class SparseGPT(Solver):
         0.01, "λ, 1% in the paper", unit="part of G's mean diagonal", least=1e-12
     )
 
-    update: bool = option(
-        False, "its own weights instead of least squares, where they are refitted"
-    )
+    update: bool = option(False, "its own weights instead of least squares, where they are updated")
 
     def as_start(self, layer: LayerProblem) -> tuple[Solver, LayerProblem]:
         """Its mask is the same whatever becomes of the weights."""

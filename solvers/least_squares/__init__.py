@@ -1,1 +1,1 @@
-"""Masks for weights that are refitted by least squares: the search on F, and what starts it."""
+"""Masks for weights that are updated by least squares: the search on F, and what starts it."""

@@ -1,4 +1,4 @@
-"""ADMM on refitted weights, as ALPS does it (Meng et al., NeurIPS 2024, arXiv 2406.07831).
+"""ADMM on updated weights, as ALPS does it (Meng et al., NeurIPS 2024, arXiv 2406.07831).
 
 min (w−v)ᵀA(w−v) over v = d, d with no more nonzeros than the pattern keeps. With the inputs scaled to
 A_jj = 1, the multiplier y and a penalty ρ of every row,
@@ -50,7 +50,7 @@ class Admm(Damped):
         update=True,
         shared_budget=True,
         apart=True,
-        note="ALPS's splitting, for weights that are refitted",
+        note="ALPS's splitting, for weights that are updated",
     )
 
     iterations: int = option(300, "at most, of every row", least=1)

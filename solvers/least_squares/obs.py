@@ -1,4 +1,4 @@
-"""Greedy elimination for refitted weights: the Optimal Brain Surgeon (Hassibi and Stork, NeurIPS 1992).
+"""Greedy elimination for updated weights: the Optimal Brain Surgeon (Hassibi and Stork, NeurIPS 1992).
 
 With S the inputs that are left, M = A_SS⁻¹ and v = M b_S, pruning u adds v_u²/M_uu to F, and afterwards
 
@@ -44,7 +44,7 @@ class Obs(Damped):
     capabilities: ClassVar[Capabilities] = Capabilities(
         update=True,
         apart=True,
-        note="greedy removal at exact prices, for weights that are refitted",
+        note="greedy removal at exact prices, for weights that are updated",
     )
 
     panel: int = option(

@@ -1,5 +1,5 @@
 # mypy: disallow-untyped-defs=False
-"""What a row of refitted weights does with vectors, compiled; the names are those of `Row`.
+"""What a row of updated weights does with vectors, compiled; the names are those of `Row`.
 
 u and p are slots of kept and of pruned inputs, `kept` and `pruned` the inputs in them, `a` is A.
 """

@@ -1,4 +1,4 @@
-"""All rows of a problem through the 1-swap search on refitted weights, one thread a row."""
+"""All rows of a problem through the 1-swap search on updated weights, one thread a row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""1-swap search on refitted weights, to a proven 1-swap optimum of F. One row at a time, all in float64.
+"""1-swap search on updated weights, to a proven 1-swap optimum of F. One row at a time, all in float64.
 
 1. *search*: kept inputs that cost little and pruned ones that save much are candidates; the best exchange
    among them is made again and again, on the small tableau of the candidates alone, and all exchanges go into

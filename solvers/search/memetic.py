@@ -73,7 +73,7 @@ class Memetic(Solver):
     children: int = option(8, "of a generation", least=1, most=1000)
     pool: int = option(12, "masks that are kept to be crossed", least=2, most=1000)
     moves: int = option(
-        1000, "of tabu search, or swaps of refitted weights, of every child", least=1, most=10**9
+        1000, "of tabu search, or swaps of updated weights, of every child", least=1, most=10**9
     )
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:

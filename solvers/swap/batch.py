@@ -160,7 +160,7 @@ def _even_power_of_two(value: Tensor) -> Tensor:
     return torch.from_numpy(np.where(numbers > 0, np.ldexp(1.0, exponent), 1.0)).to(value.device)
 
 
-def keeping_alike(kept: Bool[Tensor, "rows n"]) -> list[Int[Tensor, " some"]]:
-    """Places of the rows that keep as many each; of rows that do not trade all in one."""
+def by_count(kept: Bool[Tensor, "rows n"]) -> list[Int[Tensor, " some"]]:
+    """Places of the rows that keep as many each; without a shared budget all in one."""
     counts = kept.sum(1)
     return [(counts == count).nonzero()[:, 0] for count in counts.unique()]

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from maskopt.solvers.swap.batch import Batch, keeping_alike
+from maskopt.solvers.swap.batch import Batch, by_count
 from maskopt.solvers.swap.engine import Outcome
 
 #: bytes per pair that a scan holds at once: Δ, the gathered G, a temporary
@@ -95,7 +95,7 @@ def best_swaps(
     """
     kept, pruned = torch.zeros_like(rows), torch.zeros_like(rows)
     delta = torch.zeros(rows.shape, dtype=torch.float64, device=rows.device)
-    for some in keeping_alike(batch.kept[rows]):
+    for some in by_count(batch.kept[rows]):
         found = _best_alike(batch, rows[some], exact, memory)
         kept[some], pruned[some], delta[some] = found
     return kept, pruned, delta

@@ -75,7 +75,7 @@ class Swap(Solver):
         """Swap every row; see `Solver.run`.
 
         Raises:
-            SolverError: a kernel that cannot run here, or one named for refitted weights.
+            SolverError: a kernel that cannot run here, or one named for updated weights.
         """
         assert start is not None
         if problem.update is not None:

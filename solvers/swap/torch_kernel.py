@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maskopt.solvers.swap.batch import Batch, keeping_alike
+from maskopt.solvers.swap.batch import Batch, by_count
 from maskopt.solvers.swap.literal import refresh
 
 #: kept and pruned candidates of a round
@@ -123,7 +123,7 @@ class TorchKernel:
     def _price_all(self, batch: Batch, rows: Tensor) -> Tensor:
         """Every kept column against all pruned ones: which rows are not optimal."""
         improving = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-        for some in keeping_alike(batch.kept[rows]):
+        for some in by_count(batch.kept[rows]):
             improving[some] = self._price_alike(batch, rows[some])
         return improving
 

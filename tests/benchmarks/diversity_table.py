@@ -16,7 +16,7 @@ from pathlib import Path
 from machine import machine
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from strategies import RECIPES, diversity
+from diversity import RECIPES, diversity
 
 from maskopt import RowProblem, Solution, lower_bound, solve, verify
 from maskopt.errors import SolverError, SolverUnavailableError

@@ -78,7 +78,7 @@ TRAINED: dict[str, dict[str, Any]] = {
         for after in AFTER
         if after != "refitted"
     },
-    # `swap` itself would choose for refitted weights
+    # `swap` itself would choose for updated weights
     "1-swap, refitted": {
         "solver": "portfolio",
         "solver_options": {"members": ("swap",)},

@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def main() -> None:
     about = {**texts, "windows": args.windows, "corpus": args.corpus, "more": args.more}
     book.begin({**about, "date": time.strftime("%Y-%m-%d")})
     for cell in args.cells:
-        book.measure(cell, lambda cell=cell: measure(args, cell))
+        book.measure(cell, partial(measure, args, cell))
         write_csv(book, args.data.with_suffix(".csv"))
         write_section(book, args.page)
     print(f"wrote {args.page}")

@@ -48,7 +48,7 @@ BEYOND_ROWS = 128
 #: rows of the plain loop that least squares are timed beside
 LOOP = 64
 EVERY = {**PATTERNS, **POOLED}
-#: label → solver that chooses, start, whether it chooses for refitted weights, power of D
+#: label → solver that chooses, start, whether it chooses for updated weights, power of D
 METHODS: dict[str, tuple[str, str | None, bool, float]] = {
     "Wanda": ("wanda", None, False, 0.0),
     "1-swap from relax": ("swap", "relax", False, 0.0),

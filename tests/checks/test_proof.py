@@ -340,9 +340,9 @@ def test_trees_of_other_rows_prove_less_and_the_claim_is_refused():
     cuts = Cuts(torch.tensor([[0, 1, 2]]), torch.tensor([[1, 1]]), torch.tensor([-0.1]))
     with pytest.raises(VerificationError, match="negative multiplier"):
         bound_of(layer(9, FOUR), single(np.ones(9), 0.0, np.full(9, 0.5), cuts))
-    # refitted weights and rows of a shared budget have none
+    # updated weights and rows of a shared budget have none
     refitted = problem.with_update(LeastSquaresUpdate(0.1))
-    fails(OptionError, "refitted weights is not kept", proven, refitted)
+    fails(OptionError, "updated weights is not kept", proven, refitted)
     for one in (refitted, problem.under(Unstructured(sparsity=0.5, per="layer"))):
         with pytest.raises(VerificationError, match="a count of their own and unchanged weights"):
             check_proof(one, solution.proof)

@@ -287,7 +287,7 @@ def test_bad_masks(mask, message):
 # --- with a linear part: the same promises, kept by every solver and every bound
 SOLVERS = [name for name, info in available_solvers().items() if info.available]
 EXACT = ("branch", "exhaustive", "gurobi", "highs", "scip")
-#: but that of refitted weights
+#: but that of updated weights
 BOUNDS = [n for n, i in available_bounds().items() if i.unavailable is None and n != "perspective"]
 PATTERNS = (Unstructured(keep=4), TWO_FOUR)
 

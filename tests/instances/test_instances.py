@@ -11,13 +11,12 @@ import pyscipopt
 import pytest
 import torch
 from commands import run
+from diversity import RECIPES, diversity
 from forging import fails
 from hypothesis import given, strategies as st
 from strategies import (
     KINDS,
-    RECIPES,
     TWO_FOUR,
-    diversity,
     drawn,
     legal_masks,
     random_gram,

@@ -341,7 +341,7 @@ def test_dampings_of_held_out_windows_and_of_experts_that_saw_too_little(tmp_pat
     fixed = prune_model(tiny("llama", layers=2), tokens(10), damping=0.003, **given)
     first = zip(chosen.layers[:3], fixed.layers[:3], strict=True)
     assert sum(a.error_held - b.error_held for a, b in first) < 0
-    # experts that saw too little keep their weights; their tensor may hold others that are refitted
+    # experts that saw too little keep their weights; their tensor may hold others that are updated
     more = {**REFITTED, "min_tokens": 45, "solver": "wanda"}
     folder, out = save(tiny("mixtral", layers=2), tmp_path / "model"), tmp_path / "out"
     report = prune_model(folder, tokens(), output=out, **more)

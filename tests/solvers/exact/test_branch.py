@@ -1,4 +1,4 @@
-"""Branch and bound of our own, of kept and of refitted weights: what a node bounds and fixes; inputs that may
+"""Branch and bound of our own, of kept and of updated weights: what a node bounds and fixes; inputs that may
 be exchanged, of which a tree looks at one order; SCIP's formulations, certificates, and what bounds fix
 before it begins: nothing that a better mask has otherwise."""
 

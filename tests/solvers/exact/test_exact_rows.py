@@ -1,4 +1,4 @@
-"""Exact backends, of kept and of refitted weights, agree with enumeration and are honest at every limit; one
+"""Exact backends, of kept and of updated weights, agree with enumeration and are honest at every limit; one
 deadline for all rows, no belief in a self-contradiction; what a crash of a worker costs; an interrupt leaves
 the incumbent and the bound of all open nodes, and ends what goes on from a search."""
 
@@ -421,7 +421,7 @@ def test_a_prune_goes_on_after_the_layers_that_were_done(tmp_path, dense_folder,
 
 
 # --- against enumeration, and at every limit
-#: solver and whether kept weights are refitted, with the largest n and rows that are drawn, and the part of
+#: solver and whether kept weights are updated, with the largest n and rows that are drawn, and the part of
 #: its diagonal that an objective may be off
 CASES = {
     ("branch", False): (10, 1, 1e-10), ("scip", False): (14, 1, 1e-10),
@@ -446,7 +446,7 @@ def slow_where(cases, late):
 
 
 def options_of(case):
-    """A search of refitted weights by a general solver ends some time."""
+    """A search of updated weights by a general solver ends some time."""
     return {"workers": 0, **({"node_limit": 2000} if case[1] and case[0] != "branch" else {})}
 
 

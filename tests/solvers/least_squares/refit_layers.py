@@ -1,4 +1,4 @@
-"""Layers whose kept weights are refitted, and their objective F by its definition."""
+"""Layers whose kept weights are updated, and their objective F by its definition."""
 
 import torch
 from strategies import HALF, ONE_PERCENT, TWO_FOUR, random_gram, random_linear

@@ -1,4 +1,4 @@
-"""F, the objective of refitted weights: against its definition, in every kind of problem; how it is kept on
+"""F, the objective of updated weights: against its definition, in every kind of problem; how it is kept on
 disk, and who refuses it; its certified lower bounds: below every mask, checked, and worth something."""
 
 import itertools
@@ -259,7 +259,7 @@ def test_a_file_holds_it_and_one_that_says_it_wrongly_is_refused(tmp_path, how, 
     bad = ({"damping": value, "power": 0.0} for value in (-1.0, "x"))
     for words in (*bad, {"damping": 0.1, "power": 0.0, "more": 1}, {}, 0.01, [0.01]):
         write_arrays(tmp_path / "forged.npz", "layer", {**header, "update": words}, arrays)
-        with pytest.raises(errors.MaskoptError, match=r"damping|kept weights are refitted"):
+        with pytest.raises(errors.MaskoptError, match=r"damping|kept weights are updated"):
             load_problem(tmp_path / "forged.npz")
     for units in (3, {"sign": 1}, {"sign": 2, "shift": 0, "constant": 0}):
         write_arrays(tmp_path / "forged.npz", "layer", {**header, "units": units}, arrays)

@@ -1,4 +1,4 @@
-"""What holds of every solver of refitted weights; and what 1-swap search, ADMM and greedy elimination promise
+"""What holds of every solver of updated weights; and what 1-swap search, ADMM and greedy elimination promise
 alone."""
 
 from dataclasses import replace
@@ -143,7 +143,7 @@ def test_narrow_numbers_and_rows_without_anything_or_a_choice(pattern, solver):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", [LeastSquaresUpdate(), ROOT], ids=repr)
 def test_weights_that_are_kept_get_a_mask_of_refitted_ones(kind, solver, how):
-    """With one percent of damping unless another is named; so does a start for refitted weights."""
+    """With one percent of damping unless another is named; so does a start for updated weights."""
     problem = layer(n=32, kind=kind, how=how)
     kept, mask = problem.with_update(None), solve(problem, solver).mask
     named = {} if how == LeastSquaresUpdate() else vars(how)

@@ -1,4 +1,4 @@
-"""One row of refitted weights, against dense matrices: its tableau, its exchanges, and what screening
+"""One row of updated weights, against dense matrices: its tableau, its exchanges, and what screening
 leaves out."""
 
 import pytest
