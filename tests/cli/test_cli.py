@@ -320,7 +320,7 @@ def test_lines_are_few_and_say_what_is_done(screen, still, tmp_path):
     assert {"seconds", "left"} <= set(found[0])
     # an interrupted run says that nothing is left of it
     stream = screen(80)
-    with pytest.raises(KeyboardInterrupt), prune.told_of_resume(tmp_path):
+    with pytest.raises(KeyboardInterrupt), prune.naming_resume(tmp_path):
         raise KeyboardInterrupt
     assert "no block was finished; nothing of this run is kept" in stream.getvalue()
 

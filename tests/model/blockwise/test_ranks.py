@@ -25,7 +25,7 @@ from tiny_models import SHARED, overflowing, save, tiny, tokens
 
 from maskopt import NM, LayerProblem, LeastSquaresUpdate, Unstructured, available_solvers, solve
 from maskopt.cli import console as cli_ranks, main
-from maskopt.cli.prune import told_of_resume
+from maskopt.cli.prune import naming_resume
 from maskopt.errors import ModelError
 from maskopt.models.blockwise.distributed import ALONE, ROWS, LostRankError, Ranks, joined
 from maskopt.models.checkpoints.workspace import HIDDEN, JOURNAL
@@ -229,7 +229,7 @@ def test_a_signal_while_the_end_is_said_does_not_silence_it(tmp_path, monkeypatc
     before = signal.signal(signal.SIGTERM, cli_ranks._interrupt)
     try:
         fails(KeyboardInterrupt, None, signal.raise_signal, signal.SIGTERM)
-        with pytest.raises(LostRankError, match="gone"), told_of_resume(tmp_path / "out"):
+        with pytest.raises(LostRankError, match="gone"), naming_resume(tmp_path / "out"):
             raise LostRankError("gone")
     finally:
         signal.signal(signal.SIGTERM, before)
