@@ -101,7 +101,7 @@ class Command:
         example: last line of the help.
         config: whether options may come from a file.
         shared: whether several processes can run it together.
-        completed: of given values, with those that they stand for.
+        completed: adds to the given values those that they imply, e.g. of a recipe.
     """
 
     name: str

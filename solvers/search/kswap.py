@@ -114,7 +114,7 @@ class _State:
     def compound(
         self, rows: Int[Tensor, " some"], candidates: int, threads: RowThreads
     ) -> Int[Tensor, " moved"]:
-        """A round of compounds of some rows. → those that moved"""
+        """Make one round of compound moves in some rows; returns the rows that changed."""
         began = time.monotonic()
         kept, made = compound_moves(self.problem.take(rows), self.mask[rows], candidates, threads)
         self.mask[rows] = kept

@@ -26,7 +26,7 @@ FORBIDDEN = np.float32(1e30)
 SMALL = 16
 #: least value that has FORBIDDEN in it
 BEYOND = FORBIDDEN * np.float32(0.1)
-#: a mask is better than another one from this part of its objective on: float32 tells no less
+#: a mask counts as better below this share of the objective: float32 resolves no smaller difference
 BETTER = 1 - 1e-6
 #: moves of a descent, for each input: many times as many as one has
 DESCENT = 8

@@ -337,7 +337,7 @@ def test_the_next_state_is_under_way_and_one_that_is_set_meanwhile_is_not_the_ol
     with Activations([0], SHAPE, torch.float32, tmp_path, lanes) as states:
         states[0] = torch.ones(SHAPE)
         assert torch.equal(states.on(CPU, 0), torch.ones(SHAPE))
-    assert lanes.sent == 0  # states in a file go there as they are needed
+    assert lanes.sent == 0  # states in a file go there when they are needed
     assert lanes_to(CPU) is None  # the processor needs none
 
 

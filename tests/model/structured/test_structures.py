@@ -377,7 +377,7 @@ def test_effects_are_divergences_of_models_without_blocks(tmp_path):
 
 @pytest.mark.parametrize("judged", [16, slow(3)])
 def test_sets_of_three_are_searched_and_measured_on_all_tokens(judged, tmp_path, monkeypatch):
-    """Of many that a round leaves out, those that look best on some tokens."""
+    """Of many candidates of a round, the best ones on a sample of tokens are tried."""
     monkeypatch.setattr(removal, "JUDGED", judged)
     dense, out = save(tiny("llama", layers=6), tmp_path / "dense"), tmp_path / "out"
     report = remove_blocks(dense, tokens(2), count=3, output=out, windows=2)
