@@ -7,7 +7,8 @@ Each class is imported when it is asked for: exact solvers do not wait for compi
 
 from __future__ import annotations
 
-import importlib
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -41,38 +42,15 @@ if TYPE_CHECKING:
     from maskopt.solvers.search.tabu import Tabu as Tabu
     from maskopt.solvers.swap import Swap as Swap
 
-_PLACES = {
-    "bounds.box": ("BoxBound", "ShiftBound"),
-    "bounds.conic": ("ConicBound",),
-    "bounds.perspective": ("PerspectiveBound",),
-    "bounds.sdp": ("SdpBound",),
-    "exact.branch": ("Branch",),
-    "exact.exhaustive": ("Exhaustive",),
-    "exact.gurobi": ("Gurobi",),
-    "exact.highs": ("Highs",),
-    "exact.scip": ("Scip",),
-    "greedy.dsnot": ("DSnoT",),
-    "greedy.elimination": ("Elimination",),
-    "greedy.scores": ("Magnitude", "Random", "Ria", "Wanda", "Worst"),
-    "greedy.sparsegpt": ("SparseGPT",),
-    "least_squares.admm": ("Admm",),
-    "least_squares.obs": ("Obs",),
-    "rounding.frank_wolfe": ("FrankWolfe",),
-    "rounding.relax": ("Relax",),
-    "rounding.sdp_round": ("SdpRound",),
-    "search.kswap": ("KSwap",),
-    "search.memetic": ("Memetic",),
-    "search.portfolio": ("Portfolio",),
-    "search.tabu": ("Tabu",),
-    "swap": ("Swap",),
-}
-_MODULE = {name: place for place, names in _PLACES.items() for name in names}
+
+@cache
+def _points() -> dict[str, EntryPoint]:
+    """By the name of the class."""
+    found = [*entry_points(group="maskopt.solvers"), *entry_points(group="maskopt.bounds")]
+    return {point.attr: point for point in found if point.module.startswith(__name__)}
 
 
 def __getattr__(name: str) -> object:
-    if name not in _MODULE:
+    if name.startswith("_") or name not in _points():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULE[name]}"), name)
-
-
-__all__ = sorted(_MODULE)
+    return _points()[name].load()

@@ -50,7 +50,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from maskopt.certificates.cuts import Cuts, check_cuts, cut_form
+from maskopt.certificates.cuts import CutForm, Cuts, check_cuts, cut_form
 from maskopt.core.files import pack, read_arrays, unpack, unpack_rows, write_arrays
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import ProblemError, VerificationError
@@ -125,11 +125,8 @@ class Certificate:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Certificate:
-        """Read what `save` wrote. What it proves is computed by `check`, not read.
-
-        Raises:
-            ProblemError: no such file, or not a certificate.
-        """
+        """Read what `save` wrote; ProblemError for no such file, or no certificate. What it proves is
+        computed by `check`, not read."""
         try:
             return cls.unpacked(*read_arrays(path, "certificate"))
         except (KeyError, TypeError, ValueError) as error:
@@ -169,10 +166,9 @@ class Certificate:
         1ᵀp − S, which changes no bound."""
         if problem.linear is None or not problem.pruned:
             return self
-        groups = problem.n // problem.group_size
-        pruned = problem.pruned_per_group * groups
-        pull = problem.weight.double() * problem.linear.correlation
-        extra = 2 * pull / pruned + problem.linear.constant[:, None] / pruned**2
+        pruned = problem.pruned // problem.rows
+        pull = problem.weight.double() * problem.correlation
+        extra = 2 * pull / pruned + problem.constant[:, None] / pruned**2
         product = self._with_product().product
         assert product is not None
         return replace(self, product=product + extra[:, None, :].expand_as(product))
@@ -190,38 +186,33 @@ class Certificate:
         of_update = self.penalty.shape[1:] == (0,) and self.product is None and self.cuts is None
         if of_update != (layer.update is not None):
             of, other = ("updated", "unchanged") if of_update else ("unchanged", "updated")
-            raise VerificationError(
-                f"certificate: it is of {of} weights, and proves nothing of {other} ones"
-            )
-        shapes: dict[str, tuple[int, ...]] = {
-            "diagonal": (rows, n),
-            "penalty": (rows, 0 if of_update else groups),
-            "point": (rows, n),
-        }
+            raise _refused(f"it is of {of} weights, and proves nothing of {other} ones")
+        shapes: dict[str, tuple[int, ...]] = {"diagonal": (rows, n), "point": (rows, n)}
+        shapes["penalty"] = rows, 0 if of_update else groups
         if self.product is not None:
-            shapes["product"] = (rows, groups, n)
+            shapes["product"] = rows, groups, n
         for what, shape in shapes.items():
             tensor = getattr(self, what)
             if tensor.shape != shape or tensor.dtype != torch.float64:
-                raise VerificationError(
-                    f"certificate: {what} must be float64 {list(shape)}, "
-                    f"not {tensor.dtype} {list(tensor.shape)}"
-                )
+                given = f"{tensor.dtype} {list(tensor.shape)}"
+                raise _refused(f"{what} must be float64 {list(shape)}, not {given}")
             if not bool(torch.isfinite(tensor).all()):
-                raise VerificationError(f"certificate: {what} holds NaN or infinite values")
+                raise _refused(f"{what} holds NaN or infinite values")
         if of_update and bool((self.diagonal < 0).any()):
-            raise VerificationError("certificate: the split of the diagonal is negative")
+            raise _refused("the split of the diagonal is negative")
         if layer.shared_budget and (bool(self.penalty.any()) or self.product is not None):
-            raise VerificationError(
-                "certificate: penalty and product need a count of each row, and these rows share a budget"
+            raise _refused(
+                "penalty and product need a count of each row, and these rows share a budget"
             )
-        if self.cuts is None:
-            return
-        if len(self.cuts) != rows:
-            raise VerificationError(f"certificate: {len(self.cuts)} cut lists for {rows} rows")
-        for row, cuts in enumerate(self.cuts):
+        if self.cuts is not None and len(self.cuts) != rows:
+            raise _refused(f"{len(self.cuts)} cut lists for {rows} rows")
+        for row, cuts in enumerate(self.cuts or ()):
             if cuts is not None:
                 check_cuts(cuts, n, row)
+
+
+def _refused(reason: str) -> VerificationError:
+    return VerificationError(f"certificate: {reason}")
 
 
 def evenly(total: Tensor, layer: LayerProblem) -> Float[Tensor, " rows"]:
@@ -268,37 +259,19 @@ def _at_point(
     `_shared_slacks`."""
     w = layer.weight[row].double()
     n, group = layer.n, layer.group_size
-    point = certificate.point[row].to(w)
-    diagonal = certificate.diagonal[row].to(w)
-    penalty = certificate.penalty[row].to(w)
-    pruned = (
-        layer.pruned / penalty.numel() / layer.rows
-    )  # of a group; μ and ν are 0 with a shared budget
+    parts = certificate.point, certificate.diagonal, certificate.penalty
+    point, diagonal, penalty = (part[row].to(w) for part in parts)
+    # of a group; μ and ν are 0 with a shared budget
+    pruned = layer.pruned / penalty.numel() / layer.rows
     product = None if certificate.product is None else certificate.product[row].to(w)
-    cuts = None if certificate.cuts is None else certificate.cuts[row]
-    gram_diagonal = gram.diagonal().clamp(min=0.0)
-    reach = w.abs() * gram_diagonal.sqrt()  # |Q_ij| ≤ reach_i·reach_j, up to G's own rounding
-
-    cut = cut_form(cuts, n, w)
+    cut = cut_form(None if certificate.cuts is None else certificate.cuts[row], n, w)
+    # |Q_ij| ≤ reach_i·reach_j, up to G's own rounding
+    reach = w.abs() * gram.diagonal().clamp(min=0.0).sqrt()
     # what is missing to A ⪰ 0, added to λ
     if shared is not None:
-        slack = shared * w.square()
+        lam = diagonal + shared * w.square()
     else:
-        a = w[:, None] * gram * w[None, :]
-        parts = _size(a)
-        a.diagonal().add_(diagonal)
-        blocks = a.view(n // group, group, n // group, group)
-        blocks.diagonal(dim1=0, dim2=2).add_(penalty)
-        parts += float(diagonal.norm()) + group * float(penalty.norm())
-        if product is not None:
-            half = product.T.repeat_interleave(group, dim=1) / 2
-            a += half + half.T
-            parts += 2 * float(half.norm())
-        if cut.matrix is not None:
-            a -= cut.matrix
-            parts += cut.size
-        slack = torch.full_like(w, missing(a) + 8 * _U * parts + cut.error)
-    lam = diagonal + slack
+        lam = diagonal + _lacking(w[:, None] * gram * w[None, :], diagonal, penalty, product, cut)
 
     # g(p̂) and its gradient
     qp = w * (gram @ (w * point))
@@ -329,6 +302,25 @@ def _at_point(
     # the form of the cuts enters g(p̂), its slope at p̂ and the least slope
     off = 8 * cut.error * far.max() ** 2
     return value - gradient @ point - terms * _U * size - off, gradient
+
+
+def _lacking(
+    a: Tensor, diagonal: Tensor, penalty: Tensor, product: Tensor | None, cut: CutForm
+) -> float:
+    """θ with A + θI ⪰ 0 for certain. `a` is Q, and becomes A."""
+    n, groups, size = len(a), len(penalty), _size(a)
+    group = n // groups
+    a.diagonal().add_(diagonal)
+    a.view(groups, group, groups, group).diagonal(dim1=0, dim2=2).add_(penalty)
+    size += float(diagonal.norm()) + group * float(penalty.norm())
+    if product is not None:
+        half = product.T.repeat_interleave(group, dim=1) / 2
+        a += half + half.T
+        size += 2 * float(half.norm())
+    if cut.matrix is not None:
+        a -= cut.matrix
+        size += cut.size
+    return missing(a) + 8 * _U * size + cut.error
 
 
 def missing(a: Tensor) -> float:

@@ -1,9 +1,6 @@
-"""Triangle and pentagonal inequalities, which hold for every mask.
-
-They are inequalities on z = 2p − 1 (with z_0 = 1 as index −1): an odd sum of signs has a square of at
-least 1, so that of three inputs a·z_iz_j + b·z_iz_k + ab·z_jz_k + 1 ≥ 0 (triangles), and likewise of five
-(pentagonal inequalities).
-"""
+"""Triangle and pentagonal inequalities, which hold for every mask: on z = 2p − 1 (with z_0 = 1 as index −1)
+an odd sum of signs has a square of at least 1, so that of three inputs a·z_iz_j + b·z_iz_k + ab·z_jz_k + 1 ≥
+0, and likewise of five."""
 
 from __future__ import annotations
 
@@ -48,30 +45,29 @@ def check_cuts(cuts: Cuts, n: int, row: int) -> None:
     shapes = index.shape, sign.shape, tau.shape
     if shapes != ((m, places), (m, places - 1), (m,)) or tau.dtype != torch.float64:
         raise VerificationError(f"certificate: the cuts of row {row} have the wrong shape or type")
-    if m == 0:
-        return
     # a fraction would be cut off here, and count in full in the cut
-    if index.dtype not in _WHOLE or sign.dtype not in _WHOLE:
+    if m and (index.dtype not in _WHOLE or sign.dtype not in _WHOLE):
         raise VerificationError(
             f"certificate: the cuts of row {row} have inputs or signs that are not whole numbers"
         )
-    index = index.long()
-    used = index != NO_INPUT
+    if m and (fault := _fault(index.long(), sign, tau, n)):
+        raise VerificationError(f"certificate: a cut of row {row} {fault}")
+
+
+def _fault(index: Tensor, sign: Tensor, tau: Tensor, n: int) -> str:
+    used, places = index != NO_INPUT, torch.arange(index.shape[1], device=index.device)
     if int(index.min()) < NO_INPUT or int(index.max()) >= n:
-        raise VerificationError(f"certificate: a cut of row {row} names an input outside the row")
+        return "names an input outside the row"
     # an even sum of signs may be 0
     if not bool(((used.sum(1) % 2 == 1) & (used.sum(1) >= 3)).all()):
-        raise VerificationError(
-            f"certificate: a cut of row {row} has no odd number of inputs, or one"
-        )
-    names = torch.where(used, index, NO_INPUT - 1 - torch.arange(places, device=index.device))
-    names = names.sort(1).values
+        return "has no odd number of inputs, or one"
+    names = torch.where(used, index, NO_INPUT - 1 - places).sort(1).values
     if bool((names[:, 1:] == names[:, :-1]).any()):
-        raise VerificationError(f"certificate: a cut of row {row} names an input twice")
+        return "names an input twice"
     if not bool(((sign == 1) | (sign == -1) | ~used[:, 1:]).all()):
-        raise VerificationError(f"certificate: a cut of row {row} has a sign that is not ±1")
-    if not bool((torch.isfinite(tau) & (tau >= 0)).all()):
-        raise VerificationError(f"certificate: a cut of row {row} has a negative multiplier")
+        return "has a sign that is not ±1"
+    sound = bool((torch.isfinite(tau) & (tau >= 0)).all())
+    return "" if sound else "has a negative multiplier"
 
 
 class CutForm(NamedTuple):

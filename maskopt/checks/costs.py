@@ -41,8 +41,8 @@ class Prices(NamedTuple):
 
 class Swaps(NamedTuple):
     """The swaps of one row, float64, for weights times `scale`, a power of two that keeps squares of extreme
-    weights within range: the changes [kept, pruned] of the objective, the mask's objective, and `mass`, the
-    scale of rounding, as `LayerProblem.diagonal_mass`."""
+    weights within range: the changes [kept, pruned] of the objective, the mask's objective, and the scale of
+    rounding, as `LayerProblem.diagonal_mass`."""
 
     delta: Callable[[Tensor, Tensor], Tensor]
     objective: Tensor

@@ -22,13 +22,7 @@ from maskopt.checks.costs import costs_of
 from maskopt.checks.swap_check import improving_swap
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import MaskoptError, VerificationError
-from maskopt.protocol.solution import (
-    OPTIMAL_TOLERANCE,
-    Solution,
-    Status,
-    optimal_slack,
-    size_of,
-)
+from maskopt.protocol.solution import OPTIMAL_TOLERANCE, Solution, Status, optimal_slack, size_of
 from maskopt.protocol.solver import is_trusted
 
 #: all masks of a row with at most so many are enumerated, to test OPTIMAL and lower bounds
@@ -45,11 +39,8 @@ Require = Literal["claims", "checked", "exact"]
 
 @dataclass(frozen=True)
 class Verification:
-    """What was verified. That the claims hold is certain; what they rest on differs from row to row.
-
-    Attributes:
-        basis: per row `checked`, or `trusted: SCIP 10.0` where the lower bound rests on that solver.
-    """
+    """What was verified. That the claims hold is certain; what they rest on differs from row to row:
+    `checked`, or `trusted: SCIP 10.0` where the lower bound rests on that solver."""
 
     basis: tuple[str, ...]
 
@@ -66,10 +57,7 @@ class Verification:
 
 
 def verify(
-    problem: LayerProblem | RowProblem,
-    solution: Solution,
-    *,
-    require: Require = CLAIMS,
+    problem: LayerProblem | RowProblem, solution: Solution, *, require: Require = CLAIMS
 ) -> Verification:
     """Check everything that a solution claims, in float64.
 
@@ -185,11 +173,7 @@ def _enumeration(
     layer: LayerProblem, rounding: Tensor
 ) -> Callable[[int], tuple[float, float]] | None:
     """The least objective of a row, or the least sum of a shared budget, and what it may be off by; None:
-    there are too many masks.
-
-    Args:
-        rounding: of the masks that are claimed.
-    """
+    there are too many masks. `rounding`: of the masks that are claimed."""
     if layer.shared_budget:
         if layer.rows * 2**layer.n > ENUMERATION_LIMIT:
             return None

@@ -179,13 +179,8 @@ def _option(f: Any, hints: Mapping[str, Any]) -> Option:
 
 def check_options(value: Any, owner: str = "") -> None:
     """Check the type and range of every option of an instance, and normalise it as `Option.checked` does.
-
-    Args:
-        owner: in error messages, the name before the option's.
-
-    Raises:
-        OptionError: names the option, what is allowed, and what was given.
-    """
+    `owner`: in error messages, the name before the option's. OptionError names the option, what is allowed,
+    and what was given."""
     for known in options_of(type(value)):
         called = f"{owner}: {known.name}" if owner else ""
         object.__setattr__(value, known.name, known.checked(getattr(value, known.name), called))
@@ -202,11 +197,8 @@ def check_needs(value: Any) -> None:
 def build(
     kind: type, name: str, options: Mapping[str, Any], what: str, others: Iterable[str] = ()
 ) -> Any:
-    """An instance with the given options; `others` are further names for the hint of an error.
-
-    Raises:
-        OptionError: an option that the class does not have (near names are given), or a bad value.
-    """
+    """An instance with the given options. OptionError for a bad value, or an option that the class does not
+    have; `others` are further names that its hint may give."""
     names = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
     for given in options:
         if given not in names:

@@ -131,14 +131,8 @@ def unpack(
     **others: Any,
 ) -> Kind:
     """A dataclass out of what `pack` made of it: words, lists of them as tuples, and arrays as tensors, or
-    unchanged where the field is an `np.ndarray`.
-
-    Args:
-        others: fields that hold dataclasses themselves.
-
-    Raises:
-        TypeError, ValueError: a field is missing, or an array is of no type that torch has.
-    """
+    unchanged where the field is an `np.ndarray`; `others` are fields that hold dataclasses themselves.
+    TypeError or ValueError: a field is missing, or an array is of no type that torch has."""
     found = dict(others)
     for field in fields(kind):  # type: ignore[arg-type]
         key = f"{name}.{field.name}" if name else field.name

@@ -23,14 +23,10 @@ TILE = 512
 
 
 class Gram:
-    """The Gram matrix of a layer's inputs, accumulated over batches of tokens.
-
-    Args:
-        n: number of inputs.
-        device: where the batches are and the sum is kept.
+    """The Gram matrix of a layer's n inputs, accumulated over batches of tokens on a device.
 
     `add` takes the tokens of one sequence, [tokens, n] of any floating dtype. `value()` is the mean over
-    tokens, [n, n], symmetric; the normalisation is tokens, not sequences.
+    tokens, [n, n], symmetric.
     """
 
     def __init__(self, n: int, device: torch.device | str = "cpu") -> None:
@@ -141,11 +137,10 @@ class Gram:
     def value(
         self, *, shrinkage: float = 0.0, dtype: torch.dtype = torch.float32
     ) -> Float[Tensor, "n n"]:
-        """Mean over tokens; all zeros where no token was seen.
+        """Mean over tokens, [n, n] of `dtype`; all zeros where no token was seen.
 
         Args:
             shrinkage: α of G ← (1−α)·G + α·diag(G), in [0, 1]. Wanda's problem at 1.
-            dtype: of the result.
         """
         if not 0 <= shrinkage <= 1:
             raise ProblemError(f"shrinkage must lie in [0, 1], not {shrinkage}")

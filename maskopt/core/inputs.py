@@ -54,11 +54,8 @@ def as_tensor(array: ArrayLike, what: str) -> Tensor:
 def as_mask(
     mask: Any, weight: Tensor, what: str = "mask", error: type[MaskoptError] = ProblemError
 ) -> Tensor:
-    """A mask for this weight [rows, n], on its device: a bool tensor or array; of one row also [n].
-
-    Raises:
-        error: another shape or type.
-    """
+    """A mask for this weight [rows, n], on its device: a bool tensor or array; of one row also [n]. `error`
+    is raised for another shape or type."""
     tensor = torch.as_tensor(mask)
     if tensor.ndim == 1 and weight.shape[0] == 1:
         tensor = tensor[None]

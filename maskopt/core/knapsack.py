@@ -1,10 +1,9 @@
 """One level for each item, at the least cost with a given total: the multiple-choice knapsack.
 
-It divides a model's budget among its layers: an item is a layer, a level how much of it is pruned. A price
-on the total gives the Lagrangian bound, and what every level costs above the best at that price. A dynamic
-program over
-the total goes through the choices within some slack of the bound, which grows until one is found: the
-cheapest.
+It divides a model's budget among its layers: an item is a layer, a level how much of it is pruned. A price on
+the total gives the Lagrangian bound, and what every level costs above the best at that price. A dynamic
+program over the total goes through the choices within some slack of the bound, which grows until one is
+found: the cheapest.
 """
 
 from __future__ import annotations
@@ -25,13 +24,8 @@ _GROWTH = 4.0
 
 @dataclass(frozen=True)
 class Choice:
-    """An optimal choice.
-
-    Attributes:
-        levels: the index of every item's level.
-        cost: of all of them, float64.
-        bound: the Lagrangian one, which no choice with that total is below.
-    """
+    """An optimal choice: the index of every item's level, their cost, and the Lagrangian bound of all choices
+    with that total, float64."""
 
     levels: tuple[int, ...]
     cost: float

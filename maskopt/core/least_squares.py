@@ -19,8 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from maskopt.core.limits import Limits, one_thread_each
-from maskopt.core.products import fast_products
+from maskopt.core.limits import Limits, fast_products, one_thread_each
 from maskopt.errors import OptionError, ProblemError
 
 #: least damping: below it float64 could not tell one kept set from another where G is singular
@@ -66,12 +65,8 @@ class LeastSquaresUpdate:
 
 @dataclass(frozen=True, eq=False)
 class LeastSquares:
-    """The damped metric A of a layer's inputs, which all of its rows share.
-
-    Attributes:
-        gram: G, in its dtype.
-        ridge: λD, float64, in the units of G; 0 where G is 0.
-    """
+    """The damped metric A of a layer's inputs, which its rows share: G, in its dtype, and λD, float64, in the
+    units of G; 0 where G is 0."""
 
     gram: Float[Tensor, "n n"]
     ridge: Float[Tensor, " n"]
@@ -235,11 +230,8 @@ class LeastSquares:
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """The kept inputs of some rows, padded to one size with pruned ones.
-
-    Attributes:
-        index: the inputs; real: which of them are kept; counts: how many are, of each row.
-    """
+    """The kept inputs of some rows, padded to one size with pruned ones; which of them are kept, and how many
+    in each row."""
 
     index: Tensor
     real: Bool[Tensor, "rows k"]

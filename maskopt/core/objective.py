@@ -95,11 +95,7 @@ class Objective:
         return self.least_squares.ridge
 
     def objective(self, mask: Bool[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
-        """f of every row, or F with `update`, float64 [rows], at least 0.
-
-        Args:
-            mask: True = kept; a NumPy array will do.
-        """
+        """f of every row, or F with `update`, float64 [rows], at least 0; True = kept, also as a NumPy array."""
         return self.cost(self.weights(mask))
 
     def weights(
@@ -171,6 +167,11 @@ class Objective:
             block = slice(start, start + step)
             value += ((x @ of(self.gram[:, block].double())) * x[:, block]).sum(1)
         return value
+
+    def products(self, x: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
+        """xG of every row, in float64, some columns of G at a time."""
+        step = max(1, _BLOCK_BYTES // (8 * self.n))
+        return torch.cat([x @ block.double() for block in self.gram.split(step, 1)], 1)
 
     def _with_linear(
         self, value: Float[Tensor, " rows"], lost: Float[Tensor, "rows n"]

@@ -196,11 +196,7 @@ Pattern = Unstructured | NM
 
 def parse_sparsity(given: Pattern | float | str) -> Pattern:
     """`0.6`, `"0.6"` and `"60%"` → Unstructured(sparsity=0.6), `"2:4"` → NM(keep=2, of=4), and what `str`
-    makes of a pattern: `"keep 3"`, `"0.6 per layer ± 0.1"`.
-
-    Raises:
-        PatternError: anything else.
-    """
+    makes of a pattern: `"keep 3"`, `"0.6 per layer ± 0.1"`. PatternError for anything else."""
     if isinstance(given, Pattern):
         return given
     if not isinstance(given, str):

@@ -65,13 +65,8 @@ class ObjectiveTransform:
 
 
 class OriginalValues(NamedTuple):
-    """An objective and a bound of it in the problem's own units.
-
-    Attributes:
-        value: of the mask.
-        bound: no legal mask has a better value.
-        gap: their distance as part of the value; 0 where they are equal.
-    """
+    """The value of a mask in the problem's own units; a bound of it: no legal mask has a better value; and
+    their distance as part of the value, 0 where they are equal."""
 
     value: float
     bound: float
@@ -98,11 +93,8 @@ def check_size(n: int) -> None:
 def semidefinite(
     quadratic: Any, maximise: bool, constant: float
 ) -> tuple[np.ndarray, ObjectiveTransform, bool]:
-    """G [n, n] float64, what its costs mean, and whether all of them are whole numbers.
-
-    Raises:
-        ProblemError: no square matrix of finite numbers; sizes that float64 does not hold together.
-    """
+    """G [n, n] float64, what its costs mean, and whether all of them are whole numbers; ProblemError for no
+    square matrix of finite numbers, or sizes that float64 does not hold together."""
     u = _real(quadratic, "a quadratic objective")
     given = _real(constant, "the constant")
     if given.size != 1:

@@ -44,8 +44,7 @@ class DemoModel:
 
     Attributes:
         title: what people call it.
-        package: as `pip` knows it; `module`: as Python does.
-        install: the command that gets it.
+        package, module: as `pip` and as Python knows it; install: the command that gets it.
         folder: under the cache directory.
         terms: under which it is provided.
         weights: puts the GGUF file of the package at a path.
@@ -91,12 +90,8 @@ def cache_directory() -> Path:
 
 
 def demo_model(name: str = "gemma3", cache: Path | None = None) -> Path:
-    """The folder of a demo model, made on the first call (about 1.1 GB, up to a minute). It appears whole, by
-    one rename.
-
-    Raises:
-        ModelError: no such model, its packages are missing, or the disk cannot take it.
-    """
+    """The folder of a demo model, made on the first call (about 1.1 GB, up to a minute) by one rename;
+    ModelError for no such model, missing packages, or a full disk."""
     model = find_demo_model(name)
     root = cache_directory() if cache is None else Path(cache)
     target = root / model.folder

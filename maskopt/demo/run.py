@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from maskopt.demo.model import demo_model, find_demo_model
+from maskopt.demo.model import DemoModel, demo_model, find_demo_model
 from maskopt.demo.text import demo_text
 from maskopt.experiments.compare import Record, compare, sample_rows
 from maskopt.models.architecture.blocks import short
@@ -68,61 +68,56 @@ def run_demo(
         output: gets `model/` (the 1-swap model, its masks and manifest) and `report.html`.
         model: one of `maskopt.demo.model.MODELS`.
         sparsity: of every row.
-        samples, seq_len: calibration windows and their length in tokens.
-        windows: evaluation windows of seq_len tokens.
-        columns: inputs that toy rows are restricted to.
-        time_limit: seconds that SCIP gets a toy row.
+        samples, windows: for calibration and for evaluation, of seq_len tokens.
+        columns, time_limit: inputs of a toy row, and seconds that SCIP has for it.
 
     Raises:
         ModelError: output holds something (unless `overwrite`, and the demo wrote it); the demo's packages
             are missing.
     """
     began = time.perf_counter()
-    places = [place for _, _, place in _PRUNES]
-    report = output / "report.html"
+    places, report = [place for _, _, place in _PRUNES], output / "report.html"
     ours = places if not (output / places[-1]).exists() else [*places, report.name]
-    check_output(output, overwrite=overwrite, resume=False, own=ours)
+    check_output(output, overwrite=overwrite, own=ours)
     for place in places:
-        check_output(output / place, overwrite=overwrite, resume=False)
+        check_output(output / place, overwrite=overwrite)
     about = find_demo_model(model)
     on_stage(f"converting {about.title} (once)", 0, 1)
     folder = demo_model(model)
     on_stage(f"converting {about.title} (once)", 1, 1)
-    calibration = {"calibration": demo_text().calibration, "seq_len": seq_len, "seed": seed}
+    text, common = demo_text(), {"seq_len": seq_len, "seed": seed}
+    calibration: dict[str, Any] = {"calibration": text.calibration, **common}
     toy = _toy_rows(folder, sparsity, min(samples, 8), columns, time_limit, calibration, on_stage)
 
     def judged(name: str, place: Path) -> float:
         progress = partial(on_stage, f"perplexity: {name}")
-        how: dict[str, Any] = {"text": demo_text().evaluation, "seq_len": seq_len}
-        return perplexity(place, windows=windows, on_progress=progress, **how).value
+        size = {"windows": windows, "seq_len": seq_len}
+        return perplexity(place, text=text.evaluation, on_progress=progress, **size).value
 
     values = {"dense": judged("dense", folder)}
     prunes: dict[str, PruneReport] = {}
+    how: dict[str, Any] = {"sparsity": sparsity, "samples": samples, "overwrite": overwrite}
     for solver, start, place in _PRUNES:
+        how["on_progress"] = _shown(on_stage, f"pruning with {solver}")
         prunes[solver] = prune_model(
-            folder,
-            sparsity=sparsity,
-            solver=solver,
-            start=start,
-            samples=samples,
-            output=output / place,
-            overwrite=overwrite,
-            on_progress=_told(on_stage, f"pruning with {solver}"),
-            **calibration,  # type: ignore[arg-type]
+            folder, solver=solver, start=start, output=output / place, **how, **calibration
         )
         values[solver] = judged(solver, output / place)
-
     blocks = len({layer.block for layer in prunes["swap"].layers})
-    errors = error_table(prunes["swap"], sparsity, blocks)
-    tables = [toy, errors, perplexity_table(values, prunes, windows, seq_len)]
+    tables = [toy, error_table(prunes["swap"], sparsity, blocks)]
+    tables.append(perplexity_table(values, prunes, windows, seq_len))
+    _write_report(report, output / "model", about, tables)
+    return DemoResult(tables, report, output / "model", time.perf_counter() - began)
+
+
+def _write_report(path: Path, model: Path, about: DemoModel, tables: Sequence[Table]) -> None:
     parts = [
         "Calibrated on Python's help topics, and evaluated on others of them.",
-        *report_parts([Pruned.open(output / "model", "model")], tables=tables),
+        *report_parts([Pruned.open(model, "model")], tables=tables),
         "Zeros are stored like any other number: the file is not smaller, and dense kernels are "
         f"not faster. {about.terms}",
     ]
-    write_page(report, f"maskopt demo: {about.title}", parts)
-    return DemoResult(tables, report, output / "model", time.perf_counter() - began)
+    write_page(path, f"maskopt demo: {about.title}", parts)
 
 
 def _toy_rows(
@@ -136,7 +131,7 @@ def _toy_rows(
 ) -> Table:
     """Rows of real layers, restricted to few inputs, through solvers of which one proves the optimum."""
     how = {"include": TOY_LAYERS, "sparsity": sparsity, "samples": samples, **calibration}
-    layers = list(layer_problems(folder, on_progress=_told(on_stage, "toy rows"), **how))
+    layers = list(layer_problems(folder, on_progress=_shown(on_stage, "toy rows"), **how))
     seed = calibration["seed"]
     rows = sample_rows((problem for _, problem in layers), 1, columns=columns, seed=seed)
     labels = {
@@ -188,8 +183,7 @@ def perplexity_table(
 ) -> Table:
     """Perplexity of dense, Wanda and 1-swap, with the time of pruning."""
     table = Table(
-        f"Perplexity, {windows} × {seq_len} tokens",
-        ("model", "perplexity", "pruned", "seconds"),
+        f"Perplexity, {windows} × {seq_len} tokens", ("model", "perplexity", "pruned", "seconds")
     )
     names = {"dense": "dense", "wanda": "Wanda", "swap": "Wanda → 1-swap"}
     for key, value in values.items():
@@ -199,7 +193,7 @@ def perplexity_table(
     return table
 
 
-def _told(on_stage: OnStage, title: str) -> Callable[[BlockProgress], None]:
+def _shown(on_stage: OnStage, title: str) -> Callable[[BlockProgress], None]:
     def show(progress: BlockProgress) -> None:
         where = f"{title}: block {progress.block + 1}/{progress.blocks}, {progress.stage}"
         on_stage(where, progress.done, progress.total)

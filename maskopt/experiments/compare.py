@@ -1,8 +1,5 @@
-"""The same rows through several solvers: objective, lower bound, gap, status, seconds.
-
-A job is one row through one solver. With an `output` of JSON lines every finished job is written at once, its
-solution into the folder `<output>.rows`; a later run verifies that solution and skips the job.
-"""
+"""The same rows through several solvers: objective, lower bound, gap, status, seconds. A job is one row
+through one solver; a run with an `output` of JSON lines is resumed (`store`)."""
 
 from __future__ import annotations
 
@@ -115,7 +112,7 @@ def compare(
     seed: int = 0,
     jobs: int | None = None,
     output: str | os.PathLike[str] | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] = lambda finished, jobs: None,
 ) -> list[Record]:
     """Every row through every solver.
 
@@ -146,8 +143,7 @@ def compare(
         for name, job in jobs_by_name.items()
     }
     finished: dict[str, Record] = {}
-    missing: dict[str, Any] = {}
-    held = store.records()
+    missing, held = {}, store.records()
     for (_, name), (key, row) in wanted.items():
         job = jobs_by_name[name]
         # only exact solvers have bounds that nothing proves
@@ -161,8 +157,7 @@ def compare(
     for record, solution in as_they_finish(list(missing.values()), jobs):
         finished[record.key] = record
         store.add(record.key, solution, record)
-        if on_progress is not None:
-            on_progress(len(finished), count)
+        on_progress(len(finished), count)
     records = _with_excess([finished[key] for key, _ in wanted.values()], len(jobs_by_name))
     store.finish(records)
     return records

@@ -1,8 +1,6 @@
 """Optima with their proofs, each row a job of its own: on this machine, or on as many as joblib reaches.
-
 Every proven row is kept in a file until all rows are done; an interrupted proof verifies these files and
-continues.
-"""
+continues."""
 
 from __future__ import annotations
 
@@ -36,25 +34,21 @@ def prove(
     start: Any = None,
     limits: Limits | None = None,
     jobs: int | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Callable[[int, int], None] = lambda finished, rows: None,
     **options: Any,
 ) -> Solution:
-    """Prove the optimum of every row by branch and bound, with the tree that proves it.
+    """Prove the optimum of every row by branch and bound, with the tree that proves it. A row that is not
+    closed in time has the bound of its tree.
 
         with joblib.parallel_config(backend="dask", n_jobs=-1):
             prove(LayerProblem.load("layer.npz"), "proof.npz")
 
     Args:
-        output: .npz for masks and trees; until all rows are done, finished ones are in the folder
-            `<output>.rows`.
+        output: .npz for masks and trees; the folder `<output>.rows` holds finished rows until all are done.
         start: as for `solve`: a solver, a mask [rows, n], or None.
         limits: the seconds are of all rows together.
-        jobs: as for `maskopt.experiments.compare.compare`.
-        on_progress: called with (finished rows, rows).
+        jobs, on_progress: as for `maskopt.experiments.compare.compare`; a job is a row.
         options: of the solver `branch`.
-
-    Returns:
-        The solution of all rows; of one that was not closed in time, with the bound that its tree proves.
 
     Raises:
         MaskoptError: options or a start that will not do, before anything runs.
@@ -68,16 +62,15 @@ def prove(
     elif start is not None:
         start = layer.check_mask(start, "start")
     limits, jobs = limits or Limits(), 1 if layer.rows == 1 else jobs
-    rows = [layer.row(index) for index in range(layer.rows)]
-    starts = [start[i : i + 1] if isinstance(start, Tensor) else start for i in range(layer.rows)]
     store = Store(output, None)
     # what is proven stays so, however long it may take and however many workers share the time
-    untimed = replace(limits, seconds=None)
-    keys = [job_key(r, BRANCH, backend, s, untimed) for r, s in zip(rows, starts, strict=True)]
-    limits = _of_a_row(limits, layer.rows, jobs)
+    untimed, limits = replace(limits, seconds=None), _of_a_row(limits, layer.rows, jobs)
+    keys: list[str] = []
     found: dict[str, Solution] = {}
     missing: dict[str, Any] = {}
-    for key, row, begin in zip(keys, rows, starts, strict=True):
+    for index in range(layer.rows):
+        row, begin = layer.row(index), start[index, None] if isinstance(start, Tensor) else start
+        keys.append(key := job_key(row, BRANCH, backend, begin, untimed))
         solution = store.solution(key, row)
         if solution is not None and solution.status[0] is Status.OPTIMAL:
             found[key] = solution
@@ -87,10 +80,8 @@ def prove(
         found[key] = solution
         if solution.status[0] is Status.OPTIMAL:
             store.add(key, solution)
-        if on_progress is not None:
-            on_progress(len(found), len(set(keys)))
-    certificate = _certificate(layer, [found[key] for key in keys])
-    joined = Solution.joined([found[key] for key in keys], certificate)
+        on_progress(len(found), len(set(keys)))
+    joined = _joined(layer, [found[key] for key in keys])
     if output is not None:
         joined.save(output)
     if store.folder is not None:
@@ -107,13 +98,13 @@ def _of_a_row(limits: Limits, rows: int, jobs: int | None) -> Limits:
     return replace(limits, seconds=limits.seconds * min(1.0, workers(jobs) / rows))
 
 
-def _certificate(layer: LayerProblem, rows: Sequence[Solution]) -> Certificate | None:
-    """Of all rows; that f ≥ 0 of a row that has none."""
+def _joined(layer: LayerProblem, rows: Sequence[Solution]) -> Solution:
+    """The certificate of a row without one proves f ≥ 0."""
+    if all(row.certificate is None for row in rows):
+        return Solution.joined(rows)
     nothing = Certificate.box(layer, torch.zeros_like(layer.weight, dtype=torch.float64))
-    own = [row.certificate for row in rows]
-    if all(one is None for one in own):
-        return None
-    return Certificate.stack(one or nothing.take([at]) for at, one in enumerate(own))
+    parts = [row.certificate or nothing.take([at]) for at, row in enumerate(rows)]
+    return Solution.joined(rows, Certificate.stack(parts))
 
 
 def _proven(

@@ -1,8 +1,6 @@
-"""Certified lower bounds of every row of a problem.
-
-A method makes a certificate (`certificates.certificate`), whose own check then says what it proves. Methods
-register a class under the entry-point group `maskopt.bounds`, as solvers do under theirs.
-"""
+"""Certified lower bounds of every row of a problem. A method makes a certificate
+(`certificates.certificate`), whose own check then says what it proves. Methods register a class under the
+entry-point group `maskopt.bounds`."""
 
 from __future__ import annotations
 

@@ -71,10 +71,8 @@ class Capabilities:
 
 @runtime_checkable
 class Solver(Protocol):
-    """A backend: a frozen dataclass whose fields are its options (`maskopt.core.fields.option`).
-
-    A subclass that declares it gets the check of its options on construction.
-    """
+    """A backend: a frozen dataclass whose fields are its options (`maskopt.core.fields.option`), which are
+    checked on construction."""
 
     name: ClassVar[str]
     capabilities: ClassVar[Capabilities]
@@ -93,11 +91,8 @@ class Solver(Protocol):
         return self, layer if self.capabilities.update else layer.with_update(None)
 
     def check_size(self, n: int, pattern: Pattern, *, update: bool) -> None:
-        """Raise SolverError where rows of n inputs are too large, before there are any numbers.
-
-        Args:
-            update: for problems of updated weights.
-        """
+        """Raise SolverError where rows of n inputs are too large, before there are any numbers; `update`: of
+        problems of updated weights."""
         largest = self.capabilities.largest_n
         if largest is not None and n > largest:
             raise SolverError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -138,6 +139,14 @@ def _of_one_width(parts: Sequence[Tensor]) -> list[Tensor]:
     return [torch.cat([x, x[:, -1:].expand(-1, most - x.shape[1])], 1) for x in parts]
 
 
-def shared_out(seconds: float, rows: int) -> Float[Tensor, " rows"]:
-    """The time of a batch as each row's share, float64 [rows]."""
-    return torch.full((rows,), seconds / max(rows, 1), dtype=torch.float64)
+class Stopwatch:
+    """The wall-clock time of a batch of rows, as the share of each row."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows, self._began = rows, time.monotonic()
+
+    def lap(self) -> Float[Tensor, " rows"]:
+        """Seconds since the last lap, or the start, float64 [rows]."""
+        began, self._began = self._began, time.monotonic()
+        share = (self._began - began) / max(self._rows, 1)
+        return torch.full((self._rows,), share, dtype=torch.float64)

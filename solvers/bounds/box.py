@@ -33,7 +33,6 @@ class BoxBound(BoundMethod):
     """λ = μ = ν = 0: A = Q. Batched over all rows of a layer, on any device."""
 
     name: ClassVar[str] = "box"
-    largest_n: ClassVar[int | None] = None
     shared_budget: ClassVar[bool] = True
     note: ClassVar[str] = "continuous relaxation; a whole layer in seconds"
 
@@ -41,7 +40,6 @@ class BoxBound(BoundMethod):
     tolerance: float = option(0.001, _TOLERANCE_HELP, unit="part of the bound", least=0)
 
     def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, Trace]:
-        """See `BoundMethod.certify`."""
         box = relax_box(problem, BoxPlan(self.tolerance, self.steps), limits)
         point = box.point.double()
         return Certificate.box(problem, point), Trace(
@@ -51,15 +49,14 @@ class BoxBound(BoundMethod):
 
 @dataclass(frozen=True)
 class ShiftBound(BoundMethod):
-    """λ = −d⊙w² with G − diag(d) ⪰ 0 and Σ c_i d_i as large as a barrier method makes it.
+    """λ = −d⊙w² with G − diag(d) ⪰ 0 and Σ c_i d_i as large as a barrier method makes it; `kind="uniform"`: d
+    = λ_min(G)·1.
 
-    `kind="uniform"` takes d = λ_min(G)·1. The weights c_i are the mean over the rows of
-    w_i²x_i(1 − x_i) at the box relaxation: what a unit of d_i buys. One shift serves all rows on average;
-    a row that it does not serve keeps the plain bound, and so does every row when the time is over.
+    The weights c_i are the mean over the rows of w_i²x_i(1 − x_i) at the box relaxation. One shift serves all
+    rows; a row that it does not serve keeps the plain bound, and so do all rows when the time is over.
     """
 
     name: ClassVar[str] = "shift"
-    largest_n: ClassVar[int | None] = None
     shared_budget: ClassVar[bool] = True
     note: ClassVar[str] = "box after the best diagonal shift of G, one for all rows"
 
@@ -68,7 +65,6 @@ class ShiftBound(BoundMethod):
     tolerance: float = option(0.001, _TOLERANCE_HELP, unit="part of the bound", least=0)
 
     def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, Trace]:
-        """See `BoundMethod.certify`."""
         plan = BoxPlan(self.tolerance, self.steps)
         plain = relax_box(problem, plan, limits)
         if limits.expired:

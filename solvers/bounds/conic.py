@@ -7,7 +7,7 @@ What SCS prints is no bound; its y goes through the same correction and the same
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from maskopt.core.problem import LayerProblem
 from maskopt.protocol.bounds import BoundMethod
 from maskopt.protocol.registry import missing_package
 from maskopt.protocol.trace import Trace
-from maskopt.solvers.convex.duals import ScaledRow, certify_row, penalty_of
+from maskopt.solvers.convex.duals import ScaledRow, certificate_of, certify_row, penalty_of
 from maskopt.solvers.convex.mixing import scales_of
 
 
@@ -42,26 +42,17 @@ class ConicBound(BoundMethod):
         return missing_package("scs", "'maskopt[conic]'")
 
     def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, Trace]:
-        """See `BoundMethod.certify`."""
         penalty = penalty_of(problem.group_size) if self.penalty is None else self.penalty
-        groups, gram = problem.n // problem.group_size, problem.gram.double().cpu().numpy()
-        scales = scales_of(problem).tolist()
-        lam, mu, point = [], [], []
-        printed = []
-        for row in range(problem.rows):
-            scale = scales[row]
+        gram, scales = problem.gram.double().cpu().numpy(), scales_of(problem).cpu().numpy()
+        found, printed = [], []
+        for row, scale in enumerate(scales.tolist()):
             scaled = ScaledRow.of(problem, gram, row, scale)
             share = max(limits.left / (problem.rows - row), 1e-3) if limits.timed else None
             y, inner, value = _scs(scaled, penalty, self.tolerance, self.max_iterations, share)
-            duals = certify_row(scaled, y, inner, penalty)
-            lam.append(duals.lam / scale)
-            mu.append(np.full(groups, penalty / scale))
-            point.append(duals.point)
+            found.append(certify_row(scaled, y, inner, penalty))
             printed.append(value / scale)
-        like: dict[str, Any] = {"dtype": torch.float64, "device": problem.device}
-        parts = [torch.as_tensor(np.stack(x), **like) for x in (lam, mu, point)]
-        trace = Trace(printed=torch.tensor(printed, dtype=torch.float64))
-        return Certificate(parts[0], parts[1], parts[2]), trace
+        certificate, _ = certificate_of(problem, found, np.full(problem.rows, penalty), scales)
+        return certificate, Trace(printed=torch.tensor(printed, dtype=torch.float64))
 
 
 def _scs(

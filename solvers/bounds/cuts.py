@@ -1,22 +1,17 @@
-"""The semidefinite relaxation tightened by violated triangle inequalities, found in rounds.
+"""The semidefinite relaxation tightened by violated triangle inequalities (`convex.triangles`), found in
+rounds: of all over n + 1 vectors the most violated ones join the pool.
 
-For signs z_i = ±1 (with z_0 = 1) and a, b = ±1, a·z_iz_j + b·z_iz_k + ab·z_jz_k + 1 ≥ 0; with z_0 these
-are p_ip_j ≥ 0, p_ip_j ≤ p_i and p_ip_j ≥ p_i + p_j − 1. All of them over n + 1 vectors are looked at in
-every round and the most violated ones join the pool.
-
-The multipliers are those of an augmented Lagrangian: the sweeps of the mixing method run on C less
-Σ_t τ'_t(triangle t) with τ' = max(0, τ − step·(triangle + 1)), and τ follows τ' slowly. Plain steps on τ
-swing for ever, because the minimiser jumps between vectors of equal value; the term in step damps that.
-What swings still is averaged away: the bound is concave in τ. For the mean, which then is fixed, the plain
-mixing method finds the y that go with it.
+The multipliers are those of an augmented Lagrangian: the sweeps of the mixing method run on C less Σ_t
+τ'_t(triangle t) with τ' = max(0, τ − step·(triangle + 1)), and τ follows τ' slowly. Plain steps on τ swing
+for ever, because the minimiser jumps between vectors of equal value; the term in step damps that. What swings
+still is averaged away: the bound is concave in τ. For the mean, which then is fixed, the plain mixing method
+finds the y that go with it.
 """
 
 from __future__ import annotations
 
-import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,15 +21,15 @@ from maskopt.certificates.certificate import Certificate
 from maskopt.certificates.cuts import Cuts
 from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
-from maskopt.solvers.convex.duals import RowDuals, ScaledRow, certify_row, penalty_of
-from maskopt.solvers.convex.mixing import Extra, Mixing
-from maskopt.solvers.convex.triangles import (
-    Incidence,
-    Pool,
-    dense,
-    separate,
-    steps_of,
+from maskopt.solvers.convex.duals import (
+    RowDuals,
+    ScaledRow,
+    certificate_of,
+    certify_row,
+    penalty_of,
 )
+from maskopt.solvers.convex.mixing import Extra, Mixing
+from maskopt.solvers.convex.triangles import Incidence, Pool, dense, separate, steps_of
 from maskopt.solvers.convex.triangles_kernel import damp
 from maskopt.solvers.parallel import one_blas_thread
 
@@ -59,14 +54,8 @@ _ROUNDS_SHARE, _END_SHARE, _SETTLE_SHARE = 0.7, 0.7, 0.3
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the multipliers move between two separations.
-
-    Attributes:
-        updates: of the multipliers.
-        sweeps: after each.
-        follow: part by which τ follows τ'.
-        haste: factor of the triangles' steps.
-    """
+    """How the multipliers move between two separations: so many updates, each followed by `sweeps`; τ follows
+    τ' by the part `follow`, and `haste` is a factor of the triangles' steps."""
 
     updates: int
     sweeps: int
@@ -81,53 +70,44 @@ _END = Schedule(updates=500, sweeps=8, follow=0.2)
 
 
 def tighten(
-    problem: LayerProblem,
-    plain: Certificate,
-    rank: int,
-    rounds: int,
-    limits: Limits,
+    problem: LayerProblem, plain: Certificate, rank: int, rounds: int, limits: Limits
 ) -> tuple[Certificate, Tensor, Tensor]:
-    """The better of `plain` and a certificate with triangle cuts, for every row.
+    """The better of `plain` and a certificate with triangle cuts, for every row; and for every row the number
+    of triangles in it, and the loss to the correction as part of the bound (NaN where `plain` is kept).
 
     Args:
         plain: a certificate without ν and cuts.
         rank: of the vectors.
         rounds: of separation.
-        limits: what is reached by the deadline is certified, the rows' shares of the time being equal; rows
-            that were not reached keep `plain`.
-
-    Returns:
-        The certificate, and for every row the number of triangles in it, and the loss to the
-        correction as part of the bound (NaN where `plain` is kept).
+        limits: rows share the time equally; rows that were not reached by the deadline keep `plain`.
     """
     threads = torch.get_num_threads()
     tile = max(1, _TILE_ENTRIES // (problem.n + 1) ** 2 // threads) * threads
     parts: list[Certificate] = []
-    count: list[int] = []
-    correction: list[float] = []
+    correction: list[Tensor] = []
     for first in range(0, problem.rows, tile):
         chosen = list(range(problem.rows))[first : first + tile]
         part, before = problem.take(chosen), plain.take(chosen)
-        better, loss = torch.zeros(part.rows, dtype=torch.bool), [math.nan] * part.rows
+        loss = torch.full((part.rows,), torch.nan, dtype=torch.float64)
         if not limits.expired:
             own = limits.share(part.rows / (problem.rows - first))
-            after, loss = cut_certificate(part, rank, rounds, own)
+            after, found = cut_certificate(part, rank, rounds, own)
             better = (after.check(part) > before.check(part)).cpu()
             before = Certificate.choose(better, before, after)
+            loss = torch.where(better, found, loss)
         parts.append(before)
-        for row, won in enumerate(better.tolist()):
-            cuts = before.cuts[row] if before.cuts is not None else None
-            count.append(0 if cuts is None else len(cuts.multiplier))
-            correction.append(loss[row] if won else math.nan)
-    lost = torch.tensor(correction, dtype=torch.float64)
-    return Certificate.stack(parts), torch.tensor(count), lost
+        correction.append(loss)
+    whole = Certificate.stack(parts)
+    cuts = whole.cuts or [None] * problem.rows
+    count = [0 if one is None else len(one.multiplier) for one in cuts]
+    return whole, torch.tensor(count), torch.cat(correction)
 
 
 def cut_certificate(
     problem: LayerProblem, rank: int, rounds: int, limits: Limits
-) -> tuple[Certificate, list[float]]:
-    """(λ, μ, τ, p̂) of all rows at once after `rounds` rounds, and the loss to the correction as part
-    of the bound."""
+) -> tuple[Certificate, Tensor]:
+    """(λ, μ, τ, p̂) of all rows at once after `rounds` rounds, and the loss to the correction as part of the
+    bound."""
     n = problem.n
     state = Mixing(problem, rank, limits.seed)
     rho = penalty_of(problem.group_size)
@@ -149,7 +129,7 @@ def cut_certificate(
 
 
 def _descend(state: Mixing, sweeps: int, rho: float, limits: Limits) -> None:
-    """With the multipliers as they are; under a time limit chunk by chunk, one at least."""
+    """With unchanged multipliers; under a time limit chunk by chunk, one at least."""
     chunk = _CHUNK if limits.timed else sweeps
     for _ in range(0, sweeps, chunk):
         state.sweep(chunk, rho)
@@ -231,9 +211,8 @@ class _Multipliers:
             extra.value,
         )
 
-    def certify(self, problem: LayerProblem, rho: float) -> tuple[Certificate, list[float]]:
-        """The certificate of the multipliers as they have settled, and the loss to the correction as part
-        of the bound."""
+    def certify(self, problem: LayerProblem, rho: float) -> tuple[Certificate, Tensor]:
+        """Of the multipliers once they have settled; as of `certificate_of`."""
         scale = self.state.scale
         gram, inner = problem.gram.double().cpu().numpy(), self.state.inner()
         y = self.state.duals.double().cpu().numpy()
@@ -246,18 +225,7 @@ class _Multipliers:
 
         with one_blas_thread(), ThreadPoolExecutor(torch.get_num_threads()) as threads:
             duals, cuts = zip(*threads.map(one, range(problem.rows)), strict=True)
-        like: dict[str, Any] = {"dtype": torch.float64, "device": problem.device}
-        groups = problem.n // problem.group_size
-        certificate = Certificate(
-            torch.as_tensor(np.stack([d.lam for d in duals]) / scale[:, None], **like),
-            torch.as_tensor(rho / scale, **like)[:, None].repeat(1, groups),
-            torch.as_tensor(np.stack([d.point for d in duals]), **like),
-            cuts=list(cuts),
-        )
-        loss, value = np.array([d.loss for d in duals]), np.array([d.value for d in duals])
-        return certificate, np.divide(
-            loss, value, out=np.zeros_like(loss), where=value > 0
-        ).tolist()
+        return certificate_of(problem, duals, np.full(len(duals), rho), scale, cuts)
 
     def _binding(self, row: int, y: np.ndarray) -> Pool:
         """The triangles whose multiplier counts; none where the row is beyond float64."""

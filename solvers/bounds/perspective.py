@@ -49,7 +49,6 @@ class PerspectiveBound(BoundMethod):
     """One row a thread; n³ operations a turn, some hundred turns."""
 
     name: ClassVar[str] = "perspective"
-    largest_n: ClassVar[int | None] = None
     shared_budget: ClassVar[bool] = True
     update: ClassVar[bool] = True
     note: ClassVar[str] = "of updated weights: perspective relaxation, best split of the diagonal"
@@ -58,7 +57,6 @@ class PerspectiveBound(BoundMethod):
     splits: int = option(20, "rounds that better the split; 0: the least eigenvalue", least=0)
 
     def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, Trace]:
-        """See `BoundMethod.certify`."""
         of = Scaled.of(problem)
         room = float(torch.linalg.eigvalsh(of.a)[0])
         kept = 1 - problem.pruned / problem.weight.numel()
@@ -121,7 +119,6 @@ class _Priced(NamedTuple):
     each: float
 
     def shares(self, size: np.ndarray) -> np.ndarray:
-        """As of `_Counted`."""
         with np.errstate(divide="ignore", invalid="ignore"):  # where it is free
             return np.clip(np.nan_to_num(size / np.sqrt(self.each), nan=1.0), OUT_SHARE, 1.0)
 

@@ -30,7 +30,13 @@ from maskopt.protocol.bounds import BoundMethod
 from maskopt.protocol.trace import Trace
 from maskopt.solvers.bounds.cuts import tighten
 from maskopt.solvers.convex.box import BoxPlan, relax_box
-from maskopt.solvers.convex.duals import RowDuals, ScaledRow, certify_row, penalty_of
+from maskopt.solvers.convex.duals import (
+    RowDuals,
+    ScaledRow,
+    certificate_of,
+    certify_row,
+    penalty_of,
+)
 from maskopt.solvers.convex.interior_point import interior_point
 from maskopt.solvers.convex.linear_bound import linear_bound
 from maskopt.solvers.convex.mixing import Mixing, default_rank
@@ -56,14 +62,10 @@ _HURRIED = BoxPlan(tolerance=0.01, max_iterations=60)
 
 @dataclass(frozen=True)
 class SdpBound(BoundMethod):
-    """Low-rank semidefinite bound with a λ_min certificate in float64.
-
-    Rows that the time limit leaves no time for get the certificate of the box relaxation. With cuts,
-    the plain bound has a third of the time.
-    """
+    """Low-rank semidefinite bound with a λ_min certificate in float64. Rows that the time limit leaves no
+    time for get the certificate of the box relaxation. With cuts, the plain bound has a third of the time."""
 
     name: ClassVar[str] = "sdp"
-    largest_n: ClassVar[int | None] = None
     note: ClassVar[str] = "low-rank semidefinite relaxation, any n"
 
     sweeps: int | None = option(
@@ -85,7 +87,6 @@ class SdpBound(BoundMethod):
     )
 
     def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, Trace]:
-        """See `BoundMethod.certify`."""
         plain = limits.share(_PLAIN_SHARE) if self.cuts else limits
         rank = self.rank or default_rank(problem.n)
         stages = (self.sweeps,) if self.sweeps is not None else _STAGES
@@ -127,11 +128,10 @@ def _boxed(problem: LayerProblem, limits: Limits) -> _Found:
 
 
 class _Tile:
-    """The vectors of some rows, and the best certificate of each so far.
+    """The vectors of some rows, and the best certificate of each so far (`best`; None: nothing yet).
 
     Attributes:
-        todo: the rows whose vectors are in `state`, which drops those that have settled.
-        best: what was certified; None: nothing yet.
+        todo: the rows whose vectors are in `state`; settled ones are dropped.
         penalty: float64 [rows], ρ, or 0 where the box relaxation proves more.
         inner: float64 [rows, n], ⟨v_i, v_0⟩ where the best bound was found.
     """
@@ -239,21 +239,9 @@ class _Tile:
 
     def _found(self) -> _Found:
         found = [best for best in self.best if best is not None]
-        like: dict[str, Any] = {"dtype": torch.float64, "device": self.problem.device}
-        groups = self.problem.n // self.problem.group_size
-        certificate = Certificate(
-            torch.as_tensor(np.stack([b.lam for b in found]) / self.scale[:, None], **like),
-            torch.as_tensor(self.penalty / self.scale, **like)[:, None].repeat(1, groups),
-            torch.as_tensor(np.stack([b.point for b in found]), **like),
-        )
-        loss, value = np.array([b.loss for b in found]), np.array([b.value for b in found])
-        correction = np.divide(loss, value, out=np.zeros(len(found)), where=value > 0)
-        return _Found(
-            certificate,
-            torch.from_numpy(self.sweeps),
-            torch.from_numpy(np.where(np.isnan(loss), np.nan, correction)),
-            torch.as_tensor((1 + self.inner) / 2),
-        )
+        certificate, loss = certificate_of(self.problem, found, self.penalty, self.scale)
+        relaxed = torch.as_tensor((1 + self.inner) / 2)
+        return _Found(certificate, torch.from_numpy(self.sweeps), loss, relaxed)
 
 
 def _in_threads(work: Callable[[int], Any], rows: Any) -> list[Any]:

@@ -1,26 +1,24 @@
 """The box relaxation of all rows of a layer at once by ADMM: min xᵀQx over {0 ≤ x ≤ 1, Σ over a group = s}.
 
-ADMM (Douglas–Rachford with over-relaxation), split as y = w⊙x: the quadratic in y has the *same* matrix G
-for all rows, so one Cholesky factorisation of the layer
+ADMM (Douglas–Rachford with over-relaxation), split as y = w⊙x: the quadratic in y has the *same* matrix G for
+all rows, so one Cholesky factorisation of the layer
 
     A = ρ(2H + ρI)⁻¹,   H = G/√(hhᵀ),   h = √diag(G),
 
-serves every step of every row, and a step is one matrix product over all rows and a projection of each
-group onto {0 ≤ x ≤ 1, Σ x = s} in the metric w²h. Accelerated projected gradient (FISTA with restarts, the
-best of four diagonal preconditioners) costs the same per step and needs over 300 of them where this needs
-40 to 60: what is hard is the conditioning of G, and here G is inverted once.
+serves every step of every row: one matrix product over all rows and a projection of each group onto {0 ≤ x ≤
+1, Σ x = s} in the metric w²h. Accelerated projected gradient costs the same per step and needs over 300 of
+them where this needs 40 to 60, since what is hard is the conditioning of G.
 
 **Hardening.** On binary points x = x², so f(x) + Σ μⱼ(xⱼ − xⱼ²) is the same problem for every μ, and a
-growing μ bends the relaxed solution towards a mask. In the ADMM step the concave term costs nothing: with
-μ = θ·ρw²h/2 the projection of v becomes that of (v − θ/2)/(1 − θ). θ rises from 0 to `hardness`; near 1 the
-steps no longer settle. Its products may be bfloat16, with sums in float32, where that is much faster.
+growing μ bends the relaxed solution towards a mask. With μ = θ·ρw²h/2 the projection of v becomes that of (v
+− θ/2)/(1 − θ). θ rises from 0 to `hardness`; near 1 the steps no longer settle. Its products may be bfloat16,
+with sums in float32, where that is much faster.
 
-**Rows of a shared budget** have one sum: the projection is that of the whole layer, and where a row
-has limits within them.
+**Rows of a shared budget** have one sum: the projection is that of the whole layer, and where a row has
+limits within them.
 
 **A shift.** With d where G − diag(d) is still semidefinite, f(x) = (w⊙x)ᵀ(G − diag(d))(w⊙x) + Σ dⱼwⱼ²xⱼ on
-masks, which relaxes to more. The linear term is linear in y too, as is that of the problem, where it has one:
-it only moves what A is applied to.
+masks, which relaxes to more. Its linear term, as that of the problem, only moves what A is applied to.
 """
 
 from __future__ import annotations
@@ -60,15 +58,9 @@ _HALF_FROM = 256
 
 @dataclass(frozen=True)
 class BoxPlan:
-    """How far the steps go.
-
-    Attributes:
-        tolerance: stop when the Frank–Wolfe gap, averaged over the rows, is at most this part of f;
-            measured every 20 steps, from the 40th on.
-        max_iterations: steps at most; 0: no bound, and a factorisation that is good enough for masks.
-        harden: further steps under the growing concave term.
-        hardness: θ at the end.
-    """
+    """How far the steps go: until the Frank–Wolfe gap, averaged over the rows, is at most `tolerance` of f
+    (measured every 20 steps, from the 40th on), or `max_iterations`; 0: no bound, and a factorisation that is
+    good enough for masks. Then `harden` steps under the concave term, whose θ ends at `hardness`."""
 
     tolerance: float
     max_iterations: int
@@ -83,8 +75,7 @@ class BoxPoint:
     Attributes:
         value: float64 [rows], the least f(x) that was measured; ∞ where none was.
         bound: float64 [rows], the best Frank–Wolfe bound, as far as G is semidefinite.
-        point: [rows, n], the x that gives the bound.
-        last: [rows, n], the x at the end, hardened.
+        point: [rows, n], the x that gives the bound; last: the x at the end, hardened.
         iterations: int64 [rows], steps before hardening.
     """
 
@@ -96,16 +87,10 @@ class BoxPoint:
 
 
 def relax_box(
-    problem: LayerProblem,
-    plan: BoxPlan,
-    limits: Limits,
-    shift: Float[Tensor, " n"] | None = None,
+    problem: LayerProblem, plan: BoxPlan, limits: Limits, shift: Float[Tensor, " n"] | None = None
 ) -> BoxPoint:
-    """Relax all rows, tile by tile. When the time is over a row has made one step at least.
-
-    Args:
-        shift: d, float64 [n]; value and bound are then those of the shifted form.
-    """
+    """Relax all rows, tile by tile, in at least one step; with a `shift` d, float64 [n], value and bound are
+    those of the shifted form."""
     # an inexact A moves the point at which the steps settle, and nothing that hardening would notice
     exact = plan.max_iterations > 0 and problem.n <= _DOUBLE_UP_TO
     dtype = torch.float64 if exact else problem.gram.dtype
@@ -140,11 +125,10 @@ class _Split:
     """What the rows of a layer share. G is scaled to a mean diagonal of 1 throughout.
 
     Attributes:
-        factor: A [n, n], in G's dtype.
-        half: the same in bfloat16, for hardening; None where that is not faster.
+        factor, half: A [n, n] in G's dtype; in bfloat16 for hardening, None where that is not faster.
         metric: h [n].
-        pull: [n], what q⊙pull is taken off the target for the linear term of a shift; None: no shift.
-        slope: [n], what slope⊙g is, over the size of a row, for the linear term 2gᵀ(w⊙x) of the problem.
+        pull: [n], q⊙pull is taken off the target for the linear term of a shift; None: no shift.
+        slope: [n], the same is slope⊙g, over the size of a row, for the linear term 2gᵀ(w⊙x) of the problem.
         shift: d, float64 [n], or None.
     """
 
@@ -243,11 +227,7 @@ class _Tile:
         product, done = self._relax(product, limits)
         self._harden(product, done, limits)
         return BoxPoint(
-            self.value,
-            self.bound,
-            self.point,
-            self.step.x,
-            torch.full((self.problem.rows,), done),
+            self.value, self.bound, self.point, self.step.x, torch.full((self.problem.rows,), done)
         )
 
     def _shifted(self, product: Tensor) -> Tensor:

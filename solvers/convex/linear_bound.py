@@ -14,8 +14,6 @@ from maskopt.certificates.certificate import Certificate, evenly
 from maskopt.core.problem import LayerProblem
 from maskopt.solvers.greedy.select import keep_highest
 
-#: entries of G that are float64 at a time
-_ENTRIES = 2**23
 #: how often θΣw² the bound is lowered by for θ = what G lacks to semidefiniteness: 9/4 suffice
 _SLACK = 3.0
 #: of an operation, what a check leaves for numbers too small to be distinguished
@@ -30,23 +28,16 @@ def linear_bound(
     x: Float[Tensor, "rows n"],
     diagonal: Float[Tensor, "rows n"] | None = None,
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
-    """f(x) and the bound, float64, of f(x) = xᵀQx (with its linear part, where it has one), or of that
-    with Σ λᵢ(xᵢ² − xᵢ), the same on every mask.
+    """f(x) and the bound, float64, of f(x) = xᵀQx (with its linear part, where it has one), or of that with Σ
+    λᵢ(xᵢ² − xᵢ), the same on every mask; `diagonal`: λ, float64.
 
-    Valid at every x whatever, feasible or not, where Q + diag(λ) is positive semidefinite. The bound is
-    lowered by a margin for the rounding of float64 sums, n·2⁻⁵² of the terms' sizes.
-
-    Args:
-        diagonal: λ, float64; None: 0.
+    Valid at every x, feasible or not, where Q + diag(λ) is positive semidefinite. The bound is lowered by a
+    margin for the rounding of float64 sums, n·2⁻⁵² of the terms' sizes.
     """
     x = x.double()
     weight = problem.weight.double()
     product = weight * x
-    c = torch.empty_like(product)
-    step = max(1, _ENTRIES // problem.n)
-    for first in range(0, problem.n, step):
-        block = slice(first, first + step)
-        c[:, block] = product @ problem.gram[:, block].double()
+    c = problem.products(product)
     square = (product * c).sum(1)
     pull, constant = weight * problem.correlation, problem.constant
     value = square + 2 * (pull * x).sum(1) + constant

@@ -26,9 +26,8 @@ class Extra:
 
     Attributes:
         starts: int64 [rows, n + 1]; entries starts[r, i] … starts[r, i + 1] belong to input i of r.
-        index: int32 [entries], j, ascending within an input; n stands for v_0. (i, j) and (j, i) are both
-            listed.
-        value: float [entries], E_ij in the units of the scaled row.
+        index, value: int32 [entries], j, ascending within an input, n for v_0; E_ij of the scaled row. (i, j)
+            and (j, i) are both listed.
     """
 
     starts: np.ndarray
@@ -99,11 +98,8 @@ class Mixing:
             self.extra = self.extra.take(positions)
 
     def sweep(self, count: int, rho: float, rows: np.ndarray | None = None) -> None:
-        """`count` passes over all coordinates with the penalty ρ.
-
-        Args:
-            rows: int64, the rows to work on; None: all. Elsewhere than on the CPU always all.
-        """
+        """`count` passes over all coordinates with the penalty ρ, on some rows (int64), or all; elsewhere
+        than on the CPU always all."""
         if self.v.device.type != "cpu":
             for _ in range(count):
                 self.sweep_torch(rho)
@@ -131,11 +127,8 @@ class Mixing:
         )
 
     def sweep_torch(self, rho: float) -> None:
-        """One pass on any device, all rows at once, coordinates in blocks.
-
-        Inside a block the updates are simultaneous and damped by half, so that a step becomes one
-        matrix product for all rows.
-        """
+        """One pass on any device, all rows at once. Coordinates of a block move at the same time, damped by
+        half, so that a step is one matrix product for all rows."""
         rows, n, rank = self.v.shape
         block = max(1, min(32, n // 8))
         for low in range(0, n, block):

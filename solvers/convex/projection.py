@@ -203,12 +203,8 @@ def project(start: Tensor, inverse: Tensor, total: int, tau: Tensor) -> tuple[Te
 
 
 class Multipliers(NamedTuple):
-    """τ of a layer with a shared budget within limits, and what holds it off in each row.
-
-    Attributes:
-        tau: [1, 1].
-        lowest, highest: [rows, 1], τ at which a row has the most that it may, and the least.
-    """
+    """τ [1, 1] of a layer with a shared budget within limits; in each row, [rows, 1], τ at which it has the
+    most that it may (`lowest`), and the least (`highest`)."""
 
     tau: Tensor
     lowest: Tensor

@@ -43,8 +43,8 @@ _ROUNDING = 1e-6
 
 
 class Pairs(NamedTuple):
-    """The terms b_ib_jz_iz_j of a pool's inequalities, one by one: i < j int64 [p], b_ib_j float64 [p], and
-    which inequality each is of, int64 [p]."""
+    """The terms b_ib_jz_iz_j of a pool's inequalities: i < j int64 [p], b_ib_j float64 [p], and the
+    inequality of each, int64 [p]."""
 
     i: np.ndarray
     j: np.ndarray
@@ -106,16 +106,12 @@ class Pool:
 def separate(
     inner: np.ndarray, most: int, threads: RowThreads | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The `most` most violated triangles of all, the most violated first.
-
-    Beyond _ALL inputs the least violation among them is estimated from a sample: about so many then, no more.
+    """The `most` most violated triangles of all, the most violated first: index int64 [m, 3] with i < j < k,
+    sign int8 [m, 2], violation float64 [m]. Beyond _ALL inputs the least violation among them is estimated
+    from a sample: about so many then, no more.
 
     Args:
         inner: ⟨v_i, v_j⟩ [n + 1, n + 1] with v_0 last.
-        threads: to look in; None: of its own.
-
-    Returns:
-        index int64 [m, 3] with i < j < k, sign int8 [m, 2], violation float64 [m].
     """
     inner = np.ascontiguousarray(inner, dtype=np.float32)
     threads = threads or RowThreads()

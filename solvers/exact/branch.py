@@ -29,11 +29,8 @@ _NOTHING = 1e-13
 
 @dataclass(frozen=True)
 class Branch(RowSolver):
-    """Exact for up to about 256 inputs; beyond, a gap within the time limit.
-
-    With updated weights by the perspective relaxation (`tree/least_squares.py`), up to about 64 inputs. Its
-    trace is a `Trace`.
-    """
+    """Exact for up to about 256 inputs, of updated weights 64 (`tree/least_squares.py`); beyond, a gap within
+    the time limit."""
 
     name: ClassVar[str] = "branch"
     capabilities: ClassVar[Capabilities] = exact(
@@ -52,13 +49,11 @@ class Branch(RowSolver):
     )
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
-        """See `Solver.run`."""
         if self.proof and problem.update is not None:
             raise OptionError("branch: the tree of updated weights is not kept; leave `proof` out")
         return super().run(problem, start, limits)
 
     def trusted_name(self, problem: LayerProblem) -> str:
-        """See `RowSolver.trusted_name`."""
         return f"{self.capabilities.trusted[0]} {__version__}"
 
     def search_row(self, task: RowTask) -> RowAnswer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
@@ -21,7 +20,7 @@ from maskopt.core.problem import LayerProblem
 from maskopt.errors import SolverError
 from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.solver import Capabilities, Solver
-from maskopt.protocol.trace import Trace, shared_out
+from maskopt.protocol.trace import Stopwatch, Trace
 
 #: masks of a row up to which enumeration is accepted
 COMBINATION_LIMIT = 3_000_000
@@ -33,11 +32,8 @@ _SYSTEMS = 2**22
 
 @dataclass(frozen=True)
 class Exhaustive(Solver):
-    """Exact in float64; refuses rows of more than COMBINATION_LIMIT masks. Ties: the first mask.
-
-    When the time is over before the last mask, the best so far, FEASIBLE; with a shared budget some legal
-    mask. Reports a `Trace`.
-    """
+    """Exact in float64; refuses rows of more than COMBINATION_LIMIT masks. Ties: the first mask. When the
+    time is over before the last mask, the best so far, FEASIBLE; with a shared budget some legal mask."""
 
     name: ClassVar[str] = "exhaustive"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -65,13 +61,12 @@ class Exhaustive(Solver):
             )
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
-        """See `Solver.run`."""
-        began = time.monotonic()
+        watch = Stopwatch(problem.rows)
         if problem.shared_budget:
-            return _pooled(problem, limits, began)
+            return _pooled(problem, limits, watch)
         combinations = _masks(problem.n, problem.pattern)
         mask, seen = _enumerate(problem, combinations, limits)
-        return _solution(problem, mask, seen, seen == combinations, began)
+        return _solution(problem, mask, seen, seen == combinations, watch)
 
 
 def _masks(n: int, pattern: Pattern) -> int:
@@ -86,7 +81,7 @@ def _about(number: int) -> str:
 
 
 def _solution(
-    problem: LayerProblem, mask: Tensor, seen: Tensor, complete: Tensor, began: float
+    problem: LayerProblem, mask: Tensor, seen: Tensor, complete: Tensor, watch: Stopwatch
 ) -> Solution:
     """Rows of which all masks were seen are optimal."""
     done, cost = complete.tolist(), problem.objective(mask)
@@ -103,13 +98,13 @@ def _solution(
             root_bound=torch.full_like(cost, torch.nan),
             relaxations=torch.full_like(seen, -1),
             convexified=torch.full_like(seen, -1),
-            search_seconds=shared_out(time.monotonic() - began, problem.rows),
+            search_seconds=watch.lap(),
             message=("",) * problem.rows,
         ),
     )
 
 
-def _pooled(problem: LayerProblem, limits: Limits, began: float) -> Solution:
+def _pooled(problem: LayerProblem, limits: Limits, watch: Stopwatch) -> Solution:
     """A shared budget: the best mask of every row at every count, and the best counts by a table over rows;
     when the time is over before that, some legal mask."""
     n, masks, costs = problem.n, [], []
@@ -120,7 +115,7 @@ def _pooled(problem: LayerProblem, limits: Limits, began: float) -> Solution:
         if bool((seen < math.comb(n, count)).any()):
             order = torch.arange(problem.rows * n).view(n, problem.rows).T
             none = torch.zeros(problem.rows, dtype=torch.bool)
-            return _solution(problem, order >= problem.pruned, seen, none, began)
+            return _solution(problem, order >= problem.pruned, seen, none, watch)
         masks.append(mask)
         costs.append(uniform.objective(mask) * problem.shares)
         if not least <= count <= most:
@@ -128,7 +123,7 @@ def _pooled(problem: LayerProblem, limits: Limits, began: float) -> Solution:
     counts = _best_counts(torch.stack(costs, 1), problem.pruned)
     chosen = torch.stack([masks[count][row] for row, count in enumerate(counts)])
     seen = torch.full((problem.rows,), 2**n)
-    return _solution(problem, chosen, seen, torch.ones_like(seen, dtype=torch.bool), began)
+    return _solution(problem, chosen, seen, torch.ones_like(seen, dtype=torch.bool), watch)
 
 
 def _best_counts(cost: Float[Tensor, "rows counts"], total: int) -> list[int]:

@@ -1,8 +1,5 @@
-"""A second exact opinion: Gurobi on the quadratic integer program itself.
-
-Optional (`pip install gurobipy`); the licence that comes with the package serves rows of up to 200
-inputs.
-"""
+"""A second exact opinion: Gurobi on the quadratic integer program itself. Optional (`pip install gurobipy`);
+the licence that comes with the package serves rows of up to 200 inputs."""
 
 from __future__ import annotations
 
@@ -43,7 +40,6 @@ class Gurobi(RowSolver):
 
     @classmethod
     def unavailable(cls) -> str | None:
-        """See `Solver.unavailable`."""
         if reason := missing_package("gurobipy", "'maskopt[gurobi]'"):
             return reason
         import gurobipy
@@ -55,17 +51,13 @@ class Gurobi(RowSolver):
         return None
 
     def trusted_name(self, problem: LayerProblem) -> str:
-        """See `RowSolver.trusted_name`."""
         import gurobipy
 
         return f"{self.capabilities.trusted[0]} {'.'.join(map(str, gurobipy.gurobi.version()))}"
 
     def search_row(self, task: RowTask) -> RowAnswer:
         """One row, one thread. From a good start: tolerances are absolute, and the start's cost the unit.
-
-        Raises:
-            SolverError: the row is too large for the licence, or Gurobi fails.
-        """
+        SolverError where the row is too large for the licence, or Gurobi fails."""
         import gurobipy as gp
 
         if isinstance(task, UpdatedTask):
@@ -86,26 +78,17 @@ class Gurobi(RowSolver):
 
 
 def _solved(program: Program, model: Any, closed: float) -> RowAnswer:
-    task, scale = program.task, program.scale
+    task = program.task
     binaries = _translate(program, model)
     binaries.Start = program.complete(task.start)[: len(task.q)]
     ended = _ended(task, model, closed)
     pruned = program.pruned(binaries.X) if model.SolCount > 0 else task.start
-    bound = float(model.ObjBound) / scale if np.isfinite(model.ObjBound) else 0.0
     if isinstance(task, UpdatedTask):
-        slack = _INTEGRALITY * program.terms / scale
-        bound = max(task.certified, bound)
+        slack = _INTEGRALITY * program.terms / program.scale
     else:
         # a p_i off by the tolerance moves f by that part of its slope, 2(Qp)_i
         slack = _INTEGRALITY * 2 * float(np.abs(task.q).sum())
-        bound = task.raised(bound, slack) if np.isfinite(model.ObjBound) else 0.0
-    return RowAnswer(
-        pruned if task.is_legal(pruned) else task.start,
-        ended,
-        bound=bound,
-        slack=slack,
-        nodes=int(model.NodeCount),
-    )
+    return program.answer(pruned, ended, float(model.ObjBound), slack, int(model.NodeCount))
 
 
 def _translate(program: Program, model: Any) -> Any:

@@ -1,7 +1,5 @@
-"""A second exact opinion: HiGHS on the linearised program, with one variable for each product.
-
-Optional (`pip install highspy`).
-"""
+"""A second exact opinion: HiGHS on the linearised program, with one variable for each product. Optional (`pip
+install highspy`)."""
 
 from __future__ import annotations
 
@@ -40,18 +38,12 @@ class Highs(RowSolver):
 
     @classmethod
     def unavailable(cls) -> str | None:
-        """See `Solver.unavailable`."""
         return missing_package("highspy", "'maskopt[highs]'")
 
     def trusted_name(self, problem: LayerProblem) -> str:
-        """See `RowSolver.trusted_name`."""
         import highspy
 
-        parts = (
-            highspy.HIGHS_VERSION_MAJOR,
-            highspy.HIGHS_VERSION_MINOR,
-            highspy.HIGHS_VERSION_PATCH,
-        )
+        parts = (getattr(highspy, f"HIGHS_VERSION_{part}") for part in ("MAJOR", "MINOR", "PATCH"))
         return f"{self.capabilities.trusted[0]} {'.'.join(map(str, parts))}"
 
     def search_row(self, task: RowTask) -> RowAnswer:
@@ -77,16 +69,10 @@ class Highs(RowSolver):
         if ended == "optimal" and info.mip_gap > _CLOSED:
             ended = "gaplimit"
         pruned = program.pruned(model.getSolution().col_value)
-        bound = float(info.mip_dual_bound) / program.scale
         # p_i and x_ij off by the tolerance move f by that part of their coefficients
         slack = FEASIBILITY * float(np.abs(task.q).sum())
-        return RowAnswer(
-            pruned if task.is_legal(pruned) else task.start,
-            ended,
-            bound=task.raised(bound, slack) if np.isfinite(bound) else 0.0,
-            slack=slack,
-            nodes=int(info.mip_node_count),
-        )
+        nodes = int(info.mip_node_count)
+        return program.answer(pruned, ended, float(info.mip_dual_bound), slack, nodes)
 
 
 def _configure(model: Any, task: RowTask) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from maskopt.solvers.exact.tasks import RowTask, UpdatedTask
+from maskopt.solvers.exact.tasks import RowAnswer, RowTask, UpdatedTask
 from maskopt.solvers.exact.tree.convexify import FreePart
 
 #: feasibility tolerance of SCIP (numerics/feastol) and HiGHS, absolute in the units of the model
@@ -105,6 +105,25 @@ class Program:
         """The mask of a solution, p, bool [n]."""
         return (np.asarray(values[: len(self.binaries)]) > 0.5) != self.of_kept
 
+    def answer(
+        self, pruned: np.ndarray, ended: str, bound: float, slack: float, nodes: int
+    ) -> RowAnswer:
+        """The answer of a solver: its mask, or the start where that is not legal.
+
+        Args:
+            bound: the solver's lower bound in units of the model, −∞ where there is none.
+            slack: how far tolerances can push it above the truth, in units of the objective.
+        """
+        task = self.task
+        known = task.raised(bound / self.scale, slack) if np.isfinite(bound) else 0.0
+        return RowAnswer(
+            pruned if task.is_legal(pruned) else task.start,
+            ended,
+            bound=max(task.certified, known),
+            slack=slack,
+            nodes=nodes,
+        )
+
 
 def factored(
     task: RowTask,
@@ -114,13 +133,8 @@ def factored(
     lam: np.ndarray,
     certified: float,
 ) -> Program:
-    """A = LLᵀ, r = Lᵀp, ‖r‖² ≤ t. Inputs that `part` has fixed are fixed.
-
-    Args:
-        part: of the scaled objective.
-        lam: λ, float64 [n], scaled.
-        certified: a lower bound of the objective that is known; 0: none.
-    """
+    """A = LLᵀ, r = Lᵀp, ‖r‖² ≤ t. Inputs that `part`, of the scaled objective, has fixed are fixed. `lam`: λ,
+    float64 [n], scaled; `certified`: a lower bound of the objective that is known; 0: none."""
     program, n = Program(task, scale, twins), len(task.q)
     program.low[:n] = (part.state == 1).astype(float).tolist()
     program.high[:n] = (part.state != 0).astype(float).tolist()

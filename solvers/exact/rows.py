@@ -64,7 +64,6 @@ class RowSolver(Solver):
     )
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
-        """See `Solver.run`."""
         assert start is not None
         tasks = tasks_of(
             problem,

@@ -60,8 +60,8 @@ class Scip(RowSolver):
     """SCIP on one row at a time.
 
     A row is OPTIMAL only where SCIP says `optimal` and its bound closes the gap. Any limit gives SCIP's
-    incumbent and SCIP's bound; `memory` is bytes a row. Ctrl-C ends the search: rows being solved return
-    their incumbents, the rest their starts. Reports a `Trace`.
+    incumbent and SCIP's bound; `memory` is bytes a row. After Ctrl-C rows being solved return their
+    incumbents, the rest their starts.
     """
 
     name: ClassVar[str] = "scip"
@@ -84,11 +84,9 @@ class Scip(RowSolver):
 
     @classmethod
     def unavailable(cls) -> str | None:
-        """See `Solver.unavailable`."""
         return missing_package("pyscipopt", "pyscipopt")
 
     def trusted_name(self, problem: LayerProblem) -> str:
-        """See `RowSolver.trusted_name`."""
         from pyscipopt import Model
 
         presolved = self.presolve and self.formulation == "qcr" and problem.update is None
@@ -217,7 +215,7 @@ class Scip(RowSolver):
         form: str = "cip",
         formulation: str = "factored",
     ) -> None:
-        """See `WritesInstances.write_instance`: `cip`, `lp` or `mps`, in every formulation but `qcr`.
+        """As `cip`, `lp` or `mps`, in every formulation but `qcr`.
 
         Raises:
             OptionError: another format or formulation, or two that do not go together.

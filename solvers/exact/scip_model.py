@@ -15,13 +15,8 @@ _MOST_SECONDS, _MOST_NODES, _MOST_MEMORY = 1e20, 2**63 - 1, 2**43 - 1
 
 
 class ScipModel:
-    """A program in SCIP; a quadratic objective becomes a constraint, as SCIP's own is linear.
-
-    Attributes:
-        model: the pyscipopt.Model.
-        x: its variables.
-        found: masks that `rounding` came to.
-    """
+    """A program in SCIP: the pyscipopt.Model, its variables `x`, and masks that `rounding` came to (`found`).
+    A quadratic objective becomes a constraint, as SCIP's own is linear."""
 
     def __init__(self, program: Program, *, verbose: bool = False) -> None:
         from pyscipopt import Model, quicksum

@@ -48,6 +48,7 @@ class RowTask:
         start: p of the start, bool [n], True = pruned.
         limits: of all rows together, without a listener; `row_seconds` of this row alone.
         gap_limit, node_limit: see `RowSolver`.
+        certified: a lower bound that is proven before the search.
         values: that f can take, where they are known.
         zero: the objective whose value is 0 in the units in which the problem was posed; None: in none.
     """
@@ -62,6 +63,7 @@ class RowTask:
     node_limit: int | None = None
     values: Values | None = None
     zero: float | None = None
+    certified: float = 0.0
 
     def begin(self) -> RowTask:
         """With the clock of the row running."""
@@ -116,19 +118,12 @@ class RowTask:
 
 @dataclass(frozen=True, kw_only=True)
 class UpdatedTask(RowTask):
-    """A row whose kept weights are updated: `q` is A, and its inputs are scaled to A_jj = 1.
-
-    Attributes:
-        target: b [n].
-        constant: C.
-        split: d [n].
-        certified: what `perspective` proves of the row.
-    """
+    """A row whose kept weights are updated: `q` is A, and its inputs are scaled to A_jj = 1; b [n], C and d
+    [n]."""
 
     target: np.ndarray
     constant: float
     split: np.ndarray
-    certified: float
 
     def weights(self, pruned: np.ndarray) -> np.ndarray:
         """v of a mask, float64 [n]."""
@@ -163,7 +158,7 @@ class UpdatedTask(RowTask):
 
 @dataclass(frozen=True)
 class RowAnswer:
-    """What a backend says about one row.
+    """What a backend says about one row; the fields that are not listed are those of `Trace`.
 
     Attributes:
         pruned: p of its mask, bool [n].
@@ -173,8 +168,6 @@ class RowAnswer:
         certificate: of one row, and `certified`, what it proves; None: there is none.
         pid: of the process that ran it.
         proof: the tree that was searched, closed or not; then the bound is what the check of it finds.
-
-    The others are those of `Trace`.
     """
 
     pruned: np.ndarray

@@ -53,8 +53,7 @@ def run_tasks(
     Args:
         function: importable by its qualified name, takes one task.
         workers: processes at a time, of one thread each.
-        recycle: tasks after which a process is replaced (SCIP has leaked memory: PySCIPOpt issue 1200; of
-            PySCIPOpt 5.5 and 6.3, 128 rows of 24 inputs leave 10 MB).
+        recycle: tasks after which a process is replaced (SCIP leaks memory: PySCIPOpt issue 1200).
         deadline: of `time.monotonic()`, after which no task is begun or yielded.
 
     On KeyboardInterrupt the workers are interrupted too; their answers still come, and the generator ends by

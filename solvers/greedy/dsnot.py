@@ -27,11 +27,8 @@ from maskopt.protocol.trace import Trace
 
 @dataclass(frozen=True)
 class DSnoT(Solver):
-    """Needs the inputs' mean (`LayerProblem(…, mean=…, variance=…)`), since G alone does not tell it; without
-    a variance takes that over all tokens, as of one sequence.
-
-    Reports a `Trace`.
-    """
+    """Needs the inputs' mean (`LayerProblem(…, mean=…, variance=…)`); without a variance takes that over all
+    tokens."""
 
     name: ClassVar[str] = "dsnot"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -53,11 +50,7 @@ class DSnoT(Solver):
     sequence_length: int = option(2048, "length of such a sequence", unit="tokens", least=1)
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
-        """Up to `cycles` swaps a row; see `Solver.run`.
-
-        Raises:
-            ProblemError: the problem has no mean.
-        """
+        """Raises ProblemError for a problem without a mean."""
         assert start is not None
         if problem.mean is None:
             raise ProblemError(

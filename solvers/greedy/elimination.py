@@ -27,10 +27,8 @@ _ARRAYS = 6
 
 @dataclass(frozen=True)
 class Elimination(Solver):
-    """O(rows·n·s) time, float64, rows in tiles; ties go to the lowest index.
-
-    When the time limit comes, what is still to be pruned is taken by Wanda's score.
-    """
+    """O(rows·n·s) time, float64, rows in tiles; ties go to the lowest index. After the time limit Wanda's
+    score decides."""
 
     name: ClassVar[str] = "elimination"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -38,7 +36,6 @@ class Elimination(Solver):
     )
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
-        """Start from the dense row; see `Solver.run`."""
         tile = max(1, limits.bytes(_TILE_BYTES) // (_ARRAYS * 8 * problem.n))
         masks = []
         for first in range(0, problem.rows, tile):

@@ -19,15 +19,19 @@ def keep_highest(problem: LayerProblem, score: Shaped[Tensor, "rows n"]) -> Bool
     layer; of equals the lowest index.
 
     Where a row's count has limits, what it prunes in any case goes first, and what it keeps in any case last:
-    the least sum there is, since the costs of one input more of a row only rise.
-
-    Threshold rules (`score <= sorted[k]`) prune every tie; here those beyond the count stay.
+    the least sum, since the costs of one input more of a row only rise.
     """
     if problem.shared_budget:
         gone = _least_of_layer(problem, score)
     else:
         gone = _least(score.reshape(-1, problem.group_size), problem.pruned_per_group)
     return ~gone.view(problem.rows, problem.n)
+
+
+def highest(score: Shaped[Tensor, "... n"], count: int) -> Bool[Tensor, "... n"]:
+    """The `count` highest along the last axis; of equals the lowest index."""
+    order = score.argsort(dim=-1, descending=True, stable=True)[..., :count]
+    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order, True)
 
 
 def _least_of_layer(

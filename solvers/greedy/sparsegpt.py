@@ -30,11 +30,8 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class SparseGPT(Solver):
-    """Depends on the order of the columns, as the original does; needs a few n × n float64 matrices. Knows
-    nothing of a linear part.
-
-    When the time limit comes, the columns that are left are ranked without further compensation.
-    """
+    """Depends on the order of the columns, as the original does; needs a few n × n float64 matrices; ignores
+    a linear part. After the time limit the columns that are left are ranked without further compensation."""
 
     name: ClassVar[str] = "sparsegpt"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -64,7 +61,6 @@ class SparseGPT(Solver):
             )
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
-        """Walk over the columns once; see `Solver.run`."""
         mask, weight = _walked(problem, self.damping, limits)
         return Solution.of(problem, mask, weight=weight.double() if self.update else None)
 

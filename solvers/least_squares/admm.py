@@ -21,9 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from maskopt.core.fields import option
-from maskopt.core.limits import Limits, one_thread_each
+from maskopt.core.limits import Limits, fast_products, one_thread_each
 from maskopt.core.problem import LayerProblem
-from maskopt.core.products import fast_products
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities
 from maskopt.protocol.trace import Trace
@@ -57,7 +56,6 @@ class Admm(Damped):
     rho: float = option(0.1, "the first penalty", unit="part of A's diagonal", least=1e-6)
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
-        """See `Solver.run`."""
         refitted = self.refitted(problem)
         scaled = Scaled.of(refitted)
         values, vectors = torch.linalg.eigh(scaled.a)

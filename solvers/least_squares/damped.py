@@ -15,14 +15,8 @@ from maskopt.protocol.solver import Solver
 
 @dataclass(frozen=True)
 class Scaled:
-    """A problem of updated weights with its inputs scaled to A_jj = 1: F = min {vᵀAv − 2bᵀv + C}.
-
-    Attributes:
-        size: float64 [n], √A_jj before.
-        a: A, float64 [n, n].
-        target: b, float64 [rows, n].
-        constant: C, float64 [rows].
-    """
+    """A problem of updated weights with its inputs scaled to A_jj = 1: F = min {vᵀAv − 2bᵀv + C}. √A_jj
+    before (`size` [n]), A [n, n], b (`target` [rows, n]) and C [rows], float64."""
 
     size: Float[Tensor, " n"]
     a: Float[Tensor, "n n"]

@@ -34,17 +34,12 @@ _CANDIDATES = 4
 
 @dataclass(frozen=True)
 class Obs(Damped):
-    """A mask for updated weights, by the price of each removal after the ones before it.
-
-    When the time is over, the rows that are left prune by the first prices. Reports a
-    `Trace`.
-    """
+    """A mask for updated weights, by the price of each removal after the ones before it. Rows that are left
+    when the time is over prune by the first prices."""
 
     name: ClassVar[str] = "obs"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        update=True,
-        apart=True,
-        note="greedy removal at exact prices, for weights that are updated",
+        update=True, apart=True, note="greedy removal at exact prices, for weights that are updated"
     )
 
     panel: int = option(
@@ -52,7 +47,6 @@ class Obs(Damped):
     )
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
-        """See `Solver.run`."""
         refitted = self.refitted(problem)
         squares = refitted.least_squares
         target = squares.target(refitted.weight, refitted.correlation)

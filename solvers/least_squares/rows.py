@@ -12,7 +12,7 @@ from torch import Tensor
 
 from maskopt.core.limits import Limits, one_thread_each
 from maskopt.core.problem import LayerProblem
-from maskopt.protocol.solution import Solution, Status
+from maskopt.protocol.solution import Solution
 from maskopt.protocol.trace import Trace
 from maskopt.solvers.least_squares.block import one_sided
 from maskopt.solvers.least_squares.compiled_row import CompiledRow
@@ -20,7 +20,7 @@ from maskopt.solvers.least_squares.scratch import Scratch
 from maskopt.solvers.least_squares.search import Found, refine
 from maskopt.solvers.least_squares.state import Metric, Pairs, Row
 from maskopt.solvers.shared_budget.offers import OFFERED, Offers
-from maskopt.solvers.shared_budget.transfer import transfer
+from maskopt.solvers.shared_budget.transfer import searched, transfer
 
 #: rows whose M are made together, at most, and bytes of these
 _TOGETHER, _TOGETHER_BYTES = 16, 2**25
@@ -113,30 +113,21 @@ def _solution(problem: LayerProblem, rows: list[Found]) -> Solution:
     history = [
         row.objectives + row.objectives[-1:] * (length - len(row.objectives)) for row in rows
     ]
+    counts = {
+        name: torch.tensor([getattr(row, name) for row in rows])
+        for name in ("swaps", "scans", "rounds", "pairs")
+    }
     trace = Trace(
-        kernel="least squares",
-        swaps=torch.tensor([row.swaps for row in rows]),
-        scans=torch.tensor([row.scans for row in rows]),
-        rounds=torch.tensor([row.rounds for row in rows]),
-        pairs=torch.tensor([row.pairs for row in rows]),
-        history=torch.tensor(history, dtype=torch.float64),
+        kernel="least squares", history=torch.tensor(history, dtype=torch.float64), **counts
     )
-    status = [Status.SWAP_OPTIMAL if row.proven else Status.FEASIBLE for row in rows]
+    optimal = torch.tensor([row.proven for row in rows])
     mask, weight = (torch.stack(one) for one in ([r.mask for r in rows], [r.weight for r in rows]))
     squares = problem.least_squares
     if not squares.flat:
         target = squares.target(problem.weight, problem.correlation)
         # a search that stopped may have left weights that are not quite those of its mask
         weight = squares.settled(weight, target, mask)
-    objective = problem.cost(weight)
-    return Solution(
-        mask=mask,
-        objective=objective,
-        lower_bound=torch.zeros_like(objective),
-        status=tuple(status),
-        trace=trace,
-        weight=weight,
-    )
+    return searched(mask, problem.cost(weight), optimal, trace, weight)
 
 
 def _offers(row: Row) -> Offers:
@@ -163,10 +154,8 @@ def _offers(row: Row) -> Offers:
 
 
 def _most_saving(row: Row) -> Tensor:
-    """Slots of pruned inputs of largest r_p²/C_pp, the largest of all for certain.
-
-    r_p²H_pp is no less than that, so that only what is above the best of those that seem good is priced.
-    """
+    """Slots of pruned inputs of largest r_p²/C_pp, the largest of all for certain: r_p²H_pp is no less, so
+    that only what is above the best of the likely ones is priced."""
     most, count = row.gains(), min(OFFERED, len(row.pruned))
     slots = row.likely(count).p
     exact = _gains(row, slots)

@@ -35,15 +35,8 @@ _NOISE = 1e-3
 
 @dataclass
 class Found:
-    """The result of a row.
-
-    Attributes:
-        mask: bool [n], True = kept.
-        weight: float64 [n], updated.
-        proven: whether the last scan found no improving pair.
-        objectives: F at the start, and after every round.
-        offers: to other rows of a shared budget.
-    """
+    """The result of a row: mask bool [n] and updated weights float64 [n], whether the last scan found no
+    improving pair, F at the start and after every round, and offers to other rows of a shared budget."""
 
     mask: Tensor
     weight: Tensor

@@ -289,12 +289,10 @@ class Row:
         return Block(columns, (z + z.T) / 2, torch.cat([self.v[u], self.r[p]]))
 
     def exchange(self, u: Tensor, p: Tensor, block: Block) -> None:
-        """The inputs of slots u and p change places, pair by pair.
+        """The inputs of slots u and p change places, pair by pair; `block` is that of u and p, in this order.
 
-        A principal pivot on Z = (u, p): with W = T_ZZ⁻¹ and E = diag(−1 on u, +1 on p),
-        T_oo ← T_oo − T_oZ W T_Zo, T_oZ ← T_oZ W E, T_ZZ ← −E W E, and what was in p is in u then.
-
-        `block` is that of u and p, in this order.
+        A principal pivot on Z = (u, p): with W = T_ZZ⁻¹ and E = diag(−1 on u, +1 on p), T_oo ← T_oo − T_oZ W
+        T_Zo, T_oZ ← T_oZ W E, T_ZZ ← −E W E, and what was in p is in u then.
         """
         q = len(u)
         w = torch.linalg.inv(block.z)

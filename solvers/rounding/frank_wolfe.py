@@ -12,7 +12,6 @@ Frank–Wolfe brings a bound for free: by convexity f(v) ≥ f(x) + ∇f(x)ᵀ(v
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,10 +25,10 @@ from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import Solution, relative_gap
 from maskopt.protocol.solver import Capabilities, Solver
-from maskopt.protocol.trace import Trace, shared_out
+from maskopt.protocol.trace import Stopwatch, Trace
 from maskopt.solvers.convex.linear_bound import linear_bound, provable
 from maskopt.solvers.greedy.scores import wanda_scores
-from maskopt.solvers.greedy.select import keep_highest
+from maskopt.solvers.greedy.select import highest, keep_highest
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,8 @@ class FrankWolfe(Solver):
     )
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
-        """Frank–Wolfe from the start's mask; see `Solver.run`."""
         assert start is not None
-        began = time.monotonic()
+        watch = Stopwatch(problem.rows)
         fixed = _top_wanda(problem, self.alpha)
         x, done = _minimise(problem, start, fixed, self.iterations, limits)
         # what is fixed stays kept, and of the rest the largest x are pruned
@@ -73,8 +71,8 @@ class FrankWolfe(Solver):
             relaxed_gap=relative_gap(relaxed, bound),
             rounded_objective=objective,
             swaps=torch.zeros(problem.rows, dtype=torch.int64),
-            relax_seconds=shared_out(time.monotonic() - began, problem.rows),
-            swap_seconds=shared_out(0.0, problem.rows),
+            relax_seconds=watch.lap(),
+            swap_seconds=torch.zeros(problem.rows, dtype=torch.float64),
         )
         return Solution.of(
             problem,
@@ -123,6 +121,4 @@ def _top_wanda(problem: LayerProblem, alpha: float) -> Bool[Tensor, "rows n"]:
     """The ⌊α·keep⌋ highest Wanda scores of each group."""
     count = math.floor(alpha * (problem.group_size - problem.pruned_per_group))
     score = wanda_scores(problem).view(problem.rows, -1, problem.group_size)
-    order = score.argsort(dim=-1, descending=True, stable=True)[..., :count]
-    fixed = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order, True)
-    return fixed.view(problem.rows, problem.n)
+    return highest(score, count).view(problem.rows, problem.n)

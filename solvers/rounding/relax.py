@@ -1,12 +1,9 @@
 """Relax, harden, round, swap.
 
-With x ∈ [0,1]ⁿ, Σ x = s per group (x = 1: pruned), f(x) = (w⊙x)ᵀG(w⊙x) is convex; its minimum is a
-lower bound, and the relaxed solution knows more about which inputs go together than any score.
-
 The relaxation is `convex.box`; its steps end under a growing concave term, which bends the relaxed solution
-towards a mask. What is rounded then is far closer to one. Where that ends does not depend on where it starts:
-hardening from the first step on (`max_iterations=0`, which is what `relax` does as the start of another
-solver) gives masks as good as after a full relaxation, but no bound.
+towards a mask. Where that ends does not depend on where it starts: hardening from the first step on
+(`max_iterations=0`, which is what `relax` does as the start of another solver) gives masks as good as after a
+full relaxation, but no bound.
 
 The bound is that of Frank–Wolfe, f(x) + min_v ∇f(x)ᵀ(v − x), in float64 with a margin for rounding and for
 what a float32 G lacks to be semidefinite: valid at any x, so an unfinished relaxation costs tightness only.
@@ -15,9 +12,8 @@ The solution's certificate is x; `verify` computes the bound from it anew.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,7 +25,7 @@ from maskopt.core.problem import LayerProblem
 from maskopt.errors import OptionError
 from maskopt.protocol.solution import Solution, Status, relative_gap
 from maskopt.protocol.solver import Capabilities, Solver
-from maskopt.protocol.trace import Trace, shared_out
+from maskopt.protocol.trace import Stopwatch, Trace
 from maskopt.solvers.convex.box import BoxPlan, relax_box
 from maskopt.solvers.convex.linear_bound import provable
 from maskopt.solvers.greedy.select import keep_highest
@@ -38,11 +34,8 @@ from maskopt.solvers.swap import Swap
 
 @dataclass(frozen=True)
 class Relax(Solver):
-    """Relax all rows at once, harden, round, and swap to 1-swap optimality.
-
-    A start is a mask that the answer is never worse than. When the time is over the relaxation stops
-    where it is, is rounded, and the swaps have what is left of it. Reports a `Trace`.
-    """
+    """Relax all rows at once, harden, round, and swap to 1-swap optimality. The answer is never worse than a
+    start. When the time is over the relaxation stops, is rounded, and the swaps have what is left."""
 
     name: ClassVar[str] = "relax"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -94,8 +87,7 @@ class Relax(Solver):
         return 200 if self.max_iterations is None else self.max_iterations
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
-        """See `Solver.run`."""
-        began = time.monotonic()
+        watch = Stopwatch(problem.rows)
         plan = BoxPlan(self.tolerance, self._steps, self.harden, self.hardness)
         box = relax_box(problem, plan, limits)
         certificate = Certificate.box(problem, box.point) if plan.max_iterations > 0 else None
@@ -105,14 +97,10 @@ class Relax(Solver):
             iterations=box.iterations,
             relaxed_objective=torch.where(box.value.isfinite(), box.value, torch.nan),
             relaxed_gap=relative_gap(box.value, bound),
-            relax_seconds=shared_out(time.monotonic() - began, problem.rows),
+            relax_seconds=watch.lap(),
         )
-        how: dict[str, Any] = {
-            "refine": self.refine is not False,
-            "bound": bound,
-            "certificate": certificate,
-        }
-        return finished(problem, mask, start, limits, trace, **how)
+        refine = self.refine is not False
+        return finished(problem, mask, start, limits, trace, refine, bound, certificate)
 
 
 def finished(
@@ -121,13 +109,12 @@ def finished(
     start: Tensor | None,
     limits: Limits,
     trace: Trace,
-    *,
     refine: bool,
     bound: Tensor,
     certificate: Certificate | None,
 ) -> Solution:
     """From rounded masks to the answer: 1-swap optima with `refine`, and no worse than the start."""
-    began = time.monotonic()
+    watch = Stopwatch(problem.rows)
     # of a mask that is the answer the objective is computed anyway, and once is enough
     rounded = problem.objective(mask) if refine or start is not None else None
     status: tuple[Status, ...] = (Status.FEASIBLE,) * problem.rows
@@ -141,7 +128,7 @@ def finished(
         trace,
         rounded_objective=solution.objective if rounded is None else rounded,
         swaps=swaps,
-        swap_seconds=shared_out(time.monotonic() - began, problem.rows),
+        swap_seconds=watch.lap(),
     )
     return replace(solution, trace=trace)
 
@@ -157,7 +144,9 @@ def swapped(
             refined = other
         start = None
     mask, status, swaps = refined.mask, list(refined.status), refined.trace.swaps
-    worse = [] if start is None else _where(problem.objective(start) < refined.objective)
+    worse: list[int] = []
+    if start is not None:
+        worse = (problem.objective(start) < refined.objective).nonzero()[:, 0].tolist()
     if start is not None and worse:
         other = Swap().run(problem.take(worse), start[worse], limits.quiet())
         mask, swaps = mask.clone(), swaps.clone()
@@ -165,12 +154,6 @@ def swapped(
         for row, ended in zip(worse, other.status, strict=True):
             status[row] = ended
     return mask, tuple(status), swaps
-
-
-def _where(rows: Tensor) -> list[int]:
-    """The positions at which it holds."""
-    found: list[int] = rows.nonzero()[:, 0].tolist()
-    return found
 
 
 def better(problem: LayerProblem, mask: Tensor, other: Tensor) -> Tensor:

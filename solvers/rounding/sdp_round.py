@@ -1,14 +1,14 @@
 """The semidefinite relaxation as a mask: round its solution, then swap.
 
-The bound `sdp` (maskopt.lower_bound) relaxes p = (1 + z)/2 to inner products ⟨vᵢ, v₀⟩. Pruning the s
-inputs of largest ⟨vᵢ, v₀⟩ in each group gives a start from which `swap` ends better than from scores, and
-the same computation gives the bound: mask and certificate at once.
+The bound `sdp` relaxes p = (1 + z)/2 to inner products ⟨vᵢ, v₀⟩. Pruning the s inputs of largest ⟨vᵢ, v₀⟩ in
+each group gives a start from which `swap` ends better than from scores; the bound is that of the same
+computation.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from maskopt.core.problem import LayerProblem
 from maskopt.protocol.bounds import lower_bound
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver
-from maskopt.protocol.trace import Trace, shared_out
+from maskopt.protocol.trace import Stopwatch, Trace
 from maskopt.solvers.greedy.select import keep_highest
 from maskopt.solvers.rounding.relax import finished
 
@@ -29,10 +29,8 @@ _BOUND_SHARE = 0.8
 
 @dataclass(frozen=True)
 class SdpRound(Solver):
-    """Relax, round, swap to 1-swap optimality: seconds a row at n of a thousand.
-
-    A start is a mask that the answer is never worse than. Reports a `Trace`.
-    """
+    """Relax, round, swap to 1-swap optimality: seconds a row at n of a thousand. The answer is never worse
+    than a start."""
 
     name: ClassVar[str] = "sdp"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -47,7 +45,7 @@ class SdpRound(Solver):
     refine: bool = option(True, "end with 1-swap search (else the rounded mask, FEASIBLE)")
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
-        """See `Solver.run`."""
+        watch = Stopwatch(problem.rows)
         bound = lower_bound(
             problem, "sdp", sweeps=self.sweeps, limits=limits.share(_BOUND_SHARE).quiet()
         )
@@ -57,7 +55,7 @@ class SdpRound(Solver):
             iterations=bound.trace.iterations,
             relaxed_objective=nothing,
             relaxed_gap=nothing,
-            relax_seconds=shared_out(bound.seconds, problem.rows),
+            relax_seconds=watch.lap(),
         )
-        how: dict[str, Any] = {"bound": bound.value, "certificate": bound.certificate}
-        return finished(problem, mask, start, limits, trace, refine=self.refine, **how)
+        known = bound.value, bound.certificate
+        return finished(problem, mask, start, limits, trace, self.refine, *known)

@@ -1,19 +1,17 @@
 """Beyond one exchange: compounds of two 1-swaps, exact among candidates.
 
-Write a 1-swap of kept u against pruned q as the step d = e_u − e_q of p. Two steps on four different
-inputs, made together, change f by
+Write a 1-swap of kept u against pruned q as the step d = e_u − e_q of p. Two steps on four different inputs,
+made together, change f by
 
     Δ(d₁) + Δ(d₂) + 2 d₁ᵀQd₂,     d₁ᵀQd₂ = Q_{u₁u₂} − Q_{u₁q₂} − Q_{q₁u₂} + Q_{q₁q₂}
 
-so each may be bad alone and both good together: a way out of 1-swap optima. For N:M each step stays inside
-its group, and the two may lie in different groups. All pairs of candidates² steps are tried: for an
-unstructured row the exchanges of the kept of least a with the pruned of least b, for N:M the legal steps of
-least Δ. Rounds alternate with 1-swap search until neither finds anything.
+so that both may be bad alone and good together. All pairs of candidates² steps are tried: for an unstructured
+row the exchanges of the kept of least a with the pruned of least b, for N:M the steps of least Δ inside any
+group. Rounds alternate with 1-swap search until neither finds anything.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,10 +22,11 @@ from torch import Tensor
 from maskopt.core.fields import option
 from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
-from maskopt.protocol.solution import Solution, Status
+from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver
-from maskopt.protocol.trace import Trace, shared_out
+from maskopt.protocol.trace import Stopwatch, Trace
 from maskopt.solvers.parallel import RowThreads
+from maskopt.solvers.shared_budget.transfer import proven, statuses
 from maskopt.solvers.swap import Swap
 from maskopt.solvers.swap.batch import Batch
 from maskopt.solvers.swap.literal import refresh
@@ -42,11 +41,9 @@ _REFRESH_BYTES = 2**28
 
 @dataclass(frozen=True)
 class KSwap(Solver):
-    """2-swap local search among candidates, ending at proven 1-swap optima.
-
-    Never ends above its start. A row that is SWAP_OPTIMAL here, and was not stopped by the time limit,
-    is also free of improving compounds of two of its candidate steps. Reports a `Trace`.
-    """
+    """2-swap local search among candidates, ending at proven 1-swap optima, never above the start. A row that
+    is SWAP_OPTIMAL, and was not stopped by the time limit, has no improving compound of two candidate steps
+    either."""
 
     name: ClassVar[str] = "kswap"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -65,7 +62,6 @@ class KSwap(Solver):
     )
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
-        """Rounds of compounds and 1-swap searches, for the rows that moved; see `Solver.run`."""
         assert start is not None
         state = _State(problem, start)
         state.descend(torch.arange(problem.rows), limits)
@@ -98,56 +94,52 @@ class _State:
         self.settled = torch.zeros(rows, dtype=torch.bool)
         self.moves, self.swaps, self.rounds = torch.zeros(3, rows, dtype=torch.int64)
         self.history: list[Tensor] = []
-        self.search_seconds = self.swap_seconds = 0.0
+        self.watch = Stopwatch(rows)
+        self.search_seconds, self.swap_seconds = torch.zeros(2, rows, dtype=torch.float64)
 
     def descend(self, rows: Int[Tensor, " some"], limits: Limits) -> None:
         """1-swap search of some rows."""
-        began = time.monotonic()
         if len(rows):
             found = Swap().run(self.problem.take(rows), self.mask[rows], limits.quiet())
             self.mask[rows], self.objective[rows] = found.mask, found.objective
-            self.proven[rows] = torch.tensor([s is Status.SWAP_OPTIMAL for s in found.status])
+            self.proven[rows] = proven(found)
             self.swaps[rows] += found.trace.swaps
         self.history.append(self.objective.clone())
-        self.swap_seconds += time.monotonic() - began
+        self.swap_seconds += self.watch.lap()
 
     def compound(
         self, rows: Int[Tensor, " some"], candidates: int, threads: RowThreads
     ) -> Int[Tensor, " moved"]:
         """Make one round of compound moves in some rows; returns the rows that changed."""
-        began = time.monotonic()
         kept, made = compound_moves(self.problem.take(rows), self.mask[rows], candidates, threads)
         self.mask[rows] = kept
         self.moves[rows] += made
         self.rounds[rows] += 1
         self.settled[rows] = made == 0
         self.proven[rows] &= made == 0
-        self.search_seconds += time.monotonic() - began
+        self.search_seconds += self.watch.lap()
         return rows[made > 0]
 
     def solution(self) -> Solution:
-        rows = self.problem.rows
         trace = Trace(
             moves=self.moves,
             swaps=self.swaps,
             rounds=self.rounds,
             start_objective=self.start_objective,
-            search_seconds=shared_out(self.search_seconds, rows),
-            swap_seconds=shared_out(self.swap_seconds, rows),
+            search_seconds=self.search_seconds,
+            swap_seconds=self.swap_seconds,
             history=torch.stack(self.history, 1),
             stopped=tuple("no" if settled else "yes" for settled in self.settled.tolist()),
         )
-        status = [Status.SWAP_OPTIMAL if p else Status.FEASIBLE for p in self.proven.tolist()]
+        status = statuses(self.proven)
         return Solution.of(self.problem, self.mask, status=status, trace=trace)
 
 
 def compound_moves(
     problem: LayerProblem, mask: Tensor, candidates: int, threads: RowThreads
 ) -> tuple[Bool[Tensor, "rows n"], Int[Tensor, " rows"]]:
-    """Make improving compounds until none is left among the candidates (or a round is full).
-
-    Returns masks, and the number of moves.
-    """
+    """Masks after improving compounds, until none is left among the candidates or a round is full; and how
+    many were made."""
     from maskopt.solvers.search.kswap_kernel import search_rows
 
     batch = Batch.of(problem, mask)

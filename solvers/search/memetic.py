@@ -1,21 +1,17 @@
-"""Memetic search: good masks of a row are crossed, and every child goes through a search of its own.
+"""Memetic search: good masks of a row are crossed, and every child is searched.
 
-A child keeps what both parents keep and prunes what both prune: what good masks agree on is mostly right. Of
-the inputs that they differ in it keeps as many as its pattern asks for, at random, and a short search puts
-that right: tabu search for unchanged weights, 1-swap search on F for updated ones. A pool
-holds the best masks that are unlike each other, so that they do not all become one (Moscato 1989; for the
-choice of a set of given size Wu and Hao, "A hybrid metaheuristic approach to solving the maximum diversity
-problem", 2013).
+A child keeps what both parents keep and prunes what both prune. Of the other inputs it keeps as many as its
+pattern requires, at random; then follows tabu search for unchanged weights, 1-swap search on F for updated
+ones. A pool holds the best masks that differ enough from each other (Moscato 1989; for the choice of a set of
+given size Wu and Hao, "A hybrid metaheuristic approach to solving the maximum diversity problem", 2013).
 
-Rows share the random numbers and nothing else: a row's mask does not depend on the others. With a shared
-budget each is searched at its count in the start, and `swap` moves counts between rows at the end. The pool
-is ordered by the objectives of the searches, in float32 accuracy those of tabu search. The answer is compared
-in float64, and `swap` ends the run with its proof.
+Rows share the random numbers alone: a row's mask does not depend on the others. With a shared budget each is
+searched at its count in the start, and `swap` moves counts between rows at the end. The pool is ordered by
+the objectives of the searches, for tabu search of float32 accuracy. The answer is compared in float64.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -30,7 +26,8 @@ from maskopt.core.pattern import Pattern, Unstructured
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver
-from maskopt.protocol.trace import Trace
+from maskopt.protocol.trace import Stopwatch, Trace
+from maskopt.solvers.greedy.select import highest
 from maskopt.solvers.search.tabu import SEARCH_SHARE, Scaled, Tabu, search, then_swapped
 from maskopt.solvers.swap import Swap
 
@@ -51,13 +48,9 @@ _PATIENCE = 300
 
 @dataclass(frozen=True)
 class Memetic(Solver):
-    """Crossing of masks, a search of every child, then 1-swap search to a proven 1-swap optimum.
-
-    Never ends above its start. Children of a problem with unchanged weights go through tabu search on the
-    CPU: a problem on another device is copied there and the mask back. Those of a problem with `update` go
-    through 1-swap search on F, on the problem's device. The history of the `Trace` has the best of the
-    first pool and of every generation.
-    """
+    """Crossing of masks, a search of every child, then 1-swap search to a proven 1-swap optimum, never above
+    the start. Tabu search of children runs on the CPU, 1-swap search on F on the problem's device. The
+    history of the `Trace` has the best of the first pool and of every generation."""
 
     name: ClassVar[str] = "memetic"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -77,9 +70,8 @@ class Memetic(Solver):
     )
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
-        """Search every row; see `Solver.run`."""
         assert start is not None
-        began = time.monotonic()
+        watch = Stopwatch(problem.rows)
         masks = 2 * self.pool + max(self.children, self.pool)
         fit = limits.bytes(_MEMORY) // (_ENTRY_BYTES * problem.n * masks)
         tiles = _tiles(problem, start, max(1, min(_TILE, fit)))
@@ -97,7 +89,7 @@ class Memetic(Solver):
         found = torch.cat([pool.masks[:, 0] for pool in pools])[order].to(problem.device)
         traces = [pool.trace() for pool in pools]
         trace = traces[0].joined(traces).taken(order)
-        return then_swapped(problem, found, start, limits, trace, began)
+        return then_swapped(problem, found, start, limits, trace, watch)
 
     def _evolve(self, pool: _Pool, seed: int) -> Iterator[int]:
         """The main loop, of the rows of a tile at once; reports every generation, 0 being the first pool."""
@@ -135,11 +127,7 @@ def _tiles(problem: LayerProblem, start: Tensor, most: int) -> list[tuple[Tensor
 
 
 class _Pool:
-    """The best masks of the rows of a tile, unlike each other.
-
-    Attributes:
-        masks: bool [rows, pool, n], the best first.
-    """
+    """The best masks of the rows of a tile, unlike each other: bool [rows, pool, n], the best first."""
 
     def __init__(self, problem: LayerProblem, start: Tensor, plan: Memetic, limits: Limits) -> None:
         self._problem, self._plan, self._limits = problem, plan, limits
@@ -165,9 +153,7 @@ class _Pool:
         keys of every group."""
         group = self._problem.group_size
         score = (2 * kept + free * keys).unflatten(-1, (-1, group))
-        order = score.argsort(dim=-1, descending=True, stable=True)
-        chosen = order[..., : group - self._problem.pruned_per_group]
-        return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, chosen, True).flatten(-2)
+        return highest(score, group - self._problem.pruned_per_group).flatten(-2)
 
     def grow(self, masks: Bool[Tensor, "rows count n"]) -> None:
         """Search from these masks, and keep what is best of them and the pool."""

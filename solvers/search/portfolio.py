@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -18,7 +17,7 @@ from maskopt.core.problem import LayerProblem
 from maskopt.errors import OptionError
 from maskopt.protocol.solution import OPTIMAL_TOLERANCE, SWAP_FLOOR, Solution, Status, optimal_slack
 from maskopt.protocol.solver import Capabilities, Solver, check_fit, make_solver, solve
-from maskopt.protocol.trace import Trace, shared_out
+from maskopt.protocol.trace import Stopwatch, Trace
 
 _log = logging.getLogger(__name__)
 _RANK = (Status.FEASIBLE, Status.SWAP_OPTIMAL, Status.OPTIMAL)
@@ -26,12 +25,9 @@ _RANK = (Status.FEASIBLE, Status.SWAP_OPTIMAL, Status.OPTIMAL)
 
 @dataclass(frozen=True)
 class Portfolio(Solver):
-    """Runs its members one after the other, each from the best masks so far.
-
-    Not side by side: every member uses all cores by itself, and a later one gains from a better start.
-    Never ends above its start, nor above any member. The time is shared out evenly among the members
-    still to come. Reports a `Trace`, with one column of the history a member.
-    """
+    """Runs its members one after the other, each from the best masks so far, never above the start or any
+    member. The members still to come share the time that is left evenly. The history of the `Trace` has one
+    column a member."""
 
     name: ClassVar[str] = "portfolio"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -53,9 +49,8 @@ class Portfolio(Solver):
             raise OptionError("portfolio: it cannot be a member of itself")
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
-        """Every member in turn; see `Solver.run`."""
         assert start is not None
-        began = time.monotonic()
+        watch = Stopwatch(problem.rows)
         solvers = [make_solver(member) for member in self.members]
         for solver in solvers:  # all, before anything runs
             check_fit(solver, problem)
@@ -83,7 +78,7 @@ class Portfolio(Solver):
         trace = Trace(
             rounds=torch.full((problem.rows,), len(history)),
             start_objective=start_objective,
-            search_seconds=shared_out(time.monotonic() - began, problem.rows),
+            search_seconds=watch.lap(),
             history=torch.stack(history, 1) if history else start_objective[:, None][:, :0],
             winner=tuple(winner),
             stopped=(stopped,) * problem.rows,
@@ -94,11 +89,11 @@ class Portfolio(Solver):
 def merge(
     problem: LayerProblem, one: Solution, other: Solution
 ) -> tuple[Solution, Bool[Tensor, " rows"]]:
-    """Per row the better mask (of equals the one of better status), and the higher bound with its proof.
+    """Per row the better mask (of equals the one of better status), and the higher bound with its proof; and
+    where the mask is the other's.
 
-    A row is OPTIMAL where the two close the gap, whoever found which. A bound that the better mask refutes
-    is dropped, with the status that rests on it. Returns the merged solution, and where the mask is the
-    other's.
+    A row is OPTIMAL where the two close the gap, whoever found which. A bound that the better mask refutes is
+    dropped, with the status that rests on it.
     """
     least = one.objective.minimum(other.objective)
     rounding = OPTIMAL_TOLERANCE * least + SWAP_FLOOR * problem.diagonal_mass()

@@ -1,18 +1,15 @@
 """Tabu search: best swaps that are made even when they cost, out of 1-swap optima.
 
-A move exchanges one kept and one pruned input, the best that is not tabu (see `tabu_kernel` for which
-pairs it looks at); both then stay where they are for `tenure` to 3/2·`tenure` moves, so that the search
-climbs out of its optimum instead of falling back (Glover, 1989; with pair exchange the classical
-strong heuristic for diversity and k-cluster problems, which this is). After `patience` moves without a
-new best mask a row returns to its best one and holds random inputs for a while, which sends it
-elsewhere. The best mask ever seen is kept (anytime, monotone), and `swap` ends the run with its proof.
+A move exchanges one kept and one pruned input, the best pair that is not tabu (`tabu_kernel`). Both then stay
+for `tenure` to 3/2·`tenure` moves, so that the search climbs out of its optimum (Glover, 1989). After
+`patience` moves without a new best mask a row returns to its best one and holds random inputs for a while.
+The best mask is kept, and `swap` ends the run with its proof.
 
 The search is float32 with c from scratch every SCRATCH moves; what is compared and reported is float64.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -26,7 +23,7 @@ from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver
-from maskopt.protocol.trace import Trace, shared_out
+from maskopt.protocol.trace import Stopwatch, Trace
 from maskopt.solvers.parallel import RowThreads
 from maskopt.solvers.swap import Swap
 
@@ -54,12 +51,9 @@ _ORDINARY = 1e-9, 1e9
 
 @dataclass(frozen=True)
 class Tabu(Solver):
-    """Tabu search by pair exchange, then 1-swap search to a proven 1-swap optimum.
-
-    Never ends above its start. Runs on the CPU; a problem on another device is copied there and the
-    mask back. The seed is that of tenures and restarts, and the same for every row, so that a row's
-    result does not depend on the batch it is in. Reports a `Trace`.
-    """
+    """Tabu search by pair exchange, then 1-swap search to a proven 1-swap optimum, never above the start.
+    Runs on the CPU, also for a problem on another device. Tenures and restarts of every row have the same
+    seed, so that a row's result does not depend on its batch."""
 
     name: ClassVar[str] = "tabu"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -87,9 +81,8 @@ class Tabu(Solver):
     )
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
-        """Search every row; see `Solver.run`."""
         assert start is not None
-        began = time.monotonic()
+        watch = Stopwatch(problem.rows)
         found = search(problem, start, self, limits.share(SEARCH_SHARE))
         trace = Trace(
             moves=found.moves,
@@ -98,7 +91,7 @@ class Tabu(Solver):
             history=found.history,
             stopped=tuple("yes" if late else "no" for late in found.stopped.tolist()),
         )
-        refined = then_swapped(problem, found.mask, start, limits, trace, began)
+        refined = then_swapped(problem, found.mask, start, limits, trace, watch)
         return Solution.of(problem, refined.mask, status=refined.status, trace=refined.trace)
 
     def tenure_of(self, problem: LayerProblem) -> int:
@@ -116,32 +109,20 @@ def then_swapped(
     start: Tensor,
     limits: Limits,
     trace: Trace,
-    began: float,
+    watch: Stopwatch,
 ) -> Solution:
     """1-swap optima from the masks that a search found, or from the start where that costs no more."""
     better = problem.objective(mask) < problem.objective(start)
     mask = torch.where(better[:, None], mask, start)
-    searched = time.monotonic()
+    trace = replace(trace, search_seconds=watch.lap())
     refined = Swap().run(problem, mask, limits)
-    trace = replace(
-        trace,
-        swaps=refined.trace.swaps,
-        search_seconds=shared_out(searched - began, problem.rows),
-        swap_seconds=shared_out(time.monotonic() - searched, problem.rows),
-    )
+    trace = replace(trace, swaps=refined.trace.swaps, swap_seconds=watch.lap())
     return replace(refined, trace=trace)
 
 
 class Found(NamedTuple):
-    """What a search found.
-
-    Attributes:
-        mask: the best of every row.
-        moves, rounds: made.
-        start_objective: float64.
-        history: float64, the best objective after each round, in float32 accuracy.
-        stopped: whether the time was over first.
-    """
+    """The best mask of every row, moves and rounds, the objective of the start (float64), the best one after
+    each round (float64 [rows, rounds], in float32 accuracy), and whether the time was over first."""
 
     mask: Bool[Tensor, "rows n"]
     moves: Int[Tensor, " rows"]
@@ -195,17 +176,10 @@ class _State(NamedTuple):
 
 
 def search(
-    problem: LayerProblem,
-    start: Tensor,
-    plan: Tabu,
-    limits: Limits,
-    scaled: Scaled | None = None,
+    problem: LayerProblem, start: Tensor, plan: Tabu, limits: Limits, scaled: Scaled | None = None
 ) -> Found:
-    """The best masks after `plan.moves` moves of every row, or when the time is over.
-
-    Args:
-        scaled: of the problem, where it is known already.
-    """
+    """The best masks after `plan.moves` moves of every row, or when the time is over; `scaled`: of the
+    problem, where it is known."""
     from maskopt.solvers.search.tabu_kernel import search_rows
 
     rows, tenure = problem.rows, plan.tenure_of(problem)
@@ -243,13 +217,8 @@ def search(
 
 
 class Scaled(NamedTuple):
-    """A problem in units in which float32 does.
-
-    Attributes:
-        x, gram: float32, Σ x²G_jj = 1 in every row.
-        linear, constant: of `_State`.
-        scale: float64 [rows], the factor back to objectives.
-    """
+    """A problem in units in which float32 does: Σ x²G_jj = 1 in every row. `scale`, float64 [rows], leads
+    back to objectives; for `linear` and `constant` see `_State`."""
 
     x: np.ndarray
     gram: np.ndarray

@@ -13,16 +13,11 @@ OFFERED = 48
 
 
 class Offers(NamedTuple):
-    """Per row, in the order in which it would do so: what to prune, and what to keep again.
+    """Per row, in the order in which it would do so: inputs to prune (`removals`) with what they add to the
+    row's objective, and inputs to keep again (`returns`) with what they take from it (`gains`).
 
-    The first of each is the row's best. Each later one is priced as if those before it were done, so that
-    any number from the front of one side is worth the sum; the two sides are priced apart.
-
-    Attributes:
-        removals: inputs to prune; −1 where there is no further one.
-        costs: float64, what they add to the row's objective; ∞ where there is none.
-        returns: inputs to keep again; −1 where there is none.
-        gains: float64, what they take from the objective; −∞ where there is none.
+    The first of each is the row's best. Each later one is priced as if those before it were done; the two
+    sides are priced apart. Where there is no further input it is −1, its cost ∞ and its gain −∞, float64.
     """
 
     removals: Int[Tensor, "rows some"]

@@ -46,7 +46,7 @@ class _State:
 
     def put(self, rows: Tensor, found: Solution, offers: Offers) -> None:
         self.mask[rows], self.objective[rows] = found.mask, found.objective
-        self.proven[rows] = _proven(found)
+        self.proven[rows] = proven(found)
         self.offers.put(rows, offers)
         if self.weight is not None:
             assert found.weight is not None
@@ -65,7 +65,7 @@ def transfer(problem: LayerProblem, start: Tensor, search: Search, limits: Limit
     found, offers = search(problem, start, limits)
     if not problem.shared_budget:
         return found
-    state = _State(found.mask, found.objective, _proven(found), offers(), found.weight)
+    state = _State(found.mask, found.objective, proven(found), offers(), found.weight)
     trace = found.trace
     history = [trace.history[:, 0].to(state.objective), state.objective.clone()]
     given = torch.zeros_like(trace.swaps)
@@ -87,17 +87,26 @@ def transfer(problem: LayerProblem, start: Tensor, search: Search, limits: Limit
             state.proven[:] = False
         history.append(state.objective.clone())
     limits.report(problem.rows, problem.rows)
-    return Solution(
-        mask=state.mask,
-        objective=state.objective,
-        lower_bound=torch.zeros_like(state.objective),
-        status=(Status.SWAP_OPTIMAL if done else Status.FEASIBLE,) * problem.rows,
-        trace=replace(trace, history=torch.stack(history, 1).cpu(), transfers=given),
-        weight=state.weight,
-    )
+    trace = replace(trace, history=torch.stack(history, 1).cpu(), transfers=given)
+    state.proven[:] = done
+    return searched(state.mask, state.objective, state.proven, trace, state.weight)
 
 
-def _proven(found: Solution) -> Bool[Tensor, " rows"]:
+def searched(
+    mask: Tensor, objective: Tensor, optimal: Tensor, trace: Trace, weight: Tensor | None = None
+) -> Solution:
+    """The solution of a 1-swap search, which gives no bound; `optimal`: bool [rows], 1-swap optima."""
+    bound = torch.zeros_like(objective)
+    return Solution(mask, objective, bound, statuses(optimal), trace=trace, weight=weight)
+
+
+def statuses(optimal: Bool[Tensor, " rows"]) -> tuple[Status, ...]:
+    """SWAP_OPTIMAL where a 1-swap optimum is proven, else FEASIBLE."""
+    return tuple(Status.SWAP_OPTIMAL if row else Status.FEASIBLE for row in optimal.tolist())
+
+
+def proven(found: Solution) -> Bool[Tensor, " rows"]:
+    """Inverse of `statuses`."""
     flags = [status is Status.SWAP_OPTIMAL for status in found.status]
     return torch.tensor(flags, device=found.mask.device)
 
@@ -129,12 +138,8 @@ def transfers(
     objective: Float[Tensor, " rows"],
     pruned: Int[Tensor, " rows"],
 ) -> Pairs | None:
-    """What pays, by more than the tolerances of both rows, and leaves every row within its limits; None:
-    nothing does.
-
-    Args:
-        pruned: entries of each row.
-    """
+    """What pays, by more than the tolerances of both rows, and leaves every row within its limits (`pruned`:
+    entries of each row); None: nothing does."""
     offers = _allowed(offers, problem.row_limits, pruned)
     share = problem.shares[:, None]
     mass = problem.diagonal_mass()

@@ -80,8 +80,8 @@ class Batch:
         spread = _power_of_two(diagonal.max()[None])
         x = weight / first[:, None]
         mass = x.square() @ (diagonal / spread)
-        second = _even_power_of_two(mass)
-        root = _even_power_of_two(spread).sqrt()
+        second = _power_of_two(mass, 2)
+        root = _power_of_two(spread, 2).sqrt()
         x = x / (second.sqrt() * root)[:, None]
         scale = (first * second.sqrt() * root).square()
         mass = x.square() @ diagonal
@@ -146,17 +146,10 @@ class Batch:
         return ACCEPT * swap_threshold(objective, self.mass[rows], SWAP_TOLERANCE)
 
 
-def _power_of_two(value: Tensor) -> Tensor:
-    """The power of two that is above the value by at most a factor of 2; 1 for 0. Exact."""
+def _power_of_two(value: Tensor, step: int = 1) -> Tensor:
+    """The least power of 2**step that is above the value; 1 for 0. Exact."""
     numbers = value.cpu().numpy()
-    power = np.where(numbers > 0, np.ldexp(1.0, np.frexp(numbers)[1]), 1.0)
-    return torch.from_numpy(power).to(value.device)
-
-
-def _even_power_of_two(value: Tensor) -> Tensor:
-    """The power of four that is above the value by at most a factor of 4; 1 for 0. Exact."""
-    numbers = value.cpu().numpy()
-    exponent = (np.frexp(numbers)[1] + 1) // 2 * 2
+    exponent = -(-np.frexp(numbers)[1] // step) * step
     return torch.from_numpy(np.where(numbers > 0, np.ldexp(1.0, exponent), 1.0)).to(value.device)
 
 

@@ -89,8 +89,7 @@ def refine(
     """
     most = 2**62 if max_swaps is None else max_swaps
     active = torch.arange(batch.rows, device=batch.x.device)
-    proven = torch.zeros(batch.rows, dtype=torch.bool, device=batch.x.device)
-    outcome = Outcome(proven=proven, scans=torch.zeros_like(batch.swaps))
+    outcome = Outcome(proven=active < 0, scans=torch.zeros_like(batch.swaps))
     hurried = deadline < float("inf") or progress is not None
 
     def parts(rows: Tensor) -> list[Tensor]:
@@ -121,13 +120,13 @@ def refine(
                 continue
             improving = kernel.price(batch, rows)
             outcome.scans[rows] += 1
-            proven[rows[~improving]] = True
+            outcome.proven[rows[~improving]] = True
             # what a scan finds and the search that follows does not make differs by rounding: no proof
             moved = batch.swaps[rows] > scanned[rows]
             scanned[rows] = batch.swaps[rows]
             left.append(rows[improving & moved])
             if progress is not None:
-                progress(int(proven.sum()))
+                progress(int(outcome.proven.sum()))
         outcome.objectives.append(batch.objective * batch.scale)
         active = torch.cat(left) if left else active[:0]
     for rows in parts((batch.swaps != fresh).nonzero()[:, 0]):

@@ -1,9 +1,8 @@
-"""The paper's algorithm to the letter: the reference that every faster kernel is measured against.
+"""The paper's algorithm to the letter, the reference of every faster kernel.
 
-SparseSwaps (arXiv 2512.10922), batched over rows in torch: for every single swap all |U|·|P| pairs
-are scanned, and the best is made, until none improves. The only additions are tiling (rows, and the
-pairs of one row, under a memory limit) and rigour: c and the chosen pair are float64, and a row is
-done only when a float64 scan finds no improving pair.
+SparseSwaps (arXiv 2512.10922), batched over rows in torch: for every swap all |U|·|P| pairs are scanned, and
+the best is made, until none improves. Rows and pairs are tiled under a memory limit. c and the chosen pair
+are float64, and a row is done only when a float64 scan finds no improving pair.
 """
 
 from __future__ import annotations
@@ -30,11 +29,7 @@ def refine_literally(
     memory: int,
     progress: Callable[[int], None] | None = None,
 ) -> Outcome:
-    """Swap every row to 1-swap optimality; the outcome says which rows are proven.
-
-    A row stops early at max_swaps, all rows at the deadline (time.monotonic). At the end the
-    objectives are computed from the masks, in float64.
-    """
+    """As `engine.refine`, in `memory` bytes."""
     everything = torch.arange(batch.rows, device=batch.x.device)
     refresh(batch, everything, memory)
     batch.add_linear(everything)

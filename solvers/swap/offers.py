@@ -7,14 +7,14 @@ With c = G(w ⊙ pruned) (+ g), pruning a kept u costs w_u²G_uu + 2 w_u c_u, ke
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from maskopt.core.problem import LayerProblem
 from maskopt.solvers.shared_budget.offers import OFFERED, Offers
 
-#: rows whose offers are made at a time; bytes of G in float64 at a time
-_ROWS, _BYTES = 512, 64 * 2**20
+#: rows whose offers are made at a time
+_ROWS = 512
 
 
 def offers(problem: LayerProblem, mask: Bool[Tensor, "rows n"]) -> Offers:
@@ -28,7 +28,7 @@ def offers(problem: LayerProblem, mask: Bool[Tensor, "rows n"]) -> Offers:
 
 def _some(problem: LayerProblem, mask: Tensor) -> Offers:
     w = problem.weight.double()
-    twice = 2 * w * _products(problem, torch.where(mask, 0.0, w))
+    twice = 2 * w * (problem.products(torch.where(mask, 0.0, w)) + problem.correlation)
     own = w.square() * problem.gram.diagonal().double()
     found = Offers.none(problem.rows, mask.device)
     price = (own + twice).masked_fill(~mask, torch.inf)
@@ -40,15 +40,8 @@ def _some(problem: LayerProblem, mask: Tensor) -> Offers:
     return found
 
 
-def _products(problem: LayerProblem, dropped: Tensor) -> Float[Tensor, "rows n"]:
-    """c, by columns of G that fit into memory."""
-    step = max(1, _BYTES // (8 * problem.n))
-    c = torch.cat([dropped @ part.double() for part in problem.gram.split(step, 1)], 1)
-    return c + problem.correlation
-
-
 def _in_order(problem: LayerProblem, price: Tensor, inputs: Tensor, prices: Tensor) -> None:
-    """The cheapest input of every row, again and again, among those that were cheapest at first."""
+    """The cheapest input of every row, again and again, among the inputs that are cheapest at first."""
     first = price.topk(min(OFFERED, problem.n), 1, largest=False)
     value, index = first.values.clone(), first.indices
     w = problem.weight.double().gather(1, index)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,12 +15,12 @@ from maskopt.core.fields import option
 from maskopt.core.limits import Limits, torch_threads
 from maskopt.core.problem import LayerProblem
 from maskopt.errors import SolverError
-from maskopt.protocol.solution import Solution, Status
+from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver
 from maskopt.protocol.trace import Trace
 from maskopt.solvers.least_squares.rows import swap_refitted
 from maskopt.solvers.shared_budget.offers import Offers
-from maskopt.solvers.shared_budget.transfer import transfer
+from maskopt.solvers.shared_budget.transfer import searched, transfer
 from maskopt.solvers.swap.batch import Batch
 from maskopt.solvers.swap.engine import Kernel, Outcome, refine
 from maskopt.solvers.swap.literal import refine_literally
@@ -43,11 +42,9 @@ _log = logging.getLogger("maskopt.swap")
 class Swap(Solver):
     """1-swap local search (SparseSwaps, arXiv 2512.10922) to a proven 1-swap optimum.
 
-    Every row is swapped until no 1-swap improves, which is then proven (SWAP_OPTIMAL). A row that is
-    stopped early, by `max_swaps` or the time limit, is FEASIBLE; another call with its mask as the
-    start continues from there. Reports a `Trace`. For a problem with `update` the swaps minimise F
-    (`solvers.least_squares`). With a shared budget, swaps between rows follow until none improves
-    (`solvers.shared_budget`).
+    A row that `max_swaps` or the time limit stops is FEASIBLE; another call with its mask as the start
+    continues. For a problem with `update` the swaps minimise F (`solvers.least_squares`). With a shared
+    budget, swaps between rows follow until none improves (`solvers.shared_budget`).
     """
 
     name: ClassVar[str] = "swap"
@@ -72,11 +69,7 @@ class Swap(Solver):
     )
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
-        """Swap every row; see `Solver.run`.
-
-        Raises:
-            SolverError: a kernel that cannot run here, or one named for updated weights.
-        """
+        """Raises SolverError for a kernel that cannot run here, or one named for updated weights."""
         assert start is not None
         if problem.update is not None:
             if self.kernel != "auto":
@@ -95,8 +88,10 @@ class Swap(Solver):
 
     def _swapped(self, problem: LayerProblem, start: Tensor, limits: Limits) -> Solution:
         """Every row at the count of its own mask."""
-        name = _choose_kernel(self.kernel, problem)
-        with _threads_for(name) as threads:
+        name, threads = _choose_kernel(self.kernel, problem), torch.get_num_threads()
+        # compiled loops have threads of their own, from which those of torch, which wait by spinning,
+        # would take the cores
+        with torch_threads(1 if name == "numba" else None):
             parts = self._parts(problem, start, name, threads, limits)
         return _solution(name, parts)
 
@@ -115,12 +110,16 @@ class Swap(Solver):
             def progress(done: int, before: int = start) -> None:
                 limits.report(before + done, problem.rows)
 
-            listener = None if limits.on_progress is None else progress
             try:
                 batch = Batch.of(problem.take(rows), kept[rows])
                 if name != "literal" and (built is None or built.single != batch.single):
                     built = make_kernel(name, batch, memory // 2, threads)
-                outcome = self._refine(batch, built, limits.deadline, memory // 2, listener)
+                how: dict[str, Any] = {"max_swaps": self.max_swaps, "deadline": limits.deadline}
+                how["progress"] = None if limits.on_progress is None else progress
+                if built is None:  # to the letter of the paper
+                    outcome = refine_literally(batch, memory=memory // 2, **how)
+                else:
+                    outcome = refine(batch, built, **how)
             except torch.OutOfMemoryError:
                 if tile == 1 and memory <= _LEAST_MEMORY:
                     raise
@@ -132,28 +131,11 @@ class Swap(Solver):
             start += tile
         return parts
 
-    def _refine(
-        self,
-        batch: Batch,
-        kernel: Kernel | None,
-        deadline: float,
-        memory: int,
-        progress: Callable[[int], None] | None,
-    ) -> Outcome:
-        """By the engine, or without a kernel to the letter of the paper."""
-        most = self.max_swaps
-        if kernel is None:
-            return refine_literally(
-                batch, max_swaps=most, deadline=deadline, memory=memory, progress=progress
-            )
-        return refine(batch, kernel, max_swaps=most, deadline=deadline, progress=progress)
-
 
 def _solution(kernel: str, parts: list[tuple[Batch, Outcome]]) -> Solution:
     def gather(values: list[Tensor]) -> Tensor:
         return torch.cat(values).cpu()
 
-    proven = gather([outcome.proven for _, outcome in parts]).tolist()
     objective = torch.cat([b.objective.clamp(min=0.0) * b.scale for b, _ in parts])
     length = max(len(outcome.objectives) for _, outcome in parts)
     history = [
@@ -168,28 +150,8 @@ def _solution(kernel: str, parts: list[tuple[Batch, Outcome]]) -> Solution:
         pairs=gather([batch.priced for batch, _ in parts]),
         history=gather(history),
     )
-    return Solution(
-        mask=torch.cat([batch.kept for batch, _ in parts]),
-        objective=objective,
-        lower_bound=torch.zeros_like(objective),
-        status=tuple(Status.SWAP_OPTIMAL if done else Status.FEASIBLE for done in proven),
-        trace=trace,
-    )
-
-
-@contextmanager
-def _threads_for(kernel: str) -> Iterator[int]:
-    """How many threads a kernel may use.
-
-    The compiled loops bring threads of their own, and those of torch, which wait by spinning, would
-    take the cores from them: torch has one as long as they run.
-    """
-    threads = torch.get_num_threads()
-    if kernel != "numba":
-        yield threads
-        return
-    with torch_threads(1):
-        yield threads
+    mask = torch.cat([batch.kept for batch, _ in parts])
+    return searched(mask, objective, torch.cat([o.proven for _, o in parts]), trace)
 
 
 def make_kernel(name: str, batch: Batch, memory: int, threads: int) -> Kernel:

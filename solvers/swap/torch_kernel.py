@@ -26,7 +26,6 @@ class TorchKernel:
         self._width = candidates
 
     def refresh(self, batch: Batch, rows: Tensor) -> None:
-        """As in `Kernel`."""
         refresh(batch, rows, self._memory)
 
     def search(self, batch: Batch, rows: Tensor, most: int) -> None:
@@ -44,7 +43,6 @@ class TorchKernel:
             rows = rows[(torch.cat(made) > 0) & (batch.swaps[rows] < most)]
 
     def price(self, batch: Batch, rows: Tensor) -> Tensor:
-        """As in `Kernel`."""
         batch.partner[rows] = -1
         grouped = batch.group < batch.n
         per_row = 8 * 3 * batch.n * batch.group if grouped else 4 * 3 * batch.n * min(batch.n, 64)

@@ -10,8 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from maskopt.core.limits import one_thread_pool, torch_threads
-from maskopt.core.products import fast_products
+from maskopt.core.limits import fast_products, one_thread_pool, torch_threads
 from maskopt.errors import ModelError
 
 T = TypeVar("T")

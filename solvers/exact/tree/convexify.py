@@ -14,7 +14,6 @@ import time
 from typing import NamedTuple
 
 import numpy as np
-import scipy.linalg as la
 import torch
 
 from maskopt.certificates.certificate import Certificate
@@ -22,6 +21,7 @@ from maskopt.core.pattern import NM, Unstructured
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.bounds import lower_bound
 from maskopt.solvers.compiled import loop
+from maskopt.solvers.convex.duals import correction
 from maskopt.solvers.exact.tasks import RowAnswer, RowTask
 
 #: part of the bound that a stage of the semidefinite relaxation must gain for another one to follow
@@ -116,23 +116,13 @@ def free_part(
 def definite(
     matrix: np.ndarray, weights: np.ndarray, point: np.ndarray, least: float
 ) -> np.ndarray:
-    """θd with matrix + diag(θd) ⪰ 0, d = 1 or `weights`, whichever costs less at a point: θΣ d x(1 − x).
+    """The θd of `correction`, θ larger by `least` than eigenvalues require."""
 
-    Args:
-        least: by which θ is larger than what eigenvalues ask for.
-    """
-    loss, correction = np.inf, np.zeros(len(matrix))
-    for d in (np.ones(len(matrix)), weights):
-        root = 1 / np.sqrt(d)
-        m = root[:, None] * matrix * root
-        low = la.eigh(m, eigvals_only=True, subset_by_index=[0, 0], check_finite=False)[0]
+    def enough(low: float, m: np.ndarray) -> float:
         # the residual of a computed eigenvalue is a small multiple of n·u·‖M‖
-        rounding = 16 * len(matrix) * _U * float(np.linalg.norm(m))
-        theta = max(0.0, -low) + rounding + least
-        cost = theta * float(d @ (point * (1 - point)))
-        if cost < loss:
-            loss, correction = cost, theta * d
-    return correction
+        return max(0.0, -low) + 16 * len(m) * _U * float(np.linalg.norm(m)) + least
+
+    return correction(matrix, weights, point, enough)[0]
 
 
 def start_vectors(n: int, seed: int) -> np.ndarray:
@@ -151,7 +141,7 @@ def multipliers(
         part: is used up.
         vectors: float32 [n, k], where the sweeps start.
         point: the relaxed point of the node, float64 [n], for `definite`.
-        sweeps: fewer past the deadline, of `time.monotonic()`.
+        deadline: of `time.monotonic()`, after which no further sweeps are made.
     """
     free, b = part.free, part.b
     scale = len(free) / max(float(np.trace(b)), 1e-300)

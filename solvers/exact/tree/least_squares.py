@@ -52,11 +52,7 @@ class LeastSquaresTree(BestFirst):
 
     def bounded(self, state: np.ndarray, z: np.ndarray, least: float) -> tuple[float, Node]:
         """What the relaxation of a node proves, and the node, whose bound is at least that of its parent.
-
-        Args:
-            state: changed; inputs are fixed.
-            z: float64 [n], where the turns begin.
-        """
+        Inputs of `state` are fixed; the turns begin at z, float64 [n]."""
         task = self.task
         settle(state, task.group, task.pruned, [])
         z, price, value, rounding = self._relaxed(state, z)

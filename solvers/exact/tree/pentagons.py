@@ -21,12 +21,8 @@ _EXCHANGES = 8
 
 
 def pentagons(z: np.ndarray, pool: Pool, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """At most so many that Z (float64 [N, N], z_0 last) violates, the most violated first: index int64
-    [m, 5], ascending, sign int8 [m, 4] of all but the first.
-
-    Args:
-        pool: inequalities of five places.
-    """
+    """At most so many that Z (float64 [N, N], z_0 last) violates, the most violated first: index int64 [m,
+    5], ascending, sign int8 [m, 4] of all but the first. `pool`: inequalities of five places."""
     triangles = pool.keep((pool.index[:, 3] == ABSENT) & (pool.tau > 0))
     first = triangles.keep(np.argsort(-triangles.tau, kind="stable")[: 2 * most])
     index, sign = np.full((len(first.tau), 5), -1, np.int64), np.ones((len(first.tau), 5), np.int8)

@@ -24,8 +24,7 @@ class Probed(NamedTuple):
     Attributes:
         state: 1 pruned, 0 kept, −1 free, int8 [n].
         lam: λ that makes Q + μΣ_g 1_g1_gᵀ + diag(λ) ⪰ 0 on the free inputs, float64 [n].
-        bound: a lower bound of their objectives; at least the cutoff where there are none.
-        cutoff: see `BestFirst`.
+        bound: a lower bound of their objectives; at least the cutoff (see `BestFirst`) where there are none.
     """
 
     state: np.ndarray

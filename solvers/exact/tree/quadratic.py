@@ -1,17 +1,17 @@
 """The tree of pᵀQp: the QCR form of the SDP duals, a convex QP at every node.
 
-At the root the semidefinite bound gives λ, μ with A = Q + diag(λ) + μΣ_g 1_g1_gᵀ ⪰ 0, and
-f(p) = pᵀAp + cᵀp + const on every legal p (Billionnet, Elloumi, Plateau 2009). A node fixes some
-p_i; its bound is the Frank–Wolfe bound of that convex QP over what is left of the polytope, at a
-point found by an interior-point method: valid at any point, so nothing depends on its convergence.
-Inputs that cannot change sides without passing the incumbent are fixed by the same linear form.
+At the root the semidefinite bound gives λ, μ with A = Q + diag(λ) + μΣ_g 1_g1_gᵀ ⪰ 0, and f(p) = pᵀAp + cᵀp +
+const on every legal p (Billionnet, Elloumi, Plateau 2009). A node fixes some p_i; its bound is the
+Frank–Wolfe bound of that convex QP over what is left of the polytope, at a point found by an interior-point
+method: valid at any point. Inputs that cannot change sides without passing the incumbent are fixed by the
+same linear form.
 
 As inputs are fixed, the λ of the root is less and less the best one. Every few levels a node's own
-semidefinite relaxation is solved again (`convexify`), and its subtree uses that λ: one to two orders
-of magnitude fewer nodes. Where triangle inequalities nearly close the root, as they do on graphs, or where
-a tree without them would be too large, every node has them, and pentagonal ones (`relaxation`): a tree of
-tens or hundreds of nodes, some tenths of a second each, in place of one of many thousands. With `proof` the
-tree is kept, as a proof that needs no trust in any of this.
+semidefinite relaxation is solved again (`convexify`), and its subtree uses that λ: one to two orders of
+magnitude fewer nodes. Where triangle inequalities nearly close the root, as they do on graphs, or where a
+tree without them would be too large, every node has them, and pentagonal ones (`relaxation`): tens or
+hundreds of nodes, some tenths of a second each, in place of many thousands. With `proof` the tree is kept, as
+a proof.
 """
 
 from __future__ import annotations
@@ -60,13 +60,9 @@ _TRY_AGAIN, _TOO_MANY = 1200, 50_000
 
 
 class Plans(NamedTuple):
-    """How a tree with triangles is grown.
-
-    Attributes:
-        root, node: how the relaxations are solved.
-        candidates: at least so many inputs have both of their children bounded before one is branched on.
-        anyway: also where triangles do not nearly close the root.
-    """
+    """How a tree with triangles is grown: by these relaxations of the root and of nodes, with both children
+    of at least so many `candidates` bounded before one is branched on; `anyway`: also where triangles do not
+    nearly close the root."""
 
     root: Plan
     node: Plan
@@ -96,13 +92,8 @@ FAR = Plans(
 
 
 class Form(NamedTuple):
-    """The convex form that a subtree is bounded with.
-
-    Attributes:
-        relaxed: its λ and triangles; the next relaxation starts there.
-        free: free inputs where it was solved.
-        interval: fixings until it is solved again.
-    """
+    """The convex form that a subtree is bounded with: λ and triangles, where the next relaxation starts; the
+    number of free inputs where it was solved; and the fixings until it is solved again."""
 
     relaxed: Relaxed
     free: int
@@ -110,14 +101,12 @@ class Form(NamedTuple):
 
 
 class QuadraticTree(BestFirst):
-    """The tree of one row, from the duals at its root.
+    """The tree of one row, from the duals at its root. `plans`: of relaxations with triangles; None: nodes
+    have none.
 
     Args:
         candidates: inputs whose children are bounded before one is branched on.
         proof: keep the tree.
-
-    Attributes:
-        plans: of relaxations with triangles; None: nodes have none.
     """
 
     def __init__(

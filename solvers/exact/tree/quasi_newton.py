@@ -25,13 +25,9 @@ _CURVED = 1e-12
 
 
 class QuasiNewton:
-    """What is known of the curvature of a function, and steps downhill.
-
-    Attributes:
-        free: variables from here on stay at 0 or above.
-        steps, changes: of the last moves the step and the slope's change, float64 [memory, n], as a ring.
-        known: moves ever remembered.
-    """
+    """What is known of the curvature of a function, and steps downhill: of the last moves the step and the
+    slope's change, float64 [memory, n], as a ring, and how many were ever remembered. Variables from `free`
+    on stay at 0 or above."""
 
     def __init__(self, free: int, memory: int) -> None:
         self.free, self.known = free, 0
@@ -49,12 +45,9 @@ class QuasiNewton:
         x: np.ndarray,
         iterations: int,
     ) -> tuple[np.ndarray, float]:
-        """At most so many steps from x, and the value there.
-
-        Args:
-            function: value and slope at x; where nothing is known of its curvature yet, a step is −slope.
-            x: float64 [n], legal; variables beyond those known are new.
-        """
+        """At most so many steps from x, float64 [n], legal, and the value there; variables beyond those known
+        are new. `function`: value and slope at x; where nothing is known of its curvature yet, a step is
+        −slope."""
         new = ((0, 0), (0, len(x) - self.steps.shape[1]))
         self.steps, self.changes = np.pad(self.steps, new), np.pad(self.changes, new)
         value, slope = function(x)

@@ -45,8 +45,8 @@ class Plan(NamedTuple):
         shares: αN²/2 in every round, in units of what the node lacks to the cutoff, or of `unit` of the goal
             where that is more.
         iterations: of the rounds; of the last ones the last.
-        new: triangles that may join before another round, per free input.
-        pentagons: pentagonal inequalities that may.
+        new, pentagons: triangles and pentagonal inequalities that may join before another round, per free
+            input.
     """
 
     shares: tuple[float, ...]
@@ -56,13 +56,9 @@ class Plan(NamedTuple):
 
 
 class Relaxed(NamedTuple):
-    """A convex form, and where the relaxations below it start.
-
-    Attributes:
-        lam: λ, float64 [n].
-        vectors: of the relaxation without triangles (`convexify`), float32 [n, k].
-        pool: triangles of inputs (n: z_0), τ in units of the objective.
-    """
+    """A convex form, and where the relaxations below it start: λ, float64 [n]; vectors of the relaxation
+    without triangles (`convexify`), float32 [n, k]; triangles of inputs (n: z_0), τ in units of the
+    objective."""
 
     lam: np.ndarray
     vectors: np.ndarray
@@ -82,12 +78,8 @@ class Goal(NamedTuple):
 def relax_node(
     part: FreePart, start: Relaxed, point: np.ndarray, plan: Plan, goal: Goal
 ) -> Relaxed:
-    """λ and τ with Q + μΣ_g 1_g1_gᵀ + diag(λ) less the triangles ⪰ 0 on the free inputs.
-
-    Args:
-        start: of the node above.
-        point: the relaxed point of the node, float64 [n], for `definite`.
-    """
+    """λ and τ with Q + μΣ_g 1_g1_gᵀ + diag(λ) less the triangles ⪰ 0 on the free inputs, from those of the
+    node above (`start`), with the relaxed point of the node, float64 [n], for `definite`."""
     b, n = part.b, len(part.free)
     c = np.zeros((n + 1, n + 1))
     c[:n, :n] = b / 4
@@ -138,14 +130,9 @@ def _below(pool: Pool, state: np.ndarray) -> Pool:
 
 
 class _Dual:
-    """The concave function of one node, and where on it we are.
-
-    Attributes:
-        c: C, float64 [n + 1, n + 1] with z_0 last.
-        y: float64 [n + 1].
-        pool: triangles by places, with their τ; `pairs` and `least` of the pool that is climbed with.
-        newton: what the last rounds have shown of the curvature.
-    """
+    """The concave function of one node, and where on it we are: C, float64 [n + 1, n + 1] with z_0 last; y,
+    float64 [n + 1]; triangles by places, with their τ; `pairs` and `least` of the pool that is climbed with;
+    and what the last rounds have shown of the curvature."""
 
     def __init__(self, c: np.ndarray, y: np.ndarray, pool: Pool) -> None:
         self.c, self.pool = c, pool

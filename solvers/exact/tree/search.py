@@ -87,11 +87,8 @@ class BestFirst:
             self.best, self.cost = pruned, cost
 
     def search(self, threads: int = 1) -> RowAnswer:
-        """Best first, until nothing is open below the cutoff or a limit is reached.
-
-        Args:
-            threads: on which nodes are branched on side by side.
-        """
+        """Best first, until nothing is open below the cutoff or a limit is reached; `threads`: for nodes side
+        by side."""
         open_nodes = [self.start]
         nodes, ended, least_open = 1, "", self.start.bound
         with one_thread_pool(threads) as pool:
