@@ -95,7 +95,7 @@ class Objective:
         return self.least_squares.ridge
 
     def objective(self, mask: Bool[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
-        """f of every row, or F with `update`, float64 [rows], at least 0; True = kept, also as a NumPy array."""
+        """f of every row, or F with `update`, float64 [rows], ≥ 0; True = kept, also as a NumPy array."""
         return self.cost(self.weights(mask))
 
     def weights(

@@ -125,7 +125,7 @@ def lower_bound(
     """
     layer = problem.as_layer()
     limits, own = limits_of(limits, options)
-    maker = make_bound(method, **own)
+    maker: BoundMethod = REGISTRY.make(method, own)
     if layer.update is not None and not maker.update:
         raise SolverError(
             f"bound {maker.name!r} is for unchanged weights; take method 'perspective' for updated ones"
@@ -158,12 +158,6 @@ def lower_bound(
         trace,
         layer.shares if layer.shared_budget else None,
     )
-
-
-def make_bound(method: BoundMethod | str, **options: Any) -> BoundMethod:
-    """The method, ready to run: by name with options, or a value unchanged; errors as of `lower_bound`."""
-    maker: BoundMethod = REGISTRY.make(method, options)
-    return maker
 
 
 def available_bounds() -> dict[str, BoundInfo]:

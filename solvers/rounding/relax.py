@@ -144,10 +144,10 @@ def swapped(
             refined = other
         start = None
     mask, status, swaps = refined.mask, list(refined.status), refined.trace.swaps
-    worse: list[int] = []
-    if start is not None:
-        worse = (problem.objective(start) < refined.objective).nonzero()[:, 0].tolist()
-    if start is not None and worse:
+    if start is None:
+        return mask, tuple(status), swaps
+    worse = (problem.objective(start) < refined.objective).nonzero()[:, 0].tolist()
+    if worse:
         other = Swap().run(problem.take(worse), start[worse], limits.quiet())
         mask, swaps = mask.clone(), swaps.clone()
         mask[worse], swaps[worse] = other.mask, other.trace.swaps
@@ -157,8 +157,7 @@ def swapped(
 
 
 def better(problem: LayerProblem, mask: Tensor, other: Tensor) -> Tensor:
-    first = problem.objective(mask) <= problem.objective(other)
+    cost, rest = problem.objective(mask), problem.objective(other)
     if problem.shared_budget:  # all rows or none
-        least = [problem.shares @ problem.objective(m) for m in (mask, other)]
-        first = (least[0] <= least[1]).expand_as(first)
-    return torch.where(first[:, None], mask, other)
+        return mask if problem.shares @ cost <= problem.shares @ rest else other
+    return torch.where((cost <= rest)[:, None], mask, other)

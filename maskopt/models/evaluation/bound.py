@@ -31,7 +31,7 @@ from maskopt.models.checkpoints.workspace import MANIFEST
 from maskopt.models.options.prune import BOTH, NONE
 from maskopt.models.options.walk import name_patterns
 from maskopt.models.pruning.problems import layer_problems
-from maskopt.protocol.bounds import lower_bound, make_bound
+from maskopt.protocol.bounds import REGISTRY, lower_bound
 from maskopt.protocol.solution import Solution, is_bounded
 from maskopt.protocol.solver import limits_of, solve
 
@@ -296,7 +296,7 @@ def _rows(
 def _certify(
     parts: Iterable[_Rows], how: _How, jobs: int | None, output: Path | None, on_rows: OnRows
 ) -> list[GapRecord]:
-    make_bound(how.method, **limits_of(None, dict(how.options))[1])
+    REGISTRY.make(how.method, limits_of(None, dict(how.options))[1])
     store = Store(output, GapRecord)
     held: dict[str, GapRecord] = store.records()
     if any(record.model != how.model for record in held.values()):

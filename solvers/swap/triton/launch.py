@@ -116,7 +116,9 @@ def swap_block(
     room: Int[Tensor, " rows"] | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Int[Tensor, "rows most 2"], Int[Tensor, " rows"], Bool[Tensor, "rows N"]]:
-    """Best swaps of each row among its candidate columns until none gains more than the limit.
+    """Best swaps of each row among its candidate columns until none gains more than the limit: the swaps in
+    order (kept column, pruned column), of which the first `made` of a row count; how many were made; which
+    candidates are kept now (False where padded).
 
     Args:
         c: G(x ⊙ pruned); not changed, nor is kept.
@@ -125,10 +127,6 @@ def swap_block(
         group: swaps stay inside groups of so many consecutive columns (None: everywhere).
         room: a row stops after so many swaps; after 2N at the latest.
         dtype: float32 or float64, which the search is done in (None: that of x).
-
-    Returns:
-        The swaps in order (kept column, pruned column), of which the first `made` of a row count;
-        how many were made; which candidates are kept now (False where padded).
     """
     rows = _all_rows(x) if rows is None else rows
     dtype = x.dtype if dtype is None else dtype
@@ -250,18 +248,14 @@ def scan(
     group: int | None = None,
     pairs: Int[Tensor, " rows"] | None = None,
 ) -> tuple[Float[Tensor, "rows n"], Int[Tensor, "rows n"]]:
-    """The best partner of every kept column, where the pair gains more than the limit.
+    """The best partner of every kept column, where the pair gains more than the limit: least Δ of the kept
+    column u (∞ where it is not below −limit), and int32 its p, the lowest if several; both [rows, n].
 
     Args:
-        a, b: of `column_terms`, pessimistic where the outcome is to be a proof; in the dtype
-            of x, +inf where a column is not kept (a) or not pruned (b).
-        e: of `column_terms`.
+        a, b, e: of `column_terms`, pessimistic where the outcome is to be a proof; in the dtype of x, +inf
+            where a column is not kept (a) or not pruned (b).
         group: pairs stay inside groups of so many consecutive columns.
         pairs: int64, written: the pairs of each row that `discard` leaves, groups not counted.
-
-    Returns:
-        value [rows, n]: least Δ of the kept column u, +inf where it is not below −limit.
-        partner [rows, n] int32: its p, the lowest if several.
     """
     rows, n = x.shape
     value = torch.full_like(x, torch.inf)
