@@ -170,6 +170,11 @@ def torch_threads(threads: int | None) -> Iterator[int]:
             torch.set_num_threads(before)
 
 
+def threads_on(device: torch.device) -> int:
+    """For work on single rows: as many threads as torch has on the CPU, elsewhere 1."""
+    return torch.get_num_threads() if device.type == "cpu" else 1
+
+
 def one_thread_pool(threads: int) -> ThreadPoolExecutor:
     """Threads with one thread inside torch each: products that two threads share may differ in their last
     bits from those of one. (Threads started afterwards inherit the 1, until `torch.set_num_threads`.)"""

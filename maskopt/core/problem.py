@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral
 from typing import Any, Literal
@@ -253,6 +254,12 @@ class LayerProblem(Objective):
                 f"rows must be a list of indices within 0 … {self.rows - 1}, at least one; not {rows}"
             )
         return self._like(rows, self.name)
+
+    def tiles(self, size: int) -> Iterator[tuple[slice, LayerProblem]]:
+        """So many rows after so many, the last tile of what is left: their slice, and their problem."""
+        for first in range(0, self.rows, size):
+            rows = slice(first, min(first + size, self.rows))
+            yield rows, self._like(rows, self.name)
 
     def under(self, pattern: Pattern) -> LayerProblem:
         """The same rows under another pattern; PatternError where it does not fit n."""

@@ -85,12 +85,11 @@ def tighten(
     tile = max(1, _TILE_ENTRIES // (problem.n + 1) ** 2 // threads) * threads
     parts: list[Certificate] = []
     correction: list[Tensor] = []
-    for first in range(0, problem.rows, tile):
-        chosen = list(range(problem.rows))[first : first + tile]
-        part, before = problem.take(chosen), plain.take(chosen)
+    for rows, part in problem.tiles(tile):
+        before = plain.take(range(rows.start, rows.stop))
         loss = torch.full((part.rows,), torch.nan, dtype=torch.float64)
         if not limits.expired:
-            own = limits.share(part.rows / (problem.rows - first))
+            own = limits.share(part.rows / (problem.rows - rows.start))
             after, found = cut_certificate(part, rank, rounds, own)
             better = (after.check(part) > before.check(part)).cpu()
             before = Certificate.choose(better, before, after)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from maskopt.certificates.certificate import Certificate
 from maskopt.core.fields import option
-from maskopt.core.limits import Limits, one_thread_each
+from maskopt.core.limits import Limits, one_thread_each, threads_on
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.bounds import BoundMethod
 from maskopt.protocol.trace import Trace
@@ -62,7 +62,7 @@ class PerspectiveBound(BoundMethod):
         kept = 1 - problem.pruned / problem.weight.numel()
         parts = zip(of.target, of.constant.tolist(), strict=True)
         rows = [_Row(of.a, room, target, constant, kept) for target, constant in parts]
-        threads = torch.get_num_threads() if problem.device.type == "cpu" else 1
+        threads = threads_on(problem.device)
         rounds = torch.zeros(problem.rows, dtype=torch.int64)
         for choices, tick in self._choices(rows, problem, limits, threads):
             better = partial(self._better, rows, choices, limits, tick)

@@ -92,11 +92,10 @@ class SdpBound(BoundMethod):
         stages = (self.sweeps,) if self.sweeps is not None else _STAGES
         tile = max(1, _TILE_ENTRIES // (problem.n * rank))
         parts: list[_Found] = []
-        for first in range(0, problem.rows, tile):
-            if first and plain.expired:
-                parts.append(_boxed(problem.take(slice(first, problem.rows)), plain))
+        for rows, part in problem.tiles(tile):
+            if rows.start and plain.expired:
+                parts.append(_boxed(problem.take(slice(rows.start, problem.rows)), plain))
                 break
-            part = problem.take(slice(first, first + tile))
             parts.append(_Tile(part, rank, plain).run(stages, self.tolerance))
         certificate = Certificate.stack([part.certificate for part in parts])
         trace = Trace(

@@ -38,9 +38,9 @@ class Elimination(Solver):
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
         tile = max(1, limits.bytes(_TILE_BYTES) // (_ARRAYS * 8 * problem.n))
         masks = []
-        for first in range(0, problem.rows, tile):
-            masks.append(_eliminate(problem.take(slice(first, first + tile)), limits))
-            limits.report(min(first + tile, problem.rows), problem.rows)
+        for rows, part in problem.tiles(tile):
+            masks.append(_eliminate(part, limits))
+            limits.report(rows.stop, problem.rows)
         return Solution.of(problem, torch.cat(masks))
 
 

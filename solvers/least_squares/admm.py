@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from maskopt.core.fields import option
-from maskopt.core.limits import Limits, fast_products, one_thread_each
+from maskopt.core.limits import Limits, fast_products, one_thread_each, threads_on
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities
@@ -61,13 +61,13 @@ class Admm(Damped):
         values, vectors = torch.linalg.eigh(scaled.a)
         shared = scaled.size, values.float(), vectors.float()
         tile = max(_TILE, problem.rows_per_budget)
-        parts = [slice(i, i + tile) for i in range(0, problem.rows, tile)]
+        parts = [*refitted.tiles(tile)]
 
         def some(part: int) -> tuple[Tensor, Tensor]:
-            rows = parts[part]
-            return self._masks(refitted.take(rows), scaled.target[rows], *shared, limits)
+            rows, own = parts[part]
+            return self._masks(own, scaled.target[rows], *shared, limits)
 
-        parallel = partial(one_thread_each, threads=_threads(problem))
+        parallel = partial(one_thread_each, threads=threads_on(problem.device))
         with fast_products():
             found = [some(0)] if problem.shared_budget else parallel(some, len(parts))
         mask, steps = (torch.cat([part[which] for part in found]) for which in (0, 1))
@@ -103,7 +103,7 @@ class Admm(Damped):
             if not len(alive) or limits.expired:
                 break
             v = target[alive] - y + rho * d
-            v = _regressed(v, rho, values, vectors, _threads(problem))
+            v = _regressed(v, rho, values, vectors)
             best = v + y / rho
             now = keep_highest(rows, best.abs().double() * unit)
             d = torch.where(now, best, 0.0)
@@ -129,12 +129,8 @@ class Admm(Damped):
         return mask, steps
 
 
-def _threads(problem: LayerProblem) -> int:
-    return torch.get_num_threads() if problem.device.type == "cpu" else 1
-
-
 def _regressed(
-    x: Float[Tensor, "rows n"], rho: Tensor, values: Tensor, vectors: Tensor, threads: int
+    x: Float[Tensor, "rows n"], rho: Tensor, values: Tensor, vectors: Tensor
 ) -> Float[Tensor, "rows n"]:
     """(A + ρI)⁻¹x of every row."""
 
@@ -144,4 +140,4 @@ def _regressed(
     if len(x) <= _TILE:
         return some(x, rho)
     tiles = list(zip(x.split(_TILE), rho.split(_TILE), strict=True))
-    return torch.cat(one_thread_each(lambda i: some(*tiles[i]), len(tiles), threads))
+    return torch.cat(one_thread_each(lambda i: some(*tiles[i]), len(tiles), threads_on(x.device)))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from maskopt.core.fields import option
-from maskopt.core.limits import Limits, one_thread_each
+from maskopt.core.limits import Limits, one_thread_each, threads_on
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities
@@ -52,7 +52,6 @@ class Obs(Damped):
         target = squares.target(refitted.weight, refitted.correlation)
         inverse = squares.inverse
         group, quota = problem.group_size, problem.pruned_per_group
-        threads = torch.get_num_threads() if problem.device.type == "cpu" else 1
         done = limits.counter(problem.rows)
         first = keep_highest(problem, (target @ inverse).square() / inverse.diagonal())
 
@@ -63,7 +62,7 @@ class Obs(Damped):
             done()
             return found
 
-        found = one_thread_each(eliminated, problem.rows, threads)
+        found = one_thread_each(eliminated, problem.rows, threads_on(problem.device))
         mask, rounds = torch.stack([row[0] for row in found]), [row[1] for row in found]
         return Solution.of(problem, mask, trace=Trace(rounds=torch.tensor(rounds)))
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from maskopt.core.limits import Limits, one_thread_each
+from maskopt.core.limits import Limits, one_thread_each, threads_on
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.trace import Trace
@@ -53,8 +53,7 @@ def _searched(
     target = squares.target(problem.weight, problem.correlation)
     if squares.flat:
         target.zero_()  # G is 0: every mask costs the same, whatever A says
-    cpu = problem.device.type == "cpu"
-    kind, threads = (CompiledRow, torch.get_num_threads()) if cpu else (Row, 1)
+    kind, threads = CompiledRow if target.is_cpu else Row, threads_on(problem.device)
     most = torch.iinfo(torch.int64).max if max_swaps is None else max_swaps
     own, done = threading.local(), limits.counter(problem.rows)
     mass = problem.diagonal_mass().tolist()

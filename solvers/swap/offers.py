@@ -19,11 +19,7 @@ _ROWS = 512
 
 def offers(problem: LayerProblem, mask: Bool[Tensor, "rows n"]) -> Offers:
     """The offers of every row, in float64."""
-    parts = []
-    for first in range(0, problem.rows, _ROWS):
-        rows = slice(first, first + _ROWS)
-        parts.append(_some(problem.take(rows), mask[rows]))
-    return Offers.joined(parts)
+    return Offers.joined([_some(part, mask[rows]) for rows, part in problem.tiles(_ROWS)])
 
 
 def _some(problem: LayerProblem, mask: Tensor) -> Offers:
