@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tiny_models import tokens
 
-from maskopt import prune_model
+from maskopt import prune_model, remove_blocks, remove_experts, shrink_model
 from maskopt.models.blockwise.progress import BlockProgress
 from maskopt.models.checkpoints.mask_file import MaskFile, TensorMask
 from maskopt.models.checkpoints.report import PruneReport
@@ -24,6 +24,14 @@ def prune(model: Any, output: Path | None = None, data: Any = None, **options: A
     if data is None and not {"grams", "calibration"} & options.keys():
         data = tokens()
     return prune_model(model, data, output=output, **WANDA | options)
+
+
+def smaller(dense: Any, output: Path, data: Any = None, **what: Any) -> Any:
+    """Without blocks (`count`), experts (a `share`), or channels and heads; on the usual tokens."""
+    remove = (
+        remove_blocks if "count" in what else remove_experts if "share" in what else shrink_model
+    )
+    return remove(dense, tokens() if data is None else data, output=output, **what)
 
 
 def slow(*values: Any) -> Any:

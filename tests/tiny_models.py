@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -203,6 +204,24 @@ def overflowing() -> Any:
         model.model.layers[0].self_attn.o_proj.weight[0] = 0
         model.model.layers[0].mlp.up_proj.weight[0, 0] = 3e38
     return model
+
+
+class Routed(nn.Module):
+    """Experts one by one, as in much code that comes with a model: some get no token of a window."""
+
+    def __init__(self, expert: nn.Module, width: int, count: int) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(copy.deepcopy(expert) for _ in range(count))
+        self.gate = nn.Linear(width, count, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        share, chosen = self.gate(x).softmax(-1).max(-1)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            here = chosen == number
+            if bool(here.any()):
+                out[here] = share[here][:, None] * expert(x[here])
+        return out
 
 
 def edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:

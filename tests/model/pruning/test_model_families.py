@@ -5,9 +5,10 @@ import math
 import re
 
 import pytest
+import tiny_models
 import torch
 from forging import fails
-from prunes import WANDA, prune
+from prunes import WANDA, but_slow, prune, slow
 from tiny_models import FAMILIES, cross_entropy, inputs_of, logits_of, reload, save, tiny, tokens
 from torch import nn
 
@@ -19,15 +20,10 @@ from maskopt.models.pruning.solving import DAMPING_GRID
 from maskopt.models.verification.verify import verify_model
 
 #: blocks of Llama's form, for --slow
-PLAIN = {
-    "qwen2", "qwen3", "mistral", "gemma", "phi", "gpt_neox", "falcon_alibi", "cohere", "olmo2", "stablelm",
-    "glm",
-}  # fmt: skip
+PLAIN = "qwen2 qwen3 mistral gemma phi gpt_neox falcon_alibi cohere olmo2 stablelm glm"
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(x, marks=[pytest.mark.slow] * (x in PLAIN)) for x in FAMILIES]
-)
+@pytest.mark.parametrize("family", [slow(x) if x in PLAIN.split() else x for x in FAMILIES])
 def test_every_family_streamed_and_in_memory(family, tmp_path):
     model, data, out = tiny(family, layers=2), tokens(5, 12), tmp_path / "out"
     expected = cross_entropy(model, data)
@@ -90,25 +86,18 @@ ONE = {
     ("gpt2", "swapped, to the dense output"): {**THIRDS, **SWAP, "target": "dense"},
 }  # fmt: skip
 #: Mamba is refused; blocks of the others go through it in removals of whole blocks
-UNMEASURED = {
-    "mamba", "llama", "gpt2", "qwen2", "qwen3", "opt", "phi3", "gpt_neox", "bloom", "glm",
-}  # fmt: skip
-PAIRS = [
-    *(pytest.param(family, x, id=f"{family}-{name}") for (family, name), x in ONE.items()),
-    *(
-        pytest.param(family, x, id=f"{family}-{name}", marks=[slow] * (family != first))
-        for slow in [pytest.mark.slow]
-        for first, (name, x) in zip(("gpt2", "mixtral"), EVERY.items(), strict=True)
-        for family in FAMILIES
-        if not (name == "layers as measured" and family in UNMEASURED)
-    ),
-]
+UNMEASURED = "mamba llama gpt2 qwen2 qwen3 opt phi3 gpt_neox bloom glm"
+BY_LOSS, BY_MEASURE = EVERY
+PAIRS = [(x, BY_LOSS) for x in FAMILIES]
+PAIRS += [(x, BY_MEASURE) for x in FAMILIES if x not in UNMEASURED.split()]
+PAIRS = [*ONE, *but_slow([("gpt2", BY_LOSS), ("mixtral", BY_MEASURE)], PAIRS)]
 
 
-@pytest.mark.parametrize(("family", "options"), PAIRS)
-def test_options_are_written_as_in_memory_and_verified(family, options, tmp_path):
+@pytest.mark.parametrize(("family", "name"), PAIRS)
+def test_options_are_written_as_in_memory_and_verified(family, name, tmp_path):
     """The same logits (experts are called in another order there), and nothing that verify finds."""
-    options, model = {**WANDA, "min_tokens": 8, **options}, tiny(family, layers=2)
+    options = {**WANDA, "min_tokens": 8, **(ONE.get((family, name)) or EVERY[name])}
+    model = tiny(family, layers=2)
     updated, data = options.get("update") == "least-squares", tokens(5)
     folder, out = save(model, tmp_path / "model"), tmp_path / "out"
     report = prune_model(folder, data, output=out, **options)
@@ -194,9 +183,8 @@ def test_each_expert_sees_the_tokens_routed_to_it(family):
     assert sum(x.tokens for x in first) == 2 * data.numel()  # two experts a token
     everything = prune_model(copy.deepcopy(model), data, all_experts=True, **WANDA)
     assert all(layer.tokens == data.numel() for layer in everything.layers)
-    errors = {layer.name: layer.error for layer in report.layers}
-    attention = next(x for x in everything.layers if x.name.endswith("q_proj"))
-    assert attention.error == errors[attention.name]  # what the block computes is the same
+    one, two = (next(x for x in r.layers if "q_proj" in x.name) for r in (report, everything))
+    assert one.error == two.error  # what the block computes is the same
     assert set(routed) == {layer.name for layer in report.layers if layer.tokens}
     if family == "mixtral":  # experts with too few tokens are pruned by magnitude
         report = prune_model(copy.deepcopy(model), data, **{**WANDA, "min_tokens": 10_000})
@@ -220,27 +208,12 @@ def test_what_is_taken_for_experts():
     assert len(prune_model(model, tokens(), exclude=[pattern], **WANDA).layers) == 7
 
 
-class ListExperts(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.gate = nn.Linear(16, 4, bias=False)
-        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
-
-    def forward(self, x, **_):
-        flat = x.reshape(-1, 16)
-        choice = self.gate(flat).argmax(-1)
-        result = torch.zeros_like(flat)
-        for index, expert in enumerate(self.experts):
-            if bool((choice == index).any()):
-                result[choice == index] = expert(flat[choice == index])
-        return x + result.view_as(x)
-
-
 class ListModel(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(96, 16)
-        self.blocks = nn.ModuleList(ListExperts() for _ in range(2))
+        blocks = [tiny_models.Routed(nn.Linear(16, 16), 16, 4) for _ in range(2)]
+        self.blocks = nn.ModuleList(blocks)
         self.head = nn.Linear(16, 96)
 
     def get_input_embeddings(self):

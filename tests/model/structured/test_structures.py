@@ -4,43 +4,23 @@ import itertools
 import json
 
 import pytest
+import tiny_models
 import torch
 import transformers
 from commands import run, shows
 from forging import fails, record_of
-from prunes import contents, files, slow
+from prunes import but_slow, contents, files, slow, smaller
 from safetensors.torch import load_file
-from tiny_models import (
-    SHARED,
-    edit_json,
-    inputs_of,
-    logits_of,
-    logs,
-    loud,
-    reload,
-    save,
-    save_with_own_code,
-    tiny,
-    tiny_vision,
-    tokens,
-)
+from tiny_models import edit_json, inputs_of, logits_of, logs, reload, save, tiny, tokens
 from transformers import AutoModelForCausalLM
 
-from maskopt import (
-    LayerProblem,
-    Unstructured,
-    open_job,
-    remove_blocks,
-    remove_experts,
-    shrink_model,
-    verify,
-)
+from maskopt import LayerProblem, Unstructured, open_job, verify
 from maskopt.core.gram import Gram
 from maskopt.errors import MaskoptError, ModelError, OptionError, VerificationError
 from maskopt.models.blockwise import activations
 from maskopt.models.blockwise.activations import _reserved
 from maskopt.models.blockwise.divergence import place
-from maskopt.models.checkpoints.checkpoint import open_checkpoint
+from maskopt.models.checkpoints.checkpoint import INDEX, open_checkpoint
 from maskopt.models.checkpoints.safefile import open_safe
 from maskopt.models.checkpoints.workspace import HIDDEN, MANIFEST
 from maskopt.models.options.walk import WalkOptions
@@ -50,21 +30,15 @@ from maskopt.models.structured.experts import costs, mixtures_of
 from maskopt.models.verification.verify import verify_model
 
 
-def make(dense, out, **what):
-    """Remove blocks (`count`), experts (`share`), or channels and heads."""
-    how = remove_blocks if "count" in what else remove_experts if "share" in what else shrink_model
-    return how(dense, tokens(6), output=out, **what)
-
-
-def check_same(smaller, model, **close):
-    found, expected = (logits_of(x, tokens(3, seed=5)) for x in (smaller, model))
+def check_same(less, model, **close):
+    found, expected = (logits_of(x, tokens(3, seed=5)) for x in (less, model))
     torch.testing.assert_close(found, expected, **{"rtol": 1e-4, "atol": 1e-5, **close})
 
 
-def set_zeros(model, smaller, record):
+def set_zeros(model, less, record):
     """The consumers' removed columns become zero, their kept ones as they were written."""
     for consumer, kept in record["kept"].items():
-        weight, left = (m.get_submodule(consumer).weight.data for m in (model, smaller))
+        weight, left = (m.get_submodule(consumer).weight.data for m in (model, less))
         step = next(s for s in record["tensors"][f"{consumer}.weight"] if s["by"] == consumer)
         ((length, width),) = step["parts"]
         stays = torch.zeros(length // width, dtype=torch.bool)
@@ -101,36 +75,27 @@ KINDS = {
     "channels and heads": ({**CHANNELS, **HEADS}, "llama phi3", "gemma3 qwen2 qwen3 phi cohere glm"),
     "channels": (CHANNELS, "opt", "gemma gpt_neox falcon olmo2 stablelm"),
     "heads": (HEADS, "mixtral", "llama4"),
-    "channels and heads, kept": (
-        {**CHANNELS, **HEADS, "update": "none"},
-        "llama", "phi3 gemma3 qwen2 qwen3 phi cohere glm",
-    ),
-    "channels, kept": (
-        {**CHANNELS, "update": "none"}, "", "opt gemma gpt_neox falcon olmo2 stablelm",
-    ),
     "blocks": (
-        {"count": 1, "windows": 2},
-        "llama gpt2 qwen3_moe bamba",
+        {"count": 1, "windows": 2}, "llama gpt2 qwen3_moe bamba",
         "gemma3 qwen2 qwen3 opt phi3 gpt_neox falcon bloom cohere olmo2 glm mixtral llama4",
     ),
     "experts": ({"share": 0.25}, "mixtral gpt_oss", "qwen3_moe"),
 }  # fmt: skip
+for kind, first in (("channels and heads", "llama"), ("channels", "")):  # with unchanged weights
+    what, *families = KINDS[kind]
+    KINDS[f"{kind}, kept"] = ({**what, "update": "none"}, first, " ".join(families))
+EACH = [(kind, family) for kind, case in KINDS.items() for family in case[1].split()]
+ALL = [(kind, x) for kind, case in KINDS.items() for x in " ".join(case[1:]).split()]
 
 
-EACH, LATER = (
-    [(kind, family) for kind, case in KINDS.items() for family in case[when].split()]
-    for when in (1, 2)
-)
-
-
-@pytest.mark.parametrize(("kind", "family"), [*EACH, *(slow(*each) for each in LATER)])
+@pytest.mark.parametrize(("kind", "family"), but_slow(EACH, dict.fromkeys(ALL)))
 def test_what_is_written_computes_what_is_left(kind, family, tmp_path):
     layers, out = 3 if kind in ("blocks", "experts") else 2, tmp_path / "out"
     dense = save(tiny(family, layers=layers), tmp_path / "dense", shard="30KB")
-    report = make(dense, out, **KINDS[kind][0])
-    model, smaller, record, close = reload(dense), reload(out), record_of(out), {}
-    config = smaller.config.get_text_config()
-    sizes = [sum(p.numel() for p in m.parameters()) for m in (smaller, model)]
+    report = smaller(dense, out, **KINDS[kind][0])
+    model, less, record, close = reload(dense), reload(out), record_of(out), {}
+    config = less.config.get_text_config()
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (less, model)]
     assert sizes[0] < sizes[1]
     found = verify_model(out, dense)
     assert "kept weights" in found.checked
@@ -152,23 +117,23 @@ def test_what_is_written_computes_what_is_left(kind, family, tmp_path):
             return
         reroute(model, record)
     else:
-        set_zeros(model, smaller, record)
+        set_zeros(model, less, record)
         assert len(record["kept"]) == (4 if "and" in kind else 2)
         assert found.updated == (0 if "kept" in kind else len(record["kept"]))
         if "heads" in kind:
             assert 2 * config.num_attention_heads == model.config.num_attention_heads
-    check_same(smaller, model, **close)
+    check_same(less, model, **close)
 
 
 def test_where_groups_are_too_few_every_group_loses_heads(tmp_path):
     dense, out = save(one_group("gemma3"), tmp_path / "dense"), tmp_path / "out"
-    report = make(dense, out, heads=0.5)
+    report = smaller(dense, out, heads=0.5)
     assert report.layers[0].pattern == "2 of 4 heads"
     assert all(layer.statuses == {"optimal": layer.rows} for layer in report.layers)
-    model, smaller = reload(dense), reload(out)
-    assert (smaller.config.num_attention_heads, smaller.config.num_key_value_heads) == (2, 1)
-    set_zeros(model, smaller, record_of(out))
-    check_same(smaller, model)
+    model, less = reload(dense), reload(out)
+    assert (less.config.num_attention_heads, less.config.num_key_value_heads) == (2, 1)
+    set_zeros(model, less, record_of(out))
+    check_same(less, model)
 
 
 def test_buffers_that_are_stored_go_along_with_their_blocks(tmp_path, monkeypatch):
@@ -178,7 +143,7 @@ def test_buffers_that_are_stored_go_along_with_their_blocks(tmp_path, monkeypatc
         if name.endswith("e_score_correction_bias"):
             buffer.normal_()
     dense, out = save(model, tmp_path / "dense"), tmp_path / "out"
-    make(dense, out, count=1, windows=1)
+    smaller(dense, out, count=1, windows=1)
     model = pass_on(reload(dense), {1})
     torch.testing.assert_close(logs(reload(out), tokens(2)), logs(model, tokens(2)))
     verify_model(out, dense)
@@ -191,16 +156,12 @@ def one_group(family):
 
 def configured(name, **options):
     torch.manual_seed(0)
-    config = getattr(transformers, name)(**{**SHARED, "pad_token_id": 0, **options})
+    config = getattr(transformers, name)(**{**tiny_models.SHARED, "pad_token_id": 0, **options})
     return AutoModelForCausalLM.from_config(config)
 
 
-LATENT = {
-    "moe_intermediate_size": 16, "first_k_dense_replace": 0, "q_lora_rank": 16, "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_shared_experts": 1,
-    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
-    "topk_method": "group_limited_greedy",
-}  # fmt: skip
+LATENT = {**tiny_models.FAMILIES["deepseek_v3"][1], "first_k_dense_replace": 0, "n_group": 2}
+LATENT["topk_method"] = "group_limited_greedy"
 MODELS = {
     "one group": lambda: one_group("llama"),
     # a head of the first half and one of the second are one
@@ -240,45 +201,53 @@ CANNOT = [
 def test_what_cannot_be_cut_is_refused_before_anything_is_written(of, what, said, tmp_path):
     dense, out = tmp_path / "dense", tmp_path / "out"
     if of == "own code":
-        save_with_own_code(dense)
+        tiny_models.save_with_own_code(dense)
     else:
         save(MODELS[of]() if of in MODELS else tiny(of), dense, shard="30KB")
-    fails(ModelError, said, make, dense, out, **what)
+    fails(ModelError, said, smaller, dense, out, **what)
     assert not (out / MANIFEST if "off by" in said or "run" in said else out).exists()
 
 
 KEPT = {"channels": 0.2, "update": "none"}
+ALONE = {"solver": "tabu", "solver_options": {"seed": 1}, "certify": True}
 WALKS = {"holdout": 0.5, "include": ["q_proj"], "skip_bad_samples": True, "samples": 8, "seed": 1}
-OPTIONS = [
-    ({}, OptionError, "nothing is to be removed"),
-    ({"channels": 1.0}, MaskoptError, "channels"),
-    ({"channel": 0.25}, OptionError, "no option is called 'channel'; did you mean 'channels'"),
-    ({"heads": -0.1}, MaskoptError, "heads"),
-    ({"channels": 0.2, "include": "q_proj"}, OptionError, "leave out `include`"),
-    *(
-        ({"heads": 0.5, name: x}, OptionError, f"`{name}` needs `channels`")
-        for name, x in {"solver": "tabu", "solver_options": {"seed": 1}, "certify": True}.items()
-    ),
-    ({"channels": 0.2, "solver": "swop"}, MaskoptError, "did you mean"),
-    ({"channels": 0.2, "update": "blockwise"}, MaskoptError, "update"),
-    ({**KEPT, "damping": 0.1}, OptionError, "`damping` needs `update` least-squares"),
-    *(({"count": count}, OptionError, "must be 1 to 2") for count in (0, 3, 9)),
-    *(
-        ({"count": 1, "options": WalkOptions(**{name: x})}, OptionError, f"leave out `{name}`")
-        for name, x in WALKS.items()
-    ),
-    ({"share": 0.25, "options": WalkOptions(holdout=0.5)}, OptionError, "leave out `holdout`"),
-    ({"count": 1, "overwrite": True}, ModelError, "is the model itself"),
-]
 
 
-@pytest.mark.parametrize(("options", "error", "said"), OPTIONS)
-def test_options_that_cannot_be(options, error, said, dense_folder, tmp_path):
-    before = files(dense_folder)
-    out = dense_folder if "overwrite" in options else tmp_path / "out"
-    fails(error, said, make, dense_folder, out, **options)
-    assert not (tmp_path / "out").exists()
-    assert before == files(dense_folder)
+def test_options_that_cannot_be(dense_folder, data, tmp_path):
+    for options, error, said in (
+        ({}, OptionError, "nothing is to be removed"),
+        ({"channels": 1.0}, MaskoptError, "channels"),
+        ({"channel": 0.25}, OptionError, "no option is called 'channel'; did you mean 'channels'"),
+        ({"heads": -0.1}, MaskoptError, "heads"),
+        ({"channels": 0.2, "include": "q_proj"}, OptionError, "leave out `include`"),
+        *(({**HEADS, k: x}, OptionError, f"`{k}` needs `channels`") for k, x in ALONE.items()),
+        ({"channels": 0.2, "solver": "swop"}, MaskoptError, "did you mean"),
+        ({"channels": 0.2, "update": "blockwise"}, MaskoptError, "update"),
+        ({**KEPT, "damping": 0.1}, OptionError, "`damping` needs `update` least-squares"),
+        *(({"count": count}, OptionError, "must be 1 to 2") for count in (0, 3, 9)),
+        *(
+            ({"count": 1, "options": WalkOptions(**{name: x})}, OptionError, f"leave out `{name}`")
+            for name, x in WALKS.items()
+        ),
+        ({"share": 0.25, "options": WalkOptions(holdout=0.5)}, OptionError, "leave out `holdout`"),
+        ({"count": 1, "overwrite": True}, ModelError, "is the model itself"),
+    ):
+        before, out = files(dense_folder), tmp_path / "out"
+        given = dense_folder if "overwrite" in options else out
+        fails(error, said, smaller, dense_folder, given, **options)
+        assert not out.exists()
+        assert before == files(dense_folder)
+    for options, said in {
+        "--channels 0.25 --blocks 1": "second `maskopt prune-structured`",
+        "--experts 0.25 --blocks 1": "second `maskopt prune-structured`",
+        "--windows 2 --channels 0.25": "--windows need --blocks",
+        "--blocks 1 --solver tabu": "says nothing of --blocks",
+        "--blocks 1 --certify": "says nothing of --blocks",
+        "--blocks 1 --solver-options seed=1": "says nothing of --blocks",
+        "--blocks 1 --resume": "in one go",
+    }.items():
+        text = ["--calibration", data, "--output", out, *options.split()]
+        assert said in run("prune-structured", dense_folder, *text, fails=OptionError)
 
 
 #: kind → (family, options, what the command says, what card and page say, options of a second run)
@@ -317,37 +286,18 @@ def test_the_command_and_what_comes_after(kind, data, tmp_path):
     run("report", out, "--output", tmp_path / "page.html")
     assert card.removeprefix("kept ") in (tmp_path / "page.html").read_text()
     run("prune-structured", out, *second, *text, twice)
-    sparse = ["--sparsity", "2:4"] if kind == "channels and heads" else ["--sparsity", 0.5]
-    few = ["--solver", "wanda", "--min-tokens", 1]
-    run("prune", twice, *sparse, *few, *text, tmp_path / "pruned")
+    words = ["--sparsity", "2:4" if kind == "channels and heads" else 0.5]
+    words += ["--solver", "wanda", "--min-tokens", 1]
+    run("prune", twice, *words, *text, tmp_path / "pruned")
     if kind == "channels and heads":
         assert "perplexity" in run("eval", dense, out, "--text", data)
-        for words in (
-            ["masks", "pack", out, "--output", tmp_path / "x"],
-            ["verify", out, "--masks", out],
-        ):
+        packed = ["masks", "pack", out, "--output", tmp_path / "x"]
+        for words in (packed, ["verify", out, "--masks", out]):
             shows(run(*words, fails=MaskoptError).lower(), "maskopt-masks.bits", "no such file")
         assert "holds" in run("verify", twice, "--original", out)
         assert "another model" in run("verify", twice, "--original", dense, fails=VerificationError)
         assert (twice / "README-original.md").read_text() == readme
         run("verify", tmp_path / "pruned", "--original", twice)
-
-
-EXCLUDED = {
-    "--channels 0.25 --blocks 1": "second `maskopt prune-structured`",
-    "--experts 0.25 --blocks 1": "second `maskopt prune-structured`",
-    "--windows 2 --channels 0.25": "--windows need --blocks",
-    "--blocks 1 --solver tabu": "says nothing of --blocks",
-    "--blocks 1 --certify": "says nothing of --blocks",
-    "--blocks 1 --solver-options seed=1": "says nothing of --blocks",
-    "--blocks 1 --resume": "in one go",
-}
-
-
-@pytest.mark.parametrize(("options", "said"), EXCLUDED.items())
-def test_options_of_the_command_that_cannot_be(options, said, dense_folder, data, tmp_path):
-    text = ["--calibration", data, "--output", tmp_path / "out", *options.split()]
-    assert said in run("prune-structured", dense_folder, *text, fails=OptionError)
 
 
 # Choices
@@ -364,7 +314,7 @@ def check_costs(costs, dense, data, **every):
 
 def test_effects_are_divergences_of_models_without_blocks(tmp_path):
     dense = save(tiny("llama", layers=4), tmp_path / "dense")
-    report = remove_blocks(dense, tokens(3), count=2, output=tmp_path / "out", windows=3)
+    report = smaller(dense, tmp_path / "out", tokens(3), count=2, windows=3)
     sets = [{i} for i in range(4)] + [set(pair) for pair in itertools.combinations(range(4), 2)]
     assert set(report.effects.kl) == {frozenset(s) for s in sets}
     check_costs(report.effects.kl, dense, tokens(3))
@@ -380,7 +330,7 @@ def test_sets_of_three_are_searched_and_measured_on_all_tokens(judged, tmp_path,
     """Of many candidates of a round, the best ones on a sample of tokens are tried."""
     monkeypatch.setattr(removal, "JUDGED", judged)
     dense, out = save(tiny("llama", layers=6), tmp_path / "dense"), tmp_path / "out"
-    report = remove_blocks(dense, tokens(2), count=3, output=out, windows=2)
+    report = smaller(dense, out, tokens(2), count=3, windows=2)
     costs = {s: report.effects.cost(s) for s in itertools.combinations(range(6), 3)}
     least = min(costs, key=lambda s: costs[s])
     assert tuple((~report.solution.mask[0]).nonzero()[:, 0].tolist()) == least
@@ -461,9 +411,9 @@ def test_states_may_lie_in_one_file(dense_folder, tmp_path, monkeypatch):
     listed = lambda folder, size: made.append(folder) or _reserved(folder, size)  # noqa: E731
     monkeypatch.setattr(activations, "_reserved", listed)
     for memory, threads in ((0, 2), (2**30, 1)):
-        walk = WalkOptions(activation_memory=memory, threads=threads)
-        how = {"count": 1, "output": tmp_path / str(memory), "windows": 2, "options": walk}
-        effects.append(remove_blocks(dense_folder, tokens(3), **how).effects.kl)
+        how = {"options": WalkOptions(activation_memory=memory, threads=threads)}
+        report = smaller(dense_folder, tmp_path / str(memory), tokens(3), count=1, windows=2, **how)
+        effects.append(report.effects.kl)
     assert effects[0] == effects[1]
     assert set(made[:2]) == {tmp_path / "0" / HIDDEN}  # the model's, and those of all variants
     # variants count where memory is limited
@@ -487,26 +437,21 @@ def test_lists_of_the_configuration_follow_the_blocks(tmp_path):
             assert "eos_token_id" not in settings
 
 
-def test_one_file_with_an_index(tmp_path):
-    dense, name = save(tiny("llama"), tmp_path / "dense"), "model-00001-of-00001.safetensors"
+def test_one_file_with_an_index_and_a_vision_tower(tmp_path):
+    dense, name = save(tiny("llama"), tmp_path / "llama"), "model-00001-of-00001.safetensors"
     (dense / "model.safetensors").rename(dense / name)
     where = dict.fromkeys(open_safe(dense / name).entries, name)
     index = {"metadata": {"total_size": 1}, "weight_map": where}
-    (dense / "model.safetensors.index.json").write_text(json.dumps(index))
-    remove_blocks(dense, tokens(2), count=1, output=tmp_path / "out", windows=2)
-    verify_model(tmp_path / "out", dense)
-    narrow = tmp_path / "narrow"
-    shrink_model(dense, tokens(4), output=narrow, channels=0.5, solver="wanda")
-    verify_model(narrow, dense)
-    size = json.loads((narrow / "model.safetensors.index.json").read_text())
-    stored = open_safe(narrow / name).entries.values()
+    (dense / INDEX).write_text(json.dumps(index))
+    for what in ({"count": 1, "windows": 2}, {"channels": 0.5, "solver": "wanda"}):
+        smaller(dense, out := tmp_path / min(what), tokens(4), **what)
+        verify_model(out, dense)
+    size = json.loads((out / INDEX).read_text())
+    stored = open_safe(out / name).entries.values()
     assert size["metadata"]["total_size"] == sum(entry.size for entry in stored)
-
-
-def test_a_vision_tower_keeps_its_blocks(tmp_path):
-    """Their names are those of the decoder's, behind another beginning."""
-    dense, out = save(tiny_vision(), tmp_path / "dense"), tmp_path / "out"
-    remove_blocks(dense, tokens(2), count=1, output=out, windows=2)
+    # whose blocks have the names of the decoder's, behind another beginning
+    dense, out = save(tiny_models.tiny_vision(), tmp_path / "dense"), tmp_path / "out"
+    smaller(dense, out, tokens(2), count=1, windows=2)
     verify_model(out, dense)
     names = [sorted(n for n in open_checkpoint(x).where if "vision" in n) for x in (dense, out)]
     assert names[0] == names[1]
@@ -515,13 +460,13 @@ def test_a_vision_tower_keeps_its_blocks(tmp_path):
 @pytest.mark.parametrize("count", [1, slow(2), 3])
 def test_blocks_that_a_configuration_needs_stay(count, tmp_path):
     """The first block, dense by its number, is the cheapest to leave out, and cannot be."""
-    model = loud("deepseek_v3", layers=5)
+    model = tiny_models.loud("deepseek_v3", layers=5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "layers.0." in name and ("o_proj" in name or "down_proj" in name):
                 parameter.zero_()
     dense, out = save(model, tmp_path / "dense"), tmp_path / "out"
-    report = remove_blocks(dense, tokens(2), count=count, output=out, windows=1)
+    report = smaller(dense, out, tokens(2), count=count, windows=1)
     assert 0 in (~report.solution.mask[0]).nonzero()[:, 0] or count == 3
     assert all(0 not in left for left in report.measured)
     assert len(report.removed) == count
@@ -558,7 +503,7 @@ def test_the_choice_is_the_best_by_enumeration(family, tmp_path):
     dense = save(tiny(family, layers=2), tmp_path / "dense", shard="30KB")
     for threads in (1, 3):
         walk, out = WalkOptions(threads=threads), tmp_path / str(threads)
-        report = remove_experts(dense, tokens(6), output=out, share=0.5, options=walk)
+        report = smaller(dense, out, share=0.5, options=walk)
     assert contents(tmp_path / "1") == contents(out)
     with open_job(dense, tokens(6), WalkOptions()) as job, torch.no_grad():
         block = next(iter(job.blocks()))
@@ -585,30 +530,26 @@ def test_samples_that_are_left_out_are_reported(sample, tmp_path):
     data[data == 5] = 6
     data[sample, 3] = 5
     skip = WalkOptions(skip_bad_samples=True)
-    report = remove_experts(dense, data, share=0.25, output=tmp_path / "out", options=skip)
+    report = smaller(dense, tmp_path / "out", data, share=0.25, options=skip)
     assert [sample["sample"] for sample in report.bad_samples] == [sample]
     assert report.fingerprint["options"]["skip_bad_samples"]
-    with pytest.raises(ModelError, match=f"sample {sample} has NaN"):
-        remove_experts(dense, data, share=0.25, output=tmp_path / "again")
+    said = f"sample {sample} has NaN"
+    fails(ModelError, said, smaller, dense, tmp_path / "again", data, share=0.25)
 
 
 def test_a_model_that_changes_meanwhile_is_refused(tmp_path):
     dense, out = save(tiny("mixtral", layers=2), tmp_path / "dense"), tmp_path / "out"
 
-    def change(event):
-        (dense / "generation_config.json").write_text("{}")
-
-    removals = ((remove_blocks, {"count": 1, "windows": 1}), (remove_experts, {"share": 0.25}))
-    for remove, what in removals:
+    change = {"on_progress": lambda _: (dense / "generation_config.json").write_text("{}")}
+    for what in ({"count": 1, "windows": 1}, {"share": 0.25}):
         (dense / "generation_config.json").write_text("{ }")
         said = "generation_config.*changed while the run was under way"
-        fails(ModelError, said, remove, dense, tokens(2), output=out, on_progress=change, **what)
+        fails(ModelError, said, smaller, dense, out, tokens(2), **change, **what)
         assert not out.exists()
 
 
 def test_the_choice_of_the_first_block_is_the_optimum_of_what_it_is_given(dense_folder, tmp_path):
-    how = {"heads": 0.5, "update": "none"}
-    report = shrink_model(dense_folder, tokens(6), output=tmp_path / "out", **how)
+    report = smaller(dense_folder, tmp_path / "out", heads=0.5, update="none")
     model, name = tiny("llama"), "model.layers.0.self_attn.o_proj"
     weight = model.get_submodule(name).weight.detach()
     n = weight.shape[1]
@@ -624,7 +565,7 @@ def test_the_choice_of_the_first_block_is_the_optimum_of_what_it_is_given(dense_
 
 def test_errors_bounds_and_counts_of_channels(dense_folder, tmp_path):
     def shrink(name, **options):
-        return shrink_model(dense_folder, tokens(12), output=tmp_path / name, **options).layers
+        return smaller(dense_folder, tmp_path / name, tokens(12), **options).layers
 
     layers = shrink("held", channels=0.5, heads=0.5, holdout=0.34)
     for layer in layers:
@@ -645,8 +586,7 @@ def test_errors_bounds_and_counts_of_channels(dense_folder, tmp_path):
 
 def test_interrupted_runs_resume_to_the_same_bytes(dense_folder, tmp_path):
     def shrink(out, **options):
-        given = {"channels": 0.25, "heads": 0.5, **options}
-        return shrink_model(dense_folder, tokens(6), output=tmp_path / out, **given)
+        return smaller(dense_folder, tmp_path / out, **{**CHANNELS, **HEADS, **options})
 
     shrink("whole")
     for stop in range(3):
@@ -670,7 +610,7 @@ def test_interrupted_runs_resume_to_the_same_bytes(dense_folder, tmp_path):
 
 def test_bfloat16_stays_bfloat16(tmp_path):
     dense, out = save(tiny("llama", dtype=torch.bfloat16), tmp_path / "dense"), tmp_path / "out"
-    shrink_model(dense, tokens(6), output=out, channels=0.25)
+    smaller(dense, out, channels=0.25)
     found = load_file(out / "model.safetensors")
     assert {t.dtype for t in found.values()} == {torch.bfloat16}
     verify_model(out, dense)
@@ -679,10 +619,9 @@ def test_bfloat16_stays_bfloat16(tmp_path):
 @pytest.mark.parametrize("what", [{"channels": 0.25}, {"heads": 0.5}])
 def test_zeros_of_a_pruned_model_are_not_filled(what, pruned_folder, tmp_path):
     small = tmp_path / "small"
-    with pytest.raises(OptionError, match="least squares would fill its zeros"):
-        shrink_model(pruned_folder, tokens(6), output=small, **what)
+    fails(OptionError, "least squares would fill its zeros", smaller, pruned_folder, small, **what)
     assert not small.exists()
-    shrink_model(pruned_folder, tokens(6), output=small, update="none", **what)
+    smaller(pruned_folder, small, update="none", **what)
     block = reload(small).model.layers[0]
     for layer in (block.mlp.down_proj, block.self_attn.o_proj):
         assert float((layer.weight == 0).float().mean()) > 0.3

@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from prunes import but_slow, prune, slow
 from safetensors.torch import load_file, save_file
-from tiny_models import edit_json, save, save_with_own_code, tiny, tokens
+from tiny_models import edit_json, patched, save, save_with_own_code, tiny, tokens
 from torch import nn, optim
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -26,16 +26,21 @@ from maskopt.models.checkpoints.workspace import MASKS
 from maskopt.models.training.held_masks import parameter_masks, unwrapped
 from maskopt.models.verification.verify import verify_model
 
-STEPS = 50
+STEPS, LAST = 50, "model.layers.1."
+PAGE = ROOT / "docs" / "guide" / "after.md"
 
 
 @pytest.fixture
 def pruned(pairs):
-    return lambda family: pairs(family, model=tiny)[1]
+    return lambda family="llama": pairs(family, model=tiny)[1]
 
 
 def loaded(folder):
     return AutoModelForCausalLM.from_pretrained(folder).train()
+
+
+def backward(model):
+    model(tokens(1), labels=tokens(1)).loss.backward()
 
 
 def train(model, optimizer, steps=STEPS):
@@ -55,10 +60,9 @@ def sgd(model):
     return optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
 
 
-def with_adapter(**options):
+def adapted(model, **options):
     kind = peft.IA3Config if "feedforward_modules" in options else peft.LoraConfig
-    config = kind(**{"target_modules": ["q_proj"], **options})
-    return lambda model: peft.get_peft_model(model, config)
+    return peft.get_peft_model(model, kind(**{"target_modules": ["q_proj"], **options}))
 
 
 class Restless(optim.Optimizer):
@@ -106,18 +110,16 @@ AROUND = {
     "distributed": DistributedDataParallel,
     "parallel": nn.DataParallel,
 }
-
-
-AROUND_BOTH = itertools.product(AROUND, (False, True))
-
-
-@pytest.mark.parametrize(
-    ("around", "adapters"), but_slow([("distributed", True), ("parallel", False)], AROUND_BOTH)
+WRAPPED = but_slow(
+    [("distributed", True), ("parallel", False)], itertools.product(AROUND, (False, True))
 )
+
+
+@pytest.mark.parametrize(("around", "adapters"), WRAPPED)
 def test_what_torch_puts_around_a_model_changes_nothing(around, adapters, pruned, process_group):
     torch.manual_seed(0)
-    folder, model = pruned("llama"), loaded(pruned("llama"))
-    model = with_adapter()(model) if adapters else model
+    folder, model = pruned(), loaded(pruned())
+    model = adapted(model) if adapters else model
     wrapped = AROUND[around](model)
     train(wrapped, sgd(model), 1)  # traced before anything is held
     for name, kept in parameter_masks(unwrapped(model), folder).items():
@@ -134,8 +136,8 @@ def test_what_torch_puts_around_a_model_changes_nothing(around, adapters, pruned
 
 @pytest.mark.parametrize("adapters", [False, True])
 def test_without_it_zeros_are_lost_and_that_is_found(adapters, pruned, tmp_path):
-    folder, model = pruned("llama"), loaded(pruned("llama"))
-    model = with_adapter(r=4)(model) if adapters else model
+    folder, model = pruned(), loaded(pruned())
+    model = adapted(model, r=4) if adapters else model
     train(model, adamw(model), 3)
     (model.merge_and_unload() if adapters else model).save_pretrained(tmp_path / "tuned")
     words = "not zero, the first ones in 'model.layers.0." + "self_attn.q_proj.weight'" * adapters
@@ -144,11 +146,11 @@ def test_without_it_zeros_are_lost_and_that_is_found(adapters, pruned, tmp_path)
 
 
 def test_gradients_of_pruned_weights_are_zero_and_held_no_longer_than_asked(pruned):
-    model = loaded(pruned("llama"))
-    held = keep_masks(model, pruned("llama"))
+    model = loaded(pruned())
+    held = keep_masks(model, pruned())
     weight = model.model.layers[0].self_attn.q_proj.weight
     gone = weight == 0
-    model(tokens(1), labels=tokens(1)).loss.backward()
+    backward(model)
     assert not weight.grad[gone].any()
     assert weight.grad[~gone].any()
     with torch.no_grad():
@@ -158,7 +160,7 @@ def test_gradients_of_pruned_weights_are_zero_and_held_no_longer_than_asked(prun
     assert held.lost() == 0
     held.close()
     model.zero_grad()
-    model(tokens(1), labels=tokens(1)).loss.backward()
+    backward(model)
     assert weight.grad[gone].any()
     Restless(model).step()
     assert held.lost() > 0
@@ -169,28 +171,28 @@ def test_lora_that_is_merged_loses_none(family, pruned, tmp_path):
     folder, how = pruned(family), {"lora_dropout": 0.1, "target_modules": ["q_proj", "down_proj"]}
     if family == "gpt2":
         how = {"fan_in_fan_out": True, "target_modules": ["c_attn", "c_proj"]}
-    model = with_adapter(r=4, **how)(loaded(folder))
+    model = adapted(loaded(folder), r=4, **how)
     with keep_masks(model, folder) as held:
         train(model, adamw(model))
         model.eval()
         with torch.no_grad():
-            adapted = model(tokens(2)).logits
+            trained = model(tokens(2)).logits
             with model.disable_adapter():
                 plain = model(tokens(2)).logits
             merged = model.merge_and_unload()
             assert held.lost() == 0
             # what was trained is what the merged model computes
-            assert torch.allclose(merged(tokens(2)).logits, adapted, atol=1e-5)
-        assert not torch.allclose(adapted, plain, atol=1e-3)
+            assert torch.allclose(merged(tokens(2)).logits, trained, atol=1e-5)
+        assert not torch.allclose(trained, plain, atol=1e-3)
     merged.save_pretrained(tmp_path / "tuned")
     assert "holds. All" in run("verify", tmp_path / "tuned", "--masks", folder)
 
 
 def test_what_is_lost_or_not_merged_inside_is_warned_of(pruned, recwarn):
     """Lost by an adapter that came after the masks, and by an optimiser that none of them sees."""
-    folder = pruned("llama")
+    folder = pruned()
     for merges in (False, True):
-        model = with_adapter(r=4)(loaded(folder))
+        model = adapted(loaded(folder), r=4)
         recwarn.clear()
         with keep_masks(model, folder):
             if merges:
@@ -198,11 +200,11 @@ def test_what_is_lost_or_not_merged_inside_is_warned_of(pruned, recwarn):
         assert any("merge_and_unload" in str(one.message) for one in recwarn) != merges
     recwarn.clear()
     with keep_masks(model := loaded(folder), folder) as held:
-        with_adapter(r=4, init_lora_weights=False)(model).merge_and_unload()
+        adapted(model, r=4, init_lora_weights=False).merge_and_unload()
         lost = held.lost()
         assert lost > 0
     with keep_masks(model := loaded(folder), folder):
-        model(tokens(1), labels=tokens(1)).loss.backward()
+        backward(model)
         model.model.layers[0].self_attn.q_proj.weight.data.add_(1.0)
     with keep_masks(loaded(folder), folder):
         pass
@@ -212,8 +214,7 @@ def test_what_is_lost_or_not_merged_inside_is_warned_of(pruned, recwarn):
 
 
 def test_through_the_trainer_of_transformers(pruned, tmp_path):
-    folder = pruned("llama")
-    model = loaded(folder)
+    folder, model = pruned(), loaded(pruned())
     data = [{"input_ids": row, "labels": row} for row in tokens(STEPS, 8)]
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "trainer"), per_device_train_batch_size=1, num_train_epochs=1,
@@ -226,21 +227,16 @@ def test_through_the_trainer_of_transformers(pruned, tmp_path):
     verify_model(tmp_path / "trainer" / f"checkpoint-{STEPS}", masks=folder)
 
 
-@torch.no_grad()
-def regrown(model):
-    model.model.layers[1].mlp.up_proj.weight.fill_(1.0)
-    return model
-
-
 def test_what_cannot_be_held_is_refused(pruned, dense_folder, tmp_path):
-    experts = with_adapter(target_parameters=["experts.down_proj"])
-    name, llama = "model.layers.0.self_attn.q_proj", pruned("llama")
+    name, llama, mixtral = "model.layers.0.self_attn.q_proj", pruned(), pruned("mixtral")
+    up, experts = f"{LAST}mlp.up_proj.weight", {"target_parameters": ["experts.down_proj"]}
+    regrown = patched(loaded(llama), up, lambda p: p.fill_(1.0))
     for model, masks, message in (
-        (regrown(loaded(llama)), llama, "layers.1.mlp.up_proj.weight' holds weights that its mask"),
-        (with_adapter(use_dora=True)(loaded(llama)), llama, "'default' is a variant of LoRA"),
-        (with_adapter(feedforward_modules=[])(loaded(llama)), llama, "held through LoRA alone"),
+        (regrown, llama, "layers.1.mlp.up_proj.weight' holds weights that its mask"),
+        (adapted(loaded(llama), use_dora=True), llama, "'default' is a variant of LoRA"),
+        (adapted(loaded(llama), feedforward_modules=[]), llama, "held through LoRA alone"),
         # of experts that are one parameter; the adapters of the layers are held
-        (experts(loaded(pruned("mixtral"))), pruned("mixtral"), "an adapter on 'down_proj', which"),
+        (adapted(loaded(mixtral), **experts), mixtral, "an adapter on 'down_proj', which"),
         (tiny("gpt2"), llama, "the model has no layer"),
         (tiny("llama"), {name: torch.ones(3, 4, dtype=torch.bool)}, "its mask 3 × 4"),
         (tiny("llama"), {name: torch.ones(32, 32)}, "must be bool"),
@@ -280,8 +276,8 @@ def test_checkpoints_without_the_name_of_the_base_model(family, prefix, tmp_path
 
 
 def test_the_recipe_for_tools_of_pytorch(pruned, tmp_path, monkeypatch):
-    page = (ROOT / "docs" / "guide" / "after.md").read_text()
-    (recipe,) = (b.split("```")[0] for b in page.split("```python\n") if "FakeSparsity" in b)
+    blocks = PAGE.read_text().split("```python\n")
+    (recipe,) = (block.split("```")[0] for block in blocks if "FakeSparsity" in block)
     (tmp_path / "OUT").symlink_to(pruned("gpt2"))
     monkeypatch.chdir(tmp_path)
     found = {}
@@ -294,9 +290,6 @@ def test_the_recipe_for_tools_of_pytorch(pruned, tmp_path, monkeypatch):
         assert bool((weight[old == 0] == 0).all()), name
         assert not torch.equal(weight, old), name
     fails(ModelError, "masks are on it already; remove those first", keep_masks, model, "OUT")
-
-
-LAST = "model.layers.1."
 
 
 def added(change):
@@ -313,16 +306,9 @@ def another_block(folder):
     edit_json(folder / "config.json", lambda c: c.pop("layer_types", None))
 
 
-def with_dense_weights(folder):
-    """The configuration names other weights than the files that were checked."""
-    planted("dense.safetensors")(folder)
-    config(transformers_weights="dense.safetensors")(folder)
-
-
 def planted(name):
-    return lambda folder: shutil.copy(
-        folder / ("model.safetensors" if "safetensors" in name else "config.json"), folder / name
-    )
+    like = "model.safetensors" if "safetensors" in name else "config.json"
+    return lambda folder: shutil.copy(folder / like, folder / name)
 
 
 def fill(name, value):
@@ -332,7 +318,7 @@ def fill(name, value):
 Q = f"{LAST}self_attn.q_proj.weight"
 NINTH = Q.replace(LAST, "model.layers.9.")
 MADE_OTHERWISE = {
-    "other weights": (with_dense_weights, "dense.safetensors: is not of the result"),
+    "other weights": (planted("dense.safetensors"), "dense.safetensors: is not of the result"),
     "weights by config": (config(transformers_weights="x.safetensors"), "transformers_weights"),
     "in a part of config": (config(text_config={"transformers_weights": "x"}), "other weights"),
     "quantised": (config(quantization_config={"quant_method": "x"}), "quantization_config"),
@@ -379,13 +365,11 @@ def test_a_packed_folder_and_files_of_training(folders, tmp_path):
     held = verify_model(folders["plain"], masks=folders["packed"])
     assert held.pruned > 0
     assert held.others == 0
-    empty = copied(folders["plain"], tmp_path / "empty")
-    none = {"format": "maskopt-masks-1", "tensors": "{}"}
-    save_file({}, empty / MASKS, metadata=none)
-    fails(VerificationError, "holds no mask", verify_model, folders["plain"], masks=empty)
-    config(num_hidden_layers=10**5)(packed := copied(folders["packed"], tmp_path / "packed"))
-    said = "`num_hidden_layers` is 100000"
-    fails(VerificationError, said, verify_model, folders["plain"], masks=packed)
+    empty, packed = (copied(folders[x], tmp_path / x) for x in ("plain", "packed"))
+    save_file({}, empty / MASKS, metadata={"format": "maskopt-masks-1", "tensors": "{}"})
+    config(num_hidden_layers=10**5)(packed)
+    for masks, said in ((empty, "holds no mask"), (packed, "`num_hidden_layers` is 100000")):
+        fails(VerificationError, said, verify_model, folders["plain"], masks=masks)
     tuned = copied(folders["tuned"], tmp_path)
     for name in ("training_args.bin", "optimizer.pt", "rng_state_0.pth", "trainer_state.json"):
         (tuned / name).write_text("{}")
@@ -408,7 +392,6 @@ def test_a_model_with_code_of_its_own_needs_trust(tmp_path, monkeypatch):
 
 # Quantised
 
-PAGE = ROOT / "docs" / "guide" / "after.md"
 #: zeros of a matrix of 128 × 512 normal numbers, half of them pruned, that are still zero
 EVERY = 32768
 

@@ -1,24 +1,23 @@
 """Forgeries of pruned and smaller folders that `maskopt verify` refuses, with right digests all."""
 
 import copy
-import functools
 import json
 import os
 import random
 import re
 import shutil
 from dataclasses import replace
+from functools import cache, partial
 
 import forging
 import pytest
 import torch
 from forging import change_tensors, config, edit, fails, forge_manifest, options, says, shards
-from prunes import prune, slow
+from prunes import prune, slow, smaller
 from safetensors.torch import load_file, save_file
 from tiny_models import edit_json, loud, save, tiny, tiny_vision, tokens
 
-from maskopt import remove_blocks, remove_experts, shrink_model
-from maskopt.errors import ModelError, VerificationError
+from maskopt.errors import VerificationError
 from maskopt.models.checkpoints.checkpoint import INDEX
 from maskopt.models.checkpoints.mask_file import TensorMask
 from maskopt.models.checkpoints.safefile import open_safe
@@ -28,13 +27,13 @@ from maskopt.models.training import blockwise as reconstruct
 from maskopt.models.verification.verify import verify_model
 
 TRAIN = {"epochs": 2, "learning_rate": 0.003, "train": "all"}
-CHANNELS = {"channels": 0.25, "solver": "wanda"}
+NARROW = {"channels": 0.25, "heads": 0.5, "solver": "wanda", "update": "none"}
 
 
 def without_first(dense, out):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(removal, "choose", lambda *_: {frozenset({0}): 0.0})
-        remove_blocks(dense, tokens(2), count=1, output=out, windows=1)
+        smaller(dense, out, tokens(2), count=1, windows=1)
 
 
 def by_pattern(dense, out):
@@ -42,26 +41,6 @@ def by_pattern(dense, out):
     edit_json(dense / "config.json", lambda c: c.update(sliding_window_pattern=2))
     edit_json(dense / "config.json", lambda c: c.pop("layer_types"))
     without_first(dense, out)
-
-
-def shrunk(**options):
-    return lambda dense, out: shrink_model(dense, tokens(6), output=out, **options)
-
-
-def fewer_experts(share):
-    return lambda dense, out: remove_experts(dense, tokens(6), share=share, output=out)
-
-
-#: name → (family, size of a shard, how it was made smaller)
-MADE = {
-    "narrow": ("llama", "30KB", shrunk(channels=0.25)),
-    "mistral": ("mistral", "5GB", shrunk(**CHANNELS, heads=0.5, update="none")),
-    "shallow": ("gemma3", "5GB", without_first),
-    "by pattern": ("gemma3", "5GB", by_pattern),
-    "blocks": ("llama", "5GB", without_first),
-    "experts": ("mixtral", "30KB", fewer_experts(0.5)),
-    "gpt_oss": ("gpt_oss", "5GB", fewer_experts(0.25)),
-}
 
 
 def train_attention(dense, out):
@@ -79,32 +58,38 @@ def train_attention(dense, out):
     assert [bool(part.epoch) for part in report.parts] == [True, False] * 3
 
 
+ALL = {"update": "blockwise", "training": {"epochs": 1, "train": "all"}, "holdout": 0.34}
+#: name → (family or what makes the model, size of a shard, what is made of it)
+MADE = {
+    "refitted": ("llama", "30KB", partial(prune, update="least-squares", include=["v_proj"])),
+    "trained": (partial(loud, "qwen3"), "5GB", train_attention),
+    "vision": (tiny_vision, "5GB", partial(prune, **ALL)),
+    "narrow": ("llama", "30KB", partial(smaller, channels=0.25)),
+    "mistral": ("mistral", "5GB", partial(smaller, **NARROW)),
+    "shallow": ("gemma3", "5GB", without_first),
+    "by pattern": ("gemma3", "5GB", by_pattern),
+    "blocks": ("llama", "5GB", without_first),
+    "experts": ("mixtral", "30KB", partial(smaller, share=0.5)),
+    "gpt_oss": ("gpt_oss", "5GB", partial(smaller, share=0.25)),
+}
+
+
 @pytest.fixture(scope="module")
 def folders(dense_folder, pruned_folder, dense, tmp_path_factory):
     """Pruned folders with their originals, by name; nobody may change them."""
     home = tmp_path_factory.mktemp("folders")
 
-    @functools.cache
+    @cache
     def folder(name):
         original, out = dense_folder, home / name
         if name == "pruned":
             out = pruned_folder
         elif name == "tokenizer":
             prune(original := dense, out)
-        elif name == "refitted":
-            prune(original, out, update="least-squares", include=["v_proj"])
-        elif name == "trained":
-            train_attention(original := save(loud("qwen3"), home / "qwen3"), out)
-        elif name == "vision":
-            how = {
-                "update": "blockwise",
-                "training": {"epochs": 1, "train": "all"},
-                "holdout": 0.34,
-            }
-            prune(original := save(tiny_vision(), home / "gemma3"), out, **how)
-        elif name in MADE:
-            family, shard, make = MADE[name]
-            make(original := save(tiny(family), home / f"{name} of", shard=shard), out)
+        else:
+            of, shard, make = MADE[name]
+            model = of() if callable(of) else tiny(of)
+            make(original := save(model, home / f"{name} of", shard=shard), out)
         verify_model(out, original)
         return out, original
 
@@ -128,9 +113,8 @@ def planted(name, listed):
     def plant(result, _):
         path = result / name
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(
-            forging.first_weight_shard(result).read_bytes() if "safet" in name else b"{}"
-        )
+        weights = forging.first_weight_shard(result).read_bytes()
+        path.write_bytes(weights if "safet" in name else b"{}")
         if listed:
             forging.list_file(result, name)
 
@@ -241,10 +225,8 @@ def same_parameter(result, _):
 
 def mask_of_another_tensor(result, _):
     of, other = (f"model.layers.2.self_attn.{x}_proj.weight" for x in "vk")
-    masks = forging.change_masks(result, lambda m: m.update({other: m.pop(of)}))
-    change_tensors(
-        forging.shard_of(result, other), lambda t: t[other].masked_fill_(~masks[other].kept, 0)
-    )
+    gone = ~forging.change_masks(result, lambda m: m.update({other: m.pop(of)}))[other].kept
+    change_tensors(forging.shard_of(result, other), lambda t: t[other].masked_fill_(gone, 0))
     forge_manifest(result, lambda m: m["tensors"].update({other: m["tensors"].pop(of)}))
 
 
@@ -287,10 +269,8 @@ FILES = {
 }  # fmt: skip
 if os.name == "posix":
     FILES |= {f"link for {x}": link_out(x) for x in (MASKS, MANIFEST, INDEX, "config.json", "sub")}
-    FILES["link for weights"] = (
-        lambda r, d: link_out(shards(r)[0].name)[0](r, d),
-        "link|loader",
-    )
+    first_link = lambda r, d: link_out(shards(r)[0].name)[0](r, d)  # noqa: E731
+    FILES["link for weights"] = (first_link, "link|loader")
     FILES["pipe"] = (lambda r, _: os.mkfifo(r / "tokenizer.json"), "link|loader")
 
 # What the manifest says -----------------------------------------------------------------------
@@ -323,6 +303,16 @@ def swap_names(manifest):
 
 def first_tensor(**changes):
     return lambda m: next(iter(m["tensors"].values())).update(changes)
+
+
+def settings(**changes):
+    """Of a smaller model."""
+
+    def forge(out, _):
+        config(**changes)(out)
+        forge_manifest(out, lambda m: m["shrunk"]["settings"].update(changes))
+
+    return forge
 
 
 SAYS = {
@@ -370,6 +360,7 @@ ALONE = {
     **{f"says: {name}": ("pruned", says(change), said) for name, (change, said) in SAYS.items()},
     **{f"says: {name}": ("pruned", says(change), "") for name, change in UNSAID.items()},
     "another mask": ("refitted", mask_of_another_tensor, r"2\.self_attn\.v_proj' has no mask"),
+    "a size": ("mistral", settings(intermediate_size=20), r"in the shards, .* by config\.json"),
 }
 
 # What only the original shows -----------------------------------------------------------------
@@ -391,15 +382,9 @@ def keep_all(tensor):
         forging.redraw(result, tensor)
         kept = torch.ones_like(tiny("llama").get_parameter(tensor), dtype=torch.bool)
         forging.change_masks(result, lambda m: m.update({tensor: TensorMask(kept, 1)}))
-        forge_manifest(
-            result, lambda m: m["tensors"].update({tensor: min(m["tensors"].items())[1]})
-        )
+        forge_manifest(result, edit("tensors", to=lambda t: {**t, tensor: min(t.items())[1]}))
 
     return forge
-
-
-def edited(file, change):
-    return "tokenizer", lambda result, _: edit_json(result / file, change), file
 
 
 def no_generation_config(result, _):
@@ -410,6 +395,15 @@ def no_generation_config(result, _):
 def redraw_vision(result, _):
     names = open_safe(result / "model.safetensors").entries
     forging.redraw(result, next(x for x in names if "vision" in x and ".0.layer_norm1.weight" in x))
+
+
+def edited(file, change):
+    return "tokenizer", lambda result, _: edit_json(result / file, change), file
+
+
+def one_more(tensor):
+    add = lambda tensors: tensors[tensor].view(-1)[0].add_(1)  # noqa: E731
+    return lambda out, _: change_tensors(forging.shard_of(out, tensor), add)
 
 
 LOSSES = "not what its losses say"
@@ -448,13 +442,7 @@ AGAINST = {
     "index": edited(INDEX, edit("metadata", "total_size", to=7)),
     "model digest": ("tokenizer", says(edit("fingerprint", "model", to="0" * 64)), "digest of another model"),
     **{f"trained: {name}": ("trained", says(change), said) for name, (change, said) in TRAINED.items()},
-    **{
-        f"untrained {x}": (
-            "trained", lambda r, _, x=x: change_tensors(forging.shard_of(r, x), lambda t: t[x].mul_(2)),
-            rf"{x}.*differs from the original",
-        )
-        for x in UNTRAINED
-    },
+    **{f"untrained {x}": ("trained", one_more(x), rf"{x}.*differs from the original") for x in UNTRAINED},
     **{
         f"a mask that keeps all of {x}_proj": (
             "refitted", keep_all(f"model.layers.2.self_attn.{x}_proj.weight"), "counts other rows",
@@ -475,14 +463,6 @@ def shrunk_says(*path, to):
 def lacks(*path):
     *path, last = path
     return says(edit("shrunk", *path, to=lambda x: x.pop(last) and x))
-
-
-def settings(**changes):
-    def forge(out, _):
-        config(**changes)(out)
-        forge_manifest(out, lambda m: m["shrunk"]["settings"].update(changes))
-
-    return forge
 
 
 DOWN = "model.layers.{}.mlp.down_proj"
@@ -515,11 +495,6 @@ def refitted(tensor):
     return forge
 
 
-def one_more(tensor):
-    add = lambda tensors: tensors[tensor].view(-1)[0].add_(1)  # noqa: E731
-    return lambda out, _: change_tensors(forging.shard_of(out, tensor), add)
-
-
 def other_channels(out, _):
     kept = forging.record_of(out)["kept"][DOWN.format(1)]
     gone = next(i for i in range(48) if i not in kept)
@@ -539,11 +514,8 @@ def expert_gone(manifest):
 
 NOTHING = [{"axis": 0, "by": DOWN.format(0), "parts": [[48, 1]]}]
 SLIDING, FULL = "sliding_attention", "full_attention"
-TYPES = (
-    "types of blocks",
-    settings(layer_types=[SLIDING, FULL]),
-    "layer_types is not the original's",
-)
+OTHER_TYPES = settings(layer_types=[SLIDING, FULL])
+TYPES = ("types of blocks", OTHER_TYPES, "layer_types is not the original's")
 EXCHANGED = ("exchanged", exchange, "is not where the kept blocks")
 SIZE, REFITTED = "is no size", "or not, unlike a least-squares update"
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
@@ -625,7 +597,7 @@ def test_a_forged_folder_is_refused(name, folders, tmp_path):
     fails(VerificationError, None if name in ALONE else said, verify_model, result, original)
 
 
-def test_what_was_changed_without_its_digest(dense_folder, pruned_folder, tmp_path):
+def test_what_was_changed_without_its_digest(dense_folder, pruned_folder, folders, tmp_path):
     result = forging.copied(pruned_folder, tmp_path)
     forging.change_weight(result, "kept", 1.25)
     fails(VerificationError, "was changed", verify_model, result)
@@ -634,6 +606,12 @@ def test_what_was_changed_without_its_digest(dense_folder, pruned_folder, tmp_pa
     fails(VerificationError, "no manifest", verify_model, dense_folder)
     other = save(tiny("qwen2"), tmp_path / "other")
     fails(VerificationError, "only one of the two", verify_model, pruned_folder, other)
+    # of a smaller folder, with the right digest of the manifest itself
+    smaller, original = folders("narrow")
+    out = forging.copied(smaller, tmp_path / "smaller")
+    edit_json(out / MANIFEST, edit("files", "config.json", to="0" * 64))
+    edit_json(out / MANIFEST, lambda m: m.update(forging.signed(m)))
+    fails(VerificationError, "was changed", verify_model, out, original)
 
 
 @pytest.mark.parametrize("seeds", [range(25), slow(range(25, 100))])
@@ -659,25 +637,9 @@ def test_any_edit_of_a_manifest_is_refused_or_none(seeds, pruned_folder, dense_f
     assert passed  # seconds and versions may be anything
 
 
-def test_what_a_smaller_folder_alone_shows(folders, tmp_path):
-    out = forging.copied(folders("mistral")[0], tmp_path / "shape")
-    settings(intermediate_size=20)(out, out)
-    forge_manifest(out)
-    fails(VerificationError, r"in the shards, .* by config\.json", verify_model, out)
-    out = forging.copied(folders("narrow")[0], tmp_path / "digest")
-    edit_json(out / MANIFEST, edit("files", "config.json", to="0" * 64))
-    edit_json(out / MANIFEST, lambda m: m.update(forging.signed(m)))
-    fails(VerificationError, "was changed", verify_model, out, folders("narrow")[1])
-
-
-def test_a_link_out_of_the_original_is_no_file_of_it(tmp_path):
-    dense, out = save(tiny("llama"), tmp_path / "dense"), tmp_path / "out"
+def test_a_link_out_of_the_original_is_no_file_of_it(folders, tmp_path):
+    out, original = folders("narrow")
+    dense = shutil.copytree(original, tmp_path / "dense")
     (tmp_path / "vocab.txt").write_text("elsewhere")
-    (dense / "vocab.txt").symlink_to(tmp_path / "vocab.txt")
-    said = r"vocab\.txt: is a link out of the model folder"
-    fails(ModelError, said, shrunk(**CHANNELS), dense, out)
-    assert not out.exists()
-    (dense / "vocab.txt").unlink()
-    shrunk(**CHANNELS)(dense, out)
     (dense / "vocab.txt").symlink_to(tmp_path / "vocab.txt")
     assert "other tensors" in verify_model(out, dense).checked
