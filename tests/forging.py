@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import edit_json
 from torch import Tensor
 
+from maskopt.core.files import read_arrays, write_arrays
 from maskopt.models.checkpoints.mask_file import MaskFile, TensorMask, write_masks
 from maskopt.models.checkpoints.safefile import open_safe
 from maskopt.models.checkpoints.workspace import MANIFEST, MASKS
@@ -44,6 +45,15 @@ def fails(error: type[Exception], said: str | None, call: Any, *given: Any, **mo
     with pytest.raises(error, match=said):  # noqa: PT012
         call(*given, **more)
         pytest.fail(f"nothing was refused with {said!r}")
+
+
+def rewrite(path: Path, change: Callable[[Any, Any], Any], to: Path | None = None) -> None:
+    """Change the header and the arrays of a problem's or a solution's file."""
+    kind = {"layer": "layer", "row": "row"}.get(path.stem, "solution")
+    header, arrays = read_arrays(path, kind)
+    header = {name: value for name, value in header.items() if name not in ("format", "kind")}
+    change(header, arrays)
+    write_arrays(to or path, kind, header, arrays)
 
 
 def copied(result: Path, to: Path) -> Path:

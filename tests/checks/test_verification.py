@@ -6,9 +6,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from certificates import claimed, stating
 from forging import fails
 from hypothesis import given
-from strategies import ONE_PERCENT, TWO_FOUR, drawn, problems, random_gram, random_weight, verified
+from strategies import (
+    HALF,
+    ONE_PERCENT,
+    TWO_FOUR,
+    drawn,
+    problems,
+    random_gram,
+    random_weight,
+    verified,
+)
 
 from maskopt import LayerProblem, Solution, Status, Unstructured, lower_bound, solve, verify
 from maskopt.checks.swap_check import improving_swap
@@ -119,8 +129,7 @@ def test_what_enumeration_confirms_is_checked():
 def test_a_bound_is_checked_or_rests_on_a_solver_that_is_named():
     problem = large(rows=3)
     start, bound = solve(problem, "wanda"), lower_bound(problem, "sdp")
-    known = {"lower_bound": bound.value, "certificate": bound.certificate}
-    proven = Solution.of(problem, start.mask, **known)
+    proven = stating(problem, start.mask, bound)
     assert verify(problem, proven).basis == ("checked",) * 3
     assert verify(problem, start, require="checked").checked  # no bound, nothing to take on trust
     # row 1 claims more than its certificate proves
@@ -128,17 +137,17 @@ def test_a_bound_is_checked_or_rests_on_a_solver_that_is_named():
     higher[1] = (higher[1] + start.objective[1]) / 2
     trusted = replace(proven, lower_bound=higher, trusted=("", "SCIP 10.0", ""))
     found = verify(problem, trusted)
-    assert found.basis == ("checked", "trusted: SCIP 10.0", "checked")
-    assert not found.checked
+    assert (found.basis, found.checked) == (("checked", "trusted: SCIP 10.0", "checked"), False)
     assert str(found) == "2 rows checked, 1 row trusted: SCIP 10.0"
     assert_refused(problem, trusted, r"row 1 is trusted \(SCIP 10\.0\)", require="checked")
     assert_refused(problem, replace(trusted, trusted=()), r"row 1 .* its certificate proves")
     assert_refused(problem, proven, "require", require="proven")
     # a certificate of another problem
     other = LayerProblem(0.5 * problem.weight, problem.gram, problem.pattern)
-    mask = solve(other, "wanda").mask
-    known["lower_bound"] = bound.value.minimum(other.objective(mask))
-    assert_refused(other, Solution.of(other, mask, **known), "its certificate proves")
+    found = solve(other, "wanda")
+    less = bound.value.minimum(found.objective)
+    wrong = stating(other, found.mask, bound, lower_bound=less)
+    assert_refused(other, wrong, "its certificate proves")
 
 
 def test_only_registered_exact_solvers_with_a_version_are_trusted(tmp_path):
@@ -179,8 +188,8 @@ def claims(unit, off):
     yield "row 0 .* without a certificate", problem, replace(worst, lower_bound=off * lost[0])
     box = lower_bound(problem, "box")
     assert bool((box.value > 1e-3 * problem.diagonal_mass()).all())
-    more = {"lower_bound": box.value * (1 + off * 1e-9), "certificate": box.certificate}
-    yield "row 0 .* its certificate proves", problem, Solution.of(problem, worst.mask, **more)
+    higher = stating(problem, worst.mask, box, lower_bound=box.value * (1 + off * 1e-9))
+    yield "row 0 .* its certificate proves", problem, higher
     gap = best.objective * (1 - torch.tensor([0.5, off * 1e-6], dtype=torch.float64))
     more = {"status": (Status.FEASIBLE, Status.OPTIMAL), "lower_bound": gap, "trusted": WORDS}
     yield "row 1 claims optimal without proof", problem, replace(best, **more)
@@ -239,7 +248,7 @@ def test_an_optimum_of_nothing_may_be_rounding_and_no_more(unit):
 @pytest.mark.parametrize("size", [1e3, 1e8])
 def test_weights_that_are_kept_excuse_no_objective_and_no_optimum(size):
     """Large weights that every good mask keeps are no terms of its sum."""
-    weight = random_weight(1, 24, 3, torch.float64) * 1e-3
+    weight = random_weight(1, 24, 3) * 1e-3
     weight[0, :4] = size
     problem = LayerProblem(weight, random_gram(24, "full", 7), Unstructured(keep=12))
     best = solve(problem, "swap")
@@ -265,12 +274,10 @@ def test_rows_that_weigh_nothing_or_hardly_anything_excuse_nothing():
     assert 0 < float(honest.objective) < 1e-307
     forged = replace(honest, objective=0 * honest.objective, status=OPTIMAL[:1])
     assert_refused(problem, forged, "objective: row 0")
-
-
-def test_a_weight_of_a_row_that_prunes_nothing_excuses_no_sum_of_rows():
-    weight, gram = random_weight(3, 12, 6, torch.float64), random_gram(12, "full", 7)
+    # nor does a weight of a row that prunes nothing excuse a sum of rows
+    weight = random_weight(3, 12, 6)
     weight[weight == 0] = 0.1
-    problem = LayerProblem(weight, gram, Unstructured(0.3, per="layer"))
+    problem = LayerProblem(weight, random_gram(12, "full", 7), Unstructured(0.3, per="layer"))
     problem = problem.counting(torch.tensor([1e12, 1.0, 1.0], dtype=torch.float64))
     best = verified(problem, "exhaustive")
     assert bool(best.mask[0].all())
@@ -282,8 +289,7 @@ def test_float32_is_widened_and_blocks_of_any_size_verify_the_same(monkeypatch):
     narrow = large(dtype=torch.float32)
     problem = LayerProblem(narrow.weight.double(), narrow.gram.double(), TWO_FOUR)
     box, solution = lower_bound(problem, "box"), solve(problem, "swap")
-    more = {"lower_bound": box.value, "certificate": box.certificate, "status": solution.status}
-    assert verify(narrow, Solution.of(narrow, solution.mask, **more)).checked
+    assert claimed(narrow, solution, box).checked
     worst = solve(problem, "worst")
     by_mask, by_solution = (solve(problem, "swap", start=x).mask for x in (worst.mask, worst))
     assert torch.equal(by_mask, by_solution)
@@ -293,8 +299,7 @@ def test_float32_is_widened_and_blocks_of_any_size_verify_the_same(monkeypatch):
         monkeypatch.setattr(f"maskopt.checks.{module}.AT_ONCE", numbers)
         assert verify(problem, solution).checked
         found = improving_swap(row, mask)
-        assert found[:2] == swap[:2]
-        assert found.delta == pytest.approx(swap.delta, rel=1e-12)
+        assert (found[:2], found.delta) == (swap[:2], pytest.approx(swap.delta, rel=1e-12))
 
 
 def test_weights_that_meet_no_input_are_refitted_without_a_claim_on_rounding():
@@ -302,9 +307,9 @@ def test_weights_that_meet_no_input_are_refitted_without_a_claim_on_rounding():
     x = torch.randn(40, 6, generator=generator, dtype=torch.float64)
     x[:, 0] = 0
     weight = torch.zeros(2, 6, dtype=torch.float64)
-    weight[:, 0] = 1e6
+    weight[0, 0] = 1e6
     weight[1] = torch.randn(6, generator=generator, dtype=torch.float64)
-    problem = LayerProblem(weight, x.T @ x / 40, Unstructured(0.5), update=ONE_PERCENT)
+    problem = LayerProblem(weight, x.T @ x / 40, HALF, update=ONE_PERCENT)
     for solver in ("exhaustive", "branch", "admm", "obs", "swap"):
         verified(problem, solver)
     best = solve(problem, "exhaustive")
@@ -361,8 +366,7 @@ def test_whole_numbers_are_optimal_where_the_next_value_is_proven_and_not_before
     ):
         assert_refused(problem, wrong, message)
     for solver in ("scip", "gurobi", "highs"):  # their tolerances are many values wide
-        solution = verified(problem, solver)
-        assert solution.status == (Status.FEASIBLE,)
+        assert verified(problem, solver).status == (Status.FEASIBLE,)
 
 
 def test_bounds_at_the_ends_of_float64():
@@ -373,8 +377,7 @@ def test_bounds_at_the_ends_of_float64():
         usual = solve(LayerProblem(weight, gram, pattern), solver).status
         for power in (-290, 160, 290):
             scaled = LayerProblem(weight, gram * 10.0**power, pattern)
-            solution = verified(scaled, solver)
-            assert solution.status == usual
+            assert verified(scaled, solver).status == usual
 
 
 # --- what counts as an improving swap: how much, which of several, and in whatever unit
@@ -412,8 +415,7 @@ def test_it_is_the_best_pair_of_brute_force(problem):
             slack = SWAP_TOLERANCE * cost(mask) + SWAP_FLOOR * mass
             assert best >= -slack * (1 + 1e-6) - 1e-13 * mass
         else:
-            assert bool(mask[swap.kept])
-            assert not bool(mask[swap.pruned])
+            assert mask[[swap.kept, swap.pruned]].tolist() == [True, False]
             assert swap.delta == pytest.approx(best, rel=1e-6, abs=1e-9 * mass)
             assert cost(swapped(mask, swap.kept, swap.pruned)) < cost(mask)
 

@@ -9,10 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 import tomllib
-from io import StringIO
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,7 +45,7 @@ EXAMPLES = {name: command.example for name, command in COMMANDS.items()}
 def test_solvers_and_their_options_are_listed(monkeypatch):
     listed = run("solvers")
     monkeypatch.setattr(information, "screen", Console(width=80, markup=False))
-    Console(width=80, markup=False, file=(shown := StringIO())).print(information._solvers())
+    Console(width=80, markup=False, file=(shown := io.StringIO())).print(information._solvers())
     words = "".join(shown.getvalue().replace("│", " ").split())
     for name, info in available_solvers().items():
         assert f" {name} " in listed
@@ -261,13 +258,6 @@ def test_the_line_is_taken(line):
 
 
 LONG = "block 152 of 152: solve model.language_model.layers.151.self_attn.q_proj"
-
-
-@pytest.fixture
-def still(monkeypatch):
-    found = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(time, "monotonic", lambda: found.now)
-    return found
 
 
 @pytest.fixture

@@ -243,8 +243,7 @@ def test_sources_of_text(dense, tmp_path, monkeypatch):
         prune(dense, source, tmp_path / "out", *how, *more)
         calibration = manifest(tmp_path / "out")["fingerprint"]["calibration"]
         assert (calibration["samples"], calibration["length"]) == (3, 24)
-        assert calibration["source"] == name
-        assert len(calibration["sha256"]) == 64
+        assert (calibration["source"], len(calibration["sha256"])) == (name, 64)
     words = ["--seq-len", 32, "--activation-memory", 0, "--threads", 1]
     shown = run("eval", dense, "--text", "hf:wikitext2:test", *words)
     assert "windows of 32 tokens from hf:wikitext2:test" in shown

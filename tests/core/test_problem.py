@@ -17,8 +17,7 @@ from forging import fails
 from hypothesis import given, strategies as st
 from strategies import HALF, TWO_FOUR, drawn, problems, random_gram, random_weight, verified
 
-from maskopt import NM, LayerProblem, RowProblem, Unstructured, errors, solve, verify
-from maskopt.certificates.certificate import Certificate
+from maskopt import NM, Certificate, LayerProblem, RowProblem, Unstructured, errors, solve, verify
 from maskopt.core import files
 from maskopt.core.files import read_arrays, write_arrays
 from maskopt.core.least_squares import LeastSquaresUpdate
@@ -140,6 +139,7 @@ def test_bad_patterns_means_rows_and_columns_name_the_thing():
     fails(PatternError, "q_proj", LayerProblem, ONES, EYE, NM(keep=2, of=3), name="q_proj")
     message = r"layer 'q': mean must be \[4\], not \[3\]"
     fails(ProblemError, message, LayerProblem, ONES, EYE, HALF, name="q", mean=torch.ones(3))
+    fails(ProblemError, "variance", LayerProblem, ONES, EYE, HALF, variance=-torch.ones(4))
     message = r"a row's weight must be \[n\], not \[1, 4\]"
     fails(ProblemError, message, RowProblem, torch.ones(1, 4), EYE, HALF)
     layer = LayerProblem(torch.ones(3, 4), EYE, HALF)
@@ -431,8 +431,7 @@ def test_refitted_rows_at_any_scale_of_the_gram_matrix(scale):
     verify(problem, found)
     verify(problem, best)
     bound = lower_bound(problem, "perspective").value
-    assert bool((bound <= best.objective * (1 + 1e-9)).all())
-    assert bool((bound > 0.1 * best.objective).all())
+    assert bool(((bound <= best.objective * (1 + 1e-9)) & (bound > 0.1 * best.objective)).all())
     worst = solve(problem, "random", seed=1).mask
     for row in range(2):
         one, mask = problem.row(row), worst[row : row + 1]

@@ -14,18 +14,9 @@ from commands import run
 from diversity import RECIPES, diversity
 from forging import fails
 from hypothesis import given, strategies as st
-from strategies import (
-    KINDS,
-    TWO_FOUR,
-    drawn,
-    legal_masks,
-    random_gram,
-    random_weight,
-    verified,
-)
+from strategies import KINDS, TWO_FOUR, drawn, legal_masks, random_gram, random_weight, verified
 
-from maskopt import LayerProblem, LeastSquaresUpdate, RowProblem, Unstructured, verify
-from maskopt.core.linear_term import LinearTerm
+from maskopt import LayerProblem, LeastSquaresUpdate, LinearTerm, RowProblem, Unstructured, verify
 from maskopt.core.units import ObjectiveTransform
 from maskopt.errors import OptionError, PatternError, ProblemError, VerificationError
 from maskopt.instances.formats import load_problem, save_problem
@@ -190,8 +181,7 @@ def test_the_library_s_own_value_is_found(tmp_path, name, text, cardinality, val
     solution = solve(problem, "exhaustive")
     assert problem.value(float(solution.objective[0])) == pytest.approx(value, abs=1e-9)
     assert tuple((~solution.mask[0]).nonzero()[:, 0].tolist()) == chosen
-    assert best(problem)[0] == pytest.approx(value)
-    assert problem.integral == (name == "graph.dat")
+    assert (best(problem)[0], problem.integral) == (pytest.approx(value), name == "graph.dat")
 
 
 @pytest.mark.parametrize("kind", TEXTS)

@@ -6,9 +6,8 @@ from forging import fails
 from hypothesis import given, settings, strategies as st
 from strategies import HALF, ONE_PERCENT, drawn, floor, problems, refit_layer, verified
 
-from maskopt import NM, LayerProblem, LeastSquaresUpdate, Progress, Unstructured, solve
+from maskopt import NM, LayerProblem, LeastSquaresUpdate, Progress, Status, Unstructured, solve
 from maskopt.errors import MaskoptError, OptionError, WarmStartError
-from maskopt.protocol.solution import Status
 from maskopt.protocol.solver import make_start
 
 #: solver and options

@@ -12,10 +12,9 @@ from hypothesis import given, strategies as st
 from scipy.optimize import minimize
 from strategies import KINDS, TWO_FOUR, drawn, graph, random_gram, random_weight
 
-from maskopt import NM, LayerProblem, Status, Unstructured, lower_bound, solve, verify
+from maskopt import NM, LayerProblem, Limits, Status, Unstructured, lower_bound, solve, verify
 from maskopt.certificates.cuts import NO_INPUT, OF_Z0, Cuts, check_cuts, cut_form
 from maskopt.core.files import pack
-from maskopt.core.limits import Limits
 from maskopt.solvers.bounds.cuts import cut_certificate
 from maskopt.solvers.convex.triangles import ABSENT, Incidence, Pool, dense, separate
 from maskopt.solvers.exact.tree import quadratic, relaxation

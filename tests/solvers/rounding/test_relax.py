@@ -8,9 +8,7 @@ from hypothesis import given, strategies as st
 from scipy.optimize import minimize
 from strategies import HALF, TWO_FOUR, drawn, floor, problems, random_gram, random_weight, verified
 
-from maskopt import LayerProblem, Unstructured, solve, verify
-from maskopt.core.limits import Limits
-from maskopt.protocol.solution import Status
+from maskopt import LayerProblem, Limits, Status, Unstructured, solve, verify
 from maskopt.solvers.convex.box import BoxPlan, relax_box
 from maskopt.solvers.convex.box_step import CompiledStep, TorchStep
 from maskopt.solvers.convex.linear_bound import linear_bound

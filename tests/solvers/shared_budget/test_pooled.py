@@ -16,10 +16,9 @@ from pooled_layers import layer, pool, shared_budget, slack, total
 from scipy.optimize import LinearConstraint, minimize
 from strategies import ONE_PERCENT, drawn, swap_optimal, verified
 
-from maskopt import NM, LayerProblem, Limits, RowProblem, Unstructured, errors, lower_bound
+from maskopt import NM, LayerProblem, Limits, RowProblem, Unstructured, errors, lower_bound, verify
 from maskopt.certificates.certificate import Certificate
 from maskopt.checks.swap_check import improving_swap
-from maskopt.checks.verification import verify
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.errors import PatternError, ProblemError, SolverError, VerificationError
 from maskopt.protocol.solution import Solution, Status
@@ -43,11 +42,9 @@ def test_the_count_is_that_of_the_layer():
         assert pattern.group_size(n) == n
         fails(PatternError, "no count of its own", pattern.pruned_per_group, n)
         assert pattern.uniform() == Unstructured(sparsity=sparsity)
-    assert NM(2, 4).uniform() == NM(2, 4)
-    assert NM(1, 4).pruned_in(3, 8) == 18
+    assert (NM(2, 4).uniform(), NM(1, 4).pruned_in(3, 8)) == (NM(2, 4), 18)
     kept = Unstructured(keep=3, per="layer")
-    assert kept.pruned_in(4, 10) == 28
-    assert kept.uniform() == Unstructured(keep=3)
+    assert (kept.pruned_in(4, 10), kept.uniform()) == (28, Unstructured(keep=3))
     assert str(kept) == "keep 3 per layer"
     assert kept.is_legal(torch.arange(40).view(4, 10) < 12).tolist() == [True] * 4
     problem = layer(rows=3, n=8)
