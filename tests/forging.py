@@ -47,13 +47,14 @@ def fails(error: type[Exception], said: str | None, call: Any, *given: Any, **mo
         pytest.fail(f"nothing was refused with {said!r}")
 
 
-def rewrite(path: Path, change: Callable[[Any, Any], Any], to: Path | None = None) -> None:
-    """Change the header and the arrays of a problem's or a solution's file."""
-    kind = {"layer": "layer", "row": "row"}.get(path.stem, "solution")
-    header, arrays = read_arrays(path, kind)
-    header = {name: value for name, value in header.items() if name not in ("format", "kind")}
-    change(header, arrays)
-    write_arrays(to or path, kind, header, arrays)
+def rewrite(
+    path: Path, header: Any = (), arrays: Change = lambda _: None, kind: str = "solution"
+) -> None:
+    """Other entries in the header of a file of this kind, and its arrays after a change."""
+    said, held = read_arrays(path, kind)
+    said = {name: value for name, value in said.items() if name not in ("format", "kind")}
+    arrays(held)
+    write_arrays(path, kind, said | dict(header), held)
 
 
 def copied(result: Path, to: Path) -> Path:

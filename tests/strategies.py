@@ -10,6 +10,7 @@ from itertools import chain, combinations, product
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -24,6 +25,11 @@ HALF, TWO_FOUR = Unstructured(sparsity=0.5), NM(keep=2, of=4)
 ONE_PERCENT = LeastSquaresUpdate(0.01)
 F64 = torch.float64
 KINDS = ("full", "low-rank", "zero-columns", "duplicates", "diagonal", "outliers")
+
+
+def slow(*values: Any) -> Any:
+    """A case that runs with --slow only."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def random_gram(n: int, kind: str, seed: int, dtype: torch.dtype = F64) -> Tensor:

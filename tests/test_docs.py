@@ -7,7 +7,7 @@ import sys
 
 import nbformat
 import pytest
-from commands import ROOT, shows
+from commands import ROOT
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.util import run_sync

@@ -13,6 +13,7 @@ from certificates import layer as eight, single, stating
 from commands import ended, run, shows
 from forging import edit, fails, rewrite
 from hypothesis import given, strategies as st
+from prunes import slow
 from strategies import HALF, TWO_FOUR, drawn, graph, legal_masks, problems, proven, random_gram
 
 from maskopt import NM, LayerProblem, RowProblem, Solution, Status, Unstructured, solve, verify
@@ -112,7 +113,7 @@ def test_a_tree_is_the_same_every_time_and_survives_a_file(tmp_path):
         assert one.dtype == two.dtype
         assert np.array_equal(one, two)
     assert verify(problem, loaded, require="checked").checked
-    rewrite(path, lambda header, arrays: arrays.pop("proof.rows.0.points"))
+    rewrite(path, arrays=lambda arrays: arrays.pop("proof.rows.0.points"))
     fails(ProblemError, "not a sound solution", Solution.load, path)
 
 
@@ -139,9 +140,7 @@ def tree_with(tree, form, branch, **more):
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(keep=5), NM(keep=1, of=3)], ids=str)
-@pytest.mark.parametrize(
-    "kind", ["full", "outliers", pytest.param("low-rank", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("kind", ["full", "outliers", slow("low-rank")])
 def test_any_form_at_any_point_is_below_all_masks(pattern, kind):
     """λ and μ of both signs, at the root and at a node: valid, and often worth something."""
     random = np.random.default_rng(4)
@@ -463,9 +462,7 @@ def test_rounding_of_many_cuts_proves_nothing(tmp_path):
     run("verify", tmp_path, "--exact", fails=OptionError)
 
 
-@pytest.mark.parametrize(
-    "first", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in (50, 100, 150, 200))]
-)
+@pytest.mark.parametrize("first", [0, *map(slow, (50, 100, 150, 200))])
 def test_forged_certificates_and_trees_are_refused(first, monkeypatch):
     """250 of them: none proves more than the optimum, or than it does in exact arithmetic."""
     # else verify tries all masks of a toy

@@ -9,16 +9,8 @@ import torch
 from certificates import claimed, stating
 from forging import fails
 from hypothesis import given
-from strategies import (
-    HALF,
-    ONE_PERCENT,
-    TWO_FOUR,
-    drawn,
-    problems,
-    random_gram,
-    random_weight,
-    verified,
-)
+from prunes import slow
+from strategies import ONE_PERCENT, TWO_FOUR, drawn, problems, random_gram, random_weight, verified
 
 from maskopt import LayerProblem, Solution, Status, Unstructured, lower_bound, solve, verify
 from maskopt.checks.swap_check import improving_swap
@@ -309,7 +301,7 @@ def test_weights_that_meet_no_input_are_refitted_without_a_claim_on_rounding():
     weight = torch.zeros(2, 6, dtype=torch.float64)
     weight[0, 0] = 1e6
     weight[1] = torch.randn(6, generator=generator, dtype=torch.float64)
-    problem = LayerProblem(weight, x.T @ x / 40, HALF, update=ONE_PERCENT)
+    problem = LayerProblem(weight, x.T @ x / 40, Unstructured(0.5), update=ONE_PERCENT)
     for solver in ("exhaustive", "branch", "admm", "obs", "swap"):
         verified(problem, solver)
     best = solve(problem, "exhaustive")
@@ -317,9 +309,7 @@ def test_weights_that_meet_no_input_are_refitted_without_a_claim_on_rounding():
 
 
 # --- whole numbers, and the ends of float64
-@pytest.mark.parametrize(
-    "penalty", [1e14, *(pytest.param(x, marks=pytest.mark.slow) for x in (1e8, 1e12))]
-)
+@pytest.mark.parametrize("penalty", [1e14, slow(1e8), slow(1e12)])
 def test_a_penalty_on_what_is_not_chosen_hides_nothing(penalty):
     u = np.triu(np.random.default_rng(0).integers(0, 2, (12, 12)), 1).astype(float)
     u += u.T

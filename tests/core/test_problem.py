@@ -13,13 +13,12 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from forging import fails
+from forging import fails, rewrite
 from hypothesis import given, strategies as st
 from strategies import HALF, TWO_FOUR, drawn, problems, random_gram, random_weight, verified
 
 from maskopt import NM, Certificate, LayerProblem, RowProblem, Unstructured, errors, solve, verify
 from maskopt.core import files
-from maskopt.core.files import read_arrays, write_arrays
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.linear_term import LinearTerm
 from maskopt.errors import PatternError, ProblemError, SolverError, VerificationError
@@ -176,10 +175,9 @@ def test_save_and_load_round_trip(tmp_path, pattern):
     pairs = [(getattr(back, x), getattr(problem, x)) for x in names]
     pairs.append((row.weight, problem.weight[1]))
     if pattern is HALF:
-        linear = problem.linear
-        pairs.append((back.linear.correlation, linear.correlation))
-        pairs.append((back.linear.constant, linear.constant))
-        pairs.append((row.linear.correlation, linear.correlation[1:2]))
+        linear, own = problem.linear, row.linear.correlation
+        pairs += [(getattr(back.linear, x), y) for x, y in vars(linear).items()]
+        pairs.append((own, linear.correlation[1:2]))
     for one, other in pairs:
         assert one is other is None or torch.equal(one, other)
     assert (back.pattern, back.name) == (pattern, "a.b")
@@ -276,11 +274,8 @@ def test_bad_masks(mask, message):
     if not isinstance(mask, str):
         fails(errors.WarmStartError, None, PLAIN.check_mask, mask)
     if "shape" in message or "bool" in message:  # no cost can be named
-        for cost in (
-            PLAIN.objective,
-            PLAIN.weights,
-            PLAIN.with_update(LeastSquaresUpdate(0.01)).weights,
-        ):
+        updated = PLAIN.with_update(LeastSquaresUpdate(0.01))
+        for cost in (PLAIN.objective, PLAIN.weights, updated.weights):
             fails(ProblemError, f"mask {message}", cost, mask)
 
 
@@ -383,20 +378,17 @@ def test_permuted_scaled_and_restricted(pattern):
         fails(VerificationError, None, verify, problem, solve(bare, name))
 
 
-@pytest.mark.parametrize(
-    ("correlation", "constant", "message"),
-    [
-        (torch.zeros(2, 7), torch.zeros(2), r"linear: correlation must be \[2, 8\]"),
-        (torch.zeros(2, 8), torch.zeros(3), r"linear: constant must be \[2\]"),
-        (torch.zeros(2, 8), torch.tensor([0.0, -1.0]), "not below 0"),
-        (torch.full((2, 8), torch.nan), torch.zeros(2), "NaN"),
-        (torch.ones(2, 8), torch.tensor([100.0, 0.01]), "constant of row 1 .* same r"),
-    ],
-)
-def test_what_is_no_linear_part(correlation, constant, message):
-    linear = LinearTerm(correlation, constant)
-    with pytest.raises(ProblemError, match=message):
-        LayerProblem(random_weight(2, 8, 1), torch.eye(8), HALF, linear=linear)
+def test_what_is_no_linear_part():
+    plain, zeros = drawn(2, 8), torch.zeros(2, 8)
+    for correlation, constant, message in (
+        (zeros[:, :7], torch.zeros(2), r"linear: correlation must be \[2, 8\]"),
+        (zeros, torch.zeros(3), r"linear: constant must be \[2\]"),
+        (zeros, torch.tensor([0.0, -1.0]), "not below 0"),
+        (zeros * torch.nan, torch.zeros(2), "NaN"),
+        (zeros + 1, torch.tensor([100.0, 0.01]), "constant of row 1 .* same r"),
+    ):
+        given = plain.weight, torch.eye(8), HALF
+        fails(ProblemError, message, LayerProblem, *given, linear=LinearTerm(correlation, constant))
 
 
 # --- at the edges of float64
@@ -568,13 +560,13 @@ def test_what_is_unknown_is_null_in_a_file(tmp_path):
     ids=lambda changes: str(changes)[:40],
 )  # fmt: skip
 def test_a_forged_file_is_named(changes, kinds, tmp_path):
-    solve(LAYER, "relax" if kinds else "wanda").save(tmp_path / "s.npz")
-    header, arrays = read_arrays(tmp_path / "s.npz", "solution")
-    header = {k: v for k, v in header.items() if k not in ("format", "kind")} | changes
-    arrays |= {name: arrays[name].astype(kind) for name, kind in kinds.items()}
-    write_arrays(tmp_path / "f.npz", "solution", header, arrays)
-    with pytest.raises(ProblemError, match=r"f\.npz: not a sound" + " solution" * bool(changes)):
-        Solution.load(tmp_path / "f.npz")
+    def retyped(arrays):
+        arrays.update({name: arrays[name].astype(kind) for name, kind in kinds.items()})
+
+    solve(LAYER, "relax" if kinds else "wanda").save(path := tmp_path / "s.npz")
+    rewrite(path, changes, retyped)
+    said = r"s\.npz: not a sound" + " solution" * bool(changes)
+    fails(ProblemError, said, Solution.load, path)
 
 
 def test_a_bound_takes_as_many_inputs_as_it_says(monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from forging import fails
 from hypothesis import given, settings, strategies as st
-from strategies import HALF, ONE_PERCENT, drawn, floor, problems, refit_layer, verified
+from strategies import HALF, ONE_PERCENT, drawn, floor, problems, refit_layer, slow, verified
 
 from maskopt import NM, LayerProblem, LeastSquaresUpdate, Progress, Status, Unstructured, solve
 from maskopt.errors import MaskoptError, OptionError, WarmStartError
@@ -25,16 +25,13 @@ SEARCHES = KERNELS | {
 COSTLY = ("memetic", "memetic, updated", "sdp")
 #: of loops that other tests do not compile for both
 DTYPES = {"kswap": torch.float64, "kswap, single": torch.float32}
-SLOW = pytest.mark.slow
 
 
 def update_of(name):
     return ONE_PERCENT if name.endswith("updated") else None
 
 
-@pytest.mark.parametrize(
-    "name", [*SEARCHES, "memetic, updated", pytest.param("kswap, single", marks=SLOW)]
-)
+@pytest.mark.parametrize("name", [*SEARCHES, "memetic, updated", slow("kswap, single")])
 @settings(max_examples=settings.default.max_examples // 2)
 @given(data=st.data())
 def test_contract(name, data):
@@ -110,9 +107,7 @@ def test_without_time_the_start_comes_back(name):
         assert set(stopped.trace.stopped) == {"yes"}
 
 
-@pytest.mark.parametrize(
-    "pattern", [HALF, *(pytest.param(p, marks=SLOW) for p in (NM(2, 4), NM(3, 8)))], ids=str
-)
+@pytest.mark.parametrize("pattern", [HALF, *map(slow, (NM(2, 4), NM(3, 8)))], ids=str)
 def test_optimum_of_small_rows(pattern):
     """Where 1-swap search alone does not find it."""
     problem = drawn(40, 16, "low-rank", pattern, (3, 4))

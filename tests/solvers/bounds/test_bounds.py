@@ -10,7 +10,7 @@ import torch
 from certificates import claimed
 from forging import fails
 from hypothesis import given, settings, strategies as st
-from strategies import HALF, KINDS, TWO_FOUR, drawn, problems, random_gram, random_weight
+from strategies import HALF, KINDS, TWO_FOUR, drawn, problems, random_gram, random_weight, slow
 
 from maskopt import NM, Certificate, LayerProblem, Unstructured, lower_bound, solve
 from maskopt.certificates.cuts import Cuts
@@ -24,7 +24,6 @@ from maskopt.solvers.convex.mixing import Extra, Mixing
 METHODS = ("box", "shift", "sdp")
 SPARSE = Unstructured(0.6)
 PATTERNS = (SPARSE, TWO_FOUR)
-SLOW = pytest.mark.slow
 
 
 def layer(rows, n, pattern=SPARSE, kind="full", dtype=torch.float64):
@@ -121,7 +120,7 @@ SETTLING = list(itertools.product(["full", "low-rank", "outliers"], PATTERNS))
 
 @pytest.mark.parametrize(
     ("kind", "pattern"),
-    [SETTLING[4], *(pytest.param(*SETTLING[i], marks=SLOW) for i in (0, 1, 2, 3, 5))],
+    [SETTLING[4], *(slow(*SETTLING[i]) for i in (0, 1, 2, 3, 5))],
     ids=str,
 )
 def test_the_default_sweeps_settle(kind, pattern):
@@ -140,7 +139,7 @@ def heavy(problem, size):
     return LayerProblem(weight, problem.gram, problem.pattern), best
 
 
-@pytest.mark.parametrize("n", [24, pytest.param(260, marks=SLOW)])
+@pytest.mark.parametrize("n", [24, slow(260)])
 @pytest.mark.parametrize("size", [1e6, 1e20, 1e100])
 def test_a_weight_of_any_size_leaves_a_bound(n, size):
     other, best = heavy(layer(1, n), size)
@@ -233,7 +232,7 @@ def test_bad_input_is_named(problem, method, options, kind, message):
     assert ENTRY_POINT_GROUP == "maskopt.bounds"
 
 
-@pytest.mark.parametrize("pattern", [SPARSE, pytest.param(TWO_FOUR, marks=SLOW)], ids=str)
+@pytest.mark.parametrize("pattern", [SPARSE, slow(TWO_FOUR)], ids=str)
 def test_the_conic_solver_and_the_low_rank_method_agree(pattern):
     pytest.importorskip("scs")
     problem = layer(2, 16, pattern)
@@ -291,7 +290,7 @@ def random_extra(n, rows, seed):
         (40, TWO_FOUR, 17), (60, NM(5, 20), 48),
         (30, SPARSE, 80),  # more accumulators than are summed together
         *(  # in float32
-            pytest.param(*case, marks=SLOW)
+            slow(*case)
             for case in ((259, HALF, 23), (264, NM(4, 8), 16), (264, SPARSE, 130))
         ),
     ],
@@ -313,7 +312,7 @@ def test_the_sweep_is_plain_gauss_seidel(n, pattern, rank, with_extra):
     assert not state.v[:, :, rank:].any()
 
 
-@pytest.mark.parametrize("n", [48, pytest.param(264, marks=SLOW)])
+@pytest.mark.parametrize("n", [48, slow(264)])
 def test_no_bit_depends_on_threads_or_on_the_rows_beside(n):
     problem = drawn(4, n, pattern=SPARSE, seeds=(1, 0))
     _, extra = random_extra(n, 4, 3)

@@ -10,7 +10,7 @@ import torch
 from certificates import claimed
 from hypothesis import given, strategies as st
 from scipy.optimize import minimize
-from strategies import KINDS, TWO_FOUR, drawn, graph, random_gram, random_weight
+from strategies import KINDS, TWO_FOUR, drawn, graph, random_gram, random_weight, slow
 
 from maskopt import NM, LayerProblem, Limits, Status, Unstructured, lower_bound, solve, verify
 from maskopt.certificates.cuts import NO_INPUT, OF_Z0, Cuts, check_cuts, cut_form
@@ -381,8 +381,8 @@ AGAIN = {"_TRY": 3, "_TRY_AGAIN": 12, "_TOO_MANY": 12}
     [
         (48, 1.0, {"_TRY": 3}, True),
         # whatever the root then lacks, as long as it proves more than all that was branched
-        pytest.param(64, 0.0, AGAIN, True, marks=pytest.mark.slow),
-        pytest.param(64, 0.0, AGAIN | {"_TOO_MANY": 50_000}, False, marks=pytest.mark.slow),
+        slow(64, 0.0, AGAIN, True),
+        slow(64, 0.0, AGAIN | {"_TOO_MANY": 50_000}, False),
         # a root that proves less than its tree
         (64, 1e300, {"_TRY": 12, "CLOSE": ROUGH}, False),
         (64, 0.0, AGAIN | {"FAR": ROUGH._replace(anyway=True)}, False),
@@ -402,9 +402,7 @@ def test_triangles_are_tried_where_a_row_is_hard(monkeypatch, n, near, values, k
     [(1e300, {"_TRY": 1}), (-1.0, {"_TRY": 1, "_TRY_AGAIN": 1, "_TOO_MANY": 10**9})],
     ids=["early", "again"],
 )
-@pytest.mark.parametrize(
-    "seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, 2, 3, 4, 5))]
-)
+@pytest.mark.parametrize("seed", [1, *map(slow, (0, 2, 3, 4, 5))])
 @pytest.mark.parametrize("kind", KINDS)
 def test_trees_with_triangles_find_the_optimum_at_any_scale(monkeypatch, near, values, kind, seed):
     patched(monkeypatch, near, **values)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from forging import fails
 from hypothesis import given
+from prunes import slow
 from strategies import HALF, TWO_FOUR, drawn, floor, legal_masks, problems, refit_layer, verified
 
 from maskopt import LayerProblem, Limits, RowProblem, Status, Unstructured, solve, verify
@@ -35,7 +36,6 @@ from maskopt.solvers.exact.tree.relaxation import Plan, Relaxed
 
 SIXTY, OPTIMAL = Unstructured(sparsity=0.6), (Status.OPTIMAL,)
 close = torch.testing.assert_close
-SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("low-rank", "duplicates")]
 
 
 def layer(n, seed=1, rows=1):
@@ -89,7 +89,7 @@ def test_the_multipliers_of_a_node_are_semidefinite_and_tighten_it():
 
 
 @pytest.mark.parametrize("pattern", [SIXTY, TWO_FOUR], ids=str)
-@pytest.mark.parametrize("kind", ["full", "outliers", *SLOW])
+@pytest.mark.parametrize("kind", ["full", "outliers", slow("low-rank"), slow("duplicates")])
 def test_a_node_is_bounded_and_fixed_validly(pattern, kind):
     """Against all masks below random nodes, with the multipliers of the root and with the node's own."""
     n, problem = 12, drawn(1, 12, kind, pattern, (9, 3))
@@ -242,7 +242,7 @@ def test_a_tree_of_twins_does_not_serve_a_row_whose_inputs_are_none():
 
 # --- SCIP
 @pytest.mark.parametrize("formulation", FORMULATIONS)
-@pytest.mark.parametrize("pattern", [HALF, pytest.param(TWO_FOUR, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("pattern", [HALF, slow(TWO_FOUR)], ids=str)
 def test_every_formulation_proves_the_same_optimum(formulation, pattern):
     for kind in ("full", "duplicates"):
         problem = drawn(1, 12, kind, pattern, (4, 3))

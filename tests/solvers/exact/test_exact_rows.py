@@ -25,7 +25,7 @@ import torch
 from commands import import_path
 from forging import fails
 from hypothesis import given, settings, strategies as st
-from prunes import contents
+from prunes import contents, slow
 from strategies import HALF, KINDS, TWO_FOUR, drawn, floor, problems, refit_layer, verified
 from tiny_models import tokens
 from worker_tasks import die_on_seven, lie
@@ -433,7 +433,7 @@ def case(request):
 
 def slow_where(cases, late):
     """The cases, those in `late` for the slow tier alone."""
-    return [pytest.param(c, marks=pytest.mark.slow) if late(c) else c for c in cases]
+    return [slow(c) if late(c) else c for c in cases]
 
 
 def options_of(case):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from pooled_layers import layer as pooled_layer, shared_budget, slack, total
-from strategies import HALF, ONE_PERCENT, TWO_FOUR, drawn, problems, swap_optimal, verified
+from strategies import HALF, ONE_PERCENT, TWO_FOUR, drawn, problems, slow, swap_optimal, verified
 
 from maskopt import NM, LayerProblem, LeastSquaresUpdate, Limits, Unstructured, lower_bound, solve
 from maskopt.certificates.certificate import Certificate
@@ -24,12 +24,10 @@ from maskopt.solvers.search.tabu_kernel import SMALL
 SINGLE = torch.float32
 SIXTY = Unstructured(sparsity=0.6)
 PATTERNS = [SIXTY, TWO_FOUR, NM(keep=12, of=32)]
-ONE_AND_SLOW = [SIXTY, *(pytest.param(p, marks=pytest.mark.slow) for p in PATTERNS[1:])]
+ONE_AND_SLOW = [SIXTY, *map(slow, PATTERNS[1:])]
 OPTIONS = {"generations": 6, "children": 3, "pool": 4, "moves": 40}
 REFITS = pytest.mark.parametrize("update", [None, ONE_PERCENT])
-REFITS_SLOW = pytest.mark.parametrize(
-    "update", [None, pytest.param(ONE_PERCENT, marks=pytest.mark.slow)]
-)
+REFITS_SLOW = pytest.mark.parametrize("update", [None, slow(ONE_PERCENT)])
 
 
 @settings(max_examples=settings.default.max_examples // 2)

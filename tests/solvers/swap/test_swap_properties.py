@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from strategies import HALF, ONE_PERCENT, TWO_FOUR, drawn, floor, swap_optimal, verified
+from strategies import HALF, ONE_PERCENT, TWO_FOUR, drawn, floor, slow, swap_optimal, verified
 
 from maskopt import NM, LayerProblem, LeastSquaresUpdate, Status, Unstructured, solve
 from maskopt.solvers.swap.batch import Batch
@@ -70,7 +70,7 @@ def posed(problem, kernel):
 @pytest.mark.parametrize(
     ("layer", "kernel"),
     [
-        pytest.param(*case, marks=pytest.mark.slow if case in SLOW else ())
+        slow(*case) if case in SLOW else case
         for case in product(LAYERS, NAMES)
         if case != ("one direction", "updated")  # of which test_refit_objective has its own
     ],

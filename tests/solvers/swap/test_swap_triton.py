@@ -14,7 +14,7 @@ from hypothesis import given, settings, strategies as st
 
 pytest.importorskip("triton", reason="the package triton is not installed")
 
-from strategies import HALF, KINDS, TWO_FOUR, problems, random_gram, random_weight, verified
+from strategies import HALF, KINDS, TWO_FOUR, problems, random_gram, random_weight, slow, verified
 
 from maskopt import NM, LayerProblem, Solution, Status, Unstructured, solve, verify
 from maskopt.solvers.swap import engine, triton as triton_kernels
@@ -28,7 +28,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INFINITY = math.inf
 SIXTY = Unstructured(sparsity=0.6)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-SLOW = pytest.mark.slow
 
 
 def linear_terms(x, diagonal, c, kept):
@@ -227,8 +226,8 @@ def test_reach_bounds_every_entry():
 SHAPES = [
     (1, 1, "full", 1), (1, 2, "full", 1), (3, 7, "outliers", 3), (1, 65, "zero-columns", 26),
     (2, 65, "full", 65), (2, 65, "full", 1), (2, 65, "low-rank", 64),
-    pytest.param(3, 193, "low-rank", 77, marks=SLOW), (1, 128, "full", 51),
-    pytest.param(33, 9, "duplicates", 4, marks=SLOW),
+    slow(3, 193, "low-rank", 77), (1, 128, "full", 51),
+    slow(33, 9, "duplicates", 4),
 ]  # fmt: skip
 
 
@@ -302,7 +301,7 @@ def _layer(rows, n, kind, pattern, dtype=torch.float32):
 @pytest.mark.parametrize(
     ("rows", "n", "kind", "pattern", "dtype"),
     [
-        pytest.param(1, 150, "low-rank", SIXTY, torch.float32, marks=SLOW),
+        slow(1, 150, "low-rank", SIXTY, torch.float32),
         (1, 65, "outliers", SIXTY, torch.float64),
         (1, 64, "duplicates", HALF, torch.float32),
         (2, 33, "full", Unstructured(keep=33), torch.float32),
@@ -311,7 +310,7 @@ def _layer(rows, n, kind, pattern, dtype=torch.float32):
         (2, 1, "full", Unstructured(keep=1), torch.float32),
         (1, 64, "low-rank", TWO_FOUR, torch.float32),
         (1, 40, "full", NM(2, 5), torch.float64),
-        pytest.param(1, 96, "low-rank", NM(20, 48), torch.float32, marks=SLOW),
+        slow(1, 96, "low-rank", NM(20, 48), torch.float32),
         (1, 64, "full", NM(8, 32), torch.float32),
     ],
 )
