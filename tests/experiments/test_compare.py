@@ -13,9 +13,8 @@ import joblib
 import numpy as np
 import pytest
 import torch
-from commands import run
+from commands import run, scip_value
 from forging import fails
-from pyscipopt import Model
 from strategies import HALF, drawn, random_gram, random_weight
 from tiny_models import save, save_tokenizer, tiny, tokens
 
@@ -360,11 +359,7 @@ def test_commands_compare_and_export_what_other_programs_read(saved, tmp_path):
         target = tmp_path / f"r.{form}"
         words = ("export", tmp_path / "r.npz", target, "--formulation", formulation)
         run(*words)
-        model = Model()
-        model.hideOutput()
-        model.readProblem(str(target))
-        model.optimize()
-        assert model.getObjVal() == pytest.approx(best, rel=1e-4, abs=1e-5)
+        assert scip_value(target) == pytest.approx(best, rel=1e-4, abs=1e-5)
         assert "exists; pass --overwrite" in run(*words, fails=e.OptionError)
     # a row keeps its name through files
     LAYER.row(3).save(tmp_path / "0.npz")
