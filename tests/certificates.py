@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from strategies import TWO_FOUR, drawn
 
-from maskopt import NM, Certificate, Solution, Unstructured, verify
+from maskopt import NM, Certificate, Solution, Unstructured, solve, verify
 from maskopt.certificates.certificate import _check_row
 from maskopt.certificates.cuts import Cuts
 from maskopt.certificates.proof import KINDS, LEAF, RowProof
@@ -16,6 +16,13 @@ PATTERNS = (Unstructured(keep=4), NM(keep=1, of=4), TWO_FOUR, Unstructured(keep=
 
 def layer(pattern=PATTERNS[2], rows=2, kind="full", linear=False):
     return drawn(rows, 8, kind, pattern, linear=3 if linear else None)
+
+
+def proven(problem, **options):
+    """What `branch` proves by a tree, which `verify` checks."""
+    solution = solve(problem, "branch", proof=True, workers=0, **options)
+    verify(problem, solution, require="checked")
+    return solution
 
 
 def stating(problem, mask, bound, **more):

@@ -101,13 +101,6 @@ def verified(problem: LayerProblem, solver: str, **options: Any) -> Solution:
     return solution
 
 
-def proven(problem: LayerProblem, **options: Any) -> Solution:
-    """What `branch` proves by a tree, which `verify` checks."""
-    solution = solve(problem, "branch", proof=True, **{"workers": 0, **options})
-    verify(problem, solution, require="checked")
-    return solution
-
-
 def alone(problem: LayerProblem, solver: Any, **options: Any) -> Tensor:
     """The masks that a solver gives each row by itself."""
     return torch.cat([solve(problem.row(i), solver, **options).mask for i in range(problem.rows)])

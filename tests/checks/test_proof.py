@@ -9,12 +9,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from certificates import layer as eight, single, stating
+from certificates import layer as eight, proven, single, stating
 from commands import ended, run, shows
 from forging import edit, fails, rewrite
 from hypothesis import given, strategies as st
-from prunes import slow
-from strategies import HALF, TWO_FOUR, drawn, graph, legal_masks, problems, proven, random_gram
+from strategies import HALF, TWO_FOUR, drawn, graph, legal_masks, problems, random_gram, slow
 
 from maskopt import NM, LayerProblem, RowProblem, Solution, Status, Unstructured, solve, verify
 from maskopt.certificates.certificate import Certificate

@@ -7,12 +7,12 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 import torch
-from certificates import claimed
+from certificates import claimed, proven
 from hypothesis import given, strategies as st
 from scipy.optimize import minimize
 from strategies import KINDS, TWO_FOUR, drawn, graph, random_gram, random_weight, slow
 
-from maskopt import NM, LayerProblem, Limits, Status, Unstructured, lower_bound, solve, verify
+from maskopt import NM, LayerProblem, Limits, Status, Unstructured, lower_bound, solve
 from maskopt.certificates.cuts import NO_INPUT, OF_Z0, Cuts, check_cuts, cut_form
 from maskopt.core.files import pack
 from maskopt.solvers.bounds.cuts import cut_certificate
@@ -314,29 +314,28 @@ def patched(monkeypatch, near, **values):
         monkeypatch.setattr(quadratic, name, value)
 
 
-def proven(problem, **options):
+def optimal(problem, **options):
     """A solution whose proof was checked, and how many triangles the proof has."""
-    solution = solve(problem, "branch", proof=True, workers=0, **options)
+    solution = proven(problem, **options)
     assert solution.status == (Status.OPTIMAL,)
-    assert verify(problem, solution, require="checked").checked
     return solution, solution.proof.rows[0].cuts.sum()
 
 
 @pytest.mark.slow
 def test_trees_of_graphs_are_small_and_smaller_with_pentagonal_inequalities(monkeypatch):
     problem = graph(60, 0.75, keep=40, seed=2)
-    five, _ = proven(problem)
+    five, _ = optimal(problem)
     small = graph(28, 0.75, keep=21, seed=0)
-    tight, cuts = proven(small)
+    tight, cuts = optimal(small)
     without = (plan._replace(pentagons=0) for plan in quadratic.CLOSE[:2])
     monkeypatch.setattr(quadratic, "CLOSE", Plans(*without))
-    three, _ = proven(problem)
+    three, _ = optimal(problem)
     for solution, places in ((five, 5), (three, 3)):
         assert solution.proof.rows[0].cut_index.shape[1] == places
     assert float(five.objective) == float(three.objective)
     assert int(five.trace.nodes[0]) < int(three.trace.nodes[0])
     monkeypatch.setattr(QuadraticTree, "_due", lambda self, nodes, least_open: None)
-    plain, none = proven(small)
+    plain, none = optimal(small)
     assert float(tight.objective) == float(plain.objective)
     assert int(tight.trace.nodes[0]) * 5 < int(plain.trace.nodes[0])
     assert cuts > 0 == none
@@ -347,7 +346,7 @@ def test_nodes_open_together_make_one_tree_on_any_threads_and_outlive_ctrl_c(mon
     rough = Plan((10.0, 1.0), (8,), pentagons=1)
     monkeypatch.setattr(quadratic, "CLOSE", Plans(rough, rough))
     problem = graph(50, 0.75, keep=34, seed=2)
-    best, other = (proven(problem, threads=threads)[0] for threads in (1, 5))
+    best, other = (optimal(problem, threads=threads)[0] for threads in (1, 5))
     assert int(best.trace.nodes) > 4  # some of them are open together
     assert torch.equal(other.trace.nodes, best.trace.nodes)
     one, five = (pack(solution.proof)[1] for solution in (best, other))
@@ -362,10 +361,9 @@ def test_nodes_open_together_make_one_tree_on_any_threads_and_outlive_ctrl_c(mon
         return branch(self, node)
 
     monkeypatch.setattr(QuadraticTree, "branch", interrupted)
-    solution = solve(problem, "branch", workers=0, threads=1, proof=True)
+    solution = proven(problem, threads=1)
     assert solution.trace.ended == ("userinterrupt",)
     assert float(solution.lower_bound) < float(best.objective)
-    assert verify(problem, solution, require="checked").checked
 
 
 @cache
@@ -392,7 +390,7 @@ def test_triangles_are_tried_where_a_row_is_hard(monkeypatch, n, near, values, k
     """Not only of whole numbers; the tree begins from its root again, and its proof with it."""
     objective = optimum(n)
     patched(monkeypatch, near, **values)
-    found, cuts = proven(drawn(1, n, pattern=SPARSE))
+    found, cuts = optimal(drawn(1, n, pattern=SPARSE))
     assert (cuts > 0) == kept
     torch.testing.assert_close(found.objective, objective, rtol=1e-9, atol=0)
 
@@ -413,8 +411,7 @@ def test_trees_with_triangles_find_the_optimum_at_any_scale(monkeypatch, near, v
     for pattern in patterns if seed == 1 else patterns[(seed + KINDS.index(kind)) % 2 :][:1]:
         weight = random_weight(2, 12, seed) * size * torch.tensor(10.0**spread)
         problem = LayerProblem(weight, random_gram(12, kind, seed), pattern)
-        solution = solve(problem, "branch", workers=0, proof=True)
-        exact = solve(problem, "exhaustive").objective
+        solution, exact = proven(problem), solve(problem, "exhaustive").objective
         slack = 1e-6 * exact + 1e-10 * problem.diagonal_mass()
         # of the others the check's own rounding, of large weights that are kept, can exceed 1e-6
         sizeable = exact > 1e-7 * problem.diagonal_mass()
@@ -422,7 +419,6 @@ def test_trees_with_triangles_find_the_optimum_at_any_scale(monkeypatch, near, v
         assert set(statuses) <= {Status.OPTIMAL}
         assert bool((solution.gap < 1e-5).all())
         assert bool(((solution.objective - exact).abs() <= slack).all())
-        verify(problem, solution, require="checked")
 
 
 def parabola(n, seed=0, rank=None):
