@@ -81,8 +81,7 @@ def test_among_many_vectors_about_the_most_violated_are_found():
     index, sign, violation = separate(inner, most)
     assert most / 2 < len(index) <= most
     assert len(set(named(index, sign))) == len(index)
-    i, j, k = index.T
-    a, b = sign.astype(float).T
+    (i, j, k), (a, b) = index.T, sign.astype(float).T
     assert bool(((i >= 0) & (i < j) & (j < k) & (k < n)).all())
     value = a * inner[i, j] + b * inner[i, k] + a * b * inner[j, k]
     np.testing.assert_allclose(-1 - value, violation, atol=1e-5)
@@ -133,8 +132,8 @@ def test_cuts_of_rows_do_not_depend_on_each_other_repeat_and_may_end_early():
     together, again = (cut_certificate(problem, 16, 3, Limits())[0] for _ in range(2))
     alone, _ = cut_certificate(problem.take([1]), 16, 3, Limits())
     assert torch.equal(together.diagonal, again.diagonal)
-    assert torch.equal(together.cuts[1].index, again.cuts[1].index)
-    assert torch.equal(together.cuts[1].index, alone.cuts[0].index)
+    for other in (again.cuts[1], alone.cuts[0]):
+        assert torch.equal(together.cuts[1].index, other.index)
     torch.testing.assert_close(together.cuts[1].multiplier, alone.cuts[0].multiplier)
     torch.testing.assert_close(together.diagonal[1], alone.diagonal[0])
     problem = drawn(2, 48, pattern=SPARSE)
@@ -292,8 +291,7 @@ def test_pentagonal_inequalities_that_are_violated_are_found(seed):
         return (1 - np.einsum("ti,tij,tj->t", b, inner, b)) / 2
 
     found = violations(index, np.column_stack([np.ones(len(index)), sign]))
-    assert len(found) > 1
-    assert len(np.unique(np.column_stack([index, sign]), axis=0)) == len(found)
+    assert len(np.unique(np.column_stack([index, sign]), axis=0)) == len(found) > 1
     assert (found > 0.05).all()
     assert (np.diff(found) <= 1e-12).all()
     assert (np.diff(index, axis=1) > 0).all()
@@ -308,8 +306,7 @@ def test_pentagonal_inequalities_that_are_violated_are_found(seed):
     assert len(pentagons(correlations(9, 4, 0), EMPTY, 10)[0]) == 0
 
 
-def patched(monkeypatch, near, **values):
-    monkeypatch.setattr(quadratic, "_NEAR", near)
+def patched(monkeypatch, **values):
     for name, value in values.items():
         monkeypatch.setattr(quadratic, name, value)
 
@@ -349,9 +346,7 @@ def test_nodes_open_together_make_one_tree_on_any_threads_and_outlive_ctrl_c(mon
     best, other = (optimal(problem, threads=threads)[0] for threads in (1, 5))
     assert int(best.trace.nodes) > 4  # some of them are open together
     assert torch.equal(other.trace.nodes, best.trace.nodes)
-    one, five = (pack(solution.proof)[1] for solution in (best, other))
-    assert one.keys() == five.keys()
-    assert all(np.array_equal(one[name], five[name]) for name in one)
+    np.testing.assert_equal(*(pack(solution.proof)[1] for solution in (best, other)))
     branch, calls = QuadraticTree.branch, []
 
     def interrupted(self, node):
@@ -389,7 +384,7 @@ AGAIN = {"_TRY": 3, "_TRY_AGAIN": 12, "_TOO_MANY": 12}
 def test_triangles_are_tried_where_a_row_is_hard(monkeypatch, n, near, values, kept):
     """Not only of whole numbers; the tree begins from its root again, and its proof with it."""
     objective = optimum(n)
-    patched(monkeypatch, near, **values)
+    patched(monkeypatch, _NEAR=near, **values)
     found, cuts = optimal(drawn(1, n, pattern=SPARSE))
     assert (cuts > 0) == kept
     torch.testing.assert_close(found.objective, objective, rtol=1e-9, atol=0)
@@ -403,7 +398,7 @@ def test_triangles_are_tried_where_a_row_is_hard(monkeypatch, n, near, values, k
 @pytest.mark.parametrize("seed", [1, *map(slow, (0, 2, 3, 4, 5))])
 @pytest.mark.parametrize("kind", KINDS)
 def test_trees_with_triangles_find_the_optimum_at_any_scale(monkeypatch, near, values, kind, seed):
-    patched(monkeypatch, near, **values)
+    patched(monkeypatch, _NEAR=near, **values)
     random = np.random.default_rng(7)
     for number in range(seed + 1):
         size, spread = 10.0 ** random.integers(-9, 9), random.integers(-3 * (number % 2), 1, 12)
@@ -433,9 +428,8 @@ def parabola(n, seed=0, rank=None):
 
 def least(function, n, free):
     options = {"maxiter": 10_000, "maxfun": 10**6, "ftol": 1e-15, "gtol": 1e-10}
-    options = {"method": "L-BFGS-B", "options": options}
-    bounds = [(None, None)] * free + [(0, None)] * (n - free)
-    return minimize(function, np.ones(n), jac=True, bounds=bounds, **options).fun
+    how = {"method": "L-BFGS-B", "bounds": [(None, None)] * free + [(0, None)] * (n - free)}
+    return minimize(function, np.ones(n), jac=True, options=options, **how).fun
 
 
 @pytest.mark.parametrize("n", [1, 2, 40])
@@ -446,8 +440,7 @@ def test_the_least_value_is_reached(n, free, rank):
     function = parabola(n, n, rank and min(rank, n))
     x, value = QuasiNewton(free, 25).descend(function, np.ones(n), 2000)
     assert (x[free:] >= 0).all()
-    assert value == function(x)[0]
-    assert value == pytest.approx(least(function, n, free), rel=1e-4, abs=1e-6)
+    assert value == function(x)[0] == pytest.approx(least(function, n, free), rel=1e-4, abs=1e-6)
 
 
 def test_every_step_is_legal_and_lowers_the_value():
@@ -466,12 +459,10 @@ def test_every_step_is_legal_and_lowers_the_value():
     assert value == values[-1]
     for slope in (0.0, np.nan):  # where nothing is gained it stays
         x, value = QuasiNewton(0, 5).descend(lambda x, s=slope: (1.0, x * s), np.ones(3), 10)
-        assert x.tolist() == [1, 1, 1]
-        assert value == 1
+        assert (x.tolist(), value) == ([1, 1, 1], 1)
     # a step too long is shortened
     x, value = QuasiNewton(1, 5).descend(lambda x: (float(500 * x @ x), 1000 * x), np.ones(1), 50)
-    assert abs(x[0]) < 1e-3
-    assert value < 1e-3
+    assert abs(x[0]) < 1e-3 > value
 
 
 def test_what_is_known_outlives_variables_that_come_and_go():
