@@ -156,10 +156,8 @@ def test_only_registered_exact_solvers_with_a_version_are_trusted(tmp_path):
             assert "is no registered exact solver with its version" in str(caught.value)
             assert str(caught.value).isprintable()
     exact = [i.capabilities for i in available_solvers().values() if i.capabilities.trusted]
-    assert len(exact) == 5
-    for capabilities in exact:
-        assert capabilities.proves == "optimality"
-        assert all(is_trusted(f"{name} 1.0.1") for name in capabilities.trusted)
+    assert [capabilities.proves for capabilities in exact] == ["optimality"] * 5
+    assert all(is_trusted(f"{name} 1.0.1") for can in exact for name in can.trusted)
 
 
 # --- how far a claim may be off
@@ -171,9 +169,8 @@ def claims(unit, off):
     for sign in (1, -1):
         value = second(worst.objective[1] * (1 + sign * off * 1e-9), worst.objective)
         yield "objective: row 1", problem, replace(worst, objective=value)
-    rounded = rounding(nothing[0], nothing[1].mask)
-    assert bool((rounded < 1e-12 * nothing[0].diagonal_mass()).all())
-    assert bool((nothing[1].objective < WITHIN * rounded).all())
+    rounded, most = rounding(nothing[0], nothing[1].mask), 1e-12 * nothing[0].diagonal_mass()
+    assert bool(((rounded < most) & (nothing[1].objective < WITHIN * rounded)).all())
     yield "objective: row 0", nothing[0], replace(nothing[1], objective=off * rounded)
     above = replace(best, lower_bound=best.objective + off * lost[1], trusted=WORDS)
     yield "row 0 .* above the objective", problem, above
@@ -225,8 +222,8 @@ def test_an_optimum_of_nothing_may_be_rounding_and_no_more(unit):
     weight[:, 1::4] *= 1 + 1e-6
     nearly = LayerProblem(weight, problem.gram, TWO_FOUR)
     best = solve(nearly, "swap", start=nothing.mask)
-    assert bool((best.objective < 1e-12 * nearly.diagonal_mass()).all())
-    assert bool((best.objective > 2 * rounding(nearly, best.mask)).all())
+    least, most = 2 * rounding(nearly, best.mask), 1e-12 * nearly.diagonal_mass()
+    assert bool(((least < best.objective) & (best.objective < most)).all())
     assert_refused(nearly, replace(best, status=OPTIMAL), "claims optimal without proof")
     problem, best = cancelling(unit, 8)
     off = WITHIN * rounding(problem, best.mask)
@@ -318,8 +315,7 @@ def test_a_penalty_on_what_is_not_chosen_hides_nothing(penalty):
     honest = solve(problem, "branch", proof=True, time_limit=20)
     assert verify(problem, honest).checked
     for chosen in list(itertools.combinations(range(1, 12), 4))[::30]:
-        mask = torch.ones(1, 12, dtype=torch.bool)
-        mask[0, list(chosen)] = False
+        mask = ~kept(12, *chosen)[None]
         cost = problem.as_layer().objective(mask)
         if float(cost) != float(honest.objective):
             more = {"objective": cost, "lower_bound": cost, "status": OPTIMAL[:1]}
@@ -430,15 +426,13 @@ def test_a_swap_counts_above_1e_6_of_the_objective_and_1e_13_of_the_diagonal(gra
 
 def test_the_best_swap_of_all_groups_is_named_and_the_first_of_equals():
     squares = [2.0, 1.0, 1.0, 3.0, 5.0, 1.0, 1.0, 6.0, 3.0, 1.0, 1.0, 4.0]
-    mask = kept(12, 2, 3, 6, 7, 10, 11)
-    problem = diagonal(*squares, pattern=TWO_FOUR)
+    problem, mask = diagonal(*squares, pattern=TWO_FOUR), kept(12, 2, 3, 6, 7, 10, 11)
     assert improving_swap(problem, mask) == pytest.approx((6, 4, -4.0, 0, 0))
     equal = diagonal(*[2.0, 2.0, 1.0, 1.0] * 3, pattern=TWO_FOUR)
     assert improving_swap(equal, mask) == pytest.approx((2, 0, -1.0, 0, 0))
     # of one row
-    problem = drawn(2, 8, pattern=TWO_FOUR)
-    with pytest.raises(VerificationError, match=r"takes one row; use problem\.row\(i\)"):
-        improving_swap(problem, solve(problem, "wanda").mask)
+    problem, message = drawn(2, 8, pattern=TWO_FOUR), r"takes one row; use problem\.row\(i\)"
+    fails(VerificationError, message, improving_swap, problem, solve(problem, "wanda").mask)
     row = problem.row(0)
     mask = solve(row, "worst").mask
     assert improving_swap(row.as_layer(), mask) == improving_swap(row, mask[0])
@@ -454,17 +448,15 @@ def test_weights_of_any_size_are_brought_within_range():
         assert found[:2] == expected[:2]
         if abs(exponent) < 500:
             assert found.delta == pytest.approx(expected.delta * 4.0**exponent)
-    mixed, outlier = weight.clone(), weight.abs()
-    mixed[0, 0] = 0.0
-    mixed[0, int(mask.nonzero()[0])] = -(2.0**-300)
+    mixed, outlier, first = weight.clone(), weight.abs(), int((~mask).nonzero()[0])
+    mixed[0, 0], mixed[0, int(mask.nonzero()[0])] = 0.0, -(2.0**-300)
     assert improving_swap(LayerProblem(mixed, gram, SIX), mask) is not None
-    first = int((~mask).nonzero()[0])
     outlier[0, first] = -(2.0**500)
     assert improving_swap(LayerProblem(outlier, gram, SIX), mask).pruned == first
     assert improving_swap(LayerProblem(0 * weight, gram, SIX), mask) is None
     # and narrow ones are scanned in float64
     for dtype in (torch.float32, torch.bfloat16):
         narrow = LayerProblem(weight.to(dtype), gram.float(), SIX)
-        wide = LayerProblem(weight.to(dtype).double(), gram.float().double(), SIX)
+        wide = LayerProblem(narrow.weight.double(), narrow.gram.double(), SIX)
         mask = solve(wide, "worst").mask[0]
         assert improving_swap(narrow, mask) == improving_swap(wide, mask)

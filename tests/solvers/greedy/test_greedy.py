@@ -35,8 +35,7 @@ def test_every_mask_is_legal_verified_the_one_of_each_row_and_never_below_the_op
     gram = torch.diag(problem.gram.diagonal())
     diagonal = LayerProblem(problem.weight, gram, problem.pattern)
     best, *found = (solve(diagonal, x).objective for x in ("exhaustive", "wanda", "elimination"))
-    for objective in found:
-        torch.testing.assert_close(objective, best, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found, [best, best], rtol=1e-9, atol=1e-12)
 
 
 @given(st.data(), st.integers(1, 9), st.integers(1, 24), st.integers(0, 10**6))
@@ -49,9 +48,8 @@ def test_of_equal_scores_the_lowest_index_goes(data, rows, n, seed):
     generator = torch.Generator().manual_seed(seed)
     score = torch.randint(-2, 3, (rows, n), generator=generator).double()
     score[score == 2] = torch.inf
-    if problem.shared_budget:
-        grouped, pruned = score.reshape(1, -1), problem.pruned
-    else:
+    grouped, pruned = score.reshape(1, -1), problem.pruned
+    if not problem.shared_budget:
         grouped, pruned = score.reshape(-1, problem.group_size), problem.pruned_per_group
     order = grouped.argsort(dim=1, stable=True)[:, :pruned]
     expected = torch.ones_like(grouped, dtype=torch.bool).scatter_(1, order, False)
@@ -95,8 +93,8 @@ def test_what_elimination_sees_and_what_it_misses(gram, found, cost, monkeypatch
     problem = LayerProblem(torch.ones(1, 3), torch.tensor(gram), Unstructured(keep=1))
     solution = solve(problem, "elimination")
     assert (solution.mask[0].tolist(), solution.objective.item()) == (found, pytest.approx(cost))
-    assert solve(problem, "wanda").mask[0].tolist() == [False, True, False]
-    assert solve(problem, "exhaustive").mask[0].tolist() == [False, False, True]
+    masks = [solve(problem, name).mask[0].tolist() for name in ("wanda", "exhaustive")]
+    assert masks == [[False, True, False], [False, False, True]]
     # in tiles
     problem = drawn(7, 12, pattern=TWO_FOUR)
     whole = solve(problem, "elimination").mask
@@ -182,8 +180,8 @@ def test_the_first_swap_of_dsnot_is_the_one_of_the_paper_and_the_mean_error_shri
     problem = LayerProblem(weight, gram, Unstructured(keep=3), mean=mean)
     start = torch.tensor([[False, False, True, True, True]])
     solution = solve(problem, "dsnot", start=start, cycles=1)
-    assert solution.mask[0].tolist() == [True, False, True, False, True]
-    assert solution.trace.swaps.tolist() == [1]
+    found = solution.mask[0].tolist(), solution.trace.swaps.tolist()
+    assert found == ([True, False, True, False, True], [1])
     problem = biased_problem(64, 8, 3, SIXTY)
     start = solve(problem, "wanda").mask
     after = solve(problem, "dsnot", threshold=0.0, cycles=1).mask
@@ -216,8 +214,7 @@ def literal_sparsegpt(problem, damping):
         if j % group == 0:  # an unstructured row is one group, and fits one block
             score = w[:, j : j + group].square() / d[j : j + group]
             if problem.shared_budget:
-                order = score.flatten().argsort(stable=True)[: problem.pruned]
-                kept.view(-1)[order] = False
+                kept.view(-1)[score.flatten().argsort(stable=True)[: problem.pruned]] = False
             else:
                 order = score.argsort(dim=1, stable=True)[:, : problem.pruned_per_group]
                 kept.scatter_(1, j + order, False)
@@ -246,8 +243,7 @@ def test_its_own_weights_are_verified_and_never_better_than_least_squares(proble
         problem = LayerProblem(problem.weight.float(), problem.gram.float(), problem.pattern)
     problem = problem.with_update(LeastSquaresUpdate(0.01))
     solution = solve(problem, "sparsegpt", update=True)
-    assert solution.own
-    assert verify(problem, solution).checked
+    assert (solution.own, verify(problem, solution).checked) == (True, True)
     best = problem.objective(solution.mask)
     assert bool((solution.objective >= best * (1 - 1e-9) - 1e-12 * problem.diagonal_mass()).all())
 

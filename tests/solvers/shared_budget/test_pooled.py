@@ -44,12 +44,12 @@ def test_the_count_is_that_of_the_layer():
         assert pattern.uniform() == Unstructured(sparsity=sparsity)
     assert (NM(2, 4).uniform(), NM(1, 4).pruned_in(3, 8)) == (NM(2, 4), 18)
     kept = Unstructured(keep=3, per="layer")
-    assert (kept.pruned_in(4, 10), kept.uniform()) == (28, Unstructured(keep=3))
-    assert str(kept) == "keep 3 per layer"
+    known = kept.pruned_in(4, 10), kept.uniform(), str(kept)
+    assert known == (28, Unstructured(keep=3), "keep 3 per layer")
     assert kept.is_legal(torch.arange(40).view(4, 10) < 12).tolist() == [True] * 4
     problem = layer(rows=3, n=8)
-    assert problem.row(1).pattern == Unstructured(sparsity=0.5)
-    assert RowProblem(problem.weight[0], problem.gram, pool()).pattern == Unstructured(sparsity=0.5)
+    for row in (problem.row(1), RowProblem(problem.weight[0], problem.gram, pool())):
+        assert row.pattern == Unstructured(sparsity=0.5)
     mask = torch.ones(3, 8, dtype=torch.bool)
     mask[1, :5] = False
     assert problem.at_count_of(mask, 1).pattern == Unstructured(keep=3)
@@ -93,8 +93,7 @@ def test_limits_are_felt_and_optima_within_them_proven(update):
     near, free = (layer(update=update, sparsity=0.4, max_deviation=d, rows=8) for d in (0.1, None))
     found, other = solve(near, "swap"), solve(free, "swap")
     counts, wide = (sorted((~x.mask).sum(1).tolist()) for x in (found, other))
-    assert near.row_limits == (8, 11)  # of 24, 9.5 ± 2.4
-    assert (counts[0], counts[-1]) == (8, 11)
+    assert near.row_limits == (counts[0], counts[-1]) == (8, 11)  # of 24, 9.5 ± 2.4
     assert wide[0] < 8 < 11 < wide[-1]
     assert total(free, other) < total(near, found)
     verify(near, found)
@@ -345,13 +344,11 @@ def test_bounds_are_worth_something():
     omega = torch.tensor([1.0, 3.0, 0.5, 2.0])
     problem = layer(rows=4, n=12, update=LeastSquaresUpdate(0.1), omega=omega)
     found = total(problem, solve(problem, "swap"))
-    proven, unsplit, other = (
-        float(problem.shares @ lower_bound(problem, "perspective", **options).value)
-        for options in ({}, {"splits": 0}, {"threads": 2})
-    )
+    how = {}, {"splits": 0}, {"threads": 2}
+    bounds = (lower_bound(problem, "perspective", **options).value for options in how)
+    proven, unsplit, other = (float(problem.shares @ value) for value in bounds)
     assert 0.6 * found <= proven <= found * (1 + 1e-9)
-    assert unsplit < proven
-    assert other == proven
+    assert unsplit < proven == other
     alone = layer(rows=1, n=16, update=LeastSquaresUpdate(0.1))
     counted = lower_bound(alone.under(alone.pattern.uniform()), "perspective").value
     torch.testing.assert_close(lower_bound(alone, "perspective").value, counted, rtol=0.05, atol=0)
@@ -430,9 +427,8 @@ def test_certificates_of_a_layer_are_checked():
 
 # --- what is claimed falsely
 def exchanged(mask, i, u, j, p):
-    other = mask.clone()
-    other[i, u], other[j, p] = False, True
-    return other
+    places = torch.tensor([i, j]), torch.tensor([u, p])
+    return mask.index_put(places, torch.tensor([False, True]))
 
 
 @BOTH
@@ -463,11 +459,10 @@ def test_a_swap_between_rows_that_improves_is_found(update):
 def test_claims_that_do_not_hold_are_refused():
     problem = layer(rows=3, n=6)
     best, worse = solve(problem, "exhaustive"), solve(problem, "random")
-    words, optimal = ("SCIP 10.0",) * 3, (Status.OPTIMAL,) * 3
+    optimal, fewer = (Status.OPTIMAL,) * 3, best.mask.clone()
     mixed = (Status.OPTIMAL, Status.SWAP_OPTIMAL, Status.OPTIMAL)
-    fewer = best.mask.clone()
     fewer[0, int(fewer[0].nonzero()[0])] = False
-    high = {"lower_bound": worse.objective, "trusted": words}
+    high = {"lower_bound": worse.objective, "trusted": ("SCIP 10.0",) * 3}
     for message, base, changes in (
         ("proven together", best, {"status": mixed}),
         ("changes the sum", worse, {"status": optimal, **high}),
