@@ -1,8 +1,4 @@
-"""Maximum diversity after the recipes of MDPLIB: which m of n elements are the farthest from one another?
-
-The recipes are those of Martí, Gallego, Duarte and Pardo (*Heuristics and metaheuristics for the maximum
-diversity problem*, J. Heuristics 19, 2013); the instances are drawn here and are none of the library's.
-"""
+"""Maximum diversity by the recipes of MDPLIB (Martí, Gallego, Duarte and Pardo, J. Heuristics 19, 2013)."""
 
 from __future__ import annotations
 

@@ -58,12 +58,10 @@ def rewrite(
 
 
 def copied(result: Path, to: Path) -> Path:
-    """A result that may be changed."""
     return Path(shutil.copytree(result, to / "out"))
 
 
 def flip(path: Path, place: int = -1, bits: int = 1) -> None:
-    """Other bits in one byte of a file."""
     data = bytearray(path.read_bytes())
     data[place] ^= bits
     path.write_bytes(data)
@@ -157,7 +155,6 @@ def signed(record: Any) -> dict[str, Any]:
 
 
 def options(**changes: Any) -> Change:
-    """Other options in the fingerprint of a manifest."""
     return lambda manifest: manifest["fingerprint"]["options"].update(changes)
 
 
@@ -183,5 +180,4 @@ def shuffled(_: Tensor, kept: Tensor) -> Tensor:
 
 
 def redraw(result: Path, name: str) -> None:
-    """Other weights for a tensor."""
     change_tensors(shard_of(result, name), lambda tensors: tensors[name].normal_())

@@ -48,8 +48,7 @@ def test_every_entry_point_loads_and_is_a_solver():
 
 
 def test_what_importing_leaves_out():
-    """A help page of all commands needs no torch, and no solver is loaded before it is asked for; nor is
-    transformers, which takes as long to import as torch: `solve` and `bound` have no use for it."""
+    """Help needs no torch, and no solver is loaded before it is needed; `solve` and `bound` need no transformers."""
     code = """import sys, maskopt, maskopt.cli
     print("torch" in sys.modules, len(dir(maskopt)) == len(maskopt.__all__))
     maskopt.solve, maskopt.cli.all_commands()
@@ -158,7 +157,6 @@ def test_only_the_adapter_knows_private_parts():
 
 
 def test_the_range_of_transformers_is_the_one_that_is_installed():
-    """pip enforces what the adapter says."""
     entry = next(d for d in PROJECT["dependencies"] if d.startswith("transformers"))
     major, minor = SUPPORTED[1].split(".")
     assert entry == f"transformers>={SUPPORTED[0]},<{major}.{int(minor) + 1}"

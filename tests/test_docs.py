@@ -34,7 +34,6 @@ NOT_RUN = "<!-- not run by the tests -->\n"
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{page}.md" for page in RUNNING)])
 def test_the_examples_run(page, tmp_path, monkeypatch):
-    """All python blocks of a page, one after the other, as a reader would paste them."""
     text = re.sub(NOT_RUN + "```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert blocks, f"{page} shows no example"

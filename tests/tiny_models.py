@@ -185,7 +185,6 @@ def chat_tokenizer(template: str | None = CHAT_TEMPLATE) -> Any:
 
 
 def patched(model: Any, name: str, change: Callable[[torch.Tensor], object]) -> Any:
-    """Change one parameter in place."""
     with torch.no_grad():
         change(model.get_parameter(name))
     return model

@@ -35,7 +35,6 @@ def rand(*shape):
 
 
 def own_values(certificate, problem):
-    """What it proves of every row by itself."""
     rows = range(problem.rows)
     return [float(certificate.take([row]).check(problem.take([row]))) for row in rows]
 
@@ -283,8 +282,7 @@ def test_rows_are_taken_stacked_chosen_and_widened():
 
 
 def test_rows_that_lack_more_together_are_checked_one_by_one():
-    """The least λ/w² of an input is of another row for each: A of them all is further from semidefinite than
-    any row's own, and no row would be optimal in a layer with others."""
+    """The least λ/w² of an input is of another row for each: A of all rows is further from semidefinite."""
     weight = np.array([[2.0, 2, -1], [1, 2, 2], [-1, -1, 0]])
     problem = LayerProblem(weight, 4.742686817773039 * np.ones((3, 3)), Unstructured(keep=1))
     found = solve(problem, "branch")

@@ -1,5 +1,4 @@
-"""Proofs of optimality: complete, checked against all masks, and not to be forged; they and certificates with
-many, repeated and tiny cuts are also judged in exact rational arithmetic."""
+"""Proofs of optimality: complete, checked against all masks, and in exact arithmetic; forgeries."""
 
 import functools
 import itertools
@@ -38,7 +37,6 @@ def layer(n=16, pattern=HALF, kind="full", rows=1, linear=None, seed=1):
 
 
 def costs(problem):
-    """The legal masks of a row, and their objectives."""
     masks = legal_masks(problem)
     return masks, problem.take([0] * len(masks)).objective(masks)
 
@@ -166,8 +164,7 @@ def test_any_form_at_any_point_is_below_all_masks(pattern, kind):
 
 
 def test_fixings_are_held_to_their_other_side():
-    """All masks on the side that is fixed are looked at: what is left is the other side's bound. (With λ = −Q
-    of a diagonal Q the form is linear, and every bound the truth.)"""
+    """With λ = −Q of a diagonal Q the form is linear, and the bound is that of the best mask of both sides."""
     problem = layer(7, FOUR, kind="diagonal")
     masks, every = costs(problem)
     lam = -problem.row(0).q().diagonal().numpy() * (1 - 1e-9)
@@ -463,7 +460,6 @@ def test_rounding_of_many_cuts_proves_nothing(tmp_path):
 
 @pytest.mark.parametrize("first", [0, *map(slow, (50, 100, 150, 200))])
 def test_forged_certificates_and_trees_are_refused(first, monkeypatch):
-    """250 of them: none proves more than the optimum, or than it does in exact arithmetic."""
     # else verify tries all masks of a toy
     monkeypatch.setattr("maskopt.checks.verification.ENUMERATION_LIMIT", 0)
     for seed in range(first, first + 50):

@@ -36,8 +36,7 @@ def small(unit=1.0, pattern=THREE):
 
 
 def cancelling(unit, n=40):
-    """Of every four inputs the first two are opposite and weigh the same: pruning both costs nothing, as a
-    sum of terms that are not 0. And the mask that does."""
+    """Of every four inputs the first two cancel: pruning both costs nothing, as a sum of large terms. And that mask."""
     turn = torch.eye(n, dtype=torch.float64)
     turn[1::4] = -turn[::4]
     weight = random_weight(2, n, 3, torch.float64) * unit

@@ -1,6 +1,4 @@
-"""A solver is a value: by value or by name the same, starts as declared, one clock for everything; options
-are fields, of which every bad value is refused by name; limits, which every solver keeps to, its start too;
-and the package of docs/extending.md, built and installed as it stands there, and used."""
+"""Solvers as values: starts, options, limits; and the package of docs/extending.md, installed and used."""
 
 import math
 import os
@@ -131,8 +129,7 @@ def test_a_start_is_made_where_it_is_used_shares_one_clock_and_is_not_heard():
 
 @pytest.mark.parametrize("name", AVAILABLE)
 def test_starts_are_as_declared_and_a_view_with_other_strides_is_the_same_problem(name):
-    """Needed: one is made by default. Optional: never worse than it. Ignored: changes nothing. Views: as of
-    the transposed weights of GPT-2 and of fused experts."""
+    """Views are those of the transposed weights of GPT-2 and of fused experts."""
     gram, pattern = random_gram(8, "full", 2), Unstructured(keep=4)
     mean = gram.diagonal().sqrt() / 2
     problem = drawn(3, 8, pattern=pattern, mean=mean)

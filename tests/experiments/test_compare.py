@@ -247,7 +247,6 @@ def test_the_same_jobs_have_the_same_keys_and_others_have_others():
 
 
 def test_an_interrupted_search_is_no_record(path, monkeypatch):
-    """What a solver has after Ctrl-C is not what it would answer: neither kept nor gone on from."""
     rows = some(2, 12)
     stopped = lambda _, task: RowAnswer(task.start, "userinterrupt", message="")  # noqa: E731
     monkeypatch.setattr(Branch, "search_row", stopped)
@@ -413,7 +412,6 @@ def test_dask_workers_of_which_one_is_killed(tmp_path):
         pids = list(client.run(os.getpid).values())
 
         def kill(finished, _):
-            """One of the workers, in the middle of the work."""
             if finished >= KILLED_AFTER and not killed:
                 killed.append(pids[0])
                 os.kill(pids[0], signal.SIGKILL)

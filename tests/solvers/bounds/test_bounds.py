@@ -1,5 +1,4 @@
-"""No bound is ever above the optimum: against enumeration, with crude, random and forged duals; the
-blocked sweep of the mixing method is the plain Gauss–Seidel sweep, however it is run."""
+"""No bound is above the optimum; the sweep of the mixing method is the plain Gauss–Seidel sweep."""
 
 import itertools
 from dataclasses import replace
@@ -143,7 +142,6 @@ def test_a_weight_of_any_size_leaves_a_bound(n, size):
 
 @pytest.mark.parametrize("kind", ["full", "outliers"])
 def test_an_outlier_input_does_not_slow_the_rest(kind):
-    """An input that no good mask prunes may weigh anything: the bound hardly moves."""
     problem = layer(1, 64, kind=kind)
     other, _ = heavy(problem, 100 * float(problem.weight.abs().max()))
     plain, bound = (float(lower_bound(x, "sdp").value) for x in (problem, other))

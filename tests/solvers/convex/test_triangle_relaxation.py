@@ -1,5 +1,4 @@
-"""Triangle cuts and pentagonal inequalities: what separation finds; bounds, relaxations and trees
-that they tighten; and the quasi-Newton method that solves those."""
+"""Triangle and pentagonal inequalities: separation, bounds and trees; and the quasi-Newton method."""
 
 from functools import cache
 from itertools import combinations, product

@@ -1,6 +1,4 @@
-"""Branch and bound of our own, of kept and of updated weights: what a node bounds and fixes; inputs that may
-be exchanged, of which a tree looks at one order; SCIP's formulations, certificates, and what bounds fix
-before it begins: nothing that a better mask has otherwise."""
+"""Branch and bound: what a node bounds and fixes, twins; SCIP's formulations, certificates and presolve."""
 
 import dataclasses
 import itertools
@@ -301,8 +299,6 @@ def test_limits_beyond_those_of_scip_are_none_and_instances_of_another_kind_are_
 
 # --- presolve of our own
 class Blind(QuadraticTree):
-    """Never finds a better mask than the one that it began with."""
-
     def _round(self, point, state):
         pass
 

@@ -1,6 +1,4 @@
-"""Exact backends, of kept and of updated weights, agree with enumeration and are honest at every limit; one
-deadline for all rows, no belief in a self-contradiction; what a crash of a worker costs; an interrupt leaves
-the incumbent and the bound of all open nodes, and ends what goes on from a search."""
+"""Exact backends: against enumeration, at every limit, in worker processes, and where they are interrupted."""
 
 import errno
 import heapq
@@ -106,7 +104,6 @@ def test_a_bound_above_its_own_mask_is_not_believed(name, monkeypatch, caplog):
 
 
 def test_wrong_roots_and_worse_masks_are_not_believed(monkeypatch):
-    """`branch` must not call a row optimal because its own root bound is wrong."""
     original = quadratic.bound_node
 
     def wrong(*args):
@@ -143,8 +140,7 @@ def test_the_process_that_contradicted_itself_is_named(monkeypatch):
     ("n", "workers", "here"), [(8, None, 2), (40, None, 0), (8, 1, 0), (8, 0, 4), (40, 0, 4)]
 )
 def test_small_rows_begin_in_this_process(n, workers, here, monkeypatch):
-    """By a clock that goes on by a second whenever it is looked at; three are what it takes to find a second
-    row late."""
+    """Every look at the clock takes a second; three find a second row late."""
     handed, seconds = [], itertools.count()
 
     def run_tasks(answer, jobs, *, workers, deadline):
@@ -186,7 +182,6 @@ def delayed(still, owner, name, monkeypatch, by=1, before=lambda *_: None):
 
 
 def test_rows_share_one_deadline(name, monkeypatch, still):
-    """The first row takes all of the time; the others are not begun."""
     left = lambda _, task: task.limits.left  # noqa: E731
     begun = delayed(still, SOLVERS[name], "search_row", monkeypatch, 10, left)
     problem = layer()

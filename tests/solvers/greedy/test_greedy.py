@@ -1,5 +1,4 @@
-"""The solvers without a search: scores, elimination, exhaustive; DSnoT and SparseGPT against literal
-transcriptions of their papers."""
+"""Solvers without a search; DSnoT and SparseGPT against literal transcriptions of their papers."""
 
 from dataclasses import replace
 from unittest.mock import patch
@@ -191,8 +190,7 @@ def test_the_first_swap_of_dsnot_is_the_one_of_the_paper_and_the_mean_error_shri
 
 
 def literal_sparsegpt(problem, damping):
-    """One column at a time, the inverse Hessian downdated by elimination instead of a factor: the mask, and
-    the weights."""
+    """One column at a time, by elimination in the inverse Hessian: the mask, and the weights."""
     gram = problem.gram.double().clone()
     alive = gram.diagonal() > 0
     gram.diagonal()[~alive] = gram.diagonal()[alive].mean()

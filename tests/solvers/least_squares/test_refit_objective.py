@@ -1,5 +1,4 @@
-"""F, the objective of updated weights: against its definition, in every kind of problem; how it is kept on
-disk, and who refuses it; its certified lower bounds: below every mask, checked, and worth something."""
+"""F, the objective of updated weights, against its definition; its files; its certified lower bounds."""
 
 import itertools
 from dataclasses import replace
@@ -176,8 +175,7 @@ def test_rows_of_every_count_in_one_layer(dtype):
     ],
 )
 def test_a_gram_matrix_with_one_large_direction(n, damping, dtype, solver, rtol):
-    """By it a float32 factor leaves a small residual, and an error that is not the least; inverting by halves
-    loses it, and swaps leave weights that are not quite those of their mask."""
+    """A float32 factor leaves a small residual there, and an error that is not the least."""
     generator = torch.Generator().manual_seed(1)
     x, weight = (torch.randn(k, n, generator=generator, dtype=dtype) for k in (1, 4))
     problem = LayerProblem(weight, x.T @ x, Unstructured(0.6), update=LeastSquaresUpdate(damping))

@@ -1,5 +1,4 @@
-"""What holds of every solver of updated weights; and what 1-swap search, ADMM and greedy elimination promise
-alone."""
+"""Solvers of updated weights: all of them, 1-swap search, ADMM and greedy elimination."""
 
 from dataclasses import replace
 
@@ -269,8 +268,7 @@ def test_rows_of_more_inputs_than_candidates(kind, n, at, start):
 @LINEAR
 @pytest.mark.parametrize("pattern", LARGE, ids=str)
 def test_exchanges_that_do_not_pay_do_not_follow_each_other_for_ever(pattern, linear):
-    """Inverses of condition 1e8 drift with every exchange, and would promise gains without end: what one
-    promised of the layer by seed was made, undone, and promised again."""
+    """Inverses of condition 1e8 drift with every exchange, and would promise gains without end."""
     problems = [layer(pattern, 3, 96, "low-rank", REFITS[0], linear, seed) for seed in range(3)]
     seeds = 314524203, 314524202
     drifting = drawn(2, 128, "low-rank", Unstructured(keep=52), seeds, update=REFITS[0])

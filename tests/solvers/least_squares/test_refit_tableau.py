@@ -1,5 +1,4 @@
-"""One row of updated weights, against dense matrices: its tableau, its exchanges, and what screening
-leaves out."""
+"""One row of updated weights against dense matrices: its tableau, exchanges and screening."""
 
 import pytest
 import torch
@@ -203,8 +202,7 @@ def test_the_scan_of_a_row_finds_what_all_pairs_hold(kind_of_row, problem, dampi
     st.data(),
 )  # fmt: skip
 def test_no_pair_that_improves_by_little_is_screened_out(n, kind, damping, seed, data):
-    """The return to an optimum from the masks that are least above it: here the bounds are tight, with one
-    pruned input nearly equalities."""
+    """From the masks that are least above an optimum, where the bounds are tight."""
     few = st.integers(1, min(3, n - 1)).map(lambda pruned: Unstructured(keep=n - pruned))
     problem = made(n, kind, damping, data.draw(st.one_of(few, patterns(n))), seed)
     best = solve(problem, "swap").mask[0]

@@ -282,7 +282,6 @@ def test_a_pool_holds_the_best_that_are_unlike_each_other():
     near = 100 // module._INPUTS_APART - 1
 
     def moved(*counts):
-        """So many inputs kept in place of others."""
         masks = (torch.arange(100) < 50).repeat(len(counts), 1)
         for mask, by in zip(masks, counts, strict=True):
             mask[:by], mask[50 : 50 + by] = False, True

@@ -1,5 +1,4 @@
-"""Rows of a layer that share one count: 1-swap optima across rows, what bounds prove of their sum, and claims
-that do not hold."""
+"""Rows of a layer that share one count: 1-swap optima across rows, bounds of their sum, false claims."""
 
 import itertools
 import re
@@ -389,8 +388,7 @@ def test_the_relaxation_of_a_layer_is_what_a_general_solver_finds(omega, max_dev
     ("max_deviation", "part"), [(None, 0.9), (0.0, 1.001), (0.1, 0.801), (0.2, 0.601)]
 )
 def test_a_relaxed_start_counts_for_the_layer(max_deviation, part):
-    """Where rows differ much, equal counts are far from any good mask of the layer; where they count for very
-    different amounts, limits hold most of them."""
+    """Where rows differ much; and where limits hold most of them."""
     omega = torch.linspace(0, 6, 12, dtype=torch.float64).exp()
     more = {"omega": omega, "max_deviation": max_deviation}
     if max_deviation is None:

@@ -158,7 +158,6 @@ class Undecided(NumbaKernel):
 
 
 def test_a_pair_that_the_search_does_not_make_ends_without_a_proof():
-    """It would go on for ever; and a finished tile lets its arrays go."""
     problem = drawn(3, 16)
     batch = Batch.of(problem, solve(problem, "wanda").mask)
     assert refine(batch, Undecided(batch, 1)).proven.tolist() == [True, False, True]

@@ -208,7 +208,6 @@ def test_row_wise_kernels_are_the_torch_ones(dtype):
 
 
 def test_reach_bounds_every_entry():
-    """Of a matrix that rounding made indefinite, too."""
     indefinite = torch.tensor([[1.0, 1e-4, 0.5], [1e-4, 0.0, 0.0], [0.5, 0.0, 0.2]])
     for gram in (indefinite, *(random_gram(150, kind, 5, torch.float32) for kind in KINDS)):
         reach = launch.Reach.of(gram.to(DEVICE))
@@ -379,7 +378,6 @@ def test_a_machine_without_triton_or_a_device_learns_the_reason(monkeypatch):
 
 @pytest.mark.slow
 def test_every_program_compiles_without_spills(tmp_path, capsys):
-    """For sm_80 and sm_90; no GPU is needed for that."""
     # in a process of its own: the other tests may have put Triton into its interpreter
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
