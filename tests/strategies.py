@@ -1,4 +1,4 @@
-"""Random problems for tests, with Gram matrices as layers give them, and what brute force needs of them."""
+"""Random problems for tests, with Gram matrices as layers give them, and brute force."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def drawn(
     rows: int, n: int, kind: str = "full", pattern: Pattern = HALF, seeds: tuple[int, int] = (1, 2),
     dtype: torch.dtype = F64, linear: int | None = None, **more: Any,
 ) -> LayerProblem:  # fmt: skip
-    """A layer of random weights and a Gram matrix of that kind, with a seed each; `linear`: a seed for that part."""
+    """A layer of random weights and a Gram matrix of that kind, with a seed each (`linear`: its seed)."""
     weight, gram = random_weight(rows, n, seeds[0], dtype), random_gram(n, kind, seeds[1], dtype)
     part = None if linear is None else random_linear(weight, gram, linear)
     return LayerProblem(weight, gram, pattern, linear=part, **more)
@@ -131,7 +131,7 @@ def problems(
     draw: st.DrawFn, max_n: int = 16, max_rows: int = 5, dtype: torch.dtype = F64,
     kinds: tuple[str, ...] = KINDS, linear: bool = True,
 ) -> LayerProblem:  # fmt: skip
-    """A layer with any kind of Gram matrix, any pattern, and where `linear` allows it at times a linear part."""
+    """A layer with any kind of Gram matrix, any pattern, and at times a linear part if `linear`."""
     n = draw(st.integers(1, max_n))
     rows = draw(st.integers(1, max_rows))
     seed = draw(st.integers(0, 2**31 - 1))

@@ -48,7 +48,7 @@ def test_every_entry_point_loads_and_is_a_solver():
 
 
 def test_what_importing_leaves_out():
-    """Help needs no torch, and no solver is loaded before it is needed; `solve` and `bound` need no transformers."""
+    """Help needs no torch, `solve` no transformers, and no solver is loaded before it is needed."""
     code = """import sys, maskopt, maskopt.cli
     print("torch" in sys.modules, len(dir(maskopt)) == len(maskopt.__all__))
     maskopt.solve, maskopt.cli.all_commands()

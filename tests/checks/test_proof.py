@@ -164,7 +164,7 @@ def test_any_form_at_any_point_is_below_all_masks(pattern, kind):
 
 
 def test_fixings_are_held_to_their_other_side():
-    """With λ = −Q of a diagonal Q the form is linear, and the bound is that of the best mask of both sides."""
+    """With λ = −Q of a diagonal Q the form is linear: the bound is that of the best mask of both sides."""
     problem = layer(7, FOUR, kind="diagonal")
     masks, every = costs(problem)
     lam = -problem.row(0).q().diagonal().numpy() * (1 - 1e-9)

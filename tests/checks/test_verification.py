@@ -36,7 +36,7 @@ def small(unit=1.0, pattern=THREE):
 
 
 def cancelling(unit, n=40):
-    """Of every four inputs the first two cancel: pruning both costs nothing, as a sum of large terms. And that mask."""
+    """Of every four inputs the first two cancel, as large terms of the objective; and the mask without them."""
     turn = torch.eye(n, dtype=torch.float64)
     turn[1::4] = -turn[::4]
     weight = random_weight(2, n, 3, torch.float64) * unit

@@ -1,4 +1,4 @@
-"""Gram matrices of batches against the definition; fast float32 products: as precise, and reset afterwards."""
+"""Gram matrices of batches against the definition; float32 products by the faster library."""
 
 import pytest
 import torch

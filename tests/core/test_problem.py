@@ -1,4 +1,4 @@
-"""Problems: objectives, checks of arguments, files, the limits of float64; solutions made, listed and read back."""
+"""Problems: objectives, checks of arguments, files, the limits of float64; and solutions."""
 
 import copy
 import itertools

@@ -1,4 +1,4 @@
-"""Exact backends: against enumeration, at every limit, in worker processes, and where they are interrupted."""
+"""Exact backends: against enumeration, at every limit, in worker processes, and interrupted."""
 
 import errno
 import heapq
