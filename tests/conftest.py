@@ -106,9 +106,7 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parent / "benchmarks")
 
 
-# Folders of tiny models; nobody may change them ---------------------------------------------------
-
-
+# --- folders of tiny models; nobody may change them
 @pytest.fixture(scope="session")
 def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama in several shards."""

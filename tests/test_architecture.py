@@ -125,9 +125,7 @@ def test_one_version_everywhere():
     assert f"## {maskopt.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-# transformers
-
-
+# --- transformers
 PACKAGE = Path(maskopt.__file__).parent
 ADAPTER = PACKAGE / "models" / "architecture" / "transformers_adapter.py"
 #: documented, so every file may import from them
@@ -178,8 +176,7 @@ def test_other_versions_of_transformers_are_refused_or_warned_of():
             check_version(version + ".0")
 
 
-# Profiles
-
+# --- profiles
 SUITE = """
 from hypothesis import given, settings, strategies
 

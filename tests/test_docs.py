@@ -119,9 +119,7 @@ def test_every_option_of_every_command_is_on_a_page(monkeypatch):
             assert flag(option.name) in section or option.argument, (name, option)
 
 
-# Notebooks
-
-
+# --- notebooks
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 assert NOTEBOOKS  # else the test has no case and passes
 

@@ -306,7 +306,6 @@ def five(*then, sign=(1, 1, 1, -1)):
     return {"index": cut, "sign": torch.tensor([[1, -1, 1, 1], sign])}
 
 
-#: cuts that are no inequalities of all masks
 FORGED_CUTS = {
     "wrong shape or type": [
         {"multiplier": TAU.float()}, {"multiplier": TAU[:1]}, {"multiplier": TAU[:, None]},

@@ -504,7 +504,6 @@ def test_a_shared_budget_has_one_exact_bound():
     (exactly,) = exact_bounds(problem, bound.certificate)
     assert float(exactly) == pytest.approx(float(problem.shares @ bound.value), rel=1e-9)
     assert float(exactly) <= float(problem.shares @ problem.objective(mask))
-    # and what has none is refused by name
     updated, message = eight().with_update(LeastSquaresUpdate(0.1)), "weights are kept unchanged"
     fails(VerificationError, message, exact_bounds, updated)
     wide = LayerProblem(torch.ones(1, 256), torch.eye(256), Unstructured(0.5))
@@ -527,7 +526,6 @@ def test_semidefinite_is_decided_without_rounding():
         assert not semidefinite(rational(x @ x.T - 2.0**-40 * np.eye(6)))
 
 
-# --- on the command line
 def test_solve_with_proof_and_verify(tmp_path):
     instance, out, again = (tmp_path / name for name in ("row.npz", "proof.npz", "again.npz"))
     layer(24, rows=2).save(instance)
@@ -538,7 +536,6 @@ def test_solve_with_proof_and_verify(tmp_path):
     assert "pass --overwrite" in run(*words, out, fails=OptionError)
     run(*words, again, "--start", out)
     assert torch.equal(Solution.load(again).mask, Solution.load(out).mask)
-    # what is left open has a status of its own
     done = ended(*words, tmp_path / "open.npz", "--solver-options", "node_limit=3")
     assert done.returncode == 1
     assert "0 of 2 rows proven optimal" in done.stdout

@@ -36,7 +36,7 @@ def small(unit=1.0, pattern=THREE):
 
 
 def cancelling(unit, n=40):
-    """Of every four inputs the first two cancel, as large terms of the objective; and the mask without them."""
+    """Of every four inputs two cancel, as large terms of the objective; and the mask without these."""
     turn = torch.eye(n, dtype=torch.float64)
     turn[1::4] = -turn[::4]
     weight = random_weight(2, n, 3, torch.float64) * unit
@@ -133,7 +133,6 @@ def test_a_bound_is_checked_or_rests_on_a_solver_that_is_named():
     assert_refused(problem, trusted, r"row 1 is trusted \(SCIP 10\.0\)", require="checked")
     assert_refused(problem, replace(trusted, trusted=()), r"row 1 .* its certificate proves")
     assert_refused(problem, proven, "require", require="proven")
-    # a certificate of another problem
     other = LayerProblem(0.5 * problem.weight, problem.gram, problem.pattern)
     found = solve(other, "wanda")
     less = bound.value.minimum(found.objective)
@@ -416,7 +415,6 @@ def test_a_swap_counts_above_1e_6_of_the_objective_and_1e_13_of_the_diagonal(gra
         if swap:
             assert swap[:2] == (2, 0)
             assert swap.delta == pytest.approx(-2 * off * unit * gram, rel=1e-6)
-        # asked for any decrease
         assert improving_swap(problem, mask, tolerance=0) is not None
         off *= 1e-7
         problem = diagonal(unit * (1 + 1e6 * off), unit, unit, (1e6 - 3) * unit, gram=gram)
@@ -429,7 +427,6 @@ def test_the_best_swap_of_all_groups_is_named_and_the_first_of_equals():
     assert improving_swap(problem, mask) == pytest.approx((6, 4, -4.0, 0, 0))
     equal = diagonal(*[2.0, 2.0, 1.0, 1.0] * 3, pattern=TWO_FOUR)
     assert improving_swap(equal, mask) == pytest.approx((2, 0, -1.0, 0, 0))
-    # of one row
     problem, message = drawn(2, 8, pattern=TWO_FOUR), r"takes one row; use problem\.row\(i\)"
     fails(VerificationError, message, improving_swap, problem, solve(problem, "wanda").mask)
     row = problem.row(0)
@@ -453,7 +450,6 @@ def test_weights_of_any_size_are_brought_within_range():
     outlier[0, first] = -(2.0**500)
     assert improving_swap(LayerProblem(outlier, gram, SIX), mask).pruned == first
     assert improving_swap(LayerProblem(0 * weight, gram, SIX), mask) is None
-    # and narrow ones are scanned in float64
     for dtype in (torch.float32, torch.bfloat16):
         narrow = LayerProblem(weight.to(dtype), gram.float(), SIX)
         wide = LayerProblem(narrow.weight.double(), narrow.gram.double(), SIX)

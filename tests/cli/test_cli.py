@@ -242,9 +242,7 @@ def test_the_line_is_taken(line):
     assert {source[known[flag]] for flag in flags} <= {"COMMANDLINE"}
 
 
-# Views
-
-
+# --- views
 @pytest.fixture
 def screen(monkeypatch):
     """A console of a width, in place of stderr; what is on it."""
@@ -292,7 +290,6 @@ def test_lines_are_few_and_say_what_is_done(screen, still, tmp_path):
     first, *_, last = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert (first["what"], last["done"], last["total"]) == ("solve", 4, 4)
     assert {"seconds", "left"} <= set(first)
-    # an interrupted run says that nothing is left of it
     stream = screen(80)
     with pytest.raises(KeyboardInterrupt), prune.naming_resume(tmp_path):
         raise KeyboardInterrupt

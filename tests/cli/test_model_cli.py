@@ -245,9 +245,7 @@ def test_sources_of_text(dense, tmp_path, monkeypatch):
     assert asked == [("allenai/c4", None, "validation"), wikitext]
 
 
-# Plans ----------------------------------------------------------------------------------------
-
-
+# --- plans
 def plan(dense, **options):
     return plan_prune(dense, tokens(4, 16), sparsity=0.5, solver="wanda", threads=1, **options)
 
@@ -277,7 +275,6 @@ def test_a_plan_counts_passes(dense, monkeypatch):
     share = planning.SHARE / planning.TRAINED_SHARE
     assert three - two == pytest.approx((3 * 0.75 + 0.25) * one * share, rel=0.02)
     assert parts - three == pytest.approx(one * share, rel=0.02)
-    # and all adds up
     added = (whole.forward_seconds, whole.solve_seconds, whole.file_seconds)
     assert all(part > 0 for part in added)
     assert whole.seconds > sum(added)
@@ -316,8 +313,7 @@ def test_a_dry_run_refuses_what_the_prune_would(dense, data, tmp_path, monkeypat
     assert not (tmp_path / "out").exists()
 
 
-# Options from a file, and a manifest that repeats its run
-
+# --- options from a file, and a manifest that repeats its run
 ALL = shlex.split(
     "--sparsity 0.5 --solver wanda --include q_proj,k_proj --samples 7 --seq-len 9 --damping 0.5 "
     "--update blockwise --training epochs=2 --training begin=least-squares --holdout 0.3 "
@@ -348,7 +344,6 @@ def test_what_is_printed_is_read_again(given, dense_folder, tmp_path):
     (path := tmp_path / "run.toml").write_text(text)
     for dry in ([], ["--dry-run"]):
         assert run("prune", *dry, "--config", path, "--print-config") == text
-    # what TOML cannot say is refused
     for value in ("null", "[1, null]", '{"a": null}'):
         words = given("--sparsity", 0.5, "--solver-options", f"moves={value}", "--print-config")
         said = run(*words, fails=OptionError)

@@ -76,7 +76,6 @@ def test_counts(pattern, counts):
         ({"sparsity": 0.5, "keep": 3}, "exactly one"),
         *(({"keep": k, "of": of}, "impossible") for k, of in ((5, 4), (-1, 4), (2, 0), (0, 0))),
         *(({"keep": keep, "of": 4}, "takes whole numbers") for keep in (2.0, True)),
-        # and patterns that do not fit
         *(((pattern, 0), "at least one input") for pattern in (Unstructured(0.5), NM(1, 1))),
         ((Unstructured(keep=9), 8), "keep=9 is more than the 8 inputs"),
         ((NM(keep=2, of=4), 10), "10 inputs do not divide into groups of 4"),

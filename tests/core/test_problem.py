@@ -77,7 +77,6 @@ def test_a_problem_shows_its_name_and_is_the_same_under_another_pattern(monkeypa
     assert repr(problem.row(-1)) == "RowProblem('up[2]', n=40, pattern=0.5)"
     assert repr(PLAIN.under(NM(2, 4))) == "LayerProblem(rows=2, n=4, pattern=2:4)"
     assert repr(RowProblem(torch.ones(4), EYE, HALF)) == "RowProblem(n=4, pattern=0.5)"
-    # its objective in blocks is that at once
     mask = solve(problem, "wanda").mask
     whole = problem.objective(mask)
     monkeypatch.setattr("maskopt.core.objective._BLOCK_BYTES", 8 * 40 * 7)

@@ -159,7 +159,6 @@ def test_make_start_leaves_out_what_the_next_solver_does_anyway():
     assert Relax(max_iterations=60).as_start(PROBLEM)[0].max_iterations == 60
     assert not Relax().as_start(PROBLEM)[0].refine
     assert DSnoT().as_start(PROBLEM)[0] == DSnoT()
-    # and is the mask that the solver makes by itself
     problem = PROBLEM.with_update(LeastSquaresUpdate(0.2))
     for name in ("admm", "obs", "sparsegpt", "wanda", "swap"):
         start = protocol.make_start(problem, name)
@@ -286,7 +285,6 @@ def test_the_clock_runs_from_begin_and_is_never_set_back(clock):
     endless = Limits().begin()
     assert (endless.timed, endless.expired, endless.left) == (False, False, math.inf)
     assert endless.share(0.5) is endless
-    # what a listener hears
     heard = []
     limits = Limits(on_progress=heard.append)
     limits.report(1, 3, "moves", 5, 10)
@@ -304,12 +302,10 @@ def test_values_in_and_out_of_range():
     ):
         for value in values:
             fails(OptionError, named, Limits, **{field: value})
-    # numbers of numpy are numbers
     given = {"seconds": np.float32(1.5), "memory": np.int64(7), "threads": np.int32(2)}
     limits = Limits(**given, seed=np.uint8(3))
     assert limits == Limits(seconds=1.5, memory=7, threads=2, seed=3)
     assert [type(getattr(limits, name)) for name in ("seconds", "seed")] == [float, int]
-    # amounts of memory are read from text
     sizes = {"8GiB": 8 * 2**30, "500MB": 500 * 10**6, "1.5g": 1_500_000_000, " 3 KiB ": 3072}
     for text, size in {**sizes, "17": 17, "17b": 17}.items():
         assert parse_bytes(text) == Limits(memory=text).bytes(5) == size

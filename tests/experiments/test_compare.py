@@ -77,10 +77,8 @@ def test_records_say_how_far_from_the_optimum_and_who_is_trusted():
     assert (branch.trace["ended"], branch.trace["nodes"] >= 1) == ("optimal", True)
     # its presolve leaves nothing of a row this small
     assert (scip.status, scip.trace["ended"], scip.trace["nodes"]) == ("optimal", "presolved", 0)
-    # a failed job is a record, too
     record = compare(sample_rows([drawn(1, 32)], 1), ["exhaustive"], time_limit=3)[0]
     assert (record.status, "masks" in record.error) == ("failed", True)
-    # samples depend on the seed alone
     once, again, other = ([x.weight.tolist() for x in some(2, 8, seed=seed)] for seed in (0, 0, 1))
     assert once == again != other
     assert some(1, 8, pattern=NM(2, 4))[0].pattern == NM(2, 4)
@@ -360,7 +358,6 @@ def test_commands_compare_and_export_what_other_programs_read(saved, tmp_path):
         run(*words)
         assert scip_value(target) == pytest.approx(best, rel=1e-4, abs=1e-5)
         assert "exists; pass --overwrite" in run(*words, fails=e.OptionError)
-    # a row keeps its name through files
     LAYER.row(3).save(tmp_path / "0.npz")
     for number in range(2):
         said = run("export", tmp_path / f"{number}.npz", tmp_path / f"{number + 1}.npz")
@@ -368,8 +365,7 @@ def test_commands_compare_and_export_what_other_programs_read(saved, tmp_path):
     assert LAYER.take([3]).row(0).name == "q[0]"
 
 
-# Clusters of processes, one of which dies: every row is there, none twice
-
+# --- clusters of processes, one of which dies: every row is there, none twice
 ROWS, KILLED_AFTER = 200, 40
 PROVEN = drawn(12, 20, "outliers", seeds=(5, 6))
 
@@ -492,9 +488,7 @@ def test_what_will_not_do_is_refused_before_anything_is_proven(tmp_path):
         fails(error, message, prove, layer, path, start=start, on_progress=listen)
 
 
-# Certified gaps
-
-
+# --- certified gaps
 TEXT = "the quick brown fox jumps over the lazy dog and runs away again " * 60
 
 
@@ -611,7 +605,6 @@ def test_what_will_not_do_is_refused_before_anything_is_read(models, layer, tmp_
     for draw in (sample_rows, bound_layers):
         fails(e.OptionError, "rows must be at least 1, not 0", draw, layers(), rows=0)
     fails(e.OptionError, "rows", certified, models, "no", "no", rows_per_layer=0)
-    # folders that do not belong together
     with torch.no_grad():
         for parameter in other.parameters():
             parameter += 0.01
@@ -633,7 +626,6 @@ def test_the_masks_of_a_pruned_model_are_the_ones_judged(models, tmp_path):
         assert record.objective > 0
         assert 0 <= record.gap <= 1
         assert math.isfinite(record.seconds)
-    # layers are chosen among the pruned ones
     some = {"sparsity": NM(keep=2, of=4), "include": ("layers.0",), "output": tmp_path / "some"}
     text = {"calibration": models / "text.txt", "samples": 4, "seq_len": 32}
     maskopt.prune_model(models / "dense", **some, **text)
@@ -641,7 +633,6 @@ def test_the_masks_of_a_pruned_model_are_the_ones_judged(models, tmp_path):
     assert [r.instance for r in records] == ["model.layers.0.self_attn.q_proj"]
     wrong = {"pruned": tmp_path / "some", "layers": "layers.1"}
     fails(e.ModelError, r"no layer matches 'layers\.1'", certified, models, **wrong)
-    # torch has the threads that it had, whatever happens
     before = torch.get_num_threads()
     some = {"rows_per_layer": 1, "samples": 2, "layers": "layers.0.mlp", "threads": before + 1}
     certified(models, **some)

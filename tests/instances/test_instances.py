@@ -423,7 +423,6 @@ def test_groups_may_lie_anywhere_and_scaling_and_order_do_not_matter():
     mask, scaled, moved = (solve(problem, "exhaustive").mask[0] for problem in problems)
     assert torch.equal(scaled, mask)
     assert torch.equal(moved, mask[order])
-    # a layer of one row is the row
     row = drawn(1, 10, "outliers", Unstructured(keep=4), (5, 6)).row(0)
     one = structure_problem(row.weight[None], row.gram, row.pattern)
     torch.testing.assert_close(one.q(), row.q().double())

@@ -135,7 +135,6 @@ def test_names_cannot_break_out_of_the_page_and_do_not_mix(home, tmp_path):
     forge_manifest(folder := copied(home / "OUT", tmp_path), change)
     found = page(tmp_path, folder)
     assert ("<script" in found, html.escape(bad) in found) == (False, True)
-    # folders and evaluated models of the same name
     other = copied(home / "TRAINED", tmp_path / '<b>"x"')
     other = other.rename(other.with_name("OUT"))
     records = json.loads((home / "eval.json").read_text())
@@ -207,9 +206,7 @@ def test_layers_that_are_none_are_refused(bad, home, tmp_path):
     assert "its layers are not those of a prune" in run("report", folder, fails=ModelError)
 
 
-# The demo
-
-
+# --- the demo
 def test_tables_name_a_row_once_and_sum_errors_per_kind():
     name, nothing = "model.layers.0.self_attn.q_proj[3]", ("objective", "value", "excess")
     given = 48, "0.5", "wanda", 3.0, 0.0, 3.0, 0.0, 0.0, 0.5, "feasible", 0, 0.1, 0, "wanda"
@@ -250,7 +247,6 @@ def test_the_demo_from_end_to_end_on_a_tiny_model(tmp_path, monkeypatch):
     page, titles = result.report.read_text(), ("Toy rows", "Errors along the model", "A mask")
     shows(page, "in 21 layers of 3 blocks", *titles)
     assert "toy rows: block 3/3, calibrate" in stages
-    # an output that is not empty is refused before anything starts
     (tmp_path / "file").write_text("mine")
     listen = {"on_stage": lambda *stage: pytest.fail("it started")}
     fails(ModelError, "is not empty", run_demo, tmp_path, **listen)

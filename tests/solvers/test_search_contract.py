@@ -10,7 +10,6 @@ from maskopt import NM, LayerProblem, LeastSquaresUpdate, Progress, Status, Unst
 from maskopt.errors import MaskoptError, OptionError, WarmStartError
 from maskopt.protocol.solver import make_start
 
-#: solver and options
 KERNELS = {f"swap-{k}": ("swap", {"kernel": k}) for k in ("literal", "torch", "numba")}
 MEMETIC = {"generations": 6, "children": 3, "pool": 4, "moves": 40}
 SEARCHES = KERNELS | {

@@ -314,7 +314,6 @@ def test_no_bit_depends_on_threads_or_on_the_rows_beside(n):
         again, again_duals = run(rows, threads)
         assert torch.equal(again, v[rows])
         assert torch.equal(again_duals, duals[rows])
-    # rows that are kept keep their extra terms
     whole, some = Mixing(problem, 8, 0), Mixing(problem, 8, 0)
     for state in (whole, some):
         state.extra = extra

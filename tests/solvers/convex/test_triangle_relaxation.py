@@ -106,7 +106,6 @@ def test_the_pairs_of_triangles_and_their_sparse_matrix(seed, n, most):
     assert found.pairs.tolist() == [list(pair) for pair in distinct]
     for one, member in zip(index.tolist(), found.member, strict=True):
         assert found.pairs[member].tolist() == [list(pair) for pair in combinations(one, 2)]
-    # by owner, then by partner
     both = sorted({(i, j) for i, j in distinct} | {(j, i) for i, j in distinct if j < n})
     owner = np.repeat(np.arange(n), np.diff(found.starts))
     assert list(zip(owner.tolist(), found.partners.tolist(), strict=True)) == both
@@ -452,14 +451,12 @@ def test_every_step_is_legal_and_lowers_the_value():
         values.append(value)
     assert (np.diff(values) <= 0).all()
     assert newton.known == 12
-    # the same as in one go
     again, value = QuasiNewton(free, 8).descend(function, np.ones(n), 12)
     assert again == pytest.approx(x, rel=1e-12)
     assert value == values[-1]
     for slope in (0.0, np.nan):  # where nothing is gained it stays
         x, value = QuasiNewton(0, 5).descend(lambda x, s=slope: (1.0, x * s), np.ones(3), 10)
         assert (x.tolist(), value) == ([1, 1, 1], 1)
-    # a step too long is shortened
     x, value = QuasiNewton(1, 5).descend(lambda x: (float(500 * x @ x), 1000 * x), np.ones(1), 50)
     assert abs(x[0]) < 1e-3 > value
 

@@ -253,7 +253,6 @@ def test_a_crash_costs_its_task_alone(monkeypatch):
     squares, (first, again, last) = zip(*(found[i] for i in (1, 2, 3)), strict=True)
     assert squares == (9, 25, 36)
     assert first == again != last
-    # and no task is begun after the deadline
     assert list(run_tasks(die_on_seven, [3, 7], workers=1, deadline=time.monotonic())) == []
     calls = as_they_finish([joblib.delayed(die_on_seven)(task) for task in (7, 7)], jobs=2)
     fails(SolverError, r"worker process was killed.*`jobs` 1", list, calls)
@@ -268,7 +267,6 @@ def test_what_cannot_be_started_or_pickled_is_one_error_and_no_hang(monkeypatch,
     monkeypatch.setattr(workers.subprocess, "Popen", refuse)
     message = "cannot be started: Cannot allocate memory"
     fails(SolverError, message, list, run_tasks(die_on_seven, [3, 5], workers=2))
-    # rows whose process died keep their start
     died = [(0, WorkerCrash("the worker process died with exit status -9"))]
     monkeypatch.setattr(rows, "_as_they_finish", lambda *_: iter(died))
     assert solve(layer(8, 1), "scip").status == FEASIBLE[:1]
@@ -379,7 +377,6 @@ def test_what_goes_on_from_a_search_ends_with_it(monkeypatch):
         with monkeypatch.context() as patched:
             interrupt(patched, quadratic, "bound_node", 9)
             fails(KeyboardInterrupt, None, goes_on)
-    # a portfolio keeps what its member has
     interrupt(monkeypatch, quadratic, "bound_node", 9)
     found = solve(HARD, "portfolio", members=("branch", "swap", "tabu"))
     trace = found.trace

@@ -94,7 +94,6 @@ def test_what_elimination_sees_and_what_it_misses(gram, found, cost, monkeypatch
     assert (solution.mask[0].tolist(), solution.objective.item()) == (found, pytest.approx(cost))
     masks = [solve(problem, name).mask[0].tolist() for name in ("wanda", "exhaustive")]
     assert masks == [[False, True, False], [False, False, True]]
-    # in tiles
     problem = drawn(7, 12, pattern=TWO_FOUR)
     whole = solve(problem, "elimination").mask
     monkeypatch.setattr("maskopt.solvers.greedy.elimination._TILE_BYTES", 1)

@@ -76,7 +76,6 @@ def test_the_weights_solve_the_normal_equations_and_cost_what_is_said(kind, how,
         return off.norm(dim=1) / torch.where(mask, target, 0.0).norm(dim=1).clamp(min=1e-300)
 
     assert float(rest(weight).max()) <= 1e-9
-    # refitted whatever the mask was chosen for
     found = update_weights(problem.with_update(None), mask, **vars(how))
     for other in (found, update_weights(problem, mask)):
         close(other.weight, weight, rtol=1e-9, atol=1e-12)
@@ -276,14 +275,12 @@ def test_rows_parts_other_patterns_and_the_other_objective():
     row = problem.row(0)
     bare = row.with_update(None)
     assert (bare.update, bare.with_update(ROOT).update) == (None, ROOT)
-    # the two objectives are not taken for each other
     one, other = solve(kept, "random"), solve(problem, "random")
     assert torch.equal(one.mask, other.mask)
     verify(problem, other)
     verify(kept, one)
     for wrong, solution in ((problem, one), (kept, other)):
         fails(VerificationError, "objective: row 0", verify, wrong, solution)
-    # and a comparison knows its own
     rows = [p.row(0) for p in (problem, more, kept)]
     records = compare(rows, ["wanda"])
     assert len({record.key for record in records}) == 3
@@ -331,7 +328,6 @@ def test_what_knows_kept_weights_alone_refuses_but_makes_a_start():
     ):  # fmt: skip
         fails(kind, IN_ONE_LINE + message, call)
     assert solve(problem, "swap", kernel="auto").trace.kernel == "least squares"
-    # but makes a start all the same
     for maker, problem in itertools.product(("relax", "elimination"), map(layer, PATTERNS)):
         start = make_start(problem.with_update(None), maker).mask
         stopped, swapped = (solve(problem, "swap", start=maker, max_swaps=k) for k in (0, 999))

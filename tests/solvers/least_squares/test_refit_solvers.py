@@ -329,7 +329,6 @@ def test_the_trace_and_the_progress_say_what_was_done(tmp_path):
     start = solve(problem, "random").mask
     assert bool((trace.swaps >= (solution.mask & ~start).sum(1)).all())
     assert_history(problem, problem.objective(start), solution)
-    # which files keep
     solution.save(tmp_path / "solution.npz")
     problem.save(tmp_path / "problem.npz")
     read = Solution.load(tmp_path / "solution.npz")

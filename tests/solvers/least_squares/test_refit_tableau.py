@@ -95,7 +95,6 @@ def test_the_inverse_by_halves_is_that_of_lapack(size):
         assert torch.equal(found[:, half:, :half], found[:, :half, half:].mT)
         alone = inverse(a[1:2].clone(), torch.empty_like(a[:1]), work.double())
         assert torch.equal(alone[0], found[1])
-    # parts of a matrix go where they belong
     lines, columns = torch.tensor([size - 1, 0]), torch.tensor([0, 0, size - 1, size // 2])
     part = torch.full((2, 4), torch.nan, dtype=torch.float64)
     assert part_of(a[0], lines, columns, part) is part

@@ -230,7 +230,6 @@ def test_order_units_threads_and_memory_change_nothing(update):
         mask = solve(problem, solver, threads=1).mask
         for limits in ({"threads": 2}, {"threads": 2, "memory_limit": 2**15}):
             assert torch.equal(solve(problem, solver, **limits).mask, mask)
-        # a layer of one row is that row
         assert torch.equal(*(solve(p, solver).mask for p in (one, one.row(0))))
 
 
@@ -470,7 +469,6 @@ def test_claims_that_do_not_hold_are_refused():
         ("no exact solver is trusted with it", best, {"trusted": ()}),
     ):
         fails(VerificationError, message, verify, problem, replace(base, **changes))
-    # and relaxing is never worse than its start
     for refine in (True, False):
         found = solve(problem, "relax", start=best.mask, refine=refine)
         assert total(problem, found) == pytest.approx(total(problem, best))

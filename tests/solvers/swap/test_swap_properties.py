@@ -107,7 +107,6 @@ def test_stopped_by_max_swaps_goes_on_from_there(kernel, pattern):
         assert most > 0 or torch.equal(stopped.mask, start.mask)
         swap_optimal(problem, start=stopped.mask, **how)
     assert set(stopped.status) == {Status.SWAP_OPTIMAL}
-    # a row that needs no swap is proven without any
     mask = start.mask.clone()
     mask[0] = whole.mask[0]
     stopped = solve(problem, "swap", start=mask, max_swaps=0, **how)
