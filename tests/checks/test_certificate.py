@@ -84,18 +84,18 @@ def test_the_margin_covers_the_rounding_of_every_part(part):
         weight, gram = problem.weight, problem.gram
         linear = LinearTerm(large * (1 + rand(1, 8)) * ALTERNATING, large * ones(1))
         scaled = {
-            "weight": (large * weight.abs() * ALTERNATING, gram, None),
-            "gram": (weight, large * gram, None),
-            "small gram": (large * weight, gram / large, None),
-            "linear": (weight, gram, linear),
+            "weight": {"weight": large * weight.abs() * ALTERNATING},
+            "linear": {"linear": linear},
         }
-        weight, gram, linear = scaled.get(part, (weight, gram, None))
+        scaled |= {"small gram": {"weight": large * weight, "gram": gram / large}}
+        scaled |= {"gram": {"gram": large * gram}}
         if part not in scaled:
             many = [triangles(large)] if part == "cuts" else large * getattr(given, part)
             given = replace(given, **{part: many})
         if part in ("cuts", "product"):  # the matrix of such a part is indefinite
             given = replace(given, diagonal=given.diagonal * 20 * large)
-        problem = LayerProblem(weight, gram, pattern, linear=linear, assume_psd=part == "linear")
+        parts = {"weight": weight, "gram": gram} | scaled.get(part, {})
+        problem = LayerProblem(**parts, pattern=pattern, assume_psd=part == "linear")
         assert 1 <= margin(given, problem) <= 500
 
 

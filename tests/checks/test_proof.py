@@ -226,9 +226,8 @@ def parts_of(tree):
 
 def steps(*branch, **more):
     more = {"points": [], "fixed": [], "side": [], **more}
-    return lambda parts: parts.update(
-        vars(tree_with(RowProof(**parts), [NO_FORM] * len(branch), branch, **more))
-    )
+    forms = [NO_FORM] * len(branch)
+    return lambda parts: parts.update(vars(tree_with(RowProof(**parts), forms, branch, **more)))
 
 
 REFUSED = {

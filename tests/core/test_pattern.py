@@ -179,10 +179,9 @@ def test_many_large_items_are_proven(seed):
     middles = [7 * n // 10 for n in widths]
     levels = [m + (n // 128) * np.arange(-25, 26) for n, m in zip(widths, middles, strict=True)]
     sizes = [r * k for r, k in zip(rows, levels, strict=True)]
-    costs = [
-        r * generator.lognormal(0, 2) * np.exp(k / n * generator.uniform(4, 8))
-        for r, n, k in zip(rows, widths, levels, strict=True)
-    ]
+    scale = [(generator.lognormal(0, 2), generator.uniform(4, 8)) for _ in rows]
+    items = zip(rows, widths, levels, scale, strict=True)
+    costs = [r * size * np.exp(k / n * slope) for r, n, k, (size, slope) in items]
     total = sum(r * m for r, m in zip(rows, middles, strict=True))
     choice = choose_levels(sizes, costs, total)
     assert total_of(sizes, choice.levels) == total

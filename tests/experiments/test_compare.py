@@ -29,7 +29,6 @@ from maskopt.experiments.store import Store, read_records, write_records
 from maskopt.models.checkpoints.report import read_manifest, result_digest
 from maskopt.models.evaluation import bound as certify_module
 from maskopt.models.evaluation.bound import GapRecord, bound_layers, by_kind, certify_model
-from maskopt.protocol.bounds import lower_bound
 from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.solver import make_solver, solve
 from maskopt.solvers.exact.branch import Branch
@@ -153,12 +152,9 @@ def test_a_forged_solution_and_a_forged_line_do_not_survive_a_resume(claim, path
     (kept,) = (path.parent / "out.jsonl.rows").iterdir()
     found = Solution.load(kept)
     value, optimal = found.objective, {"status": (Status.OPTIMAL,)}
-    lies = {
-        "objective": {"objective": value / 2},
-        "optimal": optimal,
-        "bound": {"lower_bound": value, **optimal},
-        "trusted": {"lower_bound": value / 2, "trusted": ("SCIP 10.0",)},
-    }
+    lies = {"objective": {"objective": value / 2}, "optimal": optimal}
+    lies |= {"bound": {"lower_bound": value, **optimal}}
+    lies |= {"trusted": {"lower_bound": value / 2, "trusted": ("SCIP 10.0",)}}
     replace(found, **lies.get(claim, {})).save(kept)
     if claim == "cut off":
         kept.write_bytes(kept.read_bytes()[:100])
@@ -617,9 +613,8 @@ def test_what_will_not_do_is_refused_before_anything_is_read(models, layer, tmp_
 def test_the_masks_of_a_pruned_model_are_the_ones_judged(models, tmp_path):
     records = certified(models, rows_per_layer=2, samples=8)
     kinds = by_kind(records)
-    assert {kind.split(".")[-1] for kind in kinds} == {
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    }  # fmt: skip
+    names = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    assert {kind.split(".")[-1] for kind in kinds} == names
     assert all(count == 6 for count, *_ in kinds.values())
     assert {record.pattern for record in records} == {"2:4"}
     for record in records:
@@ -662,7 +657,7 @@ def test_rows_with_a_common_count_have_the_bound_of_their_layer(jobs, tmp_path):
         assert bound_layers([layer], jobs=3 - jobs, **words) == records
     best = float(solve(layer, "swap").objective.sum())
     assert [r.row for r in records] == list(range(6))
-    truth = float(lower_bound(layer, "box").value.sum())
+    truth = float(maskopt.lower_bound(layer, "box").value.sum())
     assert sum(r.lower_bound for r in records) == pytest.approx(truth)
     assert truth <= best * (1 + 1e-9)
     assert [r.gap for r in records] == pytest.approx([1 - truth / best] * 6)
@@ -680,10 +675,9 @@ def test_commands(models, layer, tmp_path):
     folders = (models / "pruned", "--original", models / "dense")
     words = ("--rows", 1, "--include", "*q_proj")
     assert "q_proj" in run("bound", *folders, *box, *words, *common)
-    assert "optimal" in run(
-        "compare", models / "dense", "--include", "*0*q_proj", "--sparsity", "0.5", "--rows", 1,
-        "--columns", 12, "--solvers", "wanda,swap,exhaustive", *common,
-    )  # fmt: skip
+    some = ("--include", "*0*q_proj", "--sparsity", "0.5", "--rows", 1, "--columns", 12)
+    solvers = ("--solvers", "wanda,swap,exhaustive")
+    assert "optimal" in run("compare", models / "dense", *some, *solvers, *common)
     assert "--calibration" in run("bound", models / "dense", fails=e.MaskoptError)
     gaps = []
     for extra in ((), ("--cuts", "3")):

@@ -161,12 +161,10 @@ def test_dsnot_equals_the_literal_algorithm(pattern):
         assert (found.trace.swaps == (expected & ~start).sum(1)).all()
     assert not torch.equal(expected, start)
     # without a variance the tokens are one sequence
-    mean, gram = problem.mean, problem.gram
-    masks = [
-        solve(LayerProblem(problem.weight, gram, pattern, mean=mean, variance=v), "dsnot").mask
-        for v in (None, gram.diagonal() - mean.square())
-    ]
-    assert torch.equal(*masks)
+    weight, gram, mean = problem.weight, problem.gram, problem.mean
+    given = ({"mean": mean, "variance": v} for v in (None, gram.diagonal() - mean.square()))
+    both = (LayerProblem(weight, gram, pattern, **more) for more in given)
+    assert torch.equal(*(solve(problem, "dsnot").mask for problem in both))
 
 
 def test_the_first_swap_of_dsnot_is_the_one_of_the_paper_and_the_mean_error_shrinks():
