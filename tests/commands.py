@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import pyscipopt
 import pytest
 from typer.testing import CliRunner
 
@@ -39,6 +40,15 @@ def shows(text: str, *parts: str) -> None:
     """All of these are in the text."""
     missing = [part for part in parts if part not in text]
     assert not missing, (missing, text)
+
+
+def scip_value(path: Path) -> float:
+    """What SCIP finds to be the least value of the model in a file."""
+    model = pyscipopt.Model()
+    model.hideOutput()
+    model.readProblem(str(path))
+    model.optimize()
+    return float(model.getObjVal())
 
 
 @contextmanager

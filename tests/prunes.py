@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from strategies import slow
 from tiny_models import tokens
 
 from maskopt import prune_model, remove_blocks, remove_experts, shrink_model
@@ -32,11 +33,6 @@ def smaller(dense: Any, output: Path, data: Any = None, **what: Any) -> Any:
         remove_blocks if "count" in what else remove_experts if "share" in what else shrink_model
     )
     return remove(dense, tokens() if data is None else data, output=output, **what)
-
-
-def slow(*values: Any) -> Any:
-    """A case that runs with --slow only."""
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def but_slow(first: Any, cases: Iterable[Any]) -> list[Any]:
