@@ -27,6 +27,8 @@ from numba.core import event
 from numba.core.registry import CPUDispatcher
 from platformdirs import user_cache_path
 
+from maskopt.core.limits import clock
+
 _log = logging.getLogger("maskopt.compile")
 #: the message for the logger
 NOTICE = "compiling once …"
@@ -199,11 +201,15 @@ def source_key(file: Path) -> str:
 
 
 class _Notice(event.Listener):
-    """Reports the first compilation of a loop of this package in this process."""
+    """Stops the clock of solvers, and reports the first compilation of a loop of this package in this
+    process."""
 
-    reported = False
+    reported, nested = False, 0
 
     def on_start(self, happening: event.Event) -> None:
+        if not self.nested:  # one thread at a time compiles
+            clock.stop()
+        self.nested += 1
         # of a function that `exec` made the module is None
         module = happening.data["dispatcher"].py_func.__module__ or ""
         if module.startswith("maskopt.solvers.") and not self.reported:
@@ -211,7 +217,9 @@ class _Notice(event.Listener):
             _log.info(NOTICE)
 
     def on_end(self, happening: event.Event) -> None:
-        pass
+        self.nested -= 1
+        if not self.nested:
+            clock.go()
 
 
 event.register("numba:compile", _Notice())

@@ -25,6 +25,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from maskopt.core import limits
+
 # Read at MKL's first product: on processors of other makers than Intel the last bit of a product otherwise
 # depends on where its matrices lie in memory, and what is claimed of threads and of single rows is bits.
 _CPU = Path("/proc/cpuinfo")
@@ -88,8 +90,11 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """`time.monotonic`, which every limit reads, is one that looks alone advance."""
+    """`time.monotonic`, which every limit reads, is one that looks alone advance, compilation or not."""
     monkeypatch.setattr(time, "monotonic", found := Clock())
+    monkeypatch.setattr(limits.clock, "_compiled", (0.0, None))
+    for name in ("stop", "go"):
+        monkeypatch.setattr(limits.clock, name, lambda: None)
     return found
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from maskopt.cli.command import MODEL, OVERWRITE, RESUME, SOURCES, command
 from maskopt.cli.console import again, errors, make_table, ranks, screen, speaks, written
 from maskopt.cli.prune_view import PruneView
-from maskopt.cli.view import View, clock, view
+from maskopt.cli.view import View, duration, view
 from maskopt.core.fields import OUTPUT, TEXT, option, options_of
 from maskopt.errors import OptionError
 from maskopt.models.options.prune import RECIPE, PruneOptions, with_recipe
@@ -142,7 +142,7 @@ def _say_beforehand(
     if is_small(model) or missing:  # of which the prune says more
         return None
     plan = plan_prune(model, _tokens_file(calibration), **options)
-    time = "unknown" if plan.seconds is None else f"about {clock(plan.seconds)}"
+    time = "unknown" if plan.seconds is None else f"about {duration(plan.seconds)}"
     shown.say(
         f"time, estimated: {time}; memory at the peak: {plan.memory.gib:.2f} GiB",
         expected_seconds=plan.seconds,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from maskopt.cli.view import View
+from maskopt.core.limits import clock
 
 if TYPE_CHECKING:
     from maskopt.models.blockwise.progress import BlockProgress
@@ -27,7 +27,7 @@ class PruneView:
         self._view, self._expected = view, expected
         self._block = -1
         self._times: list[float] = []
-        self._began = time.monotonic()
+        self._began = clock()
         self._error = self._wanda = 0.0
         self._rows = self._proven = 0
 
@@ -50,7 +50,7 @@ class PruneView:
         )
 
     def _next(self, block: int) -> None:
-        now = time.monotonic()
+        now = clock()
         # what comes before the first block (gradients, budgets) is none of its time
         if self._block >= 0 and block > self._block:
             self._times.append(now - self._began)
@@ -59,10 +59,10 @@ class PruneView:
     def _part(self, event: BlockProgress) -> float | None:
         """Of all blocks, what is done."""
         if not self._times:
-            gone = time.monotonic() - self._view.began
+            gone = clock() - self._view.began
             return min(gone / self._expected, _ALMOST) if self._expected else 0.0
         usual = sum(self._times) / len(self._times)
-        inside = min((time.monotonic() - self._began) / usual if usual else 0.0, _ALMOST)
+        inside = min((clock() - self._began) / usual if usual else 0.0, _ALMOST)
         return (event.block + inside) / event.blocks
 
     def _count(self, event: BlockProgress) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from maskopt.cli.console import INTERRUPTED, NO_BOUND, make_table, screen
 from maskopt.cli.view import view
 from maskopt.core.fields import OUTPUT, REQUIRED, option
 from maskopt.core.files import check_writable
-from maskopt.core.limits import Limits
+from maskopt.core.limits import Limits, clock
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.core.units import OriginalValues
 from maskopt.errors import OptionError
@@ -102,9 +101,9 @@ def check(instance: Path, solution: Path, require: Require, cardinality: int | N
     problem, found = load_problem(instance, cardinality), Solution.load(solution)
     if found.proof is not None and require == CLAIMS:
         require = CHECKED
-    began = time.perf_counter()
+    began = clock()
     result = verify(problem, found, require=require)
-    seconds = time.perf_counter() - began
+    seconds = clock() - began
     screen.print(solution_table(problem, found))
     exactly = " in exact arithmetic" if require == EXACT else ""
     screen.print(

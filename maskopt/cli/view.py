@@ -4,7 +4,6 @@ none, JSON lines where asked for, or nothing."""
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from rich.table import Column
 from rich.text import Text
 
 from maskopt.cli.console import errors, hush_compiling
+from maskopt.core.limits import clock
 from maskopt.errors import OptionError, printable
 
 #: seconds before plain lines begin, and between two of them; where nothing is finished meanwhile, more
@@ -57,7 +57,7 @@ class View:
     """Shows nothing."""
 
     def __init__(self) -> None:
-        self.began = time.monotonic()
+        self.began = clock()
         self._first: tuple[float, float] | None = None
         self._last_share = 0.0
 
@@ -77,7 +77,7 @@ class View:
 
     def _left(self, share: float) -> float | None:
         """Seconds to the end, at the pace since the first step that was shown."""
-        now = time.monotonic()
+        now = clock()
         begins_anew = share < self._last_share  # and has a pace of its own
         if self._first is None or begins_anew:
             self._first = now, share
@@ -94,7 +94,7 @@ class View:
         """Show a line that stays; its facts are for JSON lines."""
 
     def __enter__(self) -> View:
-        self.began = time.monotonic()
+        self.began = clock()
         return self
 
     def __exit__(self, *raised: object) -> None:
@@ -130,7 +130,7 @@ class LiveView(View):
             completed=step.done,
             total=step.total,
             share=f"{step.done / step.total:.0%}" if step.total else "",
-            left="" if step.left is None else f"{clock(step.left)} left",
+            left="" if step.left is None else f"{duration(step.left)} left",
         )
         self._note.plain = printable(step.note)
 
@@ -155,12 +155,12 @@ class PlainView(View):
         self._note = ""
 
     def take(self, step: Step) -> None:
-        now = time.monotonic()
+        now = clock()
         if now - self._last < (_BETWEEN if step.note == self._note and self._note else _FIRST):
             return
         self._last, self._note = now, step.note
         part = f" {step.done / step.total:.0%}" if step.total else ""
-        left = "" if step.left is None else f"{clock(step.left)} left"
+        left = "" if step.left is None else f"{duration(step.left)} left"
         _print("; ".join(filter(None, (step.what + part, step.note, left))))
 
     def say(self, line: str, **facts: Any) -> None:
@@ -176,7 +176,7 @@ class JsonView(View):
         self._what, self._last = "", 0.0
 
     def take(self, step: Step) -> None:
-        now = time.monotonic()
+        now = clock()
         ends = step.total is not None and step.done >= step.total
         if not (step.facts or ends or step.what != self._what or now - self._last >= _APART):
             return
@@ -195,7 +195,7 @@ def _print(line: str) -> None:
     errors.print(line, soft_wrap=True, markup=False, emoji=False)
 
 
-def clock(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """`0:07`, `3:20`, `1:02:03`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

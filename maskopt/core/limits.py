@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +39,30 @@ KEYWORDS = {
 }
 
 
+class _Clock:
+    """Seconds of `time.monotonic()`, those apart in which loops are compiled: neither `seconds` of a solution
+    nor a time limit counts them."""
+
+    def __init__(self) -> None:
+        #: seconds of compilation so far, and when the one under way began; replaced as one by a single thread
+        self._compiled: tuple[float, float | None] = 0.0, None
+
+    def __call__(self) -> float:
+        before, since = self._compiled
+        return (time.monotonic() if since is None else since) - before
+
+    def stop(self) -> None:
+        self._compiled = self._compiled[0], time.monotonic()
+
+    def go(self) -> None:
+        before, since = self._compiled
+        assert since is not None
+        self._compiled = before + time.monotonic() - since, None
+
+
+clock = _Clock()
+
+
 @dataclass(frozen=True)
 class Progress:
     """`done` of `total` rows are finished, and `step_done` of `step_total` (0: not counted) of a named
@@ -64,7 +88,7 @@ class Limits:
         threads: on the CPU; None: as many as torch uses. Results do not depend on it.
         seed: of everything random.
         on_progress: called with a `Progress`.
-        deadline: on the clock of `time.monotonic()`; set by `begin`.
+        deadline: of `clock()`; set by `begin`.
 
     Raises:
         OptionError: a value outside its range.
@@ -101,7 +125,13 @@ class Limits:
         """The same with the clock running. A clock that runs already is never set back."""
         if self.seconds is None:
             return self
-        return replace(self, deadline=min(self.deadline, time.monotonic() + self.seconds))
+        return replace(self, deadline=min(self.deadline, clock() + self.seconds))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"deadline": self.left}  # the clock of another process is another one
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, deadline=state["deadline"] + clock())
 
     @property
     def timed(self) -> bool:
@@ -110,17 +140,17 @@ class Limits:
     @property
     def left(self) -> float:
         """Seconds until the deadline, at least 0; ∞ without one."""
-        return max(0.0, self.deadline - time.monotonic())
+        return max(0.0, self.deadline - clock())
 
     @property
     def expired(self) -> bool:
-        return time.monotonic() >= self.deadline
+        return clock() >= self.deadline
 
     def share(self, part: float) -> Limits:
         """The same with an earlier deadline, after `part` of what is left."""
         if not self.timed:
             return self
-        return replace(self, deadline=time.monotonic() + part * self.left)
+        return replace(self, deadline=clock() + part * self.left)
 
     def quiet(self) -> Limits:
         """The same without a listener."""

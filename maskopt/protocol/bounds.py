@@ -5,7 +5,6 @@ entry-point group `maskopt.bounds`."""
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from maskopt.certificates.certificate import Certificate
 from maskopt.core.fields import check_options
-from maskopt.core.limits import Limits, torch_threads
+from maskopt.core.limits import Limits, clock, torch_threads
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import SolverError
 from maskopt.protocol.registry import Registry
@@ -145,11 +144,11 @@ def lower_bound(
             f"bound {maker.name!r} takes at most {maker.largest_n} inputs, the row has {layer.n}; "
             "use method 'sdp', or 'box' for a quick bound"
         )
-    began = time.perf_counter()
+    began = clock()
     with torch_threads(limits.threads):
         certificate, trace = maker.certify(layer, limits.begin())
         value = layer.next_value(certificate.check(layer))
-    seconds = time.perf_counter() - began
+    seconds = clock() - began
     return Bound(
         value,
         certificate,

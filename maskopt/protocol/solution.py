@@ -109,7 +109,7 @@ class Solution:
             shared budget Σ ωᵣ lower_boundᵣ is one bound of the sum.
         status: per row OPTIMAL, SWAP_OPTIMAL or FEASIBLE.
         solver: name of the solver that answered.
-        seconds: wall-clock time of the solve, start included.
+        seconds: wall-clock time of the solve, start included, compilation of loops not.
         trace: how the answer was found (`maskopt.protocol.trace`).
         certificate: proves lower bounds to `verify`.
         proof: the trees of an exact search, which prove lower bounds to `verify`, too.

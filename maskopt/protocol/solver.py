@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 
 from maskopt.core.fields import check_options
-from maskopt.core.limits import KEYWORDS, Limits, torch_threads
+from maskopt.core.limits import KEYWORDS, Limits, clock, torch_threads
 from maskopt.core.pattern import NM, Pattern, Unstructured
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import OptionError, SolverError, WarmStartError
@@ -220,12 +219,12 @@ def solve(
     backend = make_solver(solver, **own)
     check_fit(backend, layer)
     limits = limits.begin()
-    began = time.perf_counter()
+    began = clock()
     with torch_threads(limits.threads):
         mask = _start_mask(backend, layer, start, limits)
         solution = backend.run(layer, mask, limits)
     _check_answer(backend, layer, solution)
-    return replace(solution, solver=backend.name, seconds=time.perf_counter() - began)
+    return replace(solution, solver=backend.name, seconds=clock() - began)
 
 
 def _check_answer(backend: Solver, layer: LayerProblem, solution: Any) -> None:
@@ -249,7 +248,7 @@ def make_start(layer: LayerProblem, solver: Solver | str, limits: Limits | None 
     limits = (limits or Limits()).quiet()
     if holds_budget(backend, layer.pattern):
         return solve(asked, backend, limits=limits).raise_if_interrupted()
-    began = time.perf_counter()
+    began = clock()
     each, more = divmod(asked.pruned, asked.rows)  # one entry more in the first rows
     counts = [(each + 1, slice(0, more)), (each, slice(more, asked.rows))]
     parts = [
@@ -258,7 +257,7 @@ def make_start(layer: LayerProblem, solver: Solver | str, limits: Limits | None 
         if rows.start < rows.stop
     ]
     mask = torch.cat([solve(p, backend, limits=limits).raise_if_interrupted().mask for p in parts])
-    seconds = time.perf_counter() - began
+    seconds = clock() - began
     return replace(Solution.of(asked, mask), solver=backend.name, seconds=seconds)
 
 

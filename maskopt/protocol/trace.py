@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -11,6 +10,8 @@ from typing import Any, Self
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from maskopt.core.limits import clock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,10 +144,10 @@ class Stopwatch:
     """The wall-clock time of a batch of rows, as the share of each row."""
 
     def __init__(self, rows: int) -> None:
-        self._rows, self._began = rows, time.monotonic()
+        self._rows, self._began = rows, clock()
 
     def lap(self) -> Float[Tensor, " rows"]:
         """Seconds since the last lap, or the start, float64 [rows]."""
-        began, self._began = self._began, time.monotonic()
+        began, self._began = self._began, clock()
         share = (self._began - began) / max(self._rows, 1)
         return torch.full((self._rows,), share, dtype=torch.float64)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import replace
 
 import numpy as np
 
+from maskopt.core.limits import clock
 from maskopt.solvers.compiled import loop
 from maskopt.solvers.exact.tasks import RowTask
 
@@ -43,7 +43,7 @@ def tabu_row(
     for first in range(1, moves + 1, _CHUNK):
         last = min(first + _CHUNK - 1, moves)
         more = _moves(q, p, c, best, costs, until, group, first, last, seed % 2**31)
-        if not more or time.monotonic() >= deadline:
+        if not more or clock() >= deadline:
             break
     return best
 

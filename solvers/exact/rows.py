@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +21,7 @@ from maskopt.certificates.certificate import Certificate
 from maskopt.certificates.proof import Proof
 from maskopt.certificates.proof_check import check_proof
 from maskopt.core.fields import option
-from maskopt.core.limits import Limits
+from maskopt.core.limits import Limits, clock
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import OPTIMAL_TOLERANCE, SWAP_FLOOR, Solution, Status, optimal_slack
 from maskopt.protocol.solver import Capabilities, Solver
@@ -126,9 +125,9 @@ def _as_they_finish(
     if workers is None and len(tasks) > 1:
         workers = limits.threads or os.cpu_count() or 1
         if len(tasks[0].q) <= _FEW:
-            here = time.monotonic() + _HERE
+            here = clock() + _HERE
     done = 0
-    while done < len(tasks) and (not workers or time.monotonic() < here):
+    while done < len(tasks) and (not workers or clock() < here):
         yield done, _answer((search, tasks[done]))
         done += 1
     if workers and done < len(tasks):
@@ -146,7 +145,7 @@ def _no_time(task: RowTask) -> RowAnswer:
 def _answer(job: tuple[Search, RowTask]) -> RowAnswer:
     """One row, in the process that searches it. Never a mask that costs more than the start."""
     search, task = job
-    began = time.monotonic()
+    began = clock()
     task = task.begin()
     try:
         with one_blas_thread():
@@ -155,7 +154,7 @@ def _answer(job: tuple[Search, RowTask]) -> RowAnswer:
         answer = RowAnswer(task.start, "userinterrupt")
     if not task.cost(answer.pruned) <= task.cost(task.start) * (1 + _SUM_ORDER) + task.noise:
         answer = replace(answer, pruned=task.start)
-    return replace(answer, seconds=time.monotonic() - began, pid=os.getpid())
+    return replace(answer, seconds=clock() - began, pid=os.getpid())
 
 
 def assemble(problem: LayerProblem, answers: list[RowAnswer], word: str) -> Solution:

@@ -19,10 +19,10 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any
 
+from maskopt.core.limits import clock
 from maskopt.errors import SolverError
 
 #: until it can hand back an incumbent, an interrupt ends it at once and in silence
@@ -54,7 +54,7 @@ def run_tasks(
         function: importable by its qualified name, takes one task.
         workers: processes at a time, of one thread each.
         recycle: tasks after which a process is replaced (SCIP leaks memory: PySCIPOpt issue 1200).
-        deadline: of `time.monotonic()`, after which no task is begun or yielded.
+        deadline: of `clock()`, after which no task is begun or yielded.
 
     On KeyboardInterrupt the workers are interrupted too; their answers still come, and the generator ends by
     raising KeyboardInterrupt.
@@ -125,7 +125,7 @@ class _Crew:
     def _attend(self, slot: int) -> None:
         process: subprocess.Popen[bytes] | None = None
         served = 0
-        while not self.stop.is_set() and time.monotonic() < self._deadline:
+        while not self.stop.is_set() and clock() < self._deadline:
             try:
                 index = self._todo.get_nowait()
             except queue.Empty:

@@ -16,7 +16,6 @@ rigorous: see `Kernel.price`.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -25,6 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from maskopt.core.limits import clock
 from maskopt.solvers.swap.batch import Batch
 
 #: relative error that c may gather by updates before it is computed afresh, in parts of a threshold
@@ -84,7 +84,7 @@ def refine(
 ) -> Outcome:
     """Swap every row of the batch to a proven 1-swap optimum, in place.
 
-    A row stops early after max_swaps swaps, all rows at the deadline (time.monotonic). At the end c
+    A row stops early after max_swaps swaps, all rows at the deadline (`clock()`). At the end c
     and the objective of every row are those of its mask, from scratch in float64.
     """
     most = 2**62 if max_swaps is None else max_swaps
@@ -107,7 +107,7 @@ def refine(
     while len(active):
         left: list[Tensor] = []
         for rows in parts(active):
-            if time.monotonic() >= deadline:
+            if clock() >= deadline:
                 left = []
                 break
             kernel.search(batch, rows, most)

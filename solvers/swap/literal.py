@@ -8,12 +8,12 @@ are float64, and a row is done only when a float64 scan finds no improving pair.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from maskopt.core.limits import clock
 from maskopt.solvers.swap.batch import Batch, by_count
 from maskopt.solvers.swap.engine import Outcome
 
@@ -38,7 +38,7 @@ def refine_literally(
     proven = torch.zeros(batch.rows, dtype=torch.bool, device=batch.x.device)
     double = torch.full_like(proven, not batch.single)
     active = batch.swaps < (math.inf if max_swaps is None else max_swaps)
-    while bool(active.any()) and time.monotonic() < deadline:
+    while bool(active.any()) and clock() < deadline:
         for exact in (False, True):
             rows = (active & (double == exact)).nonzero()[:, 0]
             if not len(rows):

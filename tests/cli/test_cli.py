@@ -24,7 +24,7 @@ from maskopt.cli import PANELS, all_commands, app, information, prune, view as v
 from maskopt.cli.command import flag
 from maskopt.cli.console import errors
 from maskopt.cli.prune_view import PruneView
-from maskopt.cli.view import JsonView, LiveView, PlainView, View, clock
+from maskopt.cli.view import JsonView, LiveView, PlainView, View, duration
 from maskopt.core.fields import JSON_FILE, RECORDED, REQUIRED, options_of
 from maskopt.errors import OptionError
 from maskopt.models.blockwise.progress import BlockProgress
@@ -297,7 +297,7 @@ def test_lines_are_few_and_say_what_is_done(screen, still, tmp_path):
 
 
 def test_the_time_left_is_by_the_pace_since_work_began(still):
-    assert [clock(x) for x in (7, 200, 3723)] == ["0:07", "3:20", "1:02:03"]
+    assert [duration(x) for x in (7, 200, 3723)] == ["0:07", "3:20", "1:02:03"]
 
     class Steps(View):
         def take(self, step):

@@ -3,15 +3,23 @@
 import json
 import logging
 import os
+import pickle
 import subprocess
 import sys
+import time
 
 import numba
 import numpy as np
 import pytest
 from forging import fails
+from numba import types
+from numba.extending import intrinsic
+from strategies import HALF, drawn
 
+from maskopt import Solution, solve
 from maskopt.cli.console import show_compiling
+from maskopt.core import limits
+from maskopt.protocol.solver import Capabilities, Solver
 from maskopt.solvers import compiled
 from maskopt.solvers.exact.tree.node import _gather
 from maskopt.solvers.swap.numba_common import sort
@@ -62,6 +70,45 @@ def test_functions_of_others_without_a_module_compile():
     made = eval("lambda x: 2 * x", {})
     made.__module__ = None
     assert numba.njit(made)(2.0) == 4.0
+
+
+def test_compilation_counts_neither_as_seconds_nor_towards_a_limit(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(limits.clock, "_compiled", (0.0, None))
+
+    def wait(seconds):
+        now[0] += seconds
+
+    @intrinsic
+    def slow_to_compile(typing_context):
+        wait(100.0)
+        return types.void(), lambda context, *rest: context.get_dummy_value()
+
+    @numba.njit
+    def inner():
+        slow_to_compile()
+
+    @numba.njit
+    def loop():
+        inner()
+
+    def run(solver, problem, start, given):
+        loop()
+        wait(3.0)
+        seen.append((given.left, pickle.dumps(given)))
+        return Solution.of(problem, start)
+
+    seen = []
+    members = {"name": "compiles", "capabilities": Capabilities(start="needed"), "run": run}
+    made = type("Compiles", (Solver,), members)()
+    problem = drawn(2, 8, "full", pattern=HALF)
+    assert solve(problem, made, start="wanda", time_limit=10).seconds == 3.0
+    assert now[0] >= 103.0
+    left, sent = seen[0]
+    assert left == 7.0
+    monkeypatch.setattr(limits.clock, "_compiled", (0.0, None))  # as in another process
+    assert pickle.loads(sent).left == 7.0
 
 
 def test_the_command_line_says_that_it_compiles(capsys, monkeypatch):

@@ -6,7 +6,6 @@ whole layers, the largest first.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskopt.core.limits import clock
 from maskopt.core.problem import LayerProblem
 from maskopt.models.architecture.blocks import Layer, matrix
 from maskopt.models.architecture.source import as_stored
@@ -163,7 +163,7 @@ def solve_rows(
 
     judge = held_problem(layer, dense, grams, pattern)
     judge = None if judge is None else judge.take(rows)
-    began, limits = time.perf_counter(), layer_limits(options)
+    began, limits = clock(), layer_limits(options)
     if least_squares is not None and options.damping == AUTO and judge is not None:
         least_squares = damping_by_held_error(
             at(_fixed(options.gram_shrinkage)), judge, options, limits
@@ -180,7 +180,7 @@ def solve_rows(
         found = solved.solution.weight
         found = fitted.weights(solved.solution.mask) if found is None else found
         new = as_stored(job.source, layer, found)
-    seconds = time.perf_counter() - began
+    seconds = clock() - began
     facts: dict[str, Any] = {
         "tokens": tokens,
         "fallback": fallback,

@@ -10,13 +10,13 @@ vectors of the node above.
 from __future__ import annotations
 
 import math
-import time
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from maskopt.certificates.certificate import Certificate
+from maskopt.core.limits import clock
 from maskopt.core.pattern import NM, Unstructured
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.bounds import lower_bound
@@ -141,7 +141,7 @@ def multipliers(
         part: is used up.
         vectors: float32 [n, k], where the sweeps start.
         point: the relaxed point of the node, float64 [n], for `definite`.
-        deadline: of `time.monotonic()`, after which no further sweeps are made.
+        deadline: of `clock()`, after which no further sweeps are made.
     """
     free, b = part.free, part.b
     scale = len(free) / max(float(np.trace(b)), 1e-300)
@@ -153,7 +153,7 @@ def multipliers(
     y = np.empty(len(free), np.float32)
     for done in range(0, sweeps, _CHUNK):
         _mix(c, first, v, y, min(_CHUNK, sweeps - done))
-        if time.monotonic() >= deadline:
+        if clock() >= deadline:
             break
     whole = np.zeros(len(part.state))
     if not np.isfinite(y).all():

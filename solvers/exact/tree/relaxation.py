@@ -16,13 +16,13 @@ convex, and what it proves is computed afresh (`node`).
 from __future__ import annotations
 
 import math
-import time
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy.optimize import brentq
 
+from maskopt.core.limits import clock
 from maskopt.solvers.convex.triangles import ABSENT, Pool, dense, separate
 from maskopt.solvers.convex.triangles_kernel import gather, scatter
 from maskopt.solvers.exact.tree.convexify import LEAST_SHIFT, LEAST_WEIGHT, FreePart, definite
@@ -67,7 +67,7 @@ class Relaxed(NamedTuple):
 
 class Goal(NamedTuple):
     """What a node is to reach: from its bound the cutoff; no further round past the deadline, of
-    `time.monotonic()`. For `unit` see `Plan`."""
+    `clock()`. For `unit` see `Plan`."""
 
     bound: float
     cutoff: float
@@ -154,7 +154,7 @@ class _Dual:
                 self._homogenize(alpha * plan.shares[-1] / share)
             iterations = plan.iterations[min(step, len(plan.iterations) - 1)]
             value = self._ascend(alpha, iterations) - alpha * size
-            if value + offset >= goal.cutoff or time.monotonic() >= goal.deadline:
+            if value + offset >= goal.cutoff or clock() >= goal.deadline:
                 break
         self.pool = self.pool.keep(self.pool.tau > _TINY * self.pool.tau.max(initial=0.0))
 

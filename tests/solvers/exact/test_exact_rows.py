@@ -9,11 +9,9 @@ import os
 import select
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from importlib import import_module
 from pickle import PicklingError
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import joblib
@@ -31,6 +29,7 @@ from worker_tasks import die_on_seven, lie
 import maskopt
 from maskopt import NM, LayerProblem, Limits, Status, Unstructured, prune_model, solve, verify
 from maskopt.core.least_squares import LeastSquaresUpdate
+from maskopt.core.limits import clock
 from maskopt.errors import OptionError, SolverError, SolverUnavailableError
 from maskopt.experiments.jobs import as_they_finish
 from maskopt.models.evaluation.bound import bound_layers
@@ -149,7 +148,7 @@ def test_small_rows_begin_in_this_process(n, workers, here, monkeypatch):
 
     monkeypatch.setattr(rows, "_HERE", 5.0)
     monkeypatch.setattr(rows, "run_tasks", run_tasks)
-    monkeypatch.setattr(rows, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
+    monkeypatch.setattr(rows, "clock", lambda: float(next(seconds)))
     limits, tasks = replace(Limits(threads=2), deadline=1e9), tasks_of(layer(n, 4))
     answers = run_rows(lambda task: RowAnswer(task.start, "optimal"), tasks, limits, workers)
     said = [(answer.ended, answer.message) for answer in answers]
@@ -253,7 +252,7 @@ def test_a_crash_costs_its_task_alone(monkeypatch):
     squares, (first, again, last) = zip(*(found[i] for i in (1, 2, 3)), strict=True)
     assert squares == (9, 25, 36)
     assert first == again != last
-    assert list(run_tasks(die_on_seven, [3, 7], workers=1, deadline=time.monotonic())) == []
+    assert list(run_tasks(die_on_seven, [3, 7], workers=1, deadline=clock())) == []
     calls = as_they_finish([joblib.delayed(die_on_seven)(task) for task in (7, 7)], jobs=2)
     fails(SolverError, r"worker process was killed.*`jobs` 1", list, calls)
 
