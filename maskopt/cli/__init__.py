@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -198,6 +199,8 @@ def _options(
 
 def main() -> None:
     """Entry point: an expected error is one line on stderr and exit status 1."""
+    # read when torch loads OpenMP: threads that spin for cores in use by other programs take ten times as long
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     show_compiling()
     insist_on_interrupts()
     try:

@@ -108,6 +108,17 @@ def typed(one):
 KINDS = [("prune", PruneOptions, ["0.5"]), ("prune-structured", ShrinkOptions, [0.0, 0.5])]
 
 
+@pytest.mark.parametrize(("given", "then"), [(None, "passive"), ("active", "active")])
+def test_threads_that_wait_leave_the_cores_to_others_unless_asked_otherwise(
+    given, then, monkeypatch
+):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    assert ended("--version").returncode == 0
+    assert os.environ["OMP_WAIT_POLICY"] == then
+
+
 @pytest.mark.parametrize(("command", "kind", "given"), KINDS)
 def test_command_line_file_manifest_and_python_agree(command, kind, given, tmp_path):
     """Every option has one name, one set of values and one default in all of them."""
