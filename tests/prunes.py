@@ -14,7 +14,7 @@ from tiny_models import tokens
 from maskopt import prune_model, remove_blocks, remove_experts, shrink_model
 from maskopt.models.blockwise.progress import BlockProgress
 from maskopt.models.checkpoints.mask_file import MaskFile, TensorMask
-from maskopt.models.checkpoints.report import PruneReport
+from maskopt.models.checkpoints.report import PruneReport, read_manifest
 from maskopt.models.checkpoints.workspace import HIDDEN, MANIFEST
 
 WANDA: dict[str, Any] = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1}
@@ -70,6 +70,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 def files(folder: Path) -> dict[str, bytes]:
     """All files by their path in the folder."""
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    return read_manifest(folder / MANIFEST)
 
 
 def read_masks(path: Path) -> dict[str, TensorMask]:

@@ -1,9 +1,10 @@
 """Text sources, windows and what they begin with, conversations, the demo's text."""
 
-import dataclasses
 import json
+import math
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -13,12 +14,12 @@ import torch
 from commands import run
 from forging import fails
 from hypothesis import given, strategies as st
-from tiny_models import CHAT_TEMPLATE, VOCABULARY, WordTokenizer, chat_tokenizer, save, tiny
+from prunes import manifest_of, prune
+from tiny_models import CHAT_TEMPLATE, WordTokenizer, chat_tokenizer, cross_entropy, save, tiny
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from maskopt import open_job, perplexity, prune_model
-from maskopt.core.pattern import Unstructured
+from maskopt import PruneOptions, Unstructured, open_job, perplexity
 from maskopt.demo.text import demo_text
 from maskopt.errors import DataError, MaskoptError, ModelError, VerificationError
 from maskopt.models.calibration import chat, tokens
@@ -26,9 +27,6 @@ from maskopt.models.calibration.chat import read_conversations
 from maskopt.models.calibration.text import read_documents
 from maskopt.models.calibration.tokens import calibration_windows, evaluation_windows, token_windows
 from maskopt.models.checkpoints.bos import Beginning, beginning_of
-from maskopt.models.checkpoints.report import read_manifest
-from maskopt.models.checkpoints.workspace import MANIFEST
-from maskopt.models.options.prune import PruneOptions
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.verification.verify import verify_model
 
@@ -39,7 +37,7 @@ def ids(text):
     return TOKENIZER(text)["input_ids"]
 
 
-def test_files_folders_and_the_demo_text(tmp_path):
+def test_files_folders_bad_ones_and_the_demo_text(tmp_path):
     text = demo_text()
     assert not set(text.calibration) & set(text.evaluation)
     assert sum(map(len, text.calibration)) > 2 * sum(map(len, text.evaluation)) > 50_000
@@ -52,32 +50,26 @@ def test_files_folders_and_the_demo_text(tmp_path):
     assert read_documents(tmp_path / "b" / "x.txt") == ["second\n\nof it"]
     assert read_documents(tmp_path) == ["first", "second\n\nof it", "third", "fourth", "y"]
     assert read_documents(tmp_path / "e.jsonl", field="body") == ["😀 ä"]
-
-
-BAD_FILES = {
-    "a.txt": {b"   \n": "no text", b"\xff\xfe": "not UTF-8"},
-    "a.jsonl": {
-        b"{oops": "line 1: not JSON",
-        b'{"txt": "x"}': "did you mean 'txt'",
-        b"[1]": "no text under 'text': the line is not a JSON object",
-        b'{"text": null}': "line 1: no text under 'text': the value is null$",
-        b'{"text": 3}': "line 1: no text under 'text': the value is int$",
-        b'{"text": ""}\n{"text": " "}': "no text in it: 2 documents, all of them empty",
-        b'{"text": "x"}\n{"text": "\\ud800"}': r"l, line 2: not JSON \('\\ud800' is half",
-        b'{"text": "x", "\\udc80": 1}': r"a\.jsonl, line 1: not JSON \('\\udc80' is half",
-        b"[" * 10**5: "line 1: not JSON",
-        b"": "no text",
-    },
-}
-
-
-def test_bad_files(tmp_path):
-    fails(DataError, "holds no text file", read_documents, tmp_path)
-    fails(DataError, "no such file", read_documents, tmp_path / "a.bin")
-    for name, cases in BAD_FILES.items():
-        for content, message in cases.items():
-            (tmp_path / name).write_bytes(content)
-            fails(DataError, message, read_documents, tmp_path / name)
+    (bad := tmp_path / "bad").mkdir()
+    text, lines = "a.txt", "a.jsonl"
+    fails(DataError, "holds no text file", read_documents, bad)
+    fails(DataError, "no such file", read_documents, bad / "a.bin")
+    for name, content, message in (
+        (text, b"   \n", "no text"),
+        (text, b"\xff\xfe", "not UTF-8"),
+        (lines, b"{oops", "line 1: not JSON"),
+        (lines, b'{"txt": "x"}', "did you mean 'txt'"),
+        (lines, b"[1]", "no text under 'text': the line is not a JSON object"),
+        (lines, b'{"text": null}', "line 1: no text under 'text': the value is null$"),
+        (lines, b'{"text": 3}', "line 1: no text under 'text': the value is int$"),
+        (lines, b'{"text": ""}\n{"text": " "}', "no text in it: 2 documents, all of them empty"),
+        (lines, b'{"text": "x"}\n{"text": "\\ud800"}', r"l, line 2: not JSON \('\\ud800' is half"),
+        (lines, b'{"text": "x", "\\udc80": 1}', r"a\.jsonl, line 1: not JSON \('\\udc80' is half"),
+        (lines, b"[" * 10**5, "line 1: not JSON"),
+        (lines, b"", "no text"),
+    ):
+        (bad / name).write_bytes(content)
+        fails(DataError, message, read_documents, bad / name)
 
 
 def test_data_sets_and_presets(monkeypatch):
@@ -137,11 +129,14 @@ def test_windows_of_short_and_long_texts():
     assert len(evaluation_windows(["a" * 50], TOKENIZER, seq_len=5, limit=3)) == 3
 
 
-MAKERS = pytest.mark.parametrize("make", [calibration_windows, evaluation_windows])
+def longer_than_memory(path):
+    np.save(path, np.zeros((3, 4), dtype=int))
+    header, longer = b"(3, 4), }" + b" " * 13, b"(3, 40000000000000), }"
+    path.write_bytes(path.read_bytes().replace(header, longer))
 
 
-@MAKERS
-def test_files_of_tokens(make, tmp_path):
+@pytest.mark.parametrize("make", [calibration_windows, evaluation_windows])
+def test_files_of_tokens_and_what_makes_no_windows(make, tmp_path):
     path, values = tmp_path / "t.npy", np.arange(12).reshape(3, 4)
     for kind in (">i4", "<i4", ">u2", "u8", "i1"):
         np.save(path, values.astype(kind))
@@ -152,28 +147,16 @@ def test_files_of_tokens(make, tmp_path):
     for kind in ("U1", "f4", "c8", "?", "datetime64[s]", [("a", "i4")]):
         np.save(path, np.zeros((3, 4), dtype=kind))
         fails(DataError, r"t\.npy: tokens must be whole numbers, not ", make, path, None)
-
-
-def longer_than_memory(path):
-    np.save(path, np.zeros((3, 4), dtype=int))
-    header, longer = b"(3, 4), }" + b" " * 13, b"(3, 40000000000000), }"
-    path.write_bytes(path.read_bytes().replace(header, longer))
-
-
-NO_TOKENS = (
-    (lambda path: np.save(path, np.array(3)), r"tokens must be \[samples, length\], not \[\]"),
-    (lambda path: path.write_bytes(b"\x80\x04pickle"), "not a NumPy array"),
-    (Path.unlink, "no such file"),
-    (longer_than_memory, "not a NumPy array file"),
-    (lambda path: np.savez(path.open("wb"), tokens=np.zeros((3, 4))), "an archive of arrays"),
-)
-
-
-@MAKERS
-def test_what_makes_no_windows(make, tmp_path):
-    for write, message in NO_TOKENS:
-        write(tmp_path / "t.npy")
-        fails(DataError, rf"t\.npy: {message}", make, tmp_path / "t.npy", None)
+    # what makes no windows
+    for write, message in (
+        (lambda path: np.save(path, np.array(3)), r"tokens must be \[samples, length\], not \[\]"),
+        (lambda path: path.write_bytes(b"\x80\x04pickle"), "not a NumPy array"),
+        (Path.unlink, "no such file"),
+        (longer_than_memory, "not a NumPy array file"),
+        (lambda path: np.savez(path.open("wb"), tokens=np.zeros((3, 4))), "an archive of arrays"),
+    ):
+        write(path)
+        fails(DataError, rf"t\.npy: {message}", make, path, None)
     for text, tokenizer, length, message in (
         ("abc", TOKENIZER, 20, "less than one window of 20"),
         (" ", TOKENIZER, 20, "no text"),
@@ -181,9 +164,6 @@ def test_what_makes_no_windows(make, tmp_path):
         ("abc", TOKENIZER, 0, "leaves no room"),
     ):
         fails(DataError, message, make, [text], tokenizer, seq_len=length)
-
-
-def test_tokens_that_are_none():
     windows = token_windows(torch.arange(12).view(3, 4), "given")
     tokens.check_vocabulary(windows, 12)
     fails(DataError, "token id 11", tokens.check_vocabulary, windows, 11)
@@ -227,9 +207,8 @@ TWO = Tokenizer(before=(3, 4), bos=3)
 OUTSIDE = Tokenizer(before=(500,), bos=500)
 
 
-@pytest.mark.parametrize(
-    ("tokenizer", "expected"),
-    [
+def test_a_beginning_is_that_of_the_tokenizer():
+    for tokenizer, expected in (
         (LLAMA, {"auto": (1,), "always": (1,), "never": ()}),
         (CLOSING, {"auto": (), "always": (1,)}),
         (QWEN, {"auto": ()}),
@@ -243,30 +222,22 @@ OUTSIDE = Tokenizer(before=(500,), bos=500)
         (OUTSIDE, {"never": ()}),
         # the last id of the vocabulary is in it
         (Tokenizer(bos=199), {"always": (199,)}),
-    ],
-)
-def test_a_beginning_is_that_of_the_tokenizer(tokenizer, expected):
-    for bos, ids in expected.items():
-        begin = beginning_of(tokenizer, bos)
-        assert begin == Beginning(bos, ids)
-        assert begin.first_target == max(1, len(ids))
-        assert ("token" in str(begin)) or not ids
-        assert Beginning.from_record(json.loads(json.dumps(begin.record()))) == begin
-
-
-@MAKERS
-@pytest.mark.parametrize(
-    ("tokenizer", "bos", "message"),
-    [
+    ):
+        for bos, ids in expected.items():
+            begin = beginning_of(tokenizer, bos)
+            assert begin == Beginning(bos, ids)
+            assert begin.first_target == max(1, len(ids))
+            assert ("token" in str(begin)) or not ids
+            assert Beginning.from_record(json.loads(json.dumps(begin.record()))) == begin
+    for tokenizer, bos, message in (
         (QWEN, "always", "no beginning-of-sequence token; use `bos` auto or never"),
         (QWEN, "sometimes", "`bos` must be auto, always or never"),
         (OUTSIDE, "auto", "500 is outside its vocabulary of 200"),
         (Tokenizer(bos=200), "always", "200 is outside its vocabulary of 200"),
         (Tokenizer(bos=-1), "always", "outside its vocabulary"),
-    ],
-)
-def test_beginnings_that_cannot_be(make, tokenizer, bos, message):
-    fails(DataError, message, make, [TEXT], tokenizer, seq_len=8, bos=bos)
+    ):
+        for make in (calibration_windows, evaluation_windows):
+            fails(DataError, message, make, [TEXT], tokenizer, seq_len=8, bos=bos)
 
 
 ALL = [LLAMA, CLOSING, QWEN, GPT2, OPT, AROUND, TWO]
@@ -290,7 +261,7 @@ def test_windows_are_beginnings_and_text(tokenizer, length, seed):
     assert len(plain) - len(joined) < length - len(ids)
 
 
-def test_never_is_the_convention_of_one_long_text():
+def test_never_is_the_convention_of_one_long_text_and_other_beginnings(dense):
     windows = evaluation_windows([TEXT], LLAMA, seq_len=8, bos="never")
     assert windows.tokens[0, 0] == 1
     assert windows.tokens.view(-1).tolist() == LLAMA(TEXT)["input_ids"][: windows.tokens.numel()]
@@ -300,30 +271,27 @@ def test_never_is_the_convention_of_one_long_text():
     assert str(windows.beginning) == "as given"
     assert windows.take([1]).beginning == windows.beginning
     fails(DataError, "no room", calibration_windows, [TEXT], TWO, samples=1, seq_len=2)
-
-
-def test_a_beginning_that_the_model_does_not_know(dense):
-    """In the tokenizer's vocabulary, and not in the model's: as after adding tokens without resizing."""
+    # in the tokenizer's vocabulary, and not in the model's: as after adding tokens without resizing
     tokenizer = chat_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<added>"})
-    assert tokenizer.bos_token_id == VOCABULARY == len(tokenizer) - 1
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<added> $A", special_tokens=[("<added>", VOCABULARY)]
-    )
+    assert tokenizer.bos_token_id == 96 == len(tokenizer) - 1
+    first = {"single": "<added> $A", "special_tokens": [("<added>", 96)]}
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(**first)
     options = WalkOptions(samples=2, seq_len=8, bos="never")
     job = open_job(tiny("llama"), [TEXT], options, tokenizer=tokenizer)
-    assert int(job.windows.tokens.max()) < VOCABULARY
+    assert int(job.windows.tokens.max()) < 96
     for bos in ("auto", "always"):
-        options = WalkOptions(samples=2, seq_len=8, bos=bos)
-        with pytest.raises(DataError, match=r"token id 96 does not exist in .* vocabulary of 96"):
-            open_job(tiny("llama"), [TEXT], options, tokenizer=tokenizer)
+        given, said = (
+            replace(options, bos=bos),
+            r"token id 96 does not exist in .* vocabulary of 96",
+        )
+        fails(DataError, said, open_job, tiny("llama"), [TEXT], given, tokenizer=tokenizer)
     # a tokenizer on disk without one
-    options = WalkOptions(samples=2, seq_len=8)
-    windows = open_job(dense, [TEXT], options).windows
+    windows = open_job(dense, [TEXT], replace(options, bos="auto")).windows
     assert str(windows.beginning) == "without a beginning token"
     assert int(windows.tokens.min()) >= ord("a") - 31
-    with pytest.raises(DataError, match="no beginning-of-sequence token; use `bos` auto or never"):
-        open_job(dense, [TEXT], dataclasses.replace(options, bos="always"))
+    said = "no beginning-of-sequence token; use `bos` auto or never"
+    fails(DataError, said, open_job, dense, [TEXT], replace(options, bos="always"))
 
 
 # Conversations
@@ -354,10 +322,9 @@ def write(path, talks):
     return path
 
 
-def calibration(source, tokenizer=CHAT, samples=3, seq_len=64, **options):
-    return chat.chat_calibration_windows(
-        source, tokenizer, samples=samples, seq_len=seq_len, **options
-    )
+def calibration(source, tokenizer=CHAT, **options):
+    how = {"samples": 3, "seq_len": 64, **options}
+    return chat.chat_calibration_windows(source, tokenizer, **how)
 
 
 def evaluation(source, tokenizer=CHAT, seq_len=30, **options):
@@ -376,11 +343,11 @@ LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 def test_windows_are_conversations_from_their_beginning(lengths, samples, length, seed):
     talks = [talk(chr(65 + i) * n) for i, n in enumerate(lengths)]  # each of a letter of its own
     ids = [tokens_of(t) for t in talks]
+    how = {"samples": samples, "seq_len": length, "seed": seed}
     if sum(map(len, ids)) < length:
-        with pytest.raises(DataError, match="less than one window"):
-            calibration(talks, samples=samples, seq_len=length, seed=seed)
+        fails(DataError, "less than one window", calibration, talks, **how)
         return
-    one, two = (calibration(talks, samples=samples, seq_len=length, seed=seed) for _ in range(2))
+    one, two = (calibration(talks, **how) for _ in range(2))
     assert one.digest == two.digest
     assert (len(one), one.length) == (samples, length)
     used = []
@@ -422,6 +389,13 @@ def test_orders_and_cuts():
     for tokenizer, count in ((CHAT, 1), (without, 0)):
         window = evaluation([talk("a" * 80)], tokenizer).tokens[0].tolist()
         assert window.count(BOS) == count
+    # perplexity is that of these windows
+    model = tiny("llama")
+    found = perplexity(model, CHAT, text=TALKS, seq_len=48, windows=3, chat=True)
+    expected = math.exp(cross_entropy(model, evaluation(TALKS, seq_len=48, limit=3).tokens))
+    assert found.value == pytest.approx(expected, rel=1e-5)
+    assert found.beginning == "chats through the model's template"
+    assert found.targets == 3 * 47
 
 
 SHAREGPT = [{"from": "human", "value": "hello"}]
@@ -430,31 +404,28 @@ PARTS = {"role": "assistant", "content": [{"type": "text"}]}
 SURROGATE = '[{"role": "user", "content": "\\ud800"}]'
 
 
-BAD_LINES = [
-    *((line, "line 2: not JSON") for line in ("{", "[" * 100_000)),
-    (3, "line 2: no list under 'messages'; give objects with messages"),
-    ({"text": "hello"}, "line 2: no list under 'messages'; give objects"),
-    ({"conversations": SHAREGPT}, "line 2: no list .*; call 'conversations' so, with role and"),
-    (SHAREGPT, "line 2, message 1: has from and value; .* role and content, .* user for human"),
-    ([], "line 2: a conversation without messages"),
-    (["hello"], "line 2, message 1: not an object with role and content"),
-    ([{"content": "hello"}], ".*message 1: the role must be one of system, .*, not None"),
-    ([{"role": "human", "content": "x"}], ".*message 1: the role must .* 'human'"),
-    ([{"role": [], "content": "x"}], ".*message 1: the role must be one of"),
-    ([{"role": "user"}], "line 2, message 1: no text under 'content'"),
-    ([{"role": "user", "content": None}], ".*message 1: no text under 'content'"),
-    ([*talk("hello"), PARTS], ".*message 2: no text under 'content'; join its parts"),
-    (talk("hello") * 2, f"{REFUSES} .TemplateError: roles must alternate"),
-    ([{"role": "system", "content": "x"}], REFUSES),
-    (SURROGATE, "line 2: not JSON .* is half of a surrogate pair"),
-]
-
-
-@pytest.mark.parametrize(("line", "message"), BAD_LINES)
-def test_a_bad_line_is_named(line, message, tmp_path):
-    line = line if isinstance(line, str) else json.dumps(line)
-    (path := tmp_path / "chats.jsonl").write_text(f"{json.dumps(talk('hello'))}\n{line}\n")
-    fails(DataError, f"chats.jsonl, {message}", calibration, path, samples=1, seq_len=30)
+def test_a_bad_line_is_named(tmp_path):
+    for line, message in (
+        *((line, "line 2: not JSON") for line in ("{", "[" * 100_000)),
+        (3, "line 2: no list under 'messages'; give objects with messages"),
+        ({"text": "hello"}, "line 2: no list under 'messages'; give objects"),
+        ({"conversations": SHAREGPT}, "line 2: no list .*; call 'conversations' so, with role and"),
+        (SHAREGPT, "line 2, message 1: has from and value; .* role and content, .* user for human"),
+        ([], "line 2: a conversation without messages"),
+        (["hello"], "line 2, message 1: not an object with role and content"),
+        ([{"content": "hello"}], ".*message 1: the role must be one of system, .*, not None"),
+        ([{"role": "human", "content": "x"}], ".*message 1: the role must .* 'human'"),
+        ([{"role": [], "content": "x"}], ".*message 1: the role must be one of"),
+        ([{"role": "user"}], "line 2, message 1: no text under 'content'"),
+        ([{"role": "user", "content": None}], ".*message 1: no text under 'content'"),
+        ([*talk("hello"), PARTS], ".*message 2: no text under 'content'; join its parts"),
+        (talk("hello") * 2, f"{REFUSES} .TemplateError: roles must alternate"),
+        ([{"role": "system", "content": "x"}], REFUSES),
+        (SURROGATE, "line 2: not JSON .* is half of a surrogate pair"),
+    ):
+        text = line if isinstance(line, str) else json.dumps(line)
+        (path := tmp_path / "chats.jsonl").write_text(f"{json.dumps(talk('hello'))}\n{text}\n")
+        fails(DataError, f"chats.jsonl, {message}", calibration, path, samples=1, seq_len=30)
 
 
 def test_forms_of_the_file_and_other_sources(tmp_path):
@@ -480,13 +451,12 @@ def test_forms_of_the_file_and_other_sources(tmp_path):
         (torch.ones(2, 8, dtype=torch.long), "tokens already"),
     ):
         fails(DataError, message, read_conversations, source)
-        with pytest.raises(DataError, match=message):
-            open_job(dense, source, chatty, tokenizer=CHAT)
+        fails(DataError, message, open_job, dense, source, chatty, tokenizer=CHAT)
     said = "no text under 'text'; it has messages: give `chat`"
     fails(DataError, said, open_job, dense, chats, WalkOptions(), tokenizer=CHAT)
     for name, value in (("bos", "always"), ("bos", "never"), ("text_field", "body")):
-        with pytest.raises(DataError, match=f"`{name}` is of plain text"):
-            PruneOptions(Unstructured(0.5), chat=True, **{name: value})
+        given, said = {"chat": True, name: value}, f"`{name}` is of plain text"
+        fails(DataError, said, PruneOptions, Unstructured(0.5), **given)
 
 
 def test_templates_that_are_not_there_or_not_trusted(monkeypatch):
@@ -509,11 +479,19 @@ def test_templates_that_are_not_there_or_not_trusted(monkeypatch):
         fails(DataError, message, evaluation, TALKS, used)
     several.chat_template = {"default": CHAT_TEMPLATE, "rag": "{{ nonsense() }}"}
     assert evaluation(TALKS, several).digest == evaluation(TALKS).digest
+    # a template that writes today's date writes a fixed one, and all else as it would
+    today = "strftime_now('%A, %d %B %Y, %Y-%m-%d, %d %b')"
+    for before in ("", "\n", "  \n  ", "a\n"):
+        found = set()
+        for day in (today, "'Friday, 26 July 2024, 2024-07-26, 26 Jul'"):
+            template = before + "{% if true %}\n  {{ 'Today: ' + " + day + " }}\n{% endif %}x"
+            found.add(evaluation(TALKS[:4], chat_tokenizer(template), seq_len=120).digest)
+        assert len(found) == 1
     # a panic, as of Rust libraries, which cannot be imported
     panic = Mock(side_effect=type("PanicException", (BaseException,), {})("no entry"))
     monkeypatch.setattr(several, "apply_chat_template", panic)
-    with pytest.raises(DataError, match=r"tokenizer\.json: .* stopped on this file \(no entry\)"):
-        evaluation(TALKS, several)
+    said = r"tokenizer\.json: .* stopped on this file \(no entry\)"
+    fails(DataError, said, evaluation, TALKS, several)
 
 
 def test_templates_with_names_in_results(tmp_path, caplog):
@@ -522,12 +500,10 @@ def test_templates_with_names_in_results(tmp_path, caplog):
     several.chat_template = {"default": CHAT_TEMPLATE, "rag": "rag" + CHAT_TEMPLATE}
     dense = save(tiny("llama"), tmp_path / "dense")
     several.save_pretrained(dense)
-    options = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1, "seq_len": 16, "samples": 4}
-    text, found = ["what is it that you say? " * 20], []
-    loaded = AutoModelForCausalLM.from_pretrained(dense)
+    text = {"calibration": ["what is it that you say? " * 20], "seq_len": 16, "samples": 4}
+    loaded, found = AutoModelForCausalLM.from_pretrained(dense), []
     for name, model, tokenizer in (("folder", dense, None), ("memory", loaded, several)):
-        out = tmp_path / name
-        prune_model(model, tokenizer, calibration=text, output=out, **options)
+        prune(model, out := tmp_path / name, tokenizer, **text)
         with (out / "README.md").open("a") as card:
             card.write("more\n")
         verify_model(out)
@@ -536,39 +512,11 @@ def test_templates_with_names_in_results(tmp_path, caplog):
     assert "additional_chat_templates: chat templates with names" in caplog.text
 
 
-def test_windows_do_not_depend_on_the_day():
-    """A template that writes today's date writes a fixed one, and all else as it would."""
-    days = (
-        "strftime_now('%A, %d %B %Y, %Y-%m-%d, %d %b')",
-        "'Friday, 26 July 2024, 2024-07-26, 26 Jul'",
-    )
-    for before in ("", "\n", "  \n  ", "a\n"):
-        found = set()
-        for day in days:
-            template = before + "{% if true %}\n  {{ 'Today: ' + " + day + " }}\n{% endif %}x"
-            found.add(evaluation(TALKS[:4], chat_tokenizer(template), seq_len=120).digest)
-        assert len(found) == 1
-
-
-def test_perplexity_of_chats():
-    model = tiny("llama")
-    found = perplexity(model, CHAT, text=TALKS, seq_len=48, windows=3, chat=True)
-    windows = evaluation(TALKS, seq_len=48, limit=3)
-    with torch.no_grad():
-        logits = model(windows.tokens).logits[:, :-1]
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows.tokens[:, 1:].flatten())
-    assert found.value == pytest.approx(float(loss.exp()), rel=1e-5)
-    assert found.beginning == "chats through the model's template"
-    assert found.targets == 3 * 47
-
-
-FEW = ("--samples", 4, "--seq-len", 48)
-HALF = ("--sparsity", 0.5)
-BLOCK = {"include": "layers.1"}
+FEW, HALF, LAST = ("--samples", 4, "--seq-len", 48), ("--sparsity", 0.5), "layers.1"
 
 
 def chat_prune(dense, text, out, *more):
-    how = [*HALF, "--solver", "wanda", *FEW, "--min-tokens", 8, "--include", BLOCK["include"]]
+    how = [*HALF, "--solver", "wanda", *FEW, "--min-tokens", 8, "--include", LAST]
     return ["prune", dense, *how, "--calibration", text, "--output", out, *more]
 
 
@@ -583,10 +531,10 @@ def paths(tmp_path_factory):
     return dense, chats, out
 
 
-def test_prune_and_verify_from_the_command_line(paths, tmp_path):
+def test_commands_take_chats(paths, tmp_path):
     dense, chats, out = paths
     windows = calibration(chats, samples=4, seq_len=48, seed=3)
-    record = read_manifest(out / MANIFEST)["fingerprint"]["calibration"]
+    record = manifest_of(out)["fingerprint"]["calibration"]
     assert record["beginning"] == {"bos": "template", "ids": []}
     assert record["sha256"] == windows.digest
     # the windows are made again, through the template of the original
@@ -599,6 +547,17 @@ def test_prune_and_verify_from_the_command_line(paths, tmp_path):
     # the result has the template, and is evaluated through it
     shown = run("eval", dense, out, "--text", chats, "--chat", "--seq-len", 48)
     assert "tokens from chats.jsonl, chats through the model's template" in shown
+    # every other command that reads text takes chats
+    layer = ("--include", "layers.1.self_attn.o_proj")
+    few = ("--calibration", chats, "--chat", *FEW)
+    assert "o_proj" in run("bound", out, "--original", dense, *few, *layer, "--method", "box")
+    assert "o_proj" in run("bound", dense, *few, *layer, *HALF, "--method", "box")
+    assert "wanda" in run("compare", dense, *few, *layer, *HALF, "--solvers", "wanda")
+    run("export", dense, tmp_path / "layer.npz", *few, *layer, *HALF)
+    assert (tmp_path / "layer.npz").exists()
+    assert "memory" in run("prune", "--dry-run", dense, *HALF, *few, "--solver", "wanda")
+    wrong = ("--calibration", tmp_path / "x.txt", *few[2:])
+    assert "--chat takes JSON lines" in run("bound", dense, *wrong, *HALF, fails=DataError)
 
 
 def test_other_chats_are_not_those_of_the_prune(paths, tmp_path):
@@ -615,30 +574,14 @@ def test_other_chats_are_not_those_of_the_prune(paths, tmp_path):
     for source, more in ((other, ["--chat"]), (text, []), (chats, ["--chat", "--seed", 1])):
         said = run(*chat_prune(dense, source, out, *same, *more), fails=ModelError)
         assert "another run" in said
+    # the same tokens are not the same run
     tokens = calibration(chats, samples=4, seq_len=48, seed=3).tokens
-    options = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 8, "seed": 3, "samples": 4}
-    with pytest.raises(ModelError, match="another run"):  # the same tokens are not the same run
-        prune_model(dense, tokens, output=out, resume=True, seq_len=48, **BLOCK, **options)
+    options = {"min_tokens": 8, "seed": 3, "samples": 4, "seq_len": 48, "include": LAST}
+    fails(ModelError, "another run", prune, dense, out, tokens, resume=True, **options)
     run(*chat_prune(dense, chats, out, *same, "--chat"))  # there is nothing left to do
-
-
-def test_every_command_that_reads_text_takes_chats(paths, tmp_path):
-    dense, chats, out = paths
-    layer = ("--include", "layers.1.self_attn.o_proj")
-    few = ("--calibration", chats, "--chat", *FEW)
-    assert "o_proj" in run("bound", out, "--original", dense, *few, *layer, "--method", "box")
-    assert "o_proj" in run("bound", dense, *few, *layer, *HALF, "--method", "box")
-    assert "wanda" in run("compare", dense, *few, *layer, *HALF, "--solvers", "wanda")
-    run("export", dense, tmp_path / "layer.npz", *few, *layer, *HALF)
-    assert (tmp_path / "layer.npz").exists()
-    assert "memory" in run("prune", "--dry-run", dense, *HALF, *few, "--solver", "wanda")
-    wrong = ("--calibration", tmp_path / "x.txt", *few[2:])
-    assert "--chat takes JSON lines" in run("bound", dense, *wrong, *HALF, fails=DataError)
-
-
-def test_what_fails_leaves_nothing_behind(paths, tmp_path):
+    # what fails leaves nothing behind
     bad = write(tmp_path / "bad.jsonl", [talk("hello") * 2])
-    command = chat_prune(paths[0], bad, tmp_path / "out", "--chat")
+    command = chat_prune(dense, bad, tmp_path / "out", "--chat")
     said = run(*command, fails=MaskoptError)
     assert "\n" not in said
     assert "bad.jsonl, line 1: the model's chat template refuses it" in said

@@ -1,5 +1,6 @@
 """A pruned folder without its zeros, and back; its mask file; its model card."""
 
+import itertools
 import json
 import shutil
 import tempfile
@@ -10,10 +11,10 @@ import pytest
 import torch
 import yaml
 from commands import run, shows
-from forging import change_tensors, copied, fails, flip, forge_manifest, list_file, shard_of
+from forging import change_tensors, copied, edit, fails, flip, forge_manifest, list_file, shard_of
 from huggingface_hub import ModelCard
 from hypothesis import given, strategies as st
-from prunes import contents, prune, read_masks, slow
+from prunes import but_slow, contents, prune, read_masks
 from safetensors.torch import load_file
 from tiny_models import save, save_with_own_code, tiny, tokens
 from transformers import AutoModelForCausalLM
@@ -56,16 +57,11 @@ def packed(made, tmp_path):
 
 
 HALF, WHOLE = torch.bfloat16, torch.float32
+FIRST = [("llama", HALF), ("gpt2", WHOLE), ("gemma3", WHOLE), ("gpt_oss", HALF)]
+EACH = itertools.product(("llama", "gpt2", "gemma3", "gpt_oss", "mixtral"), (HALF, WHOLE))
 
 
-@pytest.mark.parametrize(
-    ("family", "dtype"),
-    [
-        *(("llama", HALF), ("gpt2", WHOLE), ("gemma3", WHOLE), ("gpt_oss", HALF)),
-        *(slow("llama", WHOLE), slow("gemma3", HALF), slow("gpt2", HALF), slow("gpt_oss", WHOLE)),
-        *(slow("mixtral", WHOLE), slow("mixtral", HALF)),
-    ],
-)
+@pytest.mark.parametrize(("family", "dtype"), but_slow(FIRST, EACH))
 def test_there_and_back_every_byte_is_the_same(family, dtype, tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "_STEP", 64)  # tensors are cut in many places
     out, packed = pruned(family, tmp_path, dtype=dtype), tmp_path / "packed"
@@ -92,44 +88,27 @@ def test_it_takes_what_is_kept_and_a_bit_a_weight(tmp_path):
     assert "unpacked" in run("masks", "unpack", packed, "--output", tmp_path / "again")
 
 
-def test_what_is_not_zero_is_not_dropped(out, tmp_path):
-    name = "model.layers.0.self_attn.q_proj.weight"
-    change_tensors(shard_of(out, name), lambda tensors: tensors[name].fill_(1.0))
-    for message in ("was changed since the prune, and could not be packed", "its mask prunes"):
-        fails(ModelError, message, pack, out, tmp_path / "packed")
-        forge_manifest(out)
-    assert not (tmp_path / "packed").exists()
-
-
-NOT_PACKED = "is not what `maskopt masks pack` writes"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_files_that_were_not_packed_are_refused(made, packed, tmp_path):
+    file = next(f for f in packed.glob("*.packed") if any("~" in n for n in load_file(f)))
+    sound, again, there = file.read_bytes(), tmp_path / "again", open_safe(file)
+    flip(file)
+    fails(ModelError, "does not give the file of the manifest", unpack_folder, packed, again)
+    file.write_bytes(sound)
+    not_packed = "is not what `maskopt masks pack` writes"
+    for change, message in (
         (lambda t, name: t.update({name: t[name][:-1].clone()}), "ends too early"),
         (lambda t, name: t.update({name: t[name].repeat(2)}), "holds another number of values"),
         (lambda t, name: t.update({"~nothing": t.pop(name)}), "'nothing' has no mask"),
-        (lambda t, name: t.update({"?other": t.pop(name)}), NOT_PACKED),
-        (lambda t, name: t.clear(), NOT_PACKED),
-        (None, "does not give the file of the manifest"),
-    ],
-)
-def test_files_that_were_not_packed_are_refused(change, message, packed, tmp_path):
-    file = next(f for f in packed.glob("*.packed") if any("~" in n for n in load_file(f)))
-    if change:
-        there = open_safe(file)
+        (lambda t, name: t.update({"?other": t.pop(name)}), not_packed),
+        (lambda t, name: t.clear(), not_packed),
+    ):
         tensors = {name: there.read(name) for name in there.entries}
         change(tensors, next(n for n in tensors if n.startswith("~")))
         write_tensors(file, tensors, {"format": "maskopt-packed-1"})
-    else:
-        flip(file)
-    fails(ModelError, message, unpack_folder, packed, tmp_path / "again")
-    assert not (tmp_path / "again").exists()
-
-
-def test_folders_that_are_none(made, packed, tmp_path):
-    again = tmp_path / "again"
+        fails(ModelError, message, unpack_folder, packed, again)
+        file.write_bytes(sound)
+    assert not again.exists()
+    # nor folders that are none
     (packed / "config.json").unlink()
     for write, folder, to, message in (
         (unpack_folder, made / "out", again, "no file that `maskopt masks pack` wrote"),
@@ -155,51 +134,45 @@ def test_what_was_added_since_comes_back_and_what_was_changed_is_refused(out, tm
             flip(source / name)
     (out / "vocab.bpe").unlink()
     fails(ModelError, r"vocab\.bpe: is missing", pack, out, tmp_path / "none")
+    (out / "vocab.bpe").write_text("a b")
+    # what is not zero is not dropped
+    name = "model.layers.0.self_attn.q_proj.weight"
+    change_tensors(shard_of(out, name), lambda tensors: tensors[name].fill_(1.0))
+    for message in ("was changed since the prune, and could not be packed", "its mask prunes"):
+        fails(ModelError, message, pack, out, tmp_path / "none")
+        forge_manifest(out)
     assert not (tmp_path / "none").exists()
 
 
-@pytest.mark.parametrize(
-    "name", [".bashrc", "evil.py", ".x.json", ".x.safetensors", "x.so", "Makefile", "autoexec.bat"]
-)
+EVIL = [".bashrc", "evil.py", ".x.json", ".x.safetensors", "x.so", "Makefile", "autoexec.bat"]
+
+
+@pytest.mark.parametrize("name", EVIL)
 def test_hidden_files_and_code_are_not_packed_and_not_unpacked(name, out, packed, tmp_path):
     (packed / name.replace(".safetensors", ".packed")).write_text("evil")
+    said = f"lists '{name}', and packed folders hold no hidden"
     for folder, write in ((packed, unpack_folder), (out, pack)):
         (folder / name).write_text("evil")
         list_file(folder, name)
-        with pytest.raises(ModelError, match=f"lists '{name}', and packed folders hold no hidden"):
-            write(folder, tmp_path / "again")
+        fails(ModelError, said, write, folder, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 
-OUTSIDE = [
-    "../victim/model.safetensors",
-    "C:x.json",
-    "a\\b.json",
-    "/victim/model.safetensors",
-    "..",
-]
-
-
-@pytest.mark.parametrize("name", OUTSIDE)
-def test_nothing_is_written_outside_the_output(name, packed, tmp_path):
+def test_nothing_is_written_outside_the_output(packed, tmp_path):
     (tmp_path / "victim").mkdir()
     (tmp_path / "victim" / "model.safetensors").write_text("of somebody")
     shutil.copy(next(packed.glob("*.packed")), tmp_path / "victim" / "model.packed")
-
-    def lead_out(manifest):
-        files = manifest["files"]
-        files[name] = files.pop(next(n for n in files if n.endswith(".safetensors")))
-
-    for change in (lead_out, lambda manifest: manifest.update(files=["model.safetensors"])):
-        forge_manifest(packed, change)
-        with pytest.raises(ModelError, match="`files` must have names without a path"):
-            unpack_folder(packed, tmp_path / "again")
+    files = json.loads((packed / MANIFEST).read_text())["files"]
+    digest = files.pop(next(name for name in files if name.endswith(".safetensors")))
+    outside = r"../victim/model.safetensors C:x.json a\b.json /victim/model.safetensors .."
+    for wrong in (*({**files, name: digest} for name in outside.split()), ["model.safetensors"]):
+        forge_manifest(packed, edit("files", to=wrong))
+        said = "`files` must have names without a path"
+        fails(ModelError, said, unpack_folder, packed, tmp_path / "again")
     assert (tmp_path / "victim" / "model.safetensors").read_text() == "of somebody"
 
 
 # Mask files
-
-SMALL = TensorMask(torch.ones(2, 2, dtype=torch.bool), 1)
 
 
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=3), st.integers(0, 99), st.booleans())
@@ -211,36 +184,35 @@ def test_masks_come_back(shape, seed, last):
         path = Path(folder) / "m.safetensors"
         write_masks(path, {"a.weight": TensorMask(kept, axis), "b": TensorMask(~kept, axis)})
         back = read_masks(path)
+    b = back["b"]
     assert torch.equal(back["a.weight"].kept, kept)
-    assert torch.equal(back["b"].kept, ~kept)
-    assert back["b"].input_axis == axis
-    assert back["b"].rows().shape[1] == shape[axis]
+    assert torch.equal(b.kept, ~kept)
+    assert (b.input_axis, b.rows().shape[1]) == (axis, shape[axis])
 
 
 def test_masks_are_applied_and_extracted(dense_folder, pruned_folder, tmp_path, monkeypatch):
     apply_masks(dense_folder, pruned_folder / MASKS, tmp_path / "out")
     for shard in pruned_folder.glob("model*.safetensors"):
         assert shard.read_bytes() == (tmp_path / "out" / shard.name).read_bytes()
-    with pytest.raises(ModelError, match="not empty"):
-        apply_masks(dense_folder, pruned_folder / MASKS, tmp_path / "out")
-    path = tmp_path / "masks.bits"
+    masks, path = pruned_folder / MASKS, tmp_path / "masks.bits"
+    fails(ModelError, "not empty", apply_masks, dense_folder, masks, tmp_path / "out")
     assert len(extract_masks(pruned_folder, path)) == 21
     theirs = read_masks(path)
-    for name, mask in read_masks(pruned_folder / MASKS).items():
+    for name, mask in read_masks(masks).items():
         assert torch.equal(mask.kept, theirs[name].kept)
         assert mask.input_axis == theirs[name].input_axis
     fails(OptionError, "`overwrite`", extract_masks, pruned_folder, path)
     extract_masks(pruned_folder, path, overwrite=True)
     refuse = Mock(side_effect=OSError(30, "Read-only file system"))
-    monkeypatch.setattr("maskopt.core.files.tempfile.mkstemp", refuse)
-    with pytest.raises(ModelError, match="cannot be written: Read-only file system"):
-        extract_masks(pruned_folder, tmp_path / "masks.safetensors")
-
-
-def test_masks_that_do_not_belong_to_the_model_are_refused(dense_folder, pruned_folder, tmp_path):
+    said = "cannot be written: Read-only file system"
+    with monkeypatch.context() as patch:
+        patch.setattr("maskopt.core.files.tempfile.mkstemp", refuse)
+        fails(ModelError, said, extract_masks, pruned_folder, tmp_path / "masks.safetensors")
+    # masks that do not belong to the model
     other, small = save(tiny("gpt2"), tmp_path / "gpt2"), tmp_path / "m.safetensors"
-    write_masks(small, {"model.layers.0.mlp.up_proj.weight": SMALL})
-    result = copied(pruned_folder, tmp_path)
+    mask = TensorMask(torch.ones(2, 2, dtype=torch.bool), 1)
+    write_masks(small, {"model.layers.0.mlp.up_proj.weight": mask})
+    result = copied(pruned_folder, tmp_path / "changed")
     flip(result / MASKS, -10)
     for model, masks, message in (
         (other, pruned_folder / MASKS, "has no tensor"),
@@ -250,7 +222,7 @@ def test_masks_that_do_not_belong_to_the_model_are_refused(dense_folder, pruned_
         fails(ModelError, message, apply_masks, model, masks, tmp_path / "applied")
     assert not (tmp_path / "applied").exists()
     fails(VerificationError, "was changed", verify_model, result)
-    write_masks(small, {"x": SMALL})
+    write_masks(small, {"x": mask})
     fails(ModelError, "another part", join_masks, tmp_path / "b.safetensors", [small, small])
 
 
@@ -291,7 +263,7 @@ def report(snapshot, tmp_path_factory):
 
 @pytest.fixture
 def carded(report, tmp_path):
-    return Path(shutil.copytree(report.output, tmp_path / "out"))
+    return copied(report.output, tmp_path)
 
 
 def test_a_card_inherits_what_still_holds_and_keeps_the_original(snapshot, report, carded):
@@ -329,15 +301,24 @@ def test_the_figures_are_those_of_the_report(snapshot, tmp_path):
     assert "base_model: someone/below" in text  # of a folder without a name, its own card's
 
 
-def test_packing_and_pruning_again_keep_every_card(carded, tmp_path):
-    pack(carded, tmp_path / "packed")
-    assert (tmp_path / "packed" / "README.md").read_bytes() == (carded / "README.md").read_bytes()
-    unpack_folder(tmp_path / "packed", tmp_path / "again")
+def test_every_card_outlives_packs_prunes_and_stops(snapshot, carded, tmp_path, monkeypatch):
+    packed, twice = pack(carded, tmp_path / "packed"), tmp_path / "twice"
+    card = (carded / "README.md").read_bytes()
+    assert (packed / "README.md").read_bytes() == card
+    unpack_folder(packed, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(carded)
-    prune(carded, twice := tmp_path / "twice", sparsity=0.75)
+    prune(carded, twice, sparsity=0.75)
     assert (twice / "README-original.md").read_text() == CARD
-    assert (twice / "README-original-2.md").read_text() == (carded / "README.md").read_text()
+    assert (twice / "README-original-2.md").read_bytes() == card
     verify_model(twice, carded)
+    stopped = tmp_path / "stopped"
+    with monkeypatch.context() as patched:
+        patched.setattr(running, "write_manifest", Mock(side_effect=KeyboardInterrupt))
+        fails(KeyboardInterrupt, None, prune, snapshot, stopped)
+    staging = next(path.parent for path in stopped.rglob("README-original.md"))
+    assert (staging / "README.md").exists()
+    prune(snapshot, stopped, resume=True)
+    assert contents(stopped) == contents(carded)
 
 
 UNUSABLE = [
@@ -349,20 +330,22 @@ UNUSABLE = [
     b"---\neval_results: 7\nmodel-index: [{results: broken}]\n---\n",
 ]
 LICENSED = b"---\nlicense: [mit, apache-2.0]\n---\n"
-LICENCES = {**dict.fromkeys(UNUSABLE), LICENSED: ["mit", "apache-2.0"]}.items()
 
 
-@pytest.mark.parametrize(("card", "licences"), LICENCES)
-def test_of_an_unusable_card_nothing_is_taken_over(card, licences, snapshot, report, tmp_path):
+@pytest.mark.parametrize("card", [*UNUSABLE, LICENSED])
+def test_of_an_unusable_card_nothing_is_taken_over(card, snapshot, report, tmp_path):
     shutil.copy(snapshot / "config.json", tmp_path)
     there = [] if card is None else ["README.md"]
     if there:
         (tmp_path / "README.md").write_bytes(card)
     files = write_card(tmp_path, report, None, "dense", ["LICENSE", *there])
     ours = ModelCard.load(tmp_path / "README.md")
-    assert ours.data.to_dict() == ({"license": licences} if licences else {}) | OURS
-    said = ", ".join(licences) if licences else "its card names none"
-    assert (f"that of the original holds: {said}." if licences else said) in ours.text
+    licences, said = {}, "its card names none"
+    if card is LICENSED:
+        licences = {"license": ["mit", "apache-2.0"]}
+        said = "that of the original holds: mit, apache-2.0."
+    assert ours.data.to_dict() == licences | OURS
+    assert said in ours.text
     assert files == ["LICENSE", *(["README-original.md"] if there else [])]
     if there:
         assert (tmp_path / "README-original.md").read_bytes() == card
@@ -380,32 +363,18 @@ def test_an_unreadable_card_does_not_stop_a_prune_but_a_link_does(dense_folder, 
     verify_model(out, model)
 
 
-def test_an_interruption_after_the_cards(snapshot, carded, tmp_path, monkeypatch):
-    again = tmp_path / "again"
-    with monkeypatch.context() as patched:
-        patched.setattr(running, "write_manifest", Mock(side_effect=KeyboardInterrupt))
-        fails(KeyboardInterrupt, None, prune, snapshot, again)
-    staging = next(path.parent for path in again.rglob("README-original.md"))
-    assert (staging / "README.md").exists()
-    prune(snapshot, again, resume=True)
-    assert contents(again) == contents(carded)
-
-
-def test_a_model_in_memory_has_a_card_as_well_and_names_on_the_hub(tmp_path):
-    model = tiny("llama")
+def test_cards_of_models_in_memory_and_with_code_of_their_own(tmp_path):
+    model, out = tiny("llama"), tmp_path / "out"
     model.config._name_or_path = "owner/name"
-    prune(model, tmp_path / "out")
-    assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == "owner/name"
-    verify_model(tmp_path / "out")
+    prune(model, out)
+    assert ModelCard.load(out / "README.md").data.base_model == "owner/name"
+    verify_model(out)
     for path in ("/x/models--google--gemma-3-270m/snapshots/abc", "google/gemma-3-270m"):
         assert hub_name(path) == "google/gemma-3-270m"
     for path in ("/home/me/x", "./me/x", "", "a/b/c", "/x/models--alone/snapshots/abc"):
         assert hub_name(path) is None
-
-
-def test_a_model_with_code_of_its_own_says_what_it_needs(tmp_path):
-    """Of a folder the code is not copied; a model in memory is saved with it, and opened with nothing run."""
-    dense, out = save_with_own_code(tmp_path / "dense"), tmp_path / "out"
+    # of a folder its code is not copied; a model in memory is saved with it, and opened with nothing run
+    dense, out = save_with_own_code(tmp_path / "dense"), tmp_path / "own"
     prune(dense, out, trust_remote_code=True)
     assert CODE in (out / "README.md").read_text()
     shutil.copy(dense / "modeling_own.py", out)

@@ -77,19 +77,18 @@ def check_agreement(options, words, tmp_path):
     assert PruneOptions(**{k: v for k, v in again.items() if k in record}).record() == record
 
 
-@pytest.mark.parametrize("name", [one.name for one in options_of(PruneOptions)])
-def test_an_option_means_the_same_everywhere(name, tmp_path):
-    if name == "trust_remote_code":  # which no file holds
+@pytest.mark.parametrize("one", options_of(PruneOptions), ids=lambda one: one.name)
+def test_an_option_means_the_same_everywhere(one, tmp_path):
+    if one.name == "trust_remote_code":  # which no file holds
         return
-    (one,) = (one for one in options_of(PruneOptions) if one.name == name)
-    value, more = VALUES[name], {}
+    value, more = VALUES[one.name], {}
     if isinstance(value, tuple) and isinstance(value[-1], dict):
         value, more = value
-    given = {"sparsity": 0.5, **more, name: value}
+    given = {"sparsity": 0.5, **more, one.name: value}
     options = prune_options(None, given)
-    assert getattr(options, name) != one.default
+    assert getattr(options, one.name) != one.default
     check_agreement(options, flags(given), tmp_path)
-    assert (name in options.record()) == (one.group in RECORDED)
+    assert (one.name in options.record()) == (one.group in RECORDED)
 
 
 @pytest.mark.parametrize("sparsity", ["0.5", "2:4", "0.5 per layer"])
@@ -104,21 +103,18 @@ def test_a_recipe_means_the_same_everywhere(recipe, sparsity, tmp_path):
     if recipe == "fast":
         assert options == PruneOptions(sparsity)
     # every option of it may be changed, on the command line, in a file, and from Python
+    others = {"samples": 9, "seq_len": 8, "holdout": 0.4, "solver": "swap", "update": "none"}
+    others |= {"training": {"epochs": 1}, "distillation": {"epochs": 0}, "allocation": "uniform"}
     for name, value in RECIPES[recipe].items():
         if name == "allocation" and sparsity != "0.5":
             continue  # which the pattern decides
-        other = {"samples": 9, "seq_len": 8, "holdout": 0.4, "solver": "swap"}.get(name)
-        if isinstance(value, dict):
-            other = {"epochs": 0 if name == "distillation" else 1}
-        elif other is None:
-            other = "none" if name == "update" else "uniform"
+        other = others[name]
         changed = prune_options(None, {**given, name: other})
-        expected = {**value, **other} if isinstance(value, dict) else other
         found = getattr(changed, name)
-        if isinstance(value, dict):
-            assert found == {} if name == "distillation" else expected.items() <= found.items()
+        if name == "training":
+            assert {**value, **other}.items() <= found.items()
         else:
-            assert found == expected
+            assert found == ({} if name == "distillation" else other)
         check_agreement(changed, flags({**given, name: other}), tmp_path)
         assert options_of_file(run(*by_file, *flags({name: other}))) == changed
 

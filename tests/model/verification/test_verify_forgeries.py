@@ -59,11 +59,15 @@ def train_attention(dense, out):
 
 
 ALL = {"update": "blockwise", "training": {"epochs": 1, "train": "all"}, "holdout": 0.34}
+SMALL, SWAPPED = partial(tiny, "llama", layers=2), {"solver": "swap", "sensitivity": "uniform"}
 #: name → (family or what makes the model, size of a shard, what is made of it)
 MADE = {
     "refitted": ("llama", "30KB", partial(prune, update="least-squares", include=["v_proj"])),
     "trained": (partial(loud, "qwen3"), "5GB", train_attention),
     "vision": (tiny_vision, "5GB", partial(prune, **ALL)),
+    "rows": (SMALL, "30KB", partial(prune, **SWAPPED, allocation="rows", max_deviation=1)),
+    "layers": (SMALL, "30KB", partial(prune, solver="swap", allocation="layers")),
+    "both": (SMALL, "30KB", partial(prune, **SWAPPED, allocation="both", max_deviation=0.1)),
     "narrow": ("llama", "30KB", partial(smaller, channels=0.25)),
     "mistral": ("mistral", "5GB", partial(smaller, **NARROW)),
     "shallow": ("gemma3", "5GB", without_first),
@@ -315,6 +319,17 @@ def settings(**changes):
     return forge
 
 
+def keep_in_a_row(count):
+    """The first row of a layer keeps so many weights more."""
+
+    def keep(masks):
+        row = masks[f"{LATER_UP}.weight"].kept[0]
+        row[(~row).nonzero()[:count]] = True
+
+    return masks(keep)
+
+
+LATER_UP, COUNTS = "model.layers.1.mlp.up_proj", ("fingerprint", "options", "counts")
 SAYS = {
     "no tensor of a mask": (lambda m: m["tensors"].popitem(), "different tensors"),
     "no last layer": (lambda m: m["layers"].pop(), "down_proj' is only in the model"),
@@ -325,9 +340,7 @@ SAYS = {
     "another axis": (first_tensor(input_axis=0), "differ in the axis"),
     "a sensitivity of no allocation": (options(sensitivity="uniform"), "damaged or was changed"),
     "a damping of no update": (options(damping=0.3), "damaged or was changed"),
-    "groups of seven": (
-        pattern_of_all({"kind": "nm", "keep": 1, "of": 7}, "1:7"), "do not divide into groups of 7",
-    ),
+    "sevens": (pattern_of_all({"kind": "nm", "keep": 1, "of": 7}, "1:7"), "do not divide into groups of 7"),
 }  # fmt: skip
 #: refused with one message or another
 UNSAID = {
@@ -361,7 +374,10 @@ ALONE = {
     **{f"says: {name}": ("pruned", says(change), "") for name, change in UNSAID.items()},
     "another mask": ("refitted", mask_of_another_tensor, r"2\.self_attn\.v_proj' has no mask"),
     "a size": ("mistral", settings(intermediate_size=20), r"in the shards, .* by config\.json"),
-}
+    "a row of layers": ("layers", keep_in_a_row(1), "row 0: .* as in no layer there"),
+    "a row of rows": ("rows", keep_in_a_row(None), "is said to have 768 weights pruned; its mask has"),
+    "a row of both": ("both", keep_in_a_row(None), "row 0: 0 of .* beyond the deviation of its layer"),
+}  # fmt: skip
 
 # What only the original shows -----------------------------------------------------------------
 
@@ -406,14 +422,44 @@ def one_more(tensor):
     return lambda out, _: change_tensors(forging.shard_of(out, tensor), add)
 
 
+def other_counts(manifest):
+    """Counts and layers that agree with each other, and not with the masks."""
+    there = manifest["fingerprint"]["options"]["counts"]
+    for name, by in ((LATER_UP, 1), (LATER_UP.replace(".1.", ".0."), -1)):
+        there[name] += by
+        (one,) = (x for x in manifest["layers"] if x["name"] == name)
+        one["pruned"] += by * one["rows"]
+        one["sparsity"] = one["pruned"] / (one["rows"] * one["n"])
+        one["pattern"] = f"keep {one['n'] - there[name]}"
+
+
+def count(by):
+    return edit(*COUNTS, LATER_UP, to=lambda count: count + by)
+
+
+PATTERN, ALLOCATION = "has another pattern than the options", "otherwise than its allocation says"
+COUNTED = [
+    ("layers", count(1), "prunes another number of weights in all than its pattern"),
+    ("layers", count(10**6), "counts that leave nothing of a row"),
+    ("layers", count(-(10**6)), "damaged or was changed"),
+    ("layers", other_counts, "weights pruned; its mask has"),
+    ("layers", edit(*COUNTS, to=lambda x: x.pop(LATER_UP) and x), "counts of other layers"),
+    ("layers", options(counts={}), ALLOCATION),
+    ("layers", options(allocation="uniform"), ALLOCATION),
+    ("rows", edit("layers", 9, "pruned", to=1023), "counts other pruned weights than its pattern"),
+    ("rows", edit("layers", 9, "pattern", to="0.5"), PATTERN),
+    ("rows", options(allocation="uniform"), "has an allocation that is not its pattern's"),
+    ("both", options(max_deviation=0.2), PATTERN),
+    ("both", options(max_deviation=2), "damaged or was changed"),
+    ("both", options(allocation="layers"), PATTERN),
+    ("both", options(counts={}), ALLOCATION),
+]
 LOSSES = "not what its losses say"
 #: name → (change of a manifest whose model's attention was trained, what is said)
 TRAINED = {
     "no part": (edit("parts", to=[]), "in no part"),
     "a part twice": (lambda m: m["parts"].append(m["parts"][0]), "or in two"),
-    "a part of another block": (
-        lambda m: m["parts"].append({**m["parts"][0], "block": 77}), "holds no layer",
-    ),
+    "another block's part": (lambda m: m["parts"].append({**m["parts"][0], "block": 77}), "holds no layer"),
     "a whole block": (edit("parts", 0, "part", to=""), "the options train others"),
     "an epoch that there was not": (edit("parts", 0, "epoch", to=3), "longer than"),
     "a loss that rose": (part(0, held_after=lambda x: 2 * x["held_before"]), LOSSES),
@@ -515,6 +561,7 @@ def expert_gone(manifest):
 NOTHING = [{"axis": 0, "by": DOWN.format(0), "parts": [[48, 1]]}]
 SLIDING, FULL = "sliding_attention", "full_attention"
 OTHER_TYPES = settings(layer_types=[SLIDING, FULL])
+ONE_BLOCK = settings(num_hidden_layers=1, layer_types=[FULL])
 TYPES = ("types of blocks", OTHER_TYPES, "layer_types is not the original's")
 EXCHANGED = ("exchanged", exchange, "is not where the kept blocks")
 SIZE, REFITTED = "is no size", "or not, unlike a least-squares update"
@@ -557,10 +604,7 @@ SMALLER = {
     "shallow": [
         ("window", settings(sliding_window=1), f"sliding_window {SIZE}"),
         TYPES,
-        (
-            "fewer blocks", settings(num_hidden_layers=1, layer_types=[FULL]),
-            "num_hidden_layers is not the original's",
-        ),
+        ("fewer blocks", ONE_BLOCK, "num_hidden_layers is not the original's"),
         EXCHANGED,
     ],
     "by pattern": [TYPES],
@@ -582,6 +626,7 @@ SMALLER = {
     ],
 }  # fmt: skip
 AGAINST |= {f"{of}: {name}": (of, *case) for of, rows in SMALLER.items() for name, *case in rows}
+AGAINST |= {f"{of}: {i}": (of, says(change), said) for i, (of, change, said) in enumerate(COUNTED)}
 
 
 @pytest.mark.parametrize("name", [*ALONE, *AGAINST])
@@ -607,11 +652,16 @@ def test_what_was_changed_without_its_digest(dense_folder, pruned_folder, folder
     other = save(tiny("qwen2"), tmp_path / "other")
     fails(VerificationError, "only one of the two", verify_model, pruned_folder, other)
     # of a smaller folder, with the right digest of the manifest itself
-    smaller, original = folders("narrow")
-    out = forging.copied(smaller, tmp_path / "smaller")
+    narrow, original = folders("narrow")
+    out = forging.copied(narrow, tmp_path / "narrow")
     edit_json(out / MANIFEST, edit("files", "config.json", to="0" * 64))
     edit_json(out / MANIFEST, lambda m: m.update(forging.signed(m)))
     fails(VerificationError, "was changed", verify_model, out, original)
+    # a link out of the original is no file of it
+    dense = forging.copied(original, tmp_path / "dense")
+    (tmp_path / "vocab.txt").write_text("elsewhere")
+    (dense / "vocab.txt").symlink_to(tmp_path / "vocab.txt")
+    assert "other tensors" in verify_model(narrow, dense).checked
 
 
 @pytest.mark.parametrize("seeds", [range(25), slow(range(25, 100))])
@@ -635,11 +685,3 @@ def test_any_edit_of_a_manifest_is_refused_or_none(seeds, pruned_folder, dense_f
             assert "\n" not in found if refused else found == expected[original], seed
             passed += not refused
     assert passed  # seconds and versions may be anything
-
-
-def test_a_link_out_of_the_original_is_no_file_of_it(folders, tmp_path):
-    out, original = folders("narrow")
-    dense = shutil.copytree(original, tmp_path / "dense")
-    (tmp_path / "vocab.txt").write_text("elsewhere")
-    (dense / "vocab.txt").symlink_to(tmp_path / "vocab.txt")
-    assert "other tensors" in verify_model(out, dense).checked
