@@ -144,7 +144,7 @@ def test_any_form_at_any_point_is_below_all_masks(pattern, kind):
     positive = 0
     for trial in range(30):
         problem = layer(9, pattern, kind, linear=3 if trial % 2 else None, seed=trial)
-        masks, every = costs(problem)
+        _, every = costs(problem)
         share = problem.pruned_per_group / problem.group_size
         unit, rounding = float(problem.row(0).q().trace()) / 9, 1e-12 * float(every.max())
         lam, mu = unit * random.normal(size=9) * trial / 30, unit * random.normal() / 9
@@ -159,7 +159,6 @@ def test_any_form_at_any_point_is_below_all_masks(pattern, kind):
         steps = [NO_FORM, 0, *[NO_FORM] * len(rest)], [i, LEAF, *rest]
         bound = bound_of(problem, tree_with(tree, *steps, points=points))
         assert bound <= float(every.min()) + rounding
-        assert bound <= float(every[masks[:, i]].min()) + rounding
     assert positive >= 3
 
 
@@ -190,8 +189,7 @@ def test_cuts_of_a_form_are_counted_as_in_a_certificate(kind):
     form = certificate.diagonal[0].numpy(), float(certificate.penalty[0, 0]), point[0].numpy()
     bound, plain = (bound_of(problem, single(*form, some)) for some in (cuts, None))
     exact = float(replace(certificate, point=point).check(problem))
-    assert bound == pytest.approx(exact, rel=1e-6)
-    assert bound > 1.001 * plain
+    assert 1.001 * plain < bound == pytest.approx(exact, rel=1e-6)
 
 
 @LINEAR
@@ -536,8 +534,7 @@ def test_solve_with_proof_and_verify(tmp_path):
     run(*words, again, "--start", out)
     assert torch.equal(Solution.load(again).mask, Solution.load(out).mask)
     done = ended(*words, tmp_path / "open.npz", "--solver-options", "node_limit=3")
-    assert done.returncode == 1
-    assert "0 of 2 rows proven optimal" in done.stdout
+    assert (done.returncode, "0 of 2 rows proven optimal" in done.stdout) == (1, True)
     assert "holds: 2 rows checked" in run("verify", instance, tmp_path / "open.npz")
     run("solve", instance, "--output", tmp_path / "plain.npz", "--solver", "wanda")
     assert "trees" not in run("verify", instance, tmp_path / "plain.npz")

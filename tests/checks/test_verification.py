@@ -413,8 +413,7 @@ def test_a_swap_counts_above_1e_6_of_the_objective_and_1e_13_of_the_diagonal(gra
         swap = improving_swap(problem, mask)
         assert (swap is not None) == counts
         if swap:
-            assert swap[:2] == (2, 0)
-            assert swap.delta == pytest.approx(-2 * off * unit * gram, rel=1e-6)
+            assert swap[:3] == (2, 0, pytest.approx(-2 * off * unit * gram, rel=1e-6))
         assert improving_swap(problem, mask, tolerance=0) is not None
         off *= 1e-7
         problem = diagonal(unit * (1 + 1e6 * off), unit, unit, (1e6 - 3) * unit, gram=gram)

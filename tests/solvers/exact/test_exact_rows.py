@@ -20,7 +20,7 @@ import joblib
 import numpy as np
 import pytest
 import torch
-from commands import import_path, shows
+from commands import import_path, interrupt, shows
 from forging import fails
 from hypothesis import given, settings, strategies as st
 from prunes import contents, slow
@@ -49,7 +49,6 @@ MODULES = {name: import_module(f"maskopt.solvers.exact.{name}") for name in NAME
 SOLVERS = {name: getattr(module, name.title()) for name, module in MODULES.items()}
 SIXTY, OPTIMAL = Unstructured(sparsity=0.6), {Status.OPTIMAL}
 FEASIBLE, LATE = (Status.FEASIBLE,) * 3, ("timelimit",) * 3
-TREES = pytest.mark.parametrize("solver", ["branch", "scip"])
 
 
 @pytest.fixture(params=NAMES)
@@ -194,7 +193,7 @@ def test_rows_share_one_deadline(name, monkeypatch, still):
     assert set(both.status) == {Status.OPTIMAL}
 
 
-@TREES
+@pytest.mark.parametrize("solver", ["branch", "scip"])
 def test_incumbents_and_duals_stop_at_the_deadline(solver, still, monkeypatch):
     with monkeypatch.context() as patched:
         calls = delayed(still, incumbent, "_moves", patched)
@@ -324,18 +323,6 @@ def test_a_worker_that_an_interrupt_ends_has_not_crashed(when, monkeypatch):
     monkeypatch.setattr(workers, when, interrupted)
     crew.start(1)
     assert crew.done.get(timeout=120) == (-1, None)
-
-
-def interrupt(monkeypatch, owner, name, after):
-    """A call after so many is Ctrl-C."""
-    calls, original = itertools.count(), getattr(owner, name)
-
-    def interrupted(*args):
-        if next(calls) == after:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    monkeypatch.setattr(owner, name, interrupted)
 
 
 @pytest.mark.parametrize("where", ["a bound", "a node that was taken", "the duals"])
@@ -594,9 +581,8 @@ def test_missing_packages_and_licences_name_the_remedy(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for solver, package in (("gurobi", "gurobipy"), ("highs", "highspy")):
         monkeypatch.setitem(sys.modules, package, None)
-        info = available_solvers()[solver]
-        assert not info.available
-        assert f"pip install 'maskopt[{solver}]'" in info.unavailable
+        reason = available_solvers()[solver].unavailable
+        assert f"pip install 'maskopt[{solver}]'" in reason
         fails(SolverUnavailableError, package, make_solver, solver)
 
 

@@ -51,8 +51,8 @@ def test_never_below_the_optimum_which_is_left_alone(problem, how, panel, start)
     for solver in ("random", "admm", make_solver("obs", panel=panel)):
         found = verified(problem, solver)
         assert bool((found.objective >= best.objective - floor(problem)).all())
-        assert set(found.status) == {Status.FEASIBLE}
-        assert found.lower_bound.tolist() == [0.0] * problem.rows
+        claims = set(zip(found.status, found.lower_bound.tolist(), strict=True))
+        assert claims == {(Status.FEASIBLE, 0.0)}
     evolved = swap_optimal(problem, "memetic", generations=2, children=2, pool=4)
     for found in (evolved, solve(problem, "swap", start=start)):
         assert bool((found.objective >= best.objective - floor(problem)).all())
@@ -166,8 +166,7 @@ def test_they_are_better_than_scores_and_close_to_a_one_swap_optimum(kind, patte
     if pattern == HALF and not linear:
         assert obs <= wanda * (1 + 1e-9)
     if kind in ("full", "low-rank", "outliers"):
-        assert admm < 0.98 * wanda
-        assert admm < sparsegpt
+        assert admm < min(0.98 * wanda, sparsegpt)
     if kind == "full" and not linear:
         for most, name, start in zip((1.15, 2), names, found, strict=False):
             swapped = verified(problem, "swap", start=name)
