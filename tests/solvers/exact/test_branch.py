@@ -341,9 +341,7 @@ def test_twins_are_fixed_in_order():
 @pytest.mark.parametrize("misleading", [False, True])
 def test_scip_has_what_is_left(monkeypatch, misleading):
     """The search sees the free inputs alone, also where the incumbent is not among what is allowed."""
-    problem, seen = layer(48), []
-
-    solved = Scip._solved
+    problem, seen, solved = layer(48), [], Scip._solved
 
     def watched(solver, task, known):
         if misleading:  # as of a mask below the incumbent, of which there is none

@@ -261,7 +261,6 @@ def test_what_cannot_be_started_or_pickled_is_one_error_and_no_hang(monkeypatch,
     monkeypatch.setattr(workers, "_MAIN", "input()")
     no_pickle = AttributeError, PicklingError, TypeError
     fails(no_pickle, None, list, run_tasks(lambda task: task, [1], workers=1))
-
     refuse = Mock(side_effect=OSError(errno.ENOMEM, "Cannot allocate memory"))
     monkeypatch.setattr(workers.subprocess, "Popen", refuse)
     message = "cannot be started: Cannot allocate memory"

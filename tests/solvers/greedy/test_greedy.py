@@ -195,15 +195,11 @@ def literal_sparsegpt(problem, damping):
     kept = torch.ones(problem.rows, n, dtype=torch.bool)
     w = problem.weight.double().clone()
     w[:, ~alive] = 0
-    current = torch.linalg.inv(hessian)
-
-    def eliminated(matrix, j):
-        return matrix - matrix[:, j, None] * matrix[None, j] / matrix[j, j]
-
-    ahead, d = current.clone(), torch.zeros(n, dtype=torch.float64)
+    inverses = [torch.linalg.inv(hessian)]
     for j in range(n):
-        d[j] = ahead[j, j]
-        ahead = eliminated(ahead, j)
+        one = inverses[-1]
+        inverses.append(one - one[:, j, None] * one[None, j] / one[j, j])
+    d = torch.stack([inverses[j][j, j] for j in range(n)])
     for j in range(n):
         if j % group == 0:  # an unstructured row is one group, and fits one block
             score = w[:, j : j + group].square() / d[j : j + group]
@@ -213,8 +209,7 @@ def literal_sparsegpt(problem, damping):
                 order = score.argsort(dim=1, stable=True)[:, : problem.pruned_per_group]
                 kept.scatter_(1, j + order, False)
         lost = torch.where(kept[:, j], 0.0, w[:, j])
-        w[:, j:] -= lost[:, None] / current[j, j] * current[j, j:]
-        current = eliminated(current, j)
+        w[:, j:] -= lost[:, None] / d[j] * inverses[j][j, j:]
     return kept, torch.where(kept, w, 0.0)
 
 

@@ -392,19 +392,15 @@ def test_no_time_rows_of_no_weights_and_inputs_that_one_percent_leaves_indefinit
 def one_by_one(problem, row):
     """By F itself: the removal after which least squares cost least, again and again."""
     alone, group, quota = problem.row(row).as_layer(), problem.group_size, problem.pruned_per_group
-    mask = torch.ones(1, problem.n, dtype=torch.bool)
-    while int((~mask).sum()) < quota * (problem.n // group):
-        best = float("inf"), mask
-        for u in mask[0].nonzero()[:, 0].tolist():
-            inside = slice(u // group * group, u // group * group + group)
-            if int((~mask[0, inside]).sum()) == quota:
-                continue
-            other = mask.clone()
-            other[0, u] = False
-            cost = float(alone.under(Unstructured(keep=int(other.sum()))).objective(other)[0])
-            best = min(best, (cost, other), key=lambda found: found[0])
-        mask = best[1]
-    return mask[0]
+    mask, every = torch.ones(problem.n, dtype=torch.bool), torch.eye(problem.n, dtype=torch.bool)
+    while True:
+        done = (~mask).view(-1, group).sum(1) == quota
+        left = mask & ~done.repeat_interleave(group)
+        if not left.any():
+            return mask
+        others = mask & ~every[left]
+        fewer = alone.take([0] * len(others)).under(Unstructured(keep=int(mask.sum()) - 1))
+        mask = others[int(fewer.objective(others).argmin())]
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, NM(keep=1, of=4)], ids=str)

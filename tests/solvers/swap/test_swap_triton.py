@@ -192,7 +192,6 @@ def test_row_wise_kernels_are_the_torch_ones(dtype):
     launch.move_correlation(rows.gram, rows.c, columns, change)
     torch.testing.assert_close(rows.c, expected, rtol=1e-13, atol=1e-13)
     assert torch.equal(rows.c[1], unchanged)
-
     data = Rows(4, wide, "outliers", seed=8, dtype=dtype)
     some = torch.tensor([2, 0], device=DEVICE)
     arguments = (data.x, data.c, data.kept, data.gram.diagonal(), data.reach, dtype)
