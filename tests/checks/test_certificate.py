@@ -4,6 +4,7 @@ import itertools
 import sys
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -26,12 +27,7 @@ EYE = torch.eye(8, dtype=torch.float64)
 GROUPS = pytest.mark.parametrize("pattern", PATTERNS[:3], ids=str)
 
 
-def ones(*shape):
-    return torch.ones(*shape, dtype=torch.float64)
-
-
-def rand(*shape):
-    return torch.rand(*shape, dtype=torch.float64)
+ones, rand = (partial(make, dtype=torch.float64) for make in (torch.ones, torch.rand))
 
 
 def own_values(certificate, problem):

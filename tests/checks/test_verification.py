@@ -12,11 +12,10 @@ from hypothesis import given
 from prunes import slow
 from strategies import ONE_PERCENT, TWO_FOUR, drawn, problems, random_gram, random_weight, verified
 
-from maskopt import LayerProblem, Solution, Status, Unstructured, lower_bound, solve, verify
+from maskopt import LayerProblem, RowProblem, Solution, Unstructured, lower_bound, solve, verify
 from maskopt.checks.swap_check import improving_swap
-from maskopt.core.problem import RowProblem
 from maskopt.errors import VerificationError
-from maskopt.protocol.solution import SWAP_FLOOR, SWAP_TOLERANCE
+from maskopt.protocol.solution import SWAP_FLOOR, SWAP_TOLERANCE, Status
 from maskopt.protocol.solver import available_solvers, is_trusted
 
 TWO, THREE, SIX = (Unstructured(keep=keep) for keep in (2, 3, 6))

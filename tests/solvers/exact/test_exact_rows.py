@@ -30,13 +30,11 @@ from worker_tasks import die_on_seven, lie
 
 import maskopt
 from maskopt import NM, LayerProblem, Limits, Status, Unstructured, prune_model, solve, verify
-from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.errors import OptionError, SolverError, SolverUnavailableError
 from maskopt.experiments.jobs import as_they_finish
 from maskopt.models.evaluation.bound import bound_layers
 from maskopt.models.options.prune import PruneOptions
 from maskopt.models.pruning.solving import solve_layer
-from maskopt.protocol.bounds import lower_bound
 from maskopt.protocol.solver import available_solvers, is_trusted, make_solver
 from maskopt.solvers.exact import exhaustive, gurobi, incumbent, rows, workers
 from maskopt.solvers.exact.rows import assemble, run_rows
@@ -421,7 +419,8 @@ def test_they_find_what_enumeration_finds(case, data):
     problem = data.draw(problems(max_n=max_n, max_rows=max_rows))
     if case[1]:
         dampings = (0.001, 0.01, 0.3) if case[0] == "branch" else (0.01, 0.3)
-        problem = problem.with_update(LeastSquaresUpdate(data.draw(st.sampled_from(dampings))))
+        damping = data.draw(st.sampled_from(dampings))
+        problem = problem.with_update(maskopt.LeastSquaresUpdate(damping))
     best = solve(problem, "exhaustive").objective
     found = solve(problem, case[0], **options_of(case))
     slack = 1e-6 * best + off * problem.diagonal_mass() + 1e-30
@@ -435,7 +434,7 @@ def test_they_find_what_enumeration_finds(case, data):
 
 def rows_of(case, kind):
     """Layers of every pattern and their starts; of kept weights, with rows of very different scales."""
-    (name, refitted), update = case, LeastSquaresUpdate(0.01) if case[1] else None
+    (name, refitted), update = case, maskopt.LeastSquaresUpdate(0.01) if case[1] else None
     if kind == "degenerate":
         ones, plain = torch.ones(2, 8, dtype=torch.float64), layer(8, 2, "full", HALF, 0)
         yield LayerProblem(0 * ones, plain.gram, HALF, update=update), None
@@ -462,7 +461,7 @@ def rows_of(case, kind):
         for pattern in patterns:
             linear = 3 if kind == "full" else None
             power = 0.5 if pattern == TWO_FOUR or kind == "zero-columns" else 0.0
-            update = LeastSquaresUpdate(damping, power)
+            update = maskopt.LeastSquaresUpdate(damping, power)
             yield drawn(2, 12, kind, pattern, linear=linear, update=update), None
 
 
@@ -603,8 +602,8 @@ def test_no_bound_passes_the_optimum_of_rows_of_very_different_scales(kind, n):
         weight[20:30] *= 1e-6
         problem = LayerProblem(weight, plain.gram, pattern)
         exact = solve(problem, "exhaustive").objective
-        crude = lower_bound(problem, "sdp", sweeps=1, rank=2, seed=3)
-        *bounds, sdp = (lower_bound(problem, name) for name in ("box", "shift", "sdp"))
+        crude = maskopt.lower_bound(problem, "sdp", sweeps=1, rank=2, seed=3)
+        *bounds, sdp = (maskopt.lower_bound(problem, name) for name in ("box", "shift", "sdp"))
         for bound in (*bounds, sdp, crude):
             most = exact + 1e-13 * problem.diagonal_mass()
             assert bool(((bound.value >= 0) & (bound.value <= most)).all()), bound
