@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import os
 import subprocess
@@ -49,6 +50,18 @@ def scip_value(path: Path) -> float:
     model.readProblem(str(path))
     model.optimize()
     return float(model.getObjVal())
+
+
+def interrupt(patch: pytest.MonkeyPatch, owner: object, name: str, after: int) -> None:
+    """A call after so many is Ctrl-C."""
+    calls, original = itertools.count(), getattr(owner, name)
+
+    def interrupted(*given: object) -> object:
+        if next(calls) == after:
+            raise KeyboardInterrupt
+        return original(*given)
+
+    patch.setattr(owner, name, interrupted)
 
 
 @contextmanager

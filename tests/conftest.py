@@ -46,9 +46,7 @@ for name, examples, same in (("suite", 20, True), ("slow", 60, True), ("explore"
 
 #: files that begin first, in this order: one compiles loops while another worker runs what needs few of
 #: them, and the longest ones, which would keep a single worker busy at the end
-FIRST = [
-    "ranks", "structures", "distill", "model_reconstruct", "proof", "model_families", "docs",
-]  # fmt: skip
+FIRST = ["ranks", "structures", "distill", "model_reconstruct", "proof", "model_families", "docs"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -22,8 +22,7 @@ from maskopt.protocol.solver import ENTRY_POINT_GROUP, Solver
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 #: but for those that no module imports from
-EXTRAS = PROJECT["optional-dependencies"]
-EXTRAS = {extra: EXTRAS[extra] for extra in EXTRAS if extra not in ("test", "docs")}
+EXTRAS = {k: v for k, v in PROJECT["optional-dependencies"].items() if k not in ("test", "docs")}
 
 
 def output_of(code):

@@ -84,16 +84,16 @@ def test_measurements_that_were_taken_in_another_way_are_not_mixed(benchmarks, t
     book = Book(tmp_path / "some.jsonl")
     book.begin({"bos": "auto", "date": "today"})
     book.measure("one", lambda: {"error": 1})
-    again = Book(tmp_path / "some.jsonl")
+    again, two = Book(tmp_path / "some.jsonl"), lambda: {"error": 2}
     again.begin({"bos": "never", "date": "tomorrow"})
-    assert again.measure("one", lambda: {"error": 2}) == {"error": 1}
+    assert again.measure("one", two) == {"error": 1}
     with pytest.raises(SystemExit, match="measured with bos auto and now never: name another"):
-        again.measure("two", lambda: {"error": 2})
+        again.measure("two", two)
     again.begin({"bos": "auto", "date": "tomorrow"})
-    again.measure("two", lambda: {"error": 2})
+    again.measure("two", two)
     after = Book(tmp_path / "some.jsonl")
-    assert after.lines["two"] == {"date": "tomorrow", "error": 2}
-    assert after.dates == "today, tomorrow"
+    known = after.lines["two"], after.dates
+    assert known == ({"date": "tomorrow", "error": 2}, "today, tomorrow")
 
 
 def test_every_flag_in_the_text_exists():

@@ -199,7 +199,7 @@ def _options(
 
 def main() -> None:
     """Entry point: an expected error is one line on stderr and exit status 1."""
-    # read when torch loads OpenMP: threads that spin for cores in use by other programs take ten times as long
+    # read when torch loads OpenMP: threads that spin for the cores of other programs take ten times as long
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     show_compiling()
     insist_on_interrupts()

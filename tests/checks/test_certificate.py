@@ -4,6 +4,7 @@ import itertools
 import sys
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -26,12 +27,7 @@ EYE = torch.eye(8, dtype=torch.float64)
 GROUPS = pytest.mark.parametrize("pattern", PATTERNS[:3], ids=str)
 
 
-def ones(*shape):
-    return torch.ones(*shape, dtype=torch.float64)
-
-
-def rand(*shape):
-    return torch.rand(*shape, dtype=torch.float64)
+ones, rand = (partial(make, dtype=torch.float64) for make in (torch.ones, torch.rand))
 
 
 def own_values(certificate, problem):
@@ -66,8 +62,7 @@ def test_the_value_is_the_formulas(pattern):
         given = certificate(problem, product=product, cuts=cuts)
         for row, decided in enumerate(exact_bounds(problem, given)):
             true, found = exact(given, problem, row), unclamped(given, problem, row)
-            assert found == pytest.approx(float(true), rel=1e-11)
-            assert found <= true
+            assert true >= found == pytest.approx(float(true), rel=1e-11)
             assert 0 <= max(true, 0) - decided <= max(true, 1) / 10**9
 
 
@@ -144,9 +139,8 @@ def test_what_a_matrix_lacks_is_paid_for(part):
         given = Certificate(point=0.5 * ones(1, 8), cuts=cuts, **parts)
         matrix, paid = _form(given, problem, 0).matrix, lost(given, problem) / (8 / 4)
         lacks = -float(np.linalg.eigvalsh(matrix.astype(float))[0])
-        assert lacks > 0.01
+        assert 0.01 < lacks == pytest.approx(paid, rel=1e-9)
         assert lacks * (1 - 1e-12) <= paid
-        assert paid == pytest.approx(lacks, rel=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["zero", "singular", "barely", "indefinite", "negative"])
@@ -186,8 +180,7 @@ def test_one_factorisation_for_all_rows_proves_what_one_for_each_does(pattern):
         for row in range(4):
             value = float(_check_row(given, problem, problem.gram, row, shared))
             true = float(exact(given, problem, row))
-            assert value == pytest.approx(true, rel=1e-9)
-            assert value <= true
+            assert true >= value == pytest.approx(true, rel=1e-9)
             assert float(together[row]) == max(0.0, value)
 
 
@@ -269,8 +262,8 @@ def test_rows_are_taken_stacked_chosen_and_widened():
     mixed = Certificate.stack([plain.take([1, 2]), full.take([0])])
     assert mixed.cuts[:2] == [None, None]
     assert mixed.cuts[2] is full.cuts[0]
-    assert Certificate.stack([plain, plain]).product is None
-    assert Certificate.stack([plain, plain]).cuts is None
+    twice = Certificate.stack([plain, plain])
+    assert (twice.product, twice.cuts) == (None, None)
     for one, two in itertools.permutations((full, plain, cut), 2):
         mixed = Certificate.choose(torch.tensor([True, False, True]), one, two)
         for row, source in enumerate((two, one, two)):

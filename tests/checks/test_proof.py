@@ -14,15 +14,13 @@ from forging import edit, fails, rewrite
 from hypothesis import given, strategies as st
 from strategies import HALF, TWO_FOUR, drawn, graph, legal_masks, problems, random_gram, slow
 
+import maskopt
 from maskopt import NM, LayerProblem, RowProblem, Solution, Status, Unstructured, solve, verify
-from maskopt.certificates.certificate import Certificate
 from maskopt.certificates.cuts import NO_INPUT, Cuts
 from maskopt.certificates.exact_check import exact_bounds, exact_cost, rational, semidefinite
 from maskopt.certificates.proof import AGAIN, KINDS, LEAF, NO_FORM, Proof, RowProof
 from maskopt.certificates.proof_check import TreeCheck, check_proof
 from maskopt.core.least_squares import LeastSquaresUpdate
-from maskopt.core.limits import Limits
-from maskopt.core.linear_term import LinearTerm
 from maskopt.core.units import values_of
 from maskopt.errors import OptionError, ProblemError, VerificationError
 from maskopt.protocol.bounds import lower_bound
@@ -82,7 +80,7 @@ def test_an_open_tree_proves_the_bound_of_its_leaves():
 @pytest.mark.parametrize("keep", [0, 8])
 def test_rows_without_a_choice_have_a_tree_of_one_leaf(keep):
     plain = layer(8, Unstructured(keep=keep), rows=2, seed=3)
-    constant = LinearTerm(torch.full((2, 8), 0.1).double(), torch.full((2,), 50.0).double())
+    constant = maskopt.LinearTerm(torch.full((2, 8), 0.1).double(), torch.full((2,), 50.0).double())
     for linear, proof in itertools.product((None, constant), (False, True)):
         problem = LayerProblem(plain.weight, plain.gram, plain.pattern, linear=linear)
         found = solve(problem, "branch", proof=proof)
@@ -144,7 +142,7 @@ def test_any_form_at_any_point_is_below_all_masks(pattern, kind):
     positive = 0
     for trial in range(30):
         problem = layer(9, pattern, kind, linear=3 if trial % 2 else None, seed=trial)
-        masks, every = costs(problem)
+        _, every = costs(problem)
         share = problem.pruned_per_group / problem.group_size
         unit, rounding = float(problem.row(0).q().trace()) / 9, 1e-12 * float(every.max())
         lam, mu = unit * random.normal(size=9) * trial / 30, unit * random.normal() / 9
@@ -159,7 +157,6 @@ def test_any_form_at_any_point_is_below_all_masks(pattern, kind):
         steps = [NO_FORM, 0, *[NO_FORM] * len(rest)], [i, LEAF, *rest]
         bound = bound_of(problem, tree_with(tree, *steps, points=points))
         assert bound <= float(every.min()) + rounding
-        assert bound <= float(every[masks[:, i]].min()) + rounding
     assert positive >= 3
 
 
@@ -183,15 +180,14 @@ def test_fixings_are_held_to_their_other_side():
 @pytest.mark.parametrize("kind", ["full", "outliers"])
 def test_cuts_of_a_form_are_counted_as_in_a_certificate(kind):
     problem = layer(24, Unstructured(keep=12), kind)
-    certificate, _ = cut_certificate(problem, 8, 3, Limits().begin())
+    certificate, _ = cut_certificate(problem, 8, 3, maskopt.Limits().begin())
     # a certificate may be checked at a point outside of the box
     point, (cuts,) = certificate.point.clamp(0, 1), certificate.cuts
     assert len(cuts.multiplier) > 10
     form = certificate.diagonal[0].numpy(), float(certificate.penalty[0, 0]), point[0].numpy()
     bound, plain = (bound_of(problem, single(*form, some)) for some in (cuts, None))
     exact = float(replace(certificate, point=point).check(problem))
-    assert bound == pytest.approx(exact, rel=1e-6)
-    assert bound > 1.001 * plain
+    assert 1.001 * plain < bound == pytest.approx(exact, rel=1e-6)
 
 
 @LINEAR
@@ -407,7 +403,7 @@ def forged_certificate(problem, honest, groups, size, copies, part=0.99):
         penalty[:, group] += 2 * size
         diagonal[:, 2 * group : 2 * group + 2] -= 2 * size
     cuts = [many_cuts(groups, size, copies, part)] * problem.rows
-    return Certificate(diagonal, penalty, honest.point, cuts=cuts)
+    return maskopt.Certificate(diagonal, penalty, honest.point, cuts=cuts)
 
 
 def forged_tree(problem, honest, size, copies, part=0.99):
@@ -416,14 +412,13 @@ def forged_tree(problem, honest, size, copies, part=0.99):
     return single(np.full(problem.n, -2 * size), 2 * size, honest.point[0].numpy(), cuts)
 
 
-def one_of_two(n, seed):
-    return layer(n, NM(keep=1, of=2), seed=seed)
+one_of_two = functools.partial(layer, pattern=NM(keep=1, of=2))
 
 
 @functools.cache
 def toy(n, seed):
     """A 1:2 row, its box certificate, its exact optimum and the worst of its masks."""
-    problem = one_of_two(n, seed)
+    problem = one_of_two(n, seed=seed)
     costs = {exact_cost(problem, mask, 0): mask for mask in legal_masks(problem)}
     assert max(costs) > 1.001 * float(min(costs)) > 0
     honest = lower_bound(problem, "box").certificate
@@ -536,8 +531,7 @@ def test_solve_with_proof_and_verify(tmp_path):
     run(*words, again, "--start", out)
     assert torch.equal(Solution.load(again).mask, Solution.load(out).mask)
     done = ended(*words, tmp_path / "open.npz", "--solver-options", "node_limit=3")
-    assert done.returncode == 1
-    assert "0 of 2 rows proven optimal" in done.stdout
+    assert (done.returncode, "0 of 2 rows proven optimal" in done.stdout) == (1, True)
     assert "holds: 2 rows checked" in run("verify", instance, tmp_path / "open.npz")
     run("solve", instance, "--output", tmp_path / "plain.npz", "--solver", "wanda")
     assert "trees" not in run("verify", instance, tmp_path / "plain.npz")

@@ -12,11 +12,10 @@ from hypothesis import given
 from prunes import slow
 from strategies import ONE_PERCENT, TWO_FOUR, drawn, problems, random_gram, random_weight, verified
 
-from maskopt import LayerProblem, Solution, Status, Unstructured, lower_bound, solve, verify
+from maskopt import LayerProblem, RowProblem, Solution, Unstructured, lower_bound, solve, verify
 from maskopt.checks.swap_check import improving_swap
-from maskopt.core.problem import RowProblem
 from maskopt.errors import VerificationError
-from maskopt.protocol.solution import SWAP_FLOOR, SWAP_TOLERANCE
+from maskopt.protocol.solution import SWAP_FLOOR, SWAP_TOLERANCE, Status
 from maskopt.protocol.solver import available_solvers, is_trusted
 
 TWO, THREE, SIX = (Unstructured(keep=keep) for keep in (2, 3, 6))
@@ -413,8 +412,7 @@ def test_a_swap_counts_above_1e_6_of_the_objective_and_1e_13_of_the_diagonal(gra
         swap = improving_swap(problem, mask)
         assert (swap is not None) == counts
         if swap:
-            assert swap[:2] == (2, 0)
-            assert swap.delta == pytest.approx(-2 * off * unit * gram, rel=1e-6)
+            assert swap[:3] == (2, 0, pytest.approx(-2 * off * unit * gram, rel=1e-6))
         assert improving_swap(problem, mask, tolerance=0) is not None
         off *= 1e-7
         problem = diagonal(unit * (1 + 1e6 * off), unit, unit, (1e6 - 3) * unit, gram=gram)

@@ -245,7 +245,6 @@ def test_sources_of_text(dense, tmp_path, monkeypatch):
     assert asked == [("allenai/c4", None, "validation"), wikitext]
 
 
-# --- plans
 def plan(dense, **options):
     return plan_prune(dense, tokens(4, 16), sparsity=0.5, solver="wanda", threads=1, **options)
 

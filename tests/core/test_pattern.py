@@ -18,7 +18,6 @@ from maskopt.core.knapsack import choose_levels
 from maskopt.core.pattern import parse_sparsity, pattern_from_dict, pattern_to_dict
 from maskopt.errors import PatternError, SolverError
 
-NAN, INF = float("nan"), float("inf")
 RANGE = r"outside \[0, 1\)"
 
 
@@ -66,7 +65,7 @@ def test_counts(pattern, counts):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        *(({"sparsity": x}, RANGE) for x in (-0.1, 1, 1.0, 1.5, NAN, INF, "0.5", 1j)),
+        *(({"sparsity": x}, RANGE) for x in (-0.1, 1, 1.0, 1.5, math.nan, math.inf, "0.5", 1j)),
         *(({"sparsity": Decimal(x)}, RANGE) for x in ("NaN", "sNaN", "Infinity", -1)),
         ({"sparsity": Fraction(3, 2)}, RANGE),
         *(({"sparsity": x}, "too many digits for a share")

@@ -485,9 +485,6 @@ def test_what_will_not_do_is_refused_before_anything_is_proven(tmp_path):
 
 
 # --- certified gaps
-TEXT = "the quick brown fox jumps over the lazy dog and runs away again " * 60
-
-
 @pytest.fixture
 def layer():
     return drawn(5, 24, name="a.0.q_proj")
@@ -496,7 +493,8 @@ def layer():
 @pytest.fixture(scope="module")
 def models(dense, tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    (root / "text.txt").write_text(TEXT)
+    text = "the quick brown fox jumps over the lazy dog and runs away again " * 60
+    (root / "text.txt").write_text(text)
     words = {"calibration": root / "text.txt", "samples": 8, "seq_len": 32}
     maskopt.prune_model(dense, sparsity=NM(keep=2, of=4), output=root / "pruned", **words)
     (root / "dense").symlink_to(dense)

@@ -197,14 +197,12 @@ def test_what_is_bad_is_named(solver, options, error, message):
     fails(error, message, solve, problem, solver, **options)
 
 
-STEPS = [Progress(0, 4, "Frank–Wolfe steps", done, 100) for done in (50, 100)]
-
-
 def test_progress_is_reported():
+    steps = [Progress(0, 4, "Frank–Wolfe steps", done, 100) for done in (50, 100)]
     for solver, options, expected in (
         ("swap", {}, [Progress(4, 4)]),
         ("portfolio", {"members": ("swap",)}, [Progress(0, 4, "swap", 0, 1), Progress(4, 4)]),
-        ("frank_wolfe", {"iterations": 100}, STEPS),
+        ("frank_wolfe", {"iterations": 100}, steps),
     ):
         seen = []
         solve(drawn(4, 24, pattern=NM(2, 4)), solver, on_progress=seen.append, **options)

@@ -151,10 +151,10 @@ def test_an_outlier_input_does_not_slow_the_rest(kind):
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_the_relaxation_beats_the_box(pattern, monkeypatch):
     problem = layer(4, 32, pattern)
-    box, found = lower_bound(problem, "box"), lower_bound(problem, "sdp")
-    assert bool((found.value >= box.value).all())
+    box, found = (lower_bound(problem, method).value for method in ("box", "sdp"))
+    assert bool((found >= box).all())
     alone = torch.cat([lower_bound(problem.row(row), "sdp").value for row in range(4)])
-    torch.testing.assert_close(found.value, alone, rtol=1e-3, atol=0)
+    torch.testing.assert_close(found, alone, rtol=1e-3, atol=0)
     # duals that are worth nothing leave the relaxation
     problem = layer(2, 24)
     box = lower_bound(problem, "box", steps=2000).value
@@ -166,8 +166,8 @@ def test_the_relaxation_beats_the_box(pattern, monkeypatch):
 def test_no_row_is_bounded_worse_with_the_shift(kind):
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
-        inputs, more = (torch.randn(m, 24, generator=generator) for m in (100, 24))
-        weight, inputs = torch.randn(6, 24, generator=generator), inputs @ more
+        inputs, more, weight = (torch.randn(m, 24, generator=generator) for m in (100, 24, 6))
+        inputs = inputs @ more
         problem = LayerProblem(weight, inputs.T @ inputs / 100, HALF)
         box, shift = lower_bound(problem, "box"), lower_bound(problem, "shift", kind=kind)
         assert bool((shift.value >= box.value * (1 - 1e-9)).all()), seed

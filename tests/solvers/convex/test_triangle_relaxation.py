@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from certificates import claimed, proven
+from commands import interrupt
 from hypothesis import given, strategies as st
 from scipy.optimize import minimize
 from strategies import KINDS, TWO_FOUR, drawn, graph, random_gram, random_weight, slow
@@ -345,15 +346,7 @@ def test_nodes_open_together_make_one_tree_on_any_threads_and_outlive_ctrl_c(mon
     assert int(best.trace.nodes) > 4  # some of them are open together
     assert torch.equal(other.trace.nodes, best.trace.nodes)
     np.testing.assert_equal(*(pack(solution.proof)[1] for solution in (best, other)))
-    branch, calls = QuadraticTree.branch, []
-
-    def interrupted(self, node):
-        calls.append(node)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return branch(self, node)
-
-    monkeypatch.setattr(QuadraticTree, "branch", interrupted)
+    interrupt(monkeypatch, QuadraticTree, "branch", 2)
     solution = proven(problem, threads=1)
     assert solution.trace.ended == ("userinterrupt",)
     assert float(solution.lower_bound) < float(best.objective)

@@ -47,11 +47,6 @@ def task_of(problem, row=0):
     return RowTask(row.q().numpy(), group, pruned, start, values=row.values())
 
 
-def pruned_sets(problem):
-    """Every legal p, bool [masks, n]."""
-    return ~legal_masks(problem).numpy()
-
-
 def test_the_multipliers_of_a_node_are_semidefinite_and_tighten_it():
     problem, n = layer(48), 48
     q = problem.row(0).q().numpy()
@@ -87,7 +82,7 @@ def test_the_multipliers_of_a_node_are_semidefinite_and_tighten_it():
 def test_a_node_is_bounded_and_fixed_validly(pattern, kind):
     """Against all masks below random nodes, with the multipliers of the root and with the node's own."""
     n, problem = 12, drawn(1, 12, kind, pattern, (9, 3))
-    legal = np.unique(pruned_sets(problem), axis=0).astype(float)
+    legal = np.unique(~legal_masks(problem).numpy(), axis=0).astype(float)
     task = dataclasses.replace(task_of(problem), start=legal[0] > 0)
     q, group, pruned = task.q, task.group, task.pruned
     costs = np.einsum("si,ij,sj->s", legal, q, legal)
@@ -312,7 +307,7 @@ def test_every_mask_below_the_cutoff_has_what_was_fixed(problem):
     tree = Blind(task, qcr_duals(task))
     found = probe(tree)
     free = np.flatnonzero(found.state < 0)
-    for p in pruned_sets(problem):
+    for p in ~legal_masks(problem).numpy():
         if task.cost(p) < found.cutoff and in_order(p.astype(np.int8), tree.twins):
             assert found.allows(p)
             # a single mask that is left would have been kept, were this tree not blind
@@ -341,9 +336,7 @@ def test_twins_are_fixed_in_order():
 @pytest.mark.parametrize("misleading", [False, True])
 def test_scip_has_what_is_left(monkeypatch, misleading):
     """The search sees the free inputs alone, also where the incumbent is not among what is allowed."""
-    problem, seen = layer(48), []
-
-    solved = Scip._solved
+    problem, seen, solved = layer(48), [], Scip._solved
 
     def watched(solver, task, known):
         if misleading:  # as of a mask below the incumbent, of which there is none

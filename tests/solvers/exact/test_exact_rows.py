@@ -18,7 +18,7 @@ import joblib
 import numpy as np
 import pytest
 import torch
-from commands import import_path, shows
+from commands import import_path, interrupt, shows
 from forging import fails
 from hypothesis import given, settings, strategies as st
 from prunes import contents, slow
@@ -28,14 +28,12 @@ from worker_tasks import die_on_seven, lie
 
 import maskopt
 from maskopt import NM, LayerProblem, Limits, Status, Unstructured, prune_model, solve, verify
-from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.limits import clock
 from maskopt.errors import OptionError, SolverError, SolverUnavailableError
 from maskopt.experiments.jobs import as_they_finish
 from maskopt.models.evaluation.bound import bound_layers
 from maskopt.models.options.prune import PruneOptions
 from maskopt.models.pruning.solving import solve_layer
-from maskopt.protocol.bounds import lower_bound
 from maskopt.protocol.solver import available_solvers, is_trusted, make_solver
 from maskopt.solvers.exact import exhaustive, gurobi, incumbent, rows, workers
 from maskopt.solvers.exact.rows import assemble, run_rows
@@ -48,7 +46,6 @@ MODULES = {name: import_module(f"maskopt.solvers.exact.{name}") for name in NAME
 SOLVERS = {name: getattr(module, name.title()) for name, module in MODULES.items()}
 SIXTY, OPTIMAL = Unstructured(sparsity=0.6), {Status.OPTIMAL}
 FEASIBLE, LATE = (Status.FEASIBLE,) * 3, ("timelimit",) * 3
-TREES = pytest.mark.parametrize("solver", ["branch", "scip"])
 
 
 @pytest.fixture(params=NAMES)
@@ -193,7 +190,7 @@ def test_rows_share_one_deadline(name, monkeypatch, still):
     assert set(both.status) == {Status.OPTIMAL}
 
 
-@TREES
+@pytest.mark.parametrize("solver", ["branch", "scip"])
 def test_incumbents_and_duals_stop_at_the_deadline(solver, still, monkeypatch):
     with monkeypatch.context() as patched:
         calls = delayed(still, incumbent, "_moves", patched)
@@ -261,7 +258,6 @@ def test_what_cannot_be_started_or_pickled_is_one_error_and_no_hang(monkeypatch,
     monkeypatch.setattr(workers, "_MAIN", "input()")
     no_pickle = AttributeError, PicklingError, TypeError
     fails(no_pickle, None, list, run_tasks(lambda task: task, [1], workers=1))
-
     refuse = Mock(side_effect=OSError(errno.ENOMEM, "Cannot allocate memory"))
     monkeypatch.setattr(workers.subprocess, "Popen", refuse)
     message = "cannot be started: Cannot allocate memory"
@@ -323,18 +319,6 @@ def test_a_worker_that_an_interrupt_ends_has_not_crashed(when, monkeypatch):
     monkeypatch.setattr(workers, when, interrupted)
     crew.start(1)
     assert crew.done.get(timeout=120) == (-1, None)
-
-
-def interrupt(monkeypatch, owner, name, after):
-    """A call after so many is Ctrl-C."""
-    calls, original = itertools.count(), getattr(owner, name)
-
-    def interrupted(*args):
-        if next(calls) == after:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    monkeypatch.setattr(owner, name, interrupted)
 
 
 @pytest.mark.parametrize("where", ["a bound", "a node that was taken", "the duals"])
@@ -434,7 +418,8 @@ def test_they_find_what_enumeration_finds(case, data):
     problem = data.draw(problems(max_n=max_n, max_rows=max_rows))
     if case[1]:
         dampings = (0.001, 0.01, 0.3) if case[0] == "branch" else (0.01, 0.3)
-        problem = problem.with_update(LeastSquaresUpdate(data.draw(st.sampled_from(dampings))))
+        damping = data.draw(st.sampled_from(dampings))
+        problem = problem.with_update(maskopt.LeastSquaresUpdate(damping))
     best = solve(problem, "exhaustive").objective
     found = solve(problem, case[0], **options_of(case))
     slack = 1e-6 * best + off * problem.diagonal_mass() + 1e-30
@@ -448,7 +433,7 @@ def test_they_find_what_enumeration_finds(case, data):
 
 def rows_of(case, kind):
     """Layers of every pattern and their starts; of kept weights, with rows of very different scales."""
-    (name, refitted), update = case, LeastSquaresUpdate(0.01) if case[1] else None
+    (name, refitted), update = case, maskopt.LeastSquaresUpdate(0.01) if case[1] else None
     if kind == "degenerate":
         ones, plain = torch.ones(2, 8, dtype=torch.float64), layer(8, 2, "full", HALF, 0)
         yield LayerProblem(0 * ones, plain.gram, HALF, update=update), None
@@ -475,7 +460,7 @@ def rows_of(case, kind):
         for pattern in patterns:
             linear = 3 if kind == "full" else None
             power = 0.5 if pattern == TWO_FOUR or kind == "zero-columns" else 0.0
-            update = LeastSquaresUpdate(damping, power)
+            update = maskopt.LeastSquaresUpdate(damping, power)
             yield drawn(2, 12, kind, pattern, linear=linear, update=update), None
 
 
@@ -593,9 +578,8 @@ def test_missing_packages_and_licences_name_the_remedy(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for solver, package in (("gurobi", "gurobipy"), ("highs", "highspy")):
         monkeypatch.setitem(sys.modules, package, None)
-        info = available_solvers()[solver]
-        assert not info.available
-        assert f"pip install 'maskopt[{solver}]'" in info.unavailable
+        reason = available_solvers()[solver].unavailable
+        assert f"pip install 'maskopt[{solver}]'" in reason
         fails(SolverUnavailableError, package, make_solver, solver)
 
 
@@ -617,8 +601,8 @@ def test_no_bound_passes_the_optimum_of_rows_of_very_different_scales(kind, n):
         weight[20:30] *= 1e-6
         problem = LayerProblem(weight, plain.gram, pattern)
         exact = solve(problem, "exhaustive").objective
-        crude = lower_bound(problem, "sdp", sweeps=1, rank=2, seed=3)
-        *bounds, sdp = (lower_bound(problem, name) for name in ("box", "shift", "sdp"))
+        crude = maskopt.lower_bound(problem, "sdp", sweeps=1, rank=2, seed=3)
+        *bounds, sdp = (maskopt.lower_bound(problem, name) for name in ("box", "shift", "sdp"))
         for bound in (*bounds, sdp, crude):
             most = exact + 1e-13 * problem.diagonal_mass()
             assert bool(((bound.value >= 0) & (bound.value <= most)).all()), bound

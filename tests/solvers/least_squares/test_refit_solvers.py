@@ -51,8 +51,8 @@ def test_never_below_the_optimum_which_is_left_alone(problem, how, panel, start)
     for solver in ("random", "admm", make_solver("obs", panel=panel)):
         found = verified(problem, solver)
         assert bool((found.objective >= best.objective - floor(problem)).all())
-        assert set(found.status) == {Status.FEASIBLE}
-        assert found.lower_bound.tolist() == [0.0] * problem.rows
+        claims = set(zip(found.status, found.lower_bound.tolist(), strict=True))
+        assert claims == {(Status.FEASIBLE, 0.0)}
     evolved = swap_optimal(problem, "memetic", generations=2, children=2, pool=4)
     for found in (evolved, solve(problem, "swap", start=start)):
         assert bool((found.objective >= best.objective - floor(problem)).all())
@@ -166,8 +166,7 @@ def test_they_are_better_than_scores_and_close_to_a_one_swap_optimum(kind, patte
     if pattern == HALF and not linear:
         assert obs <= wanda * (1 + 1e-9)
     if kind in ("full", "low-rank", "outliers"):
-        assert admm < 0.98 * wanda
-        assert admm < sparsegpt
+        assert admm < min(0.98 * wanda, sparsegpt)
     if kind == "full" and not linear:
         for most, name, start in zip((1.15, 2), names, found, strict=False):
             swapped = verified(problem, "swap", start=name)
@@ -393,19 +392,15 @@ def test_no_time_rows_of_no_weights_and_inputs_that_one_percent_leaves_indefinit
 def one_by_one(problem, row):
     """By F itself: the removal after which least squares cost least, again and again."""
     alone, group, quota = problem.row(row).as_layer(), problem.group_size, problem.pruned_per_group
-    mask = torch.ones(1, problem.n, dtype=torch.bool)
-    while int((~mask).sum()) < quota * (problem.n // group):
-        best = float("inf"), mask
-        for u in mask[0].nonzero()[:, 0].tolist():
-            inside = slice(u // group * group, u // group * group + group)
-            if int((~mask[0, inside]).sum()) == quota:
-                continue
-            other = mask.clone()
-            other[0, u] = False
-            cost = float(alone.under(Unstructured(keep=int(other.sum()))).objective(other)[0])
-            best = min(best, (cost, other), key=lambda found: found[0])
-        mask = best[1]
-    return mask[0]
+    mask, every = torch.ones(problem.n, dtype=torch.bool), torch.eye(problem.n, dtype=torch.bool)
+    while True:
+        done = (~mask).view(-1, group).sum(1) == quota
+        left = mask & ~done.repeat_interleave(group)
+        if not left.any():
+            return mask
+        others = mask & ~every[left]
+        fewer = alone.take([0] * len(others)).under(Unstructured(keep=int(mask.sum()) - 1))
+        mask = others[int(fewer.objective(others).argmin())]
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, NM(keep=1, of=4)], ids=str)

@@ -26,7 +26,6 @@ SIXTY = Unstructured(sparsity=0.6)
 PATTERNS = [SIXTY, TWO_FOUR, NM(keep=12, of=32)]
 ONE_AND_SLOW = [SIXTY, *map(slow, PATTERNS[1:])]
 OPTIONS = {"generations": 6, "children": 3, "pool": 4, "moves": 40}
-REFITS = pytest.mark.parametrize("update", [None, ONE_PERCENT])
 REFITS_SLOW = pytest.mark.parametrize("update", [None, slow(ONE_PERCENT)])
 
 
@@ -222,7 +221,7 @@ def test_rows_with_nothing_to_choose_zero_rows_and_dead_inputs(update):
         assert bool((found.objective <= most).all())
 
 
-@REFITS
+@pytest.mark.parametrize("update", [None, ONE_PERCENT])
 def test_memetic_under_time_limits(update, clock):
     problem = layer().with_update(update)
     start, seen = solve(problem, "wanda"), []

@@ -41,9 +41,9 @@ def one_direction():
     return LayerProblem(weight, np.ones((n, n), np.float32), HALF)
 
 
-HALVES = (torch.bfloat16, torch.float16)
 SCALES = product((1e-44, 1e-30, 1.0, 1e30), (1e-30, 1.0, 1e30))
 LAYERS = {f"scales {w}, {g}": partial(scaled, w, g) for w, g in SCALES}
+HALVES = (torch.bfloat16, torch.float16)
 LAYERS |= {str(dtype): partial(scaled, 1, 1, dtype, "full", TWO_FOUR) for dtype in HALVES}
 LAYERS |= {  # fewer entries than candidates
     f"keep {k}": partial(drawn, 5, 40, "zero-columns", Unstructured(keep=k), (5, 4), SINGLE)

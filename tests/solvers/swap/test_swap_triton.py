@@ -42,13 +42,6 @@ def spans(reach, x):
     return ((x.double().abs() * reach.d) * (1 + 2.0**-20)).to(x.dtype)
 
 
-def pessimistic(value, e, dtype):
-    """a or b less what rounding in `dtype` can add to it and to its pairs."""
-    margin = 4.0 * torch.finfo(dtype).eps
-    lower = value - margin * (value.abs() + e.double().square()) - 2.0**-80
-    return torch.where(value == math.inf, math.inf, lower).to(dtype)
-
-
 class Rows:
     """Scaled random rows, their masks, and everything of them in float64."""
 
@@ -68,7 +61,10 @@ class Rows:
         self.a, self.b = linear_terms(self.x, self.gram.diagonal(), self.c, self.kept)
         self.reach = launch.Reach.of(self.gram)
         self.e = spans(self.reach, self.x)
-        self.low_a, self.low_b = (pessimistic(side, self.e, dtype) for side in (self.a, self.b))
+        # less what rounding in `dtype` can add to them and to their pairs
+        margin, square = 4.0 * torch.finfo(dtype).eps, self.e.double().square()
+        lower = (side - margin * (side.abs() + square) - 2.0**-80 for side in (self.a, self.b))
+        self.low_a, self.low_b = (side.nan_to_num(math.inf).to(dtype) for side in lower)
         cross = 2 * exact[:, :, None] * exact[:, None, :] * self.gram.double()
         self.delta = self.a[:, :, None] + self.b[:, None, :] - cross
         if group is not None:
@@ -192,7 +188,6 @@ def test_row_wise_kernels_are_the_torch_ones(dtype):
     launch.move_correlation(rows.gram, rows.c, columns, change)
     torch.testing.assert_close(rows.c, expected, rtol=1e-13, atol=1e-13)
     assert torch.equal(rows.c[1], unchanged)
-
     data = Rows(4, wide, "outliers", seed=8, dtype=dtype)
     some = torch.tensor([2, 0], device=DEVICE)
     arguments = (data.x, data.c, data.kept, data.gram.diagonal(), data.reach, dtype)
@@ -220,9 +215,8 @@ def test_reach_bounds_every_entry():
 
 SHAPES = [
     (1, 1, "full", 1), (1, 2, "full", 1), (3, 7, "outliers", 3), (1, 65, "zero-columns", 26),
-    (2, 65, "full", 65), (2, 65, "full", 1), (2, 65, "low-rank", 64),
-    slow(3, 193, "low-rank", 77), (1, 128, "full", 51),
-    slow(33, 9, "duplicates", 4),
+    (2, 65, "full", 65), (2, 65, "full", 1), (2, 65, "low-rank", 64), (1, 128, "full", 51),
+    slow(3, 193, "low-rank", 77), slow(33, 9, "duplicates", 4),
 ]  # fmt: skip
 
 
@@ -369,8 +363,7 @@ def test_a_machine_without_triton_or_a_device_learns_the_reason(monkeypatch):
     if DEVICE == "cuda":
         return
     reason = "torch finds no CUDA device"
-    assert triton_kernels.unavailable() is None  # interpreted
-    assert triton_kernels.unavailable("cpu") is None
+    assert triton_kernels.unavailable() is triton_kernels.unavailable("cpu") is None  # interpreted
     assert triton_kernels.unavailable("cuda") == reason
     monkeypatch.delenv("TRITON_INTERPRET")
     assert triton_kernels.unavailable() == triton_kernels.unavailable("cpu") == reason
