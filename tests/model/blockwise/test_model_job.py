@@ -1,6 +1,6 @@
 """The walk through the blocks, used from outside; the one list of options; states on a device."""
 
-import shlex
+import re
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 from commands import run, shows
 from forging import fails
-from hypothesis import given, strategies as st
 from prunes import WANDA, contents, prune
 from tiny_models import WordTokenizer, inputs_of, tiny, tokens
 
@@ -49,16 +48,14 @@ def test_a_user_from_outside_sums_gram_matrices(dense_folder, in_memory):
             changed.get_parameter(f"{layer}.weight").data.mul_(2)
 
 
-def test_a_walk_ends_with_the_threads_that_it_found(dense_folder):
+def test_a_walk_ends_with_the_threads_that_it_found_and_follows_the_blocks(dense_folder):
     """Without `with` by itself, and where an error leaves it, with what it holds in memory."""
     before, jobs = torch.get_num_threads(), []
     options = WalkOptions(threads=before + 1)
     for index, block in enumerate(open_job(dense_folder, tokens(), options).blocks()):
-        assert torch.get_num_threads() == before + 1
-        assert block.index == index
+        assert (torch.get_num_threads(), block.index) == (before + 1, index)
         block.advance()
-    assert index == 2
-    assert torch.get_num_threads() == before
+    assert (torch.get_num_threads(), index) == (before, 2)
     with ThreadPoolExecutor(1) as pool:  # new threads take the last number that any thread set
         assert pool.submit(torch.get_num_threads).result() == before
 
@@ -71,9 +68,7 @@ def test_a_walk_ends_with_the_threads_that_it_found(dense_folder):
     fails(ZeroDivisionError, None, fail)
     assert torch.get_num_threads() == before
     assert all(p.is_meta for p in jobs[0].source.blocks.modules.parameters())
-
-
-def test_a_block_may_not_be_left_behind_nor_looked_at_afterwards(dense_folder):
+    # a block may not be left behind, nor looked at afterwards
     walk = open_job(tiny("llama"), tokens(), WalkOptions()).blocks()
     next(walk)
     fails(RuntimeError, "without advance", next, walk)
@@ -86,7 +81,7 @@ def test_a_block_may_not_be_left_behind_nor_looked_at_afterwards(dense_folder):
         fails(ModelError, "no text", next, iter(job.blocks()))
 
 
-def test_layers_know_block_and_kind():
+def test_layers_rounds_a_block_without_a_chosen_layer_and_the_end_of_the_last_block():
     for family, kinds in (
         ("gpt2", {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
         ("gpt_oss", {"mlp.experts.*.gate_up_proj", "mlp.experts.*.down_proj"}),
@@ -99,9 +94,6 @@ def test_layers_know_block_and_kind():
             for layer in layers:
                 assert layer.name.startswith(blocks.prefix(index))
                 assert layer.name.rsplit(".", 1)[0] == layer.parent
-
-
-def test_rounds_a_block_without_a_chosen_layer_and_the_end_of_the_last_block():
     rounds = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
     with open_job(tiny("llama"), tokens(), WalkOptions(true_sequential=True)) as job:
         for block in job.blocks():
@@ -125,31 +117,23 @@ def test_rounds_a_block_without_a_chosen_layer_and_the_end_of_the_last_block():
     assert ran == [0, 0, 0, 1, 1, 1, 2]  # what follows the last layer, in one sample alone
 
 
-PATTERNS = st.sampled_from([
-    "q_proj", "mlp", "layers.0", "0", "layers.*.mlp", "model.layers.1.mlp.up_proj", "self_attn.q_proj",
-    "model", "proj", "layers.[01]", "?", "*_proj", "1.mlp", "ayers.1", "mlp.", "",
-])  # fmt: skip
-
-
-@given(pattern=PATTERNS)
-def test_a_pattern_is_matched_as_a_whole_or_on_a_run_of_parts(pattern):
-    layers = Blocks(tiny("llama")).all_layers()
-    forms = (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*")
-    expected = [layer for layer in layers if any(fnmatchcase(layer.name, p) for p in forms)]
-    if expected:
-        assert choose(layers, [pattern]) == expected
-    else:
-        fails(ModelError, "no layer matches", choose, layers, [pattern])
-
-
 def test_filters(monkeypatch):
     """One that names nothing, as a variable that is not set, is not none. Lists of names are looked up."""
+    layers, asked = Blocks(tiny("llama")).all_layers(), []
+    patterns = "q_proj mlp layers.0 0 layers.*.mlp model.layers.1.mlp.up_proj self_attn.q_proj"
+    patterns += " model proj layers.[01] ? *_proj 1.mlp ayers.1 mlp. "
+    for pattern in patterns.split(" "):  # a whole or a run of parts; the last one is empty
+        forms = (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*")
+        expected = [layer for layer in layers if any(fnmatchcase(layer.name, p) for p in forms)]
+        if expected:
+            assert choose(layers, [pattern]) == expected
+        else:
+            fails(ModelError, "no layer matches", choose, layers, [pattern])
     for nothing in ("", ",", [""], [" , ", ""]):
         for name in ("include", "exclude"):
             fails(OptionError, "must not be empty", WalkOptions, **{name: nothing})
     assert WalkOptions(include=["q_proj,"]).include == ("q_proj",)
     assert WalkOptions(include=[]).include == ()
-    layers, asked = Blocks(tiny("llama")).all_layers(), []
     match = lambda name, pattern: (asked.append(pattern), fnmatchcase(name, pattern))[1]  # noqa: E731
     monkeypatch.setattr("maskopt.models.architecture.blocks.fnmatchcase", match)
     names = [layer.name for layer in layers]
@@ -172,9 +156,7 @@ def test_options_and_shorthand_are_the_same():
     assert (options.max_memory, options.activation_memory) == (2**34, 500 * 10**6)
     options = prune_options(PruneOptions(Unstructured(0.5), samples=7), {"sparsity": 0.25})
     assert (options.pattern, options.samples) == (Unstructured(0.25), 7)
-
-
-def test_what_decides_the_masks_is_recorded_and_nothing_else():
+    # what decides the masks is recorded, and nothing else
     record = PruneOptions(Unstructured(0.5), "wanda").record()
     decides = {one.name: one.group for one in options_of(PruneOptions)}
     assert set(record) == {name for name, group in decides.items() if group in RECORDED}
@@ -186,44 +168,39 @@ def test_what_decides_the_masks_is_recorded_and_nothing_else():
         assert f"\n    {name}: " in (PruneOptions.__doc__ or "")
 
 
-REFUSED = [
-    ("'solvr'; did you mean 'solver'", {"solvr": "swap"}),
-    ("'sample'; did you mean 'samples'", {"sample": 3}),
-    ("`threads` must be a whole number from 1 to 1024, not 0", {"threads": 0}),
-    *((f"not {threads}", {"threads": threads}) for threads in (-2, 100000, 1.5)),
-    ("`samples` must be a whole number ≥ 1, not 0", {"samples": 0}),
-    ("`seq_len` must be a whole number ≥ 1, not -1", {"seq_len": -1}),
-    ("`min_tokens` must be a whole number ≥ 1", {"min_tokens": 0}),
-    ("`seed` must be a whole number from 0 to", {"seed": -1}),
-    ("`seed` must be a whole number from 0 to", {"seed": "x"}),
-    ("`holdout` must be a number [0, 1), not '0.2'", {"holdout": "0.2"}),
-    ("`all_experts` must be true or false", {"all_experts": "no"}),
-    ("'lots' is no amount of memory", {"max_memory": "lots"}),
-    ("`max_memory` must be", {"max_memory": -1}),
-    ("`activation_memory` must be", {"activation_memory": 1.5}),
-    ("`sparsity` must be like 0.6, 60% or 2:4", {"sparsity": "2/4"}),
-    ("`sparsity` is missing", {"sparsity": None}),
-    ("`solver_options` must be", {"solver_options": "x"}),
-]
-
-
-@pytest.mark.parametrize(("message", "given"), REFUSED)
-def test_options_that_cannot_be(message, given):
+def test_options_that_cannot_be():
     model = tiny("llama", layers=1)
-    for use in (prune_model, maskopt.collect_problems, plan_prune):
-        with pytest.raises(PatternError if "sparsity" in given else OptionError) as caught:
-            use(model, tokens(), **{**WANDA, **given})
-        assert isinstance(caught.value, MaskoptError)
-        assert message in str(caught.value)
+    for message, given in (
+        ("'solvr'; did you mean 'solver'", {"solvr": "swap"}),
+        ("'sample'; did you mean 'samples'", {"sample": 3}),
+        ("`threads` must be a whole number from 1 to 1024, not 0", {"threads": 0}),
+        *((f"not {threads}", {"threads": threads}) for threads in (-2, 100000, 1.5)),
+        ("`samples` must be a whole number ≥ 1, not 0", {"samples": 0}),
+        ("`seq_len` must be a whole number ≥ 1, not -1", {"seq_len": -1}),
+        ("`min_tokens` must be a whole number ≥ 1", {"min_tokens": 0}),
+        ("`seed` must be a whole number from 0 to", {"seed": -1}),
+        ("`seed` must be a whole number from 0 to", {"seed": "x"}),
+        ("`holdout` must be a number [0, 1), not '0.2'", {"holdout": "0.2"}),
+        ("`all_experts` must be true or false", {"all_experts": "no"}),
+        ("'lots' is no amount of memory", {"max_memory": "lots"}),
+        ("`max_memory` must be", {"max_memory": -1}),
+        ("`activation_memory` must be", {"activation_memory": 1.5}),
+        ("`sparsity` must be like 0.6, 60% or 2:4", {"sparsity": "2/4"}),
+        ("`sparsity` is missing", {"sparsity": None}),
+        ("`solver_options` must be", {"solver_options": "x"}),
+    ):
+        error = PatternError if "sparsity" in given else OptionError
+        assert issubclass(error, MaskoptError)
+        for use in (prune_model, maskopt.collect_problems, plan_prune):
+            fails(error, re.escape(message), use, model, tokens(), **{**WANDA, **given})
 
 
 def test_a_prune_command_with_dry_run_added(dense, data, tmp_path):
     out = tmp_path / "out"
-    rest = [dense, "--calibration", data, "--output", out, "--overwrite"]
-    rest += shlex.split(
-        "--sparsity 0.5 --solver wanda --text-field body --seed 3 --all-experts --min-tokens 1 "
-        "--gram-shrinkage 0.1 --skip-bad-samples --include q_proj,mlp --exclude layers.1,up_proj"
-    )
+    words = "--sparsity 0.5 --solver wanda --text-field body --seed 3 --all-experts --min-tokens 1"
+    words += " --gram-shrinkage 0.1 --skip-bad-samples"
+    words += " --include q_proj,mlp --exclude layers.1,up_proj"
+    rest = [dense, "--calibration", data, "--output", out, "--overwrite", *words.split()]
     shown = run("prune", "--dry-run", *rest)
     shows(shown, "self_attn.q_proj", "1,536")  # half of two gate projections of 48 × 32
     assert "up_proj" not in shown
@@ -233,7 +210,7 @@ def test_a_prune_command_with_dry_run_added(dense, data, tmp_path):
     assert "not empty" in run("prune", "--dry-run", *rest, fails=ModelError)
 
 
-def test_patterns_and_layers_are_read_in_one_way(dense, data, tmp_path):
+def test_patterns_and_layers_are_read_in_one_way_and_errors_name_flags(dense, data, tmp_path):
     common, results = [dense, "--solvers", "wanda", "--rows", 1, "--calibration", data], []
     for share, *include in (("0.5", "q_proj", "layers.0.mlp.*"), ("50%", "q_proj, layers.0.mlp.*")):
         words = ["--sparsity", share, *(word for name in include for word in ("--include", name))]
@@ -241,9 +218,6 @@ def test_patterns_and_layers_are_read_in_one_way(dense, data, tmp_path):
         results.append([line.split(",")[0] for line in out.read_text().splitlines()])
         assert len(results[0]) == 1 + 3 + 3
     assert results[0] == results[1]
-
-
-def test_errors_name_flags_that_the_command_has(dense, data):
     pruned = ["prune", dense, "--sparsity", 0.5, "--calibration", data, "--output", "x"]
     said = run(*pruned, "--threads", 0, fails=OptionError)
     assert said == "--threads must be a whole number from 1 to 1024, not 0"
@@ -307,8 +281,7 @@ class Late(Lanes):
 @pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("dropped", [(), (0,), (1, 2), (4,)])
 def test_every_pass_sees_what_the_last_one_left(dropped, at_once):
-    lanes = Late(at_once=at_once)
-    states = Activations(range(5), SHAPE, torch.float32, lanes=lanes)
+    states = Activations(range(5), SHAPE, torch.float32, lanes=Late(at_once=at_once))
     for sample in range(5):
         states[sample] = torch.full(SHAPE, float(sample))
     for passes in range(3):

@@ -2,16 +2,16 @@
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from commands import run, shows
 from forging import copied, fails
-from prunes import contents, files, prune
+from prunes import contents, files, prune, smaller
 from tiny_models import chat_tokenizer, save, tiny, tokens
 
-from maskopt import shrink_model
 from maskopt.demo.run import run_demo
 from maskopt.errors import MaskoptError, ModelError
 from maskopt.models.checkpoints import workspace
@@ -19,7 +19,6 @@ from maskopt.models.checkpoints.pack import pack, unpack_folder
 from maskopt.models.checkpoints.workspace import HIDDEN, MANIFEST, MASKS
 from maskopt.models.pruning.gram_store import collect_grams
 from maskopt.models.pruning.output import apply_masks
-from maskopt.models.structured.blocks import remove_blocks
 from maskopt.models.verification.verify import verify_model
 
 
@@ -42,11 +41,6 @@ def given(tmp_path_factory):
     return found
 
 
-@pytest.fixture
-def out(given, tmp_path):
-    return copied(given["pruned"], tmp_path)
-
-
 @pytest.mark.parametrize(
     ("first", "model", "second"), [("talked", "dense", "pruned"), ("pruned", "chatty", "talked")]
 )
@@ -60,7 +54,8 @@ def test_a_prune_over_that_of_another_model(first, model, second, given, tmp_pat
     verify_model(out, given[model])
 
 
-def test_what_no_run_has_written_is_never_deleted(given, out, tmp_path):
+def test_what_no_run_has_written_is_never_deleted(given, tmp_path):
+    out = copied(given["pruned"], tmp_path)
     mine = "optimizer.pt", "adapter_config.json", "results.bits", "merges.txt", "maskopt-x", "x/y"
     for name in mine:
         (out / name).parent.mkdir(exist_ok=True)
@@ -71,26 +66,25 @@ def test_what_no_run_has_written_is_never_deleted(given, out, tmp_path):
         assert files(out) == before
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     # nor a model without a manifest
-    chatty = Path(shutil.copytree(given["chatty"], tmp_path / "chatty"))
+    chatty = copied(given["chatty"], tmp_path / "chatty")
     before = files(chatty)
-    for damaged in (None, "{", '{"files": [["config.json"]]}', "[]"):
-        message = rf"does not list {len(before)} of .*: chat_template\.jinja,.*, …"
-        if damaged is not None:
-            (chatty / MANIFEST).write_text(damaged)
-            message = "does not list"
-        fails(ModelError, message, prune, given["dense"], chatty, overwrite=True)
+    message = rf"does not list {len(before)} of .*: chat_template\.jinja,.*, …"
+    fails(ModelError, message, prune, given["dense"], chatty, overwrite=True)
+    for damaged in ("{", '{"files": [["config.json"]]}', "[]"):
+        (chatty / MANIFEST).write_text(damaged)
+        fails(ModelError, "does not list", prune, given["dense"], chatty, overwrite=True)
     (chatty / MANIFEST).unlink()
     assert files(chatty) == before
 
 
 def test_every_command_knows_all_files_of_its_result(given, tmp_path):
-    chatty, out = given["chatty"], {name: tmp_path / f"of-{name}" for name in "abcde"}
-    prune(tiny("llama"), out["a"])
-    shrink_model(chatty, tokens(), output=out["b"], channels=0.5, solver="wanda")
-    remove_blocks(chatty, tokens(), output=out["c"], count=1, windows=2)
-    pack(given["talked"], out["d"])
-    unpack_folder(out["d"], out["e"])
-    for folder in (*out.values(), *(given[n] for n in ("talked", "applied", "grams"))):
+    a, b, c, d, e = out = [tmp_path / f"of-{name}" for name in "abcde"]
+    prune(tiny("llama"), a)
+    smaller(given["chatty"], b, channels=0.5, solver="wanda")
+    smaller(given["chatty"], c, count=1, windows=2)
+    pack(given["talked"], d)
+    unpack_folder(d, e)
+    for folder in (*out, *(given[n] for n in ("talked", "applied", "grams"))):
         assert workspace.earlier_files(folder) == {file.name for file in folder.iterdir()}, folder
 
 
@@ -143,53 +137,46 @@ def test_another_path_to_an_input_is_noticed(name, given, tmp_path):
     (linked / "x").hardlink_to(weights)
     outputs = [folder, tmp_path / "link", tmp_path / "above", tmp_path / "above" / name, linked]
     outputs += [folder / "inside", tmp_path / "link" / "deep" / "inside"]
+    inputs = {"other": "hf:c4", "tokens": tokens(), "the_input": None, "input": folder}
     for output in outputs:
-        with pytest.raises(ModelError, match=r"is the input itself, lies|of the input itself"):
-            workspace.check_inputs(
-                output, other="hf:c4", tokens=tokens(), the_input=None, input=folder
-            )
+        said = r"is the input itself, lies|of the input itself"
+        fails(ModelError, said, workspace.check_inputs, output, **inputs)
     workspace.check_inputs(tmp_path / "out", input=folder)
     workspace.check_inputs(folder.parent / "out", input=folder)
 
 
-OUTPUTS = [
-    *((COMMANDS[number], "dense", "model") for number in (0, 1, 2, 4)),
-    *((COMMANDS[number], "pruned", "model") for number in (3, 5)),
-    (COMMANDS[3], "dense", "teacher"),
-    (COMMANDS[4], "pruned", "mask file"),
-    (COMMANDS[6], "packed", "model"),
-    *((f"prune {dry}{STORED}", "grams", "grams") for dry in ("", "--dry-run ")),
-    (f"{COMMANDS[0]} --config {{pruned}}/maskopt-manifest.json", "pruned", "config file"),
-    (COMMANDS[0].replace("{text}", "{pruned}"), "pruned", "calibration"),
-]
+def test_no_input_of_a_run_is_its_output(given):
+    for command, output, what in (
+        *((COMMANDS[number], "dense", "model") for number in (0, 1, 2, 4)),
+        *((COMMANDS[number], "pruned", "model") for number in (3, 5)),
+        (COMMANDS[3], "dense", "teacher"),
+        (COMMANDS[4], "pruned", "mask file"),
+        (COMMANDS[6], "packed", "model"),
+        *((f"prune {dry}{STORED}", "grams", "grams") for dry in ("", "--dry-run ")),
+        (f"{COMMANDS[0]} --config {{pruned}}/maskopt-manifest.json", "pruned", "config file"),
+        (COMMANDS[0].replace("{text}", "{pruned}"), "pruned", "calibration"),
+    ):
+        before = files(given[output].parent)
+        said = replaced(command, given, given[output], MaskoptError)
+        shows(said, f"is the {what}", "itself, lies in it or holds it")
+        assert files(given[output].parent) == before
 
 
-@pytest.mark.parametrize(("command", "output", "what"), OUTPUTS)
-def test_no_input_of_a_run_is_its_output(command, output, what, given):
-    before = files(given[output].parent)
-    said = replaced(command, given, given[output], MaskoptError)
-    shows(said, f"is the {what}", "itself, lies in it or holds it")
-    assert files(given[output].parent) == before
-
-
-def test_a_sweep_is_not_written_over_its_input(given, tmp_path):
+def test_a_sweep_over_its_input_and_a_demo_over_other_files(given, tmp_path):
     before = files(given["dense"].parent)
     (tmp_path / "0.5-swap-none").symlink_to(given["grams"])
     assert "is the grams itself" in replaced(COMMANDS[7], given, tmp_path)
     assert files(given["dense"].parent) == before
-
-
-def test_a_demo_replaces_what_a_demo_wrote(tmp_path):
     for name in ("model/config.json", "report.html", "notes.md"):
         mine = tmp_path / Path(name).stem / name
         mine.parent.mkdir(parents=True)
         mine.write_text("mine")
-        with pytest.raises(ModelError, match=f"does not list 1 of .*: {mine.name}"):
-            run_demo(tmp_path / mine.stem, overwrite=True)
+        said = f"does not list 1 of .*: {mine.name}"
+        fails(ModelError, said, run_demo, tmp_path / mine.stem, overwrite=True)
         assert mine.read_text() == "mine"
 
 
-def test_a_file_that_appears_during_the_run_is_not_replaced(given, tmp_path):
+def test_a_file_that_appears_during_the_run_stays_and_another_kind_of_result_goes(given, tmp_path):
     out = tmp_path / "out"
     late = {"on_progress": lambda event: (out / "README.md").write_text("mine")}
     for how in (late, {"resume": True}):
@@ -198,14 +185,12 @@ def test_a_file_that_appears_during_the_run_is_not_replaced(given, tmp_path):
     (out / "README.md").unlink()
     prune(given["dense"], out, resume=True)
     assert contents(out).keys() == contents(given["pruned"]).keys()
-
-
-def test_other_kinds_of_results_over_a_prune(given, tmp_path):
+    # other kinds of results over a prune
     dense, chatty, masks = given["dense"], given["chatty"], given["talked"] / MASKS
     a, b, grams = (tmp_path / name for name in ("a", "b", "grams"))
     for out, old in ((a, "talked"), (b, "talked"), (grams, "grams")):
         shutil.copytree(given[old], out)
-    shrink_model(dense, tokens(), output=a, overwrite=True, channels=0.5, solver="wanda")
+    smaller(dense, a, overwrite=True, channels=0.5, solver="wanda")
     verify_model(a, dense)
     for _ in range(2):  # over a prune, and over the same
         apply_masks(chatty, masks, b, overwrite=True)
@@ -229,10 +214,10 @@ def test_other_kinds_of_results_over_a_prune(given, tmp_path):
 
 @pytest.mark.parametrize("at", [0, 1, 3])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "Input/output error")])
-def test_an_interrupt_of_the_last_step_loses_no_weights(at, error, given, out, monkeypatch):
+def test_an_interrupt_of_the_last_step_loses_no_weights(at, error, given, tmp_path, monkeypatch):
     """Where files move, each is the earlier one, the new one, or waits: none is dropped."""
-    chatty, masks = given["chatty"], given["talked"] / MASKS
-    replace, moved = os.replace, []
+    replace, moved, out = os.replace, [], copied(given["pruned"], tmp_path)
+    again = partial(apply_masks, given["chatty"], given["talked"] / MASKS, out, overwrite=True)
 
     def stopped(source, target):
         if Path(target).parent == out and Path(source).parent.name == "out":
@@ -243,10 +228,9 @@ def test_an_interrupt_of_the_last_step_loses_no_weights(at, error, given, out, m
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", stopped)
-        with pytest.raises((KeyboardInterrupt, ModelError)):
-            apply_masks(chatty, masks, out, overwrite=True)
+        fails((KeyboardInterrupt, ModelError), None, again)
     for name, data in files(given["applied"]).items():
         places = (out / name, out / HIDDEN / "out" / name)
         assert [f for f in places if f.exists() and f.read_bytes() == data], name
-    apply_masks(chatty, masks, out, overwrite=True)
+    again()
     assert files(out) == files(given["applied"])

@@ -22,11 +22,6 @@ from maskopt.models.evaluation import evaluate as evaluation
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.training.parts import first
 
-
-def in_memory(source):
-    return {name for name, p in source.model.named_parameters() if not p.is_meta}
-
-
 HEADS = {"llama": "lm_head.weight", "gemma3": "model.embed_tokens.weight"}  # of its own, and none
 
 
@@ -43,7 +38,8 @@ def test_one_block_in_memory_at_a_time_and_equal_heads_once(family, head, tmp_pa
             opened.append(self)
 
     def look():
-        resident.append([in_memory(source) for source in opened])
+        parameters = [source.model.named_parameters() for source in opened]
+        resident.append([{name for name, p in each if not p.is_meta} for each in parameters])
         heads.append([source.model.get_parameter(head).data_ptr() for source in opened])
 
     def watch(patch):
@@ -82,16 +78,7 @@ def test_one_block_in_memory_at_a_time_and_equal_heads_once(family, head, tmp_pa
     assert alone[0] == alone[1] != alone[2]
 
 
-def test_models_of_other_sizes_are_refused_unwalked(dense_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "walk_whole", None)
-    for name, size in (("vocab_size", 100), ("hidden_size", 64)):
-        other = AutoModelForCausalLM.from_config(LlamaConfig(**{**SHARED, name: size}))
-        models = [dense_folder, save(other, tmp_path / name)]
-        with pytest.raises(DataError, match=f"differ in {name}"):
-            evaluation.evaluate(models, tokens(2, 8), WalkOptions())
-
-
-def test_progress_and_a_bad_model_of_several(dense_folder, tmp_path):
+def test_progress_and_models_of_several_that_cannot_be(dense_folder, tmp_path, monkeypatch):
     said, name = [], str(dense_folder)
     listen = {"on_progress": lambda *event: said.append(event)}
     evaluation.evaluate([dense_folder] * 2, tokens(2, 8), WalkOptions(threads=1), **listen)
@@ -99,8 +86,15 @@ def test_progress_and_a_bad_model_of_several(dense_folder, tmp_path):
     assert said == 2 * walked + [(name, 7, 8), (name, 7, 8), (name, 8, 8), (name, 8, 8)]
     bad = patched(tiny("llama"), "model.norm.weight", lambda p: p.fill_(1e38))
     save(patched(bad, "lm_head.weight", lambda p: p.fill_(1e3)), tmp_path / "bad")
-    with pytest.raises(ModelError, match="/bad: window 0 of token tensor: NaN or infinite logits"):
-        evaluation.evaluate([dense_folder, tmp_path / "bad"], tokens(2, 8), WalkOptions())
+    given, words = (tokens(2, 8), WalkOptions()), "window 0 of token tensor: NaN or infinite logits"
+    models = [dense_folder, tmp_path / "bad"]
+    fails(ModelError, f"/bad: {words}", evaluation.evaluate, models, *given)
+    # of other sizes: refused before anything is walked
+    monkeypatch.setattr(evaluation, "walk_whole", None)
+    for size, value in (("vocab_size", 100), ("hidden_size", 64)):
+        other = AutoModelForCausalLM.from_config(LlamaConfig(**{**SHARED, size: value}))
+        models = [dense_folder, save(other, tmp_path / size)]
+        fails(DataError, f"differ in {size}", evaluation.evaluate, models, *given)
 
 
 def test_how_far_the_last_hidden_states_have_moved(dense_folder, tmp_path):
@@ -176,8 +170,8 @@ def test_figures_are_printed_before_they_are_written(dense_folder, tmp_path, mon
 def test_what_is_refused():
     model, data = tiny("llama"), tokens(4, 12)
 
-    def refused(error, message, model, data, **options):
-        fails(error, message, maskopt.perplexity, model, data, **options)
+    def refused(error, message, *given, **options):
+        fails(error, message, maskopt.perplexity, *given, **options)
 
     refused(DataError, "two tokens", model, data[:, :1])
     refused(DataError, "needs text", model, WordTokenizer())
@@ -185,8 +179,8 @@ def test_what_is_refused():
     for count in (0, -1, True):
         refused(OptionError, "`windows` must be a whole number", model, data, windows=count)
     refused(OptionError, "`threads`", model, data, threads=0)
-    text = {"model": model, "data": WordTokenizer(), "text": ["abc" * 9]}
-    refused(OptionError, "`seq_len` must be a whole number of at least 2", seq_len=1, **text)
+    said, text = "`seq_len` must be a whole number of at least 2", {"text": ["abc" * 9]}
+    refused(OptionError, said, model, WordTokenizer(), seq_len=1, **text)
     refused(OptionError, "no option is called 'samples'", model, data, samples=3)
     patched(model, "model.norm.weight", lambda p: p.fill_(float("nan")))
     refused(ModelError, "window 0 of token tensor: NaN or infinite logits", model, data)
