@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from strategies import TWO_FOUR, drawn
 
-from maskopt import NM, Certificate, Solution, Unstructured, verify
+from maskopt import NM, Certificate, Solution, Unstructured, solve, verify
 from maskopt.certificates.certificate import _check_row
 from maskopt.certificates.cuts import Cuts
 from maskopt.certificates.proof import KINDS, LEAF, RowProof
@@ -18,11 +18,24 @@ def layer(pattern=PATTERNS[2], rows=2, kind="full", linear=False):
     return drawn(rows, 8, kind, pattern, linear=3 if linear else None)
 
 
+def proven(problem, **options):
+    """What `branch` proves by a tree, which `verify` checks."""
+    solution = solve(problem, "branch", proof=True, workers=0, **options)
+    verify(problem, solution, require="checked")
+    return solution
+
+
+def stating(problem, mask, bound, **more):
+    """A solution with a bound and its certificate."""
+    known = {"lower_bound": bound.value, "certificate": bound.certificate, **more}
+    return Solution.of(problem, mask, **known)
+
+
 def claimed(problem, solution, bound, factor=1.0, certificate=None):
     """What verify says of a solution with so much of a bound, and its certificate or another."""
     more = {"certificate": certificate or bound.certificate, "status": solution.status}
     value = factor * bound.value
-    return verify(problem, Solution.of(problem, solution.mask, lower_bound=value, **more))
+    return verify(problem, stating(problem, solution.mask, bound, lower_bound=value, **more))
 
 
 def triangles(size=0.05):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import os
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import pyscipopt
 import pytest
 from typer.testing import CliRunner
 
@@ -39,6 +41,27 @@ def shows(text: str, *parts: str) -> None:
     """All of these are in the text."""
     missing = [part for part in parts if part not in text]
     assert not missing, (missing, text)
+
+
+def scip_value(path: Path) -> float:
+    """What SCIP finds to be the least value of the model in a file."""
+    model = pyscipopt.Model()
+    model.hideOutput()
+    model.readProblem(str(path))
+    model.optimize()
+    return float(model.getObjVal())
+
+
+def interrupt(patch: pytest.MonkeyPatch, owner: object, name: str, after: int) -> None:
+    """A call after so many is Ctrl-C."""
+    calls, original = itertools.count(), getattr(owner, name)
+
+    def interrupted(*given: object) -> object:
+        if next(calls) == after:
+            raise KeyboardInterrupt
+        return original(*given)
+
+    patch.setattr(owner, name, interrupted)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +35,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
 _UNFIT = [HealthCheck.too_slow, HealthCheck.data_too_large]
-_COMMON: dict[str, Any] = {"deadline": None, "suppress_health_check": _UNFIT}
-#: the same cases every time: a change fails by its own fault alone
-settings.register_profile("suite", max_examples=20, derandomize=True, **_COMMON)
-settings.register_profile("slow", max_examples=60, derandomize=True, **_COMMON)
-#: fresh cases, and how to draw a failing one again: pytest -m hypothesis --hypothesis-profile=explore
-_FRESH: dict[str, Any] = {"derandomize": False, "print_blob": True, **_COMMON}
-settings.register_profile("explore", max_examples=300, **_FRESH)
+#: the same cases every time, so that a change fails by its own fault alone; or fresh ones, and how to draw a
+#: failing one again: pytest -m hypothesis --hypothesis-profile=explore
+for name, examples, same in (("suite", 20, True), ("slow", 60, True), ("explore", 300, False)):
+    how: dict[str, Any] = {"deadline": None, "suppress_health_check": _UNFIT}
+    how |= {"derandomize": same, "print_blob": not same}
+    settings.register_profile(name, max_examples=examples, **how)
 
 #: files that begin first, in this order: one compiles loops while another worker runs what needs few of
 #: them, and the longest ones, which would keep a single worker busy at the end
-FIRST = [
-    "ranks", "structures", "distill", "model_reconstruct", "proof", "model_families", "docs",
-]  # fmt: skip
+FIRST = ["ranks", "structures", "distill", "model_reconstruct", "proof", "model_families", "docs"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -74,22 +72,30 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@dataclass
 class Clock:
-    """A second goes by with every look at it: no test asserts wall-clock time."""
+    """So many seconds go by with every look at it: no test asserts wall-clock time."""
 
-    now = 100.0
+    step: float = 1.0
+    now: float = 100.0
 
     def __call__(self) -> float:
-        self.now += 1.0
+        self.now += self.step
         return self.now
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """`time.monotonic`, which every limit reads, is one that looks alone advance."""
-    found = Clock()
-    monkeypatch.setattr(time, "monotonic", found)
+    monkeypatch.setattr(time, "monotonic", found := Clock())
     return found
+
+
+@pytest.fixture
+def still(clock: Clock) -> Clock:
+    """The same, which the test alone advances."""
+    clock.step = 0.0
+    return clock
 
 
 @pytest.fixture
@@ -98,9 +104,7 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parent / "benchmarks")
 
 
-# Folders of tiny models; nobody may change them ---------------------------------------------------
-
-
+# --- folders of tiny models; nobody may change them
 @pytest.fixture(scope="session")
 def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama in several shards."""

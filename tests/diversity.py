@@ -1,8 +1,4 @@
-"""Maximum diversity after the recipes of MDPLIB: which m of n elements are the farthest from one another?
-
-The recipes are those of Martí, Gallego, Duarte and Pardo (*Heuristics and metaheuristics for the maximum
-diversity problem*, J. Heuristics 19, 2013); the instances are drawn here and are none of the library's.
-"""
+"""Maximum diversity by the recipes of MDPLIB (Martí, Gallego, Duarte and Pardo, J. Heuristics 19, 2013)."""
 
 from __future__ import annotations
 
@@ -19,30 +15,21 @@ def gkd(n: int, rng: np.random.Generator) -> np.ndarray:
     return np.linalg.norm(points[:, None] - points[None, :], axis=2)
 
 
-def som(n: int, rng: np.random.Generator) -> np.ndarray:
-    """Whole numbers from 0 to 9 (Silva, Ochi and Martins)."""
-    return _symmetric(rng.integers(0, 10, (n, n)).astype(float))
-
-
-def mdg(n: int, rng: np.random.Generator) -> np.ndarray:
-    """Real numbers from 0 to 10 (Duarte and Martí, MDG-a)."""
-    return _symmetric(rng.uniform(0, 10, (n, n)))
+def symmetric(matrix: np.ndarray) -> np.ndarray:
+    upper = np.triu(matrix, 1)
+    return np.asarray(upper + upper.T)
 
 
 RECIPES: dict[str, Callable[[int, np.random.Generator], np.ndarray]] = {
-    "GKD": gkd, "SOM": som, "MDG": mdg,
-}  # fmt: skip
+    "GKD": gkd,
+    # whole numbers from 0 to 9 (Silva, Ochi and Martins), real ones from 0 to 10 (Duarte and Martí, MDG-a)
+    "SOM": lambda n, rng: symmetric(rng.integers(0, 10, (n, n)).astype(float)),
+    "MDG": lambda n, rng: symmetric(rng.uniform(0, 10, (n, n))),
+}
 
 
-def diversity(recipe: str, n: int, cardinality: int, seed: int) -> RowProblem:
+def diversity(recipe: str, n: int, size: int, seed: int) -> RowProblem:
     """The problem of an instance: its value is the sum of the distances between the chosen, each once."""
     distance = RECIPES[recipe](n, np.random.default_rng([seed, n]))
-    name = f"{recipe} {n} of {cardinality}, {seed}"
-    return RowProblem.from_quadratic(
-        distance / 2, cardinality=cardinality, maximise=True, name=name
-    )
-
-
-def _symmetric(matrix: np.ndarray) -> np.ndarray:
-    upper = np.triu(matrix, 1)
-    return np.asarray(upper + upper.T)
+    name = f"{recipe} {n} of {size}, {seed}"
+    return RowProblem.from_quadratic(distance / 2, cardinality=size, maximise=True, name=name)

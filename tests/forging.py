@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import edit_json
 from torch import Tensor
 
+from maskopt.core.files import read_arrays, write_arrays
 from maskopt.models.checkpoints.mask_file import MaskFile, TensorMask, write_masks
 from maskopt.models.checkpoints.safefile import open_safe
 from maskopt.models.checkpoints.workspace import MANIFEST, MASKS
@@ -46,13 +47,21 @@ def fails(error: type[Exception], said: str | None, call: Any, *given: Any, **mo
         pytest.fail(f"nothing was refused with {said!r}")
 
 
+def rewrite(
+    path: Path, header: Any = (), arrays: Change = lambda _: None, kind: str = "solution"
+) -> None:
+    """Other entries in the header of a file of this kind, and its arrays after a change."""
+    said, held = read_arrays(path, kind)
+    said = {name: value for name, value in said.items() if name not in ("format", "kind")}
+    arrays(held)
+    write_arrays(path, kind, said | dict(header), held)
+
+
 def copied(result: Path, to: Path) -> Path:
-    """A result that may be changed."""
     return Path(shutil.copytree(result, to / "out"))
 
 
 def flip(path: Path, place: int = -1, bits: int = 1) -> None:
-    """Other bits in one byte of a file."""
     data = bytearray(path.read_bytes())
     data[place] ^= bits
     path.write_bytes(data)
@@ -146,7 +155,6 @@ def signed(record: Any) -> dict[str, Any]:
 
 
 def options(**changes: Any) -> Change:
-    """Other options in the fingerprint of a manifest."""
     return lambda manifest: manifest["fingerprint"]["options"].update(changes)
 
 
@@ -172,5 +180,4 @@ def shuffled(_: Tensor, kept: Tensor) -> Tensor:
 
 
 def redraw(result: Path, name: str) -> None:
-    """Other weights for a tensor."""
     change_tensors(shard_of(result, name), lambda tensors: tensors[name].normal_())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from strategies import slow
 from tiny_models import tokens
 
 from maskopt import prune_model
@@ -24,11 +25,6 @@ def prune(model: Any, output: Path | None = None, data: Any = None, **options: A
     if data is None and not {"grams", "calibration"} & options.keys():
         data = tokens()
     return prune_model(model, data, output=output, **WANDA | options)
-
-
-def slow(*values: Any) -> Any:
-    """A case that runs with --slow only."""
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def but_slow(first: Any, cases: Iterable[Any]) -> list[Any]:

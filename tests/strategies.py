@@ -1,8 +1,4 @@
-"""Random mask-selection problems for tests, and what brute force needs of them.
-
-The Gram matrices are what layers really give: full rank, rank-deficient, with dead inputs (zero
-columns), with duplicate inputs, diagonal, and badly scaled by outlier features.
-"""
+"""Random problems for tests, with Gram matrices as layers give them, and brute force."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ from itertools import chain, combinations, product
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -24,6 +21,11 @@ HALF, TWO_FOUR = Unstructured(sparsity=0.5), NM(keep=2, of=4)
 ONE_PERCENT = LeastSquaresUpdate(0.01)
 F64 = torch.float64
 KINDS = ("full", "low-rank", "zero-columns", "duplicates", "diagonal", "outliers")
+
+
+def slow(*values: Any) -> Any:
+    """A case that runs with --slow only."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def random_gram(n: int, kind: str, seed: int, dtype: torch.dtype = F64) -> Tensor:
@@ -67,8 +69,7 @@ def drawn(
     rows: int, n: int, kind: str = "full", pattern: Pattern = HALF, seeds: tuple[int, int] = (1, 2),
     dtype: torch.dtype = F64, linear: int | None = None, **more: Any,
 ) -> LayerProblem:  # fmt: skip
-    """A layer of random weights and a Gram matrix of that kind, with a seed each, and with a seed for it a
-    linear part."""
+    """A layer of random weights and a Gram matrix of that kind, with a seed each (`linear`: its seed)."""
     weight, gram = random_weight(rows, n, seeds[0], dtype), random_gram(n, kind, seeds[1], dtype)
     part = None if linear is None else random_linear(weight, gram, linear)
     return LayerProblem(weight, gram, pattern, linear=part, **more)
@@ -93,6 +94,11 @@ def verified(problem: LayerProblem, solver: str, **options: Any) -> Solution:
     solution = solve(problem, solver, **options)
     verify(problem, solution)
     return solution
+
+
+def alone(problem: LayerProblem, solver: Any, **options: Any) -> Tensor:
+    """The masks that a solver gives each row by itself."""
+    return torch.cat([solve(problem.row(i), solver, **options).mask for i in range(problem.rows)])
 
 
 def swap_optimal(problem: LayerProblem, solver: str = "swap", **options: Any) -> Solution:
@@ -125,8 +131,7 @@ def problems(
     draw: st.DrawFn, max_n: int = 16, max_rows: int = 5, dtype: torch.dtype = F64,
     kinds: tuple[str, ...] = KINDS, linear: bool = True,
 ) -> LayerProblem:  # fmt: skip
-    """A layer of up to max_rows rows and max_n inputs, any kind of Gram matrix, any pattern, and where
-    `linear` allows it at times a linear part."""
+    """A layer with any kind of Gram matrix, any pattern, and at times a linear part if `linear`."""
     n = draw(st.integers(1, max_n))
     rows = draw(st.integers(1, max_rows))
     seed = draw(st.integers(0, 2**31 - 1))

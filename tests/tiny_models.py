@@ -137,13 +137,10 @@ class WordTokenizer:
 
 def save_with_own_code(folder: Path) -> Path:
     """A model whose configuration asks to run code that lies beside it."""
-    save(tiny("llama"), folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own"}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "modeling_own.py").write_text(
-        "from transformers import LlamaForCausalLM\n\n\nclass Own(LlamaForCausalLM):\n    pass\n"
-    )
+    own = {"AutoModelForCausalLM": "modeling_own.Own"}
+    edit_json(save(tiny("llama"), folder) / "config.json", lambda c: c.update(auto_map=own))
+    code = "from transformers import LlamaForCausalLM\n\n\nclass Own(LlamaForCausalLM):\n    pass\n"
+    (folder / "modeling_own.py").write_text(code)
     return folder
 
 
@@ -188,7 +185,6 @@ def chat_tokenizer(template: str | None = CHAT_TEMPLATE) -> Any:
 
 
 def patched(model: Any, name: str, change: Callable[[torch.Tensor], object]) -> Any:
-    """Change one parameter in place."""
     with torch.no_grad():
         change(model.get_parameter(name))
     return model
@@ -197,11 +193,10 @@ def patched(model: Any, name: str, change: Callable[[torch.Tensor], object]) -> 
 def overflowing() -> Any:
     """A Llama in which token 5 alone reaches the first input of an enormous weight."""
     model = tiny("llama")
+    first, embedding = model.model.layers[0], model.model.embed_tokens.weight
     with torch.no_grad():
-        model.model.embed_tokens.weight[:, 0] = 0
-        model.model.embed_tokens.weight[5, 0] = 10
-        model.model.layers[0].self_attn.o_proj.weight[0] = 0
-        model.model.layers[0].mlp.up_proj.weight[0, 0] = 3e38
+        embedding[:, 0] = first.self_attn.o_proj.weight[0] = 0
+        embedding[5, 0], first.mlp.up_proj.weight[0, 0] = 10, 3e38
     return model
 
 
@@ -233,11 +228,9 @@ def logs(model: nn.Module, ids: torch.Tensor, every: int = EVERY) -> torch.Tenso
 def inputs_of(model: Any, name: str, data: Tensor) -> Tensor:
     """What a linear layer is given, [tokens, n], float64."""
     seen: list[Tensor] = []
-    hook = model.get_submodule(name).register_forward_hook(
-        lambda _, args, out: seen.append(args[0].detach().flatten(0, 1))
-    )
-    with torch.no_grad():
-        for window in data:
-            model(window[None])
+    watch = lambda _, args: seen.append(args[0].detach().flatten(0, 1))  # noqa: E731
+    hook = model.get_submodule(name).register_forward_pre_hook(watch)
+    for window in data:
+        logits_of(model, window[None])
     hook.remove()
     return torch.cat(seen).double()

@@ -9,10 +9,7 @@ PATTERNS = (HALF, TWO_FOUR)
 #: for rows of more inputs than a search has candidates
 LARGE = (Unstructured(sparsity=0.6), TWO_FOUR, NM(keep=4, of=8))
 #: damping, and the power of the diagonal that it counts by
-REFITS = (
-    *(LeastSquaresUpdate(d) for d in (0.0, 0.01, 0.3)),
-    *(LeastSquaresUpdate(0.1, power=power) for power in (0.5, 1)),
-)
+REFITS = [LeastSquaresUpdate(*how) for how in ((0.0,), (0.01,), (0.3,), (0.1, 0.5), (0.1, 1))]
 LINEAR = {"argnames": "linear", "argvalues": [False, True], "ids": ["plain", "linear"]}
 F64 = torch.float64
 
