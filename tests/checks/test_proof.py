@@ -1,5 +1,4 @@
-"""Proofs of optimality: complete, checked against all masks, and not to be forged; they and certificates with
-many, repeated and tiny cuts are also judged in exact rational arithmetic."""
+"""Proofs of optimality: complete, checked against all masks, and in exact arithmetic; forgeries."""
 
 import functools
 import itertools
@@ -9,28 +8,25 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from certificates import layer as eight, single
-from commands import ended, run
-from forging import edit, fails
+from certificates import layer as eight, proven, single, stating
+from commands import ended, run, shows
+from forging import edit, fails, rewrite
 from hypothesis import given, strategies as st
-from strategies import HALF, TWO_FOUR, drawn, graph, legal_masks, problems, random_gram
+from strategies import HALF, TWO_FOUR, drawn, graph, legal_masks, problems, random_gram, slow
 
+import maskopt
 from maskopt import NM, LayerProblem, RowProblem, Solution, Status, Unstructured, solve, verify
-from maskopt.certificates.certificate import Certificate
 from maskopt.certificates.cuts import NO_INPUT, Cuts
 from maskopt.certificates.exact_check import exact_bounds, exact_cost, rational, semidefinite
 from maskopt.certificates.proof import AGAIN, KINDS, LEAF, NO_FORM, Proof, RowProof
 from maskopt.certificates.proof_check import TreeCheck, check_proof
-from maskopt.core.files import read_arrays, write_arrays
 from maskopt.core.least_squares import LeastSquaresUpdate
-from maskopt.core.limits import Limits
-from maskopt.core.linear_term import LinearTerm
 from maskopt.core.units import values_of
 from maskopt.errors import OptionError, ProblemError, VerificationError
 from maskopt.protocol.bounds import lower_bound
 from maskopt.solvers.bounds.cuts import cut_certificate
 
-FOUR = Unstructured(keep=4)
+FOUR, STATES = Unstructured(keep=4), "lower bound: row 0 states"
 LINEAR = pytest.mark.parametrize("linear", [None, 3], ids=["plain", "linear"])
 
 
@@ -39,16 +35,8 @@ def layer(n=16, pattern=HALF, kind="full", rows=1, linear=None, seed=1):
 
 
 def costs(problem):
-    """The legal masks of a row, and their objectives."""
     masks = legal_masks(problem)
     return masks, problem.take([0] * len(masks)).objective(masks)
-
-
-def proven(problem, **options):
-    """What `branch` proves, and the check of it."""
-    solution = solve(problem, "branch", proof=True, workers=0, **options)
-    verify(problem, solution, require="checked")
-    return solution
 
 
 def bound_of(problem, tree):
@@ -71,13 +59,12 @@ def test_what_branch_proves_is_checked_and_the_optimum(problem):
 def test_trees_beyond_enumeration_are_checked(pattern, linear):
     problem = layer(32, pattern, rows=2, linear=linear)
     solution = proven(problem)
-    assert solution.status == (Status.OPTIMAL,) * 2
-    assert solution.trusted == ("", "")
-    assert verify(problem, solution, require="checked").basis == ("checked",) * 2
+    assert (solution.status, solution.trusted) == ((Status.OPTIMAL,) * 2, ("", ""))
+    assert verify(problem, solution).basis == ("checked",) * 2
     plain = solve(problem, "branch", workers=0)
     assert torch.equal(plain.mask, solution.mask)
-    with pytest.raises(VerificationError, match=r"is trusted \(branch of maskopt"):
-        verify(problem, plain, require="checked")
+    word = r"is trusted \(branch of maskopt"
+    fails(VerificationError, word, verify, problem, plain, require="checked")
 
 
 def test_an_open_tree_proves_the_bound_of_its_leaves():
@@ -93,7 +80,7 @@ def test_an_open_tree_proves_the_bound_of_its_leaves():
 @pytest.mark.parametrize("keep", [0, 8])
 def test_rows_without_a_choice_have_a_tree_of_one_leaf(keep):
     plain = layer(8, Unstructured(keep=keep), rows=2, seed=3)
-    constant = LinearTerm(torch.full((2, 8), 0.1).double(), torch.full((2,), 50.0).double())
+    constant = maskopt.LinearTerm(torch.full((2, 8), 0.1).double(), torch.full((2,), 50.0).double())
     for linear, proof in itertools.product((None, constant), (False, True)):
         problem = LayerProblem(plain.weight, plain.gram, plain.pattern, linear=linear)
         found = solve(problem, "branch", proof=proof)
@@ -121,10 +108,7 @@ def test_a_tree_is_the_same_every_time_and_survives_a_file(tmp_path):
         assert one.dtype == two.dtype
         assert np.array_equal(one, two)
     assert verify(problem, loaded, require="checked").checked
-    header, arrays = read_arrays(path, "solution")
-    del arrays["proof.rows.0.points"]
-    header = {k: v for k, v in header.items() if k not in ("format", "kind")}
-    write_arrays(path, "solution", header, arrays)
+    rewrite(path, arrays=lambda arrays: arrays.pop("proof.rows.0.points"))
     fails(ProblemError, "not a sound solution", Solution.load, path)
 
 
@@ -142,9 +126,7 @@ def every_mask_below(check, state):
 
 
 def but_for(n, i, side):
-    state = np.full(n, -1, dtype=np.int8)
-    state[i] = side
-    return state
+    return np.where(np.arange(n) == i, side, -1).astype(np.int8)
 
 
 def tree_with(tree, form, branch, **more):
@@ -153,16 +135,14 @@ def tree_with(tree, form, branch, **more):
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(keep=5), NM(keep=1, of=3)], ids=str)
-@pytest.mark.parametrize(
-    "kind", ["full", "outliers", pytest.param("low-rank", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("kind", ["full", "outliers", slow("low-rank")])
 def test_any_form_at_any_point_is_below_all_masks(pattern, kind):
     """λ and μ of both signs, at the root and at a node: valid, and often worth something."""
     random = np.random.default_rng(4)
     positive = 0
     for trial in range(30):
         problem = layer(9, pattern, kind, linear=3 if trial % 2 else None, seed=trial)
-        masks, every = costs(problem)
+        _, every = costs(problem)
         share = problem.pruned_per_group / problem.group_size
         unit, rounding = float(problem.row(0).q().trace()) / 9, 1e-12 * float(every.max())
         lam, mu = unit * random.normal(size=9) * trial / 30, unit * random.normal() / 9
@@ -177,13 +157,11 @@ def test_any_form_at_any_point_is_below_all_masks(pattern, kind):
         steps = [NO_FORM, 0, *[NO_FORM] * len(rest)], [i, LEAF, *rest]
         bound = bound_of(problem, tree_with(tree, *steps, points=points))
         assert bound <= float(every.min()) + rounding
-        assert bound <= float(every[masks[:, i]].min()) + rounding
     assert positive >= 3
 
 
 def test_fixings_are_held_to_their_other_side():
-    """All masks on the side that is fixed are looked at: what is left is the other side's bound. (With λ = −Q
-    of a diagonal Q the form is linear, and every bound the truth.)"""
+    """With λ = −Q of a diagonal Q the form is linear: the bound is that of the best mask of both sides."""
     problem = layer(7, FOUR, kind="diagonal")
     masks, every = costs(problem)
     lam = -problem.row(0).q().diagonal().numpy() * (1 - 1e-9)
@@ -202,16 +180,14 @@ def test_fixings_are_held_to_their_other_side():
 @pytest.mark.parametrize("kind", ["full", "outliers"])
 def test_cuts_of_a_form_are_counted_as_in_a_certificate(kind):
     problem = layer(24, Unstructured(keep=12), kind)
-    certificate, _ = cut_certificate(problem, 8, 3, Limits().begin())
+    certificate, _ = cut_certificate(problem, 8, 3, maskopt.Limits().begin())
     # a certificate may be checked at a point outside of the box
-    certificate = replace(certificate, point=certificate.point.clamp(0, 1))
-    assert len(certificate.cuts[0].multiplier) > 10
-    lam, mu = certificate.diagonal[0].numpy(), float(certificate.penalty[0, 0])
-    plain, cut = (single(lam, mu, certificate.point[0].numpy(), cuts)
-                  for cuts in (None, certificate.cuts[0]))  # fmt: skip
-    bound = bound_of(problem, cut)
-    assert bound == pytest.approx(float(certificate.check(problem)), rel=1e-6)
-    assert bound > 1.001 * bound_of(problem, plain)
+    point, (cuts,) = certificate.point.clamp(0, 1), certificate.cuts
+    assert len(cuts.multiplier) > 10
+    form = certificate.diagonal[0].numpy(), float(certificate.penalty[0, 0]), point[0].numpy()
+    bound, plain = (bound_of(problem, single(*form, some)) for some in (cuts, None))
+    exact = float(replace(certificate, point=point).check(problem))
+    assert 1.001 * plain < bound == pytest.approx(exact, rel=1e-6)
 
 
 @LINEAR
@@ -246,9 +222,8 @@ def parts_of(tree):
 
 def steps(*branch, **more):
     more = {"points": [], "fixed": [], "side": [], **more}
-    return lambda parts: parts.update(
-        vars(tree_with(RowProof(**parts), [NO_FORM] * len(branch), branch, **more))
-    )
+    forms = [NO_FORM] * len(branch)
+    return lambda parts: parts.update(vars(tree_with(RowProof(**parts), forms, branch, **more)))
 
 
 REFUSED = {
@@ -285,8 +260,8 @@ def test_a_forged_tree_is_refused(name):
     change, reason = REFUSED[name]
     parts = parts_of(sound(FORGED)[1])
     change(parts)
-    with pytest.raises(VerificationError, match=f"the tree of row 0: .*({reason})"):
-        check_proof(FORGED, Proof([RowProof(**parts)]))
+    message = f"the tree of row 0: .*({reason})"
+    fails(VerificationError, message, bound_of, FORGED, RowProof(**parts))
 
 
 def proves_nothing_false(problem, best, tree):
@@ -315,11 +290,10 @@ def test_whatever_is_changed_nothing_false_is_proven(seed):
     parts = parts_of(tree)
     for _ in range(random.integers(1, 4)):
         name = random.choice([k for k in KINDS if parts[k].size] + ["penalty"])
-        if name == "penalty":
-            mu = parts[name]
-            parts[name] = random.choice([-mu, 0, 0.5 * mu, 2 * mu, 1e9, -1e300])
-            continue
         array = parts[name]
+        if name == "penalty":
+            parts[name] = random.choice([-array, 0, 0.5 * array, 2 * array, 1e9, -1e300])
+            continue
         at = tuple(random.integers(0, size) for size in array.shape)
         if array.dtype == np.float64:
             values = [0, 1, array[at] * 2, -array[at], 1e300, -1e12, random.random()]
@@ -338,14 +312,14 @@ def test_trees_of_other_rows_prove_less_and_the_claim_is_refused():
     fails(VerificationError, "1 trees for 2 rows", check_proof, layer(24, rows=2), solution.proof)
     fails(VerificationError, None, verify, problem, replace(solution, mask=~solution.mask))
     cuts = Cuts(torch.tensor([[0, 1, 2]]), torch.tensor([[1, 1]]), torch.tensor([-0.1]))
-    with pytest.raises(VerificationError, match="negative multiplier"):
-        bound_of(layer(9, FOUR), single(np.ones(9), 0.0, np.full(9, 0.5), cuts))
+    tree = single(np.ones(9), 0.0, np.full(9, 0.5), cuts)
+    fails(VerificationError, "negative multiplier", bound_of, layer(9, FOUR), tree)
     # updated weights and rows of a shared budget have none
     refitted = problem.with_update(LeastSquaresUpdate(0.1))
     fails(OptionError, "updated weights is not kept", proven, refitted)
+    message = "a count of their own and unchanged weights"
     for one in (refitted, problem.under(Unstructured(sparsity=0.5, per="layer"))):
-        with pytest.raises(VerificationError, match="a count of their own and unchanged weights"):
-            check_proof(one, solution.proof)
+        fails(VerificationError, message, check_proof, one, solution.proof)
 
 
 # --- whole numbers
@@ -370,8 +344,7 @@ def test_every_mask_has_one_of_the_values(seed):
     values = problem.values()
     _, every = costs(problem.as_layer())
     for cost in every.tolist():
-        assert values.at_least(cost) == cost
-        assert values.at_least(cost - 1e-9) == cost
+        assert (values.at_least(cost), values.at_least(cost - 1e-9)) == (cost, cost)
         below = values.at_least(cost - values.step - 1e-9)
         assert below == (cost - values.step if values.step else cost - 1e-9)
     if values.step:  # and no coarser ones hold them all
@@ -383,8 +356,7 @@ def test_every_mask_has_one_of_the_values(seed):
 
 def test_values_of_a_graph_are_two_apart_and_what_is_not_whole_is_refused(tmp_path):
     values = graph().row(0).values()
-    assert values.step == 2
-    assert values.at_least(values.offset - 3.5) == values.offset - 2
+    assert (values.step, values.at_least(values.offset - 3.5)) == (2, values.offset - 2)
     assert values_of(torch.full((4, 4), 3.0), 2).step == 6
     assert values_of(torch.eye(4) * 3, 2).at_least(1.5) == 6  # f is 6 throughout
     problem = graph(8)
@@ -399,13 +371,12 @@ def test_values_of_a_graph_are_two_apart_and_what_is_not_whole_is_refused(tmp_pa
         ((weight, gram), {"update": LeastSquaresUpdate()}, "updated weights"),
     ):
         fails(ProblemError, message, LayerProblem, *arguments, HALF, integral=True, **more)
-    with pytest.raises(ProblemError, match=r"integral: weight holds 0\.5"):
-        RowProblem(torch.full((8,), 0.5), gram, HALF, integral=True)
+    half, message = torch.full((8,), 0.5), r"integral: weight holds 0\.5"
+    fails(ProblemError, message, RowProblem, half, gram, HALF, integral=True)
     fails(ProblemError, "updated weights", problem.with_update, LeastSquaresUpdate())
     problem.save(tmp_path / "graph.npz")
-    assert LayerProblem.load(tmp_path / "graph.npz").integral
-    assert problem.take([0]).integral
-    assert problem.row(0).integral
+    read = LayerProblem.load(tmp_path / "graph.npz")
+    assert all(p.integral for p in (read, problem.take([0]), problem.row(0)))
     assert not layer().integral
     assert layer().row(0).values() is None
 
@@ -432,7 +403,7 @@ def forged_certificate(problem, honest, groups, size, copies, part=0.99):
         penalty[:, group] += 2 * size
         diagonal[:, 2 * group : 2 * group + 2] -= 2 * size
     cuts = [many_cuts(groups, size, copies, part)] * problem.rows
-    return Certificate(diagonal, penalty, honest.point, cuts=cuts)
+    return maskopt.Certificate(diagonal, penalty, honest.point, cuts=cuts)
 
 
 def forged_tree(problem, honest, size, copies, part=0.99):
@@ -441,14 +412,13 @@ def forged_tree(problem, honest, size, copies, part=0.99):
     return single(np.full(problem.n, -2 * size), 2 * size, honest.point[0].numpy(), cuts)
 
 
-def one_of_two(n, seed):
-    return layer(n, NM(keep=1, of=2), seed=seed)
+one_of_two = functools.partial(layer, pattern=NM(keep=1, of=2))
 
 
 @functools.cache
 def toy(n, seed):
     """A 1:2 row, its box certificate, its exact optimum and the worst of its masks."""
-    problem = one_of_two(n, seed)
+    problem = one_of_two(n, seed=seed)
     costs = {exact_cost(problem, mask, 0): mask for mask in legal_masks(problem)}
     assert max(costs) > 1.001 * float(min(costs)) > 0
     honest = lower_bound(problem, "box").certificate
@@ -461,7 +431,7 @@ def test_rounding_of_many_cuts_proves_nothing(tmp_path):
     assert Fraction(float(check_proof(problem, Proof([tree])))) <= optimum
     problem, instance = one_of_two(32, seed=4), tmp_path / "row.npz"
     problem.save(instance)
-    best = solve(problem, "branch", proof=True, workers=0)
+    best = proven(problem)
     starts = (solve(problem, "random", seed=seed).mask for seed in range(12))
     found = (solve(problem, "swap", start=start) for start in starts)
     other = next(s for s in found if float(s.objective) > 1.01 * float(best.objective))
@@ -470,13 +440,11 @@ def test_rounding_of_many_cuts_proves_nothing(tmp_path):
     more = {"lower_bound": other.objective, "certificate": forged}
     claim = Solution.of(problem, other.mask, status=Status.OPTIMAL, **more)
     for require in ("claims", "exact"):
-        with pytest.raises(VerificationError, match="lower bound: row 0 states"):
-            verify(problem, claim, require=require)
+        fails(VerificationError, STATES, verify, problem, claim, require=require)
     assert bool((forged.check(problem) <= best.objective).all())
     best.save(tmp_path / "best.npz")
     said = run("verify", instance, tmp_path / "best.npz", "--exact")
-    assert "holds: 1 row checked" in said
-    assert "checked in exact arithmetic in" in said
+    shows(said, "holds: 1 row checked", "checked in exact arithmetic in")
     # a bound above what the tree proves
     off = replace(best, status=(Status.FEASIBLE,), lower_bound=best.lower_bound * (1 + 1e-8))
     off.save(tmp_path / "off.npz")
@@ -484,11 +452,8 @@ def test_rounding_of_many_cuts_proves_nothing(tmp_path):
     run("verify", tmp_path, "--exact", fails=OptionError)
 
 
-@pytest.mark.parametrize(
-    "first", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in (50, 100, 150, 200))]
-)
+@pytest.mark.parametrize("first", [0, *map(slow, (50, 100, 150, 200))])
 def test_forged_certificates_and_trees_are_refused(first, monkeypatch):
-    """250 of them: none proves more than the optimum, or than it does in exact arithmetic."""
     # else verify tries all masks of a toy
     monkeypatch.setattr("maskopt.checks.verification.ENUMERATION_LIMIT", 0)
     for seed in range(first, first + 50):
@@ -505,8 +470,7 @@ def test_forged_certificates_and_trees_are_refused(first, monkeypatch):
             (replace(claim, certificate=bad), exact_bounds(problem, bad)),
             (replace(claim, proof=Proof([tree])), exact_bounds(problem, trees=[tree])),
         ):
-            with pytest.raises(VerificationError, match="lower bound: row 0 states"):
-                verify(problem, forged, require="checked")
+            fails(VerificationError, STATES, verify, problem, forged, require="checked")
             proof = forged.proof
             found = bad.check(problem) if proof is None else check_proof(problem, proof)
             assert Fraction(float(found)) <= judge[0] + optimum / 10**6, seed
@@ -517,11 +481,9 @@ def test_forged_certificates_and_trees_are_refused(first, monkeypatch):
 @pytest.mark.parametrize("linear", [None, 7], ids=["plain", "linear"])
 def test_trees_and_certificates_of_searches_hold_exactly(pattern, linear):
     problem = layer(12, pattern, rows=2, linear=linear, seed=5)
-    optimum = solve(problem, "branch", proof=True, workers=0)
+    optimum = proven(problem)
     assert verify(problem, optimum, require="exact").checked
-    bound = lower_bound(problem, "sdp")
-    more = {"lower_bound": bound.value, "certificate": bound.certificate}
-    claim = Solution.of(problem, optimum.mask, **more)
+    claim = stating(problem, optimum.mask, lower_bound(problem, "sdp"))
     assert verify(problem, claim, require="exact").checked
     higher = replace(claim, lower_bound=1.001 * claim.lower_bound)
     for wrong in (higher, replace(optimum, proof=None, trusted=("SCIP 10.0.0",) * 2)):
@@ -532,29 +494,24 @@ def test_a_shared_budget_has_one_exact_bound():
     problem = layer(8, Unstructured(0.5, per="layer"), rows=3, seed=5)
     problem = problem.counting(torch.tensor([1.0, 2.0, 0.5]))
     bound, mask = lower_bound(problem, "box"), solve(problem, "exhaustive").mask
-    more = {"lower_bound": bound.value, "certificate": bound.certificate}
-    verify(problem, Solution.of(problem, mask, **more), require="exact")
+    verify(problem, stating(problem, mask, bound), require="exact")
     (exactly,) = exact_bounds(problem, bound.certificate)
     assert float(exactly) == pytest.approx(float(problem.shares @ bound.value), rel=1e-9)
     assert float(exactly) <= float(problem.shares @ problem.objective(mask))
-    # and what has none is refused by name
-    with pytest.raises(VerificationError, match="weights are kept unchanged"):
-        exact_bounds(eight().with_update(LeastSquaresUpdate(0.1)))
+    updated, message = eight().with_update(LeastSquaresUpdate(0.1)), "weights are kept unchanged"
+    fails(VerificationError, message, exact_bounds, updated)
     wide = LayerProblem(torch.ones(1, 256), torch.eye(256), Unstructured(0.5))
-    with pytest.raises(VerificationError, match="at most 200 inputs, not 256"):
-        verify(wide, solve(wide, "wanda"), require="exact")
+    found, message = solve(wide, "wanda"), "at most 200 inputs, not 256"
+    fails(VerificationError, message, verify, wide, found, require="exact")
 
 
 def test_semidefinite_is_decided_without_rounding():
-    tiny = Fraction(1, 2**200)
-    one = np.array([[Fraction(1)] * 3] * 3)
+    tiny, one = Fraction(1, 2**200), np.array([[Fraction(1)] * 3] * 3)
     assert semidefinite(one)
-    for i in range(3):
-        less, more = one.copy(), one.copy()
-        less[i, i] -= tiny
-        more[i, i] += tiny
-        assert semidefinite(more)
-        assert not semidefinite(less)
+    for i, by in itertools.product(range(3), (tiny, -tiny)):
+        other = one.copy()
+        other[i, i] += by
+        assert semidefinite(other) == (by > 0)
     assert semidefinite(rational(np.zeros((2, 2))))
     assert not semidefinite(rational(np.array([[0.0, 1.0], [1.0, 5.0]])))
     for seed in range(20):
@@ -563,23 +520,18 @@ def test_semidefinite_is_decided_without_rounding():
         assert not semidefinite(rational(x @ x.T - 2.0**-40 * np.eye(6)))
 
 
-# --- on the command line
 def test_solve_with_proof_and_verify(tmp_path):
     instance, out, again = (tmp_path / name for name in ("row.npz", "proof.npz", "again.npz"))
     layer(24, rows=2).save(instance)
     words = ("solve", "--prove", instance, "--jobs", 1, "--output")
     assert "2 of 2 rows proven optimal" in run(*words, out)
     text = run("verify", instance, out)
-    assert "holds: 2 rows checked" in text
-    assert "2 of 2 rows proven optimal; 2 trees" in text
-    assert "leaves" in text
+    shows(text, "holds: 2 rows checked", "2 of 2 rows proven optimal; 2 trees", "leaves")
     assert "pass --overwrite" in run(*words, out, fails=OptionError)
     run(*words, again, "--start", out)
     assert torch.equal(Solution.load(again).mask, Solution.load(out).mask)
-    # what is left open has a status of its own
     done = ended(*words, tmp_path / "open.npz", "--solver-options", "node_limit=3")
-    assert done.returncode == 1
-    assert "0 of 2 rows proven optimal" in done.stdout
+    assert (done.returncode, "0 of 2 rows proven optimal" in done.stdout) == (1, True)
     assert "holds: 2 rows checked" in run("verify", instance, tmp_path / "open.npz")
     run("solve", instance, "--output", tmp_path / "plain.npz", "--solver", "wanda")
     assert "trees" not in run("verify", instance, tmp_path / "plain.npz")

@@ -6,15 +6,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from certificates import claimed, stating
 from forging import fails
 from hypothesis import given
+from prunes import slow
 from strategies import ONE_PERCENT, TWO_FOUR, drawn, problems, random_gram, random_weight, verified
 
-from maskopt import LayerProblem, Solution, Status, Unstructured, lower_bound, solve, verify
+from maskopt import LayerProblem, RowProblem, Solution, Unstructured, lower_bound, solve, verify
 from maskopt.checks.swap_check import improving_swap
-from maskopt.core.problem import RowProblem
 from maskopt.errors import VerificationError
-from maskopt.protocol.solution import SWAP_FLOOR, SWAP_TOLERANCE
+from maskopt.protocol.solution import SWAP_FLOOR, SWAP_TOLERANCE, Status
 from maskopt.protocol.solver import available_solvers, is_trusted
 
 TWO, THREE, SIX = (Unstructured(keep=keep) for keep in (2, 3, 6))
@@ -34,8 +35,7 @@ def small(unit=1.0, pattern=THREE):
 
 
 def cancelling(unit, n=40):
-    """Of every four inputs the first two are opposite and weigh the same: pruning both costs nothing, as a
-    sum of terms that are not 0. And the mask that does."""
+    """Of every four inputs two cancel, as large terms of the objective; and the mask without these."""
     turn = torch.eye(n, dtype=torch.float64)
     turn[1::4] = -turn[::4]
     weight = random_weight(2, n, 3, torch.float64) * unit
@@ -119,8 +119,7 @@ def test_what_enumeration_confirms_is_checked():
 def test_a_bound_is_checked_or_rests_on_a_solver_that_is_named():
     problem = large(rows=3)
     start, bound = solve(problem, "wanda"), lower_bound(problem, "sdp")
-    known = {"lower_bound": bound.value, "certificate": bound.certificate}
-    proven = Solution.of(problem, start.mask, **known)
+    proven = stating(problem, start.mask, bound)
     assert verify(problem, proven).basis == ("checked",) * 3
     assert verify(problem, start, require="checked").checked  # no bound, nothing to take on trust
     # row 1 claims more than its certificate proves
@@ -128,17 +127,16 @@ def test_a_bound_is_checked_or_rests_on_a_solver_that_is_named():
     higher[1] = (higher[1] + start.objective[1]) / 2
     trusted = replace(proven, lower_bound=higher, trusted=("", "SCIP 10.0", ""))
     found = verify(problem, trusted)
-    assert found.basis == ("checked", "trusted: SCIP 10.0", "checked")
-    assert not found.checked
+    assert (found.basis, found.checked) == (("checked", "trusted: SCIP 10.0", "checked"), False)
     assert str(found) == "2 rows checked, 1 row trusted: SCIP 10.0"
     assert_refused(problem, trusted, r"row 1 is trusted \(SCIP 10\.0\)", require="checked")
     assert_refused(problem, replace(trusted, trusted=()), r"row 1 .* its certificate proves")
     assert_refused(problem, proven, "require", require="proven")
-    # a certificate of another problem
     other = LayerProblem(0.5 * problem.weight, problem.gram, problem.pattern)
-    mask = solve(other, "wanda").mask
-    known["lower_bound"] = bound.value.minimum(other.objective(mask))
-    assert_refused(other, Solution.of(other, mask, **known), "its certificate proves")
+    found = solve(other, "wanda")
+    less = bound.value.minimum(found.objective)
+    wrong = stating(other, found.mask, bound, lower_bound=less)
+    assert_refused(other, wrong, "its certificate proves")
 
 
 def test_only_registered_exact_solvers_with_a_version_are_trusted(tmp_path):
@@ -155,10 +153,8 @@ def test_only_registered_exact_solvers_with_a_version_are_trusted(tmp_path):
             assert "is no registered exact solver with its version" in str(caught.value)
             assert str(caught.value).isprintable()
     exact = [i.capabilities for i in available_solvers().values() if i.capabilities.trusted]
-    assert len(exact) == 5
-    for capabilities in exact:
-        assert capabilities.proves == "optimality"
-        assert all(is_trusted(f"{name} 1.0.1") for name in capabilities.trusted)
+    assert [capabilities.proves for capabilities in exact] == ["optimality"] * 5
+    assert all(is_trusted(f"{name} 1.0.1") for can in exact for name in can.trusted)
 
 
 # --- how far a claim may be off
@@ -170,17 +166,16 @@ def claims(unit, off):
     for sign in (1, -1):
         value = second(worst.objective[1] * (1 + sign * off * 1e-9), worst.objective)
         yield "objective: row 1", problem, replace(worst, objective=value)
-    rounded = rounding(nothing[0], nothing[1].mask)
-    assert bool((rounded < 1e-12 * nothing[0].diagonal_mass()).all())
-    assert bool((nothing[1].objective < WITHIN * rounded).all())
+    rounded, most = rounding(nothing[0], nothing[1].mask), 1e-12 * nothing[0].diagonal_mass()
+    assert bool(((rounded < most) & (nothing[1].objective < WITHIN * rounded)).all())
     yield "objective: row 0", nothing[0], replace(nothing[1], objective=off * rounded)
     above = replace(best, lower_bound=best.objective + off * lost[1], trusted=WORDS)
     yield "row 0 .* above the objective", problem, above
     yield "row 0 .* without a certificate", problem, replace(worst, lower_bound=off * lost[0])
     box = lower_bound(problem, "box")
     assert bool((box.value > 1e-3 * problem.diagonal_mass()).all())
-    more = {"lower_bound": box.value * (1 + off * 1e-9), "certificate": box.certificate}
-    yield "row 0 .* its certificate proves", problem, Solution.of(problem, worst.mask, **more)
+    higher = stating(problem, worst.mask, box, lower_bound=box.value * (1 + off * 1e-9))
+    yield "row 0 .* its certificate proves", problem, higher
     gap = best.objective * (1 - torch.tensor([0.5, off * 1e-6], dtype=torch.float64))
     more = {"status": (Status.FEASIBLE, Status.OPTIMAL), "lower_bound": gap, "trusted": WORDS}
     yield "row 1 claims optimal without proof", problem, replace(best, **more)
@@ -224,8 +219,8 @@ def test_an_optimum_of_nothing_may_be_rounding_and_no_more(unit):
     weight[:, 1::4] *= 1 + 1e-6
     nearly = LayerProblem(weight, problem.gram, TWO_FOUR)
     best = solve(nearly, "swap", start=nothing.mask)
-    assert bool((best.objective < 1e-12 * nearly.diagonal_mass()).all())
-    assert bool((best.objective > 2 * rounding(nearly, best.mask)).all())
+    least, most = 2 * rounding(nearly, best.mask), 1e-12 * nearly.diagonal_mass()
+    assert bool(((least < best.objective) & (best.objective < most)).all())
     assert_refused(nearly, replace(best, status=OPTIMAL), "claims optimal without proof")
     problem, best = cancelling(unit, 8)
     off = WITHIN * rounding(problem, best.mask)
@@ -239,7 +234,7 @@ def test_an_optimum_of_nothing_may_be_rounding_and_no_more(unit):
 @pytest.mark.parametrize("size", [1e3, 1e8])
 def test_weights_that_are_kept_excuse_no_objective_and_no_optimum(size):
     """Large weights that every good mask keeps are no terms of its sum."""
-    weight = random_weight(1, 24, 3, torch.float64) * 1e-3
+    weight = random_weight(1, 24, 3) * 1e-3
     weight[0, :4] = size
     problem = LayerProblem(weight, random_gram(24, "full", 7), Unstructured(keep=12))
     best = solve(problem, "swap")
@@ -265,12 +260,10 @@ def test_rows_that_weigh_nothing_or_hardly_anything_excuse_nothing():
     assert 0 < float(honest.objective) < 1e-307
     forged = replace(honest, objective=0 * honest.objective, status=OPTIMAL[:1])
     assert_refused(problem, forged, "objective: row 0")
-
-
-def test_a_weight_of_a_row_that_prunes_nothing_excuses_no_sum_of_rows():
-    weight, gram = random_weight(3, 12, 6, torch.float64), random_gram(12, "full", 7)
+    # nor does a weight of a row that prunes nothing excuse a sum of rows
+    weight = random_weight(3, 12, 6)
     weight[weight == 0] = 0.1
-    problem = LayerProblem(weight, gram, Unstructured(0.3, per="layer"))
+    problem = LayerProblem(weight, random_gram(12, "full", 7), Unstructured(0.3, per="layer"))
     problem = problem.counting(torch.tensor([1e12, 1.0, 1.0], dtype=torch.float64))
     best = verified(problem, "exhaustive")
     assert bool(best.mask[0].all())
@@ -282,8 +275,7 @@ def test_float32_is_widened_and_blocks_of_any_size_verify_the_same(monkeypatch):
     narrow = large(dtype=torch.float32)
     problem = LayerProblem(narrow.weight.double(), narrow.gram.double(), TWO_FOUR)
     box, solution = lower_bound(problem, "box"), solve(problem, "swap")
-    more = {"lower_bound": box.value, "certificate": box.certificate, "status": solution.status}
-    assert verify(narrow, Solution.of(narrow, solution.mask, **more)).checked
+    assert claimed(narrow, solution, box).checked
     worst = solve(problem, "worst")
     by_mask, by_solution = (solve(problem, "swap", start=x).mask for x in (worst.mask, worst))
     assert torch.equal(by_mask, by_solution)
@@ -293,8 +285,7 @@ def test_float32_is_widened_and_blocks_of_any_size_verify_the_same(monkeypatch):
         monkeypatch.setattr(f"maskopt.checks.{module}.AT_ONCE", numbers)
         assert verify(problem, solution).checked
         found = improving_swap(row, mask)
-        assert found[:2] == swap[:2]
-        assert found.delta == pytest.approx(swap.delta, rel=1e-12)
+        assert (found[:2], found.delta) == (swap[:2], pytest.approx(swap.delta, rel=1e-12))
 
 
 def test_weights_that_meet_no_input_are_refitted_without_a_claim_on_rounding():
@@ -302,7 +293,7 @@ def test_weights_that_meet_no_input_are_refitted_without_a_claim_on_rounding():
     x = torch.randn(40, 6, generator=generator, dtype=torch.float64)
     x[:, 0] = 0
     weight = torch.zeros(2, 6, dtype=torch.float64)
-    weight[:, 0] = 1e6
+    weight[0, 0] = 1e6
     weight[1] = torch.randn(6, generator=generator, dtype=torch.float64)
     problem = LayerProblem(weight, x.T @ x / 40, Unstructured(0.5), update=ONE_PERCENT)
     for solver in ("exhaustive", "branch", "admm", "obs", "swap"):
@@ -312,9 +303,7 @@ def test_weights_that_meet_no_input_are_refitted_without_a_claim_on_rounding():
 
 
 # --- whole numbers, and the ends of float64
-@pytest.mark.parametrize(
-    "penalty", [1e14, *(pytest.param(x, marks=pytest.mark.slow) for x in (1e8, 1e12))]
-)
+@pytest.mark.parametrize("penalty", [1e14, slow(1e8), slow(1e12)])
 def test_a_penalty_on_what_is_not_chosen_hides_nothing(penalty):
     u = np.triu(np.random.default_rng(0).integers(0, 2, (12, 12)), 1).astype(float)
     u += u.T
@@ -323,8 +312,7 @@ def test_a_penalty_on_what_is_not_chosen_hides_nothing(penalty):
     honest = solve(problem, "branch", proof=True, time_limit=20)
     assert verify(problem, honest).checked
     for chosen in list(itertools.combinations(range(1, 12), 4))[::30]:
-        mask = torch.ones(1, 12, dtype=torch.bool)
-        mask[0, list(chosen)] = False
+        mask = ~kept(12, *chosen)[None]
         cost = problem.as_layer().objective(mask)
         if float(cost) != float(honest.objective):
             more = {"objective": cost, "lower_bound": cost, "status": OPTIMAL[:1]}
@@ -361,8 +349,7 @@ def test_whole_numbers_are_optimal_where_the_next_value_is_proven_and_not_before
     ):
         assert_refused(problem, wrong, message)
     for solver in ("scip", "gurobi", "highs"):  # their tolerances are many values wide
-        solution = verified(problem, solver)
-        assert solution.status == (Status.FEASIBLE,)
+        assert verified(problem, solver).status == (Status.FEASIBLE,)
 
 
 def test_bounds_at_the_ends_of_float64():
@@ -373,8 +360,7 @@ def test_bounds_at_the_ends_of_float64():
         usual = solve(LayerProblem(weight, gram, pattern), solver).status
         for power in (-290, 160, 290):
             scaled = LayerProblem(weight, gram * 10.0**power, pattern)
-            solution = verified(scaled, solver)
-            assert solution.status == usual
+            assert verified(scaled, solver).status == usual
 
 
 # --- what counts as an improving swap: how much, which of several, and in whatever unit
@@ -412,8 +398,7 @@ def test_it_is_the_best_pair_of_brute_force(problem):
             slack = SWAP_TOLERANCE * cost(mask) + SWAP_FLOOR * mass
             assert best >= -slack * (1 + 1e-6) - 1e-13 * mass
         else:
-            assert bool(mask[swap.kept])
-            assert not bool(mask[swap.pruned])
+            assert mask[[swap.kept, swap.pruned]].tolist() == [True, False]
             assert swap.delta == pytest.approx(best, rel=1e-6, abs=1e-9 * mass)
             assert cost(swapped(mask, swap.kept, swap.pruned)) < cost(mask)
 
@@ -427,9 +412,7 @@ def test_a_swap_counts_above_1e_6_of_the_objective_and_1e_13_of_the_diagonal(gra
         swap = improving_swap(problem, mask)
         assert (swap is not None) == counts
         if swap:
-            assert swap[:2] == (2, 0)
-            assert swap.delta == pytest.approx(-2 * off * unit * gram, rel=1e-6)
-        # asked for any decrease
+            assert swap[:3] == (2, 0, pytest.approx(-2 * off * unit * gram, rel=1e-6))
         assert improving_swap(problem, mask, tolerance=0) is not None
         off *= 1e-7
         problem = diagonal(unit * (1 + 1e6 * off), unit, unit, (1e6 - 3) * unit, gram=gram)
@@ -438,15 +421,12 @@ def test_a_swap_counts_above_1e_6_of_the_objective_and_1e_13_of_the_diagonal(gra
 
 def test_the_best_swap_of_all_groups_is_named_and_the_first_of_equals():
     squares = [2.0, 1.0, 1.0, 3.0, 5.0, 1.0, 1.0, 6.0, 3.0, 1.0, 1.0, 4.0]
-    mask = kept(12, 2, 3, 6, 7, 10, 11)
-    problem = diagonal(*squares, pattern=TWO_FOUR)
+    problem, mask = diagonal(*squares, pattern=TWO_FOUR), kept(12, 2, 3, 6, 7, 10, 11)
     assert improving_swap(problem, mask) == pytest.approx((6, 4, -4.0, 0, 0))
     equal = diagonal(*[2.0, 2.0, 1.0, 1.0] * 3, pattern=TWO_FOUR)
     assert improving_swap(equal, mask) == pytest.approx((2, 0, -1.0, 0, 0))
-    # of one row
-    problem = drawn(2, 8, pattern=TWO_FOUR)
-    with pytest.raises(VerificationError, match=r"takes one row; use problem\.row\(i\)"):
-        improving_swap(problem, solve(problem, "wanda").mask)
+    problem, message = drawn(2, 8, pattern=TWO_FOUR), r"takes one row; use problem\.row\(i\)"
+    fails(VerificationError, message, improving_swap, problem, solve(problem, "wanda").mask)
     row = problem.row(0)
     mask = solve(row, "worst").mask
     assert improving_swap(row.as_layer(), mask) == improving_swap(row, mask[0])
@@ -462,17 +442,14 @@ def test_weights_of_any_size_are_brought_within_range():
         assert found[:2] == expected[:2]
         if abs(exponent) < 500:
             assert found.delta == pytest.approx(expected.delta * 4.0**exponent)
-    mixed, outlier = weight.clone(), weight.abs()
-    mixed[0, 0] = 0.0
-    mixed[0, int(mask.nonzero()[0])] = -(2.0**-300)
+    mixed, outlier, first = weight.clone(), weight.abs(), int((~mask).nonzero()[0])
+    mixed[0, 0], mixed[0, int(mask.nonzero()[0])] = 0.0, -(2.0**-300)
     assert improving_swap(LayerProblem(mixed, gram, SIX), mask) is not None
-    first = int((~mask).nonzero()[0])
     outlier[0, first] = -(2.0**500)
     assert improving_swap(LayerProblem(outlier, gram, SIX), mask).pruned == first
     assert improving_swap(LayerProblem(0 * weight, gram, SIX), mask) is None
-    # and narrow ones are scanned in float64
     for dtype in (torch.float32, torch.bfloat16):
         narrow = LayerProblem(weight.to(dtype), gram.float(), SIX)
-        wide = LayerProblem(weight.to(dtype).double(), gram.float().double(), SIX)
+        wide = LayerProblem(narrow.weight.double(), narrow.gram.double(), SIX)
         mask = solve(wide, "worst").mask[0]
         assert improving_swap(narrow, mask) == improving_swap(wide, mask)

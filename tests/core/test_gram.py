@@ -1,5 +1,4 @@
-"""Streaming Gram accumulation against the definition; and float32 products by the faster library: as precise,
-and the setting is as before afterwards."""
+"""Gram matrices of batches against the definition; float32 products by the faster library."""
 
 import pytest
 import torch

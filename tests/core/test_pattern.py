@@ -18,7 +18,6 @@ from maskopt.core.knapsack import choose_levels
 from maskopt.core.pattern import parse_sparsity, pattern_from_dict, pattern_to_dict
 from maskopt.errors import PatternError, SolverError
 
-NAN, INF = float("nan"), float("inf")
 RANGE = r"outside \[0, 1\)"
 
 
@@ -66,7 +65,7 @@ def test_counts(pattern, counts):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        *(({"sparsity": x}, RANGE) for x in (-0.1, 1, 1.0, 1.5, NAN, INF, "0.5", 1j)),
+        *(({"sparsity": x}, RANGE) for x in (-0.1, 1, 1.0, 1.5, math.nan, math.inf, "0.5", 1j)),
         *(({"sparsity": Decimal(x)}, RANGE) for x in ("NaN", "sNaN", "Infinity", -1)),
         ({"sparsity": Fraction(3, 2)}, RANGE),
         *(({"sparsity": x}, "too many digits for a share")
@@ -76,7 +75,6 @@ def test_counts(pattern, counts):
         ({"sparsity": 0.5, "keep": 3}, "exactly one"),
         *(({"keep": k, "of": of}, "impossible") for k, of in ((5, 4), (-1, 4), (2, 0), (0, 0))),
         *(({"keep": keep, "of": 4}, "takes whole numbers") for keep in (2.0, True)),
-        # and patterns that do not fit
         *(((pattern, 0), "at least one input") for pattern in (Unstructured(0.5), NM(1, 1))),
         ((Unstructured(keep=9), 8), "keep=9 is more than the 8 inputs"),
         ((NM(keep=2, of=4), 10), "10 inputs do not divide into groups of 4"),
@@ -125,10 +123,10 @@ def test_text_and_json_that_is_no_pattern(given):
 
 
 def test_patterns_are_values_and_numbers_of_other_kinds_are_numbers():
-    assert Unstructured(Fraction(29, 100)) == Unstructured(Decimal("0.29")) == Unstructured(0.29)
+    for share in (Fraction(29, 100), Decimal("0.29"), np.longdouble("0.29")):
+        assert Unstructured(share) == Unstructured(0.29)
     assert Unstructured(np.float32(0.6)) == Unstructured(0.6)
     assert Unstructured(np.int64(0)) == Unstructured(0)
-    assert Unstructured(np.longdouble("0.29")) == Unstructured(0.29)
     assert Unstructured(keep=np.int64(3)) == Unstructured(keep=3)
     assert NM(np.int32(2), np.int64(4)) == NM(2, 4)
     assert len({NM(2, 4), NM(keep=2, of=4), Unstructured(0.5), Unstructured(sparsity=0.5)}) == 2
@@ -165,10 +163,10 @@ def test_it_is_the_cheapest_of_all(item):
     off = 1e-12 * max(float(c.max()) for c in costs) + 1e-12
     assert choice.cost == pytest.approx(best, abs=off)
     assert choice.bound <= best + off
-    sizes = [np.array([0, 2, 4]), np.array([6, 8])]
+    given = [np.array([0, 2, 4]), np.array([6, 8])], [np.zeros(3), np.zeros(2)]
     for total in (1, 5, 90):  # which cannot be
-        with pytest.raises(SolverError, match=f"no choice of levels adds up to {total}"):
-            choose_levels(sizes, [np.zeros(3), np.zeros(2)], total)
+        message = f"no choice of levels adds up to {total}"
+        fails(SolverError, message, choose_levels, *given, total)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -180,10 +178,9 @@ def test_many_large_items_are_proven(seed):
     middles = [7 * n // 10 for n in widths]
     levels = [m + (n // 128) * np.arange(-25, 26) for n, m in zip(widths, middles, strict=True)]
     sizes = [r * k for r, k in zip(rows, levels, strict=True)]
-    costs = [
-        r * generator.lognormal(0, 2) * np.exp(k / n * generator.uniform(4, 8))
-        for r, n, k in zip(rows, widths, levels, strict=True)
-    ]
+    scale = [(generator.lognormal(0, 2), generator.uniform(4, 8)) for _ in rows]
+    items = zip(rows, widths, levels, scale, strict=True)
+    costs = [r * size * np.exp(k / n * slope) for r, n, k, (size, slope) in items]
     total = sum(r * m for r, m in zip(rows, middles, strict=True))
     choice = choose_levels(sizes, costs, total)
     assert total_of(sizes, choice.levels) == total

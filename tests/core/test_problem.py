@@ -1,5 +1,4 @@
-"""LayerProblem and RowProblem: the objective, with a linear part and without, the checks at the door, files;
-the edges of float64, where nothing overflows; and solutions made, listed and read back."""
+"""Problems: objectives, checks of arguments, files, the limits of float64; and solutions."""
 
 import copy
 import itertools
@@ -13,14 +12,12 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from forging import fails
+from forging import fails, rewrite
 from hypothesis import given, strategies as st
 from strategies import HALF, TWO_FOUR, drawn, problems, random_gram, random_weight, verified
 
-from maskopt import NM, LayerProblem, RowProblem, Unstructured, errors, solve, verify
-from maskopt.certificates.certificate import Certificate
+from maskopt import NM, Certificate, LayerProblem, RowProblem, Unstructured, errors, solve, verify
 from maskopt.core import files
-from maskopt.core.files import read_arrays, write_arrays
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.linear_term import LinearTerm
 from maskopt.errors import PatternError, ProblemError, SolverError, VerificationError
@@ -46,8 +43,8 @@ def test_objective_is_the_mean_squared_change_of_the_output(linear, data):
         p, q = (~mask[i]).double(), problem.row(i).q()
         floor = 1e-12 * (float(problem.diagonal_mass()[i]) if linear else 1.0)
         expected = pytest.approx(float(p @ q @ p), rel=1e-9, abs=floor)
-        assert float(problem.objective(mask)[i]) == expected
-        assert problem.row(i).objective(mask[i]) == expected
+        for found in (problem.objective(mask)[i], problem.row(i).objective(mask[i])):
+            assert float(found) == expected
         assert float(torch.linalg.eigvalsh(q)[0]) >= -1e-9 * float(q.trace()) - 1e-300
 
 
@@ -80,7 +77,6 @@ def test_a_problem_shows_its_name_and_is_the_same_under_another_pattern(monkeypa
     assert repr(problem.row(-1)) == "RowProblem('up[2]', n=40, pattern=0.5)"
     assert repr(PLAIN.under(NM(2, 4))) == "LayerProblem(rows=2, n=4, pattern=2:4)"
     assert repr(RowProblem(torch.ones(4), EYE, HALF)) == "RowProblem(n=4, pattern=0.5)"
-    # its objective in blocks is that at once
     mask = solve(problem, "wanda").mask
     whole = problem.objective(mask)
     monkeypatch.setattr("maskopt.core.objective._BLOCK_BYTES", 8 * 40 * 7)
@@ -100,11 +96,10 @@ def test_a_gram_matrix_is_symmetric_and_definite_but_for_rounding():
     trusted = with_least(-1.0, assume_psd=True)
     assert torch.equal(trusted.gram, torch.diag(torch.tensor([1.0, 1.0, 2.0, -1.0]).double()))
     gram, one = random_gram(6, "full", 0), torch.ones(1, 6)
-    noisy = gram.clone()
-    noisy[0, 1] += 1e-9
-    problem = LayerProblem(one, noisy, HALF)
-    assert torch.equal(problem.gram, problem.gram.T)
-    assert torch.equal(problem.gram, (noisy + noisy.T) / 2)
+    gram[0, 1] += 1e-9
+    problem = LayerProblem(one, gram, HALF)
+    for same in (problem.gram.T, (gram + gram.T) / 2):
+        assert torch.equal(problem.gram, same)
     gram[0, 1] += 100
     fails(ProblemError, "not symmetric", LayerProblem, one, gram, HALF)
     # singular ones of any scale are ordinary
@@ -140,6 +135,7 @@ def test_bad_patterns_means_rows_and_columns_name_the_thing():
     fails(PatternError, "q_proj", LayerProblem, ONES, EYE, NM(keep=2, of=3), name="q_proj")
     message = r"layer 'q': mean must be \[4\], not \[3\]"
     fails(ProblemError, message, LayerProblem, ONES, EYE, HALF, name="q", mean=torch.ones(3))
+    fails(ProblemError, "variance", LayerProblem, ONES, EYE, HALF, variance=-torch.ones(4))
     message = r"a row's weight must be \[n\], not \[1, 4\]"
     fails(ProblemError, message, RowProblem, torch.ones(1, 4), EYE, HALF)
     layer = LayerProblem(torch.ones(3, 4), EYE, HALF)
@@ -165,9 +161,8 @@ def test_bad_patterns_means_rows_and_columns_name_the_thing():
 
 @pytest.mark.parametrize("pattern", [HALF, Unstructured(keep=3), TWO_FOUR])
 def test_save_and_load_round_trip(tmp_path, pattern):
-    more = {"name": "a.b"}
-    if pattern is HALF:
-        more |= {"mean": torch.arange(8.0), "variance": torch.arange(8.0), "linear": 1}
+    more = {"mean": torch.arange(8.0), "variance": torch.arange(8.0), "linear": 1}
+    more = {"name": "a.b", **(more if pattern is HALF else {})}
     problem = drawn(2, 8, pattern=pattern, seeds=(1, 0), **more)
     problem.save(tmp_path / "layer.npz")
     problem.row(1).save(tmp_path / "row.npz")
@@ -176,10 +171,9 @@ def test_save_and_load_round_trip(tmp_path, pattern):
     pairs = [(getattr(back, x), getattr(problem, x)) for x in names]
     pairs.append((row.weight, problem.weight[1]))
     if pattern is HALF:
-        linear = problem.linear
-        pairs.append((back.linear.correlation, linear.correlation))
-        pairs.append((back.linear.constant, linear.constant))
-        pairs.append((row.linear.correlation, linear.correlation[1:2]))
+        linear, own = problem.linear, row.linear.correlation
+        pairs += [(getattr(back.linear, x), y) for x, y in vars(linear).items()]
+        pairs.append((own, linear.correlation[1:2]))
     for one, other in pairs:
         assert one is other is None or torch.equal(one, other)
     assert (back.pattern, back.name) == (pattern, "a.b")
@@ -276,11 +270,8 @@ def test_bad_masks(mask, message):
     if not isinstance(mask, str):
         fails(errors.WarmStartError, None, PLAIN.check_mask, mask)
     if "shape" in message or "bool" in message:  # no cost can be named
-        for cost in (
-            PLAIN.objective,
-            PLAIN.weights,
-            PLAIN.with_update(LeastSquaresUpdate(0.01)).weights,
-        ):
+        updated = PLAIN.with_update(LeastSquaresUpdate(0.01))
+        for cost in (PLAIN.objective, PLAIN.weights, updated.weights):
             fails(ProblemError, f"mask {message}", cost, mask)
 
 
@@ -312,8 +303,8 @@ def test_the_objective_is_the_error_of_the_outputs_against_their_targets():
     linear = LinearTerm(torch.tensor([[-0.5, 0.5, 0.0]]), torch.tensor([1.0]))
     problem = LayerProblem(torch.ones(1, 3), torch.eye(3), Unstructured(keep=2), linear=linear)
     found = solve(problem, "elimination")
-    assert found.mask.tolist() == [[False, True, True]]
-    assert float(found.objective) == pytest.approx(1.0)
+    answer = found.mask.tolist(), float(found.objective)
+    assert answer == ([[False, True, True]], pytest.approx(1.0))
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -383,20 +374,17 @@ def test_permuted_scaled_and_restricted(pattern):
         fails(VerificationError, None, verify, problem, solve(bare, name))
 
 
-@pytest.mark.parametrize(
-    ("correlation", "constant", "message"),
-    [
-        (torch.zeros(2, 7), torch.zeros(2), r"linear: correlation must be \[2, 8\]"),
-        (torch.zeros(2, 8), torch.zeros(3), r"linear: constant must be \[2\]"),
-        (torch.zeros(2, 8), torch.tensor([0.0, -1.0]), "not below 0"),
-        (torch.full((2, 8), torch.nan), torch.zeros(2), "NaN"),
-        (torch.ones(2, 8), torch.tensor([100.0, 0.01]), "constant of row 1 .* same r"),
-    ],
-)
-def test_what_is_no_linear_part(correlation, constant, message):
-    linear = LinearTerm(correlation, constant)
-    with pytest.raises(ProblemError, match=message):
-        LayerProblem(random_weight(2, 8, 1), torch.eye(8), HALF, linear=linear)
+def test_what_is_no_linear_part():
+    plain, zeros = drawn(2, 8), torch.zeros(2, 8)
+    for correlation, constant, message in (
+        (zeros[:, :7], torch.zeros(2), r"linear: correlation must be \[2, 8\]"),
+        (zeros, torch.zeros(3), r"linear: constant must be \[2\]"),
+        (zeros, torch.tensor([0.0, -1.0]), "not below 0"),
+        (zeros * torch.nan, torch.zeros(2), "NaN"),
+        (zeros + 1, torch.tensor([100.0, 0.01]), "constant of row 1 .* same r"),
+    ):
+        given = plain.weight, torch.eye(8), HALF
+        fails(ProblemError, message, LayerProblem, *given, linear=LinearTerm(correlation, constant))
 
 
 # --- at the edges of float64
@@ -415,24 +403,20 @@ def test_grams_that_are_indefinite_by_rounding_and_hardly_damped(seed):
     weight[0, 1] = weight[0, 0] / 0.3
     problem = LayerProblem(weight, x.T @ x / 3, Unstructured(keep=4))
     for name in ("magnitude", "swap", "exhaustive"):
-        verify(problem, solve(problem, name))
-    x = torch.randn(4, 8, generator=generator, dtype=torch.float64)
-    other = torch.randn(4, 2, generator=generator, dtype=torch.float64) * 10
+        verified(problem, name)
+    x, other = (torch.randn(4, n, generator=generator, dtype=torch.float64) for n in (8, 2))
+    other *= 10
     linear = LinearTerm(other.T @ x / 4, other.square().mean(0) * (1 + 1e-9))
-    weight = random_weight(2, 8, seed)
-    problem = LayerProblem(weight, x.T @ x / 4, HALF, linear=linear, update=LeastSquaresUpdate(0.0))
-    verify(problem, solve(problem, "exhaustive"))
+    how = {"linear": linear, "update": LeastSquaresUpdate(0.0)}
+    verified(LayerProblem(random_weight(2, 8, seed), x.T @ x / 4, HALF, **how), "exhaustive")
 
 
 @pytest.mark.parametrize("scale", [1e-170, 1e-165, 1e-100, 1.0, 1e100, 1e160])
 def test_refitted_rows_at_any_scale_of_the_gram_matrix(scale):
     problem = scaled(gram_scale=scale, update=LeastSquaresUpdate())
-    found, best = solve(problem, "swap"), solve(problem, "exhaustive")
-    verify(problem, found)
-    verify(problem, best)
+    found, best = verified(problem, "swap"), verified(problem, "exhaustive")
     bound = lower_bound(problem, "perspective").value
-    assert bool((bound <= best.objective * (1 + 1e-9)).all())
-    assert bool((bound > 0.1 * best.objective).all())
+    assert bool(((bound <= best.objective * (1 + 1e-9)) & (bound > 0.1 * best.objective)).all())
     worst = solve(problem, "random", seed=1).mask
     for row in range(2):
         one, mask = problem.row(row), worst[row : row + 1]
@@ -445,12 +429,10 @@ def test_refitted_rows_at_any_scale_of_the_gram_matrix(scale):
 
 
 def test_rows_of_any_scale_but_no_costs_beyond_float64_and_no_subnormal_gram_matrix():
-    for update in (None, LeastSquaresUpdate()):
-        for scale in (1e-310, 1e-200, 1e-160, 1e-155, 1e-150, 1e140):
-            problem = scaled(scale, update=update)
-            verify(problem, solve(problem, "swap"))
-    tiny = torch.eye(4, dtype=torch.float64) * 1e-315
-    message = r"float64 has few digits; scale it"
+    scales = (1e-310, 1e-200, 1e-160, 1e-155, 1e-150, 1e140)
+    for update, scale in itertools.product((None, LeastSquaresUpdate()), scales):
+        verified(scaled(scale, update=update), "swap")
+    tiny, message = EYE.double() * 1e-315, r"float64 has few digits; scale it"
     fails(ProblemError, message, LayerProblem, torch.ones(1, 4), tiny, HALF)
     weight, message = ONES.double(), r"a weight of 1e\+160 squared.*scale weight or gram"
     weight[1, 2] = 1e160
@@ -482,8 +464,7 @@ def test_weights_beyond_float32_are_pruned_as_others_are(solver, pattern):
     for scale in (1.0, 1e-60, 1e30, 1e60):
         update = LeastSquaresUpdate() if solver == "admm" else None
         problem = LayerProblem(weight * scale, gram, pattern, update=update)
-        found = verified(problem, solver)
-        objectives.append(float(found.objective.sum()) / scale**2)
+        objectives.append(float(verified(problem, solver).objective.sum()) / scale**2)
     assert objectives == [pytest.approx(objectives[0], rel=1e-3)] * 4
 
 
@@ -528,13 +509,13 @@ def test_a_row_is_answered_as_a_layer_of_one_and_traces_columns_and_words():
     solution = Solution.of(LAYER, mask, trace=trace, trusted=("", "SCIP 10.0"))
     assert solution.trace is trace
     assert solution.columns()["trusted"] == ["", "SCIP 10.0"]
-    plain = Solution.of(LAYER, mask)
-    assert (plain.columns()["trusted"], len(plain.columns())) == (["", ""], 5)
+    plain = Solution.of(LAYER, mask).columns()
+    assert (plain["trusted"], len(plain)) == (["", ""], 5)
     problem = LayerProblem(torch.ones(2, 3), torch.eye(3), Unstructured(keep=2))
     found = Solution.of(problem, torch.tensor([[True, True, False]] * 2))
     assert repr(found) == "Solution(rows=2, objective=2, lower_bound=0, 2 feasible)"
-    bound = repr(lower_bound(problem, "box"))
-    assert bound.startswith("Bound(box, rows=2, value=0.666667 in all, ")
+    said = "Bound(box, rows=2, value=0.666667 in all, "
+    assert repr(lower_bound(problem, "box")).startswith(said)
     # a gap is relative, and 0 where there is nothing to gain
     objective = torch.tensor([0.0, 0.0, 0.5, 2.0], dtype=torch.float64)
     bound = torch.tensor([0.0, 1e-13, 0.125, 1.0], dtype=torch.float64)
@@ -547,12 +528,11 @@ def test_what_is_unknown_is_null_in_a_file(tmp_path):
     """The header is JSON for any reader: it has no NaN."""
     path = tmp_path / "s.npz"
     solution = Solution.of(LAYER, solve(LAYER, "wanda").mask)
-    assert math.isnan(solution.seconds)
     solution.save(path)
     with np.load(path) as archive:
         header = json.loads(str(archive["header"]), parse_constant=pytest.fail)
     assert header["seconds"] is None
-    assert math.isnan(Solution.load(path).seconds)
+    assert all(math.isnan(one.seconds) for one in (solution, Solution.load(path)))
     replace(solution, seconds=2.5).save(path)
     assert Solution.load(path).seconds == 2.5
 
@@ -569,13 +549,13 @@ def test_what_is_unknown_is_null_in_a_file(tmp_path):
     ids=lambda changes: str(changes)[:40],
 )  # fmt: skip
 def test_a_forged_file_is_named(changes, kinds, tmp_path):
-    solve(LAYER, "relax" if kinds else "wanda").save(tmp_path / "s.npz")
-    header, arrays = read_arrays(tmp_path / "s.npz", "solution")
-    header = {k: v for k, v in header.items() if k not in ("format", "kind")} | changes
-    arrays |= {name: arrays[name].astype(kind) for name, kind in kinds.items()}
-    write_arrays(tmp_path / "f.npz", "solution", header, arrays)
-    with pytest.raises(ProblemError, match=r"f\.npz: not a sound" + " solution" * bool(changes)):
-        Solution.load(tmp_path / "f.npz")
+    def retyped(arrays):
+        arrays.update({name: arrays[name].astype(kind) for name, kind in kinds.items()})
+
+    solve(LAYER, "relax" if kinds else "wanda").save(path := tmp_path / "s.npz")
+    rewrite(path, changes, retyped)
+    said = r"s\.npz: not a sound" + " solution" * bool(changes)
+    fails(ProblemError, said, Solution.load, path)
 
 
 def test_a_bound_takes_as_many_inputs_as_it_says(monkeypatch):
@@ -584,8 +564,7 @@ def test_a_bound_takes_as_many_inputs_as_it_says(monkeypatch):
     monkeypatch.setattr(ConicBound, "certify", lambda *_: (box.certificate, box.trace))
     monkeypatch.setattr(ConicBound, "largest_n", 8)
     assert torch.equal(lower_bound(LAYER, "sdp-conic").value, box.value)
-    gap = box.gap(LAYER.objective(solve(LAYER, "wanda").mask).float())
-    assert gap.dtype == torch.float64
+    assert box.gap(solve(LAYER, "wanda").objective.float()).dtype == torch.float64
     monkeypatch.setattr(ConicBound, "largest_n", 7)
     fails(SolverError, "takes at most 7 inputs, the row has 8", lower_bound, LAYER, "sdp-conic")
 
@@ -595,8 +574,8 @@ def test_parts_of_a_layer_are_joined_with_what_they_found():
     parts = [solve(problem.take(rows), "swap") for rows in (slice(0, 3), slice(3, 7))]
     joined, whole = Solution.joined(parts), solve(problem, "swap")
     assert torch.equal(joined.mask, whole.mask)
-    assert joined.status == whole.status
-    assert joined.trace.swaps.tolist() == whole.trace.swaps.tolist()
+    known = [(one.status, one.trace.swaps.tolist()) for one in (joined, whole)]
+    assert known[0] == known[1]
     ends = torch.cat([part.trace.history[:, -1] for part in parts])
     assert torch.equal(joined.trace.history[:, -1], ends)
     verify(problem, joined)

@@ -1,6 +1,4 @@
-"""A solver is a value: by value or by name the same, starts as declared, one clock for everything; options
-are fields, of which every bad value is refused by name; limits, which every solver keeps to, its start too;
-and the package of docs/extending.md, built and installed as it stands there, and used."""
+"""Solvers as values: starts, options, limits; and the package of docs/extending.md, installed and used."""
 
 import math
 import os
@@ -13,32 +11,25 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from commands import ROOT
+from commands import ROOT, shows
 from forging import fails
 from strategies import HALF, drawn, random_gram, verified
 
-from maskopt import LayerProblem, LeastSquaresUpdate, Limits, Solution, Status, Unstructured, solve
+from maskopt import LayerProblem, LeastSquaresUpdate, Solution, Status, Unstructured, solve
 from maskopt.core.fields import build, check_options, option, options_of
-from maskopt.core.limits import Progress, one_thread_pool, parse_bytes, torch_threads
+from maskopt.core.limits import Limits, Progress, one_thread_pool, parse_bytes, torch_threads
 from maskopt.errors import MaskoptError, OptionError, PatternError, SolverError, WarmStartError
 from maskopt.models.options.prune import PruneOptions
 from maskopt.models.pruning.solving import solve_layer
-from maskopt.protocol import solver
+from maskopt.protocol import solver as protocol
 from maskopt.protocol.bounds import REGISTRY as BOUNDS, available_bounds
-from maskopt.protocol.solver import (
-    REGISTRY as SOLVERS,
-    Capabilities,
-    Solver,
-    available_solvers,
-    make_solver,
-    make_start,
-)
+from maskopt.protocol.solver import REGISTRY as SOLVERS, Capabilities, Solver, make_solver
 from maskopt.protocol.trace import Trace
 from maskopt.solvers import DSnoT, Relax, Ria, Swap, Tabu, Wanda
 
 PROBLEM = drawn(3, 24, pattern=Unstructured(keep=10))
 EVERYTHING = torch.ones(3, 24).bool()
-AVAILABLE = {name: info for name, info in available_solvers().items() if info.available}
+AVAILABLE = {name: info for name, info in protocol.available_solvers().items() if info.available}
 
 
 @dataclass(frozen=True)
@@ -130,8 +121,7 @@ def test_a_start_is_made_where_it_is_used_shares_one_clock_and_is_not_heard():
     solve(PROBLEM, outer, start=inner, time_limit=60, on_progress=heard.append)
     (_, inner), (_, outer) = Spy.given
     assert inner.deadline == outer.deadline < float("inf")
-    assert inner.on_progress is None
-    assert outer.on_progress is not None
+    assert (inner.on_progress is None, outer.on_progress is None) == (True, False)
     solve(PROBLEM, "swap", on_progress=heard.append)
     assert heard[-1] == Progress(3, 3)
     assert all(isinstance(event, Progress) and event.total == 3 for event in heard)
@@ -139,8 +129,7 @@ def test_a_start_is_made_where_it_is_used_shares_one_clock_and_is_not_heard():
 
 @pytest.mark.parametrize("name", AVAILABLE)
 def test_starts_are_as_declared_and_a_view_with_other_strides_is_the_same_problem(name):
-    """Needed: one is made by default. Optional: never worse than it. Ignored: changes nothing. Views: as of
-    the transposed weights of GPT-2 and of fused experts."""
+    """Views are those of the transposed weights of GPT-2 and of fused experts."""
     gram, pattern = random_gram(8, "full", 2), Unstructured(keep=4)
     mean = gram.diagonal().sqrt() / 2
     problem = drawn(3, 8, pattern=pattern, mean=mean)
@@ -164,16 +153,15 @@ def test_starts_are_as_declared_and_a_view_with_other_strides_is_the_same_proble
 
 
 def test_make_start_leaves_out_what_the_next_solver_does_anyway():
-    start = make_start(PROBLEM, "relax", Limits(seed=3))
+    start = protocol.make_start(PROBLEM, "relax", Limits(seed=3))
     assert set(map(str, start.status)) == {"feasible"}
     assert start.certificate is None
     assert Relax(max_iterations=60).as_start(PROBLEM)[0].max_iterations == 60
     assert not Relax().as_start(PROBLEM)[0].refine
     assert DSnoT().as_start(PROBLEM)[0] == DSnoT()
-    # and is the mask that the solver makes by itself
     problem = PROBLEM.with_update(LeastSquaresUpdate(0.2))
     for name in ("admm", "obs", "sparsegpt", "wanda", "swap"):
-        start = make_start(problem, name)
+        start = protocol.make_start(problem, name)
         assert torch.equal(start.mask, solve(problem, name).mask)
         kept = PROBLEM.objective(start.mask)
         assert torch.equal(start.objective, kept) == (name != "swap")
@@ -227,10 +215,9 @@ def test_what_fits_is_kept_numbers_of_numpy_become_those_of_python_and_options_a
     near = r"thing 'sample' has no option 'shar'; did you mean 'share'"
     for kind, wrong, message in ((Sample, "shar", near), (object, "x", "it has none")):
         fails(OptionError, message, build, kind, "sample", {wrong: 1}, "thing")
-    assert [(o.name, o.range) for o in options_of(Sample)] == [
-        ("count", "≥ 1"), ("share", "[0, 1)"), ("word", "a or b"), ("names", ""), ("loud", ""),
-        ("above", "≥ 0"),
-    ]  # fmt: skip
+    ranges = {"count": "≥ 1", "share": "[0, 1)", "word": "a or b", "names": "", "loud": ""}
+    known = [(o.name, o.range) for o in options_of(Sample)]
+    assert known == [*ranges.items(), ("above", "≥ 0")]
 
 
 @pytest.mark.parametrize("registry", [SOLVERS, BOUNDS], ids=["solvers", "bounds"])
@@ -250,10 +237,10 @@ def test_a_backend_is_asked_once_whether_it_runs_and_hides_no_other(monkeypatch)
     def broken():
         raise OSError("licence server is silent")
 
-    assert {"swap", "scip"} <= set(available_solvers())
+    assert {"swap", "scip"} <= set(protocol.available_solvers())
     assert {"sdp", "box"} <= set(available_bounds())
     monkeypatch.setattr("maskopt.solvers.exact.gurobi.Gurobi.unavailable", staticmethod(broken))
-    found = available_solvers()
+    found = protocol.available_solvers()
     assert found["gurobi"].unavailable == "OSError: licence server is silent"
     assert found["swap"].available
     assert all(info.available == (info.unavailable is None) for info in found.values())
@@ -287,8 +274,7 @@ def test_the_clock_runs_from_begin_and_is_never_set_back(clock):
     begun = limits.begin()
     assert (begun.deadline, begun.left, begun.begin().deadline) == (111.0, 9.0, 111.0)
     clock.now = 110.0
-    assert begun.expired
-    assert begun.left == 0.0
+    assert (begun.expired, begun.left) == (True, 0.0)
     assert Limits(seconds=0).begin().expired
     # a share is of what is left, and never longer
     begun = Limits(seconds=100).begin()
@@ -296,11 +282,8 @@ def test_the_clock_runs_from_begin_and_is_never_set_back(clock):
     clock.now = begun.deadline + 5
     assert begun.share(0.5).expired
     endless = Limits().begin()
-    assert not endless.timed
-    assert not endless.expired
-    assert endless.left == math.inf
+    assert (endless.timed, endless.expired, endless.left) == (False, False, math.inf)
     assert endless.share(0.5) is endless
-    # what a listener hears
     heard = []
     limits = Limits(on_progress=heard.append)
     limits.report(1, 3, "moves", 5, 10)
@@ -318,12 +301,10 @@ def test_values_in_and_out_of_range():
     ):
         for value in values:
             fails(OptionError, named, Limits, **{field: value})
-    # numbers of numpy are numbers
     given = {"seconds": np.float32(1.5), "memory": np.int64(7), "threads": np.int32(2)}
     limits = Limits(**given, seed=np.uint8(3))
     assert limits == Limits(seconds=1.5, memory=7, threads=2, seed=3)
     assert [type(getattr(limits, name)) for name in ("seconds", "seed")] == [float, int]
-    # amounts of memory are read from text
     sizes = {"8GiB": 8 * 2**30, "500MB": 500 * 10**6, "1.5g": 1_500_000_000, " 3 KiB ": 3072}
     for text, size in {**sizes, "17": 17, "17b": 17}.items():
         assert parse_bytes(text) == Limits(memory=text).bytes(5) == size
@@ -350,8 +331,7 @@ def test_threads_are_as_before_afterwards_and_one_in_a_pool_whatever_is_set_else
 def test_a_solver_leaves_torch_its_threads_and_counts_its_steps(name):
     """Asked of the solver itself: `solve` would put the number back."""
     problem = biased()
-    before = torch.get_num_threads()
-    needed = AVAILABLE[name].capabilities.start == "needed"
+    before, needed = torch.get_num_threads(), AVAILABLE[name].capabilities.start == "needed"
     start = solve(problem, "wanda").mask if needed else None
     try:
         torch.set_num_threads(before + 1)
@@ -380,13 +360,13 @@ TIMES = [
 @pytest.mark.parametrize(("name", "seconds"), TIMES)
 def test_in_little_time_there_are_few_steps(name, seconds, clock, monkeypatch):
     """The clock goes on by a second at each look, so that no more steps than seconds can begin."""
-    starts, make = [], solver.make_start
+    starts, make = [], protocol.make_start
 
     def taken_down(*arguments, **named):
         starts.append(found := make(*arguments, **named))
         return found
 
-    monkeypatch.setattr(solver, "make_start", taken_down)
+    monkeypatch.setattr(protocol, "make_start", taken_down)
     can = AVAILABLE[name].capabilities
     small = seconds == 0 or can.largest_n is not None or name == "exhaustive"
     problem = biased() if small else biased(n=40)
@@ -407,9 +387,7 @@ def test_the_time_of_a_start_is_taken_from_that_of_the_search_in_a_model_too(clo
     # of a layer's time the start takes its part, and no more than all
     limited = {"solver_options": {"time_limit": 1}}
     solved = solve_layer(biased(n=40), PruneOptions(HALF, "kswap", "swap", **limited))
-    assert solved.start is not None
-    assert Status.SWAP_OPTIMAL not in solved.start.status
-    assert Status.SWAP_OPTIMAL not in solved.solution.status
+    assert Status.SWAP_OPTIMAL not in solved.start.status + solved.solution.status
 
 
 # --- another distribution
@@ -432,8 +410,6 @@ def test_a_backend_of_another_distribution(tmp_path):
     # nothing is fetched: setuptools is that of the tests
     offline = ["--no-index", "--no-deps", "--no-build-isolation"]
     python("-m", "pip", "install", "-q", *offline, "--target", site, source)
-    used = python(source / "use.py")
-    assert "8 rows checked" in used
-    assert "random_exchange" in used
+    shows(python(source / "use.py"), "8 rows checked", "random_exchange")
     main = "from maskopt.cli import main; main()"
     assert "tries" in python("-c", main, "solvers", "random_exchange")
