@@ -1,5 +1,4 @@
-"""Triangle cuts and pentagonal inequalities: what separation finds; bounds, relaxations and trees
-that they tighten; and the quasi-Newton method that solves those."""
+"""Triangle and pentagonal inequalities: separation, bounds and trees; and the quasi-Newton method."""
 
 from functools import cache
 from itertools import combinations, product
@@ -7,15 +6,15 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 import torch
-from certificates import claimed
+from certificates import claimed, proven
+from commands import interrupt
 from hypothesis import given, strategies as st
 from scipy.optimize import minimize
-from strategies import KINDS, TWO_FOUR, drawn, graph, random_gram, random_weight
+from strategies import KINDS, TWO_FOUR, drawn, graph, random_gram, random_weight, slow
 
-from maskopt import NM, LayerProblem, Status, Unstructured, lower_bound, solve, verify
+from maskopt import NM, LayerProblem, Limits, Status, Unstructured, lower_bound, solve
 from maskopt.certificates.cuts import NO_INPUT, OF_Z0, Cuts, check_cuts, cut_form
 from maskopt.core.files import pack
-from maskopt.core.limits import Limits
 from maskopt.solvers.bounds.cuts import cut_certificate
 from maskopt.solvers.convex.triangles import ABSENT, Incidence, Pool, dense, separate
 from maskopt.solvers.exact.tree import quadratic, relaxation
@@ -82,8 +81,7 @@ def test_among_many_vectors_about_the_most_violated_are_found():
     index, sign, violation = separate(inner, most)
     assert most / 2 < len(index) <= most
     assert len(set(named(index, sign))) == len(index)
-    i, j, k = index.T
-    a, b = sign.astype(float).T
+    (i, j, k), (a, b) = index.T, sign.astype(float).T
     assert bool(((i >= 0) & (i < j) & (j < k) & (k < n)).all())
     value = a * inner[i, j] + b * inner[i, k] + a * b * inner[j, k]
     np.testing.assert_allclose(-1 - value, violation, atol=1e-5)
@@ -109,7 +107,6 @@ def test_the_pairs_of_triangles_and_their_sparse_matrix(seed, n, most):
     assert found.pairs.tolist() == [list(pair) for pair in distinct]
     for one, member in zip(index.tolist(), found.member, strict=True):
         assert found.pairs[member].tolist() == [list(pair) for pair in combinations(one, 2)]
-    # by owner, then by partner
     both = sorted({(i, j) for i, j in distinct} | {(j, i) for i, j in distinct if j < n})
     owner = np.repeat(np.arange(n), np.diff(found.starts))
     assert list(zip(owner.tolist(), found.partners.tolist(), strict=True)) == both
@@ -134,8 +131,8 @@ def test_cuts_of_rows_do_not_depend_on_each_other_repeat_and_may_end_early():
     together, again = (cut_certificate(problem, 16, 3, Limits())[0] for _ in range(2))
     alone, _ = cut_certificate(problem.take([1]), 16, 3, Limits())
     assert torch.equal(together.diagonal, again.diagonal)
-    assert torch.equal(together.cuts[1].index, again.cuts[1].index)
-    assert torch.equal(together.cuts[1].index, alone.cuts[0].index)
+    for other in (again.cuts[1], alone.cuts[0]):
+        assert torch.equal(together.cuts[1].index, other.index)
     torch.testing.assert_close(together.cuts[1].multiplier, alone.cuts[0].multiplier)
     torch.testing.assert_close(together.diagonal[1], alone.diagonal[0])
     problem = drawn(2, 48, pattern=SPARSE)
@@ -293,8 +290,7 @@ def test_pentagonal_inequalities_that_are_violated_are_found(seed):
         return (1 - np.einsum("ti,tij,tj->t", b, inner, b)) / 2
 
     found = violations(index, np.column_stack([np.ones(len(index)), sign]))
-    assert len(found) > 1
-    assert len(np.unique(np.column_stack([index, sign]), axis=0)) == len(found)
+    assert len(np.unique(np.column_stack([index, sign]), axis=0)) == len(found) > 1
     assert (found > 0.05).all()
     assert (np.diff(found) <= 1e-12).all()
     assert (np.diff(index, axis=1) > 0).all()
@@ -309,35 +305,33 @@ def test_pentagonal_inequalities_that_are_violated_are_found(seed):
     assert len(pentagons(correlations(9, 4, 0), EMPTY, 10)[0]) == 0
 
 
-def patched(monkeypatch, near, **values):
-    monkeypatch.setattr(quadratic, "_NEAR", near)
+def patched(monkeypatch, **values):
     for name, value in values.items():
         monkeypatch.setattr(quadratic, name, value)
 
 
-def proven(problem, **options):
+def optimal(problem, **options):
     """A solution whose proof was checked, and how many triangles the proof has."""
-    solution = solve(problem, "branch", proof=True, workers=0, **options)
+    solution = proven(problem, **options)
     assert solution.status == (Status.OPTIMAL,)
-    assert verify(problem, solution, require="checked").checked
     return solution, solution.proof.rows[0].cuts.sum()
 
 
 @pytest.mark.slow
 def test_trees_of_graphs_are_small_and_smaller_with_pentagonal_inequalities(monkeypatch):
     problem = graph(60, 0.75, keep=40, seed=2)
-    five, _ = proven(problem)
+    five, _ = optimal(problem)
     small = graph(28, 0.75, keep=21, seed=0)
-    tight, cuts = proven(small)
+    tight, cuts = optimal(small)
     without = (plan._replace(pentagons=0) for plan in quadratic.CLOSE[:2])
     monkeypatch.setattr(quadratic, "CLOSE", Plans(*without))
-    three, _ = proven(problem)
+    three, _ = optimal(problem)
     for solution, places in ((five, 5), (three, 3)):
         assert solution.proof.rows[0].cut_index.shape[1] == places
     assert float(five.objective) == float(three.objective)
     assert int(five.trace.nodes[0]) < int(three.trace.nodes[0])
     monkeypatch.setattr(QuadraticTree, "_due", lambda self, nodes, least_open: None)
-    plain, none = proven(small)
+    plain, none = optimal(small)
     assert float(tight.objective) == float(plain.objective)
     assert int(tight.trace.nodes[0]) * 5 < int(plain.trace.nodes[0])
     assert cuts > 0 == none
@@ -348,25 +342,14 @@ def test_nodes_open_together_make_one_tree_on_any_threads_and_outlive_ctrl_c(mon
     rough = Plan((10.0, 1.0), (8,), pentagons=1)
     monkeypatch.setattr(quadratic, "CLOSE", Plans(rough, rough))
     problem = graph(50, 0.75, keep=34, seed=2)
-    best, other = (proven(problem, threads=threads)[0] for threads in (1, 5))
+    best, other = (optimal(problem, threads=threads)[0] for threads in (1, 5))
     assert int(best.trace.nodes) > 4  # some of them are open together
     assert torch.equal(other.trace.nodes, best.trace.nodes)
-    one, five = (pack(solution.proof)[1] for solution in (best, other))
-    assert one.keys() == five.keys()
-    assert all(np.array_equal(one[name], five[name]) for name in one)
-    branch, calls = QuadraticTree.branch, []
-
-    def interrupted(self, node):
-        calls.append(node)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return branch(self, node)
-
-    monkeypatch.setattr(QuadraticTree, "branch", interrupted)
-    solution = solve(problem, "branch", workers=0, threads=1, proof=True)
+    np.testing.assert_equal(*(pack(solution.proof)[1] for solution in (best, other)))
+    interrupt(monkeypatch, QuadraticTree, "branch", 2)
+    solution = proven(problem, threads=1)
     assert solution.trace.ended == ("userinterrupt",)
     assert float(solution.lower_bound) < float(best.objective)
-    assert verify(problem, solution, require="checked").checked
 
 
 @cache
@@ -382,8 +365,8 @@ AGAIN = {"_TRY": 3, "_TRY_AGAIN": 12, "_TOO_MANY": 12}
     [
         (48, 1.0, {"_TRY": 3}, True),
         # whatever the root then lacks, as long as it proves more than all that was branched
-        pytest.param(64, 0.0, AGAIN, True, marks=pytest.mark.slow),
-        pytest.param(64, 0.0, AGAIN | {"_TOO_MANY": 50_000}, False, marks=pytest.mark.slow),
+        slow(64, 0.0, AGAIN, True),
+        slow(64, 0.0, AGAIN | {"_TOO_MANY": 50_000}, False),
         # a root that proves less than its tree
         (64, 1e300, {"_TRY": 12, "CLOSE": ROUGH}, False),
         (64, 0.0, AGAIN | {"FAR": ROUGH._replace(anyway=True)}, False),
@@ -392,8 +375,8 @@ AGAIN = {"_TRY": 3, "_TRY_AGAIN": 12, "_TOO_MANY": 12}
 def test_triangles_are_tried_where_a_row_is_hard(monkeypatch, n, near, values, kept):
     """Not only of whole numbers; the tree begins from its root again, and its proof with it."""
     objective = optimum(n)
-    patched(monkeypatch, near, **values)
-    found, cuts = proven(drawn(1, n, pattern=SPARSE))
+    patched(monkeypatch, _NEAR=near, **values)
+    found, cuts = optimal(drawn(1, n, pattern=SPARSE))
     assert (cuts > 0) == kept
     torch.testing.assert_close(found.objective, objective, rtol=1e-9, atol=0)
 
@@ -403,12 +386,10 @@ def test_triangles_are_tried_where_a_row_is_hard(monkeypatch, n, near, values, k
     [(1e300, {"_TRY": 1}), (-1.0, {"_TRY": 1, "_TRY_AGAIN": 1, "_TOO_MANY": 10**9})],
     ids=["early", "again"],
 )
-@pytest.mark.parametrize(
-    "seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, 2, 3, 4, 5))]
-)
+@pytest.mark.parametrize("seed", [1, *map(slow, (0, 2, 3, 4, 5))])
 @pytest.mark.parametrize("kind", KINDS)
 def test_trees_with_triangles_find_the_optimum_at_any_scale(monkeypatch, near, values, kind, seed):
-    patched(monkeypatch, near, **values)
+    patched(monkeypatch, _NEAR=near, **values)
     random = np.random.default_rng(7)
     for number in range(seed + 1):
         size, spread = 10.0 ** random.integers(-9, 9), random.integers(-3 * (number % 2), 1, 12)
@@ -416,8 +397,7 @@ def test_trees_with_triangles_find_the_optimum_at_any_scale(monkeypatch, near, v
     for pattern in patterns if seed == 1 else patterns[(seed + KINDS.index(kind)) % 2 :][:1]:
         weight = random_weight(2, 12, seed) * size * torch.tensor(10.0**spread)
         problem = LayerProblem(weight, random_gram(12, kind, seed), pattern)
-        solution = solve(problem, "branch", workers=0, proof=True)
-        exact = solve(problem, "exhaustive").objective
+        solution, exact = proven(problem), solve(problem, "exhaustive").objective
         slack = 1e-6 * exact + 1e-10 * problem.diagonal_mass()
         # of the others the check's own rounding, of large weights that are kept, can exceed 1e-6
         sizeable = exact > 1e-7 * problem.diagonal_mass()
@@ -425,7 +405,6 @@ def test_trees_with_triangles_find_the_optimum_at_any_scale(monkeypatch, near, v
         assert set(statuses) <= {Status.OPTIMAL}
         assert bool((solution.gap < 1e-5).all())
         assert bool(((solution.objective - exact).abs() <= slack).all())
-        verify(problem, solution, require="checked")
 
 
 def parabola(n, seed=0, rank=None):
@@ -440,9 +419,8 @@ def parabola(n, seed=0, rank=None):
 
 def least(function, n, free):
     options = {"maxiter": 10_000, "maxfun": 10**6, "ftol": 1e-15, "gtol": 1e-10}
-    options = {"method": "L-BFGS-B", "options": options}
-    bounds = [(None, None)] * free + [(0, None)] * (n - free)
-    return minimize(function, np.ones(n), jac=True, bounds=bounds, **options).fun
+    how = {"method": "L-BFGS-B", "bounds": [(None, None)] * free + [(0, None)] * (n - free)}
+    return minimize(function, np.ones(n), jac=True, options=options, **how).fun
 
 
 @pytest.mark.parametrize("n", [1, 2, 40])
@@ -453,8 +431,7 @@ def test_the_least_value_is_reached(n, free, rank):
     function = parabola(n, n, rank and min(rank, n))
     x, value = QuasiNewton(free, 25).descend(function, np.ones(n), 2000)
     assert (x[free:] >= 0).all()
-    assert value == function(x)[0]
-    assert value == pytest.approx(least(function, n, free), rel=1e-4, abs=1e-6)
+    assert value == function(x)[0] == pytest.approx(least(function, n, free), rel=1e-4, abs=1e-6)
 
 
 def test_every_step_is_legal_and_lowers_the_value():
@@ -467,18 +444,14 @@ def test_every_step_is_legal_and_lowers_the_value():
         values.append(value)
     assert (np.diff(values) <= 0).all()
     assert newton.known == 12
-    # the same as in one go
     again, value = QuasiNewton(free, 8).descend(function, np.ones(n), 12)
     assert again == pytest.approx(x, rel=1e-12)
     assert value == values[-1]
     for slope in (0.0, np.nan):  # where nothing is gained it stays
         x, value = QuasiNewton(0, 5).descend(lambda x, s=slope: (1.0, x * s), np.ones(3), 10)
-        assert x.tolist() == [1, 1, 1]
-        assert value == 1
-    # a step too long is shortened
+        assert (x.tolist(), value) == ([1, 1, 1], 1)
     x, value = QuasiNewton(1, 5).descend(lambda x: (float(500 * x @ x), 1000 * x), np.ones(1), 50)
-    assert abs(x[0]) < 1e-3
-    assert value < 1e-3
+    assert abs(x[0]) < 1e-3 > value
 
 
 def test_what_is_known_outlives_variables_that_come_and_go():

@@ -1,6 +1,4 @@
-"""Branch and bound of our own, of kept and of updated weights: what a node bounds and fixes; inputs that may
-be exchanged, of which a tree looks at one order; SCIP's formulations, certificates, and what bounds fix
-before it begins: nothing that a better mask has otherwise."""
+"""Branch and bound: what a node bounds and fixes, twins; SCIP's formulations, certificates and presolve."""
 
 import dataclasses
 import itertools
@@ -9,8 +7,10 @@ import numpy as np
 import pyscipopt
 import pytest
 import torch
+from certificates import proven
 from forging import fails
 from hypothesis import given
+from prunes import slow
 from strategies import HALF, TWO_FOUR, drawn, floor, legal_masks, problems, refit_layer, verified
 
 from maskopt import LayerProblem, Limits, RowProblem, Status, Unstructured, solve, verify
@@ -35,7 +35,6 @@ from maskopt.solvers.exact.tree.relaxation import Plan, Relaxed
 
 SIXTY, OPTIMAL = Unstructured(sparsity=0.6), (Status.OPTIMAL,)
 close = torch.testing.assert_close
-SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("low-rank", "duplicates")]
 
 
 def layer(n, seed=1, rows=1):
@@ -48,20 +47,13 @@ def task_of(problem, row=0):
     return RowTask(row.q().numpy(), group, pruned, start, values=row.values())
 
 
-def pruned_sets(problem):
-    """Every legal p, bool [masks, n]."""
-    return ~legal_masks(problem).numpy()
-
-
 def test_the_multipliers_of_a_node_are_semidefinite_and_tighten_it():
     problem, n = layer(48), 48
     q = problem.row(0).q().numpy()
     mu, pruned = float(np.trace(q)) / n, problem.pruned_per_group
-    state = np.full(n, -1, dtype=np.int8)
+    state, values = np.full(n, -1, dtype=np.int8), []
     state[[3, 8, 20]] = (1, 0, 1)
-    free = np.flatnonzero(state < 0)
-    same, point = np.ones((n, n)), np.full(n, 0.6)
-    values = []
+    free, same, point = np.flatnonzero(state < 0), np.ones((n, n)), np.full(n, 0.6)
     for sweeps in (1, 20, 500):
         part = free_part(q, mu, pruned, same, state)
         lam, _ = multipliers(part, start_vectors(n, 0), point, sweeps)
@@ -76,24 +68,21 @@ def test_the_multipliers_of_a_node_are_semidefinite_and_tighten_it():
     assert values[0] < values[1] < values[2] <= optimum * 1.2
     assert lam[state >= 0].tolist() == [0, 0, 0]
     # beyond float32 there are none: a fixed input can outweigh the free ones by more than sweeps can hold
-    n = 8
-    w = np.where(np.arange(n) == 0, 1e22, 1.0)
-    q = np.outer(w, w) + np.diag(w**2)
-    state = np.full(n, -1, dtype=np.int8)
-    state[0] = 1
-    vectors = start_vectors(n, 0)
-    part = free_part(q, 1.0, 4, np.ones((n, n)), state)
+    n, vectors = 8, start_vectors(8, 0)
+    first = np.arange(n) == 0
+    w, state = np.where(first, 1e22, 1.0), np.where(first, 1, -1).astype(np.int8)
+    part = free_part(np.outer(w, w) + np.diag(w**2), 1.0, 4, np.ones((n, n)), state)
     lam, after = multipliers(part, vectors, np.full(n, 0.5), 10)
     assert not lam.any()
     assert np.array_equal(after, vectors)
 
 
 @pytest.mark.parametrize("pattern", [SIXTY, TWO_FOUR], ids=str)
-@pytest.mark.parametrize("kind", ["full", "outliers", *SLOW])
+@pytest.mark.parametrize("kind", ["full", "outliers", slow("low-rank"), slow("duplicates")])
 def test_a_node_is_bounded_and_fixed_validly(pattern, kind):
     """Against all masks below random nodes, with the multipliers of the root and with the node's own."""
     n, problem = 12, drawn(1, 12, kind, pattern, (9, 3))
-    legal = np.unique(pruned_sets(problem), axis=0).astype(float)
+    legal = np.unique(~legal_masks(problem).numpy(), axis=0).astype(float)
     task = dataclasses.replace(task_of(problem), start=legal[0] > 0)
     q, group, pruned = task.q, task.group, task.pruned
     costs = np.einsum("si,ij,sj->s", legal, q, legal)
@@ -200,9 +189,8 @@ def test_graphs_of_twins_take_few_nodes_and_are_checked(cardinality):
     """27 vertices in four parts; which masks cost least follows from the counts of the parts alone."""
     sizes = (10, 8, 6, 3)
     problem = RowProblem.from_quadratic(parts(sizes), cardinality=cardinality)
-    solution = solve(problem, "branch", proof=True)
+    solution = proven(problem)
     assert solution.status == (Status.OPTIMAL,)
-    assert verify(problem, solution, require="checked").checked
     counts = itertools.product(*(range(size + 1) for size in sizes))
     best = min(cardinality**2 - sum(k * k for k in c) for c in counts if sum(c) == cardinality)
     assert problem.value(float(solution.objective[0])) == pytest.approx(best)
@@ -219,30 +207,27 @@ def test_copies_of_inputs_on_both_patterns():
     x = torch.randn(40, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for pattern in (HALF, TWO_FOUR):
         problem = copies(x.T @ x, 2, pattern)
-        solution = solve(problem, "branch", proof=True)
-        close(solution.objective, solve(problem, "exhaustive").objective)
-        assert verify(problem, solution, require="checked").checked
+        close(proven(problem).objective, solve(problem, "exhaustive").objective)
 
 
 def test_a_tree_of_twins_does_not_serve_a_row_whose_inputs_are_none():
     graph = parts((5, 4, 3))
-    problem = RowProblem.from_quadratic(graph, cardinality=6)
-    solution = solve(problem, "branch", proof=True)
+    solution = proven(RowProblem.from_quadratic(graph, cardinality=6))
     other = graph.copy()
     other[4, 11] = other[11, 4] = 0  # the last of the first part has one neighbour less
     changed = RowProblem.from_quadratic(other, cardinality=6)
     best = float(solve(changed, "branch").objective[0])
     assert best < float(solution.objective[0])
     try:
-        proven = float(check_proof(changed, solution.proof)[0])
+        bound = float(check_proof(changed, solution.proof)[0])
     except VerificationError:
-        proven = 0.0
-    assert proven <= best
+        bound = 0.0
+    assert bound <= best
 
 
 # --- SCIP
 @pytest.mark.parametrize("formulation", FORMULATIONS)
-@pytest.mark.parametrize("pattern", [HALF, pytest.param(TWO_FOUR, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("pattern", [HALF, slow(TWO_FOUR)], ids=str)
 def test_every_formulation_proves_the_same_optimum(formulation, pattern):
     for kind in ("full", "duplicates"):
         problem = drawn(1, 12, kind, pattern, (4, 3))
@@ -309,8 +294,6 @@ def test_limits_beyond_those_of_scip_are_none_and_instances_of_another_kind_are_
 
 # --- presolve of our own
 class Blind(QuadraticTree):
-    """Never finds a better mask than the one that it began with."""
-
     def _round(self, point, state):
         pass
 
@@ -324,7 +307,7 @@ def test_every_mask_below_the_cutoff_has_what_was_fixed(problem):
     tree = Blind(task, qcr_duals(task))
     found = probe(tree)
     free = np.flatnonzero(found.state < 0)
-    for p in pruned_sets(problem):
+    for p in ~legal_masks(problem).numpy():
         if task.cost(p) < found.cutoff and in_order(p.astype(np.int8), tree.twins):
             assert found.allows(p)
             # a single mask that is left would have been kept, were this tree not blind
@@ -353,9 +336,7 @@ def test_twins_are_fixed_in_order():
 @pytest.mark.parametrize("misleading", [False, True])
 def test_scip_has_what_is_left(monkeypatch, misleading):
     """The search sees the free inputs alone, also where the incumbent is not among what is allowed."""
-    problem, seen = layer(48), []
-
-    solved = Scip._solved
+    problem, seen, solved = layer(48), [], Scip._solved
 
     def watched(solver, task, known):
         if misleading:  # as of a mask below the incumbent, of which there is none
@@ -369,8 +350,7 @@ def test_scip_has_what_is_left(monkeypatch, misleading):
     solution = solve(problem, "scip", workers=0)
     ((task, probed),) = seen
     assert 0 < (probed.state < 0).sum() < problem.n
-    assert probed.allows(task.start) is not misleading
-    assert solution.status == OPTIMAL
+    assert (probed.allows(task.start), solution.status) == (not misleading, OPTIMAL)
     assert solution.trusted[0].startswith("presolve of maskopt and SCIP ")
     close(solution.objective, solve(problem, "branch").objective)
 
@@ -385,6 +365,6 @@ def test_no_time_leaves_everything_free_and_a_whole_number_below_the_incumbent_i
     edges = (graph + graph.T).astype(float)
     problem = RowProblem.from_quadratic(edges, cardinality=8, maximise=True)
     solution, ours = solve(problem, "scip"), solve(problem, "branch")
-    assert solution.status == OPTIMAL
-    assert float(solution.lower_bound[0]) == float(solution.objective[0])
-    assert problem.value(float(solution.objective[0])) == problem.value(float(ours.objective[0]))
+    found = float(solution.objective[0])
+    assert (solution.status, float(solution.lower_bound[0])) == (OPTIMAL, found)
+    assert problem.value(found) == problem.value(float(ours.objective[0]))

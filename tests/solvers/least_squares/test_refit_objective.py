@@ -1,5 +1,4 @@
-"""F, the objective of updated weights: against its definition, in every kind of problem; how it is kept on
-disk, and who refuses it; its certified lower bounds: below every mask, checked, and worth something."""
+"""F, the objective of updated weights, against its definition; its files; its certified lower bounds."""
 
 import itertools
 from dataclasses import replace
@@ -8,16 +7,14 @@ import numpy as np
 import pytest
 import refit_layers
 import torch
-from certificates import claimed
-from forging import fails
+from certificates import claimed, stating
+from forging import fails, rewrite
 from hypothesis import given, strategies as st
 from refit_layers import PATTERNS, REFITS, changed, dense, layer, metric, random_mask, shuffled
-from strategies import HALF, KINDS, ONE_PERCENT, floor, problems, random_weight, refit_layer
+from strategies import HALF, KINDS, ONE_PERCENT, floor, problems, random_weight, refit_layer, slow
 
-from maskopt import NM, LayerProblem, LeastSquaresUpdate, RowProblem, Unstructured, errors
+from maskopt import NM, LayerProblem, LeastSquaresUpdate, RowProblem, Unstructured, errors, verify
 from maskopt.certificates.certificate import Certificate
-from maskopt.checks.verification import verify
-from maskopt.core.files import read_arrays, write_arrays
 from maskopt.core.least_squares import LeastSquares
 from maskopt.core.limits import Limits
 from maskopt.core.problem import update_weights
@@ -33,12 +30,9 @@ CASES = [*itertools.product(KINDS, PATTERNS), ("full", Unstructured(keep=0)), ("
 KEEPING = [name for name, info in available_solvers().items() if not info.capabilities.update]
 BOUNDS = sorted({*available_bounds()} - {"perspective"})
 LINEAR = pytest.mark.parametrize(**refit_layers.LINEAR)
+#: a message of less than 250 characters
+IN_ONE_LINE = r"\A(?=.{,249}\Z).*"
 close, same = torch.testing.assert_close, refit_layers.assert_equal_but_for_rounding
-
-
-def in_one_line(error):
-    text = str(error.value)
-    return len(text) < 250 and "\n" not in text
 
 
 # --- what it is
@@ -60,8 +54,8 @@ def test_it_is_the_least_over_all_weights_on_what_is_kept(problem, how):
     assert bool((problem.objective(mask) <= f * (1 + 1e-12)).all())
     # no row gets worse without the damping, and none better than by least squares
     found, (least, _) = update_weights(problem, mask), dense(problem, mask, problem.gram)
-    assert bool((found.error <= kept.objective(mask)).all())
-    assert bool((found.error >= least - floor(problem)).all())
+    least, most = least - floor(problem), kept.objective(mask)
+    assert bool(((found.error >= least) & (found.error <= most)).all())
     assert bool((found.weight[~mask] == 0).all())
     assert torch.equal(kept.error(problem.weight * mask), kept.objective(mask))
 
@@ -82,7 +76,6 @@ def test_the_weights_solve_the_normal_equations_and_cost_what_is_said(kind, how,
         return off.norm(dim=1) / torch.where(mask, target, 0.0).norm(dim=1).clamp(min=1e-300)
 
     assert float(rest(weight).max()) <= 1e-9
-    # refitted whatever the mask was chosen for
     found = update_weights(problem.with_update(None), mask, **vars(how))
     for other in (found, update_weights(problem, mask)):
         close(other.weight, weight, rtol=1e-9, atol=1e-12)
@@ -181,8 +174,7 @@ def test_rows_of_every_count_in_one_layer(dtype):
     ],
 )
 def test_a_gram_matrix_with_one_large_direction(n, damping, dtype, solver, rtol):
-    """By it a float32 factor leaves a small residual, and an error that is not the least; inverting by halves
-    loses it, and swaps leave weights that are not quite those of their mask."""
+    """A float32 factor leaves a small residual there, and an error that is not the least."""
     generator = torch.Generator().manual_seed(1)
     x, weight = (torch.randn(k, n, generator=generator, dtype=dtype) for k in (1, 4))
     problem = LayerProblem(weight, x.T @ x, Unstructured(0.6), update=LeastSquaresUpdate(damping))
@@ -206,31 +198,31 @@ def test_inputs_that_are_indefinite_by_rounding_count_as_they_are_and_worse_ones
     close(problem.objective(mask), value, rtol=1e-6, atol=0)
     verify(problem, solve(problem, "swap", start=mask))
     # an eigenvalue that takes away half of the damping: what F is would be rounding, too
+    checks = []
     for least in (-0.4, -0.6):
         gram = torch.eye(40, dtype=torch.float64)
         gram[0, 0] = least * 0.01 * (39 / (40 - least * 0.01))
         squares = LeastSquares.of(gram, ONE_PERCENT)
         assert least * float(squares.ridge[0]) == pytest.approx(float(gram[0, 0]), rel=1e-3)
-        if least == -0.4:
-            squares.check("")
-    fails(ProblemError, "take a larger damping", squares.check, "")
+        checks.append(squares.check)
+    checks[0]("")
+    fails(ProblemError, "take a larger damping", checks[1], "")
     # a float32 G of few tokens, whose rounding is above 1e-6 of the mean of its diagonal
     x = torch.randn(8, 64, dtype=torch.float64)
     gram = x.T @ x / 8
     gram -= 3e-6 * gram.diagonal().mean() * torch.eye(64, dtype=torch.float64)
-    weight, gram = random_weight(2, 64, 1, torch.float32), gram.float()
+    given = random_weight(2, 64, 1, F32), gram.float(), HALF
     for make in (
-        lambda how: LayerProblem(weight, gram, HALF, name="q", update=how),
-        lambda how: LayerProblem(weight, gram, HALF, name="q").with_update(how),
+        lambda how: LayerProblem(*given, name="q", update=how),
+        lambda how: LayerProblem(*given, name="q").with_update(how),
     ):
-        with pytest.raises(ProblemError, match=r"layer 'q': .* take a larger damping") as error:
-            make(LeastSquaresUpdate(0.0))
-        assert in_one_line(error)
+        message = IN_ONE_LINE + "layer 'q': .* take a larger damping"
+        fails(ProblemError, message, make, LeastSquaresUpdate(0.0))
         problem = make(ONE_PERCENT)
         verify(problem, solve(problem, "swap"))
-    assert RowProblem(weight[1], gram, HALF, update=ONE_PERCENT).update == ONE_PERCENT
-    with pytest.raises(ProblemError, match="damping"):
-        RowProblem(weight[1], gram, HALF, update=LeastSquaresUpdate(0))
+    given = given[0][1], *given[1:]
+    assert RowProblem(*given, update=ONE_PERCENT).update == ONE_PERCENT
+    fails(ProblemError, "damping", RowProblem, *given, update=LeastSquaresUpdate(0))
 
 
 # --- the problem object
@@ -248,32 +240,26 @@ def test_a_file_holds_it_and_one_that_says_it_wrongly_is_refused(tmp_path, how, 
     for load in (RowProblem.load, load_problem):
         row = load(tmp_path / "row.npz")
         assert (row.update, row.objective(mask[2])) == (how, problem.row(2).objective(mask[2]))
-    problem.with_update(None).save(tmp_path / "kept.npz")
-    assert LayerProblem.load(tmp_path / "kept.npz").update is None
-    header, arrays = read_arrays(tmp_path / "layer.npz", "layer")
-    assert repr(how) in repr(problem)
-    assert repr(how) in repr(problem.row(0))
+    problem.with_update(None).save(kept := tmp_path / "kept.npz")
+    assert LayerProblem.load(kept).update is None
+    assert all(repr(how) in repr(x) for x in (problem, problem.row(0)))
     assert "LeastSquaresUpdate" not in repr(problem.with_update(None))
-    header = {k: v for k, v in header.items() if k not in ("format", "kind", "update")}
-    arrays.pop("header", None)
     bad = ({"damping": value, "power": 0.0} for value in (-1.0, "x"))
-    for words in (*bad, {"damping": 0.1, "power": 0.0, "more": 1}, {}, 0.01, [0.01]):
-        write_arrays(tmp_path / "forged.npz", "layer", {**header, "update": words}, arrays)
-        with pytest.raises(errors.MaskoptError, match=r"damping|kept weights are updated"):
-            load_problem(tmp_path / "forged.npz")
-    for units in (3, {"sign": 1}, {"sign": 2, "shift": 0, "constant": 0}):
-        write_arrays(tmp_path / "forged.npz", "layer", {**header, "units": units}, arrays)
-        fails(ProblemError, "units", load_problem, tmp_path / "forged.npz")
+    bad = *bad, {"damping": 0.1, "power": 0.0, "more": 1}, {}, 0.01, [0.01]
+    units = 3, {"sign": 1}, {"sign": 2, "shift": 0, "constant": 0}
+    known = r"damping|kept weights are updated"
+    updates = (("update", x, errors.MaskoptError, known) for x in bad)
+    for name, value, *refused in (*updates, *(("units", x, ProblemError, "units") for x in units)):
+        rewrite(kept, {"update": None, "units": None, name: value}, kind="layer")
+        fails(*refused, load_problem, kept)
 
 
 def test_rows_parts_other_patterns_and_the_other_objective():
     problem = layer(linear=True, how=LeastSquaresUpdate(0.1))
     mask = random_mask(problem)
-    some = problem.take([0, 2])
-    assert problem.row(1).update == some.update == LeastSquaresUpdate(0.1)
+    some, other = problem.take([0, 2]), problem.under(NM(keep=1, of=2))
+    assert {p.update for p in (problem.row(1), some, other)} == {LeastSquaresUpdate(0.1)}
     close(some.objective(mask[[0, 2]]), problem.objective(mask)[[0, 2]])
-    other = problem.under(NM(keep=1, of=2))
-    assert other.update == LeastSquaresUpdate(0.1)
     assert torch.equal(other.objective(mask), problem.objective(mask))
     problem = layer()
     kept = problem.with_update(None)
@@ -285,19 +271,16 @@ def test_rows_parts_other_patterns_and_the_other_objective():
     same(more, more.objective(mask), dense(more, mask)[0])
     assert problem.update == ONE_PERCENT
     same(problem, problem.objective(mask), dense(problem, mask)[0])
-    with pytest.raises(ProblemError, match=r"update=LeastSquaresUpdate\(damping\)"):
-        _ = kept.least_squares
+    fails(ProblemError, r"update=LeastSquaresUpdate\(damping\)", getattr, kept, "least_squares")
     row = problem.row(0)
-    assert row.with_update(None).update is None
-    assert row.with_update(None).with_update(ROOT).update == ROOT
-    # the two objectives are not taken for each other
+    bare = row.with_update(None)
+    assert (bare.update, bare.with_update(ROOT).update) == (None, ROOT)
     one, other = solve(kept, "random"), solve(problem, "random")
     assert torch.equal(one.mask, other.mask)
     verify(problem, other)
     verify(kept, one)
     for wrong, solution in ((problem, one), (kept, other)):
         fails(VerificationError, "objective: row 0", verify, wrong, solution)
-    # and a comparison knows its own
     rows = [p.row(0) for p in (problem, more, kept)]
     records = compare(rows, ["wanda"])
     assert len({record.key for record in records}) == 3
@@ -329,8 +312,12 @@ def test_what_knows_kept_weights_alone_refuses_but_makes_a_start():
     kept = problem.with_update(None)
     certificate = Certificate.box(kept, torch.zeros(1, 8))
     assert bool((certificate.check(kept) >= 0).all())
+    own = bound_of(problem).certificate
     for call, kind, message in (
         (lambda: certificate.check(problem), VerificationError, "proves nothing of updated ones"),
+        (lambda: own.check(kept), VerificationError, "proves nothing of unchanged ones"),
+        (lambda: bound_of(kept), SolverError, "'perspective' is for updated weights"),
+        (lambda: bound_of(problem, splits=-1), OptionError, "splits"),
         (lambda: problem.row(0).q(), ProblemError, "no quadratic form of the mask"),
         *((lambda x=x: lower_bound(problem, x), SolverError, f"'{x}' is for unchanged .*'perspective'")
           for x in BOUNDS),
@@ -339,11 +326,8 @@ def test_what_knows_kept_weights_alone_refuses_but_makes_a_start():
         *((lambda x=x: solve(problem, "swap", kernel=x), SolverError, f"kernel '{x}' is for")
           for x in ("literal", "torch", "numba", "triton")),
     ):  # fmt: skip
-        with pytest.raises(kind, match=message) as error:
-            call()
-        assert in_one_line(error)
+        fails(kind, IN_ONE_LINE + message, call)
     assert solve(problem, "swap", kernel="auto").trace.kernel == "least squares"
-    # but makes a start all the same
     for maker, problem in itertools.product(("relax", "elimination"), map(layer, PATTERNS)):
         start = make_start(problem.with_update(None), maker).mask
         stopped, swapped = (solve(problem, "swap", start=maker, max_swaps=k) for k in (0, 999))
@@ -365,11 +349,11 @@ def test_bad_dampings_and_powers_are_refused(bad):
         fails(OptionError, "`power` must be 0 to 1", LeastSquaresUpdate, 0.1, power)
     if bad is not None:
         fails(OptionError, message, update_weights, problem, random_mask(problem), damping=bad)
-    with pytest.raises(errors.WarmStartError, match="row 0 prunes"):
-        update_weights(problem, torch.ones(4, 16, dtype=torch.bool))
+    every = torch.ones(4, 16, dtype=torch.bool)
+    fails(errors.WarmStartError, "row 0 prunes", update_weights, problem, every)
     for number in (np.float32(0.25), np.float64(0.25), np.int64(1), 1):
-        assert type(LeastSquaresUpdate(number).damping) is float
-        assert LeastSquaresUpdate(number).damping == number
+        taken = LeastSquaresUpdate(number).damping
+        assert (type(taken), taken) == (float, number)
 
 
 # --- lower bounds
@@ -400,18 +384,13 @@ def test_no_mask_costs_less_than_what_any_certificate_proves(problem, how, split
     problem = problem.with_update(how)
     bound, best = bound_of(problem, splits=splits, turns=20), solve(problem, "exhaustive")
     most = best.objective + floor(problem)
-    assert bool((bound.value >= 0).all())
-    assert bool((bound.value <= most).all())
-    proven = {"lower_bound": bound.value, "certificate": bound.certificate}
-    assert verify(problem, Solution.of(problem, best.mask, **proven)).checked
+    assert bool(((bound.value >= 0) & (bound.value <= most)).all())
+    assert verify(problem, stating(problem, best.mask, bound)).checked
     for other in range(seed, seed + 3):
         assert bool((anything(problem, other).check(problem) <= most).all())
 
 
-LATER = [pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 12)]
-
-
-@pytest.mark.parametrize("seed", [0, *LATER])
+@pytest.mark.parametrize("seed", [0, *map(slow, range(1, 12))])
 @pytest.mark.parametrize("per", ["row", "layer"])
 def test_inputs_that_say_the_same_are_bounded_too(per, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -491,10 +470,9 @@ def test_a_claim_goes_to_disk_and_back_and_none_beyond_its_certificate_is_accept
     problem = refit_layer(rows=2, n=24)
     bound, found = bound_of(problem), solve(problem, "swap")
     assert claimed(problem, found, bound).checked
-    good = bound.certificate
-    more = {"lower_bound": bound.value, "certificate": good, "status": Status.SWAP_OPTIMAL}
-    Solution.of(problem, found.mask, **more).save(tmp_path / "solution.npz")
-    loaded = Solution.load(tmp_path / "solution.npz")
+    good, path = bound.certificate, tmp_path / "solution.npz"
+    stating(problem, found.mask, bound, status=Status.SWAP_OPTIMAL).save(path)
+    loaded = Solution.load(path)
     assert torch.equal(loaded.certificate.check(problem), bound.value)
     assert verify(problem, loaded, require="checked").checked
     for certificate, message in (
@@ -510,16 +488,3 @@ def test_a_claim_goes_to_disk_and_back_and_none_beyond_its_certificate_is_accept
     fails(VerificationError, "its certificate proves", claimed, problem, found, bound, 1.001)
     other = refit_layer(rows=2, n=24, seed=9)
     assert float(good.check(other).sum()) < float(bound.value.sum())
-
-
-def test_bounds_of_kept_weights_are_no_bounds_of_refitted_ones():
-    problem = refit_layer(rows=1, n=6)
-    kept = problem.with_update(None)
-    assert "perspective" in available_bounds()
-    own = bound_of(problem).certificate
-    for call, error, message in (
-        (lambda: bound_of(kept), SolverError, "'perspective' is for updated weights"),
-        (lambda: bound_of(problem, splits=-1), OptionError, "splits"),
-        (lambda: own.check(kept), VerificationError, "proves nothing of unchanged ones"),
-    ):
-        fails(error, message, call)

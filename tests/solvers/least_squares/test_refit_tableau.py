@@ -1,5 +1,4 @@
-"""One row of updated weights, against dense matrices: its tableau, its exchanges, and what screening
-leaves out."""
+"""One row of updated weights against dense matrices: its tableau, exchanges and screening."""
 
 import pytest
 import torch
@@ -74,8 +73,7 @@ def exchanged(problem, mask):
     p[at, u], p[at, q] = 1.0, 0.0
     costs = costs_of(problem).costs(0, p)
     delta = (costs[:-1] - costs[-1]).view(len(kept), len(pruned))
-    group = problem.group_size
-    apart = kept[:, None] // group != pruned[None, :] // group
+    apart = kept[:, None] // problem.group_size != pruned[None, :] // problem.group_size
     return delta.masked_fill(apart, torch.inf), float(costs[-1])
 
 
@@ -97,7 +95,6 @@ def test_the_inverse_by_halves_is_that_of_lapack(size):
         assert torch.equal(found[:, half:, :half], found[:, :half, half:].mT)
         alone = inverse(a[1:2].clone(), torch.empty_like(a[:1]), work.double())
         assert torch.equal(alone[0], found[1])
-    # parts of a matrix go where they belong
     lines, columns = torch.tensor([size - 1, 0]), torch.tensor([0, 0, size - 1, size // 2])
     part = torch.full((2, 4), torch.nan, dtype=torch.float64)
     assert part_of(a[0], lines, columns, part) is part
@@ -129,7 +126,7 @@ def test_after_exchanges_the_state_is_that_from_scratch(kind, damping, kind_of_r
         mask = row.mask()
         assert not mask[gone].any()
         assert mask[came].all()
-        assert sorted([*row.kept.tolist(), *row.pruned.tolist()]) == list(range(24))
+        assert torch.cat([row.kept, row.pruned]).sort().values.tolist() == list(range(24))
         assert_state(row)
     assert row.drift() < 1e-7
     row.renew(row.kept, row.pruned)
@@ -156,8 +153,7 @@ def test_exchanges_in_the_small_tableau_are_those_of_the_row(problem, damping):
     made, left, came = searched(*arrays, k, threshold, 10_000)
     assert (made, set(left.tolist())) == (swaps, set(range(k)) - set(who[:k].tolist()))
     assert {k + slot for slot in came.tolist()} == set(who[:k].tolist()) - set(range(k))
-    mask = torch.zeros(problem.n, dtype=torch.bool)
-    mask[inputs[who[:k]]] = True
+    mask = torch.isin(torch.arange(problem.n), inputs[who[:k]])
     assert bool(problem.pattern.is_legal(mask[None]).all())
     after = float(problem.objective(mask[None]))
     assert after - before <= -threshold * swaps * (1 - 1e-6) + 1e-9 * before
@@ -197,8 +193,7 @@ def test_the_scan_of_a_row_finds_what_all_pairs_hold(kind_of_row, problem, dampi
         own = delta[row.kept == swap.kept][:, row.pruned == swap.pruned]
         assert float(own) <= least + slack
     elif least > -slack / 2:
-        assert found is None
-        assert swap is None
+        assert (found, swap) == (None, None)
 
 
 @given(
@@ -206,8 +201,7 @@ def test_the_scan_of_a_row_finds_what_all_pairs_hold(kind_of_row, problem, dampi
     st.data(),
 )  # fmt: skip
 def test_no_pair_that_improves_by_little_is_screened_out(n, kind, damping, seed, data):
-    """The return to an optimum from the masks that are least above it: here the bounds are tight, with one
-    pruned input nearly equalities."""
+    """From the masks that are least above an optimum, where the bounds are tight."""
     few = st.integers(1, min(3, n - 1)).map(lambda pruned: Unstructured(keep=n - pruned))
     problem = made(n, kind, damping, data.draw(st.one_of(few, patterns(n))), seed)
     best = solve(problem, "swap").mask[0]
@@ -253,8 +247,8 @@ def test_at_an_optimum_of_a_layer_screening_leaves_little():
     masks = solve(problem, "random").mask
     for index, row in enumerate(rows_of(problem, masks)):
         alone = row_of(problem.take([index]), masks[index])
-        for one, other in ((row.v, alone.v), (row.r, alone.r), (row.left, alone.left)):
-            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+        both = ((one.v, one.r, one.left) for one in (row, alone))
+        torch.testing.assert_close(*both, rtol=1e-9, atol=1e-12)
         assert torch.equal(row.m, alone.m)
 
 
@@ -283,11 +277,9 @@ def test_nothing_is_claimed_on_an_inverse_that_is_none(factor, kind_of_row):
     row.fresh = False
     assert row.drift() > 0.1
     found = refine(row, cost, mass, 10_000, Limits())
-    assert found.proven
-    assert improving_swap(problem.row(0), found.mask) is None
-    assert found.objectives[-1] < cost
+    assert (found.proven, improving_swap(problem.row(0), found.mask)) == (True, None)
     now = float(problem.objective(found.mask[None]))
-    assert found.objectives[-1] == pytest.approx(now, rel=1e-9)
+    assert cost > found.objectives[-1] == pytest.approx(now, rel=1e-9)
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.6), TWO_FOUR], ids=str)
@@ -299,6 +291,6 @@ def test_both_kinds_of_row_end_at_the_same_mask(kind, pattern):
     begun = [row_of(problem, start, which) for which in (Row, CompiledRow)]
     one, other = (refine(row, cost, mass, 10_000, Limits()) for row in begun)
     assert torch.equal(one.mask, other.mask)
-    assert (one.swaps, one.scans, one.proven) == (other.swaps, other.scans, other.proven)
-    assert one.pairs == other.pairs
+    counts = [(found.swaps, found.scans, found.proven, found.pairs) for found in (one, other)]
+    assert counts[0] == counts[1]
     torch.testing.assert_close(one.weight, other.weight, rtol=1e-8, atol=1e-10)

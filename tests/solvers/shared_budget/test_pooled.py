@@ -1,5 +1,4 @@
-"""Rows of a layer that share one count: 1-swap optima across rows, what bounds prove of their sum, and claims
-that do not hold."""
+"""Rows of a layer that share one count: 1-swap optima across rows, bounds of their sum, false claims."""
 
 import itertools
 import re
@@ -8,18 +7,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from certificates import claimed
+from certificates import claimed, stating
 from commands import run
 from forging import fails
 from hypothesis import given, settings, strategies as st
 from pooled_layers import layer, pool, shared_budget, slack, total
 from scipy.optimize import LinearConstraint, minimize
-from strategies import ONE_PERCENT, drawn, swap_optimal, verified
+from strategies import ONE_PERCENT, drawn, slow, swap_optimal, verified
 
-from maskopt import NM, LayerProblem, Limits, RowProblem, Unstructured, errors, lower_bound
+from maskopt import NM, LayerProblem, Limits, RowProblem, Unstructured, errors, lower_bound, verify
 from maskopt.certificates.certificate import Certificate
 from maskopt.checks.swap_check import improving_swap
-from maskopt.checks.verification import verify
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.errors import PatternError, ProblemError, SolverError, VerificationError
 from maskopt.protocol.solution import Solution, Status
@@ -38,21 +36,18 @@ def scaled(problem, w, g, omega=None):
 
 def test_the_count_is_that_of_the_layer():
     for rows, n, sparsity in ((3, 7, 0.5), (1, 5, 0.29), (100, 1, 0.29)):
-        pattern = pool(sparsity)
-        assert pattern.pruned_in(rows, n) == int(round(sparsity * 100) * rows * n / 100)
-        assert pattern.group_size(n) == n
+        pattern, count = pool(sparsity), int(round(sparsity * 100) * rows * n / 100)
+        assert (pattern.pruned_in(rows, n), pattern.group_size(n)) == (count, n)
         fails(PatternError, "no count of its own", pattern.pruned_per_group, n)
         assert pattern.uniform() == Unstructured(sparsity=sparsity)
-    assert NM(2, 4).uniform() == NM(2, 4)
-    assert NM(1, 4).pruned_in(3, 8) == 18
+    assert (NM(2, 4).uniform(), NM(1, 4).pruned_in(3, 8)) == (NM(2, 4), 18)
     kept = Unstructured(keep=3, per="layer")
-    assert kept.pruned_in(4, 10) == 28
-    assert kept.uniform() == Unstructured(keep=3)
-    assert str(kept) == "keep 3 per layer"
+    known = kept.pruned_in(4, 10), kept.uniform(), str(kept)
+    assert known == (28, Unstructured(keep=3), "keep 3 per layer")
     assert kept.is_legal(torch.arange(40).view(4, 10) < 12).tolist() == [True] * 4
     problem = layer(rows=3, n=8)
-    assert problem.row(1).pattern == Unstructured(sparsity=0.5)
-    assert RowProblem(problem.weight[0], problem.gram, pool()).pattern == Unstructured(sparsity=0.5)
+    for row in (problem.row(1), RowProblem(problem.weight[0], problem.gram, pool())):
+        assert row.pattern == Unstructured(sparsity=0.5)
     mask = torch.ones(3, 8, dtype=torch.bool)
     mask[1, :5] = False
     assert problem.at_count_of(mask, 1).pattern == Unstructured(keep=3)
@@ -83,11 +78,9 @@ def test_the_highest_within_limits_have_the_least_sum_pruned(rows, n, seed, ties
     assert bool(pattern.is_legal(mask).all())
     sums = torch.cat([torch.zeros(rows, 1), score.sort(1).values.cumsum(1)], 1)
     least, most = problem.row_limits
-    best = min(
-        sum(float(sums[row, count]) for row, count in enumerate(counts))
-        for counts in itertools.product(range(least, most + 1), repeat=rows)
-        if sum(counts) == problem.pruned
-    )
+    every = itertools.product(range(least, most + 1), repeat=rows)
+    legal = torch.tensor([counts for counts in every if sum(counts) == problem.pruned])
+    best = float(sums[torch.arange(rows), legal].sum(1).min())
     assert float(score[~mask].sum()) == pytest.approx(best)
 
 
@@ -96,16 +89,15 @@ def test_limits_are_felt_and_optima_within_them_proven(update):
     near, free = (layer(update=update, sparsity=0.4, max_deviation=d, rows=8) for d in (0.1, None))
     found, other = solve(near, "swap"), solve(free, "swap")
     counts, wide = (sorted((~x.mask).sum(1).tolist()) for x in (found, other))
-    assert near.row_limits == (8, 11)  # of 24, 9.5 ± 2.4
-    assert (counts[0], counts[-1]) == (8, 11)
+    assert near.row_limits == (counts[0], counts[-1]) == (8, 11)  # of 24, 9.5 ± 2.4
     assert wide[0] < 8 < 11 < wide[-1]
     assert total(free, other) < total(near, found)
     verify(near, found)
-    with pytest.raises(errors.WarmStartError, match=r"row \d prunes \d+ of 24; .* allows 8 to 11"):
-        near.check_mask(other.mask)
+    message = r"row \d prunes \d+ of 24; .* allows 8 to 11"
+    fails(errors.WarmStartError, message, near.check_mask, other.mask)
     assert improving_swap(free, found.mask) is not None
-    with pytest.raises(SolverError, match="'sparsegpt' holds no limits on what a row prunes"):
-        solve(near, "sparsegpt")
+    message = "'sparsegpt' holds no limits on what a row prunes"
+    fails(SolverError, message, solve, near, "sparsegpt")
     verify(near, solve(near, "swap", start="sparsegpt"))
 
 
@@ -123,31 +115,26 @@ def test_a_start_within_limits_is_no_worse_than_equal_counts(start, update):
     assert sums == sorted(sums, reverse=True)
 
 
-NO_PATTERNS = [
-    ({"max_deviation": 0.1}, "needs per='layer'"),
-    *(({"per": "layer", "max_deviation": bad}, r"max_deviation .* is outside")
-      for bad in (-0.1, 1, float("nan"), "0.1")),
-    ({"per": "block"}, "per must be"),
-]  # fmt: skip
-NO_SHARES = [
-    ([1.0, 0.0], "omega must be more than 0"),
-    ([1.0, 1.0, 1.0], r"omega must be \[2\]"),
-    ([1.0, torch.nan], "omega holds 1 NaN"),
-]
-
-
 def test_what_a_pattern_and_its_masks_and_shares_cannot_be():
     problem = layer(rows=2, n=4)
     uneven = torch.tensor([[True] * 4, [False] * 4])
     assert problem.pattern.is_legal(uneven).tolist() == [True, True]
     assert torch.equal(problem.check_mask(uneven), uneven)
-    with pytest.raises(
-        errors.WarmStartError, match=r"prunes 3 of 8; the pattern .* asks for exactly 4"
-    ):
-        problem.check_mask(~torch.tensor([[True, True, True, False], [False] * 4]))
-    for more, message in NO_PATTERNS:
+    message, fewer = r"prunes 3 of 8; the pattern .* asks for exactly 4", uneven.clone()
+    fewer[1, 0] = True
+    fails(errors.WarmStartError, message, problem.check_mask, fewer)
+    for more, message in (
+        ({"max_deviation": 0.1}, "needs per='layer'"),
+        ({"per": "block"}, "per must be"),
+        *(({"per": "layer", "max_deviation": bad}, r"max_deviation .* is outside")
+          for bad in (-0.1, 1, float("nan"), "0.1")),
+    ):  # fmt: skip
         fails(PatternError, message, Unstructured, sparsity=0.5, **more)
-    for omega, message in NO_SHARES:
+    for omega, message in (
+        ([1.0, 0.0], "omega must be more than 0"),
+        ([1.0, 1.0, 1.0], r"omega must be \[2\]"),
+        ([1.0, torch.nan], "omega holds 1 NaN"),
+    ):
         fails(ProblemError, message, layer, rows=2, omega=torch.tensor(omega))
 
 
@@ -155,8 +142,7 @@ def test_an_instance_on_disk_keeps_its_count_and_its_rows_their_weights(tmp_path
     problem = layer(omega=torch.arange(1.0, 7.0), update=LeastSquaresUpdate(0.02))
     problem.save(tmp_path / "layer.npz")
     loaded = LayerProblem.load(tmp_path / "layer.npz")
-    assert loaded.pattern == problem.pattern
-    assert loaded.shared_budget
+    assert (loaded.pattern, loaded.shared_budget) == (problem.pattern, True)
     assert torch.equal(loaded.shares, problem.shares)
     found = solve(problem)
     assert total(loaded, solve(loaded)) == total(problem, found)
@@ -238,13 +224,9 @@ def test_order_units_threads_and_memory_change_nothing(update):
         assert torch.equal(found(scaled(problem, w, g, torch.full((5,), float(omega)))), mask)
     problem, one = layer(rows=40, n=12, update=update), layer(rows=1, n=20, update=update)
     for solver in ("wanda", "admm", "swap"):
-        masks = [
-            solve(problem, solver, threads=threads, memory_limit=memory).mask
-            for threads, memory in ((1, None), (2, None), (2, 2**15))
-        ]
-        assert torch.equal(masks[0], masks[1])
-        assert torch.equal(masks[0], masks[2])
-        # a layer of one row is that row
+        mask = solve(problem, solver, threads=1).mask
+        for limits in ({"threads": 2}, {"threads": 2, "memory_limit": 2**15}):
+            assert torch.equal(solve(problem, solver, **limits).mask, mask)
         assert torch.equal(*(solve(p, solver).mask for p in (one, one.row(0))))
 
 
@@ -278,7 +260,7 @@ def test_a_limit_leaves_a_legal_mask_and_claims_nothing(update):
     assert (~found.mask).sum(1).tolist() == [4, 3, 3]
 
 
-@pytest.mark.parametrize("seeds", [range(8), pytest.param(range(8, 20), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seeds", [range(8), slow(range(8, 20))])
 @pytest.mark.parametrize("method", ["box", "shift"])
 def test_a_bound_of_whole_numbers_bounds_the_layer(method, seeds):
     """Of what each row has a part, no row's next value is one."""
@@ -291,7 +273,7 @@ def test_a_bound_of_whole_numbers_bounds_the_layer(method, seeds):
         best, bound = solve(problem, "exhaustive"), lower_bound(problem, method)
         most = float(best.objective.sum()) * (1 + 1e-9) + 1e-9
         assert float(bound.value.sum()) <= most, seed
-        claimed(problem, Solution.of(problem, best.mask), bound)
+        verify(problem, stating(problem, best.mask, bound))
 
 
 def test_what_is_said_of_all_rows_counts_each_as_it_is_minimised(tmp_path):
@@ -301,8 +283,7 @@ def test_what_is_said_of_all_rows_counts_each_as_it_is_minimised(tmp_path):
     least = total(problem, best)
     assert float(bound.value.sum()) > least
     said = float(re.search(r"value=(\S+) in all", repr(bound))[1])
-    assert said == pytest.approx(float(problem.shares @ bound.value), rel=1e-5)
-    assert said <= least
+    assert least >= said == pytest.approx(float(problem.shares @ bound.value), rel=1e-5)
     problem.save(path := tmp_path / "layer.npz")
     more = ["--solver", "exhaustive"]
     assert f"{least:.6g}" in run("solve", path, *more, "--output", tmp_path / "s.npz")
@@ -329,8 +310,7 @@ def test_bounds_are_below_the_optimum(update, data):
     assert float(problem.shares @ bound.value) <= total(problem, best) + slack(problem)
     gaps = bound.gap(best.objective)
     assert update or (bool((gaps == gaps[0]).all()) and bool((gaps >= -1e-9).all()))
-    more = {"lower_bound": bound.value, "certificate": bound.certificate}
-    verify(problem, Solution.of(problem, best.mask, **more))
+    verify(problem, stating(problem, best.mask, bound))
 
 
 @pytest.mark.parametrize("omega", [None, torch.tensor([1.0, 9.0, 0.1, 1.0])])
@@ -358,13 +338,11 @@ def test_bounds_are_worth_something():
     omega = torch.tensor([1.0, 3.0, 0.5, 2.0])
     problem = layer(rows=4, n=12, update=LeastSquaresUpdate(0.1), omega=omega)
     found = total(problem, solve(problem, "swap"))
-    proven, unsplit, other = (
-        float(problem.shares @ lower_bound(problem, "perspective", **options).value)
-        for options in ({}, {"splits": 0}, {"threads": 2})
-    )
+    how = {}, {"splits": 0}, {"threads": 2}
+    bounds = (lower_bound(problem, "perspective", **options).value for options in how)
+    proven, unsplit, other = (float(problem.shares @ value) for value in bounds)
     assert 0.6 * found <= proven <= found * (1 + 1e-9)
-    assert unsplit < proven
-    assert other == proven
+    assert unsplit < proven == other
     alone = layer(rows=1, n=16, update=LeastSquaresUpdate(0.1))
     counted = lower_bound(alone.under(alone.pattern.uniform()), "perspective").value
     torch.testing.assert_close(lower_bound(alone, "perspective").value, counted, rtol=0.05, atol=0)
@@ -398,16 +376,14 @@ def test_the_relaxation_of_a_layer_is_what_a_general_solver_finds(omega, max_dev
     assert float(problem.shares @ bound.value) == pytest.approx(found.fun, rel=1e-4)
     sums = bound.certificate.point.sum(1)
     assert float(sums.sum()) == pytest.approx(problem.pruned, abs=1e-3)
-    assert least - 1e-3 <= float(sums.min())
-    assert float(sums.max()) <= most + 1e-3
+    assert least - 1e-3 <= float(sums.min()) <= float(sums.max()) <= most + 1e-3
 
 
 @pytest.mark.parametrize(
     ("max_deviation", "part"), [(None, 0.9), (0.0, 1.001), (0.1, 0.801), (0.2, 0.601)]
 )
 def test_a_relaxed_start_counts_for_the_layer(max_deviation, part):
-    """Where rows differ much, equal counts are far from any good mask of the layer; where they count for very
-    different amounts, limits hold most of them."""
+    """Where rows differ much; and where limits hold most of them."""
     omega = torch.linspace(0, 6, 12, dtype=torch.float64).exp()
     more = {"omega": omega, "max_deviation": max_deviation}
     if max_deviation is None:
@@ -444,17 +420,15 @@ def test_certificates_of_a_layer_are_checked():
 
 # --- what is claimed falsely
 def exchanged(mask, i, u, j, p):
-    other = mask.clone()
-    other[i, u], other[j, p] = False, True
-    return other
+    places = torch.tensor([i, j]), torch.tensor([u, p])
+    return mask.index_put(places, torch.tensor([False, True]))
 
 
-@pytest.mark.parametrize("update", [None, ONE_PERCENT])
+@BOTH
 def test_a_swap_between_rows_that_improves_is_found(update):
     problem = layer(update=update)
     mask = solve(problem.under(problem.pattern.uniform()), "swap").mask
     swap = improving_swap(problem, mask)
-    assert swap is not None
     assert swap.row != swap.other
     better = problem.objective(exchanged(mask, swap.row, swap.kept, swap.other, swap.pruned))
     change = problem.shares @ (better - problem.objective(mask))
@@ -478,11 +452,10 @@ def test_a_swap_between_rows_that_improves_is_found(update):
 def test_claims_that_do_not_hold_are_refused():
     problem = layer(rows=3, n=6)
     best, worse = solve(problem, "exhaustive"), solve(problem, "random")
-    words, optimal = ("SCIP 10.0",) * 3, (Status.OPTIMAL,) * 3
+    optimal, fewer = (Status.OPTIMAL,) * 3, best.mask.clone()
     mixed = (Status.OPTIMAL, Status.SWAP_OPTIMAL, Status.OPTIMAL)
-    fewer = best.mask.clone()
     fewer[0, int(fewer[0].nonzero()[0])] = False
-    high = {"lower_bound": worse.objective, "trusted": words}
+    high = {"lower_bound": worse.objective, "trusted": ("SCIP 10.0",) * 3}
     for message, base, changes in (
         ("proven together", best, {"status": mixed}),
         ("changes the sum", worse, {"status": optimal, **high}),
@@ -492,7 +465,6 @@ def test_claims_that_do_not_hold_are_refused():
         ("no exact solver is trusted with it", best, {"trusted": ()}),
     ):
         fails(VerificationError, message, verify, problem, replace(base, **changes))
-    # and relaxing is never worse than its start
     for refine in (True, False):
         found = solve(problem, "relax", start=best.mask, refine=refine)
         assert total(problem, found) == pytest.approx(total(problem, best))
