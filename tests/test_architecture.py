@@ -22,8 +22,7 @@ from maskopt.protocol.solver import ENTRY_POINT_GROUP, Solver
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 #: but for those that no module imports from
-EXTRAS = PROJECT["optional-dependencies"]
-EXTRAS = {extra: EXTRAS[extra] for extra in EXTRAS if extra not in ("test", "docs")}
+EXTRAS = {k: v for k, v in PROJECT["optional-dependencies"].items() if k not in ("test", "docs")}
 
 
 def output_of(code):
@@ -48,8 +47,7 @@ def test_every_entry_point_loads_and_is_a_solver():
 
 
 def test_what_importing_leaves_out():
-    """A help page of all commands needs no torch, and no solver is loaded before it is asked for; nor is
-    transformers, which takes as long to import as torch: `solve` and `bound` have no use for it."""
+    """Help needs no torch, `solve` no transformers, and no solver is loaded before it is needed."""
     code = """import sys, maskopt, maskopt.cli
     print("torch" in sys.modules, len(dir(maskopt)) == len(maskopt.__all__))
     maskopt.solve, maskopt.cli.all_commands()
@@ -126,9 +124,7 @@ def test_one_version_everywhere():
     assert f"## {maskopt.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-# transformers
-
-
+# --- transformers
 PACKAGE = Path(maskopt.__file__).parent
 ADAPTER = PACKAGE / "models" / "architecture" / "transformers_adapter.py"
 #: documented, so every file may import from them
@@ -158,7 +154,6 @@ def test_only_the_adapter_knows_private_parts():
 
 
 def test_the_range_of_transformers_is_the_one_that_is_installed():
-    """pip enforces what the adapter says."""
     entry = next(d for d in PROJECT["dependencies"] if d.startswith("transformers"))
     major, minor = SUPPORTED[1].split(".")
     assert entry == f"transformers>={SUPPORTED[0]},<{major}.{int(minor) + 1}"
@@ -171,9 +166,8 @@ def test_other_versions_of_transformers_are_refused_or_warned_of():
         warnings.simplefilter("error")
         for version in ("5.25.0", "5.100.0.dev0", "6.0.0"):
             check_version.cache_clear()
-            with pytest.warns(
-                UserWarning, match=rf"{re.escape(version)} is newer than maskopt was"
-            ):
+            said = rf"{re.escape(version)} is newer than maskopt was"
+            with pytest.warns(UserWarning, match=said):
                 check_version(version)
             check_version(version)  # says it once
         for version in SUPPORTED:  # both ends of the range
@@ -181,8 +175,7 @@ def test_other_versions_of_transformers_are_refused_or_warned_of():
             check_version(version + ".0")
 
 
-# Profiles
-
+# --- profiles
 SUITE = """
 from hypothesis import given, settings, strategies
 
@@ -197,26 +190,20 @@ def test_draws(number):
     print("drawn", number)
     assert number < 0
 """
-PROFILES = {20: [], 60: ["--slow"], 300: ["--hypothesis-profile=explore"]}
-#: all in one process, which imports torch but once; a file each, which is imported under its profile
-RUN = """import pytest, sys
-for number, *options in {}:
-    pytest.main(["-s", "-p", "conftest", *options, f"test_case_{{number}}.py"])
-    print("END OF A RUN")"""
 
 
 @pytest.mark.slow
-def test_the_profile_decides_which_cases_are_drawn(tmp_path):
-    for examples in PROFILES:
-        (tmp_path / f"test_case_{examples}.py").write_text(SUITE)
+@pytest.mark.parametrize(
+    ("examples", "options"), [(20, []), (60, ["--slow"]), (300, ["--hypothesis-profile=explore"])]
+)
+def test_the_profile_decides_which_cases_are_drawn(examples, options, tmp_path):
+    (tmp_path / "test_case.py").write_text(SUITE)
     # CI: derandomised by default
     environment = {**os.environ, "PYTHONPATH": str(TESTS), "CI": "true"}
-    command = [sys.executable, "-c", RUN.format([(n, *o) for n, o in PROFILES.items()])]
+    command = [sys.executable, "-m", "pytest", "-s", "-p", "conftest", *options, "test_case.py"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    runs = result.stdout.split("END OF A RUN")[:-1]
-    for examples, said in zip(PROFILES, runs, strict=True):
-        assert "1 failed, 1 passed" in said, said + result.stderr
-        explores = examples == 300
-        assert f"derandomize {not explores} {examples}" in said
-        assert said.count("drawn") > 1
-        assert not explores or "@reproduce_failure(" in said
+    said, explores = result.stdout, examples == 300
+    assert "1 failed, 1 passed" in said, said + result.stderr
+    assert f"derandomize {not explores} {examples}" in said
+    assert said.count("drawn") > 1
+    assert not explores or "@reproduce_failure(" in said

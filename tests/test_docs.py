@@ -7,7 +7,7 @@ import sys
 
 import nbformat
 import pytest
-from commands import ROOT, shows
+from commands import ROOT
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.util import run_sync
@@ -34,7 +34,6 @@ NOT_RUN = "<!-- not run by the tests -->\n"
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{page}.md" for page in RUNNING)])
 def test_the_examples_run(page, tmp_path, monkeypatch):
-    """All python blocks of a page, one after the other, as a reader would paste them."""
     text = re.sub(NOT_RUN + "```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert blocks, f"{page} shows no example"
@@ -44,6 +43,9 @@ def test_the_examples_run(page, tmp_path, monkeypatch):
 
 PAGES = {name: (name,) for name in ("generalisation", "structures", "refit")}
 PAGES["quality"] = ("quality", "quality-gaps", "quality-seconds")
+#: of the study without measurements, and its row
+RATE = {"divergence": [0.2, 0.1], "perplexity": 20.0, "ratio": [1.2, 1.1, 1.3], "kl": 0.1}
+CELLS = ["Gemma 3 270M", "0.0003", "0.2000", "0.1000", "20.0", "1.200 (1.100 to 1.300)", "0.100"]
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -60,38 +62,10 @@ def test_a_page_is_what_its_measurements_make(name, benchmarks, tmp_path):
         for study in STUDIES:
             measured = any(key.startswith(study.name + "/") for key in books[0].lines)
             assert (f"## {study.title}" in page) == measured
-
-
-def test_the_studies_of_generalisation_draw_their_judgement(benchmarks, tmp_path):
-    from book import Book
-    from generalisation_page import write
-    from generalisation_studies import STUDIES
-
-    record = {"dense": 10.0, "ratio": [1.2, 1.1, 1.3], "kl": 0.1, "agreement": 0.9, "shrink": 0.05}
-    record |= {"solving": 60.0, "seconds": 90.0, "machine": "some machine", "date": "some day"}
-    keys = """methods 50%/Wanda, methods 50%/1-swap (default), bos never/auto, weights 50%/ADMM,
-    draws 0/ADMM, trained 1-swap; kept, recipes default, budgets 70%/none, cells 50%/none/1-swap; kept,
-    rates 0.0003, target dense, weighting rest, shrink 2:4/auto, stopping all"""
-    keys = [key.strip().replace(" ", "/gemma3/", 1).replace(";", ",") for key in keys.split(",")]
-    keys += [f"sizes/gemma3/{2**k}" for k in range(2, 9)]
-    book = Book(tmp_path / "some.jsonl")
-    book.begin(dict.fromkeys(("calibration", "text", "corpus", "windows"), "x"))
-    for number, key in enumerate(keys):
-        error = 0.1 / (1 + number)
-        more = {"fitted": error, "held": error, "perplexity": 20.0 - number, "losses": [1.0, 2.0]}
-        more |= dict.fromkeys(("raw", "relative", "rows", "kl"), error)
-        more |= {"loss": -error, "hidden": [error] * 2, "divergence": [0.2, 0.1]}
-        book.put(key, {**record, **more, "ratio": [2.0 - number / 10, 1.0, 3.0]})
-    write(book, tmp_path / "page.md")
-    page = (tmp_path / "page.md").read_text()
-    assert all(f"## {study.title}" in page for study in STUDIES)
-    assert "no measurements" not in page
-    shows(page, "some machine, some day.", "1.00 over 11 runs of Gemma 3 270M")
-    assert "1.000 (1.000 to 1.000)" in page  # the same losses, side by side
-    assert "| Gemma 3 270M, 21 runs |" in page
-    last = [line.split("|")[2].strip() for line in page.splitlines()[-8:]]
-    assert last == ["1.00"] * 3 + ["-1.00"] + ["1.00"] * 4
-    assert (tmp_path / "figures" / "page.png").stat().st_size > 1000
+            if not measured:
+                row = study.text({"rates/gemma3/0.0003": RATE}).splitlines()[-1]
+                assert [cell.strip() for cell in row.strip("|").split("|")] == CELLS
+        assert (tmp_path / "figures" / "generalisation.png").stat().st_size > 1000
 
 
 def test_a_page_from_a_busy_machine_has_the_seconds_of_an_idle_one(benchmarks):
@@ -110,16 +84,16 @@ def test_measurements_that_were_taken_in_another_way_are_not_mixed(benchmarks, t
     book = Book(tmp_path / "some.jsonl")
     book.begin({"bos": "auto", "date": "today"})
     book.measure("one", lambda: {"error": 1})
-    again = Book(tmp_path / "some.jsonl")
+    again, two = Book(tmp_path / "some.jsonl"), lambda: {"error": 2}
     again.begin({"bos": "never", "date": "tomorrow"})
-    assert again.measure("one", lambda: {"error": 2}) == {"error": 1}
+    assert again.measure("one", two) == {"error": 1}
     with pytest.raises(SystemExit, match="measured with bos auto and now never: name another"):
-        again.measure("two", lambda: {"error": 2})
+        again.measure("two", two)
     again.begin({"bos": "auto", "date": "tomorrow"})
-    again.measure("two", lambda: {"error": 2})
+    again.measure("two", two)
     after = Book(tmp_path / "some.jsonl")
-    assert after.lines["two"] == {"date": "tomorrow", "error": 2}
-    assert after.dates == "today, tomorrow"
+    known = after.lines["two"], after.dates
+    assert known == ({"date": "tomorrow", "error": 2}, "today, tomorrow")
 
 
 def test_every_flag_in_the_text_exists():
@@ -145,9 +119,7 @@ def test_every_option_of_every_command_is_on_a_page(monkeypatch):
             assert flag(option.name) in section or option.argument, (name, option)
 
 
-# Notebooks
-
-
+# --- notebooks
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 assert NOTEBOOKS  # else the test has no case and passes
 

@@ -9,16 +9,13 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 import tomllib
-from io import StringIO
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import typer
-from commands import ROOT, ended, run, small_files
+from commands import ROOT, ended, run, shows, small_files
 from rich.console import Console
 
 import maskopt
@@ -42,13 +39,12 @@ from maskopt.solvers import Swap
 
 TRUST = "trust_remote_code"
 COMMANDS = all_commands()
-EXAMPLES = {name: command.example for name, command in COMMANDS.items()}
 
 
 def test_solvers_and_their_options_are_listed(monkeypatch):
     listed = run("solvers")
     monkeypatch.setattr(information, "screen", Console(width=80, markup=False))
-    Console(width=80, markup=False, file=(shown := StringIO())).print(information._solvers())
+    Console(width=80, markup=False, file=(shown := io.StringIO())).print(information._solvers())
     words = "".join(shown.getvalue().replace("│", " ").split())
     for name, info in available_solvers().items():
         assert f" {name} " in listed
@@ -56,9 +52,7 @@ def test_solvers_and_their_options_are_listed(monkeypatch):
         assert info.available or "unavailable" in words
     assert all(len(line) <= 80 for line in shown.getvalue().splitlines())
     assert shown.getvalue().count("optimality") >= 5
-    of_swap = run("solvers", "swap")
-    assert "swap: options" in of_swap
-    assert all(field.name in of_swap for field in dataclasses.fields(Swap))
+    shows(run("solvers", "swap"), "swap: options", *(f.name for f in dataclasses.fields(Swap)))
 
 
 def test_helps_name_every_command_and_fit_two_screens():
@@ -66,8 +60,8 @@ def test_helps_name_every_command_and_fit_two_screens():
     assert len(LINES) >= 40
     names = [name for panel in PANELS.values() for name in panel]
     listed = re.findall(r"^  ([a-z]\S+) ", shown, re.MULTILINE)
-    assert listed == names
-    assert re.findall(r"^(\w+):$", shown, re.MULTILINE) == [*PANELS, "Options"]
+    heads = re.findall(r"^(\w+):$", shown, re.MULTILINE)
+    assert (listed, heads) == (names, [*PANELS, "Options"])
     assert "Exit status: 0 done" in shown
     listed = re.findall(r"^  ([a-z]\S+) ", ended("masks", "--help").stdout, re.MULTILINE)
     assert listed == ["apply", "export", "pack", "unpack"]
@@ -79,9 +73,8 @@ def test_helps_name_every_command_and_fit_two_screens():
         assert summary.get(name, first) == first
         assert shown.startswith(f"Usage: maskopt {name} [OPTIONS]")
         assert f"Example: {command.example}" in " ".join(shown.split())
-        lines = shown.splitlines()
-        assert len(lines) <= 48, (name, len(lines))
-        assert max(map(len, lines)) <= 80
+        sizes = [len(line) for line in shown.splitlines()]
+        assert (len(sizes) <= 48, max(sizes) <= 80) == (True, True), (name, sizes)
         every = ended(*name.split(), "--help-all").stdout
         for one in command.options:
             assert one.argument or flag(one.name) in every
@@ -91,36 +84,30 @@ def test_helps_name_every_command_and_fit_two_screens():
 def typed(one):
     """A value of an option that is not its default, and the same as words of the command line."""
     values = {"sparsity": "2:4", "include": ("a", "b"), "exclude": ("c",), "counts": {"a": 1}}
-    values |= {
-        "training": {"epochs": 2},
-        "distillation": {"epochs": 2},
-        "solver_options": {"moves": 3},
-        "max_memory": 2**30,
-    }
-    values |= {"threads": 1, "max_deviation": 0.5, "start": "wanda", "damping": 0.5}
-    if one.choices:
+    values |= {"training": {"epochs": 2}, "distillation": {"epochs": 2}, "start": "wanda"}
+    values |= {"solver_options": {"moves": 3}, "max_memory": 2**30, "damping": 0.5}
+    values |= {"threads": 1, "max_deviation": 0.5}
+    if one.name in values:
+        value = values[one.name]
+    elif one.choices:
         value = next(word for word in one.choices if word != one.default)
     elif isinstance(one.default, bool):
         value = not one.default
     elif isinstance(one.default, int | float):
         value = one.default / 2 + 0.25 if isinstance(one.default, float) else one.default + 1
     else:
-        value = values.get(one.name, "other")
-    value = values.get(one.name, value)
-    if value is True:
-        return value, []
+        value = "other"
     if isinstance(value, dict):
         as_json = json.dumps(value)
         return value, [as_json if one.unit == JSON_FILE else "=".join(map(str, *value.items()))]
-    return value, [",".join(value) if isinstance(value, tuple) else str(value)]
+    words = [",".join(value) if isinstance(value, tuple) else str(value)]
+    return value, [] if value is True else words
 
 
-KINDS = [("prune", PruneOptions, ["0.5"]), ("prune-structured", ShrinkOptions, [0.0, 0.5])]
-
-
-@pytest.mark.parametrize(("command", "kind", "given"), KINDS)
-def test_command_line_file_manifest_and_python_agree(command, kind, given, tmp_path):
+@pytest.mark.parametrize("command", ["prune", "prune-structured"])
+def test_command_line_file_manifest_and_python_agree(command, tmp_path):
     """Every option has one name, one set of values and one default in all of them."""
+    kind, given = (PruneOptions, ["0.5"]) if command == "prune" else (ShrinkOptions, [0.0, 0.5])
     (file := tmp_path / "run.toml").write_text("")
     usual = tomllib.loads(run(command, "--print-config"))
     known = {one.name: one for one in COMMANDS[command].library if one is not RECIPE}
@@ -180,8 +167,7 @@ def test_errors_have_a_status_and_no_traceback(words, status, said, monkeypatch)
     if words == "solvers swap":  # where torchrun started two of them
         monkeypatch.setattr("maskopt.cli.command.several", lambda: True)
     result = ended(*words.split())
-    assert result.returncode == status
-    assert "Traceback" not in result.stderr
+    assert (result.returncode, "Traceback" in result.stderr) == (status, False)
     assert said in result.stderr
 
 
@@ -198,9 +184,8 @@ def test_too_little_memory_is_one_line_and_another_error_keeps_its_traceback(mon
     ):
         monkeypatch.setattr("maskopt.cli.app", allocate)
         result = ended()
-        assert result.returncode == 1
+        assert (result.returncode, result.stderr.count("\n")) == (1, 1)
         assert result.stderr.startswith("error: there is not enough memory")
-        assert result.stderr.count("\n") == 1
     monkeypatch.setattr("maskopt.cli.app", lambda: fails(IndexError()))
     with pytest.raises(IndexError):
         ended()
@@ -214,9 +199,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     command = ["solve", "row.npz", "--solver", "wanda", "--output", "s.npz"]
     with small_files(1024):
         result = ended(*command)
-    assert result.returncode == 1
+    assert (result.returncode, os.listdir()) == (1, ["row.npz"])
     assert "File too large: 's.npz'" in result.stderr
-    assert os.listdir() == ["row.npz"]
     command = shlex.join([sys.executable, "-m", "maskopt", *command, "--overwrite"])
     # of a closed stdout nothing is said: nobody need listen
     for to, said in (("> /dev/full", "No space left on device"), (">&-", "")):
@@ -228,9 +212,6 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
         assert sorted(os.listdir()) == ["row.npz", "s.npz"]
 
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-
-
 def in_blocks(page):
     text = page.read_text().replace("\\\n", " ")
     lines = re.findall(r"^(?:\$ |    )(?:torchrun .* -m )?(maskopt .*)$", text, re.MULTILINE)
@@ -238,8 +219,8 @@ def in_blocks(page):
     return {part.strip() for part in parts if part.startswith("maskopt ") and "…" not in part}
 
 
-EXAMPLES = {command.example for command in COMMANDS.values()}
-LINES = sorted(EXAMPLES.union(*map(in_blocks, PAGES)))
+PAGES = ROOT / "README.md", *(ROOT / "docs").rglob("*.md")
+LINES = sorted({c.example for c in COMMANDS.values()}.union(*map(in_blocks, PAGES)))
 COMMAND = typer.main.get_command(app)
 
 
@@ -257,19 +238,7 @@ def test_the_line_is_taken(line):
     assert {source[known[flag]] for flag in flags} <= {"COMMANDLINE"}
 
 
-# Views
-
-
-LONG = "block 152 of 152: solve model.language_model.layers.151.self_attn.q_proj"
-
-
-@pytest.fixture
-def still(monkeypatch):
-    found = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(time, "monotonic", lambda: found.now)
-    return found
-
-
+# --- views
 @pytest.fixture
 def screen(monkeypatch):
     """A console of a width, in place of stderr; what is on it."""
@@ -288,15 +257,15 @@ def screen(monkeypatch):
 def test_a_terminal_has_one_line_that_fits_and_no_number_is_cut(width, screen, still):
     screen(width, terminal=True)
     live = LiveView()
-    live.show(LONG, 0, 124_416, part=0.0)
+    what = "block 152 of 152: solve model.language_model.layers.151.self_attn.q_proj"
+    live.show(what, 0, 124_416, part=0.0)
     still.now += 7200
-    live.show(LONG, 124_416, 124_416, part=0.66, note="error 0.512 of the whole")
+    live.show(what, 124_416, 124_416, part=0.66, note="error 0.512 of the whole")
     page = Console(width=width, file=io.StringIO(), record=True)
     page.print(live._live.renderable)
     line, note = page.export_text().splitlines()
-    assert len(line) <= width
+    assert (len(line) <= width, note) == (True, "error 0.512 of the whole")
     assert re.fullmatch("block 152 of 152.*100%.*1:01:49 left", line)
-    assert note == "error 0.512 of the whole"
 
 
 def test_lines_are_few_and_say_what_is_done(screen, still, tmp_path):
@@ -314,11 +283,9 @@ def test_lines_are_few_and_say_what_is_done(screen, still, tmp_path):
         for step in range(5):
             still.now += 0.3
             view.show("solve", step, 4, part=step / 8, layer={"name": "q"} if step == 2 else None)
-    found = [json.loads(line) for line in stream.getvalue().splitlines()]
-    assert found[0]["what"] == "solve"
-    assert found[-1]["done"] == found[-1]["total"] == 4
-    assert {"seconds", "left"} <= set(found[0])
-    # an interrupted run says that nothing is left of it
+    first, *_, last = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert (first["what"], last["done"], last["total"]) == ("solve", 4, 4)
+    assert {"seconds", "left"} <= set(first)
     stream = screen(80)
     with pytest.raises(KeyboardInterrupt), prune.naming_resume(tmp_path):
         raise KeyboardInterrupt
@@ -352,11 +319,8 @@ class Kept(View):
 
 def layer(error, proven):
     statuses = {"swap_optimal": proven, "feasible": 4 - proven}
-    return LayerReport(
-        *("q", 0, "q", 4, 8, "0.5", 16, error, 0.0, statuses, 99, False, 1.0),
-        energy=10.0,
-        error_wanda=2.0,
-    )
+    given = "q", 0, "q", 4, 8, "0.5", 16, error, 0.0, statuses, 99, False, 1.0
+    return LayerReport(*given, energy=10.0, error_wanda=2.0)
 
 
 def test_a_prune_shows_how_far_it_is_and_what_it_has_reached(still):
@@ -383,8 +347,8 @@ def test_a_prune_shows_how_far_it_is_and_what_it_has_reached(still):
         assert kept.seen[-1]["part"] == pytest.approx(part)
 
 
-ODD = "a\x1b[2J[red]b[/red]\nspoof: holds: 1 row checked\u202e\udc80"
 ESCAPED = r"a\x1b[2J[red]b[/red]\nspoof: holds: 1 row checked\u202e\udc80"
+ODD = ESCAPED.encode().decode("unicode_escape")
 
 
 def test_nothing_is_printed_with_control_characters_and_markup(tmp_path, screen, still):
@@ -420,14 +384,12 @@ def test_a_prune_says_beforehand_what_it_takes(dense_folder, data, tmp_path, mon
     monkeypatch.setattr(plan, "SMALL", 0)
     assert run(*given("plain")).startswith("time, estimated: about 0:")
     quiet = ended(*given("quiet", "--quiet"))
-    assert (quiet.returncode, quiet.stderr) == (0, "")
-    assert "estimated" not in quiet.stdout
+    assert (quiet.returncode, quiet.stderr, "estimated" in quiet.stdout) == (0, "", False)
     assert "sparsity of these layers: 0.5" in quiet.stdout
     result = ended(*given("json", "--log-json"))
-    assert result.returncode == 0
     facts, *lines = [json.loads(line) for line in result.stderr.splitlines()]
     assert min(facts["expected_seconds"], facts["expected_gib"]) > 0
     layers = [line["layer"] for line in lines if "layer" in line]
-    assert len(layers) == 21
+    assert (result.returncode, len(layers)) == (0, 21)
     assert {"name", "error", "rows", "statuses"} <= set(layers[0])
     assert "exclude each other" in run(*given("out", "--quiet", "--log-json"), fails=OptionError)

@@ -13,23 +13,14 @@ import joblib
 import numpy as np
 import pytest
 import torch
-from commands import run
+from commands import run, scip_value
 from forging import fails
-from pyscipopt import Model
-from strategies import HALF, random_gram, random_weight
+from strategies import HALF, drawn, random_gram, random_weight
 from tiny_models import save, save_tokenizer, tiny, tokens
 
 import maskopt
-from maskopt import (
-    NM,
-    LayerProblem,
-    LeastSquaresUpdate,
-    Limits,
-    RowProblem,
-    Unstructured,
-    errors as e,
-    verify,
-)
+import maskopt.errors as e
+from maskopt import NM, LayerProblem, LeastSquaresUpdate, Limits, RowProblem, Unstructured, verify
 from maskopt.core.files import check_writable
 from maskopt.experiments.compare import Record, compare, sample_rows
 from maskopt.experiments.jobs import job_key
@@ -38,13 +29,12 @@ from maskopt.experiments.store import Store, read_records, write_records
 from maskopt.models.checkpoints.report import read_manifest, result_digest
 from maskopt.models.evaluation import bound as certify_module
 from maskopt.models.evaluation.bound import GapRecord, bound_layers, by_kind, certify_model
-from maskopt.protocol.bounds import lower_bound
 from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.solver import make_solver, solve
 from maskopt.solvers.exact.branch import Branch
 from maskopt.solvers.exact.tasks import RowAnswer
 
-LAYER = LayerProblem(random_weight(6, 24, 1), random_gram(24, "full", 2), HALF, name="q")
+LAYER = drawn(6, 24, name="q")
 
 
 def some(rows, columns=10, **options):
@@ -77,26 +67,19 @@ def test_records_say_how_far_from_the_optimum_and_who_is_trusted():
     assert [r.solver for r in records] == ["worst", "exhaustive"] * 3
     for poor, best in zip(records[::2], records[1::2], strict=True):
         assert (best.status, best.excess) == ("optimal", 0)
-        assert poor.excess == pytest.approx(poor.objective / best.objective - 1)
-        assert poor.excess > 0
+        assert 0 < poor.excess == pytest.approx(poor.objective / best.objective - 1)
     assert math.isnan(compare(rows[:1], ["worst"])[0].excess)
     wanda, branch, scip = compare(some(1, 16), ["wanda", "branch", "scip"])
     assert wanda.trusted == ""
     assert branch.trusted.startswith("branch of maskopt ")
     assert scip.trusted.startswith("presolve of maskopt and SCIP ")
-    assert branch.trace["ended"] == "optimal"
-    assert branch.trace["nodes"] >= 1
+    assert (branch.trace["ended"], branch.trace["nodes"] >= 1) == ("optimal", True)
     # its presolve leaves nothing of a row this small
     assert (scip.status, scip.trace["ended"], scip.trace["nodes"]) == ("optimal", "presolved", 0)
-    # a failed job is a record, too
-    big = LayerProblem(random_weight(1, 32, 1), random_gram(32, "full", 2), HALF)
-    record = compare(sample_rows([big], 1), ["exhaustive"], time_limit=3)[0]
-    assert record.status == "failed"
-    assert "masks" in record.error
-    # samples depend on the seed alone
-    once, again, other = some(2, 8), some(2, 8), some(2, 8, seed=1)
-    assert all((a.weight == b.weight).all() for a, b in zip(once, again, strict=True))
-    assert any((a.weight != b.weight).any() for a, b in zip(once, other, strict=True))
+    record = compare(sample_rows([drawn(1, 32)], 1), ["exhaustive"], time_limit=3)[0]
+    assert (record.status, "masks" in record.error) == ("failed", True)
+    once, again, other = ([x.weight.tolist() for x in some(2, 8, seed=seed)] for seed in (0, 0, 1))
+    assert once == again != other
     assert some(1, 8, pattern=NM(2, 4))[0].pattern == NM(2, 4)
 
 
@@ -157,8 +140,7 @@ def test_records_of_other_runs_in_the_file_are_kept_and_not_counted(path):
     assert [r.solver for r in records] == ["magnitude"] * 2
     held = read_records(path, Record)
     solvers = [r.solver for r in held.values()]
-    assert solvers[:2] == ["wanda"] * 2
-    assert sorted(solvers[2:]) == ["magnitude"] * 2 + ["worst"] * 2
+    assert (solvers[:2], sorted(solvers[2:])) == (["wanda"] * 2, ["magnitude"] * 2 + ["worst"] * 2)
     again = compare(rows, ["wanda", "magnitude"], output=path, on_progress=stop_at(1))
     assert [r.seconds for r in again] == [held[r.key].seconds for r in again]
 
@@ -170,12 +152,9 @@ def test_a_forged_solution_and_a_forged_line_do_not_survive_a_resume(claim, path
     (kept,) = (path.parent / "out.jsonl.rows").iterdir()
     found = Solution.load(kept)
     value, optimal = found.objective, {"status": (Status.OPTIMAL,)}
-    lies = {
-        "objective": {"objective": value / 2},
-        "optimal": optimal,
-        "bound": {"lower_bound": value, **optimal},
-        "trusted": {"lower_bound": value / 2, "trusted": ("SCIP 10.0",)},
-    }
+    lies = {"objective": {"objective": value / 2}, "optimal": optimal}
+    lies |= {"bound": {"lower_bound": value, **optimal}}
+    lies |= {"trusted": {"lower_bound": value / 2, "trusted": ("SCIP 10.0",)}}
     replace(found, **lies.get(claim, {})).save(kept)
     if claim == "cut off":
         kept.write_bytes(kept.read_bytes()[:100])
@@ -209,7 +188,8 @@ def test_bad_calls_are_refused_before_anything_runs(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     for name in ("folder", "folder.csv"):
         os.mkdir(name)
-    ran, twice = [], ["wanda", make_solver("tabu", moves=1), make_solver("tabu", moves=500)]
+    twice = ["wanda", make_solver("tabu", moves=1), make_solver("tabu", moves=500)]
+    listen = {"on_progress": lambda *event: pytest.fail("it ran")}
     outputs = {
         "x.xlsx": r"\.jsonl, \.csv, \.parquet", "folder": "write one of", "no/x.csv": "no such folder",
         "folder.csv": "a folder; name a file", "no/such.jsonl": "no such folder",
@@ -222,9 +202,7 @@ def test_bad_calls_are_refused_before_anything_runs(tmp_path, monkeypatch):
         ([], {}, "at least one solver"),
         *((["wanda"], {"output": name}, message) for name, message in outputs.items()),
     ):
-        with pytest.raises(e.OptionError, match=message):
-            compare(some(1), solvers, **options, on_progress=lambda *event: ran.append(event))
-    assert ran == []
+        fails(e.OptionError, message, compare, some(1), solvers, **options, **listen)
     assert sorted(os.listdir()) == ["folder", "folder.csv"]
 
 
@@ -241,21 +219,18 @@ def test_the_same_jobs_have_the_same_keys_and_others_have_others():
     mask = np.arange(1200) % 2 == 0
     other = mask.copy()
     other[600:602] = other[601], other[600]
-    keys = [
-        compare([row], {"swap": {"start": make(start), "time_limit": 0}})[0].key
-        for make in (torch.as_tensor, np.asarray)
-        for start in (mask, mask.copy(), other)
-    ]
-    assert keys[0] == keys[1] != keys[2]
-    assert keys[3] == keys[4] != keys[5]
+    for make in (torch.as_tensor, np.asarray):
+        given = [{"start": make(start), "time_limit": 0} for start in (mask, mask.copy(), other)]
+        one, same, another = (compare([row], {"swap": how})[0].key for how in given)
+        assert one == same != another
     # patterns that differ by little, and all that a row may have besides weights and Gram matrix
     weight, gram = torch.arange(1.0, 25.0), torch.eye(24)
     updates = [{"update": LeastSquaresUpdate(damping)} for damping in (0.01, 0.5)]
     more = ({"mean": ones}, {"variance": ones}, *updates, {"integral": True})
     rows = [RowProblem(weight, gram, Unstructured(s)) for s in (2 / 3, 0.6667, 0.6666)]
     rows += [RowProblem(weight, gram, Unstructured(0.6666), **part) for part in more]
-    posed = (RowProblem.from_quadratic(np.eye(24), cardinality=16, constant=c) for c in (0.0, 1e2))
-    rows += posed
+    posed = {"cardinality": 16}
+    rows += [RowProblem.from_quadratic(np.eye(24), **posed, constant=c) for c in (0.0, 1e2)]
     wanda, mask = make_solver("wanda"), torch.ones(24, dtype=torch.bool)
     sdp = certify_module._How("sdp", {}, 0)
     for keys in (
@@ -266,7 +241,6 @@ def test_the_same_jobs_have_the_same_keys_and_others_have_others():
 
 
 def test_an_interrupted_search_is_no_record(path, monkeypatch):
-    """What a solver has after Ctrl-C is not what it would answer: neither kept nor gone on from."""
     rows = some(2, 12)
     stopped = lambda _, task: RowAnswer(task.start, "userinterrupt", message="")  # noqa: E731
     monkeypatch.setattr(Branch, "search_row", stopped)
@@ -333,9 +307,8 @@ def test_files_of_a_model_are_never_replaced(weights, saved, tmp_path):
         (model / name).write_text("instance,")
     (link := tmp_path / "link").symlink_to(model / weights)
     for path in (*model.iterdir(), link):
-        for overwrite in (False, True):
-            with pytest.raises(e.OptionError, match=f"{message}; name a file in"):
-                check_writable(path, overwrite=overwrite)
+        for more in ({"overwrite": False}, {"overwrite": True}):
+            fails(e.OptionError, f"{message}; name a file in", check_writable, path, **more)
     for words in (
         ("solve", saved, "--output", model / "config.json"),
         ("solve", "--prove", saved, "--output", model / "config.json"),
@@ -379,13 +352,8 @@ def test_commands_compare_and_export_what_other_programs_read(saved, tmp_path):
         target = tmp_path / f"r.{form}"
         words = ("export", tmp_path / "r.npz", target, "--formulation", formulation)
         run(*words)
-        model = Model()
-        model.hideOutput()
-        model.readProblem(str(target))
-        model.optimize()
-        assert model.getObjVal() == pytest.approx(best, rel=1e-4, abs=1e-5)
+        assert scip_value(target) == pytest.approx(best, rel=1e-4, abs=1e-5)
         assert "exists; pass --overwrite" in run(*words, fails=e.OptionError)
-    # a row keeps its name through files
     LAYER.row(3).save(tmp_path / "0.npz")
     for number in range(2):
         said = run("export", tmp_path / f"{number}.npz", tmp_path / f"{number + 1}.npz")
@@ -393,15 +361,13 @@ def test_commands_compare_and_export_what_other_programs_read(saved, tmp_path):
     assert LAYER.take([3]).row(0).name == "q[0]"
 
 
-# Clusters of processes, one of which dies: every row is there, none twice
-
+# --- clusters of processes, one of which dies: every row is there, none twice
 ROWS, KILLED_AFTER = 200, 40
-PROVEN = LayerProblem(random_weight(12, 20, 5), random_gram(20, "outliers", 6), HALF)
+PROVEN = drawn(12, 20, "outliers", seeds=(5, 6))
 
 
 def instances():
-    layer = LayerProblem(random_weight(ROWS, 24, 1), random_gram(24, "low-rank", 2), HALF)
-    return sample_rows([layer], ROWS, columns=12, seed=3)
+    return sample_rows([drawn(ROWS, 24, "low-rank")], ROWS, columns=12, seed=3)
 
 
 def check(path, **options):
@@ -438,7 +404,6 @@ def test_dask_workers_of_which_one_is_killed(tmp_path):
         pids = list(client.run(os.getpid).values())
 
         def kill(finished, _):
-            """One of the workers, in the middle of the work."""
             if finished >= KILLED_AFTER and not killed:
                 killed.append(pids[0])
                 os.kill(pids[0], signal.SIGKILL)
@@ -506,7 +471,7 @@ def test_forged_rows_of_an_interrupted_proof_are_proven_again(tmp_path):
 
 
 def test_what_will_not_do_is_refused_before_anything_is_proven(tmp_path):
-    began, nowhere = [], tmp_path / "nowhere" / "proof.npz"
+    nowhere, listen = tmp_path / "nowhere" / "proof.npz", lambda *event: pytest.fail("it began")
     shared_budget = PROVEN.under(Unstructured(0.5, per="layer"))
     updated = PROVEN.with_update(LeastSquaresUpdate(0.1))
     for layer, path, start, error, message in (
@@ -516,27 +481,20 @@ def test_what_will_not_do_is_refused_before_anything_is_proven(tmp_path):
         (updated, None, None, e.OptionError, "unchanged weights"),
         (shared_budget, None, None, e.OptionError, "an equal count"),
     ):
-        with pytest.raises(error, match=message):
-            prove(layer, path, start=start, on_progress=lambda *x: began.append(1))
-    assert not began
+        fails(error, message, prove, layer, path, start=start, on_progress=listen)
 
 
-# Certified gaps
-
-
-TEXT = "the quick brown fox jumps over the lazy dog and runs away again " * 60
-
-
+# --- certified gaps
 @pytest.fixture
 def layer():
-    weight, gram = random_weight(5, 24, 1), random_gram(24, "full", 2)
-    return LayerProblem(weight, gram, HALF, name="a.0.q_proj")
+    return drawn(5, 24, name="a.0.q_proj")
 
 
 @pytest.fixture(scope="module")
 def models(dense, tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    (root / "text.txt").write_text(TEXT)
+    text = "the quick brown fox jumps over the lazy dog and runs away again " * 60
+    (root / "text.txt").write_text(text)
     words = {"calibration": root / "text.txt", "samples": 8, "seq_len": 32}
     maskopt.prune_model(dense, sparsity=NM(keep=2, of=4), output=root / "pruned", **words)
     (root / "dense").symlink_to(dense)
@@ -641,7 +599,6 @@ def test_what_will_not_do_is_refused_before_anything_is_read(models, layer, tmp_
     for draw in (sample_rows, bound_layers):
         fails(e.OptionError, "rows must be at least 1, not 0", draw, layers(), rows=0)
     fails(e.OptionError, "rows", certified, models, "no", "no", rows_per_layer=0)
-    # folders that do not belong together
     with torch.no_grad():
         for parameter in other.parameters():
             parameter += 0.01
@@ -654,23 +611,27 @@ def test_what_will_not_do_is_refused_before_anything_is_read(models, layer, tmp_
 def test_the_masks_of_a_pruned_model_are_the_ones_judged(models, tmp_path):
     records = certified(models, rows_per_layer=2, samples=8)
     kinds = by_kind(records)
-    assert {kind.split(".")[-1] for kind in kinds} == {
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    }  # fmt: skip
+    names = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    assert {kind.split(".")[-1] for kind in kinds} == names
     assert all(count == 6 for count, *_ in kinds.values())
     assert {record.pattern for record in records} == {"2:4"}
     for record in records:
         assert record.objective > 0
         assert 0 <= record.gap <= 1
         assert math.isfinite(record.seconds)
-    # layers are chosen among the pruned ones
     some = {"sparsity": NM(keep=2, of=4), "include": ("layers.0",), "output": tmp_path / "some"}
     text = {"calibration": models / "text.txt", "samples": 4, "seq_len": 32}
     maskopt.prune_model(models / "dense", **some, **text)
     records = certified(models, pruned=tmp_path / "some", layers="q_proj", rows_per_layer=1)
     assert [r.instance for r in records] == ["model.layers.0.self_attn.q_proj"]
-    with pytest.raises(e.ModelError, match=r"no layer matches 'layers\.1'"):
-        certified(models, pruned=tmp_path / "some", layers="layers.1")
+    wrong = {"pruned": tmp_path / "some", "layers": "layers.1"}
+    fails(e.ModelError, r"no layer matches 'layers\.1'", certified, models, **wrong)
+    before = torch.get_num_threads()
+    some = {"rows_per_layer": 1, "samples": 2, "layers": "layers.0.mlp", "threads": before + 1}
+    certified(models, **some)
+    assert torch.get_num_threads() == before
+    fails(ZeroDivisionError, None, certified, models, **some, on_rows=lambda *event: 1 / 0)
+    assert torch.get_num_threads() == before
 
 
 def test_experts_that_see_tokens_in_the_pruned_model_alone(tmp_path):
@@ -694,7 +655,7 @@ def test_rows_with_a_common_count_have_the_bound_of_their_layer(jobs, tmp_path):
         assert bound_layers([layer], jobs=3 - jobs, **words) == records
     best = float(solve(layer, "swap").objective.sum())
     assert [r.row for r in records] == list(range(6))
-    truth = float(lower_bound(layer, "box").value.sum())
+    truth = float(maskopt.lower_bound(layer, "box").value.sum())
     assert sum(r.lower_bound for r in records) == pytest.approx(truth)
     assert truth <= best * (1 + 1e-9)
     assert [r.gap for r in records] == pytest.approx([1 - truth / best] * 6)
@@ -712,10 +673,9 @@ def test_commands(models, layer, tmp_path):
     folders = (models / "pruned", "--original", models / "dense")
     words = ("--rows", 1, "--include", "*q_proj")
     assert "q_proj" in run("bound", *folders, *box, *words, *common)
-    assert "optimal" in run(
-        "compare", models / "dense", "--include", "*0*q_proj", "--sparsity", "0.5", "--rows", 1,
-        "--columns", 12, "--solvers", "wanda,swap,exhaustive", *common,
-    )  # fmt: skip
+    some = ("--include", "*0*q_proj", "--sparsity", "0.5", "--rows", 1, "--columns", 12)
+    solvers = ("--solvers", "wanda,swap,exhaustive")
+    assert "optimal" in run("compare", models / "dense", *some, *solvers, *common)
     assert "--calibration" in run("bound", models / "dense", fails=e.MaskoptError)
     gaps = []
     for extra in ((), ("--cuts", "3")):
@@ -727,12 +687,3 @@ def test_commands(models, layer, tmp_path):
     assert sum(gaps[1]) < sum(gaps[0])
     refused = run("bound", tmp_path / "layer.npz", *box, "--cuts", 3, fails=e.MaskoptError)
     assert "bound 'box' has no option 'cuts'" in refused
-
-
-def test_walks_leave_torch_the_threads_that_it_had(models):
-    before = torch.get_num_threads()
-    some = {"rows_per_layer": 1, "samples": 2, "layers": "layers.0.mlp", "threads": before + 1}
-    certified(models, **some)
-    assert torch.get_num_threads() == before
-    fails(ZeroDivisionError, None, certified, models, **some, on_rows=lambda *event: 1 / 0)
-    assert torch.get_num_threads() == before
