@@ -22,13 +22,7 @@ from maskopt.checks.costs import costs_of
 from maskopt.checks.swap_check import improving_swap
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import MaskoptError, VerificationError
-from maskopt.protocol.solution import (
-    OPTIMAL_TOLERANCE,
-    Solution,
-    Status,
-    optimal_slack,
-    size_of,
-)
+from maskopt.protocol.solution import OPTIMAL_TOLERANCE, Solution, Status, optimal_slack, size_of
 from maskopt.protocol.solver import is_trusted
 
 #: all masks of a row with at most so many are enumerated, to test OPTIMAL and lower bounds

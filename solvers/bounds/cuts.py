@@ -28,13 +28,7 @@ from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
 from maskopt.solvers.convex.duals import RowDuals, ScaledRow, certify_row, penalty_of
 from maskopt.solvers.convex.mixing import Extra, Mixing
-from maskopt.solvers.convex.triangles import (
-    Incidence,
-    Pool,
-    dense,
-    separate,
-    steps_of,
-)
+from maskopt.solvers.convex.triangles import Incidence, Pool, dense, separate, steps_of
 from maskopt.solvers.convex.triangles_kernel import damp
 from maskopt.solvers.parallel import one_blas_thread
 

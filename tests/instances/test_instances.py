@@ -14,15 +14,7 @@ from commands import run
 from diversity import RECIPES, diversity
 from forging import fails
 from hypothesis import given, strategies as st
-from strategies import (
-    KINDS,
-    TWO_FOUR,
-    drawn,
-    legal_masks,
-    random_gram,
-    random_weight,
-    verified,
-)
+from strategies import KINDS, TWO_FOUR, drawn, legal_masks, random_gram, random_weight, verified
 
 from maskopt import LayerProblem, LeastSquaresUpdate, RowProblem, Unstructured, verify
 from maskopt.core.linear_term import LinearTerm

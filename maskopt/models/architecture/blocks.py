@@ -81,8 +81,7 @@ class Blocks:
         return [layer for index in range(len(self)) for layer in self.layers(index)]
 
     def outside(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and parameters of no block that are needed before the first one: all but an output head of
-        its own."""
+        """Names and parameters of no block, without an output head of its own."""
         head = {name for name, _ in self.own_head()}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if not name.startswith(self.name + ".") and name not in head:
@@ -153,8 +152,7 @@ def choose(
 
 
 class _Names:
-    """Dotted names that shell patterns match, as a whole or by a run of their parts. Patterns without a
-    wildcard are looked up: lists of all names of a model are patterns, too."""
+    """Dotted names that shell patterns match, as a whole or by a run of their parts."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = list(names)
@@ -254,8 +252,7 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def _transposed(module: nn.Module) -> bool:
-    """Are the experts stored [experts, in, out]? By the module's own attribute, or else by its shapes: the
-    outputs of the last matrix are the inputs of the first."""
+    """Are the experts stored [experts, in, out]? By the module's own attribute, or else by shapes."""
     said = getattr(module, "is_transposed", None)
     if said is not None:
         return bool(said)

@@ -34,8 +34,7 @@ class Loader:
         self._loaded_buffers = False
 
     def load(self, names: Iterable[str], edits: Edits | None = None) -> None:
-        """Bring parameters into memory, after the edits of their tensors; ModelError for a parameter without
-        a tensor, or of another shape."""
+        """Bring parameters into memory, after edits; ModelError for one without a tensor of its shape."""
         wanted = list(names)
         buffers = [] if self._loaded_buffers else [key for key, _ in self.model.named_buffers()]
         self._loaded_buffers = True
@@ -168,8 +167,7 @@ def stored_masks(
 def stored_values(
     model: nn.Module, values: Mapping[str, tuple[Layer, Tensor]], loader: Loader
 ) -> dict[str, Tensor]:
-    """New weights of layers [rows, n], in the stored dtype, as those of the checkpoint's tensors: NaN where a
-    tensor holds weights of no such layer. Raises what `stored_masks` raises."""
+    """New weights of layers [rows, n] as tensors of the checkpoint; NaN outside these layers."""
     result: dict[str, Tensor] = {}
     for name, whole in merged(model, values, torch.nan).items():
         result |= _stored(model, name, whole, loader)

@@ -117,8 +117,7 @@ class Conversion:
         return [key for first in firsts for key in self._sources[first]]
 
     def load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        """Convert tensors [as stored] into the model's parameters on the device, in its dtype; ModelError for
-        one of another shape than its parameter, or that cannot be converted."""
+        """Convert tensors into the model's parameters on the device; ModelError where one does not fit."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 

@@ -54,8 +54,7 @@ class Lanes:
         return upload.there
 
     def down(self, state: Tensor, host: Tensor, after: Any | None) -> Any:
-        """Begin to copy a result down, once the event `after` (of a read of the buffer) has happened; returns
-        the event of its arrival."""
+        """Begin to copy a result down after the event `after`; returns the event of its arrival."""
         self._down.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._down):
             if after is not None:

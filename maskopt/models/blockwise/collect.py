@@ -270,8 +270,7 @@ def _observe(
     advance: bool,
     until: str | None = None,
 ) -> _Observed:
-    """One pass of one sample under a watch of its own, `local.watch`; it ends where the layer `until` has its
-    inputs."""
+    """One pass of one sample under its own `local.watch`, up to the inputs of the layer `until`."""
     output = None
     for copy in (False, True):
         watch = local.watch = Watch(weights, copy=copy, until=until)
@@ -351,8 +350,7 @@ def _gathered(
     observed: Mapping[int, tuple[_Observed, _Observed | None]],
     weights: Callable[[int], Tensor] | None,
 ) -> Iterator[tuple[int, Given, str | None]]:
-    """Every sample of a wave with the inputs of layers and the first layer with NaN, wherever it ran; inputs
-    from another process are in memory one sample at a time."""
+    """Every sample of a wave, the inputs of its layers, and the first layer with NaN."""
     ranks = block.ranks
     own: dict[int, tuple[Given, str | None]] = {}
     for sample, (seen, dense) in observed.items():
@@ -395,8 +393,7 @@ def pass_on(
 
 
 def _last_input(layers: Sequence[Layer], watch: Watch) -> str | None:
-    """The layer whose input is the last that a pass records: the rest need not be computed. None where other
-    samples might call the layers otherwise: experts, and layers in a list."""
+    """The layer whose input a pass records last; None where samples may differ in that."""
     once = all(len(watch.inputs.get(layer.name, ())) == 1 for layer in layers)
     fixed = all(layer.expert is None and "*" not in layer.kind for layer in layers)
     return next(reversed(watch.inputs), None) if once and fixed else None

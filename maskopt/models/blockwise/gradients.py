@@ -157,8 +157,7 @@ class DenseModel:
     def _backward(
         self, index: int, entered: Activations, gradients: Activations, layers: Sequence[Layer]
     ) -> dict[int, dict[str, Tensor]]:
-        """Replace gradients by a block's outputs by those by its inputs. Returns, by window and layer name,
-        the squares of the gradients by the layers' outputs."""
+        """Replace gradients by outputs by those by inputs; squares by window and layer."""
         calls, device = self.captured.calls[index], self.source.device
         squares: dict[int, dict[str, Tensor]] = {}
         with self.source.open(index) as block:

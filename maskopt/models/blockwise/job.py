@@ -229,9 +229,7 @@ class Job:
 
     @contextmanager
     def after_blocks(self, like: Job | None = None) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
-        """After a whole walk: a function of token ids [1, length] and the last block's output for them, [1,
-        length, width], that returns logits [1, length, vocabulary]. The output head is in memory meanwhile,
-        but for what equals that of `like`."""
+        """Context of a function of ids [1, length] and the last output [1, length, width] to logits."""
         assert self._captured is not None
         blocks, outputs = self.source.blocks, self._captured.outputs
         source = None if like is None else like.source
@@ -245,9 +243,7 @@ class Job:
 
     @contextmanager
     def in_memory(self, *, recompute: bool = False) -> Iterator[Callable[[int], Tensor]]:
-        """All of the model in memory, in place of a walk: a function of a window's index that returns the
-        last block's output, [1, length, width]; it can be differentiated by the blocks' parameters, with
-        `recompute` from the inputs of the blocks."""
+        """Context of the whole model: a function of a window to the last block's output, differentiable."""
         with ExitStack() as until_the_end:
             captured = self._start(self._until_exit or until_the_end, Path(tempfile.gettempdir()))
             self.source.load_whole()
@@ -384,9 +380,7 @@ class Block:
         return ticker(self.job.tell, self.index, self.job.last + 1, stage, total)
 
     def grams(self, layers: Sequence[Layer] | None = None) -> Grams:
-        """Gram matrices of the inputs of the layers (all chosen ones) in the block as it is now. With
-        `calibrate_on` dense, the samples move on with the same pass, as long as a following block needs
-        them."""
+        """Gram matrices of the layers' inputs; with `calibrate_on` dense, the samples advance, too."""
         if self.advanced:
             raise RuntimeError(f"the samples have left block {self.index}")
         advance = self.job.options.one_pass and self.job.goes_on(self.index)
@@ -433,8 +427,7 @@ class Block:
                 )
 
     def advance(self, stage: str = "forward") -> None:
-        """Send the samples through the block as it is now; its outputs are the inputs of the next one.
-        Nothing runs where nothing needs them, or where they have moved on already."""
+        """Send the samples on through the block as it is now, where a later block needs them."""
         if not self.dense_advanced:
             self.advance_dense()
         if not self.advanced and self.job.goes_on(self.index):
@@ -451,8 +444,7 @@ class Block:
 
 
 def walk_whole(job: Job, tell: Callable[[int, int], None]) -> None:
-    """Send all windows through all blocks. `tell` is called with (passes done, all of them with one more per
-    window through the output head)."""
+    """Send all windows through all blocks; `tell` is called with passes done, and their number."""
 
     def report(event: BlockProgress) -> None:
         if event.done:
@@ -464,8 +456,7 @@ def walk_whole(job: Job, tell: Callable[[int, int], None]) -> None:
 
 
 def _first_round(layers: Sequence[Layer], grams: Grams) -> tuple[list[Layer], list[Layer]]:
-    """The layers that are called first and share their inputs, all experts of a kind together;
-    and the rest. Layers that were never called come last."""
+    """The layers that are called first with the same inputs, and the rest."""
     by_name = {layer.name: layer for layer in layers}
     called = [by_name[name] for name in grams.leaders if name in by_name]
     if not called:

@@ -89,8 +89,7 @@ def chat_evaluation_windows(
     seq_len: int = 2048,
     limit: int | None = None,
 ) -> Windows:
-    """Windows as for calibration, but of the conversations in their own order, each used once, without a rest
-    that fills no window. `limit` keeps the first so many. Raises DataError as for calibration."""
+    """Windows of the conversations in their own order, each used once; at most `limit` windows."""
     chats = _Chats(read_conversations(source), tokenizer)
     rows = chats.packed(range(len(chats.conversations)), seq_len, limit)
     return Windows(torch.tensor(rows, dtype=torch.int64), _name(source), TEMPLATE)
@@ -163,8 +162,7 @@ class _Chats:
         self._known: dict[int, list[int]] = {}
 
     def packed(self, order: Sequence[int], length: int, limit: int | None) -> list[list[int]]:
-        """The first windows of `length` tokens that the conversations fill in this order; DataError where all
-        of them together do not fill one."""
+        """The first windows that the conversations fill in this order; DataError where they fill none."""
         rows: list[list[int]] = []
         window: list[int] = []
         for index in order:
@@ -208,8 +206,7 @@ class _Chats:
 
 
 def _template(tokenizer: Any) -> str:
-    """The tokenizer's template for conversations, on a fixed day; DataError where it has none, or several
-    without a default."""
+    """The tokenizer's chat template, on a fixed day; DataError where it has no default one."""
     if tokenizer is None:
         raise DataError("conversations need the model's tokenizer; give one, or token tensors")
     if not getattr(tokenizer, "chat_template", None):

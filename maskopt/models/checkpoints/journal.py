@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from maskopt.errors import ModelError
-from maskopt.models.checkpoints.checkpoint import plain_name
-from maskopt.models.checkpoints.schema import fits, is_count
+from maskopt.models.checkpoints.schema import fits, is_count, plain_name
 
 #: shapes of records
 _SHAPES = {
@@ -58,8 +57,7 @@ class Journal:
                 self._take(record, number)
 
     def begin(self, header: dict[str, Any]) -> None:
-        """Write the header, or compare it with the one that is there; ModelError, which names the
-        differences, where the journal is of another run."""
+        """Write the header; ModelError, which names the differences, where there is another one."""
         if self.header is None:
             self._append({"kind": "header", "header": header})
             self.header = header

@@ -209,8 +209,7 @@ def _check_same_windows(models: Sequence[str | Path], jobs: Sequence[Job]) -> No
 
 
 def _sums(jobs: Sequence[Job], tell: Callable[[int], None]) -> Float[Tensor, "windows models 3"]:
-    """For every window and model, summed over the targets: cross-entropy, KL(first ‖ this), agreements.
-    Windows run several at once; `tell` is called with the number of windows done."""
+    """By window and model, summed over targets: cross-entropy, KL(first ‖ this), agreements."""
     first = jobs[0]
     tokens = first.windows.tokens
     with ExitStack() as heads:

@@ -400,8 +400,7 @@ class PruneOptions(WalkOptions):
             )
 
     def _check_counts(self, layers: Sequence[Layer]) -> None:
-        """Raise OptionError where `counts` are not of these layers, or not as many in all as they would be
-        with uniform sparsity."""
+        """Raise OptionError where `counts` are of other layers, or prune another number in all."""
         check_names(self.counts, [layer.name for layer in layers], "layer that is pruned")
         total, most = 0, 1.0 if self.max_deviation is None else self.max_deviation
         for layer in layers:

@@ -40,10 +40,7 @@ class WalkOptions:
     absent_because: ClassVar[str] = ""
 
     include: tuple[str, ...] = option(
-        (),
-        "Only these layers, e.g. q_proj,'layers.0.*'.",
-        SELECTION,
-        shown=True,
+        (), "Only these layers, e.g. q_proj,'layers.0.*'.", SELECTION, shown=True
     )
     exclude: tuple[str, ...] = option((), "Not these layers.", SELECTION)
     seed: int = option(0, "Random seed of calibration windows and solvers.", CALIBRATION)
@@ -85,13 +82,7 @@ class WalkOptions:
         below=1,
     )
     samples: int = option(128, "Number of calibration windows.", TEXT, least=1, shown=True)
-    seq_len: int = option(
-        2048,
-        "Maximum number of tokens in a window.",
-        TEXT,
-        least=1,
-        shown=True,
-    )
+    seq_len: int = option(2048, "Maximum number of tokens in a window.", TEXT, least=1, shown=True)
     bos: str = option(
         "auto",
         "First token of a window. auto: what the tokenizer puts before a text; always: its BOS token;"

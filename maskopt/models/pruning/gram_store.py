@@ -30,13 +30,7 @@ from maskopt.models.checkpoints.report import FinishedBlock
 from maskopt.models.checkpoints.safefile import open_safe, write_tensors
 from maskopt.models.checkpoints.schema import fits
 from maskopt.models.checkpoints.workspace import check_inputs
-from maskopt.models.options.prune import (
-    AUTO,
-    BLOCKWISE,
-    PruneOptions,
-    prune_options,
-    with_recipe,
-)
+from maskopt.models.options.prune import AUTO, BLOCKWISE, PruneOptions, prune_options, with_recipe
 from maskopt.models.options.walk import WalkOptions, options_by_name
 from maskopt.models.pruning.run import Run, fingerprint_of
 
@@ -150,8 +144,7 @@ class GramStore:
     def options(
         self, options: PruneOptions | None, shorthand: Mapping[str, Any] | None = None
     ) -> PruneOptions:
-        """Options of a prune from these Gram matrices, given as for `prune_model`; OptionError for one that
-        needs a walk through the model, or that differs from the store's."""
+        """Options of a prune from these Gram matrices; OptionError for one that needs the text."""
         shorthand = dict(shorthand or {})
         if options is None:
             shorthand = with_recipe(shorthand)

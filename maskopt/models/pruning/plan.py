@@ -120,12 +120,8 @@ def plan_prune(
     if output is not None and job.source.checkpoint is not None:
         check_inputs(Path(output), model=job.source.checkpoint.folder, grams=grams)
     refusal = None
-    source, layers, checkpoint, how = (
-        job.source,
-        job.layers,
-        job.source.checkpoint,
-        options.distilled,
-    )
+    source, layers, how = job.source, job.layers, options.distilled
+    checkpoint = source.checkpoint
     loads = [job.load] if how is None else [job.load, replace(job.load, together=True)]
     if options.max_memory is not None:
         try:
@@ -165,8 +161,7 @@ def _pass_seconds(job: Job, options: PruneOptions) -> float:
 
 
 def _distilled_operations(job: Job, how: DistillOptions) -> float:
-    """Operations of training the whole model: a pass through the dense one; forward and back for fitted
-    windows, forward for held-out ones, and losses at the start; logits of both models."""
+    """Operations of training the whole model, with the pass through the dense one."""
     model = job.source.model
     passes = how.epochs * (3 * (1 - how.holdout) + how.holdout) + 2 * how.holdout
     blocks = sum(_pass_operations(job, block) for block in job.source.blocks.modules)
@@ -175,8 +170,7 @@ def _distilled_operations(job: Job, how: DistillOptions) -> float:
 
 
 def _trained_operations(job: Job, options: PruneOptions, how: Reconstruction) -> float:
-    """Operations of training all blocks: forward and back for fitted windows, forward for held-out ones; and
-    forward for targets, for losses before and after, and by parts for their inputs."""
+    """Operations of training all blocks: epochs, targets, losses, and the inputs of parts."""
     epoch = 3 * (1 - options.holdout) + options.holdout
     passes = epoch * how.epochs + (3 if how.granularity == BLOCK else 4)
     blocks = job.source.blocks.modules
@@ -191,8 +185,7 @@ def _pass_operations(job: Job, block: nn.Module) -> float:
 
 
 def _forward_operations(job: Job, options: PruneOptions) -> float:
-    """Operations of all forward passes and Gram matrices, n² a token each; where the dense model goes along,
-    its passes, and 3n² for the moments of both."""
+    """Operations of all forward passes and Gram matrices, n² a token each."""
     tokens, width = job.count * job.length, hidden_size(job.source.model)
     chosen = by_block(job.layers)
     squares = 4 if options.both_states else 1
@@ -217,8 +210,7 @@ def _forward_operations(job: Job, options: PruneOptions) -> float:
 
 
 def _gradient_operations(job: Job, options: PruneOptions) -> float:
-    """Operations of the loss's gradients through all blocks and the head: a block forward for its input, and
-    again, with a backward pass; the head forward and back."""
+    """Operations of the loss's gradients through all blocks and the head."""
     model, width = job.source.model, hidden_size(job.source.model)
     blocks = sum(_pass_operations(job, block) for block in job.source.blocks.modules)
     windows = options.gradient_windows(job.count)
@@ -245,8 +237,7 @@ def _speed(source: Source, dtype: torch.dtype) -> float:
 
 
 def _solve_seconds(source: Source, layers: Sequence[Layer], options: PruneOptions) -> float | None:
-    """Time of a small random layer, scaled by rows·n², by more for wide layers where weights are updated, and
-    at most the options' time limit for each; None where it cannot be solved, or was cut off without one."""
+    """Seconds of a small random layer, scaled by rows·n²; None where it cannot be solved in time."""
     generator = torch.Generator().manual_seed(0)
     n, device = PROBE_N, source.device
     given = options.solver_options.get("time_limit")

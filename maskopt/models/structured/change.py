@@ -165,8 +165,7 @@ def _check_same_output(
     finished: Mapping[int, FinishedBlock] | None,
     prepare: Callable[[Block], None],
 ) -> None:
-    """Send a window that is not `bad` through the original, its blocks `finished` by a run or changed by
-    `prepare`, and through what was written; ModelError where the results differ."""
+    """Raise ModelError where the changed original and the written model differ on a good window."""
     assert job.windows is not None
     window = next((w for w in range(len(job.windows)) if w not in bad), None)
     if window is None:
@@ -197,8 +196,7 @@ def _check_same_output(
 def check_shapes(
     source: FolderSource, settings: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Build the model that the new configuration describes, without weights; ModelError where its shapes are
-    not the wanted ones."""
+    """Raise ModelError where the new configuration describes a model of other than these shapes."""
     from transformers import AutoModelForCausalLM
 
     before = source.model.config

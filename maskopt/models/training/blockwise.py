@@ -75,8 +75,7 @@ class Targets:
         return Recorded(self.block.samples.count, self.folder)
 
     def record(self, tick: Callable[[int], None], *, advance: bool) -> None:
-        """Record the targets: send the dense hidden states through the block with its dense weights;
-        `advance` replaces them by its outputs."""
+        """Record the outputs of the dense block; `advance` replaces the dense states by them."""
         dense = self.block.samples.dense
         assert dense is not None
         for window, heard, output in self._passes(range(len(self.parts)), dense, tick):

@@ -88,6 +88,11 @@ class Trained:
     epoch: int
     diverged: bool
 
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        losses = {"before": self.before._asdict(), "after": self.after._asdict()}
+        return {**losses, "epoch": self.epoch, "diverged": self.diverged}
+
 
 @dataclass(frozen=True)
 class Task:
