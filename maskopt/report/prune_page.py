@@ -62,16 +62,12 @@ def write_report(
     figures: Path | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Write the page, and the figures as files where a folder is named; returns the paths of all files.
+    """Write the page, and its figures into the folder `figures`; the paths of all files.
 
     Args:
         outs: folders that `maskopt prune` wrote, to be compared.
-        evaluation: output of `maskopt eval … --json`.
-        gaps: output of `maskopt bound … --output FILE.jsonl` for the first of them.
+        evaluation, gaps: output of `maskopt eval … --json`, and of `maskopt bound … --output FILE.jsonl`.
         picture: name of the tensor whose mask is shown; default: the first one of the first folder.
-
-    Raises:
-        MaskoptError: a file that is none of these, or that must not be replaced; matplotlib is missing.
     """
     check_writable(path, overwrite=overwrite, evaluation=evaluation, gaps=gaps)
     pruned = open_reports(outs)

@@ -25,11 +25,9 @@ class Layer:
     """One prunable matrix.
 
     Attributes:
-        name: what messages, patterns and reports call it.
-        block: index of the decoder block that it is in.
+        block: index of its decoder block.
         kind: the name inside the block, numbers as stars: `self_attn.q_proj`, `mlp.experts.*.w1`.
         parent: the name without its last part: layers of one parent may share their inputs.
-        parameter: the parameter's name in the model.
         expert: index along the first axis of a 3-D parameter, or None.
         input_axis: the axis of the stored matrix (without the expert axis) that counts inputs.
         rows, n: outputs and inputs.
@@ -125,13 +123,9 @@ def matrix(model: nn.Module, layer: Layer) -> Float[Tensor, "rows n"]:
 def choose(
     layers: Sequence[Found], include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> list[Found]:
-    """The layers that some `include` pattern matches (all where there is none) and no `exclude`. A pattern is
-    a shell pattern on the whole name or on any run of its dotted parts: `q_proj`, `mlp.*`,
-    `model.layers.0.*`.
-
-    Raises:
-        ModelError: a pattern that matches no layer (near names are given), or nothing is left.
-    """
+    """The layers that some `include` pattern matches (all where there is none) and no `exclude`; patterns
+    are of a whole name or any run of its dotted parts: `q_proj`, `mlp.*`. ModelError where one matches
+    nothing."""
     names = _Names(layer.name for layer in layers)
     for pattern in (*include, *exclude):
         if not names.matched_by([pattern]):

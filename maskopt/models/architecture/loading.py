@@ -143,14 +143,9 @@ def _unset(dtype: torch.dtype) -> float | int | bool:
 def stored_masks(
     model: nn.Module, masks: Mapping[str, tuple[Layer, Tensor]], loader: Loader | None
 ) -> dict[str, TensorMask]:
-    """Masks of layers [rows, n], by the layer's name, as masks of the checkpoint's tensors.
-
-    Where the checkpoint stores a parameter otherwise (experts one by one), or there is none yet (`loader`
-    None), transformers' own conversion for saving is applied to the mask.
-
-    Raises:
-        ModelError: a parameter that the conversion does not store where it was read from.
-    """
+    """Masks of layers [rows, n], by name, as masks of the checkpoint's tensors, through transformers'
+    conversion for saving where these are others than the parameters, or where there is no checkpoint yet
+    (`loader` None)."""
     result: dict[str, TensorMask] = {}
     axes = {x.parameter: x.input_axis + (x.expert is not None) for x, _ in masks.values()}
     for name, kept in merged(model, masks, True).items():

@@ -41,11 +41,7 @@ DTYPES = {
 
 
 class Source:
-    """A model that is in memory as a whole; pruning changes it in place.
-
-    Attributes:
-        checkpoint: the folder that it is read from; None where it came in memory.
-    """
+    """A model that is in memory as a whole; `checkpoint`: the folder that it was read from, if any."""
 
     checkpoint: Checkpoint | None = None
 

@@ -51,12 +51,8 @@ NONE = -1
 
 @dataclass(frozen=True)
 class Cut:
-    """How a parameter is cut along an axis.
-
-    Attributes:
-        parts: (length, width) in order along the axis: structure 0, 1, … of `width` indices each; width 0:
-            stays.
-    """
+    """How a parameter is cut along an axis: `parts` are (length, width) in order along it, structures 0, 1, …
+    of `width` indices each; width 0: stays."""
 
     axis: int
     parts: Sequence[tuple[int, int]]
@@ -87,10 +83,8 @@ class Structures:
     """The channels or the heads of one block.
 
     Attributes:
-        kind: `channels` or `heads`.
         unit: what one is called in messages.
         consumer: the layer whose inputs they are.
-        count: how many there are.
         pattern: which of them may stay.
         cuts: by the parameter's name in the model.
     """

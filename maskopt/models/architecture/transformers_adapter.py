@@ -44,9 +44,7 @@ class Conversion:
     """How the tensors of a checkpoint become the parameters of a model, by transformers' own rules.
 
     Args:
-        model: without weights (`torch.device("meta")`); it remembers the rules that were used, which `revert`
-            undoes.
-        keys: names of the checkpoint's tensors.
+        model: without weights; it remembers the rules that were used, which `revert` undoes.
         place: what messages call the checkpoint.
 
     Attributes:

@@ -57,8 +57,7 @@ def divergence(
 def divergence_loss(
     student: Job, dense: Job, states: Callable[[int], Tensor]
 ) -> Iterator[Callable[[int], Float[Tensor, ""]]]:
-    """A function of a window's index: KL(dense ‖ student), mean over its targets. Both models end in the same
-    head, which is in memory meanwhile.
+    """A function of a window: KL(dense ‖ student), mean over its targets, through the head of both in memory.
 
     Args:
         dense: after its whole walk.

@@ -56,14 +56,11 @@ class Gradients:
 
 @dataclass(frozen=True)
 class DenseModel:
-    """A model whose blocks are still dense, and windows before the first block.
+    """A model whose blocks are still dense, and `chosen` windows before the first block.
 
     Attributes:
-        chosen: windows that go through, ascending.
-        captured: the calls of the blocks, and the inputs of block 0.
         folder: for files of hidden states; None keeps them in memory.
         tick: called with the number of windows that went one of their `steps`.
-        ranks: the processes that share the windows.
     """
 
     source: Source

@@ -170,9 +170,9 @@ def autograd_memory(load: Load) -> int:
 
 
 def trained_states(source: Source, layers: Sequence[Layer], how: Reconstruction | None) -> int:
-    """Hidden states of a window that are kept while a block is trained: the targets of each part, and the
-    inputs of one part at a time, or with dense inputs of every one. The walk keeps the inputs of a whole
-    block. A part that is a single layer counts by its shape, in hidden states."""
+    """Hidden states of a window that are kept while a block is trained: targets of each part, and inputs of
+    one part at a time, or of every one where they are dense. A part of one layer counts by its shape, in
+    hidden states."""
     if how is None:
         return 0
     if how.granularity == BLOCK:

@@ -57,17 +57,11 @@ def chat_calibration_windows(
 ) -> Windows:
     """`samples` windows of `seq_len` tokens of conversations in random order, the same for the same seed.
 
-    A window begins with a conversation, and is filled with the next ones; the last one is cut at the end of
-    the window, and its rest is dropped. Once all have been used they are used again, in another order, and
-    the windows' source says so.
-
-    Args:
-        source: a `.jsonl` file, or conversations; see `read_conversations`.
-        tokenizer: of the model, with its chat template.
+    A window begins with a conversation, is filled with the next ones, and cuts the last. Once all have been
+    used they are used again, in another order, as the windows' source says.
 
     Raises:
-        DataError: as `read_conversations`; no chat template, or one that refuses a conversation; less than
-            one window.
+        DataError: as `read_conversations`; no chat template, one that refuses, or less than one window.
     """
     chats = _Chats(read_conversations(source), tokenizer)
     words, generator = _name(source), random.Random(seed)

@@ -37,14 +37,8 @@ _SHAPES = {
 
 
 class Journal:
-    """The records of a file, and new ones.
-
-    Attributes:
-        header: the run's fingerprint; None in a new journal.
-        blocks: finished blocks by index.
-        shards: digests of finished output shards by name.
-        progress: where unfinished training was last saved; None: nowhere.
-    """
+    """The records of a file, and new ones: the run's fingerprint, finished blocks by index, digests of
+    finished shards, and where unfinished training was last saved."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

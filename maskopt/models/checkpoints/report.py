@@ -304,9 +304,7 @@ def write_manifest(
     tensors: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> None:
-    """The manifest: what decided the result, layer reports, digests of all files, and of itself.
-
-    `seconds` and `memory` are the only values that differ between two runs of the same fingerprint.
+    """Write the manifest; only `seconds` and `memory` differ between two runs of the same fingerprint.
 
     Args:
         tensors: input axis and pattern of every masked tensor.
@@ -333,11 +331,7 @@ def write_manifest(
 
 
 def read_manifest(path: Path, *, smaller: bool = False) -> dict[str, Any]:
-    """A manifest; `smaller`: also of a model that was made smaller.
-
-    Raises:
-        ModelError: missing, not a manifest, or changed by its own digest.
-    """
+    """A manifest of a prune, or (`smaller`) of any kind; ModelError where it is missing, none, or changed."""
     manifest = read_json(path, "the folder was not written by maskopt prune")
     sound = manifest.get("format") == MANIFEST_FORMAT and manifest.get("kind") in KINDS
     if not sound or not has_keys_of_its_kind(manifest):

@@ -54,12 +54,8 @@ class Workspace:
 
     def commit(self) -> None:
         """Move the staged files into the output folder, remove those of an earlier result, and move the
-        manifest last. The list of files is on disk first, so that a run that resumes finishes an interrupted
-        commit.
-
-        Raises:
-            ModelError: a file of that name appeared in the output folder during the run.
-        """
+        manifest last. A list of files is on disk first, so that a resumed run finishes an interrupted
+        commit."""
         earlier = set(_names(self.hidden / _EARLIER))
         mark = self.hidden / _COMMITTED
         names = _names(mark) or sorted(file.name for file in self.staging.iterdir())
@@ -176,12 +172,8 @@ def check_output(
     own: Collection[str] = (),
     **inputs: Any,
 ) -> None:
-    """Check an output folder before any work.
-
-    Args:
-        complete: the file that a finished run leaves.
-        own: further names that belong to the result.
-        inputs: of the run, see `check_inputs`.
+    """Check an output folder before any work: `complete` is the file that a finished run leaves, `own` are
+    further names of the result, `inputs` as for `check_inputs`.
 
     Raises:
         ModelError: no folder, the current or the home folder, one that overlaps with an input, holds other

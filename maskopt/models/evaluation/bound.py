@@ -200,12 +200,8 @@ class _How:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of one layer that are bounded together, with their masks.
-
-    Attributes:
-        chosen: their indices in the layer.
-        keys: the identities of their records.
-    """
+    """Rows of one layer that are bounded together, with masks, indices in the layer, and keys of their
+    records."""
 
     how: _How
     problem: LayerProblem

@@ -68,13 +68,8 @@ LayerResult = tuple[Layer, LayerReport, Tensor, Tensor | None]
 
 @dataclass
 class BlockResult:
-    """What was found of a block.
-
-    Attributes:
-        masks: bool, True = kept.
-        weights: float64, of layers whose weights were updated, zero where pruned.
-        vectors: norms and biases that were trained, by the tensor's name, in the stored dtype.
-    """
+    """What was found of a block: masks, updated weights (float64, zero where pruned), and trained norms and
+    biases by the tensor's name, in the stored dtype."""
 
     reports: dict[str, LayerReport] = field(default_factory=dict)
     masks: LayerTensors = field(default_factory=dict)
@@ -102,16 +97,7 @@ class BlockResult:
 
 
 class Results:
-    """The results of a run by block.
-
-    Args:
-        run: the output folder; None: there is none.
-
-    Attributes:
-        blocks: of finished blocks.
-        masks: bool [rows, n] by layer, of a model in memory.
-        losses: of the distillation; None: there was none.
-    """
+    """The results of a run by block; `masks` are bool [rows, n] by layer, of a model in memory."""
 
     def __init__(self, job: Job, run: Run | None) -> None:
         self.job, self.run = job, run

@@ -96,17 +96,10 @@ def plan_prune(
     output: str | Path | None = None,
     **shorthand: Any,
 ) -> Plan:
-    """Memory, disk and time of `prune_model` with the same arguments. Nothing is written.
-
-    Times come from three measurements of about a second each: a matrix product, the solver on a small layer,
-    and reading a piece of the weights.
-
-    Args:
-        tokens: int64 [samples, length], where the prune is given tokens.
-
-    Raises:
-        MaskoptError: what the prune itself would refuse, but for want of memory.
-    """
+    """Memory, disk and time of `prune_model` with the same arguments, `tokens` int64 [samples, length].
+    Nothing is written. Times come from three short measurements: a matrix product, the solver on a small
+    layer, and reading a piece of the weights. Raises what the prune itself would refuse, but for want of
+    memory."""
     store = None if grams is None else GramStore(grams)
     options = (prune_options if store is None else store.options)(options, shorthand)
     if store is not None and tokens is not None:

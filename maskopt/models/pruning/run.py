@@ -37,14 +37,7 @@ _STATUS = Path("/proc/self/status")
 
 class Run:
     """The output folder of a run. Of several processes rank 0 writes, into a folder that all of them read.
-
-    Args:
-        complete: the file that a finished run leaves.
-        inputs: what the run reads, see `check_inputs`.
-
-    Raises:
-        ModelError: `resume` with `overwrite`, or `check_output` refuses the folder.
-    """
+    `complete` is the file that a finished run leaves; ModelError where `check_output` refuses the folder."""
 
     work: Workspace
     journal: Journal
@@ -127,15 +120,12 @@ class Run:
     def opened(
         self, needed: int, fingerprint: Mapping[str, Any] | None = None, remedy: str = ""
     ) -> Iterator[Workspace]:
-        """Lock the folder while the run writes it.
+        """Lock the folder while the run writes it; ModelError where it is refused.
 
         Args:
             needed: bytes of the result, those of an unfinished run included.
             fingerprint: of a run that can be resumed: begins its journal, or is compared with it.
             remedy: what helps where the disk is too small.
-
-        Raises:
-            ModelError: `open_workspace` refuses the folder; too little room; another unfinished run.
         """
 
         def begin() -> None:
@@ -166,13 +156,8 @@ class Run:
         rewrite: Callable[[Path], None] = lambda _: None,
         **more: Any,
     ) -> None:
-        """Copy side files, write card and manifest, and move the result into view.
-
-        Args:
-            files: SHA-256 of the files that are written, by name.
-            rewrite: called with the folder of the result once side files are copied.
-            more: of the manifest, see `write_manifest`.
-        """
+        """Copy side files, `rewrite` the staged folder, write card and manifest, and move the result into
+        view. `files`: SHA-256 of the written ones by name; `more`: of the manifest."""
         (model,) = self._read.values()
         copied = copy_side_files(model.checkpoint, self.work.staging)
         rewrite(self.work.staging)

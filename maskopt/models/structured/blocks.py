@@ -1,13 +1,9 @@
 """Make a model smaller by whole decoder blocks: the set whose absence changes its output least.
 
-Every single block and every pair of them is left out of the dense model, and KL(dense ‖ without) of the next
-token is measured, nats a token. All of these models go through the blocks together, so that each block's
-weights are in memory once; a left-out block passes on the states that came to it. For N blocks that is N³/6
-passes through single blocks.
-
-The cost of leaving out a set P is modelled as pᵀUp: U's diagonal holds the single costs, each other entry
-half of what a pair costs beyond its two. That is exact for one block and for two; larger sets are searched by
-exchanges, and measured as a whole.
+Every block and every pair is left out of the dense model, and KL(dense ‖ without) of the next token is
+measured, nats a token. All variants go through the blocks together, N³/6 passes through single blocks. The
+cost of a set P is modelled as pᵀUp: U's diagonal holds the single costs, each other entry half of what a pair
+costs beyond its two. Larger sets are searched by exchanges, and measured as a whole.
 """
 
 from __future__ import annotations
@@ -72,11 +68,8 @@ class BlocksReport:
     """Which blocks were removed, and what others would have cost.
 
     Attributes:
-        removed: their indices.
-        effects: of every block and pair.
-        solution: of least cost by these; for more than two blocks, where the search began.
+        solution: of least cost by the effects; for more than two blocks, where the search began.
         measured: nats a token of every set that was left out as a whole; the least was removed.
-        seconds: wall time.
     """
 
     removed: list[int]
@@ -306,13 +299,8 @@ class Effects:
 
 
 def measure_effects(job: Job, folder: Path | None = None) -> Effects:
-    """Walk through a dense model with all variants that leave out one or two of its blocks; ModelError for
-    NaN or infinite activations.
-
-    Args:
-        job: of a whole walk, entered.
-        folder: for a file of hidden states; None: in memory.
-    """
+    """The effects of one or two left-out blocks of a dense model; `job` is of a whole walk, entered; hidden
+    states go to a file in `folder`."""
     windows, blocks = range(job.count), len(job.source.blocks)
     similarity: list[float] = []
     with Variants[Left](job, blocks * (blocks + 1) // 2, folder) as held:

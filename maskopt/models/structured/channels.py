@@ -220,13 +220,8 @@ def _chosen(
 
 
 class StructureCuts:
-    """The cuts of the checkpoint's tensors, and what stays of the consumers by their stored masks; ModelError
-    for a parameter that is not stored unchanged.
-
-    Attributes:
-        stored: by tensor, its cuts.
-        blocks: by tensor, the block whose masks decide.
-    """
+    """The cuts of the checkpoint's tensors (`stored`), the block whose masks decide them (`blocks`), and what
+    stays by stored masks; ModelError for a parameter that is not stored unchanged."""
 
     def __init__(self, source: FolderSource, every: Sequence[Structures]) -> None:
         self.by_consumer = {one.consumer.name: one for one in every}

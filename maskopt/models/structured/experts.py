@@ -240,14 +240,8 @@ def _change(
 
 @dataclass(frozen=True)
 class Mixture:
-    """Experts of a block that tokens are routed to.
-
-    Attributes:
-        name: of the module that holds them, in the model; `kind`: inside the block.
-        count: how many there are.
-        each: to how many of them a token goes.
-        parameters: names in the model of those whose first axis counts experts, the router's among them.
-    """
+    """Experts of a block that tokens are routed to, by the `name` of their module: `count` of them, to `each`
+    of which a token goes; `parameters` have experts on their first axis, the router's among them."""
 
     name: str
     kind: str

@@ -55,18 +55,9 @@ def train_whole(
     check: Callable[[], None],
     tell: OnDistill,
 ) -> tuple[Trained, dict[str, str]]:
-    """Train all kept weights of a pruned folder, and stage its shards in the workspace of a run, where the
-    progress is saved, too.
-
-    Args:
-        check: called before anything that was read is written.
-
-    Returns:
-        The losses, and the SHA-256 of the shards.
-
-    Raises:
-        ModelError: pruned weights that are not zero; NaN in the model.
-    """
+    """Train all kept weights of a pruned folder, and stage its shards in a run's workspace, where the
+    progress is saved. `check` is called before a shard is written. Returns the losses, and the SHA-256 of the
+    shards; ModelError for pruned weights that are not zero, or NaN."""
     source = student.source
     assert isinstance(source, FolderSource)
     keeper = FolderKeeper(work, journal, 60 * options.save_every, source.device)

@@ -41,13 +41,8 @@ REWRITTEN = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors that `from_pretrained` loads from a folder.
-
-    Attributes:
-        where: tensor name → its file.
-        files: names of the shards and, where there are several, of the index.
-        unnamed: tensors of the shards that the index does not name.
-    """
+    """The tensors that `from_pretrained` loads from a folder, by their files; names of the shards and their
+    index; and tensors that the index does not name."""
 
     folder: Path
     where: dict[str, Path]
@@ -114,13 +109,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
 def check_entries(
     weights: Weights, listed: Mapping[str, str], needed: Collection[str] = (MASKS, CONFIG)
 ) -> None:
-    """Compare every file with the manifest's digest, and refuse everything else that a loader could take for
-    weights, configuration or code.
-
-    Args:
-        listed: the manifest's files, name → SHA-256.
-        needed: files besides the weights that must be listed.
-    """
+    """Compare every file with the digest that is `listed`, where all `needed` ones must be, and refuse
+    everything else that a loader could take for weights, configuration or code."""
     folder = weights.folder
     check_beside(weights, lambda name: name in listed or name == MANIFEST)
     for name, digest in sorted(listed.items()):

@@ -60,14 +60,8 @@ CALIBRATED = {
 
 @dataclass(frozen=True)
 class Found:
-    """A layer as its prune met it.
-
-    Attributes:
-        problem: original weights and Gram matrix.
-        kept: the mask that the layer was given.
-        result: its weights in the result, in the dtype in which they are stored; None: the kept ones.
-        held: the problem on the held-out windows, where there were any.
-    """
+    """A layer as its prune met it: original weights and Gram matrix, also on held-out windows; the given
+    mask; and weights of the result in the stored dtype (None: the kept ones)."""
 
     problem: LayerProblem
     kept: Tensor

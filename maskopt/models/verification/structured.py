@@ -222,14 +222,8 @@ def _fits_together(shrunk: Mapping[str, Any]) -> bool:
 
 
 class Removal:
-    """What is left.
-
-    Attributes:
-        settings: sizes in the configuration.
-        cuts: of a tensor, the steps of its cut.
-        updatable: tensors whose kept weights may be updated.
-        rename: None: tensors keep their names, except for experts that are stored one by one.
-    """
+    """What is left: sizes in the configuration, cuts by tensor, tensors whose kept weights may be updated,
+    and new names (`rename` None: tensors keep them, except for experts that are stored one by one)."""
 
     def __init__(self, kind: str, shrunk: Mapping[str, Any], theirs: Loading) -> None:
         self.settings: dict[str, Any] = {}
