@@ -439,7 +439,7 @@ def _of_manifest(path: Path) -> dict[str, Any]:
 
     manifest = read_manifest(path, smaller=True)
     try:
-        return options_again(manifest["fingerprint"], path)
+        return options_again(manifest["kind"], manifest["fingerprint"], path)
     except OptionError:  # which is a TypeError, too
         raise
     except (KeyError, TypeError, AttributeError):

@@ -65,7 +65,7 @@ def verify(
     A solution: objectives, statuses, lower bounds, every leaf of a proof. Bounds that rest on a solver are
     listed as trusted. The exit status is 1 if a check fails.
     """
-    from maskopt.models.verification.structured import is_smaller
+    from maskopt.models.verification.manifest import is_smaller
 
     path = model_or_instance
     known = {**options, "original": original, "calibration": calibration, "solution": solution}

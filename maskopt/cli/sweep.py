@@ -98,7 +98,7 @@ def sweep(
 
 def swept_table(found: list[Swept], dense: Evaluation | None) -> Table:
     """One line per prune; errors are means over its layers, relative to the energy of their outputs."""
-    from maskopt.models.checkpoints.report import proven_share
+    from maskopt.models.checkpoints.report import mean_error, mean_held_error, proven_share
 
     table = make_table(
         *("prune", "pruned", "error", "held out", "rows proven", "solving, s"),
@@ -109,8 +109,7 @@ def swept_table(found: list[Swept], dense: Evaluation | None) -> Table:
         table.add_row("dense", *["–"] * 5, f"{dense.perplexity.value:.2f}", "1")
     for one in found:
         layers = one.report.solved
-        held = [x.relative_held for x in layers if x.relative_held is not None]
-        proven = proven_share(layers)
+        error, held, proven = mean_error(layers), mean_held_error(layers), proven_share(layers)
         change = None if one.evaluation is None else one.evaluation.change
         cells = (
             []
@@ -120,8 +119,8 @@ def swept_table(found: list[Swept], dense: Evaluation | None) -> Table:
         table.add_row(
             one.label,
             f"{one.report.sparsity:.1%}",
-            f"{sum(x.relative for x in layers) / len(layers):.4f}" if layers else "–",
-            f"{sum(held) / len(held):.4f}" if held else "–",
+            "–" if error is None else f"{error:.4f}",
+            "–" if held is None else f"{held:.4f}",
             "–" if proven is None else f"{proven:.0%}",
             f"{sum(x.seconds for x in one.report.layers):.1f}",
             *cells,

@@ -20,7 +20,7 @@ from maskopt.models.evaluation.evaluate import perplexity
 from maskopt.models.pruning.problems import layer_problems
 from maskopt.models.pruning.prune import prune_model
 from maskopt.report.page import write_page
-from maskopt.report.prune_page import Pruned, report_parts
+from maskopt.report.prune_page import open_reports, report_parts
 from maskopt.report.table import Table, number
 
 #: layers whose rows are solved to proven optimality
@@ -113,7 +113,7 @@ def run_demo(
 def _write_report(path: Path, model: Path, about: DemoModel, tables: Sequence[Table]) -> None:
     parts = [
         "Calibrated on Python's help topics, and evaluated on others of them.",
-        *report_parts([Pruned.open(model, "model")], tables=tables),
+        *report_parts(open_reports([model]), tables=tables),
         "Zeros are stored like any other number: the file is not smaller, and dense kernels are "
         f"not faster. {about.terms}",
     ]

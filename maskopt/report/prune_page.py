@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,16 @@ from maskopt.models.checkpoints.mask_file import MaskFile
 from maskopt.models.checkpoints.report import (
     LayerReport,
     PartReport,
+    PruneReport,
+    grouped,
+    mean_error,
+    mean_held_error,
     proven_share,
     ratio_to_wanda,
-    read_layers,
     read_manifest,
-    read_parts,
     result_digest,
-    what_was_done,
 )
+from maskopt.models.checkpoints.schema import PRUNE
 from maskopt.models.checkpoints.workspace import MANIFEST, MASKS, plain_errors
 from maskopt.models.pruning.rerun import command_again
 from maskopt.report.page import (
@@ -40,59 +41,15 @@ from maskopt.report.page import (
 )
 from maskopt.report.table import Table, number
 
+#: a report and its name on the page
+Named = tuple[str, PruneReport]
 
-@dataclass(frozen=True)
-class Pruned:
-    """The manifest of a folder that `maskopt prune` or `maskopt prune-structured` wrote."""
 
-    folder: Path
-    name: str
-    fingerprint: Mapping[str, Any]
-    layers: Sequence[LayerReport]
-    parts: Sequence[PartReport]
-    sparsity: float
-    memory: Mapping[str, int | None]
-    distillation: Mapping[str, Any] | None
-    digest: str
-
-    @classmethod
-    def open_all(cls, folders: Sequence[Path]) -> list[Pruned]:
-        """Several, named as by `_distinct_names`; raises what `open` does."""
-        return list(map(cls.open, folders, _distinct_names(folders)))
-
-    @classmethod
-    def open(cls, folder: Path, name: str) -> Pruned:
-        """Raises ModelError: it is none, or its manifest was changed."""
-        path = folder / MANIFEST
-        manifest = read_manifest(path, smaller=True)
-        return cls(
-            folder,
-            name,
-            manifest["fingerprint"],
-            read_layers(manifest["layers"], path),
-            read_parts(manifest["parts"], path),
-            float(manifest["sparsity"]),
-            manifest.get("memory", {}),  # folders of earlier versions have none
-            manifest.get("distillation"),
-            result_digest(manifest),
-        )
-
-    @property
-    def solved(self) -> list[LayerReport]:
-        """Layers with comparable errors: not those pruned by magnitude for want of tokens."""
-        return [layer for layer in self.layers if not layer.fallback]
-
-    @property
-    def has_masks(self) -> bool:
-        """A model that was made smaller has none."""
-        return "sparsity" in self.fingerprint["options"]
-
-    def by(self, name: str) -> dict[Any, list[LayerReport]]:
-        """The solved layers by a field: `kind` or `block`."""
-        found: dict[Any, list[LayerReport]] = {}
-        for layer in self.solved:
-            found.setdefault(getattr(layer, name), []).append(layer)
-        return found
+def open_reports(folders: Sequence[Path]) -> list[Named]:
+    """The reports of folders that `maskopt prune` or `maskopt prune-structured` wrote; ModelError for another
+    folder, or a changed manifest."""
+    reports = [PruneReport.of(read_manifest(x / MANIFEST, smaller=True), x) for x in folders]
+    return list(zip(_distinct_names(folders), reports, strict=True))
 
 
 def write_report(
@@ -105,21 +62,17 @@ def write_report(
     figures: Path | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Write the page, and the figures as files where a folder is named; returns the paths of all files.
+    """Write the page, and its figures into the folder `figures`; the paths of all files.
 
     Args:
         outs: folders that `maskopt prune` wrote, to be compared.
-        evaluation: output of `maskopt eval … --json`.
-        gaps: output of `maskopt bound … --output FILE.jsonl` for the first of them.
+        evaluation, gaps: output of `maskopt eval … --json`, and of `maskopt bound … --output FILE.jsonl`.
         picture: name of the tensor whose mask is shown; default: the first one of the first folder.
-
-    Raises:
-        MaskoptError: a file that is none of these, or that must not be replaced; matplotlib is missing.
     """
     check_writable(path, overwrite=overwrite, evaluation=evaluation, gaps=gaps)
-    pruned = Pruned.open_all(outs)
+    pruned = open_reports(outs)
     tables = [] if evaluation is None else [_perplexities(_records(evaluation, whole=True))]
-    last = [] if gaps is None else [_gaps(gaps, pruned[0])]
+    last = [] if gaps is None else [_gaps(gaps, outs[0])]
     parts = report_parts(pruned, tables=tables, after=last, picture=picture)
     files = []
     if figures is not None:
@@ -130,12 +83,12 @@ def write_report(
             check_writable(file, overwrite=overwrite)
         with plain_errors(figures):
             files = [file for part in drawn for file in part.save(figures)]
-    write_page(path, "What maskopt pruned: " + ", ".join(one.name for one in pruned), parts)
+    write_page(path, "What maskopt pruned: " + ", ".join(name for name, _ in pruned), parts)
     return [path, *files]
 
 
 def report_parts(
-    pruned: Sequence[Pruned],
+    pruned: Sequence[Named],
     *,
     tables: Sequence[Table] = (),
     after: Sequence[Table] = (),
@@ -147,27 +100,29 @@ def report_parts(
         tables: of perplexities, for the place above the summary.
         after: for the place below the tables of layers.
     """
-    solved = [one for one in pruned if one.solved]
+    reports = [report for _, report in pruned]
+    solved = [(name, report) for name, report in pruned if report.solved]
+    again = [command_again(x.kind, x.fingerprint, x.output or "OUT") for x in reports]
     return [
-        *(f"{x.folder}: {what_was_done(x.fingerprint, x.layers, x.sparsity)}" for x in pruned),
+        *(f"{x.output}: {x.sentence()}" for x in reports),
         *tables,
         summary(pruned),
         *([errors_by_block(pruned)] if solved else []),
-        *(kinds_table(one) for one in solved),
+        *(kinds_table(*one) for one in solved),
         *(
-            improvements(one, i)
+            improvements(*one, i)
             for i, one in enumerate(pruned, 1)
-            if any(layer.improvement_quantiles is not None for layer in one.solved)
+            if any(layer.improvement_quantiles is not None for layer in one[1].solved)
         ),
-        *(trained_table(one) for one in pruned if one.parts or one.distillation),
+        *(trained_table(*one) for one in pruned if one[1].parts or one[1].distillation),
         *after,
-        *([mask_picture(pruned[0], picture)] if pruned[0].has_masks or picture else []),
+        *([mask_picture(reports[0], picture)] if reports[0].kind == PRUNE or picture else []),
         Heading("The same once more"),
-        *(Command("\n".join(command_again(one.fingerprint, one.folder))) for one in pruned),
+        *(Command("\n".join(lines)) for lines in again),
     ]
 
 
-def summary(pruned: Sequence[Pruned]) -> Table:
+def summary(pruned: Sequence[Named]) -> Table:
     """A line for every folder."""
     table = Table(
         "In short",
@@ -178,16 +133,16 @@ def summary(pruned: Sequence[Pruned]) -> Table:
         "Wanda: the sum of errors over that of Wanda's masks at the same sparsity, with unchanged weights; "
         "proven: rows whose mask is proven optimal, or 1-swap optimal; memory: of the process, at the peak.",
     )  # fmt: skip
-    for one in pruned:
+    for name, one in pruned:
         layers, peak = one.solved, one.memory.get("process")
         proven = proven_share(layers)
         table.add(
-            one.name,
+            name,
             str(one.fingerprint["options"].get("solver", "–")),
             f"{one.sparsity:.1%}",
-            number(_mean([x.relative for x in layers])),
+            number(mean_error(layers)),
             number(ratio_to_wanda(layers)),
-            number(_held(layers)),
+            number(mean_held_error(layers)),
             f"{sum(layer.rows for layer in layers):,}",
             "–" if proven is None else f"{proven:.0%}",
             _time(sum(layer.seconds for layer in one.layers)),
@@ -196,21 +151,21 @@ def summary(pruned: Sequence[Pruned]) -> Table:
     return table
 
 
-def kinds_table(one: Pruned) -> Table:
+def kinds_table(name: str, one: PruneReport) -> Table:
     """A line for every kind of layer."""
     table = Table(
-        f"Kinds of layers, {one.name}",
+        f"Kinds of layers, {name}",
         ("layers", "Wanda", "error", "held out", "pruned", "swaps a row", "scans a row", "solving"),
         note="Means over the layers of a kind; errors: relative squared errors of their outputs.",
     )
-    for kind, layers in one.by("kind").items():
+    for kind, layers in grouped(one.solved, "kind").items():
         rows = sum(layer.rows for layer in layers)
-        counts = [[getattr(layer, name) for layer in layers] for name in ("swaps", "scans")]
+        counts = [[getattr(layer, x) for layer in layers] for x in ("swaps", "scans")]
         table.add(
             short(kind),
             number(_wanda(layers)),
-            number(_mean([layer.relative for layer in layers])),
-            number(_held(layers)),
+            number(mean_error(layers)),
+            number(mean_held_error(layers)),
             f"{sum(x.pruned for x in layers) / sum(x.rows * x.n for x in layers):.1%}",
             *("–" if None in found else number(sum(found) / rows) for found in counts),
             _time(sum(layer.seconds for layer in layers)),
@@ -218,16 +173,16 @@ def kinds_table(one: Pruned) -> Table:
     return table
 
 
-def errors_by_block(pruned: Sequence[Pruned]) -> Figure:
+def errors_by_block(pruned: Sequence[Named]) -> Figure:
     """Mean error of a block's layers, along the model: Wanda's masks, result, and on held-out windows."""
     series: dict[str, dict[int, float]] = {}
-    for one in pruned:
-        name = f"{one.name}: " if len(pruned) > 1 else ""
-        blocks = one.by("block")
+    for title, one in pruned:
+        name = f"{title}: " if len(pruned) > 1 else ""
+        blocks = grouped(one.solved, "block")
         lines = {
             "Wanda": {b: _wanda(layers) for b, layers in blocks.items()} if not name else {},
-            "result": {b: _mean([x.relative for x in layers]) for b, layers in blocks.items()},
-            "held out": {b: _held(layers, every=True) for b, layers in blocks.items()},
+            "result": {b: mean_error(layers) for b, layers in blocks.items()},
+            "held out": {b: _held(layers) for b, layers in blocks.items()},
         }
         for kind, values in lines.items():
             known = {block: value for block, value in values.items() if value is not None}
@@ -257,10 +212,10 @@ def errors_by_block(pruned: Sequence[Pruned]) -> Figure:
     return Figure("errors", "Errors along the model", words, draw, numbers)
 
 
-def improvements(one: Pruned, index: int) -> Figure:
+def improvements(title: str, one: PruneReport, index: int) -> Figure:
     """Reduction of the rows' errors from the start, by kind of layer; `index` is for the figure's name."""
     names, boxes = [], []
-    for kind, layers in one.by("kind").items():
+    for kind, layers in grouped(one.solved, "kind").items():
         known = [x.improvement_quantiles for x in layers if x.improvement_quantiles is not None]
         if known:
             names.append(short(kind))
@@ -285,13 +240,13 @@ def improvements(one: Pruned, index: int) -> Figure:
         "Reduction of the objective from the solver's start, by rows of each kind of layer. The line is the "
         "median, the box holds eight rows of ten, the whiskers all; means over the layers."
     )
-    return Figure(f"improvements-{index}", f"Rows, {one.name}", words, draw, numbers)
+    return Figure(f"improvements-{index}", f"Rows, {title}", words, draw, numbers)
 
 
-def trained_table(one: Pruned) -> Table:
+def trained_table(name: str, one: PruneReport) -> Table:
     """Losses of trained parts, before and after."""
     table = Table(
-        f"Trained weights, {one.name}",
+        f"Trained weights, {name}",
         (
             "part",
             "parts",
@@ -309,11 +264,11 @@ def trained_table(one: Pruned) -> Table:
     for part in one.parts:
         parts.setdefault(part.part or "block", []).append(part)
     losses = ("fitted_before", "fitted_after", "held_before", "held_after")
-    for name, some in parts.items():
+    for part_name, some in parts.items():
         table.add(
-            name,
+            part_name,
             str(len(some)),
-            *(number(_mean([getattr(part, loss) for part in some])) for loss in losses),
+            *(number(statistics.fmean(getattr(part, loss) for part in some)) for loss in losses),
             str(sum(part.epoch == 0 for part in some)),
             _time(sum(part.seconds for part in some)),
         )
@@ -323,14 +278,15 @@ def trained_table(one: Pruned) -> Table:
     return table
 
 
-def mask_picture(one: Pruned, tensor: str | None) -> MaskPicture:
+def mask_picture(one: PruneReport, tensor: str | None) -> MaskPicture:
     """Raises OptionError: no mask is called so."""
-    if not one.has_masks:
-        raise OptionError(f"`picture`: {one.folder} was made smaller, and has no masks")
-    masks = MaskFile(one.folder / MASKS)
+    assert one.output is not None
+    if one.kind != PRUNE:
+        raise OptionError(f"`picture`: {one.output} was made smaller, and has no masks")
+    masks = MaskFile(one.output / MASKS)
     name = tensor or masks.names[0]
     if name not in masks:
-        raise OptionError(f"`picture` {name!r}: {one.folder} has no mask of such a tensor")
+        raise OptionError(f"`picture` {name!r}: {one.output} has no mask of such a tensor")
     return MaskPicture(name, masks.read(name).rows())
 
 
@@ -371,7 +327,7 @@ def _perplexities(records: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def _gaps(path: Path, one: Pruned) -> Table:
+def _gaps(path: Path, folder: Path) -> Table:
     """Raises OptionError: no records of gaps, or those of another model."""
     table = Table(
         "How far from the best possible",
@@ -389,9 +345,9 @@ def _gaps(path: Path, one: Pruned) -> Table:
         raise OptionError(
             "`gaps`: is not what `maskopt bound --output FILE.jsonl` writes"
         ) from None
-    if models - {one.digest}:
+    if models - {result_digest(read_manifest(folder / MANIFEST, smaller=True))}:
         raise OptionError(
-            f"`gaps`: {path} is of another model than {one.folder}; run `maskopt bound` on that folder"
+            f"`gaps`: {path} is of another model than {folder}; run `maskopt bound` on that folder"
         )
     for kind, found in kinds.items():
         median, worst = statistics.median(found), max(found)
@@ -420,17 +376,13 @@ def _records(path: Path, *, whole: bool) -> list[Mapping[str, Any]]:
 def _wanda(layers: Sequence[LayerReport]) -> float | None:
     """Mean relative error of Wanda's masks, where all are known."""
     known = [x.error_wanda / x.energy for x in layers if x.error_wanda is not None and x.energy]
-    return _mean(known) if len(known) == len(layers) else None
+    return statistics.fmean(known) if known and len(known) == len(layers) else None
 
 
-def _held(layers: Sequence[LayerReport], *, every: bool = False) -> float | None:
-    """Mean relative error on held-out windows, of the layers that have one; `every`: where all have."""
-    held = [x.relative_held for x in layers if x.relative_held is not None]
-    return None if every and len(held) < len(layers) else _mean(held)
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _held(layers: Sequence[LayerReport]) -> float | None:
+    """Mean relative error on held-out windows, where all layers have one."""
+    known = all(layer.relative_held is not None for layer in layers)
+    return mean_held_error(layers) if known else None
 
 
 def _time(seconds: float) -> str:

@@ -29,12 +29,17 @@ from generalisation_columns import TITLES
 from machine import machine
 
 from maskopt.demo.model import MODELS, demo_model
-from maskopt.models.checkpoints.report import proven_share, ratio_to_wanda
+from maskopt.models.checkpoints.report import (
+    PruneReport,
+    proven_share,
+    ratio_to_wanda,
+    read_manifest,
+    result_digest,
+)
 from maskopt.models.checkpoints.workspace import MANIFEST, unfinished
 from maskopt.models.evaluation.evaluate import evaluate
 from maskopt.models.options.prune import RECIPES
 from maskopt.models.options.walk import WalkOptions
-from maskopt.report.prune_page import Pruned
 
 SPARSITIES = ("50%", "60%", "70%", "2:4")
 CELLS = [f"{m}/{recipe}/{s}" for m in MODELS for recipe in RECIPES for s in SPARSITIES]
@@ -88,7 +93,8 @@ def measure(args: argparse.Namespace, cell: str) -> dict[str, Any]:
             raise SystemExit(f"{cell}: the command failed or was interrupted; start again")
     walk = WalkOptions(seq_len=512)
     first, other = evaluate([dense, out], args.text, walk, windows=args.windows)
-    change, pruned = other.change, Pruned.open(out, cell)
+    manifest = read_manifest(out / MANIFEST)
+    change, pruned = other.change, PruneReport.of(manifest, out)
     assert change is not None
     found = {
         "perplexity": other.perplexity.value,
@@ -100,7 +106,7 @@ def measure(args: argparse.Namespace, cell: str) -> dict[str, Any]:
         "minutes": spent["cpu"] / 60,
         "wall": spent["wall"] / 60,
         "peak": spent["peak"],
-        "digest": pruned.digest,
+        "digest": result_digest(manifest),
         "machine": machine(),
     }
     shutil.rmtree(out)

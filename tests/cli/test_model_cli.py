@@ -398,7 +398,7 @@ def test_a_manifest_repeats_its_run(options, given, dense_folder, data, tmp_path
     run(*given("--config", tmp_path / "out" / MANIFEST, out="again"))
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
     manifest = read_manifest(tmp_path / "out" / MANIFEST)
-    by_file, *rest = command_again(manifest["fingerprint"], tmp_path / "out")
+    by_file, *rest = command_again("prune", manifest["fingerprint"], tmp_path / "out")
     assert "--config" in by_file
     # counts of all layers are too long for a line
     assert bool(rest) == ("--allocation" not in options)
@@ -414,8 +414,8 @@ def test_a_precision_is_repeated_unless_it_goes_without_saying():
         said = None if (device, dtype) == ("cpu", "float32") else dtype
         found = {"options": {"channels": 0.25}, "calibration": text}
         found |= {"device": device, "dtype": dtype}
-        assert options_again(found, "out").get("dtype") == said
-        assert ("--dtype" in command_again(found, "out")[1]) == (said is not None)
+        assert options_again("structures", found, "out").get("dtype") == said
+        assert ("--dtype" in command_again("structures", found, "out")[1]) == (said is not None)
 
 
 option = functools.partial(edit, "fingerprint", "options")

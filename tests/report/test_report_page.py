@@ -25,7 +25,7 @@ from maskopt.errors import ModelError, OptionError
 from maskopt.experiments.compare import Record
 from maskopt.models.checkpoints.report import LayerReport, PruneReport
 from maskopt.report.page import write_page
-from maskopt.report.prune_page import Pruned, summary
+from maskopt.report.prune_page import open_reports, summary
 from maskopt.report.table import Table, number
 
 OPTIONS = {"sparsity": 0.5, "min_tokens": 1, "holdout": 0.25}
@@ -88,9 +88,9 @@ def test_everything_is_on_one_page(home, tmp_path):
     assert len(re.findall(r"<img [^>]*alt=\"Mask of [^\"]+\"", found)) == 1
     names = sorted(file.name for file in (tmp_path / "figures").iterdir())
     assert names == ["errors.png", "errors.svg", "improvements-1.png", "improvements-1.svg"]
-    # of folders of earlier versions the memory is not known
-    forge_manifest(old := copied(home / "OUT", tmp_path), lambda manifest: manifest.pop("memory"))
-    assert summary(Pruned.open_all([old])).rows[0][-1] == "–"
+    # where the system has no /proc the memory is not known
+    forge_manifest(old := copied(home / "OUT", tmp_path), lambda m: m.update(memory={}))
+    assert summary(open_reports([old])).rows[0][-1] == "–"
 
 
 def unique_ids(found):
@@ -153,8 +153,8 @@ def test_what_has_no_start_or_too_few_tokens_is_left_out(home, tmp_path):
     prune(home / "dense", out, tokens(2))
     prune(home / "dense", few, tokens(2), solver="swap", min_tokens=999)
     assert ("Rows, out" in page(tmp_path, out), "In short" in page(tmp_path, few)) == (False, True)
-    assert summary([Pruned.open(out, "out")]).rows[0][4] == "1"
-    assert summary([Pruned.open(few, "few")]).rows[0][3:6] == ("–",) * 3
+    assert summary(open_reports([out])).rows[0][4] == "1"
+    assert summary(open_reports([few])).rows[0][3:6] == ("–",) * 3
 
 
 REFUSED = {

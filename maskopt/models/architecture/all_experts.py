@@ -19,12 +19,8 @@ from maskopt.models.architecture.blocks import Layer, is_experts
 def experts_see_all(
     block: nn.Module, prefix: str, layers: Sequence[Layer], local: threading.local
 ) -> Iterator[None]:
-    """Before experts run as routed, run all of them on all tokens; observe only that. `local.watch` is the
-    `Watch` of the pass on this thread.
-
-    Raises:
-        ModelError: experts that are not given a routing which could be replaced.
-    """
+    """Before experts run as routed, run all of them on all tokens; `local.watch` of the thread observes only
+    that. Raises ModelError for experts that are not given a routing which could be replaced."""
     handles = []
 
     def names(path: str) -> frozenset[str]:

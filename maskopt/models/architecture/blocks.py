@@ -25,11 +25,9 @@ class Layer:
     """One prunable matrix.
 
     Attributes:
-        name: what messages, patterns and reports call it.
-        block: index of the decoder block that it is in.
+        block: index of its decoder block.
         kind: the name inside the block, numbers as stars: `self_attn.q_proj`, `mlp.experts.*.w1`.
         parent: the name without its last part: layers of one parent may share their inputs.
-        parameter: the parameter's name in the model.
         expert: index along the first axis of a 3-D parameter, or None.
         input_axis: the axis of the stored matrix (without the expert axis) that counts inputs.
         rows, n: outputs and inputs.
@@ -81,8 +79,7 @@ class Blocks:
         return [layer for index in range(len(self)) for layer in self.layers(index)]
 
     def outside(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and parameters of no block that are needed before the first one: all but an output head of
-        its own."""
+        """Names and parameters of no block, without an output head of its own."""
         head = {name for name, _ in self.own_head()}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if not name.startswith(self.name + ".") and name not in head:
@@ -126,13 +123,9 @@ def matrix(model: nn.Module, layer: Layer) -> Float[Tensor, "rows n"]:
 def choose(
     layers: Sequence[Found], include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> list[Found]:
-    """The layers that some `include` pattern matches (all where there is none) and no `exclude`. A pattern is
-    a shell pattern on the whole name or on any run of its dotted parts: `q_proj`, `mlp.*`,
-    `model.layers.0.*`.
-
-    Raises:
-        ModelError: a pattern that matches no layer (near names are given), or nothing is left.
-    """
+    """The layers that some `include` pattern matches (all where there is none) and no `exclude`; patterns
+    are of a whole name or any run of its dotted parts: `q_proj`, `mlp.*`. ModelError where one matches
+    nothing."""
     names = _Names(layer.name for layer in layers)
     for pattern in (*include, *exclude):
         if not names.matched_by([pattern]):
@@ -153,8 +146,7 @@ def choose(
 
 
 class _Names:
-    """Dotted names that shell patterns match, as a whole or by a run of their parts. Patterns without a
-    wildcard are looked up: lists of all names of a model are patterns, too."""
+    """Dotted names that shell patterns match, as a whole or by a run of their parts."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = list(names)
@@ -254,8 +246,7 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def _transposed(module: nn.Module) -> bool:
-    """Are the experts stored [experts, in, out]? By the module's own attribute, or else by its shapes: the
-    outputs of the last matrix are the inputs of the first."""
+    """Are the experts stored [experts, in, out]? By the module's own attribute, or else by shapes."""
     said = getattr(module, "is_transposed", None)
     if said is not None:
         return bool(said)

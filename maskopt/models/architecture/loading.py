@@ -34,8 +34,7 @@ class Loader:
         self._loaded_buffers = False
 
     def load(self, names: Iterable[str], edits: Edits | None = None) -> None:
-        """Bring parameters into memory, after the edits of their tensors; ModelError for a parameter without
-        a tensor, or of another shape."""
+        """Bring parameters into memory, after edits; ModelError for one without a tensor of its shape."""
         wanted = list(names)
         buffers = [] if self._loaded_buffers else [key for key, _ in self.model.named_buffers()]
         self._loaded_buffers = True
@@ -144,14 +143,9 @@ def _unset(dtype: torch.dtype) -> float | int | bool:
 def stored_masks(
     model: nn.Module, masks: Mapping[str, tuple[Layer, Tensor]], loader: Loader | None
 ) -> dict[str, TensorMask]:
-    """Masks of layers [rows, n], by the layer's name, as masks of the checkpoint's tensors.
-
-    Where the checkpoint stores a parameter otherwise (experts one by one), or there is none yet (`loader`
-    None), transformers' own conversion for saving is applied to the mask.
-
-    Raises:
-        ModelError: a parameter that the conversion does not store where it was read from.
-    """
+    """Masks of layers [rows, n], by name, as masks of the checkpoint's tensors, through transformers'
+    conversion for saving where these are others than the parameters, or where there is no checkpoint yet
+    (`loader` None)."""
     result: dict[str, TensorMask] = {}
     axes = {x.parameter: x.input_axis + (x.expert is not None) for x, _ in masks.values()}
     for name, kept in merged(model, masks, True).items():
@@ -168,8 +162,7 @@ def stored_masks(
 def stored_values(
     model: nn.Module, values: Mapping[str, tuple[Layer, Tensor]], loader: Loader
 ) -> dict[str, Tensor]:
-    """New weights of layers [rows, n], in the stored dtype, as those of the checkpoint's tensors: NaN where a
-    tensor holds weights of no such layer. Raises what `stored_masks` raises."""
+    """New weights of layers [rows, n] as tensors of the checkpoint; NaN outside these layers."""
     result: dict[str, Tensor] = {}
     for name, whole in merged(model, values, torch.nan).items():
         result |= _stored(model, name, whole, loader)

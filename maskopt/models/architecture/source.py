@@ -41,11 +41,7 @@ DTYPES = {
 
 
 class Source:
-    """A model that is in memory as a whole; pruning changes it in place.
-
-    Attributes:
-        checkpoint: the folder that it is read from; None where it came in memory.
-    """
+    """A model that is in memory as a whole; `checkpoint`: the folder that it was read from, if any."""
 
     checkpoint: Checkpoint | None = None
 
@@ -66,8 +62,7 @@ class Source:
 
     @contextmanager
     def open(self, index: int, edits: Edits | None = None) -> Iterator[nn.Module]:
-        """Context in which the weights of block `index` are in memory, after `edits` of the checkpoint's
-        tensors; yields the block."""
+        """Context in which a block's weights are in memory, after `edits`; yields the block."""
         if edits is not None:
             raise ModelError("a model in memory cannot be resumed; prune its folder instead")
         block = self.blocks.modules[index]
@@ -77,8 +72,7 @@ class Source:
 
     @contextmanager
     def head(self, like: Source | None = None) -> Iterator[None]:
-        """Context in which all that follows the blocks is in memory. Parameters that equal those of that name
-        of `like`, where they are in memory, are held once."""
+        """Context in which all after the blocks is in memory; parameters equal to those of `like` once."""
         yield
 
     def drop(self) -> None:
@@ -105,8 +99,7 @@ class Source:
 
 
 class FolderSource(Source):
-    """A model folder; only what lies outside the blocks and the open block are in memory. Forward passes run
-    on `device` in `dtype`; the stored weights keep theirs."""
+    """A model folder of which only the open block and what lies outside the blocks are in memory."""
 
     checkpoint: Checkpoint
     model: Any
@@ -238,8 +231,7 @@ def vectors_of(blocks: Blocks, index: int) -> list[str]:
 def skeleton(
     checkpoint: Checkpoint, dtype: torch.dtype | None, *, trust_remote_code: bool = False
 ) -> Any:
-    """The model without any weights, in evaluation mode; ModelError where transformers does not know it, or
-    its configuration is impossible."""
+    """The model without weights, in evaluation mode; ModelError where transformers cannot build it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = checkpoint.folder
@@ -279,8 +271,7 @@ def open_source(
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> Source:
-    """A model as a `Source`; one in memory is put into evaluation mode. Raises ModelError: an unknown device
-    or dtype, no CUDA, or a model that cannot be read."""
+    """A model as a `Source`, in evaluation mode; ModelError for a device, dtype or model of no use."""
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"`dtype` must be auto or one of {', '.join(DTYPES)}, not {dtype!r}")
     if isinstance(model, nn.Module):
@@ -348,8 +339,7 @@ def capped_length(model: nn.Module, seq_len: int) -> int:
 
 @dataclass(frozen=True)
 class MasksAsWeights(Checkpoint):
-    """A checkpoint of which every tensor is its mask, 1 = kept, or 0 where it has none: loaded like the
-    weights, it gives masks in the shape of the model's layers."""
+    """A checkpoint whose tensors are their masks, 1 = kept, and 0 where there is none."""
 
     masks: MaskFile
 

@@ -21,6 +21,17 @@ from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Blocks, Layer
 
 CHANNELS, HEADS = "channels", "heads"
+#: what modules are called that route
+ROUTERS = ("gate", "router")
+#: what configurations call the number of blocks, of experts, and the channels of an MLP
+DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+WIDTHS = ("ffn_dim", "ffn_hidden_size", "intermediate_size")
+#: settings that list indices of blocks; other lists have an entry a block
+BLOCK_INDICES = (
+    *("attn_layer_indices", "cross_attention_layers", "full_attn_idxs", "mlp_only_layers"),
+    "moe_layers",
+)
 #: what consumes channels → what produces them, in one of these forms; fused: one after the other
 _MLPS: Mapping[str, Sequence[tuple[str, ...]]] = {
     "down_proj": (("gate_proj", "up_proj"), ("gate_up_proj",), ("up_proj",)),
@@ -40,12 +51,8 @@ NONE = -1
 
 @dataclass(frozen=True)
 class Cut:
-    """How a parameter is cut along an axis.
-
-    Attributes:
-        parts: (length, width) in order along the axis: structure 0, 1, … of `width` indices each; width 0:
-            stays.
-    """
+    """How a parameter is cut along an axis: `parts` are (length, width) in order along it, structures 0, 1, …
+    of `width` indices each; width 0: stays."""
 
     axis: int
     parts: Sequence[tuple[int, int]]
@@ -76,10 +83,8 @@ class Structures:
     """The channels or the heads of one block.
 
     Attributes:
-        kind: `channels` or `heads`.
         unit: what one is called in messages.
         consumer: the layer whose inputs they are.
-        count: how many there are.
         pattern: which of them may stay.
         cuts: by the parameter's name in the model.
     """
@@ -103,8 +108,7 @@ class Structures:
 
 
 def channels_of(blocks: Blocks, index: int, share: float, round_to: int) -> Structures:
-    """The channels of a block's MLP, of which `share` goes, rounded down so that a multiple of `round_to`
-    stays; ModelError for an unknown MLP, or where nothing would go."""
+    """The channels of a block's MLP; `share` goes, and a multiple of `round_to` stays."""
     consumer, producers = _find(blocks, index, _MLPS, "MLP", CHANNELS)
     n = consumer.n
     kept = -(-(n - Unstructured(sparsity=share).pruned_in(1, n)) // round_to) * round_to
@@ -121,9 +125,7 @@ def channels_of(blocks: Blocks, index: int, share: float, round_to: int) -> Stru
 
 
 def heads_of(blocks: Blocks, index: int, share: float) -> Structures:
-    """The attention heads of a block: whole key–value groups where the share takes at least one of them, else
-    as many query heads of every group. Raises ModelError for an unknown attention, or where nothing would
-    go."""
+    """The heads of a block: whole key–value groups if the share takes one, else heads of every group."""
     consumer, producers = _find(blocks, index, _ATTENTIONS, "attention", HEADS)
     heads, groups, width = attention_of(blocks.model, consumer)
     each = heads // groups
@@ -160,8 +162,7 @@ def _least(groups: int, each: int) -> str:
 
 
 def attention_of(model: nn.Module, consumer: Layer) -> tuple[int, int, int]:
-    """Query heads, key–value heads and width of each; ModelError where the configuration has other numbers
-    than the layer."""
+    """Query heads, key–value heads, width of each; ModelError where they do not fit the layer."""
     text: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     heads = int(getattr(text, "num_attention_heads", 0) or 0)
     groups = int(getattr(text, "num_key_value_heads", None) or heads)

@@ -44,9 +44,7 @@ class Conversion:
     """How the tensors of a checkpoint become the parameters of a model, by transformers' own rules.
 
     Args:
-        model: without weights (`torch.device("meta")`); it remembers the rules that were used, which `revert`
-            undoes.
-        keys: names of the checkpoint's tensors.
+        model: without weights; it remembers the rules that were used, which `revert` undoes.
         place: what messages call the checkpoint.
 
     Attributes:
@@ -117,8 +115,7 @@ class Conversion:
         return [key for first in firsts for key in self._sources[first]]
 
     def load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        """Convert tensors [as stored] into the model's parameters on the device, in its dtype; ModelError for
-        one of another shape than its parameter, or that cannot be converted."""
+        """Convert tensors into the model's parameters on the device; ModelError where one does not fit."""
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 

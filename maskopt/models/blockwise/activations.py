@@ -54,8 +54,7 @@ class Lanes:
         return upload.there
 
     def down(self, state: Tensor, host: Tensor, after: Any | None) -> Any:
-        """Begin to copy a result down, once the event `after` (of a read of the buffer) has happened; returns
-        the event of its arrival."""
+        """Begin to copy a result down after the event `after`; returns the event of its arrival."""
         self._down.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._down):
             if after is not None:
@@ -90,13 +89,9 @@ class Activations:
     """One hidden state per sample, all of one shape, read and overwritten sample by sample.
 
     Args:
-        shape: of one sample, e.g. [1, length, width].
-        folder: None keeps them in memory. Else they lie in a nameless file in that folder, and one sample at
-            a time is mapped.
+        shape: of one sample, e.g. [1, length, width]; `bytes` is its size.
+        folder: of a nameless file of which one sample at a time is mapped; None keeps them in memory.
         lanes: to the device that computes; not used for a file.
-
-    Attributes:
-        bytes: of one sample's state.
     """
 
     def __init__(

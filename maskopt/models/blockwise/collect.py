@@ -39,14 +39,10 @@ class Samples:
     """The windows on their way through the model.
 
     Attributes:
-        states: hidden states in the pruned model.
-        count: number of all windows.
-        source: where the windows came from, in words.
+        states, dense: hidden states in the pruned and in the dense model (None: it does not run).
         active: indices still in use, ascending.
-        bad: those that were left out.
         skip_bad: whether bad ones may be left out; None: not, and no option allows it.
         held: held-out windows, whose inputs are summed separately.
-        dense: hidden states in the dense model, or None.
     """
 
     def __init__(
@@ -89,9 +85,8 @@ class Given:
     """The inputs of layers in one pass of one sample.
 
     Attributes:
-        inputs: [tokens, n] each.
+        inputs, dense: [tokens, n] each, in both models; `dense` is empty where that does not run.
         of: by layer, the place of its input; layers with the very same tensors have the same place.
-        dense: the same inputs in the dense model; empty where that does not run.
         counts: [tokens], weights of the tokens; None: 1.
     """
 
@@ -230,14 +225,8 @@ class Grams:
 
 @dataclass(frozen=True)
 class OpenBlock:
-    """A block whose weights are in memory, and what is needed to run samples through it.
-
-    Attributes:
-        module: the block.
-        name: of the block in the model.
-        calls: arguments of the block, per sample.
-        ranks: the processes that share the samples.
-    """
+    """A block (`module`, called `name`) whose weights are in memory, and the arguments of its `calls` by
+    sample."""
 
     model: nn.Module
     module: nn.Module
@@ -270,8 +259,7 @@ def _observe(
     advance: bool,
     until: str | None = None,
 ) -> _Observed:
-    """One pass of one sample under a watch of its own, `local.watch`; it ends where the layer `until` has its
-    inputs."""
+    """One pass of one sample under its own `local.watch`, up to the inputs of the layer `until`."""
     output = None
     for copy in (False, True):
         watch = local.watch = Watch(weights, copy=copy, until=until)
@@ -294,13 +282,11 @@ def collect(
     tick: Callable[[int], None] = lambda _: None,
 ) -> Grams:
     """Send all samples through a block and sum the Gram matrix of every layer's inputs; ModelError for a
-    sample with NaN or infinite activations (unless those may be left out).
+    sample with NaN or infinite activations.
 
     Args:
-        advance: store the block's outputs as the samples' new states; else passes end where the last layer
-            has its inputs.
-        moved: sum also how inputs differ from those in the dense model, and send the dense hidden states
-            through the block as it is now.
+        advance: store the block's outputs as new states; else passes end where the last layer has its inputs.
+        moved: sum also how inputs differ from those in the dense model, and advance its states.
         all_experts: observe experts on all tokens; the block's output does not change.
         weights: of a sample's tokens [length], called before its state has passed; None: all 1.
     """
@@ -351,8 +337,7 @@ def _gathered(
     observed: Mapping[int, tuple[_Observed, _Observed | None]],
     weights: Callable[[int], Tensor] | None,
 ) -> Iterator[tuple[int, Given, str | None]]:
-    """Every sample of a wave with the inputs of layers and the first layer with NaN, wherever it ran; inputs
-    from another process are in memory one sample at a time."""
+    """Every sample of a wave, the inputs of its layers, and the first layer with NaN."""
     ranks = block.ranks
     own: dict[int, tuple[Given, str | None]] = {}
     for sample, (seen, dense) in observed.items():
@@ -395,8 +380,7 @@ def pass_on(
 
 
 def _last_input(layers: Sequence[Layer], watch: Watch) -> str | None:
-    """The layer whose input is the last that a pass records: the rest need not be computed. None where other
-    samples might call the layers otherwise: experts, and layers in a list."""
+    """The layer whose input a pass records last; None where samples may differ in that."""
     once = all(len(watch.inputs.get(layer.name, ())) == 1 for layer in layers)
     fixed = all(layer.expert is None and "*" not in layer.kind for layer in layers)
     return next(reversed(watch.inputs), None) if once and fixed else None

@@ -58,8 +58,7 @@ class Ranks:
             yield windows[start : start + threads * self.size]
 
     def parts(self, rows: int, order: Sequence[int] | None = None) -> list[slice]:
-        """The rows of a layer for each rank: whole tiles, as evenly as possible. `order`: of the ranks that
-        get the tiles left over."""
+        """Rows of a layer by rank, in whole tiles; the first ranks in `order` get the tiles left over."""
         tiles = -(-rows // ROWS)
         each, more = divmod(tiles, self.size)
         one_more = (order or range(self.size))[:more]
@@ -118,8 +117,7 @@ ALONE = Ranks()
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """The ranks that torchrun started: NCCL between GPUs, gloo between processors. Raises ModelError: they do
-    not find each other, or a GPU is missing."""
+    """The ranks that torchrun started: NCCL between GPUs, gloo between processors."""
     import torch.distributed as dist
 
     # Its functions have the world's group as a default: imported while there is one, as transformers does in

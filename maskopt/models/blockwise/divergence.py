@@ -40,8 +40,7 @@ def divergence(
     found: Float[Tensor, "positions vocabulary"],
     slope: Float[Tensor, "positions vocabulary"] | None = None,
 ) -> Float[Tensor, ""]:
-    """`kl` of p and q, the softmax of these logits; `slope` receives its derivative by the logits of q, q −
-    p."""
+    """`kl` of the softmax of two logits; `slope` receives its derivative by `found`, q − p."""
     step = CACHED if found.device.type == "cpu" else len(found)
     total = found.new_zeros(())
     for start in range(0, len(found), step):
@@ -58,8 +57,7 @@ def divergence(
 def divergence_loss(
     student: Job, dense: Job, states: Callable[[int], Tensor]
 ) -> Iterator[Callable[[int], Float[Tensor, ""]]]:
-    """A function of a window's index: KL(dense ‖ student), mean over its targets. Both models end in the same
-    head, which is in memory meanwhile.
+    """A function of a window: KL(dense ‖ student), mean over its targets, through the head of both in memory.
 
     Args:
         dense: after its whole walk.
@@ -104,8 +102,7 @@ class _Known(torch.autograd.Function):
 
 
 def place(job: Job, variants: int, folder: Path) -> Path | None:
-    """The folder, if the hidden states of so many variants must go to a file there; None: in memory. Raises
-    ModelError where `max_memory` does not allow the rest."""
+    """The folder, if hidden states of so many variants go to a file there; None: in memory."""
     most = job.activation_memory
     if job.options.max_memory is not None:
         load = replace(job.load, variants=variants * job.count)
@@ -132,8 +129,7 @@ class Variant:
 
 
 class Variants(dict[Key, Variant]):
-    """Variants by key, `most` of them at most; their hidden states lie in memory, or in one file in
-    `folder`."""
+    """At most `most` variants by key; hidden states in memory, or in one file in `folder`."""
 
     def __init__(self, job: Job, most: int, folder: Path | None) -> None:
         super().__init__()
@@ -161,8 +157,7 @@ class Variants(dict[Key, Variant]):
 
 
 def through(block: Block, states: States, windows: Sequence[int]) -> None:
-    """The windows of one variant through the block as it is now, in place; ModelError for NaN or infinite
-    activations."""
+    """Send the windows of a variant through the block, in place; ModelError for NaN or infinity."""
     opened = block.opened
     for window, state in opened.threads.each(lambda w: opened.run(w, states), windows):
         if not bool(torch.isfinite(state).all()):
@@ -171,8 +166,7 @@ def through(block: Block, states: States, windows: Sequence[int]) -> None:
 
 
 def divergences(job: Job, held: Mapping[Key, States], every: int = EVERY) -> dict[Key, float]:
-    """KL(model ‖ variant), nats per token, over each `every`th token of every window. `job` is after its
-    whole walk; `held`: the output of the last block, of every variant."""
+    """KL(model ‖ variant), nats per token, over each `every`th token, after the job's whole walk."""
     tokens, device = job.windows.tokens, job.source.device
     some = torch.arange(every - 1, job.windows.length, every)
     if not len(some):

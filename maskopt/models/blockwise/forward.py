@@ -78,12 +78,10 @@ def capture(
     samples: Sequence[int],
     activation_folder: Callable[[int], Path | None] = lambda _: None,
 ) -> Captured:
-    """Run embeddings and everything before the blocks; record how each block is called. No block runs: each
-    is replaced by a recorder that returns its input, so the blocks' weights need not be in memory.
+    """Run all before the blocks, and record how each block is called, without its weights.
 
     Args:
-        tokens: int64 [all samples, length].
-        samples: those of them that run here.
+        tokens: int64 [all samples, length]; `samples` are those that run here.
         activation_folder: given the bytes of their hidden states, where to keep them (None: memory).
     """
     recorders = _Recorders(model, blocks, device)

@@ -56,14 +56,11 @@ class Gradients:
 
 @dataclass(frozen=True)
 class DenseModel:
-    """A model whose blocks are still dense, and windows before the first block.
+    """A model whose blocks are still dense, and `chosen` windows before the first block.
 
     Attributes:
-        chosen: windows that go through, ascending.
-        captured: the calls of the blocks, and the inputs of block 0.
         folder: for files of hidden states; None keeps them in memory.
         tick: called with the number of windows that went one of their `steps`.
-        ranks: the processes that share the windows.
     """
 
     source: Source
@@ -157,8 +154,7 @@ class DenseModel:
     def _backward(
         self, index: int, entered: Activations, gradients: Activations, layers: Sequence[Layer]
     ) -> dict[int, dict[str, Tensor]]:
-        """Replace gradients by a block's outputs by those by its inputs. Returns, by window and layer name,
-        the squares of the gradients by the layers' outputs."""
+        """Replace gradients by outputs by those by inputs; squares by window and layer."""
         calls, device = self.captured.calls[index], self.source.device
         squares: dict[int, dict[str, Tensor]] = {}
         with self.source.open(index) as block:

@@ -57,21 +57,16 @@ def open_job(
     on_progress: OnBlockProgress | None = None,
     ranks: Ranks = ALONE,
 ) -> Job:
-    """A model with windows of text, ready for a walk.
+    """A model with windows of text, ready for a walk; MaskoptError where these or the options cannot be used.
 
     Args:
         model: in memory, or a folder (or a name on the hub).
         text: token windows int64 [samples, length]; or text, see `read_documents`, or with the option `chat`
             conversations, see `read_conversations`; None: for a look at the layers without a walk.
         tokenizer: for text; None takes that of the model's folder.
-        whole: walk through all blocks, and take all of the text in consecutive windows. Else the walk ends at
-            the last block with a chosen layer, and the windows are random crops.
-        limit: of a whole walk: take only the first so many windows.
-        on_progress: called with `BlockProgress`.
+        whole: walk through all blocks with all of the text, in at most `limit` consecutive windows; else up
+            to the last block with a chosen layer, with random crops.
         ranks: the processes that walk together.
-
-    Raises:
-        MaskoptError: model, text or options cannot be used, or not together.
     """
     source = open_source(
         model,
@@ -94,16 +89,13 @@ def open_job(
 
 
 class Job:
-    """A model, the chosen layers, and the windows for its blocks. Leaving its `with` frees what it holds, as
-    does the end of `blocks` without one.
+    """A model, the chosen layers, and the windows for its blocks. Leaving its `with` frees what it holds.
 
     Attributes:
-        layers: the chosen ones, in the order of the model.
         held: indices of the held-out windows.
         last: the block that the walk ends with.
-        threads: number of threads on the CPU; `pool`: those threads, during the walk.
+        pool: the threads on the CPU, during the walk.
         gradients: of the dense model's loss, once a walk that needs them has begun.
-        ranks: the processes that walk together, each with windows of its own.
     """
 
     def __init__(
@@ -180,13 +172,9 @@ class Job:
     def blocks(
         self, finished: Mapping[int, FinishedBlock] | None = None, folder: Path | None = None
     ) -> Iterator[Block]:
-        """Every block up to the last one, with its weights in memory while it is open.
-
-        Args:
-            finished: blocks of an earlier run: they are not yielded, and windows go through them as that run
-                left them.
-            folder: for a file of hidden states, where they take more than `activation_memory`.
-        """
+        """Every block up to the last one, with its weights in memory while it is open; hidden states go to a
+        file in `folder` above `activation_memory`. Windows go through `finished` blocks as an earlier run
+        left them."""
         self._walk = self._blocks(finished or {}, folder or Path(tempfile.gettempdir()))
         return self._walk
 
@@ -229,9 +217,7 @@ class Job:
 
     @contextmanager
     def after_blocks(self, like: Job | None = None) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
-        """After a whole walk: a function of token ids [1, length] and the last block's output for them, [1,
-        length, width], that returns logits [1, length, vocabulary]. The output head is in memory meanwhile,
-        but for what equals that of `like`."""
+        """Context of a function of ids [1, length] and the last output [1, length, width] to logits."""
         assert self._captured is not None
         blocks, outputs = self.source.blocks, self._captured.outputs
         source = None if like is None else like.source
@@ -245,9 +231,7 @@ class Job:
 
     @contextmanager
     def in_memory(self, *, recompute: bool = False) -> Iterator[Callable[[int], Tensor]]:
-        """All of the model in memory, in place of a walk: a function of a window's index that returns the
-        last block's output, [1, length, width]; it can be differentiated by the blocks' parameters, with
-        `recompute` from the inputs of the blocks."""
+        """Context of the whole model: a function of a window to the last block's output, differentiable."""
         with ExitStack() as until_the_end:
             captured = self._start(self._until_exit or until_the_end, Path(tempfile.gettempdir()))
             self.source.load_whole()
@@ -343,13 +327,8 @@ class Job:
 
 
 class Block:
-    """One block of a walk, its weights in memory: changed by the caller, and left by `advance`.
-
-    Attributes:
-        index: of the block in the model.
-        layers: the chosen ones among its layers, in the order of the model.
-        opened: its module, and what is needed to run samples through it.
-    """
+    """One block of a walk, its weights in memory: changed by the caller, and left by `advance`. `layers` are
+    the chosen ones, `opened` is its module with what runs samples through it."""
 
     def __init__(
         self,
@@ -384,9 +363,7 @@ class Block:
         return ticker(self.job.tell, self.index, self.job.last + 1, stage, total)
 
     def grams(self, layers: Sequence[Layer] | None = None) -> Grams:
-        """Gram matrices of the inputs of the layers (all chosen ones) in the block as it is now. With
-        `calibrate_on` dense, the samples move on with the same pass, as long as a following block needs
-        them."""
+        """Gram matrices of the layers' inputs; with `calibrate_on` dense, the samples advance, too."""
         if self.advanced:
             raise RuntimeError(f"the samples have left block {self.index}")
         advance = self.job.options.one_pass and self.job.goes_on(self.index)
@@ -405,9 +382,8 @@ class Block:
         return grams
 
     def rounds(self) -> Iterator[tuple[Sequence[Layer], Grams]]:
-        """The chosen layers with their Gram matrices: all in one round; or, with `true_sequential`, layers
-        that share their inputs in one round, each after the layers of the rounds before were changed. Raises
-        ModelError: a 3-D parameter of which no part was multiplied with any token, so that it holds no
+        """The chosen layers with their Gram matrices, in one round; with `true_sequential`, one per shared
+        inputs, after the layers of earlier rounds were changed. ModelError for a 3-D parameter that holds no
         experts."""
         waiting = list(self.layers)
         while waiting:
@@ -433,8 +409,7 @@ class Block:
                 )
 
     def advance(self, stage: str = "forward") -> None:
-        """Send the samples through the block as it is now; its outputs are the inputs of the next one.
-        Nothing runs where nothing needs them, or where they have moved on already."""
+        """Send the samples on through the block as it is now, where a later block needs them."""
         if not self.dense_advanced:
             self.advance_dense()
         if not self.advanced and self.job.goes_on(self.index):
@@ -451,8 +426,7 @@ class Block:
 
 
 def walk_whole(job: Job, tell: Callable[[int, int], None]) -> None:
-    """Send all windows through all blocks. `tell` is called with (passes done, all of them with one more per
-    window through the output head)."""
+    """Send all windows through all blocks; `tell` is called with passes done, and their number."""
 
     def report(event: BlockProgress) -> None:
         if event.done:
@@ -464,8 +438,7 @@ def walk_whole(job: Job, tell: Callable[[int, int], None]) -> None:
 
 
 def _first_round(layers: Sequence[Layer], grams: Grams) -> tuple[list[Layer], list[Layer]]:
-    """The layers that are called first and share their inputs, all experts of a kind together;
-    and the rest. Layers that were never called come last."""
+    """The layers that are called first with the same inputs, and the rest."""
     by_name = {layer.name: layer for layer in layers}
     called = [by_name[name] for name in grams.leaders if name in by_name]
     if not called:

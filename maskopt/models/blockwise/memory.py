@@ -170,9 +170,9 @@ def autograd_memory(load: Load) -> int:
 
 
 def trained_states(source: Source, layers: Sequence[Layer], how: Reconstruction | None) -> int:
-    """Hidden states of a window that are kept while a block is trained: the targets of each part, and the
-    inputs of one part at a time, or with dense inputs of every one. The walk keeps the inputs of a whole
-    block. A part that is a single layer counts by its shape, in hidden states."""
+    """Hidden states of a window that are kept while a block is trained: targets of each part, and inputs of
+    one part at a time, or of every one where they are dense. A part of one layer counts by its shape, in
+    hidden states."""
     if how is None:
         return 0
     if how.granularity == BLOCK:
@@ -200,8 +200,7 @@ def _of_gradients(load: Load, states: int, inputs: int) -> int:
 
 
 def check_memory(load: Load, max_memory: int) -> int:
-    """The bytes of hidden states in memory with which the peak stays below the limit; ModelError, with the
-    numbers, where it does not fit even with the hidden states in a file."""
+    """Bytes of hidden states that may be in memory under the limit; ModelError where none may."""
     for limit in (load.activation_memory, 0):
         memory = estimate_memory(replace(load, activation_memory=limit))
         if memory.peak <= max_memory:
@@ -222,8 +221,7 @@ def by_block(layers: Sequence[Layer]) -> dict[int, list[Layer]]:
 
 
 def distinct_inputs(layers: Sequence[Layer]) -> list[int]:
-    """Widths of the distinct inputs of a block's layers, by shapes: layers of one module with equal widths
-    (queries, keys, values) share theirs, its last one (the output projection) has its own."""
+    """Widths of the distinct inputs of a block's layers, by their shapes and parents."""
     last = {layer.parent: layer for layer in layers}
     return [n for _, n, _ in {(y.parent, y.n, last[y.parent] is y) for y in layers}]
 

@@ -10,8 +10,7 @@ from maskopt.models.checkpoints.report import LayerReport
 
 @dataclass(frozen=True)
 class BlockProgress:
-    """Reported to `on_progress`: `done` of `total` samples or layers of one stage of one block; in a prune,
-    with the report of a layer that is done."""
+    """`done` of `total` samples or layers of a stage of a block; `layer`: one that is done."""
 
     block: int
     blocks: int

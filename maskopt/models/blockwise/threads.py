@@ -18,8 +18,7 @@ Item = TypeVar("Item")
 
 
 class Threads:
-    """Runs independent pieces of work; results come in the order of the pieces. On the CPU with `count`
-    threads, each with one thread inside torch; on a GPU one piece after the other."""
+    """Runs pieces of work in order: on the CPU on `count` threads, on a GPU one by one."""
 
     def __init__(self, device: torch.device, count: int) -> None:
         self.count = count if device.type == "cpu" else 1
@@ -46,8 +45,7 @@ class Threads:
     def each(
         self, function: Callable[[Item], T], items: Sequence[Item]
     ) -> Iterator[tuple[Item, T]]:
-        """The items with their results, as many at a time as run at once; a result that was taken is not
-        kept."""
+        """The items with their results, several at a time; a result that was taken is freed."""
         for wave in self.waves(items):
             results = self.run([partial(function, item) for item in wave])[::-1]
             for item in wave:

@@ -7,7 +7,7 @@ address. A `WatchGradients` sums gradients by the outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,8 +40,7 @@ class WatchedWeights:
                 self._experts.setdefault(layer.parameter, []).append(layer)
 
     def find(self, weight: Tensor) -> list[tuple[int | None, Layer]]:
-        """The layer whose matrix the tensor is, or all experts of a whole 3-D parameter. The first of each
-        pair says which part of a 3-D input belongs to the layer; None: all."""
+        """Layers whose matrix the tensor is, each with its index in a 3-D input; None: all of it."""
         layer = self._by_address.get(weight.data_ptr())
         if layer is None:
             return []
@@ -53,8 +52,7 @@ class WatchedWeights:
 def _products(
     func: Callable[..., Any], args: tuple[Any, ...]
 ) -> Iterator[tuple[Tensor, Tensor, bool]]:
-    """Of a call that multiplies: inputs [..., n], a tensor that may be a weight, and whether that stands on
-    the left, W xᵀ, so that outputs are transposed."""
+    """Inputs [..., n] of a product, a tensor that may be a weight, and whether that is on the left."""
     places = _PRODUCTS.get(func)
     if places is None or len(args) <= places[1]:
         return
@@ -86,13 +84,7 @@ class Watch(TorchFunctionMode):
         self.muted: frozenset[str] = frozenset()
         self._held: list[tuple[Tensor, int]] = []
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for inputs, weight, _ in _products(func, args):
             self._record(inputs, weight)
         if self.until in self.inputs:
@@ -130,21 +122,14 @@ class Watch(TorchFunctionMode):
 
 
 class WatchGradients(TorchFunctionMode):
-    """Of one forward pass, and the backward pass through it: per layer name, the squares of the gradient by
-    each output, summed over the tokens, float64 [rows]."""
+    """By layer, squares of the loss's gradient by each output, summed over tokens, float64 [rows]."""
 
     def __init__(self, weights: WatchedWeights) -> None:
         super().__init__()
         self.weights = weights
         self.squares: dict[str, Tensor] = {}
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         for _, weight, transposed in _products(func, args):
             layers = self.weights.find(weight)

@@ -22,13 +22,7 @@ from maskopt.models.options.walk import WalkOptions
 
 def tokens_or_tokenizer(given: Any, text: Any, needs: str = "") -> tuple[Any, Any]:
     """(text, tokenizer) from an argument that is either tokens, which are then the text, or a tokenizer.
-
-    Args:
-        needs: what needs a text, in words; empty: there may be none.
-
-    Raises:
-        DataError: tokens and a text. ModelError: neither, where a text is needed.
-    """
+    Raises DataError for tokens and a text, and ModelError for neither where something `needs` a text."""
     if isinstance(given, Tensor | Windows):
         if text is not None:
             raise DataError("there are both tokens and `calibration`; leave one of them out")

@@ -57,17 +57,11 @@ def chat_calibration_windows(
 ) -> Windows:
     """`samples` windows of `seq_len` tokens of conversations in random order, the same for the same seed.
 
-    A window begins with a conversation, and is filled with the next ones; the last one is cut at the end of
-    the window, and its rest is dropped. Once all have been used they are used again, in another order, and
-    the windows' source says so.
-
-    Args:
-        source: a `.jsonl` file, or conversations; see `read_conversations`.
-        tokenizer: of the model, with its chat template.
+    A window begins with a conversation, is filled with the next ones, and cuts the last. Once all have been
+    used they are used again, in another order, as the windows' source says.
 
     Raises:
-        DataError: as `read_conversations`; no chat template, or one that refuses a conversation; less than
-            one window.
+        DataError: as `read_conversations`; no chat template, one that refuses, or less than one window.
     """
     chats = _Chats(read_conversations(source), tokenizer)
     words, generator = _name(source), random.Random(seed)
@@ -89,8 +83,7 @@ def chat_evaluation_windows(
     seq_len: int = 2048,
     limit: int | None = None,
 ) -> Windows:
-    """Windows as for calibration, but of the conversations in their own order, each used once, without a rest
-    that fills no window. `limit` keeps the first so many. Raises DataError as for calibration."""
+    """Windows of the conversations in their own order, each used once; at most `limit` windows."""
     chats = _Chats(read_conversations(source), tokenizer)
     rows = chats.packed(range(len(chats.conversations)), seq_len, limit)
     return Windows(torch.tensor(rows, dtype=torch.int64), _name(source), TEMPLATE)
@@ -163,8 +156,7 @@ class _Chats:
         self._known: dict[int, list[int]] = {}
 
     def packed(self, order: Sequence[int], length: int, limit: int | None) -> list[list[int]]:
-        """The first windows of `length` tokens that the conversations fill in this order; DataError where all
-        of them together do not fill one."""
+        """The first windows that the conversations fill in this order; DataError where they fill none."""
         rows: list[list[int]] = []
         window: list[int] = []
         for index in order:
@@ -208,8 +200,7 @@ class _Chats:
 
 
 def _template(tokenizer: Any) -> str:
-    """The tokenizer's template for conversations, on a fixed day; DataError where it has none, or several
-    without a default."""
+    """The tokenizer's chat template, on a fixed day; DataError where it has no default one."""
     if tokenizer is None:
         raise DataError("conversations need the model's tokenizer; give one, or token tensors")
     if not getattr(tokenizer, "chat_template", None):

@@ -74,8 +74,7 @@ def _read_text(path: Path) -> str:
 
 
 def json_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where, value) of every line of a file of JSON lines that is not blank; `where` names file and line.
-    Raises DataError: no such file, not UTF-8, not JSON, or half a character in its text."""
+    """(place, value) of every line of a file of JSON lines; DataError where it cannot be read."""
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue

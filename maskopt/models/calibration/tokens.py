@@ -23,13 +23,8 @@ JOIN = "\n\n"
 
 @dataclass(frozen=True)
 class Windows:
-    """Token windows of equal length, without padding.
-
-    Attributes:
-        tokens: int64 [samples, length].
-        source: where they came from, in words.
-        beginning: what each of them begins with.
-    """
+    """Token windows of equal length, int64 [samples, length], without padding; `source`: from where, in
+    words."""
 
     tokens: Int[Tensor, "samples length"]
     source: str

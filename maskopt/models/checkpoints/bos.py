@@ -60,8 +60,7 @@ TEMPLATE = Beginning("template")
 
 
 def beginning_of(tokenizer: Any, bos: str = "auto") -> Beginning:
-    """What windows of this tokenizer begin with; DataError for an unknown word, `always` without a BOS token,
-    or a token outside the vocabulary."""
+    """What windows of this tokenizer begin with; DataError where it has no such token."""
     check_bos(bos)
     if bos == "never":
         return Beginning(bos)

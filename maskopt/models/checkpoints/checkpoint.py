@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,14 +21,11 @@ from maskopt.models.checkpoints.safefile import (
     open_safe,
     write_file,
 )
+from maskopt.models.checkpoints.schema import far_more_than_stored, pairs, plain_name
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_JSON = 256 * 2**20
-#: entries of config.json that count blocks or experts
-_COUNTS = re.compile(r"(.*_)?(n|num)_(.*_)?(layers?|blocks|experts)|(en|de)coder_layers|depth")
-#: so many of them are built in seconds
-_FEW = 1024
 
 
 @dataclass(frozen=True)
@@ -92,7 +88,9 @@ def open_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -> C
     for tensor, name in weight_map.items():
         if where.get(tensor) != name:
             raise ModelError(f"{folder}: {INDEX} says that {tensor!r} is in {name}; it is not")
-    _check_counts(folder, config, [shards[name].entries[key] for key, name in where.items()])
+    entries = [shards[name].entries[key] for key, name in where.items()]
+    if what := far_more_than_stored(config, {x.name: x.shape for x in entries}):
+        raise ModelError(f"{folder / 'config.json'}: {what}")
     return Checkpoint(folder, config, shards, where)
 
 
@@ -123,43 +121,8 @@ def _check_config(folder: Path, config: Any, trust_remote_code: bool) -> None:
             )
 
 
-def _check_counts(folder: Path, config: Any, entries: Iterable[TensorEntry]) -> None:
-    """Raise ModelError for far more blocks or experts than are stored: building such a model takes hours.
-    Some families count a block twice."""
-    blocks, experts, each = set(), set(), 0
-    for entry in entries:
-        numbers = [part for part in entry.name.split(".") if part.isdecimal()]
-        blocks.update(numbers[:1])
-        experts.update(numbers[1:])
-        if len(entry.shape) == 3 and entry.size:
-            each = max(each, entry.shape[0])
-    for key, value in pairs(config):
-        if type(value) is not int or not _COUNTS.fullmatch(key):
-            continue
-        what, stored = "blocks", len(blocks)
-        if "expert" in key:
-            what, stored = "experts", max(len(experts), each)
-        if value > max(2 * stored, _FEW):
-            raise ModelError(
-                f"{folder / 'config.json'}: `{key}` is {value}, and the stored tensors have {stored} {what}; "
-                f"correct `{key}`"
-            )
-
-
-def pairs(value: Any) -> Iterator[tuple[str, Any]]:
-    """Keys and values of all objects inside a JSON value."""
-    waiting = [value]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict):
-            yield from value.items()
-            value = list(value.values())
-        waiting += value if isinstance(value, list) else []
-
-
 def resolve_model(model: str | Path, *, trust_remote_code: bool = False) -> Path:
-    """A local folder unchanged, else a model of the hub, fetched or from its cache: without code, unless that
-    may run, and without weights of other formats."""
+    """A local folder, or a model of the hub, fetched without code unless that may run."""
     name = str(model)
     if not names_hub_model(name):
         return Path(model)
@@ -230,8 +193,7 @@ def damage(folder: Path, digests: Mapping[str, str]) -> str | None:
 
 
 def check_link(file: Path) -> None:
-    """Raise ModelError for a link to no file, or out of the model folder, unless it leads into the hub's blob
-    store (`models--…/snapshots/…` and `models--…/blobs`)."""
+    """Raise ModelError for a link to no file, or out of the folder and the hub's blob store."""
     real, home = Path(os.path.realpath(file)), Path(os.path.realpath(file.parent))
     in_cache = home.parent.name == "snapshots" and home.parent.parent / "blobs" in real.parents
     if not (home in real.parents or in_cache):
@@ -242,17 +204,6 @@ def check_link(file: Path) -> None:
         raise ModelError(
             f"{file}: cannot be read: is a link to {real}, which is no file; put the file itself there"
         )
-
-
-def plain_name(name: Any) -> bool:
-    """Is it a file name without a path, which cannot lead out of a folder?"""
-    return (
-        isinstance(name, str)
-        and 0 < len(name) < 256
-        and name not in (".", "..")
-        and not set(name) & set('/\\:\0*?"<>|')
-        and name.isprintable()
-    )
 
 
 def _shard_names(folder: Path) -> tuple[list[str], dict[str, str]]:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from maskopt.errors import ModelError
-from maskopt.models.checkpoints.checkpoint import plain_name
-from maskopt.models.checkpoints.schema import fits, is_count
+from maskopt.models.checkpoints.schema import fits, is_count, plain_name
 
 #: shapes of records
 _SHAPES = {
@@ -38,14 +37,8 @@ _SHAPES = {
 
 
 class Journal:
-    """The records of a file, and new ones.
-
-    Attributes:
-        header: the run's fingerprint; None in a new journal.
-        blocks: finished blocks by index.
-        shards: digests of finished output shards by name.
-        progress: where unfinished training was last saved; None: nowhere.
-    """
+    """The records of a file, and new ones: the run's fingerprint, finished blocks by index, digests of
+    finished shards, and where unfinished training was last saved."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -58,8 +51,7 @@ class Journal:
                 self._take(record, number)
 
     def begin(self, header: dict[str, Any]) -> None:
-        """Write the header, or compare it with the one that is there; ModelError, which names the
-        differences, where the journal is of another run."""
+        """Write the header; ModelError, which names the differences, where there is another one."""
         if self.header is None:
             self._append({"kind": "header", "header": header})
             self.header = header

@@ -171,8 +171,7 @@ def _digest(name: str, shape: list[int], input_axis: int, packed: np.ndarray) ->
 
 @dataclass(frozen=True)
 class Edits:
-    """Masks, and by tensor the file with its updated weights, in the checkpoint's dtype and shape; NaN: an
-    unchanged weight (experts that were left out, layers pruned by magnitude)."""
+    """Masks, and by tensor the file with its updated weights as stored; NaN: an unchanged weight."""
 
     masks: MaskFile | MaskFiles = field(default_factory=MaskFiles)
     values: Mapping[str, SafeFile] = field(default_factory=dict)

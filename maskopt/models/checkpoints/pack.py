@@ -47,8 +47,7 @@ def pack(
     overwrite: bool = False,
     tick: Callable[[int], None] = lambda _: None,
 ) -> Path:
-    """Write what `maskopt prune` wrote without the zeros; `tick` is called with bytes done. Raises
-    ModelError: no such folder; files that differ from the manifest; pruned weights that are not zero."""
+    """Write a pruned folder without its zeros; `tick` is called with bytes done."""
     checkpoint, target = open_checkpoint(pruned), Path(output)
     check_output(target, overwrite=overwrite, model=checkpoint.folder)
     masks = MaskFile(checkpoint.folder / MASKS)
@@ -100,8 +99,7 @@ def unpack_folder(
 
 
 def load_packed(packed: str | Path, **options: Any) -> Any:
-    """The model of a packed folder; `options` are those of `AutoModelForCausalLM.from_pretrained`. Raises
-    what `unpack_folder` raises."""
+    """The model of a packed folder; `options` as for `AutoModelForCausalLM.from_pretrained`."""
     import tempfile
 
     from transformers import AutoModelForCausalLM
@@ -112,8 +110,7 @@ def load_packed(packed: str | Path, **options: Any) -> Any:
 
 
 def _others(folder: Path, digests: dict[str, str], shards: Collection[str]) -> list[str]:
-    """Names of all other files: those of the manifest, itself and the masks, and side files. Raises
-    ModelError: one is missing, differs from the manifest, or is of a kind that no prune writes."""
+    """Names of all files but shards; ModelError for a missing, changed or unknown one."""
     for name in digests:
         known = is_side_file(name) or name == MASKS or name.endswith((".safetensors", *_SAVED))
         if name.startswith(".") or not known:

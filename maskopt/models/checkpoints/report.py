@@ -15,13 +15,19 @@ from maskopt.core.fields import holds_its_kinds
 from maskopt.core.pattern import pattern_from_dict
 from maskopt.errors import ModelError
 from maskopt.models.checkpoints.bos import Beginning
-from maskopt.models.checkpoints.checkpoint import plain_name, read_json, write_json
+from maskopt.models.checkpoints.checkpoint import read_json, write_json
 from maskopt.models.checkpoints.mask_file import Edits
+from maskopt.models.checkpoints.schema import (
+    BLOCKS,
+    KINDS,
+    MANIFEST_FORMAT,
+    PRUNE,
+    has_keys_of_its_kind,
+    plain_name,
+)
+from maskopt.models.checkpoints.workspace import MANIFEST
 
 Kind = TypeVar("Kind")
-#: of a prune, and of a model that was made smaller
-MANIFEST_FORMAT, SMALLER_FORMAT = "maskopt-manifest-1", "maskopt-smaller-1"
-_PARTS = {"fingerprint", "layers", "bad_samples", "tensors", "files"}
 
 
 @dataclass(frozen=True)
@@ -140,9 +146,10 @@ class FinishedBlock:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """The result of `prune_model`.
+    """The result of a prune, in memory or read from a folder.
 
     Attributes:
+        kind: one of `KINDS`.
         layers: in the order of the model.
         bad_samples: calibration samples left out for NaN or infinite activations.
         masks: bool [rows, n] by layer name, of a model in memory; a folder has them in a file.
@@ -163,6 +170,16 @@ class PruneReport:
     parts: Sequence[PartReport] = ()
     memory: Mapping[str, int | None] = field(default_factory=dict)
     distillation: Mapping[str, Any] | None = None
+    kind: str = PRUNE
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any], folder: Path, **changes: Any) -> PruneReport:
+        """The report in a folder's manifest; ModelError where its layers or parts are of another form."""
+        names = ("fingerprint", "bad_samples", "memory", "distillation", "kind")
+        how = {"output": folder, **{name: manifest[name] for name in names}, **changes}
+        path = folder / MANIFEST
+        layers, parts = read_layers(manifest["layers"], path), read_parts(manifest["parts"], path)
+        return cls(layers, parts=parts, **how)
 
     @property
     def sparsity(self) -> float:
@@ -179,63 +196,65 @@ class PruneReport:
         """Layers with comparable errors: without those pruned by magnitude."""
         return [layer for layer in self.layers if not layer.fallback]
 
+    def by_kind(self) -> dict[str, list[LayerReport]]:
+        return grouped(self.layers, "kind")
+
     def sentence(self) -> str:
         """What was done, for people."""
-        return what_was_done(self.fingerprint, self.layers, self.sparsity)
-
-    def by_kind(self) -> dict[str, list[LayerReport]]:
-        kinds: dict[str, list[LayerReport]] = {}
-        for layer in self.layers:
-            kinds.setdefault(layer.kind, []).append(layer)
-        return kinds
-
-
-def what_was_done(
-    fingerprint: Mapping[str, Any], layers: Sequence[LayerReport], sparsity: float
-) -> str:
-    """In one or two sentences."""
-    options, text = fingerprint["options"], fingerprint["calibration"]
-    calibrated = (
-        f"Calibrated on {text['samples']} windows of {text['length']} tokens of {text['source']}, "
-        f"{Beginning.from_record(text['beginning'])}."
-    )
-    if "removed" in options:
-        gone = ", ".join(map(str, options["removed"]))
-        return (
-            f"removed {len(options['removed'])} whole blocks, those of index {gone}. {calibrated}"
+        options, text = self.fingerprint["options"], self.fingerprint["calibration"]
+        calibrated = (
+            f"Calibrated on {text['samples']} windows of {text['length']} tokens of {text['source']}, "
+            f"{Beginning.from_record(text['beginning'])}."
         )
-    blocks = len({layer.block for layer in layers})
-    after = {
-        "none": "kept weights are unchanged",
-        "least-squares": "kept weights were updated by least squares",
-        "blockwise": "kept weights were trained towards the dense model's outputs",
-    }[options["update"]]
-    if options.get("distillation"):
-        after += "; then all of them were trained together towards its predictions"
-    smaller = "channels" in options or "experts" in options
-    if smaller:  # `kept 3 of 4 heads and 1536 of 2048 channels`
-        what = "kept " + " and ".join(dict.fromkeys(layer.pattern for layer in layers))
-    else:
-        what = _pruned(options, layers, sparsity)
-    return f"{what} of {blocks} blocks{_pattern(options)}; {after}. {calibrated}"
+        if self.kind == BLOCKS:
+            gone = ", ".join(map(str, options["removed"]))
+            return f"removed {len(options['removed'])} whole blocks, those of index {gone}. {calibrated}"
+        blocks = len({layer.block for layer in self.layers})
+        after = {
+            "none": "kept weights are unchanged",
+            "least-squares": "kept weights were updated by least squares",
+            "blockwise": "kept weights were trained towards the dense model's outputs",
+        }[options["update"]]
+        if options.get("distillation"):
+            after += "; then all of them were trained together towards its predictions"
+        if self.kind != PRUNE:  # `kept 3 of 4 heads and 1536 of 2048 channels`
+            what = "kept " + " and ".join(dict.fromkeys(layer.pattern for layer in self.layers))
+            return f"{what} of {blocks} blocks; {after}. {calibrated}"
+        start = f" from {options['start']}" if options.get("start") else ""
+        total = sum(layer.rows * layer.n for layer in self.layers)
+        where = {
+            "uniform": "",
+            "rows": ", rows of a layer may differ",
+            "layers": ", layers may differ",
+            "both": ", layers and their rows may differ",
+        }[options["allocation"]]
+        return (
+            f"{options['solver']}{start} pruned {self.sparsity:.1%} of {total:,} weights in "
+            f"{len(self.layers)} layers of {blocks} blocks (pattern "
+            f"{pattern_from_dict(options['sparsity'])}{where}); {after}. {calibrated}"
+        )
 
 
-def _pruned(options: Mapping[str, Any], layers: Sequence[LayerReport], sparsity: float) -> str:
-    start = f" from {options['start']}" if options.get("start") else ""
-    total = sum(layer.rows * layer.n for layer in layers)
-    return f"{options['solver']}{start} pruned {sparsity:.1%} of {total:,} weights in {len(layers)} layers"
+def grouped(layers: Sequence[LayerReport], name: str) -> dict[Any, list[LayerReport]]:
+    """Layers by the value of a field."""
+    found: dict[Any, list[LayerReport]] = {}
+    for layer in layers:
+        found.setdefault(getattr(layer, name), []).append(layer)
+    return found
 
 
-def _pattern(options: Mapping[str, Any]) -> str:
-    if "sparsity" not in options:
-        return ""
-    where = {
-        "uniform": "",
-        "rows": ", rows of a layer may differ",
-        "layers": ", layers may differ",
-        "both": ", layers and their rows may differ",
-    }
-    return f" (pattern {pattern_from_dict(options['sparsity'])}{where[options['allocation']]})"
+def mean_error(layers: Sequence[LayerReport]) -> float | None:
+    """Mean relative error; None without layers."""
+    return _mean([layer.relative for layer in layers])
+
+
+def mean_held_error(layers: Sequence[LayerReport]) -> float | None:
+    """Mean relative error on held-out windows, of the layers that have one; None without any."""
+    return _mean([x.relative_held for x in layers if x.relative_held is not None])
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def read_layers(records: Any, where: Path) -> list[LayerReport]:
@@ -283,18 +302,17 @@ def write_manifest(
     files: Mapping[str, str],
     *,
     tensors: Mapping[str, Any] | None = None,
-    shrunk: Mapping[str, Any] | None = None,
+    **more: Any,
 ) -> None:
-    """The manifest: what decided the result, layer reports, digests of all files, and of itself.
-
-    `seconds` and `memory` are the only values that differ between two runs of the same fingerprint.
+    """Write the manifest; only `seconds` and `memory` differ between two runs of the same fingerprint.
 
     Args:
         tensors: input axis and pattern of every masked tensor.
-        shrunk: what became of a model that was made smaller.
+        more: `shrunk`, what became of a model that was made smaller.
     """
     manifest = {
-        "format": MANIFEST_FORMAT if shrunk is None else SMALLER_FORMAT,
+        "format": MANIFEST_FORMAT,
+        "kind": report.kind,
         "fingerprint": dict(report.fingerprint),
         "sparsity": report.sparsity,
         "layers": [{**asdict(layer), "sparsity": layer.sparsity} for layer in report.layers],
@@ -306,26 +324,22 @@ def write_manifest(
         "files": dict(sorted(files.items())),
         "seconds": sum(layer.seconds for layer in report.layers),
         "memory": dict(report.memory),
-        **({} if shrunk is None else {"shrunk": dict(shrunk)}),
+        **more,
     }
     manifest["sha256"] = manifest_digest(manifest)
     write_json(path, manifest)
 
 
 def read_manifest(path: Path, *, smaller: bool = False) -> dict[str, Any]:
-    """A manifest; `smaller`: also of a model that was made smaller.
-
-    Raises:
-        ModelError: missing, not a manifest, or changed by its own digest.
-    """
+    """A manifest of a prune, or (`smaller`) of any kind; ModelError where it is missing, none, or changed."""
     manifest = read_json(path, "the folder was not written by maskopt prune")
-    found = manifest.get("format")
-    if found == SMALLER_FORMAT and not smaller:
+    sound = manifest.get("format") == MANIFEST_FORMAT and manifest.get("kind") in KINDS
+    if not sound or not has_keys_of_its_kind(manifest):
+        raise ModelError(f"{path}: not a manifest of format {MANIFEST_FORMAT}")
+    if manifest["kind"] != PRUNE and not smaller:
         raise ModelError(
             f"{path}: the folder was written by maskopt prune-structured, and is a dense model without masks"
         )
-    if found not in (MANIFEST_FORMAT, SMALLER_FORMAT) or not manifest.keys() >= _PARTS:
-        raise ModelError(f"{path}: not a manifest of format {MANIFEST_FORMAT}")
     files = manifest["files"]
     if not isinstance(files, dict) or not all(map(plain_name, files)):
         raise ModelError(f"{path}: not a manifest: `files` must have names without a path")

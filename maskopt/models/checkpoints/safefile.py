@@ -102,8 +102,7 @@ class SafeFile:
 
 
 def open_safe(path: Path) -> SafeFile:
-    """Check a file's header against its size; ModelError for a file that is missing, unreadable, truncated,
-    or not safetensors."""
+    """The header of a file, checked against its size; ModelError where it is not safetensors."""
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(8)
@@ -187,8 +186,7 @@ def bytes_of(tensor: Tensor) -> np.ndarray:
 
 
 def open_file(path: Path) -> IO[bytes]:
-    """A regular file for reading, not a pipe or a device; ModelError for another one, or one that cannot be
-    read."""
+    """A regular file for reading; ModelError for a pipe, a device, or a file that cannot be read."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ModelError(f"{path}: not a regular file")

@@ -20,8 +20,9 @@ from filelock import FileLock, Timeout
 
 from maskopt.core.files import NO_SPACE, same_file
 from maskopt.errors import ModelError
-from maskopt.models.checkpoints.checkpoint import plain_name, write_json
+from maskopt.models.checkpoints.checkpoint import write_json
 from maskopt.models.checkpoints.safefile import write_file
+from maskopt.models.checkpoints.schema import plain_name
 
 HIDDEN = ".maskopt"
 JOURNAL = "journal.jsonl"
@@ -37,8 +38,7 @@ CARD = "README.md"
 
 
 class Workspace:
-    """An output folder. `keep` leaves the hidden folder after an error, so that the run can resume; `moving`:
-    files are being moved from `staging` into `output`."""
+    """An output folder; `keep` keeps the hidden folder after an error, `moving`: a commit has begun."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
@@ -54,12 +54,8 @@ class Workspace:
 
     def commit(self) -> None:
         """Move the staged files into the output folder, remove those of an earlier result, and move the
-        manifest last. The list of files is on disk first, so that a run that resumes finishes an interrupted
-        commit.
-
-        Raises:
-            ModelError: a file of that name appeared in the output folder during the run.
-        """
+        manifest last. A list of files is on disk first, so that a resumed run finishes an interrupted
+        commit."""
         earlier = set(_names(self.hidden / _EARLIER))
         mark = self.hidden / _COMMITTED
         names = _names(mark) or sorted(file.name for file in self.staging.iterdir())
@@ -85,8 +81,7 @@ class Workspace:
                 os.close(handle)
 
     def remove(self) -> None:
-        """Remove the hidden folder, by a rename first, so that a killed process leaves nothing that looks
-        like an unfinished run."""
+        """Remove the hidden folder, by a rename first: a killed process leaves no unfinished run."""
         gone = self.output / GONE
         shutil.rmtree(gone, ignore_errors=True)
         os.replace(self.hidden, gone)
@@ -95,8 +90,7 @@ class Workspace:
 
 @contextmanager
 def open_workspace(output: Path, *, overwrite: bool, resume: bool = False) -> Iterator[Workspace]:
-    """Lock an output folder for one process. Raises ModelError: `check_output` refuses it, it cannot be
-    written, another process is at work in it, or the disk fills up."""
+    """Lock an output folder for one process; ModelError where it cannot be used or written."""
     work = Workspace(output)
     work.keep = resume
     check_output(output, overwrite=overwrite, resume=resume)
@@ -178,12 +172,8 @@ def check_output(
     own: Collection[str] = (),
     **inputs: Any,
 ) -> None:
-    """Check an output folder before any work.
-
-    Args:
-        complete: the file that a finished run leaves.
-        own: further names that belong to the result.
-        inputs: of the run, see `check_inputs`.
+    """Check an output folder before any work: `complete` is the file that a finished run leaves, `own` are
+    further names of the result, `inputs` as for `check_inputs`.
 
     Raises:
         ModelError: no folder, the current or the home folder, one that overlaps with an input, holds other
@@ -231,8 +221,7 @@ def _in_the_way(output: Path, names: Collection[str]) -> ModelError:
 
 
 def check_inputs(output: Path, **inputs: Any) -> None:
-    """Refuse an output folder that is an input, lies in one, holds one, or shares a file with one, by device
-    and inode. `inputs` are named as in messages; only paths count."""
+    """Refuse an output folder that overlaps with an input, or shares a file with it."""
     there = _files(output)
     for what, given in inputs.items():
         if not isinstance(given, str | Path) or not os.path.exists(given):

@@ -25,7 +25,6 @@ from maskopt.models.checkpoints.checkpoint import (
     Checkpoint,
     check_link,
     file_digest,
-    plain_name,
     read_json,
 )
 from maskopt.models.checkpoints.mask_file import Edits, MaskFile
@@ -38,6 +37,7 @@ from maskopt.models.checkpoints.safefile import (
     safe_header,
     write_file,
 )
+from maskopt.models.checkpoints.schema import plain_name
 
 #: what is copied along with the weights; code is not
 SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
@@ -108,8 +108,7 @@ def write_shard(
 
 
 def side_files(folder: Path, shards: Container[str]) -> list[str]:
-    """Names of the files that are copied in addition to the `shards`: configuration, tokenizer, licence.
-    Raises ModelError for a link whose content cannot be copied."""
+    """Names of configuration, tokenizer and licence files; ModelError for a link out of the folder."""
     names = []
     for file in sorted(folder.iterdir()):
         if file.name.startswith(NOT_COPIED) or not is_side_file(file.name):

@@ -17,16 +17,10 @@ from maskopt.models.blockwise.job import Job, open_job
 from maskopt.models.blockwise.memory import check_memory
 from maskopt.models.blockwise.windows import check_targets, held_out, tokens_or_tokenizer
 from maskopt.models.checkpoints.checkpoint import Checkpoint, file_digest, write_json
-from maskopt.models.checkpoints.mask_file import Edits, MaskFile
+from maskopt.models.checkpoints.mask_file import MaskFile
 from maskopt.models.checkpoints.safefile import write_file
 from maskopt.models.checkpoints.workspace import CARD, MASKS, Workspace
-from maskopt.models.checkpoints.write import (
-    check_masks,
-    copy_file,
-    copy_side_files,
-    disk_needed,
-    write_shard,
-)
+from maskopt.models.checkpoints.write import check_masks, copy_file, copy_side_files, disk_needed
 from maskopt.models.options.distill import DistillOptions
 from maskopt.models.options.walk import options_by_name
 from maskopt.models.pruning.run import Run, fingerprint_of
@@ -50,9 +44,7 @@ holds the zeros of both against each other.
 
 @dataclass(frozen=True)
 class Distilled(Trained):
-    """The result of `distill_model`. Losses are KL(dense ‖ pruned) of the next token, nats, means over
-    targets: of the held-out windows, and of as many fitted ones. `seconds` is 0 where all was done
-    already."""
+    """The result of `distill_model`; losses are KL(dense ‖ pruned) of the next token, nats."""
 
     seconds: float
     output: Path
@@ -73,18 +65,14 @@ def distill_model(
 ) -> Distilled:
     """Train a pruned folder's kept weights until the model predicts what the dense one predicts.
 
-    The pruned model, its gradients and the optimiser's moments are in memory as a whole, in float32: 33 bytes
-    a weight of the layers with masks on one thread, 4 more on each other one, and the window that autograd
-    keeps on every thread. The dense model is read block by block.
+    The pruned model is in memory as a whole: 33 bytes a weight of the layers with masks, 4 more per further
+    thread, and what autograd keeps of a window per thread. The dense model is read block by block.
 
     Args:
         pruned: the folder that `maskopt prune` wrote; it is not changed.
         teacher: the dense model's folder, or its name on the hub.
-        tokenizer_or_tokens: as for `prune_model`.
-        calibration: as for `prune_model`.
-        options: how to train.
-        output: folder of the result: a copy of `pruned` with updated kept weights, and the record
-            `maskopt-distill.json`.
+        tokenizer_or_tokens, calibration: as for `prune_model`.
+        output: folder for a copy of `pruned` with updated kept weights and `maskopt-distill.json`.
         resume: go on with an interrupted run of the same options, from its last save (`save_every`).
         on_progress: called with the name of a stage, how much of it is done, and of how much.
         shorthand: single options by name, with or without `options`: `epochs=2, samples=64`.
@@ -122,9 +110,9 @@ def distill_model(
     needed = disk_needed(source.checkpoint) + disk_of_training(weights, options)
     remedy = "; `save_every` 0 takes less, and cannot be resumed"
     with run.opened(needed, fingerprint, remedy) as work:
-        trained, edits = train_whole(student, dense, options, work, run.journal, tell)
-        run.check_models()
-        _write(source.checkpoint, masks, edits, trained, fingerprint, work)
+        how = (work, run.journal, run.check_models, tell)
+        trained, files = train_whole(student, dense, options, *how)
+        _write(source.checkpoint, masks, files, trained, fingerprint, work)
     return Distilled(**vars(trained), seconds=time.perf_counter() - began, output=run.output)
 
 
@@ -142,16 +130,13 @@ def _trained(run: Run, record: Mapping[str, Any]) -> Trained:
 def _write(
     checkpoint: Checkpoint,
     masks: MaskFile,
-    edits: Edits,
+    files: dict[str, str],
     trained: Trained,
     fingerprint: Mapping[str, Any],
     work: Workspace,
 ) -> None:
-    """Write the pruned folder with its edits, and move it into view."""
+    """Write the rest of the folder whose shards are `files`, and move it into view."""
     staging = work.staging
-    files = {
-        shard: write_shard(checkpoint, shard, staging / shard, edits) for shard in checkpoint.shards
-    }
     copy_side_files(checkpoint, staging)
     copy_file(masks.path, staging / MASKS)
     card = staging / CARD
@@ -160,15 +145,7 @@ def _write(
     after = before if _NOTE.strip() in before else before.rstrip() + _NOTE
     write_file(card, [after.encode()])
     files |= {f.name: file_digest(f) for f in staging.iterdir() if f.name not in files}
-    record = {
-        "format": FORMAT,
-        "fingerprint": fingerprint,
-        "before": trained.before._asdict(),
-        "after": trained.after._asdict(),
-        "epoch": trained.epoch,
-        "diverged": trained.diverged,
-        "files": files,
-    }
+    record = {"format": FORMAT, "fingerprint": fingerprint, **trained.record(), "files": files}
     write_json(staging / RECORD, record)
     work.commit()
 

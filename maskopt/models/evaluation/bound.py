@@ -124,17 +124,13 @@ def certify_model(
     on_rows: OnRows = lambda done, name: None,
     **shorthand: Any,
 ) -> list[GapRecord]:
-    """The certified gap of sampled full-width rows of a pruned model.
-
-    Weights are those of `model`, masks those of `pruned` (what `maskopt prune` wrote), Gram matrices those of
-    each layer's inputs in the pruned model, on the given text: no other mask can lower the error there by
-    more than the gap.
+    """The certified gap of sampled full-width rows of a pruned model: no other mask can lower the error on
+    the given text by more, with the weights of `model` and the layers' inputs in `pruned`.
 
     Args:
         rows_per_layer: sampled from each layer, by the `seed`.
         layers: the same as `include`, among the pruned layers; all of them by default.
-        method: as for `lower_bound`.
-        method_options: its options.
+        method, method_options: as for `lower_bound`.
         jobs: as for `bound_layers`.
         shorthand: options of the walk by name, as for `collect_problems`: `samples`, `seed`, …
 
@@ -204,12 +200,8 @@ class _How:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of one layer that are bounded together, with their masks.
-
-    Attributes:
-        chosen: their indices in the layer.
-        keys: the identities of their records.
-    """
+    """Rows of one layer that are bounded together, with masks, indices in the layer, and keys of their
+    records."""
 
     how: _How
     problem: LayerProblem
@@ -241,8 +233,7 @@ class _Rows:
                 yield rows, solution
 
     def calls(self, finished: Container[str], *, apart: bool) -> list[Any]:
-        """Jobs that bound the rows that are not finished: all in one, or each `apart`, with its share of
-        the time limit; rows of a shared budget in one."""
+        """Jobs for the rows that are not finished: one, or each row `apart` with its share of the time."""
         missing = [row for row, key in enumerate(self.keys) if key not in finished]
         if not missing:
             return []
@@ -334,8 +325,7 @@ def _batches(parts: Iterable[_Rows], rows: int) -> Iterator[list[_Rows]]:
 
 
 def _bounded(rows: _Rows) -> list[tuple[list[GapRecord], Solution]]:
-    """Records and solution of each bound. The one bound of a shared budget is divided so that each row has
-    the layer's gap."""
+    """Records and solution of each bound; rows of a shared budget have the layer's gap."""
     problem = rows.problem
     bound = lower_bound(problem, rows.how.method, **rows.how.options)
     value = bound.value
@@ -374,8 +364,7 @@ def _model_rows(
     counts: Mapping[str, int],
     rows_per_layer: int,
 ) -> Iterator[_Rows]:
-    """Rows from two walks in the same order: weights from `dense`, which has all layers (an expert may see
-    tokens in only one of the two), masks and Gram matrices from `sparse`."""
+    """Rows from two walks: weights from `dense`, masks and Gram matrices from `sparse`."""
     places = enumerate(dense)
     for other, pruned in sparse:
         name = other.name

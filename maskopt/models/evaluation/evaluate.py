@@ -1,14 +1,9 @@
 """Perplexity of models on consecutive windows of text, with intervals, and what pruning changed.
 
-Text is joined by blank lines, tokenised once and cut into non-overlapping windows without the tail; each
-begins with what the tokenizer puts before a text (`checkpoints.bos`). Perplexity is the exponential of the
-mean cross-entropy over the shifted targets of every window; tokens of a beginning are no targets.
-
-Of several models the first is the reference, window by window: the difference of the cross-entropies, the
-Kullback–Leibler divergence of the next-token distributions, and how often the most likely next token is the
-same. All windows go through one model after the other, one block at a time; only the outputs of the last
-blocks are kept. Then the logits of every window are compared; the output heads are in memory meanwhile, equal
-ones once.
+Windows are those of `evaluation_windows`. Perplexity is the exponential of the mean cross-entropy over their
+shifted targets; tokens of a beginning are no targets. Of several models the first is the reference, window by
+window. All windows go through one model after the other, one block at a time; then the logits of every window
+are compared, with the output heads in memory, equal ones once.
 """
 
 from __future__ import annotations
@@ -82,12 +77,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model.
-
-    Attributes:
-        losses: mean cross-entropy of every window, nats, for paired comparisons with other models.
-        change: None for the first one.
-    """
+    """One model; `losses`: mean cross-entropy of every window, nats; `change`: None for the first one."""
 
     model: str
     perplexity: Perplexity
@@ -150,18 +140,14 @@ def evaluate(
     windows: int | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Evaluation]:
-    """Evaluate model folders on the same text; the first is what the others are compared with.
+    """Evaluate model folders on the same text, in at most `windows` windows, against the first of them.
 
     Args:
         text: as for `perplexity`.
-        options: how the models are opened and the text is cut.
-        windows: take only the first so many.
         on_progress: called with (model, window passes done, all of them).
 
     Raises:
-        OptionError: no model. DataError: other vocabularies or hidden sizes; tokenizers that cut the text
-            differently; too little text.
-        ModelError: a model that cannot be read, or gives NaN.
+        MaskoptError: no model, other vocabularies, hidden sizes or tokenizers, too little text, NaN.
     """
     if not models:
         raise OptionError("name at least one model")
@@ -209,8 +195,7 @@ def _check_same_windows(models: Sequence[str | Path], jobs: Sequence[Job]) -> No
 
 
 def _sums(jobs: Sequence[Job], tell: Callable[[int], None]) -> Float[Tensor, "windows models 3"]:
-    """For every window and model, summed over the targets: cross-entropy, KL(first ‖ this), agreements.
-    Windows run several at once; `tell` is called with the number of windows done."""
+    """By window and model, summed over targets: cross-entropy, KL(first ‖ this), agreements."""
     first = jobs[0]
     tokens = first.windows.tokens
     with ExitStack() as heads:

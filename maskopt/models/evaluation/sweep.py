@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from maskopt.models.blockwise.windows import check_targets
 from maskopt.models.checkpoints.report import PruneReport
 from maskopt.models.checkpoints.workspace import MANIFEST, check_place, unfinished
 from maskopt.models.evaluation.evaluate import Evaluation, evaluate
-from maskopt.models.options.prune import NONE, prune_options
+from maskopt.models.options.prune import NONE, PruneOptions, prune_options
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.pruning.gram_store import OF_TEXT, GramStore, open_store
 from maskopt.models.pruning.prune import prune_model
@@ -49,7 +49,6 @@ def sweep(
     update: Sequence[str] = (NONE,),
     text: Any = None,
     windows: int | None = None,
-    walk: WalkOptions | None = None,
     overwrite: bool = False,
     on_progress: Callable[[str], OnBlockProgress | None] = lambda label: None,
     ranks: Ranks = ALONE,
@@ -60,14 +59,11 @@ def sweep(
 
     Args:
         model: a folder, or a name on the hub.
-        grams: folder of its Gram matrices; if it does not exist, they are collected from `calibration` and
-            stored there.
+        grams: folder of its Gram matrices, which are collected from `calibration` if it does not exist.
         calibration: text, as for `prune_model`; None: the folder exists.
         output: a folder with one for each prune.
-        text: for the evaluation of all prunes and the dense model, as for `evaluate`; None: none.
+        text: to evaluate all prunes and the dense model on, in windows of 512 tokens; None: none.
         windows: number of evaluation windows; None: all.
-        walk: options of the evaluation; None: windows of 512 tokens, on the same device as the prunes.
-        overwrite: replace the prunes of an earlier sweep.
         on_progress: takes a prune's label, and returns a callback for its progress.
         ranks: processes that share the work, without `text`.
         shorthand: other options of every prune, and of the collection.
@@ -78,35 +74,22 @@ def sweep(
     Raises:
         MaskoptError: as for `prune_model`, for any combination before the first prune begins.
     """
-    asked = list(_cases(sparsity, solvers, update, shorthand))
+    asked = dict(_cases(sparsity, solvers, update, shorthand))
     if text is not None and ranks.size > 1:
         raise OptionError(
             "`text` is evaluated by one process; leave it out, and use `maskopt eval`"
         )
-    if calibration is None:
-        store = GramStore(grams)
-    else:
-        for _, how in asked:  # which may be refused before anything is collected
+    store = None if calibration is not None else GramStore(grams)
+    if store is None:
+        for how in asked.values():  # which may be refused before anything is collected
             prune_options(None, how)
-        walk_names = {field.name for field in dataclasses.fields(WalkOptions)}
-        of_walk = {name: value for name, value in shorthand.items() if name in walk_names}
-        store = open_store(
-            model, grams, calibration, of_walk, on_progress=on_progress("grams"), ranks=ranks
-        )
-        asked = [(x, {k: v for k, v in how.items() if k not in OF_TEXT}) for x, how in asked]
-    cases = {label: store.options(None, how) for label, how in asked}
-    if not cases:
-        raise OptionError("nothing is swept; give at least one `sparsity`")
-    first = next(iter(cases.values()))
-    job = open_job(model, None, first)
-    job.source.blocks.check_unshared(job.layers)
-    store.check_model(job)
-    for options in cases.values():  # refuses what a later prune would refuse
-        options.check_layers(job.layers)
-    if walk is None:
-        walk = WalkOptions(seq_len=512, **{name: getattr(first, name) for name in _OF_JUDGING})
-    if text is not None:
-        _check_judging(open_job(model, text, walk, whole=True, limit=windows))
+        asked = {x: {k: v for k, v in y.items() if k not in OF_TEXT} for x, y in asked.items()}
+        names = {field.name for field in dataclasses.fields(WalkOptions)}
+        of_walk = {name: value for name, value in shorthand.items() if name in names}
+        told: Any = {"on_progress": on_progress("grams"), "ranks": ranks}
+        store = open_store(model, grams, calibration, of_walk, **told)
+    cases = {label: store.options(None, how) for label, how in asked.items()}
+    walk = _check_cases(model, store, cases, text, windows)
     check_place(Path(output))
     runs: dict[str, dict[str, Any]] = {}
     for label in cases:
@@ -124,6 +107,28 @@ def sweep(
         return found, None
     dense, *others = evaluate([model, *(one.output for one in found)], text, walk, windows=windows)
     return [replace(one, evaluation=x) for one, x in zip(found, others, strict=True)], dense
+
+
+def _check_cases(
+    model: str | Path,
+    store: GramStore,
+    cases: Mapping[str, PruneOptions],
+    text: Any,
+    windows: int | None,
+) -> WalkOptions:
+    """Refuse what a later prune or the evaluation would refuse; the options of the evaluation."""
+    if not cases:
+        raise OptionError("nothing is swept; give at least one `sparsity`")
+    first = next(iter(cases.values()))
+    job = open_job(model, None, first)
+    job.source.blocks.check_unshared(job.layers)
+    store.check_model(job)
+    for options in cases.values():
+        options.check_layers(job.layers)
+    walk = WalkOptions(seq_len=512, **{name: getattr(first, name) for name in _OF_JUDGING})
+    if text is not None:
+        _check_judging(open_job(model, text, walk, whole=True, limit=windows))
+    return walk
 
 
 def _check_judging(job: Job) -> None:

@@ -48,13 +48,7 @@ class DistillOptions(WalkOptions):
         shown=True,
     )
     samples: int = option(64, "Number of windows of text.", TEXT, least=1, shown=True)
-    seq_len: int = option(
-        512,
-        "Maximum number of tokens in a window.",
-        TEXT,
-        least=2,
-        shown=True,
-    )
+    seq_len: int = option(512, "Maximum number of tokens in a window.", TEXT, least=2, shown=True)
     # trained weights are float32, whatever their stored precision
     dtype: str = option(
         "float32", "Precision of the passes.", RUNTIME, choices=("float32",), shown=True
@@ -71,8 +65,5 @@ class DistillOptions(WalkOptions):
 
 
 #: of these, what `distillation` of a prune sets; windows and machine are those of the prune
-DISTILLATION = (
-    *(one.name for one in options_of(DistillOptions) if one.group == TRAINING),
-    "seed",
-)
+DISTILLATION = (*(one.name for one in options_of(DistillOptions) if one.group == TRAINING), "seed")
 DistillOptions.__doc__ = described(DistillOptions)

@@ -400,8 +400,7 @@ class PruneOptions(WalkOptions):
             )
 
     def _check_counts(self, layers: Sequence[Layer]) -> None:
-        """Raise OptionError where `counts` are not of these layers, or not as many in all as they would be
-        with uniform sparsity."""
+        """Raise OptionError where `counts` are of other layers, or prune another number in all."""
         check_names(self.counts, [layer.name for layer in layers], "layer that is pruned")
         total, most = 0, 1.0 if self.max_deviation is None else self.max_deviation
         for layer in layers:
@@ -434,14 +433,9 @@ class PruneOptions(WalkOptions):
 
 
 def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Single options completed by those of their `recipe`, mappings key by key.
-
-    Left out are `allocation` where the sparsity is no share, and what needs an option that was changed.
-
-    Raises:
-        OptionError: no such recipe.
-        PatternError: no such sparsity.
-    """
+    """Single options completed by those of their `recipe`, mappings key by key; without `allocation` where
+    the sparsity is no share, and without what needs an option that was changed. OptionError for an unknown
+    recipe."""
     found = dict(given)
     name = found.pop("recipe", None) or "fast"
     if name not in RECIPES:
@@ -465,12 +459,8 @@ def _is_share(sparsity: Pattern | float | str | None) -> bool:
 
 
 def prune_options(options: PruneOptions | None, shorthand: Mapping[str, Any]) -> PruneOptions:
-    """The options, with single ones set by name; a `recipe` completes single ones alone.
-
-    Raises:
-        OptionError: a name that is no option (near names are given), a recipe that is none.
-        PatternError: no sparsity.
-    """
+    """The options, with single ones set by name; a `recipe` completes single ones alone. Raises OptionError
+    for an unknown name or recipe, and PatternError without a sparsity."""
     if options is not None and "recipe" in shorthand:
         raise OptionError("`recipe` completes single options: give them by name, not as `options`")
     if options is None:

@@ -21,8 +21,7 @@ def default_start(solver: str, *, least_squares: bool = False) -> str | None:
 def check_solver(
     solver: str, options: Mapping[str, Any], start: str | None, pattern: Pattern | None = None
 ) -> None:
-    """Raise where solver or start do not exist, cannot run here, have no such option, or prune as much of
-    every row under a shared budget."""
+    """Raise where solver or start do not exist, cannot run here, or do not fit the pattern."""
     backend = make_solver(solver, **limits_of(None, options)[1])
     if pattern is not None and not holds_budget(backend, pattern):
         lacks, other = "needs an equal count in every row", ""

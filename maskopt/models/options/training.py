@@ -12,11 +12,7 @@ CHANNELS, RELATIVE, SQUARE, COSINE = LOSSES = ("channels", "relative", "square",
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How kept weights are trained.
-
-    Raises:
-        OptionError: a value that cannot be.
-    """
+    """How kept weights are trained; OptionError for a value that cannot be."""
 
     granularity: str = option(
         BLOCK,

@@ -40,10 +40,7 @@ class WalkOptions:
     absent_because: ClassVar[str] = ""
 
     include: tuple[str, ...] = option(
-        (),
-        "Only these layers, e.g. q_proj,'layers.0.*'.",
-        SELECTION,
-        shown=True,
+        (), "Only these layers, e.g. q_proj,'layers.0.*'.", SELECTION, shown=True
     )
     exclude: tuple[str, ...] = option((), "Not these layers.", SELECTION)
     seed: int = option(0, "Random seed of calibration windows and solvers.", CALIBRATION)
@@ -85,13 +82,7 @@ class WalkOptions:
         below=1,
     )
     samples: int = option(128, "Number of calibration windows.", TEXT, least=1, shown=True)
-    seq_len: int = option(
-        2048,
-        "Maximum number of tokens in a window.",
-        TEXT,
-        least=1,
-        shown=True,
-    )
+    seq_len: int = option(2048, "Maximum number of tokens in a window.", TEXT, least=1, shown=True)
     bos: str = option(
         "auto",
         "First token of a window. auto: what the tokenizer puts before a text; always: its BOS token;"
@@ -249,21 +240,14 @@ def check_names(given: Iterable[str], known: Iterable[str], what: str = "option"
 def options_by_name(
     kind: type[_Options], options: _Options | None, shorthand: Mapping[str, Any]
 ) -> _Options:
-    """The options, with single ones set by name.
-
-    Raises:
-        OptionError: a name that is no option (near names are given).
-    """
+    """The options, with single ones set by name; OptionError for a name that is none."""
     check_names(shorthand, [f.name for f in dataclasses.fields(options or kind)])
     return kind(**shorthand) if options is None else dataclasses.replace(options, **shorthand)
 
 
 def name_patterns(given: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Patterns on layer names; each text may hold several, separated by commas.
-
-    Raises:
-        OptionError: texts that hold none.
-    """
+    """Patterns on layer names; a text may hold several, separated by commas. OptionError where it holds
+    none."""
     texts = [given] if isinstance(given, str) else given or ()
     found = tuple(part.strip() for text in texts for part in text.split(",") if part.strip())
     if texts and not found:

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from maskopt.core.gram import Gram
 from maskopt.core.knapsack import choose_levels
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.pattern import Unstructured
@@ -69,15 +70,11 @@ def _curves(job: Job, block: Block, options: PruneOptions) -> list[Curve]:
     found = []
     samples = block.opened.samples
     samples.drop(set(samples.active) - set(job.few()))
-    grams = block.grams()
+    problems = _problems(job, block, options)
     tick = block.ticker("allocation", len(block.layers))
-    for layer in block.layers:
-        gram = grams.of(layer.name)
-        if gram is not None and gram.tokens >= options.min_tokens:
-            weight = matrix(job.source.model, layer).detach().float()
-            problem = layer_problem(layer, weight, gram, options.pattern)
-            counts = row_sensitivity(problem, options.sensitivity, job.gradients, of_layer=True)
-            found.append(_curve(layer, problem, counts, options))
+    for layer, problem in problems:
+        counts = row_sensitivity(problem, options.sensitivity, job.gradients, of_layer=True)
+        found.append(_curve(layer, problem, counts, options))
         tick(1)
     block.advance()
     return found
@@ -95,8 +92,7 @@ def _curve(layer: Layer, problem: LayerProblem, counts: Tensor, options: PruneOp
 
 
 def measured_curves(job: Job, options: PruneOptions) -> list[Curve]:
-    """The curves of all blocks. The model is not changed: another job walks through it. With `calibrate_on`
-    pruned in `options`, samples stay while Gram matrices are made."""
+    """The curves of all blocks, by variants of the model that go through another job."""
     # the gradients that count tokens are those of all windows, of another walk
     token_weights = UNIFORM if options.token_weights == GRADIENT else options.token_weights
     options = replace(options, token_weights=token_weights)
@@ -111,7 +107,7 @@ def measured_curves(job: Job, options: PruneOptions) -> list[Curve]:
     with walk, torch.no_grad(), held:
         for block in walk.blocks():
             entered = block.opened.samples.states
-            problems = _problems(walk, block, options)
+            problems = list(_problems(walk, block, options))
             tick = block.ticker("allocation", len(held) + VARIANTS)
             for states in held.values():
                 through(block, states, windows)
@@ -147,16 +143,18 @@ def check_moves(job: Job, options: PruneOptions) -> None:
         )
 
 
-def _problems(job: Job, block: Block, options: PruneOptions) -> list[tuple[Layer, LayerProblem]]:
+def _problems(
+    job: Job, block: Block, options: PruneOptions
+) -> Iterator[tuple[Layer, LayerProblem]]:
     """Of the chosen layers that see enough tokens."""
     grams = block.grams()
-    found = []
-    for layer in block.layers:
-        gram = grams.of(layer.name)
-        if gram is not None and gram.tokens >= options.min_tokens:
-            weight = matrix(job.source.model, layer).detach().float().clone()
-            found.append((layer, layer_problem(layer, weight, gram, options.pattern)))
-    return found
+
+    def problem(layer: Layer, gram: Gram) -> LayerProblem:
+        weight = matrix(job.source.model, layer).detach().float().clone()
+        return layer_problem(layer, weight, gram, options.pattern)
+
+    seen = ((layer, grams.of(layer.name)) for layer in block.layers)
+    return ((x, problem(x, g)) for x, g in seen if g and g.tokens >= options.min_tokens)
 
 
 @contextmanager
@@ -211,16 +209,14 @@ class Moves:
 
 @dataclass(frozen=True)
 class Curve:
-    """The cost of pruning more or less of layers that move together: `pruned` inputs of each row of the first
-    layer, ascending; `costs` of all rows."""
+    """The `costs` of pruning so many inputs per row of layers that move together."""
 
     layers: tuple[Layer, ...]
     pruned: tuple[int, ...]
     costs: tuple[float, ...]
 
     def at(self, pruned: Sequence[int]) -> Float[np.ndarray, " levels"]:
-        """The costs, linear between measured ones on a logarithmic scale; from a cost of 0 on by the cube of
-        the count, as the sum of squares of the smallest of many numbers grows."""
+        """The costs, log-linear between measured ones; from a cost of 0 on by the cube of the count."""
         costs = np.maximum(self.costs, 1e-12 * max(self.costs) or 1e-300)
         found = np.exp(np.interp(pruned, self.pruned, np.log(costs)))
         if self.costs[0] == 0 and len(self.costs) > 1:

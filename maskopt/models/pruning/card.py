@@ -13,7 +13,14 @@ from huggingface_hub import ModelCard, ModelCardData
 from maskopt.core.files import atomic_write
 from maskopt.core.pattern import NM, pattern_from_dict
 from maskopt.models.checkpoints.checkpoint import names_hub_model, read_json
-from maskopt.models.checkpoints.report import PruneReport, proven_share, ratio_to_wanda
+from maskopt.models.checkpoints.report import (
+    PruneReport,
+    mean_error,
+    mean_held_error,
+    proven_share,
+    ratio_to_wanda,
+)
+from maskopt.models.checkpoints.schema import PRUNE
 from maskopt.models.checkpoints.workspace import CARD
 from maskopt.models.pruning.rerun import command_again
 
@@ -44,7 +51,7 @@ def write_card(
         os.replace(folder / CARD, folder / kept)
     inherited = _inherited(original)
     above = base or inherited.pop("base_model", None)
-    smaller = "sparsity" not in report.fingerprint["options"]
+    smaller = report.kind != PRUNE
     data = ModelCardData(
         **(inherited | ({"base_model": above} if above else {})),
         library_name="transformers",
@@ -65,8 +72,7 @@ def write_card(
 
 
 def hub_name(path: str | Path) -> str | None:
-    """The name on the hub of a snapshot in its cache, `…/models--OWNER--NAME/snapshots/…`, or of OWNER/NAME;
-    None for other paths."""
+    """The name on the hub of a snapshot in its cache, or of OWNER/NAME; None for other paths."""
     for part in reversed(Path(path).parts):
         if part.startswith("models--") and part.count("--") == 2:
             return part.removeprefix("models--").replace("--", "/")
@@ -111,10 +117,9 @@ def _free_name(there: Sequence[str]) -> str:
 
 
 def _made(report: PruneReport) -> str:
-    options = report.fingerprint["options"]
-    if "sparsity" not in options:
+    if report.kind != PRUNE:
         return "made smaller"
-    pattern = pattern_from_dict(options["sparsity"])
+    pattern = pattern_from_dict(report.fingerprint["options"]["sparsity"])
     return f"pruned to {pattern if isinstance(pattern, NM) else f'{report.sparsity:.0%} zeros'}"
 
 
@@ -150,16 +155,14 @@ def _figures(report: PruneReport, smaller: bool) -> str:
     solved, proven = report.solved, proven_share(report.solved)
     gone = "removed" if smaller else "pruned"
     lines = ["| | |", "|---|---|", f"| {gone} weights of these layers | {report.sparsity:.2%} |"]
-    if solved:
-        mean = sum(layer.relative for layer in solved) / len(solved)
+    if (mean := mean_error(solved)) is not None:
         lines.append(f"| error of the layers' outputs, mean | {mean:.4g} |")
     if (ratio := ratio_to_wanda(solved)) is not None:
         lines.append(
             f"| sum of errors, ratio to Wanda's masks at the same sparsity | {ratio:.3f} |"
         )
-    held = [layer.relative_held for layer in solved if layer.relative_held is not None]
-    if held:
-        lines.append(f"| mean error on held-out windows | {sum(held) / len(held):.4g} |")
+    if (held := mean_held_error(solved)) is not None:
+        lines.append(f"| mean error on held-out windows | {held:.4g} |")
     if report.distillation is not None:
         before, after = (report.distillation[x]["held"] for x in ("before", "after"))
         lines.append(
@@ -179,10 +182,7 @@ def _figures(report: PruneReport, smaller: bool) -> str:
 
 
 def _origin(
-    report: PruneReport,
-    base: str | None,
-    inherited: dict[str, Any],
-    kept: str | None,
+    report: PruneReport, base: str | None, inherited: dict[str, Any], kept: str | None
 ) -> str:
     found = report.fingerprint
     lines = []
@@ -203,6 +203,6 @@ def _origin(
         "## Origin\n\n"
         + "\n".join(lines)
         + "\n\nThe same once more, from the same model and text:\n\n```console\n"
-        + "\n".join(f"$ {line}" for line in command_again(found, "FOLDER"))
+        + "\n".join(f"$ {line}" for line in command_again(report.kind, found, "FOLDER"))
         + "\n```"
     )

@@ -30,13 +30,7 @@ from maskopt.models.checkpoints.report import FinishedBlock
 from maskopt.models.checkpoints.safefile import open_safe, write_tensors
 from maskopt.models.checkpoints.schema import fits
 from maskopt.models.checkpoints.workspace import check_inputs
-from maskopt.models.options.prune import (
-    AUTO,
-    BLOCKWISE,
-    PruneOptions,
-    prune_options,
-    with_recipe,
-)
+from maskopt.models.options.prune import AUTO, BLOCKWISE, PruneOptions, prune_options, with_recipe
 from maskopt.models.options.walk import WalkOptions, options_by_name
 from maskopt.models.pruning.run import Run, fingerprint_of
 
@@ -73,21 +67,9 @@ def collect_grams(
     ranks: Ranks = ALONE,
     **shorthand: Any,
 ) -> Path:
-    """Write the Gram matrices of a dense model's layers into a folder, block by block.
-
-    Args:
-        model: a folder, or a name on the hub.
-        options: of the walk; `include` and `exclude` choose layers.
-        shorthand: single options by name, with or without `options`.
-
-    Other arguments are those of `prune_model`.
-
-    Returns:
-        The folder. It takes 4·n² bytes for each distinct input of n numbers.
-
-    Raises:
-        MaskoptError: as for `prune_model`.
-    """
+    """Write the Gram matrices of a dense model's layers into a folder, block by block; it takes 4·n² bytes
+    for each distinct input of n numbers. Arguments and errors are those of `prune_model`, with options of the
+    walk."""
     options = options_by_name(WalkOptions, options, {**shorthand, "calibrate_on": "dense"})
     inputs = {"model": model, "calibration": calibration}
     run = Run(output, overwrite=overwrite, ranks=ranks, **inputs)
@@ -150,8 +132,7 @@ class GramStore:
     def options(
         self, options: PruneOptions | None, shorthand: Mapping[str, Any] | None = None
     ) -> PruneOptions:
-        """Options of a prune from these Gram matrices, given as for `prune_model`; OptionError for one that
-        needs a walk through the model, or that differs from the store's."""
+        """Options of a prune from these Gram matrices; OptionError for one that needs the text."""
         shorthand = dict(shorthand or {})
         if options is None:
             shorthand = with_recipe(shorthand)
@@ -231,12 +212,8 @@ def open_store(
     on_progress: OnBlockProgress | None = None,
     ranks: Ranks = ALONE,
 ) -> GramStore:
-    """The Gram matrices in a folder, which are collected and written first if there are none; arguments are
-    those of `collect_grams`, `options` by name.
-
-    Raises:
-        ModelError: the folder holds Gram matrices of another text, or what `collect_grams` refuses.
-    """
+    """The Gram matrices in a folder, collected first by `collect_grams` if there are none; ModelError where
+    they are of another text."""
     if not ranks.agreed((Path(folder) / INDEX).exists):
         how: Any = {"output": folder, "calibration": calibration, "on_progress": on_progress}
         collect_grams(model, ranks=ranks, **how, **options)

@@ -135,8 +135,7 @@ class SparseSwapsModifier(SparsityModifierBase):
 
 
 def pruned(weight: Tensor, gram: Gram, options: PruneOptions) -> tuple[Tensor, float]:
-    """The pruned weight [rows, n] in its own dtype, and its error summed over rows; by magnitude without
-    tokens."""
+    """The pruned weight [rows, n] in its own dtype, and its error summed over rows."""
     how: dict[str, Any] = {"update": options.least_squares, "assume_psd": True}
     if gram.tokens > 0:
         values = gram.value(shrinkage=float(options.gram_shrinkage))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Layer
 from maskopt.models.architecture.source import FolderSource, Source
 from maskopt.models.blockwise.collect import Grams
-from maskopt.models.blockwise.job import Block, Job
+from maskopt.models.blockwise.job import Block, Job, open_job
+from maskopt.models.blockwise.progress import BlockProgress
+from maskopt.models.calibration.tokens import Windows
 from maskopt.models.checkpoints.checkpoint import file_digest, open_checkpoint
 from maskopt.models.checkpoints.mask_file import (
     Edits,
@@ -37,6 +39,7 @@ from maskopt.models.checkpoints.report import (
     read_parts,
 )
 from maskopt.models.checkpoints.safefile import write_tensors
+from maskopt.models.checkpoints.schema import PRUNE
 from maskopt.models.checkpoints.workspace import CARD, MASKS, plain_errors
 from maskopt.models.checkpoints.write import (
     check_masks,
@@ -45,11 +48,12 @@ from maskopt.models.checkpoints.write import (
     side_files,
     write_shard,
 )
+from maskopt.models.options.distill import DistillOptions
 from maskopt.models.options.prune import NONE, PruneOptions
 from maskopt.models.pruning.card import hub_name, write_card
 from maskopt.models.pruning.gram_store import StoredBlock
 from maskopt.models.pruning.run import Run, peaks
-from maskopt.models.training.whole import disk_of_training
+from maskopt.models.training.whole import disk_of_training, open_teacher, train_whole
 
 #: lists the files of a folder that `apply_masks` wrote
 APPLIED = "maskopt-apply.json"
@@ -64,13 +68,8 @@ LayerResult = tuple[Layer, LayerReport, Tensor, Tensor | None]
 
 @dataclass
 class BlockResult:
-    """What was found of a block.
-
-    Attributes:
-        masks: bool, True = kept.
-        weights: float64, of layers whose weights were updated, zero where pruned.
-        vectors: norms and biases that were trained, by the tensor's name, in the stored dtype.
-    """
+    """What was found of a block: masks, updated weights (float64, zero where pruned), and trained norms and
+    biases by the tensor's name, in the stored dtype."""
 
     reports: dict[str, LayerReport] = field(default_factory=dict)
     masks: LayerTensors = field(default_factory=dict)
@@ -98,16 +97,7 @@ class BlockResult:
 
 
 class Results:
-    """The results of a run by block.
-
-    Args:
-        run: the output folder; None: there is none.
-
-    Attributes:
-        blocks: of finished blocks.
-        masks: bool [rows, n] by layer, of a model in memory.
-        losses: of the distillation; None: there was none.
-    """
+    """The results of a run by block; `masks` are bool [rows, n] by layer, of a model in memory."""
 
     def __init__(self, job: Job, run: Run | None) -> None:
         self.job, self.run = job, run
@@ -128,7 +118,7 @@ class Results:
     def _add(self, index: int, done: FinishedBlock, found: BlockResult) -> None:
         raise NotImplementedError
 
-    def report(self, fingerprint: Mapping[str, Any]) -> PruneReport:
+    def report(self, fingerprint: Mapping[str, Any], kind: str = PRUNE) -> PruneReport:
         """The report of all blocks, in the order of the model."""
         done = [self.blocks[index] for index in sorted(self.blocks)]
         return PruneReport(
@@ -140,6 +130,7 @@ class Results:
             parts=[part for block in done for part in block.parts],
             memory=peaks(self.job.source.device),
             distillation=self.losses,
+            kind=kind,
         )
 
 
@@ -149,9 +140,6 @@ class FolderResults(Results):
     Args:
         cuts: where structures are removed: by tensor, the block whose masks decide.
         left: what stays of the tensors of finished blocks, see `write_shard`.
-
-    Attributes:
-        distilled: SHA-256 of shards that were written again after a distillation.
     """
 
     def __init__(
@@ -164,7 +152,7 @@ class FolderResults(Results):
     ) -> None:
         super().__init__(job, run)
         self._run, self._source, self._left = run, source, left
-        self.distilled: dict[str, str] = {}
+        self._distilled: dict[str, str] = {}
         self._block_of = {
             t: layer.block for layer in job.layers for t in source.stored_parts(layer.parameter)
         }
@@ -175,8 +163,7 @@ class FolderResults(Results):
 
     @contextmanager
     def opened(self, fingerprint: Mapping[str, Any]) -> Iterator[Path]:
-        """Begin the run or go on with it; yields the folder for hidden states. Raises ModelError: files of
-        finished blocks were changed."""
+        """Begin the run or go on with it; yields the folder for hidden states."""
         updated = fingerprint["options"]["update"] != NONE
         needed = disk_needed(self._source.checkpoint, updated)
         if isinstance(options := self.job.options, PruneOptions) and options.distilled is not None:
@@ -235,10 +222,6 @@ class FolderResults(Results):
                 journal.add_shard(name, digest)
         return journal.shards
 
-    @property
-    def folder_run(self) -> Run:
-        return self._run
-
     def join_masks(self) -> str:
         """Stage the masks of all blocks in one file; its SHA-256."""
         path = self._run.work.staging / MASKS
@@ -247,16 +230,27 @@ class FolderResults(Results):
         check_masks(self._source.checkpoint, MaskFile(path))
         return digest
 
-    def stage(self) -> Path:
-        """The pruned model as a folder that can be opened, not yet in view."""
+    def distil(self, windows: Windows, options: DistillOptions) -> None:
+        """Train all kept weights of the staged model together, and write its shards again."""
+        job, run, tell = self.job, self._run, self.job.tell
         self.join_masks()
         self.write_shards()
-        copy_side_files(self._source.checkpoint, self._run.work.staging)
-        return self._run.work.staging
+        copy_side_files(self._source.checkpoint, run.work.staging)
+        blocks = len(job.source.blocks)
+        job.source.drop()
+
+        def told(what: str, done: int, total: int) -> None:
+            tell(BlockProgress(blocks, blocks, f"distillation, {what}", done, total))
+
+        student = open_job(run.work.staging, windows, replace(options, max_memory=None))
+        dense = open_teacher(self._source.checkpoint.folder, student, options)
+        how = (run.work, run.journal, run.check_models, told)
+        trained, self._distilled = train_whole(student, dense, options, *how)
+        self.losses = trained.record()
 
     def finish(self, report: PruneReport, pattern: Pattern) -> None:
         """Write the rest of the pruned folder and move it into view."""
-        files = {MASKS: self.join_masks(), **self.write_shards(), **self.distilled}
+        files = {MASKS: self.join_masks(), **self.write_shards(), **self._distilled}
         masks = MaskFile(self._run.work.staging / MASKS)
         self._run.finish(report, files, tensors=_tensors(masks, pattern))
 
@@ -330,8 +324,7 @@ class MemoryResults(Results):
 
 
 def results_of(job: Job, run: Run | None, tokenizer: Any) -> FolderResults | MemoryResults:
-    """Where the masks of a prune go. Raises ModelError: such a model cannot be written there, or not be
-    resumed."""
+    """Where the masks of a prune go; ModelError where the model cannot be written there."""
     source = job.source
     if isinstance(source, FolderSource):
         if run is None:
@@ -345,8 +338,7 @@ def results_of(job: Job, run: Run | None, tokenizer: Any) -> FolderResults | Mem
 def apply_masks(
     model: str | Path, masks: str | Path, output: str | Path, *, overwrite: bool = False
 ) -> Path:
-    """Copy a model folder with masked entries set to zero; ModelError for masks of another model, or
-    changed."""
+    """Copy a model folder with masked entries set to zero; ModelError for masks of another model."""
     checkpoint = open_checkpoint(model)
     run = Run(output, overwrite=overwrite, model=model, mask_file=masks)
     file = MaskFile(Path(masks))

@@ -95,17 +95,10 @@ def plan_prune(
     output: str | Path | None = None,
     **shorthand: Any,
 ) -> Plan:
-    """Memory, disk and time of `prune_model` with the same arguments. Nothing is written.
-
-    Times come from three measurements of about a second each: a matrix product, the solver on a small layer,
-    and reading a piece of the weights.
-
-    Args:
-        tokens: int64 [samples, length], where the prune is given tokens.
-
-    Raises:
-        MaskoptError: what the prune itself would refuse, but for want of memory.
-    """
+    """Memory, disk and time of `prune_model` with the same arguments, `tokens` int64 [samples, length].
+    Nothing is written. Times come from three short measurements: a matrix product, the solver on a small
+    layer, and reading a piece of the weights. Raises what the prune itself would refuse, but for want of
+    memory."""
     store = None if grams is None else GramStore(grams)
     options = (prune_options if store is None else store.options)(options, shorthand)
     if store is not None and tokens is not None:
@@ -119,12 +112,8 @@ def plan_prune(
     if output is not None and job.source.checkpoint is not None:
         check_inputs(Path(output), model=job.source.checkpoint.folder, grams=grams)
     refusal = None
-    source, layers, checkpoint, how = (
-        job.source,
-        job.layers,
-        job.source.checkpoint,
-        options.distilled,
-    )
+    source, layers, how = job.source, job.layers, options.distilled
+    checkpoint = source.checkpoint
     loads = [job.load] if how is None else [job.load, replace(job.load, together=True)]
     if options.max_memory is not None:
         try:
@@ -164,8 +153,7 @@ def _pass_seconds(job: Job, options: PruneOptions) -> float:
 
 
 def _distilled_operations(job: Job, how: DistillOptions) -> float:
-    """Operations of training the whole model: a pass through the dense one; forward and back for fitted
-    windows, forward for held-out ones, and losses at the start; logits of both models."""
+    """Operations of training the whole model, with the pass through the dense one."""
     model = job.source.model
     passes = how.epochs * (3 * (1 - how.holdout) + how.holdout) + 2 * how.holdout
     blocks = sum(_pass_operations(job, block) for block in job.source.blocks.modules)
@@ -174,8 +162,7 @@ def _distilled_operations(job: Job, how: DistillOptions) -> float:
 
 
 def _trained_operations(job: Job, options: PruneOptions, how: Reconstruction) -> float:
-    """Operations of training all blocks: forward and back for fitted windows, forward for held-out ones; and
-    forward for targets, for losses before and after, and by parts for their inputs."""
+    """Operations of training all blocks: epochs, targets, losses, and the inputs of parts."""
     epoch = 3 * (1 - options.holdout) + options.holdout
     passes = epoch * how.epochs + (3 if how.granularity == BLOCK else 4)
     blocks = job.source.blocks.modules
@@ -190,8 +177,7 @@ def _pass_operations(job: Job, block: nn.Module) -> float:
 
 
 def _forward_operations(job: Job, options: PruneOptions) -> float:
-    """Operations of all forward passes and Gram matrices, n² a token each; where the dense model goes along,
-    its passes, and 3n² for the moments of both."""
+    """Operations of all forward passes and Gram matrices, n² a token each."""
     tokens, width = job.count * job.length, hidden_size(job.source.model)
     chosen = by_block(job.layers)
     squares = 4 if options.both_states else 1
@@ -216,8 +202,7 @@ def _forward_operations(job: Job, options: PruneOptions) -> float:
 
 
 def _gradient_operations(job: Job, options: PruneOptions) -> float:
-    """Operations of the loss's gradients through all blocks and the head: a block forward for its input, and
-    again, with a backward pass; the head forward and back."""
+    """Operations of the loss's gradients through all blocks and the head."""
     model, width = job.source.model, hidden_size(job.source.model)
     blocks = sum(_pass_operations(job, block) for block in job.source.blocks.modules)
     windows = options.gradient_windows(job.count)
@@ -244,8 +229,7 @@ def _speed(source: Source, dtype: torch.dtype) -> float:
 
 
 def _solve_seconds(source: Source, layers: Sequence[Layer], options: PruneOptions) -> float | None:
-    """Time of a small random layer, scaled by rows·n², by more for wide layers where weights are updated, and
-    at most the options' time limit for each; None where it cannot be solved, or was cut off without one."""
+    """Seconds of a small random layer, scaled by rows·n²; None where it cannot be solved in time."""
     generator = torch.Generator().manual_seed(0)
     n, device = PROBE_N, source.device
     given = options.solver_options.get("time_limit")

@@ -56,8 +56,7 @@ def layer_problems(
     unseen: bool = False,
     **shorthand: Any,
 ) -> Generator[tuple[Layer, LayerProblem], None, None]:
-    """As `collect_problems`, with the `Layer` in place of its name; with `unseen`, layers that saw no token
-    are included, with G the identity."""
+    """As `collect_problems`, with the `Layer`; `unseen`: also layers without tokens, G the identity."""
     if options is None:
         shorthand = {"samples": 32, "seq_len": 512, **shorthand}
     dense = {"calibrate_on": "dense", "true_sequential": False}

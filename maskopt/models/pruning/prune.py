@@ -20,16 +20,23 @@ from torch import Tensor, nn
 from maskopt.core.limits import torch_threads
 from maskopt.errors import ModelError, OptionError
 from maskopt.models.architecture.blocks import Layer, matrix
-from maskopt.models.architecture.source import as_stored
+from maskopt.models.architecture.source import FolderSource, as_stored
 from maskopt.models.blockwise.distributed import ALONE, Ranks
 from maskopt.models.blockwise.job import Block, Job, open_job
+from maskopt.models.blockwise.memory import check_memory
 from maskopt.models.blockwise.progress import OnBlockProgress
-from maskopt.models.blockwise.windows import tokens_or_tokenizer
+from maskopt.models.blockwise.windows import (
+    check_targets,
+    held_out,
+    tokens_or_tokenizer,
+    windows_of,
+)
+from maskopt.models.calibration.tokens import Windows
 from maskopt.models.checkpoints.journal import differences, in_words
 from maskopt.models.checkpoints.report import PruneReport
+from maskopt.models.options.distill import DistillOptions
 from maskopt.models.options.prune import BLOCKWISE, KL, PruneOptions, prune_options
 from maskopt.models.pruning.allocate import allocate
-from maskopt.models.pruning.distil import distil, distillation_windows
 from maskopt.models.pruning.gram_store import GramStore, StoredBlock, stored_blocks
 from maskopt.models.pruning.output import BlockResult, FolderResults, MemoryResults, results_of
 from maskopt.models.pruning.prune_layer import prune_layers
@@ -53,24 +60,17 @@ def prune_model(
 ) -> PruneReport:
     """Prune every linear layer in the decoder blocks of a causal language model.
 
-    `prune_model(model, tokens, PruneOptions(Unstructured(sparsity=0.5), samples=64))` and `prune_model(model,
-    tokens, sparsity=0.5, samples=64)` are the same.
-
     Args:
-        model: a model in memory, changed in place; or a model folder (or a name on the hub), read block by
-            block and not changed: `output` is then needed.
+        model: in memory, changed in place; or a folder (or a name on the hub), which needs an `output`.
         tokenizer_or_tokens: a tokenizer (text comes from `calibration`), or calibration tokens int64
             [samples, length]; None takes the tokenizer of the model folder.
         options: how to prune; `help(maskopt.PruneOptions)` lists all options.
-        calibration: see `maskopt.models.calibration.text.read_documents`; a list of strings are documents, a
-            `.npy` file tokens. With `chat`: `maskopt.models.calibration.chat.read_conversations`.
+        calibration: a list of documents, a `.npy` file of tokens, or as for `read_documents`; with `chat` as
+            for `read_conversations`.
         grams: what `collect_grams` wrote of the model, in place of text; as with `calibrate_on` dense.
         output: folder for the pruned model, its masks and its manifest.
-        overwrite: replace the result in the output folder.
-        resume: go on with the unfinished run in it.
-        on_progress: called with `BlockProgress`.
-        ranks: the processes that prune together, each with the same call; see
-            `maskopt.models.blockwise.distributed.joined`.
+        overwrite: replace the result in the output folder; resume: go on with the unfinished run in it.
+        ranks: the processes that prune together, each with the same call; see `distributed.joined`.
         shorthand: single options by name, with or without `options`, as in `sparsity="2:4"`.
 
     Raises:
@@ -81,17 +81,7 @@ def prune_model(
     store = None if grams is None else GramStore(grams)
     options = (prune_options if store is None else store.options)(options, shorthand)
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
-    if (text is None) == (grams is None):
-        raise ModelError(
-            "pruning needs `calibration` text or tokens, or `grams`; name a source of text, or one of the two"
-        )
-    if isinstance(model, nn.Module) and (store is not None or resume):
-        raise ModelError(
-            "`resume` needs a model folder; a model in memory is pruned in one go"
-            if resume
-            else "`grams` are of model folders; name the folder that they were made of"
-        )
-    _check_ranks(ranks, options)
+    _check_given(model, text, options, ranks, grams=grams is not None, resume=resume)
     run = None
     if output is not None:
         inputs: dict[str, Any] = {"model": model, "calibration": calibration, "grams": grams}
@@ -109,7 +99,7 @@ def prune_model(
     known = None if store is None else store.fingerprint["calibration"]
     fingerprint = fingerprint_of(job, options.record(), known)
     if (how := options.distilled) is not None:
-        windows = distillation_windows(job, text, tokenizer, how)
+        windows = _distillation_windows(job, text, tokenizer, how)
         fingerprint["distillation"] = text_record(windows)
     _check_uniform(ranks, fingerprint)
     if run is not None and (finished := run.finished_report(fingerprint)) is not None:
@@ -119,14 +109,44 @@ def prune_model(
         with torch.no_grad(), job, threads:
             _prune_blocks(job, options, results, store, folder)
         if how is not None and isinstance(results, FolderResults):
-            distil(results, windows, how)
+            results.distil(windows, how)
         report = results.report(fingerprint)
         ranks.agreed(lambda: results.finish(report, options.pattern))
     return dataclasses.replace(report, seconds=time.perf_counter() - began)
 
 
-def _check_ranks(ranks: Ranks, options: PruneOptions) -> None:
-    """Raise for what several processes cannot do together."""
+def _distillation_windows(job: Job, text: Any, tokenizer: Any, options: DistillOptions) -> Windows:
+    """The windows to train on; MaskoptError where they, the model or the memory cannot be used."""
+    source = job.source
+    if not isinstance(source, FolderSource):
+        raise OptionError("`distillation` needs a model folder and an `output`; save the model")
+    if source.checkpoint.config.get("auto_map"):
+        raise OptionError(
+            f"{source.checkpoint.folder}: config.json asks to run code that comes with the model (auto_map), "
+            "which is not copied; leave out `distillation`, copy it to the result and run `maskopt distill`"
+        )
+    windows = windows_of(source, text, tokenizer, options, False, None)
+    check_targets(windows)
+    held_out(len(windows), options.holdout)
+    if options.max_memory is not None:
+        check_memory(dataclasses.replace(job.load, together=True), int(options.max_memory))
+    return windows
+
+
+def _check_given(
+    model: Any, text: Any, options: PruneOptions, ranks: Ranks, *, grams: bool, resume: bool
+) -> None:
+    """Raise MaskoptError for arguments that exclude each other, or what several processes cannot do."""
+    if (text is None) != grams:
+        raise ModelError(
+            "pruning needs `calibration` text or tokens, or `grams`; name a source of text, or one of the two"
+        )
+    if isinstance(model, nn.Module) and (grams or resume):
+        raise ModelError(
+            "`resume` needs a model folder; a model in memory is pruned in one go"
+            if resume
+            else "`grams` are of model folders; name the folder that they were made of"
+        )
     for name, trains in {
         "`update` blockwise": options.update == BLOCKWISE,
         "`distillation`": bool(options.distillation),

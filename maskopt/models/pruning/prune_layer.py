@@ -118,8 +118,7 @@ def _by_all(
 
 
 def _deal(ranks: Ranks, layers: Sequence[Layer], *, apart: bool) -> list[list[slice]]:
-    """Of every layer, the rows that each rank solves: remainders of the costliest layers first, to the ranks
-    that have least to do."""
+    """The rows of every layer that each rank solves, the costliest layers first."""
     load = [0] * ranks.size
     dealt: dict[str, list[slice]] = {}
     for layer in sorted(layers, key=lambda layer: -(layer.n**2) * (1 if apart else layer.rows)):

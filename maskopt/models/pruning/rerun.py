@@ -11,6 +11,7 @@ from typing import Any
 from maskopt.core.fields import RECORDED, options_of
 from maskopt.core.pattern import pattern_from_dict
 from maskopt.errors import OptionError, PatternError
+from maskopt.models.checkpoints.schema import BLOCKS, EXPERTS, PRUNE
 from maskopt.models.checkpoints.workspace import MANIFEST
 from maskopt.models.options.prune import BOTH, ROWS, PruneOptions
 from maskopt.models.options.structured import ShrinkOptions
@@ -24,9 +25,8 @@ _RECORDED = {"removed", "experts"} | {
 }
 
 
-def options_again(fingerprint: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
-    """Options that repeat a run; its text only if it is a data set of the hub. Raises OptionError: no
-    sparsity, or an option that no fingerprint records."""
+def options_again(kind: str, fingerprint: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
+    """Options that repeat a run, its text only if it is of the hub; OptionError for other options."""
     options, text = dict(fingerprint["options"]), fingerprint["calibration"]
     if odd := set(options) - _RECORDED:
         raise OptionError(
@@ -35,11 +35,11 @@ def options_again(fingerprint: Mapping[str, Any], where: str | Path) -> dict[str
     if not isinstance(options.get("counts", {}), Mapping):  # the command line would read a file
         raise OptionError(f"{where}: `counts` must be an object, not {options['counts']!r:.60}")
     windows = {"samples": text["samples"], "seq_len": text["length"]}
-    if "removed" in options:  # whole blocks: how many, scored on as many windows
+    if kind == BLOCKS:  # how many, scored on as many windows
         options = {"blocks": len(options["removed"]), "windows": windows.pop("samples")}
-    elif "experts" in options:
+    elif kind == EXPERTS:
         options.pop("update", None)
-    elif "channels" not in options:  # a smaller model has no sparsity
+    elif kind == PRUNE:
         try:
             options["sparsity"] = str(pattern_from_dict(options["sparsity"]))
         except (KeyError, TypeError, PatternError):
@@ -61,21 +61,23 @@ def options_again(fingerprint: Mapping[str, Any], where: str | Path) -> dict[str
     return {key: value for key, value in options.items() if value not in (None, {}, [])}
 
 
-def command_again(fingerprint: Mapping[str, Any], folder: str | Path) -> list[str]:
+def command_again(kind: str, fingerprint: Mapping[str, Any], folder: str | Path) -> list[str]:
     """Commands that give the same bytes from the same model and text, whose paths a manifest does not have:
     one that reads the manifest in `folder`, and one with all options that are not at their default (not if it
     has no sparsity, or counts of all layers)."""
-    command = "prune" if "sparsity" in fingerprint["options"] else "prune-structured"
+    command = "prune" if kind == PRUNE else "prune-structured"
     begin, end = f"maskopt {command} MODEL", "--calibration TEXT --output AGAIN"
     lines = [f"{begin} --config {shlex.quote(str(Path(folder) / MANIFEST))} {end}"]
     try:
-        options = options_again(fingerprint, folder)
+        options = options_again(kind, fingerprint, folder)
     except OptionError:
         return lines
     if "counts" in options:
         return lines
-    kind = PruneOptions if command == "prune" else ShrinkOptions
-    usual = {one.name: one.default for one in options_of(kind)}
+    usual = {
+        one.name: one.default
+        for one in options_of(PruneOptions if kind == PRUNE else ShrinkOptions)
+    }
     words = [
         word
         for name, value in options.items()

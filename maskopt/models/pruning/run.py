@@ -17,14 +17,7 @@ from maskopt.models.blockwise.job import Job
 from maskopt.models.calibration.tokens import Windows
 from maskopt.models.checkpoints.checkpoint import Checkpoint, damage, file_digest, read_json
 from maskopt.models.checkpoints.journal import Journal, differences, in_words
-from maskopt.models.checkpoints.report import (
-    PruneReport,
-    read_layers,
-    read_manifest,
-    read_parts,
-    versions,
-    write_manifest,
-)
+from maskopt.models.checkpoints.report import PruneReport, read_manifest, versions, write_manifest
 from maskopt.models.checkpoints.workspace import (
     CARD,
     GONE,
@@ -44,14 +37,7 @@ _STATUS = Path("/proc/self/status")
 
 class Run:
     """The output folder of a run. Of several processes rank 0 writes, into a folder that all of them read.
-
-    Args:
-        complete: the file that a finished run leaves.
-        inputs: what the run reads, see `check_inputs`.
-
-    Raises:
-        ModelError: `resume` with `overwrite`, or `check_output` refuses the folder.
-    """
+    `complete` is the file that a finished run leaves; ModelError where `check_output` refuses the folder."""
 
     work: Workspace
     journal: Journal
@@ -75,8 +61,7 @@ class Run:
         ranks.agreed(lambda: check_output(self.output, **how, **inputs))
 
     def reads(self, **models: Checkpoint) -> None:
-        """Record the state of the model folders that the run reads, by their names in messages; ModelError
-        where one is the output folder, or has changed since it was opened."""
+        """Record the models that are read; ModelError where one is the output, or has changed."""
         check_inputs(self.output, **{name: x.folder for name, x in models.items()})
         self._read = {name: Unchanged(checkpoint) for name, checkpoint in models.items()}
 
@@ -86,8 +71,7 @@ class Run:
             model.check()
 
     def finished(self, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The record of a complete run that is to be resumed; None where something is left to do. Raises
-        ModelError: it is complete, but another run than this one, or its files are damaged."""
+        """The record of a complete run to be resumed; None: not complete. ModelError: another run."""
         return self.ranks.agreed(lambda: self._finished(fingerprint)) if self.resume else None
 
     def _finished(self, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -110,19 +94,10 @@ class Run:
     def finished_report(self, fingerprint: Mapping[str, Any]) -> PruneReport | None:
         """The report of a complete prune, as `finished`."""
         manifest = self.finished(fingerprint)
-        if manifest is None:
-            return None
-        layers = read_layers(manifest["layers"], self.output / MANIFEST)
-        parts = read_parts(manifest.get("parts", []), self.output / MANIFEST)
-        bad = manifest["bad_samples"]
-        losses = manifest.get("distillation")
-        return PruneReport(
-            layers, fingerprint, bad, output=self.output, parts=parts, distillation=losses
-        )
+        return None if manifest is None else PruneReport.of(manifest, self.output, memory={})
 
     def recorded_counts(self, options: Mapping[str, Any]) -> dict[str, int] | None:
-        """The counts of layers in the run that is to be resumed; None where there is none. Raises ModelError:
-        journal or manifest are damaged, or of a run with other `options` than counts."""
+        """The counts of layers in the run to be resumed; ModelError for a run with other `options`."""
         journal, manifest = self.output / HIDDEN / JOURNAL, self.output / MANIFEST
         what, header = "the result", None
         if self.resume and journal.exists():
@@ -145,15 +120,12 @@ class Run:
     def opened(
         self, needed: int, fingerprint: Mapping[str, Any] | None = None, remedy: str = ""
     ) -> Iterator[Workspace]:
-        """Lock the folder while the run writes it.
+        """Lock the folder while the run writes it; ModelError where it is refused.
 
         Args:
             needed: bytes of the result, those of an unfinished run included.
             fingerprint: of a run that can be resumed: begins its journal, or is compared with it.
             remedy: what helps where the disk is too small.
-
-        Raises:
-            ModelError: `open_workspace` refuses the folder; too little room; another unfinished run.
         """
 
         def begin() -> None:
@@ -184,13 +156,8 @@ class Run:
         rewrite: Callable[[Path], None] = lambda _: None,
         **more: Any,
     ) -> None:
-        """Copy side files, write card and manifest, and move the result into view.
-
-        Args:
-            files: SHA-256 of the files that are written, by name.
-            rewrite: called with the folder of the result once side files are copied.
-            more: of the manifest, see `write_manifest`.
-        """
+        """Copy side files, `rewrite` the staged folder, write card and manifest, and move the result into
+        view. `files`: SHA-256 of the written ones by name; `more`: of the manifest."""
         (model,) = self._read.values()
         copied = copy_side_files(model.checkpoint, self.work.staging)
         rewrite(self.work.staging)
@@ -214,15 +181,6 @@ def fingerprint_of(
     """What decides the result of a walk: versions, options, text, precision, device and the model's digest.
     `calibration`: what an earlier walk recorded of the text, where the job has none."""
     source = job.source
-    if calibration is None:
-        windows = job.windows
-        calibration = {
-            "source": windows.source,
-            "samples": len(windows),
-            "length": windows.length,
-            "beginning": windows.beginning.record(),
-            "sha256": windows.digest,
-        }
     fingerprint = {
         "versions": versions(),
         "options": dict(options),
@@ -247,8 +205,7 @@ def text_record(windows: Windows) -> dict[str, Any]:
 
 
 def peaks(device: torch.device) -> Mapping[str, int | None]:
-    """Most bytes so far of the `process` (resident; None where the system has no /proc) and, on CUDA, of
-    tensors on the `device` (None elsewhere)."""
+    """Most bytes of the `process` (None without /proc) and of tensors on a CUDA `device` (else None)."""
     on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     resident = None
     if _STATUS.is_file():  # not getrusage: Linux counts there what the process was forked from

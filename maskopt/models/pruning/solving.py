@@ -42,8 +42,7 @@ def layer_limits(options: PruneOptions) -> Limits:
 def solve_layer(
     problem: LayerProblem, options: PruneOptions, limits: Limits | None = None
 ) -> Solved:
-    """Run the options' start and solver on one layer, within the same limits. A solver that does not choose
-    for updated weights chooses for unchanged ones."""
+    """Run the options' start and solver on one layer, within the same limits."""
     limits = layer_limits(options) if limits is None else limits
     if not make_solver(options.solver).capabilities.update:
         problem = problem.with_update(None)
@@ -89,8 +88,7 @@ def solve_by_held_error(
 def damping_by_held_error(
     problem: LayerProblem, judge: LayerProblem, options: PruneOptions, limits: Limits
 ) -> LeastSquaresUpdate:
-    """The best of DAMPING_GRID by the error on held-out windows, for the mask of the start, or of a solver
-    without one, which has half of the layer's time."""
+    """The best of DAMPING_GRID by the error on held-out windows, for the mask of the start."""
     maker = options.start_solver or options.solver
     mask = make_start(problem, maker, limits.share(0.5)).mask
 

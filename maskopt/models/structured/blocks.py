@@ -1,13 +1,9 @@
 """Make a model smaller by whole decoder blocks: the set whose absence changes its output least.
 
-Every single block and every pair of them is left out of the dense model, and KL(dense ‖ without) of the next
-token is measured, nats a token. All of these models go through the blocks together, so that each block's
-weights are in memory once; a left-out block passes on the states that came to it. For N blocks that is N³/6
-passes through single blocks.
-
-The cost of leaving out a set P is modelled as pᵀUp: U's diagonal holds the single costs, each other entry
-half of what a pair costs beyond its two. That is exact for one block and for two; larger sets are searched by
-exchanges, and measured as a whole.
+Every block and every pair is left out of the dense model, and KL(dense ‖ without) of the next token is
+measured, nats a token. All variants go through the blocks together, N³/6 passes through single blocks. The
+cost of a set P is modelled as pᵀUp: U's diagonal holds the single costs, each other entry half of what a pair
+costs beyond its two. Larger sets are searched by exchanges, and measured as a whole.
 """
 
 from __future__ import annotations
@@ -27,11 +23,13 @@ from torch import Tensor
 from maskopt.core.problem import RowProblem
 from maskopt.errors import ModelError, OptionError
 from maskopt.models.architecture.source import FolderSource
+from maskopt.models.architecture.structures import BLOCK_INDICES, DEPTHS
 from maskopt.models.blockwise.divergence import Variant, Variants, divergences, place, through
 from maskopt.models.blockwise.job import Block, Job
 from maskopt.models.blockwise.progress import OnBlockProgress
 from maskopt.models.checkpoints.checkpoint import read_json
 from maskopt.models.checkpoints.report import PruneReport
+from maskopt.models.checkpoints.schema import BLOCKS
 from maskopt.models.checkpoints.write import disk_needed
 from maskopt.models.options.prune import NONE
 from maskopt.models.options.walk import WalkOptions
@@ -55,15 +53,11 @@ _NOT_HERE = (
     "include", "exclude", "token_weights", "all_experts", "holdout", "calibrate_on", "true_sequential",
     "skip_bad_samples", "samples", "seed",
 )  # fmt: skip
-#: lists of block indices in configurations; other lists have an entry a block
-_INDICES = (
-    "moe_layers", "mlp_only_layers", "attn_layer_indices", "full_attn_idxs", "cross_attention_layers",
-)  # fmt: skip
-#: what configurations call the number of blocks
-_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 #: exchanges measured in a round of the search, those of least cost by pairs
 EXCHANGES = 128
 
+#: what it means if the written model computes something else
+_WHY = "blocks of this family depend on their numbers, and cannot be removed"
 Left = frozenset[int]
 #: the KL of sets, nats a token; some of them may be left out
 Measure = Callable[[Sequence[Left]], Mapping[Left, float]]
@@ -74,11 +68,8 @@ class BlocksReport:
     """Which blocks were removed, and what others would have cost.
 
     Attributes:
-        removed: their indices.
-        effects: of every block and pair.
-        solution: of least cost by these; for more than two blocks, where the search began.
+        solution: of least cost by the effects; for more than two blocks, where the search began.
         measured: nats a token of every set that was left out as a whole; the least was removed.
-        seconds: wall time.
     """
 
     removed: list[int]
@@ -103,15 +94,10 @@ def remove_blocks(
 ) -> BlocksReport:
     """Write a copy of a model folder without `count` of its blocks, which `from_pretrained` loads.
 
-    They are the set of least cost by all single blocks and pairs, solved exactly; more than two are searched
-    from there by exchanges, each measured as a whole.
-
     Args:
         model: a folder, or a name on the hub.
-        tokenizer_or_tokens: as for `prune_model`; the first windows of the text are taken.
-        calibration: as for `prune_model`; the first windows of the text are taken.
-        count: number of blocks to remove.
-        windows: number of windows, of `options.seq_len` tokens each (2048 by default).
+        tokenizer_or_tokens, calibration: as for `prune_model`.
+        windows: number of windows, the first ones of the text, of `options.seq_len` tokens each.
 
     Raises:
         MaskoptError: a count that leaves no block, a family whose configuration cannot describe what is left,
@@ -122,8 +108,8 @@ def remove_blocks(
     options.refuse(_NOT_HERE, "`blocks` are chosen by the model's output on all tokens")
     run = Run(output, overwrite=overwrite, model=model, calibration=calibration)
     how: Any = {"whole": True, "limit": windows, "on_progress": on_progress}
-    given = (model, tokenizer_or_tokens, calibration, options, "removing blocks")
-    job, source = open_original(*given, **how)
+    doing = "removing blocks"
+    job, source = open_original(model, tokenizer_or_tokens, calibration, options, doing, **how)
     if not 0 < count < len(source.blocks):
         raise OptionError(f"`blocks` must be 1 to {len(source.blocks) - 1}, not {count}")
     _check_family(source, list(range(len(source.blocks) - count, len(source.blocks))))
@@ -143,29 +129,16 @@ def remove_blocks(
             measured = choose(effects, best, measure, sayable)
         least = min(measured, key=lambda left: measured[left])
         removed = sorted(least)
-        settings, names = _check_family(source, removed), _new_names(source, removed)
-        why = "blocks of this family depend on their numbers, and cannot be removed"
-        change = Change(settings, why, names)
+        change = Change(_check_family(source, removed), _WHY, _new_names(source, removed))
         record = {"removed": removed, "update": NONE, "seed": options.seed}
         fingerprint, memory = fingerprint_of(job, record), peaks(source.device)
-        report = PruneReport([], fingerprint, output=run.output, memory=memory)
+        report = PruneReport([], fingerprint, output=run.output, memory=memory, kind=BLOCKS)
 
         def leave_out(block: Block) -> None:
             if block.index in removed:
                 block.advanced = block.dense_advanced = True
 
-        def by_name(sets: Mapping[Left, float]) -> dict[str, float]:
-            return {",".join(map(str, sorted(left))): kl for left, kl in sets.items()}
-
-        found = {
-            "kl": by_name(effects.kl),
-            "similarity": effects.similarity,
-            "cost": effects.cost(removed),
-            "status": str(solution.status[0]),
-            "measured": by_name(measured),
-            "last": effects.cost(effects.last(count)),
-            "most_alike": effects.cost(effects.most_alike(count)),
-        }
+        found = {**effects.record(removed, measured), "status": str(solution.status[0])}
         finish_smaller(job, run, change, report, prepare=leave_out, blocks=removed, effects=found)
     seconds = time.perf_counter() - began
     return BlocksReport(removed, effects, solution, measured, run.output, seconds)
@@ -197,8 +170,7 @@ def choose(
 
 
 def _sayable(source: FolderSource) -> Callable[[Left], bool]:
-    """Whether the family's configuration can describe what is left without some blocks. Where every single
-    block can go, any set is assumed to; what is written is checked in any case."""
+    """Whether the family's configuration can describe what is left without some blocks."""
 
     @cache
     def can_go(left: Left) -> bool:
@@ -217,11 +189,11 @@ def _check_family(source: FolderSource, removed: list[int]) -> dict[str, Any]:
     blocks = len(source.blocks)
     stored = read_json(source.checkpoint.folder / CONFIG)
     nested = stored.get("text_config", {}) if isinstance(stored.get("text_config"), dict) else {}
-    keys = [key for key in _DEPTHS if blocks in (stored.get(key), nested.get(key))]
+    keys = [key for key in DEPTHS if blocks in (stored.get(key), nested.get(key))]
     text: Any = source.model.config.get_text_config()
-    settings: dict[str, Any] = {(keys or [_DEPTHS[0]])[0]: blocks - len(removed)}
+    settings: dict[str, Any] = {(keys or [DEPTHS[0]])[0]: blocks - len(removed)}
     for key, value in text.to_dict().items():
-        if key in _INDICES and isinstance(value, list):
+        if key in BLOCK_INDICES and isinstance(value, list):
             left = [index for index in value if index not in removed]
             settings[key] = [index - sum(gone < index for gone in removed) for index in left]
         elif isinstance(value, list) and len(value) == blocks and not key.endswith("token_id"):
@@ -236,8 +208,7 @@ def _check_family(source: FolderSource, removed: list[int]) -> dict[str, Any]:
 
 
 def _new_names(source: FolderSource, removed: list[int]) -> dict[str, str | None]:
-    """The new names of stored tensors of the decoder's blocks (a vision tower may have blocks of that name,
-    too)."""
+    """New names of stored tensors of the decoder's blocks, not of those of a vision tower."""
     last = source.blocks.name.rpartition(".")[2]
     of_blocks = source.stored_inside(source.blocks.name)
     return {
@@ -296,6 +267,22 @@ class Effects:
         solution = solve(self.problem(count), "branch", time_limit=600.0).raise_if_interrupted()
         return (~solution.mask[0]).nonzero()[:, 0].tolist(), solution
 
+    def record(self, removed: list[int], measured: Mapping[Left, float]) -> dict[str, Any]:
+        """For the manifest: the effects, and the costs of the removed blocks and of others."""
+
+        def by_name(sets: Mapping[Left, float]) -> dict[str, float]:
+            return {",".join(map(str, sorted(left))): kl for left, kl in sets.items()}
+
+        count = len(removed)
+        return {
+            "kl": by_name(self.kl),
+            "similarity": self.similarity,
+            "cost": self.cost(removed),
+            "measured": by_name(measured),
+            "last": self.cost(self.last(count)),
+            "most_alike": self.cost(self.most_alike(count)),
+        }
+
     def yardsticks(self, count: int) -> tuple[list[int], list[int]]:
         """The sets that other methods remove."""
         return self.most_alike(count), self.last(count)
@@ -312,13 +299,8 @@ class Effects:
 
 
 def measure_effects(job: Job, folder: Path | None = None) -> Effects:
-    """Walk through a dense model with all variants that leave out one or two of its blocks; ModelError for
-    NaN or infinite activations.
-
-    Args:
-        job: of a whole walk, entered.
-        folder: for a file of hidden states; None: in memory.
-    """
+    """The effects of one or two left-out blocks of a dense model; `job` is of a whole walk, entered; hidden
+    states go to a file in `folder`."""
     windows, blocks = range(job.count), len(job.source.blocks)
     similarity: list[float] = []
     with Variants[Left](job, blocks * (blocks + 1) // 2, folder) as held:
@@ -343,8 +325,7 @@ def measure_effects(job: Job, folder: Path | None = None) -> Effects:
 def measure_sets(
     job: Job, sets: Sequence[Left], folder: Path | None = None, *, judged: int
 ) -> dict[Left, float]:
-    """KL(dense ‖ without) of whole sets, nats a token, as `measure_effects`; only the `judged` best ones by
-    some tokens of every window are measured on all tokens and returned."""
+    """KL(dense ‖ without), nats a token, on all tokens, of the `judged` best sets by some tokens."""
     windows = range(job.count)
     with Variants[Left](job, len(sets), folder) as held:
         for block in job.blocks(folder=folder):

@@ -97,12 +97,9 @@ def open_original(
     doing: str,
     **how: Any,
 ) -> tuple[Job, FolderSource]:
-    """A walk through a model folder whose smaller copy can be opened and compared with it. `doing` names in
-    messages what needs the text; `how` is passed to `open_job`.
-
-    Raises:
-        ModelError: no text; a model in memory; one that needs code of its own, which results do not hold.
-    """
+    """A walk through a model folder whose smaller copy can be opened and compared with it; ModelError for no
+    text, a model in memory, or code of its own. `doing`: in messages, what needs the text; `how`: for
+    `open_job`."""
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration, f"{doing} needs")
     job = open_job(model, text, options, tokenizer=tokenizer, **how)
     source = folder_source(job.source)
@@ -126,16 +123,8 @@ def finish_smaller(
     prepare: Callable[[Block], None] = lambda _: None,
     **more: Any,
 ) -> None:
-    """Write the smaller model, compare it with the original, and move it into view.
-
-    Args:
-        shards: SHA-256 of the shards where they are written already.
-        finished, prepare: see `_check_same_output`.
-        more: added to the change in the manifest.
-
-    Raises:
-        ModelError: the written model does not compute what the changed original computes.
-    """
+    """Write the smaller model (its shards unless there are `shards` with their SHA-256), move it into view
+    and record the change with `more`; ModelError where it does not compute what the changed original does."""
     checkpoint, staging = folder_source(job.source).checkpoint, run.work.staging
     if shards is None:
         left = indices_left(change.cuts, change.kept)
@@ -165,8 +154,7 @@ def _check_same_output(
     finished: Mapping[int, FinishedBlock] | None,
     prepare: Callable[[Block], None],
 ) -> None:
-    """Send a window that is not `bad` through the original, its blocks `finished` by a run or changed by
-    `prepare`, and through what was written; ModelError where the results differ."""
+    """Raise ModelError where the changed original and the written model differ on a good window."""
     assert job.windows is not None
     window = next((w for w in range(len(job.windows)) if w not in bad), None)
     if window is None:
@@ -197,8 +185,7 @@ def _check_same_output(
 def check_shapes(
     source: FolderSource, settings: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Build the model that the new configuration describes, without weights; ModelError where its shapes are
-    not the wanted ones."""
+    """Raise ModelError where the new configuration describes a model of other than these shapes."""
     from transformers import AutoModelForCausalLM
 
     before = source.model.config

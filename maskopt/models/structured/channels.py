@@ -31,6 +31,7 @@ from maskopt.models.architecture.blocks import Layer, matrix
 from maskopt.models.architecture.source import FolderSource, as_stored
 from maskopt.models.architecture.structures import (
     CHANNELS,
+    WIDTHS,
     Cut,
     Structures,
     attention_of,
@@ -42,6 +43,7 @@ from maskopt.models.blockwise.job import Block, Job
 from maskopt.models.blockwise.progress import OnBlockProgress
 from maskopt.models.checkpoints.mask_file import MaskFiles, unpack
 from maskopt.models.checkpoints.report import LayerReport, PruneReport
+from maskopt.models.checkpoints.schema import STRUCTURES
 from maskopt.models.checkpoints.workspace import MASKS
 from maskopt.models.options.solver import check_size, default_start
 from maskopt.models.options.structured import ShrinkOptions
@@ -60,8 +62,6 @@ from maskopt.protocol.bounds import lower_bound
 from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.solver import solve
 
-#: what configurations call the channels of an MLP
-_WIDTHS = ("ffn_dim", "ffn_hidden_size", "intermediate_size")
 #: heads and groups are few: their choice is proven
 _EXACT = "branch"
 #: of the bound of a choice that is not
@@ -88,16 +88,13 @@ def shrink_model(
 
     Args:
         model: a folder, or a name on the hub.
-        tokenizer_or_tokens: as for `prune_model`.
-        calibration: as for `prune_model`.
-        options: what to remove, and how.
+        tokenizer_or_tokens, calibration: as for `prune_model`.
         shorthand: single options by name, with or without `options`: `channels=0.25, heads=0.25`.
         resume: go on with an interrupted run of the same options.
 
     Returns:
         A report with a `LayerReport` for every consumer (`down_proj`, `o_proj`). Its bound and statuses are
-            of the
-        choice with unchanged weights (`error_kept`); `error` is that of the written weights.
+        of the choice with unchanged weights (`error_kept`); `error` is that of the written weights.
 
     Raises:
         MaskoptError: a family whose blocks or configuration are not known, or what `prune_model` refuses.
@@ -109,21 +106,7 @@ def shrink_model(
     whole, source = open_original(
         model, tokenizer_or_tokens, calibration, options, "shrinking", on_progress=on_progress
     )
-    if options.how is not None and (source.checkpoint.folder / MASKS).exists():
-        raise OptionError(
-            f"{source.checkpoint.folder}: was pruned, and least squares would fill its zeros; shrink the "
-            "original and prune what comes of it, or take `update` none"
-        )
-    every: list[Structures] = []  # in the order of the model
-    for index in range(len(source.blocks)):
-        if options.heads:
-            every.append(heads_of(source.blocks, index, options.heads))
-        if options.channels:
-            every.append(channels_of(source.blocks, index, options.channels, options.round_to))
-    start = default_start(options.solver)
-    for one in every:
-        if one.kind == CHANNELS:
-            check_size(options.solver, options.solver_options, start, one.count, one.pattern)
+    every = _structures_of(source, options)
     settings = new_settings(source, every)
     check_family(source, settings, every)
     layers = [one.consumer for one in every]
@@ -138,13 +121,32 @@ def shrink_model(
         with job:
             for block in job.blocks(dict(results.blocks), folder):
                 results.keep(block, BlockResult.of(block, partial(_shrink, block, cuts, options)))
-        report, shards = results.report(fingerprint), results.write_shards()
+        report, shards = results.report(fingerprint, STRUCTURES), results.write_shards()
         done = {i: dataclasses.replace(one, bad=[]) for i, one in results.stored_blocks().items()}
         updated = list(cuts.consumers) if any(one.edits.values for one in done.values()) else []
         kept = cuts.kept(results.stored_masks())
         change = Change(settings, _WHY, cuts=cuts.stored, kept=kept, updated=updated)
         finish_smaller(job, run, change, report, shards=shards, finished=done)
     return dataclasses.replace(report, seconds=time.perf_counter() - began)
+
+
+def _structures_of(source: FolderSource, options: ShrinkOptions) -> list[Structures]:
+    """Of all blocks, in the order of the model; MaskoptError where they cannot be chosen or updated."""
+    folder, found = source.checkpoint.folder, list[Structures]()
+    if options.how is not None and (folder / MASKS).exists():
+        raise OptionError(
+            f"{folder}: was pruned, and least squares would fill its zeros; shrink the "
+            "original and prune what comes of it, or take `update` none"
+        )
+    for index in range(len(source.blocks)):
+        if options.heads:
+            found.append(heads_of(source.blocks, index, options.heads))
+        if options.channels:
+            one = channels_of(source.blocks, index, options.channels, options.round_to)
+            start = default_start(options.solver)
+            check_size(options.solver, options.solver_options, start, one.count, one.pattern)
+            found.append(one)
+    return found
 
 
 def _shrink(
@@ -218,13 +220,8 @@ def _chosen(
 
 
 class StructureCuts:
-    """The cuts of the checkpoint's tensors, and what stays of the consumers by their stored masks; ModelError
-    for a parameter that is not stored unchanged.
-
-    Attributes:
-        stored: by tensor, its cuts.
-        blocks: by tensor, the block whose masks decide.
-    """
+    """The cuts of the checkpoint's tensors (`stored`), the block whose masks decide them (`blocks`), and what
+    stays by stored masks; ModelError for a parameter that is not stored unchanged."""
 
     def __init__(self, source: FolderSource, every: Sequence[Structures]) -> None:
         self.by_consumer = {one.consumer.name: one for one in every}
@@ -242,8 +239,7 @@ class StructureCuts:
                 self.blocks.setdefault(tensor, one.consumer.block)
 
     def kept(self, masks: MaskFiles) -> dict[str, Bool[Tensor, " m"]]:
-        """The structures that stay, by consumer, of finished blocks. All rows of a consumer's mask are the
-        same, so the first one is read."""
+        """The structures that stay, by consumer, of finished blocks: all rows of a mask are equal."""
         found = {}
         for tensor, one in self.consumers.items():
             if tensor in masks:
@@ -259,13 +255,12 @@ class StructureCuts:
 
 
 def new_settings(source: FolderSource, every: Sequence[Structures]) -> dict[str, int]:
-    """What of the configuration changes, by key; ModelError for blocks of different sizes, or a family whose
-    configuration cannot describe the new ones."""
+    """New settings by key; ModelError where a configuration cannot describe these sizes."""
     text: Any = source.model.config.get_text_config()
     found: dict[str, set[int]] = {}
     for one in every:
         if one.kind == CHANNELS:
-            keys = [key for key in _WIDTHS if getattr(text, key, None) == one.count]
+            keys = [key for key in WIDTHS if getattr(text, key, None) == one.count]
             if not keys:
                 raise cannot_say(source, f"{one.count} channels")
             new = {keys[0]: one.kept}

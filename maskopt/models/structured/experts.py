@@ -28,11 +28,12 @@ from maskopt.errors import ModelError, OptionError
 from maskopt.models.architecture.all_experts import takes_routing
 from maskopt.models.architecture.blocks import Blocks, is_experts
 from maskopt.models.architecture.source import FolderSource
-from maskopt.models.architecture.structures import Cut
+from maskopt.models.architecture.structures import EXPERT_COUNTS, ROUTERS, Cut
 from maskopt.models.blockwise.job import Block, Job
 from maskopt.models.blockwise.progress import OnBlockProgress
 from maskopt.models.checkpoints.checkpoint import read_json
 from maskopt.models.checkpoints.report import LayerReport, PruneReport
+from maskopt.models.checkpoints.schema import EXPERTS
 from maskopt.models.checkpoints.write import disk_needed
 from maskopt.models.options.prune import NONE
 from maskopt.models.options.walk import WalkOptions
@@ -46,8 +47,6 @@ from maskopt.models.structured.change import (
 )
 from maskopt.protocol.solver import solve
 
-#: what configurations call the number of experts
-_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 #: the name of a stored tensor of one expert
 _EXPERT = re.compile(r"(?P<home>.*\bexperts)\.(?P<number>\d+)\.(?P<rest>.*)")
 #: seconds to prove a choice
@@ -57,9 +56,6 @@ _NOT_HERE = (
     "include", "exclude", "token_weights", "all_experts", "holdout", "calibrate_on", "true_sequential",
 )  # fmt: skip
 T = TypeVar("T")
-
-#: names of modules that route
-_ROUTERS = ("gate", "router")
 #: what configurations call the number of experts that a token goes to
 _EACH = ("num_experts_per_tok", "moe_topk", "moe_k", "num_selected_experts")
 
@@ -80,14 +76,12 @@ def remove_experts(
 
     Args:
         model: a folder, or a name on the hub.
-        tokenizer_or_tokens: as for `prune_model`.
-        calibration: as for `prune_model`.
+        tokenizer_or_tokens, calibration: as for `prune_model`.
         share: of the experts to remove, rounded down to a whole number of them.
 
     Returns:
         A report with a `LayerReport` for every mixture. `error` is the change of its output in the smaller
-            model;
-        `error_kept`, of which statuses and bounds are, the change without new routing of tokens.
+        model; `error_kept`, of which statuses and bounds are, the change without new routing of tokens.
 
     Raises:
         MaskoptError: no mixtures, or some that cannot be cut; a share that takes none, or leaves fewer than a
@@ -111,12 +105,13 @@ def remove_experts(
         kept, layers, bad = _choose(job, mixtures, left, work.hidden)
         change, homes = _change(source, mixtures, kept, settings)
         fingerprint, memory = fingerprint_of(job, record), peaks(source.device)
-        report = PruneReport(layers, fingerprint, bad, output=run.output, memory=memory)
+        report = PruneReport(
+            layers, fingerprint, bad, output=run.output, memory=memory, kind=EXPERTS
+        )
 
         def cut_block(block: Block) -> None:
-            for mixture in mixtures:
-                if mixture.block == block.index:
-                    cut(block.job.source.model, mixture, kept[mixture.name])
+            for one in (x for x in mixtures if x.block == block.index):
+                cut(block.job.source.model, one, kept[one.name])
 
         finish_smaller(job, run, change, report, prepare=cut_block, experts=homes)
     return dataclasses.replace(report, seconds=time.perf_counter() - began)
@@ -148,7 +143,7 @@ def _left(mixtures: Sequence[Mixture], share: float) -> int:
 def _check_family(source: FolderSource, mixtures: Sequence[Mixture], left: int) -> dict[str, int]:
     """What of the configuration changes; ModelError where it cannot describe the smaller model."""
     text: Any = source.model.config.get_text_config()
-    keys = [key for key in _COUNTS if getattr(text, key, None) == mixtures[0].count]
+    keys = [key for key in EXPERT_COUNTS if getattr(text, key, None) == mixtures[0].count]
     settings = dict.fromkeys(keys, left)
     inside = {name for mixture in mixtures for name in mixture.parameters}
     shapes = {
@@ -245,14 +240,8 @@ def _change(
 
 @dataclass(frozen=True)
 class Mixture:
-    """Experts of a block that tokens are routed to.
-
-    Attributes:
-        name: of the module that holds them, in the model; `kind`: inside the block.
-        count: how many there are.
-        each: to how many of them a token goes.
-        parameters: names in the model of those whose first axis counts experts, the router's among them.
-    """
+    """Experts of a block that tokens are routed to, by the `name` of their module: `count` of them, to `each`
+    of which a token goes; `parameters` have experts on their first axis, the router's among them."""
 
     name: str
     kind: str
@@ -285,12 +274,12 @@ def mixtures_of(blocks: Blocks, index: int) -> list[Mixture]:
         routers = [
             f"{full.rpartition('.')[0]}.{n}"
             for n, p in parent.named_parameters()
-            if n.partition(".")[0] in _ROUTERS and p.shape[0] == count
+            if n.partition(".")[0] in ROUTERS and p.shape[0] == count
         ]
         kept = [
             n
             for n, b in parent.named_buffers()
-            if n.partition(".")[0] in _ROUTERS and b.ndim and b.shape[0] == count
+            if n.partition(".")[0] in ROUTERS and b.ndim and b.shape[0] == count
         ]
         if not routers or kept:
             what = "is of no known form"
@@ -302,8 +291,7 @@ def mixtures_of(blocks: Blocks, index: int) -> list[Mixture]:
 
 
 def _each(model: nn.Module, name: str) -> int:
-    """To how many experts a token goes; ModelError where groups of experts are chosen first, which removals
-    would change, or where the configuration does not say."""
+    """To how many experts a token goes; ModelError where the configuration does not say."""
     text: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     groups = getattr(text, "n_group", None) or 1
     if groups > 1 and (getattr(text, "topk_group", None) or groups) < groups:
@@ -350,8 +338,7 @@ def costs(block: Block, mixture: Mixture) -> tuple[Float[Tensor, "experts expert
 
 
 def change_of(block: Block, mixture: Mixture, dense: nn.Module) -> tuple[float, float]:
-    """Change of the mixture's outputs from those of `dense` on the same inputs, and the energy of these: mean
-    squares over tokens, summed over the outputs."""
+    """Change and energy of the mixture's outputs, means over tokens, sums over outputs."""
     module = block.job.source.model.get_submodule(mixture.parent)
 
     def visit(args: Any, kwargs: dict[str, Any], output: Any) -> tuple[Tensor, Tensor, int]:
@@ -370,8 +357,7 @@ def seen_by(
     name: str,
     visit: Callable[[tuple[Any, ...], dict[str, Any], Any], T],
 ) -> list[T]:
-    """What `visit` returns for arguments and output of a module's call, window by window, without an advance.
-    Raises ModelError: a module that is not called once a window; NaN or infinite activations."""
+    """What `visit` returns for a module's call, window by window; ModelError unless it is one call."""
     opened, local = block.opened, threading.local()
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -38,12 +38,9 @@ class Targets:
         trained_layers, trained_vectors: names of the layers, and of the norms and biases, that were trained.
 
     Args:
-        index: of the block in the model.
-        layers: those whose weights may change.
-        vectors: the block's norms and biases that may change where all is trained: by name, the stored tensor
-            and its dtype.
+        vectors: norms and biases that may change where all is trained: the stored tensor and its dtype by
+            name.
         stored: returns the dtype in which a layer's weights are written.
-        seed: of the order of the windows.
         folder: for files of hidden states; None keeps them in memory.
     """
 
@@ -75,8 +72,7 @@ class Targets:
         return Recorded(self.block.samples.count, self.folder)
 
     def record(self, tick: Callable[[int], None], *, advance: bool) -> None:
-        """Record the targets: send the dense hidden states through the block with its dense weights;
-        `advance` replaces them by its outputs."""
+        """Record the outputs of the dense block; `advance` replaces the dense states by them."""
         dense = self.block.samples.dense
         assert dense is not None
         for window, heard, output in self._passes(range(len(self.parts)), dense, tick):
@@ -95,11 +91,8 @@ class Targets:
         masks: Mapping[str, tuple[Layer, Tensor]],
         ticker: Callable[[str, int], Callable[[int], None]],
     ) -> Iterator[PartReport]:
-        """Train every part that has kept weights, in place.
-
-        Args:
-            masks: of the layers that may change, by name, True = kept.
-        """
+        """Train every part that has kept weights, in place; `masks` are of layers that may change, True =
+        kept."""
         samples = self.block.samples
         fitted = [window for window in samples.active if window not in samples.held]
         held = [window for window in samples.active if window in samples.held]

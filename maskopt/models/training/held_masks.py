@@ -154,16 +154,14 @@ class KeptMasks:
             self._undo.pop()()
 
     def callback(self) -> TrainerCallback:
-        """For `transformers.Trainer`: zeros are set after every step and before anything is saved, for
-        optimisers that are none of torch's."""
+        """For `transformers.Trainer` with optimisers that are none of torch's: zeros after every step."""
         from transformers import TrainerCallback
 
         class Callback(TrainerCallback):
             def on_step_end(_, *arguments: Any, **more: Any) -> None:
                 self.apply()
 
-            def on_train_end(_, *arguments: Any, **more: Any) -> None:
-                self.apply()
+            on_train_end = on_step_end
 
         return Callback()
 

@@ -56,8 +56,7 @@ class Listener:
         self._local.outputs = {}
 
     def heard(self) -> list[Heard]:
-        """The calls of the pass that has ended on this thread, in the order of the parts; ModelError for a
-        part that was not called once."""
+        """The calls of this thread's last pass, by part; ModelError for a part not called once."""
         calls, outputs = self._local.calls, self._local.outputs
         for index, part in enumerate(self.parts):
             if (times := len(calls.get(index, ()))) != 1:
@@ -116,8 +115,7 @@ def called(part: nn.Module, call: Call, state: Tensor) -> Tensor:
 
 
 class Recorded:
-    """The calls of a part with all windows, or its outputs; in memory, or in files of hidden states in
-    `folder`. `windows`: how many the model has in all."""
+    """Calls or outputs of a part with so many windows; in memory, or in files in `folder`."""
 
     def __init__(self, windows: int, folder: Path | None) -> None:
         self._windows, self._folder = windows, folder

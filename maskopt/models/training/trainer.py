@@ -59,13 +59,8 @@ Tensors = Mapping[str, Mapping[str, Tensor]]
 
 @dataclass
 class Progress:
-    """How far training has come.
-
-    Attributes:
-        step: number of steps taken; epochs that end before the last of them are judged.
-        before: losses at the start.
-        held, epoch: the least held-out loss, and its epoch; 0: the start.
-    """
+    """How far training has come: steps taken, losses at the start, the least held-out loss and its epoch (0:
+    the start). Epochs that end before the last step are judged."""
 
     step: int
     before: Losses
@@ -87,6 +82,11 @@ class Trained:
     after: Losses
     epoch: int
     diverged: bool
+
+    def record(self) -> dict[str, Any]:
+        """As JSON values."""
+        losses = {"before": self.before._asdict(), "after": self.after._asdict()}
+        return {**losses, "epoch": self.epoch, "diverged": self.diverged}
 
 
 @dataclass(frozen=True)
@@ -121,12 +121,8 @@ def train(
     tick: Callable[[int], None],
     keeper: FolderKeeper | None = None,
 ) -> Trained:
-    """Train a module's free weights, in place; its other parameters do not change by a bit.
-
-    Args:
-        generator: new, for the order of the windows.
-        keeper: saves the progress after steps; training goes on from what it holds.
-    """
+    """Train a module's free weights, in place; its other parameters do not change by a bit. `generator` is
+    new, for the order of the windows; training goes on from what the `keeper` holds."""
     named = dict(task.module.named_parameters())
     stored = {name: (p.data, p.grad, p.requires_grad) for name, p in named.items()}
     weights = [named[name] for name in task.free]
@@ -338,12 +334,7 @@ def _mean(task: Task, windows: Sequence[int], pool: Threads) -> float:
 
 
 class FolderKeeper:
-    """Saves the progress in an output folder's workspace.
-
-    Args:
-        every: seconds between two times; 0: never.
-        device: of the tensors that are read back.
-    """
+    """Saves the progress in an output folder's workspace `every` so many seconds (0: never)."""
 
     def __init__(
         self, work: Workspace, journal: Journal, every: float, device: torch.device

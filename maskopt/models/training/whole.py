@@ -23,6 +23,7 @@ from maskopt.models.checkpoints.journal import Journal
 from maskopt.models.checkpoints.mask_file import Edits, MaskFile
 from maskopt.models.checkpoints.safefile import write_tensors
 from maskopt.models.checkpoints.workspace import MASKS, Workspace
+from maskopt.models.checkpoints.write import write_shard
 from maskopt.models.options.distill import DistillOptions
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.training.trainer import BYTES, FolderKeeper, Task, Trained, train
@@ -51,16 +52,12 @@ def train_whole(
     options: DistillOptions,
     work: Workspace,
     journal: Journal,
+    check: Callable[[], None],
     tell: OnDistill,
-) -> tuple[Trained, Edits]:
-    """Train all kept weights of a pruned folder, saving the progress in the workspace of a run.
-
-    Returns:
-        The losses, and the edits of the pruned folder's tensors.
-
-    Raises:
-        ModelError: pruned weights that are not zero; NaN in the model.
-    """
+) -> tuple[Trained, dict[str, str]]:
+    """Train all kept weights of a pruned folder, and stage its shards in a run's workspace, where the
+    progress is saved. `check` is called before a shard is written. Returns the losses, and the SHA-256 of the
+    shards; ModelError for pruned weights that are not zero, or NaN."""
     source = student.source
     assert isinstance(source, FolderSource)
     keeper = FolderKeeper(work, journal, 60 * options.save_every, source.device)
@@ -72,7 +69,12 @@ def train_whole(
     new = {layer.name: (layer, matrix(source.model, layer).cpu()) for layer in layers}
     values = work.blocks / "distilled.values"
     write_tensors(values, source.stored_values(new))
-    return trained, Edits.of(MaskFile(source.checkpoint.folder / MASKS), [values])
+    checkpoint, files = source.checkpoint, dict[str, str]()
+    edits = Edits.of(MaskFile(checkpoint.folder / MASKS), [values])
+    for shard in checkpoint.shards:
+        check()
+        files[shard] = write_shard(checkpoint, shard, work.staging / shard, edits)
+    return trained, files
 
 
 def _train(
@@ -118,8 +120,7 @@ def _train(
 
 
 def _kept(source: FolderSource, options: DistillOptions) -> dict[str, tuple[Layer, Tensor]]:
-    """Layers that are pruned, and their masks [rows, n], by name; ModelError for pruned weights that are not
-    zero."""
+    """Pruned layers and their masks [rows, n]; ModelError for pruned weights that are not zero."""
     checkpoint, kept = source.checkpoint, {}
     path, trust = checkpoint.folder / MASKS, options.trust_remote_code
     for layer, mask in layer_masks(checkpoint, path, trust_remote_code=trust):

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from maskopt.errors import VerificationError
+from maskopt.models.checkpoints.schema import pairs, plain_name
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -40,13 +41,8 @@ REWRITTEN = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors that `from_pretrained` loads from a folder.
-
-    Attributes:
-        where: tensor name → its file.
-        files: names of the shards and, where there are several, of the index.
-        unnamed: tensors of the shards that the index does not name.
-    """
+    """The tensors that `from_pretrained` loads from a folder, by their files; names of the shards and their
+    index; and tensors that the index does not name."""
 
     folder: Path
     where: dict[str, Path]
@@ -102,7 +98,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if not isinstance(named, dict) or not named:
         raise VerificationError(f"{folder / INDEX}: holds no weight_map")
     for name, shard in named.items():
-        if not isinstance(shard, str) or not is_plain(shard) or not shard.endswith(".safetensors"):
+        if not plain_name(shard) or not shard.endswith(".safetensors"):
             raise VerificationError(
                 f"{folder / INDEX}: {name[:200]!r} is said to be in {str(shard)[:200]!r}, which is "
                 "not the name of a safetensors file in the folder"
@@ -113,17 +109,12 @@ def _weight_map(folder: Path) -> dict[str, str]:
 def check_entries(
     weights: Weights, listed: Mapping[str, str], needed: Collection[str] = (MASKS, CONFIG)
 ) -> None:
-    """Compare every file with the manifest's digest, and refuse everything else that a loader could take for
-    weights, configuration or code.
-
-    Args:
-        listed: the manifest's files, name → SHA-256.
-        needed: files besides the weights that must be listed.
-    """
+    """Compare every file with the digest that is `listed`, where all `needed` ones must be, and refuse
+    everything else that a loader could take for weights, configuration or code."""
     folder = weights.folder
     check_beside(weights, lambda name: name in listed or name == MANIFEST)
     for name, digest in sorted(listed.items()):
-        if not is_plain(name) or not os.path.lexists(folder / name):
+        if not plain_name(name) or not os.path.lexists(folder / name):
             raise weights.wrong(f"file {name[:200]!r} of the manifest is not there")
         if not (name in weights.files or name == MASKS or is_copied(name) or _is_harmless(name)):
             raise _could_be_taken(folder / name)
@@ -136,8 +127,7 @@ def check_entries(
 
 
 def check_beside(weights: Weights, is_known: Callable[[str], bool]) -> None:
-    """Refuse links out of the folder, and unknown entries that a loader could take for weights, configuration
-    or code."""
+    """Refuse links out of the folder, and unknown entries that a loader could take."""
     folder = weights.folder
     if SINGLE in weights.files and os.path.lexists(folder / INDEX):
         raise weights.wrong(
@@ -232,7 +222,7 @@ def same_files(
 
 def _is_taken(file: Path) -> bool:
     """Is a file of an original copied? Links out of it are not followed."""
-    if not (is_copied(file.name) and is_plain(file.name) and file.is_file()):
+    if not (is_copied(file.name) and plain_name(file.name) and file.is_file()):
         return False
     try:
         check_regular(file)
@@ -275,15 +265,8 @@ def is_copied(name: str) -> bool:
     return name.endswith(COPIED) and not special
 
 
-def is_plain(name: str) -> bool:
-    """Is it a file name without a path that every system takes?"""
-    odd = set(name) & set('/\\:\0*?"<>|') or not name.isprintable()
-    return 0 < len(name) < 256 and name not in (".", "..") and not odd
-
-
 def check_regular(file: Path) -> None:
-    """Raise VerificationError for a pipe, a device, or a link out of the folder (links into the blobs of the
-    hub's cache stay inside)."""
+    """Raise VerificationError for a pipe, a device, or a link out of the folder and the hub's cache."""
     real, home = Path(os.path.realpath(file)), Path(os.path.realpath(file.parent))
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
     if real.parent not in (home, blobs):
@@ -325,18 +308,6 @@ def bytes_of(stored: Tensor) -> Tensor:
     """The bits of a tensor, [elements, bytes of one]."""
     flat = stored.contiguous().view(-1)
     return flat.view(torch.uint8).view(flat.numel(), stored.dtype.itemsize)
-
-
-def pairs(value: Any) -> Iterator[tuple[str, Any]]:
-    """Keys and values of all objects inside a JSON value."""
-    waiting = [value]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict):
-            yield from value.items()
-            waiting.extend(value.values())
-        elif isinstance(value, list):
-            waiting.extend(value)
 
 
 def read_json(path: Path) -> Any:

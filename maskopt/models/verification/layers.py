@@ -25,7 +25,6 @@ class Slice:
 
     Attributes:
         key: its place, which is that of its layer.
-        expert: it is one of several matrices of its tensor.
         square: Σ of the pruned weights' squares in the original, or None.
         least_first: every row prunes its smallest weights, or None.
     """

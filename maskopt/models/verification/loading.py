@@ -3,7 +3,6 @@ of. No weight is read."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -15,21 +14,18 @@ import torch
 from maskopt.errors import ModelError, VerificationError
 from maskopt.models.architecture.blocks import Blocks, choose
 from maskopt.models.architecture.transformers_adapter import Conversion, quietly
-from maskopt.models.verification.folder import CONFIG, Weights, first_line, pairs, read_object
+from maskopt.models.checkpoints.schema import far_more_than_stored
+from maskopt.models.verification.folder import CONFIG, Weights, first_line, read_object
 from maskopt.models.verification.manifest import Manifest
-
-#: keys of a configuration that count blocks or experts; so many are built in seconds
-COUNTS = re.compile(r"(.*_)?(n|num)_(.*_)?(layers?|blocks|experts)|(en|de)coder_layers|depth")
-FEW = 1024
 
 
 class Loading:
-    """The model that a folder's configuration describes, without weights, and what becomes of the folder's
-    tensors in it."""
+    """The model that a folder's configuration describes, without weights, and its tensors."""
 
     def __init__(self, weights: Weights, *, trust_remote_code: bool = False) -> None:
         self.weights, self.config = weights, weights.folder / CONFIG
-        _check_counts(weights)
+        if what := far_more_than_stored(read_object(self.config), dict(weights.shapes())):
+            raise self.wrong(what)
         self.model: Any = _empty_model(weights.folder, trust_remote_code)
         self.shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
         with _refusing():
@@ -72,8 +68,7 @@ class Loading:
 
 
 def check_loads(ours: Loading, theirs: Loading | None) -> None:
-    """The configuration describes the model that the tensors make: it takes all tensors that the original's
-    model takes, in their shapes. Without an original, tensors that nothing takes are not looked at."""
+    """The model takes all tensors that the original's model takes, in their shapes."""
     if odd := ours.missing - (frozenset() if theirs is None else theirs.missing):
         raise ours.wrong(f"describes a model with {min(odd)!r}, of which there is no tensor")
     if theirs is not None and (odd := ours.unused - theirs.unused):
@@ -101,26 +96,6 @@ def check_names(manifest: Manifest, loading: Loading) -> None:
             raise manifest.wrong(f"layer {name!r} has another shape than in the model")
         if (said[name]["block"], said[name]["kind"]) != (layer.block, layer.kind):
             raise manifest.wrong(f"layer {name!r} has another block or kind than its name")
-
-
-def _check_counts(weights: Weights) -> None:
-    """Raise VerificationError where the configuration has far more blocks or experts than there are tensors
-    for: such a model takes hours to build, even without its weights."""
-    for key, value in pairs(read_object(weights.folder / CONFIG)):
-        if type(value) is not int or value <= FEW or not COUNTS.fullmatch(key):
-            continue
-        of_experts, places, stored = "expert" in key, set(), 0
-        for name, shape in weights.shapes():
-            numbers = [part for part in name.split(".") if part.isdecimal()]
-            places.update(numbers[1:] if of_experts else numbers[:1])
-            if of_experts and len(shape) == 3 and min(shape):
-                stored = max(stored, shape[0])
-        stored = max(stored, len(places))
-        if value > 2 * stored:  # some families count a block twice
-            raise VerificationError(
-                f"{weights.folder / CONFIG}: `{key}` is {value}, and the stored tensors have {stored} "
-                f"{'experts' if of_experts else 'blocks'}"
-            )
 
 
 def _empty_model(folder: Path, trust_remote_code: bool) -> Any:

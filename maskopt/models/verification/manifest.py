@@ -18,11 +18,22 @@ from typing import Any
 
 from maskopt.core.pattern import NM, Pattern, Unstructured, pattern_from_dict
 from maskopt.errors import MaskoptError, VerificationError
-from maskopt.models.checkpoints.schema import fits, is_amount, is_count, is_number, is_size
+from maskopt.models.checkpoints.schema import (
+    BLOCKS,
+    EXPERTS,
+    MANIFEST_FORMAT,
+    PRUNE,
+    STRUCTURES,
+    fits,
+    has_keys_of_its_kind,
+    is_amount,
+    is_count,
+    is_number,
+    is_size,
+)
 from maskopt.models.options.prune import BLOCKWISE, BOTH, LAYERS, ROWS, UNIFORM, PruneOptions
 from maskopt.models.verification.folder import MANIFEST, check_regular
 
-FORMAT = "maskopt-manifest-1"
 STATUSES = ("optimal", "swap-optimal", "feasible")
 #: options of the solver, which nothing here depends on and which may be of a solver that is not installed
 OF_SOLVER = ("solver", "start", "solver_options")
@@ -36,14 +47,8 @@ def _is_pattern(value: Any) -> bool:
 
 
 MAYBE_AMOUNT, MAYBE_COUNT = (None, is_amount), (None, is_count)
-SHAPE = {
-    "format": FORMAT,
-    "fingerprint": {
-        "options": {
-            "sparsity": _is_pattern, "counts?": {...: is_count}, "training?": dict, "distillation?": dict,
-        },
-        "dtype": str, "model?": str,
-    },
+_COMMON = {
+    "format": MANIFEST_FORMAT,
     "sparsity": is_amount, "seconds": is_amount, "memory": {...: MAYBE_COUNT},
     "layers": [{
         **dict.fromkeys(("name", "pattern", "kind"), str),
@@ -72,25 +77,63 @@ SHAPE = {
     "tensors": {...: {"input_axis": is_count, "pattern": _is_pattern}},
     "files": {...: str},
 }  # fmt: skip
+_STEP = {"axis": is_count, "by": str, "parts": [lambda v: fits(v, [is_count]) and len(v) == 2]}
+_SHRUNK = {
+    "settings": {...: (is_count, list)}, "kept": {...: [is_count]}, "tensors": {...: [_STEP]},
+    "updated": [str], "names?": {...: str}, "gone?": [str], "experts?": (), "blocks?": (),
+}  # fmt: skip
+_SMALLER = {**_COMMON, "fingerprint": {"model": str}}
+#: of a manifest, by its kind
+SHAPES: dict[str, dict[str, Any]] = {
+    PRUNE: {
+        **_COMMON,
+        "fingerprint": {
+            "options": {
+                "sparsity": _is_pattern, "counts?": {...: is_count}, "training?": dict, "distillation?": dict,
+            },
+            "dtype": str, "model?": str,
+        },
+    },
+    STRUCTURES: {**_SMALLER, "shrunk": _SHRUNK},
+    EXPERTS: {**_SMALLER, "shrunk": {**_SHRUNK, "experts": {...: str}}},
+    BLOCKS: {**_SMALLER, "shrunk": {**_SHRUNK, "blocks": [is_count]}},
+}  # fmt: skip
 
 
-def sound_record(path: Path, shape: Any) -> dict[str, Any]:
-    """A manifest without its digest; VerificationError for a wrong digest or another shape."""
+def read_record(folder: Path) -> dict[str, Any]:
+    """A manifest; VerificationError where it is missing, of an unknown kind, or damaged."""
+    path = folder / MANIFEST
+    if not path.is_symlink() and not path.exists():
+        raise VerificationError(
+            f"{folder}: no manifest; the folder was not written by maskopt prune"
+        )
     check_regular(path)
     try:
         record = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_no_number)
-        claimed = record.pop("sha256")
-        text = json.dumps(record, sort_keys=True).encode()
-        sound = hashlib.sha256(text).hexdigest() == claimed and fits(record, shape)
+        rest = {key: value for key, value in record.items() if key != "sha256"}
+        text = json.dumps(rest, sort_keys=True).encode()
+        sound, kind = hashlib.sha256(text).hexdigest() == record["sha256"], record["kind"]
+        if sound and kind not in SHAPES:
+            known = ", ".join(SHAPES)
+            raise VerificationError(f"{path}: is of kind {kind!r:.50}, which is none of {known}")
+        sound = sound and has_keys_of_its_kind(record) and fits(record, SHAPES[kind])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
-        raise _damaged(path)
+        raise damaged(folder)
     return dict(record)
 
 
-def _damaged(path: Path) -> VerificationError:
-    return VerificationError(f"{path}: the manifest is damaged or was changed")
+def is_smaller(folder: Path) -> bool:
+    """Does a manifest say that `maskopt prune-structured` wrote the folder?"""
+    try:
+        return bool(read_record(folder)["kind"] != PRUNE)
+    except VerificationError:
+        return False  # what is wrong is found where the folder is verified
+
+
+def damaged(folder: Path) -> VerificationError:
+    return VerificationError(f"{folder / MANIFEST}: the manifest is damaged or was changed")
 
 
 def _no_number(constant: str) -> float:
@@ -160,15 +203,9 @@ class Manifest:
         return VerificationError(f"{self.path}: {what}")
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Raises VerificationError where it is missing or damaged, or its options are not those of a prune."""
-    path = folder / MANIFEST
-    if not path.is_symlink() and not path.exists():
-        raise VerificationError(
-            f"{folder}: no manifest; the folder was not written by maskopt prune"
-        )
-    record = sound_record(path, SHAPE)
-    listed = record["layers"], record["tensors"], record["files"]
+def read_manifest(folder: Path, record: Mapping[str, Any]) -> Manifest:
+    """The manifest of a prune. Raises VerificationError where its options are none."""
+    path, listed = folder / MANIFEST, (record["layers"], record["tensors"], record["files"])
     return Manifest(path, record, _options(path, record), *listed)
 
 
@@ -194,10 +231,10 @@ def _options(path: Path, record: Mapping[str, Any]) -> PruneOptions:
         try:
             options = PruneOptions(**{**given, "sparsity": pattern}, solver="magnitude")
         except (MaskoptError, ValueError, TypeError, AttributeError, OverflowError):
-            raise _damaged(path) from None
+            raise damaged(path.parent) from None
         made = options.record()
         if any(key not in made or made[key] != value for key, value in given.items()):
-            raise _damaged(path)
+            raise damaged(path.parent)
         return options
     raise VerificationError(f"{path}: {what}")
 

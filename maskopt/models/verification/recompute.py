@@ -22,9 +22,9 @@ from maskopt.checks.swap_check import improving_swap, improving_swap_between_row
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.problem import LayerProblem
 from maskopt.errors import VerificationError
-from maskopt.models.architecture.blocks import choose, matrix
+from maskopt.models.architecture.blocks import Layer, choose, matrix
 from maskopt.models.architecture.source import FolderSource, masks_as_model
-from maskopt.models.blockwise.collect import IN_DENSE
+from maskopt.models.blockwise.collect import IN_DENSE, Grams
 from maskopt.models.blockwise.gradients import counting
 from maskopt.models.blockwise.job import Job, open_job
 from maskopt.models.blockwise.threads import Threads
@@ -60,14 +60,8 @@ CALIBRATED = {
 
 @dataclass(frozen=True)
 class Found:
-    """A layer as its prune met it.
-
-    Attributes:
-        problem: original weights and Gram matrix.
-        kept: the mask that the layer was given.
-        result: its weights in the result, in the dtype in which they are stored; None: the kept ones.
-        held: the problem on the held-out windows, where there were any.
-    """
+    """A layer as its prune met it: original weights and Gram matrix, also on held-out windows; the given
+    mask; and weights of the result in the stored dtype (None: the kept ones)."""
 
     problem: LayerProblem
     kept: Tensor
@@ -92,24 +86,14 @@ def recheck_layers(
     Returns:
         The names of the layers, and the relative difference up to which errors had to agree.
     """
-    fingerprint = manifest.record["fingerprint"]
-    if not fits(fingerprint, CALIBRATED):
-        raise manifest.wrong("does not say how its run was calibrated")
-    data, device = fingerprint["calibration"], fingerprint["device"]
-    if device == "cuda" and not torch.cuda.is_available():
-        raise manifest.wrong("its run was on a GPU, which rounds otherwise; check it on one")
-    options = manifest.options
-    if manifest.distilled and options.update != NONE:
-        raise manifest.wrong(
-            "its updated weights were distilled since, so that their errors cannot be checked on text"
-        )
-    own = any(layer["objective"] == "updated" for layer in manifest.layers)
-    if options.update == BLOCKWISE and options.true_sequential and own:
-        raise manifest.wrong(
-            "later layers of a block saw its solver's own weights, which training has "
-            "changed since: it cannot be checked on text"
-        )
-    bos, trust = data["beginning"]["bos"], machine["trust_remote_code"]
+    _check_recorded(manifest)
+    options, fingerprint = manifest.options, manifest.record["fingerprint"]
+    data, dtype, trust = (
+        fingerprint["calibration"],
+        fingerprint["dtype"],
+        machine["trust_remote_code"],
+    )
+    bos = data["beginning"]["bos"]
     # masks and updated weights are those of the result
     walked = dataclasses.replace(
         options, include=tuple(layer["name"] for layer in manifest.layers), exclude=(), update=NONE,
@@ -117,10 +101,9 @@ def recheck_layers(
         damping=LeastSquaresUpdate.damping, damping_exponent=LeastSquaresUpdate.power,
         gram_shrinkage=0.0, samples=data["samples"], seq_len=data["length"],
         bos=bos if bos in BOS else "auto", chat=bos == TEMPLATE.bos and not are_tokens(calibration),
-        device=device, dtype=fingerprint["dtype"], **machine,
+        device=fingerprint["device"], dtype=dtype, **machine,
     )  # fmt: skip
     job = open_job(model, calibration, walked)
-    assert job.windows is not None
     if job.windows.digest != data["sha256"]:
         raise VerificationError(
             f"{job.windows.source}: is not what the model was calibrated on: its {len(job.windows)} "
@@ -134,13 +117,32 @@ def recheck_layers(
         result = FolderSource(
             open_checkpoint(output), torch.device("cpu"), None, trust_remote_code=trust
         )
-    tolerance = ERROR_TOLERANCES[fingerprint["dtype"]]
+    tolerance = ERROR_TOLERANCES[dtype]
     said = {layer["name"]: layer for layer in manifest.layers}
     with job, torch.no_grad():
         for name, layer in _walk(job, masks, result, said, set(chosen), manifest):
             for fault in _faults(said[name], layer, options, tolerance, job.pool):
                 raise manifest.wrong(f"layer {name!r}{fault}")
     return chosen, tolerance
+
+
+def _check_recorded(manifest: Manifest) -> None:
+    """Raise VerificationError where errors cannot be computed again from what a manifest records."""
+    fingerprint, options = manifest.record["fingerprint"], manifest.options
+    if not fits(fingerprint, CALIBRATED):
+        raise manifest.wrong("does not say how its run was calibrated")
+    if fingerprint["device"] == "cuda" and not torch.cuda.is_available():
+        raise manifest.wrong("its run was on a GPU, which rounds otherwise; check it on one")
+    if manifest.distilled and options.update != NONE:
+        raise manifest.wrong(
+            "its updated weights were distilled since, so that their errors cannot be checked on text"
+        )
+    own = any(layer["objective"] == "updated" for layer in manifest.layers)
+    if options.update == BLOCKWISE and options.true_sequential and own:
+        raise manifest.wrong(
+            "later layers of a block saw its solver's own weights, which training has "
+            "changed since: it cannot be checked on text"
+        )
 
 
 def _faults(
@@ -214,8 +216,7 @@ def _short(value: float | None) -> str:
 
 
 def _other_weights(found: Found, tolerance: float) -> Iterator[str]:
-    """Of some rows: weights that cost more than those of the least squares that are solved here, and more
-    than rounding to the stored dtype adds."""
+    """Some rows' weights that cost more than least squares and the rounding to the stored dtype."""
     problem, result = found.problem, found.result
     assert result is not None
     rows = list(range(0, problem.rows, max(1, problem.rows // LEAST_SQUARES_ROWS)))
@@ -275,10 +276,7 @@ def _walk(
     chosen: set[str],
     manifest: Manifest,
 ) -> Iterator[tuple[str, Found]]:
-    """Go through the blocks as the prune did, up to the last chosen layer; yield the chosen ones.
-
-    A yielded problem may share its block's weights, which are pruned when the next one is asked for.
-    """
+    """Go through the blocks as the prune did; yield the chosen layers, before they are pruned."""
     options, model = manifest.options, job.source.model
     trained = options.update == BLOCKWISE
     last = max(layer.block for layer in job.layers if layer.name in chosen)
@@ -299,35 +297,17 @@ def _walk(
                 vectors = {name: result.model.get_parameter(name).clone() for name in names}
         for stage, grams in block.rounds():
             for layer in stage:
-                weight, gram = matrix(model, layer), grams.of(layer.name)
-                mask, one = kept[layer.name].to(weight.device), said[layer.name]
-                tokens = 0 if gram is None else gram.tokens
-                result_weight = new.get(layer.name)
+                weight, one = matrix(model, layer), said[layer.name]
+                mask, weights = kept[layer.name].to(weight.device), new.get(layer.name)
                 updated = one["damping"] is not None
                 # what its weights were before they were trained, later rounds may have seen
                 if layer.name in chosen or (trained and options.true_sequential and updated):
-                    known = None if tokens < options.min_tokens else gram
-                    alpha, dense = float(one["gram_shrinkage"]), weight.float()
-                    pattern, moved = options.pattern_of(layer), grams.moved(layer.name)
-                    held = held_problem(layer, dense, grams, pattern)
-                    least_squares = (
-                        LeastSquaresUpdate(one["damping"], options.damping_exponent)
-                        if updated
-                        else None
-                    )
-                    problem = layer_problem(
-                        layer, dense, known, pattern, alpha, moved, least_squares
-                    )
-                    if known is not None:
-                        problem = counting(problem, options.sensitivity, job.gradients)
-                    if trained:
-                        result_weight = None
-                        if updated and one["objective"] != "updated":
-                            result_weight = problem.weights(mask).to(new[layer.name].dtype)
+                    found = _found(job, options, layer, one, grams, mask, weights)
+                    weights = found.result
                     if layer.name in chosen:
-                        yield layer.name, Found(problem, mask, result_weight, tokens, held)
-                if result_weight is not None and (updated or not trained):
-                    weight.copy_(result_weight)
+                        yield layer.name, found
+                if weights is not None and (updated or not trained):
+                    weight.copy_(weights)
                 else:
                     weight.masked_fill_(~mask, 0)
             del grams  # the next pass needs their memory
@@ -341,3 +321,31 @@ def _walk(
         block.advance()
     if left_out != manifest.record["bad_samples"][: len(left_out)]:
         raise manifest.wrong("left out other samples than those with NaN or infinite activations")
+
+
+def _found(
+    job: Job,
+    options: PruneOptions,
+    layer: Layer,
+    said: Mapping[str, Any],
+    grams: Grams,
+    mask: Tensor,
+    result: Tensor | None,
+) -> Found:
+    """A layer of a block whose Gram matrices are there; `result`: its weights in the result."""
+    gram, dense = grams.of(layer.name), matrix(job.source.model, layer).float()
+    tokens, pattern, damping = (
+        0 if gram is None else gram.tokens,
+        options.pattern_of(layer),
+        said["damping"],
+    )
+    update = None if damping is None else LeastSquaresUpdate(damping, options.damping_exponent)
+    known = None if tokens < options.min_tokens else gram
+    how = (float(said["gram_shrinkage"]), grams.moved(layer.name), update)
+    problem = layer_problem(layer, dense, known, pattern, *how)
+    if known is not None:
+        problem = counting(problem, options.sensitivity, job.gradients)
+    if options.update == BLOCKWISE and result is not None:  # as it was before it was trained
+        own = update is not None and said["objective"] != "updated"
+        result = problem.weights(mask).to(result.dtype) if own else None
+    return Found(problem, mask, result, tokens, held_problem(layer, dense, grams, pattern))

@@ -13,11 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskopt.errors import VerificationError
-from maskopt.models.checkpoints.schema import fits, is_count
+from maskopt.models.architecture.structures import (
+    BLOCK_INDICES,
+    DEPTHS,
+    EXPERT_COUNTS,
+    ROUTERS,
+    WIDTHS,
+)
+from maskopt.models.checkpoints.schema import BLOCKS, EXPERTS
 from maskopt.models.verification.folder import (
     CONFIG,
-    MANIFEST,
     Weights,
     bytes_of,
     check_configuration,
@@ -28,10 +33,9 @@ from maskopt.models.verification.folder import (
     same_files,
 )
 from maskopt.models.verification.loading import Loading, check_loads
-from maskopt.models.verification.manifest import sound_record
+from maskopt.models.verification.manifest import damaged
 from maskopt.models.verification.tensors import OnTensor
 
-FORMAT = "maskopt-smaller-1"
 #: what takes the channels of an MLP → what gives them
 _MLPS = {
     "down_proj": ("gate_proj", "up_proj", "gate_up_proj"),
@@ -41,54 +45,29 @@ _MLPS = {
 #: what takes the heads of an attention, and what gives them
 _ATTENTIONS = ("o_proj", "out_proj", "dense")
 _GIVERS = ("q_proj", "k_proj", "v_proj", "qkv_proj")
-#: what modules are called that route
-_ROUTERS = ("gate", "router")
 #: a tensor of one expert: the part of the name that those of all experts share
 _HOME = re.compile(r"(.*\bexperts)\.\d+\.")
-#: what configurations call the number of blocks, of experts, of channels
-_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_WIDTHS = ("ffn_dim", "ffn_hidden_size", "intermediate_size")
-#: settings that name blocks by their numbers
-_NUMBERED = (
-    *("attn_layer_indices", "cross_attention_layers", "full_attn_idxs", "mlp_only_layers"),
-    "moe_layers",
-)
-_STEP = {"axis": is_count, "by": str, "parts": [lambda v: fits(v, [is_count]) and len(v) == 2]}
-SHAPE = {
-    "format": FORMAT, "fingerprint": dict, "files": {...: str},
-    "shrunk": {
-        "settings": {...: (is_count, list)}, "kept": {...: [is_count]}, "tensors": {...: [_STEP]},
-        "updated": [str], "names?": {...: str}, "gone?": [str], "blocks?": [is_count],
-        "experts?": {...: str},
-    },
-}  # fmt: skip
-
 #: the new name of a tensor of the original; None: it is gone
 Rename = Callable[[str], str | None]
 
 
-def is_smaller(folder: Path) -> bool:
-    """Does a manifest say that `maskopt prune-structured` wrote the folder? Nothing else is read."""
-    try:
-        return bool(read_object(folder / MANIFEST).get("format") == FORMAT)
-    except VerificationError:
-        return False  # what is wrong is found where it is read as a manifest
-
-
-def verify_smaller(folder: Path, original: Path | None, on_progress: OnTensor) -> dict[str, Any]:
+def verify_smaller(
+    folder: Path, record: Mapping[str, Any], original: Path | None, on_progress: OnTensor
+) -> dict[str, Any]:
     """Re-read a folder that `maskopt prune-structured` wrote; the fields of `Verified`."""
-    manifest = sound_record(folder / MANIFEST, _is_manifest)
-    files, shrunk = manifest["files"], {"names": {}, "gone": [], **manifest["shrunk"]}
+    kind, files = record["kind"], record["files"]
+    shrunk = {"names": {}, "gone": [], **record["shrunk"]}
+    if not _fits_together(shrunk):
+        raise damaged(folder)
     weights = read_weights(folder)
     check_entries(weights, files, needed=(CONFIG,))
-    if "blocks" not in shrunk:
+    if kind != BLOCKS:
         _check_names(shrunk, weights, without_experts(shrunk))
     dense, theirs, same = None, None, set[str]()
     if original is not None:
         dense = read_weights(original)
         before = [shrunk["names"].get(name, name) for name in weights.where]
-        same = same_files(manifest, weights, dense, [*before, *shrunk["gone"]])
+        same = same_files(record, weights, dense, [*before, *shrunk["gone"]])
     check_configuration(folder, files, compared=same)
     ours = Loading(weights)
     for key, size in shrunk["settings"].items():
@@ -96,7 +75,7 @@ def verify_smaller(folder: Path, original: Path | None, on_progress: OnTensor) -
             raise ours.wrong(f"{key} is not the {size} of the manifest")
     if dense is not None:
         theirs = Loading(dense)
-        removal = _check_settings(shrunk, ours, theirs)
+        removal = _check_settings(kind, shrunk, ours, theirs)
         if removal.rename is not None:
             _check_names(shrunk, weights, removal.rename)
     check_loads(ours, theirs)
@@ -110,7 +89,7 @@ def verify_smaller(folder: Path, original: Path | None, on_progress: OnTensor) -
         _check_cuts(weights, shrunk, removal)
     claimed = ["updated weights"] if shrunk["updated"] else []
     claimed += [] if dense else ["weights"]
-    claimed += ["effects of blocks"] if shrunk.get("blocks") else ["errors", "bounds and statuses"]
+    claimed += ["effects of blocks"] if kind == BLOCKS else ["errors", "bounds and statuses"]
     compared = ("kept weights", "other tensors", "configuration")
     return {
         "tensors": len(weights.where),
@@ -140,7 +119,9 @@ def _check_names(shrunk: Mapping[str, Any], weights: Weights, rename: Rename) ->
             )
 
 
-def _check_settings(shrunk: Mapping[str, Any], ours: Loading, theirs: Loading) -> Removal:
+def _check_settings(
+    kind: str, shrunk: Mapping[str, Any], ours: Loading, theirs: Loading
+) -> Removal:
     """The configuration is the original's except for the sizes that the removal leaves, which is returned."""
     said, before = shrunk["settings"], read_object(theirs.config)
     nested = before.get("text_config")
@@ -148,7 +129,7 @@ def _check_settings(shrunk: Mapping[str, Any], ours: Loading, theirs: Loading) -
     (before["text_config"] if of_text else before).update(said)
     if before != read_object(ours.config):
         raise ours.wrong("differs from the original in more than the sizes")
-    removal = Removal(shrunk, theirs)
+    removal = Removal(kind, shrunk, theirs)
     if odd := set(said) - set(removal.settings):
         raise ours.wrong(f"{min(odd)} is no size of what was removed, and must be the original's")
     for key, size in removal.settings.items():
@@ -189,8 +170,7 @@ def _check_tensor(
 
 
 def _check_cuts(weights: Weights, shrunk: Mapping[str, Any], removal: Removal) -> None:
-    """Every tensor is cut as what was removed asks, and no other; weights are updated only in the layers that
-    take the channels or heads, in all blocks or in none."""
+    """Every tensor is cut as the removal asks, and updated in all layers that may be, or in none."""
     for name in sorted({*removal.cuts, *shrunk["tensors"]}):
         if removal.cuts.get(name) != shrunk["tensors"].get(name):
             raise weights.wrong(
@@ -219,15 +199,11 @@ def _inside(step: Mapping[str, Any], kept: Mapping[str, Sequence[int]]) -> Tenso
     return torch.cat(found)
 
 
-def _is_manifest(manifest: Any) -> bool:
-    """Does it have the schema, and do kept structures, cuts and updates fit one another?"""
-    if not fits(manifest, SHAPE):
-        return False
-    shrunk = manifest["shrunk"]
+def _fits_together(shrunk: Mapping[str, Any]) -> bool:
+    """Do kept structures, cuts and updates fit one another?"""
     kept, blocks = shrunk["kept"], shrunk.get("blocks", [])
     return (
-        not {"blocks", "experts"} <= set(shrunk)
-        and len(set(blocks)) == len(blocks)
+        len(set(blocks)) == len(blocks)
         and set(shrunk.get("experts", {}).values()) <= set(kept)
         and all(stays and stays == sorted(set(stays)) for stays in kept.values())
         and all(steps for steps in shrunk["tensors"].values())
@@ -246,23 +222,17 @@ def _is_manifest(manifest: Any) -> bool:
 
 
 class Removal:
-    """What is left.
+    """What is left: sizes in the configuration, cuts by tensor, tensors whose kept weights may be updated,
+    and new names (`rename` None: tensors keep them, except for experts that are stored one by one)."""
 
-    Attributes:
-        settings: sizes in the configuration.
-        cuts: of a tensor, the steps of its cut.
-        updatable: tensors whose kept weights may be updated.
-        rename: None: tensors keep their names, except for experts that are stored one by one.
-    """
-
-    def __init__(self, shrunk: Mapping[str, Any], theirs: Loading) -> None:
+    def __init__(self, kind: str, shrunk: Mapping[str, Any], theirs: Loading) -> None:
         self.settings: dict[str, Any] = {}
         self.cuts: dict[str, list[dict[str, Any]]] = {}
         self.updatable: set[str] = set()
         self.rename: Rename | None = None
-        if "blocks" in shrunk:
+        if kind == BLOCKS:
             self._blocks(shrunk, theirs)
-        elif "experts" in shrunk:
+        elif kind == EXPERTS:
             self._experts(shrunk, theirs)
         else:
             for consumer in shrunk["kept"]:
@@ -282,7 +252,7 @@ class Removal:
             own = (size, 1)
             givers = {x: [own] * (2 if x == "gate_up_proj" else 1) for x in _MLPS[last]}
             # where several words stand for the width, the first is what the family reads
-            words = [key for key in _WIDTHS if theirs.setting(key) == size]
+            words = [key for key in WIDTHS if theirs.setting(key) == size]
             self.settings |= dict.fromkeys(words[:1], len(kept))
         else:
             heads = int(theirs.setting("num_attention_heads") or 1)
@@ -327,7 +297,7 @@ class Removal:
                 )
             (count,) = counts
             parent = mixture.rpartition(".")[0]
-            begins = (begin, *(f"{parent}.{router}." for router in _ROUTERS))
+            begins = (begin, *(f"{parent}.{router}." for router in ROUTERS))
             for name, shape in theirs.shapes.items():
                 if not name.startswith(begins) or shape[:1] != (count,):
                     continue
@@ -337,7 +307,9 @@ class Removal:
                 for part in theirs.parts(name):
                     found = _HOME.match(part)
                     homes[found[1] if found else part] = mixture
-            words = [k for k in _COUNTS if k in shrunk["settings"] and theirs.setting(k) == count]
+            words = [
+                k for k in EXPERT_COUNTS if k in shrunk["settings"] and theirs.setting(k) == count
+            ]
             self.settings |= dict.fromkeys(words, len(kept))
         if homes != shrunk["experts"]:
             raise theirs.weights.wrong(
@@ -348,13 +320,13 @@ class Removal:
     def _blocks(self, shrunk: Mapping[str, Any], theirs: Loading) -> None:
         """The number of blocks, settings with an entry for each or with their numbers, and names."""
         removed = shrunk["blocks"]
-        words = [key for key in _DEPTHS if key in shrunk["settings"]]
+        words = [key for key in DEPTHS if key in shrunk["settings"]]
         count = theirs.setting(words[0]) if len(words) == 1 else None
         if type(count) is not int:
             raise theirs.wrong("the manifest does not say how many blocks are left of it")
         self.settings[words[0]] = count - len(removed)
         for key, listed in theirs.settings.to_dict().items():
-            if key in _NUMBERED and isinstance(listed, list):
+            if key in BLOCK_INDICES and isinstance(listed, list):
                 self.settings[key] = _renumbered(listed, removed)
             elif isinstance(listed, list) and len(listed) == count and not key.endswith("token_id"):
                 self.settings[key] = [x for index, x in enumerate(listed) if index not in removed]

@@ -29,8 +29,7 @@ def check_tensors(
     original: Weights | None,
     on_progress: OnTensor,
 ) -> list[Slice]:
-    """Compare every tensor with its mask and with the original, except for layers, norms and biases that the
-    manifest says were updated or trained; the masks' matrices."""
+    """Compare every tensor with its mask and the original, but what was updated; all matrices."""
     slices: list[Slice] = []
     by_magnitude = {key_of(x) for x in manifest.layers if x["fallback"]}
     updated, vectors = updated_layers(manifest), updated_vectors(manifest, masks.layout)

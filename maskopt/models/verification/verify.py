@@ -17,6 +17,7 @@ import torch
 
 from maskopt.core.pattern import NM
 from maskopt.errors import VerificationError
+from maskopt.models.checkpoints.schema import PRUNE
 from maskopt.models.options.prune import BLOCKWISE
 from maskopt.models.verification.folder import (
     CONFIG,
@@ -44,9 +45,9 @@ from maskopt.models.verification.layers import (
     check_parts,
 )
 from maskopt.models.verification.loading import Loading, check_loads, check_names
-from maskopt.models.verification.manifest import Manifest, read_manifest
+from maskopt.models.verification.manifest import Manifest, read_manifest, read_record
 from maskopt.models.verification.recompute import recheck_layers
-from maskopt.models.verification.structured import is_smaller, verify_smaller
+from maskopt.models.verification.structured import verify_smaller
 from maskopt.models.verification.tensors import Masks, OnTensor, check_tensors
 
 #: after a block's name, of a sample that it gave NaN of in the dense model
@@ -148,14 +149,17 @@ def verify_model(
         )
     if layers and calibration is None:
         raise VerificationError("`layers` chooses what `calibration` computes again; give both")
-    if is_smaller(folder):
-        return Verified(**verify_smaller(folder, original, on_progress))
+    record = read_record(folder)
+    if record["kind"] != PRUNE:
+        return Verified(**verify_smaller(folder, record, original, on_progress))
     machine = {"text_field": text_field, "threads": threads, "trust_remote_code": trust_remote_code}
-    return _verify_pruned(folder, original, on_progress, calibration, layers, machine)
+    manifest = read_manifest(folder, record)
+    return _verify_pruned(folder, manifest, original, on_progress, calibration, layers, machine)
 
 
 def _verify_pruned(
     folder: Path,
+    manifest: Manifest,
     original: Path | None,
     on_progress: OnTensor,
     calibration: Any,
@@ -163,7 +167,6 @@ def _verify_pruned(
     machine: dict[str, Any],
 ) -> Verified:
     """Re-read a folder of `prune_model`; `machine` holds other options of a walk."""
-    manifest = read_manifest(folder)
     weights = read_weights(folder)
     check_entries(weights, manifest.files)
     stored = Masks(folder / MASKS)
@@ -225,11 +228,11 @@ def semi_structured(output: str | Path) -> list[tuple[str, Any]]:
     if not torch.cuda.is_available():
         raise VerificationError("to_sparse_semi_structured needs a CUDA device; there is none here")
     folder = Path(output)
-    manifest, weights = read_manifest(folder), read_weights(folder)
-    if manifest.options.pattern != NM(2, 4):
+    record, weights = read_record(folder), read_weights(folder)
+    if record["kind"] != PRUNE or read_manifest(folder, record).options.pattern != NM(2, 4):
         raise weights.wrong("holds no 2:4 layer")
     converted = []
-    for name, info in manifest.tensors.items():
+    for name, info in record["tensors"].items():
         if name not in weights.where:
             raise weights.wrong(f"tensor {name!r} has a mask and is not there")
         weight = weights.read(name).half().cuda()
@@ -281,8 +284,7 @@ def _facts(
 def _verify_fine_tuned(
     tuned: Path, pruned: Path, on_progress: OnTensor, *, trust: bool
 ) -> Verified:
-    """Every weight of a folder that the masks of a pruned one prune is zero, and
-    a loader makes the same model of both, apart from the values of finite weights."""
+    """Every pruned weight of a fine-tuned folder is zero, and a loader makes the same model of it."""
     weights, masks = read_weights(tuned), Masks(pruned / MASKS)
     if not masks.layout:
         raise VerificationError(f"{masks.path}: holds no mask")
@@ -332,8 +334,7 @@ def _verify_fine_tuned(
 
 
 def _check_model(weights: Weights, pruned: Path, before: Weights | None, trust: bool) -> None:
-    """Raise VerificationError where a loader would make another model of a folder than of the pruned one,
-    apart from the values of its weights."""
+    """Raise VerificationError where a loader would make another model than of the pruned folder."""
     stored = weights if before is None else before
     theirs_in = Weights(pruned, stored.where, (), frozenset())
     for folder in (weights.folder, pruned):
@@ -350,8 +351,7 @@ def _check_model(weights: Weights, pruned: Path, before: Weights | None, trust: 
 
 
 def _names(masked: Collection[str], there: Collection[str]) -> Callable[[str], str]:
-    """What tensors of the pruned model are called in the other one: `save_pretrained` puts the name of the
-    base model first, which the original's checkpoint may lack."""
+    """Names in the other folder, where `save_pretrained` puts the base model's name first."""
     first = min(masked, default="")
     before = {name.removesuffix(first) for name in there if name.endswith(f".{first}")}
     for prefix in sorted(before):

@@ -28,12 +28,13 @@ from maskopt import LayerProblem, RowProblem, Unstructured
 from maskopt.errors import DataError, MaskoptError, ModelError
 from maskopt.models.architecture.source import load_tokenizer, open_source
 from maskopt.models.blockwise.activations import Activations
-from maskopt.models.checkpoints.checkpoint import INDEX, open_checkpoint, plain_name
+from maskopt.models.checkpoints.checkpoint import INDEX, open_checkpoint
 from maskopt.models.checkpoints.journal import Journal
 from maskopt.models.checkpoints.mask_file import MaskFile, TensorMask, write_masks
 from maskopt.models.checkpoints.pack import pack
 from maskopt.models.checkpoints.report import manifest_digest, read_layers, read_manifest
 from maskopt.models.checkpoints.safefile import open_safe
+from maskopt.models.checkpoints.schema import plain_name
 from maskopt.models.checkpoints.workspace import MANIFEST, MASKS, check_output
 from maskopt.models.pruning.output import apply_masks
 from maskopt.models.verification.verify import verify_model

@@ -414,7 +414,7 @@ def test_limits_that_a_manifest_does_not_name_are_none(allocation, small, tmp_pa
     assert verify_model(out, small, calibration=tokens()).checked_layers
     for change in (lambda _: None, lambda m: m["fingerprint"]["options"].pop("max_deviation")):
         forge_manifest(out, change)
-        found = options_again(manifest_of(out)["fingerprint"], out)
+        found = options_again("prune", manifest_of(out)["fingerprint"], out)
         assert found["max_deviation"] == 1
 
 

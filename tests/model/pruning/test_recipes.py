@@ -19,9 +19,9 @@ from maskopt.core.fields import RECORDED, options_of
 from maskopt.errors import DataError, ModelError, OptionError, VerificationError
 from maskopt.models.checkpoints.workspace import HIDDEN, MANIFEST, Workspace
 from maskopt.models.options.prune import RECIPES, prune_options
-from maskopt.models.pruning import distil as stage
 from maskopt.models.pruning.plan import plan_prune
 from maskopt.models.pruning.rerun import options_again
+from maskopt.models.training import whole as stage
 from maskopt.models.training.trainer import FolderKeeper
 from maskopt.models.verification.verify import verify_model
 
@@ -73,7 +73,7 @@ def check_agreement(options, words, tmp_path):
     record = json.loads(json.dumps(options.record()))
     calibration = {"samples": 1, "length": 8, "beginning": {"bos": "auto"}, "source": "text.txt"}
     found = {"options": record, "calibration": calibration, "device": "cpu", "dtype": "float32"}
-    again = options_again(found, "OUT")
+    again = options_again("prune", found, "OUT")
     assert PruneOptions(**{k: v for k, v in again.items() if k in record}).record() == record
 
 

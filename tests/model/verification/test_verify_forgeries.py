@@ -364,7 +364,9 @@ UNSAID = {
     "statuses of more rows": layer(statuses={"swap-optimal": 10**6}),
     "unknown status": layer(statuses=lambda x: {"perfect": x["rows"]}),
     "tokens negative": every_layer(tokens=-1), "format": edit("format", to="maskopt-manifest-9"),
-    "no fingerprint": lambda m: m.pop("fingerprint"), "no masks listed": lambda m: m["files"].pop(MASKS),
+    "kind": edit("kind", to="channels"), "kind of a smaller model": edit("kind", to="blocks"),
+    "cut": lambda m: m.update(shrunk={}), "no fingerprint": lambda m: m.pop("fingerprint"),
+    "no masks listed": lambda m: m["files"].pop(MASKS),
     "config not listed": lambda m: m["files"].pop("config.json"), "seconds": edit("seconds", to=-3.0),
 }  # fmt: skip
 #: name → (folder, how to forge, what is said of the folder alone); with the original it is refused, too
@@ -618,7 +620,8 @@ SMALLER = {
     "experts": [
         ("an expert gone", says(expert_gone), "only one of|where the kept"),
         ("the first experts", first_experts, "where the kept|cut as"),
-        ("no experts", says(lambda m: m["shrunk"].pop("experts")), "no removed block or expert"),
+        ("no experts", says(lambda m: m["shrunk"].pop("experts")), "damaged"),
+        ("of another kind", says(edit("kind", to="blocks")), "damaged"),
         ("another number", shrunk_says("settings", "num_local_experts", to=3), "is not the 3"),
     ],
     "gpt_oss": [
