@@ -323,6 +323,7 @@ def test_trees_of_other_rows_prove_less_and_the_claim_is_refused():
 
 
 # --- whole numbers
+@pytest.mark.slow
 @pytest.mark.parametrize("chance", [0.25, 0.75])
 def test_graphs_are_proven_with_fewer_nodes_where_they_are_whole(chance):
     problem = graph(20, chance, keep=13)

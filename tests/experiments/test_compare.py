@@ -634,6 +634,7 @@ def test_the_masks_of_a_pruned_model_are_the_ones_judged(models, tmp_path):
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.slow
 def test_experts_that_see_tokens_in_the_pruned_model_alone(tmp_path):
     dense, out, text = save(tiny("mixtral"), tmp_path / "dense"), tmp_path / "out", tokens(2, 4)
     maskopt.prune_model(dense, text, output=out, sparsity=0.7, solver="magnitude", min_tokens=1)

@@ -253,6 +253,7 @@ def test_the_demo_from_end_to_end_on_a_tiny_model(tmp_path, monkeypatch):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_the_papers_table_holds_every_cell_and_goes_on(benchmarks, tmp_path, monkeypatch):
     import paper_table
 

@@ -130,6 +130,7 @@ def test_precision_and_seed_are_those_of_the_store(dense, tmp_path):
     verify_model(out, dense, calibration=text)
 
 
+@pytest.mark.slow
 def test_held_out_windows_are_those_of_the_store(home, model, grams, tmp_path):
     out, held = tmp_path / "out", home / "held"
     more = ["--min-tokens", 1, "--solver", "wanda", "--gram-shrinkage", "auto", "--output", out]
@@ -633,6 +634,7 @@ def test_the_moments_of_a_shrunk_problem_are_still_those_of_something(monkeypatc
     assert len(problems) == 21
 
 
+@pytest.mark.slow
 def test_plans_count_held_out_windows_and_the_dense_model_that_goes_along(dense_folder):
     """Gram matrices of held-out windows are a second set. Moments, states and passes of the dense model."""
     more = {"pruned": {}, "dense": {}, "held": {"target": "pruned", "holdout": 0.5}}

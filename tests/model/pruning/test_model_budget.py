@@ -100,6 +100,7 @@ def test_squares_of_experts_and_rows_that_count_as_the_sensitivity_says():
             torch.testing.assert_close(problem.omega, omega, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_costs_are_divergences_of_models_with_one_block_pruned():
     job = open_job(tiny("llama", layers=2), tokens(), MEASURED)
     before = {name: p.clone() for name, p in job.source.model.named_parameters()}
@@ -357,6 +358,7 @@ def test_rows_differ_within_limits_and_the_layer_keeps_its_count(update):
 FEW = [slow("rows", "fisher"), ("both", "relative")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("allocation", "sensitivity"), FEW)
 def test_layers_of_few_tokens_are_ranked_by_magnitude_alone(allocation, sensitivity, tmp_path):
     folder, data = save(loud("mixtral", layers=2), tmp_path / "model"), tokens(8)
@@ -404,6 +406,7 @@ def test_rows_that_count_differently_are_proven_together(family, tmp_path):
     fails(VerificationError, said, verify_model, out, dense, calibration=tokens())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allocation", ["both", slow("rows")])
 def test_limits_that_a_manifest_does_not_name_are_none(allocation, small, tmp_path):
     out = tmp_path / "out"

@@ -319,6 +319,7 @@ def test_weights_are_those_of_least_squares_on_the_layers_own_inputs(solver):
         assert layer.objective == ("kept" if solver == "tabu" else "least-squares")
 
 
+@pytest.mark.slow
 def test_dampings_of_held_out_windows_and_of_experts_that_saw_too_little(tmp_path):
     given = {**REFITTED, "holdout": 0.4, "include": ("layers.0.self_attn.*",)}
     chosen, fixed = (

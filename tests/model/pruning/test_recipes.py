@@ -174,6 +174,7 @@ def home(dense, tmp_path_factory):
     return home, best
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_anywhere_goes_on_to_the_same_folder(home, dense, monkeypatch):
     folder, best = home
     out, whole = folder / "killed", contents(folder / "whole")

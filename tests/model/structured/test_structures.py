@@ -269,7 +269,7 @@ COMMANDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", COMMANDS)
+@pytest.mark.parametrize("kind", but_slow(list(COMMANDS)[:1], COMMANDS))
 def test_the_command_and_what_comes_after(kind, data, tmp_path):
     family, options, said, card, second = COMMANDS[kind]
     model, out = tiny(family, layers=4 if kind == "blocks" else 2), tmp_path / "out"
@@ -325,6 +325,7 @@ def test_effects_are_divergences_of_models_without_blocks(tmp_path):
     assert verify(report.effects.problem(2), report.solution).checked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("judged", [16, slow(3)])
 def test_sets_of_three_are_searched_and_measured_on_all_tokens(judged, tmp_path, monkeypatch):
     """Of many candidates of a round, the best ones on a sample of tokens are tried."""
@@ -563,6 +564,7 @@ def test_the_choice_of_the_first_block_is_the_optimum_of_what_it_is_given(dense_
     assert [layer.error, layer.lower_bound] == pytest.approx([min(errors)] * 2, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_errors_bounds_and_counts_of_channels(dense_folder, tmp_path):
     def shrink(name, **options):
         return smaller(dense_folder, tmp_path / name, tokens(12), **options).layers

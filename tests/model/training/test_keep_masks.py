@@ -213,6 +213,7 @@ def test_what_is_lost_or_not_merged_inside_is_warned_of(pruned, recwarn):
     assert said[0].startswith(f"{lost} pruned weights were not zero")
 
 
+@pytest.mark.slow
 def test_through_the_trainer_of_transformers(pruned, tmp_path):
     folder, model = pruned(), loaded(pruned())
     data = [{"input_ids": row, "labels": row} for row in tokens(STEPS, 8)]

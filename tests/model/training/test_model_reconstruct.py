@@ -141,6 +141,7 @@ def test_weights_that_a_window_does_not_come_by_and_a_norm_that_blocks_share():
     assert not torch.equal(layers[1].input_layernorm.weight, torch.ones(32))
 
 
+@pytest.mark.slow
 def test_weights_that_are_decayed_become_smaller(monkeypatch):
     sizes = []
     for decay, seed in ((0.0, 2**62), (3.0, 2**63 - 1)):  # every seed orders windows

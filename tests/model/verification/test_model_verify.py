@@ -192,6 +192,7 @@ def test_under_every_option(options, dense_folder, tmp_path):
     check(tmp_path / "out", dense_folder, threads=2)
 
 
+@pytest.mark.slow
 def test_training_that_began_from_the_weights_of_a_solver(small, tmp_path):
     given = {"solver": "sparsegpt", "solver_options": {"update": True}, "update": "blockwise"}
     given |= {"holdout": 0.3, "training": {"epochs": 1, "begin": "least-squares"}}
@@ -288,6 +289,7 @@ def test_a_forged_run_is_refused(forge, said, result, dense_folder):
     refused(result, dense_folder, said)
 
 
+@pytest.mark.slow
 def test_bad_samples_are_left_out_again(tmp_path):
     """Gemma multiplies embeddings by the root of their width: token 7 becomes infinite."""
     huge = patched(tiny("gemma", layers=2), "model.embed_tokens.weight", lambda p: p[7].fill_(3e38))

@@ -74,6 +74,7 @@ def test_random_duals_and_points_are_valid(problem, seed, size):
     assert_below(torch.stack(found), problem)
 
 
+@pytest.mark.slow
 def test_bounds_are_worth_something_and_cuts_more():
     tight = []
     for (seed, kind), pattern in itertools.product(enumerate(KINDS), PATTERNS):
@@ -325,6 +326,7 @@ def test_no_bit_depends_on_threads_or_on_the_rows_beside(n):
     np.testing.assert_array_equal(some.inner(), whole.inner()[[2, 0]])
 
 
+@pytest.mark.slow
 def test_the_torch_sweep_is_the_compiled_one():
     """At the fixed point of one the other stays, with extra terms; and they reach one bound."""
     _, extra = random_extra(24, 2, 2)

@@ -78,7 +78,7 @@ def test_the_multipliers_of_a_node_are_semidefinite_and_tighten_it():
 
 
 @pytest.mark.parametrize("pattern", [SIXTY, TWO_FOUR], ids=str)
-@pytest.mark.parametrize("kind", ["full", "outliers", slow("low-rank"), slow("duplicates")])
+@pytest.mark.parametrize("kind", ["full", slow("outliers"), slow("low-rank"), slow("duplicates")])
 def test_a_node_is_bounded_and_fixed_validly(pattern, kind):
     """Against all masks below random nodes, with the multipliers of the root and with the node's own."""
     n, problem = 12, drawn(1, 12, kind, pattern, (9, 3))
@@ -130,6 +130,7 @@ def test_beyond_enumeration_refitted_rows_rest_on_it_and_are_never_above_swap():
     assert "branch of maskopt" in str(verify(problem, found))
 
 
+@pytest.mark.slow
 def test_float32_and_turns_that_end_early_cost_no_proof(monkeypatch):
     for how in ({"dtype": torch.float32}, {"damping": 0.03}):
         problem = refit_layer(rows=2, n=14, **how)
@@ -139,6 +140,7 @@ def test_float32_and_turns_that_end_early_cost_no_proof(monkeypatch):
         monkeypatch.setattr(least_squares, "_TURNS", 1)
 
 
+@pytest.mark.slow
 def test_neither_runs_nor_a_parents_bound_change_what_is_fixed(monkeypatch):
     """The prices of a node speak of its own bound, which may lie below that of its parent."""
     one, two = (solve(layer(56, seed=3), "branch", node_limit=40) for _ in range(2))
@@ -226,7 +228,7 @@ def test_a_tree_of_twins_does_not_serve_a_row_whose_inputs_are_none():
 
 
 # --- SCIP
-@pytest.mark.parametrize("formulation", FORMULATIONS)
+@pytest.mark.parametrize("formulation", [FORMULATIONS[0], *map(slow, FORMULATIONS[1:])])
 @pytest.mark.parametrize("pattern", [HALF, slow(TWO_FOUR)], ids=str)
 def test_every_formulation_proves_the_same_optimum(formulation, pattern):
     for kind in ("full", "duplicates"):
@@ -263,6 +265,7 @@ def test_qcr_starts_from_the_semidefinite_bound():
     assert 0 < certified <= float(plain.objective[0])
 
 
+@pytest.mark.slow
 def test_scip_is_trusted_for_what_scip_itself_added():
     problem = layer(40)
     first = solve(problem, "scip", node_limit=1, presolve=False)

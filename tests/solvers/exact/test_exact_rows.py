@@ -369,6 +369,7 @@ def test_what_goes_on_from_a_search_ends_with_it(monkeypatch):
     assert not solve(HARD, "portfolio", members=("swap",)).trace.interrupted
 
 
+@pytest.mark.slow
 def test_a_prune_goes_on_after_the_layers_that_were_done(tmp_path, dense_folder, monkeypatch):
     how = {"sparsity": 0.9, "solver": "branch", "min_tokens": 1}
     how |= {"include": "self_attn.k_proj", "solver_options": {"workers": 0}}
@@ -589,6 +590,7 @@ PATTERNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", slow_where(PATTERNS, lambda n: n > 12))
 @pytest.mark.parametrize("kind", slow_where(KINDS, lambda kind: kind not in FIRST))
 def test_no_bound_passes_the_optimum_of_rows_of_very_different_scales(kind, n):

@@ -374,6 +374,7 @@ def anything(problem, seed):
     return Certificate(d, d[:, :0], problem.weight + v)
 
 
+@pytest.mark.slow
 @given(
     st.one_of(problems(max_n=8, max_rows=10), st.sampled_from(BOUNDED)),
     st.sampled_from((LeastSquaresUpdate(0.001), *REFITS)), st.integers(0, 4), st.integers(0, 10**6),
@@ -390,6 +391,7 @@ def test_no_mask_costs_less_than_what_any_certificate_proves(problem, how, split
         assert bool((anything(problem, other).check(problem) <= most).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, *map(slow, range(1, 12))])
 @pytest.mark.parametrize("per", ["row", "layer"])
 def test_inputs_that_say_the_same_are_bounded_too(per, seed):

@@ -38,6 +38,7 @@ def total(problem, solver, **options):
 
 
 # --- all of them
+@pytest.mark.slow
 @settings(max_examples=min(40, settings().max_examples))  # a tenth of a second each
 @given(
     problems(max_n=11, max_rows=3), st.sampled_from(REFITS), st.sampled_from((1, 2, 64)),

@@ -29,6 +29,7 @@ OPTIONS = {"generations": 6, "children": 3, "pool": 4, "moves": 40}
 REFITS_SLOW = pytest.mark.parametrize("update", [None, slow(ONE_PERCENT)])
 
 
+@pytest.mark.slow
 @settings(max_examples=settings.default.max_examples // 2)
 @given(problems(max_n=7, max_rows=2))
 def test_no_exchange_of_two_for_two_is_left_when_all_inputs_are_candidates(problem):
@@ -137,6 +138,7 @@ def layer(rows=6, n=96, pattern=SIXTY):
     return drawn(rows, n, "low-rank", pattern, dtype=SINGLE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ONE_AND_SLOW)
 def test_memetic_finds_better_masks_for_refitted_weights_than_1_swap_search(pattern):
     problem = drawn(8, 96, pattern=pattern, seeds=(3, 4), update=ONE_PERCENT)
@@ -233,6 +235,7 @@ def test_memetic_under_time_limits(update, clock):
     assert (set(some.trace.stopped), seen[-1].done, seen[-1].total) == ({"yes"}, 6, 6)
 
 
+@pytest.mark.slow
 @given(shared_budget(max_n=8, max_rows=4))
 @settings(max_examples=8)
 def test_contract_of_rows_that_share_a_count(problem):

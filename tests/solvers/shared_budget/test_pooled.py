@@ -334,6 +334,7 @@ def test_any_point_and_split_of_refitted_rows_prove_what_the_formula_says(omega)
         assert proven <= best + slack(problem)
 
 
+@pytest.mark.slow
 def test_bounds_are_worth_something():
     omega = torch.tensor([1.0, 3.0, 0.5, 2.0])
     problem = layer(rows=4, n=12, update=LeastSquaresUpdate(0.1), omega=omega)

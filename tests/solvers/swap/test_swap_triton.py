@@ -328,6 +328,7 @@ def test_search_is_right_on_small_problems_of_every_kind(problem):
     proven_from_random(LayerProblem(weight, gram, problem.pattern, assume_psd=True))
 
 
+@pytest.mark.slow
 def test_a_search_stops_and_goes_on_in_chunks_of_any_size_and_order():
     problem = _layer(3, 40, "low-rank", SIXTY)
     start = solve(problem, "random").mask
