@@ -70,8 +70,8 @@ def sweep(
 
     if sparsity is None and calibration is not None:
         with view() as shown:
-            how: Any = {"on_progress": PruneView(shown), "ranks": ranks()}
-            open_store(model, grams, calibration, options, **how)
+            told = PruneView(shown)
+            open_store(model, grams, calibration, options, on_progress=told, ranks=ranks())
         written(grams, "Gram matrices")
         return
     if output is None:
