@@ -69,7 +69,7 @@ def distill_model(
     thread, and what autograd keeps of a window per thread. The dense model is read block by block.
 
     Args:
-        pruned: the folder that `maskopt prune` wrote; teacher: the dense model's, or its name on the hub.
+        pruned, teacher: what `maskopt prune` wrote, and the dense model's folder or name on the hub.
         tokenizer_or_tokens, calibration: as for `prune_model`.
         output: folder for a copy of `pruned` with updated kept weights and `maskopt-distill.json`.
         resume: go on with an interrupted run of the same options, from its last save (`save_every`).

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -76,10 +75,11 @@ def sweep(
         for how in asked.values():  # which may be refused before anything is collected
             prune_options(None, how)
         asked = {x: {k: v for k, v in y.items() if k not in OF_TEXT} for x, y in asked.items()}
-        names = {field.name for field in dataclasses.fields(WalkOptions)}
+        names = WalkOptions.__dataclass_fields__
         of_walk = {name: value for name, value in shorthand.items() if name in names}
-        told: Any = {"on_progress": on_progress("grams"), "ranks": ranks}
-        store = open_store(model, grams, calibration, of_walk, **told)
+        store = open_store(
+            model, grams, calibration, of_walk, on_progress=on_progress("grams"), ranks=ranks
+        )
     cases = {label: store.options(None, how) for label, how in asked.items()}
     check_place(Path(output))
     walk = _check_cases(model, store, cases, text, windows)
@@ -92,8 +92,8 @@ def sweep(
         Run(**runs[label], ranks=ranks, model=model, grams=grams, text=text)
     found = []
     for label, options in cases.items():
-        told = {"grams": grams, "on_progress": on_progress(label), "ranks": ranks, **runs[label]}
-        found.append(Swept(label, told["output"], prune_model(model, None, options, **told)))
+        given = {"grams": grams, "on_progress": on_progress(label), "ranks": ranks, **runs[label]}
+        found.append(Swept(label, given["output"], prune_model(model, None, options, **given)))
     if text is None:
         return found, None
     dense, *others = evaluate([model, *(one.output for one in found)], text, walk, windows=windows)
