@@ -53,14 +53,13 @@ def sweep(
     ranks: Ranks = ALONE,
     **shorthand: Any,
 ) -> tuple[list[Swept], Evaluation | None]:
-    """Prune a model in every combination of sparsities, solvers and updates, or go on with an earlier sweep.
+    """Prune a model in every combination of sparsities, solvers and updates, or go on with a sweep.
 
     Args:
         grams: folder of its Gram matrices, which are collected from `calibration` if it does not exist.
         calibration: text, as for `prune_model`; None: the folder exists.
         text: to evaluate all prunes and the dense model on, in windows of 512 tokens; None: none.
         on_progress: takes a prune's label, and returns a callback for its progress.
-        shorthand: other options of every prune, and of the collection.
 
     Returns:
         The prunes in their order, and the dense model's evaluation; None without text.
