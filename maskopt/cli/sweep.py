@@ -70,8 +70,8 @@ def sweep(
 
     if sparsity is None and calibration is not None:
         with view() as shown:
-            how: Any = {"on_progress": PruneView(shown), "ranks": ranks()}
-            open_store(model, grams, calibration, options, **how)
+            shown_as = PruneView(shown)
+            open_store(model, grams, calibration, options, on_progress=shown_as, ranks=ranks())
         written(grams, "Gram matrices")
         return
     if output is None:

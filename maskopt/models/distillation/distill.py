@@ -69,21 +69,17 @@ def distill_model(
     thread, and what autograd keeps of a window per thread. The dense model is read block by block.
 
     Args:
-        pruned: the folder that `maskopt prune` wrote; it is not changed.
-        teacher: the dense model's folder, or its name on the hub.
+        pruned, teacher: what `maskopt prune` wrote, and the dense model's folder or name on the hub.
         tokenizer_or_tokens, calibration: as for `prune_model`.
         output: folder for a copy of `pruned` with updated kept weights and `maskopt-distill.json`.
         resume: go on with an interrupted run of the same options, from its last save (`save_every`).
         on_progress: called with the name of a stage, how much of it is done, and of how much.
-        shorthand: single options by name, with or without `options`: `epochs=2, samples=64`.
 
     Raises:
-        MaskoptError: no masks in the folder, or another teacher; text or options that cannot be used; more
-            than `max_memory` allows.
+        MaskoptError: no masks, another teacher, unusable text or options, more than `max_memory` allows.
     """
     began = time.perf_counter()
     options = options_by_name(DistillOptions, options, shorthand)
-    tell = on_progress or (lambda what, done, total: None)
     for given in (pruned, teacher):
         if not isinstance(given, str | Path):
             raise ModelError(
@@ -110,7 +106,7 @@ def distill_model(
     needed = disk_needed(source.checkpoint) + disk_of_training(weights, options)
     remedy = "; `save_every` 0 takes less, and cannot be resumed"
     with run.opened(needed, fingerprint, remedy) as work:
-        how = (work, run.journal, run.check_models, tell)
+        how = (work, run.journal, run.check_models, on_progress or (lambda *_: None))
         trained, files = train_whole(student, dense, options, *how)
         _write(source.checkpoint, masks, files, trained, fingerprint, work)
     return Distilled(**vars(trained), seconds=time.perf_counter() - began, output=run.output)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -54,25 +53,16 @@ def sweep(
     ranks: Ranks = ALONE,
     **shorthand: Any,
 ) -> tuple[list[Swept], Evaluation | None]:
-    """Prune a model in every combination of sparsities, solvers and updates of the kept weights. Finished
-    prunes of an earlier sweep are kept, and unfinished ones go on.
+    """Prune a model in every combination of sparsities, solvers and updates, or go on with a sweep.
 
     Args:
-        model: a folder, or a name on the hub.
         grams: folder of its Gram matrices, which are collected from `calibration` if it does not exist.
         calibration: text, as for `prune_model`; None: the folder exists.
-        output: a folder with one for each prune.
         text: to evaluate all prunes and the dense model on, in windows of 512 tokens; None: none.
-        windows: number of evaluation windows; None: all.
         on_progress: takes a prune's label, and returns a callback for its progress.
-        ranks: processes that share the work, without `text`.
-        shorthand: other options of every prune, and of the collection.
 
     Returns:
         The prunes in their order, and the dense model's evaluation; None without text.
-
-    Raises:
-        MaskoptError: as for `prune_model`, for any combination before the first prune begins.
     """
     asked = dict(_cases(sparsity, solvers, update, shorthand))
     if text is not None and ranks.size > 1:
@@ -84,25 +74,25 @@ def sweep(
         for how in asked.values():  # which may be refused before anything is collected
             prune_options(None, how)
         asked = {x: {k: v for k, v in y.items() if k not in OF_TEXT} for x, y in asked.items()}
-        names = {field.name for field in dataclasses.fields(WalkOptions)}
+        names = WalkOptions.__dataclass_fields__
         of_walk = {name: value for name, value in shorthand.items() if name in names}
-        told: Any = {"on_progress": on_progress("grams"), "ranks": ranks}
-        store = open_store(model, grams, calibration, of_walk, **told)
+        store = open_store(
+            model, grams, calibration, of_walk, on_progress=on_progress("grams"), ranks=ranks
+        )
     cases = {label: store.options(None, how) for label, how in asked.items()}
-    walk = _check_cases(model, store, cases, text, windows)
     check_place(Path(output))
+    walk = _check_cases(model, store, cases, text, windows)
     runs: dict[str, dict[str, Any]] = {}
     for label in cases:
         target = Path(output) / label
         begun = ranks.agreed(lambda at=target: unfinished(at) or (at / MANIFEST).exists())  # type: ignore[misc]
         runs[label] = {"output": target, "overwrite": overwrite, "resume": begun and not overwrite}
-        inputs = {"model": model, "grams": grams, "text": text}
-        Run(**runs[label], ranks=ranks, **inputs)  # refuses before the first prune
+        # refuses before the first prune
+        Run(**runs[label], ranks=ranks, model=model, grams=grams, text=text)
     found = []
     for label, options in cases.items():
-        how = {"grams": grams, "on_progress": on_progress(label), "ranks": ranks, **runs[label]}
-        report = prune_model(model, None, options, **how)
-        found.append(Swept(label, runs[label]["output"], report))
+        given = {"grams": grams, "on_progress": on_progress(label), "ranks": ranks, **runs[label]}
+        found.append(Swept(label, given["output"], prune_model(model, None, options, **given)))
     if text is None:
         return found, None
     dense, *others = evaluate([model, *(one.output for one in found)], text, walk, windows=windows)

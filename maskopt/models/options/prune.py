@@ -80,13 +80,8 @@ RECIPE = Option(
 
 @dataclass(frozen=True)
 class PruneOptions(WalkOptions):
-    """All options of a prune but model, text and output.
-
-    `PruneOptions(0.5)`, `PruneOptions("2:4", "wanda", samples=64)`.
-
-    Raises:
-        MaskoptError: a value that is not allowed, an unknown solver or solver option.
-    """
+    """All options of a prune but model, text and output: `PruneOptions("2:4", "wanda", samples=64)`. Raises
+    MaskoptError for a value that is not allowed, an unknown solver or solver option."""
 
     sparsity: Pattern | float | str = option(
         REQUIRED,
@@ -193,37 +188,27 @@ class PruneOptions(WalkOptions):
         self._set_reconstruction()
         self._set_distillation()
         self._check_automatic()
-        if self.least_squares is None and (self.damping, self.damping_exponent) != (
-            LeastSquaresUpdate.damping,
-            LeastSquaresUpdate.power,
-        ):
-            raise OptionError(
-                "`damping` needs kept weights solved by least squares: give `training` begin=least-squares"
-            )
+        if self.least_squares is None:
+            why = "weights are not solved by least squares without `training` begin=least-squares"
+            self.refuse(("damping", "damping_exponent"), why)
         if self.moved and (self.one_pass or self.true_sequential):
             other = "`calibrate_on` dense" if self.one_pass else "`true_sequential`"
             raise OptionError(
                 f"`target` dense and {other} exclude each other: it takes whole blocks, and inputs from the "
                 "model pruned so far"
             )
-        check_solver(
-            self.solver, self.solver_options, self.start_solver, self._pattern_of(self.pattern)
-        )
+        pattern = self._pattern_of(self.pattern)
+        check_solver(self.solver, self.solver_options, self.start_solver, pattern)
 
     def _set_allocation(self) -> None:
         """Pattern and `allocation` say the same; either is enough."""
-        if (
-            isinstance(self.pattern, Unstructured)
-            and self.pattern.shared_budget
-            and not self.layers_differ
-        ):
-            self._budget_as(self.pattern)
+        pattern, differ = self.pattern, self.layers_differ
+        if isinstance(pattern, Unstructured) and pattern.shared_budget and not differ:
+            self._budget_as(pattern)
         elif self.allocation != UNIFORM:
-            if isinstance(self.pattern, NM) or (
-                self.layers_differ and (self.pattern.shared_budget or self.pattern.sparsity is None)
-            ):
+            if isinstance(pattern, NM) or (differ and not _is_share(pattern)):
                 raise OptionError(
-                    f"`allocation` {self.allocation} needs a share such as 0.5, not {self.pattern}"
+                    f"`allocation` {self.allocation} needs a share such as 0.5, not {pattern}"
                 )
             if self.rows_differ and self.max_deviation is None:
                 usual = ROW_DEVIATION if self.allocation == ROWS else LAYER_DEVIATION
@@ -253,16 +238,17 @@ class PruneOptions(WalkOptions):
         """Every setting is there, or none where nothing is trained."""
         if self.update != BLOCKWISE:
             return
-        if not self.holdout:
-            raise OptionError(
-                "`update` blockwise needs windows that judge it: give a `holdout` such as 0.1"
-            )
+        self._check_judged("`update` blockwise")
         if self.one_pass:
             raise OptionError(
                 "`update` blockwise trains on inputs of the pruned model: not with `calibrate_on` dense"
             )
         made = build(Reconstruction, "training", dict(self.training), "option")
         object.__setattr__(self, "training", asdict(made))
+
+    def _check_judged(self, what: str) -> None:
+        if not self.holdout:
+            raise OptionError(f"{what} needs windows that judge it: give a `holdout` such as 0.1")
 
     def _set_distillation(self) -> None:
         """Every setting is there, or none where no epoch is asked for."""
@@ -271,10 +257,7 @@ class PruneOptions(WalkOptions):
         if not given or given.get("epochs") == 0:
             object.__setattr__(self, "distillation", {})
             return
-        if not self.holdout:
-            raise OptionError(
-                "`distillation` needs windows that judge it: give a `holdout` such as 0.1"
-            )
+        self._check_judged("`distillation`")
         how = self.distilled
         object.__setattr__(self, "distillation", {n: getattr(how, n) for n in DISTILLATION})
 
@@ -288,12 +271,9 @@ class PruneOptions(WalkOptions):
         shrinkage, damping = self.gram_shrinkage, self.damping
         if shrinkage != AUTO and (isinstance(shrinkage, str) or not 0 <= shrinkage <= 1):
             raise ModelError(f"`gram_shrinkage` must lie in [0, 1] or be auto, not {shrinkage!r}")
-        if damping != AUTO:
-            if isinstance(damping, str):
-                raise OptionError(
-                    f"`damping` must be a number of at least 0 or auto, not {damping!r}"
-                )
-            LeastSquaresUpdate(damping)
+        if isinstance(damping, str) and damping != AUTO:
+            raise OptionError(f"`damping` must be a number of at least 0 or auto, not {damping!r}")
+        LeastSquaresUpdate(self._damping)
 
     @property
     def pattern(self) -> Pattern:
@@ -317,17 +297,19 @@ class PruneOptions(WalkOptions):
     @property
     def start_solver(self) -> str | None:
         """The solver that makes the start: the one named, `relax` or `admm` for swap, or the solver's own."""
-        return self.start or default_start(
-            self.solver, least_squares=self.least_squares is not None
-        )
+        updated = self.least_squares is not None
+        return self.start or default_start(self.solver, least_squares=updated)
 
     @property
     def least_squares(self) -> LeastSquaresUpdate | None:
         """How kept weights are updated, `damping` auto counting as its default; None: they stay."""
         if self.update == NONE or self.training.get("begin") == NONE:
             return None
-        damping = LeastSquaresUpdate.damping if self.damping == AUTO else float(self.damping)
-        return LeastSquaresUpdate(damping, self.damping_exponent)
+        return LeastSquaresUpdate(self._damping, self.damping_exponent)
+
+    @property
+    def _damping(self) -> float:
+        return LeastSquaresUpdate.damping if self.damping == AUTO else float(self.damping)
 
     @property
     def both_states(self) -> bool:
@@ -348,17 +330,14 @@ class PruneOptions(WalkOptions):
 
     @property
     def rows_differ(self) -> bool:
-        """Whether those of a layer do."""
         return self.allocation in (ROWS, BOTH)
 
     @property
     def layers_differ(self) -> bool:
-        """Whether those of the model do."""
         return self.allocation in (LAYERS, BOTH)
 
     @property
     def layer_deviation(self) -> float:
-        """How far a layer's sparsity may be from the model's."""
         return LAYER_DEVIATION if self.max_deviation is None else self.max_deviation
 
     def pattern_of(self, layer: Layer) -> Pattern:
@@ -371,11 +350,8 @@ class PruneOptions(WalkOptions):
         """Of a layer, from its pattern with uniform rows."""
         if not self.rows_differ or isinstance(uniform, NM):
             return uniform
-        return replace(
-            uniform,
-            per="layer",
-            max_deviation=None if self.max_deviation == 1 else self.max_deviation,
-        )
+        deviation = None if self.max_deviation == 1 else self.max_deviation
+        return replace(uniform, per="layer", max_deviation=deviation)
 
     def check_layers(self, layers: Sequence[Layer]) -> None:
         super().check_layers(layers)
@@ -461,13 +437,13 @@ def _is_share(sparsity: Pattern | float | str | None) -> bool:
 def prune_options(options: PruneOptions | None, shorthand: Mapping[str, Any]) -> PruneOptions:
     """The options, with single ones set by name; a `recipe` completes single ones alone. Raises OptionError
     for an unknown name or recipe, and PatternError without a sparsity."""
-    if options is not None and "recipe" in shorthand:
-        raise OptionError("`recipe` completes single options: give them by name, not as `options`")
     if options is None:
         shorthand = with_recipe(shorthand)
-    if options is None and shorthand.get("sparsity") is None:
-        check_names(shorthand, [f.name for f in dataclasses.fields(PruneOptions)])
-        raise PatternError("`sparsity` is missing: give 0.5, 50% or 2:4")
+        if shorthand.get("sparsity") is None:
+            check_names(shorthand, [f.name for f in dataclasses.fields(PruneOptions)])
+            raise PatternError("`sparsity` is missing: give 0.5, 50% or 2:4")
+    elif "recipe" in shorthand:
+        raise OptionError("`recipe` completes single options: give them by name, not as `options`")
     return options_by_name(PruneOptions, options, shorthand)
 
 

@@ -48,7 +48,6 @@ from maskopt.models.checkpoints.write import (
     side_files,
     write_shard,
 )
-from maskopt.models.options.distill import DistillOptions
 from maskopt.models.options.prune import NONE, PruneOptions
 from maskopt.models.pruning.card import hub_name, write_card
 from maskopt.models.pruning.gram_store import StoredBlock
@@ -230,21 +229,24 @@ class FolderResults(Results):
         check_masks(self._source.checkpoint, MaskFile(path))
         return digest
 
-    def distil(self, windows: Windows, options: DistillOptions) -> None:
+    def distil(self, windows: Windows) -> None:
         """Train all kept weights of the staged model together, and write its shards again."""
         job, run, tell = self.job, self._run, self.job.tell
+        assert isinstance(job.options, PruneOptions)
+        options = job.options.distilled
+        assert options is not None
         self.join_masks()
         self.write_shards()
         copy_side_files(self._source.checkpoint, run.work.staging)
         blocks = len(job.source.blocks)
         job.source.drop()
 
-        def told(what: str, done: int, total: int) -> None:
+        def on_stage(what: str, done: int, total: int) -> None:
             tell(BlockProgress(blocks, blocks, f"distillation, {what}", done, total))
 
         student = open_job(run.work.staging, windows, replace(options, max_memory=None))
         dense = open_teacher(self._source.checkpoint.folder, student, options)
-        how = (run.work, run.journal, run.check_models, told)
+        how = (run.work, run.journal, run.check_models, on_stage)
         trained, self._distilled = train_whole(student, dense, options, *how)
         self.losses = trained.record()
 

@@ -62,62 +62,57 @@ def prune_model(
 
     Args:
         model: in memory, changed in place; or a folder (or a name on the hub), which needs an `output`.
-        tokenizer_or_tokens: a tokenizer (text comes from `calibration`), or calibration tokens int64
-            [samples, length]; None takes the tokenizer of the model folder.
-        options: how to prune; `help(maskopt.PruneOptions)` lists all options.
-        calibration: a list of documents, a `.npy` file of tokens, or as for `read_documents`; with `chat` as
-            for `read_conversations`.
+        tokenizer_or_tokens: a tokenizer for `calibration` (None: that of the model folder), or tokens int64
+            [samples, length].
+        calibration: a list of documents, or as for `read_documents`, with `chat` as `read_conversations`.
         grams: what `collect_grams` wrote of the model, in place of text; as with `calibrate_on` dense.
-        output: folder for the pruned model, its masks and its manifest.
-        overwrite: replace the result in the output folder; resume: go on with the unfinished run in it.
+        overwrite, resume: replace the result in the folder `output`, or go on with the unfinished run in it.
         ranks: the processes that prune together, each with the same call; see `distributed.joined`.
         shorthand: single options by name, with or without `options`, as in `sparsity="2:4"`.
 
-    Raises:
-        MaskoptError: one line that names the cause and the remedy. A model in memory keeps the blocks that
-            were pruned before an error; an output folder is not half-written.
+    Raises MaskoptError, one line with cause and remedy; a model in memory keeps the blocks pruned before.
     """
     began = time.perf_counter()
     store = None if grams is None else GramStore(grams)
     options = (prune_options if store is None else store.options)(options, shorthand)
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
     _check_given(model, text, options, ranks, grams=grams is not None, resume=resume)
-    run = None
-    if output is not None:
-        inputs: dict[str, Any] = {"model": model, "calibration": calibration, "grams": grams}
-        run = Run(output, overwrite=overwrite, resume=resume, ranks=ranks, **inputs)
+    inputs: Any = {"model": model, "calibration": calibration, "grams": grams, "ranks": ranks}
+    run = None if output is None else Run(output, overwrite=overwrite, resume=resume, **inputs)
     job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress, ranks=ranks)
     job.source.blocks.check_unshared(job.layers)
     if store is not None:
         store.check_model(job)
     results = results_of(job, run, tokenizer)
     if options.layers_differ and not options.counts:
-        counts = None if run is None else run.recorded_counts(options.record())
-        counts = allocate(job, options) if counts is None else counts
+        known = None if run is None else run.recorded_counts(options.record())
+        counts = allocate(job, options) if known is None else known
         options = dataclasses.replace(options, counts=counts)
         job = results.job = job.again(options)
-    known = None if store is None else store.fingerprint["calibration"]
-    fingerprint = fingerprint_of(job, options.record(), known)
-    if (how := options.distilled) is not None:
-        windows = _distillation_windows(job, text, tokenizer, how)
+    collected = None if store is None else store.fingerprint["calibration"]
+    fingerprint = fingerprint_of(job, options.record(), collected)
+    windows = _distillation_windows(job, text, tokenizer, options.distilled)
+    if windows is not None:
         fingerprint["distillation"] = text_record(windows)
     _check_uniform(ranks, fingerprint)
     if run is not None and (finished := run.finished_report(fingerprint)) is not None:
         return finished
     with results.opened(fingerprint) as folder:
-        threads = nullcontext() if store is None else torch_threads(job.threads)
-        with torch.no_grad(), job, threads:
-            _prune_blocks(job, options, results, store, folder)
-        if how is not None and isinstance(results, FolderResults):
-            results.distil(windows, how)
+        _prune_blocks(job, options, results, store, folder)
+        if windows is not None and isinstance(results, FolderResults):
+            results.distil(windows)
         report = results.report(fingerprint)
         ranks.agreed(lambda: results.finish(report, options.pattern))
     return dataclasses.replace(report, seconds=time.perf_counter() - began)
 
 
-def _distillation_windows(job: Job, text: Any, tokenizer: Any, options: DistillOptions) -> Windows:
+def _distillation_windows(
+    job: Job, text: Any, tokenizer: Any, options: DistillOptions | None
+) -> Windows | None:
     """The windows to train on; MaskoptError where they, the model or the memory cannot be used."""
     source = job.source
+    if options is None:
+        return None
     if not isinstance(source, FolderSource):
         raise OptionError("`distillation` needs a model folder and an `output`; save the model")
     if source.checkpoint.config.get("auto_map"):
@@ -180,20 +175,23 @@ def _prune_blocks(
     blocks: Iterator[Block | StoredBlock] = (
         job.blocks(finished, folder) if store is None else stored_blocks(job, store, finished)
     )
-    for block in blocks:
-        targets = _targets(block, options, folder)
-        found = BlockResult.of(
-            block, lambda layers, grams: prune_layers(job, grams.neighbours(layers), grams, options)
-        )
-        if targets is not None:
-            some = {n: mask for n, mask in found.masks.items() if not found.reports[n].fallback}
-            found.parts = list(targets.train(some, block.ticker))
-            targets.close()
-            # of a part that training did not better, what it had stays as it was stored
-            trained = {name: some[name] for name in some if name in targets.trained_layers}
-            found.weights |= _stored_weights(job, trained)
-            found.vectors = _stored_vectors(job, block.index, targets.trained_vectors)
-        results.keep(block, found)
+    threads = nullcontext() if store is None else torch_threads(job.threads)
+    with torch.no_grad(), job, threads:
+        for block in blocks:
+            targets = _targets(block, options, folder)
+            found = BlockResult.of(
+                block,
+                lambda layers, grams: prune_layers(job, grams.neighbours(layers), grams, options),
+            )
+            if targets is not None:
+                some = {n: mask for n, mask in found.masks.items() if not found.reports[n].fallback}
+                found.parts = list(targets.train(some, block.ticker))
+                targets.close()
+                # of a part that training did not better, what it had stays as it was stored
+                trained = {name: some[name] for name in some if name in targets.trained_layers}
+                found.weights |= _stored_weights(job, trained)
+                found.vectors = _stored_vectors(job, block.index, targets.trained_vectors)
+            results.keep(block, found)
 
 
 def _targets(block: Block | StoredBlock, options: PruneOptions, folder: Path) -> Targets | None:

@@ -95,21 +95,19 @@ def remove_blocks(
     """Write a copy of a model folder without `count` of its blocks, which `from_pretrained` loads.
 
     Args:
-        model: a folder, or a name on the hub.
-        tokenizer_or_tokens, calibration: as for `prune_model`.
+        model, tokenizer_or_tokens, calibration: as for `prune_model`.
         windows: number of windows, the first ones of the text, of `options.seq_len` tokens each.
 
     Raises:
-        MaskoptError: a count that leaves no block, a family whose configuration cannot describe what is left,
-            or what `prune_model` refuses.
+        MaskoptError: a count or a family that leaves no model, or what `prune_model` refuses.
     """
     began = time.perf_counter()
     options = options or WalkOptions()
     options.refuse(_NOT_HERE, "`blocks` are chosen by the model's output on all tokens")
     run = Run(output, overwrite=overwrite, model=model, calibration=calibration)
     how: Any = {"whole": True, "limit": windows, "on_progress": on_progress}
-    doing = "removing blocks"
-    job, source = open_original(model, tokenizer_or_tokens, calibration, options, doing, **how)
+    given = (model, tokenizer_or_tokens, calibration, options, "removing blocks")
+    job, source = open_original(*given, **how)
     if not 0 < count < len(source.blocks):
         raise OptionError(f"`blocks` must be 1 to {len(source.blocks) - 1}, not {count}")
     _check_family(source, list(range(len(source.blocks) - count, len(source.blocks))))
@@ -138,8 +136,8 @@ def remove_blocks(
             if block.index in removed:
                 block.advanced = block.dense_advanced = True
 
-        found = {**effects.record(removed, measured), "status": str(solution.status[0])}
-        finish_smaller(job, run, change, report, prepare=leave_out, blocks=removed, effects=found)
+        more = {**effects.record(removed, measured), "status": str(solution.status[0])}
+        finish_smaller(job, run, change, report, prepare=leave_out, blocks=removed, effects=more)
     seconds = time.perf_counter() - began
     return BlocksReport(removed, effects, solution, measured, run.output, seconds)
 
