@@ -162,17 +162,11 @@ def call(*words):
     main()
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    for name, model in (("tall", tall(2)), ("mixtral", tiny("mixtral")), ("bad", overflowing())):
-        save(model, folder / name, shard="200KB")
-    return folder
-
-
 @pytest.mark.parametrize(("processes", "names"), [(2, QUICK), slow(4, CASES)])
-def test_the_result_does_not_depend_on_processes(processes, names, models, tmp_path):
-    alone, out = tmp_path / "alone", tmp_path / "out"
+def test_the_result_does_not_depend_on_processes(processes, names, tmp_path):
+    models, alone, out = (tmp_path / name for name in ("models", "alone", "out"))
+    for name, model in (("tall", tall(2)), ("mixtral", tiny("mixtral")), ("bad", overflowing())):
+        save(model, models / name, shard="200KB")
     status, _, said = Forked(processes, tmp_path, prune_as_one_of, models, out, names).ended()
     assert set(status) == {0}, said
     prune_all(models, alone, names)
@@ -219,11 +213,7 @@ def test_a_killed_process_costs_nothing_that_was_finished(tmp_path):
 def test_a_signal_while_the_end_is_said_does_not_silence_it(tmp_path, monkeypatch):
     """torchrun sends it to all that are left, when one of them may have noticed already."""
     said = []
-
-    def interrupted(text, **_):
-        signal.raise_signal(signal.SIGTERM)
-        said.append(text)
-
+    interrupted = lambda text, **_: (signal.raise_signal(signal.SIGTERM), said.append(text))  # noqa: E731
     monkeypatch.setattr(cli_ranks, "_ending", False)
     monkeypatch.setattr("maskopt.cli.prune.errors.print", interrupted)
     before = signal.signal(signal.SIGTERM, cli_ranks._interrupt)
@@ -236,37 +226,31 @@ def test_a_signal_while_the_end_is_said_does_not_silence_it(tmp_path, monkeypatc
     assert len(said) == 1
 
 
-WRONG = {
-    "prune --sparsity 1.5": "sparsity 1.5 is outside",
-    "prune --update blockwise --holdout 0.5 --sparsity 0.5": "start it without torchrun",
-    "prune --sparsity 0.5 --calibration nowhere.txt": "nowhere.txt",
-    "bound --sparsity 0.5": "start this command without torchrun",
-}
-
-
-@pytest.mark.parametrize(("words", "message"), WRONG.items())
-def test_what_is_wrong_is_said_once(words, message, dense_folder, data, tmp_path):
-    out, (name, *words) = tmp_path / "out", words.split()
-    given = [name, dense_folder, "--output", out, "--calibration", data, *words]
-    status, _, said = Forked(2, tmp_path, call, *given).ended()
-    assert all(status)
-    assert said.count(message) == 1, said
-    assert not out.exists()
-
-
-def test_a_model_in_memory_is_pruned_by_one_process(tmp_path):
+def test_what_is_wrong_is_said_once(dense_folder, data, tmp_path):
+    for words, message in {
+        "prune --sparsity 1.5": "sparsity 1.5 is outside",
+        "prune --update blockwise --holdout 0.5 --sparsity 0.5": "start it without torchrun",
+        "prune --sparsity 0.5 --calibration nowhere.txt": "nowhere.txt",
+        "bound --sparsity 0.5": "start this command without torchrun",
+    }.items():
+        out, (name, *words) = tmp_path / "out", words.split()
+        given = [name, dense_folder, "--output", out, "--calibration", data, *words]
+        status, _, said = Forked(2, tmp_path, call, *given).ended()
+        assert all(status)
+        assert said.count(message) == 1, said
+        assert not out.exists()
+    # a model in memory is pruned by one process
     said = "several processes prune a model folder"
     fails(ModelError, said, prune, tiny("llama"), data=windows(), ranks=Ranks(0, 2), **COMMON)
 
 
-APART = [name for name, info in available_solvers().items() if info.capabilities.apart]
+UPDATE = LeastSquaresUpdate(0.01)
+APART = [(name, None) for name, info in available_solvers().items() if info.capabilities.apart]
+APART += [(name, UPDATE) for name, _ in APART if make_solver(name).capabilities.update]
 
 
-@pytest.mark.parametrize("name", APART)
-@pytest.mark.parametrize("update", [None, LeastSquaresUpdate(0.01)])
+@pytest.mark.parametrize(("name", "update"), APART)
 def test_rows_that_are_solved_apart_are_solved_as_together(name, update):
-    if update is not None and not make_solver(name).capabilities.update:
-        pytest.skip("chooses for kept weights")
     rows, n = 2 * ROWS + 44, 24
     gram = random_gram(n, "outliers", 2)
     layer = LayerProblem(random_weight(rows, n, 1), gram, Unstructured(0.5), update=update)

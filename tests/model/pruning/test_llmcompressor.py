@@ -87,9 +87,8 @@ def test_a_recipe_in_yaml_knows_it(tmp_path):
     assert all(bool(((m.weight == 0).sum(1) >= 24).all()) for m in linears(sparse).values())
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "said"),
-    [
+def test_what_cannot_be_is_refused_while_it_is_made():
+    for options, error, said in (
         ({"solver": "swop"}, SolverError, "did you mean"),
         ({"sparsity": 1.5}, ValueError, "sparsity 1.5 is outside"),
         ({"sparsity": 0.3, "mask_structure": "2:4"}, OptionError, "not that of `mask_structure`"),
@@ -98,7 +97,5 @@ def test_a_recipe_in_yaml_knows_it(tmp_path):
         ({"solver_options": {"swops": 1}}, MaskoptError, "swops"),
         ({"damping": -1.0, "update": "least-squares"}, MaskoptError, "damping"),
         ({"gram_shrinkage": 2.0}, MaskoptError, "gram_shrinkage"),
-    ],
-)
-def test_what_cannot_be_is_refused_while_it_is_made(options, error, said):
-    fails(error, said, SparseSwapsModifier, **{"sparsity": 0.5, **options})
+    ):
+        fails(error, said, SparseSwapsModifier, **{"sparsity": 0.5, **options})

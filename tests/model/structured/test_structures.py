@@ -125,7 +125,7 @@ def test_what_is_written_computes_what_is_left(kind, family, tmp_path):
     check_same(less, model, **close)
 
 
-def test_where_groups_are_too_few_every_group_loses_heads(tmp_path):
+def test_groups_that_are_too_few_lose_heads_and_blocks_keep_their_buffers(tmp_path, monkeypatch):
     dense, out = save(one_group("gemma3"), tmp_path / "dense"), tmp_path / "out"
     report = smaller(dense, out, heads=0.5)
     assert report.layers[0].pattern == "2 of 4 heads"
@@ -134,15 +134,13 @@ def test_where_groups_are_too_few_every_group_loses_heads(tmp_path):
     assert (less.config.num_attention_heads, less.config.num_key_value_heads) == (2, 1)
     set_zeros(model, less, record_of(out))
     check_same(less, model)
-
-
-def test_buffers_that_are_stored_go_along_with_their_blocks(tmp_path, monkeypatch):
+    # buffers that are stored go along with their blocks
     monkeypatch.setattr(removal, "choose", lambda *_: {frozenset({1}): 0.0})
     model = tiny("deepseek_v3", layers=4)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.normal_()
-    dense, out = save(model, tmp_path / "dense"), tmp_path / "out"
+    dense, out = save(model, tmp_path / "deepseek"), tmp_path / "shallow"
     smaller(dense, out, count=1, windows=1)
     model = pass_on(reload(dense), {1})
     torch.testing.assert_close(logs(reload(out), tokens(2)), logs(model, tokens(2)))
@@ -370,7 +368,7 @@ def test_exchanges_of_least_cost_by_pairs_come_first_and_yardsticks():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_search_ends_where_no_exchange_is_better(seed):
+def test_a_search_ends_where_no_exchange_is_better(seed, monkeypatch):
     """Of costs that pairs do not foretell; a set is measured when it is asked for, and only then."""
     generator = torch.Generator().manual_seed(seed)
     sets = [frozenset(s) for s in itertools.combinations(range(8), 3)]
@@ -388,18 +386,15 @@ def test_a_search_ends_where_no_exchange_is_better(seed):
     least = min(known, key=lambda left: known[left])
     assert costs[least] <= min(costs[left] for left in first)
     assert all(costs[least] < costs[left] for left in exchanges(effects, least))
-
-
-def test_a_round_of_a_search_may_answer_for_a_few(monkeypatch):
-    """What is left out of an answer is not asked for again, and no round asks for more than it may."""
+    # a round may answer for a few: what it leaves out is not asked for again; none asks for more than it may
     monkeypatch.setattr(removal, "EXCHANGES", 5)
     effects, rounds = summing([9.0, 8.0, 7.0, 1.0, 2.0, 3.0, 4.0]), []
 
-    def measure(some):
+    def few(some):
         rounds.append(list(some))
         return {left: effects.cost(sorted(left)) for left in some[: 1 if rounds[1:] else None]}
 
-    known = search_sets(measure, effects, [frozenset({0, 1, 2})])
+    known = search_sets(few, effects, [frozenset({0, 1, 2})])
     assert min(known, key=lambda left: known[left]) == frozenset({3, 4, 5})
     assert all(len(some) <= 5 for some in rounds)
     every = list(itertools.chain(*rounds))
@@ -425,9 +420,9 @@ def test_states_may_lie_in_one_file(dense_folder, tmp_path, monkeypatch):
         assert place(job, 300_000, tmp_path) is None
 
 
-def test_lists_of_the_configuration_follow_the_blocks(tmp_path):
-    """`moe_layers` names blocks by their index; three ends of text are no list of three blocks."""
-    dense = save(tiny("llama"), tmp_path / "dense")
+def test_lists_of_the_configuration_indices_and_vision_towers(tmp_path):
+    # `moe_layers` names blocks by their index; three ends of text are no list of three blocks
+    dense = save(tiny("llama"), tmp_path / "lists")
     lists = {"eos_token_id": [1, 2, 3], "moe_layers": [0, 2], "flags": ["a", "b", "c"]}
     edit_json(dense / "config.json", lambda c: c.update(lists))
     with open_job(dense, tokens(2), WalkOptions(), whole=True) as job:
@@ -436,9 +431,7 @@ def test_lists_of_the_configuration_follow_the_blocks(tmp_path):
             assert settings["moe_layers"] == stays
             assert settings["flags"] == [x for i, x in enumerate("abc") if i not in gone]
             assert "eos_token_id" not in settings
-
-
-def test_one_file_with_an_index_and_a_vision_tower(tmp_path):
+    # one file with an index
     dense, name = save(tiny("llama"), tmp_path / "llama"), "model-00001-of-00001.safetensors"
     (dense / "model.safetensors").rename(dense / name)
     where = dict.fromkeys(open_safe(dense / name).entries, name)
@@ -450,7 +443,7 @@ def test_one_file_with_an_index_and_a_vision_tower(tmp_path):
     size = json.loads((out / INDEX).read_text())
     stored = open_safe(out / name).entries.values()
     assert size["metadata"]["total_size"] == sum(entry.size for entry in stored)
-    # whose blocks have the names of the decoder's, behind another beginning
+    # blocks of a vision tower have the names of the decoder's, behind another beginning
     dense, out = save(tiny_models.tiny_vision(), tmp_path / "dense"), tmp_path / "out"
     smaller(dense, out, tokens(2), count=1, windows=2)
     verify_model(out, dense)
@@ -549,7 +542,7 @@ def test_a_model_that_changes_meanwhile_is_refused(tmp_path):
         assert not out.exists()
 
 
-def test_the_choice_of_the_first_block_is_the_optimum_of_what_it_is_given(dense_folder, tmp_path):
+def test_the_choice_of_the_first_block_is_the_optimum_and_keeps_its_dtype(dense_folder, tmp_path):
     report = smaller(dense_folder, tmp_path / "out", heads=0.5, update="none")
     model, name = tiny("llama"), "model.layers.0.self_attn.o_proj"
     weight = model.get_submodule(name).weight.detach()
@@ -562,6 +555,11 @@ def test_the_choice_of_the_first_block_is_the_optimum_of_what_it_is_given(dense_
     assert record_of(tmp_path / "out")["kept"][name] == [errors.index(min(errors))]
     layer = next(x for x in report.layers if x.name == name)
     assert [layer.error, layer.lower_bound] == pytest.approx([min(errors)] * 2, rel=1e-6)
+    # bfloat16 stays bfloat16
+    dense, out = save(tiny("llama", dtype=torch.bfloat16), tmp_path / "dense"), tmp_path / "half"
+    smaller(dense, out, channels=0.25)
+    assert {t.dtype for t in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
+    verify_model(out, dense)
 
 
 @pytest.mark.slow
@@ -608,14 +606,6 @@ def test_interrupted_runs_resume_to_the_same_bytes(dense_folder, tmp_path):
     finished = shrink(out, resume=True)
     assert [x.error for x in finished.layers] == [x.error for x in report.layers]
     fails(ModelError, "another run", shrink, out, resume=True, channels=0.5, heads=0.0)
-
-
-def test_bfloat16_stays_bfloat16(tmp_path):
-    dense, out = save(tiny("llama", dtype=torch.bfloat16), tmp_path / "dense"), tmp_path / "out"
-    smaller(dense, out, channels=0.25)
-    found = load_file(out / "model.safetensors")
-    assert {t.dtype for t in found.values()} == {torch.bfloat16}
-    verify_model(out, dense)
 
 
 @pytest.mark.parametrize("what", [{"channels": 0.25}, {"heads": 0.5}])

@@ -7,15 +7,14 @@ import pytest
 import torch
 from commands import run, shows
 from forging import copied, edit, fails, forge_manifest, prune_by, says, shuffled
-from prunes import but_slow, prune, slow
+from prunes import but_slow, manifest_of, prune, slow
 from test_verify_forgeries import TRAIN
 from tiny_models import FAMILIES, SHARED, edit_json, patched, save, tiny, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from maskopt import NM
 from maskopt.errors import MaskoptError, ModelError, OptionError, VerificationError
-from maskopt.models.checkpoints.report import read_manifest
-from maskopt.models.checkpoints.workspace import MANIFEST
+from maskopt.models.checkpoints.checkpoint import INDEX
 from maskopt.models.verification.verify import semi_structured, verify_model
 
 SWAP = {"solver": "swap", "start": "wanda"}
@@ -62,8 +61,10 @@ def test_what_lies_beside_a_model_never_fails_its_prune(tmp_path, caplog):
     dense = save(tiny("llama"), tmp_path / "dense")
     odd = ["notes 10:30.txt", "what?.json", "shot\u202fAM.md"]
     more = ["LICENSE.docx", "LICENSE.safetensors", "adapter_notes.txt"]
+    # a loader would look for what indices of other weights name
+    more += ["pytorch_model.bin.index.json", "model.fp16.safetensors.index.json", INDEX]
     for name in (*odd, *more, "LICENSE", "NOTICE.md"):
-        (dense / name).write_text("{}")
+        (dense / name).write_text('{"metadata": {}, "weight_map": {}}')
     prune(dense, tmp_path / "out")
     verify_model(tmp_path / "out", dense)
     names = {file.name for file in (tmp_path / "out").iterdir()}
@@ -72,7 +73,7 @@ def test_what_lies_beside_a_model_never_fails_its_prune(tmp_path, caplog):
     assert all(f"{name}: is not copied" in caplog.text for name in odd)
 
 
-def test_a_model_that_was_pruned_in_memory(dense, tmp_path):
+def test_a_model_that_was_pruned_in_memory_or_seems_so(dense, tmp_path):
     """Its configuration must mean the same; that its tokenizer does is claimed."""
     out, original = tmp_path / "saved", Path(shutil.copytree(dense, tmp_path / "dense"))
     model, tokenizer = (x.from_pretrained(dense) for x in (AutoModelForCausalLM, AutoTokenizer))
@@ -89,10 +90,7 @@ def test_a_model_that_was_pruned_in_memory(dense, tmp_path):
         edit_json(changed / "config.json", edit(key, to=value))
         forge_manifest(changed)
         fails(VerificationError, r"config\.json", verify_model, changed, original=original)
-
-
-def test_leaving_the_digest_out_hides_nothing(dense, tmp_path):
-    """Without the model's digest a result counts as saved from memory: what may differ is claimed."""
+    # without the model's digest a result counts as saved from memory: what may differ is claimed
     prune(dense, out := tmp_path / "out")
     sound = verify_model(out, original=dense)
     forge_manifest(out, lambda m: m["fingerprint"].pop("model"))
@@ -138,17 +136,18 @@ def test_trained_folders_of_every_family_hold(family, granularity, tmp_path):
     dense, out = save(tiny(family, layers=2), tmp_path / "dense"), tmp_path / "out"
     how = {"training": {**TRAIN, "granularity": granularity}, "update": "blockwise"}
     prune(dense, out, min_tokens=8, holdout=0.34, **how)
-    assert any(part["epoch"] for part in read_manifest(out / MANIFEST)["parts"])
+    assert any(part["epoch"] for part in manifest_of(out)["parts"])
     verify_model(out, dense)
 
 
-def refused(out, dense, said="", data=None, **options):
-    data = tokens() if data is None else data
+DATA = tokens()
+
+
+def refused(out, dense, said="", data=DATA, **options):
     fails(VerificationError, said or None, verify_model, out, dense, calibration=data, **options)
 
 
-def check(out, dense, data=None, **options):
-    data = tokens() if data is None else data
+def check(out, dense, data=DATA, **options):
     verified = verify_model(out, dense, calibration=data, **options)
     assert len(verified.checked_layers) == verified.layers
     return verified
@@ -160,21 +159,15 @@ def swapped(dense_folder, tmp_path_factory):
     return out
 
 
-@pytest.fixture
-def result(swapped, tmp_path):
-    return copied(swapped, tmp_path)
-
-
 def test_what_a_run_states_holds(swapped, dense_folder):
     verified = check(swapped, dense_folder)
     assert verified.layers == 21
     assert {"errors", "statuses"} <= set(verified.checked)
     assert set(verified.claimed) == {"options"}
-    other, data = tokens(seed=1), tokens()
-    refused(swapped, dense_folder, "is not what the model was calibrated on", other)
-    fails(VerificationError, "needs `original`", verify_model, swapped, calibration=data)
+    refused(swapped, dense_folder, "is not what the model was calibrated on", tokens(seed=1))
+    fails(VerificationError, "needs `original`", verify_model, swapped, calibration=DATA)
     fails(VerificationError, "give both", verify_model, swapped, dense_folder, layers=["mlp"])
-    given = {"calibration": data, "layers": ["mpl"]}
+    given = {"calibration": DATA, "layers": ["mpl"]}
     fails(ModelError, "no layer matches", verify_model, swapped, dense_folder, **given)
 
 
@@ -224,7 +217,7 @@ def test_experts_that_are_excluded_or_pruned_by_magnitude(tmp_path):
     forge_manifest(out, edit("fingerprint", "options", "exclude", to=[]))
     fails(VerificationError, r"experts\.0", verify_model, out, dense)
     prune(dense, out, overwrite=True, min_tokens=48)
-    layers = read_manifest(out / MANIFEST)["layers"]
+    layers = manifest_of(out)["layers"]
     fallbacks = [x["name"] for x in layers if x["fallback"]]
     assert 0 < len(fallbacks) < len(layers)
     assert sorted(verify_model(out, dense).checked_layers) == sorted(fallbacks)
@@ -236,16 +229,17 @@ def test_experts_that_are_excluded_or_pruned_by_magnitude(tmp_path):
 
 def test_a_status_that_does_not_hold(dense_folder, pruned_folder, tmp_path):
     out, name = copied(pruned_folder, tmp_path), "model.layers.1.mlp.up_proj"
-    layers = read_manifest(out / MANIFEST)["layers"]
+    layers = manifest_of(out)["layers"]
     (index,) = (i for i, layer in enumerate(layers) if layer["name"] == name)
     forge_manifest(out, edit("layers", index, "statuses", to={"swap-optimal": 48}))
     verify_model(out, dense_folder, calibration=tokens(), layers=["layers.0", "down_proj"])
     refused(out, dense_folder, rf"\A.*{name}.*keeping input.*\Z", layers=["up_proj"])
 
 
-def test_optima_stay_claims_and_the_precision_sets_the_tolerance(result, dense_folder):
+def test_optima_stay_claims_and_the_precision_sets_the_tolerance(swapped, dense_folder, tmp_path):
     """Half precision is believed of a forger, and the result says that it was."""
-    layer = read_manifest(result / MANIFEST)["layers"][0]
+    result = copied(swapped, tmp_path)
+    layer = manifest_of(result)["layers"][0]
     optimal = {"statuses": {"optimal": layer["rows"]}, "lower_bound": layer["error"]}
     forge_manifest(result, edit("layers", 0, to={**layer, **optimal}))
     verified = check(result, dense_folder)
@@ -256,35 +250,32 @@ def test_optima_stay_claims_and_the_precision_sets_the_tolerance(result, dense_f
     assert check(result, dense_folder).tolerance == 1e-2
 
 
-#: how to forge, and what is said when errors are computed again
-FORGED = [
-    (lambda out, dense: prune_by(out, dense, shuffled), "states an error of"),
-    *(
-        (says(edit(*path, to=to)), "was on a GPU" if to == "cuda" else "")
-        for *path, to in (
-            ("fingerprint", "device", "cuda"),
-            ("fingerprint", "device", "tpu"),
-            ("fingerprint", "dtype", "float31"),
-            ("fingerprint", "options", "calibrate_on", "dense"),
-            ("fingerprint", "options", "true_sequential", True),
-            ("fingerprint", "options", "gram_shrinkage", 0.5),
-            ("fingerprint", "calibration", "length", "x"),
-            ("fingerprint", "calibration", "sha256", "0" * 64),
-            ("layers", 5, "error", 1e-3),
-            ("layers", 5, "error", lambda x: x * (1 + 3e-5)),
-            ("layers", 5, "energy", lambda x: 2 * x),
-            ("layers", 5, "energy_held", 1.0),
-            ("layers", 5, "tokens", 97),
-        )
-    ),
+#: where and how the manifest is forged
+EDITS = [
+    ("fingerprint", "device", "cuda"),
+    ("fingerprint", "device", "tpu"),
+    ("fingerprint", "dtype", "float31"),
+    ("fingerprint", "options", "calibrate_on", "dense"),
+    ("fingerprint", "options", "true_sequential", True),
+    ("fingerprint", "options", "gram_shrinkage", 0.5),
+    ("fingerprint", "calibration", "length", "x"),
+    ("fingerprint", "calibration", "sha256", "0" * 64),
+    ("layers", 5, "error", 1e-3),
+    ("layers", 5, "error", lambda x: x * (1 + 3e-5)),
+    ("layers", 5, "energy", lambda x: 2 * x),
+    ("layers", 5, "energy_held", 1.0),
+    ("layers", 5, "tokens", 97),
 ]
+#: how to forge, and what is said when errors are computed again
+FORGED = [(says(edit(*x[:-1], to=x[-1])), "was on a GPU" if "cuda" in x else "") for x in EDITS]
+FORGED.append((lambda out, dense: prune_by(out, dense, shuffled), "states an error of"))
 
 
 @pytest.mark.parametrize(("forge", "said"), FORGED)
-def test_a_forged_run_is_refused(forge, said, result, dense_folder):
+def test_a_forged_run_is_refused(forge, said, swapped, dense_folder, tmp_path):
     if "GPU" in said and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    forge(result, dense_folder)
+    forge(result := copied(swapped, tmp_path), dense_folder)
     assert "errors" in verify_model(result, dense_folder).claimed
     refused(result, dense_folder, said)
 
@@ -336,9 +327,8 @@ def test_from_the_command_line(dense, tmp_path):
     assert "other.txt: is not what the model was calibrated on" in said
     said = run("verify", out, "--strict", fails=OptionError)
     assert said == "--strict does not apply to a pruned model"
+    names = ("--original", "--calibration", "--include", "--text-field")
     flags = [["--semi-structured"], ["--no-semi-structured"], ["--threads", 1]]
-    for name in ("--original", "--calibration", "--include", "--text-field"):
-        flags.append([name, "x"])
-    for given in flags:
+    for given in (*flags, *([name, "x"] for name in names)):
         said = run("verify", "a.npz", "solution.npz", *given, fails=OptionError)
         assert said == f"{given[0].replace('--no-', '--')} does not apply to a solution"
