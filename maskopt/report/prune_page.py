@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from maskopt.core.files import check_writable, from_json
@@ -39,6 +40,9 @@ from maskopt.report.page import (
     write_page,
 )
 from maskopt.report.table import Table, number
+
+#: keys of measured perplexities
+DENSE, WANDA = "dense", "wanda"
 
 
 @dataclass(frozen=True)
@@ -117,10 +121,14 @@ def write_report(
         MaskoptError: a file that is none of these, or that must not be replaced; matplotlib is missing.
     """
     check_writable(path, overwrite=overwrite, evaluation=evaluation, gaps=gaps)
-    pruned = Pruned.open_all(outs)
-    tables = [] if evaluation is None else [_perplexities(_records(evaluation, whole=True))]
+    pruned, tables = Pruned.open_all(outs), []
+    values: dict[str | Path, float] = {}
+    if evaluation is not None:
+        table, values = _perplexities(_records(evaluation, whole=True), pruned)
+        tables = [table]
     last = [] if gaps is None else [_gaps(gaps, pruned[0])]
-    parts = report_parts(pruned, tables=tables, after=last, picture=picture)
+    how: dict[str, Any] = {"perplexity": values, "after": last, "picture": picture}
+    parts = report_parts(pruned, tables=tables, **how)
     files = []
     if figures is not None:
         with plain_errors(figures):
@@ -137,6 +145,7 @@ def write_report(
 def report_parts(
     pruned: Sequence[Pruned],
     *,
+    perplexity: Mapping[str | Path, float] = MappingProxyType({}),
     tables: Sequence[Table] = (),
     after: Sequence[Table] = (),
     picture: str | None = None,
@@ -144,14 +153,17 @@ def report_parts(
     """The page from top to bottom.
 
     Args:
-        tables: of perplexities, for the place above the summary.
+        perplexity: measured values, by folder, and of `DENSE` and `WANDA`.
+        tables: for the place above the table of runs.
         after: for the place below the tables of layers.
     """
     solved = [one for one in pruned if one.solved]
     return [
+        *(verdict(one, perplexity) for one in pruned),
+        comparison(pruned, perplexity),
         *(f"{x.folder}: {what_was_done(x.fingerprint, x.layers, x.sparsity)}" for x in pruned),
         *tables,
-        summary(pruned),
+        runs(pruned),
         *([errors_by_block(pruned)] if solved else []),
         *(kinds_table(one) for one in solved),
         *(
@@ -167,29 +179,71 @@ def report_parts(
     ]
 
 
-def summary(pruned: Sequence[Pruned]) -> Table:
-    """A line for every folder."""
+def verdict(one: Pruned, perplexity: Mapping[str | Path, float]) -> str:
+    """What was pruned and at what cost, in a sentence."""
+    gone = "zero" if one.has_masks else "removed"
+    facts = [
+        f"{one.name}: {one.sparsity:.1%} of the weights in {len(one.layers)} layers are {gone}"
+    ]
+    dense, value = perplexity.get(DENSE), perplexity.get(one.folder)
+    if dense is not None and value is not None:
+        facts.append(
+            f"perplexity is {value:.2f}, {value / dense:.3f} times that of the dense model ({dense:.2f})"
+        )
+    if (ratio := ratio_to_wanda(one.solved)) is not None:
+        facts.append(f"the error is {ratio:.3f} times that of Wanda's masks at the same sparsity")
+    if proven := proven_share(one.solved):
+        facts.append(f"{proven:.0%} of the rows are proven optimal or 1-swap optimal")
+    return "; ".join(facts) + "."
+
+
+def comparison(pruned: Sequence[Pruned], perplexity: Mapping[str | Path, float]) -> Table:
+    """The dense model, Wanda's masks where there is one folder, and a line for every folder."""
     table = Table(
         "In short",
-        ("folder", "solver", "sparsity", "error", "ratio to Wanda", "held out", "rows", "proven",
-         "solving", "memory"),
-        text_columns=2,
+        (
+            "model",
+            *(["perplexity"] if perplexity else []),
+            "pruned",
+            "error",
+            "ratio to Wanda",
+            "proven",
+        ),
         note="Errors: relative squared error of a layer's output, on average over the layers; ratio to "
         "Wanda: the sum of errors over that of Wanda's masks at the same sparsity, with unchanged weights; "
-        "proven: rows whose mask is proven optimal, or 1-swap optimal; memory: of the process, at the peak.",
-    )  # fmt: skip
+        "proven: rows whose mask is proven optimal, or 1-swap optimal.",
+    )
+
+    def add(name: str, key: str | Path, *cells: str) -> None:
+        values = [f"{perplexity[key]:.2f}" if key in perplexity else "–"] if perplexity else []
+        table.add(name, *values, *cells)
+
+    add("dense", DENSE, "0.0%", "0", "0", "–")
+    for one in pruned:
+        layers, share = one.solved, f"{one.sparsity:.1%}"
+        wanda, ratio, proven = _wanda(layers), ratio_to_wanda(layers), proven_share(layers)
+        if len(pruned) == 1 and wanda is not None:
+            add("Wanda's masks", WANDA, share, number(wanda), "1", "–")
+        cells = number(_mean([x.relative for x in layers])), number(ratio)
+        add(one.name, one.folder, share, *cells, "–" if proven is None else f"{proven:.0%}")
+    return table
+
+
+def runs(pruned: Sequence[Pruned]) -> Table:
+    """A line for every folder."""
+    table = Table(
+        "The runs",
+        ("folder", "solver", "held-out error", "rows", "solving", "memory"),
+        text_columns=2,
+        note="Held-out error: on average over the layers; memory: of the process, at the peak.",
+    )
     for one in pruned:
         layers, peak = one.solved, one.memory.get("process")
-        proven = proven_share(layers)
         table.add(
             one.name,
             str(one.fingerprint["options"].get("solver", "–")),
-            f"{one.sparsity:.1%}",
-            number(_mean([x.relative for x in layers])),
-            number(ratio_to_wanda(layers)),
             number(_held(layers)),
             f"{sum(layer.rows for layer in layers):,}",
-            "–" if proven is None else f"{proven:.0%}",
             _time(sum(layer.seconds for layer in one.layers)),
             "–" if peak is None else f"{peak / 2**30:.2f} GiB",
         )
@@ -222,17 +276,18 @@ def errors_by_block(pruned: Sequence[Pruned]) -> Figure:
     """Mean error of a block's layers, along the model: Wanda's masks, result, and on held-out windows."""
     series: dict[str, dict[int, float]] = {}
     for one in pruned:
-        name = f"{one.name}: " if len(pruned) > 1 else ""
+        several = len(pruned) > 1
+        name = one.name if several else "this model"
         blocks = one.by("block")
         lines = {
-            "Wanda": {b: _wanda(layers) for b, layers in blocks.items()} if not name else {},
-            "result": {b: _mean([x.relative for x in layers]) for b, layers in blocks.items()},
-            "held out": {b: _held(layers, every=True) for b, layers in blocks.items()},
+            "Wanda's masks": {} if several else {b: _wanda(x) for b, x in blocks.items()},
+            name: {b: _mean([x.relative for x in layers]) for b, layers in blocks.items()},
+            f"{name}, held-out text": {b: _held(x, every=True) for b, x in blocks.items()},
         }
-        for kind, values in lines.items():
+        for label, values in lines.items():
             known = {block: value for block, value in values.items() if value is not None}
-            if kind == "result" or (values and len(known) == len(values)):
-                series[name + kind] = known
+            if label == name or (values and len(known) == len(values)):
+                series[label] = known
     numbers = Table("", ("block", *series))
     for block in sorted({b for values in series.values() for b in values}):
         numbers.add(str(block), *(number(values.get(block)) for values in series.values()))
@@ -244,7 +299,11 @@ def errors_by_block(pruned: Sequence[Pruned]) -> Figure:
                 color=COLOURS[index % len(COLOURS)], marker=MARKERS[index % len(MARKERS)],
             )  # fmt: skip
         positive = all(value > 0 for values in series.values() for value in values.values())
-        axes.set(xlabel="block", ylabel="error", yscale="log" if positive else "linear")
+        axes.set(
+            xlabel="decoder block",
+            ylabel="relative squared error",
+            yscale="log" if positive else "linear",
+        )
         axes.xaxis.get_major_locator().set_params(integer=True)
         for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             which(lambda value, _: f"{value:g}")
@@ -279,13 +338,15 @@ def improvements(one: Pruned, index: int) -> Figure:
         )  # fmt: skip
         axes.invert_yaxis()
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axes.set(xlabel="reduction of the objective")
+        axes.set(xlabel="reduction of a row's error from the solver's start")
 
     words = (
         "Reduction of the objective from the solver's start, by rows of each kind of layer. The line is the "
         "median, the box holds eight rows of ten, the whiskers all; means over the layers."
     )
-    return Figure(f"improvements-{index}", f"Rows, {one.name}", words, draw, numbers)
+    return Figure(
+        f"improvements-{index}", f"Improvement of the rows, {one.name}", words, draw, numbers
+    )
 
 
 def trained_table(one: Pruned) -> Table:
@@ -342,7 +403,11 @@ def _distinct_names(paths: Sequence[Path]) -> list[str]:
     ]
 
 
-def _perplexities(records: Sequence[Mapping[str, Any]]) -> Table:
+def _perplexities(
+    records: Sequence[Mapping[str, Any]], pruned: Sequence[Pruned]
+) -> tuple[Table, dict[str | Path, float]]:
+    """A table of the records, and the values for `report_parts`."""
+    found: dict[Any, float] = {}
     table = Table(
         "The models on text",
         ("model", "perplexity", "compared with the first", "KL, nats", "same top token"),
@@ -351,6 +416,9 @@ def _perplexities(records: Sequence[Mapping[str, Any]]) -> Table:
         names = _distinct_names([Path(record["model"]) for record in records])
         for name, record in zip(names, records, strict=True):
             p, c = record["perplexity"], record.get("change")
+            place = Path(record["model"]).resolve()
+            same: list[Any] = [one.folder for one in pruned if one.folder.resolve() == place]
+            found |= dict.fromkeys(same or [DENSE] * (c is None), float(p["value"]))
             table.add(
                 name,
                 f"{p['value']:.2f} ({p['low']:.2f} to {p['high']:.2f})",
@@ -364,11 +432,11 @@ def _perplexities(records: Sequence[Mapping[str, Any]]) -> Table:
                 f"{p['windows']} windows of {p['length']} tokens of {p['source']}, {p['beginning']}; "
                 "intervals of 95%, paired by window."
             )
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise OptionError(
             "`evaluation`: is not what `maskopt eval --text … --json` writes"
         ) from None
-    return table
+    return table, found
 
 
 def _gaps(path: Path, one: Pruned) -> Table:

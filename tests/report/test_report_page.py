@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from commands import run, shows
 from forging import copied, fails, forge_manifest
 from PIL import Image
@@ -20,12 +21,12 @@ from safetensors.torch import load_file
 from tiny_models import save, save_tokenizer, tiny, tokens
 
 from maskopt import prune_model
-from maskopt.demo.run import error_table, perplexity_table, run_demo, toy_table
+from maskopt.demo.run import error_table, run_demo, toy_table
 from maskopt.errors import ModelError, OptionError
 from maskopt.experiments.compare import Record
 from maskopt.models.checkpoints.report import LayerReport, PruneReport
-from maskopt.report.page import write_page
-from maskopt.report.prune_page import Pruned, summary
+from maskopt.report.page import MaskPicture, write_page
+from maskopt.report.prune_page import DENSE, WANDA, Pruned, comparison, runs
 from maskopt.report.table import Table, number
 
 OPTIONS = {"sparsity": 0.5, "min_tokens": 1, "holdout": 0.25}
@@ -92,7 +93,14 @@ def test_everything_is_on_one_page(home, tmp_path):
     assert names == ["errors.png", "errors.svg", "improvements-1.png", "improvements-1.svg"]
     # of folders of earlier versions the memory is not known
     forge_manifest(old := copied(home / "OUT", tmp_path), lambda manifest: manifest.pop("memory"))
-    assert summary(Pruned.open_all([old])).rows[0][-1] == "–"
+    assert runs(Pruned.open_all([old])).rows[0][-1] == "–"
+    # the verdict comes first, with the perplexity of the same folder
+    first, table = found[found.index("</h1>") :].split("<p>", 2)[1:]
+    shows(first, "OUT: 50.0% of the weights in 14 layers are zero; perplexity is ", "of Wanda")
+    assert f"perplexity is {perplexity:.2f}, " in first
+    shows(first, "<h2>In short</h2>", ">dense<", "Wanda&#x27;s masks", f">{perplexity:.2f}</td>")
+    assert "are zero" not in table
+    assert "perplexity" not in page(tmp_path, home / "OUT")
 
 
 def unique_ids(found):
@@ -120,6 +128,11 @@ def test_nothing_is_asked_for_elsewhere_and_all_pictures_are_in_words_too(home, 
         assert re.search(rf"^{selector} {{[^}}]*{rule}", found, re.M)
     assert "currentColor" in found
     assert "#0a0b0c" not in found
+    # 46rem: the widest figure; its text is no larger than the page's 16 px
+    sizes = [float(x) for x in re.findall(r"font: ([\d.]+)px", found)]
+    widths = {float(x) for x in re.findall(r'viewBox="0 0 ([\d.]+) ', found)}
+    assert max(sizes) * 46 * 16 / min(widths) <= 16
+    shows(found, "decoder block", "relative squared error", "held-out text")
     assert "Trained weights, TRAINED" in found
     data = re.search(r"data:image/png;base64,([^\"]*)", found)
     image = np.array(Image.open(io.BytesIO(base64.b64decode(data[1]))))
@@ -149,7 +162,9 @@ def test_names_cannot_break_out_of_the_page_and_do_not_mix(home, tmp_path):
         record["model"] = f"folder{place}/OUT"
     (tmp_path / "eval.json").write_text(json.dumps(records))
     found = page(tmp_path, home / "OUT", other, "--evaluation", tmp_path / "eval.json")
-    rows = [f"Rows, {html.escape(str(folder))}" for folder in (home / "OUT", other)]
+    rows = [
+        f"Improvement of the rows, {html.escape(str(folder))}" for folder in (home / "OUT", other)
+    ]
     shows(found, *rows, "folder0/OUT", "folder1/OUT")
     assert "<b>" not in found
     unique_ids(found)
@@ -157,11 +172,24 @@ def test_names_cannot_break_out_of_the_page_and_do_not_mix(home, tmp_path):
 
 def test_what_has_no_start_or_too_few_tokens_is_left_out(home, tmp_path):
     prune(home / "dense", tmp_path / "out", tokens(2))
-    assert "Rows, out" not in page(tmp_path, tmp_path / "out")
-    assert summary([Pruned.open(tmp_path / "out", "out")]).rows[0][4] == "1"
+    assert "Improvement of the rows, out" not in page(tmp_path, tmp_path / "out")
+    assert comparison([Pruned.open(tmp_path / "out", "out")], {}).rows[-1][3] == "1"
     prune(home / "dense", tmp_path / "few", tokens(2), solver="swap", min_tokens=999)
     assert "In short" in page(tmp_path, tmp_path / "few")
-    assert summary([Pruned.open(tmp_path / "few", "few")]).rows[0][3:6] == ("–",) * 3
+    few = [Pruned.open(tmp_path / "few", "few")]
+    assert comparison(few, {}).rows[-1][2:4] == ("–",) * 2
+    assert runs(few).rows[0][2] == "–"
+
+
+def test_a_picture_shows_all_rows_of_a_large_mask():
+    kept = torch.ones(2100, 8, dtype=torch.bool)
+    kept[-1] = False
+    picture = MaskPicture("w", kept)
+    image = np.array(Image.open(io.BytesIO(picture.png())))
+    assert image.shape == (700, 3)
+    assert (image[:-1] == 0).all()
+    assert (image[-1] == 85).all()  # a third of three rows
+    shows(picture.html(), "2100 outputs (down) by 8 inputs", "a dot is 3 × 3 weights")
 
 
 REFUSED = {
@@ -223,11 +251,11 @@ def test_tables_name_a_row_once_and_sum_errors_per_kind():
     best = {"objective": 2.0, "lower_bound": 2.0, "value": 2.0, "value_bound": 2.0}
     scip = replace(wanda, solver="scip", excess=0.0, status="optimal", **best)
     labels = {name: "0 q_proj[3]"}
-    table = toy_table([wanda, scip], labels, 0.5)
+    table = toy_table([wanda, scip], labels)
     assert [row[0] for row in table.rows] == ["0 q_proj[3]", ""]
     assert [row[4] for row in table.rows] == ["50.00%", "0.00%"]
     failed = replace(wanda, status="failed", **dict.fromkeys(nothing, math.nan))
-    assert toy_table([failed], labels, 0.5).rows[0][2] == "–"
+    assert toy_table([failed], labels).rows[0][2] == "–"
     layers = [
         LayerReport(
             f"model.layers.{block}.mlp.up_proj", block, "mlp.up_proj", 4, 8, "0.5", 16, after, 0.0,
@@ -236,11 +264,17 @@ def test_tables_name_a_row_once_and_sum_errors_per_kind():
         for block, before, after in ((0, 4.0, 1.0), (1, 6.0, 4.0))
     ]  # fmt: skip
     report = PruneReport(layers, {}, seconds=3.0)
-    table = error_table(report, 0.5, 2)
+    table = error_table(report, 2)
     assert table.rows == [("up_proj", "10", "5", "0.500", "8", "75%")]
     # and errors and perplexities are compared with the start's
-    shown = perplexity_table({"dense": 10.0, "swap": 12.5}, {"swap": report}, 8, 512)
-    assert shown.rows == [("dense", "10.00", "–", "–"), ("Wanda → 1-swap", "12.50", "50.0%", "3")]
+    layers = [replace(layer, energy=10.0) for layer in layers]
+    options = {"options": {"sparsity": {}}}
+    one = Pruned(Path("o"), "1-swap", options, layers, (), 0.5, {}, None, "")
+    values = {DENSE: 10.0, WANDA: 15.0, Path("o"): 12.5}
+    assert [row[:5] for row in comparison([one], values).rows] == [
+        ("dense", "10.00", "0.0%", "0", "0"), ("Wanda's masks", "15.00", "50.0%", "0.5", "1"),
+        ("1-swap", "12.50", "50.0%", "0.25", "0.5"),
+    ]  # fmt: skip
 
 
 def test_the_demo_from_end_to_end_on_a_tiny_model(tmp_path, monkeypatch):
@@ -249,13 +283,17 @@ def test_the_demo_from_end_to_end_on_a_tiny_model(tmp_path, monkeypatch):
     monkeypatch.setattr("maskopt.demo.run.demo_model", lambda name: model)
     names = ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj")
     monkeypatch.setattr("maskopt.demo.run.TOY_LAYERS", names)
-    stages, size = [], {"samples": 2, "seq_len": 32, "windows": 2, "columns": 8}
+    stages, size = [], {"samples": 2, "seq_len": 32, "windows": 2, "columns": 8, "sparsity": "50%"}
     result = run_demo(tmp_path / "out", **size, on_stage=lambda *stage: stages.append(stage[0]))
     toy, errors, values = result.tables
     shown = [row[0] for row in toy.rows if row[0]]
     assert [label.split("[")[0] for label in shown] == ["0 q_proj", "2 down_proj"]
     assert {row[0] for row in errors.rows} >= {"q_proj", "down_proj"}
-    assert [row[0] for row in values.rows] == ["dense", "Wanda", "Wanda → 1-swap"]
+    assert [row[0] for row in values.rows] == ["dense", "Wanda's masks", "Wanda → 1-swap"]
+    assert all(row[1] != "–" for row in values.rows)
+    assert result.dense == model
+    # the second model is gone
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model", "report.html"}
     page = result.report.read_text()
     assert "in 21 layers of 3 blocks" in page
     assert all(title in page for title in ("Toy rows", "Errors along the model", "A mask"))

@@ -282,7 +282,7 @@ def open_source(
     """A model as a `Source`; one in memory is put into evaluation mode. Raises ModelError: an unknown device
     or dtype, no CUDA, or a model that cannot be read."""
     if dtype != "auto" and dtype not in DTYPES:
-        raise ModelError(f"`dtype` must be auto or one of {', '.join(DTYPES)}, not {dtype!r}")
+        raise ModelError(f"`dtype` must be one of: auto, {', '.join(DTYPES)}; not {dtype!r}")
     if isinstance(model, nn.Module):
         if dtype != "auto":
             raise ModelError("`dtype` is for model folders; convert a model in memory beforehand")

@@ -27,6 +27,7 @@ from maskopt.models.blockwise.progress import OnBlockProgress
 from maskopt.models.blockwise.windows import tokens_or_tokenizer
 from maskopt.models.checkpoints.journal import differences, in_words
 from maskopt.models.checkpoints.report import PruneReport
+from maskopt.models.checkpoints.workspace import check_dense
 from maskopt.models.options.prune import BLOCKWISE, KL, PruneOptions, prune_options
 from maskopt.models.pruning.allocate import allocate
 from maskopt.models.pruning.distil import distil, distillation_windows
@@ -97,6 +98,8 @@ def prune_model(
         inputs: dict[str, Any] = {"model": model, "calibration": calibration, "grams": grams}
         run = Run(output, overwrite=overwrite, resume=resume, ranks=ranks, **inputs)
     job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress, ranks=ranks)
+    if job.source.checkpoint is not None:
+        check_dense(job.source.checkpoint.folder)
     job.source.blocks.check_unshared(job.layers)
     if store is not None:
         store.check_model(job)

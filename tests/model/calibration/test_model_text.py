@@ -259,7 +259,7 @@ def test_a_beginning_is_that_of_the_tokenizer(tokenizer, expected):
     ("tokenizer", "bos", "message"),
     [
         (QWEN, "always", "no beginning-of-sequence token; use `bos` auto or never"),
-        (QWEN, "sometimes", "`bos` must be auto, always or never"),
+        (QWEN, "sometimes", "`bos` must be one of: auto, always, never; not"),
         (OUTSIDE, "auto", "500 is outside its vocabulary of 200"),
         (Tokenizer(bos=200), "always", "200 is outside its vocabulary of 200"),
         (Tokenizer(bos=-1), "always", "outside its vocabulary"),
@@ -438,7 +438,7 @@ BAD_LINES = [
     (SHAREGPT, "line 2, message 1: has from and value; .* role and content, .* user for human"),
     ([], "line 2: a conversation without messages"),
     (["hello"], "line 2, message 1: not an object with role and content"),
-    ([{"content": "hello"}], ".*message 1: the role must be one of system, .*, not None"),
+    ([{"content": "hello"}], ".*message 1: the role must be one of: system, .*; not None"),
     ([{"role": "human", "content": "x"}], ".*message 1: the role must .* 'human'"),
     ([{"role": [], "content": "x"}], ".*message 1: the role must be one of"),
     ([{"role": "user"}], "line 2, message 1: no text under 'content'"),
@@ -579,7 +579,10 @@ def paths(tmp_path_factory):
     dense, chats, out = home / "dense", write(home / "chats.jsonl", MESSAGES), home / "out"
     CHAT.save_pretrained(save(tiny("llama"), dense))
     shown = run(*chat_prune(dense, chats, out, "--chat", "--seed", 3))
-    assert "calibrated on 4 windows of 48 tokens, chats through the model's template" in shown
+    assert (
+        "Calibrated on 4 windows of 48 tokens of chats.jsonl, chats through the model's template"
+        in shown
+    )
     return dense, chats, out
 
 
