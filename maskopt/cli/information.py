@@ -21,7 +21,7 @@ _WIDE, _LEFT_OUT = 110, ("patterns", "device", "start", "also")
 @command(example="maskopt demo --model smollm2")
 def demo(
     model: str = option("gemma3", "Language model.", choices=("gemma3", "smollm2")),
-    sparsity: float = option(0.5, "Share of weights to prune in each row."),
+    sparsity: float | str = option(0.5, "As for `maskopt prune`: 0.5, 50% or 2:4."),
     samples: int = option(12, "Number of calibration windows.", least=1),
     windows: int = option(8, "Number of evaluation windows.", least=1),
     seed: int = option(0, "Random seed of the calibration windows and the small rows.", least=0),
@@ -31,9 +31,10 @@ def demo(
     overwrite: bool = OVERWRITE,
 ) -> None:
     """Compare solvers with proven optima on small rows, then prune all of a small real model."""
-    from maskopt.demo.run import run_demo
-
     with view() as shown:
+        shown.show("loading the libraries", 0, None)
+        from maskopt.demo.run import run_demo
+
         result = run_demo(
             output,
             model=model,
@@ -48,7 +49,9 @@ def demo(
         screen.print(table.rich())
         screen.print()
     screen.print(f"report: {result.report}", highlight=False)
-    screen.print(f"pruned model: {result.model}", highlight=False)
+    for what, folder in (("pruned model", result.model), ("dense model", result.dense)):
+        size = sum(file.stat().st_size for file in folder.iterdir()) / 1e9
+        screen.print(f"{what}: {folder}, {size:.2f} GB kept on the disk", highlight=False)
     screen.print(f"{result.seconds:.0f} s in all", highlight=False)
 
 

@@ -102,15 +102,14 @@ def evaluate(
             windows=windows,
             on_progress=lambda model, done, total: shown.show(Path(model).name, done, total),
         )
-    for one in found:
-        p = one.perplexity
-        screen.print(
-            f"{one.model}: perplexity {p.value:.4f} ({p.low:.2f} to {p.high:.2f}), {p.windows} windows of "
-            f"{p.length} tokens from {p.source}, {p.beginning}",
-            soft_wrap=True,
-        )
-    if len(found) > 1:
+    p = found[0].perplexity
+    said = f"{p.windows} windows of {p.length} tokens from {p.source}, {p.beginning}"
+    if len(found) == 1:
+        value = f"{p.value:.4f} ({p.low:.2f} to {p.high:.2f})"
+        screen.print(f"{models[0]}: perplexity {value}, {said}", soft_wrap=True)
+    else:
         screen.print(_comparison(found))
+        screen.print(said, soft_wrap=True)
     # last: the results are on the screen even if the disk is full
     if json is not None:
         with atomic_write(json) as target:

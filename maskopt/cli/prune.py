@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from maskopt.models.options.prune import RECIPE, PruneOptions, with_recipe
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from maskopt.models.checkpoints.report import LayerReport, PartReport, PruneReport
+    from maskopt.models.checkpoints.report import PartReport, PruneReport
     from maskopt.models.pruning.plan import Plan
 
 
@@ -78,6 +79,18 @@ def prune(
         )
     show_report(report)
     written(output, "pruned model, masks and manifest")
+    _say_next(model, output)
+
+
+def _say_next(model: str, output: Path) -> None:
+    """Print the commands that check, evaluate and show the result."""
+    screen.print("next, with a TEXT other than the calibration text:")
+    for words in (
+        ("verify", str(output), "--original", model),
+        ("eval", model, str(output), "--text", "TEXT", "--json", "eval.json"),
+        ("report", str(output), "--evaluation", "eval.json"),
+    ):
+        screen.print("  " + shlex.join(("maskopt", *words)), soft_wrap=True)
 
 
 def _tokens_file(calibration: str | None) -> str | None:
@@ -103,6 +116,11 @@ def _show_plan(
     memory = result.memory
     screen.print(f"memory at the peak, estimated: {memory.gib:.2f} GiB ({memory})", soft_wrap=True)
     screen.print(f"disk: {result.disk / 2**30:.2f} GiB")
+    if (last := result.distillation) is not None:
+        screen.print(
+            f"the distillation in this: memory {last.memory.gib:.2f} GiB, disk {last.disk / 2**30:.2f} GiB, "
+            f"about {last.seconds:.0f} s"
+        )
     parts_of_time = (result.solve_seconds, result.seconds)
     solving, total = ("unknown" if x is None else f"about {x:.0f} s" for x in parts_of_time)
     screen.print(
@@ -174,14 +192,14 @@ def naming_resume(
 
 def show_report(report: PruneReport) -> None:
     """One line per kind of layer; errors relative to the energy of the layers' outputs."""
-    from maskopt.models.checkpoints.bos import Beginning
+    from maskopt.models.checkpoints.report import CAPTION
 
-    screen.print(_kinds_table(report))
-    calibration = report.fingerprint["calibration"]
-    begun = Beginning.from_record(calibration["beginning"])
-    screen.print(
-        f"calibrated on {calibration['samples']} windows of {calibration['length']} tokens, {begun}"
-    )
+    headings, *lines = report.table()
+    table = make_table(*headings, caption=CAPTION)
+    for index, line in enumerate(lines, 1):
+        table.add_row(*line, end_section=index == len(lines) - 1)
+    screen.print(table)
+    screen.print(report.sentence(), soft_wrap=True)
     screen.print(f"sparsity of these layers: {report.sparsity:.4f}; {report.seconds:.1f} s")
     if report.parts:
         screen.print(trained_words(report.parts))
@@ -195,54 +213,6 @@ def show_report(report: PruneReport) -> None:
         )
     if report.bad_samples:
         screen.print(f"left out for NaN or infinity: {len(report.bad_samples)} samples")
-
-
-def _kinds_table(report: PruneReport) -> Table:
-    layers = report.layers
-    shown = {
-        "pruned": len({layer.pattern for layer in layers}) > 1,
-        "Wanda": True,
-        "before update": any(layer.error_kept is not None for layer in layers),
-        "error": True,
-        "error/Wanda": True,
-        "held-out error": any(layer.relative_held is not None for layer in layers),
-        "proven": True,
-    }
-    headings = ("layer kind", "layers", *(name for name, has in shown.items() if has), "seconds")
-    table = make_table(
-        *headings,
-        caption="errors relative to the energy of the layers' outputs; Wanda: its masks at the same "
-        "sparsity, with unchanged weights; proven: rows proven optimal or 1-swap optimal",
-    )
-    for kind, of_kind in {**report.by_kind(), "all": layers}.items():
-        # errors of layers pruned by magnitude are other ones
-        cells = _errors([layer for layer in of_kind if not layer.fallback])
-        if kind == "all":
-            table.add_section()
-        cells["pruned"] = _range([layer.sparsity for layer in of_kind])
-        seconds = sum(layer.seconds for layer in of_kind)
-        found = (cells[name] for name, has in shown.items() if has)
-        table.add_row(kind, str(len(of_kind)), *found, f"{seconds:.1f}")
-    return table
-
-
-def _errors(layers: Sequence[LayerReport]) -> dict[str, str]:
-    """Errors of layers, by heading, relative to the energy of their outputs."""
-    from maskopt.models.checkpoints.report import proven_share, ratio_to_wanda
-
-    def part(name: str, energy: str = "energy") -> str:
-        error, whole = (sum(getattr(x, of) or 0.0 for x in layers) for of in (name, energy))
-        return f"{error / whole:.4f}" if whole else "–"
-
-    ratio, proven = ratio_to_wanda(layers), proven_share(layers)
-    return {
-        "Wanda": part("error_wanda"),
-        "before update": part("error_kept"),
-        "error": part("error"),
-        "error/Wanda": "–" if ratio is None else f"{ratio:.3f}",
-        "held-out error": part("error_held", "energy_held"),
-        "proven": "–" if proven is None else f"{proven:.1%}",
-    }
 
 
 def trained_words(parts: Sequence[PartReport]) -> str:
@@ -271,9 +241,3 @@ def distilled_words(losses: Mapping[str, Any]) -> str:
             else ""
         )
     )
-
-
-def _range(parts: Sequence[float]) -> str:
-    """`54–89%`, or one of them if they are equal."""
-    ends = [f"{100 * end:.0f}" for end in (min(parts), max(parts))]
-    return "–".join(dict.fromkeys(ends)) + "%"

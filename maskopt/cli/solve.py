@@ -44,9 +44,7 @@ def solve(
         "Prove the optimum of every row by branch and bound, and store the proof trees. Finished rows are "
         "kept: after Ctrl-C the same command continues. The exit status is 1 if a row is not proven.",
     ),
-    jobs: int | None = option(
-        None, "With --prove: number of rows at a time; −1 (default): one per core."
-    ),
+    jobs: int = option(-1, "Number of rows at a time; −1: one per core.", needs=("prove",)),
     time_limit: float | None = option(None, "Seconds for all rows, the start included.", least=0),
     memory_limit: str | None = option(
         None, "Maximum memory in addition to the instance, e.g. 2GiB.", unit="bytes"
@@ -65,7 +63,7 @@ def solve(
     check_writable(output, overwrite=overwrite, instance=instance, start=start)
     if prove and solver not in (None, BRANCH):
         raise OptionError(f"`prove` takes the solver {BRANCH}, not {solver}")
-    if jobs is not None and not prove:
+    if jobs != -1 and not prove:
         raise OptionError("`jobs` is for `prove`")
     problem = load_problem(instance, cardinality)
     shared, own = limits_of(None, solver_options)
@@ -80,7 +78,7 @@ def solve(
         )
         how: dict[str, Any] = {"start": begin, "limits": limits}
         if prove:
-            how |= {"jobs": -1 if jobs is None else jobs, **own}
+            how |= {"jobs": jobs, **own}
             report = partial(shown.show, "rows proven")
             solution = prove_rows(problem, output, on_progress=report, **how)
         else:

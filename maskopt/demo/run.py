@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from maskopt.demo.model import DemoModel, demo_model, find_demo_model
+from maskopt.core.pattern import Pattern
+from maskopt.demo.model import demo_model, find_demo_model
 from maskopt.demo.text import demo_text
 from maskopt.experiments.compare import Record, compare, sample_rows
 from maskopt.models.architecture.blocks import short
@@ -20,7 +22,7 @@ from maskopt.models.evaluation.evaluate import perplexity
 from maskopt.models.pruning.problems import layer_problems
 from maskopt.models.pruning.prune import prune_model
 from maskopt.report.page import write_page
-from maskopt.report.prune_page import open_reports, report_parts
+from maskopt.report.prune_page import DENSE, WANDA, Named, comparison, report_parts
 from maskopt.report.table import Table, number
 
 #: layers whose rows are solved to proven optimality
@@ -40,11 +42,12 @@ OnStage = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Tables, ready to print, and the paths of the page and the model."""
+    """Tables, ready to print, and the paths of the page, the pruned model and the dense one."""
 
     tables: Sequence[Table]
     report: Path
     model: Path
+    dense: Path
     seconds: float
 
 
@@ -52,7 +55,7 @@ def run_demo(
     output: Path,
     *,
     model: str = "gemma3",
-    sparsity: float = 0.5,
+    sparsity: Pattern | float | str = 0.5,
     samples: int = 12,
     seq_len: int = 512,
     windows: int = 8,
@@ -82,9 +85,8 @@ def run_demo(
     for place in places:
         check_output(output / place, overwrite=overwrite)
     about = find_demo_model(model)
-    on_stage(f"converting {about.title} (once)", 0, 1)
+    on_stage(f"{about.title}: converted once, then read", 0, 1)
     folder = demo_model(model)
-    on_stage(f"converting {about.title} (once)", 1, 1)
     text, common = demo_text(), {"seq_len": seq_len, "seed": seed}
     calibration: dict[str, Any] = {"calibration": text.calibration, **common}
     toy = _toy_rows(folder, sparsity, min(samples, 8), columns, time_limit, calibration, on_stage)
@@ -103,26 +105,28 @@ def run_demo(
             folder, solver=solver, start=start, output=output / place, **how, **calibration
         )
         values[solver] = judged(solver, output / place)
+        if solver == "wanda":
+            shutil.rmtree(output / place)
     blocks = len({layer.block for layer in prunes["swap"].layers})
-    tables = [toy, error_table(prunes["swap"], sparsity, blocks)]
-    tables.append(perplexity_table(values, prunes, windows, seq_len))
-    _write_report(report, output / "model", about, tables)
-    return DemoResult(tables, report, output / "model", time.perf_counter() - began)
-
-
-def _write_report(path: Path, model: Path, about: DemoModel, tables: Sequence[Table]) -> None:
+    pruned: list[Named] = [("Wanda → 1-swap", prunes["swap"])]
+    known: dict[str | Path, float] = {DENSE: values["dense"], WANDA: values["wanda"]}
+    known[output / "model"] = values["swap"]
+    tables = [toy, error_table(prunes["swap"], blocks)]
     parts = [
-        "Calibrated on Python's help topics, and evaluated on others of them.",
-        *report_parts(open_reports([model]), tables=tables),
+        *report_parts(pruned, perplexity=known, tables=tables),
+        "Calibrated on Python's help topics, and evaluated on others of them, perplexity on "
+        f"{windows} windows of {seq_len} tokens.",
         "Zeros are stored like any other number: the file is not smaller, and dense kernels are "
         f"not faster. {about.terms}",
     ]
-    write_page(path, f"maskopt demo: {about.title}", parts)
+    write_page(report, f"maskopt demo: {about.title}", parts)
+    tables.append(comparison(pruned, known))
+    return DemoResult(tables, report, output / "model", folder, time.perf_counter() - began)
 
 
 def _toy_rows(
     folder: Path,
-    sparsity: float,
+    sparsity: Pattern | float | str,
     samples: int,
     columns: int,
     time_limit: float,
@@ -140,13 +144,13 @@ def _toy_rows(
     }
     progress = partial(on_stage, "toy rows: solving")
     records = compare(rows, TOY_SOLVERS, time_limit=time_limit, seed=seed, on_progress=progress)
-    return toy_table(records, labels, sparsity)
+    return toy_table(records, labels)
 
 
-def toy_table(records: Sequence[Record], labels: Mapping[str, str], sparsity: float) -> Table:
+def toy_table(records: Sequence[Record], labels: Mapping[str, str]) -> Table:
     """Objective, bound and gap of every solver on every toy row; `labels` by instance."""
     table = Table(
-        f"Toy rows: {records[0].n} inputs of real layers, {sparsity:.0%} pruned",
+        f"Toy rows: {records[0].n} inputs of real layers, sparsity {records[0].pattern}",
         ("row", "solver", "objective", "bound", "above optimum", "status", "s"),
         text_columns=2,
         note="RIA's column sums see one row only here.",
@@ -161,10 +165,10 @@ def toy_table(records: Sequence[Record], labels: Mapping[str, str], sparsity: fl
     return table
 
 
-def error_table(report: PruneReport, sparsity: float, blocks: int) -> Table:
+def error_table(report: PruneReport, blocks: int) -> Table:
     """Local error of Wanda and of Wanda → 1-swap on the same inputs, summed per layer kind."""
     table = Table(
-        f"Local error at {sparsity:.0%}, all {blocks} blocks",
+        f"Local error at {report.sparsity:.0%}, all {blocks} blocks",
         ("layers", "Wanda", "→ 1-swap", "ratio", "rows", "proven 1-swap optimal"),
         note="Mean squared change of the layers' outputs, summed over rows and blocks; both measured on "
         "activations from the already pruned earlier blocks.",
@@ -175,21 +179,6 @@ def error_table(report: PruneReport, sparsity: float, blocks: int) -> Table:
         ratio = ratio_to_wanda(layers)
         shown = "–" if ratio is None else f"{ratio:.3f}"
         table.add(short(kind), number(wanda), number(error), shown, f"{rows:,}", f"{proven:.0%}")
-    return table
-
-
-def perplexity_table(
-    values: dict[str, float], prunes: dict[str, PruneReport], windows: int, seq_len: int
-) -> Table:
-    """Perplexity of dense, Wanda and 1-swap, with the time of pruning."""
-    table = Table(
-        f"Perplexity, {windows} × {seq_len} tokens", ("model", "perplexity", "pruned", "seconds")
-    )
-    names = {"dense": "dense", "wanda": "Wanda", "swap": "Wanda → 1-swap"}
-    for key, value in values.items():
-        report = prunes.get(key)
-        sparsity = f"{report.sparsity:.1%}" if report else "–"
-        table.add(names[key], f"{value:.2f}", sparsity, f"{report.seconds:.0f}" if report else "–")
     return table
 
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 from jaxtyping import Bool
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from maskopt.core.files import atomic_write
 from maskopt.errors import OptionError
@@ -30,10 +31,11 @@ COLOURS = ("#2f7ed8", "#d0692b", "#2f9158", "#b0527a", "#8064c8", "#7a7a2a", "#3
 MARKERS = "osD^vPX"
 #: stands for the page's own colour of text until the SVG is there
 _TEXT = "#0a0b0c"
-_INCHES = (5.4, 3.4)
+#: so wide that the text of a figure, at the width of the page, is no larger than the page's
+_INCHES = (7.6, 4.2)
 
 Draw = Callable[["Axes"], None]
-#: rows and inputs of a mask that are shown at most: a picture of a large layer would be megabytes
+#: dots of the picture of a mask in each direction at most: one of a large layer would be megabytes
 MOST = 1024
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
@@ -48,8 +50,8 @@ figure { margin: 1rem 0 } figcaption, .note { color: #4a5868; font-size: .92rem 
 figure svg { width: 100%; height: auto; max-width: 46rem }
 pre { overflow-x: auto; padding: .6rem .8rem; background: #eef2f6 }
 .pane { overflow: auto; max-height: 32rem; border: 1px solid #8a97a8 }
-.pane img { display: block; image-rendering: pixelated; width: 100% }
-.zoom input:nth-of-type(2):checked ~ .pane img { width: auto }
+.pane img { display: block; image-rendering: pixelated }
+.zoom input:nth-of-type(1):checked ~ .pane img { width: 100%; max-height: 31rem; object-fit: contain }
 .zoom input:nth-of-type(3):checked ~ .pane img { width: var(--four) }
 .zoom label { margin-right: 1rem } a, summary { color: inherit }
 :focus-visible { outline: 3px solid #2f7ed8; outline-offset: 2px }
@@ -92,37 +94,38 @@ class MaskPicture:
     name: str
     kept: Bool[Tensor, "rows n"]
 
+    @property
+    def step(self) -> int:
+        """Rows and inputs of a dot."""
+        return math.ceil(max(self.kept.shape) / MOST)
+
     def png(self) -> bytes:
-        """One bit per weight, of the first MOST rows and inputs."""
+        """One bit per weight; of a mask of more than MOST rows or inputs, grey dots."""
         try:
             from PIL import Image
         except ImportError:
-            raise OptionError(
-                'the picture of a mask needs Pillow: pip install "maskopt[report]"'
-            ) from None
-        shown = self.kept[:MOST, :MOST].numpy()
+            raise OptionError("the picture of a mask needs Pillow: pip install pillow") from None
+        pruned = (~self.kept)[None].float()
+        dots = avg_pool2d(pruned, self.step, ceil_mode=True)[0].mul(255).byte().numpy()
         data = io.BytesIO()
-        Image.fromarray(np.where(shown, 0, 255).astype(np.uint8)).convert("1").save(data, "png")
+        Image.fromarray(dots).convert("1" if self.step == 1 else "L").save(data, "png")
         return data.getvalue()
 
     def html(self) -> str:
-        part = self.kept[:MOST, :MOST]
-        rows, n = part.shape
-        of = ""
-        if part.shape != self.kept.shape:
-            of = f" of {self.kept.shape[0]} × {self.kept.shape[1]}, the upper left part"
+        rows, n = self.kept.shape
+        dots = f"; a dot is {self.step} × {self.step} weights" if self.step > 1 else ""
         words = (
-            f"Mask of {self.name}: {rows} outputs (down) by {n} inputs (across){of}; dark is kept, "
-            f"{float((~part).float().mean()):.1%} is pruned"
+            f"Mask of {self.name}: {rows} outputs (down) by {n} inputs (across); dark is kept, "
+            f"{float((~self.kept).float().mean()):.1%} is pruned{dots}"
         )
-        data = base64.b64encode(self.png()).decode()
+        data, four = base64.b64encode(self.png()).decode(), 4 * math.ceil(n / self.step)
         zooms = "".join(
             f'<input type="radio" name="zoom" id="zoom{i}"{" checked" * (i == 0)}>'
             f'<label for="zoom{i}">{label}</label>'
             for i, label in enumerate(("whole", "1 : 1", "4 : 1"))
         )
         return (
-            f'<h2>A mask</h2>\n<figure><div class=zoom style="--four: {4 * n}px">{zooms}'
+            f'<h2>A mask</h2>\n<figure><div class=zoom style="--four: {four}px">{zooms}'
             f'<div class="pane" tabindex="0"><img src="data:image/png;base64,{data}" '
             f'alt="{html.escape(words, quote=True)}"></div></div>'
             f"<figcaption>{html.escape(words)}.</figcaption></figure>"
@@ -207,9 +210,7 @@ def _matplotlib() -> Any:
         import matplotlib
         import matplotlib.figure
     except ImportError:
-        raise OptionError(
-            'the figures of a report need matplotlib: pip install "maskopt[report]"'
-        ) from None
+        raise OptionError("figures need matplotlib: pip install matplotlib") from None
     return matplotlib
 
 

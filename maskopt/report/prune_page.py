@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from maskopt.core.files import check_writable, from_json
@@ -43,6 +44,8 @@ from maskopt.report.table import Table, number
 
 #: a report and its name on the page
 Named = tuple[str, PruneReport]
+#: keys of measured perplexities
+DENSE, WANDA = "dense", "wanda"
 
 
 def open_reports(folders: Sequence[Path]) -> list[Named]:
@@ -70,10 +73,14 @@ def write_report(
         picture: name of the tensor whose mask is shown; default: the first one of the first folder.
     """
     check_writable(path, overwrite=overwrite, evaluation=evaluation, gaps=gaps)
-    pruned = open_reports(outs)
-    tables = [] if evaluation is None else [_perplexities(_records(evaluation, whole=True))]
+    pruned, tables = open_reports(outs), []
+    values: dict[str | Path, float] = {}
+    if evaluation is not None:
+        table, values = _perplexities(_records(evaluation, whole=True), outs)
+        tables = [table]
     last = [] if gaps is None else [_gaps(gaps, outs[0])]
-    parts = report_parts(pruned, tables=tables, after=last, picture=picture)
+    how: dict[str, Any] = {"perplexity": values, "after": last, "picture": picture}
+    parts = report_parts(pruned, tables=tables, **how)
     files = []
     if figures is not None:
         with plain_errors(figures):
@@ -90,6 +97,7 @@ def write_report(
 def report_parts(
     pruned: Sequence[Named],
     *,
+    perplexity: Mapping[str | Path, float] = MappingProxyType({}),
     tables: Sequence[Table] = (),
     after: Sequence[Table] = (),
     picture: str | None = None,
@@ -97,16 +105,19 @@ def report_parts(
     """The page from top to bottom.
 
     Args:
-        tables: of perplexities, for the place above the summary.
+        perplexity: measured values, by folder, and of `DENSE` and `WANDA`.
+        tables: for the place above the table of runs.
         after: for the place below the tables of layers.
     """
     reports = [report for _, report in pruned]
     solved = [(name, report) for name, report in pruned if report.solved]
     again = [command_again(x.kind, x.fingerprint, x.output or "OUT") for x in reports]
     return [
+        *(verdict(*one, perplexity) for one in pruned),
+        comparison(pruned, perplexity),
         *(f"{x.output}: {x.sentence()}" for x in reports),
         *tables,
-        summary(pruned),
+        runs(pruned),
         *([errors_by_block(pruned)] if solved else []),
         *(kinds_table(*one) for one in solved),
         *(
@@ -122,29 +133,69 @@ def report_parts(
     ]
 
 
-def summary(pruned: Sequence[Named]) -> Table:
-    """A line for every folder."""
+def verdict(name: str, one: PruneReport, perplexity: Mapping[str | Path, float]) -> str:
+    """What was pruned and at what cost, in a sentence."""
+    gone = "zero" if one.kind == PRUNE else "removed"
+    facts = [f"{name}: {one.sparsity:.1%} of the weights in {len(one.layers)} layers are {gone}"]
+    dense, value = perplexity.get(DENSE), perplexity.get(one.output or "")
+    if dense is not None and value is not None:
+        facts.append(
+            f"perplexity is {value:.2f}, {value / dense:.3f} times that of the dense model ({dense:.2f})"
+        )
+    if (ratio := ratio_to_wanda(one.solved)) is not None:
+        facts.append(f"the error is {ratio:.3f} times that of Wanda's masks at the same sparsity")
+    if proven := proven_share(one.solved):
+        facts.append(f"{proven:.0%} of the rows are proven optimal or 1-swap optimal")
+    return "; ".join(facts) + "."
+
+
+def comparison(pruned: Sequence[Named], perplexity: Mapping[str | Path, float]) -> Table:
+    """The dense model, Wanda's masks where there is one folder, and a line for every folder."""
     table = Table(
         "In short",
-        ("folder", "solver", "sparsity", "error", "ratio to Wanda", "held out", "rows", "proven",
-         "solving", "memory"),
-        text_columns=2,
+        (
+            "model",
+            *(["perplexity"] if perplexity else []),
+            "pruned",
+            "error",
+            "ratio to Wanda",
+            "proven",
+        ),
         note="Errors: relative squared error of a layer's output, on average over the layers; ratio to "
         "Wanda: the sum of errors over that of Wanda's masks at the same sparsity, with unchanged weights; "
-        "proven: rows whose mask is proven optimal, or 1-swap optimal; memory: of the process, at the peak.",
-    )  # fmt: skip
+        "proven: rows whose mask is proven optimal, or 1-swap optimal.",
+    )
+
+    def add(name: str, key: str | Path, *cells: str) -> None:
+        values = [f"{perplexity[key]:.2f}" if key in perplexity else "–"] if perplexity else []
+        table.add(name, *values, *cells)
+
+    add("dense", DENSE, "0.0%", "0", "0", "–")
+    for name, one in pruned:
+        layers, share = one.solved, f"{one.sparsity:.1%}"
+        wanda, ratio, proven = _wanda(layers), ratio_to_wanda(layers), proven_share(layers)
+        if len(pruned) == 1 and wanda is not None:
+            add("Wanda's masks", WANDA, share, number(wanda), "1", "–")
+        cells = number(mean_error(layers)), number(ratio)
+        add(name, one.output or "", share, *cells, "–" if proven is None else f"{proven:.0%}")
+    return table
+
+
+def runs(pruned: Sequence[Named]) -> Table:
+    """A line for every folder."""
+    table = Table(
+        "The runs",
+        ("folder", "solver", "held-out error", "rows", "solving", "memory"),
+        text_columns=2,
+        note="Held-out error: on average over the layers; memory: of the process, at the peak.",
+    )
     for name, one in pruned:
         layers, peak = one.solved, one.memory.get("process")
-        proven = proven_share(layers)
         table.add(
             name,
             str(one.fingerprint["options"].get("solver", "–")),
-            f"{one.sparsity:.1%}",
-            number(mean_error(layers)),
-            number(ratio_to_wanda(layers)),
             number(mean_held_error(layers)),
             f"{sum(layer.rows for layer in layers):,}",
-            "–" if proven is None else f"{proven:.0%}",
             _time(sum(layer.seconds for layer in one.layers)),
             "–" if peak is None else f"{peak / 2**30:.2f} GiB",
         )
@@ -176,18 +227,19 @@ def kinds_table(name: str, one: PruneReport) -> Table:
 def errors_by_block(pruned: Sequence[Named]) -> Figure:
     """Mean error of a block's layers, along the model: Wanda's masks, result, and on held-out windows."""
     series: dict[str, dict[int, float]] = {}
+    several = len(pruned) > 1
     for title, one in pruned:
-        name = f"{title}: " if len(pruned) > 1 else ""
+        name = title if several else "this model"
         blocks = grouped(one.solved, "block")
         lines = {
-            "Wanda": {b: _wanda(layers) for b, layers in blocks.items()} if not name else {},
-            "result": {b: mean_error(layers) for b, layers in blocks.items()},
-            "held out": {b: _held(layers) for b, layers in blocks.items()},
+            "Wanda's masks": {} if several else {b: _wanda(x) for b, x in blocks.items()},
+            name: {b: mean_error(layers) for b, layers in blocks.items()},
+            f"{name}, held-out text": {b: _held(layers) for b, layers in blocks.items()},
         }
-        for kind, values in lines.items():
+        for label, values in lines.items():
             known = {block: value for block, value in values.items() if value is not None}
-            if kind == "result" or (values and len(known) == len(values)):
-                series[name + kind] = known
+            if label == name or (values and len(known) == len(values)):
+                series[label] = known
     numbers = Table("", ("block", *series))
     for block in sorted({b for values in series.values() for b in values}):
         numbers.add(str(block), *(number(values.get(block)) for values in series.values()))
@@ -199,7 +251,11 @@ def errors_by_block(pruned: Sequence[Named]) -> Figure:
                 color=COLOURS[index % len(COLOURS)], marker=MARKERS[index % len(MARKERS)],
             )  # fmt: skip
         positive = all(value > 0 for values in series.values() for value in values.values())
-        axes.set(xlabel="block", ylabel="error", yscale="log" if positive else "linear")
+        axes.set(
+            xlabel="decoder block",
+            ylabel="relative squared error",
+            yscale="log" if positive else "linear",
+        )
         axes.xaxis.get_major_locator().set_params(integer=True)
         for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             which(lambda value, _: f"{value:g}")
@@ -234,13 +290,14 @@ def improvements(title: str, one: PruneReport, index: int) -> Figure:
         )  # fmt: skip
         axes.invert_yaxis()
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axes.set(xlabel="reduction of the objective")
+        axes.set(xlabel="reduction of a row's error from the solver's start")
 
     words = (
         "Reduction of the objective from the solver's start, by rows of each kind of layer. The line is the "
         "median, the box holds eight rows of ten, the whiskers all; means over the layers."
     )
-    return Figure(f"improvements-{index}", f"Rows, {title}", words, draw, numbers)
+    name = f"Improvement of the rows, {title}"
+    return Figure(f"improvements-{index}", name, words, draw, numbers)
 
 
 def trained_table(name: str, one: PruneReport) -> Table:
@@ -298,7 +355,11 @@ def _distinct_names(paths: Sequence[Path]) -> list[str]:
     ]
 
 
-def _perplexities(records: Sequence[Mapping[str, Any]]) -> Table:
+def _perplexities(
+    records: Sequence[Mapping[str, Any]], folders: Sequence[Path]
+) -> tuple[Table, dict[str | Path, float]]:
+    """A table of the records, and the values for `report_parts`."""
+    found: dict[Any, float] = {}
     table = Table(
         "The models on text",
         ("model", "perplexity", "compared with the first", "KL, nats", "same top token"),
@@ -307,6 +368,9 @@ def _perplexities(records: Sequence[Mapping[str, Any]]) -> Table:
         names = _distinct_names([Path(record["model"]) for record in records])
         for name, record in zip(names, records, strict=True):
             p, c = record["perplexity"], record.get("change")
+            place = Path(record["model"]).resolve()
+            same: list[Any] = [folder for folder in folders if folder.resolve() == place]
+            found |= dict.fromkeys(same or [DENSE] * (c is None), float(p["value"]))
             table.add(
                 name,
                 f"{p['value']:.2f} ({p['low']:.2f} to {p['high']:.2f})",
@@ -320,11 +384,11 @@ def _perplexities(records: Sequence[Mapping[str, Any]]) -> Table:
                 f"{p['windows']} windows of {p['length']} tokens of {p['source']}, {p['beginning']}; "
                 "intervals of 95%, paired by window."
             )
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise OptionError(
             "`evaluation`: is not what `maskopt eval --text … --json` writes"
         ) from None
-    return table
+    return table, found
 
 
 def _gaps(path: Path, folder: Path) -> Table:

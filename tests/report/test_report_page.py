@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from commands import run, shows
 from forging import copied, fails, forge_manifest
 from PIL import Image
@@ -20,12 +21,12 @@ from safetensors.torch import load_file
 from tiny_models import save, save_tokenizer, tiny, tokens
 
 from maskopt import prune_model
-from maskopt.demo.run import error_table, perplexity_table, run_demo, toy_table
+from maskopt.demo.run import error_table, run_demo, toy_table
 from maskopt.errors import ModelError, OptionError
 from maskopt.experiments.compare import Record
 from maskopt.models.checkpoints.report import LayerReport, PruneReport
-from maskopt.report.page import write_page
-from maskopt.report.prune_page import open_reports, summary
+from maskopt.report.page import MaskPicture, write_page
+from maskopt.report.prune_page import DENSE, WANDA, comparison, open_reports, runs
 from maskopt.report.table import Table, number
 
 OPTIONS = {"sparsity": 0.5, "min_tokens": 1, "holdout": 0.25}
@@ -90,7 +91,14 @@ def test_everything_is_on_one_page(home, tmp_path):
     assert names == ["errors.png", "errors.svg", "improvements-1.png", "improvements-1.svg"]
     # where the system has no /proc the memory is not known
     forge_manifest(old := copied(home / "OUT", tmp_path), lambda m: m.update(memory={}))
-    assert summary(open_reports([old])).rows[0][-1] == "–"
+    assert runs(open_reports([old])).rows[0][-1] == "–"
+    # the verdict comes first, with the perplexity of the same folder
+    first, table = found[found.index("</h1>") :].split("<p>", 2)[1:]
+    shows(first, "OUT: 50.0% of the weights in 14 layers are zero; perplexity is ", "of Wanda")
+    assert f"perplexity is {perplexity:.2f}, " in first
+    shows(first, "<h2>In short</h2>", ">dense<", "Wanda&#x27;s masks", f">{perplexity:.2f}</td>")
+    assert "are zero" not in table
+    assert "perplexity" not in page(tmp_path, home / "OUT")
 
 
 def unique_ids(found):
@@ -116,6 +124,11 @@ def test_nothing_is_asked_for_elsewhere_and_all_pictures_are_in_words_too(home, 
         assert re.search(rf"^{selector} {{[^}}]*{rule}", found, re.M)
     assert not any(word in found for word in ("#0a0b0c", "<script"))
     shows(found, "currentColor", "Trained weights, TRAINED")
+    # 46rem: the widest figure; its text is no larger than the page's 16 px
+    sizes = [float(x) for x in re.findall(r"font-size: ([\d.]+)px", found)]
+    widths = {float(x) for x in re.findall(r'viewBox="0 0 ([\d.]+) ', found)}
+    assert max(sizes) * 46 * 16 / min(widths) <= 16
+    shows(found, "decoder block", "relative squared error", "held-out text")
     data = re.search(r"data:image/png;base64,([^\"]*)", found)
     image = np.array(Image.open(io.BytesIO(base64.b64decode(data[1]))))
     kept = load_file(home / "OUT" / "model.safetensors")[name].numpy() != 0
@@ -142,7 +155,9 @@ def test_names_cannot_break_out_of_the_page_and_do_not_mix(home, tmp_path):
         record["model"] = f"folder{place}/OUT"
     (tmp_path / "eval.json").write_text(json.dumps(records))
     found = page(tmp_path, home / "OUT", other, "--evaluation", tmp_path / "eval.json")
-    rows = [f"Rows, {html.escape(str(folder))}" for folder in (home / "OUT", other)]
+    rows = [
+        f"Improvement of the rows, {html.escape(str(folder))}" for folder in (home / "OUT", other)
+    ]
     shows(found, *rows, "folder0/OUT", "folder1/OUT")
     assert "<b>" not in found
     unique_ids(found)
@@ -152,9 +167,22 @@ def test_what_has_no_start_or_too_few_tokens_is_left_out(home, tmp_path):
     out, few = tmp_path / "out", tmp_path / "few"
     prune(home / "dense", out, tokens(2))
     prune(home / "dense", few, tokens(2), solver="swap", min_tokens=999)
-    assert ("Rows, out" in page(tmp_path, out), "In short" in page(tmp_path, few)) == (False, True)
-    assert summary(open_reports([out])).rows[0][4] == "1"
-    assert summary(open_reports([few])).rows[0][3:6] == ("–",) * 3
+    assert "Improvement of the rows, out" not in page(tmp_path, out)
+    assert "In short" in page(tmp_path, few)
+    assert comparison(open_reports([out]), {}).rows[-1][3] == "1"
+    assert comparison(reports := open_reports([few]), {}).rows[-1][2:4] == ("–",) * 2
+    assert runs(reports).rows[0][2] == "–"
+
+
+def test_a_picture_shows_all_rows_of_a_large_mask():
+    kept = torch.ones(2100, 8, dtype=torch.bool)
+    kept[-1] = False
+    picture = MaskPicture("w", kept)
+    image = np.array(Image.open(io.BytesIO(picture.png())))
+    assert image.shape == (700, 3)
+    assert (image[:-1] == 0).all()
+    assert (image[-1] == 85).all()  # a third of three rows
+    shows(picture.html(), "2100 outputs (down) by 8 inputs", "a dot is 3 × 3 weights")
 
 
 REFUSED = {
@@ -214,21 +242,27 @@ def test_tables_name_a_row_once_and_sum_errors_per_kind():
     wanda = Record(name, *given)
     scip = replace(wanda, solver="scip", excess=0.0, status="optimal", **best)
     labels = {name: "0 q_proj[3]"}
-    table = toy_table([wanda, scip], labels, 0.5)
+    table = toy_table([wanda, scip], labels)
     cells = [(row[0], row[4]) for row in table.rows]
     assert cells == [("0 q_proj[3]", "50.00%"), ("", "0.00%")]
     failed = replace(wanda, status="failed", **dict.fromkeys(nothing, math.nan))
-    assert toy_table([failed], labels, 0.5).rows[0][2] == "–"
+    assert toy_table([failed], labels).rows[0][2] == "–"
     layers = []
     for block, before, after in ((0, 4.0, 1.0), (1, 6.0, 4.0)):
         given = f"model.layers.{block}.mlp.up_proj", block, "mlp.up_proj", 4, 8, "0.5", 16, after
         counts = {"swap-optimal": 3, "feasible": 1}
         layers.append(LayerReport(*given, 0.0, counts, 100, False, 0.1, error_wanda=before))
     report = PruneReport(layers, {}, seconds=3.0)
-    assert error_table(report, 0.5, 2).rows == [("up_proj", "10", "5", "0.500", "8", "75%")]
+    assert error_table(report, 2).rows == [("up_proj", "10", "5", "0.500", "8", "75%")]
     # and errors and perplexities are compared with the start's
-    shown = perplexity_table({"dense": 10.0, "swap": 12.5}, {"swap": report}, 8, 512)
-    assert shown.rows == [("dense", "10.00", "–", "–"), ("Wanda → 1-swap", "12.50", "50.0%", "3")]
+    layers = [replace(layer, energy=10.0) for layer in layers]
+    options = {"options": {"sparsity": {}}}
+    one = "1-swap", PruneReport(layers, options, output=Path("o"))
+    values = {DENSE: 10.0, WANDA: 15.0, Path("o"): 12.5}
+    assert [row[:5] for row in comparison([one], values).rows] == [
+        ("dense", "10.00", "0.0%", "0", "0"), ("Wanda's masks", "15.00", "50.0%", "0.5", "1"),
+        ("1-swap", "12.50", "50.0%", "0.25", "0.5"),
+    ]  # fmt: skip
 
 
 def test_the_demo_from_end_to_end_on_a_tiny_model(tmp_path, monkeypatch):
@@ -237,13 +271,17 @@ def test_the_demo_from_end_to_end_on_a_tiny_model(tmp_path, monkeypatch):
     monkeypatch.setattr("maskopt.demo.run.demo_model", lambda name: model)
     names = ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj")
     monkeypatch.setattr("maskopt.demo.run.TOY_LAYERS", names)
-    stages, size = [], {"samples": 2, "seq_len": 32, "windows": 2, "columns": 8}
+    stages, size = [], {"samples": 2, "seq_len": 32, "windows": 2, "columns": 8, "sparsity": "50%"}
     result = run_demo(tmp_path / "out", **size, on_stage=lambda *stage: stages.append(stage[0]))
     toy, errors, values = result.tables
     shown = [row[0].split("[")[0] for row in toy.rows if row[0]]
     assert shown == ["0 q_proj", "2 down_proj"]
     assert {row[0] for row in errors.rows} >= {"q_proj", "down_proj"}
-    assert [row[0] for row in values.rows] == ["dense", "Wanda", "Wanda → 1-swap"]
+    assert [row[0] for row in values.rows] == ["dense", "Wanda's masks", "Wanda → 1-swap"]
+    assert all(row[1] != "–" for row in values.rows)
+    assert result.dense == model
+    # the second model is gone
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model", "report.html"}
     page, titles = result.report.read_text(), ("Toy rows", "Errors along the model", "A mask")
     shows(page, "in 21 layers of 3 blocks", *titles)
     assert "toy rows: block 3/3, calibrate" in stages

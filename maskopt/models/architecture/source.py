@@ -273,7 +273,7 @@ def open_source(
 ) -> Source:
     """A model as a `Source`, in evaluation mode; ModelError for a device, dtype or model of no use."""
     if dtype != "auto" and dtype not in DTYPES:
-        raise ModelError(f"`dtype` must be auto or one of {', '.join(DTYPES)}, not {dtype!r}")
+        raise ModelError(f"`dtype` must be one of: auto, {', '.join(DTYPES)}; not {dtype!r}")
     if isinstance(model, nn.Module):
         if dtype != "auto":
             raise ModelError("`dtype` is for model folders; convert a model in memory beforehand")

@@ -205,10 +205,12 @@ def check_memory(load: Load, max_memory: int) -> int:
         memory = estimate_memory(replace(load, activation_memory=limit))
         if memory.peak <= max_memory:
             return limit
+    remedy = "exclude the layers with most inputs"
+    if load.together:
+        remedy = "train with `maskopt distill --recompute`"
     raise ModelError(
         f"an estimated {memory.gib:.2f} GiB are needed, `max_memory` allows "
-        f"{max_memory / GIB:.2f} ({memory}); use fewer threads, shorter windows, or "
-        f"{'`recompute`' if load.together else 'exclude the layers with most inputs'}"
+        f"{max_memory / GIB:.2f} ({memory}); use fewer threads, shorter windows, or {remedy}"
     )
 
 

@@ -73,10 +73,11 @@ def check_targets(windows: Windows) -> None:
 
 
 def held_out(windows: int, share: float) -> frozenset[int]:
-    """The held-out windows: the last ⌊share·windows⌋; DataError where these would be none or all."""
+    """The held-out windows: the last ⌊share·windows⌋; DataError where these would be none."""
     count = math.floor(as_written(share) * windows)
-    if share and not 0 < count < windows:
+    if share and not count:
         raise DataError(
-            f"`holdout` {share} of {windows} windows keeps {count} aside; take more windows"
+            f"`holdout` {share} of {windows} windows holds out none; take at least "
+            f"{math.ceil(1 / as_written(share))} windows (`samples`), or a larger `holdout`"
         )
     return frozenset(range(windows - count, windows))

@@ -133,7 +133,7 @@ def _messages(record: Any, where: str) -> list[dict[str, Any]]:
             )
         if role not in ROLES:
             known = ", ".join(ROLES)
-            raise DataError(f"{place}: the role must be one of {known}, not {role!r:.60}")
+            raise DataError(f"{place}: the role must be one of: {known}; not {role!r:.60}")
         if not isinstance(message.get("content"), str):
             raise DataError(f"{place}: no text under 'content'; join its parts, or leave it out")
     return messages

@@ -119,9 +119,7 @@ def _hub_documents(name: str, field: str) -> list[str]:
     try:
         import datasets  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
-        raise DataError(
-            f'{name}: needs the datasets package: pip install "maskopt[data]"'
-        ) from None
+        raise DataError(f"{name}: needs the package datasets: pip install datasets") from None
     repository, configuration, files, field = PRESETS.get(dataset, (dataset, None, None, field))
     arguments: dict[str, Any] = {"split": split}
     if files is not None:

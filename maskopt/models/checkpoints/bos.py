@@ -84,7 +84,7 @@ def beginning_of(tokenizer: Any, bos: str = "auto") -> Beginning:
 def check_bos(bos: str) -> None:
     """Raise DataError for an unknown word."""
     if bos not in BOS:
-        raise DataError(f"`bos` must be {', '.join(BOS[:-1])} or {BOS[-1]}, not {bos!r}")
+        raise DataError(f"`bos` must be one of: {', '.join(BOS)}; not {bos!r}")
 
 
 def tokens_of(tokenizer: Any, text: str, *, whole: bool) -> list[int]:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from maskopt._version import __version__
 from maskopt.core.fields import holds_its_kinds
 from maskopt.core.pattern import pattern_from_dict
-from maskopt.errors import ModelError
+from maskopt.errors import ModelError, OptionError
 from maskopt.models.checkpoints.bos import Beginning
 from maskopt.models.checkpoints.checkpoint import read_json, write_json
 from maskopt.models.checkpoints.mask_file import Edits
@@ -28,6 +28,11 @@ from maskopt.models.checkpoints.schema import (
 from maskopt.models.checkpoints.workspace import MANIFEST
 
 Kind = TypeVar("Kind")
+#: of `PruneReport.table`
+CAPTION = (
+    "errors relative to the energy of the layers' outputs; Wanda: its masks at the same sparsity, with "
+    "unchanged weights; proven: rows proven optimal or 1-swap optimal"
+)
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,24 @@ def proven_share(layers: Sequence[LayerReport]) -> float | None:
     rows = sum(layer.rows for layer in layers)
     open_ = sum(layer.statuses.get("feasible", 0) for layer in layers)
     return 1 - open_ / rows if rows else None
+
+
+def _errors(layers: Sequence[LayerReport]) -> dict[str, str]:
+    """Errors of layers, by heading, relative to the energy of their outputs."""
+
+    def part(name: str, energy: str = "energy") -> str:
+        error, whole = (sum(getattr(x, of) or 0.0 for x in layers) for of in (name, energy))
+        return f"{error / whole:.4f}" if whole else "–"
+
+    ratio, proven = ratio_to_wanda(layers), proven_share(layers)
+    return {
+        "Wanda": part("error_wanda"),
+        "before update": part("error_kept"),
+        "error": part("error"),
+        "error/Wanda": "–" if ratio is None else f"{ratio:.3f}",
+        "held-out error": part("error_held", "energy_held"),
+        "proven": "–" if proven is None else f"{proven:.1%}",
+    }
 
 
 @dataclass(frozen=True)
@@ -234,6 +257,57 @@ class PruneReport:
             f"{pattern_from_dict(options['sparsity'])}{where}); {after}. {calibrated}"
         )
 
+    def records(self) -> list[dict[str, Any]]:
+        """The fields of every layer."""
+        return [{**asdict(layer), "sparsity": layer.sparsity} for layer in self.layers]
+
+    def to_frame(self) -> Any:
+        """One row per layer as a pandas.DataFrame; OptionError where pandas is not installed."""
+        try:
+            import pandas
+        except ImportError:
+            raise OptionError("to_frame needs the package pandas: pip install pandas") from None
+        return pandas.DataFrame(self.records())
+
+    def table(self) -> list[list[str]]:
+        """Headings, and a line for every kind of layer and for all; see `CAPTION`."""
+        held = any(layer.relative_held is not None for layer in self.layers)
+        shown = {
+            "pruned": len({layer.pattern for layer in self.layers}) > 1,
+            "Wanda": True,
+            "before update": any(layer.error_kept is not None for layer in self.layers),
+            "error": True,
+            "error/Wanda": True,
+            "held-out error": held,
+            "proven": True,
+        }
+        names = [name for name, has in shown.items() if has]
+        lines = [["layer kind", "layers", *names, "seconds"]]
+        for kind, layers in {**self.by_kind(), "all": self.layers}.items():
+            # errors of layers pruned by magnitude are other ones
+            cells = _errors([layer for layer in layers if not layer.fallback])
+            ends = [f"{100 * end(x.sparsity for x in layers):.0f}" for end in (min, max)]
+            cells["pruned"] = "–".join(dict.fromkeys(ends)) + "%"
+            seconds = sum(layer.seconds for layer in layers)
+            lines.append([kind, str(len(layers)), *(cells[x] for x in names), f"{seconds:.1f}"])
+        return lines
+
+    def summary(self) -> str:
+        """What was done, and errors by kind of layer, as text for one screen."""
+        parts = [self.sentence()]
+        if self.layers:
+            lines = self.table()
+            first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+            for kind, *cells in lines:
+                parts.append("  ".join([kind.ljust(first), *map(str.rjust, cells, others)]))
+            parts.append(CAPTION)
+        if self.output is not None:
+            parts.append(f"written: {self.output}")
+        return "\n".join(parts)
+
+    def __repr__(self) -> str:
+        return self.summary()
+
 
 def grouped(layers: Sequence[LayerReport], name: str) -> dict[Any, list[LayerReport]]:
     """Layers by the value of a field."""
@@ -315,7 +389,7 @@ def write_manifest(
         "kind": report.kind,
         "fingerprint": dict(report.fingerprint),
         "sparsity": report.sparsity,
-        "layers": [{**asdict(layer), "sparsity": layer.sparsity} for layer in report.layers],
+        "layers": report.records(),
         "parts": [asdict(part) for part in report.parts],
         "distillation": report.distillation,
         "bad_samples": list(report.bad_samples),

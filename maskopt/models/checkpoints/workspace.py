@@ -220,6 +220,15 @@ def _in_the_way(output: Path, names: Collection[str]) -> ModelError:
     )
 
 
+def check_dense(folder: Path) -> None:
+    """Raise ModelError for a folder that `maskopt prune` wrote."""
+    if (folder / MASKS).is_file():
+        raise ModelError(
+            f"{folder}: was pruned by maskopt already (it holds {MASKS}); prune the dense model that it was "
+            "made of, or train this one further with `maskopt distill`"
+        )
+
+
 def check_inputs(output: Path, **inputs: Any) -> None:
     """Refuse an output folder that overlaps with an input, or shares a file with it."""
     there = _files(output)

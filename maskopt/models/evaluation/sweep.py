@@ -15,7 +15,7 @@ from maskopt.models.blockwise.job import Job, open_job
 from maskopt.models.blockwise.progress import OnBlockProgress
 from maskopt.models.blockwise.windows import check_targets
 from maskopt.models.checkpoints.report import PruneReport
-from maskopt.models.checkpoints.workspace import MANIFEST, check_place, unfinished
+from maskopt.models.checkpoints.workspace import MANIFEST, check_dense, check_place, unfinished
 from maskopt.models.evaluation.evaluate import Evaluation, evaluate
 from maskopt.models.options.prune import NONE, PruneOptions, prune_options
 from maskopt.models.options.walk import WalkOptions
@@ -64,6 +64,7 @@ def sweep(
     Returns:
         The prunes in their order, and the dense model's evaluation; None without text.
     """
+    check_dense(Path(model))
     asked = dict(_cases(sparsity, solvers, update, shorthand))
     if text is not None and ranks.size > 1:
         raise OptionError(

@@ -415,7 +415,7 @@ def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(given)
     name = found.pop("recipe", None) or "fast"
     if name not in RECIPES:
-        raise OptionError(f"`recipe` must be {' or '.join(RECIPES)}, not {name!r}")
+        raise OptionError(f"`recipe` must be one of: {', '.join(RECIPES)}; not {name!r}")
     for key, value in RECIPES[name].items():
         if isinstance(value, dict):
             found[key] = {**value, **found.get(key, {})}

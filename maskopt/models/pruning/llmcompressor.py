@@ -73,7 +73,7 @@ class SparseSwapsModifier(SparsityModifierBase):
             raise OptionError("`sparsity_profile` is not for SparseSwapsModifier; leave it out")
         if self.update not in (NONE, LEAST_SQUARES):
             raise OptionError(
-                f"`update` must be {NONE} or {LEAST_SQUARES} here, not {self.update!r}"
+                f"`update` must be one of: {NONE}, {LEAST_SQUARES}; not {self.update!r}"
             )
         for sparsity in self.sparsity if isinstance(self.sparsity, list) else [self.sparsity]:
             options = self._options(sparsity)

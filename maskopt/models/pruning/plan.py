@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ from maskopt.models.blockwise.memory import (
     hidden_size,
 )
 from maskopt.models.checkpoints.checkpoint import Checkpoint, resolve_model
-from maskopt.models.checkpoints.workspace import check_inputs
+from maskopt.models.checkpoints.workspace import check_dense, check_inputs
 from maskopt.models.checkpoints.write import disk_needed
 from maskopt.models.options.distill import DistillOptions
 from maskopt.models.options.prune import KL, NONE, VARIANT_WINDOWS, PruneOptions, prune_options
@@ -55,6 +55,14 @@ SMALL = PROBE_BYTES = 64 * 2**20
 SHARE, TRAINED_SHARE, START = 0.6, 0.8, 5.0
 
 
+class Distillation(NamedTuple):
+    """What the distillation of a plan takes."""
+
+    memory: Memory
+    seconds: float
+    disk: int
+
+
 @dataclass(frozen=True)
 class Plan:
     """The layers, memory, bytes on disk, and seconds by stage (None: not estimated).
@@ -62,6 +70,7 @@ class Plan:
     Attributes:
         pruned: weights that will be pruned, by layer name.
         refusal: why the prune would not start for want of memory, or None.
+        distillation: its part of the other fields; None without one.
     """
 
     layers: Sequence[Layer]
@@ -72,6 +81,7 @@ class Plan:
     file_seconds: float
     disk: int
     refusal: ModelError | None = None
+    distillation: Distillation | None = None
 
     @property
     def seconds(self) -> float | None:
@@ -106,35 +116,44 @@ def plan_prune(
             "pruning needs `calibration` text or tokens, or `grams`; name one of the two"
         )
     job = open_job(model, tokens, replace(options, max_memory=None))
+    if job.source.checkpoint is not None:
+        check_dense(job.source.checkpoint.folder)
     job.source.blocks.check_unshared(job.layers)
     if options.layers_differ and options.sensitivity == KL and not options.counts:
         check_moves(job, options)
     if output is not None and job.source.checkpoint is not None:
         check_inputs(Path(output), model=job.source.checkpoint.folder, grams=grams)
-    refusal = None
-    source, layers, how = job.source, job.layers, options.distilled
-    checkpoint = source.checkpoint
-    loads = [job.load] if how is None else [job.load, replace(job.load, together=True)]
+    refusal = distillation = None
+    source, layers, checkpoint = job.source, job.layers, job.source.checkpoint
+    whole = replace(job.load, together=True)
+    loads = [job.load] if options.distilled is None else [job.load, whole]
     if options.max_memory is not None:
         try:
             for load in loads:
                 job.activation_memory = check_memory(load, int(options.max_memory))
         except ModelError as error:
             refusal = error
-    disk = 0
-    if checkpoint is not None:
-        disk = disk_needed(checkpoint, options.update != NONE)
-        disk += 0 if how is None else disk_of_training(sum(x.rows * x.n for x in layers), how)
+    disk = 0 if checkpoint is None else disk_needed(checkpoint, options.update != NONE)
     with torch_threads(job.threads):
+        if (how := options.distilled) is not None:
+            operations = _distilled_operations(job, how)
+            distillation = Distillation(
+                estimate_memory(whole),
+                operations / (TRAINED_SHARE * _speed(source, torch.float32)),
+                disk_of_training(sum(x.rows * x.n for x in layers), how),
+            )
+            disk += distillation.disk
+        seconds = 0.0 if store is not None else _pass_seconds(job, options)
         return Plan(
             layers=layers,
             pruned={x.name: options.pattern_of(x).pruned_in(x.rows, x.n) for x in layers},
             memory=max(map(estimate_memory, loads), key=lambda memory: memory.peak),
-            forward_seconds=0.0 if store is not None else _pass_seconds(job, options),
+            forward_seconds=seconds + (distillation.seconds if distillation else 0.0),
             solve_seconds=_solve_seconds(source, layers, options),
             file_seconds=0.0 if checkpoint is None else _file_seconds(checkpoint),
             disk=disk,
             refusal=refusal,
+            distillation=distillation,
         )
 
 
@@ -145,9 +164,6 @@ def _pass_seconds(job: Job, options: PruneOptions) -> float:
     seconds = _forward_operations(job, options) / (SHARE * _speed(source, dtype))
     if options.reconstruction is not None:
         trained = _trained_operations(job, options, options.reconstruction)
-        seconds += trained / (TRAINED_SHARE * _speed(source, torch.float32))
-    if options.distilled is not None:
-        trained = _distilled_operations(job, options.distilled)
         seconds += trained / (TRAINED_SHARE * _speed(source, torch.float32))
     return seconds
 

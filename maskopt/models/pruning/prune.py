@@ -34,6 +34,7 @@ from maskopt.models.blockwise.windows import (
 from maskopt.models.calibration.tokens import Windows
 from maskopt.models.checkpoints.journal import differences, in_words
 from maskopt.models.checkpoints.report import PruneReport
+from maskopt.models.checkpoints.workspace import check_dense
 from maskopt.models.options.distill import DistillOptions
 from maskopt.models.options.prune import BLOCKWISE, KL, PruneOptions, prune_options
 from maskopt.models.pruning.allocate import allocate
@@ -80,6 +81,8 @@ def prune_model(
     inputs: Any = {"model": model, "calibration": calibration, "grams": grams, "ranks": ranks}
     run = None if output is None else Run(output, overwrite=overwrite, resume=resume, **inputs)
     job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress, ranks=ranks)
+    if job.source.checkpoint is not None:
+        check_dense(job.source.checkpoint.folder)
     job.source.blocks.check_unshared(job.layers)
     if store is not None:
         store.check_model(job)

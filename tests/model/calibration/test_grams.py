@@ -440,7 +440,7 @@ def test_bad_input_gets_one_line():
         ({**LOSS, "skip_bad_samples": True}, e.OptionError, "leaves windows out: c"),
         ({"holdout": 1.0}, e.OptionError, "`holdout` must be a number"),
         ({"holdout": -0.1}, e.OptionError, "`holdout` must be a number"),
-        ({"holdout": 0.1}, e.DataError, "keeps 0 aside"),
+        ({"holdout": 0.1}, e.DataError, "holds out none; take at least 10 windows"),
         ({"gram_shrinkage": "auto"}, e.ModelError, "needs held-out windows"),
         ({"gram_shrinkage": "some"}, e.ModelError, "or be auto"),
         ({"gram_shrinkage": 1.5}, e.ModelError, "must lie in"),

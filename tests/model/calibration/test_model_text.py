@@ -100,7 +100,7 @@ def test_data_sets_and_presets(monkeypatch):
     ):
         fails(DataError, message, read_documents, name)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    fails(DataError, r"pip install .*maskopt\[data\]", read_documents, "hf:c4")
+    fails(DataError, r"needs the package datasets: pip install datasets$", read_documents, "hf:c4")
 
 
 @given(seed=st.integers(0, 100), samples=st.integers(1, 6), length=st.integers(1, 20))
@@ -231,7 +231,7 @@ def test_a_beginning_is_that_of_the_tokenizer():
             assert Beginning.from_record(json.loads(json.dumps(begin.record()))) == begin
     for tokenizer, bos, message in (
         (QWEN, "always", "no beginning-of-sequence token; use `bos` auto or never"),
-        (QWEN, "sometimes", "`bos` must be auto, always or never"),
+        (QWEN, "sometimes", "`bos` must be one of: auto, always, never; not"),
         (OUTSIDE, "auto", "500 is outside its vocabulary of 200"),
         (Tokenizer(bos=200), "always", "200 is outside its vocabulary of 200"),
         (Tokenizer(bos=-1), "always", "outside its vocabulary"),
@@ -413,7 +413,7 @@ def test_a_bad_line_is_named(tmp_path):
         (SHAREGPT, "line 2, message 1: has from and value; .* role and content, .* user for human"),
         ([], "line 2: a conversation without messages"),
         (["hello"], "line 2, message 1: not an object with role and content"),
-        ([{"content": "hello"}], ".*message 1: the role must be one of system, .*, not None"),
+        ([{"content": "hello"}], ".*message 1: the role must be one of: system, .*; not None"),
         ([{"role": "human", "content": "x"}], ".*message 1: the role must .* 'human'"),
         ([{"role": [], "content": "x"}], ".*message 1: the role must be one of"),
         ([{"role": "user"}], "line 2, message 1: no text under 'content'"),
@@ -527,7 +527,10 @@ def paths(tmp_path_factory):
     dense, chats, out = home / "dense", write(home / "chats.jsonl", MESSAGES), home / "out"
     CHAT.save_pretrained(save(tiny("llama"), dense))
     shown = run(*chat_prune(dense, chats, out, "--chat", "--seed", 3))
-    assert "calibrated on 4 windows of 48 tokens, chats through the model's template" in shown
+    assert (
+        "Calibrated on 4 windows of 48 tokens of chats.jsonl, chats through the model's template"
+        in shown
+    )
     return dense, chats, out
 
 

@@ -92,7 +92,7 @@ def test_what_cannot_be_is_refused_while_it_is_made():
         ({"solver": "swop"}, SolverError, "did you mean"),
         ({"sparsity": 1.5}, ValueError, "sparsity 1.5 is outside"),
         ({"sparsity": 0.3, "mask_structure": "2:4"}, OptionError, "not that of `mask_structure`"),
-        ({"update": "blockwise"}, OptionError, "`update` must be none or least-squares"),
+        ({"update": "blockwise"}, OptionError, "`update` must be one of: none, least-squares; not"),
         ({"sparsity_profile": "owl", "owl_m": 5, "owl_lmbda": 0.1}, OptionError, "leave it out"),
         ({"solver_options": {"swops": 1}}, MaskoptError, "swops"),
         ({"damping": -1.0, "update": "least-squares"}, MaskoptError, "damping"),

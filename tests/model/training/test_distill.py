@@ -173,13 +173,13 @@ def test_what_cannot_be(pairs, tmp_path):
     refused(ModelError, "no prune changes it", moved("model.embed_tokens.weight"), dense)
     refused(ModelError, "its mask prunes", moved("model.layers.0.mlp.up_proj.weight"), dense)
     refused(DataError, "holdout", holdout=0.0)
-    refused(DataError, "keeps 0 aside", holdout=0.01)
+    refused(DataError, "holds out none; take at least 100 windows", holdout=0.01)
     refused(DataError, "calibration", windows=None)
     refused(OptionError, "leave out `include`", include=("q_proj",))
     refused(OptionError, "epochs", epochs=0)
     refused(OptionError, "no option is called 'epoch'.*epochs", epoch=2)
     refused(ModelError, "is the model", output=pruned, overwrite=True)
-    memory = r"estimated .* GiB are needed, `max_memory` allows 0\.10 .*, or `recompute`"
+    memory = r"estimated .* GiB are needed, `max_memory` allows 0\.10 .* distill --recompute`"
     refused(ModelError, memory, max_memory="100MiB")
     model = AutoModelForCausalLM.from_pretrained(pruned)
     refused(ModelError, "folders, not of a LlamaForCausalLM", model, dense)
