@@ -39,7 +39,7 @@ def diversity(recipe: str, n: int, cardinality: int, seed: int) -> RowProblem:
     distance = RECIPES[recipe](n, np.random.default_rng([seed, n]))
     name = f"{recipe} {n} of {cardinality}, {seed}"
     return RowProblem.from_quadratic(
-        distance / 2, cardinality=cardinality, maximise=True, name=name
+        distance / 2, cardinality=cardinality, maximize=True, name=name
     )
 
 

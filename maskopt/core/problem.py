@@ -15,6 +15,7 @@ import os
 import re
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -42,7 +43,13 @@ from maskopt.core.least_squares import LeastSquares, LeastSquaresUpdate
 from maskopt.core.limits import Limits
 from maskopt.core.linear_term import LinearTerm
 from maskopt.core.objective import Objective
-from maskopt.core.pattern import Pattern, Unstructured, pattern_from_dict, pattern_to_dict
+from maskopt.core.pattern import (
+    Pattern,
+    Unstructured,
+    parse_sparsity,
+    pattern_from_dict,
+    pattern_to_dict,
+)
 from maskopt.core.units import (
     MOST_WHOLE,
     ObjectiveTransform,
@@ -143,6 +150,20 @@ class LayerProblem(Objective):
         self.update = update
         self._squares: LeastSquares | None = None
         self._check_update()
+
+    @classmethod
+    def from_inputs(
+        cls, weight: ArrayLike, inputs: ArrayLike, sparsity: Pattern | float | str, **more: Any
+    ) -> LayerProblem:
+        """The problem of a layer with the inputs X [tokens, n]: G = XᵀX / tokens in float64, and their mean.
+
+        `sparsity` is 0.5, "50%", "2:4" or a pattern; other arguments and errors as of the constructor.
+        """
+        x = as_tensor(inputs, "inputs").double()
+        if x.ndim != 2 or 0 in x.shape:
+            raise ProblemError(f"inputs must be [tokens, n], both at least 1, not {list(x.shape)}")
+        more = {"mean": x.mean(0), "assume_psd": True, **more}
+        return cls(weight, x.T @ x / len(x), parse_sparsity(sparsity), **more)
 
     @property
     def _label(self) -> str:
@@ -330,13 +351,7 @@ class LayerProblem(Objective):
 class RowProblem:
     """Mask selection for one row: weight [n], gram [n, n]; arguments and errors as of `LayerProblem`."""
 
-    def __init__(
-        self,
-        weight: ArrayLike,
-        gram: ArrayLike,
-        pattern: Pattern,
-        **more: Any,
-    ) -> None:
+    def __init__(self, weight: ArrayLike, gram: ArrayLike, pattern: Pattern, **more: Any) -> None:
         tensor = as_tensor(weight, "weight")
         if tensor.ndim != 1:
             raise ProblemError(f"a row's weight must be [n], not {list(tensor.shape)}")
@@ -349,7 +364,7 @@ class RowProblem:
         quadratic: np.ndarray,
         *,
         cardinality: int,
-        maximise: bool = False,
+        maximize: bool = False,
         constant: float = 0.0,
         name: str = "",
     ) -> RowProblem:
@@ -364,7 +379,7 @@ class RowProblem:
         Raises:
             ProblemError: no square matrix of finite numbers, or another cardinality than 0 … n.
         """
-        gram, units, whole = semidefinite(quadratic, maximise, constant)
+        gram, units, whole = semidefinite(quadratic, maximize, constant)
         n = len(gram)
         if not isinstance(cardinality, Integral) or not 0 <= cardinality <= n:
             raise ProblemError(f"cardinality must be a whole number, 0 … {n}, not {cardinality!r}")
@@ -374,8 +389,8 @@ class RowProblem:
         return cls(np.ones(n), gram, pattern, **more)
 
     def quadratic(self) -> tuple[Float[np.ndarray, "n n"], float]:
-        """U [n, n] and the constant of pᵀUp + constant in the problem's own units, to be maximised where
-        `maximised`; Q and 0 without units."""
+        """U [n, n] and the constant of pᵀUp + constant in the problem's own units, to be maximized where
+        `maximized`; Q and 0 without units."""
         q, units = self.q().cpu().numpy(), self._layer.units
         if units is None:
             # Q has the constant in its entries, unless nothing is chosen
@@ -383,8 +398,8 @@ class RowProblem:
         return units.sign * (q - units.shift * np.eye(self.n)), units.constant
 
     @property
-    def maximised(self) -> bool:
-        """Whether `value` is to be maximised; bounds of it are from above, then."""
+    def maximized(self) -> bool:
+        """Whether `value` is to be maximized; bounds of it are from above, then."""
         units = self._layer.units
         return units is not None and units.sign < 0
 
@@ -509,7 +524,7 @@ def _loaded(path: str | os.PathLike[str], *kinds: str) -> LayerProblem | RowProb
         raise ProblemError(f"{path}: half a linear part (correlation or constant is missing)")
     pattern = pattern_from_dict(header.get("pattern"))
     more: dict[str, Any] = {
-        "name": str(header.get("name", "")),
+        "name": str(header.get("name", "")) or Path(path).stem,
         "mean": arrays.get("mean"),
         "variance": arrays.get("variance"),
         "linear": None if correlation is None else LinearTerm(correlation, constant),  # type: ignore[arg-type]

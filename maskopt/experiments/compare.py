@@ -250,7 +250,7 @@ def _with_excess(found: list[Record], solvers: int) -> list[Record]:
 
 
 def load_instances(
-    paths: Iterable[str | os.PathLike[str]], cardinality: int | None = None
+    paths: Iterable[str | os.PathLike[str]], cardinality: int | None = None, maximize: bool = False
 ) -> list[LayerProblem]:
     """Files of `maskopt.instances.formats`, layers or rows, as layers."""
-    return [load_problem(path, cardinality).as_layer() for path in paths]
+    return [load_problem(path, cardinality, maximize).as_layer() for path in paths]

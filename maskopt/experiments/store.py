@@ -131,7 +131,7 @@ def check_format(path: Path | None, *, overwrite: bool) -> None:
     if path is None:
         return
     if path.suffix not in FORMATS:
-        raise OptionError(f"{path.name}: write one of {', '.join(FORMATS)}")
+        raise OptionError(f"{path.name}: write one of: {', '.join(FORMATS)}")
     begin = _BEGIN.get(path.suffix, b"")
     if path.is_file() and path.stat().st_size:
         with open(path, "rb") as file:

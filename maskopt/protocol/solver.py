@@ -230,6 +230,10 @@ def solve(
         mask = _start_mask(backend, layer, start, limits)
         solution = backend.run(layer, mask, limits)
     _check_answer(backend, layer, solution)
+    began = time.perf_counter() - began
+    return replace(
+        solution, solver=backend.name, seconds=began, units=layer.units, omega=layer.omega
+    )
     return replace(solution, solver=backend.name, seconds=time.perf_counter() - began)
 
 
