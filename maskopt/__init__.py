@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         update_weights as update_weights,
     )
     from maskopt.errors import MaskoptError as MaskoptError
-    from maskopt.experiments.matrix import minimize_quadratic as minimize_quadratic
+    from maskopt.experiments.prove import minimize_quadratic as minimize_quadratic
     from maskopt.instances.formats import load_problem as load_problem, save_problem as save_problem
     from maskopt.instances.structure import structure_problem as structure_problem
     from maskopt.models.blockwise.job import open_job as open_job
@@ -61,7 +61,7 @@ _MODULES = {
     "maskopt.core.problem": ("LayerProblem", "RowProblem", "UpdatedWeights", "update_weights"),
     "maskopt.instances.structure": ("structure_problem",),
     "maskopt.errors": ("MaskoptError",),
-    "maskopt.experiments.matrix": ("minimize_quadratic",),
+    "maskopt.experiments.prove": ("minimize_quadratic",),
     "maskopt.instances.formats": ("load_problem", "save_problem"),
     "maskopt.models.blockwise.job": ("open_job",),
     "maskopt.models.checkpoints.pack": ("load_packed",),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import typer
+from rich import box
 from rich.table import Table
 
 from maskopt.cli.command import (
@@ -32,7 +33,7 @@ from maskopt.core.pattern import Pattern, parse_sparsity
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import OptionError, SolverError
 from maskopt.experiments.compare import Record, compare as compare_rows, load_instances, sample_rows
-from maskopt.experiments.matrix import SECONDS, SMALL
+from maskopt.experiments.prove import SECONDS, SMALL
 from maskopt.experiments.store import check_format
 from maskopt.instances.formats import save_problem
 from maskopt.models.options.prune import BLOCKWISE, LEAST_SQUARES, NONE, PruneOptions
@@ -148,8 +149,10 @@ def with_options(
 
 def comparison_table(records: list[Record]) -> Table:
     """One line per row and solver, in the original units of the rows."""
-    headings = ("objective", "bound", "gap", "> optimum", "status", "seconds")
-    table = make_table("instance, n", "solver", *headings, left=2, no_wrap=True)
+    headings = ("objective", "bound", "gap", "excess", "status", "seconds")
+    narrow: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": 0}
+    table = make_table("instance, n", "solver", *headings, left=2, no_wrap=True, **narrow)
+    table.columns[1].no_wrap = True
     table.columns[6].justify = "left"
     last = ""
     for r in records:

@@ -21,8 +21,7 @@ from maskopt.core.files import atomic_write, check_writable
 from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import OptionError
-from maskopt.experiments.matrix import SECONDS, SMALL, search
-from maskopt.experiments.prove import BRANCH, prove as prove_rows
+from maskopt.experiments.prove import BRANCH, SECONDS, SMALL, prove as prove_rows, search
 from maskopt.instances.formats import load_problem
 from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.solver import limits_of
@@ -34,8 +33,8 @@ _JSON = ".json"
 def solve(
     instance: Path = option(
         REQUIRED,
-        "A matrix (.npy, .npz, .csv, .mtx) with --cardinality, a quadratic problem (.dat, .mc, .mdp, .qplib), or "
-        "a layer or row (.npz, see `maskopt export`).",
+        "A matrix (.npy, .npz, .csv, .mtx; with --cardinality), another quadratic (.dat, .mc, .mdp, .qplib), "
+        "or a layer or row (.npz, see `maskopt export`).",
         argument=True,
     ),
     solver: str | None = option(
@@ -99,10 +98,13 @@ def solve(
             solution = search(problem, solver, **how, **own)
             _write(solution, output)
     _show(problem, solution)
+    proven = all(status is Status.OPTIMAL for status in solution.status)
+    if not (solver or prove or proven or limits.seconds) and solution.solver == BRANCH:
+        screen.print(f"not proven within {SECONDS:.0f} s; --time-limit or --prove gives it more")
     written(output and f"{output}{_trees(solution)}")
     if solution.trace.interrupted:
         raise typer.Exit(INTERRUPTED)
-    if prove and any(status is not Status.OPTIMAL for status in solution.status):
+    if prove and not proven:
         raise typer.Exit(1)
 
 

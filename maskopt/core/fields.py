@@ -133,8 +133,10 @@ class Option:
         elif isinstance(given, np.generic):
             given = given.item()
         if not _fits(given, self.hint) or not self._in_range(given):
-            wanted = " ".join(part for part in (self.type, self.range) if part)
-            raise OptionError(f"{called or f'`{self.name}`'} must be {wanted}, not {given!r}")
+            wanted = " ".join(part for part in (self.type, self.range) if part) + ","
+            if self.choices:
+                wanted = f"one of: {', '.join(self.choices)};"
+            raise OptionError(f"{called or f'`{self.name}`'} must be {wanted} not {given!r}")
         return given
 
     def _in_range(self, value: Any) -> bool:

@@ -225,8 +225,7 @@ def _record(
         )
         return Record(**base, **nothing, status="failed", trusted="", error=str(answer))
     columns = {name: values[0] for name, values in answer.columns().items()}
-    values = row.to_original_units(columns["objective"], columns["lower_bound"])
-    columns |= {"value": values.value, "value_bound": values.bound, "gap": values.gap}
+    columns |= {"value": answer.value, "value_bound": answer.bound}
     known = {f.name for f in fields(Record)}
     return Record(
         **base,

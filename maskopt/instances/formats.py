@@ -194,8 +194,6 @@ def _first(lines: Iterator[_Line]) -> _Line:
 
 def _heaviest(weight: np.ndarray, cardinality: int, name: str) -> RowProblem:
     """Σ over chosen pairs of their weight, each once, is maximized."""
-    if not 0 <= cardinality <= len(weight):
-        raise ProblemError(f"{cardinality} of {len(weight)} cannot be chosen")
     return RowProblem.from_quadratic(weight / 2, cardinality=cardinality, maximize=True, name=name)
 
 

@@ -354,7 +354,7 @@ def test_options_that_do_not_fit_are_refused(saved, monkeypatch):
     for message, *commands in (
         ("`on_progress`", "compare --solvers swap --solver-options swap.on_progress=5"),
         ("`on_progress`", "solve --output out.npz --solver-options on_progress=5"),
-        ("--update must be text none or least-squares or blockwise", f"{wanda} --update refitt"),
+        ("--update must be one of: none, least-squares, blockwise", f"{wanda} --update refitt"),
         ("is for a model folder", *(f"{wanda} {option}" for option in walk)),
         ("unknown format 'xyz'", "export r.xyz"),
         ("--columns is how many", *(f"export none.npz --columns {x}" for x in columns)),

@@ -243,7 +243,7 @@ def qplib(old, new):
         (("a.dat", "3 2 x\n"), "expected 3 numbers"),
         (cluster("5 3 4", "5 3 9"), "4 edges where the first line says 9"),
         *((cluster("4 5", bad), "no new pair") for bad in ("4 6", "2 1", "4 4")),
-        (cluster("5 3 4", "5 7 4"), "7 of 5 cannot be chosen"),
+        (cluster("5 3 4", "5 7 4"), "cardinality must be a whole number, 0 … 5, not 7"),
         (cluster("4 5 0.5", "4 5 nan"), "must be finite"),
         ((*cluster("", ""), 2), "leave `cardinality` out"),
         (("a.mc", RUDY), "pass cardinality"),
