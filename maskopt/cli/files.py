@@ -27,7 +27,7 @@ _OPTIONS = ("include", "text_field", "threads", "trust_remote_code")
 def verify(
     model_or_instance: Path = option(
         REQUIRED,
-        "Pruned model folder, or an instance or matrix (.npz, .npy, .dat, …).",
+        "Pruned model folder, instance or matrix.",
         argument=True,
     ),
     solution: Path | None = option(
