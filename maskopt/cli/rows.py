@@ -95,12 +95,12 @@ def compare(
 ) -> None:
     """Solve the same rows with several solvers: objective, bound, gap, status, time."""
     check_format(output, overwrite=overwrite)
+    chosen = with_options(option_list(solvers or "wanda,swap,branch,tabu"), solver_options)
     layers = load_layers(source, options, calibration, seed, cardinality, maximize)
     sampled = sample_rows(layers.problems, rows, columns=columns, pattern=layers.pattern, seed=seed)
     if solvers is None:
-        solvers = f"wanda,swap,{'branch' if all(row.n <= SMALL for row in sampled) else 'tabu'}"
+        chosen.pop("tabu" if all(row.n <= SMALL for row in sampled) else "branch")
         row_time_limit = SECONDS if row_time_limit is None else row_time_limit
-    chosen = with_options(option_list(solvers), solver_options)
     with view() as shown:
         records = compare_rows(
             sampled,
@@ -124,18 +124,12 @@ def compare(
         raise typer.Exit(1)
 
 
-def with_options(
-    names: list[str], items: list[str] | None
-) -> list[str] | dict[str, dict[str, Any]]:
-    """The solvers, each with the options that are given for it.
-
-    Raises:
-        OptionError: an option of a solver that is not among them.
-    """
-    if not items:
-        return names
+def with_options(names: list[str], items: list[str] | None) -> dict[str, dict[str, Any]]:
+    """The solvers, each with its options; OptionError for a solver twice, or an option of another one."""
     options: dict[str, dict[str, Any]] = {name: {} for name in names}
-    for item in items:
+    if len(options) < len(names):
+        raise OptionError(f"a solver is given twice in {', '.join(names)}; name each once")
+    for item in items or []:
         name, dot, setting = item.partition(".")
         if not dot:
             raise OptionError(f"`solver_options` takes SOLVER.NAME=VALUE, not {item!r}")

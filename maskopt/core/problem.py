@@ -68,26 +68,22 @@ class LayerProblem(Objective):
 
     Args:
         weight: [rows, n], any real floating dtype, torch or NumPy; kept as a torch tensor.
-        gram: [n, n], float32 or float64 (half precision is brought to float32), torch or NumPy.
-            Symmetrised and checked once: shape, finite, positive semidefinite up to rounding.
+        gram: [n, n], float32 or float64 (half precision becomes float32), torch or NumPy; symmetric, finite
+            and positive semidefinite up to rounding.
         pattern: `Unstructured` or `NM`.
         name: how messages and reports call the layer.
         mean: [n], the mean of the inputs, for the few methods that need more than G (`dsnot`).
-        variance: [n], their variance within sequences, averaged, for the same; None: that over all tokens.
-        linear: moments of what the outputs miss their targets by before anything is pruned:
-            correlation [rows, n] and constant [rows], torch or NumPy, brought to float64.
+        variance: [n], their mean variance within sequences, for the same; None: that over all tokens.
+        linear: correlation [rows, n] and constant [rows] of the dense error, brought to float64.
         update: the objective is F, of updated weights; None: f, of unchanged ones.
         omega: [rows], the weight of a row in the sum of a shared budget, more than 0; None: 1.
-        integral: f of every mask is a whole number, as in graphs, so that a bound of f holds up to the next
-            value that f can take (`RowProblem.values`). Weights, Gᵢᵢ and 2Gᵢⱼ must be whole, without a linear
-            part.
+        integral: f of every mask is a whole number, so that a bound holds up to the next value of f
+            (`RowProblem.values`). Weights, Gᵢᵢ and 2Gᵢⱼ must be whole, without a linear part.
         units: the units of a quadratic objective (`RowProblem.from_quadratic`).
-        assume_psd: skip the factorisation that checks definiteness (n³/3 operations), for a G that
-            was accumulated as XᵀX and is semidefinite by construction.
+        assume_psd: skip the check of definiteness (n³/3 operations), for a G accumulated as XᵀX.
 
     Raises:
-        ProblemError: wrong shapes, NaN or infinite values, indefinite G, a linear part that makes f
-            negative, a damping that leaves G + λD indefinite.
+        ProblemError: wrong shapes, values that are not finite, G or G + λD indefinite, negative f.
         PatternError: a pattern that does not fit n.
 
     Zero rows, zero or duplicate columns and a rank-deficient G are ordinary input.
@@ -209,8 +205,7 @@ class LayerProblem(Objective):
         return self.omega
 
     def next_value(self, bound: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-        """The least value of f that is at least a bound: the next whole value of an integral problem (without
-        a shared budget), else the bound."""
+        """The next value of f of an integral problem without a shared budget, else the bound."""
         if not self.integral or self.shared_budget:
             return bound
         values = [self.row(row).values() for row in range(self.rows)]
@@ -240,8 +235,7 @@ class LayerProblem(Objective):
         )
 
     def row(self, index: int) -> RowProblem:
-        """One row as a problem of its own; shares the memory of weight and gram. Of a shared budget it prunes
-        the layer's share."""
+        """One row as a problem, without a copy; under a shared budget it prunes the layer's share."""
         if not -self.rows <= index < self.rows:
             raise ProblemError(f"row {index} of a layer with {self.rows} rows")
         # what was a row before is that row
@@ -256,11 +250,8 @@ class LayerProblem(Objective):
         return RowProblem._of(self.take([index]).under(kept))
 
     def take(self, rows: Tensor | slice | list[int]) -> LayerProblem:
-        """The problem of some rows: a list of indices, a slice, or a tensor, of indices or bool [rows].
-
-        Raises:
-            ProblemError: none of that; a list that is empty, or names what is no row.
-        """
+        """The problem of some rows: a slice, or a list or tensor of indices, or a bool tensor [rows];
+        ProblemError for anything else, an empty list or an index out of range."""
         sound = isinstance(rows, slice)
         if isinstance(rows, Tensor) and rows.ndim == 1 and rows.dtype == torch.bool:
             sound = len(rows) == self.rows
@@ -370,14 +361,9 @@ class RowProblem:
     ) -> RowProblem:
         """A quadratic objective: min (or max) pᵀUp + constant over p ∈ {0,1}ⁿ with `cardinality` ones.
 
-        The ones are pruned. An indefinite U is shifted along its diagonal, which `value` takes off again. A
-        U of whole numbers makes an `integral` problem.
-
-        Args:
-            quadratic: U [n, n], brought to float64; its symmetric part counts.
-
-        Raises:
-            ProblemError: no square matrix of finite numbers, or another cardinality than 0 … n.
+        The ones are pruned (`Solution.selected`). The symmetric part of U [n, n] counts, in float64; if it is
+        indefinite, the diagonal is shifted, and `value` takes the shift off. A U of whole numbers makes an
+        `integral` problem. ProblemError: no square matrix of finite numbers, or a cardinality beyond 0 … n.
         """
         gram, units, whole = semidefinite(quadratic, maximize, constant)
         n = len(gram)
@@ -469,11 +455,8 @@ class RowProblem:
         return RowProblem._of(self._layer.with_update(update))
 
     def restrict(self, columns: Any, pattern: Pattern | None = None) -> RowProblem:
-        """The row with only these inputs, in this order, under its own pattern or another one.
-
-        Raises:
-            ProblemError: no such columns, or with `update` a G that the damping leaves indefinite.
-        """
+        """The row with only these inputs, in this order, under its own pattern or another one; ProblemError
+        for other columns, or with `update` an indefinite G + λD."""
         index = torch.as_tensor(columns, device=self.weight.device)
         if index.ndim != 1 or len(index) == 0 or not is_whole(index):
             raise ProblemError("columns must be a list of at least one input index")
@@ -579,8 +562,7 @@ def update_weights(
 
     Args:
         mask: legal, True = kept.
-        damping: as in `LeastSquaresUpdate`; None: those of the problem, or the defaults.
-        power: as in `LeastSquaresUpdate`; None: those of the problem, or the defaults.
+        damping, power: as in `LeastSquaresUpdate`; None: those of the problem, or the defaults.
         limits: memory and threads.
 
     Raises:

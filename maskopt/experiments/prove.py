@@ -152,8 +152,7 @@ def prove(
 
 
 def _of_a_row(limits: Limits, rows: int, jobs: int | None) -> Limits:
-    """Its share of the time of all rows; with several rows no listener, which cannot be sent to another
-    process."""
+    """Its share of the time; with several rows no listener, which cannot be sent to another process."""
     limits = limits.quiet() if rows > 1 else limits
     if limits.seconds is None:
         return limits

@@ -201,11 +201,8 @@ class Solution:
         weight: Float[Tensor, "rows n"] | None = None,
         proof: Proof | None = None,
     ) -> Solution:
-        """A Solution with the float64 objective computed from the mask; or from a solver's own `weight`, of a
-        problem with `update`.
-
-        A lower bound above the objective by rounding alone is cut back to it.
-        """
+        """A Solution with the float64 objective of the mask, or of a solver's own `weight` of a problem with
+        `update`. A lower bound above the objective by rounding alone is cut back to it."""
         layer = problem.as_layer()
         mask = mask.reshape(layer.weight.shape)
         own = weight is not None
@@ -244,11 +241,7 @@ class Solution:
 
     @classmethod
     def joined(cls, parts: Sequence[Solution], certificate: Certificate | None = None) -> Solution:
-        """All rows of a layer, of one solver's solutions of its parts, in their order.
-
-        Args:
-            certificate: of all rows; those of the parts are left out.
-        """
+        """All rows of a layer, of one solver's solutions of its parts in order, with a certificate of all."""
         first = parts[0]
         trees = [
             tree for p in parts for tree in (p.proof.rows if p.proof else [None] * len(p.status))
@@ -293,8 +286,7 @@ class Solution:
         return self
 
     def columns(self) -> dict[str, list[Any]]:
-        """Columns with one entry a row: objective, bound, gap, status, trusted solver, and those of the
-        trace."""
+        """One entry a row: objective, bound, gap, status, trusted solver, and the columns of the trace."""
         rows = len(self.status)
         return {
             "objective": self.objective.tolist(),
@@ -323,11 +315,7 @@ class Solution:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Solution:
-        """Read what `save` wrote. Nothing in it is believed before `verify` has checked it.
-
-        Raises:
-            ProblemError: no such file, or not a solution.
-        """
+        """Read what `save` wrote, to be checked by `verify`; ProblemError: no such file, or no solution."""
         words, arrays = read_arrays(path, "solution")
         try:
             seconds, rows = words["seconds"], len(arrays["mask"])
