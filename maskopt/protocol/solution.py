@@ -83,11 +83,8 @@ def swap_threshold(
     *,
     update: LeastSquaresUpdate | None = None,
 ) -> Float[Tensor, " rows"]:
-    """The least decrease that counts as an improving swap, float64 [rows].
-
-    Relative to the objective, with a floor where the objective is nothing but rounding. Both terms scale
-    with w² and with G, so the definition has no units.
-    """
+    """The least decrease that counts as an improving swap, float64 [rows]: a part of the objective, with a
+    floor where the objective is nothing but rounding. Both terms scale with w² and with G."""
     return tolerance * objective + (REFIT_FLOOR if update else SWAP_FLOOR) * diagonal_mass
 
 
