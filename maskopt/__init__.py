@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         update_weights as update_weights,
     )
     from maskopt.errors import MaskoptError as MaskoptError
+    from maskopt.experiments.prove import minimize_quadratic as minimize_quadratic
     from maskopt.instances.formats import load_problem as load_problem, save_problem as save_problem
     from maskopt.instances.structure import structure_problem as structure_problem
     from maskopt.models.blockwise.job import open_job as open_job
@@ -51,36 +52,17 @@ if TYPE_CHECKING:
 _MODULES = {
     "maskopt.certificates.certificate": ("Certificate",),
     "maskopt.certificates.proof": ("Proof",),
-    "maskopt.checks.swap_check": (
-        "SwapMove",
-        "improving_swap",
-    ),
-    "maskopt.checks.verification": (
-        "Verification",
-        "verify",
-    ),
+    "maskopt.checks.swap_check": ("SwapMove", "improving_swap"),
+    "maskopt.checks.verification": ("Verification", "verify"),
     "maskopt.core.least_squares": ("LeastSquaresUpdate",),
-    "maskopt.core.limits": (
-        "Limits",
-        "Progress",
-    ),
+    "maskopt.core.limits": ("Limits", "Progress"),
     "maskopt.core.linear_term": ("LinearTerm",),
-    "maskopt.core.pattern": (
-        "NM",
-        "Unstructured",
-    ),
-    "maskopt.core.problem": (
-        "LayerProblem",
-        "RowProblem",
-        "UpdatedWeights",
-        "update_weights",
-    ),
+    "maskopt.core.pattern": ("NM", "Unstructured"),
+    "maskopt.core.problem": ("LayerProblem", "RowProblem", "UpdatedWeights", "update_weights"),
     "maskopt.instances.structure": ("structure_problem",),
     "maskopt.errors": ("MaskoptError",),
-    "maskopt.instances.formats": (
-        "load_problem",
-        "save_problem",
-    ),
+    "maskopt.experiments.prove": ("minimize_quadratic",),
+    "maskopt.instances.formats": ("load_problem", "save_problem"),
     "maskopt.models.blockwise.job": ("open_job",),
     "maskopt.models.checkpoints.pack": ("load_packed",),
     "maskopt.models.distillation.distill": ("distill_model",),
@@ -93,20 +75,9 @@ _MODULES = {
     "maskopt.models.structured.channels": ("shrink_model",),
     "maskopt.models.structured.experts": ("remove_experts",),
     "maskopt.models.training.held_masks": ("keep_masks",),
-    "maskopt.protocol.bounds": (
-        "Bound",
-        "available_bounds",
-        "lower_bound",
-    ),
-    "maskopt.protocol.solution": (
-        "Solution",
-        "Status",
-    ),
-    "maskopt.protocol.solver": (
-        "available_solvers",
-        "make_solver",
-        "solve",
-    ),
+    "maskopt.protocol.bounds": ("Bound", "available_bounds", "lower_bound"),
+    "maskopt.protocol.solution": ("Solution", "Status"),
+    "maskopt.protocol.solver": ("available_solvers", "make_solver", "solve"),
 }
 _EXPORTS = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = ["__version__", *_EXPORTS]

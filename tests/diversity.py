@@ -32,4 +32,4 @@ def diversity(recipe: str, n: int, size: int, seed: int) -> RowProblem:
     """The problem of an instance: its value is the sum of the distances between the chosen, each once."""
     distance = RECIPES[recipe](n, np.random.default_rng([seed, n]))
     name = f"{recipe} {n} of {size}, {seed}"
-    return RowProblem.from_quadratic(distance / 2, cardinality=size, maximise=True, name=name)
+    return RowProblem.from_quadratic(distance / 2, cardinality=size, maximize=True, name=name)

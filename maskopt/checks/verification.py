@@ -256,6 +256,9 @@ def _legal_mask(layer: LayerProblem, solution: Solution) -> Tensor:
             raise VerificationError(
                 f"{what} must be float64 [{layer.rows}], not {value.dtype} {list(value.shape)}"
             )
+    stated, omega = (None if x is None else x.tolist() for x in (solution.omega, layer.omega))
+    if solution.units != layer.units or stated != omega:
+        raise VerificationError("units: the solution states its value in those of another problem")
     if len(solution.status) != layer.rows:
         raise VerificationError(f"{len(solution.status)} statuses for {layer.rows} rows")
     for row, status in enumerate(solution.status):

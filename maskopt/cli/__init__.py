@@ -54,7 +54,7 @@ PANELS = {
     "Matrices": {
         "solve": (
             "solve:solve",
-            "Solve every row of an instance; write masks, bounds and certificates to one file.",
+            "The least xᵀQx over sets of a given size, or the masks of every row of an instance.",
         ),
         "compare": (
             "rows:compare",

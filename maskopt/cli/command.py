@@ -50,9 +50,8 @@ MODEL = option(REQUIRED, "A model folder, or a name on the hub.", argument=True)
 CALIBRATION_TEXT = option(REQUIRED, f"Calibration text: {SOURCES}.", TEXT)
 OVERWRITE = option(False, "Replace existing output.", OUTPUT)
 RESUME = option(False, "Continue an interrupted run of the same options.", OUTPUT)
-CARDINALITY = option(
-    None, "Vertices to select, for graph files that do not specify it (.mc, .rudy).", least=0
-)
+CARDINALITY = option(None, "Number to choose (a matrix, .mc, .rudy).", least=0)
+MAXIMIZE = option(False, "The greatest xᵀQx of a matrix, not the least.")
 RECORDS = option(None, "File of results: .jsonl (resumable), .csv or .parquet.", OUTPUT)
 #: heading of options of a source that may also be an instance
 FOR_A_MODEL = "If the source is a model"

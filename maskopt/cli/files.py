@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskopt.checks.verification import CHECKED, CLAIMS, EXACT
-from maskopt.cli.command import CARDINALITY, OVERWRITE, SOURCES, command
+from maskopt.checks.verification import CHECKED, CLAIMS, EXACT, Require
+from maskopt.cli.command import CARDINALITY, MAXIMIZE, OVERWRITE, SOURCES, command
 from maskopt.cli.console import screen, written
 from maskopt.cli.solve import check
 from maskopt.cli.view import View, view
@@ -26,7 +26,9 @@ _OPTIONS = ("include", "text_field", "threads", "trust_remote_code")
 )
 def verify(
     model_or_instance: Path = option(
-        REQUIRED, "Pruned model folder, or an instance (.npz, .dat, …).", argument=True
+        REQUIRED,
+        "Pruned model folder, instance or matrix.",
+        argument=True,
     ),
     solution: Path | None = option(
         None, "Solution or proof of the instance, as `maskopt solve` wrote it.", argument=True
@@ -50,6 +52,7 @@ def verify(
         "certificates or trees, unchanged weights and at most 200 inputs per row.",
     ),
     cardinality: int | None = CARDINALITY,
+    maximize: bool = MAXIMIZE,
     semi_structured: bool | None = option(
         None,
         "Check that PyTorch can convert each 2:4 layer to its semi-structured format. Default: with CUDA.",
@@ -70,15 +73,16 @@ def verify(
     path = model_or_instance
     known = {**options, "original": original, "calibration": calibration, "solution": solution}
     known |= {"semi_structured": semi_structured, "cardinality": cardinality}
-    known |= {"strict": strict or None, "exact": exact or None}
+    known |= {"strict": strict or None, "exact": exact or None, "maximize": maximize or None}
     given = {name for name, value in known.items() if value is not None}
     if masks is not None:
         _refuse("a model with --masks", given, "trust_remote_code")
         _print_fine_tuned(path, masks, _verify(path, None, options, masks=masks))
     elif solution is not None:
-        _refuse("a solution", given, "solution", "strict", "exact", "cardinality")
-        check(path, solution, EXACT if exact else CHECKED if strict else CLAIMS, cardinality)
-    elif path.suffix == ".npz":
+        _refuse("a solution", given, "solution", "strict", "exact", "cardinality", "maximize")
+        require: Require = EXACT if exact else CHECKED if strict else CLAIMS
+        check(path, solution, require, cardinality, maximize)
+    elif path.suffix in (".npz", ".npy", ".csv", ".mtx"):
         raise OptionError(f"{path} is an instance: name its solution, too")
     elif is_smaller(path):
         _refuse("a smaller model", given, "original")

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import typer
+from rich import box
 from rich.table import Table
 
 from maskopt.cli.command import (
     CARDINALITY,
     FOR_A_MODEL,
+    MAXIMIZE,
     OVERWRITE,
     RECORDS,
     TEXT_OF_A_MODEL,
@@ -31,6 +33,7 @@ from maskopt.core.pattern import Pattern, parse_sparsity
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import OptionError, SolverError
 from maskopt.experiments.compare import Record, compare as compare_rows, load_instances, sample_rows
+from maskopt.experiments.prove import SECONDS, SMALL
 from maskopt.experiments.store import check_format
 from maskopt.instances.formats import save_problem
 from maskopt.models.options.prune import BLOCKWISE, LEAST_SQUARES, NONE, PruneOptions
@@ -65,12 +68,16 @@ PROGRAMS = ("cip", "lp", "mps")
 FORMATS = ("npz", *PROGRAMS, "qplib", "dat", "mc", "rudy", "mdp", "txt")
 
 
-@command(*OF_A_MODEL, example="maskopt compare row.npz --solvers wanda,swap,scip --columns 48")
+@command(*OF_A_MODEL, example="maskopt compare row.npz --solvers swap,branch,scip --columns 48")
 def compare(
     source: list[Path] = option(
         REQUIRED, "A model folder, or instances (.npz, .dat, …).", argument=True
     ),
-    solvers: str = option("wanda,swap,scip", "Names, separated by commas."),
+    solvers: str | None = option(
+        None,
+        f"Names, separated by commas. Default: wanda, swap, and up to {SMALL} inputs branch "
+        f"({SECONDS:.0f} s a row), else tabu.",
+    ),
     solver_options: list[str] | None = option(
         None, "Option of one of the solvers, SOLVER.NAME=VALUE; may be repeated."
     ),
@@ -80,6 +87,7 @@ def compare(
     jobs: int = option(1, "Number of rows at a time; −1: one per core."),
     seed: int = option(0, "Random seed of the sample and of the solvers.", least=0),
     cardinality: int | None = CARDINALITY,
+    maximize: bool = MAXIMIZE,
     calibration: str | None = TEXT_OF_A_MODEL,
     output: Path | None = RECORDS,
     overwrite: bool = OVERWRITE,
@@ -87,9 +95,12 @@ def compare(
 ) -> None:
     """Solve the same rows with several solvers: objective, bound, gap, status, time."""
     check_format(output, overwrite=overwrite)
-    chosen = with_options(option_list(solvers), solver_options)
-    layers = load_layers(source, options, calibration, seed, cardinality)
+    chosen = with_options(option_list(solvers or "wanda,swap,branch,tabu"), solver_options)
+    layers = load_layers(source, options, calibration, seed, cardinality, maximize)
     sampled = sample_rows(layers.problems, rows, columns=columns, pattern=layers.pattern, seed=seed)
+    if solvers is None:
+        chosen.pop("tabu" if all(row.n <= SMALL for row in sampled) else "branch")
+        row_time_limit = SECONDS if row_time_limit is None else row_time_limit
     with view() as shown:
         records = compare_rows(
             sampled,
@@ -113,18 +124,12 @@ def compare(
         raise typer.Exit(1)
 
 
-def with_options(
-    names: list[str], items: list[str] | None
-) -> list[str] | dict[str, dict[str, Any]]:
-    """The solvers, each with the options that are given for it.
-
-    Raises:
-        OptionError: an option of a solver that is not among them.
-    """
-    if not items:
-        return names
+def with_options(names: list[str], items: list[str] | None) -> dict[str, dict[str, Any]]:
+    """The solvers, each with its options; OptionError for a solver twice, or an option of another one."""
     options: dict[str, dict[str, Any]] = {name: {} for name in names}
-    for item in items:
+    if len(options) < len(names):
+        raise OptionError(f"a solver is given twice in {', '.join(names)}; name each once")
+    for item in items or []:
         name, dot, setting = item.partition(".")
         if not dot:
             raise OptionError(f"`solver_options` takes SOLVER.NAME=VALUE, not {item!r}")
@@ -138,8 +143,10 @@ def with_options(
 
 def comparison_table(records: list[Record]) -> Table:
     """One line per row and solver, in the original units of the rows."""
-    headings = ("objective", "bound", "gap", "> optimum", "status", "seconds")
-    table = make_table("instance, n", "solver", *headings, left=2, no_wrap=True)
+    headings = ("objective", "bound", "gap", "excess", "status", "seconds")
+    narrow: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": 0}
+    table = make_table("instance, n", "solver", *headings, left=2, no_wrap=True, **narrow)
+    table.columns[1].no_wrap = True
     table.columns[6].justify = "left"
     last = ""
     for r in records:
@@ -172,6 +179,7 @@ def bound(
     jobs: int = option(1, "Number of rows at a time; −1: one per core."),
     seed: int = option(0, "Random seed of the sampled rows and inputs.", least=0),
     cardinality: int | None = CARDINALITY,
+    maximize: bool = MAXIMIZE,
     calibration: str | None = TEXT_OF_A_MODEL,
     output: Path | None = RECORDS,
     overwrite: bool = OVERWRITE,
@@ -187,9 +195,10 @@ def bound(
     check_format(output, overwrite=overwrite)
     layers = None
     if original is None:
-        layers = load_layers(source, options, calibration, seed, cardinality)
+        layers = load_layers(source, options, calibration, seed, cardinality, maximize)
     else:
         searched = {"solver": solver, "columns": columns, "cardinality": cardinality}
+        searched["maximize"] = maximize or None
         _check_pruned(source, calibration, {**options, **searched})
         if layer_time_limit is None and method == "sdp":
             layer_time_limit = SDP_SECONDS
@@ -220,7 +229,7 @@ def _check_pruned(source: list[Path], calibration: str | None, given: dict[str, 
     if calibration is None:
         raise OptionError("`calibration` is missing: name text for the Gram matrices")
     searched = ("sparsity", "update", "damping", "damping_exponent")
-    for name in (*searched, "solver", "columns", "cardinality"):
+    for name in (*searched, "solver", "columns", "cardinality", "maximize"):
         if given.get(name) is not None:
             raise OptionError(f"`{name}` is of masks that are searched, not of a pruned folder")
 
@@ -265,6 +274,7 @@ def export(
     formulation: str = option("factored", "factored, linear (mps holds no squares) or epigraph."),
     seed: int = option(0, "Random seed of the sampled inputs.", least=0),
     cardinality: int | None = CARDINALITY,
+    maximize: bool = MAXIMIZE,
     calibration: str | None = TEXT_OF_A_MODEL,
     overwrite: bool = OVERWRITE,
     **options: Any,
@@ -272,9 +282,9 @@ def export(
     """Write one row, or a toy instance out of it, for this program or for any other IP solver."""
     form = format or destination.suffix.lstrip(".").lower()
     if form not in FORMATS:
-        raise OptionError(f"unknown format {form!r}; one of {', '.join(FORMATS)}")
+        raise OptionError(f"unknown format {form!r}; one of: {', '.join(FORMATS)}")
     check_writable(destination, overwrite=overwrite, instance=source)
-    found = load_layers([source], options, calibration, seed, cardinality)
+    found = load_layers([source], options, calibration, seed, cardinality, maximize)
     if len(found.problems) != 1:
         names = ", ".join(problem.name for problem in found.problems[:8])
         raise OptionError(f"--include must name one layer; {len(found.problems)} match: {names}")
@@ -299,7 +309,7 @@ def _print_units(problem: RowProblem) -> None:
     units = problem.as_layer().units
     if units is None:
         return
-    sign, shift = ("−" if problem.maximised else ""), units.shift * problem.as_layer().pruned
+    sign, shift = ("−" if problem.maximized else ""), units.shift * problem.as_layer().pruned
     value = f"value = {sign}(objective − {shift:.17g}) + {units.constant:.17g}"
     screen.print(f"it is minimised, shifted to be convex: {value}", soft_wrap=True)
 
@@ -342,6 +352,7 @@ def load_layers(
     calibration: str | None,
     seed: int,
     cardinality: int | None,
+    maximize: bool,
 ) -> Layers:
     """Layers of instances, or of one model folder by running text through it; with an update of kept weights
     if `options` ask for it.
@@ -356,7 +367,8 @@ def load_layers(
     model = next((path for path in source if path.is_dir()), None)
     if model is None:
         given = {**options, **({} if calibration is None else {"calibration": calibration})}
-        return Layers(_of_instances(source, pattern, given, cardinality), pattern, {})
+        layers = _of_instances(source, pattern, given, cardinality, maximize)
+        return Layers(layers, pattern, {})
     if len(source) > 1:
         raise OptionError(f"{model} is a model folder: name it alone, or .npz instances")
     if calibration is None:
@@ -373,14 +385,18 @@ def load_layers(
 
 
 def _of_instances(
-    source: list[Path], pattern: Pattern | None, given: Mapping[str, Any], cardinality: int | None
+    source: list[Path],
+    pattern: Pattern | None,
+    given: Mapping[str, Any],
+    cardinality: int | None,
+    maximize: bool,
 ) -> list[LayerProblem]:
     for name, value in given.items():
         if name not in _OF_BOTH:
             raise OptionError(
                 f"`{name}` is for a model folder, and {value!r} says nothing of an instance"
             )
-    layers = load_instances(source, cardinality)
+    layers = load_instances(source, cardinality, maximize)
     if pattern is not None:
         layers = [layer.under(pattern) for layer in layers]
     if given.get("update") == LEAST_SQUARES:

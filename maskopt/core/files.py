@@ -10,7 +10,7 @@ import re
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -30,7 +30,7 @@ _ARRAYS = {
     "layer": _PROBLEM,
     "row": _PROBLEM,
     "solution": re.compile(
-        r"(mask|objective|lower_bound|weight|trace\.\w+|certificate\.\w+(\.\d+\.\w+)?|proof\.rows\.\d+\.\w+)"
+        r"(mask|objective|lower_bound|weight|omega|trace\.\w+|certificate\.\w+(\.\d+\.\w+)?|proof\.rows\.\d+\.\w+)"
     ),
     "certificate": re.compile(r"diagonal|penalty|point|product|cuts\.\d+\.\w+"),
 }
@@ -186,7 +186,7 @@ def read_arrays(
     try:
         with zipfile.ZipFile(path) as archive:
             members = _members(archive, os.path.getsize(path))
-            header = from_json(str(_read(archive, members.pop("header"), "U")))
+            header = from_json(str(_member(archive, members.pop("header"), "U")))
             if not isinstance(header, dict) or header.get("format") != FORMAT:
                 raise ProblemError("not a maskopt instance of a format that this version reads")
             kind = header.get("kind")
@@ -195,7 +195,7 @@ def read_arrays(
             for name in members:
                 if not _ARRAYS[kind].fullmatch(name):
                     raise ProblemError(f"not a sound {kind}: it has no array {name!r}")
-            arrays = {name: _read(archive, info, _NUMBERS) for name, info in members.items()}
+            arrays = {name: _member(archive, info, _NUMBERS) for name, info in members.items()}
     except FileNotFoundError:
         raise ProblemError(f"{path}: no such file") from None
     except ProblemError as error:
@@ -214,22 +214,50 @@ def _members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
     return {info.filename.removesuffix(".npy"): info for info in found}
 
 
-def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo, kinds: str) -> np.ndarray:
-    """An array, once its header says that it is of one of these kinds and as long as its member."""
+def has_header(path: str | os.PathLike[str]) -> bool:
+    """Whether it is an archive that `write_arrays` wrote, or none that can be read."""
+    with suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        return "header.npy" in archive.namelist()
+    return True
+
+
+def read_array(path: str | os.PathLike[str]) -> np.ndarray:
+    """The array of a `.npy`, or the only one of an `.npz`, with the memory of `read_arrays`; ProblemError, in
+    which the caller names the file, for another one."""
+    try:
+        size = os.path.getsize(path)
+        if Path(path).suffix.lower() == ".npy":
+            with open(path, "rb") as file:
+                return _read(file, size, Path(path).name, _NUMBERS)
+        with zipfile.ZipFile(path) as archive:
+            (info, *others) = _members(archive, size).values()
+            if others:
+                raise ProblemError(f"holds {1 + len(others)} arrays; save one square matrix alone")
+            return _member(archive, info, _NUMBERS)
+    except ProblemError:
+        raise
+    except Exception as error:  # zipfile and NumPy: all mean "no array"
+        raise ProblemError(f"not an array ({error}); write it with numpy.save") from None
+
+
+def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, kinds: str) -> np.ndarray:
     with archive.open(info) as member:
-        version = npy.read_magic(member)
-        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        shape, _, dtype = read(member)
-        if dtype.hasobject:
-            raise ValueError(f"array {info.filename!r} is a pickle")
-        if dtype.kind not in kinds:
-            raise ProblemError(f"not a sound file: array {info.filename!r} is of type {dtype}")
-        if math.prod(shape) * dtype.itemsize != info.file_size - member.tell():
-            raise ProblemError(
-                f"not a sound file: array {info.filename!r} is no {dtype} {list(shape)}"
-            )
-        member.seek(0)
-        array: np.ndarray = npy.read_array(member, allow_pickle=False)
+        return _read(member, info.file_size, info.filename, kinds)
+
+
+def _read(member: IO[bytes], size: int, name: str, kinds: str) -> np.ndarray:
+    """An array, once its header says that it is of one of these kinds and as long as its file."""
+    version = npy.read_magic(member)
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, _, dtype = read(member)
+    if dtype.hasobject:
+        raise ValueError(f"array {name!r} is a pickle")
+    if dtype.kind not in kinds:
+        raise ProblemError(f"not a sound file: array {name!r} is of type {dtype}")
+    if math.prod(shape) * dtype.itemsize != size - member.tell():
+        raise ProblemError(f"not a sound file: array {name!r} is no {dtype} {list(shape)}")
+    member.seek(0)
+    array: np.ndarray = npy.read_array(member, allow_pickle=False)
     return array
 
 

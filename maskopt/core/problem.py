@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -43,7 +44,13 @@ from maskopt.core.least_squares import LeastSquares, LeastSquaresUpdate
 from maskopt.core.limits import Limits
 from maskopt.core.linear_term import LinearTerm
 from maskopt.core.objective import Objective
-from maskopt.core.pattern import Pattern, Unstructured, pattern_from_dict, pattern_to_dict
+from maskopt.core.pattern import (
+    Pattern,
+    Unstructured,
+    parse_sparsity,
+    pattern_from_dict,
+    pattern_to_dict,
+)
 from maskopt.core.units import (
     MOST_WHOLE,
     ObjectiveTransform,
@@ -62,26 +69,22 @@ class LayerProblem(Objective):
 
     Args:
         weight: [rows, n], any real floating dtype, torch or NumPy; kept as a torch tensor.
-        gram: [n, n], float32 or float64 (half precision is brought to float32), torch or NumPy.
-            Symmetrised and checked once: shape, finite, positive semidefinite up to rounding.
+        gram: [n, n], float32 or float64 (half precision becomes float32), torch or NumPy; symmetric, finite
+            and positive semidefinite up to rounding.
         pattern: `Unstructured` or `NM`.
         name: how messages and reports call the layer.
         mean: [n], the mean of the inputs, for the few methods that need more than G (`dsnot`).
-        variance: [n], their variance within sequences, averaged, for the same; None: that over all tokens.
-        linear: moments of what the outputs miss their targets by before anything is pruned:
-            correlation [rows, n] and constant [rows], torch or NumPy, brought to float64.
+        variance: [n], their mean variance within sequences, for the same; None: that over all tokens.
+        linear: correlation [rows, n] and constant [rows] of the dense error, brought to float64.
         update: the objective is F, of updated weights; None: f, of unchanged ones.
         omega: [rows], the weight of a row in the sum of a shared budget, more than 0; None: 1.
-        integral: f of every mask is a whole number, as in graphs, so that a bound of f holds up to the next
-            value that f can take (`RowProblem.values`). Weights, Gᵢᵢ and 2Gᵢⱼ must be whole, without a linear
-            part.
+        integral: f of every mask is a whole number, so that a bound holds up to the next value of f
+            (`RowProblem.values`). Weights, Gᵢᵢ and 2Gᵢⱼ must be whole, without a linear part.
         units: the units of a quadratic objective (`RowProblem.from_quadratic`).
-        assume_psd: skip the factorisation that checks definiteness (n³/3 operations), for a G that
-            was accumulated as XᵀX and is semidefinite by construction.
+        assume_psd: skip the check of definiteness (n³/3 operations), for a G accumulated as XᵀX.
 
     Raises:
-        ProblemError: wrong shapes, NaN or infinite values, indefinite G, a linear part that makes f
-            negative, a damping that leaves G + λD indefinite.
+        ProblemError: wrong shapes, values that are not finite, G or G + λD indefinite, negative f.
         PatternError: a pattern that does not fit n.
 
     Zero rows, zero or duplicate columns and a rank-deficient G are ordinary input.
@@ -145,6 +148,20 @@ class LayerProblem(Objective):
         self._squares: LeastSquares | None = None
         self._check_update()
 
+    @classmethod
+    def from_inputs(
+        cls, weight: ArrayLike, inputs: ArrayLike, sparsity: Pattern | float | str, **more: Any
+    ) -> LayerProblem:
+        """The problem of a layer with the inputs X [tokens, n]: G = XᵀX / tokens in float64, and their mean.
+
+        `sparsity` is 0.5, "50%", "2:4" or a pattern; other arguments and errors as of the constructor.
+        """
+        x = as_tensor(inputs, "inputs").double()
+        if x.ndim != 2 or 0 in x.shape:
+            raise ProblemError(f"inputs must be [tokens, n], both at least 1, not {list(x.shape)}")
+        more = {"mean": x.mean(0), "assume_psd": True, **more}
+        return cls(weight, x.T @ x / len(x), parse_sparsity(sparsity), **more)
+
     @property
     def _label(self) -> str:
         return f"layer {self.name!r}: " if self.name else ""
@@ -189,8 +206,7 @@ class LayerProblem(Objective):
         return self.omega
 
     def next_value(self, bound: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-        """The least value of f that is at least a bound: the next whole value of an integral problem (without
-        a shared budget), else the bound."""
+        """The next value of f of an integral problem without a shared budget, else the bound."""
         if not self.integral or self.shared_budget:
             return bound
         values = [self.row(row).values() for row in range(self.rows)]
@@ -220,8 +236,7 @@ class LayerProblem(Objective):
         )
 
     def row(self, index: int) -> RowProblem:
-        """One row as a problem of its own; shares the memory of weight and gram. Of a shared budget it prunes
-        the layer's share."""
+        """One row as a problem, without a copy; under a shared budget it prunes the layer's share."""
         if not -self.rows <= index < self.rows:
             raise ProblemError(f"row {index} of a layer with {self.rows} rows")
         # what was a row before is that row
@@ -236,11 +251,8 @@ class LayerProblem(Objective):
         return RowProblem._of(self.take([index]).under(kept))
 
     def take(self, rows: Tensor | slice | list[int]) -> LayerProblem:
-        """The problem of some rows: a list of indices, a slice, or a tensor, of indices or bool [rows].
-
-        Raises:
-            ProblemError: none of that; a list that is empty, or names what is no row.
-        """
+        """The problem of some rows: a slice, or a list or tensor of indices, or a bool tensor [rows];
+        ProblemError for anything else, an empty list or an index out of range."""
         sound = isinstance(rows, slice)
         if isinstance(rows, Tensor) and rows.ndim == 1 and rows.dtype == torch.bool:
             sound = len(rows) == self.rows
@@ -337,13 +349,7 @@ class LayerProblem(Objective):
 class RowProblem:
     """Mask selection for one row: weight [n], gram [n, n]; arguments and errors as of `LayerProblem`."""
 
-    def __init__(
-        self,
-        weight: ArrayLike,
-        gram: ArrayLike,
-        pattern: Pattern,
-        **more: Any,
-    ) -> None:
+    def __init__(self, weight: ArrayLike, gram: ArrayLike, pattern: Pattern, **more: Any) -> None:
         tensor = as_tensor(weight, "weight")
         if tensor.ndim != 1:
             raise ProblemError(f"a row's weight must be [n], not {list(tensor.shape)}")
@@ -356,22 +362,17 @@ class RowProblem:
         quadratic: np.ndarray,
         *,
         cardinality: int,
-        maximise: bool = False,
+        maximize: bool = False,
         constant: float = 0.0,
         name: str = "",
     ) -> RowProblem:
         """A quadratic objective: min (or max) pᵀUp + constant over p ∈ {0,1}ⁿ with `cardinality` ones.
 
-        The ones are pruned. An indefinite U is shifted along its diagonal, which `value` takes off again. A
-        U of whole numbers makes an `integral` problem.
-
-        Args:
-            quadratic: U [n, n], brought to float64; its symmetric part counts.
-
-        Raises:
-            ProblemError: no square matrix of finite numbers, or another cardinality than 0 … n.
+        The ones are pruned (`Solution.selected`). The symmetric part of U [n, n] counts, in float64; if it is
+        indefinite, the diagonal is shifted, and `value` takes the shift off. A U of whole numbers makes an
+        `integral` problem. ProblemError: no square matrix of finite numbers, or a cardinality beyond 0 … n.
         """
-        gram, units, whole = semidefinite(quadratic, maximise, constant)
+        gram, units, whole = semidefinite(quadratic, maximize, constant)
         n = len(gram)
         if not isinstance(cardinality, Integral) or not 0 <= cardinality <= n:
             raise ProblemError(f"cardinality must be a whole number, 0 … {n}, not {cardinality!r}")
@@ -381,8 +382,8 @@ class RowProblem:
         return cls(np.ones(n), gram, pattern, **more)
 
     def quadratic(self) -> tuple[Float[np.ndarray, "n n"], float]:
-        """U [n, n] and the constant of pᵀUp + constant in the problem's own units, to be maximised where
-        `maximised`; Q and 0 without units."""
+        """U [n, n] and the constant of pᵀUp + constant in the problem's own units, to be maximized where
+        `maximized`; Q and 0 without units."""
         q, units = self.q().cpu().numpy(), self._layer.units
         if units is None:
             # Q has the constant in its entries, unless nothing is chosen
@@ -390,8 +391,8 @@ class RowProblem:
         return units.sign * (q - units.shift * np.eye(self.n)), units.constant
 
     @property
-    def maximised(self) -> bool:
-        """Whether `value` is to be maximised; bounds of it are from above, then."""
+    def maximized(self) -> bool:
+        """Whether `value` is to be maximized; bounds of it are from above, then."""
         units = self._layer.units
         return units is not None and units.sign < 0
 
@@ -461,11 +462,8 @@ class RowProblem:
         return RowProblem._of(self._layer.with_update(update))
 
     def restrict(self, columns: Any, pattern: Pattern | None = None) -> RowProblem:
-        """The row with only these inputs, in this order, under its own pattern or another one.
-
-        Raises:
-            ProblemError: no such columns, or with `update` a G that the damping leaves indefinite.
-        """
+        """The row with only these inputs, in this order, under its own pattern or another one; ProblemError
+        for other columns, or with `update` an indefinite G + λD."""
         index = torch.as_tensor(columns, device=self.weight.device)
         if index.ndim != 1 or len(index) == 0 or not is_whole(index):
             raise ProblemError("columns must be a list of at least one input index")
@@ -516,7 +514,7 @@ def _loaded(path: str | os.PathLike[str], *kinds: str) -> LayerProblem | RowProb
         raise ProblemError(f"{path}: half a linear part (correlation or constant is missing)")
     pattern = pattern_from_dict(header.get("pattern"))
     more: dict[str, Any] = {
-        "name": str(header.get("name", "")),
+        "name": str(header.get("name", "")) or Path(path).stem,
         "mean": arrays.get("mean"),
         "variance": arrays.get("variance"),
         "linear": None if correlation is None else LinearTerm(correlation, constant),  # type: ignore[arg-type]
@@ -571,8 +569,7 @@ def update_weights(
 
     Args:
         mask: legal, True = kept.
-        damping: as in `LeastSquaresUpdate`; None: those of the problem, or the defaults.
-        power: as in `LeastSquaresUpdate`; None: those of the problem, or the defaults.
+        damping, power: as in `LeastSquaresUpdate`; None: those of the problem, or the defaults.
         limits: memory and threads.
 
     Raises:

@@ -37,7 +37,7 @@ class ObjectiveTransform:
     """value = sign·(f − shift·s) + constant, s entries of a row being pruned.
 
     Attributes:
-        sign: 1 where the value is minimised, −1 where it is maximised.
+        sign: 1 where the value is minimised, −1 where it is maximized.
 
     Raises:
         ProblemError: another sign, or numbers that are not finite.
@@ -91,7 +91,7 @@ def check_size(n: int) -> None:
 
 
 def semidefinite(
-    quadratic: Any, maximise: bool, constant: float
+    quadratic: Any, maximize: bool, constant: float
 ) -> tuple[np.ndarray, ObjectiveTransform, bool]:
     """G [n, n] float64, what its costs mean, and whether all of them are whole numbers; ProblemError for no
     square matrix of finite numbers, or sizes that float64 does not hold together."""
@@ -104,7 +104,7 @@ def semidefinite(
         raise ProblemError(f"a quadratic objective is [n, n], not {list(u.shape)}")
     if not np.isfinite(u).all() or not np.isfinite(constant):
         raise ProblemError("a quadratic objective must be finite")
-    sign = -1 if maximise else 1
+    sign = -1 if maximize else 1
     with np.errstate(over="ignore", invalid="ignore"):
         gram = sign * (u + u.T) / 2
         most = 2 * np.abs(gram).sum()

@@ -220,8 +220,7 @@ def _record(
         )
         return Record(**base, **nothing, status="failed", trusted="", error=str(answer))
     columns = {name: values[0] for name, values in answer.columns().items()}
-    values = row.to_original_units(columns["objective"], columns["lower_bound"])
-    columns |= {"value": values.value, "value_bound": values.bound, "gap": values.gap}
+    columns |= {"value": answer.value, "value_bound": answer.bound}
     known = {f.name for f in fields(Record)}
     return Record(
         **base,
@@ -245,7 +244,7 @@ def _with_excess(found: list[Record], solvers: int) -> list[Record]:
 
 
 def load_instances(
-    paths: Iterable[str | os.PathLike[str]], cardinality: int | None = None
+    paths: Iterable[str | os.PathLike[str]], cardinality: int | None = None, maximize: bool = False
 ) -> list[LayerProblem]:
     """Files of `maskopt.instances.formats`, layers or rows, as layers."""
-    return [load_problem(path, cardinality).as_layer() for path in paths]
+    return [load_problem(path, cardinality, maximize).as_layer() for path in paths]

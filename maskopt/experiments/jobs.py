@@ -63,8 +63,7 @@ def _job(asker: int, function: Callable[..., Any], *given: Any, **named: Any) ->
 
 @functools.cache
 def _end_with(parent: int) -> None:
-    """End this process of joblib's when its parent has ended: a parent that was killed stops no worker, and a
-    search without a limit would go on for days."""
+    """End this process of joblib's when its parent has ended, since a killed parent stops no worker."""
 
     def watch() -> None:
         while os.getppid() == parent:

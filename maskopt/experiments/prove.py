@@ -1,6 +1,8 @@
-"""Optima with their proofs, each row a job of its own: on this machine, or on as many as joblib reaches.
-Every proven row is kept in a file until all rows are done; an interrupted proof verifies these files and
-continues."""
+"""The search where no solver is named, and optima with their proofs.
+
+Each row that is proven is a job of its own: on this machine, or on as many as joblib reaches. It is kept in a
+file until all rows are done; an interrupted proof verifies these files and continues.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from joblib import delayed
 from torch import Tensor
@@ -21,10 +24,62 @@ from maskopt.errors import OptionError
 from maskopt.experiments.jobs import as_they_finish, job_key, workers
 from maskopt.experiments.store import Store
 from maskopt.protocol.solution import Solution, Status
-from maskopt.protocol.solver import Solver, make_solver, solve
+from maskopt.protocol.solver import Solver, limits_of, make_solver, solve
 
 #: the solver that keeps its trees
 BRANCH = "branch"
+#: rows of up to so many inputs are proven by default; seconds for that, or for the search of a larger row
+SMALL, SECONDS = 128, 10.0
+
+
+def minimize_quadratic(
+    quadratic: np.ndarray,
+    *,
+    cardinality: int,
+    maximize: bool = False,
+    constant: float = 0.0,
+    solver: Solver | str | None = None,
+    **options: Any,
+) -> Solution:
+    """The least (or greatest) xᵀQx + constant over x ∈ {0,1}ⁿ with `cardinality` ones.
+
+        best = minimize_quadratic(Q, cardinality=20)
+        best.selected, best.value, best.bound, best.gap, best.status[0]
+
+    Args:
+        quadratic: Q [n, n], also indefinite; its symmetric part counts.
+        solver, options: as for `search`; `proof=True` keeps the tree of `branch`.
+
+    Raises:
+        MaskoptError: as of `RowProblem.from_quadratic` and `solve`.
+    """
+    problem = RowProblem.from_quadratic(
+        quadratic, cardinality=cardinality, maximize=maximize, constant=constant
+    )
+    return search(problem, solver, **options)
+
+
+def search(
+    problem: LayerProblem | RowProblem,
+    solver: Solver | str | None = None,
+    *,
+    start: Any = None,
+    limits: Limits | None = None,
+    **options: Any,
+) -> Solution:
+    """`solve`; without a solver by `branch` for rows of at most `SMALL` inputs, by `sdp` and `tabu` for one
+    larger row, both within `SECONDS` unless another limit is given. Larger layers and shared budgets get
+    `swap`, without a limit."""
+    layer = problem.as_layer()
+    limits, own = limits_of(limits, options)
+    if solver is None and not layer.shared_budget:
+        if layer.n <= SMALL:
+            solver, start = BRANCH, "swap" if start is None else start
+        elif layer.rows == 1 and layer.update is None:
+            solver, own = "portfolio", {"members": ("sdp", "tabu"), **own}
+        if solver is not None and limits.seconds is None:
+            limits = replace(limits, seconds=SECONDS)
+    return solve(problem, solver or "swap", start=start, limits=limits, **own)
 
 
 def prove(
@@ -90,8 +145,7 @@ def prove(
 
 
 def _of_a_row(limits: Limits, rows: int, jobs: int | None) -> Limits:
-    """Its share of the time of all rows; with several rows no listener, which cannot be sent to another
-    process."""
+    """Its share of the time; with several rows no listener, which cannot be sent to another process."""
     limits = limits.quiet() if rows > 1 else limits
     if limits.seconds is None:
         return limits

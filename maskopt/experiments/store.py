@@ -36,16 +36,10 @@ _POLL = 0.005
 class Store:
     """Finished jobs: records in the file `output`, solutions in the folder `<output>.rows`.
 
-    A `.jsonl` grows by a line as each job finishes, and several runs may share it; its jobs are resumed from
-    their solutions. A `.csv` or `.parquet` is written once, at the end. Anybody can write into the folder, so
-    a solution that `verify` refuses is dropped, and its job runs again. Without an output nothing is kept.
-
-    Args:
-        kind: of the records, a frozen dataclass with `key`, `value`, `value_bound` and `gap`; None: the
-            caller writes the output.
-
-    Raises:
-        OptionError: as `check_format`, before anything is written.
+    A `.jsonl` gets a line for each finished job and may be shared by several runs; its jobs are resumed from
+    their solutions. A `.csv` or `.parquet` is written at the end. A job whose solution `verify` refuses runs
+    again. Without an output nothing is kept. `kind` is the dataclass of the records, with `key`, `value`,
+    `value_bound` and `gap`; None: the caller writes the output. OptionError: as of `check_format`.
     """
 
     def __init__(self, output: str | os.PathLike[str] | None, kind: type[Any] | None) -> None:
@@ -62,8 +56,7 @@ class Store:
             self.folder = self.path.with_name(self.path.name + ".rows")
 
     def records(self) -> dict[str, Any]:
-        """The records of a file that is to grow, by key; of a table none. The file then ends with a whole
-        line: `add` would write onto one that was cut off. Raises what `read_records` does."""
+        """The records of a `.jsonl` by key, as `read_records`; a last line that was cut off is removed."""
         if self.path is None or self.kind is None or not self.grows or not self.path.exists():
             return {}
         with _alone(self.path):
@@ -126,12 +119,11 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 def check_format(path: Path | None, *, overwrite: bool) -> None:
-    """Raise OptionError where the ending is no table format, its package is missing, or another file would be
-    replaced. (A JSONL file grows; None: nothing is written.)"""
+    """Raise OptionError for an ending that is no table format, a missing package, or a file in the way."""
     if path is None:
         return
     if path.suffix not in FORMATS:
-        raise OptionError(f"{path.name}: write one of {', '.join(FORMATS)}")
+        raise OptionError(f"{path.name}: write one of: {', '.join(FORMATS)}")
     begin = _BEGIN.get(path.suffix, b"")
     if path.is_file() and path.stat().st_size:
         with open(path, "rb") as file:
@@ -150,8 +142,7 @@ def check_format(path: Path | None, *, overwrite: bool) -> None:
 
 
 def read_records(path: Path, kind: type[Any]) -> dict[str, Any]:
-    """Records of a JSONL file by key, without a last line that was cut off; DataError for another line that
-    is no JSON, or no record of this kind."""
+    """Records of a JSONL file by key, without a last line that was cut off; DataError for any other line."""
     if not path.exists():
         return {}
     names = {field.name for field in fields(kind)}

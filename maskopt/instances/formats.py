@@ -2,6 +2,7 @@
 
 | ending | library | what is chosen |
 |---|---|---|
+| `.npy`, `.npz`, `.csv`, `.mtx` | one matrix | as many as `cardinality` says, of least or greatest xᵀQx |
 | `.dat` | k-cluster | k vertices with the most edges between them |
 | `.mc`, `.rudy` | BiqMac, rudy | as many vertices as `cardinality` says, of greatest weight between them |
 | `.mdp`, `.txt` | MDPLIB | m elements of greatest distance |
@@ -18,33 +19,41 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import scipy.io
 
-from maskopt.core.files import atomic_write
+from maskopt.core.files import atomic_write, has_header, read_array
 from maskopt.core.pattern import Unstructured
 from maskopt.core.problem import LayerProblem, RowProblem, load_npz
-from maskopt.core.units import check_size
+from maskopt.core.units import MOST_ENTRIES, check_size
 from maskopt.errors import ProblemError
 from maskopt.instances.qplib import read_qplib, write_qplib
 
 #: weights of an edge list: their decimals are enough to get the same float64 back
 _DIGITS = ".17g"
+#: difference of mirrored entries that is taken for rounding, as part of the largest entry
+_SKEW = 1e-6
 
 
 def load_problem(
-    path: str | os.PathLike[str], cardinality: int | None = None
+    path: str | os.PathLike[str], cardinality: int | None = None, maximize: bool = False
 ) -> LayerProblem | RowProblem:
-    """A layer or a row of an `.npz`, or a row out of another library's file, by its ending. `cardinality`:
-    how many are chosen, where the file does not say (`.mc`). Raises ProblemError: no such file, or no
-    instance that chooses a set of given size."""
+    """A layer or a row of an `.npz`, or a row out of a matrix or another library's file, by its ending.
+    `cardinality`: how many are chosen, where the file does not say (matrices, `.mc`). `maximize`: the
+    greatest xᵀQx of a matrix. Raises ProblemError: no such file, or no instance that chooses a set of given
+    size."""
     ending = Path(path).suffix.lower()
+    if ending in _MATRICES or (ending == ".npz" and not has_header(path)):
+        return _of_matrix(path, cardinality, maximize)
+    if maximize:
+        raise ProblemError(f"{path}: `maximize` is for matrices; the file says what is sought")
     if ending not in _READERS:
         if cardinality is not None:
             raise ProblemError(
-                f"{path}: `cardinality` is for graphs that name no number (.mc, .rudy)"
+                f"{path}: `cardinality` is for matrices and graphs that name no number (.mc, .rudy)"
             )
         if ending and ending != ".npz":
-            known = ", ".join((".npz", *_READERS))
-            raise ProblemError(f"{path}: no known format by its ending; one of {known}")
+            known = ", ".join((".npz", *_MATRICES, *_READERS))
+            raise ProblemError(f"{path}: no known format by its ending; one of: {known}")
         return load_npz(path)
     if cardinality is not None and ending not in (".mc", ".rudy"):
         raise ProblemError(f"{path}: the file says how many are chosen; leave `cardinality` out")
@@ -61,6 +70,56 @@ def load_problem(
         raise ProblemError(f"{path}: {error}") from None
 
 
+def _of_matrix(path: str | os.PathLike[str], cardinality: int | None, maximize: bool) -> RowProblem:
+    try:
+        if not Path(path).is_file():
+            raise ProblemError("no such file")
+        if cardinality is None:
+            raise ProblemError("a matrix does not say how many are chosen; give `cardinality`")
+        matrix = _MATRICES.get(Path(path).suffix.lower(), read_array)(path)
+        matrix = matrix.astype(np.result_type(matrix, np.float64))
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ProblemError(
+                f"the array is {list(matrix.shape)}, not square; of inputs X, save X.T @ X / len(X)"
+            )
+        check_size(len(matrix))
+        if len(bad := np.argwhere(~np.isfinite(matrix))):
+            raise ProblemError(
+                f"{len(bad)} entries are NaN or infinite, the first at {bad[0].tolist()}; replace them"
+            )
+        skew = np.abs(matrix - matrix.T)
+        if skew.max() > _SKEW * np.abs(matrix).max():
+            i, j = divmod(int(skew.argmax()), len(matrix))
+            raise ProblemError(
+                f"not symmetric: {matrix[i, j]:g} at [{i}, {j}], {matrix[j, i]:g} at [{j}, {i}]; "
+                "(Q + Q.T) / 2 has the same values xᵀQx"
+            )
+        return RowProblem.from_quadratic(
+            matrix, cardinality=cardinality, maximize=maximize, name=Path(path).stem
+        )
+    except ProblemError as error:
+        raise ProblemError(f"{path}: {error}") from None
+
+
+def _read_csv(path: str | os.PathLike[str]) -> np.ndarray:
+    try:
+        return np.loadtxt(path, delimiter=",", ndmin=2, encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise ProblemError(f"no matrix ({error}); a line of numbers with commas a row") from None
+
+
+def _read_market(path: str | os.PathLike[str]) -> np.ndarray:
+    try:
+        rows, columns, count, *_ = scipy.io.mminfo(path)
+        # a first line is believed if the file is as long as it says
+        if rows == columns <= MOST_ENTRIES and count <= os.path.getsize(path):
+            matrix = scipy.io.mmread(path)
+            return np.asarray(matrix if isinstance(matrix, np.ndarray) else matrix.toarray())
+    except (OSError, ValueError, OverflowError) as error:
+        raise ProblemError(f"no Matrix Market file ({error}); write it with scipy.io") from None
+    raise ProblemError(f"{rows} × {columns}, {count} entries: no square matrix of this length")
+
+
 def save_problem(
     problem: RowProblem, path: str | os.PathLike[str], form: str | None = None
 ) -> None:
@@ -70,7 +129,7 @@ def save_problem(
     if ending == ".npz":
         return problem.save(path)
     if ending not in _WRITERS:
-        raise ProblemError(f"{path}: no known format; one of .npz, {', '.join(_WRITERS)}")
+        raise ProblemError(f"{path}: no known format; one of: .npz, {', '.join(_WRITERS)}")
     pattern = problem.pattern
     if not isinstance(pattern, Unstructured) or problem.update is not None:
         raise ProblemError(f"{path}: {ending} holds one set of a given size, and unchanged weights")
@@ -134,10 +193,8 @@ def _first(lines: Iterator[_Line]) -> _Line:
 
 
 def _heaviest(weight: np.ndarray, cardinality: int, name: str) -> RowProblem:
-    """Σ over chosen pairs of their weight, each once, is maximised."""
-    if not 0 <= cardinality <= len(weight):
-        raise ProblemError(f"{cardinality} of {len(weight)} cannot be chosen")
-    return RowProblem.from_quadratic(weight / 2, cardinality=cardinality, maximise=True, name=name)
+    """Σ over chosen pairs of their weight, each once, is maximized."""
+    return RowProblem.from_quadratic(weight / 2, cardinality=cardinality, maximize=True, name=name)
 
 
 def _read_cluster(text: str, name: str, _: int | None) -> RowProblem:
@@ -163,10 +220,10 @@ def _read_diversity(text: str, name: str, _: int | None) -> RowProblem:
 
 
 def _pairs(problem: RowProblem) -> tuple[np.ndarray, int]:
-    """The weights of the pairs, where these are all that is maximised, and how many are chosen."""
+    """The weights of the pairs, where these are all that is maximized, and how many are chosen."""
     quadratic, constant = problem.quadratic()
     n, chosen = problem.n, problem.as_layer().pruned
-    if not problem.maximised:
+    if not problem.maximized:
         raise ProblemError("the format maximises, and the problem is to be minimised; take .qplib")
     diagonal = quadratic.diagonal()
     rest = constant + chosen * float(diagonal[0])
@@ -199,6 +256,11 @@ def _write_diversity(problem: RowProblem) -> str:
     return "\n".join([f"{problem.n} {chosen}", *lines, ""])
 
 
+_MATRICES: dict[str, Callable[[str | os.PathLike[str]], np.ndarray]] = {
+    ".npy": read_array,
+    ".csv": _read_csv,
+    ".mtx": _read_market,
+}
 _READERS: dict[str, Callable[[str, str, int | None], RowProblem]] = {
     ".dat": _read_cluster,
     ".mc": _read_rudy,

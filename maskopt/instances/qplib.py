@@ -52,7 +52,7 @@ def read_qplib(text: str, name: str) -> RowProblem:
     return RowProblem.from_quadratic(
         quadratic + np.diag(linear),
         cardinality=int(chosen),
-        maximise=sense.lower() == "maximize",
+        maximize=sense.lower() == "maximize",
         constant=constant,
         name=title or name,
     )
@@ -62,7 +62,7 @@ def write_qplib(problem: RowProblem) -> str:
     """The text of a problem of type QBL."""
     quadratic, constant = problem.quadratic()
     n = problem.n
-    sense = "maximize" if problem.maximised else "minimize"
+    sense = "maximize" if problem.maximized else "minimize"
     entries = [
         f"{i + 1} {j + 1} {2 * quadratic[i, j]:.17g}"
         for i in range(n)

@@ -7,8 +7,8 @@ With weight W and Gram matrix G of its inputs, removing the inputs P changes the
 positive semidefinite by Schur's product theorem. Inputs that can only go together (the columns of an
 attention head) are one entry of p: rows and columns of Q are summed over them.
 
-Q is written as diag(w)·G'·diag(w) with w the norms of the structures' columns, so that scores mean the same
-as for a row: `magnitude` ranks by norms, `wanda` by Q's diagonal (Wanda-sp, in FLAP, arXiv 2312.11983).
+Q is diag(w)·G'·diag(w) with w the norms of the structures' columns, so that scores mean the same as for a
+row: `magnitude` ranks by norms, `wanda` by Q's diagonal (Wanda-sp, in FLAP, arXiv 2312.11983).
 """
 
 from __future__ import annotations

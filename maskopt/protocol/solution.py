@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -16,9 +18,11 @@ from torch import Tensor
 from maskopt.certificates.certificate import Certificate
 from maskopt.certificates.proof import Proof, RowProof
 from maskopt.core.files import pack, read_arrays, unpack, unpack_rows, write_arrays
+from maskopt.core.inputs import ArrayLike, as_tensor
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.problem import LayerProblem, RowProblem
-from maskopt.errors import OptionError, ProblemError
+from maskopt.core.units import ObjectiveTransform, OriginalValues
+from maskopt.errors import OptionError, ProblemError, printable
 from maskopt.protocol.trace import Trace
 
 
@@ -44,6 +48,8 @@ REFIT_FLOOR = 1e-10
 OPTIMAL_TOLERANCE = 1e-6
 #: the rounding of an objective counts where the objective is at most this part of Σⱼ wⱼ²Gⱼⱼ
 _NOISE = 1e-6
+#: indices of a chosen set that a summary lists at most
+_LISTED = 200
 
 
 def size_of(layer: LayerProblem, objective: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
@@ -77,11 +83,8 @@ def swap_threshold(
     *,
     update: LeastSquaresUpdate | None = None,
 ) -> Float[Tensor, " rows"]:
-    """The least decrease that counts as an improving swap, float64 [rows].
-
-    Relative to the objective, with a floor where the objective is nothing but rounding. Both terms scale
-    with w² and with G, so the definition has no units.
-    """
+    """The least decrease that counts as an improving swap, float64 [rows]: a part of the objective, with a
+    floor where the objective is nothing but rounding. Both terms scale with w² and with G."""
     return tolerance * objective + (REFIT_FLOOR if update else SWAP_FLOOR) * diagonal_mass
 
 
@@ -117,6 +120,8 @@ class Solution:
             `SCIP 10.0`; an empty text where the bound is proven. Empty altogether: all are.
         weight: float64 [rows, n], updated weights where the solver has them; saved only with `own`.
         own: the weights are the solver's own, not those of least squares.
+        units: of a quadratic objective, to convert f to the caller's units; None: they are the same.
+        omega: float64 [rows], weights of the rows in `value` and `bound`; None: 1.
     """
 
     mask: Bool[Tensor, "rows n"]
@@ -131,12 +136,53 @@ class Solution:
     weight: Float[Tensor, "rows n"] | None = None
     own: bool = False
     proof: Proof | None = None
+    units: ObjectiveTransform | None = None
+    omega: Float[Tensor, " rows"] | None = None
 
     @property
-    def gap(self) -> Float[Tensor, " rows"]:
-        """(objective − lower_bound) / objective per row, float64; 0 where the objective is 0. For the gap
-        in the problem's own units see `RowProblem.to_original_units`."""
-        return relative_gap(self.objective, self.lower_bound)
+    def selected(self) -> np.ndarray:
+        """Indices of the chosen set, p = 1, which is what the mask prunes; ProblemError for several rows."""
+        if len(self.mask) != 1:
+            raise ProblemError(f"selected is of one row; read the masks of these {len(self.mask)}")
+        return np.flatnonzero(~self.mask[0].cpu().numpy())
+
+    @property
+    def value(self) -> float:
+        """The objective in the caller's units, such as xᵀQx; of several rows their sum, weighted by ω."""
+        return self._total(range(len(self.mask))).value
+
+    @property
+    def bound(self) -> float:
+        """No legal choice has a better `value`."""
+        return self._total(range(len(self.mask))).bound
+
+    @property
+    def gap(self) -> float:
+        """|value − bound| / |value|; 0 where they are equal. `columns` has the gap of every row."""
+        return self._total(range(len(self.mask))).gap
+
+    def _values(self) -> list[OriginalValues]:
+        """Of every row, without ω."""
+        units, pruned = self.units or ObjectiveTransform(1, 0.0, 0.0), (~self.mask).sum(1).tolist()
+        rows = zip(self.objective.tolist(), self.lower_bound.tolist(), pruned, strict=True)
+        return [OriginalValues.of(units.value(f, s), units.value(b, s)) for f, b, s in rows]
+
+    def _total(self, rows: Iterable[int]) -> OriginalValues:
+        values = self._values()
+        omega = [1.0] * len(values) if self.omega is None else self.omega.tolist()
+        pairs = [(omega[row] * values[row].value, omega[row] * values[row].bound) for row in rows]
+        return OriginalValues.of(*map(sum, zip(*pairs, strict=True)))
+
+    def apply(self, weight: ArrayLike) -> Any:
+        """`weight` [rows, n], or [n] of one row, with zeros for what is pruned and the updated weights where
+        the solution has them; torch or NumPy and of the dtype that is given. ProblemError: another shape."""
+        given = as_tensor(weight, "weight")
+        if given.shape not in (self.mask.shape, self.mask.shape[len(self.mask) == 1 :]):
+            shapes = f"{list(given.shape)}, the mask {list(self.mask.shape)}"
+            raise ProblemError(f"weight has shape {shapes}")
+        new = given if self.weight is None else self.weight.to(given).reshape(given.shape)
+        pruned = new.where(self.mask.to(given.device).reshape(given.shape), 0.0)
+        return pruned if isinstance(weight, Tensor) else pruned.numpy()
 
     @classmethod
     def of(
@@ -152,11 +198,8 @@ class Solution:
         weight: Float[Tensor, "rows n"] | None = None,
         proof: Proof | None = None,
     ) -> Solution:
-        """A Solution with the float64 objective computed from the mask; or from a solver's own `weight`, of a
-        problem with `update`.
-
-        A lower bound above the objective by rounding alone is cut back to it.
-        """
+        """A Solution with the float64 objective of the mask, or of a solver's own `weight` of a problem with
+        `update`. A lower bound above the objective by rounding alone is cut back to it."""
         layer = problem.as_layer()
         mask = mask.reshape(layer.weight.shape)
         own = weight is not None
@@ -189,20 +232,19 @@ class Solution:
             weight=weight if layer.update else None,
             own=own,
             proof=proof,
+            units=layer.units,
+            omega=layer.omega,
         )
 
     @classmethod
     def joined(cls, parts: Sequence[Solution], certificate: Certificate | None = None) -> Solution:
-        """All rows of a layer, of one solver's solutions of its parts, in their order.
-
-        Args:
-            certificate: of all rows; those of the parts are left out.
-        """
+        """All rows of a layer, of one solver's solutions of its parts in order, with a certificate of all."""
         first = parts[0]
         trees = [
             tree for p in parts for tree in (p.proof.rows if p.proof else [None] * len(p.status))
         ]
         weights = [p.weight for p in parts if p.weight is not None]
+        omega = [p.omega for p in parts if p.omega is not None]
         return cls(
             mask=torch.cat([p.mask for p in parts]),
             objective=torch.cat([p.objective for p in parts]),
@@ -216,6 +258,8 @@ class Solution:
             weight=torch.cat(weights) if len(weights) == len(parts) else None,
             own=first.own,
             proof=Proof(trees) if any(tree is not None for tree in trees) else None,
+            units=first.units,
+            omega=torch.cat(omega) if omega else None,
         )
 
     def take(self, rows: Sequence[int]) -> Solution:
@@ -228,6 +272,8 @@ class Solution:
             solver=self.solver,
             seconds=self.seconds,
             certificate=None if self.certificate is None else self.certificate.take(rows),
+            units=self.units,
+            omega=None if self.omega is None else self.omega[list(rows)],
         )
 
     def raise_if_interrupted(self) -> Solution:
@@ -237,13 +283,12 @@ class Solution:
         return self
 
     def columns(self) -> dict[str, list[Any]]:
-        """Columns with one entry a row: objective, bound, gap, status, trusted solver, and those of the
-        trace."""
+        """One entry a row: objective, bound, gap, status, trusted solver, and the columns of the trace."""
         rows = len(self.status)
         return {
             "objective": self.objective.tolist(),
             "lower_bound": self.lower_bound.tolist(),
-            "gap": self.gap.tolist(),
+            "gap": [values.gap for values in self._values()],
             "status": [str(status) for status in self.status],
             "trusted": list(self.trusted) or [""] * rows,
             **self.trace.columns(rows),
@@ -267,11 +312,7 @@ class Solution:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Solution:
-        """Read what `save` wrote. Nothing in it is believed before `verify` has checked it.
-
-        Raises:
-            ProblemError: no such file, or not a solution.
-        """
+        """Read what `save` wrote, to be checked by `verify`; ProblemError: no such file, or no solution."""
         words, arrays = read_arrays(path, "solution")
         try:
             seconds, rows = words["seconds"], len(arrays["mask"])
@@ -293,6 +334,9 @@ class Solution:
                 else None,
                 trusted=tuple(str(word) for word in words["trusted"]),
                 own="weight" in arrays,
+                units=unpack(ObjectiveTransform, words, arrays, "units")
+                if "units.sign" in words
+                else None,
                 proof=None if trees is None else Proof(trees),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -309,3 +353,30 @@ class Solution:
             *([] if math.isnan(self.seconds) else [f"{self.seconds:.3g} s"]),
         ]
         return f"Solution({', '.join(parts)})"
+
+    def summary(self) -> str:
+        """Rows, value, bound and gap by status, and the chosen set of one row: at most one screen."""
+        (rows, n), digits = self.mask.shape, 9 if self.units else 6
+        time = "" if math.isnan(self.seconds) else f", {self.seconds:.3g} s"
+        sense = ", maximized" if self.units and self.units.sign < 0 else ""
+        name = printable(self.solver) or "solution"
+        lines = [f"{name}{time}: {rows} row{'s' * (rows > 1)} of {n} inputs{sense}"]
+        lines.append(f"{'status':14}{'rows':>6}{'value':>18}{'bound':>18}{'gap':>10}")
+        for status in dict.fromkeys(self.status):
+            some = [row for row, word in enumerate(self.status) if word == status]
+            total, bound, gap = self._total(some), "–", "–"
+            objective, lower = (float(x[some].sum()) for x in (self.objective, self.lower_bound))
+            if is_bounded(objective, lower, status):
+                bound, gap = f"{total.bound:.{digits}g}", f"{total.gap:.2%}"
+            value = f"{total.value:.{digits}g}"
+            lines.append(f"{status:14}{len(some):>6}{value:>18}{bound:>18}{gap:>10}")
+        if rows == 1:
+            chosen, what = self.selected.tolist(), "selected" if self.units else "pruned"
+            listed = " ".join(map(str, chosen[:_LISTED])) + " …" * (len(chosen) > _LISTED)
+            text = f"{what}, {len(chosen)} of {n}: {listed}"
+            lines += textwrap.wrap(text, 80, subsequent_indent="  ")
+        if any(self.trusted):
+            lines.append(f"bounds trusted: {printable(', '.join(sorted({*self.trusted} - {''})))}")
+        return "\n".join(lines)
+
+    __str__ = summary

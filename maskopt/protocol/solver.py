@@ -224,7 +224,10 @@ def solve(
         mask = _start_mask(backend, layer, start, limits)
         solution = backend.run(layer, mask, limits)
     _check_answer(backend, layer, solution)
-    return replace(solution, solver=backend.name, seconds=clock() - began)
+    seconds = clock() - began
+    return replace(
+        solution, solver=backend.name, seconds=seconds, units=layer.units, omega=layer.omega
+    )
 
 
 def _check_answer(backend: Solver, layer: LayerProblem, solution: Any) -> None:

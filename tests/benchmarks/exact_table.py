@@ -106,7 +106,7 @@ def exact(
         cpu.append(time.process_time() - began)
         trace = solution.trace
         spent.append(solution.seconds)
-        gaps.append(float(solution.gap[0]))
+        gaps.append(solution.gap)
         nodes.append(int(trace.nodes[0]))
         roots.append(1 - float(trace.root_bound[0]) / float(solution.objective[0]))
         proven += solution.status[0] == Status.OPTIMAL

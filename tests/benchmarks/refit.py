@@ -209,7 +209,7 @@ def toys(problem: LayerProblem, n: int) -> dict[str, Any]:
         }
         for name, mask in masks.items():
             found[name].append(float(toy.objective(mask[0])) / optimum - 1)
-        found["gap"].append(float(best.gap[0]))
+        found["gap"].append(best.gap)
         found["root"].append(1 - float(lower_bound(toy, "perspective").value[0]) / optimum)
         seconds.append(best.seconds)
         nodes.append(int(best.trace.columns(1)["nodes"][0]))

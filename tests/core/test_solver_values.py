@@ -189,7 +189,7 @@ class Sample:
         ("count", np.float64(3), " must be a whole number or None ≥ 1, not 3.0"),
         ("share", 1.0, r" must be a number \[0, 1\), not 1.0"),
         ("above", float("inf"), " must be a number ≥ 0, not inf"),
-        ("word", "c", " must be text a or b, not 'c'"),
+        ("word", "c", " must be one of: a, b; not 'c'"),
         ("names", "x", " must be a list of names"),
         ("loud", 1, " must be true or false"),
         *(("count", bad, "") for bad in (1.5, True, "3", np.bool_(True))),

@@ -270,12 +270,12 @@ def test_a_file_of_something_else_is_left_unchanged(path):
 
 
 def test_infinite_gaps_are_no_json_numbers_and_come_back_out_of_the_file(path):
-    row = RowProblem.from_quadratic(-np.eye(4), cardinality=0, maximise=True)
+    row = RowProblem.from_quadratic(-np.eye(4), cardinality=0, maximize=True)
     compare([row], ["wanda"], output=path)
     assert "Infinity" not in path.read_text()
     line = np.zeros((6, 6))
     line[np.arange(5), np.arange(1, 6)] = -1
-    row = RowProblem.from_quadratic(line + line.T, cardinality=3, maximise=True)
+    row = RowProblem.from_quadratic(line + line.T, cardinality=3, maximize=True)
     first, again = (compare([row], ["tabu"], output=path) for _ in range(2))
     assert (first[0].value, first[0].gap) == (0.0, math.inf)
     assert again == first

@@ -366,7 +366,7 @@ def test_no_time_leaves_everything_free_and_a_whole_number_below_the_incumbent_i
     assert (found.state.tolist(), found.bound) == (tree.start.state.tolist(), tree.start.bound)
     graph = np.triu(np.random.default_rng(3).random((24, 24)) < 0.5, 1)
     edges = (graph + graph.T).astype(float)
-    problem = RowProblem.from_quadratic(edges, cardinality=8, maximise=True)
+    problem = RowProblem.from_quadratic(edges, cardinality=8, maximize=True)
     solution, ours = solve(problem, "scip"), solve(problem, "branch")
     found = float(solution.objective[0])
     assert (solution.status, float(solution.lower_bound[0])) == (OPTIMAL, found)
