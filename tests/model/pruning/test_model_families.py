@@ -195,19 +195,6 @@ def test_each_expert_sees_the_tokens_routed_to_it(family):
         assert torch.equal(report.masks[place.name], weight >= threshold[:, None])
 
 
-def test_what_is_taken_for_experts():
-    said = "Llama4TextExperts is not given a routing .* leave out `all_experts`"
-    fails(ModelError, said, prune_model, tiny("llama4"), tokens(), all_experts=True, **WANDA)
-    model = tiny("llama", layers=1)
-    model.model.layers[0].table = nn.Module()
-    model.model.layers[0].table.bias = nn.Parameter(torch.ones(3, 4, 4))
-    said = "'model.layers.0.table.bias' looks like experts, but no token was multiplied"
-    with pytest.raises(ModelError, match=re.escape(said)) as caught:
-        prune_model(model, tokens(), **WANDA)
-    pattern = str(caught.value).rsplit("`exclude` ", 1)[1].strip("'")
-    assert len(prune_model(model, tokens(), exclude=[pattern], **WANDA).layers) == 7
-
-
 class ListModel(nn.Module):
     def __init__(self):
         super().__init__()
@@ -226,7 +213,18 @@ class ListModel(nn.Module):
         return self.head(x)
 
 
-def test_experts_as_a_module_list():
+def test_what_is_taken_for_experts():
+    said = "Llama4TextExperts is not given a routing .* leave out `all_experts`"
+    fails(ModelError, said, prune_model, tiny("llama4"), tokens(), all_experts=True, **WANDA)
+    model = tiny("llama", layers=1)
+    model.model.layers[0].table = nn.Module()
+    model.model.layers[0].table.bias = nn.Parameter(torch.ones(3, 4, 4))
+    said = "'model.layers.0.table.bias' looks like experts, but no token was multiplied"
+    with pytest.raises(ModelError, match=re.escape(said)) as caught:
+        prune_model(model, tokens(), **WANDA)
+    pattern = str(caught.value).rsplit("`exclude` ", 1)[1].strip("'")
+    assert len(prune_model(model, tokens(), exclude=[pattern], **WANDA).layers) == 7
+    # a list of modules
     model, data = ListModel(), tokens(4, 16)
     report = prune_model(copy.deepcopy(model), data, **WANDA)
     experts = [x for x in report.layers if x.name.startswith("blocks.0.experts")]

@@ -7,16 +7,14 @@ import pytest
 import torch
 from commands import run
 from forging import change_tensors, fails, forge_manifest
-from prunes import WANDA, but_slow, contents, interrupted, prune, slow
+from prunes import WANDA, but_slow, contents, interrupted, manifest_of, prune, slow
 from safetensors.torch import load_file
 from tiny_models import FAMILIES, Routed, save, tiny, tokens
 from transformers import AutoModelForCausalLM
 
-from maskopt import prune_model
+from maskopt import open_job, prune_model
 from maskopt.errors import ModelError, OptionError, VerificationError
-from maskopt.models.blockwise.job import open_job
-from maskopt.models.checkpoints.report import read_manifest
-from maskopt.models.checkpoints.workspace import MANIFEST, MASKS
+from maskopt.models.checkpoints.workspace import MASKS
 from maskopt.models.options.prune import prune_options
 from maskopt.models.training import blockwise as reconstruct, trainer as training
 from maskopt.models.training.parts import Recorded
@@ -329,4 +327,4 @@ def test_the_command_trains_and_says_what_became_of_it(dense, data, tmp_path):
     assert "mean of 3 parts" in " ".join(said.split())
     held = " ".join(run("verify", out, "--original", dense).split())
     assert "every weight that is neither pruned nor trained is that of" in held
-    assert read_manifest(out / MANIFEST)["fingerprint"]["options"]["training"]["batch"] == 1
+    assert manifest_of(out)["fingerprint"]["options"]["training"]["batch"] == 1
