@@ -188,9 +188,11 @@ class PruneOptions(WalkOptions):
         self._set_reconstruction()
         self._set_distillation()
         self._check_automatic()
-        if self.least_squares is None:
-            why = "weights are not solved by least squares without `training` begin=least-squares"
-            self.refuse(("damping", "damping_exponent"), why)
+        usual = LeastSquaresUpdate.damping, LeastSquaresUpdate.power
+        if self.least_squares is None and (self.damping, self.damping_exponent) != usual:
+            raise OptionError(
+                "`damping` needs kept weights solved by least squares: give `training` begin=least-squares"
+            )
         if self.moved and (self.one_pass or self.true_sequential):
             other = "`calibrate_on` dense" if self.one_pass else "`true_sequential`"
             raise OptionError(
@@ -235,7 +237,6 @@ class PruneOptions(WalkOptions):
         object.__setattr__(self, "sparsity", self._pattern_of(pattern))
 
     def _set_reconstruction(self) -> None:
-        """Every setting is there, or none where nothing is trained."""
         if self.update != BLOCKWISE:
             return
         self._check_judged("`update` blockwise")
@@ -251,7 +252,6 @@ class PruneOptions(WalkOptions):
             raise OptionError(f"{what} needs windows that judge it: give a `holdout` such as 0.1")
 
     def _set_distillation(self) -> None:
-        """Every setting is there, or none where no epoch is asked for."""
         given = dict(self.distillation)
         check_names(given, DISTILLATION, "option of `distillation`")
         if not given or given.get("epochs") == 0:
