@@ -178,10 +178,7 @@ REFUSED = {
         ("`damping` must be at least 0, not -1.0", {**REFIT, "damping": -1.0}),
         ("`damping` must be a number of at least 0 or auto", {**REFIT, "damping": "some"}),
         ("`damping` needs `update` least-squares", {"damping": 0.1}),
-        (
-            "weights are not solved by least squares .*leave out `damping`",
-            {"update": "blockwise", "holdout": 0.2, "damping": 0.1},
-        ),
+        ("`damping` needs", {"update": "blockwise", "holdout": 0.2, "damping": 0.1}),
         ("`target` must be one of: pruned, dense; not 'both'", {"target": "both"}),
         ("`target` dense and `calibrate_on` dense exclude", {**DENSE, "calibrate_on": "dense"}),
         ("`target` dense and `true_sequential` exclude", {**DENSE, "true_sequential": True}),
