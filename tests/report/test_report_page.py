@@ -129,7 +129,7 @@ def test_nothing_is_asked_for_elsewhere_and_all_pictures_are_in_words_too(home, 
     assert "currentColor" in found
     assert "#0a0b0c" not in found
     # 46rem: the widest figure; its text is no larger than the page's 16 px
-    sizes = [float(x) for x in re.findall(r"font: ([\d.]+)px", found)]
+    sizes = [float(x) for x in re.findall(r"font-size: ([\d.]+)px", found)]
     widths = {float(x) for x in re.findall(r'viewBox="0 0 ([\d.]+) ', found)}
     assert max(sizes) * 46 * 16 / min(widths) <= 16
     shows(found, "decoder block", "relative squared error", "held-out text")
@@ -264,7 +264,7 @@ def test_tables_name_a_row_once_and_sum_errors_per_kind():
         for block, before, after in ((0, 4.0, 1.0), (1, 6.0, 4.0))
     ]  # fmt: skip
     report = PruneReport(layers, {}, seconds=3.0)
-    table = error_table(report, 2)
+    table = error_table(report)
     assert table.rows == [("up_proj", "10", "5", "0.500", "8", "75%")]
     # and errors and perplexities are compared with the start's
     layers = [replace(layer, energy=10.0) for layer in layers]
