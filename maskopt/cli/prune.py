@@ -117,10 +117,8 @@ def _show_plan(
     screen.print(f"memory at the peak, estimated: {memory.gib:.2f} GiB ({memory})", soft_wrap=True)
     screen.print(f"disk: {result.disk / 2**30:.2f} GiB")
     if (last := result.distillation) is not None:
-        screen.print(
-            f"the distillation in this: memory {last.memory.gib:.2f} GiB, disk {last.disk / 2**30:.2f} GiB, "
-            f"about {last.seconds:.0f} s"
-        )
+        takes = f"{last.memory.gib:.2f} GiB, disk {last.disk / 2**30:.2f} GiB"
+        screen.print(f"the distillation in this: memory {takes}, about {last.seconds:.0f} s")
     parts_of_time = (result.solve_seconds, result.seconds)
     solving, total = ("unknown" if x is None else f"about {x:.0f} s" for x in parts_of_time)
     screen.print(

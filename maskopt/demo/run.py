@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from maskopt.core.pattern import Pattern
 from maskopt.demo.model import demo_model, find_demo_model
 from maskopt.demo.text import demo_text
 from maskopt.experiments.compare import Record, compare, sample_rows
@@ -55,7 +54,7 @@ def run_demo(
     output: Path,
     *,
     model: str = "gemma3",
-    sparsity: Pattern | float | str = 0.5,
+    sparsity: float | str = 0.5,
     samples: int = 12,
     seq_len: int = 512,
     windows: int = 8,
@@ -107,11 +106,10 @@ def run_demo(
         values[solver] = judged(solver, output / place)
         if solver == "wanda":
             shutil.rmtree(output / place)
-    blocks = len({layer.block for layer in prunes["swap"].layers})
+    tables = [toy, error_table(prunes["swap"])]
     pruned: list[Named] = [("Wanda → 1-swap", prunes["swap"])]
-    known: dict[str | Path, float] = {DENSE: values["dense"], WANDA: values["wanda"]}
-    known[output / "model"] = values["swap"]
-    tables = [toy, error_table(prunes["swap"], blocks)]
+    keys = DENSE, WANDA, output / "model"
+    known: dict[Any, float] = dict(zip(keys, values.values(), strict=True))
     parts = [
         *report_parts(pruned, perplexity=known, tables=tables),
         "Calibrated on Python's help topics, and evaluated on others of them, perplexity on "
@@ -126,7 +124,7 @@ def run_demo(
 
 def _toy_rows(
     folder: Path,
-    sparsity: Pattern | float | str,
+    sparsity: float | str,
     samples: int,
     columns: int,
     time_limit: float,
@@ -165,10 +163,11 @@ def toy_table(records: Sequence[Record], labels: Mapping[str, str]) -> Table:
     return table
 
 
-def error_table(report: PruneReport, blocks: int) -> Table:
+def error_table(report: PruneReport) -> Table:
     """Local error of Wanda and of Wanda → 1-swap on the same inputs, summed per layer kind."""
+    blocks = {layer.block for layer in report.layers}
     table = Table(
-        f"Local error at {report.sparsity:.0%}, all {blocks} blocks",
+        f"Local error at {report.sparsity:.0%}, all {len(blocks)} blocks",
         ("layers", "Wanda", "→ 1-swap", "ratio", "rows", "proven 1-swap optimal"),
         note="Mean squared change of the layers' outputs, summed over rows and blocks; both measured on "
         "activations from the already pruned earlier blocks.",

@@ -79,8 +79,7 @@ def write_report(
         table, values = _perplexities(_records(evaluation, whole=True), outs)
         tables = [table]
     last = [] if gaps is None else [_gaps(gaps, outs[0])]
-    how: dict[str, Any] = {"perplexity": values, "after": last, "picture": picture}
-    parts = report_parts(pruned, tables=tables, **how)
+    parts = report_parts(pruned, perplexity=values, tables=tables, after=last, picture=picture)
     files = []
     if figures is not None:
         with plain_errors(figures):
@@ -139,9 +138,7 @@ def verdict(name: str, one: PruneReport, perplexity: Mapping[str | Path, float])
     facts = [f"{name}: {one.sparsity:.1%} of the weights in {len(one.layers)} layers are {gone}"]
     dense, value = perplexity.get(DENSE), perplexity.get(one.output or "")
     if dense is not None and value is not None:
-        facts.append(
-            f"perplexity is {value:.2f}, {value / dense:.3f} times that of the dense model ({dense:.2f})"
-        )
+        facts.append(f"perplexity is {value:.2f}, that of the dense model {dense:.2f}")
     if (ratio := ratio_to_wanda(one.solved)) is not None:
         facts.append(f"the error is {ratio:.3f} times that of Wanda's masks at the same sparsity")
     if proven := proven_share(one.solved):

@@ -253,7 +253,7 @@ def test_tables_name_a_row_once_and_sum_errors_per_kind():
         counts = {"swap-optimal": 3, "feasible": 1}
         layers.append(LayerReport(*given, 0.0, counts, 100, False, 0.1, error_wanda=before))
     report = PruneReport(layers, {}, seconds=3.0)
-    assert error_table(report, 2).rows == [("up_proj", "10", "5", "0.500", "8", "75%")]
+    assert error_table(report).rows == [("up_proj", "10", "5", "0.500", "8", "75%")]
     # and errors and perplexities are compared with the start's
     layers = [replace(layer, energy=10.0) for layer in layers]
     options = {"options": {"sparsity": {}}}

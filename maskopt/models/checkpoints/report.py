@@ -271,14 +271,13 @@ class PruneReport:
 
     def table(self) -> list[list[str]]:
         """Headings, and a line for every kind of layer and for all; see `CAPTION`."""
-        held = any(layer.relative_held is not None for layer in self.layers)
         shown = {
             "pruned": len({layer.pattern for layer in self.layers}) > 1,
             "Wanda": True,
             "before update": any(layer.error_kept is not None for layer in self.layers),
             "error": True,
             "error/Wanda": True,
-            "held-out error": held,
+            "held-out error": any(layer.relative_held is not None for layer in self.layers),
             "proven": True,
         }
         names = [name for name, has in shown.items() if has]
