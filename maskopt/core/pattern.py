@@ -58,7 +58,7 @@ class Unstructured:
         else:
             object.__setattr__(self, "keep", int(self.keep or 0))
         if self.per not in ("row", "layer"):
-            raise PatternError(f"per must be 'row' or 'layer', not {self.per!r}")
+            raise PatternError(f"per must be one of: row, layer; not {self.per!r}")
         if self.max_deviation is not None:
             if not self.shared_budget:
                 raise PatternError("max_deviation=… needs per='layer'")

@@ -137,7 +137,7 @@ def check_format(path: Path | None, *, overwrite: bool) -> None:
             import pyarrow  # noqa: F401
         except ImportError:
             raise OptionError(
-                "Parquet needs the package pyarrow: pip install 'maskopt[parquet]', or name a .csv or .jsonl"
+                "Parquet needs the package pyarrow: pip install pyarrow, or name a .csv or .jsonl"
             ) from None
 
 

@@ -96,10 +96,10 @@ class Registry:
         return loaded
 
 
-def missing_package(package: str, install: str) -> str | None:
+def missing_package(package: str) -> str | None:
     """For `unavailable`: that a package is not installed, and what installs it; None: it is."""
     if importlib.util.find_spec(package) is None:
-        return f"the package {package} is not installed; pip install {install}"
+        return f"the package {package} is not installed; pip install {package}"
     return None
 
 

@@ -300,7 +300,7 @@ class Solution:
             import pandas
         except ImportError:
             raise OptionError(
-                "to_frame needs the package pandas: pip install 'maskopt[frame]'; or take columns()"
+                "to_frame needs the package pandas: pip install pandas; or take columns()"
             ) from None
         return pandas.DataFrame(self.columns())
 

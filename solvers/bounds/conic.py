@@ -39,7 +39,7 @@ class ConicBound(BoundMethod):
 
     @classmethod
     def unavailable(cls) -> str | None:
-        return missing_package("scs", "'maskopt[conic]'")
+        return missing_package("scs")
 
     def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, Trace]:
         penalty = penalty_of(problem.group_size) if self.penalty is None else self.penalty

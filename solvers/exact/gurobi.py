@@ -40,7 +40,7 @@ class Gurobi(RowSolver):
 
     @classmethod
     def unavailable(cls) -> str | None:
-        if reason := missing_package("gurobipy", "'maskopt[gurobi]'"):
+        if reason := missing_package("gurobipy"):
             return reason
         import gurobipy
 

@@ -38,7 +38,7 @@ class Highs(RowSolver):
 
     @classmethod
     def unavailable(cls) -> str | None:
-        return missing_package("highspy", "'maskopt[highs]'")
+        return missing_package("highspy")
 
     def trusted_name(self, problem: LayerProblem) -> str:
         import highspy

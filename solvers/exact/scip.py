@@ -84,7 +84,7 @@ class Scip(RowSolver):
 
     @classmethod
     def unavailable(cls) -> str | None:
-        return missing_package("pyscipopt", "pyscipopt")
+        return missing_package("pyscipopt")
 
     def trusted_name(self, problem: LayerProblem) -> str:
         from pyscipopt import Model

@@ -57,7 +57,8 @@ def verify_smaller(
     """Re-read a folder that `maskopt prune-structured` wrote; the fields of `Verified`."""
     kind, files = record["kind"], record["files"]
     shrunk = {"names": {}, "gone": [], **record["shrunk"]}
-    if not _fits_together(shrunk):
+    asked = record["fingerprint"]["options"].get("removed", [])
+    if not _fits_together(shrunk) or shrunk.get("blocks", []) != asked:
         raise damaged(folder)
     weights = read_weights(folder)
     check_entries(weights, files, needed=(CONFIG,))

@@ -15,9 +15,7 @@ def unavailable(device: torch.device | str | None = None) -> str | None:
     try:
         import triton  # noqa: F401
     except ImportError as error:
-        return (
-            f"the package triton cannot be imported ({error}); pip install 'maskopt[gpu]' (Linux)"
-        )
+        return f"the package triton cannot be imported ({error}); pip install triton (Linux)"
     on_gpu = device is None or torch.device(device).type == "cuda"
     if os.environ.get("TRITON_INTERPRET") == "1" and (device is None or not on_gpu):
         return None

@@ -267,7 +267,7 @@ COMMANDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", but_slow(list(COMMANDS)[:1], COMMANDS))
+@pytest.mark.parametrize("kind", [*COMMANDS][:1] + [slow(kind) for kind in [*COMMANDS][1:]])
 def test_the_command_and_what_comes_after(kind, data, tmp_path):
     family, options, said, card, second = COMMANDS[kind]
     model, out = tiny(family, layers=4 if kind == "blocks" else 2), tmp_path / "out"

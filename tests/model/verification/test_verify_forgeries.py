@@ -513,6 +513,12 @@ def lacks(*path):
     return says(edit("shrunk", *path, to=lambda x: x.pop(last) and x))
 
 
+def other_block(result, *_):
+    for path in (("shrunk", "blocks", 0), REMOVED):
+        forge_manifest(result, edit(*path, to=2))
+
+
+REMOVED = "fingerprint", "options", "removed", 0
 DOWN = "model.layers.{}.mlp.down_proj"
 UP, GATE = (f"model.layers.0.mlp.{x}_proj.weight" for x in ("up", "gate"))
 K, V = "model.layers.0.self_attn.k_proj.weight", "model.layers.1.self_attn.v_proj.weight"
@@ -611,7 +617,8 @@ SMALLER = {
     ],
     "by pattern": [TYPES],
     "blocks": [
-        ("another block", shrunk_says("blocks", 0, to=2), "is of no removed block|not the original's"),
+        ("another block", other_block, "is of no removed block|not the original's"),
+        ("another block asked for", says(edit(*REMOVED, to=2)), "damaged"),
         ("a tensor not gone", lacks("gone", -1), "in only one of the two"),
         ("no names", shrunk_says("names", to={}), "in only one of the two|twice"),
         ("another count", shrunk_says("settings", "num_hidden_layers", to=1), "is not the 1"),

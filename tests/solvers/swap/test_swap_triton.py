@@ -360,7 +360,7 @@ def test_the_solver_takes_the_kernel(pattern):
 def test_a_machine_without_triton_or_a_device_learns_the_reason(monkeypatch):
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "triton", None)
-        assert "maskopt[gpu]" in triton_kernels.unavailable()
+        assert "pip install triton" in triton_kernels.unavailable()
     if DEVICE == "cuda":
         return
     reason = "torch finds no CUDA device"
