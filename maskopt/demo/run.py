@@ -70,8 +70,10 @@ def run_demo(
         output: gets `model/` (the 1-swap model, its masks and manifest) and `report.html`.
         model: one of `maskopt.demo.model.MODELS`.
         sparsity: of every row.
-        samples, windows: for calibration and for evaluation, of seq_len tokens.
-        columns, time_limit: inputs of a toy row, and seconds that SCIP has for it.
+        samples: windows for calibration, of seq_len tokens.
+        windows: for evaluation, of seq_len tokens.
+        columns: inputs of a toy row.
+        time_limit: seconds that SCIP has for it.
 
     Raises:
         ModelError: output holds something (unless `overwrite`, and the demo wrote it); the demo's packages

@@ -48,7 +48,8 @@ def minimize_quadratic(
 
     Args:
         quadratic: Q [n, n], also indefinite; its symmetric part counts.
-        solver, options: as for `search`; `proof=True` keeps the tree of `branch`.
+        solver: as for `search`.
+        options: of the solver; `proof=True` keeps the tree of `branch`.
 
     Raises:
         MaskoptError: as of `RowProblem.from_quadratic` and `solve`.
@@ -102,7 +103,8 @@ def prove(
         output: .npz for masks and trees; the folder `<output>.rows` holds finished rows until all are done.
         start: as for `solve`: a solver, a mask [rows, n], or None.
         limits: the seconds are of all rows together.
-        jobs, on_progress: as for `maskopt.experiments.compare.compare`; a job is a row.
+        jobs: number of rows at a time, as for `maskopt.experiments.compare.compare`.
+        on_progress: called with a `Progress` of rows.
         options: of the solver `branch`.
 
     Raises:

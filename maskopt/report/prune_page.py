@@ -69,7 +69,8 @@ def write_report(
 
     Args:
         outs: folders that `maskopt prune` wrote, to be compared.
-        evaluation, gaps: output of `maskopt eval … --json`, and of `maskopt bound … --output FILE.jsonl`.
+        evaluation: output of `maskopt eval … --json`.
+        gaps: output of `maskopt bound … --output FILE.jsonl` for the first folder.
         picture: name of the tensor whose mask is shown; default: the first one of the first folder.
     """
     check_writable(path, overwrite=overwrite, evaluation=evaluation, gaps=gaps)

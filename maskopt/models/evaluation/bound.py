@@ -130,7 +130,8 @@ def certify_model(
     Args:
         rows_per_layer: sampled from each layer, by the `seed`.
         layers: the same as `include`, among the pruned layers; all of them by default.
-        method, method_options: as for `lower_bound`.
+        method: of the bound, as for `lower_bound`.
+        method_options: of this method.
         jobs: as for `bound_layers`.
         shorthand: options of the walk by name, as for `collect_problems`: `samples`, `seed`, …
 

@@ -67,7 +67,8 @@ def prune_model(
             [samples, length].
         calibration: a list of documents, or as for `read_documents`, with `chat` as `read_conversations`.
         grams: what `collect_grams` wrote of the model, in place of text; as with `calibrate_on` dense.
-        overwrite, resume: replace the result in the folder `output`, or go on with the unfinished run in it.
+        overwrite: replace the result in the folder `output`.
+        resume: go on with the unfinished run in it.
         ranks: the processes that prune together, each with the same call; see `distributed.joined`.
         shorthand: single options by name, with or without `options`, as in `sparsity="2:4"`.
 

@@ -88,7 +88,8 @@ def shrink_model(
 
     Args:
         model: a folder, or a name on the hub.
-        tokenizer_or_tokens, calibration: as for `prune_model`.
+        tokenizer_or_tokens: as for `prune_model`.
+        calibration: as for `prune_model`.
         shorthand: single options by name, with or without `options`: `channels=0.25, heads=0.25`.
         resume: go on with an interrupted run of the same options.
 

@@ -76,7 +76,8 @@ def remove_experts(
 
     Args:
         model: a folder, or a name on the hub.
-        tokenizer_or_tokens, calibration: as for `prune_model`.
+        tokenizer_or_tokens: as for `prune_model`.
+        calibration: as for `prune_model`.
         share: of the experts to remove, rounded down to a whole number of them.
 
     Returns:
