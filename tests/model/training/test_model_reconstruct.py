@@ -307,7 +307,7 @@ def test_bad_input_gets_one_line(monkeypatch):
         ({"update": "none"}, "`training` needs `update` blockwise"),
         ({"how": {"epoch": 3}}, "epochs"),
         ({"how": {"epochs": 0}}, "epochs must be"),
-        ({"how": {"loss": "l1"}}, "relative or square or cosine"),
+        ({"how": {"loss": "l1"}}, "relative, square, cosine"),
     ):
         fails(OptionError, rf"\A.*{message}.*\Z", trained, tiny("llama"), **more)  # in one line
     model = tiny("llama")  # one of its parts is called twice
