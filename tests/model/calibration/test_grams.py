@@ -433,7 +433,7 @@ SKIP, LOSS = {"token_weights": SKIP_FIRST}, {"token_weights": GRADIENT}
 
 def test_bad_input_gets_one_line():
     for options, error, message in (
-        (FIRST_TOKENS, e.OptionError, "uniform or skip-first or relative or gradient"),
+        (FIRST_TOKENS, e.OptionError, "uniform, skip-first, relative, gradient"),
         ({**SKIP, "model": "mixtral"}, e.OptionError, "skip-first needs `all_experts`"),
         ({**SKIP, **ONE}, e.DataError, "windows of a single token"),
         ({**LOSS, **ONE}, e.DataError, "windows of a single token"),

@@ -14,7 +14,7 @@ from commands import run, shows
 from forging import change_tensors, copied, edit, fails, flip, forge_manifest, list_file, shard_of
 from huggingface_hub import ModelCard
 from hypothesis import given, strategies as st
-from prunes import but_slow, contents, prune, read_masks
+from prunes import but_slow, contents, prune, read_masks, smaller
 from safetensors.torch import load_file
 from tiny_models import save, save_with_own_code, tiny, tokens
 from transformers import AutoModelForCausalLM
@@ -307,10 +307,12 @@ def test_every_card_outlives_packs_prunes_and_stops(snapshot, carded, tmp_path, 
     assert (packed / "README.md").read_bytes() == card
     unpack_folder(packed, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(carded)
-    prune(carded, twice, sparsity=0.75)
+    smaller(snapshot, first := tmp_path / "first", count=1)
+    prune(first, twice)
     assert (twice / "README-original.md").read_text() == CARD
-    assert (twice / "README-original-2.md").read_bytes() == card
-    verify_model(twice, carded)
+    assert (twice / "README-original-2.md").read_bytes() == (first / "README.md").read_bytes()
+    verify_model(twice, first)
+    fails(ModelError, "was pruned by maskopt already", prune, carded, tmp_path / "third")
     stopped = tmp_path / "stopped"
     with monkeypatch.context() as patched:
         patched.setattr(running, "write_manifest", Mock(side_effect=KeyboardInterrupt))

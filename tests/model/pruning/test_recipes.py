@@ -136,7 +136,7 @@ def test_the_recipes_are_those_that_were_measured():
 
 def test_what_cannot_be(dense, data, tmp_path):
     prune = partial(prune_model, dense, tokens(16), sparsity=0.5, output=tmp_path / "out")
-    fails(OptionError, "fast or balanced or best, not 'finest'", prune, recipe="finest")
+    fails(OptionError, "fast, balanced, best; not 'finest'", prune, recipe="finest")
     fails(OptionError, "give them by name", prune, options=PruneOptions(0.5), recipe="best")
     fails(OptionError, "`distillation` needs windows", prune, distillation={"epochs": 1})
     how = {"holdout": 0.25, "distillation": {"epochs": 1}}
