@@ -72,7 +72,8 @@ def test_the_highest_within_limits_have_the_least_sum_pruned(rows, n, seed, ties
     generator = torch.Generator().manual_seed(seed)
     score = torch.rand(rows, n, generator=generator, dtype=torch.float64)
     score = (3 * score).floor() if ties else score
-    pattern = pool(*(round(x, 2) for x in torch.rand(2, generator=generator).tolist()))
+    share, apart = torch.rand(2, generator=generator).tolist()
+    pattern = pool(round(0.99 * share, 2), round(apart, 2))
     problem = LayerProblem(torch.ones(rows, n), torch.eye(n), pattern)
     mask = keep_highest(problem, score)
     assert bool(pattern.is_legal(mask).all())
