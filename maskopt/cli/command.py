@@ -100,7 +100,7 @@ class Command:
         example: last line of the help.
         config: whether options may come from a file.
         shared: whether several processes can run it together.
-        completed: adds to the given values those that they imply, e.g. of a recipe.
+        completed: adds the values that the given ones imply, e.g. of a recipe.
     """
 
     name: str

@@ -81,7 +81,7 @@ def capture(
     """Run all before the blocks, and record how each block is called, without its weights.
 
     Args:
-        tokens: int64 [all samples, length]; `samples` are those that run here.
+        tokens: int64 [all samples, length]; `samples` are those of this process.
         activation_folder: given the bytes of their hidden states, where to keep them (None: memory).
     """
     recorders = _Recorders(model, blocks, device)
