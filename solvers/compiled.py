@@ -71,7 +71,12 @@ def part(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 class _Loop(CPUDispatcher):
-    """A Ctrl-C that comes while Numba makes Python's objects of results arrives as what it is."""
+    """The clock of solvers stands still while a loop is compiled or loaded. A Ctrl-C while Numba makes
+    Python objects of results arrives as KeyboardInterrupt."""
+
+    def compile(self, sig: Any) -> Any:
+        with clock.stopped():
+            return super().compile(sig)
 
     def __call__(self, *arguments: Any) -> Any:
         try:
@@ -201,15 +206,11 @@ def source_key(file: Path) -> str:
 
 
 class _Notice(event.Listener):
-    """Stops the clock of solvers, and reports the first compilation of a loop of this package in this
-    process."""
+    """Reports the first compilation of a loop of this package in this process."""
 
-    reported, nested = False, 0
+    reported = False
 
     def on_start(self, happening: event.Event) -> None:
-        if not self.nested:  # one thread at a time compiles
-            clock.stop()
-        self.nested += 1
         # of a function that `exec` made the module is None
         module = happening.data["dispatcher"].py_func.__module__ or ""
         if module.startswith("maskopt.solvers.") and not self.reported:
@@ -217,9 +218,7 @@ class _Notice(event.Listener):
             _log.info(NOTICE)
 
     def on_end(self, happening: event.Event) -> None:
-        self.nested -= 1
-        if not self.nested:
-            clock.go()
+        """Nothing is reported."""
 
 
 event.register("numba:compile", _Notice())

@@ -40,24 +40,33 @@ KEYWORDS = {
 
 
 class _Clock:
-    """Seconds of `time.monotonic()`, those apart in which loops are compiled: neither `seconds` of a solution
-    nor a time limit counts them."""
+    """Seconds of `time.monotonic()`, those apart in which loops are compiled or loaded: neither `seconds` of
+    a solution nor a time limit counts them."""
 
     def __init__(self) -> None:
-        #: seconds of compilation so far, and when the one under way began; replaced as one by a single thread
+        self._lock, self._depth = threading.Lock(), 0
+        #: seconds of compilation so far, and when the one under way began
         self._compiled: tuple[float, float | None] = 0.0, None
 
     def __call__(self) -> float:
         before, since = self._compiled
         return (time.monotonic() if since is None else since) - before
 
-    def stop(self) -> None:
-        self._compiled = self._compiled[0], time.monotonic()
-
-    def go(self) -> None:
-        before, since = self._compiled
-        assert since is not None
-        self._compiled = before + time.monotonic() - since, None
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Let it stand still, until the last of several threads and nested calls ends."""
+        with self._lock:
+            self._depth += 1
+            if self._depth == 1:
+                self._compiled = self._compiled[0], time.monotonic()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._depth -= 1
+                before, since = self._compiled
+                if not self._depth and since is not None:
+                    self._compiled = before + time.monotonic() - since, None
 
 
 clock = _Clock()

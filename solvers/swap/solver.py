@@ -173,12 +173,11 @@ def make_kernel(name: str, batch: Batch, memory: int, threads: int) -> Kernel:
 
 def _choose_kernel(kernel: str, problem: LayerProblem) -> str:
     on_cpu = problem.device.type == "cpu"
-    missing = triton_unavailable(problem.device)
     if kernel == "auto":
         if on_cpu:
             return "numba"
-        return "triton" if missing is None else "torch"
-    if kernel == "triton" and missing:
+        return "torch" if triton_unavailable(problem.device) else "triton"
+    if kernel == "triton" and (missing := triton_unavailable(problem.device)):
         raise SolverError(
             f"swap: kernel 'triton' cannot run here: {missing}; or use kernel='torch'"
         )

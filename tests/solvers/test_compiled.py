@@ -79,11 +79,11 @@ def test_compilation_counts_neither_as_seconds_nor_towards_a_limit(monkeypatch):
         wait(100.0)
         return types.void(), lambda context, *rest: context.get_dummy_value()
 
-    @numba.njit
+    @compiled.loop()
     def inner():
         slow_to_compile()
 
-    @numba.njit
+    @compiled.loop()
     def loop():
         inner()
 
