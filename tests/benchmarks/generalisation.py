@@ -1,4 +1,4 @@
-"""Masks judged on text that they were not fitted to. Writes docs/results/generalisation.md.
+"""Pruned models on text that they were not fitted to: models.csv and others (docs/results/index.md#models).
 
     python tests/benchmarks/generalisation.py --calibration valid.txt --text test.txt --corpus WikiText-2
     python tests/benchmarks/generalisation.py … --only bos --models gemma3
@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from book import ROOT, Book
+from book import FIGURES, TABLES, Book
 from generalisation_cases import STUDIES, Case
-from generalisation_page import write
 from judges import dense_errors, judging_layers
 from machine import machine
+from tables import write
 from yardsticks import shared_out
 
 from maskopt.demo.model import MODELS, demo_model
@@ -43,16 +43,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calibration", required=True, help="text that masks are fitted to")
     parser.add_argument("--text", required=True, help="text that models are judged on")
-    parser.add_argument("--corpus", help="where the two texts are from, for the page")
+    parser.add_argument("--corpus", help="where the two texts are from")
     parser.add_argument("--windows", type=int, default=32, help="of 512 tokens")
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--only", nargs="*", choices=list(STUDIES), default=list(STUDIES))
-    parser.add_argument(
-        "--data", type=Path, default=ROOT / "docs" / "results" / "figures" / "generalisation.jsonl"
-    )
-    parser.add_argument(
-        "--page", type=Path, default=ROOT / "docs" / "results" / "generalisation.md"
-    )
+    parser.add_argument("--data", type=Path, default=FIGURES / "generalisation.jsonl")
+    parser.add_argument("--tables", type=Path, default=TABLES, help="folder for the CSV files")
     args = parser.parse_args()
     book = Book(args.data)
     book.begin(about(args))
@@ -65,8 +61,7 @@ def main() -> None:
             ]
             for first in range(0, len(missing), TOGETHER):
                 measure(args, book, name, missing[first : first + TOGETHER])
-    write(book, args.page)
-    print(f"wrote {args.page}")
+    write("generalisation", book, folder=args.tables)
 
 
 def repeat(book: Book, name: str, study: str) -> None:
