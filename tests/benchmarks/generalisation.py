@@ -69,13 +69,13 @@ def repeat(book: Book, name: str, study: str) -> None:
     others = [c for make in STUDIES.values() if make is not STUDIES[study] for c in make(name)]
     for case in STUDIES[study](name):
         for judged, key in case.keys.items():
-            same = (o.keys[judged] for o in others if judged in o.keys and alike(o, case))
+            same = (o.keys[judged] for o in others if judged in o.keys and same_prune(o, case))
             known = next((other for other in same if other in book), None)
             if key not in book and known is not None:
                 book.put(key, book.lines[known])
 
 
-def alike(one: Case, other: Case) -> bool:
+def same_prune(one: Case, other: Case) -> bool:
     """The same prune, however its options are given."""
     same = prune_options(None, one.options) == prune_options(None, other.options)
     return same and one._replace(options={}, keys={}) == other._replace(options={}, keys={})
@@ -101,7 +101,7 @@ def measure(args: argparse.Namespace, book: Book, name: str, cases: Sequence[Cas
         for number, case in enumerate(cases):
             judges = judging_layers(dense, args.calibration)
             prune = case._replace(masks_alone=False, distilled=None)
-            known = [x for x in pruned if alike(x[0], prune)]
+            known = [x for x in pruned if same_prune(x[0], prune)]
             if known:
                 _, out, report = known[0]
             else:

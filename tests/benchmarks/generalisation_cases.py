@@ -77,7 +77,7 @@ AFTER: dict[str, dict[str, Any]] = {
     "trained": {"update": "blockwise"},
     "parts trained": {"update": "blockwise", "training": PARTS},
 }
-#: label → other options: the same mask before and after its kept weights are set anew
+#: label → other options: the same mask before and after its kept weights are updated
 TRAINED: dict[str, dict[str, Any]] = {
     **{
         f"1-swap, {after}": {"solver": "swap", **AFTER[after]}
@@ -140,7 +140,7 @@ CELLS: dict[str, dict[str, Any]] = {
 }
 #: of them, those of every pattern and budget
 EVERYWHERE = ("ADMM, trained", "ADMM, least squares", "1-swap, unchanged")
-#: label → other options: who trades, and what errors count
+#: label → other options: where sparsity may differ, and how errors are weighted
 ALLOCATIONS: dict[str, dict[str, Any]] = {
     "uniform": {},
     "rows, uniform": {"allocation": "rows", "sensitivity": "uniform", "max_deviation": 1},
@@ -154,10 +154,10 @@ ALLOCATIONS: dict[str, dict[str, Any]] = {
     "layers and rows, fisher": {"allocation": "both", "sensitivity": "fisher"},
     "blocks, kl": {"allocation": "layers", "sensitivity": "kl"},
 }
-#: other methods' shares of blocks that trade
+#: other methods that choose the sparsity of blocks
 SHARES = ("OWL", "DLP")
 #: pattern → which of them
-TRADES: dict[str, tuple[str, ...]] = {
+ALLOCATED: dict[str, tuple[str, ...]] = {
     "50%": (
         *("uniform", "rows, fisher", "rows, fisher, ± 0.1"),
         *("layers, fisher", "layers and rows, fisher", "blocks, kl"),
@@ -165,7 +165,7 @@ TRADES: dict[str, tuple[str, ...]] = {
     "60%": ("uniform", "layers, fisher"),
     "70%": tuple(ALLOCATIONS),
 }
-TRADING = {
+UNSTRUCTURED = {
     "50%": Unstructured(sparsity=0.5),
     "60%": Unstructured(sparsity=0.6),
     "70%": Unstructured(sparsity=0.7),
@@ -183,7 +183,7 @@ SCARCE: dict[str, tuple[Pattern, int]] = {
 }
 #: most swaps of a row
 STOPS = (0, 10, 40, 160, None)
-#: windows beside those that masks are fitted to, to tell held-out errors
+#: more windows, for held-out errors
 HELD = 8
 
 
@@ -203,7 +203,7 @@ class Case(NamedTuple):
 
 
 def calibrated(fitted: int) -> dict[str, Any]:
-    """On so many windows, HELD more kept aside."""
+    """On so many windows, HELD more held out."""
     return {"samples": fitted + HELD, "holdout": (HELD + 0.5) / (fitted + HELD)}
 
 
@@ -252,30 +252,30 @@ def training_options(name: str) -> Iterator[Case]:
 
 
 def allocation(name: str) -> Iterator[Case]:
-    for label, pattern in TRADING.items():
-        for trade in TRADES[label]:
-            how = {"sparsity": pattern, **calibrated(32), **ALLOCATIONS[trade]}
-            yield Case(how, {"auto": f"allocation/{name}/{label}/{trade}"})
+    for label, pattern in UNSTRUCTURED.items():
+        for where in ALLOCATED[label]:
+            how = {"sparsity": pattern, **calibrated(32), **ALLOCATIONS[where]}
+            yield Case(how, {"auto": f"allocation/{name}/{label}/{where}"})
     for method in SHARES:
-        how = {"sparsity": TRADING["70%"], **calibrated(32), "allocation": "layers"}
+        how = {"sparsity": UNSTRUCTURED["70%"], **calibrated(32), "allocation": "layers"}
         yield Case(how, {"auto": f"allocation/{name}/70%/blocks, {method}"}, method)
 
 
 def combined(name: str) -> Iterator[Case]:
-    for label, pattern in TRADING.items():
-        for trade in ("layers, fisher", "uniform", "rows, fisher, ± 0.1"):
-            yield from (cell(name, label, pattern, trade, weights) for weights in EVERYWHERE)
+    for label, pattern in UNSTRUCTURED.items():
+        for where in ("layers, fisher", "uniform", "rows, fisher, ± 0.1"):
+            yield from (cell(name, label, pattern, where, weights) for weights in EVERYWHERE)
     for weights in ("ADMM, least squares", "1-swap, unchanged"):
-        yield cell(name, "50%", TRADING["50%"], "rows, fisher", weights)
+        yield cell(name, "50%", UNSTRUCTURED["50%"], "rows, fisher", weights)
     two = NM(keep=2, of=4)
     yield from (cell(name, "2:4", two, "uniform", weights) for weights in EVERYWHERE)
-    yield cell(name, "50%", TRADING["50%"], "uniform", "Wanda, unchanged")
-    others = cell(name, "50%", TRADING["50%"], "uniform", "SparseGPT")
+    yield cell(name, "50%", UNSTRUCTURED["50%"], "uniform", "Wanda, unchanged")
+    others = cell(name, "50%", UNSTRUCTURED["50%"], "uniform", "SparseGPT")
     yield from (others, distilled(others))
-    half = cell(name, "50%", TRADING["50%"], "uniform", "ADMM, trained")
+    half = cell(name, "50%", UNSTRUCTURED["50%"], "uniform", "ADMM, trained")
     yield distilled(half, ", other windows", seed=1)
     best: dict[str, tuple[Pattern, str]] = {
-        "50%": (TRADING["50%"], "layers, fisher"),
+        "50%": (UNSTRUCTURED["50%"], "layers, fisher"),
         "2:4": (two, "uniform"),
     }
     for label, how in best.items():
@@ -297,9 +297,9 @@ def windows_of(options: dict[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in ("samples", "holdout")}
 
 
-def cell(name: str, label: str, pattern: Pattern, trade: str, weights: str) -> Case:
-    how = {"sparsity": pattern, **calibrated(64), **ALLOCATIONS[trade], **CELLS[weights]}
-    return Case(how, {"auto": f"combined/{name}/{label}/{trade}/{weights}"})
+def cell(name: str, label: str, pattern: Pattern, where: str, weights: str) -> Case:
+    how = {"sparsity": pattern, **calibrated(64), **ALLOCATIONS[where], **CELLS[weights]}
+    return Case(how, {"auto": f"combined/{name}/{label}/{where}/{weights}"})
 
 
 def distillation_rates(name: str) -> Iterator[Case]:

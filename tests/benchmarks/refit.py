@@ -45,7 +45,7 @@ TOY_SECONDS = 120
 #: the search beyond 1-swap optima, and of layers too wide to go through it whole so many rows
 BEYOND: dict[str, Any] = {"generations": 10, "children": 4, "pool": 6}
 BEYOND_ROWS = 128
-#: rows of the plain loop that least squares are timed beside
+#: rows of the plain loop that least squares are compared with
 LOOP = 64
 EVERY = {**PATTERNS, **POOLED}
 #: label → solver that chooses, start, whether it chooses for updated weights, power of D
@@ -164,8 +164,8 @@ def measured(
 
 
 def pace(problem: LayerProblem) -> dict[str, Any]:
-    """Seconds a row that least squares take of Wanda's mask at 50%: all rows, likewise where they trade, and
-    a plain loop over some."""
+    """Seconds a row that least squares take of Wanda's mask at 50%: all rows, also under a
+    shared budget, and a plain loop over some."""
     mask = solve(problem, "wanda").mask
     traded = solve(problem.under(POOLED["50% per layer"]), "wanda").mask
     squares = problem.least_squares
@@ -215,8 +215,8 @@ def toys(problem: LayerProblem, n: int) -> dict[str, Any]:
 
 
 def beyond(problem: LayerProblem, judge: LayerProblem) -> dict[str, Any]:
-    """Some rows of a layer at 50%: masks of `memetic` beside the 1-swap optima that it begins with, by F
-    and held out.
+    """Some rows of a layer at 50%: masks of `memetic` compared with the 1-swap optima that it begins with,
+    by F and held out.
 
     `held` is the quotient of the rows' held-out errors, all together, and `about` its standard error.
     """

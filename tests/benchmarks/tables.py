@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -61,6 +62,27 @@ def _taken(record: Record) -> Row:
 
 def _minutes(seconds: float | None) -> float | None:
     return None if seconds is None else seconds / 60
+
+
+#: a column: the name of a figure in a measurement, or made of the measurement
+Column = str | Callable[[Record], Any]
+
+
+def study(
+    prefix: str, parts: Sequence[str], columns: Mapping[str, Column], evaluations: bool = False
+) -> Callable[[Lines], Iterator[Row]]:
+    """A row for each measurement whose key begins with the prefix: the parts of its key, then the columns."""
+
+    def make(lines: Lines) -> Iterator[Row]:
+        for key, record in sorted(family(lines, prefix).items()):
+            row: Row = dict(zip(parts, key.split("/"), strict=True))
+            if "model" in row:
+                row["model"] = TITLES[row["model"]]
+            for name, of in columns.items():
+                row[name] = of(record) if callable(of) else record.get(of)
+            yield {**row, **(evaluated(record) if evaluations else {}), **_taken(record)}
+
+    return make
 
 
 # --- pruned models: generalisation.py
@@ -310,19 +332,6 @@ def mask_starts(lines: Lines) -> Iterator[Row]:
         yield from (*found, _averaged(found, layer="mean of layers"))
 
 
-def mask_interaction(lines: Lines) -> Iterator[Row]:
-    """Swaps chosen without the term −2 w_u w_p G_up."""
-    for layer, record in family(lines, "interaction/").items():
-        yield {
-            "layer": layer,
-            "error_ratio_to_wanda_with_the_term": mean(record["full"]),
-            "without_at_the_end": mean(record["error"]),
-            "without_best_on_the_way": mean(record["best"]),
-            "swaps_per_row_without": record["swaps"],
-            **_taken(record),
-        }
-
-
 def mask_relaxation(lines: Lines) -> Iterator[Row]:
     """64 rows of sixteen layers: searches from Wanda's mask and from the relaxation's."""
     names = {
@@ -357,24 +366,6 @@ def mask_moves(lines: Lines) -> Iterator[Row]:
                     "milliseconds_per_row": 1000 * record[f"{name} seconds"],
                     **_taken(record),
                 }
-
-
-def relaxation_time(lines: Lines) -> Iterator[Row]:
-    """All rows of a layer."""
-    for key, record in family(lines, "whole/").items():
-        layer, start = key.split("/")
-        yield {
-            "layer": layer,
-            "rows": record["rows"],
-            "inputs": record["n"],
-            "threads": record["threads"],
-            "start": start,
-            "steps_before_hardening": record["iterations"],
-            "gap_of_relaxation": record["relaxed_gap"] if record["iterations"] else None,
-            "relaxation_seconds": record["relax_seconds"],
-            "swap_seconds": record["swap_seconds"],
-            **_taken(record),
-        }
 
 
 def whole_model(lines: Lines) -> Iterator[Row]:
@@ -440,17 +431,6 @@ def long_search_runs(lines: Lines) -> Iterator[Row]:
             }
 
 
-def small_rows(lines: Lines) -> Iterator[Row]:
-    """Rows of 80 inputs at 60%: objectives and bounds as ratios to the proven optimum."""
-    for key, record in family(lines, "blame/").items():
-        if record["status"] == "optimal":
-            layer, row = key.split("/")
-            names = {"1_swap": "swap", "relax": "relax", "tabu": "tabu"}
-            names |= {"sdp_bound": "sdp", "box_bound": "box"}
-            ratios = {f"{name}_ratio_to_optimum": record[of] for name, of in names.items()}
-            yield {"layer": layer, "row": row, **ratios, **_taken(record)}
-
-
 # --- least-squares updates of layers: refit.py
 def updates(lines: Lines) -> Iterator[Row]:
     found = {tuple(k.split("/", 2)): r for k, r in lines.items() if "kept_held" in r}
@@ -499,66 +479,7 @@ def updates_small_rows(lines: Lines) -> Iterator[Row]:
             }
 
 
-def updates_memetic(lines: Lines) -> Iterator[Row]:
-    """Memetic search compared with the 1-swap optima that it starts from, at 50%."""
-    for layer, record in family(lines, "beyond/").items():
-        yield {
-            "layer": layer,
-            "rows": record["count"],
-            "objective_ratio": record["least"],
-            "held_out_error_ratio": record["held"],
-            "held_out_standard_error": record["about"],
-            **_taken(record),
-        }
-
-
-def least_squares_time(lines: Lines) -> Iterator[Row]:
-    for layer, record in family(lines, "pace/").items():
-        yield {
-            "layer": layer,
-            "inputs": record["n"],
-            "seconds_per_row": record["ours"],
-            "seconds_per_row_shared_budget": record["trading"],
-            "seconds_per_row_plain_loop": record["loop"],
-            **_taken(record),
-        }
-
-
 # --- structures.py
-def structures(lines: Lines) -> Iterator[Row]:
-    """Channels of the MLP, and heads."""
-    for key, record in sorted(family(lines, "channels/").items()):
-        model, removed, method, update = key.split("/")
-        diagonal = record.get("diagonal", {})
-        cheaper = sum(record["errors"][name] < cost for name, cost in diagonal.items())
-        words = {"structure": "channels", "removed": removed, "chosen_by": method, "update": update}
-        searched = method in ("swap", "tabu") and diagonal
-        yield {
-            "model": TITLES[model],
-            **words,
-            **evaluated(record),
-            "layers": len(record["errors"]),
-            "layers_cheaper_than_wanda_sp": cheaper if searched else None,
-            "layers_proven_optimal": None,
-            "slowest_layer_seconds": record["slowest"],
-            **_taken(record),
-        }
-    for key, record in sorted(family(lines, "heads/").items()):
-        model, update = key.split("/")
-        words = {"structure": "heads", "removed": f"{record['removed']:.1%}"}
-        yield {
-            "model": TITLES[model],
-            **words,
-            "chosen_by": "default",
-            "update": update,
-            **evaluated(record),
-            "layers": len(record["errors"]),
-            "layers_proven_optimal": record["proven"],
-            "slowest_layer_seconds": record["slowest"],
-            **_taken(record),
-        }
-
-
 def structure_gaps(lines: Lines) -> Iterator[Row]:
     """25% of the channels by `swap`, and heads: certified gaps of the choices."""
     for model, record in sorted(family(lines, "gaps/").items()):
@@ -571,21 +492,6 @@ def structure_gaps(lines: Lines) -> Iterator[Row]:
                 "slowest_layer_of_model_seconds": record["slowest"],
                 **_taken(record),
             }
-
-
-def blocks(lines: Lines) -> Iterator[Row]:
-    for key, record in sorted(family(lines, "blocks/").items()):
-        model, count, method = key.split("/")
-        yield {
-            "model": TITLES[model],
-            "blocks": count,
-            "chosen_by": method,
-            "removed": " ".join(map(str, record["removed"])),
-            "quadratic_cost_on_calibration": record["cost"],
-            **evaluated(record),
-            "proving_seconds": record.get("solving"),
-            **_taken(record),
-        }
 
 
 def structure_speed(lines: Lines) -> Iterator[Row]:
@@ -601,6 +507,97 @@ def structure_speed(lines: Lines) -> Iterator[Row]:
                 **_taken(record),
             }
 
+
+#: without the term −2 w_u w_p G_up
+mask_interaction = study(
+    "interaction/",
+    ("layer",),
+    {
+        "error_ratio_to_wanda_with_the_term": lambda r: mean(r["full"]),
+        "without_at_the_end": lambda r: mean(r["error"]),
+        "without_best_on_the_way": lambda r: mean(r["best"]),
+        "swaps_per_row_without": "swaps",
+    },
+)
+relaxation_time = study(
+    "whole/",
+    ("layer", "start"),
+    {
+        "rows": "rows",
+        "inputs": "n",
+        "threads": "threads",
+        "steps_before_hardening": "iterations",
+        "gap_of_relaxation": lambda r: r["relaxed_gap"] if r["iterations"] else None,
+        "relaxation_seconds": "relax_seconds",
+        "swap_seconds": "swap_seconds",
+    },
+)
+#: rows of 80 inputs at 60%
+small_rows = study(
+    "blame/",
+    ("layer", "row"),
+    {
+        "status": "status",
+        "1_swap_ratio_to_optimum": "swap",
+        "relax_ratio_to_optimum": "relax",
+        "tabu_ratio_to_optimum": "tabu",
+        "sdp_bound_ratio_to_optimum": "sdp",
+        "box_bound_ratio_to_optimum": "box",
+    },
+)
+#: memetic search compared with the 1-swap optima that it starts from, at 50%
+updates_memetic = study(
+    "beyond/",
+    ("layer",),
+    {
+        "rows": "count",
+        "objective_ratio": "least",
+        "held_out_error_ratio": "held",
+        "held_out_standard_error": "about",
+    },
+)
+least_squares_time = study(
+    "pace/",
+    ("layer",),
+    {
+        "inputs": "n",
+        "seconds_per_row": "ours",
+        "seconds_per_row_shared_budget": "trading",
+        "seconds_per_row_plain_loop": "loop",
+    },
+)
+CHOICES: Mapping[str, Column] = {
+    "layers": lambda r: len(r["errors"]),
+    "layers_cheaper_than_wanda_sp": lambda r: (
+        sum(r["errors"][layer] < cost for layer, cost in r["diagonal"].items())
+        if "diagonal" in r
+        else None
+    ),
+    "layers_proven_optimal": "proven",
+    "slowest_layer_seconds": "slowest",
+}
+channels = study(
+    "channels/",
+    ("model", "removed", "chosen_by", "update"),
+    {"structure": lambda r: "channels of the MLP", **CHOICES},
+    evaluations=True,
+)
+heads = study(
+    "heads/",
+    ("model", "update"),
+    {"structure": lambda r: "heads", "removed": lambda r: f"{r['removed']:.1%}", **CHOICES},
+    evaluations=True,
+)
+blocks = study(
+    "blocks/",
+    ("model", "blocks", "chosen_by"),
+    {
+        "removed": lambda r: " ".join(map(str, r["removed"])),
+        "quadratic_cost_on_calibration": "cost",
+        "proving_seconds": "solving",
+    },
+    evaluations=True,
+)
 
 #: script → its JSONL files
 BOOKS: Mapping[str, tuple[str, ...]] = {
@@ -631,7 +628,7 @@ FILES: Mapping[str, Mapping[str, Callable[[Lines], Iterable[Row]]]] = {
         "least_squares_time": least_squares_time,
     },
     "structures": {
-        "structures": structures,
+        "structures": lambda lines: chain(channels(lines), heads(lines)),
         "structure_gaps": structure_gaps,
         "blocks": blocks,
         "structure_speed": structure_speed,
