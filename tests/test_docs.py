@@ -1,6 +1,6 @@
 """The documentation builds strictly, every page is reachable, and its examples run."""
 
-import importlib
+import csv
 import re
 import subprocess
 import sys
@@ -41,42 +41,59 @@ def test_the_examples_run(page, tmp_path, monkeypatch):
     exec(compile("\n".join(blocks), page, "exec"), {"__name__": "example"})
 
 
-PAGES = {name: (name,) for name in ("generalisation", "structures", "refit")}
-PAGES["quality"] = ("quality", "quality-gaps", "quality-seconds")
-#: of the study without measurements, and its row
+#: of the study without measurements, and what stands in its row
 RATE = {"divergence": [0.2, 0.1], "perplexity": 20.0, "ratio": [1.2, 1.1, 1.3], "kl": 0.1}
-CELLS = ["Gemma 3 270M", "0.0003", "0.2000", "0.1000", "20.0", "1.200 (1.100 to 1.300)", "0.100"]
+CELLS = {
+    "model": "Gemma 3 270M",
+    "setting": "learning_rate=0.0003",
+    "held_out_kl_before_distilling_nats": 0.2,
+    "held_out_kl_after_distilling_nats": 0.1,
+    "perplexity": 20.0,
+    "perplexity_ratio_to_dense": 1.2,
+    "ratio_low": 1.1,
+    "ratio_high": 1.3,
+    "kl_to_dense_nats": 0.1,
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PAGES)
-def test_a_page_is_what_its_measurements_make(name, benchmarks, tmp_path):
+@pytest.mark.parametrize("script", ["generalisation", "quality", "refit", "structures"])
+def test_the_tables_are_what_the_measurements_make(script, benchmarks, tmp_path):
     from book import Book
+    from tables import BOOKS, FILES, models, write
 
-    books = [Book(RESULTS / "figures" / f"{file}.jsonl") for file in PAGES[name]]
-    importlib.import_module(f"{name}_page").write(*books, tmp_path / f"{name}.md")
-    page = (tmp_path / f"{name}.md").read_text()
-    assert page == (RESULTS / f"{name}.md").read_text()
-    if name == "generalisation":
-        from generalisation_studies import STUDIES
-
-        for study in STUDIES:
-            measured = any(key.startswith(study.name + "/") for key in books[0].lines)
-            assert (f"## {study.title}" in page) == measured
-            if not measured:
-                row = study.text({"rates/gemma3/0.0003": RATE}).splitlines()[-1]
-                assert [cell.strip() for cell in row.strip("|").split("|")] == CELLS
-        assert (tmp_path / "figures" / "generalisation.png").stat().st_size > 1000
+    books = [Book(RESULTS / "figures" / f"{name}.jsonl") for name in BOOKS[script]]
+    write(script, *books, folder=tmp_path)
+    made = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert made == {name: (RESULTS / "tables" / name).read_text() for name in made}
+    assert {f"{name}.csv" for name in FILES[script]} - made.keys() <= {"mask_moves.csv"}
+    if script == "generalisation":
+        (row,) = models({"distillation-rates/gemma3/0.0003": RATE})
+        assert {name: row[name] for name in CELLS} == CELLS
 
 
-def test_a_page_from_a_busy_machine_has_the_seconds_of_an_idle_one(benchmarks):
-    from quality_page import with_seconds_of
+@pytest.mark.slow
+def test_the_charts_are_drawn_from_the_tables(benchmarks, tmp_path):
+    from charts import CHARTS, main
 
-    busy = {"a": {"error": 0.5, "seconds": 9.0, "of": {"seconds_per_row": 9.0, "error": 0.1}}}
-    idle = {"a": {"error": 0.7, "seconds": 1.0, "of": {"seconds_per_row": 2.0}}}
-    a = {"error": 0.5, "seconds": 1.0, "of": {"seconds_per_row": 2.0, "error": 0.1}}
-    other = {"whole/b": {"n": 3}}
-    assert with_seconds_of(idle | other, busy) == {"a": a} | other
+    main(tmp_path)
+    assert {path.stem for path in tmp_path.iterdir()} == CHARTS.keys()
+    assert all(path.stat().st_size > 1000 for path in tmp_path.iterdir())
+
+
+def test_the_summary_of_the_results_names_every_table_and_has_their_figures():
+    text, intervals = (RESULTS / "index.md").read_text(), set()
+    columns = ("perplexity_ratio_to_dense", "ratio_low", "ratio_high")
+    for path in (RESULTS / "tables").glob("*.csv"):
+        assert f"(tables/{path.name})" in text, path.name
+        with path.open(newline="") as file:
+            rows = [
+                row for row in csv.DictReader(file) if row.get("ratio_low") and columns[0] in row
+            ]
+        intervals |= {tuple(f"{float(row[c]):.3f}" for c in columns) for row in rows}
+    shown = set(re.findall(r"(\d\.\d{3}) \((\d\.\d{3}) to (\d\.\d{3})\)", text))
+    assert len(shown) > 30
+    assert shown <= intervals
 
 
 def test_measurements_that_were_taken_in_another_way_are_not_mixed(benchmarks, tmp_path):

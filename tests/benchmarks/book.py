@@ -1,9 +1,8 @@
-"""Finished measurements in a file, and what their pages have in common."""
+"""Finished measurements in a file, and what the scripts have in common."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,9 @@ from maskopt import NM, Unstructured
 from maskopt.core.pattern import Pattern
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "results"
+FIGURES, TABLES = RESULTS / "figures", RESULTS / "tables"
+TITLES = {"gemma3": "Gemma 3 270M", "smollm2": "SmolLM2 135M Instruct"}
 PATTERNS: dict[str, Pattern] = {
     "50%": Unstructured(sparsity=0.5),
     "60%": Unstructured(sparsity=0.6),
@@ -23,7 +25,7 @@ POOLED: dict[str, Pattern] = {
     "60% per layer": Unstructured(sparsity=0.6, per="layer"),
 }
 #: what may differ between runs whose measurements are in one file
-TOLD = ("date", "note", "corpus")
+MAY_DIFFER = ("date", "note", "corpus")
 
 Record = Mapping[str, Any]
 
@@ -89,7 +91,7 @@ class Book:
         return "; ".join(
             f"{k} {self.about.get(k)} and now {self._now.get(k)}"
             for k in {**self.about, **self._now}
-            if k not in TOLD and self.about.get(k) != self._now.get(k)
+            if k not in MAY_DIFFER and self.about.get(k) != self._now.get(k)
         )
 
     def _add(self, key: str, record: Record) -> None:
@@ -100,31 +102,6 @@ class Book:
 
     def __contains__(self, key: str) -> bool:
         return key in self.lines
-
-
-#: words of the keys under which measurements are stored, and the words of the pages
-_PLAIN = {
-    "1-swap on F": "1-swap for updates",
-    "memetic on F": "memetic for updates",
-    "rows trade": "shared budget",
-    "weights kept": "unchanged",
-    "kept": "unchanged",
-    "refitted": "least squares",
-    "loss": "fisher",
-    "measured": "kl",
-    "none": "uniform",
-    "alike": "uniform",
-    "rest": "skip-first",
-    "keep": "unchanged",
-    "refit": "least squares",
-}
-
-
-def plain(key: str) -> str:
-    """A part of a key in the words of the pages."""
-    for word, other in _PLAIN.items():
-        key = re.sub(rf"\b{word}\b", other, key)
-    return key
 
 
 def family(lines: Mapping[str, Record], prefix: str) -> dict[str, Record]:
@@ -142,16 +119,3 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     ]
     text.insert(1, "|" + "|".join("-" * (w + 2) for w in width) + "|")
     return "\n".join(text) + "\n"
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.1f}%"
-
-
-def beginning(about: Record) -> str:
-    """What the windows of these measurements begin with, in words."""
-    return {
-        "never": "without the token that the tokenizer puts before a text",
-        "auto": "with what the tokenizer puts before a text",
-        "always": "with the tokenizer's BOS token",
-    }[about["bos"]]

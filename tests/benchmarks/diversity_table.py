@@ -1,4 +1,4 @@
-"""Maximum diversity after the recipes of MDPLIB: searches, certified bounds, Gurobi: docs/results/proofs.md.
+"""Maximum diversity after the recipes of MDPLIB: searches, bounds, Gurobi: diversity.csv.
 
     python tests/benchmarks/diversity_table.py --sizes 100 200 300 500 --time-limit 60
 

@@ -24,7 +24,7 @@ CASES: dict[str, dict[str, Any]] = {
     "2:4": {"sparsity": "2:4"},
     "refitted": {"update": "least-squares"},
     "refitted, ADMM": {"update": "least-squares", "solver": "admm"},
-    "layers trade": {"allocation": "layers"},
+    "allocation by layer": {"allocation": "layers"},
     "trained": {"update": "blockwise", "holdout": 0.2},
     "refitted, then trained": {
         "solver": "admm",

@@ -1,4 +1,4 @@
-"""The figures of docs/results/proofs.md: real rows, every solver, every bound.
+"""The figures of exact.csv, bounds.csv and certified_gaps.csv: real rows, every solver, every bound.
 
     python tests/benchmarks/exact_table.py collect 5.q.npz 10.gate.npz 17.down.npz [--text valid.txt]
     python tests/benchmarks/exact_table.py table LAYER.npz … [--only branch,scip] [--sizes 64,96]

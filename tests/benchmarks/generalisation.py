@@ -1,4 +1,4 @@
-"""Masks judged on text that they were not fitted to. Writes docs/results/generalisation.md.
+"""Pruned models on text that they were not fitted to: models.csv and others (docs/results/index.md#models).
 
     python tests/benchmarks/generalisation.py --calibration valid.txt --text test.txt --corpus WikiText-2
     python tests/benchmarks/generalisation.py … --only bos --models gemma3
@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from book import ROOT, Book
+from book import FIGURES, TABLES, Book
 from generalisation_cases import STUDIES, Case
-from generalisation_page import write
 from judges import dense_errors, judging_layers
 from machine import machine
+from tables import write
 from yardsticks import shared_out
 
 from maskopt.demo.model import MODELS, demo_model
@@ -43,16 +43,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calibration", required=True, help="text that masks are fitted to")
     parser.add_argument("--text", required=True, help="text that models are judged on")
-    parser.add_argument("--corpus", help="where the two texts are from, for the page")
+    parser.add_argument("--corpus", help="where the two texts are from")
     parser.add_argument("--windows", type=int, default=32, help="of 512 tokens")
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--only", nargs="*", choices=list(STUDIES), default=list(STUDIES))
-    parser.add_argument(
-        "--data", type=Path, default=ROOT / "docs" / "results" / "figures" / "generalisation.jsonl"
-    )
-    parser.add_argument(
-        "--page", type=Path, default=ROOT / "docs" / "results" / "generalisation.md"
-    )
+    parser.add_argument("--data", type=Path, default=FIGURES / "generalisation.jsonl")
+    parser.add_argument("--tables", type=Path, default=TABLES, help="folder for the CSV files")
     args = parser.parse_args()
     book = Book(args.data)
     book.begin(about(args))
@@ -65,8 +61,7 @@ def main() -> None:
             ]
             for first in range(0, len(missing), TOGETHER):
                 measure(args, book, name, missing[first : first + TOGETHER])
-    write(book, args.page)
-    print(f"wrote {args.page}")
+    write("generalisation", book, folder=args.tables)
 
 
 def repeat(book: Book, name: str, study: str) -> None:
@@ -74,13 +69,13 @@ def repeat(book: Book, name: str, study: str) -> None:
     others = [c for make in STUDIES.values() if make is not STUDIES[study] for c in make(name)]
     for case in STUDIES[study](name):
         for judged, key in case.keys.items():
-            same = (o.keys[judged] for o in others if judged in o.keys and alike(o, case))
+            same = (o.keys[judged] for o in others if judged in o.keys and same_prune(o, case))
             known = next((other for other in same if other in book), None)
             if key not in book and known is not None:
                 book.put(key, book.lines[known])
 
 
-def alike(one: Case, other: Case) -> bool:
+def same_prune(one: Case, other: Case) -> bool:
     """The same prune, however its options are given."""
     same = prune_options(None, one.options) == prune_options(None, other.options)
     return same and one._replace(options={}, keys={}) == other._replace(options={}, keys={})
@@ -106,7 +101,7 @@ def measure(args: argparse.Namespace, book: Book, name: str, cases: Sequence[Cas
         for number, case in enumerate(cases):
             judges = judging_layers(dense, args.calibration)
             prune = case._replace(masks_alone=False, distilled=None)
-            known = [x for x in pruned if alike(x[0], prune)]
+            known = [x for x in pruned if same_prune(x[0], prune)]
             if known:
                 _, out, report = known[0]
             else:

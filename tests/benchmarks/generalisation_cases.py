@@ -19,7 +19,7 @@ METHODS = {
 }
 #: label → solver, start, `update`, `allocation`, other options
 WEIGHTS: dict[str, tuple[str, str | None, str, str, dict[str, Any]]] = {
-    "1-swap on F": ("swap", None, "least-squares", "uniform", {}),
+    "1-swap for updates": ("swap", None, "least-squares", "uniform", {}),
     "ADMM": ("admm", None, "least-squares", "uniform", {}),
     "SparseGPT": (
         "sparsegpt",
@@ -28,7 +28,7 @@ WEIGHTS: dict[str, tuple[str, str | None, str, str, dict[str, Any]]] = {
         "uniform",
         {"solver_options": {"update": True}},
     ),
-    "1-swap on F, λ = 0.1": ("swap", None, "least-squares", "uniform", {"damping": 0.1}),
+    "1-swap for updates, λ = 0.1": ("swap", None, "least-squares", "uniform", {"damping": 0.1}),
     "ADMM, λ = 0.1": ("admm", None, "least-squares", "uniform", {"damping": 0.1}),
     "ADMM, λ = 0.1, power ½": (
         "admm",
@@ -37,7 +37,7 @@ WEIGHTS: dict[str, tuple[str, str | None, str, str, dict[str, Any]]] = {
         "uniform",
         {"damping": 0.1, "damping_exponent": 0.5},
     ),
-    "1-swap on F, gradient": (
+    "1-swap for updates, gradient": (
         "swap",
         None,
         "least-squares",
@@ -46,47 +46,53 @@ WEIGHTS: dict[str, tuple[str, str | None, str, str, dict[str, Any]]] = {
     ),
     "ADMM, gradient": ("admm", None, "least-squares", "uniform", {"token_weights": "gradient"}),
     "Wanda": ("wanda", None, "least-squares", "uniform", {}),
-    "1-swap on F, rows trade": ("swap", None, "least-squares", "rows", {"max_deviation": 1}),
-    "1-swap, weights kept": ("swap", None, "none", "uniform", {}),
-    "1-swap, rows trade, weights kept": ("swap", None, "none", "rows", {"max_deviation": 1}),
+    "1-swap for updates, shared budget": (
+        "swap",
+        None,
+        "least-squares",
+        "rows",
+        {"max_deviation": 1},
+    ),
+    "1-swap, unchanged": ("swap", None, "none", "uniform", {}),
+    "1-swap, shared budget, unchanged": ("swap", None, "none", "rows", {"max_deviation": 1}),
 }
 #: of WEIGHTS, those that are looked at with some patterns only
 ONLY = {
-    "1-swap on F, λ = 0.1": ("50%",),
+    "1-swap for updates, λ = 0.1": ("50%",),
     "ADMM, λ = 0.1": ("50%",),
     "ADMM, λ = 0.1, power ½": ("50%", "2:4"),
-    "1-swap on F, gradient": ("50%", "2:4"),
+    "1-swap for updates, gradient": ("50%", "2:4"),
     "ADMM, gradient": ("50%", "2:4"),
 }
 #: masks that are fitted to several draws of windows
-DRAWN = ("SparseGPT", "ADMM", "1-swap on F")
+DRAWN = ("SparseGPT", "ADMM", "1-swap for updates")
 #: seeds of the windows that masks are fitted to
 DRAWS = (0, 1, 2)
 #: of `training`: a block's attention and then its MLP, by every token's relative error
 PARTS = {"granularity": "part", "loss": "relative"}
 #: what becomes of kept weights → options
 AFTER: dict[str, dict[str, Any]] = {
-    "kept": {},
-    "refitted": {"update": "least-squares"},
+    "unchanged": {},
+    "least squares": {"update": "least-squares"},
     "trained": {"update": "blockwise"},
     "parts trained": {"update": "blockwise", "training": PARTS},
 }
-#: label → other options: the same mask before and after its kept weights are set anew
+#: label → other options: the same mask before and after its kept weights are updated
 TRAINED: dict[str, dict[str, Any]] = {
     **{
         f"1-swap, {after}": {"solver": "swap", **AFTER[after]}
         for after in AFTER
-        if after != "refitted"
+        if after != "least squares"
     },
     # `swap` itself would choose for updated weights
-    "1-swap, refitted": {
+    "1-swap, least squares": {
         "solver": "portfolio",
         "solver_options": {"members": ("swap",)},
         "start": "relax",
         "update": "least-squares",
     },
-    "1-swap on F, refitted": {"solver": "swap", "update": "least-squares"},
-    "1-swap on F, trained": {
+    "1-swap for updates, least squares": {"solver": "swap", "update": "least-squares"},
+    "1-swap for updates, trained": {
         "solver": "swap",
         "update": "blockwise",
         "training": {"begin": "least-squares"},
@@ -118,14 +124,14 @@ CELLS: dict[str, dict[str, Any]] = {
         "update": "blockwise",
         "training": {"begin": "least-squares"},
     },
-    "ADMM, refitted": {"solver": "admm", "update": "least-squares"},
-    "1-swap, kept": {"solver": "swap"},
+    "ADMM, least squares": {"solver": "admm", "update": "least-squares"},
+    "1-swap, unchanged": {"solver": "swap"},
     "SparseGPT": {
         "solver": "sparsegpt",
         "update": "least-squares",
         "solver_options": {"update": True},
     },
-    "Wanda, kept": {"solver": "wanda"},
+    "Wanda, unchanged": {"solver": "wanda"},
     "ADMM, parts trained": {
         "solver": "admm",
         "update": "blockwise",
@@ -133,33 +139,33 @@ CELLS: dict[str, dict[str, Any]] = {
     },
 }
 #: of them, those of every pattern and budget
-EVERYWHERE = ("ADMM, trained", "ADMM, refitted", "1-swap, kept")
-#: label → other options: who trades, and what errors count
+EVERYWHERE = ("ADMM, trained", "ADMM, least squares", "1-swap, unchanged")
+#: label → other options: where sparsity may differ, and how errors are weighted
 ALLOCATIONS: dict[str, dict[str, Any]] = {
-    "none": {},
-    "rows, alike": {"allocation": "rows", "sensitivity": "uniform", "max_deviation": 1},
-    "rows, loss": {"allocation": "rows", "sensitivity": "fisher", "max_deviation": 1},
-    "layers, alike": {"allocation": "layers", "sensitivity": "uniform"},
+    "uniform": {},
+    "rows, uniform": {"allocation": "rows", "sensitivity": "uniform", "max_deviation": 1},
+    "rows, fisher": {"allocation": "rows", "sensitivity": "fisher", "max_deviation": 1},
+    "layers, uniform": {"allocation": "layers", "sensitivity": "uniform"},
     "layers, relative": {"allocation": "layers", "sensitivity": "relative"},
-    "layers, loss": {"allocation": "layers", "sensitivity": "fisher"},
-    "rows, loss, ± 0.05": {"allocation": "rows", "sensitivity": "fisher", "max_deviation": 0.05},
-    "rows, loss, ± 0.1": {"allocation": "rows", "sensitivity": "fisher", "max_deviation": 0.1},
-    "rows, loss, ± 0.2": {"allocation": "rows", "sensitivity": "fisher", "max_deviation": 0.2},
-    "layers and rows, loss": {"allocation": "both", "sensitivity": "fisher"},
-    "blocks, measured": {"allocation": "layers", "sensitivity": "kl"},
+    "layers, fisher": {"allocation": "layers", "sensitivity": "fisher"},
+    "rows, fisher, ± 0.05": {"allocation": "rows", "sensitivity": "fisher", "max_deviation": 0.05},
+    "rows, fisher, ± 0.1": {"allocation": "rows", "sensitivity": "fisher", "max_deviation": 0.1},
+    "rows, fisher, ± 0.2": {"allocation": "rows", "sensitivity": "fisher", "max_deviation": 0.2},
+    "layers and rows, fisher": {"allocation": "both", "sensitivity": "fisher"},
+    "blocks, kl": {"allocation": "layers", "sensitivity": "kl"},
 }
-#: other methods' shares of blocks that trade
+#: other methods that choose the sparsity of blocks
 SHARES = ("OWL", "DLP")
 #: pattern → which of them
-TRADES: dict[str, tuple[str, ...]] = {
+ALLOCATED: dict[str, tuple[str, ...]] = {
     "50%": (
-        *("none", "rows, loss", "rows, loss, ± 0.1"),
-        *("layers, loss", "layers and rows, loss", "blocks, measured"),
+        *("uniform", "rows, fisher", "rows, fisher, ± 0.1"),
+        *("layers, fisher", "layers and rows, fisher", "blocks, kl"),
     ),
-    "60%": ("none", "layers, loss"),
+    "60%": ("uniform", "layers, fisher"),
     "70%": tuple(ALLOCATIONS),
 }
-TRADING = {
+UNSTRUCTURED = {
     "50%": Unstructured(sparsity=0.5),
     "60%": Unstructured(sparsity=0.6),
     "70%": Unstructured(sparsity=0.7),
@@ -177,7 +183,7 @@ SCARCE: dict[str, tuple[Pattern, int]] = {
 }
 #: most swaps of a row
 STOPS = (0, 10, 40, 160, None)
-#: windows beside those that masks are fitted to, to tell held-out errors
+#: more windows, for held-out errors
 HELD = 8
 
 
@@ -197,7 +203,7 @@ class Case(NamedTuple):
 
 
 def calibrated(fitted: int) -> dict[str, Any]:
-    """On so many windows, HELD more kept aside."""
+    """On so many windows, HELD more held out."""
     return {"samples": fitted + HELD, "holdout": (HELD + 0.5) / (fitted + HELD)}
 
 
@@ -208,7 +214,7 @@ def methods(name: str) -> Iterator[Case]:
             yield Case(how, {"auto": f"methods/{name}/{pattern}/{label}"})
 
 
-def weights(name: str) -> Iterator[Case]:
+def updates(name: str) -> Iterator[Case]:
     for pattern, value in {**PATTERNS, "70%": Unstructured(sparsity=0.7)}.items():
         for label, (solver, start, after, budget, own) in WEIGHTS.items():
             if pattern not in ONLY.get(label, (pattern,)) or (
@@ -217,58 +223,60 @@ def weights(name: str) -> Iterator[Case]:
                 continue
             how = {"sparsity": value, "solver": solver, "start": start, **calibrated(32)}
             how |= {"update": after, "allocation": budget, **own}
-            yield Case(how, {"auto": f"weights/{name}/{pattern}/{label}"})
+            yield Case(how, {"auto": f"updates/{name}/{pattern}/{label}"})
 
 
-def draws(name: str) -> Iterator[Case]:
+def seeds(name: str) -> Iterator[Case]:
     for seed in DRAWS:
         for label in DRAWN:
             solver, _, after, _, own = WEIGHTS[label]
             how = {"sparsity": 0.5, **calibrated(32), "seed": seed, "solver": solver}
-            yield Case({**how, "weights": after, **own}, {"auto": f"draws/{name}/{seed}/{label}"})
+            yield Case({**how, "update": after, **own}, {"auto": f"seeds/{name}/{seed}/{label}"})
 
 
-def trained(name: str) -> Iterator[Case]:
+def training(name: str) -> Iterator[Case]:
     for label, own in TRAINED.items():
         how = {"sparsity": 0.5, **calibrated(32), **own}
-        yield Case(how, {"auto": f"trained/{name}/{label}"})
+        yield Case(how, {"auto": f"training/{name}/{label}"})
         # next to it: one prune does for both
-        if label == "1-swap on F, refitted":
-            yield Case(how, {"auto": f"trained/{name}/1-swap on F, kept"}, masks_alone=True)
+        if label == "1-swap for updates, least squares":
+            yield Case(
+                how, {"auto": f"training/{name}/1-swap for updates, unchanged"}, masks_alone=True
+            )
 
 
-def recipes(name: str) -> Iterator[Case]:
+def training_options(name: str) -> Iterator[Case]:
     for label, (fitted, own) in RECIPES.items():
         how = {"sparsity": 0.5, **calibrated(fitted), "solver": "swap", "update": "blockwise"}
-        yield Case({**how, "training": own}, {"auto": f"recipes/{name}/{label}"})
+        yield Case({**how, "training": own}, {"auto": f"training-options/{name}/{label}"})
 
 
-def budgets(name: str) -> Iterator[Case]:
-    for label, pattern in TRADING.items():
-        for trade in TRADES[label]:
-            how = {"sparsity": pattern, **calibrated(32), **ALLOCATIONS[trade]}
-            yield Case(how, {"auto": f"budgets/{name}/{label}/{trade}"})
+def allocation(name: str) -> Iterator[Case]:
+    for label, pattern in UNSTRUCTURED.items():
+        for where in ALLOCATED[label]:
+            how = {"sparsity": pattern, **calibrated(32), **ALLOCATIONS[where]}
+            yield Case(how, {"auto": f"allocation/{name}/{label}/{where}"})
     for method in SHARES:
-        how = {"sparsity": TRADING["70%"], **calibrated(32), "allocation": "layers"}
-        yield Case(how, {"auto": f"budgets/{name}/70%/blocks, {method}"}, method)
+        how = {"sparsity": UNSTRUCTURED["70%"], **calibrated(32), "allocation": "layers"}
+        yield Case(how, {"auto": f"allocation/{name}/70%/blocks, {method}"}, method)
 
 
-def cells(name: str) -> Iterator[Case]:
-    for label, pattern in TRADING.items():
-        for trade in ("layers, loss", "none", "rows, loss, ± 0.1"):
-            yield from (cell(name, label, pattern, trade, weights) for weights in EVERYWHERE)
-    for weights in ("ADMM, refitted", "1-swap, kept"):
-        yield cell(name, "50%", TRADING["50%"], "rows, loss", weights)
+def combined(name: str) -> Iterator[Case]:
+    for label, pattern in UNSTRUCTURED.items():
+        for where in ("layers, fisher", "uniform", "rows, fisher, ± 0.1"):
+            yield from (cell(name, label, pattern, where, weights) for weights in EVERYWHERE)
+    for weights in ("ADMM, least squares", "1-swap, unchanged"):
+        yield cell(name, "50%", UNSTRUCTURED["50%"], "rows, fisher", weights)
     two = NM(keep=2, of=4)
-    yield from (cell(name, "2:4", two, "none", weights) for weights in EVERYWHERE)
-    yield cell(name, "50%", TRADING["50%"], "none", "Wanda, kept")
-    others = cell(name, "50%", TRADING["50%"], "none", "SparseGPT")
+    yield from (cell(name, "2:4", two, "uniform", weights) for weights in EVERYWHERE)
+    yield cell(name, "50%", UNSTRUCTURED["50%"], "uniform", "Wanda, unchanged")
+    others = cell(name, "50%", UNSTRUCTURED["50%"], "uniform", "SparseGPT")
     yield from (others, distilled(others))
-    half = cell(name, "50%", TRADING["50%"], "none", "ADMM, trained")
+    half = cell(name, "50%", UNSTRUCTURED["50%"], "uniform", "ADMM, trained")
     yield distilled(half, ", other windows", seed=1)
     best: dict[str, tuple[Pattern, str]] = {
-        "50%": (TRADING["50%"], "layers, loss"),
-        "2:4": (two, "none"),
+        "50%": (UNSTRUCTURED["50%"], "layers, fisher"),
+        "2:4": (two, "uniform"),
     }
     for label, how in best.items():
         yield distilled(cell(name, label, *how, "ADMM, trained"), ", other windows", seed=1)
@@ -289,17 +297,17 @@ def windows_of(options: dict[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in ("samples", "holdout")}
 
 
-def cell(name: str, label: str, pattern: Pattern, trade: str, weights: str) -> Case:
-    how = {"sparsity": pattern, **calibrated(64), **ALLOCATIONS[trade], **CELLS[weights]}
-    return Case(how, {"auto": f"cells/{name}/{label}/{trade}/{weights}"})
+def cell(name: str, label: str, pattern: Pattern, where: str, weights: str) -> Case:
+    how = {"sparsity": pattern, **calibrated(64), **ALLOCATIONS[where], **CELLS[weights]}
+    return Case(how, {"auto": f"combined/{name}/{label}/{where}/{weights}"})
 
 
-def rates(name: str) -> Iterator[Case]:
+def distillation_rates(name: str) -> Iterator[Case]:
     """The same model, trained as a whole at several rates."""
     blocks = {"sparsity": 0.5, **calibrated(32), **TRAINED["1-swap, trained"]}
     for rate in RATES:
         how = {**windows_of(blocks), "epochs": 2, "seed": 1, "learning_rate": rate}
-        yield Case(blocks, {"auto": f"rates/{name}/{rate}"}, distilled=how)
+        yield Case(blocks, {"auto": f"distillation-rates/{name}/{rate}"}, distilled=how)
 
 
 def bos(name: str) -> Iterator[Case]:
@@ -314,45 +322,45 @@ def target(name: str) -> Iterator[Case]:
         yield Case(how, {"auto": f"target/{name}/{label}"})
 
 
-def weighting(name: str) -> Iterator[Case]:
+def token_weights(name: str) -> Iterator[Case]:
     for label in TOKEN_WEIGHTS:
         how = {"sparsity": 0.5, **calibrated(32), "token_weights": label}
-        yield Case(how, {"auto": f"weighting/{name}/{label}"})
+        yield Case(how, {"auto": f"token-weights/{name}/{label}"})
 
 
-def sizes(name: str) -> Iterator[Case]:
+def windows(name: str) -> Iterator[Case]:
     for size in SIZES:
         how = {"sparsity": 0.5, **calibrated(size)}
-        yield Case(how, {"auto": f"sizes/{name}/{size}"})
+        yield Case(how, {"auto": f"windows/{name}/{size}"})
 
 
-def shrink(name: str) -> Iterator[Case]:
+def gram_shrinkage(name: str) -> Iterator[Case]:
     for label, (pattern, size) in SCARCE.items():
         for alpha in (*SHRINK, "auto"):
             how = {"sparsity": pattern, **calibrated(size), "gram_shrinkage": alpha}
-            yield Case(how, {"auto": f"shrink/{name}/{label}/{alpha}"})
+            yield Case(how, {"auto": f"gram-shrinkage/{name}/{label}/{alpha}"})
 
 
-def stopping(name: str) -> Iterator[Case]:
+def swaps(name: str) -> Iterator[Case]:
     for most in STOPS:
         how = {"sparsity": 0.5, **calibrated(16), "solver": "swap", "start": "wanda"}
         how |= {"solver_options": {"max_swaps": most}}
-        yield Case(how, {"auto": f"stopping/{name}/{'all' if most is None else most}"})
+        yield Case(how, {"auto": f"swaps/{name}/{'all' if most is None else most}"})
 
 
 STUDIES = {
     "methods": methods,
-    "weights": weights,
-    "draws": draws,
-    "trained": trained,
-    "recipes": recipes,
-    "budgets": budgets,
-    "cells": cells,
-    "rates": rates,
+    "updates": updates,
+    "seeds": seeds,
+    "training": training,
+    "training-options": training_options,
+    "allocation": allocation,
+    "combined": combined,
+    "distillation-rates": distillation_rates,
     "bos": bos,
     "target": target,
-    "weighting": weighting,
-    "sizes": sizes,
-    "shrink": shrink,
-    "stopping": stopping,
+    "token-weights": token_weights,
+    "windows": windows,
+    "gram-shrinkage": gram_shrinkage,
+    "swaps": swaps,
 }

@@ -1,4 +1,4 @@
-"""Densest k-subgraphs proven optimal by `branch`, each proof checked: the table of docs/results/proofs.md.
+"""Densest k-subgraphs proven optimal by `branch`, each proof checked: graphs.csv of the results.
 
     python tests/benchmarks/graphs.py FOLDER --vertices 40 80 100 --time-limit 60
 

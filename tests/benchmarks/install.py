@@ -3,7 +3,7 @@
     python tests/benchmarks/install.py
 
 Makes a fresh virtual environment for the plain package and for some of its extras, through pip and its cache.
-The table of dependencies is of the last one. Prints Markdown, for docs/results/index.md.
+The table of dependencies is of the last one. Prints Markdown.
 """
 
 from __future__ import annotations

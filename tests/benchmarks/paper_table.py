@@ -1,4 +1,4 @@
-"""The tables of SparseSwaps (arXiv 2512.10922) on any models; docs/results/paper.md says how they are read.
+"""The tables of SparseSwaps (arXiv 2512.10922) on any models; see docs/results/index.md#paper.
 
     python tests/benchmarks/paper_table.py MODEL … --calibration hf:c4 --text hf:wikitext2:test --bos never
 

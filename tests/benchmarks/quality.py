@@ -1,14 +1,13 @@
-"""How good are the masks? Writes docs/results/quality.md and its plot.
+"""How good are the masks? Writes masks.csv and others (docs/results/index.md#masks).
 
     python tests/benchmarks/quality.py            # everything, on Gemma 3 270M (extra `demo`)
-    python tests/benchmarks/quality.py --rows 4 --only masks starts --data FOLDER --page FOLDER/page.md
+    python tests/benchmarks/quality.py --rows 4 --only masks starts --data FOLDER --tables FOLDER
     python tests/benchmarks/quality.py --only model   # all rows of all layers; the rest is samples
 
 Every finished measurement is a line of a JSONL file in the folder `--data`: `quality.jsonl` has the
 studies of layers, `quality-gaps.jsonl` those of the distance to the optimum. A second run keeps what is
 there and measures the rest, so that the studies can be run one at a time; a run that would measure in
-another way than a file says is refused. On a machine that does other work, `--busy` has the page take its
-seconds from `quality-seconds.jsonl`, a `quality.jsonl` of a run that had the machine to itself.
+another way than a file says is refused.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from book import PATTERNS, ROOT, Book
+from book import FIGURES, PATTERNS, TABLES, Book
 from machine import machine
 from quality_gaps import blame, crossed, gaps, tightened
 from quality_layers import METHODS, interaction, masks, model, moves, sixteen, starts, whole
-from quality_page import write
+from tables import write
 
 from maskopt import LayerProblem, solve
 from maskopt.demo.model import cache_directory
@@ -56,17 +55,16 @@ def main() -> None:
     parser.add_argument("--bound-seconds", type=float, default=60.0, help="for two rows")
     parser.add_argument("--cuts", type=int, default=500, help="rounds of triangle inequalities")
     parser.add_argument("--cut-seconds", type=float, default=120.0, help="for two rows")
-    parser.add_argument("--note", help="what else the machine did, for the page")
-    parser.add_argument("--busy", action="store_true", help="seconds mean nothing: see above")
+    parser.add_argument("--note", help="what else the machine did")
     parser.add_argument("--cheap", action="store_true", help="leave the slow methods for later")
     parser.add_argument("--seed", type=int, default=0)
     studies = [*OF_LAYERS, *OF_GAPS]
     parser.add_argument("--only", nargs="*", choices=studies, default=studies)
-    parser.add_argument("--data", type=Path, default=ROOT / "docs" / "results" / "figures")
+    parser.add_argument("--data", type=Path, default=FIGURES)
     parser.add_argument(
         "--problems", type=Path, default=cache_directory() / "quality", help="collected layers"
     )
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results" / "quality.md")
+    parser.add_argument("--tables", type=Path, default=TABLES, help="folder for the CSV files")
     args = parser.parse_args()
     of_layers, of_gaps = Book(args.data / "quality.jsonl"), Book(args.data / "quality-gaps.jsonl")
     warm_up()
@@ -75,8 +73,7 @@ def main() -> None:
         for name, study in family.items():
             if name in args.only:
                 study(book, args)
-    write(of_layers, of_gaps, Book(args.data / "quality-seconds.jsonl"), args.page)
-    print(f"wrote {args.page}")
+    write("quality", of_layers, of_gaps, folder=args.tables)
 
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
@@ -87,7 +84,6 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
         "bos": args.bos,
         "seed": args.seed,
         "threads": torch.get_num_threads(),
-        "busy": args.busy,
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
         "note": args.note,

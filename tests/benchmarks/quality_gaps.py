@@ -16,7 +16,7 @@ from maskopt import LayerProblem, RowProblem, Unstructured, lower_bound, solve, 
 
 #: moves of the search for the best mask that can be found
 LONG_SEARCH = 100_000
-#: of memetic search, beside it
+#: of memetic search
 GENERATIONS = 300
 #: inputs of rows whose optimum is proven
 PROVEN_N = 80
@@ -65,15 +65,15 @@ GROWTH = tuple(Rows(layer, 0.6, n) for layer in ("5.o", "0.q") for n in (64, 128
 
 
 def gaps(book: Book, args: argparse.Namespace) -> None:
-    """The best mask of long searches of full rows, beside the certified bound."""
+    """The best mask of long searches of full rows, and the certified bound."""
     for label, problem in certified_rows(args):
         book.measure(f"gaps/{label}", partial(certified, problem, args))
 
 
 def crossed(book: Book, args: argparse.Namespace) -> None:
-    """Memetic search beside the best of the long searches, on the same rows."""
+    """Memetic search compared with the best of the long searches, on the same rows."""
     for label, problem in certified_rows(args):
-        book.measure(f"crossed/{label}", partial(beside, problem, args))
+        book.measure(f"crossed/{label}", partial(memetic, problem, args))
 
 
 def tightened(book: Book, args: argparse.Namespace) -> None:
@@ -113,7 +113,7 @@ def certified(problem: LayerProblem, args: argparse.Namespace) -> dict[str, Any]
 
 
 def with_cuts(problem: LayerProblem, args: argparse.Namespace) -> dict[str, Any]:
-    """Its gaps of Wanda's masks, which every run finds alike; a plain bound out of time is not."""
+    """Its gaps of Wanda's masks, which every run finds; a plain bound out of time is not."""
     cut = lower_bound(problem, "sdp", cuts=args.cuts, time_limit=args.cut_seconds)
     gap = 1 - cut.value / solve(problem, "wanda").objective
     return {"wanda": gap.tolist(), "seconds": cut.seconds / problem.rows}
@@ -141,7 +141,7 @@ def long_searches(
     }
 
 
-def beside(problem: LayerProblem, args: argparse.Namespace) -> dict[str, Any]:
+def memetic(problem: LayerProblem, args: argparse.Namespace) -> dict[str, Any]:
     """Objectives of memetic search as parts of the best of the long ones, a figure a row."""
     rounded = solve(problem, "sdp", time_limit=args.bound_seconds).mask
     ends = long_searches(problem, begun(problem, rounded))

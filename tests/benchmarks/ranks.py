@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 tests/benchmarks/ranks.py --calibration valid.txt
     torchrun --nproc-per-node 4 tests/benchmarks/ranks.py --calibration valid.txt --model smollm2
 
-Bytes that a process receives, compared with docs/results/scale.md; and of every process its tiles of the
-Gram matrices and its rows, as parts of an even share, and its seconds of solving.
+Bytes that a process receives, compared with the counts in large_models.csv of the results; and of every
+process its tiles of the Gram matrices and its rows, as parts of an even share, and its seconds of solving.
 """
 
 from __future__ import annotations

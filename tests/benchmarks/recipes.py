@@ -6,13 +6,12 @@
 A cell runs `maskopt prune MODEL --recipe R --sparsity S --calibration TEXT --output OUT` in a process of its
 own, whose CPU minutes and peak memory are recorded, and then compares OUT with the dense model on the text.
 An interrupted cell is resumed. Every finished cell is a line of a JSONL file (`--data`), of which a CSV file
-and the section Recipes of a page (`--page`) are made. The models are those of the demo.
+(`--csv`) and the section Recipes of a page (`--page`) are made. The models are those of the demo.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import re
@@ -24,9 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from book import ROOT, Book, table
-from generalisation_columns import TITLES
+from book import FIGURES, RESULTS, TABLES, TITLES, Book, Record, table
 from machine import machine
+from tables import write_csv
 
 from maskopt.demo.model import MODELS, demo_model
 from maskopt.models.checkpoints.report import (
@@ -43,7 +42,6 @@ from maskopt.models.options.walk import WalkOptions
 
 SPARSITIES = ("50%", "60%", "70%", "2:4")
 CELLS = [f"{m}/{recipe}/{s}" for m in MODELS for recipe in RECIPES for s in SPARSITIES]
-RESULTS = ROOT / "docs" / "results"
 
 
 def main() -> None:
@@ -54,7 +52,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=32, help="of 512 tokens, to evaluate")
     parser.add_argument("--cells", nargs="*", choices=CELLS, default=CELLS, metavar="CELL")
     parser.add_argument("--work", type=Path, default=Path("recipes"), help="folder for the models")
-    parser.add_argument("--data", type=Path, default=RESULTS / "figures" / "recipes.jsonl")
+    parser.add_argument("--data", type=Path, default=FIGURES / "recipes.jsonl")
+    parser.add_argument("--csv", type=Path, default=TABLES / "recipes.csv")
     parser.add_argument("--page", type=Path, default=RESULTS / "index.md")
     parser.add_argument(
         "--more", nargs=argparse.REMAINDER, default=[], help="of the command, for a trial"
@@ -66,7 +65,7 @@ def main() -> None:
     book.begin({**about, "date": time.strftime("%Y-%m-%d")})
     for cell in args.cells:
         book.measure(cell, partial(measure, args, cell))
-        write_csv(book, args.data.with_suffix(".csv"))
+        write_csv(args.csv, (row(name, book.lines[name]) for name in CELLS if name in book))
         write_section(book, args.page)
     print(f"wrote {args.page}")
 
@@ -114,17 +113,27 @@ def measure(args: argparse.Namespace, cell: str) -> dict[str, Any]:
     return found
 
 
-def write_csv(book: Book, path: Path) -> None:
-    """A line for every cell."""
-    names = ("perplexity", "dense", "kl", "wanda", "proven", "minutes", "wall", "peak")
-    head = ("model", "recipe", "sparsity", "ratio", "ratio_low", "ratio_high", *names)
-    with path.open("w", newline="") as file:
-        lines = csv.writer(file)
-        lines.writerow(head)
-        for cell in CELLS:
-            if cell in book:
-                one = book.lines[cell]
-                lines.writerow([*cell.split("/"), *one["ratio"], *(one[name] for name in names)])
+def row(cell: str, one: Record) -> dict[str, Any]:
+    """A line of the CSV file."""
+    model, recipe, sparsity = cell.split("/")
+    ratio, low, high = one["ratio"]
+    return {
+        "model": TITLES[model],
+        "recipe": recipe,
+        "sparsity": sparsity,
+        "perplexity_dense": one["dense"],
+        "perplexity": one["perplexity"],
+        "perplexity_ratio_to_dense": ratio,
+        "ratio_low": low,
+        "ratio_high": high,
+        "kl_to_dense_nats": one["kl"],
+        "error_ratio_to_wanda": one["wanda"],
+        "rows_proven_1_swap_optimal_share": one["proven"],
+        "cpu_minutes": one["minutes"],
+        "wall_minutes": one["wall"],
+        "peak_memory_gib": one["peak"] / 2**30,
+        "machine": one.get("machine"),
+    }
 
 
 def section(book: Book) -> str:
@@ -159,8 +168,8 @@ def section(book: Book) -> str:
         "One command per cell, `maskopt prune MODEL --recipe R --sparsity S --calibration TEXT "
         "--output OUT`, by\n`python tests/benchmarks/recipes.py`: calibration on "
         f"`{about['calibration']}`, perplexity on {about['windows']} windows of 512 tokens of\n"
-        f"`{about['text']}`{corpus}. {'; '.join(machines)}, {book.dates or about['date']}.\n\n"
-        + "\n".join(tables)
+        f"`{about['text']}`{corpus}. {'; '.join(machines)}, {book.dates or about['date']}. All figures:\n"
+        "[recipes.csv](tables/recipes.csv).\n\n" + "\n".join(tables)
     )
 
 

@@ -1,4 +1,4 @@
-"""Least-squares updates: masks chosen for them and other masks. Writes docs/results/refit.md.
+"""Least-squares updates: masks chosen for them and other masks. Writes updates.csv and others.
 
     python tests/benchmarks/refit.py --calibration calibration.npy --heldout heldout.npy
 
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from book import PATTERNS, POOLED, ROOT, Book
+from book import FIGURES, PATTERNS, POOLED, TABLES, Book
 from demo_layers import name_of
 from machine import machine, machine_now
-from refit_page import write
+from tables import write
 
 from maskopt import (
     LayerProblem,
@@ -36,7 +36,7 @@ from maskopt.protocol.solution import Status
 
 LAYERS = ("2.q", "8.q", "14.q", "2.down", "8.down", "14.down")
 #: λ by kind, for every power of D: chosen on blocks 5 and 11, and with a power on all odd blocks; on no
-#: layer of the page
+#: layer of the tables
 DAMPING = {0.0: {"q": 0.003, "down": 0.1}, 0.5: {"q": 0.02, "down": 0.1}}
 #: inputs of toy rows, which are proven; of each layer so many
 TOYS, TOY_ROWS = (24, 32, 48, 64), 4
@@ -45,7 +45,7 @@ TOY_SECONDS = 120
 #: the search beyond 1-swap optima, and of layers too wide to go through it whole so many rows
 BEYOND: dict[str, Any] = {"generations": 10, "children": 4, "pool": 6}
 BEYOND_ROWS = 128
-#: rows of the plain loop that least squares are timed beside
+#: rows of the plain loop that least squares are compared with
 LOOP = 64
 EVERY = {**PATTERNS, **POOLED}
 #: label → solver that chooses, start, whether it chooses for updated weights, power of D
@@ -55,10 +55,10 @@ METHODS: dict[str, tuple[str, str | None, bool, float]] = {
     "SparseGPT's mask": ("sparsegpt", None, False, 0.0),
     "OBS": ("obs", None, True, 0.0),
     "ADMM": ("admm", None, True, 0.0),
-    "1-swap on F, from relax": ("swap", "relax", True, 0.0),
-    "1-swap on F, from ADMM": ("swap", "admm", True, 0.0),
-    "1-swap on F, from ADMM, power ½": ("swap", "admm", True, 0.5),
-    "memetic on F, from ADMM": ("memetic", "admm", True, 0.0),
+    "1-swap for updates, from relax": ("swap", "relax", True, 0.0),
+    "1-swap for updates, from ADMM": ("swap", "admm", True, 0.0),
+    "1-swap for updates, from ADMM, power ½": ("swap", "admm", True, 0.5),
+    "memetic for updates, from ADMM": ("memetic", "admm", True, 0.0),
 }
 
 
@@ -68,10 +68,8 @@ def main() -> None:
     parser.add_argument("--heldout", required=True, help="windows that all is judged on")
     parser.add_argument("--layers", nargs="*", default=list(LAYERS))
     parser.add_argument("--patterns", nargs="*", choices=list(EVERY), default=list(EVERY))
-    parser.add_argument(
-        "--data", type=Path, default=ROOT / "docs" / "results" / "figures" / "refit.jsonl"
-    )
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results" / "refit.md")
+    parser.add_argument("--data", type=Path, default=FIGURES / "refit.jsonl")
+    parser.add_argument("--tables", type=Path, default=TABLES, help="folder for the CSV files")
     args = parser.parse_args()
     book = Book(args.data)
     book.begin({"calibration": Path(args.calibration).name, "heldout": Path(args.heldout).name})
@@ -97,8 +95,7 @@ def main() -> None:
         for n in TOYS:
             if (key := f"toy/{n}/{layer}") not in book:
                 book.put(key, toys(refitted, n))
-    write(book, args.page)
-    print(f"wrote {args.page}")
+    write("refit", book, folder=args.tables)
 
 
 def damped(layer: str, power: float = 0.0) -> LeastSquaresUpdate:
@@ -167,8 +164,8 @@ def measured(
 
 
 def pace(problem: LayerProblem) -> dict[str, Any]:
-    """Seconds a row that least squares take of Wanda's mask at 50%: all rows, likewise where they trade, and
-    a plain loop over some."""
+    """Seconds a row that least squares take of Wanda's mask at 50%: all rows, also under a
+    shared budget, and a plain loop over some."""
     mask = solve(problem, "wanda").mask
     traded = solve(problem.under(POOLED["50% per layer"]), "wanda").mask
     squares = problem.least_squares
@@ -218,8 +215,8 @@ def toys(problem: LayerProblem, n: int) -> dict[str, Any]:
 
 
 def beyond(problem: LayerProblem, judge: LayerProblem) -> dict[str, Any]:
-    """Some rows of a layer at 50%: masks of `memetic` beside the 1-swap optima that it begins with, by F
-    and held out.
+    """Some rows of a layer at 50%: masks of `memetic` compared with the 1-swap optima that it begins with,
+    by F and held out.
 
     `held` is the quotient of the rows' held-out errors, all together, and `about` its standard error.
     """

@@ -1,4 +1,4 @@
-"""Whole channels and heads: methods compared on real models. Writes docs/results/structures.md.
+"""Whole channels and heads: methods compared on real models. Writes structures.csv and others.
 
     python tests/benchmarks/structures.py --calibration valid.txt --text test.txt --corpus WikiText-2
     python tests/benchmarks/structures.py … --models smollm2 --only channels
@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from book import ROOT, Book
+from book import FIGURES, TABLES, Book
 from generalisation import about, judged
 from generalisation_cases import calibrated
 from machine import machine
-from structures_page import DEFAULT, write
+from tables import write
 from torch import Tensor
 
 from maskopt import Limits, RowProblem, Solution
@@ -56,7 +56,7 @@ PREFILL, DECODE, REPEATS = 512, 32, 7
 
 
 #: label of a line → `update`
-UPDATES = {"refit": "least-squares", "keep": "none"}
+UPDATES = {"least squares": "least-squares", "unchanged": "none"}
 
 
 class Case(NamedTuple):
@@ -91,7 +91,7 @@ COUNTS = (1, 2, 3, 4)
 LEAST = "least cost (proven)"
 #: label → which of them, by their effects; None: as `remove_blocks` does
 CHOICES: dict[str, Callable[[Effects, int], list[int]] | None] = {
-    DEFAULT: None,
+    "least as a whole (default)": None,
     LEAST: lambda effects, count: effects.best(count)[0],
     "changing their input least (ShortGPT)": lambda effects, count: effects.most_alike(count),
     "the last ones": lambda effects, count: effects.last(count),
@@ -109,15 +109,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calibration", required=True, help="text that choices are fitted to")
     parser.add_argument("--text", required=True, help="text that models are judged on")
-    parser.add_argument("--corpus", help="where the two texts are from, for the page")
+    parser.add_argument("--corpus", help="where the two texts are from")
     parser.add_argument("--windows", type=int, default=32, help="of 512 tokens")
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
     names = [*STUDIES, *APART]
     parser.add_argument("--only", nargs="*", choices=names, default=names)
-    parser.add_argument(
-        "--data", type=Path, default=ROOT / "docs" / "results" / "figures" / "structures.jsonl"
-    )
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results" / "structures.md")
+    parser.add_argument("--data", type=Path, default=FIGURES / "structures.jsonl")
+    parser.add_argument("--tables", type=Path, default=TABLES, help="folder for the CSV files")
     args = parser.parse_args()
     book = Book(args.data)
     book.begin(about(args))
@@ -130,8 +128,7 @@ def main() -> None:
             missing = [case for case in STUDIES[study](name) if case.key not in book]
             for first in range(0, len(missing), TOGETHER):
                 measure(args, book, name, missing[first : first + TOGETHER])
-    write(book, args.page)
-    print(f"wrote {args.page}")
+    write("structures", book, folder=args.tables)
 
 
 def measure(args: argparse.Namespace, book: Book, name: str, cases: Sequence[Case]) -> None:

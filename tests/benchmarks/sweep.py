@@ -1,4 +1,4 @@
-"""What a sweep costs beside one prune: seconds of both, on a demo model, in one run.
+"""What a sweep costs compared with one prune: seconds of both, on a demo model, in one run.
 
     python tests/benchmarks/sweep.py --calibration valid.txt
     python tests/benchmarks/sweep.py --calibration valid.txt --blocks 2 --samples 128 --seq-len 2048

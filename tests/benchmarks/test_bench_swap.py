@@ -1,4 +1,4 @@
-"""What 1-swap search to a certified optimum costs, beside the paper's algorithm and beside Wanda.
+"""What 1-swap search to a certified optimum costs, compared with the paper's algorithm and Wanda.
 
     pytest tests/benchmarks/test_bench_swap.py            (about ten minutes on two cores)
     pytest tests/benchmarks/test_bench_swap.py -k gemma_model --bos never

@@ -2,7 +2,7 @@
 
 OWL (Yin et al., ICML 2024, arXiv 2310.05175): a block keeps more, the more of its scores |W|·‖X‖ are
 outliers, above M = 5 times their mean. DLP (Chen et al., ICML 2025, arXiv 2505.23807): the smaller their
-median is beside the other blocks'. What blocks keep lies in a range of 2λ, λ = 0.08 and 0.15.
+median is compared with the other blocks'. What blocks keep lies in a range of 2λ, λ = 0.08 and 0.15.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ VARIANTS, VARIANT_WINDOWS = 3, 4
 #: defaults of `max_deviation`: of rows, the best of ± 0.05, 0.1, 0.2 and any on both demo models at 70%
 #: (tests/benchmarks/generalisation.py); of layers, with `allocation` layers and both
 ROW_DEVIATION, LAYER_DEVIATION = 0.1, 0.2
-#: named sets of options of a prune: what is not named has its default (docs/results/index.md, best models)
+#: named sets of options of a prune: what is not named has its default (docs/results/index.md, models)
 RECIPES: dict[str, dict[str, Any]] = {
     "fast": {},
     "balanced": {"solver": "admm", "update": LEAST_SQUARES},

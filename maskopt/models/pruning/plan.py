@@ -51,7 +51,7 @@ CUBIC = 4096
 #: bytes of a small model's weights, and of a shard that are read and hashed for their speed
 SMALL = PROBE_BYTES = 64 * 2**20
 #: parts of the speed of a large matrix product that passes with Gram matrices, and training, reach, and
-#: seconds to load the libraries: from runs of Gemma 3 270M on a CPU (docs/results/benchmarks.md)
+#: seconds to load the libraries: from runs of Gemma 3 270M on a CPU (docs/results/tables/commands.csv)
 SHARE, TRAINED_SHARE, START = 0.6, 0.8, 5.0
 
 
