@@ -21,6 +21,7 @@ from maskopt.core.files import pack, read_arrays, unpack, unpack_rows, write_arr
 from maskopt.core.inputs import ArrayLike, as_tensor
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.problem import LayerProblem, RowProblem
+from maskopt.core.rows import join_rows, take_rows
 from maskopt.core.units import ObjectiveTransform, OriginalValues
 from maskopt.errors import OptionError, ProblemError, printable
 from maskopt.protocol.trace import Trace
@@ -239,42 +240,29 @@ class Solution:
     @classmethod
     def joined(cls, parts: Sequence[Solution], certificate: Certificate | None = None) -> Solution:
         """All rows of a layer, of one solver's solutions of its parts in order, with a certificate of all."""
-        first = parts[0]
-        trees = [
-            tree for p in parts for tree in (p.proof.rows if p.proof else [None] * len(p.status))
+        weighted = all(p.weight is not None for p in parts)
+        alike = [
+            replace(
+                p,
+                certificate=None,
+                trusted=p.trusted or ("",) * len(p.status),
+                weight=p.weight if weighted else None,
+                proof=p.proof or Proof([None] * len(p.status)),
+            )
+            for p in parts
         ]
-        weights = [p.weight for p in parts if p.weight is not None]
-        omega = [p.omega for p in parts if p.omega is not None]
-        return cls(
-            mask=torch.cat([p.mask for p in parts]),
-            objective=torch.cat([p.objective for p in parts]),
-            lower_bound=torch.cat([p.lower_bound for p in parts]),
-            status=tuple(status for p in parts for status in p.status),
-            solver=first.solver,
+        whole = join_rows(alike)
+        assert whole.proof is not None
+        return replace(
+            whole,
             seconds=sum(p.seconds for p in parts),
-            trace=first.trace.joined([p.trace for p in parts]),
             certificate=certificate,
-            trusted=tuple(word for p in parts for word in p.trusted or [""] * len(p.status)),
-            weight=torch.cat(weights) if len(weights) == len(parts) else None,
-            own=first.own,
-            proof=Proof(trees) if any(tree is not None for tree in trees) else None,
-            units=first.units,
-            omega=torch.cat(omega) if omega else None,
+            proof=whole.proof if any(whole.proof.rows) else None,
         )
 
     def take(self, rows: Sequence[int]) -> Solution:
-        """Mask, objective, bound, status and certificate of some rows only."""
-        return Solution(
-            mask=self.mask[list(rows)],
-            objective=self.objective[list(rows)],
-            lower_bound=self.lower_bound[list(rows)],
-            status=tuple(self.status[row] for row in rows),
-            solver=self.solver,
-            seconds=self.seconds,
-            certificate=None if self.certificate is None else self.certificate.take(rows),
-            units=self.units,
-            omega=None if self.omega is None else self.omega[list(rows)],
-        )
+        """The solution of some rows only."""
+        return take_rows(self, rows)
 
     def raise_if_interrupted(self) -> Solution:
         """Itself; KeyboardInterrupt where Ctrl-C ended its search."""

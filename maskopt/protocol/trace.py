@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -99,45 +98,13 @@ class Trace:
     def columns(self, rows: int) -> dict[str, list[Any]]:
         """The fields that hold one value a row, as lists of Python numbers and words."""
         found: dict[str, list[Any]] = {}
-        for name, value in self._filled().items():
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
             if isinstance(value, Tensor) and value.ndim == 1:
-                found[name] = value.tolist()
-            elif not isinstance(value, Tensor):
-                found[name] = [value] * rows if isinstance(value, str) else list(value)
+                found[field.name] = value.tolist()
+            elif value is not None and not isinstance(value, Tensor):
+                found[field.name] = [value] * rows if isinstance(value, str) else list(value)
         return found
-
-    def joined(self, parts: Sequence[Self]) -> Self:
-        """The trace of all rows of a layer, from those of its parts, this one among them."""
-
-        def join(values: list[Any]) -> Any:
-            if isinstance(values[0], Tensor):
-                return torch.cat(_of_one_width(values))
-            words = isinstance(values[0], tuple)
-            return tuple(w for value in values for w in value) if words else values[0]
-
-        return type(self)(**{n: join([getattr(p, n) for p in parts]) for n in self._filled()})
-
-    def taken(self, rows: Tensor) -> Self:
-        """The trace of some rows of a layer, by their indices, in their order."""
-        found = self._filled()
-        for name, value in found.items():
-            if isinstance(value, Tensor):
-                found[name] = value[rows]
-            elif isinstance(value, tuple):
-                found[name] = tuple(value[row] for row in rows.tolist())
-        return type(self)(**found)
-
-    def _filled(self) -> dict[str, Any]:
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
-
-
-def _of_one_width(parts: Sequence[Tensor]) -> list[Tensor]:
-    """Histories of different lengths: each stays where it ended."""
-    if parts[0].ndim == 1:
-        return list(parts)
-    most = max(part.shape[1] for part in parts)
-    return [torch.cat([x, x[:, -1:].expand(-1, most - x.shape[1])], 1) for x in parts]
 
 
 class Stopwatch:

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from maskopt.core.limits import Limits, one_thread_each
 from maskopt.core.problem import LayerProblem
+from maskopt.core.rows import join_rows
 from maskopt.solvers.convex.box_step import CompiledStep, PooledStep, TorchStep, make_step
 from maskopt.solvers.convex.linear_bound import linear_bound
 
@@ -112,12 +113,7 @@ def relax_box(
 
     count = len(starts)
     parts = one_thread_each(work, count, threads) if on_cpu else [work(i) for i in range(count)]
-    return BoxPoint(
-        *(
-            torch.cat([getattr(part, name) for part in parts])
-            for name in ("value", "bound", "point", "last", "iterations")
-        )
-    )
+    return join_rows(parts)
 
 
 @dataclass(frozen=True)

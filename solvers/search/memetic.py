@@ -24,6 +24,7 @@ from maskopt.core.fields import option
 from maskopt.core.limits import Limits
 from maskopt.core.pattern import Pattern, Unstructured
 from maskopt.core.problem import LayerProblem
+from maskopt.core.rows import join_rows, take_rows
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver
 from maskopt.protocol.trace import Stopwatch, Trace
@@ -87,8 +88,7 @@ class Memetic(Solver):
         limits.report(problem.rows, problem.rows)
         order = torch.cat([tile for tile, _ in tiles]).argsort()
         found = torch.cat([pool.masks[:, 0] for pool in pools])[order].to(problem.device)
-        traces = [pool.trace() for pool in pools]
-        trace = traces[0].joined(traces).taken(order)
+        trace = take_rows(join_rows([pool.trace() for pool in pools]), order)
         return then_swapped(problem, found, start, limits, trace, watch)
 
     def _evolve(self, pool: _Pool, seed: int) -> Iterator[int]:
