@@ -95,10 +95,7 @@ def exact_bounds(
     for row, tree in enumerate(trees or ()):
         if tree is not None:
             found[row] = max(found[row], Fraction(ExactTreeCheck(layer, row, tree).bound()))
-    if layer.integral and not layer.shared_budget:
-        values = [layer.row(row).values() for row in range(layer.rows)]
-        found = [v.at_least(bound) for v, bound in zip(values, found, strict=True) if v]
-    return found
+    return layer.raised(found)
 
 
 def _of_certificate(certificate: Certificate, layer: LayerProblem) -> list[Fraction]:
@@ -131,9 +128,8 @@ def _of_certificate(certificate: Certificate, layer: LayerProblem) -> list[Fract
 def _form(certificate: Certificate, layer: LayerProblem, row: int) -> Quadratic:
     """g of `maskopt.certificates.certificate`, term by term."""
     n, size = layer.n, layer.group_size
-    s = (
-        layer.pruned * size // layer.weight.numel()
-    )  # of a group; μ and ν are 0 with a shared budget
+    # of a group; μ and ν are 0 with a shared budget
+    s = layer.pruned * size // layer.weight.numel()
     matrix, linear, constant = objective(layer, row)
     lam = rational(certificate.diagonal[row])
     matrix[np.diag_indices(n)] += lam

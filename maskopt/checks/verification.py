@@ -61,16 +61,14 @@ def verify(
 ) -> Verification:
     """Check everything that a solution claims, in float64.
 
-    Checked are the mask's pattern, the objective (of a solver's own weights, where it says so), bound ≤
-    objective, a certificate or the tree of an exact search, SWAP_OPTIMAL by a scan over all swaps (of a
-    shared budget, between rows, too), OPTIMAL by a closed gap; and where there are at most ENUMERATION_LIMIT
-    masks, OPTIMAL and the lower bound by enumeration. A positive lower bound needs a certificate, a tree, or
-    enumeration, or a registered exact solver that is trusted with it (`Solution.trusted`).
+    Checked are the mask's pattern; the objective; bound ≤ objective; certificates and trees; SWAP_OPTIMAL by
+    a scan over all swaps, also between rows of a shared budget; OPTIMAL by a closed gap; and with at most
+    ENUMERATION_LIMIT masks OPTIMAL and the lower bound by enumeration. A positive lower bound needs a
+    certificate, a tree, enumeration, or a registered exact solver that is trusted with it.
 
     Args:
-        require: `checked` refuses rows whose bound is a trusted solver's. `exact` also repeats the checks of
-            lower bounds and OPTIMAL in rational arithmetic (`exact_check`), for rows of up to 200
-            inputs whose weights are kept unchanged.
+        require: `checked` refuses rows whose bound is a trusted solver's; `exact` also decides lower bounds
+            and OPTIMAL in rational arithmetic, for rows of up to 200 inputs with unchanged weights.
 
     Raises:
         VerificationError: with the reason and the row.
@@ -94,11 +92,7 @@ def verify(
     size = size_of(layer, proven)
     slack = OBJECTIVE_TOLERANCE * size + rounding.cpu()
     if layer.integral:  # the next value is reached, or it is not; a shared bound has been divided
-        slack = (
-            4 * (layer.rows + 8) * 2.0**-53 * size
-            if layer.shared_budget
-            else torch.zeros_like(size)
-        )
+        slack = 4 * (layer.rows + 8) * 2.0**-53 * size * layer.shared_budget
     basis = []
     for row, bound in enumerate(solution.lower_bound.tolist()):
         if bound <= float(proven[row]) + float(slack[row]):
@@ -127,8 +121,11 @@ def _verify_claims(layer: LayerProblem, mask: Tensor, solution: Solution, roundi
     """Statuses and bounds, of each row or of all rows of a shared budget together; returns whether by
     enumeration, too."""
     slack = optimal_slack(layer, mask, solution.objective)
-    optimum_of, enumerated = _enumeration(layer, rounding), False
-    for first in range(0, layer.rows, layer.rows_per_budget):
+    optimum_of = _enumeration(layer, rounding)
+    claims = solution.objective, solution.lower_bound, slack
+    sums = zip(*(layer.totals(x).tolist() for x in claims), strict=True)
+    for number, (objective, bound, room) in enumerate(sums):
+        first = number * layer.rows_per_budget
         rows = list(range(first, first + layer.rows_per_budget))
         status, *others = sorted({Status(solution.status[row]) for row in rows})
         if others:
@@ -136,10 +133,6 @@ def _verify_claims(layer: LayerProblem, mask: Tensor, solution: Solution, roundi
                 "status: rows of a shared budget are proven together, yet some claim "
                 f"{' and some '.join((status, *others))}"
             )
-        share = layer.shares.cpu() if layer.shared_budget else torch.ones(1, dtype=torch.float64)
-        objective, bound, room = (
-            float(share @ x[rows].cpu()) for x in (solution.objective, solution.lower_bound, slack)
-        )
         who, s, what = (
             ("the rows", "", "sum") if layer.shared_budget else (f"row {first}", "s", "objective")
         )
@@ -159,14 +152,14 @@ def _verify_claims(layer: LayerProblem, mask: Tensor, solution: Solution, roundi
             )
         if optimum_of is None:
             continue
-        enumerated, (optimum, off) = True, optimum_of(first)
+        optimum, off = optimum_of(first)
         off = 0.0 if layer.integral else off
         exists = f"but a mask of {what} {optimum:.12g} exists"
         if bound > optimum + off:
             raise VerificationError(f"lower bound: {who} state{s} {bound:.12g}, {exists}")
         if status is Status.OPTIMAL and objective > optimum + off:
             raise VerificationError(f"{claim}, {exists}")
-    return enumerated
+    return optimum_of is not None
 
 
 def _enumeration(
@@ -222,18 +215,14 @@ def _verify_exactly(layer: LayerProblem, mask: Tensor, solution: Solution) -> No
     if layer.shared_budget:
         shares = [Fraction(share) for share in layer.shares.tolist()]
         costs, stated = ([sum(map(mul, shares, x), Fraction(0))] for x in (costs, stated))
-    elif layer.pruned_per_group in (0, layer.group_size):
+    elif layer.one_mask:
         proven = costs
     zero = None if layer.units is None else Fraction(layer.units.zero(layer.pruned // layer.rows))
     for row, (cost, bound, least) in enumerate(zip(costs, stated, proven, strict=True)):
         size = cost if zero is None else min(cost, abs(cost - zero))
-        bound_slack, slack = (
-            Fraction(OBJECTIVE_TOLERANCE) * least,
-            Fraction(OPTIMAL_TOLERANCE) * size,
-        )
-        if layer.integral:
-            bound_slack = slack = Fraction(0)
-        if bound > least + bound_slack:
+        part = 0 if layer.integral else 1
+        slack = Fraction(OPTIMAL_TOLERANCE) * size * part
+        if bound > least + Fraction(OBJECTIVE_TOLERANCE) * least * part:
             raise VerificationError(
                 f"lower bound: row {row} states {float(bound):.12g}; in exact arithmetic its proof gives "
                 f"{float(least):.12g}"
@@ -279,7 +268,7 @@ def _legal_mask(layer: LayerProblem, solution: Solution) -> Tensor:
 def _proven(layer: LayerProblem, mask: Tensor, solution: Solution) -> Tensor:
     """What tree and certificate prove of every row, by checks of their own; 0 without either. Where there is
     one legal mask, its objective."""
-    if not layer.shared_budget and layer.pruned_per_group in (0, layer.group_size):
+    if layer.one_mask:
         return layer.objective(mask).cpu()
     proven = torch.zeros(layer.rows, dtype=torch.float64)
     if solution.proof is not None:
@@ -376,13 +365,8 @@ def _every_mask(layer: LayerProblem) -> Tensor | None:
     operations = count * (pruned * layer.n // group) ** 3
     if count > ENUMERATION_LIMIT or (layer.update and operations > REFIT_ENUMERATION_LIMIT):
         return None
-    choices = [
-        [
-            tuple(first + i for i in chosen)
-            for chosen in itertools.combinations(range(group), pruned)
-        ]
-        for first in range(0, layer.n, group)
-    ]
+    starts = range(0, layer.n, group)
+    choices = [list(itertools.combinations(range(s, s + group), pruned)) for s in starts]
     sets = [sum(parts, ()) for parts in itertools.product(*choices)]
     p = torch.zeros(count, layer.n, dtype=torch.float64)
     if sets[0]:

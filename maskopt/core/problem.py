@@ -1,11 +1,8 @@
 """The mask-selection problem: one linear layer, or one row of it.
 
-A mask prunes a set of every row's inputs at a cost (see `maskopt.core.objective`); which sets are allowed
-says its pattern. All rows of a layer share the Gram matrix of its inputs, so a layer is a batch of
-independent rows. Masks are public as True = kept.
-
-With a shared budget (`Unstructured(…, per="layer")`) Σᵣ ωᵣ fᵣ is minimised over the masks with that count in
-all, and a row has no count of its own.
+A mask prunes a set of every row's inputs at a cost (`maskopt.core.objective`); the pattern says which sets
+are allowed. Rows share the Gram matrix of the layer's inputs and are independent, except under a shared
+budget (`Unstructured(…, per="layer")`): then Σᵣ ωᵣ fᵣ is minimised with one count for the layer.
 """
 
 from __future__ import annotations
@@ -55,6 +52,7 @@ from maskopt.core.units import (
     MOST_WHOLE,
     ObjectiveTransform,
     OriginalValues,
+    Real,
     Values,
     semidefinite,
     values_of,
@@ -63,31 +61,28 @@ from maskopt.errors import ProblemError, WarmStartError
 
 
 class LayerProblem(Objective):
-    """Mask selection for every row of one linear layer.
+    """Mask selection for every row of one linear layer. The objective of a row is f, or F with `update`.
 
-    The objective of a row is f, or F with `update`; see `Objective`.
+    Zero rows, zero or duplicate columns and a rank-deficient G are ordinary input.
 
     Args:
         weight: [rows, n], any real floating dtype, torch or NumPy; kept as a torch tensor.
         gram: [n, n], float32 or float64 (half precision becomes float32), torch or NumPy; symmetric, finite
             and positive semidefinite up to rounding.
         pattern: `Unstructured` or `NM`.
-        name: how messages and reports call the layer.
-        mean: [n], the mean of the inputs, for the few methods that need more than G (`dsnot`).
-        variance: [n], their mean variance within sequences, for the same; None: that over all tokens.
+        name: of the layer, in messages and reports.
+        mean, variance: [n], of the inputs over tokens, and within sequences on average (for `dsnot`).
         linear: correlation [rows, n] and constant [rows] of the dense error, brought to float64.
         update: the objective is F, of updated weights; None: f, of unchanged ones.
-        omega: [rows], the weight of a row in the sum of a shared budget, more than 0; None: 1.
-        integral: f of every mask is a whole number, so that a bound holds up to the next value of f
-            (`RowProblem.values`). Weights, Gᵢᵢ and 2Gᵢⱼ must be whole, without a linear part.
+        omega: [rows], above 0, the weight of a row in the sum of a shared budget; None: 1.
+        integral: f of every mask is a whole number: a bound holds up to the next value of f. Weights, Gᵢᵢ and
+            2Gᵢⱼ must be whole, without a linear part.
         units: the units of a quadratic objective (`RowProblem.from_quadratic`).
         assume_psd: skip the check of definiteness (n³/3 operations), for a G accumulated as XᵀX.
 
     Raises:
         ProblemError: wrong shapes, values that are not finite, G or G + λD indefinite, negative f.
         PatternError: a pattern that does not fit n.
-
-    Zero rows, zero or duplicate columns and a rank-deficient G are ordinary input.
     """
 
     def __init__(
@@ -134,7 +129,7 @@ class LayerProblem(Objective):
         if self.variance is not None and bool((self.variance < 0).any()):
             raise ProblemError(f"{label}variance is a mean of squares, and not below 0")
         check_costs(self.weight, self.gram, label)
-        self.linear = None if linear is None else linear_part(linear, self.weight, label)
+        self.linear = linear and linear_part(linear, self.weight, label)
         self.omega = shares_of_rows(omega, self.weight, label)
         self.integral, self.units = integral, units
         if integral:
@@ -205,13 +200,25 @@ class LayerProblem(Objective):
             return torch.ones(self.rows, dtype=torch.float64, device=self.device)
         return self.omega
 
-    def next_value(self, bound: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-        """The next value of f of an integral problem without a shared budget, else the bound."""
+    @property
+    def one_mask(self) -> bool:
+        """Whether every row has a single legal mask."""
+        return not self.shared_budget and self.pruned_per_group in (0, self.group_size)
+
+    def totals(self, values: Float[Tensor, " rows"]) -> Float[Tensor, " budgets"]:
+        """Σ ωᵣ xᵣ over the rows of a shared budget; without one, the values of the rows."""
+        return (self.shares @ values.to(self.shares))[None] if self.shared_budget else values
+
+    def raised(self, bounds: list[Real]) -> list[Real]:
+        """Bounds of f, raised to its next values for an integral problem without a shared budget."""
         if not self.integral or self.shared_budget:
-            return bound
+            return bounds
         values = [self.row(row).values() for row in range(self.rows)]
-        raised = [v.at_least(b) for v, b in zip(values, bound.tolist(), strict=True) if v]
-        return torch.tensor(raised, dtype=bound.dtype, device=bound.device)
+        return [v.at_least(b) for v, b in zip(values, bounds, strict=True) if v]
+
+    def next_value(self, bound: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+        """`raised` of a tensor."""
+        return bound.new_tensor(self.raised(bound.tolist()))
 
     def check_mask(self, mask: Any, what: str = "mask") -> Bool[Tensor, "rows n"]:
         """The mask as a bool tensor on the problem's device, or WarmStartError with the reason."""
@@ -268,7 +275,7 @@ class LayerProblem(Objective):
         return self._like(rows, self.name)
 
     def tiles(self, size: int) -> Iterator[tuple[slice, LayerProblem]]:
-        """So many rows after so many, the last tile of what is left: their slice, and their problem."""
+        """The slice and the problem of every `size` consecutive rows; the last tile may be smaller."""
         for first in range(0, self.rows, size):
             rows = slice(first, min(first + size, self.rows))
             yield rows, self._like(rows, self.name)
@@ -328,7 +335,7 @@ class LayerProblem(Objective):
 
     def _like(self, rows: Tensor | slice | list[int], name: str) -> LayerProblem:
         """Some rows of the same layer: nothing is checked again."""
-        linear = None if self.linear is None else self.linear.take(rows)
+        linear = self.linear and self.linear.take(rows)
         omega = None if self.omega is None else self.omega[rows]
         return self._with(weight=self.weight[rows], name=name, linear=linear, omega=omega)
 
@@ -366,11 +373,12 @@ class RowProblem:
         constant: float = 0.0,
         name: str = "",
     ) -> RowProblem:
-        """A quadratic objective: min (or max) pᵀUp + constant over p ∈ {0,1}ⁿ with `cardinality` ones.
+        """min (or max) pᵀUp + constant over p ∈ {0,1}ⁿ with `cardinality` ones, which are the pruned inputs
+        (`Solution.selected`).
 
-        The ones are pruned (`Solution.selected`). The symmetric part of U [n, n] counts, in float64; if it is
-        indefinite, the diagonal is shifted, and `value` takes the shift off. A U of whole numbers makes an
-        `integral` problem. ProblemError: no square matrix of finite numbers, or a cardinality beyond 0 … n.
+        The symmetric part of U [n, n] counts, in float64; the diagonal of an indefinite U is shifted, and
+        `value` subtracts the shift. A U of whole numbers makes an `integral` problem. ProblemError: no square
+        matrix of finite numbers, or a cardinality beyond 0 … n.
         """
         gram, units, whole = semidefinite(quadratic, maximize, constant)
         n = len(gram)
@@ -382,8 +390,8 @@ class RowProblem:
         return cls(np.ones(n), gram, pattern, **more)
 
     def quadratic(self) -> tuple[Float[np.ndarray, "n n"], float]:
-        """U [n, n] and the constant of pᵀUp + constant in the problem's own units, to be maximized where
-        `maximized`; Q and 0 without units."""
+        """U [n, n] and the constant in the problem's own units, to be maximized where `maximized`; without
+        units Q and 0."""
         q, units = self.q().cpu().numpy(), self._layer.units
         if units is None:
             # Q has the constant in its entries, unless nothing is chosen
@@ -429,11 +437,11 @@ class RowProblem:
     def q(self) -> Float[Tensor, "n n"]:
         """Q [n, n], float64, with f(p) = pᵀQp for every legal p; ProblemError with `update`.
 
-        diag(w)·G·diag(w), and with a linear part l = w⊙g and c, since 1ᵀp = s for every legal p,
+        diag(w)·G·diag(w), and with a linear part l = w⊙g and c, since 1ᵀp = s,
 
             Q + (l1ᵀ + 1lᵀ)/s + c/s²·11ᵀ = [I | 1/s]·[[Q, l], [lᵀ, c]]·[I | 1/s]ᵀ,  semidefinite too.
 
-        Where nothing is pruned c is left out.
+        c is left out where nothing is pruned.
         """
         if self.update is not None:
             raise ProblemError("the objective of updated weights is no quadratic form of the mask")
@@ -473,14 +481,14 @@ class RowProblem:
         new = pattern or self.pattern
         new.check(len(index))
         old = self._layer
+        kept = {name: getattr(old, name) for name in ("mean", "variance")}
         layer = old._with(
             weight=old.weight[:, index].contiguous(),
-            linear=None if old.linear is None else old.linear.restrict(index),
+            linear=old.linear and old.linear.restrict(index),
             gram=old.gram[index][:, index].contiguous(),
             pattern=new,
-            mean=None if old.mean is None else old.mean[index],
-            variance=None if old.variance is None else old.variance[index],
             _squares=None,
+            **{name: None if x is None else x[index] for name, x in kept.items()},
         )
         layer._check_update()
         return RowProblem._of(layer)
@@ -543,13 +551,13 @@ def _described(kind: type[Any], data: Any, what: str) -> Any:
 
 @dataclass(frozen=True)
 class UpdatedWeights:
-    """A layer's weights after the least squares.
+    """A layer's weights after least squares.
 
     Attributes:
         weight: float64 [rows, n], zero where the mask prunes.
-        error: float64 [rows], mean square of the outputs' distance to their targets.
-        residual: float64 [rows], ‖b − Av‖/‖b‖ of the normal equations Av = b; far from 0 where a row kept its
-            weights, since least squares could not improve them.
+        error: float64 [rows], mean squared distance of the outputs to their targets.
+        residual: float64 [rows], ‖b − Av‖/‖b‖ of the normal equations Av = b; far from 0 in rows that keep
+            their weights because least squares did not improve them.
     """
 
     weight: Float[Tensor, "rows n"]
@@ -565,12 +573,11 @@ def update_weights(
     power: float | None = None,
     limits: Limits | None = None,
 ) -> UpdatedWeights:
-    """The best weights on what a mask keeps; no row's error is above f.
+    """The best weights on what a mask keeps; the error of no row is above f.
 
     Args:
         mask: legal, True = kept.
-        damping: as in `LeastSquaresUpdate`; None: that of the problem, or the default.
-        power: likewise.
+        damping, power: as in `LeastSquaresUpdate`; None: those of the problem, or the defaults.
         limits: memory and threads.
 
     Raises:

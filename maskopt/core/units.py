@@ -29,7 +29,7 @@ MOST_ENTRIES = 2**14
 #: part of the entries that shifting may round off, of the least that count
 _LOST = 1e-6
 
-_Real = TypeVar("_Real", float, Fraction)
+Real = TypeVar("Real", float, Fraction)
 
 
 @dataclass(frozen=True)
@@ -155,9 +155,8 @@ class Values:
     offset: int
     step: int
 
-    def at_least(self, bound: _Real) -> _Real:
-        """The least value that is not below a bound, exact for a Fraction; the bound itself without such a
-        value."""
+    def at_least(self, bound: Real) -> Real:
+        """The least value that is not below a bound, exact for a Fraction; without one the bound itself."""
         if not abs(bound) < MOST_WHOLE or (not self.step and bound > self.offset):
             return bound
         # each operation is monotone: rounding never moves the bound past a value

@@ -144,12 +144,7 @@ def make_step(q: Tensor, inverse: Tensor, group: int, pruned: int) -> TorchStep 
 
 @loop(nogil=True, fastmath=FAST, error_model="numpy")
 def _advance(
-    product: np.ndarray,
-    of: _Rows,
-    group: int,
-    total: float,
-    relaxation: float,
-    theta: float,
+    product: np.ndarray, of: _Rows, group: int, total: float, relaxation: float, theta: float
 ) -> None:
     q, inverse, across, x, u, target, tau, scratch = of
     rows, n = q.shape

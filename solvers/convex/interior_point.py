@@ -31,12 +31,7 @@ _TOLERANCE = 1e-4
 
 
 def interior_point(
-    a: np.ndarray,
-    c: np.ndarray,
-    group: int,
-    pruned: int,
-    *,
-    constant: float = 0.0,
+    a: np.ndarray, c: np.ndarray, group: int, pruned: int, *, constant: float = 0.0
 ) -> np.ndarray:
     """A point whose Frank–Wolfe gap is below _TOLERANCE·|objective + constant|, if all goes well."""
     n = len(a)

@@ -98,33 +98,19 @@ class Mixing:
             self.extra = self.extra.take(positions)
 
     def sweep(self, count: int, rho: float, rows: np.ndarray | None = None) -> None:
-        """`count` passes over all coordinates with the penalty ρ, on some rows (int64), or all; elsewhere
-        than on the CPU always all."""
+        """`count` passes over all coordinates with the penalty ρ, on the CPU of some rows (int64), or all."""
         if self.v.device.type != "cpu":
             for _ in range(count):
                 self.sweep_torch(rho)
             return
         dtype = self.w.numpy().dtype
-        extra = self.extra
-        if extra is None:
-            none = np.zeros(0, np.int32)
-            extra = Extra(np.zeros((0, 0), np.int64), none, none)
-        self.threads.run(
-            sweep,
-            np.arange(len(self.w)) if rows is None else rows,
-            self.gram.numpy(),
-            self.w.numpy(),
-            self.linear.numpy(),
-            self.v.numpy(),
-            self.duals.numpy(),
-            dtype.type(rho),
-            self.group,
-            self.pruned,
-            count,
-            extra.starts,
-            extra.index,
-            extra.value.astype(dtype, copy=False),
-        )
+        none = np.zeros(0, np.int32)
+        extra = self.extra or Extra(np.zeros((0, 0), np.int64), none, none)
+        arrays = [x.numpy() for x in (self.gram, self.w, self.linear, self.v, self.duals)]
+        plan = dtype.type(rho), self.group, self.pruned, count
+        added = extra.starts, extra.index, extra.value.astype(dtype, copy=False)
+        rows = np.arange(len(self.w)) if rows is None else rows
+        self.threads.run(sweep, rows, *arrays, *plan, *added)
 
     def sweep_torch(self, rho: float) -> None:
         """One pass on any device, all rows at once. Coordinates of a block move at the same time, damped by

@@ -32,8 +32,7 @@ from maskopt.solvers.exact.scip_model import ScipModel
 from maskopt.solvers.exact.tasks import UPDATED_CLOSED, RowAnswer, RowTask, UpdatedTask
 from maskopt.solvers.exact.tree.convexify import Duals, free_part, qcr_duals, same_group
 from maskopt.solvers.exact.tree.node import put_in_order, twins_of
-from maskopt.solvers.exact.tree.probing import Probed, probe
-from maskopt.solvers.exact.tree.quadratic import QuadraticTree
+from maskopt.solvers.exact.tree.quadratic import Probed, QuadraticTree, probe
 
 FORMATS = ("cip", "lp", "mps")
 #: in the order of what they are worth: made convex by the duals of the semidefinite relaxation; Q = LLᵀ; one

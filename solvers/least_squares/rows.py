@@ -19,8 +19,7 @@ from maskopt.solvers.least_squares.compiled_row import CompiledRow
 from maskopt.solvers.least_squares.scratch import Scratch
 from maskopt.solvers.least_squares.search import Found, refine
 from maskopt.solvers.least_squares.state import Metric, Pairs, Row
-from maskopt.solvers.shared_budget.offers import OFFERED, Offers
-from maskopt.solvers.shared_budget.transfer import searched, transfer
+from maskopt.solvers.shared_budget.transfer import OFFERED, Offers, searched, transfer
 
 #: rows whose M are made together, at most, and bytes of these
 _TOGETHER, _TOGETHER_BYTES = 16, 2**25

@@ -21,7 +21,7 @@ from maskopt.core.limits import Limits
 from maskopt.protocol.solution import REFIT_FLOOR, SWAP_TOLERANCE
 from maskopt.solvers.least_squares.block import exchanged
 from maskopt.solvers.least_squares.state import DRIFT, Pairs, Row
-from maskopt.solvers.shared_budget.offers import Offers
+from maskopt.solvers.shared_budget.transfer import Offers
 
 #: candidates on each side; on both together, where an input meets few others, those of its group
 CANDIDATES, OF_GROUPS = 48, 256

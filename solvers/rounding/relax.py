@@ -157,7 +157,6 @@ def swapped(
 
 
 def better(problem: LayerProblem, mask: Tensor, other: Tensor) -> Tensor:
-    cost, rest = problem.objective(mask), problem.objective(other)
-    if problem.shared_budget:  # all rows or none
-        return mask if problem.shares @ cost <= problem.shares @ rest else other
+    """The cheaper of two masks, row by row, or all rows or none of a shared budget."""
+    cost, rest = (problem.totals(problem.objective(m)) for m in (mask, other))
     return torch.where((cost <= rest)[:, None], mask, other)

@@ -175,9 +175,10 @@ class _Pool:
             swapped = Swap(max_swaps=self._plan.moves).run(problem, start, limits)
             return swapped.mask.cpu(), swapped.objective.cpu(), swapped.trace.swaps
         tabu = Tabu(moves=self._plan.moves, patience=_PATIENCE)
-        found = search(problem, start, tabu, limits, self._scaled.repeated(count))
-        values = found.history[:, -1] if found.history.shape[1] else found.start_objective.cpu()
-        return found.mask.cpu(), values, found.moves
+        found, trace = search(problem, start, tabu, limits, self._scaled.repeated(count))
+        history = trace.history
+        values = history[:, -1] if history.shape[1] else trace.start_objective.cpu()
+        return found.cpu(), values, trace.moves
 
     def _keep_best(
         self, masks: Bool[Tensor, "rows count n"], values: Float[Tensor, "rows count"]

@@ -15,7 +15,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool
 from torch import Tensor
 
 from maskopt.core.fields import option
@@ -83,15 +83,8 @@ class Tabu(Solver):
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
         assert start is not None
         watch = Stopwatch(problem.rows)
-        found = search(problem, start, self, limits.share(SEARCH_SHARE))
-        trace = Trace(
-            moves=found.moves,
-            rounds=found.rounds,
-            start_objective=found.start_objective,
-            history=found.history,
-            stopped=tuple("yes" if late else "no" for late in found.stopped.tolist()),
-        )
-        refined = then_swapped(problem, found.mask, start, limits, trace, watch)
+        mask, trace = search(problem, start, self, limits.share(SEARCH_SHARE))
+        refined = then_swapped(problem, mask, start, limits, trace, watch)
         return Solution.of(problem, refined.mask, status=refined.status, trace=refined.trace)
 
     def tenure_of(self, problem: LayerProblem) -> int:
@@ -118,18 +111,6 @@ def then_swapped(
     refined = Swap().run(problem, mask, limits)
     trace = replace(trace, swaps=refined.trace.swaps, swap_seconds=watch.lap())
     return replace(refined, trace=trace)
-
-
-class Found(NamedTuple):
-    """The best mask of every row, moves and rounds, the objective of the start (float64), the best one after
-    each round (float64 [rows, rounds], in float32 accuracy), and whether the time was over first."""
-
-    mask: Bool[Tensor, "rows n"]
-    moves: Int[Tensor, " rows"]
-    rounds: Int[Tensor, " rows"]
-    start_objective: Float[Tensor, " rows"]
-    history: Float[Tensor, "rows rounds"]
-    stopped: Bool[Tensor, " rows"]
 
 
 class _State(NamedTuple):
@@ -177,9 +158,9 @@ class _State(NamedTuple):
 
 def search(
     problem: LayerProblem, start: Tensor, plan: Tabu, limits: Limits, scaled: Scaled | None = None
-) -> Found:
-    """The best masks after `plan.moves` moves of every row, or when the time is over; `scaled`: of the
-    problem, where it is known."""
+) -> tuple[Bool[Tensor, "rows n"], Trace]:
+    """The best masks after `plan.moves` moves of every row, or when the time is over, and how they were
+    found; `scaled`: of the problem, where it is known."""
     from maskopt.solvers.search.tabu_kernel import search_rows
 
     rows, tenure = problem.rows, plan.tenure_of(problem)
@@ -206,14 +187,15 @@ def search(
         planned += step
         history.append(best.clone())
         limits.report(0, rows, "moves", planned, plan.moves)
-    return Found(
-        mask=torch.from_numpy(state.best == 0).to(problem.device),
+    late = (rounds * ROUND < plan.moves).tolist()
+    trace = Trace(
         moves=torch.from_numpy(state.moves),
         rounds=rounds,
         start_objective=start_objective,
         history=torch.stack(history, 1) if history else best[:, None][:, :0],
-        stopped=rounds * ROUND < plan.moves,
+        stopped=tuple("yes" if row else "no" for row in late),
     )
+    return torch.from_numpy(state.best == 0).to(problem.device), trace
 
 
 class Scaled(NamedTuple):

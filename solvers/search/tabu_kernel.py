@@ -97,12 +97,7 @@ def _products(
 
 @_fast
 def _exchange(
-    slope: np.ndarray,
-    twice: np.ndarray,
-    added: np.ndarray,
-    plus: Any,
-    gone: np.ndarray,
-    minus: Any,
+    slope: np.ndarray, twice: np.ndarray, added: np.ndarray, plus: Any, gone: np.ndarray, minus: Any
 ) -> None:
     for j in range(len(slope)):
         slope[j] += twice[j] * (plus * added[j] - minus * gone[j])

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,10 +26,41 @@ from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import Solution, Status, swap_threshold
 from maskopt.protocol.trace import Trace
-from maskopt.solvers.shared_budget.offers import Offers
 
 #: part of the tolerance of SWAP_OPTIMAL that transfers go below, so that rounding never decides a claim
 _PART = 0.5
+#: inputs on each side that a row offers at a time
+OFFERED = 48
+
+
+class Offers(NamedTuple):
+    """Per row, in the order in which it would do so: inputs to prune (`removals`) with what they add to the
+    row's objective, and inputs to keep again (`returns`) with what they take from it (`gains`).
+
+    The first of each is the row's best. Each later one is priced as if those before it were done; the two
+    sides are priced apart. Where there is no further input it is −1, its cost ∞ and its gain −∞, float64.
+    """
+
+    removals: Int[Tensor, "rows some"]
+    costs: Float[Tensor, "rows some"]
+    returns: Int[Tensor, "rows some"]
+    gains: Float[Tensor, "rows some"]
+
+    @classmethod
+    def none(cls, rows: int, device: torch.device) -> Offers:
+        nothing = torch.full((rows, OFFERED), -1, device=device)
+        endless = torch.full((rows, OFFERED), torch.inf, dtype=torch.float64, device=device)
+        return cls(nothing, endless, nothing.clone(), -endless)
+
+    @classmethod
+    def joined(cls, parts: list[Offers]) -> Offers:
+        return cls(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+    def put(self, rows: Int[Tensor, " some"], other: Offers) -> None:
+        """Some rows offer something else now."""
+        for mine, new in zip(self, other, strict=True):
+            mine[rows] = new
+
 
 #: (some rows, their masks) → 1-swap optima at the masks' own counts, and what makes the rows' offers then
 Search = Callable[[LayerProblem, Tensor, Limits], tuple[Solution, Callable[[], Offers]]]

@@ -11,7 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from maskopt.core.problem import LayerProblem
-from maskopt.solvers.shared_budget.offers import OFFERED, Offers
+from maskopt.solvers.shared_budget.transfer import OFFERED, Offers
 
 #: rows whose offers are made at a time
 _ROWS = 512

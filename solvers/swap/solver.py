@@ -14,13 +14,13 @@ from torch import Tensor
 from maskopt.core.fields import option
 from maskopt.core.limits import Limits, torch_threads
 from maskopt.core.problem import LayerProblem
+from maskopt.core.rows import join_rows
 from maskopt.errors import SolverError
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver
 from maskopt.protocol.trace import Trace
 from maskopt.solvers.least_squares.rows import swap_refitted
-from maskopt.solvers.shared_budget.offers import Offers
-from maskopt.solvers.shared_budget.transfer import searched, transfer
+from maskopt.solvers.shared_budget.transfer import Offers, searched, transfer
 from maskopt.solvers.swap.batch import Batch
 from maskopt.solvers.swap.engine import Kernel, Outcome, refine
 from maskopt.solvers.swap.literal import refine_literally
@@ -115,7 +115,7 @@ class Swap(Solver):
                 if name != "literal" and (built is None or built.single != batch.single):
                     built = make_kernel(name, batch, memory // 2, threads)
                 how: dict[str, Any] = {"max_swaps": self.max_swaps, "deadline": limits.deadline}
-                how["progress"] = None if limits.on_progress is None else progress
+                how["progress"] = limits.on_progress and progress
                 if built is None:  # to the letter of the paper
                     outcome = refine_literally(batch, memory=memory // 2, **how)
                 else:
@@ -133,25 +133,20 @@ class Swap(Solver):
 
 
 def _solution(kernel: str, parts: list[tuple[Batch, Outcome]]) -> Solution:
-    def gather(values: list[Tensor]) -> Tensor:
-        return torch.cat(values).cpu()
-
     objective = torch.cat([b.objective.clamp(min=0.0) * b.scale for b, _ in parts])
-    length = max(len(outcome.objectives) for _, outcome in parts)
-    history = [
-        torch.stack(o.objectives + [o.objectives[-1]] * (length - len(o.objectives)), 1)
-        for _, o in parts
+    traces = [
+        Trace(
+            kernel=kernel,
+            swaps=batch.swaps.cpu(),
+            scans=outcome.scans.cpu(),
+            rounds=batch.rounds.cpu(),
+            pairs=batch.priced.cpu(),
+            history=torch.stack(outcome.objectives, 1).cpu(),
+        )
+        for batch, outcome in parts
     ]
-    trace = Trace(
-        kernel=kernel,
-        swaps=gather([batch.swaps for batch, _ in parts]),
-        scans=gather([outcome.scans for _, outcome in parts]),
-        rounds=gather([batch.rounds for batch, _ in parts]),
-        pairs=gather([batch.priced for batch, _ in parts]),
-        history=gather(history),
-    )
     mask = torch.cat([batch.kept for batch, _ in parts])
-    return searched(mask, objective, torch.cat([o.proven for _, o in parts]), trace)
+    return searched(mask, objective, torch.cat([o.proven for _, o in parts]), join_rows(traces))
 
 
 def make_kernel(name: str, batch: Batch, memory: int, threads: int) -> Kernel:

@@ -34,9 +34,8 @@ from maskopt.solvers.exact.tree.convexify import (
 )
 from maskopt.solvers.exact.tree.node import bound_node, settle, twins_of
 from maskopt.solvers.exact.tree.pentagons import PLACES
-from maskopt.solvers.exact.tree.proof import Step, row_proof
 from maskopt.solvers.exact.tree.relaxation import Goal, Plan, Relaxed, relax_node, subtract_cuts
-from maskopt.solvers.exact.tree.search import MARGIN, WORTH, BestFirst, Node
+from maskopt.solvers.exact.tree.search import MARGIN, WORTH, BestFirst, Node, Step, row_proof
 
 #: part of the step from a value to the next that a bound must pass the value below by
 _ROOM = 1e-6
@@ -57,6 +56,8 @@ _PROMISING, _POLISH = 1.02, 30
 _TRY = 300
 #: nodes after which they are tried again, for a tree of which more than so many are to be expected
 _TRY_AGAIN, _TOO_MANY = 1200, 50_000
+#: a pass of `probe` ends after so many failures one after the other, as part of the inputs
+_PATIENCE = 0.25
 
 
 class Plans(NamedTuple):
@@ -311,3 +312,66 @@ def _follow(step: Step | None, after: Step | None) -> None:
     """Where a proof is kept, `after` follows at the same node."""
     if step is not None and after is not None:
         step.then(AGAIN, after)
+
+
+class Probed(NamedTuple):
+    """What every legal mask below the cutoff has, the first ones of its twins being pruned.
+
+    Attributes:
+        state: 1 pruned, 0 kept, −1 free, int8 [n].
+        lam: λ that makes Q + μΣ_g 1_g1_gᵀ + diag(λ) ⪰ 0 on the free inputs, float64 [n].
+        bound: a lower bound of their objectives; at least the cutoff (see `BestFirst`) where there are none.
+    """
+
+    state: np.ndarray
+    lam: np.ndarray
+    bound: float
+    cutoff: float
+
+    @property
+    def closed(self) -> bool:
+        """Whether no mask is left below the cutoff."""
+        return self.bound >= self.cutoff
+
+    def allows(self, pruned: np.ndarray) -> bool:
+        """Whether a mask (p, bool [n]) has the sides that were found."""
+        return bool(((self.state < 0) | (self.state == pruned)).all())
+
+
+def probe(tree: QuadraticTree) -> Probed:
+    """Fix what can be fixed at the root of a tree, whose incumbent may become a better one."""
+    root = tree.start
+    state, point, form, bound = root.state.copy(), root.point, root.form.relaxed, root.bound
+    while bound < tree.cutoff and not tree.task.limits.expired:
+        before = int((state < 0).sum())
+        _fix(tree, state, point, form)
+        free = int((state < 0).sum())
+        if not free:  # a single mask, which this looks at
+            tree.bound(state, form)
+            bound = tree.cutoff
+        if free in (0, before):
+            break
+        own = tree.convexify(state, point, form)
+        again = state.copy()
+        value, relaxed, _ = tree.bound(again, own)
+        if value > bound:
+            state, point, form, bound = again, relaxed, own, value
+    return Probed(state, form.lam, bound, tree.cutoff)
+
+
+def _fix(tree: QuadraticTree, state: np.ndarray, point: np.ndarray, form: Relaxed) -> None:
+    """One pass over the free inputs of `state`, in place: those first that the relaxation is surest of."""
+    failures = 0
+    for i in np.argsort(-np.abs(point - 0.5), kind="stable"):
+        if failures > _PATIENCE * len(state) or tree.task.limits.expired:
+            break
+        if state[i] >= 0:
+            continue
+        side = int(point[i] < 0.5)
+        other = state.copy()
+        other[i] = side
+        if tree.bound(other, form)[0] >= tree.cutoff:
+            state[i] = 1 - side
+            failures = 0
+        else:
+            failures += 1

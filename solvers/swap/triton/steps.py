@@ -55,12 +55,7 @@ class TritonKernel:
     patience = 2**31
 
     def __init__(
-        self,
-        batch: Batch,
-        *,
-        memory: int = 2**30,
-        width: int = WIDTH,
-        timed: bool = False,
+        self, batch: Batch, *, memory: int = 2**30, width: int = WIDTH, timed: bool = False
     ) -> None:
         self.seconds: dict[str, float] = {}
         self._timed = timed
