@@ -40,15 +40,12 @@ _ANY = sys.float_info.max
 class LeastSquaresUpdate:
     """The objective F: the kept weights are updated by least squares.
 
-    With μ the mean of G's diagonal, D has μ (Gⱼⱼ/μ)^power on its diagonal: ridge regression on the inputs
-    with a power of 0, on inputs scaled to one size with 1.
+    With μ the mean of G's diagonal, D has μ (Gⱼⱼ/μ)^power on its diagonal: ridge regression on the inputs at
+    power 0, on inputs scaled to one size at 1. OptionError: a value out of range.
 
     Attributes:
-        damping: λ, at least 0; no input has less than LEAST_DAMPING·μ.
+        damping: λ, at least 0; every input has LEAST_DAMPING·μ at least.
         power: 0 to 1.
-
-    Raises:
-        OptionError: a value out of range.
     """
 
     damping: float = 0.01
@@ -65,8 +62,8 @@ class LeastSquaresUpdate:
 
 @dataclass(frozen=True, eq=False)
 class LeastSquares:
-    """The damped metric A of a layer's inputs, which its rows share: G, in its dtype, and λD, float64, in the
-    units of G; 0 where G is 0."""
+    """The damped metric A = G + λD that the rows of a layer share: G in its dtype, and λD (`ridge`), float64,
+    in the units of G; 0 where G is 0."""
 
     gram: Float[Tensor, "n n"]
     ridge: Float[Tensor, " n"]
@@ -140,11 +137,9 @@ class LeastSquares:
         mask: Bool[Tensor, "rows n"],
         limits: Limits | None = None,
     ) -> Float[Tensor, "rows n"]:
-        """v of every row, float64, zero where the mask prunes.
-
-        Cholesky of every row's own A_SS, k³/3 operations for k kept weights: in float32 with refinement in
-        float64 where G is float32 and that converges, else in float64.
-        """
+        """v of every row, float64, zero where the mask prunes: Cholesky of each A_SS, k³/3 operations for k
+        kept weights, in float32 with refinement in float64 where G is float32 and that converges, else in
+        float64."""
         rows, n = mask.shape
         sizes = ((mask.sum(1) + _LEAF - 1) // _LEAF * _LEAF).clamp(max=n)
         most_kept = int(sizes.max())
@@ -230,8 +225,8 @@ class LeastSquares:
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """The kept inputs of some rows, padded to one size with pruned ones; which of them are kept, and how many
-    in each row."""
+    """The kept inputs of some rows, padded with pruned ones to one size; which are kept, and how many in each
+    row."""
 
     index: Tensor
     real: Bool[Tensor, "rows k"]

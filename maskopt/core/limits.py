@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
@@ -237,35 +237,30 @@ def fast_products() -> Iterator[None]:
     setting is the process's, and is reset once all users are out. Nothing changes where there is an
     accelerator, whose products would be rounded, or where the setting was made by torch's newer means.
     """
-    if not (_precise() and _enter()):
+    with _allowed() if _precise() else nullcontext():
         yield
-        return
-    try:
-        yield
-    finally:
-        _leave()
 
 
-def _enter() -> bool:
-    """False, and nothing done, where the setting was made by newer means."""
+@contextmanager
+def _allowed() -> Iterator[bool]:
+    """Products may be rounded; yields False, and changes nothing, where newer means made the setting."""
     global _products_users, _precision_before
+    entered = True
     with _products_lock:
-        if _products_users == 0:
+        if not _products_users:
             try:
                 _precision_before = torch.get_float32_matmul_precision()
+                torch.set_float32_matmul_precision(_ALLOWED)
             except RuntimeError:
-                return False
-            torch.set_float32_matmul_precision(_ALLOWED)
-        _products_users += 1
-    return True
-
-
-def _leave() -> None:
-    global _products_users
-    with _products_lock:
-        _products_users -= 1
-        if _products_users == 0:
-            torch.set_float32_matmul_precision(_precision_before)
+                entered = False
+        _products_users += entered
+    try:
+        yield entered
+    finally:
+        with _products_lock:
+            _products_users -= entered
+            if entered and not _products_users:
+                torch.set_float32_matmul_precision(_precision_before)
 
 
 @cache
@@ -279,13 +274,9 @@ def _precise() -> bool:
         torch.randn(256, 256, generator=generator, dtype=torch.float32) for _ in range(2)
     )
     exact = left.double() @ right.double()
-    if not _enter():
-        return False
-    try:
+    with _allowed() as entered:
         error = (left @ right - exact).norm() / exact.norm()
-    finally:
-        _leave()
-    return float(error) < _PRECISE
+    return entered and float(error) < _PRECISE
 
 
 def parse_bytes(text: str) -> int:

@@ -177,14 +177,14 @@ def _jobs_by_name(
 ) -> dict[str, _Job]:
     """Every solver made, its options checked, before anything runs."""
     if not isinstance(solvers, Mapping):
-        found: dict[str, _Job] = {}
+        jobs: dict[str, _Job] = {}
         for solver in map(make_solver, solvers):
-            if solver.name in found:  # records know their solver by its name alone
+            if solver.name in jobs:  # records know their solver by its name alone
                 raise OptionError(
                     f"solver {solver.name!r} is given twice; run compare once for each of its settings"
                 )
-            found[solver.name] = _Job(solver, None, limits)
-        return found
+            jobs[solver.name] = _Job(solver, None, limits)
+        return jobs
     jobs = {}
     for name, options in solvers.items():
         own = {k: v for k, v in options.items() if k not in KEYWORDS and k != "start"}
@@ -215,10 +215,9 @@ def _record(
         "key": key,
     }
     if isinstance(answer, MaskoptError):
-        nothing: dict[str, Any] = dict.fromkeys(
-            ("objective", "lower_bound", "value", "value_bound", "gap", "seconds"), math.nan
-        )
-        return Record(**base, **nothing, status="failed", trusted="", error=str(answer))
+        numbers = ("objective", "lower_bound", "value", "value_bound", "gap", "seconds")
+        base |= dict.fromkeys(numbers, math.nan)
+        return Record(**base, status="failed", trusted="", error=str(answer))
     columns = {name: values[0] for name, values in answer.columns().items()}
     columns |= {"value": answer.value, "value_bound": answer.bound}
     known = {f.name for f in fields(Record)}
@@ -235,10 +234,11 @@ def _with_excess(found: list[Record], solvers: int) -> list[Record]:
     for first in range(0, len(found), solvers):
         group = found[first : first + solvers]
         proven = [r for r in group if r.status == Status.OPTIMAL]
-        best = min(proven, key=lambda r: r.objective) if proven else None
         for record in group:
-            known = best is not None and record.value == record.value
-            excess = excess_of(record.value, best.value) if known and best else math.nan
+            excess = math.nan
+            if proven and not math.isnan(record.value):
+                best = min(proven, key=lambda r: r.objective)
+                excess = excess_of(record.value, best.value)
             records.append(replace(record, excess=excess))
     return records
 

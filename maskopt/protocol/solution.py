@@ -104,7 +104,7 @@ def is_bounded(objective: float, lower_bound: float, status: str = "") -> bool:
 
 @dataclass(frozen=True)
 class Solution:
-    """One mask a row, with its objective and with what is known about it.
+    """One mask a row, with its objective and the claims about it.
 
     Attributes:
         mask: bool [rows, n], True = kept.
@@ -115,10 +115,9 @@ class Solution:
         solver: name of the solver that answered.
         seconds: wall-clock time of the solve, start included, compilation of loops not.
         trace: how the answer was found (`maskopt.protocol.trace`).
-        certificate: proves lower bounds to `verify`.
-        proof: the trees of an exact search, which prove lower bounds to `verify`, too.
-        trusted: per row the exact solver whose bound nothing here proves, with its version, such as
-            `SCIP 10.0`; an empty text where the bound is proven. Empty altogether: all are.
+        certificate, proof: prove lower bounds to `verify`; `proof` holds the trees of an exact search.
+        trusted: per row the exact solver whose bound nothing here proves, with its version, such as `SCIP
+            10.0`; an empty text where the bound is proven. Empty altogether: all are.
         weight: float64 [rows, n], updated weights where the solver has them; saved only with `own`.
         own: the weights are the solver's own, not those of least squares.
         units: of a quadratic objective, to convert f to the caller's units; None: they are the same.

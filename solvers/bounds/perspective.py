@@ -13,8 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -65,23 +64,15 @@ class PerspectiveBound(BoundMethod):
         threads = threads_on(problem.device)
         rounds = torch.zeros(problem.rows, dtype=torch.int64)
         for choices, tick in self._choices(rows, problem, limits, threads):
-            better = partial(self._better, rows, choices, limits, tick)
+
+            def better(row: int, choices: Any = choices, tick: Any = tick) -> int:
+                done = rows[row].run(choices[row], self.turns, self.splits, limits)
+                tick()
+                return done
+
             rounds += torch.tensor(one_thread_each(better, problem.rows, threads))
         d, v = torch.stack([row.d for row in rows]), torch.stack([row.v for row in rows])
         return Certificate(d * of.size.square(), d[:, :0], v / of.size), Trace(iterations=rounds)
-
-    def _better(
-        self,
-        rows: Sequence[_Row],
-        choices: Sequence[_Choice],
-        limits: Limits,
-        tick: Callable[[], None],
-        row: int,
-    ) -> int:
-        """Better a row's split; the rounds that did."""
-        rounds = rows[row].run(choices[row], self.turns, self.splits, limits)
-        tick()
-        return rounds
 
     def _choices(
         self, rows: Sequence[_Row], problem: LayerProblem, limits: Limits, threads: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from maskopt.core.limits import Limits, one_thread_each, threads_on
 from maskopt.core.problem import LayerProblem
+from maskopt.core.rows import join_rows
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.trace import Trace
 from maskopt.solvers.least_squares.block import one_sided
@@ -28,17 +30,15 @@ _TOGETHER, _TOGETHER_BYTES = 16, 2**25
 def swap_refitted(
     problem: LayerProblem, start: Tensor, max_swaps: int | None, limits: Limits
 ) -> Solution:
-    """1-swap search on F from a legal mask: proven optima, or what was reached when a limit came. With a
+    """1-swap search on F from a legal mask: proven optima, or the masks reached when a limit came. With a
     shared budget, of the layer as a whole."""
+    nothing = Offers.none(1, problem.device)
 
     def search(
         some: LayerProblem, mask: Tensor, limits: Limits
     ) -> tuple[Solution, Callable[[], Offers]]:
         found = _searched(some, mask, max_swaps, limits)
-        nothing = Offers.none(1, problem.device)
-        return _solution(some, found), lambda: Offers.joined(
-            [row.offers or nothing for row in found]
-        )
+        return _solution(some, found), lambda: Offers.joined([r.offers or nothing for r in found])
 
     return transfer(problem, start, search, limits)
 
@@ -107,17 +107,11 @@ def _as_begun(problem: LayerProblem, start: Tensor, rows: list[int], limits: Lim
 
 
 def _solution(problem: LayerProblem, rows: list[Found]) -> Solution:
-    length = max(len(row.objectives) for row in rows)
-    history = [
-        row.objectives + row.objectives[-1:] * (length - len(row.objectives)) for row in rows
-    ]
-    counts = {
-        name: torch.tensor([getattr(row, name) for row in rows])
-        for name in ("swaps", "scans", "rounds", "pairs")
-    }
-    trace = Trace(
-        kernel="least squares", history=torch.tensor(history, dtype=torch.float64), **counts
-    )
+    names = ("swaps", "scans", "rounds", "pairs")
+    counts = {name: torch.tensor([getattr(row, name) for row in rows]) for name in names}
+    histories = [torch.tensor([row.objectives], dtype=torch.float64) for row in rows]
+    trace = Trace(kernel="least squares", **counts)
+    trace = join_rows([replace(trace, history=history) for history in histories])
     optimal = torch.tensor([row.proven for row in rows])
     mask, weight = (torch.stack(one) for one in ([r.mask for r in rows], [r.weight for r in rows]))
     squares = problem.least_squares

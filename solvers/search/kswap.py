@@ -138,26 +138,15 @@ class _State:
 def compound_moves(
     problem: LayerProblem, mask: Tensor, candidates: int, threads: RowThreads
 ) -> tuple[Bool[Tensor, "rows n"], Int[Tensor, " rows"]]:
-    """Masks after improving compounds, until none is left among the candidates or a round is full; and how
-    many were made."""
+    """Masks after improving compounds, until none is left among the candidates or a round is full; and the
+    number of moves."""
     from maskopt.solvers.search.kswap_kernel import search_rows
 
     batch = Batch.of(problem, mask)
-    rows = torch.arange(batch.rows)
+    rows, made = torch.arange(batch.rows), torch.zeros(batch.rows, dtype=torch.int64)
     refresh(batch, rows, _REFRESH_BYTES)
     batch.add_linear(rows)
-    made = torch.zeros(batch.rows, dtype=torch.int64)
-    threads.run(
-        search_rows,
-        rows.numpy(),
-        batch.x.numpy(),
-        batch.gram.numpy(),
-        batch.kept.numpy(),
-        batch.c.numpy(),
-        batch.group,
-        candidates,
-        batch.threshold().numpy(),
-        _MOVES_A_ROUND,
-        made.numpy(),
-    )
+    arrays = [x.numpy() for x in (batch.x, batch.gram, batch.kept, batch.c)]
+    plan = batch.group, candidates, batch.threshold().numpy(), _MOVES_A_ROUND
+    threads.run(search_rows, rows.numpy(), *arrays, *plan, made.numpy())
     return batch.kept, made
