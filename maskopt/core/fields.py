@@ -119,14 +119,9 @@ class Option:
         )
 
     def checked(self, given: Any, called: str = "") -> Any:
-        """The value, with a list as the tuple and a NumPy number as the Python number that is meant.
-
-        Args:
-            called: name in error messages; empty: the option's in backticks.
-
-        Raises:
-            OptionError: names the option, what is allowed, and what was given.
-        """
+        """The value; a list becomes a tuple, and a NumPy number a Python number. `called`: name in error
+        messages (empty: the option's in backticks). OptionError names the option, what is allowed, and what
+        was given."""
         kinds = [typing.get_origin(kind) for kind in alternatives(self.hint)]
         if isinstance(given, list) and tuple in kinds:
             given = tuple(given)

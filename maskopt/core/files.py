@@ -102,8 +102,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
 def pack(value: Any, name: str = "") -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """A value as words for a header and arrays for `write_arrays`, by dotted names: of a dataclass its
-    fields, of a sequence of dataclasses its entries. None is left out; bfloat16, which NumPy lacks, is
-    widened."""
+    fields, of a sequence of dataclasses its entries. None is left out; bfloat16 is widened."""
     if isinstance(value, Tensor):
         value = value.float() if value.dtype == torch.bfloat16 else value
         return {}, {name: value.detach().cpu().contiguous().numpy()}

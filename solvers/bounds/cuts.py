@@ -78,7 +78,7 @@ def tighten(
         plain: a certificate without ν and cuts.
         rank: of the vectors.
         rounds: of separation.
-        limits: rows share the time equally; rows that were not reached by the deadline keep `plain`.
+        limits: rows share the time equally; rows without time keep `plain`.
     """
     threads = torch.get_num_threads()
     tile = max(1, _TILE_ENTRIES // (problem.n + 1) ** 2 // threads) * threads

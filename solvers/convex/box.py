@@ -5,20 +5,19 @@ all rows, so one Cholesky factorisation of the layer
 
     A = ρ(2H + ρI)⁻¹,   H = G/√(hhᵀ),   h = √diag(G),
 
-serves every step of every row: one matrix product over all rows and a projection of each group onto {0 ≤ x ≤
-1, Σ x = s} in the metric w²h. Accelerated projected gradient costs the same per step and needs over 300 of
-them where this needs 40 to 60, since what is hard is the conditioning of G.
+serves every step: one matrix product over all rows and a projection of each group onto {0 ≤ x ≤ 1, Σ x = s}
+in the metric w²h. Accelerated projected gradient costs the same per step and needs over 300 steps instead of
+40 to 60, because of the conditioning of G.
 
 **Hardening.** On binary points x = x², so f(x) + Σ μⱼ(xⱼ − xⱼ²) is the same problem for every μ, and a
 growing μ bends the relaxed solution towards a mask. With μ = θ·ρw²h/2 the projection of v becomes that of (v
-− θ/2)/(1 − θ). θ rises from 0 to `hardness`; near 1 the steps no longer settle. Its products may be bfloat16,
+− θ/2)/(1 − θ); θ rises from 0 to `hardness`, near 1 the steps no longer settle. Its products may be bfloat16,
 with sums in float32, where that is much faster.
 
-**Rows of a shared budget** have one sum: the projection is that of the whole layer, and where a row has
-limits within them.
+**Rows of a shared budget** have one sum: the projection is that of the layer, within the limits of its rows.
 
 **A shift.** With d where G − diag(d) is still semidefinite, f(x) = (w⊙x)ᵀ(G − diag(d))(w⊙x) + Σ dⱼwⱼ²xⱼ on
-masks, which relaxes to more. Its linear term, as that of the problem, only moves what A is applied to.
+masks, which relaxes to more. Linear terms only move what A is applied to.
 """
 
 from __future__ import annotations
@@ -124,7 +123,7 @@ class _Split:
         factor, half: A [n, n] in G's dtype; in bfloat16 for hardening, None where that is not faster.
         metric: h [n].
         pull: [n], q⊙pull is taken off the target for the linear term of a shift; None: no shift.
-        slope: [n], the same is slope⊙g, over the size of a row, for the linear term 2gᵀ(w⊙x) of the problem.
+        slope: [n], likewise slope⊙g, over the size of a row, for the linear term of the problem.
         shift: d, float64 [n], or None.
     """
 

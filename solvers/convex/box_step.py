@@ -56,12 +56,8 @@ class TorchStep:
 
 
 class PooledStep(TorchStep):
-    """With a shared budget the layer is one group, in a metric of what its rows count in the sum.
-
-    Args:
-        metric: 1 over what the entries count in the projection [rows, n].
-        limits: least and most of a row.
-    """
+    """With a shared budget the layer is one group, in a metric of what its rows count in the sum (`metric`: 1
+    over that, [rows, n]); `limits`: least and most of a row."""
 
     def __init__(
         self, q: Tensor, inverse: Tensor, pruned: int, metric: Tensor, limits: tuple[int, int]
@@ -83,15 +79,9 @@ class PooledStep(TorchStep):
 
 
 class _Rows(NamedTuple):
-    """What a step works on, one row each.
-
-    Attributes:
-        q, inverse: as above [rows, n].
-        across: D⁻¹ of a row with its groups side by side [rows, group, groups]; empty with one group.
-        x, u, target: as above [rows, n].
-        tau: multipliers of the sums [rows, groups].
-        scratch: [rows, n].
-    """
+    """What a step works on [rows, n]: q, inverse, x, u, target as above, and scratch. `across`: D⁻¹ of a row
+    with its groups side by side [rows, group, groups], empty with one group; `tau`: multipliers [rows,
+    groups]."""
 
     q: np.ndarray
     inverse: np.ndarray

@@ -65,12 +65,8 @@ def certificate_of(
     cuts: Sequence[Cuts] | None = None,
 ) -> tuple[Certificate, Tensor]:
     """The certificate of all rows, and the loss to the correction as part of the bound, float64 [rows].
-
-    Args:
-        penalty: ρ of every row, float64 [rows], in the units of `scale`.
-        scale: what Q of every row was multiplied by, float64 [rows].
-        cuts: in the units of the objective.
-    """
+    `penalty`, `scale`: ρ of every row, and the factor of its Q, float64 [rows]; `cuts`: in the units of the
+    objective."""
     like: dict[str, Any] = {"dtype": torch.float64, "device": problem.device}
     groups = problem.n // problem.group_size
     certificate = Certificate(
@@ -97,11 +93,8 @@ def certify_row(
     rho: float,
     extra: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> RowDuals:
-    """λ with A ⪰ 0 and p̂ from approximate duals y and inner products ⟨v_i, v_0⟩.
-
-    Args:
-        extra: E [n, n] without a diagonal, and its column of v_0, of the sweeps' C; g has zᵀEz + 2e_0ᵀz, too.
-    """
+    """λ with A ⪰ 0 and p̂ from approximate duals y and inner products ⟨v_i, v_0⟩. `extra`: E [n, n] without a
+    diagonal, and its column of v_0, in the sweeps' C; then g has zᵀEz + 2e_0ᵀz, too."""
     q, group, pruned = row.q, row.group, row.pruned
     n = len(q)
     lam = 4 * y - np.diag(q) - rho

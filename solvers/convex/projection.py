@@ -177,11 +177,8 @@ def project_side_by_side(
 
 
 def project(start: Tensor, inverse: Tensor, total: int, tau: Tensor) -> tuple[Tensor, Tensor]:
-    """clip(start − τ·inverse, 0, 1) of row sums `total`, and τ [rows, 1]; bracketed Newton, warm.
-
-    Args:
-        start, inverse: [rows, n]; a row is one group.
-    """
+    """clip(start − τ·inverse, 0, 1) of row sums `total`, and τ [rows, 1]; bracketed Newton, warm. `start`,
+    `inverse`: [rows, n]; a row is one group."""
     enough = max(_TOLERANCE, _RELATIVE * total)
     low = ((start - 1) / inverse).amin(1, keepdim=True)
     high = (start / inverse).amax(1, keepdim=True)
@@ -203,8 +200,8 @@ def project(start: Tensor, inverse: Tensor, total: int, tau: Tensor) -> tuple[Te
 
 
 class Multipliers(NamedTuple):
-    """τ [1, 1] of a layer with a shared budget within limits; in each row, [rows, 1], τ at which it has the
-    most that it may (`lowest`), and the least (`highest`)."""
+    """τ [1, 1] of a layer with a shared budget within limits; per row, [rows, 1], τ at which it has the most
+    that it may (`lowest`) and the least (`highest`)."""
 
     tau: Tensor
     lowest: Tensor
@@ -214,14 +211,11 @@ class Multipliers(NamedTuple):
 def project_within(
     start: Tensor, inverse: Tensor, total: int, limits: tuple[int, int], warm: Multipliers
 ) -> tuple[Tensor, Multipliers]:
-    """clip(start − τᵣ·inverse, 0, 1) of sum `total`, whose row sums are within `limits`.
+    """clip(start − τᵣ·inverse, 0, 1) of sum `total`, whose row sums are within `limits`; start, inverse
+    [rows, n].
 
-    All rows have one τ, but for those at a limit, whose own takes them there: the conditions of Kuhn and
-    Tucker of the projection. So the sum is again one of τ alone, piecewise linear and falling.
-
-    Args:
-        start, inverse: [rows, n].
-        limits: least and most of a row.
+    All rows have one τ, except rows at a limit, whose own τ takes them there (Kuhn–Tucker conditions). So the
+    sum is again one of τ alone, piecewise linear and falling.
     """
     least, most = limits
     lowest = project(start, inverse, most, warm.lowest)[1]

@@ -108,12 +108,9 @@ class Program:
     def answer(
         self, pruned: np.ndarray, ended: str, bound: float, slack: float, nodes: int
     ) -> RowAnswer:
-        """The answer of a solver: its mask, or the start where that is not legal.
-
-        Args:
-            bound: the solver's lower bound in units of the model, −∞ where there is none.
-            slack: how far tolerances can push it above the truth, in units of the objective.
-        """
+        """The answer of a solver: its mask, or the start where that is not legal. `bound`: the solver's lower
+        bound in units of the model, or −∞; `slack`: how far tolerances can raise it, in units of the
+        objective."""
         task = self.task
         known = task.raised(bound / self.scale, slack) if np.isfinite(bound) else 0.0
         return RowAnswer(
@@ -229,15 +226,13 @@ def _products(
 def perspective(task: UpdatedTask, *, convex: bool) -> Program:
     """Of updated weights, in units in which the start costs a thousand: v is √scale of what it was.
 
-    With A = B + diag(d), B = LLᵀ, z the kept inputs, v* = A⁻¹b the dense optimum, F* its cost and
-    r = Lᵀ(v − v*),
+    With A = B + diag(d), B = LLᵀ, z the kept inputs, v* = A⁻¹b the dense optimum, F* its cost and r = Lᵀ(v −
+    v*),
 
         min  F* + t + Σ dⱼ(uⱼ − 2v*ⱼvⱼ + v*ⱼ²),     ‖r‖² ≤ t,   vⱼ² ≤ uⱼzⱼ,   Σ z = as many as are kept:
 
-    tolerances of a solver are parts of the numbers that it sees, and these are of the order of F, not of C.
-
-    Args:
-        convex: the objective itself, vᵀBv + dᵀu − 2bᵀv + C, for a solver that takes convex ones.
+    tolerances are parts of the numbers in a model, and these are of the order of F, not of C. `convex`: the
+    objective itself, vᵀBv + dᵀu − 2bᵀv + C, for a solver that takes convex ones.
     """
     n, scale = len(task.target), task.unit_scale
     program, root = Program(task, scale, [], of_kept=True), np.sqrt(scale)

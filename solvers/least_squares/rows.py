@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -109,9 +108,8 @@ def _as_begun(problem: LayerProblem, start: Tensor, rows: list[int], limits: Lim
 def _solution(problem: LayerProblem, rows: list[Found]) -> Solution:
     names = ("swaps", "scans", "rounds", "pairs")
     counts = {name: torch.tensor([getattr(row, name) for row in rows]) for name in names}
-    histories = [torch.tensor([row.objectives], dtype=torch.float64) for row in rows]
-    trace = Trace(kernel="least squares", **counts)
-    trace = join_rows([replace(trace, history=history) for history in histories])
+    history = join_rows([torch.tensor([row.objectives], dtype=torch.float64) for row in rows])
+    trace = Trace(kernel="least squares", history=history, **counts)
     optimal = torch.tensor([row.proven for row in rows])
     mask, weight = (torch.stack(one) for one in ([r.mask for r in rows], [r.weight for r in rows]))
     squares = problem.least_squares

@@ -85,7 +85,7 @@ class Row:
     Attributes:
         target: b, float64 [n].
         left: b_S − A_SS v, rounding that `settle` takes into v.
-        explained: by what v lowers F from its value with nothing kept: 2b_Sᵀv − vᵀA_SS v, whatever v is.
+        explained: the decrease of F by v from its value with nothing kept: 2b_Sᵀv − vᵀA_SS v.
         fresh: whether M was inverted from scratch, and not updated.
         formed: pairs of which the scans had to form B.
     """

@@ -84,8 +84,8 @@ def refine(
 ) -> Outcome:
     """Swap every row of the batch to a proven 1-swap optimum, in place.
 
-    A row stops early after max_swaps swaps, all rows at the deadline (`clock()`). At the end c
-    and the objective of every row are those of its mask, from scratch in float64.
+    A row stops early after max_swaps swaps, all rows at the deadline (`clock()`). At the end c and the
+    objective of every row are computed from its mask, in float64.
     """
     most = 2**62 if max_swaps is None else max_swaps
     active = torch.arange(batch.rows, device=batch.x.device)
@@ -137,10 +137,8 @@ def refine(
 
 
 def _drifted(batch: Batch, rows: Tensor, updates: Tensor) -> Tensor:
-    """Whether float64 updates of c since it was computed could matter to a decision.
-
-    One swap adds at most about 2⁻⁵²·(√f + 2√mass)·√G_ii to the error of c_i, hence four times that
-    times √mass to the error of a Δ.
+    """Whether float64 updates of c since it was computed could matter to a decision: a swap adds at most
+    about 2⁻⁵²·(√f + 2√mass)·√G_ii to the error of c_i, hence four times that times √mass to the error of a Δ.
     """
     root = batch.mass[rows].sqrt()
     error = 4 * 2.0**-52 * updates * (batch.objective[rows].clamp(min=0).sqrt() + 2 * root) * root

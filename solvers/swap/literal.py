@@ -83,11 +83,9 @@ def swap(batch: Batch, rows: Tensor, kept: Tensor, pruned: Tensor, delta: Tensor
 def best_swaps(
     batch: Batch, rows: Tensor, exact: bool, memory: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best pair of each row over all legal pairs: kept [rows], pruned [rows], Δ float64.
-
-    Δ of all pairs is formed in float64 where `exact`, else in float32; the Δ returned is float64.
-    Of equal pairs the one of lowest kept, then lowest pruned index. Δ is +inf where no pair exists.
-    """
+    """The best pair of each row over all legal pairs: kept [rows], pruned [rows], Δ float64, +inf where no
+    pair exists; ties: the lowest kept, then the lowest pruned index. Pairs are compared in float64 where
+    `exact`, else in float32."""
     kept, pruned = torch.zeros_like(rows), torch.zeros_like(rows)
     delta = torch.zeros(rows.shape, dtype=torch.float64, device=rows.device)
     for some in by_count(batch.kept[rows]):

@@ -103,12 +103,8 @@ class Form(NamedTuple):
 
 class QuadraticTree(BestFirst):
     """The tree of one row, from the duals at its root. `plans`: of relaxations with triangles; None: nodes
-    have none.
-
-    Args:
-        candidates: inputs whose children are bounded before one is branched on.
-        proof: keep the tree.
-    """
+    have none. `candidates`: inputs whose children are bounded before one is branched on; `proof`: keep the
+    tree."""
 
     def __init__(
         self, task: RowTask, duals: Duals, *, candidates: int = 1, proof: bool = False

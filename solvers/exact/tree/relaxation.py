@@ -42,11 +42,10 @@ class Plan(NamedTuple):
     """How a relaxation is solved.
 
     Attributes:
-        shares: αN²/2 in every round, in units of what the node lacks to the cutoff, or of `unit` of the goal
+        shares: αN²/2 in every round, in units of what the node lacks to the cutoff, or of the goal's `unit`
             where that is more.
-        iterations: of the rounds; of the last ones the last.
-        new, pentagons: triangles and pentagonal inequalities that may join before another round, per free
-            input.
+        iterations: of the rounds; the last number also for later rounds.
+        new, pentagons: triangles and pentagonal inequalities that may join per round and free input.
     """
 
     shares: tuple[float, ...]

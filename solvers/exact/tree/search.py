@@ -29,11 +29,9 @@ _NOTHING = np.zeros(0)
 
 
 class Step:
-    """One bounding of a node: λ and triangles, the free entries of the point, the inputs that it fixed and to
-    which side (1 pruned, 0 kept), and what follows below: nothing as long as the node is open, or closed.
-
-    Without a form it is a node of which counts, or fixings, leave one mask or none.
-    """
+    """One bounding of a node: λ and triangles, the free entries of the point, the inputs that it fixed and
+    their sides (1 pruned, 0 kept), and what follows below (nothing: open, or closed). Without a form counts
+    or fixings leave one mask or none."""
 
     __slots__ = ("below", "branch", "fixed", "form", "point", "side")
 
@@ -93,12 +91,12 @@ def row_proof(root: Step, n: int, penalty: float) -> RowProof:
 
 
 class Node(NamedTuple):
-    """A node that is open. Of equal bounds the older one, by its order of creation, comes first.
+    """An open node. Of equal bounds the older one, by its order of creation, comes first.
 
     Attributes:
         state: 1 pruned, 0 kept, −1 free, int8 [n].
         point: the relaxed point, float64 [n].
-        form: what else its relaxation leaves to the nodes below.
+        form: further data of its relaxation for the nodes below.
         step: of the proof; None where none is kept.
     """
 
