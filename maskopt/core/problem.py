@@ -11,16 +11,16 @@ import copy
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from maskopt.core.counts import Counts
 from maskopt.core.files import pack, read_arrays, write_arrays
 from maskopt.core.inputs import (
     PSD_TOLERANCE,
@@ -30,15 +30,16 @@ from maskopt.core.inputs import (
     check_costs,
     check_integral,
     check_pattern,
+    check_rows,
     check_semidefinite,
-    is_whole,
+    column_index,
     linear_part,
     of_shape,
     shares_of_rows,
     symmetric,
+    weight_and_gram,
 )
 from maskopt.core.least_squares import LeastSquares, LeastSquaresUpdate
-from maskopt.core.limits import Limits
 from maskopt.core.linear_term import LinearTerm
 from maskopt.core.objective import Objective
 from maskopt.core.pattern import (
@@ -60,7 +61,7 @@ from maskopt.core.units import (
 from maskopt.errors import ProblemError, WarmStartError
 
 
-class LayerProblem(Objective):
+class LayerProblem(Objective, Counts):
     """Mask selection for every row of one linear layer. The objective of a row is f, or F with `update`.
 
     Zero rows, zero or duplicate columns and a rank-deficient G are ordinary input.
@@ -103,24 +104,8 @@ class LayerProblem(Objective):
     ) -> None:
         self.name = name
         label = self._label
-        self.weight: Float[Tensor, "rows n"] = as_tensor(weight, f"{label}weight")
-        gram_tensor = as_tensor(gram, f"{label}gram")
-        if self.weight.ndim != 2 or 0 in self.weight.shape:
-            raise ProblemError(
-                f"{label}weight must be [rows, n] with both at least 1, "
-                f"not {list(self.weight.shape)}; one row alone is a RowProblem"
-            )
-        rows, n = self.weight.shape
-        if gram_tensor.shape != (n, n):
-            raise ProblemError(
-                f"{label}gram must be [{n}, {n}] to match a weight of [{rows}, {n}], "
-                f"not {list(gram_tensor.shape)}"
-            )
-        if gram_tensor.device != self.weight.device:
-            raise ProblemError(
-                f"{label}weight is on {self.weight.device} and gram on {gram_tensor.device}; "
-                "move both to one device"
-            )
+        self.weight, gram_tensor = weight_and_gram(weight, gram, label)
+        n = self.n
         check_pattern(pattern, n, label)
         self.pattern = pattern
         self.gram: Float[Tensor, "n n"] = symmetric(gram_tensor, label)
@@ -164,50 +149,6 @@ class LayerProblem(Objective):
     def as_layer(self) -> LayerProblem:
         """Itself; of a `RowProblem` the layer of that one row."""
         return self
-
-    @property
-    def group_size(self) -> int:
-        return self.pattern.group_size(self.n)
-
-    @property
-    def pruned_per_group(self) -> int:
-        return self.pattern.pruned_per_group(self.n)
-
-    @property
-    def shared_budget(self) -> bool:
-        """Whether the rows share a budget: only the layer has a count."""
-        return self.pattern.shared_budget
-
-    @property
-    def rows_per_budget(self) -> int:
-        """Rows that have one count together: all with a shared budget, else 1."""
-        return self.rows if self.shared_budget else 1
-
-    @property
-    def pruned(self) -> int:
-        """Entries of the layer that are pruned."""
-        return self.pattern.pruned_in(self.rows, self.n)
-
-    @property
-    def row_limits(self) -> tuple[int, int]:
-        """The least and the most entries that a row may prune."""
-        return self.pattern.row_limits(self.rows, self.n)
-
-    @property
-    def shares(self) -> Float[Tensor, " rows"]:
-        """ω, float64 [rows]: the weight of every row's objective in the layer's sum."""
-        if self.omega is None:
-            return torch.ones(self.rows, dtype=torch.float64, device=self.device)
-        return self.omega
-
-    @property
-    def one_mask(self) -> bool:
-        """Whether every row has a single legal mask."""
-        return not self.shared_budget and self.pruned_per_group in (0, self.group_size)
-
-    def totals(self, values: Float[Tensor, " rows"]) -> Float[Tensor, " budgets"]:
-        """Σ ωᵣ xᵣ over the rows of a shared budget; without one, the values of the rows."""
-        return (self.shares @ values.to(self.shares))[None] if self.shared_budget else values
 
     def raised(self, bounds: list[Real]) -> list[Real]:
         """Bounds of f, raised to its next values for an integral problem without a shared budget."""
@@ -260,18 +201,7 @@ class LayerProblem(Objective):
     def take(self, rows: Tensor | slice | list[int]) -> LayerProblem:
         """The problem of some rows: a slice, or a list or tensor of indices, or a bool tensor [rows];
         ProblemError for anything else, an empty list or an index out of range."""
-        sound = isinstance(rows, slice)
-        if isinstance(rows, Tensor) and rows.ndim == 1 and rows.dtype == torch.bool:
-            sound = len(rows) == self.rows
-        elif isinstance(rows, Tensor) and rows.ndim == 1 and is_whole(rows):
-            sound = bool(((rows >= -self.rows) & (rows < self.rows)).all())
-        elif isinstance(rows, list):
-            whole = (isinstance(i, Integral) and not isinstance(i, bool) for i in rows)
-            sound = bool(rows) and all(whole) and all(-self.rows <= i < self.rows for i in rows)
-        if not sound:
-            raise ProblemError(
-                f"rows must be a list of indices within 0 … {self.rows - 1}, at least one; not {rows}"
-            )
+        check_rows(rows, self.rows)
         return self._like(rows, self.name)
 
     def tiles(self, size: int) -> Iterator[tuple[slice, LayerProblem]]:
@@ -472,12 +402,7 @@ class RowProblem:
     def restrict(self, columns: Any, pattern: Pattern | None = None) -> RowProblem:
         """The row with only these inputs, in this order, under its own pattern or another one; ProblemError
         for other columns, or with `update` an indefinite G + λD."""
-        index = torch.as_tensor(columns, device=self.weight.device)
-        if index.ndim != 1 or len(index) == 0 or not is_whole(index):
-            raise ProblemError("columns must be a list of at least one input index")
-        if len(index.unique()) != len(index) or index.min() < 0 or index.max() >= self.n:
-            raise ProblemError(f"columns must be distinct and within 0 … {self.n - 1}")
-        index = index.long()
+        index = column_index(columns, self.n).to(self.weight.device)
         new = pattern or self.pattern
         new.check(len(index))
         old = self._layer
@@ -547,55 +472,3 @@ def _described(kind: type[Any], data: Any, what: str) -> Any:
     if not isinstance(data, dict) or set(data) != {field.name for field in fields(kind)}:
         raise ProblemError(f"{data!r} does not describe {what}")
     return kind(**data)
-
-
-@dataclass(frozen=True)
-class UpdatedWeights:
-    """A layer's weights after least squares.
-
-    Attributes:
-        weight: float64 [rows, n], zero where the mask prunes.
-        error: float64 [rows], mean squared distance of the outputs to their targets.
-        residual: float64 [rows], ‖b − Av‖/‖b‖ of the normal equations Av = b; far from 0 in rows that keep
-            their weights because least squares did not improve them.
-    """
-
-    weight: Float[Tensor, "rows n"]
-    error: Float[Tensor, " rows"]
-    residual: Float[Tensor, " rows"]
-
-
-def update_weights(
-    problem: LayerProblem | RowProblem,
-    mask: Bool[Tensor, "rows n"],
-    *,
-    damping: float | None = None,
-    power: float | None = None,
-    limits: Limits | None = None,
-) -> UpdatedWeights:
-    """The best weights on what a mask keeps; the error of no row is above f.
-
-    Args:
-        mask: legal, True = kept.
-        damping, power: as in `LeastSquaresUpdate`; None: those of the problem, or the defaults.
-        limits: memory and threads.
-
-    Raises:
-        OptionError: a damping below 0, a power beyond 0 to 1. ProblemError: a G that is not definite with it.
-        WarmStartError: a mask that is not legal.
-    """
-    layer = problem.as_layer()
-    mask = layer.check_mask(mask)
-    how = layer.update or LeastSquaresUpdate()
-    damping = how.damping if damping is None else damping
-    layer = layer.with_update(LeastSquaresUpdate(damping, how.power if power is None else power))
-    weight, own = layer.weights(mask, limits), torch.where(mask, layer.weight.double(), 0.0)
-    error, own_error = layer.error(weight), layer.error(own)
-    # rounding: of rows that least squares cannot better, the weights stay
-    worse = ~(error <= own_error)
-    weight = torch.where(worse[:, None], own, weight)
-    squares = layer.least_squares
-    target = squares.target(layer.weight, layer.correlation)
-    return UpdatedWeights(
-        weight, error.where(~worse, own_error), squares.residual(weight, target, mask)
-    )

@@ -33,7 +33,7 @@ from torch import Tensor
 from maskopt.core.limits import Limits, one_thread_each
 from maskopt.core.problem import LayerProblem
 from maskopt.core.rows import join_rows
-from maskopt.solvers.convex.box_step import CompiledStep, PooledStep, TorchStep, make_step
+from maskopt.solvers.convex.box_step import CompiledStep, PooledStep, TorchStep
 from maskopt.solvers.convex.linear_bound import linear_bound
 
 #: ρ in units of the mean eigenvalue of H, and the over-relaxation: the best of a grid on real layers
@@ -190,16 +190,15 @@ class _Tile:
         self.q = q / mean
         inverse = 1.0 / (self.q.square() + _FLOOR)
         self.step: TorchStep | CompiledStep
-        if (
-            problem.shared_budget
-        ):  # the layer is one group, in the metric of what rows count in its sum
+        if problem.shared_budget:
+            # the layer is one group, in the metric of what its rows count in the sum
             counts = (size * mean.double()).square() * problem.shares[:, None]
             counts = (counts / counts.mean().clamp(min=1e-300)).clamp(min=_FLOOR)
             metric = inverse / counts.to(inverse.dtype)
             self.step = PooledStep(self.q, inverse, problem.pruned, metric, problem.row_limits)
         else:
             sizes = problem.group_size, problem.pruned_per_group
-            self.step = make_step(self.q, inverse, *sizes)
+            self.step = (CompiledStep if self.q.is_cpu else TorchStep)(self.q, inverse, *sizes)
         self.bound = torch.zeros(problem.rows, dtype=torch.float64, device=weight.device)
         self.value = torch.full_like(self.bound, torch.inf)
         self.point = self.step.x.clone()

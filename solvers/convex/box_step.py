@@ -128,10 +128,6 @@ class CompiledStep:
         )
 
 
-def make_step(q: Tensor, inverse: Tensor, group: int, pruned: int) -> TorchStep | CompiledStep:
-    return (CompiledStep if q.device.type == "cpu" else TorchStep)(q, inverse, group, pruned)
-
-
 @loop(nogil=True, fastmath=FAST, error_model="numpy")
 def _advance(
     product: np.ndarray, of: _Rows, group: int, total: float, relaxation: float, theta: float

@@ -103,12 +103,12 @@ def transfer(problem: LayerProblem, start: Tensor, search: Search, limits: Limit
     given = torch.zeros_like(trace.swaps)
     done = False
     while bool(state.proven.all()) and not limits.expired:
-        pairs = transfers(state.offers, problem, state.objective, (~state.mask).sum(1))
-        done = pairs is None
-        if pairs is None:
+        changed = transfers(state.offers, problem, state.objective, state.mask)
+        done = changed is None
+        if changed is None:
             break
         before, total = state.copy(), problem.shares @ state.objective
-        changed = pairs.apply(state.mask)
+        state.mask ^= changed
         given += changed.sum(1).cpu()
         rows = changed.any(1).nonzero()[:, 0]
         found, offers = search(problem.take(rows), state.mask[rows], limits.quiet())
@@ -143,36 +143,15 @@ def proven(found: Solution) -> Bool[Tensor, " rows"]:
     return torch.tensor(flags, device=found.mask.device)
 
 
-@dataclass
-class Pairs:
-    """As many removals as returns. Flat indices into the offers, [rows · some]."""
-
-    offers: Offers
-    removals: Int[Tensor, " transfers"]
-    returns: Int[Tensor, " transfers"]
-
-    def apply(self, mask: Bool[Tensor, "rows n"]) -> Bool[Tensor, "rows n"]:
-        """Do them; what changed."""
-        changed = torch.zeros_like(mask)
-        some = self.offers.costs.shape[1]
-        for flat, inputs in (
-            (self.removals, self.offers.removals),
-            (self.returns, self.offers.returns),
-        ):
-            changed[flat // some, inputs.flatten()[flat]] = True
-        mask ^= changed
-        return changed
-
-
 def transfers(
     offers: Offers,
     problem: LayerProblem,
     objective: Float[Tensor, " rows"],
-    pruned: Int[Tensor, " rows"],
-) -> Pairs | None:
-    """What pays, by more than the tolerances of both rows, and leaves every row within its limits (`pruned`:
-    entries of each row); None: nothing does."""
-    offers = _allowed(offers, problem.row_limits, pruned)
+    mask: Bool[Tensor, "rows n"],
+) -> Bool[Tensor, "rows n"] | None:
+    """The entries to change: as many removals as returns, which pay by more than the tolerances of both rows
+    and leave every row within its limits; None: nothing pays."""
+    offers = _allowed(offers, problem.row_limits, (~mask).sum(1))
     share = problem.shares[:, None]
     mass = problem.diagonal_mass()
     slack = _PART * swap_threshold(objective, mass, update=problem.update)[:, None]
@@ -187,13 +166,17 @@ def transfers(
     cost = cost.masked_fill((both & (takes >= gives))[:, None], torch.inf)
     gain = gain.masked_fill((both & (takes < gives))[:, None], -torch.inf)
     count, _ = _crossing(cost, gain)
-    if not count:  # a row that could only swap with itself stood in the way
-        return _single(share[:, 0], slack[:, 0], offers)
-    return Pairs(
-        offers,
-        cost.flatten().argsort(stable=True)[:count],
-        gain.flatten().argsort(descending=True, stable=True)[:count],
-    )
+    if count:
+        removals = cost.flatten().argsort(stable=True)[:count]
+        returns = gain.flatten().argsort(descending=True, stable=True)[:count]
+    elif best := _single(share[:, 0], slack[:, 0], offers):
+        removals, returns = best
+    else:  # a row that could only swap with itself stood in the way
+        return None
+    changed, some = torch.zeros_like(mask), cost.shape[1]
+    for flat, inputs in ((removals, offers.removals), (returns, offers.returns)):
+        changed[flat // some, inputs.flatten()[flat]] = True
+    return changed
 
 
 def _allowed(offers: Offers, limits: tuple[int, int], pruned: Int[Tensor, " rows"]) -> Offers:
@@ -214,8 +197,8 @@ def _crossing(cost: Tensor, gain: Tensor) -> tuple[int, float]:
     return count, float(cheap[count - 1] + dear[count - 1]) / 2 if count else 0.0
 
 
-def _single(share: Tensor, slack: Tensor, offers: Offers) -> Pairs | None:
-    """The best transfer of two rows, each by its best offer."""
+def _single(share: Tensor, slack: Tensor, offers: Offers) -> tuple[Tensor, Tensor] | None:
+    """The best transfer of two rows, each by its best offer, as flat indices into the offers."""
     some = offers.costs.shape[1]
     cost, gain = share * (offers.costs[:, 0] + slack), share * (offers.gains[:, 0] - slack)
     best: tuple[float, int, int] | None = None
@@ -227,7 +210,7 @@ def _single(share: Tensor, slack: Tensor, offers: Offers) -> Pairs | None:
     if best is None:
         return None
     giver, taker = (torch.tensor([row * some], device=cost.device) for row in best[1:])
-    return Pairs(offers, giver, taker)
+    return giver, taker
 
 
 def _add(trace: Trace, rows: Tensor, more: Trace) -> None:
