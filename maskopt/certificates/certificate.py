@@ -119,8 +119,7 @@ class Certificate:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Certificate:
-        """Read what `save` wrote; ProblemError for no such file, or no certificate. What it proves is
-        computed by `check`, not read."""
+        """Read what `save` wrote, for `check`; ProblemError for no such file, or no certificate."""
         try:
             return cls.unpacked(*read_arrays(path, "certificate"))
         except (KeyError, TypeError, ValueError) as error:
@@ -241,8 +240,7 @@ def _check_row(
 def _at_point(
     certificate: Certificate, layer: LayerProblem, gram: Tensor, row: int, shared: float | None
 ) -> tuple[Tensor, Tensor]:
-    """g(p̂) − ∇g(p̂)ᵀp̂, less what rounding may add to the row's bound, and ∇g(p̂). `shared`: see
-    `_shared_slacks`."""
+    """g(p̂) − ∇g(p̂)ᵀp̂, less what rounding may add to the row's bound, and ∇g(p̂)."""
     w = layer.weight[row].double()
     n, group = layer.n, layer.group_size
     parts = certificate.point, certificate.diagonal, certificate.penalty

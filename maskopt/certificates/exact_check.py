@@ -63,8 +63,7 @@ def objective(layer: LayerProblem, row: int) -> Quadratic:
 
 
 def _folded(f: Quadratic, s: int) -> Quadratic:
-    """f with its linear part and constant in the matrix, which changes it on no mask of s ones (see
-    `RowProblem.q`): trees are made for this form."""
+    """f with its linear part and constant in the matrix, the same on masks of s ones: the form of trees."""
     if s == 0:
         return f
     half = f.linear / (2 * s)
@@ -198,8 +197,7 @@ def _theta(a: np.ndarray) -> Fraction | None:
 
 
 def semidefinite(a: np.ndarray) -> bool:
-    """Whether a symmetric matrix of Fractions is positive semidefinite: no pivot of its elimination is
-    below 0, and the column of a pivot of 0 is 0."""
+    """Whether a symmetric matrix of Fractions is ⪰ 0: pivots are ≥ 0, and the column of a pivot 0 is 0."""
     scale = math.lcm(*(x.denominator for x in a.ravel())) if a.size else 1
     m = np.array([int(x * scale) for x in a.ravel()], dtype=object).reshape(a.shape)
     previous = 1
@@ -234,8 +232,7 @@ class _ExactForm(NamedTuple):
 
 
 class ExactTreeCheck(TreeCheck):
-    """The check of a row's tree in rational numbers: the walk through its steps is that of `TreeCheck`, all
-    bounds are computed here."""
+    """The check of a row's tree in rational numbers: the walk of `TreeCheck`, with bounds of its own."""
 
     def __init__(self, layer: LayerProblem, row: int, tree: RowProof) -> None:
         super().__init__(layer, row, tree)

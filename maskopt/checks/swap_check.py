@@ -73,8 +73,8 @@ def _inside(
 def improving_swap_between_rows(
     layer: LayerProblem, mask: Bool[Tensor, "rows n"], tolerance: float
 ) -> SwapMove | None:
-    """The best swap between two rows of a shared budget, from a legal mask, that lowers the sum by more than
-    the tolerance of both and their rounding (`swap_threshold`); or None."""
+    """The best swap between two rows of a shared budget that lowers the sum by more than `swap_threshold` of
+    both."""
     prices, share = costs_of(layer).prices(mask), layer.shares
     mass = layer.diagonal_mass()
     slack = swap_threshold(prices.objective, mass, tolerance, update=layer.update)

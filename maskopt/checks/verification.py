@@ -39,8 +39,7 @@ Require = Literal["claims", "checked", "exact"]
 
 @dataclass(frozen=True)
 class Verification:
-    """What was verified. That the claims hold is certain; what they rest on differs from row to row:
-    `checked`, or `trusted: SCIP 10.0` where the lower bound rests on that solver."""
+    """What the claims, which all hold, rest on per row: `checked`, or `trusted: SCIP 10.0` for a bound."""
 
     basis: tuple[str, ...]
 
@@ -118,8 +117,7 @@ def _rounding(layer: LayerProblem, mask: Tensor, solution: Solution) -> Tensor:
 
 
 def _verify_claims(layer: LayerProblem, mask: Tensor, solution: Solution, rounding: Tensor) -> bool:
-    """Statuses and bounds, of each row or of all rows of a shared budget together; returns whether by
-    enumeration, too."""
+    """Statuses and bounds of each row, or of a shared budget; returns whether by enumeration, too."""
     slack = optimal_slack(layer, mask, solution.objective)
     optimum_of = _enumeration(layer, rounding)
     claims = solution.objective, solution.lower_bound, slack
@@ -189,8 +187,7 @@ def _enumeration(
 
 
 def _least_sum(layer: LayerProblem) -> float:
-    """min Σ ωᵣ fᵣ over all legal masks, float64: all 2ⁿ masks of every row, and then counts
-    put together row by row."""
+    """min Σ ωᵣ fᵣ over all legal masks, float64: all 2ⁿ masks of every row, then counts row by row."""
     best, (least, most) = torch.zeros(1, dtype=torch.float64), layer.row_limits
     costs = costs_of(layer)
     masks = ((torch.arange(2**layer.n)[:, None] >> torch.arange(layer.n)) & 1).double()
@@ -266,8 +263,7 @@ def _legal_mask(layer: LayerProblem, solution: Solution) -> Tensor:
 
 
 def _proven(layer: LayerProblem, mask: Tensor, solution: Solution) -> Tensor:
-    """What tree and certificate prove of every row, by checks of their own; 0 without either. Where there is
-    one legal mask, its objective."""
+    """The bounds of tree and certificate by their checks, else 0; the objective of a single mask."""
     if layer.one_mask:
         return layer.objective(mask).cpu()
     proven = torch.zeros(layer.rows, dtype=torch.float64)

@@ -234,6 +234,5 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def holds_its_kinds(value: Any) -> bool:
-    """Whether the fields of a dataclass's instance have the declared types; items of lists and mappings are
-    not checked."""
+    """Whether a dataclass's fields have the declared types; items of lists and mappings are not checked."""
     return all(_fits(getattr(value, name), hint) for name, hint in _hints(type(value)).items())

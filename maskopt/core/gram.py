@@ -192,8 +192,7 @@ class Moved:
             self._cross[rows] += left.T @ moved[part]
 
     def linear(self, weight: Float[Tensor, "rows n"], *, shrinkage: float = 0.0) -> LinearTerm:
-        """The linear part for a layer's weights, with the shrinkage of `Gram.value` for C and D, too, so that
-        f ≥ 0."""
+        """The linear part for a layer's weights; C and D are shrunk as in `Gram.value`, so that f ≥ 0."""
         cross = self._cross / max(self.tokens, 1)
         if shrinkage:
             diagonal = cross.diagonal().clone()

@@ -55,8 +55,7 @@ def as_tensor(array: ArrayLike, what: str) -> Tensor:
 def as_mask(
     mask: Any, weight: Tensor, what: str = "mask", error: type[MaskoptError] = ProblemError
 ) -> Tensor:
-    """A mask for this weight [rows, n], on its device: a bool tensor or array; of one row also [n]. `error`
-    is raised for another shape or type."""
+    """A bool mask for this weight [rows, n], of one row also [n], on its device; else `error` is raised."""
     tensor = torch.as_tensor(mask)
     if tensor.ndim == 1 and weight.shape[0] == 1:
         tensor = tensor[None]

@@ -205,8 +205,8 @@ class LeastSquares:
         return best, least
 
     def _factor(self, kept: _Kept, dtype: torch.dtype, pages: _Pages) -> Tensor:
-        """Cholesky factors [rows, k, k] of A_SS, and of the identity for inputs that are none of S; NaN
-        where it is not definite in this dtype."""
+        """Cholesky factors [rows, k, k] of A_SS, padded by the identity; NaN where A_SS is not definite in
+        this dtype."""
         source = self.damped if dtype == torch.float64 else self.gram
         matrix, lines = pages.of(kept.index, source)
         for row, (inputs, count) in enumerate(zip(kept.index, kept.counts, strict=True)):
@@ -225,8 +225,7 @@ class LeastSquares:
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """The kept inputs of some rows, padded with pruned ones to one size; which are kept, and how many in each
-    row."""
+    """The kept inputs of some rows, padded with pruned ones to one size, and how many each row keeps."""
 
     index: Tensor
     real: Bool[Tensor, "rows k"]
@@ -255,8 +254,7 @@ def _relative(rest: Float[Tensor, "rows k"], wanted: Float[Tensor, "rows k"]) ->
 
 
 def _factorise(matrix: Float[Tensor, "rows k k"]) -> Bool[Tensor, " rows"]:
-    """The lower Cholesky factors in place, by halves, so that nearly all work is products; False where a
-    matrix is not definite."""
+    """Lower Cholesky factors in place, by halves, mostly products; False where a matrix is not definite."""
     size = matrix.shape[1]
     if size <= _LEAF:
         factor, broken = torch.linalg.cholesky_ex(matrix)

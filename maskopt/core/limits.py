@@ -65,8 +65,7 @@ clock = _Clock()
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` rows are finished, and `step_done` of `step_total` (0: not counted) of a named
-    step."""
+    """`done` of `total` rows, and `step_done` of `step_total` (0: not counted) of a named step."""
 
     done: int
     total: int

@@ -320,8 +320,7 @@ class RowProblem:
         return cls(np.ones(n), gram, pattern, **more)
 
     def quadratic(self) -> tuple[Float[np.ndarray, "n n"], float]:
-        """U [n, n] and the constant in the problem's own units, to be maximized where `maximized`; without
-        units Q and 0."""
+        """U [n, n] and the constant in the problem's own units; without units Q and 0."""
         q, units = self.q().cpu().numpy(), self._layer.units
         if units is None:
             # Q has the constant in its entries, unless nothing is chosen

@@ -122,8 +122,7 @@ def semidefinite(
 
 
 def _check_shift(gram: np.ndarray, shift: float) -> None:
-    """Raise ProblemError where the shift that large entries ask for rounds small ones off: the diagonal, or a
-    tenth of all others."""
+    """Raise ProblemError where the shift rounds off the diagonal, or a tenth of the other entries."""
     for entries, share in ((gram.diagonal(), 1.0), (gram[np.triu_indices(len(gram), 1)], 0.1)):
         sizes = np.abs(entries[entries != 0])
         if len(sizes) and 2.0**-52 * shift > _LOST * (least := float(np.quantile(sizes, share))):

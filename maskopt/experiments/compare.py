@@ -91,8 +91,7 @@ def check_rows(rows: int | None) -> None:
 def draw_rows(
     layer: LayerProblem, rows: int | None, columns: int | None, *, seed: Sequence[int]
 ) -> list[tuple[int, np.ndarray | None]]:
-    """Random rows of a layer (None: all) with `columns` random inputs each: (row, inputs), both ascending,
-    inputs None where they are all."""
+    """Random rows of a layer (None: all) with `columns` random inputs each (None: all), both ascending."""
     rng = np.random.default_rng(seed)
 
     def drawn(size: int, of: int) -> np.ndarray:

@@ -126,8 +126,8 @@ def _read_market(path: str | os.PathLike[str]) -> np.ndarray:
 def save_problem(
     problem: RowProblem, path: str | os.PathLike[str], form: str | None = None
 ) -> None:
-    """Write a row in the format of the file's ending, or of `form`, atomically; ProblemError for a format
-    that cannot hold it, or is unknown."""
+    """Write a row in the format of the ending, or `form`, atomically; ProblemError: the format cannot hold
+    it."""
     ending = f".{form}" if form else Path(path).suffix.lower()
     if ending == ".npz":
         return problem.save(path)

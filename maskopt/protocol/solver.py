@@ -65,8 +65,7 @@ class Capabilities:
 
 @runtime_checkable
 class Solver(Protocol):
-    """A backend: a frozen dataclass whose fields are its options (`maskopt.core.fields.option`), which are
-    checked on construction."""
+    """A backend: a frozen dataclass whose fields are its options, checked on construction."""
 
     name: ClassVar[str]
     capabilities: ClassVar[Capabilities]
@@ -80,13 +79,12 @@ class Solver(Protocol):
         return None
 
     def as_start(self, layer: LayerProblem) -> tuple[Solver, LayerProblem]:
-        """The solver and the problem that make a start for another solver: with less to do, since the other
-        one improves and proves, and of unchanged weights where the mask is the same or F is not supported."""
+        """The solver and the problem that make a start for another solver, which improves and proves it: with
+        less to do, and of unchanged weights where the mask is the same or F is not supported."""
         return self, layer if self.capabilities.update else layer.with_update(None)
 
     def check_size(self, n: int, pattern: Pattern, *, update: bool) -> None:
-        """Raise SolverError where rows of n inputs are too large, before there are any numbers; `update`: of
-        problems of updated weights."""
+        """Raise SolverError where rows of n inputs are too large; `update`: of problems of updated weights."""
         largest = self.capabilities.largest_n
         if largest is not None and n > largest:
             raise SolverError(
@@ -152,8 +150,7 @@ def is_trusted(text: str) -> bool:
 
 
 def make_solver(solver: Solver | str, **options: Any) -> Solver:
-    """The solver, ready to run: by name with options, or a value unchanged; errors as of `Registry.make`, and
-    SolverError for a class in place of a value."""
+    """The solver, ready to run: by name with options, or a value unchanged; errors as of `Registry.make`."""
     if isinstance(solver, type):
         raise SolverError(f"a solver is a value, not a class: write {solver.__name__}()")
     backend: Solver = REGISTRY.make(solver, options)
@@ -161,8 +158,7 @@ def make_solver(solver: Solver | str, **options: Any) -> Solver:
 
 
 def limits_of(limits: Limits | None, options: Mapping[str, Any]) -> tuple[Limits, dict[str, Any]]:
-    """Limits out of `limits` or of keywords such as `time_limit`, and the other options; OptionError for
-    both, or for a bad value."""
+    """Limits out of `limits` or of keywords, and the other options; OptionError for both, or a bad value."""
     shared = {KEYWORDS[name]: value for name, value in options.items() if name in KEYWORDS}
     own = {name: value for name, value in options.items() if name not in KEYWORDS}
     if limits is not None and shared:

@@ -103,8 +103,7 @@ def tighten(
 def cut_certificate(
     problem: LayerProblem, rank: int, rounds: int, limits: Limits
 ) -> tuple[Certificate, Tensor]:
-    """(λ, μ, τ, p̂) of all rows at once after `rounds` rounds, and the loss to the correction as part of the
-    bound."""
+    """(λ, μ, τ, p̂) of all rows after `rounds` rounds, and the loss to the correction as part of the bound."""
     n = problem.n
     state = Mixing(problem, rank, limits.seed)
     rho = penalty_of(problem.group_size)

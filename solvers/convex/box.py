@@ -89,8 +89,8 @@ class BoxPoint:
 def relax_box(
     problem: LayerProblem, plan: BoxPlan, limits: Limits, shift: Float[Tensor, " n"] | None = None
 ) -> BoxPoint:
-    """Relax all rows, tile by tile, in at least one step; with a `shift` d, float64 [n], value and bound are
-    those of the shifted form."""
+    """Relax all rows, tile by tile, in at least one step; value and bound are those of the form with `shift`
+    d."""
     # an inexact A moves the point at which the steps settle, and nothing that hardening would notice
     exact = plan.max_iterations > 0 and problem.n <= _DOUBLE_UP_TO
     dtype = torch.float64 if exact else problem.gram.dtype
@@ -228,8 +228,7 @@ class _Tile:
         return product if self.drift is None else product - self.drift
 
     def _relax(self, product: Tensor, limits: Limits) -> tuple[Tensor, int]:
-        """The next product, and the steps made. Products are of the working dtype, since bfloat16
-        would leave a gap of its own in the bound."""
+        """The next product, in the working dtype for the bound's sake, and the steps made."""
         for done in range(1, self.plan.max_iterations + 1):
             self.step.advance(product, _OVER_RELAXATION, 0.0)
             product = self._shifted(self.step.target @ self.split.factor)

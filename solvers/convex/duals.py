@@ -28,8 +28,7 @@ _LEAST = 1e-6
 
 
 class ScaledRow(NamedTuple):
-    """f(p) = pᵀQp + 2lᵀp + c in the units of a scaled row, Q [n, n] and l [n] float64; `pruned` of the inputs
-    of each group are pruned."""
+    """f(p) = pᵀQp + 2lᵀp + c of a scaled row, Q [n, n] and l [n] float64; `pruned` inputs of each group."""
 
     q: np.ndarray
     linear: np.ndarray
@@ -48,8 +47,8 @@ class ScaledRow(NamedTuple):
 
 
 class RowDuals(NamedTuple):
-    """What a row's certificate is made of: λ [n] with A ⪰ 0, p̂ [n], the estimated loss θΣD_i p̂_i(1 − p̂_i)
-    to the correction, and g(p̂)."""
+    """Of a row's certificate: λ [n] with A ⪰ 0, p̂ [n], the loss θΣD_i p̂_i(1 − p̂_i) to the correction,
+    g(p̂)."""
 
     lam: np.ndarray
     point: np.ndarray
@@ -81,8 +80,7 @@ def certificate_of(
 
 
 def penalty_of(group: int) -> float:
-    """ρ for a row scaled by `scales_of`. Chosen on rows of 64 … 2048 inputs, so that 400 sweeps come within
-    0.5% of the limit ρ → ∞."""
+    """ρ for a scaled row: chosen at n = 64 … 2048 so that 400 sweeps come within 0.5% of ρ → ∞."""
     return min(7.0, 450.0 / group**1.2)
 
 

@@ -113,8 +113,8 @@ class Mixing:
         self.threads.run(sweep, rows, *arrays, *plan, *added)
 
     def sweep_torch(self, rho: float) -> None:
-        """One pass on any device, all rows at once. Coordinates of a block move at the same time, damped by
-        half, so that a step is one matrix product for all rows."""
+        """One pass on any device, all rows at once; a block moves together, damped by half, as one matrix
+        product."""
         rows, n, rank = self.v.shape
         block = max(1, min(32, n // 8))
         for low in range(0, n, block):

@@ -43,8 +43,8 @@ _ROUNDING = 1e-6
 
 
 class Pairs(NamedTuple):
-    """The terms b_ib_jz_iz_j of a pool's inequalities: i < j int64 [p], b_ib_j float64 [p], and the
-    inequality of each, int64 [p]."""
+    """The terms b_ib_jz_iz_j of a pool: i < j int64 [p], b_ib_j float64 [p], and the inequality of each,
+    int64 [p]."""
 
     i: np.ndarray
     j: np.ndarray

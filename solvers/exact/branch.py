@@ -29,8 +29,7 @@ _NOTHING = 1e-13
 
 @dataclass(frozen=True)
 class Branch(RowSolver):
-    """Exact for up to about 256 inputs, of updated weights 64 (`tree/least_squares.py`); beyond, a gap within
-    the time limit."""
+    """Exact up to about 256 inputs, for updated weights 64; beyond, a gap within the time limit."""
 
     name: ClassVar[str] = "branch"
     capabilities: ClassVar[Capabilities] = exact(

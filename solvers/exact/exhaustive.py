@@ -107,8 +107,7 @@ def _solution(
 
 
 def _pooled(problem: LayerProblem, limits: Limits, watch: Stopwatch) -> Solution:
-    """A shared budget: the best mask of every row at every count, then the best counts; after the time limit
-    any legal mask."""
+    """The best mask of every row at every count, then the best counts; after the limit any legal mask."""
     n, masks, costs = problem.n, [], []
     least, most = problem.row_limits
     for count in range(n + 1):

@@ -130,8 +130,8 @@ def factored(
     lam: np.ndarray,
     certified: float,
 ) -> Program:
-    """A = LLᵀ, r = Lᵀp, ‖r‖² ≤ t. Inputs that `part`, of the scaled objective, has fixed are fixed. `lam`: λ,
-    float64 [n], scaled; `certified`: a lower bound of the objective that is known; 0: none."""
+    """A = LLᵀ, r = Lᵀp, ‖r‖² ≤ t; λ float64 [n] and `part` of the scaled objective, `certified` a known bound
+    or 0."""
     program, n = Program(task, scale, twins), len(task.q)
     program.low[:n] = (part.state == 1).astype(float).tolist()
     program.high[:n] = (part.state != 0).astype(float).tolist()
@@ -289,8 +289,7 @@ def _root(value: np.ndarray, vector: np.ndarray) -> np.ndarray:
 
 
 def _between(task: UpdatedTask) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds of v, and of 0, where F is no more than that of the start: the ellipsoid around the dense
-    optimum v*, |v − v*|ⱼ ≤ √((F − F*)(A⁻¹)ⱼⱼ)."""
+    """Bounds of v, and 0, where F is at most that of the start: |v − v*|ⱼ ≤ √((F − F*)(A⁻¹)ⱼⱼ)."""
     inverse = np.linalg.inv(task.q)
     dense = inverse @ task.target
     above = task.cost(task.start) - (task.constant - float(task.target @ dense))

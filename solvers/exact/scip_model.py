@@ -109,8 +109,8 @@ class ScipModel:
         ]
 
     def add_rounding(self) -> None:
-        """A heuristic: the mask of the relaxation's greatest z, with its updated weights to the last digit.
-        SCIP's own heuristics end at weights that only its tolerances allow."""
+        """A heuristic: the mask of the relaxation's greatest z, with exact updated weights, unlike SCIP's
+        own."""
         from pyscipopt import SCIP_RESULT, Heur
 
         row, task, program = self, self.program.task, self.program

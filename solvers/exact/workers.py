@@ -221,8 +221,7 @@ def serve() -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process once nobody holds the other end of its stdin: a parent that was killed interrupts
-    nothing, and a task may have no limit."""
+    """End this process when its parent is gone, since a killed parent interrupts nothing."""
     if not hasattr(select, "poll"):  # Windows
         return
     stdin = select.poll()

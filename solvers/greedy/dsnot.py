@@ -27,8 +27,7 @@ from maskopt.protocol.trace import Trace
 
 @dataclass(frozen=True)
 class DSnoT(Solver):
-    """Needs the inputs' mean (`LayerProblem(…, mean=…, variance=…)`); without a variance takes that over all
-    tokens."""
+    """Needs the inputs' mean (`LayerProblem(…, mean=…)`); without a `variance` takes that over all tokens."""
 
     name: ClassVar[str] = "dsnot"
     capabilities: ClassVar[Capabilities] = Capabilities(

@@ -27,8 +27,7 @@ _ARRAYS = 6
 
 @dataclass(frozen=True)
 class Elimination(Solver):
-    """O(rows·n·s) time, float64, rows in tiles; ties go to the lowest index. After the time limit Wanda's
-    score decides."""
+    """O(rows·n·s), float64, in tiles; ties: the lowest index. After the time limit Wanda's score decides."""
 
     name: ClassVar[str] = "elimination"
     capabilities: ClassVar[Capabilities] = Capabilities(

@@ -95,8 +95,8 @@ def _walked(problem: LayerProblem, damping: float, limits: Limits) -> tuple[Tens
 
 
 def _chosen(problem: LayerProblem, score: Float[Tensor, "rows part"], first: int) -> Tensor:
-    """The mask of the inputs from `first` on: a group, or a block with its part of the row's quota, or of
-    the layer's."""
+    """The mask of the inputs from `first` on: a group, or a block with its part of the row's or layer's
+    quota."""
     n, last = problem.n, first + score.shape[1]
 
     def upto(pruned: int) -> int:

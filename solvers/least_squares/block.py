@@ -69,8 +69,7 @@ def exchanges(z, y, who, group, count, threshold, most):
 
 @loop(nogil=True)
 def exchanged(z, y, group, count, threshold, most):
-    """`exchanges` on copies: how many were made, which candidates are no longer kept, and which are no longer
-    pruned, the latter numbered from 0."""
+    """`exchanges` on copies: how many, the candidates no longer kept, and those no longer pruned, from 0."""
     size = len(y)
     who = np.arange(size)
     made = exchanges(z.copy(), y.copy(), who, group, count, threshold, most)

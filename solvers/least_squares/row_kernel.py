@@ -194,8 +194,7 @@ def chosen(slots, flagged):
 
 @loop(nogil=True)
 def suspects_of_groups(m, v, r, kept, pruned, a, spread, group_size, safety):
-    """Slots of pruned inputs that (2) and (1) leave where only pairs inside a group count, and how many pairs
-    (1) looked at."""
+    """Slots of pruned inputs that (2) and (1) leave inside groups, and how many pairs (1) looked at."""
     cost, need, price, gain = _priced(m, v, r, pruned, kept, spread, safety)
     slot = np.full(len(spread), -1)
     for i in range(len(kept)):

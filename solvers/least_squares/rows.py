@@ -29,8 +29,7 @@ _TOGETHER, _TOGETHER_BYTES = 16, 2**25
 def swap_refitted(
     problem: LayerProblem, start: Tensor, max_swaps: int | None, limits: Limits
 ) -> Solution:
-    """1-swap search on F from a legal mask: proven optima, or the masks reached when a limit came. With a
-    shared budget, of the layer as a whole."""
+    """1-swap search on F from a legal mask, to proven optima or a limit; a shared budget as a whole."""
     nothing = Offers.none(1, problem.device)
 
     def search(

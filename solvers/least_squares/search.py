@@ -50,8 +50,7 @@ class Found:
 
 
 def refine(row: Row, objective: float, mass: float, most: int, limits: Limits) -> Found:
-    """Swap a row, which is used up, at most so often; `objective` is F of its mask, and `mass`, Σⱼ wⱼ²Gⱼⱼ,
-    the scale of rounding."""
+    """Swap a row, which is used up, at most so often; `objective`: F of its mask, `mass`: Σⱼ wⱼ²Gⱼⱼ."""
     found = Found(row.mask(), row.weights(), objectives=[objective])
     if not len(row.kept) or not len(row.pruned):
         found.proven = True

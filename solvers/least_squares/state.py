@@ -133,8 +133,7 @@ class Row:
         self.inverted()
 
     def inverted(self) -> None:
-        """v and r of an M that was made from scratch; by Cholesky of the whole, where A_SS is too near to a
-        singular matrix for the inverse by halves."""
+        """v and r of a new M; by Cholesky of the whole where the inverse by halves is too inexact."""
         if not self.drift() <= DRIFT:
             system = part_of(self.metric.damped, self.kept, self.kept, torch.empty_like(self.m))
             torch.cholesky_inverse(torch.linalg.cholesky(system), out=self.m)
@@ -177,8 +176,7 @@ class Row:
         return self.r.square() * self.metric.spread[self.pruned]
 
     def likely(self, count: int) -> Pairs:
-        """Candidates by r_p²√(H_pp/A_pp) in place of r_p²/C_pp, at most `count` of each side; with groups, of
-        both, in whole groups."""
+        """Candidates by r_p²√(H_pp/A_pp) for r_p²/C_pp, at most `count` a side, or in whole groups."""
         gain = self.r.square() * (self.metric.spread / self.metric.alone).sqrt()[self.pruned]
         cost = self.costs()
         if self.metric.group_size == len(self.target):

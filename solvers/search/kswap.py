@@ -138,8 +138,7 @@ class _State:
 def compound_moves(
     problem: LayerProblem, mask: Tensor, candidates: int, threads: RowThreads
 ) -> tuple[Bool[Tensor, "rows n"], Int[Tensor, " rows"]]:
-    """Masks after improving compounds, until none is left among the candidates or a round is full; and the
-    number of moves."""
+    """Masks after compounds that improve, until none is left or a round is full; and the number of moves."""
     from maskopt.solvers.search.kswap_kernel import search_rows
 
     batch = Batch.of(problem, mask)

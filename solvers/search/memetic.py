@@ -149,8 +149,8 @@ class _Pool:
         free: Bool[Tensor, "*rows count n"],
         keys: Float[Tensor, "count n"],
     ) -> Bool[Tensor, "rows count n"]:
-        """Masks that keep what is kept and, of what is free, as much as the pattern asks for: the greatest
-        keys of every group."""
+        """Masks that keep what is kept and, of what is free, the greatest keys, as many as the pattern asks
+        for."""
         group = self._problem.group_size
         score = (2 * kept + free * keys).unflatten(-1, (-1, group))
         return highest(score, group - self._problem.pruned_per_group).flatten(-2)

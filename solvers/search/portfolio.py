@@ -165,8 +165,7 @@ def _rather(one: Solution, other: Solution) -> Bool[Tensor, " rows"]:
 
 
 def _certificate(one: Solution, other: Solution, higher: Tensor) -> Certificate | None:
-    """Of every row that of its bound. Where only one of the two has any, it is kept throughout: a row
-    whose bound is the other's trusts that solver, and what the certificate proves of it is less."""
+    """Of every row that of its bound; where only one of the two has any, that one throughout."""
     found = [c for c in (one.certificate, other.certificate) if isinstance(c, Certificate)]
     if len(found) < 2:
         return found[0] if found else None

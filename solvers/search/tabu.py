@@ -159,8 +159,7 @@ class _State(NamedTuple):
 def search(
     problem: LayerProblem, start: Tensor, plan: Tabu, limits: Limits, scaled: Scaled | None = None
 ) -> tuple[Bool[Tensor, "rows n"], Trace]:
-    """The best masks after `plan.moves` moves of every row, or when the time is over, and how they were
-    found; `scaled`: of the problem, where it is known."""
+    """The best masks after `plan.moves` moves of every row, or the time limit, and their trace."""
     from maskopt.solvers.search.tabu_kernel import search_rows
 
     rows, tenure = problem.rows, plan.tenure_of(problem)

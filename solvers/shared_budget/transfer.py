@@ -92,8 +92,7 @@ class _State:
 
 
 def transfer(problem: LayerProblem, start: Tensor, search: Search, limits: Limits) -> Solution:
-    """From a legal mask to a proven 1-swap optimum of the layer, or what was reached when a limit came.
-    Without a shared budget the search is all."""
+    """From a legal mask to a proven 1-swap optimum of the layer, or to a limit."""
     found, offers = search(problem, start, limits)
     if not problem.shared_budget:
         return found

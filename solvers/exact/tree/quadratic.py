@@ -93,8 +93,7 @@ FAR = Plans(
 
 
 class Form(NamedTuple):
-    """The convex form that a subtree is bounded with: λ and triangles, where the next relaxation starts; the
-    number of free inputs where it was solved; and the fixings until it is solved again."""
+    """The convex form of a subtree, the free inputs where it was solved, and the fixings until the next."""
 
     relaxed: Relaxed
     free: int
@@ -199,8 +198,8 @@ class QuadraticTree(BestFirst):
         how: int | Plan = _SWEEPS,
         bound: float = 0.0,
     ) -> Relaxed:
-        """The form of a node's own relaxation: in so many sweeps without triangles, or by a plan with them,
-        from a bound that is known."""
+        """The form of a node's own relaxation: in sweeps without triangles, or by a plan with them, from a
+        known bound."""
         self.convexified += 1
         task, deadline = self.task, self.task.limits.deadline
         part = free_part(task.q, self.mu, task.pruned, self.same, state)

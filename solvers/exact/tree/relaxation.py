@@ -65,8 +65,7 @@ class Relaxed(NamedTuple):
 
 
 class Goal(NamedTuple):
-    """What a node is to reach: from its bound the cutoff; no further round past the deadline, of
-    `clock()`. For `unit` see `Plan`."""
+    """A node is to reach the cutoff from its bound before the deadline, of `clock()`; `unit`: see `Plan`."""
 
     bound: float
     cutoff: float
@@ -165,8 +164,7 @@ class _Dual:
         self.pool = pool.join(*pentagons(self.x, self.pool, plan.pentagons * n), n)
 
     def _homogenize(self, alpha: float) -> None:
-        """The best y of z_0, which the form from above lacks: where Z's entry of z_0 is 1. Far from it the
-        quasi-Newton method may not arrive."""
+        """The best y of z_0, which the form from above lacks: where Z's entry of z_0 is 1."""
 
         def slope(y: float) -> float:
             self.y[-1] = y
@@ -225,8 +223,7 @@ class _Dual:
 
 
 def subtract_cuts(base: np.ndarray, c: np.ndarray, pool: Pool) -> float:
-    """Subtract what the inequalities say, Σ τ_t((Σ b_iz_i)² − 1)/2, from pᵀ·base·p + cᵀp, in place; returns
-    its constant part."""
+    """Subtract Σ τ_t((Σ b_iz_i)² − 1)/2 from pᵀ·base·p + cᵀp, in place; returns the constant part."""
     e, column = dense(pool, len(c))
     # z_0z_j = 2p_j − 1 and z_iz_j = 4p_ip_j − 2p_i − 2p_j + 1, −2E_ij times
     base += 4 * e

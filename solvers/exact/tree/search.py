@@ -153,8 +153,8 @@ class BestFirst:
             self.best, self.cost = pruned, cost
 
     def search(self, threads: int = 1) -> RowAnswer:
-        """Best first, until nothing is open below the cutoff or a limit is reached; `threads`: for nodes side
-        by side."""
+        """Best first, until nothing is open below the cutoff or a limit is reached; `threads`: for several
+        nodes."""
         open_nodes = [self.start]
         nodes, ended, least_open = 1, "", self.start.bound
         with one_thread_pool(threads) as pool:
@@ -196,8 +196,8 @@ class BestFirst:
         return ""
 
     def _branch_best(self, open_nodes: list[Node], pool: ThreadPoolExecutor | None) -> list[Node]:
-        """The children of the best node, which is no longer open; or of the best few, each with the incumbent
-        that is known before any of them."""
+        """The children of the best node, or of the best few, each with the incumbent known before; they are
+        closed."""
         some = [heapq.heappop(open_nodes)]
         while open_nodes and len(some) < self.abreast:
             some.append(heapq.heappop(open_nodes))
