@@ -292,9 +292,10 @@ def _trusted(solution: Solution, row: int, proven: float) -> str:
     )
 
 
-def _first(bad: Tensor) -> int | None:
-    rows = bad.nonzero()
-    return int(rows[0]) if len(rows) else None
+def _refuse(bad: Tensor, message: Callable[[int], str]) -> None:
+    """Raise VerificationError for the first row that is bad."""
+    if bool(bad.any()):
+        raise VerificationError(message(int(bad.nonzero()[0])))
 
 
 def _verify_objective(
@@ -314,11 +315,13 @@ def _verify_objective(
         slack = torch.zeros_like(slack)
 
     def compare(stated: Tensor, what: str) -> None:
-        row = _first(~((stated - true).abs() <= slack))
-        if row is not None:
-            raise VerificationError(
-                f"{what} {row} states {float(stated[row]):.12g}, the mask costs {float(true[row]):.12g}"
-            )
+        _refuse(
+            ~((stated - true).abs() <= slack),
+            lambda row: (
+                f"{what} {row} states {float(stated[row]):.12g}, the mask costs "
+                f"{float(true[row]):.12g}"
+            ),
+        )
 
     compare(solution.objective.to(true), "objective: row")
     if layer.update is not None and solution.weight is not None and not solution.own:
@@ -330,11 +333,10 @@ def _costs_of_weights(layer: LayerProblem, mask: Tensor, weight: Tensor | None) 
     if weight is None or weight.shape != mask.shape or weight.dtype != torch.float64:
         raise VerificationError(f"weights: they must be float64 {list(mask.shape)}")
     weight = weight.to(layer.device)
-    row = _first(~torch.isfinite(weight).all(1) | (weight.ne(0) & ~mask).any(1))
-    if row is not None:
-        raise VerificationError(
-            f"weights: those of row {row} are not finite, or not 0 where it prunes"
-        )
+    _refuse(
+        ~torch.isfinite(weight).all(1) | (weight.ne(0) & ~mask).any(1),
+        lambda row: f"weights: those of row {row} are not finite, or not 0 where it prunes",
+    )
     lost = layer.weight.double() - weight
     costs = ((lost @ layer.gram.double()) * lost).sum(1) + lost.square() @ layer.ridge
     costs += 2 * (lost * layer.correlation).sum(1) + layer.constant
@@ -343,15 +345,15 @@ def _costs_of_weights(layer: LayerProblem, mask: Tensor, weight: Tensor | None) 
 
 def _verify_bound(layer: LayerProblem, solution: Solution, rounding: Tensor) -> None:
     bound, objective = solution.lower_bound, solution.objective
-    row = _first(~torch.isfinite(bound) | (bound < 0))
-    if row is not None:
-        raise VerificationError(f"lower bound: row {row} states {float(bound[row])}; f ≥ 0 always")
-    row = _first(bound > objective + rounding.to(objective))
-    if row is not None:
-        raise VerificationError(
-            f"lower bound: row {row} states {float(bound[row]):.12g}, above the objective "
-            f"{float(objective[row]):.12g}"
-        )
+
+    def states(row: int) -> str:
+        return f"lower bound: row {row} states {float(bound[row]):.12g}"
+
+    _refuse(~torch.isfinite(bound) | (bound < 0), lambda row: f"{states(row)}; f ≥ 0 always")
+    _refuse(
+        bound > objective + rounding.to(objective),
+        lambda row: f"{states(row)}, above the objective {float(objective[row]):.12g}",
+    )
 
 
 def _every_mask(layer: LayerProblem) -> Tensor | None:

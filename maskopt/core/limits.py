@@ -105,7 +105,8 @@ class Limits:
             value = getattr(self, name)
             if isinstance(value, np.generic):
                 object.__setattr__(self, name, value.item())
-        if self.seconds is not None and not (_is_number(self.seconds) and self.seconds >= 0):
+        number = isinstance(self.seconds, int | float) and not isinstance(self.seconds, bool)
+        if self.seconds is not None and not (number and self.seconds >= 0):
             raise OptionError(f"`time_limit` must be at least 0 seconds, not {self.seconds!r}")
         if isinstance(self.memory, str):
             object.__setattr__(self, "memory", parse_bytes(self.memory))
@@ -113,8 +114,11 @@ class Limits:
             raise OptionError(
                 f"`memory_limit` must be a positive number of bytes, not {self.memory!r}"
             )
-        if self.threads is not None:
-            check_threads(self.threads)
+        threads = 1 if self.threads is None else self.threads
+        if not _is_whole(threads) or not 1 <= threads <= MOST_THREADS:
+            raise OptionError(
+                f"`threads` must be a whole number from 1 to {MOST_THREADS}, not {threads!r}"
+            )
         if self.on_progress is not None and not callable(self.on_progress):
             raise OptionError(f"`on_progress` is a function of Progress, not {self.on_progress!r}")
         if not _is_whole(self.seed) or not 0 <= self.seed < 2**63:
@@ -175,14 +179,6 @@ class Limits:
     def bytes(self, default: int) -> int:
         """`memory`, or the default."""
         return default if self.memory is None else int(self.memory)
-
-
-def check_threads(threads: int) -> None:
-    """Raise OptionError for a number of threads that no machine has."""
-    if not _is_whole(threads) or not 1 <= threads <= MOST_THREADS:
-        raise OptionError(
-            f"`threads` must be a whole number from 1 to {MOST_THREADS}, not {threads!r}"
-        )
 
 
 @contextmanager
@@ -289,10 +285,6 @@ def parse_bytes(text: str) -> int:
     if not 0 <= value < 2**62:
         raise OptionError(f"{text!r} is no amount of memory; write 8GiB or 500MB")
     return int(value)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_whole(value: object) -> bool:

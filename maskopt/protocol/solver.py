@@ -84,7 +84,8 @@ class Solver(Protocol):
         return self, layer if self.capabilities.update else layer.with_update(None)
 
     def check_size(self, n: int, pattern: Pattern, *, update: bool) -> None:
-        """Raise SolverError where rows of n inputs are too large; `update`: of problems of updated weights."""
+        """Raise SolverError where rows of n inputs are too large; `update`: of a problem with updated
+        weights."""
         largest = self.capabilities.largest_n
         if largest is not None and n > largest:
             raise SolverError(

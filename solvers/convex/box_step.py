@@ -1,3 +1,4 @@
+# mypy: disallow-untyped-defs=False
 """One ADMM step on all rows: everything of the box relaxation that is not the matrix product.
 
 Given z = A-product of the last target, and per row q = w√h, D⁻¹ = 1/(q² + floor):
@@ -129,9 +130,7 @@ class CompiledStep:
 
 
 @loop(nogil=True, fastmath=FAST, error_model="numpy")
-def _advance(
-    product: np.ndarray, of: _Rows, group: int, total: float, relaxation: float, theta: float
-) -> None:
+def _advance(product, of, group, total, relaxation, theta):
     q, inverse, across, x, u, target, tau, scratch = of
     rows, n = q.shape
     kind = q.dtype.type

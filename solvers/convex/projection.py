@@ -1,3 +1,4 @@
+# mypy: disallow-untyped-defs=False
 """Projection onto {0 ≤ x ≤ 1, Σ over a group = s} in a diagonal metric: x = clip(start − τ·inverse, 0, 1).
 
 The sum falls with τ and is piecewise linear, so that Newton's step on τ is exact within a piece; a τ that is
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +26,7 @@ FAST = {"nnan", "ninf", "nsz", "reassoc", "contract", "arcp"}
 
 
 @part(fastmath=FAST, error_model="numpy")
-def _sums(start: np.ndarray, inverse: np.ndarray, tau: float) -> tuple[float, float]:
+def _sums(start, inverse, tau):
     """Σ clip(start − τ·inverse, 0, 1), and Σ inverse over what is strictly inside."""
     zero = start[0] * 0
     one = zero + 1
@@ -41,8 +41,7 @@ def _sums(start: np.ndarray, inverse: np.ndarray, tau: float) -> tuple[float, fl
 
 
 @part(fastmath=FAST, error_model="numpy")
-def _multiplier(start: np.ndarray, inverse: np.ndarray, total: float, tau: float) -> float:
-    # a warm τ needs two or three Newton steps; the bracket, a pass of divisions, only if they fail
+def _multiplier(start, inverse, total, tau):
     for _ in range(_UNGUARDED):
         value, slope = _sums(start, inverse, tau)
         excess = value - total
@@ -72,14 +71,7 @@ def _multiplier(start: np.ndarray, inverse: np.ndarray, total: float, tau: float
 
 
 @part(fastmath=FAST, error_model="numpy")
-def _multipliers(
-    start: np.ndarray,
-    inverse: np.ndarray,
-    total: float,
-    tau: np.ndarray,
-    excess: np.ndarray,
-    slope: np.ndarray,
-) -> None:
+def _multipliers(start, inverse, total, tau, excess, slope):
     """Newton steps on τ of all groups, from start and inverse [group, groups]; unguarded.
 
     Where all x of a group are 0 or 1 and the slope is 0, τ goes to where the first has moved far enough.
@@ -110,7 +102,7 @@ def _multipliers(
 
 
 @part(fastmath=FAST, error_model="numpy")
-def _first_to_move(start: np.ndarray, inverse: np.ndarray, tau: float, excess: float) -> float:
+def _first_to_move(start, inverse, tau, excess):
     """The τ nearest to `tau` at which one x alone has made good the excess, or all that it can."""
     zero = excess * 0
     one = zero + 1
@@ -127,7 +119,7 @@ def _first_to_move(start: np.ndarray, inverse: np.ndarray, tau: float, excess: f
 
 
 @part(fastmath=FAST, error_model="numpy")
-def project_row(start: np.ndarray, inverse: np.ndarray, total: float, tau: float) -> float:
+def project_row(start, inverse, total, tau):
     """start ← clip(start − τ·inverse, 0, 1) of the sum wanted; returns τ.
 
     In the metric of D⁻¹ itself: its factor 1/(1 − θ) goes into τ.
@@ -143,16 +135,7 @@ def project_row(start: np.ndarray, inverse: np.ndarray, total: float, tau: float
 
 
 @part(fastmath=FAST, error_model="numpy")
-def project_side_by_side(
-    start: np.ndarray,
-    inverse: np.ndarray,
-    across: np.ndarray,
-    total: float,
-    tau: np.ndarray,
-    turned: np.ndarray,
-    excess: np.ndarray,
-    slope: np.ndarray,
-) -> None:
+def project_side_by_side(start, inverse, across, total, tau, turned, excess, slope):
     """The same for all groups of a row; `across` is inverse as [group, groups]."""
     group, groups = turned.shape
     zero = start[0] * 0

@@ -27,7 +27,9 @@ class ScipModel:
         model.hideOutput(not verbose)
         binaries = len(program.binaries)
         self.x = x = [
-            model.addVar(name, vtype="B" if k < binaries else "C", lb=low, ub=_finite(high))
+            model.addVar(
+                name, "B" if k < binaries else "C", lb=low, ub=high if high < np.inf else None
+            )
             for k, (name, low, high) in enumerate(
                 zip(program.names, program.low, program.high, strict=True)
             )
@@ -123,7 +125,3 @@ class ScipModel:
                 return {"result": SCIP_RESULT.FOUNDSOL if taken else SCIP_RESULT.DIDNOTFIND}
 
         self.model.includeHeur(Rounding(), "refitted", "the mask of the greatest z", "r", freq=1)
-
-
-def _finite(high: float) -> float | None:
-    return None if high == np.inf else high

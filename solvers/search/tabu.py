@@ -114,28 +114,30 @@ def then_swapped(
 
 
 class _State(NamedTuple):
-    """Where the rows of a search stand, in the order of the compiled loop's arguments."""
+    """Where the rows of a search stand, in the order of the compiled loop's arguments.
+
+    Attributes:
+        square, slope: float32 [rows, n], x²G_jj, and 2xc (+ linear).
+        linear, constant: float32 [rows, n], float64 [rows], 2x⊙g and the constant of the linear part, or 0.
+        pruned, best: uint8 [rows, n], now and at the best, 1 = pruned.
+        expiry: int32 [rows, n], the move at which an input may be moved again.
+        random: uint64 [rows, 1].
+        clock: int64 [rows, 3]: moves so far, of these at the best mask, whether the first descent is over.
+        values: float64 [rows, 2], the objective now and the best.
+        moves: int64 [rows], the counted moves.
+    """
 
     square: np.ndarray
-    """float32 [rows, n], x²G_jj"""
     linear: np.ndarray
     constant: np.ndarray
-    """float32 [rows, n] and float64 [rows], 2x⊙g and the constant of the linear part, or 0"""
     pruned: np.ndarray
     best: np.ndarray
-    """uint8 [rows, n], now and at the best, 1 = pruned"""
     expiry: np.ndarray
-    """int32 [rows, n], the move at which an input may be moved again"""
     random: np.ndarray
-    """uint64 [rows, 1]"""
     clock: np.ndarray
-    """int64 [rows, 3]: moves so far, of these at the best mask, whether the first descent is over"""
     slope: np.ndarray
-    """float32 [rows, n], 2xc (+ linear)"""
     values: np.ndarray
-    """float64 [rows, 2], the objective now and the best"""
     moves: np.ndarray
-    """int64 [rows], those counted"""
 
     @classmethod
     def of(cls, scaled: Scaled, pruned: Tensor, seed: int) -> _State:
