@@ -45,12 +45,7 @@ def in_threads(work: Callable[[int], Result], rows: Iterable[int]) -> list[Resul
 
 
 class RowThreads:
-    """Threads that are kept for several loops; they end with the object.
-
-    Args:
-        threads: None: as many as torch has.
-        least: rows of one piece at least.
-    """
+    """Threads for several loops, as many as torch has by default; `least`: rows of one piece at least."""
 
     def __init__(self, threads: int | None = None, least: int = _LEAST) -> None:
         self.threads = threads or torch.get_num_threads()

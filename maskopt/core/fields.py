@@ -119,9 +119,8 @@ class Option:
         )
 
     def checked(self, given: Any, called: str = "") -> Any:
-        """The value; a list becomes a tuple, and a NumPy number a Python number. `called`: name in error
-        messages (empty: the option's in backticks). OptionError names the option, what is allowed, and what
-        was given."""
+        """The value; a list becomes a tuple, and a NumPy number a Python number. OptionError names the option
+        (`called`, or its name in backticks), what is allowed, and what was given."""
         kinds = [typing.get_origin(kind) for kind in alternatives(self.hint)]
         if isinstance(given, list) and tuple in kinds:
             given = tuple(given)
@@ -175,9 +174,7 @@ def _option(f: Any, hints: Mapping[str, Any]) -> Option:
 
 
 def check_options(value: Any, owner: str = "") -> None:
-    """Check the type and range of every option of an instance, and normalise it as `Option.checked` does.
-    `owner`: in error messages, the name before the option's. OptionError names the option, what is allowed,
-    and what was given."""
+    """Check every option of an instance, and normalise it, by `Option.checked`; `owner`: named in errors."""
     for known in options_of(type(value)):
         called = f"{owner}: {known.name}" if owner else ""
         object.__setattr__(value, known.name, known.checked(getattr(value, known.name), called))

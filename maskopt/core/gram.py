@@ -56,12 +56,8 @@ class Gram:
         mine: Container[int] | None = None,
     ) -> Iterator[Callable[[], None]]:
         """`add` without checks, as independent tasks for threads; all are done before those of the next
-        batch.
-
-        Args:
-            weights: of each token, with a mean of 1; None: 1.
-            mine: the tiles (`tiles`) that are summed here; None: all of them.
-        """
+        batch. `weights`: of each token, with a mean of 1; `mine`: the tiles (`tiles`) that are summed here;
+        None: all."""
         self.tokens += inputs.shape[0]
         for start in self.tiles():
             if mine is None or start in mine:

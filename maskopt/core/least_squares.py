@@ -138,8 +138,7 @@ class LeastSquares:
         limits: Limits | None = None,
     ) -> Float[Tensor, "rows n"]:
         """v of every row, float64, zero where the mask prunes: Cholesky of each A_SS, k³/3 operations for k
-        kept weights, in float32 with refinement in float64 where G is float32 and that converges, else in
-        float64."""
+        kept, in float32 with refinement in float64 where G is float32 and that converges, else in float64."""
         rows, n = mask.shape
         sizes = ((mask.sum(1) + _LEAF - 1) // _LEAF * _LEAF).clamp(max=n)
         most_kept = int(sizes.max())

@@ -27,12 +27,7 @@ _TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class LinearTerm:
-    """r of every row, by its moments.
-
-    Attributes:
-        correlation: float64 [rows, n], g = E[r·x].
-        constant: float64 [rows], c = E[r²].
-    """
+    """r of every row, by its moments g = E[r·x], float64 [rows, n], and c = E[r²], float64 [rows]."""
 
     correlation: Float[Tensor, "rows n"]
     constant: Float[Tensor, " rows"]

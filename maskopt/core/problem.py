@@ -132,10 +132,8 @@ class LayerProblem(Objective, Counts):
     def from_inputs(
         cls, weight: ArrayLike, inputs: ArrayLike, sparsity: Pattern | float | str, **more: Any
     ) -> LayerProblem:
-        """The problem of a layer with the inputs X [tokens, n]: G = XᵀX / tokens in float64, and their mean.
-
-        `sparsity` is 0.5, "50%", "2:4" or a pattern; other arguments and errors as of the constructor.
-        """
+        """The problem of a layer with inputs X [tokens, n]: G = XᵀX / tokens in float64, and their mean.
+        `sparsity`: 0.5, "50%", "2:4" or a pattern; other arguments and errors as of the constructor."""
         x = as_tensor(inputs, "inputs").double()
         if x.ndim != 2 or 0 in x.shape:
             raise ProblemError(f"inputs must be [tokens, n], both at least 1, not {list(x.shape)}")

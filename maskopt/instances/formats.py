@@ -8,7 +8,7 @@
 | `.mdp`, `.txt` | MDPLIB | m elements of greatest distance |
 | `.qplib` | QPLIB | binary variables under one constraint on their sum |
 
-What is chosen is what the mask prunes. Objectives are reported as the library has them.
+The chosen are the pruned entries of the mask. Objectives are reported as the library has them.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""The semidefinite relaxation tightened by violated triangle inequalities (`convex.triangles`), found in
-rounds: of all over n + 1 vectors the most violated ones join the pool.
+"""The semidefinite relaxation tightened by violated triangle inequalities (`convex.triangles`): in rounds,
+the most violated ones join the pool.
 
 The multipliers are those of an augmented Lagrangian: the sweeps of the mixing method run on C less Σ_t
-τ'_t(triangle t) with τ' = max(0, τ − step·(triangle + 1)), and τ follows τ' slowly. Plain steps on τ swing
-for ever, because the minimiser jumps between vectors of equal value; the term in step damps that. What swings
-still is averaged away: the bound is concave in τ. For the mean, which then is fixed, the plain mixing method
-finds the y that go with it.
+τ'_t(triangle t) with τ' = max(0, τ − step·(triangle + 1)), and τ follows τ' slowly, since plain steps on τ
+swing for ever between vectors of equal value. Remaining swings are averaged: the bound is concave in τ. For
+the mean of τ the plain mixing method then finds y.
 """
 
 from __future__ import annotations

@@ -58,9 +58,9 @@ _HALF_FROM = 256
 
 @dataclass(frozen=True)
 class BoxPlan:
-    """How far the steps go: until the Frank–Wolfe gap, averaged over the rows, is at most `tolerance` of f
-    (measured every 20 steps, from the 40th on), or `max_iterations`; 0: no bound, and a factorisation that is
-    good enough for masks. Then `harden` steps under the concave term, whose θ ends at `hardness`."""
+    """Steps until the Frank–Wolfe gap, averaged over the rows, is at most `tolerance` of f (measured every 20
+    steps, from the 40th on), or `max_iterations` (0: no bound); then `harden` steps, whose θ ends at
+    `hardness`."""
 
     tolerance: float
     max_iterations: int

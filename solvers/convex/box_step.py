@@ -1,5 +1,5 @@
 # mypy: disallow-untyped-defs=False
-"""One ADMM step on all rows: everything of the box relaxation that is not the matrix product.
+"""One ADMM step on all rows: everything of the box relaxation but the matrix product.
 
 Given z = A-product of the last target, and per row q = w√h, D⁻¹ = 1/(q² + floor):
 
@@ -9,8 +9,7 @@ Given z = A-product of the last target, and per row q = w√h, D⁻¹ = 1/(q² +
     x = argmin Σ (x − v)²/D⁻¹ on {0 ≤ x ≤ 1, Σ_group x = s}:  x = clip(v − τD⁻¹, 0, 1), τ by Newton
     u ← u + z̃ − q⊙x;    next target: q⊙x − u
 
-In torch for any device, and compiled for the CPU, where one pass over a row that stays in cache is several
-times faster than a dozen passes over all rows.
+In torch for any device, and compiled for the CPU, several times faster by one pass over a row in cache.
 """
 
 from __future__ import annotations
@@ -80,9 +79,8 @@ class PooledStep(TorchStep):
 
 
 class _Rows(NamedTuple):
-    """What a step works on [rows, n]: q, inverse, x, u, target as above, and scratch. `across`: D⁻¹ of a row
-    with its groups side by side [rows, group, groups], empty with one group; `tau`: multipliers [rows,
-    groups]."""
+    """Of a step [rows, n]: q, inverse, x, u, target as above, and scratch. `across`: D⁻¹ with a row's groups
+    side by side [rows, group, groups], empty with one group; `tau`: multipliers [rows, groups]."""
 
     q: np.ndarray
     inverse: np.ndarray

@@ -24,8 +24,6 @@ _EDGE, _LEAST_MULTIPLIER = 1e-15, 1e-300
 #: up to so many groups W is found row by row; more share matrix products, in blocks of inputs
 _FEW_GROUPS = 8
 _BLOCK = 64
-
-
 #: of the gap that `interior_point` leaves, as part of the objective
 _TOLERANCE = 1e-4
 

@@ -1,8 +1,5 @@
-"""The Frank–Wolfe bound of every row at once: f(x) + min_v ∇f(x)ᵀ(v − x) over legal v, at any point x.
-
-It holds as far as G is positive semidefinite. What a G of float32 lacks to that, `provable` takes off: no
-claim is above what the check of the certificate, a factorisation with a margin of its own, will find.
-"""
+"""The Frank–Wolfe bound of every row at once: f(x) + min_v ∇f(x)ᵀ(v − x) over legal v, at any point x, as far
+as G is positive semidefinite; `provable` takes off what a float32 G lacks to that."""
 
 from __future__ import annotations
 

@@ -22,13 +22,9 @@ _DOUBLE_N = 256
 
 @dataclass(frozen=True)
 class Extra:
-    """A sparse symmetric E for every row, added to C: g_i += Σ_j E_ij v_j, all rows in one list.
-
-    Attributes:
-        starts: int64 [rows, n + 1]; entries starts[r, i] … starts[r, i + 1] belong to input i of r.
-        index, value: int32 [entries], j, ascending within an input, n for v_0; E_ij of the scaled row. (i, j)
-            and (j, i) are both listed.
-    """
+    """A sparse symmetric E for every row, added to C: g_i += Σ_j E_ij v_j. Entries starts[r, i] … starts[r, i
+    + 1] (int64 [rows, n + 1]) belong to input i of row r: `index` j, int32, ascending, n for v_0, and `value`
+    E_ij of the scaled row; (i, j) and (j, i) are both listed."""
 
     starts: np.ndarray
     index: np.ndarray

@@ -72,10 +72,8 @@ def _multiplier(start, inverse, total, tau):
 
 @part(fastmath=FAST, error_model="numpy")
 def _multipliers(start, inverse, total, tau, excess, slope):
-    """Newton steps on τ of all groups, from start and inverse [group, groups]; unguarded.
-
-    Where all x of a group are 0 or 1 and the slope is 0, τ goes to where the first has moved far enough.
-    """
+    """Newton steps on τ of all groups, unguarded, from start and inverse [group, groups]. Where the slope is
+    0, τ goes to where the first x of the group has moved far enough."""
     zero = total * 0
     one = zero + 1
     groups = len(tau)
@@ -120,10 +118,7 @@ def _first_to_move(start, inverse, tau, excess):
 
 @part(fastmath=FAST, error_model="numpy")
 def project_row(start, inverse, total, tau):
-    """start ← clip(start − τ·inverse, 0, 1) of the sum wanted; returns τ.
-
-    In the metric of D⁻¹ itself: its factor 1/(1 − θ) goes into τ.
-    """
+    """start ← clip(start − τ·inverse, 0, 1) of the wanted sum; returns τ, with the factor 1/(1 − θ) in it."""
     zero = start[0] * 0
     one = zero + 1
     tau = _multiplier(start, inverse, total, tau)

@@ -56,11 +56,10 @@ class _Known(NamedTuple):
 
 @dataclass(frozen=True)
 class Scip(RowSolver):
-    """SCIP on one row at a time.
+    """SCIP on one row at a time; OPTIMAL only where SCIP says `optimal` and its bound closes the gap.
 
-    A row is OPTIMAL only where SCIP says `optimal` and its bound closes the gap. Any limit gives SCIP's
-    incumbent and SCIP's bound; `memory` is bytes a row. After Ctrl-C rows being solved return their
-    incumbents, the rest their starts.
+    Any limit gives SCIP's incumbent and bound; `memory` is bytes a row. After Ctrl-C rows being solved return
+    their incumbents, the rest their starts.
     """
 
     name: ClassVar[str] = "scip"
@@ -214,12 +213,8 @@ class Scip(RowSolver):
         form: str = "cip",
         formulation: str = "factored",
     ) -> None:
-        """As `cip`, `lp` or `mps`, in every formulation but `qcr`.
-
-        Raises:
-            OptionError: another format or formulation, or two that do not go together.
-            SolverError: too many inputs.
-        """
+        """As `cip`, `lp` or `mps`, in every formulation but `qcr`. OptionError: another format or
+        formulation, or two that do not go together. SolverError: too many inputs."""
         if form not in FORMATS:
             raise OptionError(f"{self.name} writes {', '.join(FORMATS)}, not {form!r}")
         if formulation not in FORMULATIONS or formulation == "qcr":
@@ -262,10 +257,7 @@ def _presolved(task: RowTask, known: _Known) -> RowAnswer:
 
 
 def _separable(task: RowTask) -> RowAnswer | None:
-    """The optimum of a diagonal Q, by sorting; None where Q is not diagonal.
-
-    With λ = −diag(Q) the certificate's form is linear, and its minimum is that of the sort.
-    """
+    """The optimum of a diagonal Q, by sorting, with the linear form of λ = −diag(Q); None for another Q."""
     diagonal = np.diagonal(task.q)
     if np.count_nonzero(task.q - np.diag(diagonal)):
         return None

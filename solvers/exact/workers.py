@@ -88,12 +88,9 @@ def run_tasks(
 
 
 class _Crew:
-    """One thread for each worker process, which hands it tasks and waits for its answers.
-
-    Attributes:
-        done: (index, answer) of finished tasks, and (−1, None) from each thread that ends.
-        stop: when set, no further task is begun.
-    """
+    """One thread for each worker process, which hands it tasks and waits for its answers. `done`: (index,
+    answer) of finished tasks, and (−1, None) from each thread that ends; `stop`: when set, no further task is
+    begun."""
 
     def __init__(
         self, function: Callable[[Any], Any], tasks: Sequence[Any], recycle: int, deadline: float

@@ -1,11 +1,10 @@
 """DSnoT: dynamic sparse no training (Zhang et al., arXiv 2310.08915).
 
-Looks only at the *mean* output: with μ the mean of the inputs, pruning a set changes a row's mean output by
-ε = Σ_pruned c_j, c_j = w_j μ_j. Each cycle regrows the pruned weight whose return lowers |ε| the most for its
-input's variance (within sequences, averaged), and prunes the kept weight of least Wanda score whose loss
-moves ε back towards zero; in N:M the one of least score in the same group, as long as ε keeps the sign that
-it began with. A weight moves once. It does not look at the squared error that the objective measures, and can
-raise it.
+Looks only at the *mean* output: with μ the mean of the inputs, pruning a set changes a row's mean output by ε
+= Σ_pruned c_j, c_j = w_j μ_j. Each cycle regrows the pruned weight whose return lowers |ε| the most for its
+input's variance, and prunes the kept weight of least Wanda score whose loss moves ε back towards zero; in N:M
+the one of least score in the same group, as long as ε keeps its first sign. A weight moves once. The squared
+error, which the objective measures, may rise.
 """
 
 from __future__ import annotations

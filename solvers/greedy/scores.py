@@ -74,11 +74,9 @@ class Wanda(_Score):
 
 @dataclass(frozen=True)
 class Ria(_Score):
-    """Relative importance and activations (Zhang et al., ICLR 2024), per row.
-
-    (|W_ij|/Σ_i'|W_i'j| + |W_ij|/Σ_j'|W_ij'|)·‖X_j‖₂^a. The column sums run over all rows of the
-    problem, so a single row taken out of a layer is scored otherwise than inside it.
-    """
+    """Relative importance and activations (Zhang et al., ICLR 2024): (|W_ij|/Σ_i'|W_i'j| +
+    |W_ij|/Σ_j'|W_ij'|)·‖X_j‖₂^a. Column sums run over all rows of the problem, so a row alone is scored
+    otherwise than inside its layer."""
 
     name: ClassVar[str] = "ria"
     capabilities: ClassVar[Capabilities] = _scored(

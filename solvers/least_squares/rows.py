@@ -120,11 +120,9 @@ def _solution(problem: LayerProblem, rows: list[Found]) -> Solution:
 
 
 def _offers(row: Row) -> Offers:
-    """What a row whose M is good enough for a claim offers to others, in F, float64.
-
-    On T = [[−M, B], [Bᵀ, C]] of some candidates, pruning u costs y_u²/M_uu, keeping p again saves y_p²/C_pp,
-    and either is a pivot on one diagonal entry, after which the next is priced.
-    """
+    """What a row whose M is good enough for a claim offers to others, in F, float64: on T = [[−M, B], [Bᵀ,
+    C]] of some candidates, pruning u costs y_u²/M_uu, keeping p again saves y_p²/C_pp, and either is a pivot
+    on one diagonal entry, after which the next is priced."""
     found = Offers.none(1, row.v.device)
     cheapest = row.costs().topk(min(OFFERED, len(row.kept)), largest=False).indices
     pairs = Pairs(cheapest, _most_saving(row))

@@ -309,10 +309,8 @@ class Row:
         self.look()
 
     def drift(self) -> float:
-        """How far M is from an inverse, relative: A_SS(M z) against z of random signs (Freivalds).
-
-        ‖b_S − A_SS v‖ would not show it: b is large where A is, and M drifts where A is small.
-        """
+        """How far M is from an inverse, relative: A_SS(M z) against random signs z (Freivalds). ‖b_S − A_SS
+        v‖ would not show it, since b is large where A is, and M drifts where A is small."""
         z = self.scratch.signs(len(self.v))
         full = torch.zeros_like(self.target).index_copy_(0, self.kept, self.m @ z)
         rest = (full @ self.metric.damped)[self.kept] - z

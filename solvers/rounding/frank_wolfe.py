@@ -33,10 +33,8 @@ from maskopt.solvers.greedy.select import highest, keep_highest
 
 @dataclass(frozen=True)
 class FrankWolfe(Solver):
-    """Batched as matrix products over all rows; the mask is the better of rounding and start.
-
-    When the time is over the present point is rounded. Reports a `Trace`.
-    """
+    """Batched as matrix products over all rows; the mask is the better of rounding and start. After the time
+    limit the present point is rounded. Reports a `Trace`."""
 
     name: ClassVar[str] = "frank_wolfe"
     capabilities: ClassVar[Capabilities] = Capabilities(

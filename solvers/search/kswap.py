@@ -42,8 +42,7 @@ _REFRESH_BYTES = 2**28
 @dataclass(frozen=True)
 class KSwap(Solver):
     """2-swap local search among candidates, ending at proven 1-swap optima, never above the start. A row that
-    is SWAP_OPTIMAL, and was not stopped by the time limit, has no improving compound of two candidate steps
-    either."""
+    is SWAP_OPTIMAL, and not stopped by the time limit, has no improving compound of candidates either."""
 
     name: ClassVar[str] = "kswap"
     capabilities: ClassVar[Capabilities] = Capabilities(

@@ -1,13 +1,13 @@
 """Memetic search: good masks of a row are crossed, and every child is searched.
 
-A child keeps what both parents keep and prunes what both prune. Of the other inputs it keeps as many as its
-pattern requires, at random; then follows tabu search for unchanged weights, 1-swap search on F for updated
-ones. A pool holds the best masks that differ enough from each other (Moscato 1989; for the choice of a set of
-given size Wu and Hao, "A hybrid metaheuristic approach to solving the maximum diversity problem", 2013).
+A child keeps what both parents keep and prunes what both prune, and keeps random others up to its pattern's
+count; then follows tabu search for unchanged weights, 1-swap search on F for updated ones. A pool holds the
+best masks that differ enough from each other (Moscato 1989; for the choice of a set of given size Wu and Hao,
+"A hybrid metaheuristic approach to solving the maximum diversity problem", 2013).
 
-Rows share the random numbers alone: a row's mask does not depend on the others. With a shared budget each is
-searched at its count in the start, and `swap` moves counts between rows at the end. The pool is ordered by
-the objectives of the searches, for tabu search of float32 accuracy. The answer is compared in float64.
+Rows share the random numbers alone. With a shared budget each is searched at its count in the start, and
+`swap` moves counts between rows at the end. The pool is ordered by the objectives of the searches, for tabu
+search of float32 accuracy; the answer is compared in float64.
 """
 
 from __future__ import annotations

@@ -25,9 +25,9 @@ _RANK = (Status.FEASIBLE, Status.SWAP_OPTIMAL, Status.OPTIMAL)
 
 @dataclass(frozen=True)
 class Portfolio(Solver):
-    """Runs its members one after the other, each from the best masks so far, never above the start or any
-    member. The members still to come share the time that is left evenly. The history of the `Trace` has one
-    column a member."""
+    """Runs its members one after the other, each from the best masks so far and with an equal share of the
+    time that is left, never above the start or any member. The history of the `Trace` has one column a
+    member."""
 
     name: ClassVar[str] = "portfolio"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -89,12 +89,9 @@ class Portfolio(Solver):
 def merge(
     problem: LayerProblem, one: Solution, other: Solution
 ) -> tuple[Solution, Bool[Tensor, " rows"]]:
-    """Per row the better mask (of equals the one of better status), and the higher bound with its proof; and
-    where the mask is the other's.
-
-    A row is OPTIMAL where the two close the gap, whoever found which. A bound that the better mask refutes is
-    dropped, with the status that rests on it.
-    """
+    """Per row the better mask (ties: of better status), and the higher bound with its proof; and where the
+    mask is the other's. OPTIMAL where the two close the gap. A bound that the better mask refutes is dropped,
+    with the status that rests on it."""
     least = one.objective.minimum(other.objective)
     rounding = OPTIMAL_TOLERANCE * least + SWAP_FLOOR * problem.diagonal_mass()
     one, other = _unrefuted(one, least + rounding), _unrefuted(other, least + rounding)

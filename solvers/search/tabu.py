@@ -3,9 +3,7 @@
 A move exchanges one kept and one pruned input, the best pair that is not tabu (`tabu_kernel`). Both then stay
 for `tenure` to 3/2·`tenure` moves, so that the search climbs out of its optimum (Glover, 1989). After
 `patience` moves without a new best mask a row returns to its best one and holds random inputs for a while.
-The best mask is kept, and `swap` ends the run with its proof.
-
-The search is float32 with c from scratch every SCRATCH moves; what is compared and reported is float64.
+The search is float32 with c from scratch every SCRATCH moves; results are compared and reported in float64.
 """
 
 from __future__ import annotations

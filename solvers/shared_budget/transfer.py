@@ -34,12 +34,9 @@ OFFERED = 48
 
 
 class Offers(NamedTuple):
-    """Per row, in the order in which it would do so: inputs to prune (`removals`) with what they add to the
-    row's objective, and inputs to keep again (`returns`) with what they take from it (`gains`).
-
-    The first of each is the row's best. Each later one is priced as if those before it were done; the two
-    sides are priced apart. Where there is no further input it is −1, its cost ∞ and its gain −∞, float64.
-    """
+    """Per row, in order: inputs to prune (`removals`) and their cost, and inputs to keep again (`returns`)
+    and their gain, in the row's objective. Each is priced as if those before it on its side were done. Where
+    there is no further input it is −1, its cost ∞ and its gain −∞, float64."""
 
     removals: Int[Tensor, "rows some"]
     costs: Float[Tensor, "rows some"]

@@ -1,17 +1,16 @@
 """1-swap search by candidate pricing: the whole algorithm, for any kernel.
 
-The paper scans all |U|·|P| pairs for every single swap. Here, as in column generation, a row works
-on few candidates until they hold no improving pair, and only then are all pairs priced:
+The paper scans all |U|·|P| pairs for every single swap. Here, as in column generation, a row works on few
+candidates until they hold no improving pair, and only then are all pairs priced:
 
-1. *search*: take as candidates the kept of least a, the pruned of least b and the best pairs that
-   pricing harvested; make the best swap among them, again and again; bring c up to date; repeat with
-   fresh candidates until they hold no improving pair.
-2. *price*: an exact scan over all pairs. None improves: the mask is **proven** 1-swap optimal. Else
-   harvest the best partner of every column that has an improving one, and go to 1.
+1. *search*: take as candidates the kept of least a, the pruned of least b and the best pairs that pricing
+   harvested; make the best swap among them, again and again; bring c up to date; repeat with fresh
+   candidates until they hold no improving pair.
+2. *price*: an exact scan over all pairs. None improves: the mask is **proven** 1-swap optimal. Else harvest
+   the best partner of every column that has an improving one, and go to 1.
 
-Rows are independent, so a batch of them goes through the steps together; kernels (torch, Numba,
-Triton) do the steps. A swap is made only if its Δ in float64 is below −threshold, and the proof is
-rigorous: see `Kernel.price`.
+Rows are independent: kernels (torch, Numba, Triton) do the steps on a batch of them. A swap is made only if
+its Δ in float64 is below −threshold, and the proof is rigorous (`Kernel.price`).
 """
 
 from __future__ import annotations
@@ -45,10 +44,8 @@ class Kernel(Protocol):
         ...
 
     def search(self, batch: Batch, rows: Int[Tensor, " some"], most: int) -> None:
-        """Step 1 for each row: swap until fresh candidates hold no improving pair.
-
-        No row gets more than `most` swaps in all. Keeps kept, c, objective, swaps, rounds current;
-        every swap made has Δ < −threshold in float64.
+        """Step 1 for each row: swap until fresh candidates hold no improving pair, or it has `most` swaps in
+        all. Keeps kept, c, objective, swaps, rounds current; every swap made has Δ < −threshold in float64.
         """
         ...
 

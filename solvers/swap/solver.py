@@ -40,12 +40,9 @@ _log = logging.getLogger("maskopt.swap")
 
 @dataclass(frozen=True)
 class Swap(Solver):
-    """1-swap local search (SparseSwaps, arXiv 2512.10922) to a proven 1-swap optimum.
-
-    A row that `max_swaps` or the time limit stops is FEASIBLE; another call with its mask as the start
-    continues. For a problem with `update` the swaps minimise F (`solvers.least_squares`). With a shared
-    budget, swaps between rows follow until none improves (`solvers.shared_budget`).
-    """
+    """1-swap local search (SparseSwaps, arXiv 2512.10922) to a proven 1-swap optimum of f, or of F for
+    updated weights; with a shared budget also between rows. A row that `max_swaps` or the time limit stops is
+    FEASIBLE; another call with its mask as the start continues."""
 
     name: ClassVar[str] = "swap"
     capabilities: ClassVar[Capabilities] = Capabilities(

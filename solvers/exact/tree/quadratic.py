@@ -2,16 +2,17 @@
 
 At the root the semidefinite bound gives λ, μ with A = Q + diag(λ) + μΣ_g 1_g1_gᵀ ⪰ 0, and f(p) = pᵀAp + cᵀp +
 const on every legal p (Billionnet, Elloumi, Plateau 2009). A node fixes some p_i; its bound is the
-Frank–Wolfe bound of that convex QP over what is left of the polytope, at a point found by an interior-point
-method: valid at any point. Inputs that cannot change sides without passing the incumbent are fixed by the
-same linear form.
+Frank–Wolfe bound of that convex QP over the rest of the polytope, at a point of an interior-point method.
+Inputs that cannot change sides without passing the incumbent are fixed by the same linear form.
 
-As inputs are fixed, the λ of the root is less and less the best one. Every few levels a node's own
-semidefinite relaxation is solved again (`convexify`), and its subtree uses that λ: one to two orders of
-magnitude fewer nodes. Where triangle inequalities nearly close the root, as they do on graphs, or where a
-tree without them would be too large, every node has them, and pentagonal ones (`relaxation`): tens or
-hundreds of nodes, some tenths of a second each, in place of many thousands. With `proof` the tree is kept, as
-a proof.
+Every few levels a node's own semidefinite relaxation is solved again (`convexify`), and its subtree uses that
+λ: one to two orders of magnitude fewer nodes. Where triangle inequalities nearly close the root, as on
+graphs, or a tree without them would be too large, every node has them, and pentagonal ones (`relaxation`):
+tens or hundreds of nodes, some tenths of a second each, in place of many thousands.
+
+Before other searches, `probe` fixes inputs at the root that no mask below the incumbent has otherwise: an
+input is set to its less likely side, and where the bound of the rest reaches the cutoff, it belongs to the
+other. On rows of 64 inputs that often leaves nothing to search.
 """
 
 from __future__ import annotations
@@ -61,9 +62,8 @@ _PATIENCE = 0.25
 
 
 class Plans(NamedTuple):
-    """How a tree with triangles is grown: by these relaxations of the root and of nodes, with both children
-    of at least so many `candidates` bounded before one is branched on; `anyway`: also where triangles do not
-    nearly close the root."""
+    """How a tree with triangles is grown: the relaxations of root and nodes; inputs whose children are
+    bounded before one is branched on; `anyway`: also where triangles do not nearly close the root."""
 
     root: Plan
     node: Plan
