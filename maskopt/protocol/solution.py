@@ -240,7 +240,7 @@ class Solution:
     def joined(cls, parts: Sequence[Solution], certificate: Certificate | None = None) -> Solution:
         """All rows of a layer, of one solver's solutions of its parts in order, with a certificate of all."""
         weighted = all(p.weight is not None for p in parts)
-        alike = [
+        filled = [
             replace(
                 p,
                 certificate=None,
@@ -250,7 +250,7 @@ class Solution:
             )
             for p in parts
         ]
-        whole = join_rows(alike)
+        whole = join_rows(filled)
         assert whole.proof is not None
         return replace(
             whole,

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from maskopt.core.fields import option
@@ -20,11 +21,10 @@ from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver
 from maskopt.protocol.trace import Trace
 from maskopt.solvers.least_squares.rows import swap_refitted
-from maskopt.solvers.shared_budget.transfer import Offers, searched, transfer
+from maskopt.solvers.shared_budget.transfer import OFFERED, Offers, searched, transfer
 from maskopt.solvers.swap.batch import Batch
 from maskopt.solvers.swap.engine import Kernel, Outcome, refine
 from maskopt.solvers.swap.literal import refine_literally
-from maskopt.solvers.swap.offers import offers
 from maskopt.solvers.swap.triton import unavailable as triton_unavailable
 
 KERNELS = ("auto", "literal", "torch", "numba", "triton")
@@ -34,6 +34,8 @@ DEFAULT_MEMORY = {"cpu": 2**30, "cuda": 4 * 2**30}
 _ROW_BYTES = 128
 #: memory below which a device that is full cannot be helped by fewer rows
 _LEAST_MEMORY = 2**20
+#: rows whose offers are made at a time
+_ROWS = 512
 
 _log = logging.getLogger("maskopt.swap")
 
@@ -179,3 +181,45 @@ def _choose_kernel(kernel: str, problem: LayerProblem) -> str:
             f"swap: kernel 'numba' runs on the CPU, not on {problem.device}; use kernel='torch'"
         )
     return kernel
+
+
+def offers(problem: LayerProblem, mask: Bool[Tensor, "rows n"]) -> Offers:
+    """What rows of a shared budget offer in f, float64.
+
+    With c = G(w ⊙ pruned) (+ g), pruning a kept u costs w_u²G_uu + 2 w_u c_u, keeping a pruned p again saves
+    2 w_p c_p − w_p²G_pp, and each moves the price of another j by 2 w_j w_u G_ju.
+    """
+    return Offers.joined([_offers_of_tile(part, mask[rows]) for rows, part in problem.tiles(_ROWS)])
+
+
+def _offers_of_tile(problem: LayerProblem, mask: Tensor) -> Offers:
+    w = problem.weight.double()
+    twice = 2 * w * (problem.products(torch.where(mask, 0.0, w)) + problem.correlation)
+    own = w.square() * problem.gram.diagonal().double()
+    found = Offers.none(problem.rows, mask.device)
+    price = (own + twice).masked_fill(~mask, torch.inf)
+    _in_order(problem, price, found.removals, found.costs)
+    # what a return costs is what it saves, negative
+    price = (own - twice).masked_fill(mask, torch.inf)
+    _in_order(problem, price, found.returns, found.gains.neg_())
+    found.gains.neg_()
+    return found
+
+
+def _in_order(problem: LayerProblem, price: Tensor, inputs: Tensor, prices: Tensor) -> None:
+    """The cheapest input of every row, again and again, among the inputs that are cheapest at first."""
+    first = price.topk(min(OFFERED, problem.n), 1, largest=False)
+    value, index = first.values.clone(), first.indices
+    w = problem.weight.double().gather(1, index)
+    cross = problem.gram[index[:, :, None], index[:, None, :]].double()
+    cross *= 2 * w[:, :, None] * w[:, None, :]
+    rows = torch.arange(problem.rows, device=price.device)
+    for step in range(index.shape[1]):
+        cheapest = value.min(1)
+        there = cheapest.values < torch.inf
+        if not bool(there.any()):
+            return
+        inputs[there, step] = index[rows, cheapest.indices][there]
+        prices[there, step] = cheapest.values[there]
+        value += cross[rows, cheapest.indices]
+        value[rows, cheapest.indices] = torch.inf

@@ -4,8 +4,8 @@
   a and the K pruned of least b. `launch.swap_block` makes the best swaps among them in float32, c moves by
   the columns that changed, in float64, and the objective follows. A block whose objective in float64 did not
   fall is undone and searched in float64.
-- *Price.* A scan over all pairs, in float32, pessimistically rounded: finding no pair is a proof. A found pair
-  is decided in float64; where none improves, the row is scanned in float64.
+- *Price.* A scan over all pairs, in float32, pessimistically rounded: finding no pair is a proof. A found
+  pair is decided in float64; where none improves, the row is scanned in float64.
 
 For N:M with groups of up to 32 every step scans all pairs, and the best groups are the candidates. Importing
 this module needs the package `triton`.
