@@ -102,13 +102,9 @@ def _of_certificate(certificate: Certificate, layer: LayerProblem) -> list[Fract
     for row in range(layer.rows):
         point = rational(certificate.point[row])
         form = _convex(_form(certificate, layer, row), np.arange(layer.n))
-        if form is None:  # proves nothing
-            offsets.append(Fraction(0))
-            slopes.append(rational(np.zeros(layer.n)))
-            continue
-        slope = form.slope(point)
-        offsets.append(form.value(point) - slope @ point)
-        slopes.append(slope)
+        # without one it proves nothing
+        slopes.append(form.slope(point) if form else rational(np.zeros(layer.n)))
+        offsets.append(form.value(point) - slopes[-1] @ point if form else Fraction(0))
     if not layer.shared_budget:
         return [
             max(offset + _least(slope, layer.group_size, layer.pruned_per_group), Fraction(0))
@@ -245,9 +241,8 @@ class ExactTreeCheck(TreeCheck):
         for other in twins[1:]:
             order = np.arange(self.n)
             order[[first, other]] = other, first
-            if (q[order, other] != q[:, first]).any() or self.f.linear[first] != self.f.linear[
-                other
-            ]:
+            linear = self.f.linear
+            if (q[order, other] != q[:, first]).any() or linear[first] != linear[other]:
                 return False
         return True
 

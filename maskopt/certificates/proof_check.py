@@ -204,9 +204,8 @@ class TreeCheck:
         ranked[free] = h
         ranked = np.sort(ranked.reshape(-1, self.group), axis=1)
         left = self.pruned - (state == 1).reshape(-1, self.group).sum(1)
-        value = (
-            p @ (product - form.linear) - form.constant + lam @ (point * (point - 1)) - h @ point
-        )
+        value = p @ (product - form.linear) - form.constant
+        value = value + lam @ (point * (point - 1)) - h @ point
         value += ranked[np.arange(self.group) < left[:, None]].sum()
         excess = np.abs(p.reshape(-1, self.group).sum(1) - self.pruned) + 4 * self.n**2 * _U
         value -= abs(self.tree.penalty) * (excess @ excess)

@@ -112,11 +112,9 @@ class Option:
     @property
     def sentence(self) -> str:
         """The help, after the condition."""
-        return (
-            f"With {self.condition}: {self.help[0].lower()}{self.help[1:]}"
-            if self.needs
-            else self.help
-        )
+        if not self.needs:
+            return self.help
+        return f"With {self.condition}: {self.help[0].lower()}{self.help[1:]}"
 
     def checked(self, given: Any, called: str = "") -> Any:
         """The value; a list becomes a tuple, and a NumPy number a Python number. OptionError names the option

@@ -26,7 +26,7 @@ ArrayLike = Tensor | np.ndarray | Sequence[Any]
 
 
 def as_tensor(array: ArrayLike, what: str) -> Tensor:
-    """Rows side by side in memory, whatever view is given: kernels read and write them in place."""
+    """As a tensor with contiguous rows, whatever view is given: kernels read and write them in place."""
     if isinstance(array, list | tuple):
         try:
             array = np.asarray(array, dtype=np.float64)

@@ -217,9 +217,9 @@ class LeastSquares:
             diagonal.add_(self._added.to(matrix.dtype)[kept.index])
         diagonal.masked_fill_(~kept.real, 1)
         broken = ~_factorise(matrix)
-        return (
-            matrix.masked_fill_(broken[:, None, None], torch.nan) if bool(broken.any()) else matrix
-        )
+        if bool(broken.any()):
+            matrix.masked_fill_(broken[:, None, None], torch.nan)
+        return matrix
 
 
 @dataclass(frozen=True, eq=False)

@@ -265,9 +265,8 @@ def _precise() -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     # whatever torch makes numbers of where nothing is said
-    left, right = (
-        torch.randn(256, 256, generator=generator, dtype=torch.float32) for _ in range(2)
-    )
+    like = {"generator": generator, "dtype": torch.float32}
+    left, right = torch.randn(256, 256, **like), torch.randn(256, 256, **like)
     exact = left.double() @ right.double()
     with _allowed() as entered:
         error = (left @ right - exact).norm() / exact.norm()

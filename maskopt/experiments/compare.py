@@ -1,5 +1,4 @@
-"""The same rows through several solvers: objective, lower bound, gap, status, seconds. A job is one row
-through one solver; a run with an `output` of JSON lines is resumed (`store`)."""
+"""The same rows through several solvers; a job is one row through one solver, and is resumed (`store`)."""
 
 from __future__ import annotations
 

@@ -213,11 +213,7 @@ class Solution:
             bound = lower_bound.to(objective)
             if layer.shared_budget:  # one bound, shared out so that every row has the layer's gap
                 cost = layer.shares @ objective
-                bound = (
-                    objective * (layer.shares @ bound / cost)
-                    if cost > 0
-                    else torch.zeros_like(bound)
-                )
+                bound = objective * (layer.shares @ bound / cost if cost > 0 else 0.0)
             rounding = OPTIMAL_TOLERANCE * objective + SWAP_FLOOR * layer.diagonal_mass()
             bound = torch.where(bound <= objective + rounding, bound.minimum(objective), bound)
             lower_bound = bound.clamp(min=0.0)
@@ -306,7 +302,7 @@ class Solution:
             trace = unpack(Trace, words, arrays, "trace")
             if any(len(values) != rows for values in trace.columns(rows).values()):
                 raise ValueError("its trace is one of other rows")
-            certified = "certificate.diagonal" in arrays
+            certified, posed = "certificate.diagonal" in arrays, "units.sign" in words
             trees = unpack_rows(RowProof, words, arrays, "proof.rows", rows)
             return unpack(
                 cls,
@@ -321,9 +317,7 @@ class Solution:
                 else None,
                 trusted=tuple(str(word) for word in words["trusted"]),
                 own="weight" in arrays,
-                units=unpack(ObjectiveTransform, words, arrays, "units")
-                if "units.sign" in words
-                else None,
+                units=unpack(ObjectiveTransform, words, arrays, "units") if posed else None,
                 proof=None if trees is None else Proof(trees),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:

@@ -2,11 +2,9 @@
 
 The relaxation and its turns are those of `convex.perspective`. As a function of d its minimum is concave,
 with the slope vⱼ²(1/zⱼ − 1): d goes step by step towards the best split of the slope, by Frank and Wolfe.
-
-Under a shared budget, the z of all rows share one count: after turns of all rows together, what an input
-that is kept costs the layer makes every row one by itself again, whose split is bettered at that price.
-
-What is proven is computed from d and v by `maskopt.certificates.certificate`, wherever the steps end.
+Under a shared budget the z of all rows share one count: after turns of all rows together, an input that is
+kept has a price for each row, at which the split of each row alone is improved. The bound is computed from d
+and v by `maskopt.certificates.certificate`, wherever the steps end.
 """
 
 from __future__ import annotations

@@ -1,14 +1,12 @@
 """`sdp`: the semidefinite relaxation by low-rank coordinate descent, any n, rows in parallel.
 
-With p = (1 + z)/2, one extra sign z_0 and the penalty ρΣ_g(1_gᵀp − s)² the problem is a max-cut form
-min ⟨C, Y⟩, Y_ii = 1, Y ⪰ 0 of size n + 1, with Y = VVᵀ of rank k ≈ √(2n) (Burer and Monteiro). The
-mixing method (Wang, Chang and Kolter, arXiv 1706.00476) sets v_i ← −g_i/‖g_i‖, g_i = Σ_j C_ij v_j,
-again and again; y_i = ‖g_i‖ are the duals. v_0 is kept fixed: only inner products count.
+With p = (1 + z)/2, one extra sign z_0 and the penalty ρΣ_g(1_gᵀp − s)² the problem is a max-cut form min ⟨C,
+Y⟩, Y_ii = 1, Y ⪰ 0 of size n + 1, with Y = VVᵀ of rank k ≈ √(2n) (Burer and Monteiro). The mixing method
+(Wang, Chang and Kolter, arXiv 1706.00476) sets v_i ← −g_i/‖g_i‖, g_i = Σ_j C_ij v_j, again and again; y_i =
+‖g_i‖ are the duals, of which `convex.duals` makes a certificate. v_0 is kept fixed.
 
-A small ρ suffices. The bound is taken over the sums themselves, so that ρ need not enforce them, and a
-large ρ ties all coordinates together: the sweeps then crawl, ten times as many for the same bound.
-
-`convex.duals` makes a certificate of the duals.
+A small ρ suffices, since the bound is taken over the sums themselves; a large ρ ties all coordinates
+together, and takes ten times as many sweeps for the same bound.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""From approximate duals of the semidefinite relaxation to what a certificate wants, one row at a time.
+"""From approximate duals of the semidefinite relaxation to a certificate, one row at a time.
 
 The duals y of the max-cut form (see `mixing`) are λ_i = 4y_i − Q_ii − ρ, μ = ρ in the terms of the convex
-form A = Q + diag(λ) + ρΣ_g 1_g1_gᵀ. What is missing to A ⪰ 0 is made good by θD with D = 1 or D = y,
-whichever costs less at the relaxed point. Last, p̂ minimises the convex form over the box and the sums, which
-only raises the bound. All in the units of a scaled row (`mixing.scales_of`).
+form A = Q + diag(λ) + ρΣ_g 1_g1_gᵀ. A missing A ⪰ 0 is made good by θD with D = 1 or D = y, whichever costs
+less at the relaxed point. Last, p̂ minimises the convex form over the box and the sums, which only raises the
+bound. All in the units of a scaled row (`mixing.scales_of`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,5 @@
-"""Exact solvers that search one row at a time: how the rows of a problem run, and their joint solution.
-
-A row is searched, `RowTask` → `RowAnswer`, in this process or in a worker process. All rows share one
-deadline; a row without time keeps its start.
-"""
+"""Exact solvers that search one row at a time, `RowTask` → `RowAnswer`, in this process or in a worker
+process, under one deadline; a row without time keeps its start."""
 
 from __future__ import annotations
 

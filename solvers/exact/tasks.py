@@ -1,12 +1,12 @@
-"""What the exact search of a row is given, what it answers, and the tasks of all rows of a problem.
+"""What the exact search of a row gets, what it answers, and the tasks of all rows of a problem.
 
 Where kept weights are updated by least squares, A = G + λD is scaled to a diagonal of 1, b is the target and
 C the constant. Keeping S then costs
 
     F = min {vᵀAv − 2bᵀv + C : v is 0 outside S} = C − b_SᵀA_SS⁻¹b_S,
 
-and with the split d of A's diagonal that the bound `perspective` makes, A = B + diag(d), B ⪰ 0, every term
-dⱼvⱼ² may be replaced by dⱼvⱼ²/zⱼ, which is the same for zⱼ = 1, and convex in both.
+and with the split d of A's diagonal from the bound `perspective`, A = B + diag(d), B ⪰ 0, every dⱼvⱼ² may be
+replaced by dⱼvⱼ²/zⱼ, the same for zⱼ = 1, and convex in both.
 """
 
 from __future__ import annotations

@@ -83,14 +83,11 @@ class DSnoT(Solver):
             error = torch.where(mask, 0.0, c).sum(1)
             sign = error.sign()
             pruned = ~start & ~mask
-            regrow = (sign[:, None] * regrow_score).where(
-                pruned & (sign[:, None] * c > 0), -torch.inf
-            )
+            signed = sign[:, None] * c
+            regrow = (sign[:, None] * regrow_score).where(pruned & (signed > 0), -torch.inf)
             incoming = regrow.argmax(1)
             candidates = start & mask
-            candidates &= (
-                group_of == group_of[incoming][:, None] if grouped else sign[:, None] * c < 0
-            )
+            candidates &= group_of == group_of[incoming][:, None] if grouped else signed < 0
             outgoing = wanda.where(candidates, torch.inf).argmin(1)
             go = (error.abs() > threshold) & (regrow[rows, incoming] > -torch.inf)
             go &= candidates[rows, outgoing]

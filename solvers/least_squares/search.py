@@ -2,12 +2,12 @@
 
 1. *search*: kept inputs that cost little and pruned ones that save much are candidates; the best exchange
    among them is made again and again, on the small tableau of the candidates alone, and all exchanges go into
-   M as one pivot, a matrix product. Again with fresh candidates, until they hold no improving pair.
+   M as one pivot. Again with fresh candidates, until they hold no improving pair.
 2. *scan*: all pairs, by screening and exactly (`state`). None improves: the mask is proven 1-swap optimal.
    Else the inputs of the best pairs are the candidates, and it goes on with 1.
 
-What a round gained is computed from the weights, whatever M is. Where that is less than M promised, M has
-drifted: the round is undone, and M made from scratch; so it is before anything is claimed on it.
+The gain of a round is computed from the weights. Where it is less than M promised, M has drifted: the round
+is undone, and M made from scratch, as before any claim.
 """
 
 from __future__ import annotations

@@ -189,10 +189,8 @@ class Row:
 
     def _whole(self, groups: Tensor) -> Pairs:
         """All inputs of some groups."""
-        u, p = (
-            torch.isin(self._group(x), groups).nonzero()[:, 0] for x in (self.kept, self.pruned)
-        )
-        return Pairs(u, p)
+        slots = self.kept, self.pruned
+        return Pairs(*(torch.isin(self._group(x), groups).nonzero()[:, 0] for x in slots))
 
     def improving(self, count: int, threshold: float) -> Pairs | None:
         """The exact scan: candidates out of all pairs of Δ < −threshold; None: there is none."""

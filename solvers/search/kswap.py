@@ -6,8 +6,8 @@ made together, change f by
     Δ(d₁) + Δ(d₂) + 2 d₁ᵀQd₂,     d₁ᵀQd₂ = Q_{u₁u₂} − Q_{u₁q₂} − Q_{q₁u₂} + Q_{q₁q₂}
 
 so that both may be bad alone and good together. All pairs of candidates² steps are tried: for an unstructured
-row the exchanges of the kept of least a with the pruned of least b, for N:M the steps of least Δ inside any
-group. Rounds alternate with 1-swap search until neither finds anything.
+row of the kept of least a and the pruned of least b, for N:M of least Δ inside any group. Rounds alternate
+with 1-swap search until neither finds anything.
 """
 
 from __future__ import annotations

@@ -5,9 +5,8 @@ An exchange between two rows has no interaction term: pruning u in row i and kee
 any row does not pay for the dearest return of another.
 
 1. *search*: every row that changed is swapped to a 1-swap optimum at its own count.
-2. *transfer*: removals in order of their cost and returns in order of their gain are paired off as long as
-   they pay; each row gives or takes, not both. None pays: the layer is proven 1-swap optimal. Else again
-   with 1.
+2. *transfer*: removals by cost and returns by gain are paired off while they pay; each row gives or takes,
+   not both. None pays: the layer is proven 1-swap optimal. Else again with 1.
 
 Both steps only lower the layer's sum, and keep its count.
 """

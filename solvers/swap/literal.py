@@ -1,8 +1,8 @@
 """The paper's algorithm to the letter, the reference of every faster kernel.
 
 SparseSwaps (arXiv 2512.10922), batched over rows in torch: for every swap all |U|·|P| pairs are scanned, and
-the best is made, until none improves. Rows and pairs are tiled under a memory limit. c and the chosen pair
-are float64, and a row is done only when a float64 scan finds no improving pair.
+the best is made, until none improves in float64. Rows and pairs are tiled under a memory limit; c and the
+chosen pair are float64.
 """
 
 from __future__ import annotations
@@ -103,11 +103,7 @@ def _best_alike(
     pairs = groups * keep * (batch.group - keep)
     if pairs == 0:
         none = torch.zeros_like(rows)
-        return (
-            none,
-            none,
-            torch.full(rows.shape, torch.inf, dtype=torch.float64, device=none.device),
-        )
+        return none, none, torch.full_like(none, torch.inf, dtype=torch.float64)
     bytes_per_row = pairs * _PAIR_BYTES * (4 if exact else 2)
     tile = max(1, memory // bytes_per_row)
     slices = -(-bytes_per_row // memory) if tile == 1 else 1
