@@ -146,15 +146,8 @@ def lower_bound(
     with torch_threads(limits.threads):
         certificate, trace = maker.certify(layer, limits.begin())
         value = layer.next_value(certificate.check(layer))
-    seconds = clock() - began
-    return Bound(
-        value,
-        certificate,
-        maker.name,
-        seconds,
-        trace,
-        layer.shares if layer.shared_budget else None,
-    )
+    seconds, omega = clock() - began, layer.shares if layer.shared_budget else None
+    return Bound(value, certificate, maker.name, seconds, trace, omega)
 
 
 def available_bounds() -> dict[str, BoundInfo]:
