@@ -265,7 +265,7 @@ def _precise() -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     # whatever torch makes numbers of where nothing is said
-    like = {"generator": generator, "dtype": torch.float32}
+    like: dict[str, Any] = {"generator": generator, "dtype": torch.float32}
     left, right = torch.randn(256, 256, **like), torch.randn(256, 256, **like)
     exact = left.double() @ right.double()
     with _allowed() as entered:
