@@ -15,8 +15,7 @@ from maskopt.core.pattern import NM, Pattern, Unstructured
 from maskopt.core.units import MOST_WHOLE
 from maskopt.errors import MaskoptError, PatternError, ProblemError
 
-#: a G whose least eigenvalue is above −PSD_TOLERANCE·tr(G) counts as positive semidefinite: float32
-#: accumulation of xxᵀ leaves errors of this size (2⁻²³ ≈ 1.2e-7)
+#: least eigenvalue of a semidefinite G, as −part of tr(G): what float32 accumulation of xxᵀ leaves (2⁻²³)
 PSD_TOLERANCE = 2.0**-23
 #: largest |G − Gᵀ| relative to max|G| that is taken for rounding
 _ASYMMETRY_TOLERANCE = 1e-3

@@ -24,13 +24,11 @@ from maskopt.errors import OptionError, ProblemError
 
 #: least damping: below it float64 could not tell one kept set from another where G is singular
 LEAST_DAMPING = 1e-6
-#: bytes of gathered matrices that one thread works on: as many as stay near it, but more, up to so many, for
-#: so many rows, since A is read for all of them together
+#: bytes of gathered matrices that one thread works on; at most; and rows that share a pass over A
 _TILE_BYTES, _MOST_BYTES, _TILE_ROWS = 2**25, 2**26, 16
 #: size below which LAPACK factorises
 _LEAF = 32
-#: relative residual in float64 at which a row is done, and steps of refinement at most; a factor in float32
-#: by which a row does not come there was not good enough
+#: relative residual in float64 at which a row is done, and steps of refinement in which it must be
 _DONE, _REFINEMENTS = 1e-10, 12
 #: the greatest number
 _ANY = sys.float_info.max

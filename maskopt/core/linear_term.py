@@ -20,8 +20,7 @@ from torch import Tensor
 
 from maskopt.errors import ProblemError
 
-#: part of c by which f may fall below 0 before the two count as no moments of one r: what sums in float32
-#: leave
+#: part of c by which f may fall below 0 by the rounding of float32 sums
 _TOLERANCE = 1e-4
 
 

@@ -45,8 +45,7 @@ _TINY = 1e-7
 _LATE = 3
 #: sweeps at the end, with the mean of the multipliers
 _SETTLE = 800
-#: of a time limit: the rounds' part, of what is then left that of the last schedule, and of what is left
-#: after that the part of the sweeps at the end; the rest is the certificate's
+#: parts of the time left for the rounds, then for the last schedule, then for the sweeps at the end
 _ROUNDS_SHARE, _END_SHARE, _SETTLE_SHARE = 0.7, 0.7, 0.3
 
 

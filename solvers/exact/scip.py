@@ -35,8 +35,7 @@ from maskopt.solvers.exact.tree.node import put_in_order, twins_of
 from maskopt.solvers.exact.tree.quadratic import Probed, QuadraticTree, probe
 
 FORMATS = ("cip", "lp", "mps")
-#: in the order of what they are worth: made convex by the duals of the semidefinite relaxation; Q = LLᵀ; one
-#: variable for each product; pᵀQp ≤ t, the textbook formulation, which SCIP can hardly bound
+#: convex by the duals of the semidefinite relaxation; Q = LLᵀ; a variable a product; pᵀQp ≤ t (hopeless)
 FORMULATIONS = ("qcr", "factored", "linear", "epigraph")
 #: an optimum below this part of the start is solved again in its own units
 _AGAIN_BELOW = 0.01

@@ -34,8 +34,7 @@ from maskopt.solvers.swap import Swap
 
 #: rows at a time: with their children enough for many threads
 _TILE = 16
-#: bytes of an entry of a mask of a pool, or of a child with what its search has of it; for all, unless
-#: the caller sets a limit
+#: bytes of an entry of a mask of a pool, or of a searched child; for all, unless the caller sets a limit
 _ENTRY_BYTES, _MEMORY = 64, 2**30
 #: shares of the inputs that may change places, in the first masks of a pool
 _SHAKEN = 0.05, 1.0

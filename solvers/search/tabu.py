@@ -31,8 +31,7 @@ ROUND = 256
 SCRATCH = 4 * ROUND
 #: rows between two looks at the clock
 _TILE = 128
-#: tenure where groups are many, and the least one of a single group with its growth in n: the best of
-#: 5 … 20 on real layers
+#: tenure of many groups; least one of a single group, and its growth in n: best of 5 … 20 on real layers
 _TENURE_NM = 15
 _TENURE_LEAST, _INPUTS_PER_TENURE = 3, 160
 #: a tenure by default holds at most one in so many of the inputs
