@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from maskopt.core.pattern import Pattern
@@ -59,3 +59,20 @@ class Counts:
     def totals(self, values: Float[Tensor, " rows"]) -> Float[Tensor, " budgets"]:
         """Σ ωᵣ xᵣ over the rows of a shared budget; without one, the values of the rows."""
         return (self.shares @ values.to(self.shares))[None] if self.shared_budget else values
+
+    def fault(self, mask: Bool[Tensor, "rows n"]) -> str:
+        """Why a mask is not legal, as the end of a sentence; empty where it is."""
+        bad = (~self.pattern.is_legal(mask)).nonzero()
+        if not len(bad):
+            return ""
+        pruned, row, n = (~mask).sum(1), int(bad[0]), mask.shape[1]
+        asks = f"the pattern ({self.pattern})"
+        if self.shared_budget and int(pruned.sum()) != self.pruned:
+            total = int(pruned.sum())
+            return f" prunes {total} of {mask.numel()}; {asks} asks for exactly {self.pruned}"
+        if self.shared_budget:
+            allowed = "allows {} to {}".format(*self.row_limits)
+        else:
+            groups = "" if self.group_size == n else f" in each group of {self.group_size}"
+            allowed = f"asks for exactly {self.pruned_per_group}{groups}"
+        return f": row {row} prunes {int(pruned[row])} of {n}; {asks} {allowed}"

@@ -162,24 +162,10 @@ class LayerProblem(Objective, Counts):
     def check_mask(self, mask: Any, what: str = "mask") -> Bool[Tensor, "rows n"]:
         """The mask as a bool tensor on the problem's device, or WarmStartError with the reason."""
         # lines side by side: the last bits of a product may depend on how its factors lie in memory
-        tensor = as_mask(mask, self.weight, what, WarmStartError).contiguous()
-        bad = (~self.pattern.is_legal(tensor)).nonzero()
-        if not len(bad):
-            return tensor
-        pruned, row = (~tensor).sum(1), int(bad[0])
-        if self.shared_budget and int(pruned.sum()) != self.pruned:
-            raise WarmStartError(
-                f"{what} prunes {int(pruned.sum())} of {tensor.numel()}; the pattern ({self.pattern}) "
-                f"asks for exactly {self.pruned}"
-            )
-        if self.shared_budget:
-            allowed = "allows {} to {}".format(*self.row_limits)
-        else:
-            groups = "" if self.group_size == self.n else f" in each group of {self.group_size}"
-            allowed = f"asks for exactly {self.pruned_per_group}{groups}"
-        raise WarmStartError(
-            f"{what}: row {row} prunes {int(pruned[row])} of {self.n}; the pattern ({self.pattern}) {allowed}"
-        )
+        legal = as_mask(mask, self.weight, what, WarmStartError).contiguous()
+        if fault := self.fault(legal):
+            raise WarmStartError(f"{what}{fault}")
+        return legal
 
     def row(self, index: int) -> RowProblem:
         """One row as a problem, without a copy; under a shared budget it prunes the layer's share."""
@@ -248,9 +234,8 @@ class LayerProblem(Objective, Counts):
             "integral": self.integral,
             "units": self.units and asdict(self.units),
         }
-        values = {
-            name: getattr(self, name) for name in ("weight", "gram", "mean", "variance", "omega")
-        }
+        names = ("weight", "gram", "mean", "variance", "omega")
+        values = {name: getattr(self, name) for name in names}
         if self.linear is not None:
             values |= {"correlation": self.correlation, "constant": self.constant}
         arrays = [pack(value, name)[1] for name, value in values.items()]
@@ -259,7 +244,7 @@ class LayerProblem(Objective, Counts):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LayerProblem:
         """Read what `save` wrote, with all checks of the constructor; ProblemError for another file."""
-        return _loaded(path, "layer").as_layer()
+        return load_npz(path, "layer").as_layer()
 
     def _like(self, rows: Tensor | slice | list[int], name: str) -> LayerProblem:
         """Some rows of the same layer: nothing is checked again."""
@@ -314,8 +299,7 @@ class RowProblem:
             raise ProblemError(f"cardinality must be a whole number, 0 … {n}, not {cardinality!r}")
         pattern = Unstructured(keep=n - int(cardinality))
         integral = whole and float(np.abs(gram).sum()) < MOST_WHOLE  # beyond, sums are not exact
-        more: dict[str, Any] = {"name": name, "units": units, "integral": integral}
-        return cls(np.ones(n), gram, pattern, **more)
+        return cls(np.ones(n), gram, pattern, name=name, units=units, integral=integral)
 
     def quadratic(self) -> tuple[Float[np.ndarray, "n n"], float]:
         """U [n, n] and the constant in the problem's own units; without units Q and 0."""
@@ -400,9 +384,8 @@ class RowProblem:
         """The row with only these inputs, in this order, under its own pattern or another one; ProblemError
         for other columns, or with `update` an indefinite G + λD."""
         index = column_index(columns, self.n).to(self.weight.device)
-        new = pattern or self.pattern
+        new, old = pattern or self.pattern, self._layer
         new.check(len(index))
-        old = self._layer
         kept = {name: getattr(old, name) for name in ("mean", "variance")}
         layer = old._with(
             weight=old.weight[:, index].contiguous(),
@@ -422,7 +405,7 @@ class RowProblem:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RowProblem:
         """As `LayerProblem.load`, of a row."""
-        found = _loaded(path, "row")
+        found = load_npz(path, "row")
         assert isinstance(found, RowProblem)
         return found
 
@@ -430,13 +413,9 @@ class RowProblem:
         return self._layer._shown("RowProblem")
 
 
-def load_npz(path: str | os.PathLike[str]) -> LayerProblem | RowProblem:
-    """What `LayerProblem.save` or `RowProblem.save` wrote; errors as of `LayerProblem.load`."""
-    return _loaded(path, "layer", "row")
-
-
-def _loaded(path: str | os.PathLike[str], *kinds: str) -> LayerProblem | RowProblem:
-    header, arrays = read_arrays(path, *kinds)
+def load_npz(path: str | os.PathLike[str], *kinds: str) -> LayerProblem | RowProblem:
+    """What `save` of a layer or a row wrote, of some `kinds` or any; errors as of `LayerProblem.load`."""
+    header, arrays = read_arrays(path, *(kinds or ("layer", "row")))
     if not {"weight", "gram"} <= set(arrays):
         raise ProblemError(f"{path}: not a maskopt instance (it lacks weight or gram)")
     correlation, constant = (arrays.get(name) for name in ("correlation", "constant"))
