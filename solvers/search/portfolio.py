@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -68,9 +69,7 @@ class Portfolio(Solver):
             found = solve(problem, solver, start=best.mask, limits=share)
             best, improved = merge(problem, best, found)
             history.append(best.objective)
-            winner = [
-                solver.name if i else w for i, w in zip(improved.tolist(), winner, strict=True)
-            ]
+            winner = _either(improved, winner, [solver.name] * problem.rows)
             if found.trace.interrupted:
                 stopped = "interrupted"
                 break
@@ -109,21 +108,23 @@ def merge(
     closed = objective - bound <= optimal_slack(problem, mask, objective)
     # what a bound is above the better mask by is rounding
     bound = torch.where(closed, bound.minimum(objective), bound)
-    status = [
-        Status.OPTIMAL if proven else (b if i else a)
-        for proven, i, a, b in zip(
-            closed.tolist(), better.tolist(), one.status, other.status, strict=True
-        )
-    ]
+    status = _either(better, one.status, other.status)
+    trusted = _either(higher, _trusted(one), _trusted(other))
     merged = Solution(
         mask=mask,
         objective=objective,
         lower_bound=bound,
-        status=tuple(status),
+        status=tuple(_either(closed, status, [Status.OPTIMAL] * problem.rows)),
         certificate=_certificate(one, other, higher),
-        trusted=_names(one, other, higher),
+        trusted=tuple(trusted) if any(trusted) else (),
     )
     return merged, better
+
+
+def _either(other: Tensor, ones: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    """Row by row the second where `other` (bool [rows]) holds, else the first."""
+    rows = zip(other.tolist(), ones, others, strict=True)
+    return [second if flag else first for flag, first, second in rows]
 
 
 def _unrefuted(solution: Solution, most: Float[Tensor, " rows"]) -> Solution:
@@ -167,12 +168,3 @@ def _certificate(one: Solution, other: Solution, higher: Tensor) -> Certificate 
     if len(found) < 2:
         return found[0] if found else None
     return Certificate.choose(higher, *found)
-
-
-def _names(one: Solution, other: Solution, higher: Tensor) -> tuple[str, ...]:
-    """Per row the solver that is trusted with its bound; empty where none is with any."""
-    names = tuple(
-        b if h else a
-        for h, a, b in zip(higher.tolist(), _trusted(one), _trusted(other), strict=True)
-    )
-    return names if any(names) else ()
