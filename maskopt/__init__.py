@@ -14,9 +14,8 @@ if TYPE_CHECKING:
     from maskopt.core.limits import Limits as Limits, Progress as Progress
     from maskopt.core.linear_term import LinearTerm as LinearTerm
     from maskopt.core.pattern import NM as NM, Unstructured as Unstructured
-    from maskopt.core.problem import (
-        LayerProblem as LayerProblem,
-        RowProblem as RowProblem,
+    from maskopt.core.problem import LayerProblem as LayerProblem, RowProblem as RowProblem
+    from maskopt.core.update import (
         UpdatedWeights as UpdatedWeights,
         update_weights as update_weights,
     )
@@ -58,7 +57,8 @@ _MODULES = {
     "maskopt.core.limits": ("Limits", "Progress"),
     "maskopt.core.linear_term": ("LinearTerm",),
     "maskopt.core.pattern": ("NM", "Unstructured"),
-    "maskopt.core.problem": ("LayerProblem", "RowProblem", "UpdatedWeights", "update_weights"),
+    "maskopt.core.problem": ("LayerProblem", "RowProblem"),
+    "maskopt.core.update": ("UpdatedWeights", "update_weights"),
     "maskopt.instances.structure": ("structure_problem",),
     "maskopt.errors": ("MaskoptError",),
     "maskopt.experiments.prove": ("minimize_quadratic",),

@@ -8,11 +8,11 @@ compile.)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from threadpoolctl import ThreadpoolController
 _LEAST = 4
 #: pieces a thread at most: each costs the interpreter some time, and a slow row holds up little
 _PIECES = 3
+
+Result = TypeVar("Result")
 
 
 @cache
@@ -36,13 +38,14 @@ def one_blas_thread() -> AbstractContextManager[object]:
     return limited
 
 
-class RowThreads:
-    """Threads that are kept for several loops; they end with the object.
+def in_threads(work: Callable[[int], Result], rows: Iterable[int]) -> list[Result]:
+    """work(row) of all rows, in as many threads as torch has, each with one BLAS thread."""
+    with one_blas_thread(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(work, rows))
 
-    Args:
-        threads: None: as many as torch has.
-        least: rows of one piece at least.
-    """
+
+class RowThreads:
+    """Threads for several loops, as many as torch has by default; `least`: rows of one piece at least."""
 
     def __init__(self, threads: int | None = None, least: int = _LEAST) -> None:
         self.threads = threads or torch.get_num_threads()

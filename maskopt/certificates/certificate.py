@@ -53,6 +53,7 @@ from torch import Tensor
 from maskopt.certificates.cuts import CutForm, Cuts, check_cuts, cut_form
 from maskopt.core.files import pack, read_arrays, unpack, unpack_rows, write_arrays
 from maskopt.core.problem import LayerProblem, RowProblem
+from maskopt.core.rows import join_rows, take_rows
 from maskopt.errors import ProblemError, VerificationError
 
 #: unit roundoff of float64
@@ -97,14 +98,7 @@ class Certificate:
 
     def take(self, rows: Sequence[int]) -> Certificate:
         """The certificate of some rows only."""
-        index = torch.as_tensor(list(rows), device=self.diagonal.device)
-        return Certificate(
-            self.diagonal[index],
-            self.penalty[index],
-            self.point[index],
-            None if self.product is None else self.product[index],
-            None if self.cuts is None else [self.cuts[i] for i in rows],
-        )
+        return take_rows(self, rows)
 
     @classmethod
     def box(cls, problem: LayerProblem, point: Float[Tensor, "rows n"]) -> Certificate:
@@ -125,8 +119,7 @@ class Certificate:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Certificate:
-        """Read what `save` wrote; ProblemError for no such file, or no certificate. What it proves is
-        computed by `check`, not read."""
+        """Read what `save` wrote, for `check`; ProblemError for no such file, or no certificate."""
         try:
             return cls.unpacked(*read_arrays(path, "certificate"))
         except (KeyError, TypeError, ValueError) as error:
@@ -148,17 +141,9 @@ class Certificate:
         parts = list(parts)
         if any(part.product is not None for part in parts):
             parts = [part._with_product() for part in parts]
-        products = [part.product for part in parts if part.product is not None]
-        cuts: list[Cuts | None] = []
-        for part in parts:
-            cuts += part.cuts if part.cuts is not None else [None] * len(part.diagonal)
-        return cls(
-            torch.cat([part.diagonal for part in parts]),
-            torch.cat([part.penalty for part in parts]),
-            torch.cat([part.point for part in parts]),
-            torch.cat(products) if products else None,
-            cuts if any(c is not None for c in cuts) else None,
-        )
+        cut = any(any(part.cuts or ()) for part in parts)
+        lists = [list(part.cuts or [None] * len(part.diagonal)) if cut else None for part in parts]
+        return join_rows([replace(p, cuts=c) for p, c in zip(parts, lists, strict=True)])
 
     def of_linear(self, problem: LayerProblem) -> Certificate:
         """The certificate of a problem with a linear part from one of its rows' forms `RowProblem.q`, which
@@ -255,8 +240,7 @@ def _check_row(
 def _at_point(
     certificate: Certificate, layer: LayerProblem, gram: Tensor, row: int, shared: float | None
 ) -> tuple[Tensor, Tensor]:
-    """g(p̂) − ∇g(p̂)ᵀp̂, less what rounding may add to the row's bound, and ∇g(p̂). `shared`: see
-    `_shared_slacks`."""
+    """g(p̂) − ∇g(p̂)ᵀp̂, less what rounding may add to the row's bound, and ∇g(p̂)."""
     w = layer.weight[row].double()
     n, group = layer.n, layer.group_size
     parts = certificate.point, certificate.diagonal, certificate.penalty

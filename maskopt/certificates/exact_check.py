@@ -63,8 +63,7 @@ def objective(layer: LayerProblem, row: int) -> Quadratic:
 
 
 def _folded(f: Quadratic, s: int) -> Quadratic:
-    """f with its linear part and constant in the matrix, which changes it on no mask of s ones (see
-    `RowProblem.q`): trees are made for this form."""
+    """f with its linear part and constant in the matrix, the same on masks of s ones: the form of trees."""
     if s == 0:
         return f
     half = f.linear / (2 * s)
@@ -95,10 +94,7 @@ def exact_bounds(
     for row, tree in enumerate(trees or ()):
         if tree is not None:
             found[row] = max(found[row], Fraction(ExactTreeCheck(layer, row, tree).bound()))
-    if layer.integral and not layer.shared_budget:
-        values = [layer.row(row).values() for row in range(layer.rows)]
-        found = [v.at_least(bound) for v, bound in zip(values, found, strict=True) if v]
-    return found
+    return layer.raised(found)
 
 
 def _of_certificate(certificate: Certificate, layer: LayerProblem) -> list[Fraction]:
@@ -106,13 +102,9 @@ def _of_certificate(certificate: Certificate, layer: LayerProblem) -> list[Fract
     for row in range(layer.rows):
         point = rational(certificate.point[row])
         form = _convex(_form(certificate, layer, row), np.arange(layer.n))
-        if form is None:  # proves nothing
-            offsets.append(Fraction(0))
-            slopes.append(rational(np.zeros(layer.n)))
-            continue
-        slope = form.slope(point)
-        offsets.append(form.value(point) - slope @ point)
-        slopes.append(slope)
+        # without one it proves nothing
+        slopes.append(form.slope(point) if form else rational(np.zeros(layer.n)))
+        offsets.append(form.value(point) - slopes[-1] @ point if form else Fraction(0))
     if not layer.shared_budget:
         return [
             max(offset + _least(slope, layer.group_size, layer.pruned_per_group), Fraction(0))
@@ -131,9 +123,8 @@ def _of_certificate(certificate: Certificate, layer: LayerProblem) -> list[Fract
 def _form(certificate: Certificate, layer: LayerProblem, row: int) -> Quadratic:
     """g of `maskopt.certificates.certificate`, term by term."""
     n, size = layer.n, layer.group_size
-    s = (
-        layer.pruned * size // layer.weight.numel()
-    )  # of a group; μ and ν are 0 with a shared budget
+    # of a group; μ and ν are 0 with a shared budget
+    s = layer.pruned * size // layer.weight.numel()
     matrix, linear, constant = objective(layer, row)
     lam = rational(certificate.diagonal[row])
     matrix[np.diag_indices(n)] += lam
@@ -202,8 +193,7 @@ def _theta(a: np.ndarray) -> Fraction | None:
 
 
 def semidefinite(a: np.ndarray) -> bool:
-    """Whether a symmetric matrix of Fractions is positive semidefinite: no pivot of its elimination is
-    below 0, and the column of a pivot of 0 is 0."""
+    """Whether a symmetric matrix of Fractions is ⪰ 0: pivots are ≥ 0, and the column of a pivot 0 is 0."""
     scale = math.lcm(*(x.denominator for x in a.ravel())) if a.size else 1
     m = np.array([int(x * scale) for x in a.ravel()], dtype=object).reshape(a.shape)
     previous = 1
@@ -238,8 +228,7 @@ class _ExactForm(NamedTuple):
 
 
 class ExactTreeCheck(TreeCheck):
-    """The check of a row's tree in rational numbers: the walk through its steps is that of `TreeCheck`, all
-    bounds are computed here."""
+    """The check of a row's tree in rational numbers: the walk of `TreeCheck`, with bounds of its own."""
 
     def __init__(self, layer: LayerProblem, row: int, tree: RowProof) -> None:
         super().__init__(layer, row, tree)
@@ -252,9 +241,8 @@ class ExactTreeCheck(TreeCheck):
         for other in twins[1:]:
             order = np.arange(self.n)
             order[[first, other]] = other, first
-            if (q[order, other] != q[:, first]).any() or self.f.linear[first] != self.f.linear[
-                other
-            ]:
+            linear = self.f.linear
+            if (q[order, other] != q[:, first]).any() or linear[first] != linear[other]:
                 return False
         return True
 

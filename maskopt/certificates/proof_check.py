@@ -1,9 +1,9 @@
-"""What the closed tree of a branch and bound proves, checked in float64.
+"""The independent check of proofs of optimality: a tree of bounds, each checked in float64.
 
 A row's masks are the p ∈ {0,1}ⁿ with s entries of every group pruned (p = 1). A tree of *steps* splits them.
 A step stands at a node, where some entries are fixed and F are free, and has a *form* (λ, μ, τ) and a point
-p̂ ∈ [0,1]ⁿ that agrees with what is fixed. With inequalities c_t(p) ≥ 0 of all masks (triangles and such; see
-`maskopt.certificates.certificate`), the function
+p̂ ∈ [0,1]ⁿ that agrees with what is fixed. With inequalities c_t(p) ≥ 0 of all masks
+(`maskopt.certificates.certificate`), the function
 
     g(p) = q(p) + Σ_F λᵢ(pᵢ² − pᵢ) + μ Σ_g (1_gᵀp − s)²,    q(p) = pᵀQp − Σ_t τ_t c_t(p)
 
@@ -13,17 +13,16 @@ then for h = ∇q(p̂)_F + λ_F(2p̂_F − 1)
     f(p) ≥ q(p̂) + Σ_F λᵢ(p̂ᵢ² − p̂ᵢ) − hᵀp̂_F − μ Σ_g (1_gᵀp̂ − s)² + min_v hᵀv                        (1)
 
 the minimum over 0 ≤ v ≤ 1 with 1_gᵀv = what a group still has to prune: a sort. (The penalty's slope is the
-same for a whole group, and all v of a group have the same sum: what is left of it is −μ(1_gᵀp̂ − s)².) Under
-the same form a mask with one free entry on its other side costs at least (1) and what the sort then loses.
+same for a whole group, and all v of a group have the same sum.) Under the same form a mask with one free
+entry on its other side costs at least (1) and the loss of the sort.
 
-Inputs of a group are twins where exchanging them leaves Q as it is. Every mask has its match of equal f with
+Inputs of a group are twins where exchanging them leaves Q unchanged. Every mask has its match of equal f with
 the first ones of all twins pruned, and only such masks need be covered.
 
-After a step some free entries may be fixed: the bound of their other side is a leaf. Then the step is a leaf
-itself, another step follows at the same node, or an input is branched on, pruned first and then kept. The
-proven bound of the row is the least over all leaves, each of them at least what any step above it proves. All
-of this is read off a list in preorder, which cannot leave out a mask: a step that is no leaf is followed by
-what belongs below it.
+After a step some free entries may be fixed: the bound of their other side is a leaf. Then the step is a leaf,
+another step follows at the same node, or an input is branched on, pruned first and then kept. The bound of
+the row is the least over all leaves, each at least what any step above it proves. A list in preorder cannot
+leave out a mask: a step that is no leaf is followed by what belongs below it.
 
 Nothing here is shared with the search (`maskopt.solvers.exact.branch`) that makes the trees.
 """
@@ -49,12 +48,9 @@ _U = 2.0**-53
 
 
 def check_proof(problem: LayerProblem | RowProblem, proof: Proof) -> Float[Tensor, " rows"]:
-    """The lower bound of every row that its tree proves, float64, at least 0; 0 of a row without a tree.
-
-    Raises:
-        VerificationError: a tree that does not cover all masks, or is no tree; numbers that are not finite;
-            a problem of updated weights or with a shared budget.
-    """
+    """The lower bound of every row that its tree proves, float64, at least 0; 0 without a tree.
+    VerificationError: a tree that does not cover all masks, or is no tree; numbers that are not finite;
+    updated weights; a shared budget."""
     layer = problem.as_layer()
     if layer.update is not None or layer.shared_budget:
         raise VerificationError(
@@ -72,9 +68,8 @@ def check_proof(problem: LayerProblem | RowProblem, proof: Proof) -> Float[Tenso
 
 
 class _Form(NamedTuple):
-    """A form at a node and below: q's matrix [n, n], linear part and constant; λ [n] with what is missing to
-    A ⪰ 0, 0 where it is fixed; the sizes of all terms of q and λ, summed; and the error of the form's own
-    sums."""
+    """A form at a node and below: q's matrix [n, n], linear part and constant; λ [n] with A ⪰ 0, 0 where it
+    is fixed; the sum of the sizes of all terms; the error of the form's own sums."""
 
     number: int
     matrix: np.ndarray
@@ -209,9 +204,8 @@ class TreeCheck:
         ranked[free] = h
         ranked = np.sort(ranked.reshape(-1, self.group), axis=1)
         left = self.pruned - (state == 1).reshape(-1, self.group).sum(1)
-        value = (
-            p @ (product - form.linear) - form.constant + lam @ (point * (point - 1)) - h @ point
-        )
+        value = p @ (product - form.linear) - form.constant
+        value = value + lam @ (point * (point - 1)) - h @ point
         value += ranked[np.arange(self.group) < left[:, None]].sum()
         excess = np.abs(p.reshape(-1, self.group).sum(1) - self.pruned) + 4 * self.n**2 * _U
         value -= abs(self.tree.penalty) * (excess @ excess)

@@ -31,8 +31,8 @@ AT_ONCE = 2**22
 
 
 class Prices(NamedTuple):
-    """Float64: the cost of pruning a kept input (∞ for the others) and what keeping a pruned one again
-    saves (−∞ for the others), [rows, n]; and the objective of the mask, [rows]."""
+    """Float64 [rows, n]: the cost of pruning a kept input (∞ for others) and the saving of keeping a pruned
+    one again (−∞ for others); and the objective of the mask, [rows]."""
 
     prune: Tensor
     keep: Tensor
@@ -40,9 +40,9 @@ class Prices(NamedTuple):
 
 
 class Swaps(NamedTuple):
-    """The swaps of one row, float64, for weights times `scale`, a power of two that keeps squares of extreme
-    weights within range: the changes [kept, pruned] of the objective, the mask's objective, and the scale of
-    rounding, as `LayerProblem.diagonal_mass`."""
+    """The swaps of one row, float64, for weights times `scale`, a power of two that keeps squares within
+    range: the changes [kept, pruned] of the objective, the mask's objective, and the scale of rounding
+    (`LayerProblem.diagonal_mass`)."""
 
     delta: Callable[[Tensor, Tensor], Tensor]
     objective: Tensor

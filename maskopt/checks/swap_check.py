@@ -32,14 +32,14 @@ class SwapMove(NamedTuple):
 def improving_swap(
     problem: RowProblem | LayerProblem, mask: Tensor, tolerance: float = SWAP_TOLERANCE
 ) -> SwapMove | None:
-    """The best legal swap of one row, or of a layer with a shared budget, in float64, of equal ones that with
-    the lowest kept, then the lowest pruned index; None: none improves.
+    """The best legal swap of one row, or of a layer with a shared budget, in float64; ties: the lowest kept,
+    then the lowest pruned index; None: none improves.
 
     Args:
         problem: a row, a layer of one row, or a layer with a shared budget; VerificationError for others.
         mask: bool [n], [1, n] or [rows, n], True = kept; must be legal.
-        tolerance: a swap improves when it lowers the objective by more than this part of it (and by more than
-            float64 rounding, see `swap_threshold`); 0 asks for any decrease above rounding.
+        tolerance: a swap improves when it lowers the objective by more than this part of it and by more than
+            float64 rounding (`swap_threshold`); 0 asks for any decrease above rounding.
     """
     layer = problem.as_layer()
     if layer.rows != layer.rows_per_budget:
@@ -73,8 +73,8 @@ def _inside(
 def improving_swap_between_rows(
     layer: LayerProblem, mask: Bool[Tensor, "rows n"], tolerance: float
 ) -> SwapMove | None:
-    """The best swap between two rows of a shared budget, from a legal mask, that lowers the sum by more than
-    the tolerance of both and their rounding (`swap_threshold`); or None."""
+    """The best swap between two rows of a shared budget that lowers the sum by more than `swap_threshold` of
+    both."""
     prices, share = costs_of(layer).prices(mask), layer.shares
     mass = layer.diagonal_mass()
     slack = swap_threshold(prices.objective, mass, tolerance, update=layer.update)

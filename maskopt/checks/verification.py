@@ -39,8 +39,7 @@ Require = Literal["claims", "checked", "exact"]
 
 @dataclass(frozen=True)
 class Verification:
-    """What was verified. That the claims hold is certain; what they rest on differs from row to row:
-    `checked`, or `trusted: SCIP 10.0` where the lower bound rests on that solver."""
+    """What the claims, which all hold, rest on per row: `checked`, or `trusted: SCIP 10.0` for a bound."""
 
     basis: tuple[str, ...]
 
@@ -61,16 +60,14 @@ def verify(
 ) -> Verification:
     """Check everything that a solution claims, in float64.
 
-    Checked are the mask's pattern, the objective (of a solver's own weights, where it says so), bound ≤
-    objective, a certificate or the tree of an exact search, SWAP_OPTIMAL by a scan over all swaps (of a
-    shared budget, between rows, too), OPTIMAL by a closed gap; and where there are at most ENUMERATION_LIMIT
-    masks, OPTIMAL and the lower bound by enumeration. A positive lower bound needs a certificate, a tree, or
-    enumeration, or a registered exact solver that is trusted with it (`Solution.trusted`).
+    Checked are the mask's pattern; the objective; bound ≤ objective; certificates and trees; SWAP_OPTIMAL by
+    a scan over all swaps, also between rows of a shared budget; OPTIMAL by a closed gap; and with at most
+    ENUMERATION_LIMIT masks OPTIMAL and the lower bound by enumeration. A positive lower bound needs a
+    certificate, a tree, enumeration, or a registered exact solver that is trusted with it.
 
     Args:
-        require: `checked` refuses rows whose bound is a trusted solver's. `exact` also repeats the checks of
-            lower bounds and OPTIMAL in rational arithmetic (`exact_check`), for rows of up to 200
-            inputs whose weights are kept unchanged.
+        require: `checked` refuses rows whose bound is a trusted solver's; `exact` also decides lower bounds
+            and OPTIMAL in rational arithmetic, for rows of up to 200 inputs with unchanged weights.
 
     Raises:
         VerificationError: with the reason and the row.
@@ -94,11 +91,7 @@ def verify(
     size = size_of(layer, proven)
     slack = OBJECTIVE_TOLERANCE * size + rounding.cpu()
     if layer.integral:  # the next value is reached, or it is not; a shared bound has been divided
-        slack = (
-            4 * (layer.rows + 8) * 2.0**-53 * size
-            if layer.shared_budget
-            else torch.zeros_like(size)
-        )
+        slack = 4 * (layer.rows + 8) * 2.0**-53 * size * layer.shared_budget
     basis = []
     for row, bound in enumerate(solution.lower_bound.tolist()):
         if bound <= float(proven[row]) + float(slack[row]):
@@ -124,11 +117,13 @@ def _rounding(layer: LayerProblem, mask: Tensor, solution: Solution) -> Tensor:
 
 
 def _verify_claims(layer: LayerProblem, mask: Tensor, solution: Solution, rounding: Tensor) -> bool:
-    """Statuses and bounds, of each row or of all rows of a shared budget together; returns whether by
-    enumeration, too."""
+    """Statuses and bounds of each row, or of a shared budget; returns whether by enumeration, too."""
     slack = optimal_slack(layer, mask, solution.objective)
-    optimum_of, enumerated = _enumeration(layer, rounding), False
-    for first in range(0, layer.rows, layer.rows_per_budget):
+    optimum_of = _enumeration(layer, rounding)
+    claims = solution.objective, solution.lower_bound, slack
+    sums = zip(*(layer.totals(x).tolist() for x in claims), strict=True)
+    for number, (objective, bound, room) in enumerate(sums):
+        first = number * layer.rows_per_budget
         rows = list(range(first, first + layer.rows_per_budget))
         status, *others = sorted({Status(solution.status[row]) for row in rows})
         if others:
@@ -136,10 +131,6 @@ def _verify_claims(layer: LayerProblem, mask: Tensor, solution: Solution, roundi
                 "status: rows of a shared budget are proven together, yet some claim "
                 f"{' and some '.join((status, *others))}"
             )
-        share = layer.shares.cpu() if layer.shared_budget else torch.ones(1, dtype=torch.float64)
-        objective, bound, room = (
-            float(share @ x[rows].cpu()) for x in (solution.objective, solution.lower_bound, slack)
-        )
         who, s, what = (
             ("the rows", "", "sum") if layer.shared_budget else (f"row {first}", "s", "objective")
         )
@@ -159,14 +150,14 @@ def _verify_claims(layer: LayerProblem, mask: Tensor, solution: Solution, roundi
             )
         if optimum_of is None:
             continue
-        enumerated, (optimum, off) = True, optimum_of(first)
+        optimum, off = optimum_of(first)
         off = 0.0 if layer.integral else off
         exists = f"but a mask of {what} {optimum:.12g} exists"
         if bound > optimum + off:
             raise VerificationError(f"lower bound: {who} state{s} {bound:.12g}, {exists}")
         if status is Status.OPTIMAL and objective > optimum + off:
             raise VerificationError(f"{claim}, {exists}")
-    return enumerated
+    return optimum_of is not None
 
 
 def _enumeration(
@@ -196,8 +187,7 @@ def _enumeration(
 
 
 def _least_sum(layer: LayerProblem) -> float:
-    """min Σ ωᵣ fᵣ over all legal masks, float64: all 2ⁿ masks of every row, and then counts
-    put together row by row."""
+    """min Σ ωᵣ fᵣ over all legal masks, float64: all 2ⁿ masks of every row, then counts row by row."""
     best, (least, most) = torch.zeros(1, dtype=torch.float64), layer.row_limits
     costs = costs_of(layer)
     masks = ((torch.arange(2**layer.n)[:, None] >> torch.arange(layer.n)) & 1).double()
@@ -222,18 +212,14 @@ def _verify_exactly(layer: LayerProblem, mask: Tensor, solution: Solution) -> No
     if layer.shared_budget:
         shares = [Fraction(share) for share in layer.shares.tolist()]
         costs, stated = ([sum(map(mul, shares, x), Fraction(0))] for x in (costs, stated))
-    elif layer.pruned_per_group in (0, layer.group_size):
+    elif layer.one_mask:
         proven = costs
     zero = None if layer.units is None else Fraction(layer.units.zero(layer.pruned // layer.rows))
     for row, (cost, bound, least) in enumerate(zip(costs, stated, proven, strict=True)):
         size = cost if zero is None else min(cost, abs(cost - zero))
-        bound_slack, slack = (
-            Fraction(OBJECTIVE_TOLERANCE) * least,
-            Fraction(OPTIMAL_TOLERANCE) * size,
-        )
-        if layer.integral:
-            bound_slack = slack = Fraction(0)
-        if bound > least + bound_slack:
+        part = 0 if layer.integral else 1
+        slack = Fraction(OPTIMAL_TOLERANCE) * size * part
+        if bound > least + Fraction(OBJECTIVE_TOLERANCE) * least * part:
             raise VerificationError(
                 f"lower bound: row {row} states {float(bound):.12g}; in exact arithmetic its proof gives "
                 f"{float(least):.12g}"
@@ -277,9 +263,8 @@ def _legal_mask(layer: LayerProblem, solution: Solution) -> Tensor:
 
 
 def _proven(layer: LayerProblem, mask: Tensor, solution: Solution) -> Tensor:
-    """What tree and certificate prove of every row, by checks of their own; 0 without either. Where there is
-    one legal mask, its objective."""
-    if not layer.shared_budget and layer.pruned_per_group in (0, layer.group_size):
+    """The bounds of tree and certificate by their checks, else 0; the objective of a single mask."""
+    if layer.one_mask:
         return layer.objective(mask).cpu()
     proven = torch.zeros(layer.rows, dtype=torch.float64)
     if solution.proof is not None:
@@ -307,9 +292,10 @@ def _trusted(solution: Solution, row: int, proven: float) -> str:
     )
 
 
-def _first(bad: Tensor) -> int | None:
-    rows = bad.nonzero()
-    return int(rows[0]) if len(rows) else None
+def _refuse(bad: Tensor, message: Callable[[int], str]) -> None:
+    """Raise VerificationError for the first row that is bad."""
+    if bool(bad.any()):
+        raise VerificationError(message(int(bad.nonzero()[0])))
 
 
 def _verify_objective(
@@ -329,11 +315,13 @@ def _verify_objective(
         slack = torch.zeros_like(slack)
 
     def compare(stated: Tensor, what: str) -> None:
-        row = _first(~((stated - true).abs() <= slack))
-        if row is not None:
-            raise VerificationError(
-                f"{what} {row} states {float(stated[row]):.12g}, the mask costs {float(true[row]):.12g}"
-            )
+        _refuse(
+            ~((stated - true).abs() <= slack),
+            lambda row: (
+                f"{what} {row} states {float(stated[row]):.12g}, the mask costs "
+                f"{float(true[row]):.12g}"
+            ),
+        )
 
     compare(solution.objective.to(true), "objective: row")
     if layer.update is not None and solution.weight is not None and not solution.own:
@@ -345,11 +333,10 @@ def _costs_of_weights(layer: LayerProblem, mask: Tensor, weight: Tensor | None) 
     if weight is None or weight.shape != mask.shape or weight.dtype != torch.float64:
         raise VerificationError(f"weights: they must be float64 {list(mask.shape)}")
     weight = weight.to(layer.device)
-    row = _first(~torch.isfinite(weight).all(1) | (weight.ne(0) & ~mask).any(1))
-    if row is not None:
-        raise VerificationError(
-            f"weights: those of row {row} are not finite, or not 0 where it prunes"
-        )
+    _refuse(
+        ~torch.isfinite(weight).all(1) | (weight.ne(0) & ~mask).any(1),
+        lambda row: f"weights: those of row {row} are not finite, or not 0 where it prunes",
+    )
     lost = layer.weight.double() - weight
     costs = ((lost @ layer.gram.double()) * lost).sum(1) + lost.square() @ layer.ridge
     costs += 2 * (lost * layer.correlation).sum(1) + layer.constant
@@ -358,15 +345,15 @@ def _costs_of_weights(layer: LayerProblem, mask: Tensor, weight: Tensor | None) 
 
 def _verify_bound(layer: LayerProblem, solution: Solution, rounding: Tensor) -> None:
     bound, objective = solution.lower_bound, solution.objective
-    row = _first(~torch.isfinite(bound) | (bound < 0))
-    if row is not None:
-        raise VerificationError(f"lower bound: row {row} states {float(bound[row])}; f ≥ 0 always")
-    row = _first(bound > objective + rounding.to(objective))
-    if row is not None:
-        raise VerificationError(
-            f"lower bound: row {row} states {float(bound[row]):.12g}, above the objective "
-            f"{float(objective[row]):.12g}"
-        )
+
+    def states(row: int) -> str:
+        return f"lower bound: row {row} states {float(bound[row]):.12g}"
+
+    _refuse(~torch.isfinite(bound) | (bound < 0), lambda row: f"{states(row)}; f ≥ 0 always")
+    _refuse(
+        bound > objective + rounding.to(objective),
+        lambda row: f"{states(row)}, above the objective {float(objective[row]):.12g}",
+    )
 
 
 def _every_mask(layer: LayerProblem) -> Tensor | None:
@@ -376,13 +363,8 @@ def _every_mask(layer: LayerProblem) -> Tensor | None:
     operations = count * (pruned * layer.n // group) ** 3
     if count > ENUMERATION_LIMIT or (layer.update and operations > REFIT_ENUMERATION_LIMIT):
         return None
-    choices = [
-        [
-            tuple(first + i for i in chosen)
-            for chosen in itertools.combinations(range(group), pruned)
-        ]
-        for first in range(0, layer.n, group)
-    ]
+    starts = range(0, layer.n, group)
+    choices = [list(itertools.combinations(range(s, s + group), pruned)) for s in starts]
     sets = [sum(parts, ()) for parts in itertools.product(*choices)]
     p = torch.zeros(count, layer.n, dtype=torch.float64)
     if sets[0]:

@@ -112,21 +112,13 @@ class Option:
     @property
     def sentence(self) -> str:
         """The help, after the condition."""
-        return (
-            f"With {self.condition}: {self.help[0].lower()}{self.help[1:]}"
-            if self.needs
-            else self.help
-        )
+        if not self.needs:
+            return self.help
+        return f"With {self.condition}: {self.help[0].lower()}{self.help[1:]}"
 
     def checked(self, given: Any, called: str = "") -> Any:
-        """The value, with a list as the tuple and a NumPy number as the Python number that is meant.
-
-        Args:
-            called: name in error messages; empty: the option's in backticks.
-
-        Raises:
-            OptionError: names the option, what is allowed, and what was given.
-        """
+        """The value; a list becomes a tuple, and a NumPy number a Python number. OptionError names the option
+        (`called`, or its name in backticks), what is allowed, and what was given."""
         kinds = [typing.get_origin(kind) for kind in alternatives(self.hint)]
         if isinstance(given, list) and tuple in kinds:
             given = tuple(given)
@@ -180,9 +172,7 @@ def _option(f: Any, hints: Mapping[str, Any]) -> Option:
 
 
 def check_options(value: Any, owner: str = "") -> None:
-    """Check the type and range of every option of an instance, and normalise it as `Option.checked` does.
-    `owner`: in error messages, the name before the option's. OptionError names the option, what is allowed,
-    and what was given."""
+    """Check every option of an instance, and normalise it, by `Option.checked`; `owner`: named in errors."""
     for known in options_of(type(value)):
         called = f"{owner}: {known.name}" if owner else ""
         object.__setattr__(value, known.name, known.checked(getattr(value, known.name), called))
@@ -239,6 +229,5 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def holds_its_kinds(value: Any) -> bool:
-    """Whether the fields of a dataclass's instance have the declared types; items of lists and mappings are
-    not checked."""
+    """Whether a dataclass's fields have the declared types; items of lists and mappings are not checked."""
     return all(_fits(getattr(value, name), hint) for name, hint in _hints(type(value)).items())

@@ -102,8 +102,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
 def pack(value: Any, name: str = "") -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """A value as words for a header and arrays for `write_arrays`, by dotted names: of a dataclass its
-    fields, of a sequence of dataclasses its entries. None is left out; bfloat16, which NumPy lacks, is
-    widened."""
+    fields, of a sequence of dataclasses its entries. None is left out; bfloat16 is widened."""
     if isinstance(value, Tensor):
         value = value.float() if value.dtype == torch.bfloat16 else value
         return {}, {name: value.detach().cpu().contiguous().numpy()}
@@ -130,9 +129,9 @@ def unpack(
     name: str = "",
     **others: Any,
 ) -> Kind:
-    """A dataclass out of what `pack` made of it: words, lists of them as tuples, and arrays as tensors, or
-    unchanged where the field is an `np.ndarray`; `others` are fields that hold dataclasses themselves.
-    TypeError or ValueError: a field is missing, or an array is of no type that torch has."""
+    """Inverse of `pack`: lists of words become tuples, arrays tensors, except in fields of `np.ndarray`;
+    `others` are fields that hold dataclasses. TypeError or ValueError: a missing field, or an array that
+    torch lacks."""
     found = dict(others)
     for field in fields(kind):  # type: ignore[arg-type]
         key = f"{name}.{field.name}" if name else field.name
@@ -178,11 +177,8 @@ def write_arrays(
 def read_arrays(
     path: str | os.PathLike[str], *kinds: str
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Header and arrays of what `write_arrays` wrote; never takes more memory than the file has bytes.
-
-    Raises:
-        ProblemError: no such file, another format or kind, unknown names, compressed or overlapping arrays.
-    """
+    """Header and arrays of `write_arrays`, in no more memory than the file has bytes. ProblemError: no such
+    file, another format or kind, unknown names, compressed or overlapping arrays."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = _members(archive, os.path.getsize(path))

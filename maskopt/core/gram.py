@@ -23,11 +23,7 @@ TILE = 512
 
 
 class Gram:
-    """The Gram matrix of a layer's n inputs, accumulated over batches of tokens on a device.
-
-    `add` takes the tokens of one sequence, [tokens, n] of any floating dtype. `value()` is the mean over
-    tokens, [n, n], symmetric.
-    """
+    """The Gram matrix of a layer's n inputs, accumulated over sequences of tokens [tokens, n] on a device."""
 
     def __init__(self, n: int, device: torch.device | str = "cpu") -> None:
         if n < 1:
@@ -59,13 +55,9 @@ class Gram:
         weights: Float[Tensor, " tokens"] | None = None,
         mine: Container[int] | None = None,
     ) -> Iterator[Callable[[], None]]:
-        """`add` without checks, as independent tasks for several threads, all done before those of the next
-        batch.
-
-        Args:
-            weights: of each token, with a mean of 1; None: 1.
-            mine: the tiles (`tiles`) that are summed here; None: all of them.
-        """
+        """`add` without checks, as independent tasks for threads; all are done before those of the next
+        batch. `weights`: of each token, with a mean of 1; `mine`: the tiles (`tiles`) that are summed here;
+        None: all."""
         self.tokens += inputs.shape[0]
         for start in self.tiles():
             if mine is None or start in mine:
@@ -137,11 +129,8 @@ class Gram:
     def value(
         self, *, shrinkage: float = 0.0, dtype: torch.dtype = torch.float32
     ) -> Float[Tensor, "n n"]:
-        """Mean over tokens, [n, n] of `dtype`; all zeros where no token was seen.
-
-        Args:
-            shrinkage: α of G ← (1−α)·G + α·diag(G), in [0, 1]. Wanda's problem at 1.
-        """
+        """The mean over tokens, [n, n], symmetric; zeros where no token was seen. `shrinkage`: α in [0, 1] of
+        G ← (1−α)·G + α·diag(G); Wanda's problem at 1."""
         if not 0 <= shrinkage <= 1:
             raise ProblemError(f"shrinkage must lie in [0, 1], not {shrinkage}")
         result = torch.empty(self.n, self.n, dtype=dtype, device=self._sum.device)
@@ -160,11 +149,8 @@ class Gram:
 
 
 class Moved:
-    """Moments of a layer's inputs x and of δ = x′ − x, x′ the inputs of its target W·x′.
-
-    C = (1/T) Σ_t x_t δ_tᵀ and D = (1/T) Σ_t δ_t δ_tᵀ, accumulated as in `Gram`, give the linear part of the
-    objective.
-    """
+    """Moments of a layer's inputs x and of δ = x′ − x, x′ the inputs of its target W·x′: means over tokens of
+    x δᵀ and of δ δᵀ, accumulated as in `Gram`, which give the linear part of the objective."""
 
     def __init__(self, n: int, device: torch.device | str = "cpu") -> None:
         self.n = n
@@ -202,8 +188,7 @@ class Moved:
             self._cross[rows] += left.T @ moved[part]
 
     def linear(self, weight: Float[Tensor, "rows n"], *, shrinkage: float = 0.0) -> LinearTerm:
-        """The linear part for a layer's weights, with the shrinkage of `Gram.value` for C and D, too, so that
-        f ≥ 0."""
+        """The linear part for a layer's weights; C and D are shrunk as in `Gram.value`, so that f ≥ 0."""
         cross = self._cross / max(self.tokens, 1)
         if shrinkage:
             diagonal = cross.diagonal().clone()

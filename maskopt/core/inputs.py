@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,7 @@ from maskopt.core.pattern import NM, Pattern, Unstructured
 from maskopt.core.units import MOST_WHOLE
 from maskopt.errors import MaskoptError, PatternError, ProblemError
 
-#: a G whose least eigenvalue is above −PSD_TOLERANCE·tr(G) counts as positive semidefinite: float32
-#: accumulation of xxᵀ leaves errors of this size (2⁻²³ ≈ 1.2e-7)
+#: least eigenvalue of a semidefinite G, as −part of tr(G): what float32 accumulation of xxᵀ leaves (2⁻²³)
 PSD_TOLERANCE = 2.0**-23
 #: largest |G − Gᵀ| relative to max|G| that is taken for rounding
 _ASYMMETRY_TOLERANCE = 1e-3
@@ -25,7 +25,7 @@ ArrayLike = Tensor | np.ndarray | Sequence[Any]
 
 
 def as_tensor(array: ArrayLike, what: str) -> Tensor:
-    """Rows side by side in memory, whatever view is given: kernels read and write them in place."""
+    """As a tensor with contiguous rows, whatever view is given: kernels read and write them in place."""
     if isinstance(array, list | tuple):
         try:
             array = np.asarray(array, dtype=np.float64)
@@ -54,8 +54,7 @@ def as_tensor(array: ArrayLike, what: str) -> Tensor:
 def as_mask(
     mask: Any, weight: Tensor, what: str = "mask", error: type[MaskoptError] = ProblemError
 ) -> Tensor:
-    """A mask for this weight [rows, n], on its device: a bool tensor or array; of one row also [n]. `error`
-    is raised for another shape or type."""
+    """A bool mask for this weight [rows, n], of one row also [n], on its device; else `error` is raised."""
     tensor = torch.as_tensor(mask)
     if tensor.ndim == 1 and weight.shape[0] == 1:
         tensor = tensor[None]
@@ -64,6 +63,52 @@ def as_mask(
     if tensor.dtype != torch.bool:
         raise error(f"{what} must be bool (True = kept), not {tensor.dtype}")
     return tensor.to(weight.device)
+
+
+def weight_and_gram(weight: ArrayLike, gram: ArrayLike, label: str) -> tuple[Tensor, Tensor]:
+    """Of fitting shapes, on one device."""
+    w, g = as_tensor(weight, f"{label}weight"), as_tensor(gram, f"{label}gram")
+    if w.ndim != 2 or 0 in w.shape:
+        raise ProblemError(
+            f"{label}weight must be [rows, n] with both at least 1, "
+            f"not {list(w.shape)}; one row alone is a RowProblem"
+        )
+    rows, n = w.shape
+    if g.shape != (n, n):
+        raise ProblemError(
+            f"{label}gram must be [{n}, {n}] to match a weight of [{rows}, {n}], not {list(g.shape)}"
+        )
+    if g.device != w.device:
+        raise ProblemError(
+            f"{label}weight is on {w.device} and gram on {g.device}; move both to one device"
+        )
+    return w, g
+
+
+def check_rows(rows: Any, count: int) -> None:
+    """Raise ProblemError unless rows are a slice, or indices or a bool tensor for so many."""
+    sound = isinstance(rows, slice)
+    if isinstance(rows, Tensor) and rows.ndim == 1 and rows.dtype == torch.bool:
+        sound = len(rows) == count
+    elif isinstance(rows, Tensor) and rows.ndim == 1 and is_whole(rows):
+        sound = bool(((rows >= -count) & (rows < count)).all())
+    elif isinstance(rows, list):
+        whole = (isinstance(i, Integral) and not isinstance(i, bool) for i in rows)
+        sound = bool(rows) and all(whole) and all(-count <= i < count for i in rows)
+    if not sound:
+        raise ProblemError(
+            f"rows must be a list of indices within 0 … {count - 1}, at least one; not {rows}"
+        )
+
+
+def column_index(columns: Any, n: int) -> Tensor:
+    """Distinct indices of some of n inputs."""
+    index = torch.as_tensor(columns)
+    if index.ndim != 1 or len(index) == 0 or not is_whole(index):
+        raise ProblemError("columns must be a list of at least one input index")
+    if len(index.unique()) != len(index) or index.min() < 0 or index.max() >= n:
+        raise ProblemError(f"columns must be distinct and within 0 … {n - 1}")
+    return index.long()
 
 
 def of_shape(array: ArrayLike | None, shape: tuple[int, ...], what: str) -> Tensor | None:

@@ -24,8 +24,7 @@ _GROWTH = 4.0
 
 @dataclass(frozen=True)
 class Choice:
-    """An optimal choice: the index of every item's level, their cost, and the Lagrangian bound of all choices
-    with that total, float64."""
+    """The level of every item, their cost, and the Lagrangian bound of all choices of that total."""
 
     levels: tuple[int, ...]
     cost: float
@@ -93,8 +92,7 @@ def _within(
     rest: int,
     slack: float,
 ) -> tuple[int, ...] | None:
-    """The cheapest levels with that total which cost no more above the bound than the slack; None: there are
-    none."""
+    """The cheapest levels with that total within the slack above the bound; None: there are none."""
     best, start = np.zeros(1), 0  # what totals from `start` on cost at least
     walked: list[tuple[np.ndarray, int]] = []
     for step, cost in zip(steps, above, strict=True):

@@ -24,13 +24,11 @@ from maskopt.errors import OptionError, ProblemError
 
 #: least damping: below it float64 could not tell one kept set from another where G is singular
 LEAST_DAMPING = 1e-6
-#: bytes of gathered matrices that one thread works on: as many as stay near it, but more, up to so many, for
-#: so many rows, since A is read for all of them together
+#: bytes of gathered matrices that one thread works on; at most; and rows that share a pass over A
 _TILE_BYTES, _MOST_BYTES, _TILE_ROWS = 2**25, 2**26, 16
 #: size below which LAPACK factorises
 _LEAF = 32
-#: relative residual in float64 at which a row is done, and steps of refinement at most; a factor in float32
-#: by which a row does not come there was not good enough
+#: relative residual in float64 at which a row is done, and steps of refinement in which it must be
 _DONE, _REFINEMENTS = 1e-10, 12
 #: the greatest number
 _ANY = sys.float_info.max
@@ -40,15 +38,12 @@ _ANY = sys.float_info.max
 class LeastSquaresUpdate:
     """The objective F: the kept weights are updated by least squares.
 
-    With μ the mean of G's diagonal, D has μ (Gⱼⱼ/μ)^power on its diagonal: ridge regression on the inputs
-    with a power of 0, on inputs scaled to one size with 1.
+    With μ the mean of G's diagonal, D has μ (Gⱼⱼ/μ)^power on its diagonal: ridge regression on the inputs at
+    power 0, on inputs scaled to one size at 1. OptionError: a value out of range.
 
     Attributes:
-        damping: λ, at least 0; no input has less than LEAST_DAMPING·μ.
+        damping: λ, at least 0; every input has LEAST_DAMPING·μ at least.
         power: 0 to 1.
-
-    Raises:
-        OptionError: a value out of range.
     """
 
     damping: float = 0.01
@@ -65,8 +60,8 @@ class LeastSquaresUpdate:
 
 @dataclass(frozen=True, eq=False)
 class LeastSquares:
-    """The damped metric A of a layer's inputs, which its rows share: G, in its dtype, and λD, float64, in the
-    units of G; 0 where G is 0."""
+    """The damped metric A = G + λD that the rows of a layer share: G in its dtype, and λD (`ridge`), float64,
+    in the units of G; 0 where G is 0."""
 
     gram: Float[Tensor, "n n"]
     ridge: Float[Tensor, " n"]
@@ -140,11 +135,8 @@ class LeastSquares:
         mask: Bool[Tensor, "rows n"],
         limits: Limits | None = None,
     ) -> Float[Tensor, "rows n"]:
-        """v of every row, float64, zero where the mask prunes.
-
-        Cholesky of every row's own A_SS, k³/3 operations for k kept weights: in float32 with refinement in
-        float64 where G is float32 and that converges, else in float64.
-        """
+        """v of every row, float64, zero where the mask prunes: Cholesky of each A_SS, k³/3 operations for k
+        kept, in float32 with refinement in float64 where G is float32 and that converges, else in float64."""
         rows, n = mask.shape
         sizes = ((mask.sum(1) + _LEAF - 1) // _LEAF * _LEAF).clamp(max=n)
         most_kept = int(sizes.max())
@@ -210,8 +202,8 @@ class LeastSquares:
         return best, least
 
     def _factor(self, kept: _Kept, dtype: torch.dtype, pages: _Pages) -> Tensor:
-        """Cholesky factors [rows, k, k] of A_SS, and of the identity for inputs that are none of S; NaN
-        where it is not definite in this dtype."""
+        """Cholesky factors [rows, k, k] of A_SS, padded by the identity; NaN where A_SS is not definite in
+        this dtype."""
         source = self.damped if dtype == torch.float64 else self.gram
         matrix, lines = pages.of(kept.index, source)
         for row, (inputs, count) in enumerate(zip(kept.index, kept.counts, strict=True)):
@@ -223,15 +215,14 @@ class LeastSquares:
             diagonal.add_(self._added.to(matrix.dtype)[kept.index])
         diagonal.masked_fill_(~kept.real, 1)
         broken = ~_factorise(matrix)
-        return (
-            matrix.masked_fill_(broken[:, None, None], torch.nan) if bool(broken.any()) else matrix
-        )
+        if bool(broken.any()):
+            matrix.masked_fill_(broken[:, None, None], torch.nan)
+        return matrix
 
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """The kept inputs of some rows, padded to one size with pruned ones; which of them are kept, and how many
-    in each row."""
+    """The kept inputs of some rows, padded with pruned ones to one size, and how many each row keeps."""
 
     index: Tensor
     real: Bool[Tensor, "rows k"]
@@ -260,8 +251,7 @@ def _relative(rest: Float[Tensor, "rows k"], wanted: Float[Tensor, "rows k"]) ->
 
 
 def _factorise(matrix: Float[Tensor, "rows k k"]) -> Bool[Tensor, " rows"]:
-    """The lower Cholesky factors in place, by halves, so that nearly all work is products; False where a
-    matrix is not definite."""
+    """Lower Cholesky factors in place, by halves, mostly products; False where a matrix is not definite."""
     size = matrix.shape[1]
     if size <= _LEAF:
         factor, broken = torch.linalg.cholesky_ex(matrix)

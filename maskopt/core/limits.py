@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
@@ -74,8 +74,7 @@ clock = _Clock()
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` rows are finished, and `step_done` of `step_total` (0: not counted) of a named
-    step."""
+    """`done` of `total` rows, and `step_done` of `step_total` (0: not counted) of a named step."""
 
     done: int
     total: int
@@ -115,7 +114,8 @@ class Limits:
             value = getattr(self, name)
             if isinstance(value, np.generic):
                 object.__setattr__(self, name, value.item())
-        if self.seconds is not None and not (_is_number(self.seconds) and self.seconds >= 0):
+        number = isinstance(self.seconds, int | float) and not isinstance(self.seconds, bool)
+        if self.seconds is not None and not (number and self.seconds >= 0):
             raise OptionError(f"`time_limit` must be at least 0 seconds, not {self.seconds!r}")
         if isinstance(self.memory, str):
             object.__setattr__(self, "memory", parse_bytes(self.memory))
@@ -123,8 +123,11 @@ class Limits:
             raise OptionError(
                 f"`memory_limit` must be a positive number of bytes, not {self.memory!r}"
             )
-        if self.threads is not None:
-            check_threads(self.threads)
+        threads = 1 if self.threads is None else self.threads
+        if not _is_whole(threads) or not 1 <= threads <= MOST_THREADS:
+            raise OptionError(
+                f"`threads` must be a whole number from 1 to {MOST_THREADS}, not {threads!r}"
+            )
         if self.on_progress is not None and not callable(self.on_progress):
             raise OptionError(f"`on_progress` is a function of Progress, not {self.on_progress!r}")
         if not _is_whole(self.seed) or not 0 <= self.seed < 2**63:
@@ -187,14 +190,6 @@ class Limits:
         return default if self.memory is None else int(self.memory)
 
 
-def check_threads(threads: int) -> None:
-    """Raise OptionError for a number of threads that no machine has."""
-    if not _is_whole(threads) or not 1 <= threads <= MOST_THREADS:
-        raise OptionError(
-            f"`threads` must be a whole number from 1 to {MOST_THREADS}, not {threads!r}"
-        )
-
-
 @contextmanager
 def torch_threads(threads: int | None) -> Iterator[int]:
     """The number of torch's threads (None: unchanged), reset afterwards, also where a compiled loop that
@@ -246,35 +241,30 @@ def fast_products() -> Iterator[None]:
     setting is the process's, and is reset once all users are out. Nothing changes where there is an
     accelerator, whose products would be rounded, or where the setting was made by torch's newer means.
     """
-    if not (_precise() and _enter()):
+    with _allowed() if _precise() else nullcontext():
         yield
-        return
-    try:
-        yield
-    finally:
-        _leave()
 
 
-def _enter() -> bool:
-    """False, and nothing done, where the setting was made by newer means."""
+@contextmanager
+def _allowed() -> Iterator[bool]:
+    """Products may be rounded; yields False, and changes nothing, where newer means made the setting."""
     global _products_users, _precision_before
+    entered = True
     with _products_lock:
-        if _products_users == 0:
+        if not _products_users:
             try:
                 _precision_before = torch.get_float32_matmul_precision()
+                torch.set_float32_matmul_precision(_ALLOWED)
             except RuntimeError:
-                return False
-            torch.set_float32_matmul_precision(_ALLOWED)
-        _products_users += 1
-    return True
-
-
-def _leave() -> None:
-    global _products_users
-    with _products_lock:
-        _products_users -= 1
-        if _products_users == 0:
-            torch.set_float32_matmul_precision(_precision_before)
+                entered = False
+        _products_users += entered
+    try:
+        yield entered
+    finally:
+        with _products_lock:
+            _products_users -= entered
+            if entered and not _products_users:
+                torch.set_float32_matmul_precision(_precision_before)
 
 
 @cache
@@ -284,17 +274,12 @@ def _precise() -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     # whatever torch makes numbers of where nothing is said
-    left, right = (
-        torch.randn(256, 256, generator=generator, dtype=torch.float32) for _ in range(2)
-    )
+    like: dict[str, Any] = {"generator": generator, "dtype": torch.float32}
+    left, right = torch.randn(256, 256, **like), torch.randn(256, 256, **like)
     exact = left.double() @ right.double()
-    if not _enter():
-        return False
-    try:
+    with _allowed() as entered:
         error = (left @ right - exact).norm() / exact.norm()
-    finally:
-        _leave()
-    return float(error) < _PRECISE
+    return entered and float(error) < _PRECISE
 
 
 def parse_bytes(text: str) -> int:
@@ -308,10 +293,6 @@ def parse_bytes(text: str) -> int:
     if not 0 <= value < 2**62:
         raise OptionError(f"{text!r} is no amount of memory; write 8GiB or 500MB")
     return int(value)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_whole(value: object) -> bool:

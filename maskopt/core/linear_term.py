@@ -20,19 +20,13 @@ from torch import Tensor
 
 from maskopt.errors import ProblemError
 
-#: part of c by which f may fall below 0 before the two count as no moments of one r: what sums in float32
-#: leave
+#: part of c by which f may fall below 0 by the rounding of float32 sums
 _TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class LinearTerm:
-    """r of every row, by its moments.
-
-    Attributes:
-        correlation: float64 [rows, n], g = E[r·x].
-        constant: float64 [rows], c = E[r²].
-    """
+    """r of every row, by its moments g = E[r·x], float64 [rows, n], and c = E[r²], float64 [rows]."""
 
     correlation: Float[Tensor, "rows n"]
     constant: Float[Tensor, " rows"]

@@ -113,8 +113,7 @@ class Objective:
         return torch.where(better[:, None], found, unchanged)
 
     def cost(self, weight: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
-        """What weights v cost, float64 [rows]: `error`, or with `update` (w−v)ᵀA(w−v) and the linear term, of
-        which F is the least."""
+        """Of weights v, float64 [rows]: `error`, or with `update` (w−v)ᵀA(w−v) and the linear term."""
         if self.update is None:
             return self.error(weight)
         lost, squares = self.weight.double() - weight, self.least_squares

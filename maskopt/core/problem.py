@@ -1,11 +1,8 @@
 """The mask-selection problem: one linear layer, or one row of it.
 
-A mask prunes a set of every row's inputs at a cost (see `maskopt.core.objective`); which sets are allowed
-says its pattern. All rows of a layer share the Gram matrix of its inputs, so a layer is a batch of
-independent rows. Masks are public as True = kept.
-
-With a shared budget (`Unstructured(…, per="layer")`) Σᵣ ωᵣ fᵣ is minimised over the masks with that count in
-all, and a row has no count of its own.
+A mask prunes a set of every row's inputs at a cost (`maskopt.core.objective`); the pattern says which sets
+are allowed. Rows share the Gram matrix of the layer's inputs and are independent, except under a shared
+budget (`Unstructured(…, per="layer")`): then Σᵣ ωᵣ fᵣ is minimised with one count for the layer.
 """
 
 from __future__ import annotations
@@ -14,16 +11,16 @@ import copy
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from maskopt.core.counts import Counts
 from maskopt.core.files import pack, read_arrays, write_arrays
 from maskopt.core.inputs import (
     PSD_TOLERANCE,
@@ -33,15 +30,16 @@ from maskopt.core.inputs import (
     check_costs,
     check_integral,
     check_pattern,
+    check_rows,
     check_semidefinite,
-    is_whole,
+    column_index,
     linear_part,
     of_shape,
     shares_of_rows,
     symmetric,
+    weight_and_gram,
 )
 from maskopt.core.least_squares import LeastSquares, LeastSquaresUpdate
-from maskopt.core.limits import Limits
 from maskopt.core.linear_term import LinearTerm
 from maskopt.core.objective import Objective
 from maskopt.core.pattern import (
@@ -55,6 +53,7 @@ from maskopt.core.units import (
     MOST_WHOLE,
     ObjectiveTransform,
     OriginalValues,
+    Real,
     Values,
     semidefinite,
     values_of,
@@ -62,32 +61,29 @@ from maskopt.core.units import (
 from maskopt.errors import ProblemError, WarmStartError
 
 
-class LayerProblem(Objective):
-    """Mask selection for every row of one linear layer.
+class LayerProblem(Objective, Counts):
+    """Mask selection for every row of one linear layer. The objective of a row is f, or F with `update`.
 
-    The objective of a row is f, or F with `update`; see `Objective`.
+    Zero rows, zero or duplicate columns and a rank-deficient G are ordinary input.
 
     Args:
         weight: [rows, n], any real floating dtype, torch or NumPy; kept as a torch tensor.
         gram: [n, n], float32 or float64 (half precision becomes float32), torch or NumPy; symmetric, finite
             and positive semidefinite up to rounding.
         pattern: `Unstructured` or `NM`.
-        name: how messages and reports call the layer.
-        mean: [n], the mean of the inputs, for the few methods that need more than G (`dsnot`).
-        variance: [n], their mean variance within sequences, for the same; None: that over all tokens.
+        name: of the layer, in messages and reports.
+        mean, variance: [n], of the inputs over tokens, and within sequences on average (for `dsnot`).
         linear: correlation [rows, n] and constant [rows] of the dense error, brought to float64.
         update: the objective is F, of updated weights; None: f, of unchanged ones.
-        omega: [rows], the weight of a row in the sum of a shared budget, more than 0; None: 1.
-        integral: f of every mask is a whole number, so that a bound holds up to the next value of f
-            (`RowProblem.values`). Weights, Gᵢᵢ and 2Gᵢⱼ must be whole, without a linear part.
+        omega: [rows], above 0, the weight of a row in the sum of a shared budget; None: 1.
+        integral: f of every mask is a whole number: a bound holds up to the next value of f. Weights, Gᵢᵢ and
+            2Gᵢⱼ must be whole, without a linear part.
         units: the units of a quadratic objective (`RowProblem.from_quadratic`).
         assume_psd: skip the check of definiteness (n³/3 operations), for a G accumulated as XᵀX.
 
     Raises:
         ProblemError: wrong shapes, values that are not finite, G or G + λD indefinite, negative f.
         PatternError: a pattern that does not fit n.
-
-    Zero rows, zero or duplicate columns and a rank-deficient G are ordinary input.
     """
 
     def __init__(
@@ -108,24 +104,8 @@ class LayerProblem(Objective):
     ) -> None:
         self.name = name
         label = self._label
-        self.weight: Float[Tensor, "rows n"] = as_tensor(weight, f"{label}weight")
-        gram_tensor = as_tensor(gram, f"{label}gram")
-        if self.weight.ndim != 2 or 0 in self.weight.shape:
-            raise ProblemError(
-                f"{label}weight must be [rows, n] with both at least 1, "
-                f"not {list(self.weight.shape)}; one row alone is a RowProblem"
-            )
-        rows, n = self.weight.shape
-        if gram_tensor.shape != (n, n):
-            raise ProblemError(
-                f"{label}gram must be [{n}, {n}] to match a weight of [{rows}, {n}], "
-                f"not {list(gram_tensor.shape)}"
-            )
-        if gram_tensor.device != self.weight.device:
-            raise ProblemError(
-                f"{label}weight is on {self.weight.device} and gram on {gram_tensor.device}; "
-                "move both to one device"
-            )
+        self.weight, gram_tensor = weight_and_gram(weight, gram, label)
+        n = self.n
         check_pattern(pattern, n, label)
         self.pattern = pattern
         self.gram: Float[Tensor, "n n"] = symmetric(gram_tensor, label)
@@ -134,7 +114,7 @@ class LayerProblem(Objective):
         if self.variance is not None and bool((self.variance < 0).any()):
             raise ProblemError(f"{label}variance is a mean of squares, and not below 0")
         check_costs(self.weight, self.gram, label)
-        self.linear = None if linear is None else linear_part(linear, self.weight, label)
+        self.linear = linear and linear_part(linear, self.weight, label)
         self.omega = shares_of_rows(omega, self.weight, label)
         self.integral, self.units = integral, units
         if integral:
@@ -152,10 +132,8 @@ class LayerProblem(Objective):
     def from_inputs(
         cls, weight: ArrayLike, inputs: ArrayLike, sparsity: Pattern | float | str, **more: Any
     ) -> LayerProblem:
-        """The problem of a layer with the inputs X [tokens, n]: G = XᵀX / tokens in float64, and their mean.
-
-        `sparsity` is 0.5, "50%", "2:4" or a pattern; other arguments and errors as of the constructor.
-        """
+        """The problem of a layer with inputs X [tokens, n]: G = XᵀX / tokens in float64, and their mean.
+        `sparsity`: 0.5, "50%", "2:4" or a pattern; other arguments and errors as of the constructor."""
         x = as_tensor(inputs, "inputs").double()
         if x.ndim != 2 or 0 in x.shape:
             raise ProblemError(f"inputs must be [tokens, n], both at least 1, not {list(x.shape)}")
@@ -170,70 +148,24 @@ class LayerProblem(Objective):
         """Itself; of a `RowProblem` the layer of that one row."""
         return self
 
-    @property
-    def group_size(self) -> int:
-        return self.pattern.group_size(self.n)
-
-    @property
-    def pruned_per_group(self) -> int:
-        return self.pattern.pruned_per_group(self.n)
-
-    @property
-    def shared_budget(self) -> bool:
-        """Whether the rows share a budget: only the layer has a count."""
-        return self.pattern.shared_budget
-
-    @property
-    def rows_per_budget(self) -> int:
-        """Rows that have one count together: all with a shared budget, else 1."""
-        return self.rows if self.shared_budget else 1
-
-    @property
-    def pruned(self) -> int:
-        """Entries of the layer that are pruned."""
-        return self.pattern.pruned_in(self.rows, self.n)
-
-    @property
-    def row_limits(self) -> tuple[int, int]:
-        """The least and the most entries that a row may prune."""
-        return self.pattern.row_limits(self.rows, self.n)
-
-    @property
-    def shares(self) -> Float[Tensor, " rows"]:
-        """ω, float64 [rows]: the weight of every row's objective in the layer's sum."""
-        if self.omega is None:
-            return torch.ones(self.rows, dtype=torch.float64, device=self.device)
-        return self.omega
+    def raised(self, bounds: list[Real]) -> list[Real]:
+        """Bounds of f, raised to its next values for an integral problem without a shared budget."""
+        if not self.integral or self.shared_budget:
+            return bounds
+        values = [self.row(row).values() for row in range(self.rows)]
+        return [v.at_least(b) for v, b in zip(values, bounds, strict=True) if v]
 
     def next_value(self, bound: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-        """The next value of f of an integral problem without a shared budget, else the bound."""
-        if not self.integral or self.shared_budget:
-            return bound
-        values = [self.row(row).values() for row in range(self.rows)]
-        raised = [v.at_least(b) for v, b in zip(values, bound.tolist(), strict=True) if v]
-        return torch.tensor(raised, dtype=bound.dtype, device=bound.device)
+        """`raised` of a tensor."""
+        return bound.new_tensor(self.raised(bound.tolist()))
 
     def check_mask(self, mask: Any, what: str = "mask") -> Bool[Tensor, "rows n"]:
         """The mask as a bool tensor on the problem's device, or WarmStartError with the reason."""
         # lines side by side: the last bits of a product may depend on how its factors lie in memory
-        tensor = as_mask(mask, self.weight, what, WarmStartError).contiguous()
-        bad = (~self.pattern.is_legal(tensor)).nonzero()
-        if not len(bad):
-            return tensor
-        pruned, row = (~tensor).sum(1), int(bad[0])
-        if self.shared_budget and int(pruned.sum()) != self.pruned:
-            raise WarmStartError(
-                f"{what} prunes {int(pruned.sum())} of {tensor.numel()}; the pattern ({self.pattern}) "
-                f"asks for exactly {self.pruned}"
-            )
-        if self.shared_budget:
-            allowed = "allows {} to {}".format(*self.row_limits)
-        else:
-            groups = "" if self.group_size == self.n else f" in each group of {self.group_size}"
-            allowed = f"asks for exactly {self.pruned_per_group}{groups}"
-        raise WarmStartError(
-            f"{what}: row {row} prunes {int(pruned[row])} of {self.n}; the pattern ({self.pattern}) {allowed}"
-        )
+        legal = as_mask(mask, self.weight, what, WarmStartError).contiguous()
+        if fault := self.fault(legal):
+            raise WarmStartError(f"{what}{fault}")
+        return legal
 
     def row(self, index: int) -> RowProblem:
         """One row as a problem, without a copy; under a shared budget it prunes the layer's share."""
@@ -253,22 +185,11 @@ class LayerProblem(Objective):
     def take(self, rows: Tensor | slice | list[int]) -> LayerProblem:
         """The problem of some rows: a slice, or a list or tensor of indices, or a bool tensor [rows];
         ProblemError for anything else, an empty list or an index out of range."""
-        sound = isinstance(rows, slice)
-        if isinstance(rows, Tensor) and rows.ndim == 1 and rows.dtype == torch.bool:
-            sound = len(rows) == self.rows
-        elif isinstance(rows, Tensor) and rows.ndim == 1 and is_whole(rows):
-            sound = bool(((rows >= -self.rows) & (rows < self.rows)).all())
-        elif isinstance(rows, list):
-            whole = (isinstance(i, Integral) and not isinstance(i, bool) for i in rows)
-            sound = bool(rows) and all(whole) and all(-self.rows <= i < self.rows for i in rows)
-        if not sound:
-            raise ProblemError(
-                f"rows must be a list of indices within 0 … {self.rows - 1}, at least one; not {rows}"
-            )
+        check_rows(rows, self.rows)
         return self._like(rows, self.name)
 
     def tiles(self, size: int) -> Iterator[tuple[slice, LayerProblem]]:
-        """So many rows after so many, the last tile of what is left: their slice, and their problem."""
+        """The slice and the problem of every `size` consecutive rows; the last tile may be smaller."""
         for first in range(0, self.rows, size):
             rows = slice(first, min(first + size, self.rows))
             yield rows, self._like(rows, self.name)
@@ -313,9 +234,8 @@ class LayerProblem(Objective):
             "integral": self.integral,
             "units": self.units and asdict(self.units),
         }
-        values = {
-            name: getattr(self, name) for name in ("weight", "gram", "mean", "variance", "omega")
-        }
+        names = ("weight", "gram", "mean", "variance", "omega")
+        values = {name: getattr(self, name) for name in names}
         if self.linear is not None:
             values |= {"correlation": self.correlation, "constant": self.constant}
         arrays = [pack(value, name)[1] for name, value in values.items()]
@@ -324,11 +244,11 @@ class LayerProblem(Objective):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LayerProblem:
         """Read what `save` wrote, with all checks of the constructor; ProblemError for another file."""
-        return _loaded(path, "layer").as_layer()
+        return load_npz(path, "layer").as_layer()
 
     def _like(self, rows: Tensor | slice | list[int], name: str) -> LayerProblem:
         """Some rows of the same layer: nothing is checked again."""
-        linear = None if self.linear is None else self.linear.take(rows)
+        linear = self.linear and self.linear.take(rows)
         omega = None if self.omega is None else self.omega[rows]
         return self._with(weight=self.weight[rows], name=name, linear=linear, omega=omega)
 
@@ -366,11 +286,12 @@ class RowProblem:
         constant: float = 0.0,
         name: str = "",
     ) -> RowProblem:
-        """A quadratic objective: min (or max) pᵀUp + constant over p ∈ {0,1}ⁿ with `cardinality` ones.
+        """min (or max) pᵀUp + constant over p ∈ {0,1}ⁿ with `cardinality` ones, which are the pruned inputs
+        (`Solution.selected`).
 
-        The ones are pruned (`Solution.selected`). The symmetric part of U [n, n] counts, in float64; if it is
-        indefinite, the diagonal is shifted, and `value` takes the shift off. A U of whole numbers makes an
-        `integral` problem. ProblemError: no square matrix of finite numbers, or a cardinality beyond 0 … n.
+        The symmetric part of U [n, n] counts, in float64; the diagonal of an indefinite U is shifted, and
+        `value` subtracts the shift. A U of whole numbers makes an `integral` problem. ProblemError: no square
+        matrix of finite numbers, or a cardinality beyond 0 … n.
         """
         gram, units, whole = semidefinite(quadratic, maximize, constant)
         n = len(gram)
@@ -378,12 +299,10 @@ class RowProblem:
             raise ProblemError(f"cardinality must be a whole number, 0 … {n}, not {cardinality!r}")
         pattern = Unstructured(keep=n - int(cardinality))
         integral = whole and float(np.abs(gram).sum()) < MOST_WHOLE  # beyond, sums are not exact
-        more: dict[str, Any] = {"name": name, "units": units, "integral": integral}
-        return cls(np.ones(n), gram, pattern, **more)
+        return cls(np.ones(n), gram, pattern, name=name, units=units, integral=integral)
 
     def quadratic(self) -> tuple[Float[np.ndarray, "n n"], float]:
-        """U [n, n] and the constant of pᵀUp + constant in the problem's own units, to be maximized where
-        `maximized`; Q and 0 without units."""
+        """U [n, n] and the constant in the problem's own units; without units Q and 0."""
         q, units = self.q().cpu().numpy(), self._layer.units
         if units is None:
             # Q has the constant in its entries, unless nothing is chosen
@@ -429,11 +348,11 @@ class RowProblem:
     def q(self) -> Float[Tensor, "n n"]:
         """Q [n, n], float64, with f(p) = pᵀQp for every legal p; ProblemError with `update`.
 
-        diag(w)·G·diag(w), and with a linear part l = w⊙g and c, since 1ᵀp = s for every legal p,
+        diag(w)·G·diag(w), and with a linear part l = w⊙g and c, since 1ᵀp = s,
 
             Q + (l1ᵀ + 1lᵀ)/s + c/s²·11ᵀ = [I | 1/s]·[[Q, l], [lᵀ, c]]·[I | 1/s]ᵀ,  semidefinite too.
 
-        Where nothing is pruned c is left out.
+        c is left out where nothing is pruned.
         """
         if self.update is not None:
             raise ProblemError("the objective of updated weights is no quadratic form of the mask")
@@ -464,23 +383,17 @@ class RowProblem:
     def restrict(self, columns: Any, pattern: Pattern | None = None) -> RowProblem:
         """The row with only these inputs, in this order, under its own pattern or another one; ProblemError
         for other columns, or with `update` an indefinite G + λD."""
-        index = torch.as_tensor(columns, device=self.weight.device)
-        if index.ndim != 1 or len(index) == 0 or not is_whole(index):
-            raise ProblemError("columns must be a list of at least one input index")
-        if len(index.unique()) != len(index) or index.min() < 0 or index.max() >= self.n:
-            raise ProblemError(f"columns must be distinct and within 0 … {self.n - 1}")
-        index = index.long()
-        new = pattern or self.pattern
+        index = column_index(columns, self.n).to(self.weight.device)
+        new, old = pattern or self.pattern, self._layer
         new.check(len(index))
-        old = self._layer
+        kept = {name: getattr(old, name) for name in ("mean", "variance")}
         layer = old._with(
             weight=old.weight[:, index].contiguous(),
-            linear=None if old.linear is None else old.linear.restrict(index),
+            linear=old.linear and old.linear.restrict(index),
             gram=old.gram[index][:, index].contiguous(),
             pattern=new,
-            mean=None if old.mean is None else old.mean[index],
-            variance=None if old.variance is None else old.variance[index],
             _squares=None,
+            **{name: None if x is None else x[index] for name, x in kept.items()},
         )
         layer._check_update()
         return RowProblem._of(layer)
@@ -492,7 +405,7 @@ class RowProblem:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RowProblem:
         """As `LayerProblem.load`, of a row."""
-        found = _loaded(path, "row")
+        found = load_npz(path, "row")
         assert isinstance(found, RowProblem)
         return found
 
@@ -500,13 +413,9 @@ class RowProblem:
         return self._layer._shown("RowProblem")
 
 
-def load_npz(path: str | os.PathLike[str]) -> LayerProblem | RowProblem:
-    """What `LayerProblem.save` or `RowProblem.save` wrote; errors as of `LayerProblem.load`."""
-    return _loaded(path, "layer", "row")
-
-
-def _loaded(path: str | os.PathLike[str], *kinds: str) -> LayerProblem | RowProblem:
-    header, arrays = read_arrays(path, *kinds)
+def load_npz(path: str | os.PathLike[str], *kinds: str) -> LayerProblem | RowProblem:
+    """What `save` of a layer or a row wrote, of some `kinds` or any; errors as of `LayerProblem.load`."""
+    header, arrays = read_arrays(path, *(kinds or ("layer", "row")))
     if not {"weight", "gram"} <= set(arrays):
         raise ProblemError(f"{path}: not a maskopt instance (it lacks weight or gram)")
     correlation, constant = (arrays.get(name) for name in ("correlation", "constant"))
@@ -539,56 +448,3 @@ def _described(kind: type[Any], data: Any, what: str) -> Any:
     if not isinstance(data, dict) or set(data) != {field.name for field in fields(kind)}:
         raise ProblemError(f"{data!r} does not describe {what}")
     return kind(**data)
-
-
-@dataclass(frozen=True)
-class UpdatedWeights:
-    """A layer's weights after the least squares.
-
-    Attributes:
-        weight: float64 [rows, n], zero where the mask prunes.
-        error: float64 [rows], mean square of the outputs' distance to their targets.
-        residual: float64 [rows], ‖b − Av‖/‖b‖ of the normal equations Av = b; far from 0 where a row kept its
-            weights, since least squares could not improve them.
-    """
-
-    weight: Float[Tensor, "rows n"]
-    error: Float[Tensor, " rows"]
-    residual: Float[Tensor, " rows"]
-
-
-def update_weights(
-    problem: LayerProblem | RowProblem,
-    mask: Bool[Tensor, "rows n"],
-    *,
-    damping: float | None = None,
-    power: float | None = None,
-    limits: Limits | None = None,
-) -> UpdatedWeights:
-    """The best weights on what a mask keeps; no row's error is above f.
-
-    Args:
-        mask: legal, True = kept.
-        damping: as in `LeastSquaresUpdate`; None: that of the problem, or the default.
-        power: likewise.
-        limits: memory and threads.
-
-    Raises:
-        OptionError: a damping below 0, a power beyond 0 to 1. ProblemError: a G that is not definite with it.
-        WarmStartError: a mask that is not legal.
-    """
-    layer = problem.as_layer()
-    mask = layer.check_mask(mask)
-    how = layer.update or LeastSquaresUpdate()
-    damping = how.damping if damping is None else damping
-    layer = layer.with_update(LeastSquaresUpdate(damping, how.power if power is None else power))
-    weight, own = layer.weights(mask, limits), torch.where(mask, layer.weight.double(), 0.0)
-    error, own_error = layer.error(weight), layer.error(own)
-    # rounding: of rows that least squares cannot better, the weights stay
-    worse = ~(error <= own_error)
-    weight = torch.where(worse[:, None], own, weight)
-    squares = layer.least_squares
-    target = squares.target(layer.weight, layer.correlation)
-    return UpdatedWeights(
-        weight, error.where(~worse, own_error), squares.residual(weight, target, mask)
-    )

@@ -29,7 +29,7 @@ MOST_ENTRIES = 2**14
 #: part of the entries that shifting may round off, of the least that count
 _LOST = 1e-6
 
-_Real = TypeVar("_Real", float, Fraction)
+Real = TypeVar("Real", float, Fraction)
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,7 @@ def semidefinite(
 
 
 def _check_shift(gram: np.ndarray, shift: float) -> None:
-    """Raise ProblemError where the shift that large entries ask for rounds small ones off: the diagonal, or a
-    tenth of all others."""
+    """Raise ProblemError where the shift rounds off the diagonal, or a tenth of the other entries."""
     for entries, share in ((gram.diagonal(), 1.0), (gram[np.triu_indices(len(gram), 1)], 0.1)):
         sizes = np.abs(entries[entries != 0])
         if len(sizes) and 2.0**-52 * shift > _LOST * (least := float(np.quantile(sizes, share))):
@@ -155,9 +154,8 @@ class Values:
     offset: int
     step: int
 
-    def at_least(self, bound: _Real) -> _Real:
-        """The least value that is not below a bound, exact for a Fraction; the bound itself without such a
-        value."""
+    def at_least(self, bound: Real) -> Real:
+        """The least value that is not below a bound, exact for a Fraction; without one the bound itself."""
         if not abs(bound) < MOST_WHOLE or (not self.step and bound > self.offset):
             return bound
         # each operation is monotone: rounding never moves the bound past a value

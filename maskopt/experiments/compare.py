@@ -1,5 +1,4 @@
-"""The same rows through several solvers: objective, lower bound, gap, status, seconds. A job is one row
-through one solver; a run with an `output` of JSON lines is resumed (`store`)."""
+"""The same rows through several solvers; a job is one row through one solver, and is resumed (`store`)."""
 
 from __future__ import annotations
 
@@ -91,8 +90,7 @@ def check_rows(rows: int | None) -> None:
 def draw_rows(
     layer: LayerProblem, rows: int | None, columns: int | None, *, seed: Sequence[int]
 ) -> list[tuple[int, np.ndarray | None]]:
-    """Random rows of a layer (None: all) with `columns` random inputs each: (row, inputs), both ascending,
-    inputs None where they are all."""
+    """Random rows of a layer (None: all) with `columns` random inputs each (None: all), both ascending."""
     rng = np.random.default_rng(seed)
 
     def drawn(size: int, of: int) -> np.ndarray:
@@ -177,14 +175,14 @@ def _jobs_by_name(
 ) -> dict[str, _Job]:
     """Every solver made, its options checked, before anything runs."""
     if not isinstance(solvers, Mapping):
-        found: dict[str, _Job] = {}
+        jobs: dict[str, _Job] = {}
         for solver in map(make_solver, solvers):
-            if solver.name in found:  # records know their solver by its name alone
+            if solver.name in jobs:  # records know their solver by its name alone
                 raise OptionError(
                     f"solver {solver.name!r} is given twice; run compare once for each of its settings"
                 )
-            found[solver.name] = _Job(solver, None, limits)
-        return found
+            jobs[solver.name] = _Job(solver, None, limits)
+        return jobs
     jobs = {}
     for name, options in solvers.items():
         own = {k: v for k, v in options.items() if k not in KEYWORDS and k != "start"}
@@ -215,10 +213,9 @@ def _record(
         "key": key,
     }
     if isinstance(answer, MaskoptError):
-        nothing: dict[str, Any] = dict.fromkeys(
-            ("objective", "lower_bound", "value", "value_bound", "gap", "seconds"), math.nan
-        )
-        return Record(**base, **nothing, status="failed", trusted="", error=str(answer))
+        numbers = ("objective", "lower_bound", "value", "value_bound", "gap", "seconds")
+        base |= dict.fromkeys(numbers, math.nan)
+        return Record(**base, status="failed", trusted="", error=str(answer))
     columns = {name: values[0] for name, values in answer.columns().items()}
     columns |= {"value": answer.value, "value_bound": answer.bound}
     known = {f.name for f in fields(Record)}
@@ -235,10 +232,11 @@ def _with_excess(found: list[Record], solvers: int) -> list[Record]:
     for first in range(0, len(found), solvers):
         group = found[first : first + solvers]
         proven = [r for r in group if r.status == Status.OPTIMAL]
-        best = min(proven, key=lambda r: r.objective) if proven else None
         for record in group:
-            known = best is not None and record.value == record.value
-            excess = excess_of(record.value, best.value) if known and best else math.nan
+            excess = math.nan
+            if proven and not math.isnan(record.value):
+                best = min(proven, key=lambda r: r.objective)
+                excess = excess_of(record.value, best.value)
             records.append(replace(record, excess=excess))
     return records
 

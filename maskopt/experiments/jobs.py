@@ -1,5 +1,4 @@
-"""Rows as jobs of their own, under the configured backend of joblib: threads, processes, Dask, Ray. The key
-of a job is made of its data, its solver and its limits."""
+"""Rows as jobs of their own, under the configured backend of joblib, and their keys."""
 
 from __future__ import annotations
 

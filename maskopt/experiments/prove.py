@@ -103,12 +103,9 @@ def prove(
         output: .npz for masks and trees; the folder `<output>.rows` holds finished rows until all are done.
         start: as for `solve`: a solver, a mask [rows, n], or None.
         limits: the seconds are of all rows together.
-        jobs: number of rows at a time, as for `maskopt.experiments.compare.compare`.
-        on_progress: called with a `Progress` of rows.
-        options: of the solver `branch`.
-
-    Raises:
-        MaskoptError: options or a start that will not do, before anything runs.
+        jobs: rows at a time, as for `maskopt.experiments.compare.compare`.
+        on_progress: called with (finished rows, rows).
+        options: of the solver `branch`. MaskoptError for bad options or a bad start before anything runs.
     """
     backend = make_solver(BRANCH, **{**options, "proof": True})
     layer = problem.as_layer()

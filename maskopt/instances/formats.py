@@ -8,7 +8,7 @@
 | `.mdp`, `.txt` | MDPLIB | m elements of greatest distance |
 | `.qplib` | QPLIB | binary variables under one constraint on their sum |
 
-What is chosen is what the mask prunes. Objectives are reported as the library has them.
+The chosen are the pruned entries of the mask. Objectives are reported as the library has them.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def load_problem(
         return _of_matrix(path, cardinality, maximize)
     if maximize:
         raise ProblemError(f"{path}: `maximize` is for matrices; the file says what is sought")
-    if ending not in _READERS:
+    if ending not in _TEXTS:
         if cardinality is not None:
             raise ProblemError(
                 f"{path}: `cardinality` is for matrices and graphs that name no number (.mc, .rudy)"
             )
         if ending and ending != ".npz":
-            known = ", ".join((".npz", *_MATRICES, *_READERS))
+            known = ", ".join((".npz", *_MATRICES, *_TEXTS))
             raise ProblemError(f"{path}: no known format by its ending; one of: {known}")
         return load_npz(path)
     if cardinality is not None and ending not in (".mc", ".rudy"):
@@ -65,7 +65,10 @@ def load_problem(
     except (OSError, UnicodeDecodeError) as error:
         raise ProblemError(f"{path}: not a text file ({error})") from None
     try:
-        return _READERS[ending](text, Path(path).stem, cardinality)
+        name = Path(path).stem
+        if ending == _QPLIB:
+            return read_qplib(text, name)
+        return _read_graph(ending, text, name, cardinality)
     except ProblemError as error:
         raise ProblemError(f"{path}: {error}") from None
 
@@ -123,17 +126,17 @@ def _read_market(path: str | os.PathLike[str]) -> np.ndarray:
 def save_problem(
     problem: RowProblem, path: str | os.PathLike[str], form: str | None = None
 ) -> None:
-    """Write a row in the format of the file's ending, or of `form`, atomically; ProblemError for a format
-    that cannot hold it, or is unknown."""
+    """Write a row in the format of the ending, or `form`, atomically; ProblemError: the format cannot hold
+    it."""
     ending = f".{form}" if form else Path(path).suffix.lower()
     if ending == ".npz":
         return problem.save(path)
-    if ending not in _WRITERS:
-        raise ProblemError(f"{path}: no known format; one of: .npz, {', '.join(_WRITERS)}")
+    if ending not in _TEXTS:
+        raise ProblemError(f"{path}: no known format; one of: .npz, {', '.join(_TEXTS)}")
     pattern = problem.pattern
     if not isinstance(pattern, Unstructured) or problem.update is not None:
         raise ProblemError(f"{path}: {ending} holds one set of a given size, and unchanged weights")
-    text = _WRITERS[ending](problem)
+    text = write_qplib(problem) if ending == _QPLIB else _write_graph(ending, problem)
     with atomic_write(Path(path)) as file:
         # a name out of a file name may be no text
         file.write(text.encode(errors="replace"))
@@ -192,31 +195,22 @@ def _first(lines: Iterator[_Line]) -> _Line:
     return next(lines, _Line(1, []))
 
 
-def _heaviest(weight: np.ndarray, cardinality: int, name: str) -> RowProblem:
+def _read_graph(ending: str, text: str, name: str, cardinality: int | None) -> RowProblem:
     """Σ over chosen pairs of their weight, each once, is maximized."""
-    return RowProblem.from_quadratic(weight / 2, cardinality=cardinality, maximize=True, name=name)
-
-
-def _read_cluster(text: str, name: str, _: int | None) -> RowProblem:
     lines = _lines(text)
-    n, k, count = _first(lines).numbers("iii")
-    # an edge is given by the entry ½ of a symmetric matrix: it counts 1
-    return _heaviest(2 * _edges(lines, int(n), 1, int(count)), int(k), name)
-
-
-def _read_rudy(text: str, name: str, cardinality: int | None) -> RowProblem:
-    if cardinality is None:
+    if ending == ".dat":
+        n, chosen, count = (int(x) for x in _first(lines).numbers("iii"))
+        # an edge is given by the entry ½ of a symmetric matrix: it counts 1
+        weight = 2 * _edges(lines, n, 1, count)
+    elif ending in (".mdp", ".txt"):
+        n, chosen = (int(x) for x in _first(lines).numbers("ii"))
+        weight = _edges(lines, n, 0, n * (n - 1) // 2)
+    elif cardinality is None:
         raise ProblemError("a graph does not say how many vertices are chosen; pass cardinality")
-    lines = _lines(text)
-    n, count = _first(lines).numbers("ii")
-    return _heaviest(_edges(lines, int(n), 1, int(count)), cardinality, name)
-
-
-def _read_diversity(text: str, name: str, _: int | None) -> RowProblem:
-    lines = _lines(text)
-    n, m = _first(lines).numbers("ii")
-    pairs = int(n) * (int(n) - 1) // 2
-    return _heaviest(_edges(lines, int(n), 0, pairs), int(m), name)
+    else:
+        n, count = (int(x) for x in _first(lines).numbers("ii"))
+        chosen, weight = cardinality, _edges(lines, n, 1, count)
+    return RowProblem.from_quadratic(weight / 2, cardinality=chosen, maximize=True, name=name)
 
 
 def _pairs(problem: RowProblem) -> tuple[np.ndarray, int]:
@@ -232,28 +226,17 @@ def _pairs(problem: RowProblem) -> tuple[np.ndarray, int]:
     return 2 * (quadratic - np.diag(diagonal)), chosen
 
 
-def _edge_lines(weight: np.ndarray, pairs: tuple[np.ndarray, ...], first: int) -> list[str]:
-    return [
-        f"{a + first} {b + first} {weight[a, b]:{_DIGITS}}" for a, b in zip(*pairs, strict=True)
-    ]
-
-
-def _write_cluster(problem: RowProblem) -> str:
+def _write_graph(ending: str, problem: RowProblem) -> str:
     weight, chosen = _pairs(problem)
-    lines = _edge_lines(weight / 2, np.nonzero(np.triu(weight)), 1)
-    return "\n".join([f"{problem.n} {chosen} {len(lines)}", *lines, ""])
-
-
-def _write_rudy(problem: RowProblem) -> str:
-    weight, _ = _pairs(problem)
-    lines = _edge_lines(weight, np.nonzero(np.triu(weight)), 1)
-    return "\n".join([f"{problem.n} {len(lines)}", *lines, ""])
-
-
-def _write_diversity(problem: RowProblem) -> str:
-    weight, chosen = _pairs(problem)
-    lines = _edge_lines(weight, np.triu_indices(problem.n, 1), 0)
-    return "\n".join([f"{problem.n} {chosen}", *lines, ""])
+    n, head = problem.n, f"{problem.n} {chosen}"
+    first = 0 if ending in (".mdp", ".txt") else 1
+    pairs = np.nonzero(np.triu(weight)) if first else np.triu_indices(n, 1)
+    if first:
+        head = f"{head if ending == '.dat' else n} {len(pairs[0])}"
+    weight = weight / 2 if ending == ".dat" else weight
+    edges = zip(*pairs, strict=True)
+    lines = [f"{a + first} {b + first} {weight[a, b]:{_DIGITS}}" for a, b in edges]
+    return "\n".join([head, *lines, ""])
 
 
 _MATRICES: dict[str, Callable[[str | os.PathLike[str]], np.ndarray]] = {
@@ -261,19 +244,5 @@ _MATRICES: dict[str, Callable[[str | os.PathLike[str]], np.ndarray]] = {
     ".csv": _read_csv,
     ".mtx": _read_market,
 }
-_READERS: dict[str, Callable[[str, str, int | None], RowProblem]] = {
-    ".dat": _read_cluster,
-    ".mc": _read_rudy,
-    ".rudy": _read_rudy,
-    ".mdp": _read_diversity,
-    ".txt": _read_diversity,
-    ".qplib": lambda text, name, _: read_qplib(text, name),
-}
-_WRITERS: dict[str, Callable[[RowProblem], str]] = {
-    ".dat": _write_cluster,
-    ".mc": _write_rudy,
-    ".rudy": _write_rudy,
-    ".mdp": _write_diversity,
-    ".txt": _write_diversity,
-    ".qplib": write_qplib,
-}
+_QPLIB = ".qplib"
+_TEXTS = (".dat", ".mc", ".rudy", ".mdp", ".txt", _QPLIB)

@@ -14,8 +14,8 @@ from maskopt.errors import ProblemError
 
 
 def read_qplib(text: str, name: str) -> RowProblem:
-    """A problem of type ?BL whose only constraint is that a number of the variables are 1; ProblemError, with
-    the reason, for another one."""
+    """A problem of type ?BL whose only constraint is a number of ones; ProblemError, with the reason, for
+    others."""
     words = _Words(text)
     title, kind, sense = (words.next() for _ in range(3))
     if len(kind) != 3 or kind[0] not in "LDCQ" or kind[1:] != "BL":

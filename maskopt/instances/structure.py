@@ -1,14 +1,13 @@
-"""Whole inputs of a linear map, removed for all of its outputs at once: the same problem once more.
+"""Whole inputs of a linear map, removed for all of its outputs at once, as a row problem.
 
 With weight W and Gram matrix G of its inputs, removing the inputs P changes the outputs by
 
     Σ_rows (w_r⊙p)ᵀG(w_r⊙p) = pᵀQp,     Q = G ∘ (WᵀW),
 
-positive semidefinite by Schur's product theorem. Inputs that can only go together (the columns of an
-attention head) are one entry of p: rows and columns of Q are summed over them.
-
-Q is diag(w)·G'·diag(w) with w the norms of the structures' columns, so that scores mean the same as for a
-row: `magnitude` ranks by norms, `wanda` by Q's diagonal (Wanda-sp, in FLAP, arXiv 2312.11983).
+positive semidefinite by Schur's product theorem. Inputs that go together (the columns of an attention head)
+are one entry of p: rows and columns of Q are summed over them. With w the norms of the structures' columns, Q
+= diag(w)·G'·diag(w), so that scores mean the same as for a row: `magnitude` ranks by norms, `wanda` by Q's
+diagonal (Wanda-sp, in FLAP, arXiv 2312.11983).
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def structure_problem(
 
     Args:
         gram: G of the layer's inputs, the mean over tokens.
-        pattern: of the structures, in the order of their numbers: how many stay, or N:M among neighbours.
+        pattern: of the structures by number: how many stay, or N:M among neighbours.
         groups: the structure of each input, numbered 0 … m−1 without a gap; None: every input is one.
         mean: of the inputs over tokens; only used where every input is a structure.
 

@@ -1,6 +1,5 @@
-"""Certified lower bounds of every row of a problem. A method makes a certificate
-(`certificates.certificate`), whose own check then says what it proves. Methods register a class under the
-entry-point group `maskopt.bounds`."""
+"""Certified lower bounds of every row. A method makes a certificate (`certificates.certificate`), whose own
+check computes the bound. Methods register a class under the entry-point group `maskopt.bounds`."""
 
 from __future__ import annotations
 
@@ -29,9 +28,9 @@ class Bound:
     """A certified lower bound of every row.
 
     Attributes:
-        value: float64 [rows], no legal mask of the row costs less; computed by the check of the
-            certificate. With a shared budget it is one bound of Σ ωᵣ fᵣ, in equal parts.
-        certificate: for `Solution.of(certificate=…)`, and checked by `verify`.
+        value: float64 [rows], no legal mask of the row costs less; with a shared budget one bound of Σ ωᵣ fᵣ,
+            in equal parts.
+        certificate: for `Solution.of(certificate=…)`; its check computed the value.
         method: its name.
         seconds: wall-clock time of all rows together.
         trace: how it was found.
@@ -113,14 +112,13 @@ def lower_bound(
 
     Args:
         problem: a layer or a row (then rows = 1).
-        method: a value such as `SdpBound(cuts=8)`, or a name: `box`, `shift`, `sdp`, `sdp-conic`, of updated
+        method: a value such as `SdpBound(cuts=8)`, or a name: `box`, `shift`, `sdp`, `sdp-conic`, for updated
             weights `perspective`, or another one of the entry-point group `maskopt.bounds`.
-        limits: for all rows together; what is reached when the time is over is certified.
-        options: of the method, where it is named, and keywords in place of `limits`, as for `solve`.
+        limits: for all rows together; the state at the end of the time is certified.
+        options: of a named method, and keywords in place of `limits`, as for `solve`.
 
     Raises:
-        MaskoptError: an unknown or unavailable method, an option that it does not have, more inputs
-            than it takes.
+        MaskoptError: an unknown or unavailable method, an unknown option, more inputs than the method takes.
     """
     layer = problem.as_layer()
     limits, own = limits_of(limits, options)
@@ -148,15 +146,8 @@ def lower_bound(
     with torch_threads(limits.threads):
         certificate, trace = maker.certify(layer, limits.begin())
         value = layer.next_value(certificate.check(layer))
-    seconds = clock() - began
-    return Bound(
-        value,
-        certificate,
-        maker.name,
-        seconds,
-        trace,
-        layer.shares if layer.shared_budget else None,
-    )
+    seconds, omega = clock() - began, layer.shares if layer.shared_budget else None
+    return Bound(value, certificate, maker.name, seconds, trace, omega)
 
 
 def available_bounds() -> dict[str, BoundInfo]:

@@ -30,8 +30,7 @@ class Registry:
         return sorted(_points(self.group))
 
     def find(self, name: str) -> type[Any]:
-        """The class of that name; UnknownSolverError, or SolverUnavailableError where it cannot be imported
-        or is of another kind."""
+        """The class of that name; UnknownSolverError, or SolverUnavailableError where it cannot be used."""
         points = _points(self.group)
         if name not in points:
             raise UnknownSolverError(f"unknown {self.what} {name!r}{near(name, points)}")

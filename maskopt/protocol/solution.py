@@ -21,6 +21,7 @@ from maskopt.core.files import pack, read_arrays, unpack, unpack_rows, write_arr
 from maskopt.core.inputs import ArrayLike, as_tensor
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.problem import LayerProblem, RowProblem
+from maskopt.core.rows import join_rows, take_rows
 from maskopt.core.units import ObjectiveTransform, OriginalValues
 from maskopt.errors import OptionError, ProblemError, printable
 from maskopt.protocol.trace import Trace
@@ -103,7 +104,7 @@ def is_bounded(objective: float, lower_bound: float, status: str = "") -> bool:
 
 @dataclass(frozen=True)
 class Solution:
-    """One mask a row, with its objective and with what is known about it.
+    """One mask a row, with its objective and the claims about it.
 
     Attributes:
         mask: bool [rows, n], True = kept.
@@ -114,10 +115,9 @@ class Solution:
         solver: name of the solver that answered.
         seconds: wall-clock time of the solve, start included, compilation of loops not.
         trace: how the answer was found (`maskopt.protocol.trace`).
-        certificate: proves lower bounds to `verify`.
-        proof: the trees of an exact search, which prove lower bounds to `verify`, too.
-        trusted: per row the exact solver whose bound nothing here proves, with its version, such as
-            `SCIP 10.0`; an empty text where the bound is proven. Empty altogether: all are.
+        certificate, proof: prove lower bounds to `verify`; `proof` holds the trees of an exact search.
+        trusted: per row the exact solver whose bound nothing here proves, with its version, such as `SCIP
+            10.0`; an empty text where the bound is proven. Empty altogether: all are.
         weight: float64 [rows, n], updated weights where the solver has them; saved only with `own`.
         own: the weights are the solver's own, not those of least squares.
         units: of a quadratic objective, to convert f to the caller's units; None: they are the same.
@@ -213,11 +213,7 @@ class Solution:
             bound = lower_bound.to(objective)
             if layer.shared_budget:  # one bound, shared out so that every row has the layer's gap
                 cost = layer.shares @ objective
-                bound = (
-                    objective * (layer.shares @ bound / cost)
-                    if cost > 0
-                    else torch.zeros_like(bound)
-                )
+                bound = objective * (layer.shares @ bound / cost if cost > 0 else 0.0)
             rounding = OPTIMAL_TOLERANCE * objective + SWAP_FLOOR * layer.diagonal_mass()
             bound = torch.where(bound <= objective + rounding, bound.minimum(objective), bound)
             lower_bound = bound.clamp(min=0.0)
@@ -239,42 +235,29 @@ class Solution:
     @classmethod
     def joined(cls, parts: Sequence[Solution], certificate: Certificate | None = None) -> Solution:
         """All rows of a layer, of one solver's solutions of its parts in order, with a certificate of all."""
-        first = parts[0]
-        trees = [
-            tree for p in parts for tree in (p.proof.rows if p.proof else [None] * len(p.status))
+        weighted = all(p.weight is not None for p in parts)
+        filled = [
+            replace(
+                p,
+                certificate=None,
+                trusted=p.trusted or ("",) * len(p.status),
+                weight=p.weight if weighted else None,
+                proof=p.proof or Proof([None] * len(p.status)),
+            )
+            for p in parts
         ]
-        weights = [p.weight for p in parts if p.weight is not None]
-        omega = [p.omega for p in parts if p.omega is not None]
-        return cls(
-            mask=torch.cat([p.mask for p in parts]),
-            objective=torch.cat([p.objective for p in parts]),
-            lower_bound=torch.cat([p.lower_bound for p in parts]),
-            status=tuple(status for p in parts for status in p.status),
-            solver=first.solver,
+        whole = join_rows(filled)
+        assert whole.proof is not None
+        return replace(
+            whole,
             seconds=sum(p.seconds for p in parts),
-            trace=first.trace.joined([p.trace for p in parts]),
             certificate=certificate,
-            trusted=tuple(word for p in parts for word in p.trusted or [""] * len(p.status)),
-            weight=torch.cat(weights) if len(weights) == len(parts) else None,
-            own=first.own,
-            proof=Proof(trees) if any(tree is not None for tree in trees) else None,
-            units=first.units,
-            omega=torch.cat(omega) if omega else None,
+            proof=whole.proof if any(whole.proof.rows) else None,
         )
 
     def take(self, rows: Sequence[int]) -> Solution:
-        """Mask, objective, bound, status and certificate of some rows only."""
-        return Solution(
-            mask=self.mask[list(rows)],
-            objective=self.objective[list(rows)],
-            lower_bound=self.lower_bound[list(rows)],
-            status=tuple(self.status[row] for row in rows),
-            solver=self.solver,
-            seconds=self.seconds,
-            certificate=None if self.certificate is None else self.certificate.take(rows),
-            units=self.units,
-            omega=None if self.omega is None else self.omega[list(rows)],
-        )
+        """The solution of some rows only."""
+        return take_rows(self, rows)
 
     def raise_if_interrupted(self) -> Solution:
         """Itself; KeyboardInterrupt where Ctrl-C ended its search."""
@@ -319,7 +302,7 @@ class Solution:
             trace = unpack(Trace, words, arrays, "trace")
             if any(len(values) != rows for values in trace.columns(rows).values()):
                 raise ValueError("its trace is one of other rows")
-            certified = "certificate.diagonal" in arrays
+            certified, posed = "certificate.diagonal" in arrays, "units.sign" in words
             trees = unpack_rows(RowProof, words, arrays, "proof.rows", rows)
             return unpack(
                 cls,
@@ -334,9 +317,7 @@ class Solution:
                 else None,
                 trusted=tuple(str(word) for word in words["trusted"]),
                 own="weight" in arrays,
-                units=unpack(ObjectiveTransform, words, arrays, "units")
-                if "units.sign" in words
-                else None,
+                units=unpack(ObjectiveTransform, words, arrays, "units") if posed else None,
                 proof=None if trees is None else Proof(trees),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:

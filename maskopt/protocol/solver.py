@@ -1,16 +1,12 @@
 """The solver protocol, the registry of backends, and `solve`.
 
-A solver is a value: a frozen dataclass whose fields are its options.
+A solver is a value, a frozen dataclass whose fields are its options:
 
     solve(problem, Tabu(moves=1000), start=Relax(), limits=Limits(seconds=60))
     solve(problem, "tabu", start="relax", moves=1000, time_limit=60)      # the same, by name
 
-Backends register a class under the entry-point group `maskopt.solvers`:
-
-    [project.entry-points."maskopt.solvers"]
-    swap = "maskopt.solvers.swap:Swap"
-
-so another distribution can add one without touching this repository, and nothing here imports one.
+Backends register a class under the entry-point group `maskopt.solvers`, also from other distributions;
+nothing here imports one.
 """
 
 from __future__ import annotations
@@ -46,10 +42,9 @@ class Capabilities:
         default_start: the solver that makes a needed start.
         proves: the best status that it can give.
         largest_n: rows of more inputs are refused; None: any.
-        update: it answers problems of updated weights, too: by F, or by a score that ignores the objective.
-        shared_budget: it answers layers with a shared budget.
-        limited: it holds the `max_deviation` of a shared budget.
-        apart: without a shared budget, the answer of a row depends at most on rows of the same tile of 128.
+        update: it answers problems of updated weights: by F, or by a score that ignores the objective.
+        shared_budget: it answers layers with a shared budget; limited: also with a `max_deviation`.
+        apart: without a shared budget, a row's answer depends at most on rows of the same tile of 128.
         trusted: of an exact solver, the names in `Solution.trusted` for bounds that nothing else proves.
         note: one line.
     """
@@ -70,8 +65,7 @@ class Capabilities:
 
 @runtime_checkable
 class Solver(Protocol):
-    """A backend: a frozen dataclass whose fields are its options (`maskopt.core.fields.option`), which are
-    checked on construction."""
+    """A backend: a frozen dataclass whose fields are its options, checked on construction."""
 
     name: ClassVar[str]
     capabilities: ClassVar[Capabilities]
@@ -85,13 +79,13 @@ class Solver(Protocol):
         return None
 
     def as_start(self, layer: LayerProblem) -> tuple[Solver, LayerProblem]:
-        """The solver and the problem that make a start for another solver: with less to do, since the other
-        one improves and proves, and of unchanged weights where the mask is the same or F is not supported."""
+        """The solver and the problem that make a start for another solver, which improves and proves it: with
+        less to do, and of unchanged weights where the mask is the same or F is not supported."""
         return self, layer if self.capabilities.update else layer.with_update(None)
 
     def check_size(self, n: int, pattern: Pattern, *, update: bool) -> None:
-        """Raise SolverError where rows of n inputs are too large, before there are any numbers; `update`: of
-        problems of updated weights."""
+        """Raise SolverError where rows of n inputs are too large; `update`: of a problem with updated
+        weights."""
         largest = self.capabilities.largest_n
         if largest is not None and n > largest:
             raise SolverError(
@@ -100,13 +94,8 @@ class Solver(Protocol):
             )
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
-        """Answer for every row.
-
-        Args:
-            start: a legal bool mask [rows, n] on the problem's device, True = kept. Always there
-                where a start is `needed`, never where it is `ignored`.
-            limits: with the clock running.
-        """
+        """Answer for every row, with the clock of `limits` running. `start`: a legal bool mask [rows, n] on
+        the problem's device, True = kept; always given where `needed`, never where `ignored`."""
         ...
 
 
@@ -162,8 +151,7 @@ def is_trusted(text: str) -> bool:
 
 
 def make_solver(solver: Solver | str, **options: Any) -> Solver:
-    """The solver, ready to run: by name with options, or a value unchanged; errors as of `Registry.make`, and
-    SolverError for a class in place of a value."""
+    """The solver, ready to run: by name with options, or a value unchanged; errors as of `Registry.make`."""
     if isinstance(solver, type):
         raise SolverError(f"a solver is a value, not a class: write {solver.__name__}()")
     backend: Solver = REGISTRY.make(solver, options)
@@ -171,8 +159,7 @@ def make_solver(solver: Solver | str, **options: Any) -> Solver:
 
 
 def limits_of(limits: Limits | None, options: Mapping[str, Any]) -> tuple[Limits, dict[str, Any]]:
-    """Limits out of `limits` or of keywords such as `time_limit`, and the other options; OptionError for
-    both, or for a bad value."""
+    """Limits out of `limits` or of keywords, and the other options; OptionError for both, or a bad value."""
     shared = {KEYWORDS[name]: value for name, value in options.items() if name in KEYWORDS}
     own = {name: value for name, value in options.items() if name not in KEYWORDS}
     if limits is not None and shared:
@@ -191,8 +178,6 @@ def solve(
 ) -> Solution:
     """Solve every row of a problem.
 
-        from maskopt import LayerProblem, Unstructured, solve
-
         problem = LayerProblem(weight, x.T @ x / len(x), Unstructured(sparsity=0.5))
         swapped = solve(problem)  # 1-swap search from Wanda's mask, proven 1-swap optimal
         best = solve(problem, "tabu", moves=500, start="relax", time_limit=60)
@@ -204,15 +189,15 @@ def solve(
         start: a solver (value or name), a bool mask [rows, n] with True = kept, or a Solution for its mask;
             None: the solver's own default. A solver that ignores a start gets none.
         limits: for start, search and bound together.
-        options: of the solver, where it is named; and `time_limit` (seconds), `memory_limit` (bytes),
-            `threads`, `seed`, `on_progress` in place of `limits`.
+        options: of a named solver; and `time_limit` (seconds), `memory_limit` (bytes), `threads`, `seed`,
+            `on_progress` in place of `limits`.
 
     Returns:
         A legal mask of every row, its float64 objective, a lower bound where one is known, and a status.
 
     Raises:
-        MaskoptError: an unknown or unavailable solver, an unknown option, an illegal start, a pattern,
-            device or size that the solver does not support; an answer that is no legal Solution.
+        MaskoptError: an unknown or unavailable solver, an unknown option, an illegal start, a pattern, device
+            or size that the solver does not support; an answer that is no legal Solution.
     """
     layer = problem.as_layer()
     limits, own = limits_of(limits, options)
@@ -245,7 +230,7 @@ def _check_answer(backend: Solver, layer: LayerProblem, solution: Any) -> None:
 
 
 def make_start(layer: LayerProblem, solver: Solver | str, limits: Limits | None = None) -> Solution:
-    """The start that `solver` makes for another one: for unchanged weights and equal counts where it supports
+    """The start that `solver` makes for another one; for unchanged weights and equal counts where it supports
     no others."""
     backend, asked = make_solver(solver).as_start(layer)
     limits = (limits or Limits()).quiet()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,11 +17,11 @@ from maskopt.core.limits import clock
 class Trace:
     """How an answer was found; each solver fills in what applies to it, and the rest is None.
 
-    A field is a tensor whose first axis counts rows, a tuple with one word a row, or a single word that holds
-    for all rows. One pass over a score fills in nothing.
+    A field is a tensor whose first axis counts rows, a tuple with one word a row, or a single word for all
+    rows.
 
     Attributes:
-        kernel: `swap`: what did the steps.
+        kernel: `swap`: the kernel of the steps.
         swaps: made by 1-swap search, or (dsnot) weights regrown and pruned.
         scans: exact scans over all pairs, the proof included.
         pairs: whose Δ the scans had to form.
@@ -36,26 +35,26 @@ class Trace:
             the first pool.
         start_objective: float64, of the mask that the search began with.
         winner: the member of a portfolio whose mask the row has, or `start`.
-        stopped: whether the time limit stopped the row: `yes` or `no`; of a portfolio also `interrupted`,
-            in a member that Ctrl-C ended.
+        stopped: whether the time limit stopped the row: `yes` or `no`; of a portfolio also `interrupted`, in
+            a member that Ctrl-C ended.
         iterations: steps or sweeps of a relaxation or of ADMM; −1 where unknown.
-        relaxed_objective: float64, f of the relaxed point; NaN where there is none.
-        relaxed_gap: float64, of the bound to it, relative.
+        relaxed_objective: float64, f of the relaxed point; relaxed_gap: of the bound to it, relative; NaN:
+            none.
         rounded_objective: float64, of the rounded point, before any swap.
-        relax_seconds, swap_seconds, search_seconds: the row's share of the wall-clock time of each phase;
-            of an exact search, of this row alone.
+        relax_seconds, swap_seconds, search_seconds: the row's share of the wall-clock time of each phase; of
+            an exact search, of this row alone.
         ended: the word of an exact search for how it ended (`optimal`, `timelimit`, …).
         nodes: of the tree, or masks that were enumerated.
         root_bound: float64, the bound before branching; NaN where unknown.
-        relaxations: convex programs solved in the tree; −1 where unknown.
-        convexified: nodes that had a semidefinite relaxation of their own; −1 where unknown.
-        message: empty, or what went wrong.
-        correction: float64, what the correction that makes A ⪰ 0 costs, as part of the bound; NaN
-            without one.
+        relaxations, convexified: convex programs solved in the tree, and nodes with a semidefinite relaxation
+            of their own; −1 where unknown.
+        message: empty, or an error.
+        correction: float64, the cost of the correction that makes A ⪰ 0, as part of the bound; NaN without
+            one.
         cuts: triangle inequalities in the certificate.
         cut_correction: the correction of the bound with cuts; NaN where the plain one is kept.
         shifted: `yes` where the row uses the common diagonal shift.
-        printed: float64, what a conic solver printed (not a bound); NaN where there is none.
+        printed: float64, the value that a conic solver printed (not a bound); NaN where there is none.
         relaxed: float64 [rows, n], the relaxed point, 1 = pruned.
     """
 
@@ -99,45 +98,13 @@ class Trace:
     def columns(self, rows: int) -> dict[str, list[Any]]:
         """The fields that hold one value a row, as lists of Python numbers and words."""
         found: dict[str, list[Any]] = {}
-        for name, value in self._filled().items():
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
             if isinstance(value, Tensor) and value.ndim == 1:
-                found[name] = value.tolist()
-            elif not isinstance(value, Tensor):
-                found[name] = [value] * rows if isinstance(value, str) else list(value)
+                found[field.name] = value.tolist()
+            elif value is not None and not isinstance(value, Tensor):
+                found[field.name] = [value] * rows if isinstance(value, str) else list(value)
         return found
-
-    def joined(self, parts: Sequence[Self]) -> Self:
-        """The trace of all rows of a layer, from those of its parts, this one among them."""
-
-        def join(values: list[Any]) -> Any:
-            if isinstance(values[0], Tensor):
-                return torch.cat(_of_one_width(values))
-            words = isinstance(values[0], tuple)
-            return tuple(w for value in values for w in value) if words else values[0]
-
-        return type(self)(**{n: join([getattr(p, n) for p in parts]) for n in self._filled()})
-
-    def taken(self, rows: Tensor) -> Self:
-        """The trace of some rows of a layer, by their indices, in their order."""
-        found = self._filled()
-        for name, value in found.items():
-            if isinstance(value, Tensor):
-                found[name] = value[rows]
-            elif isinstance(value, tuple):
-                found[name] = tuple(value[row] for row in rows.tolist())
-        return type(self)(**found)
-
-    def _filled(self) -> dict[str, Any]:
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
-
-
-def _of_one_width(parts: Sequence[Tensor]) -> list[Tensor]:
-    """Histories of different lengths: each stays where it ended."""
-    if parts[0].ndim == 1:
-        return list(parts)
-    most = max(part.shape[1] for part in parts)
-    return [torch.cat([x, x[:, -1:].expand(-1, most - x.shape[1])], 1) for x in parts]
 
 
 class Stopwatch:

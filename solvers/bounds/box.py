@@ -49,11 +49,11 @@ class BoxBound(BoundMethod):
 
 @dataclass(frozen=True)
 class ShiftBound(BoundMethod):
-    """λ = −d⊙w² with G − diag(d) ⪰ 0 and Σ c_i d_i as large as a barrier method makes it; `kind="uniform"`: d
-    = λ_min(G)·1.
+    """λ = −d⊙w² with G − diag(d) ⪰ 0 and Σ c_i d_i large, by a barrier method; `kind="uniform"`: d =
+    λ_min(G)·1.
 
-    The weights c_i are the mean over the rows of w_i²x_i(1 − x_i) at the box relaxation. One shift serves all
-    rows; a row that it does not serve keeps the plain bound, and so do all rows when the time is over.
+    c_i is the mean over the rows of w_i²x_i(1 − x_i) at the box relaxation. One shift serves all rows; rows
+    that it does not serve keep the plain bound, as all rows do after the time limit.
     """
 
     name: ClassVar[str] = "shift"

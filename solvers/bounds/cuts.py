@@ -1,16 +1,14 @@
-"""The semidefinite relaxation tightened by violated triangle inequalities (`convex.triangles`), found in
-rounds: of all over n + 1 vectors the most violated ones join the pool.
+"""The semidefinite relaxation tightened by violated triangle inequalities (`convex.triangles`): in rounds,
+the most violated ones join the pool.
 
 The multipliers are those of an augmented Lagrangian: the sweeps of the mixing method run on C less Σ_t
-τ'_t(triangle t) with τ' = max(0, τ − step·(triangle + 1)), and τ follows τ' slowly. Plain steps on τ swing
-for ever, because the minimiser jumps between vectors of equal value; the term in step damps that. What swings
-still is averaged away: the bound is concave in τ. For the mean, which then is fixed, the plain mixing method
-finds the y that go with it.
+τ'_t(triangle t) with τ' = max(0, τ − step·(triangle + 1)), and τ follows τ' slowly, since plain steps on τ
+swing for ever between vectors of equal value. Remaining swings are averaged: the bound is concave in τ. For
+the mean of τ the plain mixing method then finds y.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +29,7 @@ from maskopt.solvers.convex.duals import (
 from maskopt.solvers.convex.mixing import Extra, Mixing
 from maskopt.solvers.convex.triangles import Incidence, Pool, dense, separate, steps_of
 from maskopt.solvers.convex.triangles_kernel import damp
-from maskopt.solvers.parallel import one_blas_thread
+from maskopt.solvers.parallel import in_threads
 
 #: entries of the inner products of a tile of rows
 _TILE_ENTRIES = 2**24
@@ -47,8 +45,7 @@ _TINY = 1e-7
 _LATE = 3
 #: sweeps at the end, with the mean of the multipliers
 _SETTLE = 800
-#: of a time limit: the rounds' part, of what is then left that of the last schedule, and of what is left
-#: after that the part of the sweeps at the end; the rest is the certificate's
+#: parts of the time left for the rounds, then for the last schedule, then for the sweeps at the end
 _ROUNDS_SHARE, _END_SHARE, _SETTLE_SHARE = 0.7, 0.7, 0.3
 
 
@@ -79,7 +76,7 @@ def tighten(
         plain: a certificate without ν and cuts.
         rank: of the vectors.
         rounds: of separation.
-        limits: rows share the time equally; rows that were not reached by the deadline keep `plain`.
+        limits: rows share the time equally; rows without time keep `plain`.
     """
     threads = torch.get_num_threads()
     tile = max(1, _TILE_ENTRIES // (problem.n + 1) ** 2 // threads) * threads
@@ -97,16 +94,14 @@ def tighten(
         parts.append(before)
         correction.append(loss)
     whole = Certificate.stack(parts)
-    cuts = whole.cuts or [None] * problem.rows
-    count = [0 if one is None else len(one.multiplier) for one in cuts]
+    count = [len(one.multiplier) if one else 0 for one in whole.cuts or [None] * problem.rows]
     return whole, torch.tensor(count), torch.cat(correction)
 
 
 def cut_certificate(
     problem: LayerProblem, rank: int, rounds: int, limits: Limits
 ) -> tuple[Certificate, Tensor]:
-    """(λ, μ, τ, p̂) of all rows at once after `rounds` rounds, and the loss to the correction as part of the
-    bound."""
+    """(λ, μ, τ, p̂) of all rows after `rounds` rounds, and the loss to the correction as part of the bound."""
     n = problem.n
     state = Mixing(problem, rank, limits.seed)
     rho = penalty_of(problem.group_size)
@@ -192,23 +187,10 @@ class _Multipliers:
     def _damp(self, step: np.ndarray, follow: float) -> None:
         extra = self.state.extra
         assert extra is not None
-        self.state.threads.run(
-            damp,
-            np.arange(len(self.state.duals)),
-            self.state.v.cpu().numpy(),
-            self.pairs,
-            self.entries,
-            self.cut_rows,
-            self.pair_rows,
-            self.entry_rows,
-            self.member,
-            self.signs,
-            step,
-            follow,
-            self.tau,
-            self.used,
-            extra.value,
-        )
+        rows, v = np.arange(len(self.state.duals)), self.state.v.cpu().numpy()
+        pairs = self.pairs, self.entries, self.cut_rows, self.pair_rows, self.entry_rows
+        cuts = self.member, self.signs, step, follow, self.tau, self.used
+        self.state.threads.run(damp, rows, v, *pairs, *cuts, extra.value)
 
     def certify(self, problem: LayerProblem, rho: float) -> tuple[Certificate, Tensor]:
         """Of the multipliers once they have settled; as of `certificate_of`."""
@@ -217,13 +199,19 @@ class _Multipliers:
         y = self.state.duals.double().cpu().numpy()
 
         def one(row: int) -> tuple[RowDuals, Cuts]:
-            pool = self._binding(row, y[row])
+            pool, n = self._binding(row, y[row]), problem.n
+            cuts = Cuts(
+                torch.as_tensor(np.where(pool.index == n, -1, pool.index)),
+                torch.as_tensor(pool.sign),
+                torch.as_tensor(pool.tau / scale[row]),
+            )
+            if not np.isfinite(y[row]).all():
+                return RowDuals(np.zeros(n), np.zeros(n), 0.0, 0.0), cuts
             scaled = ScaledRow.of(problem, gram, row, float(scale[row]))
-            duals = _certify(scaled, y[row], inner[row], rho, pool)
-            return duals, _cuts(pool, problem.n, scale[row])
+            duals = certify_row(scaled, y[row], inner[row], rho, dense(pool, n))
+            return duals._replace(value=duals.value - float(pool.tau.sum())), cuts
 
-        with one_blas_thread(), ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            duals, cuts = zip(*threads.map(one, range(problem.rows)), strict=True)
+        duals, cuts = zip(*in_threads(one, range(problem.rows)), strict=True)
         return certificate_of(problem, duals, np.full(len(duals), rho), scale, cuts)
 
     def _binding(self, row: int, y: np.ndarray) -> Pool:
@@ -233,22 +221,6 @@ class _Multipliers:
         part = slice(self.cut_rows[row], self.cut_rows[row + 1])
         pool = Pool(self.index[part], self.sign[part], self.mean[part])
         return pool.keep(pool.tau > _TINY * pool.tau.max(initial=0.0))
-
-
-def _certify(row: ScaledRow, y: np.ndarray, inner: np.ndarray, rho: float, pool: Pool) -> RowDuals:
-    if not np.isfinite(y).all():
-        return RowDuals(np.zeros(len(y)), np.zeros(len(y)), 0.0, 0.0)
-    extra = dense(pool, len(y))
-    duals = certify_row(row, y, inner, rho, extra)
-    return duals._replace(value=duals.value - float(pool.tau.sum()))
-
-
-def _cuts(pool: Pool, n: int, scale: float) -> Cuts:
-    return Cuts(
-        torch.as_tensor(np.where(pool.index == n, -1, pool.index)),
-        torch.as_tensor(pool.sign),
-        torch.as_tensor(pool.tau / scale),
-    )
 
 
 def _gram(state: Mixing, row: int) -> np.ndarray:

@@ -2,19 +2,16 @@
 
 The relaxation and its turns are those of `convex.perspective`. As a function of d its minimum is concave,
 with the slope vⱼ²(1/zⱼ − 1): d goes step by step towards the best split of the slope, by Frank and Wolfe.
-
-Under a shared budget, the z of all rows share one count: after turns of all rows together, what an input
-that is kept costs the layer makes every row one by itself again, whose split is bettered at that price.
-
-What is proven is computed from d and v by `maskopt.certificates.certificate`, wherever the steps end.
+Under a shared budget the z of all rows share one count: after turns of all rows together, an input that is
+kept has a price for each row, at which the split of each row alone is improved. The bound is computed from d
+and v by `maskopt.certificates.certificate`, wherever the steps end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -65,23 +62,15 @@ class PerspectiveBound(BoundMethod):
         threads = threads_on(problem.device)
         rounds = torch.zeros(problem.rows, dtype=torch.int64)
         for choices, tick in self._choices(rows, problem, limits, threads):
-            better = partial(self._better, rows, choices, limits, tick)
+
+            def better(row: int, choices: Any = choices, tick: Any = tick) -> int:
+                done = rows[row].run(choices[row], self.turns, self.splits, limits)
+                tick()
+                return done
+
             rounds += torch.tensor(one_thread_each(better, problem.rows, threads))
         d, v = torch.stack([row.d for row in rows]), torch.stack([row.v for row in rows])
         return Certificate(d * of.size.square(), d[:, :0], v / of.size), Trace(iterations=rounds)
-
-    def _better(
-        self,
-        rows: Sequence[_Row],
-        choices: Sequence[_Choice],
-        limits: Limits,
-        tick: Callable[[], None],
-        row: int,
-    ) -> int:
-        """Better a row's split; the rounds that did."""
-        rounds = rows[row].run(choices[row], self.turns, self.splits, limits)
-        tick()
-        return rounds
 
     def _choices(
         self, rows: Sequence[_Row], problem: LayerProblem, limits: Limits, threads: int

@@ -1,31 +1,27 @@
 """`sdp`: the semidefinite relaxation by low-rank coordinate descent, any n, rows in parallel.
 
-With p = (1 + z)/2, one extra sign z_0 and the penalty ρΣ_g(1_gᵀp − s)² the problem is a max-cut form
-min ⟨C, Y⟩, Y_ii = 1, Y ⪰ 0 of size n + 1, with Y = VVᵀ of rank k ≈ √(2n) (Burer and Monteiro). The
-mixing method (Wang, Chang and Kolter, arXiv 1706.00476) sets v_i ← −g_i/‖g_i‖, g_i = Σ_j C_ij v_j,
-again and again; y_i = ‖g_i‖ are the duals. v_0 is kept fixed: only inner products count.
+With p = (1 + z)/2, one extra sign z_0 and the penalty ρΣ_g(1_gᵀp − s)² the problem is a max-cut form min ⟨C,
+Y⟩, Y_ii = 1, Y ⪰ 0 of size n + 1, with Y = VVᵀ of rank k ≈ √(2n) (Burer and Monteiro). The mixing method
+(Wang, Chang and Kolter, arXiv 1706.00476) sets v_i ← −g_i/‖g_i‖, g_i = Σ_j C_ij v_j, again and again; y_i =
+‖g_i‖ are the duals, of which `convex.duals` makes a certificate. v_0 is kept fixed.
 
-A small ρ suffices. The bound is taken over the sums themselves, so that ρ need not enforce them, and a
-large ρ ties all coordinates together: the sweeps then crawl, ten times as many for the same bound.
-
-`convex.duals` makes a certificate of the duals.
+A small ρ suffices, since the bound is taken over the sums themselves; a large ρ ties all coordinates
+together, and takes ten times as many sweeps for the same bound.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from maskopt.certificates.certificate import Certificate
 from maskopt.core.fields import option
 from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
+from maskopt.core.rows import join_rows
 from maskopt.protocol.bounds import BoundMethod
 from maskopt.protocol.trace import Trace
 from maskopt.solvers.bounds.cuts import tighten
@@ -40,7 +36,7 @@ from maskopt.solvers.convex.duals import (
 from maskopt.solvers.convex.interior_point import interior_point
 from maskopt.solvers.convex.linear_bound import linear_bound
 from maskopt.solvers.convex.mixing import Mixing, default_rank
-from maskopt.solvers.parallel import one_blas_thread
+from maskopt.solvers.parallel import in_threads
 
 #: sweeps of the stages; a row leaves when its bound has settled
 _STAGES = (300, 300, 600, 1200, 2400)
@@ -62,8 +58,8 @@ _HURRIED = BoxPlan(tolerance=0.01, max_iterations=60)
 
 @dataclass(frozen=True)
 class SdpBound(BoundMethod):
-    """Low-rank semidefinite bound with a λ_min certificate in float64. Rows that the time limit leaves no
-    time for get the certificate of the box relaxation. With cuts, the plain bound has a third of the time."""
+    """Low-rank semidefinite bound with a λ_min certificate in float64. Rows that get no time have the
+    certificate of the box relaxation. With cuts, the plain bound has a third of the time."""
 
     name: ClassVar[str] = "sdp"
     note: ClassVar[str] = "low-rank semidefinite relaxation, any n"
@@ -91,43 +87,33 @@ class SdpBound(BoundMethod):
         rank = self.rank or default_rank(problem.n)
         stages = (self.sweeps,) if self.sweeps is not None else _STAGES
         tile = max(1, _TILE_ENTRIES // (problem.n * rank))
-        parts: list[_Found] = []
+        parts: list[tuple[Certificate, Trace]] = []
         for rows, part in problem.tiles(tile):
             if rows.start and plain.expired:
                 parts.append(_boxed(problem.take(slice(rows.start, problem.rows)), plain))
                 break
             parts.append(_Tile(part, rank, plain).run(stages, self.tolerance))
-        certificate = Certificate.stack([part.certificate for part in parts])
-        trace = Trace(
-            iterations=torch.cat([part.sweeps for part in parts]),
-            correction=torch.cat([part.correction for part in parts]),
-            relaxed=torch.cat([part.relaxed for part in parts]),
-        )
+        certificate = Certificate.stack([part for part, _ in parts])
+        trace = join_rows([part for _, part in parts])
         if not self.cuts:
             return certificate, trace
         certificate, count, correction = tighten(problem, certificate, rank, self.cuts, limits)
         return certificate, replace(trace, cuts=count, cut_correction=correction)
 
 
-class _Found(NamedTuple):
-    """What a tile gives: the certificate, and the trace's iterations, correction and relaxed point."""
-
-    certificate: Certificate
-    sweeps: Tensor
-    correction: Tensor
-    relaxed: Tensor
-
-
-def _boxed(problem: LayerProblem, limits: Limits) -> _Found:
+def _boxed(problem: LayerProblem, limits: Limits) -> tuple[Certificate, Trace]:
     """The box relaxation, of which at least one step is made."""
     point = relax_box(problem, _HURRIED, limits).point.double()
-    nothing = torch.full((problem.rows,), torch.nan, dtype=torch.float64)
-    sweeps = torch.zeros(problem.rows, dtype=torch.int64)
-    return _Found(Certificate.box(problem, point), sweeps, nothing, point.cpu())
+    trace = Trace(
+        iterations=torch.zeros(problem.rows, dtype=torch.int64),
+        correction=torch.full((problem.rows,), torch.nan, dtype=torch.float64),
+        relaxed=point.cpu(),
+    )
+    return Certificate.box(problem, point), trace
 
 
 class _Tile:
-    """The vectors of some rows, and the best certificate of each so far (`best`; None: nothing yet).
+    """The vectors of some rows, and the best certificate of each so far (`best`).
 
     Attributes:
         todo: the rows whose vectors are in `state`; settled ones are dropped.
@@ -147,7 +133,7 @@ class _Tile:
         self.inner = np.zeros((problem.rows, problem.n))
         self.sweeps = np.zeros(problem.rows, np.int64)
 
-    def run(self, stages: tuple[int, ...], tolerance: float) -> _Found:
+    def run(self, stages: tuple[int, ...], tolerance: float) -> tuple[Certificate, Trace]:
         for sweeps in stages:
             self._descend(sweeps)
             again = self._certify(tolerance)
@@ -185,7 +171,7 @@ class _Tile:
             return certify_row(self._scaled(row), y, start, self.rho)
 
         again = []
-        for position, found in enumerate(_in_threads(one, range(len(self.todo)))):
+        for position, found in enumerate(in_threads(one, range(len(self.todo)))):
             row = self.todo[position]
             if found is None:
                 again.append(position)
@@ -208,8 +194,8 @@ class _Tile:
         return interior_point(of.q, 2 * of.linear, of.group, of.pruned, constant=of.constant)
 
     def _fall_back(self, tolerance: float) -> None:
-        """Where there is no time, nothing was certified, or the correction costs much, the box
-        relaxation: in a few steps for all rows, or to its end for each."""
+        """The box relaxation where there is no time, nothing was certified, or the correction costs much: in
+        a few steps for all rows, or to its end for each."""
         late = [row for row, best in enumerate(self.best) if best is None]
         if late and self.limits.timed:
             box = relax_box(self.problem.take(late), _HURRIED, self.limits)
@@ -220,14 +206,16 @@ class _Tile:
         if self.limits.expired:
             return
 
-        def costly(best: RowDuals | None) -> bool:
-            return best is None or not best.loss <= _COSTLY * tolerance * best.value
-
-        rows = [row for row, best in enumerate(self.best) if costly(best)]
-        points = _in_threads(self._relaxed, rows)
+        part = _COSTLY * tolerance
+        rows = [
+            row
+            for row, best in enumerate(self.best)
+            if best is None or not best.loss <= part * best.value
+        ]
+        points = in_threads(self._relaxed, rows)
         for row, point in zip(rows, points, strict=True):
-            part = self.problem.take([row])
-            value = float(linear_bound(part, torch.as_tensor(point[None]).to(part.device))[1])
+            alone = self.problem.take([row])
+            value = float(linear_bound(alone, torch.as_tensor(point[None]).to(alone.device))[1])
             best = self.best[row]
             if best is None or not value * self.scale[row] <= best.value:
                 self._replace(row, point, 0.0)
@@ -236,13 +224,12 @@ class _Tile:
         self.best[row] = RowDuals(np.zeros(len(point)), point, loss, np.nan)
         self.penalty[row] = 0.0
 
-    def _found(self) -> _Found:
+    def _found(self) -> tuple[Certificate, Trace]:
         found = [best for best in self.best if best is not None]
         certificate, loss = certificate_of(self.problem, found, self.penalty, self.scale)
-        relaxed = torch.as_tensor((1 + self.inner) / 2)
-        return _Found(certificate, torch.from_numpy(self.sweeps), loss, relaxed)
-
-
-def _in_threads(work: Callable[[int], Any], rows: Any) -> list[Any]:
-    with one_blas_thread(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return list(pool.map(work, rows))
+        trace = Trace(
+            iterations=torch.from_numpy(self.sweeps),
+            correction=loss,
+            relaxed=torch.as_tensor((1 + self.inner) / 2),
+        )
+        return certificate, trace

@@ -5,20 +5,19 @@ all rows, so one Cholesky factorisation of the layer
 
     A = ρ(2H + ρI)⁻¹,   H = G/√(hhᵀ),   h = √diag(G),
 
-serves every step of every row: one matrix product over all rows and a projection of each group onto {0 ≤ x ≤
-1, Σ x = s} in the metric w²h. Accelerated projected gradient costs the same per step and needs over 300 of
-them where this needs 40 to 60, since what is hard is the conditioning of G.
+serves every step: one matrix product over all rows and a projection of each group onto {0 ≤ x ≤ 1, Σ x = s}
+in the metric w²h. Accelerated projected gradient costs the same per step and needs over 300 steps instead of
+40 to 60, because of the conditioning of G.
 
 **Hardening.** On binary points x = x², so f(x) + Σ μⱼ(xⱼ − xⱼ²) is the same problem for every μ, and a
 growing μ bends the relaxed solution towards a mask. With μ = θ·ρw²h/2 the projection of v becomes that of (v
-− θ/2)/(1 − θ). θ rises from 0 to `hardness`; near 1 the steps no longer settle. Its products may be bfloat16,
+− θ/2)/(1 − θ); θ rises from 0 to `hardness`, near 1 the steps no longer settle. Its products may be bfloat16,
 with sums in float32, where that is much faster.
 
-**Rows of a shared budget** have one sum: the projection is that of the whole layer, and where a row has
-limits within them.
+**Rows of a shared budget** have one sum: the projection is that of the layer, within the limits of its rows.
 
 **A shift.** With d where G − diag(d) is still semidefinite, f(x) = (w⊙x)ᵀ(G − diag(d))(w⊙x) + Σ dⱼwⱼ²xⱼ on
-masks, which relaxes to more. Its linear term, as that of the problem, only moves what A is applied to.
+masks, which relaxes to more. Linear terms only move what A is applied to.
 """
 
 from __future__ import annotations
@@ -33,7 +32,8 @@ from torch import Tensor
 
 from maskopt.core.limits import Limits, one_thread_each
 from maskopt.core.problem import LayerProblem
-from maskopt.solvers.convex.box_step import CompiledStep, PooledStep, TorchStep, make_step
+from maskopt.core.rows import join_rows
+from maskopt.solvers.convex.box_step import CompiledStep, PooledStep, TorchStep
 from maskopt.solvers.convex.linear_bound import linear_bound
 
 #: ρ in units of the mean eigenvalue of H, and the over-relaxation: the best of a grid on real layers
@@ -58,9 +58,9 @@ _HALF_FROM = 256
 
 @dataclass(frozen=True)
 class BoxPlan:
-    """How far the steps go: until the Frank–Wolfe gap, averaged over the rows, is at most `tolerance` of f
-    (measured every 20 steps, from the 40th on), or `max_iterations`; 0: no bound, and a factorisation that is
-    good enough for masks. Then `harden` steps under the concave term, whose θ ends at `hardness`."""
+    """Steps until the Frank–Wolfe gap, averaged over the rows, is at most `tolerance` of f (measured every 20
+    steps, from the 40th on), or `max_iterations` (0: no bound); then `harden` steps, whose θ ends at
+    `hardness`."""
 
     tolerance: float
     max_iterations: int
@@ -89,8 +89,8 @@ class BoxPoint:
 def relax_box(
     problem: LayerProblem, plan: BoxPlan, limits: Limits, shift: Float[Tensor, " n"] | None = None
 ) -> BoxPoint:
-    """Relax all rows, tile by tile, in at least one step; with a `shift` d, float64 [n], value and bound are
-    those of the shifted form."""
+    """Relax all rows, tile by tile, in at least one step; value and bound are those of the form with `shift`
+    d."""
     # an inexact A moves the point at which the steps settle, and nothing that hardening would notice
     exact = plan.max_iterations > 0 and problem.n <= _DOUBLE_UP_TO
     dtype = torch.float64 if exact else problem.gram.dtype
@@ -112,12 +112,7 @@ def relax_box(
 
     count = len(starts)
     parts = one_thread_each(work, count, threads) if on_cpu else [work(i) for i in range(count)]
-    return BoxPoint(
-        *(
-            torch.cat([getattr(part, name) for part in parts])
-            for name in ("value", "bound", "point", "last", "iterations")
-        )
-    )
+    return join_rows(parts)
 
 
 @dataclass(frozen=True)
@@ -128,7 +123,7 @@ class _Split:
         factor, half: A [n, n] in G's dtype; in bfloat16 for hardening, None where that is not faster.
         metric: h [n].
         pull: [n], q⊙pull is taken off the target for the linear term of a shift; None: no shift.
-        slope: [n], the same is slope⊙g, over the size of a row, for the linear term 2gᵀ(w⊙x) of the problem.
+        slope: [n], likewise slope⊙g, over the size of a row, for the linear term of the problem.
         shift: d, float64 [n], or None.
     """
 
@@ -195,16 +190,15 @@ class _Tile:
         self.q = q / mean
         inverse = 1.0 / (self.q.square() + _FLOOR)
         self.step: TorchStep | CompiledStep
-        if (
-            problem.shared_budget
-        ):  # the layer is one group, in the metric of what rows count in its sum
+        if problem.shared_budget:
+            # the layer is one group, in the metric of what its rows count in the sum
             counts = (size * mean.double()).square() * problem.shares[:, None]
             counts = (counts / counts.mean().clamp(min=1e-300)).clamp(min=_FLOOR)
             metric = inverse / counts.to(inverse.dtype)
             self.step = PooledStep(self.q, inverse, problem.pruned, metric, problem.row_limits)
         else:
             sizes = problem.group_size, problem.pruned_per_group
-            self.step = make_step(self.q, inverse, *sizes)
+            self.step = (CompiledStep if self.q.is_cpu else TorchStep)(self.q, inverse, *sizes)
         self.bound = torch.zeros(problem.rows, dtype=torch.float64, device=weight.device)
         self.value = torch.full_like(self.bound, torch.inf)
         self.point = self.step.x.clone()
@@ -234,8 +228,7 @@ class _Tile:
         return product if self.drift is None else product - self.drift
 
     def _relax(self, product: Tensor, limits: Limits) -> tuple[Tensor, int]:
-        """The next product, and the steps made. Products are of the working dtype, since bfloat16
-        would leave a gap of its own in the bound."""
+        """The next product, in the working dtype for the bound's sake, and the steps made."""
         for done in range(1, self.plan.max_iterations + 1):
             self.step.advance(product, _OVER_RELAXATION, 0.0)
             product = self._shifted(self.step.target @ self.split.factor)

@@ -1,4 +1,5 @@
-"""One ADMM step on all rows: everything of the box relaxation that is not the matrix product.
+# mypy: disallow-untyped-defs=False
+"""One ADMM step on all rows: everything of the box relaxation but the matrix product.
 
 Given z = A-product of the last target, and per row q = w√h, D⁻¹ = 1/(q² + floor):
 
@@ -8,8 +9,7 @@ Given z = A-product of the last target, and per row q = w√h, D⁻¹ = 1/(q² +
     x = argmin Σ (x − v)²/D⁻¹ on {0 ≤ x ≤ 1, Σ_group x = s}:  x = clip(v − τD⁻¹, 0, 1), τ by Newton
     u ← u + z̃ − q⊙x;    next target: q⊙x − u
 
-In torch for any device, and compiled for the CPU, where one pass over a row that stays in cache is several
-times faster than a dozen passes over all rows.
+In torch for any device, and compiled for the CPU, several times faster by one pass over a row in cache.
 """
 
 from __future__ import annotations
@@ -56,12 +56,8 @@ class TorchStep:
 
 
 class PooledStep(TorchStep):
-    """With a shared budget the layer is one group, in a metric of what its rows count in the sum.
-
-    Args:
-        metric: 1 over what the entries count in the projection [rows, n].
-        limits: least and most of a row.
-    """
+    """With a shared budget the layer is one group, in a metric of what its rows count in the sum (`metric`: 1
+    over that, [rows, n]); `limits`: least and most of a row."""
 
     def __init__(
         self, q: Tensor, inverse: Tensor, pruned: int, metric: Tensor, limits: tuple[int, int]
@@ -83,15 +79,8 @@ class PooledStep(TorchStep):
 
 
 class _Rows(NamedTuple):
-    """What a step works on, one row each.
-
-    Attributes:
-        q, inverse: as above [rows, n].
-        across: D⁻¹ of a row with its groups side by side [rows, group, groups]; empty with one group.
-        x, u, target: as above [rows, n].
-        tau: multipliers of the sums [rows, groups].
-        scratch: [rows, n].
-    """
+    """Of a step [rows, n]: q, inverse, x, u, target as above, and scratch. `across`: D⁻¹ with a row's groups
+    side by side [rows, group, groups], empty with one group; `tau`: multipliers [rows, groups]."""
 
     q: np.ndarray
     inverse: np.ndarray
@@ -138,19 +127,8 @@ class CompiledStep:
         )
 
 
-def make_step(q: Tensor, inverse: Tensor, group: int, pruned: int) -> TorchStep | CompiledStep:
-    return (CompiledStep if q.device.type == "cpu" else TorchStep)(q, inverse, group, pruned)
-
-
 @loop(nogil=True, fastmath=FAST, error_model="numpy")
-def _advance(
-    product: np.ndarray,
-    of: _Rows,
-    group: int,
-    total: float,
-    relaxation: float,
-    theta: float,
-) -> None:
+def _advance(product, of, group, total, relaxation, theta):
     q, inverse, across, x, u, target, tau, scratch = of
     rows, n = q.shape
     kind = q.dtype.type

@@ -1,9 +1,9 @@
-"""From approximate duals of the semidefinite relaxation to what a certificate wants, one row at a time.
+"""From approximate duals of the semidefinite relaxation to a certificate, one row at a time.
 
 The duals y of the max-cut form (see `mixing`) are λ_i = 4y_i − Q_ii − ρ, μ = ρ in the terms of the convex
-form A = Q + diag(λ) + ρΣ_g 1_g1_gᵀ. What is missing to A ⪰ 0 is made good by θD with D = 1 or D = y,
-whichever costs less at the relaxed point. Last, p̂ minimises the convex form over the box and the sums, which
-only raises the bound. All in the units of a scaled row (`mixing.scales_of`).
+form A = Q + diag(λ) + ρΣ_g 1_g1_gᵀ. A missing A ⪰ 0 is made good by θD with D = 1 or D = y, whichever costs
+less at the relaxed point. Last, p̂ minimises the convex form over the box and the sums, which only raises the
+bound. All in the units of a scaled row (`mixing.scales_of`).
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ _LEAST = 1e-6
 
 
 class ScaledRow(NamedTuple):
-    """f(p) = pᵀQp + 2lᵀp + c in the units of a scaled row, Q [n, n] and l [n] float64; `pruned` of the inputs
-    of each group are pruned."""
+    """f(p) = pᵀQp + 2lᵀp + c of a scaled row, Q [n, n] and l [n] float64; `pruned` inputs of each group."""
 
     q: np.ndarray
     linear: np.ndarray
@@ -48,8 +47,8 @@ class ScaledRow(NamedTuple):
 
 
 class RowDuals(NamedTuple):
-    """What a row's certificate is made of: λ [n] with A ⪰ 0, p̂ [n], the estimated loss θΣD_i p̂_i(1 − p̂_i)
-    to the correction, and g(p̂)."""
+    """Of a row's certificate: λ [n] with A ⪰ 0, p̂ [n], the loss θΣD_i p̂_i(1 − p̂_i) to the correction,
+    g(p̂)."""
 
     lam: np.ndarray
     point: np.ndarray
@@ -65,12 +64,8 @@ def certificate_of(
     cuts: Sequence[Cuts] | None = None,
 ) -> tuple[Certificate, Tensor]:
     """The certificate of all rows, and the loss to the correction as part of the bound, float64 [rows].
-
-    Args:
-        penalty: ρ of every row, float64 [rows], in the units of `scale`.
-        scale: what Q of every row was multiplied by, float64 [rows].
-        cuts: in the units of the objective.
-    """
+    `penalty`, `scale`: ρ of every row, and the factor of its Q, float64 [rows]; `cuts`: in the units of the
+    objective."""
     like: dict[str, Any] = {"dtype": torch.float64, "device": problem.device}
     groups = problem.n // problem.group_size
     certificate = Certificate(
@@ -85,8 +80,7 @@ def certificate_of(
 
 
 def penalty_of(group: int) -> float:
-    """ρ for a row scaled by `scales_of`. Chosen on rows of 64 … 2048 inputs, so that 400 sweeps come within
-    0.5% of the limit ρ → ∞."""
+    """ρ for a scaled row: chosen at n = 64 … 2048 so that 400 sweeps come within 0.5% of ρ → ∞."""
     return min(7.0, 450.0 / group**1.2)
 
 
@@ -97,11 +91,8 @@ def certify_row(
     rho: float,
     extra: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> RowDuals:
-    """λ with A ⪰ 0 and p̂ from approximate duals y and inner products ⟨v_i, v_0⟩.
-
-    Args:
-        extra: E [n, n] without a diagonal, and its column of v_0, of the sweeps' C; g has zᵀEz + 2e_0ᵀz, too.
-    """
+    """λ with A ⪰ 0 and p̂ from approximate duals y and inner products ⟨v_i, v_0⟩. `extra`: E [n, n] without a
+    diagonal, and its column of v_0, in the sweeps' C; then g has zᵀEz + 2e_0ᵀz, too."""
     q, group, pruned = row.q, row.group, row.pruned
     n = len(q)
     lam = 4 * y - np.diag(q) - rho

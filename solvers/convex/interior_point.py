@@ -24,19 +24,12 @@ _EDGE, _LEAST_MULTIPLIER = 1e-15, 1e-300
 #: up to so many groups W is found row by row; more share matrix products, in blocks of inputs
 _FEW_GROUPS = 8
 _BLOCK = 64
-
-
 #: of the gap that `interior_point` leaves, as part of the objective
 _TOLERANCE = 1e-4
 
 
 def interior_point(
-    a: np.ndarray,
-    c: np.ndarray,
-    group: int,
-    pruned: int,
-    *,
-    constant: float = 0.0,
+    a: np.ndarray, c: np.ndarray, group: int, pruned: int, *, constant: float = 0.0
 ) -> np.ndarray:
     """A point whose Frank–Wolfe gap is below _TOLERANCE·|objective + constant|, if all goes well."""
     n = len(a)
@@ -57,21 +50,17 @@ def minimise(
     tolerance: float,
     enough: float,
 ) -> tuple[float, float, np.ndarray, np.ndarray]:
-    """The best Frank–Wolfe bound on the way to the minimum of pᵀAp + cᵀp + offset.
+    """The best Frank–Wolfe bound on the way to the minimum of pᵀAp + cᵀp + offset, and value, point and
+    gradient there; where rounding breaks a factorisation, the best before.
 
-    Ends where the bound is at least `cutoff`, where the gap is at most `tolerance` of the value (or of the
-    cutoff, where that is less), or where the value shows that the cutoff cannot be reached and the gap is
-    at most `enough` of what is missing. (The loop is not compiled, which would take as long again as to
-    compile what it calls, for some microseconds of an iteration.)
+    Ends where the bound is at least `cutoff` (∞: none), where the gap is at most `tolerance` of the value (or
+    of the cutoff, where that is less), or where the value shows that the cutoff cannot be reached and the gap
+    is at most `enough` of what is missing. (Not compiled, which would take as long again as compiling what it
+    calls.)
 
     Args:
         a, c: float64 [m, m] contiguous and symmetric, [m].
         left, size: int64 [groups]; inputs of a group follow each other, 0 < left < size.
-        cutoff: ∞: none.
-
-    Returns:
-        The bound, and the value, the point and the gradient there. Where rounding breaks a factorisation
-        this is what was reached before.
     """
     label = np.repeat(np.arange(len(left)), size)
     p = (left / size)[label]
@@ -147,10 +136,7 @@ def _least(gradient, left, size):
 
 @loop(nogil=True, error_model="numpy")
 def least_first(values, count):
-    """Reorder so that none of the first `count` is above any other (Hoare's selection).
-
-    Takes a fraction of the time of a sort, to run and to compile.
-    """
+    """Reorder so that none of the first `count` is above any other (Hoare's selection)."""
     low, high = 0, len(values) - 1
     while low < high:
         pivot = values[(low + high) // 2]

@@ -1,8 +1,5 @@
-"""The Frank–Wolfe bound of every row at once: f(x) + min_v ∇f(x)ᵀ(v − x) over legal v, at any point x.
-
-It holds as far as G is positive semidefinite. What a G of float32 lacks to that, `provable` takes off: no
-claim is above what the check of the certificate, a factorisation with a margin of its own, will find.
-"""
+"""The Frank–Wolfe bound of every row at once: f(x) + min_v ∇f(x)ᵀ(v − x) over legal v, at any point x, as far
+as G is positive semidefinite; `provable` takes off what a float32 G lacks to that."""
 
 from __future__ import annotations
 
@@ -28,11 +25,11 @@ def linear_bound(
     x: Float[Tensor, "rows n"],
     diagonal: Float[Tensor, "rows n"] | None = None,
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
-    """f(x) and the bound, float64, of f(x) = xᵀQx (with its linear part, where it has one), or of that with Σ
-    λᵢ(xᵢ² − xᵢ), the same on every mask; `diagonal`: λ, float64.
+    """f(x) and the bound, float64, of f(x) = xᵀQx with its linear part, plus Σ λᵢ(xᵢ² − xᵢ), 0 on every mask;
+    `diagonal`: λ, float64.
 
-    Valid at every x, feasible or not, where Q + diag(λ) is positive semidefinite. The bound is lowered by a
-    margin for the rounding of float64 sums, n·2⁻⁵² of the terms' sizes.
+    Valid at every x where Q + diag(λ) is positive semidefinite. The bound is lowered by a margin for the
+    rounding of float64 sums, n·2⁻⁵² of the terms' sizes.
     """
     x = x.double()
     weight = problem.weight.double()
@@ -66,11 +63,9 @@ def linear_bound(
 def provable(
     problem: LayerProblem, bound: Float[Tensor, " rows"], certificate: Certificate
 ) -> Float[Tensor, " rows"]:
-    """Bounds of f itself, lowered to what the check of their certificate can find.
-
-    Of several rows it takes θw² off for what G lacks, as is done here. A single row, or a G far from
-    semidefinite, is judged by its own matrix A, where one large weight can cost more: then it is asked.
-    """
+    """Bounds of f lowered to what the check of their certificate can find: of several rows by θw² for what G
+    lacks; for a single row, or a G far from semidefinite, where one large weight can cost more, by that check
+    itself."""
     if problem.rows > 1 and not problem.shared_budget:
         lack = _lack(problem)
         if lack <= _SHARED * float(problem.gram.diagonal().double().abs().mean()):

@@ -22,13 +22,9 @@ _DOUBLE_N = 256
 
 @dataclass(frozen=True)
 class Extra:
-    """A sparse symmetric E for every row, added to C: g_i += Σ_j E_ij v_j, all rows in one list.
-
-    Attributes:
-        starts: int64 [rows, n + 1]; entries starts[r, i] … starts[r, i + 1] belong to input i of r.
-        index, value: int32 [entries], j, ascending within an input, n for v_0; E_ij of the scaled row. (i, j)
-            and (j, i) are both listed.
-    """
+    """A sparse symmetric E for every row, added to C: g_i += Σ_j E_ij v_j. Entries starts[r, i] … starts[r, i
+    + 1] (int64 [rows, n + 1]) belong to input i of row r: `index` j, int32, ascending, n for v_0, and `value`
+    E_ij of the scaled row; (i, j) and (j, i) are both listed."""
 
     starts: np.ndarray
     index: np.ndarray
@@ -98,37 +94,23 @@ class Mixing:
             self.extra = self.extra.take(positions)
 
     def sweep(self, count: int, rho: float, rows: np.ndarray | None = None) -> None:
-        """`count` passes over all coordinates with the penalty ρ, on some rows (int64), or all; elsewhere
-        than on the CPU always all."""
+        """`count` passes over all coordinates with the penalty ρ, on the CPU of some rows (int64), or all."""
         if self.v.device.type != "cpu":
             for _ in range(count):
                 self.sweep_torch(rho)
             return
         dtype = self.w.numpy().dtype
-        extra = self.extra
-        if extra is None:
-            none = np.zeros(0, np.int32)
-            extra = Extra(np.zeros((0, 0), np.int64), none, none)
-        self.threads.run(
-            sweep,
-            np.arange(len(self.w)) if rows is None else rows,
-            self.gram.numpy(),
-            self.w.numpy(),
-            self.linear.numpy(),
-            self.v.numpy(),
-            self.duals.numpy(),
-            dtype.type(rho),
-            self.group,
-            self.pruned,
-            count,
-            extra.starts,
-            extra.index,
-            extra.value.astype(dtype, copy=False),
-        )
+        none = np.zeros(0, np.int32)
+        extra = self.extra or Extra(np.zeros((0, 0), np.int64), none, none)
+        arrays = [x.numpy() for x in (self.gram, self.w, self.linear, self.v, self.duals)]
+        plan = dtype.type(rho), self.group, self.pruned, count
+        added = extra.starts, extra.index, extra.value.astype(dtype, copy=False)
+        rows = np.arange(len(self.w)) if rows is None else rows
+        self.threads.run(sweep, rows, *arrays, *plan, *added)
 
     def sweep_torch(self, rho: float) -> None:
-        """One pass on any device, all rows at once. Coordinates of a block move at the same time, damped by
-        half, so that a step is one matrix product for all rows."""
+        """One pass on any device, all rows at once; a block moves together, damped by half, as one matrix
+        product."""
         rows, n, rank = self.v.shape
         block = max(1, min(32, n // 8))
         for low in range(0, n, block):

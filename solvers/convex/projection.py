@@ -1,3 +1,4 @@
+# mypy: disallow-untyped-defs=False
 """Projection onto {0 ≤ x ≤ 1, Σ over a group = s} in a diagonal metric: x = clip(start − τ·inverse, 0, 1).
 
 The sum falls with τ and is piecewise linear, so that Newton's step on τ is exact within a piece; a τ that is
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +26,7 @@ FAST = {"nnan", "ninf", "nsz", "reassoc", "contract", "arcp"}
 
 
 @part(fastmath=FAST, error_model="numpy")
-def _sums(start: np.ndarray, inverse: np.ndarray, tau: float) -> tuple[float, float]:
+def _sums(start, inverse, tau):
     """Σ clip(start − τ·inverse, 0, 1), and Σ inverse over what is strictly inside."""
     zero = start[0] * 0
     one = zero + 1
@@ -41,8 +41,7 @@ def _sums(start: np.ndarray, inverse: np.ndarray, tau: float) -> tuple[float, fl
 
 
 @part(fastmath=FAST, error_model="numpy")
-def _multiplier(start: np.ndarray, inverse: np.ndarray, total: float, tau: float) -> float:
-    # a warm τ needs two or three Newton steps; the bracket, a pass of divisions, only if they fail
+def _multiplier(start, inverse, total, tau):
     for _ in range(_UNGUARDED):
         value, slope = _sums(start, inverse, tau)
         excess = value - total
@@ -72,18 +71,9 @@ def _multiplier(start: np.ndarray, inverse: np.ndarray, total: float, tau: float
 
 
 @part(fastmath=FAST, error_model="numpy")
-def _multipliers(
-    start: np.ndarray,
-    inverse: np.ndarray,
-    total: float,
-    tau: np.ndarray,
-    excess: np.ndarray,
-    slope: np.ndarray,
-) -> None:
-    """Newton steps on τ of all groups, from start and inverse [group, groups]; unguarded.
-
-    Where all x of a group are 0 or 1 and the slope is 0, τ goes to where the first has moved far enough.
-    """
+def _multipliers(start, inverse, total, tau, excess, slope):
+    """Newton steps on τ of all groups, unguarded, from start and inverse [group, groups]. Where the slope is
+    0, τ goes to where the first x of the group has moved far enough."""
     zero = total * 0
     one = zero + 1
     groups = len(tau)
@@ -110,7 +100,7 @@ def _multipliers(
 
 
 @part(fastmath=FAST, error_model="numpy")
-def _first_to_move(start: np.ndarray, inverse: np.ndarray, tau: float, excess: float) -> float:
+def _first_to_move(start, inverse, tau, excess):
     """The τ nearest to `tau` at which one x alone has made good the excess, or all that it can."""
     zero = excess * 0
     one = zero + 1
@@ -127,11 +117,8 @@ def _first_to_move(start: np.ndarray, inverse: np.ndarray, tau: float, excess: f
 
 
 @part(fastmath=FAST, error_model="numpy")
-def project_row(start: np.ndarray, inverse: np.ndarray, total: float, tau: float) -> float:
-    """start ← clip(start − τ·inverse, 0, 1) of the sum wanted; returns τ.
-
-    In the metric of D⁻¹ itself: its factor 1/(1 − θ) goes into τ.
-    """
+def project_row(start, inverse, total, tau):
+    """start ← clip(start − τ·inverse, 0, 1) of the wanted sum; returns τ, with the factor 1/(1 − θ) in it."""
     zero = start[0] * 0
     one = zero + 1
     tau = _multiplier(start, inverse, total, tau)
@@ -143,16 +130,7 @@ def project_row(start: np.ndarray, inverse: np.ndarray, total: float, tau: float
 
 
 @part(fastmath=FAST, error_model="numpy")
-def project_side_by_side(
-    start: np.ndarray,
-    inverse: np.ndarray,
-    across: np.ndarray,
-    total: float,
-    tau: np.ndarray,
-    turned: np.ndarray,
-    excess: np.ndarray,
-    slope: np.ndarray,
-) -> None:
+def project_side_by_side(start, inverse, across, total, tau, turned, excess, slope):
     """The same for all groups of a row; `across` is inverse as [group, groups]."""
     group, groups = turned.shape
     zero = start[0] * 0
@@ -177,11 +155,8 @@ def project_side_by_side(
 
 
 def project(start: Tensor, inverse: Tensor, total: int, tau: Tensor) -> tuple[Tensor, Tensor]:
-    """clip(start − τ·inverse, 0, 1) of row sums `total`, and τ [rows, 1]; bracketed Newton, warm.
-
-    Args:
-        start, inverse: [rows, n]; a row is one group.
-    """
+    """clip(start − τ·inverse, 0, 1) of row sums `total`, and τ [rows, 1]; bracketed Newton, warm. `start`,
+    `inverse`: [rows, n]; a row is one group."""
     enough = max(_TOLERANCE, _RELATIVE * total)
     low = ((start - 1) / inverse).amin(1, keepdim=True)
     high = (start / inverse).amax(1, keepdim=True)
@@ -203,8 +178,8 @@ def project(start: Tensor, inverse: Tensor, total: int, tau: Tensor) -> tuple[Te
 
 
 class Multipliers(NamedTuple):
-    """τ [1, 1] of a layer with a shared budget within limits; in each row, [rows, 1], τ at which it has the
-    most that it may (`lowest`), and the least (`highest`)."""
+    """τ [1, 1] of a layer with a shared budget within limits; per row, [rows, 1], τ at which it has the most
+    that it may (`lowest`) and the least (`highest`)."""
 
     tau: Tensor
     lowest: Tensor
@@ -214,14 +189,11 @@ class Multipliers(NamedTuple):
 def project_within(
     start: Tensor, inverse: Tensor, total: int, limits: tuple[int, int], warm: Multipliers
 ) -> tuple[Tensor, Multipliers]:
-    """clip(start − τᵣ·inverse, 0, 1) of sum `total`, whose row sums are within `limits`.
+    """clip(start − τᵣ·inverse, 0, 1) of sum `total`, whose row sums are within `limits`; start, inverse
+    [rows, n].
 
-    All rows have one τ, but for those at a limit, whose own takes them there: the conditions of Kuhn and
-    Tucker of the projection. So the sum is again one of τ alone, piecewise linear and falling.
-
-    Args:
-        start, inverse: [rows, n].
-        limits: least and most of a row.
+    All rows have one τ, except rows at a limit, whose own τ takes them there (Kuhn–Tucker conditions). So the
+    sum is again one of τ alone, piecewise linear and falling.
     """
     least, most = limits
     lowest = project(start, inverse, most, warm.lowest)[1]

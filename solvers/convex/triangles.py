@@ -43,8 +43,8 @@ _ROUNDING = 1e-6
 
 
 class Pairs(NamedTuple):
-    """The terms b_ib_jz_iz_j of a pool's inequalities: i < j int64 [p], b_ib_j float64 [p], and the
-    inequality of each, int64 [p]."""
+    """The terms b_ib_jz_iz_j of a pool: i < j int64 [p], b_ib_j float64 [p], and the inequality of each,
+    int64 [p]."""
 
     i: np.ndarray
     j: np.ndarray
@@ -106,13 +106,9 @@ class Pool:
 def separate(
     inner: np.ndarray, most: int, threads: RowThreads | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The `most` most violated triangles of all, the most violated first: index int64 [m, 3] with i < j < k,
-    sign int8 [m, 2], violation float64 [m]. Beyond _ALL inputs the least violation among them is estimated
-    from a sample: about so many then, no more.
-
-    Args:
-        inner: ⟨v_i, v_j⟩ [n + 1, n + 1] with v_0 last.
-    """
+    """The `most` most violated triangles, the most violated first: index int64 [m, 3] with i < j < k, sign
+    int8 [m, 2], violation float64 [m]. Beyond _ALL inputs about so many, by a sample. `inner`: ⟨v_i, v_j⟩ [n
+    + 1, n + 1] with v_0 last."""
     inner = np.ascontiguousarray(inner, dtype=np.float32)
     threads = threads or RowThreads()
     n = len(inner)
@@ -154,9 +150,8 @@ class Incidence(NamedTuple):
     """The distinct pairs of the triangles of a row, and the sparse symmetric matrix that they make.
 
     Attributes:
-        member: int32 [m, 3], which pairs a triangle has.
-        pairs: int32 [p, 2], i < j.
-        entries: int32 [p, 2], where (i, j) and (j, i) stand; −1: v_0 has no row.
+        member: int32 [m, 3], the pairs of a triangle.
+        pairs: int32 [p, 2], i < j; entries: int32 [p, 2], where (i, j) and (j, i) stand; −1: v_0 has no row.
         starts: int64 [n + 1], where the entries of an input start.
         partners: int32 [entries], j, ascending within an input.
     """

@@ -20,8 +20,8 @@ from maskopt.solvers.exact.rows import RowSolver, exact
 from maskopt.solvers.exact.tasks import RowAnswer, RowTask, UpdatedTask
 from maskopt.solvers.exact.tree.convexify import qcr_duals
 from maskopt.solvers.exact.tree.least_squares import LeastSquaresTree
-from maskopt.solvers.exact.tree.proof import Step, row_proof
 from maskopt.solvers.exact.tree.quadratic import QuadraticTree
+from maskopt.solvers.exact.tree.search import Step, row_proof
 
 #: part of Σ Q_ii (of a posed problem over what is chosen) below which nodes prove nothing of an incumbent
 _NOTHING = 1e-13
@@ -29,8 +29,7 @@ _NOTHING = 1e-13
 
 @dataclass(frozen=True)
 class Branch(RowSolver):
-    """Exact for up to about 256 inputs, of updated weights 64 (`tree/least_squares.py`); beyond, a gap within
-    the time limit."""
+    """Exact up to about 256 inputs, for updated weights 64; beyond, a gap within the time limit."""
 
     name: ClassVar[str] = "branch"
     capabilities: ClassVar[Capabilities] = exact(

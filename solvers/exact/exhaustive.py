@@ -18,9 +18,11 @@ from maskopt.core.limits import Limits
 from maskopt.core.pattern import Pattern, Unstructured
 from maskopt.core.problem import LayerProblem
 from maskopt.errors import SolverError
-from maskopt.protocol.solution import Solution, Status
+from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver
-from maskopt.protocol.trace import Stopwatch, Trace
+from maskopt.protocol.trace import Stopwatch
+from maskopt.solvers.exact.rows import assemble
+from maskopt.solvers.exact.tasks import RowAnswer
 
 #: masks of a row up to which enumeration is accepted
 COMBINATION_LIMIT = 3_000_000
@@ -32,8 +34,8 @@ _SYSTEMS = 2**22
 
 @dataclass(frozen=True)
 class Exhaustive(Solver):
-    """Exact in float64; refuses rows of more than COMBINATION_LIMIT masks. Ties: the first mask. When the
-    time is over before the last mask, the best so far, FEASIBLE; with a shared budget some legal mask."""
+    """Exact in float64, for rows of at most COMBINATION_LIMIT masks. Ties: the first mask. After the time
+    limit the best mask so far, FEASIBLE; with a shared budget any legal mask."""
 
     name: ClassVar[str] = "exhaustive"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -84,29 +86,28 @@ def _solution(
     problem: LayerProblem, mask: Tensor, seen: Tensor, complete: Tensor, watch: Stopwatch
 ) -> Solution:
     """Rows of which all masks were seen are optimal."""
-    done, cost = complete.tolist(), problem.objective(mask)
-    word = f"{Exhaustive.capabilities.trusted[0]} {__version__}"
-    return Solution.of(
-        problem,
-        mask,
-        status=[Status.OPTIMAL if row else Status.FEASIBLE for row in done],
-        lower_bound=torch.where(complete, cost, 0.0),
-        trusted=[word if row and c > 0 else "" for row, c in zip(done, cost.tolist(), strict=True)],
-        trace=Trace(
-            ended=tuple("optimal" if row else "timelimit" for row in done),
-            nodes=seen,
-            root_bound=torch.full_like(cost, torch.nan),
-            relaxations=torch.full_like(seen, -1),
-            convexified=torch.full_like(seen, -1),
-            search_seconds=watch.lap(),
-            message=("",) * problem.rows,
-        ),
-    )
+    answers = [
+        RowAnswer(
+            pruned,
+            ended="optimal" if done else "timelimit",
+            bound=cost if done else 0.0,
+            nodes=nodes,
+            seconds=seconds,
+        )
+        for pruned, done, cost, nodes, seconds in zip(
+            (~mask).numpy(),
+            complete.tolist(),
+            problem.objective(mask).tolist(),
+            seen.tolist(),
+            watch.lap().tolist(),
+            strict=True,
+        )
+    ]
+    return assemble(problem, answers, f"{Exhaustive.capabilities.trusted[0]} {__version__}")
 
 
 def _pooled(problem: LayerProblem, limits: Limits, watch: Stopwatch) -> Solution:
-    """A shared budget: the best mask of every row at every count, and the best counts by a table over rows;
-    when the time is over before that, some legal mask."""
+    """The best mask of every row at every count, then the best counts; after the limit any legal mask."""
     n, masks, costs = problem.n, [], []
     least, most = problem.row_limits
     for count in range(n + 1):
@@ -114,8 +115,7 @@ def _pooled(problem: LayerProblem, limits: Limits, watch: Stopwatch) -> Solution
         mask, seen = _enumerate(uniform, math.comb(n, count), limits)
         if bool((seen < math.comb(n, count)).any()):
             order = torch.arange(problem.rows * n).view(n, problem.rows).T
-            none = torch.zeros(problem.rows, dtype=torch.bool)
-            return _solution(problem, order >= problem.pruned, seen, none, watch)
+            return _solution(problem, order >= problem.pruned, seen, seen < 0, watch)
         masks.append(mask)
         costs.append(uniform.objective(mask) * problem.shares)
         if not least <= count <= most:
@@ -123,11 +123,11 @@ def _pooled(problem: LayerProblem, limits: Limits, watch: Stopwatch) -> Solution
     counts = _best_counts(torch.stack(costs, 1), problem.pruned)
     chosen = torch.stack([masks[count][row] for row, count in enumerate(counts)])
     seen = torch.full((problem.rows,), 2**n)
-    return _solution(problem, chosen, seen, torch.ones_like(seen, dtype=torch.bool), watch)
+    return _solution(problem, chosen, seen, seen > 0, watch)
 
 
 def _best_counts(cost: Float[Tensor, "rows counts"], total: int) -> list[int]:
-    """A count for every row, `total` in all, of least sum: row by row, by what is left."""
+    """A count for every row, `total` in all, of least sum: a dynamic program over the rows."""
     best = torch.full((total + 1,), torch.inf, dtype=torch.float64)
     best[0] = 0.0
     taken = []
@@ -146,7 +146,7 @@ def _best_counts(cost: Float[Tensor, "rows counts"], total: int) -> list[int]:
 
 
 def _enumerate(problem: LayerProblem, combinations: int, limits: Limits) -> tuple[Tensor, Tensor]:
-    """The best mask of every row among those looked at, and how many those were; at least one."""
+    """The best mask of every row so far, and the number of masks tried, at least one."""
     rows = problem.rows
     cost = _refitted_cost(problem) if problem.update is not None else _quadratic_cost(problem)
     best = torch.full((rows,), torch.inf, dtype=torch.float64)
@@ -197,9 +197,7 @@ def _refitted_cost(problem: LayerProblem) -> Callable[[int, Tensor], Tensor]:
 def _pruned_sets(problem: LayerProblem) -> Iterator[tuple[int, ...]]:
     """All legal sets of pruned inputs of one row, in lexicographic order."""
     group, pruned = problem.group_size, problem.pruned_per_group
-    parts = [
-        list(itertools.combinations(range(first, first + group), pruned))
-        for first in range(0, problem.n, group)
-    ]
+    starts = range(0, problem.n, group)
+    parts = [list(itertools.combinations(range(s, s + group), pruned)) for s in starts]
     for choice in itertools.product(*parts):
         yield tuple(itertools.chain.from_iterable(choice))

@@ -27,8 +27,7 @@ _SEEDS = 2_000_000_000
 
 @dataclass(frozen=True)
 class Gurobi(RowSolver):
-    """min pᵀQp with p binary; with updated weights the perspective formulation. OPTIMAL only where Gurobi
-    says so. Reports a `Trace`."""
+    """min pᵀQp with p binary, for updated weights the perspective formulation. Reports a `Trace`."""
 
     name: ClassVar[str] = "gurobi"
     capabilities: ClassVar[Capabilities] = exact(
@@ -56,8 +55,7 @@ class Gurobi(RowSolver):
         return f"{self.capabilities.trusted[0]} {'.'.join(map(str, gurobipy.gurobi.version()))}"
 
     def search_row(self, task: RowTask) -> RowAnswer:
-        """One row, one thread. From a good start: tolerances are absolute, and the start's cost the unit.
-        SolverError where the row is too large for the licence, or Gurobi fails."""
+        """One row, one thread. SolverError where the row is too large for the licence, or Gurobi fails."""
         import gurobipy as gp
 
         if isinstance(task, UpdatedTask):

@@ -76,14 +76,12 @@ class Highs(RowSolver):
 
 
 def _configure(model: Any, task: RowTask) -> None:
-    model.setOptionValue("random_seed", task.limits.seed % 2**31)
-    model.setOptionValue("mip_rel_gap", task.gap_limit)
-    model.setOptionValue("mip_abs_gap", 0.0)
-    model.setOptionValue("threads", 1)
-    if task.limits.timed:
-        model.setOptionValue("time_limit", task.limits.left)
-    if task.node_limit is not None:
-        model.setOptionValue("mip_max_nodes", task.node_limit)
+    options: dict[str, float] = {"random_seed": task.limits.seed % 2**31, "threads": 1}
+    options |= {"mip_rel_gap": task.gap_limit, "mip_abs_gap": 0.0}
+    options |= {"time_limit": task.limits.left} if task.limits.timed else {}
+    options |= {} if task.node_limit is None else {"mip_max_nodes": task.node_limit}
+    for name, value in options.items():
+        model.setOptionValue(name, value)
 
 
 def _translate(program: Program) -> Any:

@@ -4,7 +4,7 @@ With A = Q + diag(λ) + μΣ_g 1_g1_gᵀ ⪰ 0 (λ = μ = 0: A = Q), every legal
 
     f(p) = pᵀAp − λᵀp − μΣ_g (2s·1_gᵀp − s²)       (s pruned in each group)
 
-since p_i² = p_i and 1_gᵀp = s. Where inputs are fixed, A is that of the others (`free_part`).
+since p_i² = p_i and 1_gᵀp = s; where inputs are fixed, A is that of the others (`free_part`).
 """
 
 from __future__ import annotations
@@ -108,12 +108,9 @@ class Program:
     def answer(
         self, pruned: np.ndarray, ended: str, bound: float, slack: float, nodes: int
     ) -> RowAnswer:
-        """The answer of a solver: its mask, or the start where that is not legal.
-
-        Args:
-            bound: the solver's lower bound in units of the model, −∞ where there is none.
-            slack: how far tolerances can push it above the truth, in units of the objective.
-        """
+        """The answer of a solver: its mask, or the start where that is not legal. `bound`: the solver's lower
+        bound in units of the model, or −∞; `slack`: how far tolerances can raise it, in units of the
+        objective."""
         task = self.task
         known = task.raised(bound / self.scale, slack) if np.isfinite(bound) else 0.0
         return RowAnswer(
@@ -133,8 +130,8 @@ def factored(
     lam: np.ndarray,
     certified: float,
 ) -> Program:
-    """A = LLᵀ, r = Lᵀp, ‖r‖² ≤ t. Inputs that `part`, of the scaled objective, has fixed are fixed. `lam`: λ,
-    float64 [n], scaled; `certified`: a lower bound of the objective that is known; 0: none."""
+    """A = LLᵀ, r = Lᵀp, ‖r‖² ≤ t; λ float64 [n] and `part` of the scaled objective, `certified` a known bound
+    or 0."""
     program, n = Program(task, scale, twins), len(task.q)
     program.low[:n] = (part.state == 1).astype(float).tolist()
     program.high[:n] = (part.state != 0).astype(float).tolist()
@@ -229,15 +226,13 @@ def _products(
 def perspective(task: UpdatedTask, *, convex: bool) -> Program:
     """Of updated weights, in units in which the start costs a thousand: v is √scale of what it was.
 
-    With A = B + diag(d), B = LLᵀ, z the kept inputs, v* = A⁻¹b the dense optimum, F* its cost and
-    r = Lᵀ(v − v*),
+    With A = B + diag(d), B = LLᵀ, z the kept inputs, v* = A⁻¹b the dense optimum, F* its cost and r = Lᵀ(v −
+    v*),
 
         min  F* + t + Σ dⱼ(uⱼ − 2v*ⱼvⱼ + v*ⱼ²),     ‖r‖² ≤ t,   vⱼ² ≤ uⱼzⱼ,   Σ z = as many as are kept:
 
-    tolerances of a solver are parts of the numbers that it sees, and these are of the order of F, not of C.
-
-    Args:
-        convex: the objective itself, vᵀBv + dᵀu − 2bᵀv + C, for a solver that takes convex ones.
+    tolerances are parts of the numbers in a model, and these are of the order of F, not of C. `convex`: the
+    objective itself, vᵀBv + dᵀu − 2bᵀv + C, for a solver that takes convex ones.
     """
     n, scale = len(task.target), task.unit_scale
     program, root = Program(task, scale, [], of_kept=True), np.sqrt(scale)
@@ -294,8 +289,7 @@ def _root(value: np.ndarray, vector: np.ndarray) -> np.ndarray:
 
 
 def _between(task: UpdatedTask) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds of v, and of 0, where F is no more than that of the start: the ellipsoid around the dense
-    optimum v*, |v − v*|ⱼ ≤ √((F − F*)(A⁻¹)ⱼⱼ)."""
+    """Bounds of v, and 0, where F is at most that of the start: |v − v*|ⱼ ≤ √((F − F*)(A⁻¹)ⱼⱼ)."""
     inverse = np.linalg.inv(task.q)
     dense = inverse @ task.target
     above = task.cost(task.start) - (task.constant - float(task.target @ dense))

@@ -1,8 +1,5 @@
-"""Rows one by one: how the rows of a problem run, and the solution that their answers make.
-
-An exact solver searches one row, `RowTask` → `RowAnswer`, in this process or in a worker process. All rows
-share one deadline; a row that it leaves no time for keeps its start.
-"""
+"""Exact solvers that search one row at a time, `RowTask` → `RowAnswer`, in this process or in a worker
+process, under one deadline; a row without time keeps its start."""
 
 from __future__ import annotations
 
@@ -102,12 +99,9 @@ def run_rows(
     except KeyboardInterrupt:
         if not finished:
             raise
-        answers = [
-            answer
-            if answer.pid or answer.ended == "crashed"
-            else RowAnswer(answer.pruned, "interrupted")
-            for answer in answers
-        ]
+        begun = [answer.pid or answer.ended == "crashed" for answer in answers]
+        kept = zip(begun, answers, strict=True)
+        answers = [a if known else RowAnswer(a.pruned, "interrupted") for known, a in kept]
     if crashed := [answer.message for answer in answers if answer.ended == "crashed"]:
         _log.warning(
             "%d rows keep their start: %s; where memory was short, run fewer processes at a time (`workers`)",
@@ -175,7 +169,7 @@ def assemble(problem: LayerProblem, answers: list[RowAnswer], word: str) -> Solu
         cost = float(objective[row])
         checked = answer.proof is not None or _rests_on_certificate(answer)
         value = min(max(answer.bound, 0.0), cost)
-        if problem.pruned_per_group in (0, problem.group_size):  # there is but one mask
+        if problem.one_mask:
             value = cost
         elif answer.proof is not None:
             value = min(cost, float(proven[row]))
@@ -199,7 +193,7 @@ def assemble(problem: LayerProblem, answers: list[RowAnswer], word: str) -> Solu
 
 
 def _consistent(answer: RowAnswer, row: int, cost: float, floor: float, word: str) -> RowAnswer:
-    """The answer, without its bound where that is above its own mask by more than its tolerances explain."""
+    """The answer, without a bound above its own mask by more than its tolerances explain."""
     if answer.bound <= cost * (1 + OPTIMAL_TOLERANCE) + answer.slack + floor:
         return answer
     message = (
@@ -218,15 +212,12 @@ def _rests_on_certificate(answer: RowAnswer) -> bool:
 def _certified(
     problem: LayerProblem, answers: list[RowAnswer]
 ) -> tuple[Certificate | None, Tensor]:
-    """The certificates of the rows that rest on them (made for the Q of a row), and what they prove; of other
-    rows, that f ≥ 0."""
+    """The certificates of the rows that rest on them, and what they prove; other rows have f ≥ 0."""
     if not any(_rests_on_certificate(answer) for answer in answers):
         return None, torch.zeros(problem.rows, dtype=torch.float64)
     nothing = Certificate.box(problem, torch.zeros_like(problem.weight, dtype=torch.float64))
     parts = [
-        answer.certificate
-        if answer.certificate is not None and _rests_on_certificate(answer)
-        else nothing.take([row])
+        (_rests_on_certificate(answer) and answer.certificate) or nothing.take([row])
         for row, answer in enumerate(answers)
     ]
     certificate = Certificate.stack(parts).of_linear(problem)

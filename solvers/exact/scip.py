@@ -6,7 +6,7 @@ import os
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from maskopt.protocol.registry import missing_package
 from maskopt.protocol.solver import Capabilities
 from maskopt.solvers.exact.incumbent import with_incumbent
 from maskopt.solvers.exact.program import (
+    ABOVE,
     FEASIBILITY,
     Program,
     factored,
@@ -28,16 +29,13 @@ from maskopt.solvers.exact.program import (
     quadratic,
 )
 from maskopt.solvers.exact.rows import RowSolver, exact
-from maskopt.solvers.exact.scip_model import ScipModel
 from maskopt.solvers.exact.tasks import UPDATED_CLOSED, RowAnswer, RowTask, UpdatedTask
 from maskopt.solvers.exact.tree.convexify import Duals, free_part, qcr_duals, same_group
 from maskopt.solvers.exact.tree.node import put_in_order, twins_of
-from maskopt.solvers.exact.tree.probing import Probed, probe
-from maskopt.solvers.exact.tree.quadratic import QuadraticTree
+from maskopt.solvers.exact.tree.quadratic import Probed, QuadraticTree, probe
 
 FORMATS = ("cip", "lp", "mps")
-#: in the order of what they are worth: made convex by the duals of the semidefinite relaxation; Q = LLᵀ; one
-#: variable for each product; pᵀQp ≤ t, the textbook formulation, which SCIP can hardly bound
+#: convex by the duals of the semidefinite relaxation; Q = LLᵀ; a variable a product; pᵀQp ≤ t (hopeless)
 FORMULATIONS = ("qcr", "factored", "linear", "epigraph")
 #: an optimum below this part of the start is solved again in its own units
 _AGAIN_BELOW = 0.01
@@ -45,6 +43,10 @@ _AGAIN_BELOW = 0.01
 _TIGHTER = 1e-7
 #: nodes without a better mask after which SCIP's tolerances are what keeps it going
 _STALLED = 50_000
+#: SCIP's infinity is 1e20; before the root is solved its bounds are that
+_INFINITE = 1e19
+#: the greatest limits that SCIP takes
+_MOST_SECONDS, _MOST_NODES, _MOST_MEMORY = 1e20, 2**63 - 1, 2**43 - 1
 
 
 class _Known(NamedTuple):
@@ -57,11 +59,10 @@ class _Known(NamedTuple):
 
 @dataclass(frozen=True)
 class Scip(RowSolver):
-    """SCIP on one row at a time.
+    """SCIP on one row at a time; OPTIMAL only where SCIP says `optimal` and its bound closes the gap.
 
-    A row is OPTIMAL only where SCIP says `optimal` and its bound closes the gap. Any limit gives SCIP's
-    incumbent and SCIP's bound; `memory` is bytes a row. After Ctrl-C rows being solved return their
-    incumbents, the rest their starts.
+    Any limit gives SCIP's incumbent and bound; `memory` is bytes a row. After Ctrl-C rows being solved return
+    their incumbents, the rest their starts.
     """
 
     name: ClassVar[str] = "scip"
@@ -215,12 +216,8 @@ class Scip(RowSolver):
         form: str = "cip",
         formulation: str = "factored",
     ) -> None:
-        """As `cip`, `lp` or `mps`, in every formulation but `qcr`.
-
-        Raises:
-            OptionError: another format or formulation, or two that do not go together.
-            SolverError: too many inputs.
-        """
+        """As `cip`, `lp` or `mps`, in every formulation but `qcr`. OptionError: another format or
+        formulation, or two that do not go together. SolverError: too many inputs."""
         if form not in FORMATS:
             raise OptionError(f"{self.name} writes {', '.join(FORMATS)}, not {form!r}")
         if formulation not in FORMULATIONS or formulation == "qcr":
@@ -263,10 +260,7 @@ def _presolved(task: RowTask, known: _Known) -> RowAnswer:
 
 
 def _separable(task: RowTask) -> RowAnswer | None:
-    """The optimum of a diagonal Q, by sorting; None where Q is not diagonal.
-
-    With λ = −diag(Q) the certificate's form is linear, and its minimum is that of the sort.
-    """
+    """The optimum of a diagonal Q, by sorting, with the linear form of λ = −diag(Q); None for another Q."""
     diagonal = np.diagonal(task.q)
     if np.count_nonzero(task.q - np.diag(diagonal)):
         return None
@@ -280,3 +274,116 @@ def _separable(task: RowTask) -> RowAnswer | None:
     return RowAnswer(
         pruned, "presolved", bound=cost, root_bound=cost, certificate=certificate, certified=cost
     )
+
+
+class ScipModel:
+    """A program in SCIP: the pyscipopt.Model, its variables `x`, and masks that `rounding` came to (`found`).
+    A quadratic objective becomes a constraint, as SCIP's own is linear."""
+
+    def __init__(self, program: Program, *, verbose: bool = False) -> None:
+        from pyscipopt import Model, quicksum
+
+        self.program = program
+        self.found: list[np.ndarray] = []
+        self.model = model = Model("maskopt")
+        model.hideOutput(not verbose)
+        binaries = len(program.binaries)
+        self.x = x = [
+            model.addVar(
+                name, "B" if k < binaries else "C", lb=low, ub=high if high < np.inf else None
+            )
+            for k, (name, low, high) in enumerate(
+                zip(program.names, program.low, program.high, strict=True)
+            )
+        ]
+        for variables, coefficients, low, high in program.rows:
+            image = quicksum(c * x[i] for i, c in zip(variables, coefficients, strict=True))
+            if low == high:
+                model.addCons(image == low)
+            else:
+                model.addCons(image <= high if low == -np.inf else image >= low)
+        for inside, u, z in program.cones:
+            most = x[u] if z is None else x[u] * x[z]
+            model.addCons(quicksum(x[i] * x[i] for i in inside) <= most)
+        objective = quicksum(cost * v for cost, v in zip(program.cost, x, strict=True) if cost)
+        if program.square is not None:
+            objective = self.t = model.addVar("t", lb=0.0)
+            model.addCons(self._quadratic(*program.square) <= objective)
+        model.setObjective(objective + program.constant if program.constant else objective)
+
+    def _quadratic(self, of: slice, q: np.ndarray) -> Any:
+        from pyscipopt import quicksum
+
+        x = self.x[of]
+        return quicksum(
+            q[i, i] * x[i] * x[i] + quicksum(2 * q[i, j] * x[i] * x[j] for j in range(i) if q[i, j])
+            for i in range(len(q))
+        )
+
+    def solution(self, pruned: np.ndarray, heuristic: Any = None) -> Any:
+        """A mask as a complete solution."""
+        values = self.program.complete(pruned)
+        solution = self.model.createSol(heuristic)
+        for variable, value in zip(self.x, values, strict=True):
+            self.model.setSolVal(solution, variable, float(value))
+        if self.program.square is not None:
+            of, q = self.program.square
+            value = float(values[of] @ q @ values[of]) * (1 + ABOVE)
+            self.model.setSolVal(solution, self.t, value)
+        return solution
+
+    def masks(self) -> list[np.ndarray]:
+        """Of SCIP's solutions."""
+        binaries = self.x[: len(self.program.binaries)]
+        return [
+            self.program.pruned([self.model.getSolVal(solution, v) for v in binaries])
+            for solution in self.model.getSols()
+        ]
+
+    def limit(self, gap_limit: float) -> None:
+        """Limits, but for the time, and seed."""
+        model, task = self.model, self.program.task
+        model.setParam("randomization/randomseedshift", task.limits.seed % 2**31)
+        # its search for symmetries may crash the process (SCIP 10.0, dejavu)
+        model.setParam("misc/usesymmetry", 0)
+        if gap_limit > 0:
+            model.setParam("limits/gap", gap_limit)
+        if task.node_limit is not None:
+            model.setParam("limits/nodes", min(task.node_limit, _MOST_NODES))
+        if task.limits.memory is not None:
+            model.setParam("limits/memory", min(task.limits.bytes(0) / 2**20, _MOST_MEMORY))
+
+    def optimize(self) -> str:
+        """Run in what is left of the time; SCIP's status."""
+        limits = self.program.task.limits
+        if limits.timed:
+            self.model.setParam("limits/time", min(limits.left, _MOST_SECONDS))
+        self.model.optimizeNogil()  # other Python threads go on
+        return str(self.model.getStatus())
+
+    @property
+    def nodes(self) -> int:
+        return int(self.model.getNTotalNodes())
+
+    def bounds(self, none: float = 0.0) -> list[float]:
+        """SCIP's bound, and that of its root, in units of the objective; `none` where it is +∞."""
+        return [
+            value / self.program.scale if abs(value) < _INFINITE else none * (value > 0)
+            for value in (self.model.getDualbound(), self.model.getDualboundRoot())
+        ]
+
+    def add_rounding(self) -> None:
+        """A heuristic: the mask of the relaxation's greatest z, with exact updated weights, unlike SCIP's
+        own."""
+        from pyscipopt import SCIP_RESULT, Heur
+
+        row, task, program = self, self.program.task, self.program
+
+        class Rounding(Heur):
+            def heurexec(self, heurtiming: Any, nodeinfeasible: bool) -> dict[str, Any]:
+                z = np.array([self.model.getSolVal(None, row.x[i]) for i in program.binaries])
+                row.found.append(~task.first(-z, program.count))
+                taken = self.model.trySol(row.solution(row.found[-1], self))
+                return {"result": SCIP_RESULT.FOUNDSOL if taken else SCIP_RESULT.DIDNOTFIND}
+
+        self.model.includeHeur(Rounding(), "refitted", "the mask of the greatest z", "r", freq=1)

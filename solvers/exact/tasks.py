@@ -1,12 +1,12 @@
-"""What the exact search of a row is given, what it answers, and the tasks of all rows of a problem.
+"""What the exact search of a row gets, what it answers, and the tasks of all rows of a problem.
 
 Where kept weights are updated by least squares, A = G + λD is scaled to a diagonal of 1, b is the target and
 C the constant. Keeping S then costs
 
     F = min {vᵀAv − 2bᵀv + C : v is 0 outside S} = C − b_SᵀA_SS⁻¹b_S,
 
-and with the split d of A's diagonal that the bound `perspective` makes, A = B + diag(d), B ⪰ 0, every term
-dⱼvⱼ² may be replaced by dⱼvⱼ²/zⱼ, which is the same for zⱼ = 1, and convex in both.
+and with the split d of A's diagonal from the bound `perspective`, A = B + diag(d), B ⪰ 0, every dⱼvⱼ² may be
+replaced by dⱼvⱼ²/zⱼ, the same for zⱼ = 1, and convex in both.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SEARCH_SHARE, _SPLIT_SHARE = 0.2, 0.3
 
 @dataclass(frozen=True)
 class RowTask:
-    """A row: `pruned` of every `group` inputs are pruned, at least pᵀQp.
+    """A row: `pruned` of every `group` inputs are pruned, at the least pᵀQp.
 
     Attributes:
         q: Q, float64 [n, n].
@@ -49,8 +49,8 @@ class RowTask:
         limits: of all rows together, without a listener; `row_seconds` of this row alone.
         gap_limit, node_limit: see `RowSolver`.
         certified: a lower bound that is proven before the search.
-        values: that f can take, where they are known.
-        zero: the objective whose value is 0 in the units in which the problem was posed; None: in none.
+        values: the values that f can take, where they are known.
+        zero: the objective at which the original value is 0; None: the units are those of f.
     """
 
     q: np.ndarray
@@ -77,7 +77,7 @@ class RowTask:
         return max(float(p @ self.q @ p), 0.0)
 
     def size(self, cost: float) -> float:
-        """What tolerances are relative to: the cost, or the value that it has, if that is less."""
+        """What tolerances are relative to: the cost, or the size of its original value if that is less."""
         return cost if self.zero is None else min(cost, abs(cost - self.zero))
 
     def is_legal(self, pruned: np.ndarray) -> bool:
@@ -87,12 +87,12 @@ class RowTask:
         return bool((pruned.reshape(-1, self.group).sum(1) == self.pruned).all())
 
     def first(self, score: np.ndarray, count: int) -> np.ndarray:
-        """The `count` inputs of least score of every group, bool [n]; of equals the first."""
+        """The `count` inputs of least score of every group, bool [n]; ties: the first."""
         ranks = np.argsort(score.reshape(-1, self.group), axis=1, kind="stable").argsort(axis=1)
         return np.asarray(ranks < count).ravel()
 
     def raised(self, bound: float, slack: float = 0.0) -> float:
-        """A bound, less its slack raised to the next value that f can take, where these are known."""
+        """A bound, less its slack, raised to the next value of f where the values are known."""
         return bound if self.values is None else self.values.at_least(bound - slack)
 
     def rounding(self, pruned: np.ndarray) -> float:
@@ -107,7 +107,7 @@ class RowTask:
 
     @property
     def unit_scale(self) -> float:
-        """What Q is multiplied by in a backend's model, so that the start costs _MODEL_UNITS."""
+        """The factor of Q in a backend's model: the start then costs _MODEL_UNITS."""
         return _MODEL_UNITS / (max(self.cost(self.start), self.noise) or 1.0)
 
     @property
@@ -118,8 +118,7 @@ class RowTask:
 
 @dataclass(frozen=True, kw_only=True)
 class UpdatedTask(RowTask):
-    """A row whose kept weights are updated: `q` is A, and its inputs are scaled to A_jj = 1; b [n], C and d
-    [n]."""
+    """A row with updated weights: `q` is A, its inputs scaled to A_jj = 1; b [n], C and d [n]."""
 
     target: np.ndarray
     constant: float
@@ -133,10 +132,8 @@ class UpdatedTask(RowTask):
 
     def cost(self, pruned: np.ndarray) -> float:
         """F of a mask."""
-        kept = np.flatnonzero(~np.asarray(pruned, dtype=bool))
-        wanted = self.target[kept]
-        explained = float(wanted @ np.linalg.solve(self.q[np.ix_(kept, kept)], wanted))
-        return max(self.constant - explained, 0.0)
+        kept = ~np.asarray(pruned, dtype=bool)
+        return max(self.constant - float(self.target[kept] @ self.weights(pruned)[kept]), 0.0)
 
     @property
     def noise(self) -> float:
@@ -144,7 +141,7 @@ class UpdatedTask(RowTask):
 
     @property
     def decided(self) -> RowAnswer | None:
-        """A start that costs nothing, or is proven already, or a single mask."""
+        """A start that costs nothing, is proven already, or is the only mask."""
         cost = self.cost(self.start)
         if cost == 0:
             return RowAnswer(self.start, "optimal")
@@ -158,16 +155,16 @@ class UpdatedTask(RowTask):
 
 @dataclass(frozen=True)
 class RowAnswer:
-    """What a backend says about one row; the fields that are not listed are those of `Trace`.
+    """The answer of a backend for one row. Fields not listed here are those of `Trace`.
 
     Attributes:
         pruned: p of its mask, bool [n].
         ended: the backend's status, or `presolved`, `crashed`, `interrupted`.
-        bound: the lower bound that it claims.
-        slack: how far its declared tolerances can push that bound above the truth.
-        certificate: of one row, and `certified`, what it proves; None: there is none.
+        bound: its lower bound.
+        slack: how far its tolerances can raise that bound above the truth.
+        certificate: of one row, or None; `certified`: the bound that it proves.
         pid: of the process that ran it.
-        proof: the tree that was searched, closed or not; then the bound is what the check of it finds.
+        proof: the tree, closed or not; then the bound is the one that its check finds.
     """
 
     pruned: np.ndarray

@@ -1,10 +1,9 @@
-"""Worker processes that are recycled, and whose crash costs one task alone.
+"""Worker processes that are replaced after some tasks, and whose crash costs one task alone.
 
-A worker is a fresh Python interpreter (no fork: threads of torch and BLAS do not survive one; no
-`multiprocessing` spawn: that would run the caller's `__main__` again). It reads pickled tasks from its stdin
-and writes pickled answers to its stdout. Neither `concurrent.futures` nor joblib does all three: go on after
-a crash with only the crashed task lost, replace a process after so many tasks, and interrupt a task that
-then still answers.
+A worker is a fresh Python interpreter: threads of torch and BLAS do not survive a fork, and the spawn of
+`multiprocessing` would run the caller's `__main__` again. It reads pickled tasks from its stdin and writes
+pickled answers to its stdout. Neither `concurrent.futures` nor joblib goes on after a crash with only one
+task lost, replaces processes, and interrupts a task that then still answers.
 """
 
 from __future__ import annotations
@@ -50,14 +49,14 @@ def run_tasks(
 ) -> Iterator[tuple[int, Any]]:
     """Yield (index, answer) as tasks finish; an answer is a WorkerCrash where the process died.
 
+    On KeyboardInterrupt the workers are interrupted too; their answers still come, then KeyboardInterrupt is
+    raised.
+
     Args:
         function: importable by its qualified name, takes one task.
         workers: processes at a time, of one thread each.
         recycle: tasks after which a process is replaced (SCIP leaks memory: PySCIPOpt issue 1200).
         deadline: of `clock()`, after which no task is begun or yielded.
-
-    On KeyboardInterrupt the workers are interrupted too; their answers still come, and the generator ends by
-    raising KeyboardInterrupt.
     """
     crew = _Crew(function, tasks, recycle, deadline)
     running, interrupted = min(workers, len(tasks)), False
@@ -89,12 +88,9 @@ def run_tasks(
 
 
 class _Crew:
-    """One thread for each worker process, which hands it tasks and waits for its answers.
-
-    Attributes:
-        done: (index, answer) of finished tasks, and (−1, None) from each thread that ends.
-        stop: when set, no further task is begun.
-    """
+    """One thread for each worker process, which hands it tasks and waits for its answers. `done`: (index,
+    answer) of finished tasks, and (−1, None) from each thread that ends; `stop`: when set, no further task is
+    begun."""
 
     def __init__(
         self, function: Callable[[Any], Any], tasks: Sequence[Any], recycle: int, deadline: float
@@ -222,8 +218,7 @@ def serve() -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process once nobody holds the other end of its stdin: a parent that was killed interrupts
-    nothing, and a task may have no limit."""
+    """End this process when its parent is gone, since a killed parent interrupts nothing."""
     if not hasattr(select, "poll"):  # Windows
         return
     stdin = select.poll()

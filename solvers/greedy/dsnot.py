@@ -1,11 +1,10 @@
 """DSnoT: dynamic sparse no training (Zhang et al., arXiv 2310.08915).
 
-Looks only at the *mean* output: with μ the mean of the inputs, pruning a set changes a row's mean output by
-ε = Σ_pruned c_j, c_j = w_j μ_j. Each cycle regrows the pruned weight whose return lowers |ε| the most for its
-input's variance (within sequences, averaged), and prunes the kept weight of least Wanda score whose loss
-moves ε back towards zero; in N:M the one of least score in the same group, as long as ε keeps the sign that
-it began with. A weight moves once. It does not look at the squared error that the objective measures, and can
-raise it.
+Looks only at the *mean* output: with μ the mean of the inputs, pruning a set changes a row's mean output by ε
+= Σ_pruned c_j, c_j = w_j μ_j. Each cycle regrows the pruned weight whose return lowers |ε| the most for its
+input's variance, and prunes the kept weight of least Wanda score whose loss moves ε back towards zero; in N:M
+the one of least score in the same group, as long as ε keeps its first sign. A weight moves once. The squared
+error, which the objective measures, may rise.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ from maskopt.protocol.trace import Trace
 
 @dataclass(frozen=True)
 class DSnoT(Solver):
-    """Needs the inputs' mean (`LayerProblem(…, mean=…, variance=…)`); without a variance takes that over all
-    tokens."""
+    """Needs the inputs' mean (`LayerProblem(…, mean=…)`); without a `variance` takes that over all tokens."""
 
     name: ClassVar[str] = "dsnot"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -85,14 +83,11 @@ class DSnoT(Solver):
             error = torch.where(mask, 0.0, c).sum(1)
             sign = error.sign()
             pruned = ~start & ~mask
-            regrow = (sign[:, None] * regrow_score).where(
-                pruned & (sign[:, None] * c > 0), -torch.inf
-            )
+            signed = sign[:, None] * c
+            regrow = (sign[:, None] * regrow_score).where(pruned & (signed > 0), -torch.inf)
             incoming = regrow.argmax(1)
             candidates = start & mask
-            candidates &= (
-                group_of == group_of[incoming][:, None] if grouped else sign[:, None] * c < 0
-            )
+            candidates &= group_of == group_of[incoming][:, None] if grouped else signed < 0
             outgoing = wanda.where(candidates, torch.inf).argmin(1)
             go = (error.abs() > threshold) & (regrow[rows, incoming] > -torch.inf)
             go &= candidates[rows, outgoing]

@@ -27,8 +27,7 @@ _ARRAYS = 6
 
 @dataclass(frozen=True)
 class Elimination(Solver):
-    """O(rows·n·s) time, float64, rows in tiles; ties go to the lowest index. After the time limit Wanda's
-    score decides."""
+    """O(rows·n·s), float64, in tiles; ties: the lowest index. After the time limit Wanda's score decides."""
 
     name: ClassVar[str] = "elimination"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -55,7 +54,8 @@ def _eliminate(problem: LayerProblem, limits: Limits) -> Tensor:
     index = torch.arange(rows, device=weight.device)
     for _ in range(problem.pruned_per_group * (n // group)):
         if limits.expired:
-            return _finish(problem, kept)
+            # what is pruned stays pruned; the rest by Wanda's score
+            return keep_highest(problem, torch.where(kept, wanda_scores(problem), -1.0))
         allowed = kept & (left > 0).repeat_interleave(group, dim=1)
         cost = torch.where(allowed, 2 * weight * c + own_cost, torch.inf)
         chosen = cost.argmin(1)
@@ -63,8 +63,3 @@ def _eliminate(problem: LayerProblem, limits: Limits) -> Tensor:
         left[index, chosen // group] -= 1
         c += weight[index, chosen, None] * gram[chosen]
     return kept
-
-
-def _finish(problem: LayerProblem, kept: Tensor) -> Tensor:
-    """What is pruned stays pruned; the rest by Wanda's score."""
-    return keep_highest(problem, torch.where(kept, wanda_scores(problem), -1.0))

@@ -6,6 +6,7 @@ Scores are float64, whatever the dtype of the weights: half-precision scores tie
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -18,6 +19,9 @@ from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver
 from maskopt.solvers.greedy.select import keep_highest
+
+#: every score answers for any weights and budget
+_scored = partial(Capabilities, update=True, shared_budget=True)
 
 
 def wanda_scores(problem: LayerProblem) -> Float[Tensor, "rows n"]:
@@ -49,9 +53,7 @@ class Magnitude(_Score):
     """|W_ij|: the classical score, blind to the inputs."""
 
     name: ClassVar[str] = "magnitude"
-    capabilities: ClassVar[Capabilities] = Capabilities(
-        update=True, shared_budget=True, apart=True, note="|W|"
-    )
+    capabilities: ClassVar[Capabilities] = _scored(apart=True, note="|W|")
 
     def _scores(self, problem: LayerProblem, limits: Limits) -> Tensor:
         return problem.weight.double().abs()
@@ -62,8 +64,8 @@ class Wanda(_Score):
     """|W_ij|·‖X_j‖₂ (Sun et al., arXiv 2306.11695); optimal where G is diagonal."""
 
     name: ClassVar[str] = "wanda"
-    capabilities: ClassVar[Capabilities] = Capabilities(
-        update=True, shared_budget=True, apart=True, note="|W|·‖X‖; optimal on diagonal G"
+    capabilities: ClassVar[Capabilities] = _scored(
+        apart=True, note="|W|·‖X‖; optimal on diagonal G"
     )
 
     def _scores(self, problem: LayerProblem, limits: Limits) -> Tensor:
@@ -72,23 +74,20 @@ class Wanda(_Score):
 
 @dataclass(frozen=True)
 class Ria(_Score):
-    """Relative importance and activations (Zhang et al., ICLR 2024), per row.
-
-    (|W_ij|/Σ_i'|W_i'j| + |W_ij|/Σ_j'|W_ij'|)·‖X_j‖₂^a. The column sums run over all rows of the
-    problem, so a single row taken out of a layer is scored otherwise than inside it.
-    """
+    """Relative importance and activations (Zhang et al., ICLR 2024): (|W_ij|/Σ_i'|W_i'j| +
+    |W_ij|/Σ_j'|W_ij'|)·‖X_j‖₂^a. Column sums run over all rows of the problem, so a row alone is scored
+    otherwise than inside its layer."""
 
     name: ClassVar[str] = "ria"
-    capabilities: ClassVar[Capabilities] = Capabilities(
-        update=True, shared_budget=True, note="relative |W|·‖X‖^a; column sums need the whole layer"
+    capabilities: ClassVar[Capabilities] = _scored(
+        note="relative |W|·‖X‖^a; column sums need the whole layer"
     )
 
     a: float = option(0.5, "exponent of the activation norm, 0.5 in the paper", least=0)
 
     def _scores(self, problem: LayerProblem, limits: Limits) -> Tensor:
         size = problem.weight.double().abs()
-        columns = size.sum(0, keepdim=True)
-        rows = size.sum(1, keepdim=True)
+        columns, rows = (size.sum(axis, keepdim=True) for axis in (0, 1))
         # a zero column or row has only zero entries: any positive divisor leaves them zero
         relative = size / columns.where(columns > 0, 1.0) + size / rows.where(rows > 0, 1.0)
         norm = problem.gram.diagonal().double().clamp(min=0.0).sqrt()
@@ -100,9 +99,7 @@ class Random(_Score):
     """A random legal mask by `Limits.seed`: the control that shows what a start is worth."""
 
     name: ClassVar[str] = "random"
-    capabilities: ClassVar[Capabilities] = Capabilities(
-        update=True, shared_budget=True, note="control: a seeded random mask"
-    )
+    capabilities: ClassVar[Capabilities] = _scored(note="control: a seeded random mask")
 
     def _scores(self, problem: LayerProblem, limits: Limits) -> Tensor:
         generator = torch.Generator().manual_seed(limits.seed)
@@ -115,9 +112,7 @@ class Worst(_Score):
     """Keeps the smallest Wanda scores: the poorest start that a score can give."""
 
     name: ClassVar[str] = "worst"
-    capabilities: ClassVar[Capabilities] = Capabilities(
-        update=True, shared_budget=True, note="control: keeps the smallest Wanda scores"
-    )
+    capabilities: ClassVar[Capabilities] = _scored(note="control: keeps the smallest Wanda scores")
 
     def _scores(self, problem: LayerProblem, limits: Limits) -> Tensor:
         return -wanda_scores(problem)

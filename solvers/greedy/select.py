@@ -15,12 +15,9 @@ _THREADS = 6
 
 
 def keep_highest(problem: LayerProblem, score: Shaped[Tensor, "rows n"]) -> Bool[Tensor, "rows n"]:
-    """Prune exactly `pruned_per_group` of least score in every group, or under a shared budget so many of the
-    layer; of equals the lowest index.
-
-    Where a row's count has limits, what it prunes in any case goes first, and what it keeps in any case last:
-    the least sum, since the costs of one input more of a row only rise.
-    """
+    """Prune exactly `pruned_per_group` of least score in every group, or of a shared budget so many of the
+    layer; ties: the lowest index. Within limits of a row's count, what it prunes in any case goes first, and
+    what it keeps in any case last, which gives the least sum."""
     if problem.shared_budget:
         gone = _least_of_layer(problem, score)
     else:

@@ -1,10 +1,9 @@
 """SparseGPT (Frantar and Alistarh, arXiv 2301.00774), with exact counts.
 
 SparseGPT walks over the columns; a pruned weight's error is spread over the columns to its right by the
-inverse Hessian, and later choices are made on the compensated weights. Its mask may be taken alone, with the
-weights unchanged or updated by least squares, or with the weights that the walk leaves (`update`). Under a
-shared budget, rows × 128 columns are ranked together, as in the original; else every row has its own quota in
-each block. The quotas of the blocks add up to the pattern's count.
+inverse Hessian, and later choices see the compensated weights. Its mask may be taken alone, or with the
+weights that the walk leaves (`update`). Under a shared budget rows × 128 columns are ranked together, as in
+the original; else every row has a quota in each block, which add up to the pattern's count.
 """
 
 from __future__ import annotations
@@ -95,8 +94,8 @@ def _walked(problem: LayerProblem, damping: float, limits: Limits) -> tuple[Tens
 
 
 def _chosen(problem: LayerProblem, score: Float[Tensor, "rows part"], first: int) -> Tensor:
-    """The mask of the inputs from `first` on: a group, or a block with its part of the row's quota, or of
-    the layer's."""
+    """The mask of the inputs from `first` on: a group, or a block with its part of the row's or layer's
+    quota."""
     n, last = problem.n, first + score.shape[1]
 
     def upto(pruned: int) -> int:

@@ -37,15 +37,10 @@ def _pivot(z, y, i, j, lines):
 
 @loop(nogil=True)
 def exchanges(z, y, who, group, count, threshold, most):
-    """The best exchange among the candidates, again and again, until none is below −threshold.
-
-    Args:
-        z: [size, size], T of the candidates, the first `count` of them kept; changed in place.
-        y: [size], their v and r; changed in place.
-        who: int64 [size], which candidate is in a slot; changed in place.
-        group: int64 [size], of each candidate; exchanges stay inside groups.
-        most: exchanges at most; the number of exchanges is returned.
-    """
+    """The best exchange among the candidates, again and again, until none is below −threshold; the number
+    made. z [size, size] is T of the candidates, the first `count` kept; y [size] their v and r; who, int64
+    [size], the candidate in each slot: all changed in place. Exchanges stay inside a `group`, int64 [size] of
+    each candidate; `most`: exchanges at most."""
     size = len(y)
     made = 0
     lines = np.empty((4, size))
@@ -74,8 +69,7 @@ def exchanges(z, y, who, group, count, threshold, most):
 
 @loop(nogil=True)
 def exchanged(z, y, group, count, threshold, most):
-    """`exchanges` on copies: how many were made, which candidates are no longer kept, and which are no longer
-    pruned, the latter numbered from 0."""
+    """`exchanges` on copies: how many, the candidates no longer kept, and those no longer pruned, from 0."""
     size = len(y)
     who = np.arange(size)
     made = exchanges(z.copy(), y.copy(), who, group, count, threshold, most)
@@ -88,15 +82,9 @@ def exchanged(z, y, group, count, threshold, most):
 @loop(nogil=True)
 def one_sided(z, y, group, room, most):
     """Prune the kept candidate of least y²/|z_ii|, or keep the pruned one of greatest again; and so on, each
-    priced after the ones before it. Returns the order, and what each costs or saves in its turn.
-
-    Args:
-        z: [size, size], −M of kept candidates, or C of pruned ones; changed in place.
-        y: [size], their v or r; changed in place.
-        group: int64 [size], of each candidate.
-        room: int64, how many of each group may yet go; counted down.
-        most: how many at most.
-    """
+    priced after the ones before it. Returns the order, and the cost or saving of each in its turn. z [size,
+    size] is −M of kept candidates, or C of pruned ones, y [size] their v or r, `room` int64, how many of each
+    group may go: all changed in place; `group`: int64 [size]; `most`: how many at most."""
     size = len(y)
     order, prices = np.empty(min(most, size), np.int64), np.empty(min(most, size))
     left = np.ones(size, np.bool_)

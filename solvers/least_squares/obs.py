@@ -4,9 +4,9 @@ With S the inputs that are left, M = A_SS⁻¹ and v = M b_S, pruning u adds v_u
 
     v ← v − M_:u v_u/M_uu,      M ← M − M_:u M_u:/M_uu    without u.
 
-The cheapest goes, again and again, as long as its group has to give. That is a rank-one update of n² numbers
-for every weight; here the cheapest few are eliminated one after the other on their own small block, and then
-M follows in one product (`panel` = 1: the recursion itself).
+The cheapest goes, again and again, as long as its group has to give. In place of a rank-one update of n²
+numbers for every weight, the cheapest few are eliminated on their own small block, and then M follows in one
+product (`panel` = 1: the recursion itself).
 """
 
 from __future__ import annotations

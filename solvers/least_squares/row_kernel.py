@@ -194,8 +194,7 @@ def chosen(slots, flagged):
 
 @loop(nogil=True)
 def suspects_of_groups(m, v, r, kept, pruned, a, spread, group_size, safety):
-    """Slots of pruned inputs that (2) and (1) leave where only pairs inside a group count, and how many pairs
-    (1) looked at."""
+    """Slots of pruned inputs that (2) and (1) leave inside groups, and how many pairs (1) looked at."""
     cost, need, price, gain = _priced(m, v, r, pruned, kept, spread, safety)
     slot = np.full(len(spread), -1)
     for i in range(len(kept)):
@@ -219,11 +218,8 @@ def suspects_of_groups(m, v, r, kept, pruned, a, spread, group_size, safety):
 
 @loop(nogil=True)
 def best_pairs(b, outer, m, v, r, kept, pruned, p, alone, group_size, threshold, count):
-    """Slots u and p out of all pairs with the suspects p of Δ < −threshold; none where there is none.
-
-    Args:
-        b: B of the suspects, one a line; outer: A_pS, likewise.
-    """
+    """Slots u and p out of all pairs with the suspects p (one a line of b, B, and outer, A_pS) of Δ <
+    −threshold."""
     k, some = len(kept), len(p)
     own = np.empty(k)
     for i in range(k):

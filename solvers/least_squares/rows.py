@@ -12,6 +12,7 @@ from torch import Tensor
 
 from maskopt.core.limits import Limits, one_thread_each, threads_on
 from maskopt.core.problem import LayerProblem
+from maskopt.core.rows import join_rows
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.trace import Trace
 from maskopt.solvers.least_squares.block import one_sided
@@ -19,8 +20,7 @@ from maskopt.solvers.least_squares.compiled_row import CompiledRow
 from maskopt.solvers.least_squares.scratch import Scratch
 from maskopt.solvers.least_squares.search import Found, refine
 from maskopt.solvers.least_squares.state import Metric, Pairs, Row
-from maskopt.solvers.shared_budget.offers import OFFERED, Offers
-from maskopt.solvers.shared_budget.transfer import searched, transfer
+from maskopt.solvers.shared_budget.transfer import OFFERED, Offers, searched, transfer
 
 #: rows whose M are made together, at most, and bytes of these
 _TOGETHER, _TOGETHER_BYTES = 16, 2**25
@@ -29,17 +29,14 @@ _TOGETHER, _TOGETHER_BYTES = 16, 2**25
 def swap_refitted(
     problem: LayerProblem, start: Tensor, max_swaps: int | None, limits: Limits
 ) -> Solution:
-    """1-swap search on F from a legal mask: proven optima, or what was reached when a limit came. With a
-    shared budget, of the layer as a whole."""
+    """1-swap search on F from a legal mask, to proven optima or a limit; a shared budget as a whole."""
+    nothing = Offers.none(1, problem.device)
 
     def search(
         some: LayerProblem, mask: Tensor, limits: Limits
     ) -> tuple[Solution, Callable[[], Offers]]:
         found = _searched(some, mask, max_swaps, limits)
-        nothing = Offers.none(1, problem.device)
-        return _solution(some, found), lambda: Offers.joined(
-            [row.offers or nothing for row in found]
-        )
+        return _solution(some, found), lambda: Offers.joined([r.offers or nothing for r in found])
 
     return transfer(problem, start, search, limits)
 
@@ -108,17 +105,10 @@ def _as_begun(problem: LayerProblem, start: Tensor, rows: list[int], limits: Lim
 
 
 def _solution(problem: LayerProblem, rows: list[Found]) -> Solution:
-    length = max(len(row.objectives) for row in rows)
-    history = [
-        row.objectives + row.objectives[-1:] * (length - len(row.objectives)) for row in rows
-    ]
-    counts = {
-        name: torch.tensor([getattr(row, name) for row in rows])
-        for name in ("swaps", "scans", "rounds", "pairs")
-    }
-    trace = Trace(
-        kernel="least squares", history=torch.tensor(history, dtype=torch.float64), **counts
-    )
+    names = ("swaps", "scans", "rounds", "pairs")
+    counts = {name: torch.tensor([getattr(row, name) for row in rows]) for name in names}
+    history = join_rows([torch.tensor([row.objectives], dtype=torch.float64) for row in rows])
+    trace = Trace(kernel="least squares", history=history, **counts)
     optimal = torch.tensor([row.proven for row in rows])
     mask, weight = (torch.stack(one) for one in ([r.mask for r in rows], [r.weight for r in rows]))
     squares = problem.least_squares
@@ -130,11 +120,9 @@ def _solution(problem: LayerProblem, rows: list[Found]) -> Solution:
 
 
 def _offers(row: Row) -> Offers:
-    """What a row whose M is good enough for a claim offers to others, in F, float64.
-
-    On T = [[−M, B], [Bᵀ, C]] of some candidates, pruning u costs y_u²/M_uu, keeping p again saves y_p²/C_pp,
-    and either is a pivot on one diagonal entry, after which the next is priced.
-    """
+    """What a row whose M is good enough for a claim offers to others, in F, float64: on T = [[−M, B], [Bᵀ,
+    C]] of some candidates, pruning u costs y_u²/M_uu, keeping p again saves y_p²/C_pp, and either is a pivot
+    on one diagonal entry, after which the next is priced."""
     found = Offers.none(1, row.v.device)
     cheapest = row.costs().topk(min(OFFERED, len(row.kept)), largest=False).indices
     pairs = Pairs(cheapest, _most_saving(row))

@@ -2,12 +2,12 @@
 
 1. *search*: kept inputs that cost little and pruned ones that save much are candidates; the best exchange
    among them is made again and again, on the small tableau of the candidates alone, and all exchanges go into
-   M as one pivot, a matrix product. Again with fresh candidates, until they hold no improving pair.
+   M as one pivot. Again with fresh candidates, until they hold no improving pair.
 2. *scan*: all pairs, by screening and exactly (`state`). None improves: the mask is proven 1-swap optimal.
    Else the inputs of the best pairs are the candidates, and it goes on with 1.
 
-What a round gained is computed from the weights, whatever M is. Where that is less than M promised, M has
-drifted: the round is undone, and M made from scratch; so it is before anything is claimed on it.
+The gain of a round is computed from the weights. Where it is less than M promised, M has drifted: the round
+is undone, and M made from scratch, as before any claim.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from maskopt.core.limits import Limits
 from maskopt.protocol.solution import REFIT_FLOOR, SWAP_TOLERANCE
 from maskopt.solvers.least_squares.block import exchanged
 from maskopt.solvers.least_squares.state import DRIFT, Pairs, Row
-from maskopt.solvers.shared_budget.offers import Offers
+from maskopt.solvers.shared_budget.transfer import Offers
 
 #: candidates on each side; on both together, where an input meets few others, those of its group
 CANDIDATES, OF_GROUPS = 48, 256
@@ -50,8 +50,7 @@ class Found:
 
 
 def refine(row: Row, objective: float, mass: float, most: int, limits: Limits) -> Found:
-    """Swap a row, which is used up, at most so often; `objective` is F of its mask, and `mass`, Σⱼ wⱼ²Gⱼⱼ,
-    the scale of rounding."""
+    """Swap a row, which is used up, at most so often; `objective`: F of its mask, `mass`: Σⱼ wⱼ²Gⱼⱼ."""
     found = Found(row.mask(), row.weights(), objectives=[objective])
     if not len(row.kept) or not len(row.pruned):
         found.proven = True

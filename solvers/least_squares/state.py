@@ -85,7 +85,7 @@ class Row:
     Attributes:
         target: b, float64 [n].
         left: b_S − A_SS v, rounding that `settle` takes into v.
-        explained: by what v lowers F from its value with nothing kept: 2b_Sᵀv − vᵀA_SS v, whatever v is.
+        explained: the decrease of F by v from its value with nothing kept: 2b_Sᵀv − vᵀA_SS v.
         fresh: whether M was inverted from scratch, and not updated.
         formed: pairs of which the scans had to form B.
     """
@@ -133,8 +133,7 @@ class Row:
         self.inverted()
 
     def inverted(self) -> None:
-        """v and r of an M that was made from scratch; by Cholesky of the whole, where A_SS is too near to a
-        singular matrix for the inverse by halves."""
+        """v and r of a new M; by Cholesky of the whole where the inverse by halves is too inexact."""
         if not self.drift() <= DRIFT:
             system = part_of(self.metric.damped, self.kept, self.kept, torch.empty_like(self.m))
             torch.cholesky_inverse(torch.linalg.cholesky(system), out=self.m)
@@ -177,8 +176,7 @@ class Row:
         return self.r.square() * self.metric.spread[self.pruned]
 
     def likely(self, count: int) -> Pairs:
-        """Candidates by r_p²√(H_pp/A_pp) in place of r_p²/C_pp, at most `count` of each side; with groups, of
-        both, in whole groups."""
+        """Candidates by r_p²√(H_pp/A_pp) for r_p²/C_pp, at most `count` a side, or in whole groups."""
         gain = self.r.square() * (self.metric.spread / self.metric.alone).sqrt()[self.pruned]
         cost = self.costs()
         if self.metric.group_size == len(self.target):
@@ -191,10 +189,8 @@ class Row:
 
     def _whole(self, groups: Tensor) -> Pairs:
         """All inputs of some groups."""
-        u, p = (
-            torch.isin(self._group(x), groups).nonzero()[:, 0] for x in (self.kept, self.pruned)
-        )
-        return Pairs(u, p)
+        slots = self.kept, self.pruned
+        return Pairs(*(torch.isin(self._group(x), groups).nonzero()[:, 0] for x in slots))
 
     def improving(self, count: int, threshold: float) -> Pairs | None:
         """The exact scan: candidates out of all pairs of Δ < −threshold; None: there is none."""
@@ -311,10 +307,8 @@ class Row:
         self.look()
 
     def drift(self) -> float:
-        """How far M is from an inverse, relative: A_SS(M z) against z of random signs (Freivalds).
-
-        ‖b_S − A_SS v‖ would not show it: b is large where A is, and M drifts where A is small.
-        """
+        """How far M is from an inverse, relative: A_SS(M z) against random signs z (Freivalds). ‖b_S − A_SS
+        v‖ would not show it, since b is large where A is, and M drifts where A is small."""
         z = self.scratch.signs(len(self.v))
         full = torch.zeros_like(self.target).index_copy_(0, self.kept, self.m @ z)
         rest = (full @ self.metric.damped)[self.kept] - z

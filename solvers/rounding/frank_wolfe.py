@@ -1,12 +1,9 @@
 """SparseFW: relax the mask, Frank–Wolfe, round ("Don't be greedy, just relax", arXiv 2510.13713).
 
-With x ∈ [0,1]ⁿ, Σ x = s per group (x = 1: pruned) the objective f(x) = (w⊙x)ᵀG(w⊙x) is convex. Each
-step solves the linear problem over legal masks, which is a selection of the s least entries of the
-gradient 2 w⊙G(w⊙x), and moves 2/(t+2) of the way. A part α of the kept budget can be fixed to the
-highest Wanda scores beforehand: the paper found that pure local optimisation (α = 0) often gives worse
-perplexity.
-
-Frank–Wolfe brings a bound for free: by convexity f(v) ≥ f(x) + ∇f(x)ᵀ(v − x) for every legal v.
+With x ∈ [0,1]ⁿ, Σ x = s per group (x = 1: pruned) the objective f(x) = (w⊙x)ᵀG(w⊙x) is convex. Each step
+selects the s least entries of the gradient 2 w⊙G(w⊙x) and moves 2/(t+2) of the way. A part α of the kept
+budget can be fixed to the highest Wanda scores: the paper found that pure local optimisation (α = 0) often
+gives worse perplexity. By convexity f(v) ≥ f(x) + ∇f(x)ᵀ(v − x) for every legal v, a bound for free.
 """
 
 from __future__ import annotations
@@ -33,10 +30,8 @@ from maskopt.solvers.greedy.select import highest, keep_highest
 
 @dataclass(frozen=True)
 class FrankWolfe(Solver):
-    """Batched as matrix products over all rows; the mask is the better of rounding and start.
-
-    When the time is over the present point is rounded. Reports a `Trace`.
-    """
+    """Batched as matrix products over all rows; the mask is the better of rounding and start. After the time
+    limit the present point is rounded. Reports a `Trace`."""
 
     name: ClassVar[str] = "frank_wolfe"
     capabilities: ClassVar[Capabilities] = Capabilities(

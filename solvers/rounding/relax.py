@@ -1,13 +1,11 @@
 """Relax, harden, round, swap.
 
 The relaxation is `convex.box`; its steps end under a growing concave term, which bends the relaxed solution
-towards a mask. Where that ends does not depend on where it starts: hardening from the first step on
-(`max_iterations=0`, which is what `relax` does as the start of another solver) gives masks as good as after a
-full relaxation, but no bound.
+towards a mask. Hardening from the first step on (`max_iterations=0`, as the start of another solver) gives
+masks as good as after a full relaxation, but no bound.
 
 The bound is that of Frank–Wolfe, f(x) + min_v ∇f(x)ᵀ(v − x), in float64 with a margin for rounding and for
-what a float32 G lacks to be semidefinite: valid at any x, so an unfinished relaxation costs tightness only.
-The solution's certificate is x; `verify` computes the bound from it anew.
+what a float32 G lacks to be semidefinite: valid at any x, which is the solution's certificate.
 """
 
 from __future__ import annotations
@@ -157,7 +155,6 @@ def swapped(
 
 
 def better(problem: LayerProblem, mask: Tensor, other: Tensor) -> Tensor:
-    cost, rest = problem.objective(mask), problem.objective(other)
-    if problem.shared_budget:  # all rows or none
-        return mask if problem.shares @ cost <= problem.shares @ rest else other
+    """The cheaper of two masks, row by row, or all rows or none of a shared budget."""
+    cost, rest = (problem.totals(problem.objective(m)) for m in (mask, other))
     return torch.where((cost <= rest)[:, None], mask, other)

@@ -6,8 +6,8 @@ made together, change f by
     Δ(d₁) + Δ(d₂) + 2 d₁ᵀQd₂,     d₁ᵀQd₂ = Q_{u₁u₂} − Q_{u₁q₂} − Q_{q₁u₂} + Q_{q₁q₂}
 
 so that both may be bad alone and good together. All pairs of candidates² steps are tried: for an unstructured
-row the exchanges of the kept of least a with the pruned of least b, for N:M the steps of least Δ inside any
-group. Rounds alternate with 1-swap search until neither finds anything.
+row of the kept of least a and the pruned of least b, for N:M of least Δ inside any group. Rounds alternate
+with 1-swap search until neither finds anything.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ _REFRESH_BYTES = 2**28
 @dataclass(frozen=True)
 class KSwap(Solver):
     """2-swap local search among candidates, ending at proven 1-swap optima, never above the start. A row that
-    is SWAP_OPTIMAL, and was not stopped by the time limit, has no improving compound of two candidate steps
-    either."""
+    is SWAP_OPTIMAL, and not stopped by the time limit, has no improving compound of candidates either."""
 
     name: ClassVar[str] = "kswap"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -138,26 +137,14 @@ class _State:
 def compound_moves(
     problem: LayerProblem, mask: Tensor, candidates: int, threads: RowThreads
 ) -> tuple[Bool[Tensor, "rows n"], Int[Tensor, " rows"]]:
-    """Masks after improving compounds, until none is left among the candidates or a round is full; and how
-    many were made."""
+    """Masks after compounds that improve, until none is left or a round is full; and the number of moves."""
     from maskopt.solvers.search.kswap_kernel import search_rows
 
     batch = Batch.of(problem, mask)
-    rows = torch.arange(batch.rows)
+    rows, made = torch.arange(batch.rows), torch.zeros(batch.rows, dtype=torch.int64)
     refresh(batch, rows, _REFRESH_BYTES)
     batch.add_linear(rows)
-    made = torch.zeros(batch.rows, dtype=torch.int64)
-    threads.run(
-        search_rows,
-        rows.numpy(),
-        batch.x.numpy(),
-        batch.gram.numpy(),
-        batch.kept.numpy(),
-        batch.c.numpy(),
-        batch.group,
-        candidates,
-        batch.threshold().numpy(),
-        _MOVES_A_ROUND,
-        made.numpy(),
-    )
+    arrays = [x.numpy() for x in (batch.x, batch.gram, batch.kept, batch.c)]
+    plan = batch.group, candidates, batch.threshold().numpy(), _MOVES_A_ROUND
+    threads.run(search_rows, rows.numpy(), *arrays, *plan, made.numpy())
     return batch.kept, made

@@ -1,13 +1,13 @@
 """Memetic search: good masks of a row are crossed, and every child is searched.
 
-A child keeps what both parents keep and prunes what both prune. Of the other inputs it keeps as many as its
-pattern requires, at random; then follows tabu search for unchanged weights, 1-swap search on F for updated
-ones. A pool holds the best masks that differ enough from each other (Moscato 1989; for the choice of a set of
-given size Wu and Hao, "A hybrid metaheuristic approach to solving the maximum diversity problem", 2013).
+A child keeps what both parents keep and prunes what both prune, and keeps random others up to its pattern's
+count; then follows tabu search for unchanged weights, 1-swap search on F for updated ones. A pool holds the
+best masks that differ enough from each other (Moscato 1989; for the choice of a set of given size Wu and Hao,
+"A hybrid metaheuristic approach to solving the maximum diversity problem", 2013).
 
-Rows share the random numbers alone: a row's mask does not depend on the others. With a shared budget each is
-searched at its count in the start, and `swap` moves counts between rows at the end. The pool is ordered by
-the objectives of the searches, for tabu search of float32 accuracy. The answer is compared in float64.
+Rows share the random numbers alone. With a shared budget each is searched at its count in the start, and
+`swap` moves counts between rows at the end. The pool is ordered by the objectives of the searches, for tabu
+search of float32 accuracy; the answer is compared in float64.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from maskopt.core.fields import option
 from maskopt.core.limits import Limits
 from maskopt.core.pattern import Pattern, Unstructured
 from maskopt.core.problem import LayerProblem
+from maskopt.core.rows import join_rows, take_rows
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver
 from maskopt.protocol.trace import Stopwatch, Trace
@@ -33,8 +34,7 @@ from maskopt.solvers.swap import Swap
 
 #: rows at a time: with their children enough for many threads
 _TILE = 16
-#: bytes of an entry of a mask of a pool, or of a child with what its search has of it; for all, unless
-#: the caller sets a limit
+#: bytes of an entry of a mask of a pool, or of a searched child; for all, unless the caller sets a limit
 _ENTRY_BYTES, _MEMORY = 64, 2**30
 #: shares of the inputs that may change places, in the first masks of a pool
 _SHAKEN = 0.05, 1.0
@@ -87,8 +87,7 @@ class Memetic(Solver):
         limits.report(problem.rows, problem.rows)
         order = torch.cat([tile for tile, _ in tiles]).argsort()
         found = torch.cat([pool.masks[:, 0] for pool in pools])[order].to(problem.device)
-        traces = [pool.trace() for pool in pools]
-        trace = traces[0].joined(traces).taken(order)
+        trace = take_rows(join_rows([pool.trace() for pool in pools]), order)
         return then_swapped(problem, found, start, limits, trace, watch)
 
     def _evolve(self, pool: _Pool, seed: int) -> Iterator[int]:
@@ -149,8 +148,8 @@ class _Pool:
         free: Bool[Tensor, "*rows count n"],
         keys: Float[Tensor, "count n"],
     ) -> Bool[Tensor, "rows count n"]:
-        """Masks that keep what is kept and, of what is free, as much as the pattern asks for: the greatest
-        keys of every group."""
+        """Masks that keep what is kept and, of what is free, the greatest keys, as many as the pattern asks
+        for."""
         group = self._problem.group_size
         score = (2 * kept + free * keys).unflatten(-1, (-1, group))
         return highest(score, group - self._problem.pruned_per_group).flatten(-2)
@@ -175,9 +174,10 @@ class _Pool:
             swapped = Swap(max_swaps=self._plan.moves).run(problem, start, limits)
             return swapped.mask.cpu(), swapped.objective.cpu(), swapped.trace.swaps
         tabu = Tabu(moves=self._plan.moves, patience=_PATIENCE)
-        found = search(problem, start, tabu, limits, self._scaled.repeated(count))
-        values = found.history[:, -1] if found.history.shape[1] else found.start_objective.cpu()
-        return found.mask.cpu(), values, found.moves
+        found, trace = search(problem, start, tabu, limits, self._scaled.repeated(count))
+        history = trace.history
+        values = history[:, -1] if history.shape[1] else trace.start_objective.cpu()
+        return found.cpu(), values, trace.moves
 
     def _keep_best(
         self, masks: Bool[Tensor, "rows count n"], values: Float[Tensor, "rows count"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -25,9 +26,9 @@ _RANK = (Status.FEASIBLE, Status.SWAP_OPTIMAL, Status.OPTIMAL)
 
 @dataclass(frozen=True)
 class Portfolio(Solver):
-    """Runs its members one after the other, each from the best masks so far, never above the start or any
-    member. The members still to come share the time that is left evenly. The history of the `Trace` has one
-    column a member."""
+    """Runs its members one after the other, each from the best masks so far and with an equal share of the
+    time that is left, never above the start or any member. The history of the `Trace` has one column a
+    member."""
 
     name: ClassVar[str] = "portfolio"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -68,9 +69,7 @@ class Portfolio(Solver):
             found = solve(problem, solver, start=best.mask, limits=share)
             best, improved = merge(problem, best, found)
             history.append(best.objective)
-            winner = [
-                solver.name if i else w for i, w in zip(improved.tolist(), winner, strict=True)
-            ]
+            winner = _either(improved, winner, [solver.name] * problem.rows)
             if found.trace.interrupted:
                 stopped = "interrupted"
                 break
@@ -89,12 +88,9 @@ class Portfolio(Solver):
 def merge(
     problem: LayerProblem, one: Solution, other: Solution
 ) -> tuple[Solution, Bool[Tensor, " rows"]]:
-    """Per row the better mask (of equals the one of better status), and the higher bound with its proof; and
-    where the mask is the other's.
-
-    A row is OPTIMAL where the two close the gap, whoever found which. A bound that the better mask refutes is
-    dropped, with the status that rests on it.
-    """
+    """Per row the better mask (ties: of better status), and the higher bound with its proof; and where the
+    mask is the other's. OPTIMAL where the two close the gap. A bound that the better mask refutes is dropped,
+    with the status that rests on it."""
     least = one.objective.minimum(other.objective)
     rounding = OPTIMAL_TOLERANCE * least + SWAP_FLOOR * problem.diagonal_mass()
     one, other = _unrefuted(one, least + rounding), _unrefuted(other, least + rounding)
@@ -112,21 +108,23 @@ def merge(
     closed = objective - bound <= optimal_slack(problem, mask, objective)
     # what a bound is above the better mask by is rounding
     bound = torch.where(closed, bound.minimum(objective), bound)
-    status = [
-        Status.OPTIMAL if proven else (b if i else a)
-        for proven, i, a, b in zip(
-            closed.tolist(), better.tolist(), one.status, other.status, strict=True
-        )
-    ]
+    status = _either(better, one.status, other.status)
+    trusted = _either(higher, _trusted(one), _trusted(other))
     merged = Solution(
         mask=mask,
         objective=objective,
         lower_bound=bound,
-        status=tuple(status),
+        status=tuple(_either(closed, status, [Status.OPTIMAL] * problem.rows)),
         certificate=_certificate(one, other, higher),
-        trusted=_names(one, other, higher),
+        trusted=tuple(trusted) if any(trusted) else (),
     )
     return merged, better
+
+
+def _either(other: Tensor, ones: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    """Row by row the second where `other` (bool [rows]) holds, else the first."""
+    rows = zip(other.tolist(), ones, others, strict=True)
+    return [second if flag else first for flag, first, second in rows]
 
 
 def _unrefuted(solution: Solution, most: Float[Tensor, " rows"]) -> Solution:
@@ -165,18 +163,8 @@ def _rather(one: Solution, other: Solution) -> Bool[Tensor, " rows"]:
 
 
 def _certificate(one: Solution, other: Solution, higher: Tensor) -> Certificate | None:
-    """Of every row that of its bound. Where only one of the two has any, it is kept throughout: a row
-    whose bound is the other's trusts that solver, and what the certificate proves of it is less."""
+    """Of every row that of its bound; where only one of the two has any, that one throughout."""
     found = [c for c in (one.certificate, other.certificate) if isinstance(c, Certificate)]
     if len(found) < 2:
         return found[0] if found else None
     return Certificate.choose(higher, *found)
-
-
-def _names(one: Solution, other: Solution, higher: Tensor) -> tuple[str, ...]:
-    """Per row the solver that is trusted with its bound; empty where none is with any."""
-    names = tuple(
-        b if h else a
-        for h, a, b in zip(higher.tolist(), _trusted(one), _trusted(other), strict=True)
-    )
-    return names if any(names) else ()

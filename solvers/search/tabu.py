@@ -3,9 +3,7 @@
 A move exchanges one kept and one pruned input, the best pair that is not tabu (`tabu_kernel`). Both then stay
 for `tenure` to 3/2·`tenure` moves, so that the search climbs out of its optimum (Glover, 1989). After
 `patience` moves without a new best mask a row returns to its best one and holds random inputs for a while.
-The best mask is kept, and `swap` ends the run with its proof.
-
-The search is float32 with c from scratch every SCRATCH moves; what is compared and reported is float64.
+The search is float32 with c from scratch every SCRATCH moves; results are compared and reported in float64.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool
 from torch import Tensor
 
 from maskopt.core.fields import option
@@ -33,8 +31,7 @@ ROUND = 256
 SCRATCH = 4 * ROUND
 #: rows between two looks at the clock
 _TILE = 128
-#: tenure where groups are many, and the least one of a single group with its growth in n: the best of
-#: 5 … 20 on real layers
+#: tenure of many groups; least one of a single group, and its growth in n: best of 5 … 20 on real layers
 _TENURE_NM = 15
 _TENURE_LEAST, _INPUTS_PER_TENURE = 3, 160
 #: a tenure by default holds at most one in so many of the inputs
@@ -83,15 +80,8 @@ class Tabu(Solver):
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
         assert start is not None
         watch = Stopwatch(problem.rows)
-        found = search(problem, start, self, limits.share(SEARCH_SHARE))
-        trace = Trace(
-            moves=found.moves,
-            rounds=found.rounds,
-            start_objective=found.start_objective,
-            history=found.history,
-            stopped=tuple("yes" if late else "no" for late in found.stopped.tolist()),
-        )
-        refined = then_swapped(problem, found.mask, start, limits, trace, watch)
+        mask, trace = search(problem, start, self, limits.share(SEARCH_SHARE))
+        refined = then_swapped(problem, mask, start, limits, trace, watch)
         return Solution.of(problem, refined.mask, status=refined.status, trace=refined.trace)
 
     def tenure_of(self, problem: LayerProblem) -> int:
@@ -120,41 +110,31 @@ def then_swapped(
     return replace(refined, trace=trace)
 
 
-class Found(NamedTuple):
-    """The best mask of every row, moves and rounds, the objective of the start (float64), the best one after
-    each round (float64 [rows, rounds], in float32 accuracy), and whether the time was over first."""
-
-    mask: Bool[Tensor, "rows n"]
-    moves: Int[Tensor, " rows"]
-    rounds: Int[Tensor, " rows"]
-    start_objective: Float[Tensor, " rows"]
-    history: Float[Tensor, "rows rounds"]
-    stopped: Bool[Tensor, " rows"]
-
-
 class _State(NamedTuple):
-    """Where the rows of a search stand, in the order of the compiled loop's arguments."""
+    """Where the rows of a search stand, in the order of the compiled loop's arguments.
+
+    Attributes:
+        square, slope: float32 [rows, n], x²G_jj, and 2xc (+ linear).
+        linear, constant: float32 [rows, n], float64 [rows], 2x⊙g and the constant of the linear part, or 0.
+        pruned, best: uint8 [rows, n], now and at the best, 1 = pruned.
+        expiry: int32 [rows, n], the move at which an input may be moved again.
+        random: uint64 [rows, 1].
+        clock: int64 [rows, 3]: moves so far, of these at the best mask, whether the first descent is over.
+        values: float64 [rows, 2], the objective now and the best.
+        moves: int64 [rows], the counted moves.
+    """
 
     square: np.ndarray
-    """float32 [rows, n], x²G_jj"""
     linear: np.ndarray
     constant: np.ndarray
-    """float32 [rows, n] and float64 [rows], 2x⊙g and the constant of the linear part, or 0"""
     pruned: np.ndarray
     best: np.ndarray
-    """uint8 [rows, n], now and at the best, 1 = pruned"""
     expiry: np.ndarray
-    """int32 [rows, n], the move at which an input may be moved again"""
     random: np.ndarray
-    """uint64 [rows, 1]"""
     clock: np.ndarray
-    """int64 [rows, 3]: moves so far, of these at the best mask, whether the first descent is over"""
     slope: np.ndarray
-    """float32 [rows, n], 2xc (+ linear)"""
     values: np.ndarray
-    """float64 [rows, 2], the objective now and the best"""
     moves: np.ndarray
-    """int64 [rows], those counted"""
 
     @classmethod
     def of(cls, scaled: Scaled, pruned: Tensor, seed: int) -> _State:
@@ -177,9 +157,8 @@ class _State(NamedTuple):
 
 def search(
     problem: LayerProblem, start: Tensor, plan: Tabu, limits: Limits, scaled: Scaled | None = None
-) -> Found:
-    """The best masks after `plan.moves` moves of every row, or when the time is over; `scaled`: of the
-    problem, where it is known."""
+) -> tuple[Bool[Tensor, "rows n"], Trace]:
+    """The best masks after `plan.moves` moves of every row, or the time limit, and their trace."""
     from maskopt.solvers.search.tabu_kernel import search_rows
 
     rows, tenure = problem.rows, plan.tenure_of(problem)
@@ -206,14 +185,15 @@ def search(
         planned += step
         history.append(best.clone())
         limits.report(0, rows, "moves", planned, plan.moves)
-    return Found(
-        mask=torch.from_numpy(state.best == 0).to(problem.device),
+    late = (rounds * ROUND < plan.moves).tolist()
+    trace = Trace(
         moves=torch.from_numpy(state.moves),
         rounds=rounds,
         start_objective=start_objective,
         history=torch.stack(history, 1) if history else best[:, None][:, :0],
-        stopped=rounds * ROUND < plan.moves,
+        stopped=tuple("yes" if row else "no" for row in late),
     )
+    return torch.from_numpy(state.best == 0).to(problem.device), trace
 
 
 class Scaled(NamedTuple):

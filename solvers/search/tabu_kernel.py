@@ -1,3 +1,4 @@
+# mypy: disallow-untyped-defs=False
 """The compiled inner loop of tabu search: no allocation per move.
 
 For one row in scaled units, x = w·const, P the pruned and U the kept inputs, c = G(x ⊙ pruned):
@@ -38,7 +39,7 @@ _fast = part(fastmath=_FLAGS, error_model="numpy", _nrt=False)
 
 
 @_fast
-def _where(values: np.ndarray, least: Any) -> Any:
+def _where(values, least):
     """The lowest index of that value. No early exit: a reduction is vectorised, a search is not."""
     first = np.int32(len(values))
     for j in range(len(values)):
@@ -47,7 +48,7 @@ def _where(values: np.ndarray, least: Any) -> Any:
 
 
 @_fast
-def _price(bar: np.ndarray, slope: np.ndarray, sign: Any, out: np.ndarray) -> int:
+def _price(bar, slope, sign, out):
     """out ← a or b; the lowest index of the least."""
     least = FORBIDDEN
     for j in range(len(out)):
@@ -58,9 +59,7 @@ def _price(bar: np.ndarray, slope: np.ndarray, sign: Any, out: np.ndarray) -> in
 
 
 @_fast
-def _partner(
-    own: np.ndarray, twice: np.ndarray, line: np.ndarray, weight: Any, out: np.ndarray
-) -> int:
+def _partner(own, twice, line, weight, out):
     """The j of least own_j − 2·weight·x_j·line_j; the values are left in out."""
     least = FORBIDDEN
     for j in range(len(out)):
@@ -71,14 +70,7 @@ def _partner(
 
 
 @_fast
-def _products(
-    slope: np.ndarray,
-    x: np.ndarray,
-    gram: np.ndarray,
-    pruned: np.ndarray,
-    linear: np.ndarray,
-    constant: float,
-) -> float:
+def _products(slope, x, gram, pruned, linear, constant):
     """slope ← 2x⊙G(x ⊙ pruned) + linear from scratch; returns the objective."""
     slope[:] = 0
     for j in range(len(slope)):
@@ -96,20 +88,13 @@ def _products(
 
 
 @_fast
-def _exchange(
-    slope: np.ndarray,
-    twice: np.ndarray,
-    added: np.ndarray,
-    plus: Any,
-    gone: np.ndarray,
-    minus: Any,
-) -> None:
+def _exchange(slope, twice, added, plus, gone, minus):
     for j in range(len(slope)):
         slope[j] += twice[j] * (plus * added[j] - minus * gone[j])
 
 
 @_exact
-def _random(state: np.ndarray) -> np.uint64:
+def _random(state):
     """SplitMix64."""
     state[0] += np.uint64(0x9E3779B97F4A7C15)
     z = state[0]
@@ -119,29 +104,14 @@ def _random(state: np.ndarray) -> np.uint64:
 
 
 @_exact
-def _bar(
-    j: int,
-    pruned: np.ndarray,
-    free: bool,
-    square: np.ndarray,
-    bar_kept: np.ndarray,
-    bar_pruned: np.ndarray,
-) -> None:
+def _bar(j, pruned, free, square, bar_kept, bar_pruned):
     """Open j for the role it plays now if it is free, and shut it for the other."""
     bar_kept[j] = square[j] if free and not pruned[j] else FORBIDDEN
     bar_pruned[j] = square[j] if free and pruned[j] else FORBIDDEN
 
 
 @_fast
-def _best_move(
-    x: np.ndarray,
-    twice: np.ndarray,
-    gram: np.ndarray,
-    slope: np.ndarray,
-    bar_kept: np.ndarray,
-    bar_pruned: np.ndarray,
-    of_moves: np.ndarray,
-) -> Any:
+def _best_move(x, twice, gram, slope, bar_kept, bar_pruned, of_moves):
     """The best exchange of the least a with its partner, and of the least b with its, per group."""
     a, b, out = of_moves[0], of_moves[1], of_moves[2]
     best = BEYOND
@@ -167,9 +137,7 @@ def _best_move(
 
 
 @_fast
-def _best_of_small(
-    cross: np.ndarray, slope: np.ndarray, bar_kept: np.ndarray, bar_pruned: np.ndarray
-) -> Any:
+def _best_of_small(cross, slope, bar_kept, bar_pruned):
     """All pairs of every group, where groups are small; cross[i, j] = −2 x_i x_j G_ij inside them."""
     best = BEYOND
     kept, pruned = -1, -1
@@ -187,13 +155,13 @@ def _best_of_small(
 
 
 @_exact
-def _copy(source: np.ndarray, target: np.ndarray) -> None:
+def _copy(source, target):
     for j in range(len(target)):
         target[j] = source[j]
 
 
 @_exact
-def _pairs(x: np.ndarray, gram: np.ndarray, cross: np.ndarray) -> None:
+def _pairs(x, gram, cross):
     """cross[i, j] = −2 x_i x_j G_ij for the j-th input of i's group."""
     group = cross.shape[1]
     for i in range(len(cross)):
@@ -207,7 +175,7 @@ def _pairs(x: np.ndarray, gram: np.ndarray, cross: np.ndarray) -> None:
 
 
 @_exact
-def _shut(j: int, expiry: np.ndarray, head: np.ndarray, follow: np.ndarray) -> None:
+def _shut(j, expiry, head, follow):
     """Into the list of the move at which the tabu of j ends."""
     slot = expiry[j] % len(head)
     follow[j] = head[slot]
@@ -215,16 +183,7 @@ def _shut(j: int, expiry: np.ndarray, head: np.ndarray, follow: np.ndarray) -> N
 
 
 @_exact
-def _open(
-    now: int,
-    pruned: np.ndarray,
-    expiry: np.ndarray,
-    head: np.ndarray,
-    follow: np.ndarray,
-    square: np.ndarray,
-    bar_kept: np.ndarray,
-    bar_pruned: np.ndarray,
-) -> None:
+def _open(now, pruned, expiry, head, follow, square, bar_kept, bar_pruned):
     """Open the inputs whose tabu ends now."""
     slot = now % len(head)
     j = head[slot]
@@ -235,16 +194,7 @@ def _open(
 
 
 @_exact
-def _hold(
-    now: int,
-    kick: int,
-    tenure: int,
-    spread: int,
-    expiry: np.ndarray,
-    state: np.ndarray,
-    head: np.ndarray,
-    follow: np.ndarray,
-) -> None:
+def _hold(now, kick, tenure, spread, expiry, state, head, follow):
     """End every tabu, and hold up to `kick` random inputs for twice the tenure and more."""
     head[:] = -1
     for j in range(len(expiry)):
@@ -257,15 +207,7 @@ def _hold(
 
 
 @_exact
-def _enter(
-    now: int,
-    x: np.ndarray,
-    gram: np.ndarray,
-    square: np.ndarray,
-    pruned: np.ndarray,
-    expiry: np.ndarray,
-    work: Any,
-) -> None:
+def _enter(now, x, gram, square, pruned, expiry, work):
     """The workspace of a row, from where it stands at move `now`."""
     bars, _, cross, head, follow, twice = work
     for j in range(len(x)):
@@ -280,7 +222,7 @@ def _enter(
 
 # the arguments of a row are those of `_search_rows`, which says what they are
 @_exact
-def _search_row(  # type: ignore[no-untyped-def]
+def _search_row(
     x, gram, square, linear, constant, pruned, best_pruned, expiry, state, clock, slope, values, group,
     moves, scratch, tenure, spread, patience, kick, work,
 ):  # fmt: skip
@@ -368,29 +310,29 @@ def search_rows(x: np.ndarray, gram: np.ndarray, state: Any, plan: Any, rows: np
 
 @loop(nogil=True, _nrt=False)
 def _search_rows(
-    x: np.ndarray,
-    gram: np.ndarray,
-    square: np.ndarray,
-    linear: np.ndarray,
-    constant: np.ndarray,
-    pruned: np.ndarray,
-    best_pruned: np.ndarray,
-    expiry: np.ndarray,
-    state: np.ndarray,
-    clock: np.ndarray,
-    slope: np.ndarray,
-    values: np.ndarray,
-    made: np.ndarray,
-    group: int,
-    moves: int,
-    scratch: bool,
-    tenure: int,
-    spread: int,
-    patience: int,
-    kick: int,
-    work: Any,
-    rows: np.ndarray,
-) -> None:
+    x,
+    gram,
+    square,
+    linear,
+    constant,
+    pruned,
+    best_pruned,
+    expiry,
+    state,
+    clock,
+    slope,
+    values,
+    made,
+    group,
+    moves,
+    scratch,
+    tenure,
+    spread,
+    patience,
+    kick,
+    work,
+    rows,
+):
     for row in rows:
         made[row] += _search_row(
             x[row],

@@ -5,9 +5,8 @@ An exchange between two rows has no interaction term: pruning u in row i and kee
 any row does not pay for the dearest return of another.
 
 1. *search*: every row that changed is swapped to a 1-swap optimum at its own count.
-2. *transfer*: removals in order of their cost and returns in order of their gain are paired off as long as
-   they pay; each row gives or takes, not both. None pays: the layer is proven 1-swap optimal. Else again
-   with 1.
+2. *transfer*: removals by cost and returns by gain are paired off while they pay; each row gives or takes,
+   not both. None pays: the layer is proven 1-swap optimal. Else again with 1.
 
 Both steps only lower the layer's sum, and keep its count.
 """
@@ -16,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,10 +25,38 @@ from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import Solution, Status, swap_threshold
 from maskopt.protocol.trace import Trace
-from maskopt.solvers.shared_budget.offers import Offers
 
 #: part of the tolerance of SWAP_OPTIMAL that transfers go below, so that rounding never decides a claim
 _PART = 0.5
+#: inputs on each side that a row offers at a time
+OFFERED = 48
+
+
+class Offers(NamedTuple):
+    """Per row, in order: inputs to prune (`removals`) and their cost, and inputs to keep again (`returns`)
+    and their gain, in the row's objective. Each is priced as if those before it on its side were done. Where
+    there is no further input it is −1, its cost ∞ and its gain −∞, float64."""
+
+    removals: Int[Tensor, "rows some"]
+    costs: Float[Tensor, "rows some"]
+    returns: Int[Tensor, "rows some"]
+    gains: Float[Tensor, "rows some"]
+
+    @classmethod
+    def none(cls, rows: int, device: torch.device) -> Offers:
+        nothing = torch.full((rows, OFFERED), -1, device=device)
+        endless = torch.full((rows, OFFERED), torch.inf, dtype=torch.float64, device=device)
+        return cls(nothing, endless, nothing.clone(), -endless)
+
+    @classmethod
+    def joined(cls, parts: list[Offers]) -> Offers:
+        return cls(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+    def put(self, rows: Int[Tensor, " some"], other: Offers) -> None:
+        """Some rows offer something else now."""
+        for mine, new in zip(self, other, strict=True):
+            mine[rows] = new
+
 
 #: (some rows, their masks) → 1-swap optima at the masks' own counts, and what makes the rows' offers then
 Search = Callable[[LayerProblem, Tensor, Limits], tuple[Solution, Callable[[], Offers]]]
@@ -60,8 +88,7 @@ class _State:
 
 
 def transfer(problem: LayerProblem, start: Tensor, search: Search, limits: Limits) -> Solution:
-    """From a legal mask to a proven 1-swap optimum of the layer, or what was reached when a limit came.
-    Without a shared budget the search is all."""
+    """From a legal mask to a proven 1-swap optimum of the layer, or to a limit."""
     found, offers = search(problem, start, limits)
     if not problem.shared_budget:
         return found
@@ -71,12 +98,12 @@ def transfer(problem: LayerProblem, start: Tensor, search: Search, limits: Limit
     given = torch.zeros_like(trace.swaps)
     done = False
     while bool(state.proven.all()) and not limits.expired:
-        pairs = transfers(state.offers, problem, state.objective, (~state.mask).sum(1))
-        done = pairs is None
-        if pairs is None:
+        changed = transfers(state.offers, problem, state.objective, state.mask)
+        done = changed is None
+        if changed is None:
             break
         before, total = state.copy(), problem.shares @ state.objective
-        changed = pairs.apply(state.mask)
+        state.mask ^= changed
         given += changed.sum(1).cpu()
         rows = changed.any(1).nonzero()[:, 0]
         found, offers = search(problem.take(rows), state.mask[rows], limits.quiet())
@@ -111,36 +138,15 @@ def proven(found: Solution) -> Bool[Tensor, " rows"]:
     return torch.tensor(flags, device=found.mask.device)
 
 
-@dataclass
-class Pairs:
-    """As many removals as returns. Flat indices into the offers, [rows · some]."""
-
-    offers: Offers
-    removals: Int[Tensor, " transfers"]
-    returns: Int[Tensor, " transfers"]
-
-    def apply(self, mask: Bool[Tensor, "rows n"]) -> Bool[Tensor, "rows n"]:
-        """Do them; what changed."""
-        changed = torch.zeros_like(mask)
-        some = self.offers.costs.shape[1]
-        for flat, inputs in (
-            (self.removals, self.offers.removals),
-            (self.returns, self.offers.returns),
-        ):
-            changed[flat // some, inputs.flatten()[flat]] = True
-        mask ^= changed
-        return changed
-
-
 def transfers(
     offers: Offers,
     problem: LayerProblem,
     objective: Float[Tensor, " rows"],
-    pruned: Int[Tensor, " rows"],
-) -> Pairs | None:
-    """What pays, by more than the tolerances of both rows, and leaves every row within its limits (`pruned`:
-    entries of each row); None: nothing does."""
-    offers = _allowed(offers, problem.row_limits, pruned)
+    mask: Bool[Tensor, "rows n"],
+) -> Bool[Tensor, "rows n"] | None:
+    """The entries to change: as many removals as returns, which pay by more than the tolerances of both rows
+    and leave every row within its limits; None: nothing pays."""
+    offers = _allowed(offers, problem.row_limits, (~mask).sum(1))
     share = problem.shares[:, None]
     mass = problem.diagonal_mass()
     slack = _PART * swap_threshold(objective, mass, update=problem.update)[:, None]
@@ -155,13 +161,17 @@ def transfers(
     cost = cost.masked_fill((both & (takes >= gives))[:, None], torch.inf)
     gain = gain.masked_fill((both & (takes < gives))[:, None], -torch.inf)
     count, _ = _crossing(cost, gain)
-    if not count:  # a row that could only swap with itself stood in the way
-        return _single(share[:, 0], slack[:, 0], offers)
-    return Pairs(
-        offers,
-        cost.flatten().argsort(stable=True)[:count],
-        gain.flatten().argsort(descending=True, stable=True)[:count],
-    )
+    if count:
+        removals = cost.flatten().argsort(stable=True)[:count]
+        returns = gain.flatten().argsort(descending=True, stable=True)[:count]
+    elif best := _single(share[:, 0], slack[:, 0], offers):
+        removals, returns = best
+    else:  # a row that could only swap with itself stood in the way
+        return None
+    changed, some = torch.zeros_like(mask), cost.shape[1]
+    for flat, inputs in ((removals, offers.removals), (returns, offers.returns)):
+        changed[flat // some, inputs.flatten()[flat]] = True
+    return changed
 
 
 def _allowed(offers: Offers, limits: tuple[int, int], pruned: Int[Tensor, " rows"]) -> Offers:
@@ -182,8 +192,8 @@ def _crossing(cost: Tensor, gain: Tensor) -> tuple[int, float]:
     return count, float(cheap[count - 1] + dear[count - 1]) / 2 if count else 0.0
 
 
-def _single(share: Tensor, slack: Tensor, offers: Offers) -> Pairs | None:
-    """The best transfer of two rows, each by its best offer."""
+def _single(share: Tensor, slack: Tensor, offers: Offers) -> tuple[Tensor, Tensor] | None:
+    """The best transfer of two rows, each by its best offer, as flat indices into the offers."""
     some = offers.costs.shape[1]
     cost, gain = share * (offers.costs[:, 0] + slack), share * (offers.gains[:, 0] - slack)
     best: tuple[float, int, int] | None = None
@@ -195,7 +205,7 @@ def _single(share: Tensor, slack: Tensor, offers: Offers) -> Pairs | None:
     if best is None:
         return None
     giver, taker = (torch.tensor([row * some], device=cost.device) for row in best[1:])
-    return Pairs(offers, giver, taker)
+    return giver, taker
 
 
 def _add(trace: Trace, rows: Tensor, more: Trace) -> None:

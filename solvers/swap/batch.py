@@ -34,40 +34,40 @@ _FLOAT32_RANGE = 2.0**60
 
 @dataclass
 class Batch:
-    """Rows of one layer, and where each of them stands. All tensors are on the layer's device."""
+    """Rows of one layer, and where each of them stands. All tensors are on the layer's device; kernels change
+    kept, c, objective and the counts in place. Units are scaled.
+
+    Attributes:
+        x: float64 weights times a power of two per row.
+        gram, diagonal: the layer's G as given (float32 or float64), never copied; float64 G_jj.
+        kept: the masks. Swaps stay inside groups of `group` consecutive inputs (n for unstructured patterns).
+        c: float64 G(x ⊙ pruned) (+ g).
+        objective: float64 f; falls by −Δ with every swap; times `scale`, float64, the true one.
+        mass: float64 Σ x_j²G_jj (+ constant).
+        swaps, rounds: swaps made, and rounds of candidates.
+        priced: pairs whose Δ an exact scan had to form.
+        partner, cross: int32, a column on the other side that made a good pair when last priced, or −1; G
+            between the two, in G's dtype.
+        single: whether float32 may propose swaps; False for extreme ranges and for float64 G.
+        linear: the linear part.
+    """
 
     x: Float[Tensor, "rows n"]
-    """float64 weights times a power of two per row."""
     gram: Float[Tensor, "n n"]
-    """The layer's G, as given (float32 or float64); never copied."""
     kept: Bool[Tensor, "rows n"]
-    """The masks; kernels change them in place."""
     group: int
-    """Swaps stay inside groups of so many consecutive inputs (n for unstructured patterns)."""
     c: Float[Tensor, "rows n"]
-    """float64 G(x ⊙ pruned) (+ g); kernels keep it up to date."""
     objective: Float[Tensor, " rows"]
-    """float64 f in scaled units; falls by −Δ with every swap."""
     mass: Float[Tensor, " rows"]
-    """float64 Σ x_j²G_jj (+ constant) in scaled units."""
     scale: Float[Tensor, " rows"]
-    """float64; the row's true objective is objective · scale."""
     swaps: Int[Tensor, " rows"]
-    """Swaps made so far."""
     rounds: Int[Tensor, " rows"]
-    """Rounds of candidates so far."""
     priced: Int[Tensor, " rows"]
-    """Pairs whose Δ an exact scan had to form, those passed over by a bound left out."""
     partner: Int[Tensor, "rows n"]
-    """int32: a column on the other side that made a good pair when last priced, or −1."""
     cross: Float[Tensor, "rows n"]
-    """G between a column and its partner, in G's dtype."""
     diagonal: Float[Tensor, " n"]
-    """float64 G_jj."""
     single: bool
-    """Whether float32 may propose swaps; False for extreme ranges and for float64 G."""
     linear: LinearTerm | None
-    """The linear part in scaled units."""
     _low: Tensor | None = None
 
     @classmethod

@@ -1,17 +1,16 @@
 """1-swap search by candidate pricing: the whole algorithm, for any kernel.
 
-The paper scans all |U|·|P| pairs for every single swap. Here, as in column generation, a row works
-on few candidates until they hold no improving pair, and only then are all pairs priced:
+The paper scans all |U|·|P| pairs for every single swap. Here, as in column generation, a row works on few
+candidates until they hold no improving pair, and only then are all pairs priced:
 
-1. *search*: take as candidates the kept of least a, the pruned of least b and the best pairs that
-   pricing harvested; make the best swap among them, again and again; bring c up to date; repeat with
-   fresh candidates until they hold no improving pair.
-2. *price*: an exact scan over all pairs. None improves: the mask is **proven** 1-swap optimal. Else
-   harvest the best partner of every column that has an improving one, and go to 1.
+1. *search*: take as candidates the kept of least a, the pruned of least b and the best pairs that pricing
+   harvested; make the best swap among them, again and again; bring c up to date; repeat with fresh
+   candidates until they hold no improving pair.
+2. *price*: an exact scan over all pairs. None improves: the mask is **proven** 1-swap optimal. Else harvest
+   the best partner of every column that has an improving one, and go to 1.
 
-Rows are independent, so a batch of them goes through the steps together; kernels (torch, Numba,
-Triton) do the steps. A swap is made only if its Δ in float64 is below −threshold, and the proof is
-rigorous: see `Kernel.price`.
+Rows are independent: kernels (torch, Numba, Triton) do the steps on a batch of them. A swap is made only if
+its Δ in float64 is below −threshold, and the proof is rigorous (`Kernel.price`).
 """
 
 from __future__ import annotations
@@ -45,10 +44,8 @@ class Kernel(Protocol):
         ...
 
     def search(self, batch: Batch, rows: Int[Tensor, " some"], most: int) -> None:
-        """Step 1 for each row: swap until fresh candidates hold no improving pair.
-
-        No row gets more than `most` swaps in all. Keeps kept, c, objective, swaps, rounds current;
-        every swap made has Δ < −threshold in float64.
+        """Step 1 for each row: swap until fresh candidates hold no improving pair, or it has `most` swaps in
+        all. Keeps kept, c, objective, swaps, rounds current; every swap made has Δ < −threshold in float64.
         """
         ...
 
@@ -84,8 +81,8 @@ def refine(
 ) -> Outcome:
     """Swap every row of the batch to a proven 1-swap optimum, in place.
 
-    A row stops early after max_swaps swaps, all rows at the deadline (`clock()`). At the end c
-    and the objective of every row are those of its mask, from scratch in float64.
+    A row stops early after max_swaps swaps, all rows at the deadline (`clock()`). At the end c and the
+    objective of every row are computed from its mask, in float64.
     """
     most = 2**62 if max_swaps is None else max_swaps
     active = torch.arange(batch.rows, device=batch.x.device)
@@ -137,10 +134,8 @@ def refine(
 
 
 def _drifted(batch: Batch, rows: Tensor, updates: Tensor) -> Tensor:
-    """Whether float64 updates of c since it was computed could matter to a decision.
-
-    One swap adds at most about 2⁻⁵²·(√f + 2√mass)·√G_ii to the error of c_i, hence four times that
-    times √mass to the error of a Δ.
+    """Whether float64 updates of c since it was computed could matter to a decision: a swap adds at most
+    about 2⁻⁵²·(√f + 2√mass)·√G_ii to the error of c_i, hence four times that times √mass to the error of a Δ.
     """
     root = batch.mass[rows].sqrt()
     error = 4 * 2.0**-52 * updates * (batch.objective[rows].clamp(min=0).sqrt() + 2 * root) * root

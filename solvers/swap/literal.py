@@ -1,8 +1,8 @@
 """The paper's algorithm to the letter, the reference of every faster kernel.
 
 SparseSwaps (arXiv 2512.10922), batched over rows in torch: for every swap all |U|·|P| pairs are scanned, and
-the best is made, until none improves. Rows and pairs are tiled under a memory limit. c and the chosen pair
-are float64, and a row is done only when a float64 scan finds no improving pair.
+the best is made, until none improves in float64. Rows and pairs are tiled under a memory limit; c and the
+chosen pair are float64.
 """
 
 from __future__ import annotations
@@ -83,11 +83,9 @@ def swap(batch: Batch, rows: Tensor, kept: Tensor, pruned: Tensor, delta: Tensor
 def best_swaps(
     batch: Batch, rows: Tensor, exact: bool, memory: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best pair of each row over all legal pairs: kept [rows], pruned [rows], Δ float64.
-
-    Δ of all pairs is formed in float64 where `exact`, else in float32; the Δ returned is float64.
-    Of equal pairs the one of lowest kept, then lowest pruned index. Δ is +inf where no pair exists.
-    """
+    """The best pair of each row over all legal pairs: kept [rows], pruned [rows], Δ float64, +inf where no
+    pair exists; ties: the lowest kept, then the lowest pruned index. Pairs are compared in float64 where
+    `exact`, else in float32."""
     kept, pruned = torch.zeros_like(rows), torch.zeros_like(rows)
     delta = torch.zeros(rows.shape, dtype=torch.float64, device=rows.device)
     for some in by_count(batch.kept[rows]):
@@ -105,11 +103,7 @@ def _best_alike(
     pairs = groups * keep * (batch.group - keep)
     if pairs == 0:
         none = torch.zeros_like(rows)
-        return (
-            none,
-            none,
-            torch.full(rows.shape, torch.inf, dtype=torch.float64, device=none.device),
-        )
+        return none, none, torch.full_like(none, torch.inf, dtype=torch.float64)
     bytes_per_row = pairs * _PAIR_BYTES * (4 if exact else 2)
     tile = max(1, memory // bytes_per_row)
     slices = -(-bytes_per_row // memory) if tile == 1 else 1

@@ -9,22 +9,22 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from maskopt.core.fields import option
 from maskopt.core.limits import Limits, torch_threads
 from maskopt.core.problem import LayerProblem
+from maskopt.core.rows import join_rows
 from maskopt.errors import SolverError
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver
 from maskopt.protocol.trace import Trace
 from maskopt.solvers.least_squares.rows import swap_refitted
-from maskopt.solvers.shared_budget.offers import Offers
-from maskopt.solvers.shared_budget.transfer import searched, transfer
+from maskopt.solvers.shared_budget.transfer import OFFERED, Offers, searched, transfer
 from maskopt.solvers.swap.batch import Batch
 from maskopt.solvers.swap.engine import Kernel, Outcome, refine
 from maskopt.solvers.swap.literal import refine_literally
-from maskopt.solvers.swap.offers import offers
 from maskopt.solvers.swap.triton import unavailable as triton_unavailable
 
 KERNELS = ("auto", "literal", "torch", "numba", "triton")
@@ -34,18 +34,17 @@ DEFAULT_MEMORY = {"cpu": 2**30, "cuda": 4 * 2**30}
 _ROW_BYTES = 128
 #: memory below which a device that is full cannot be helped by fewer rows
 _LEAST_MEMORY = 2**20
+#: rows whose offers are made at a time
+_ROWS = 512
 
 _log = logging.getLogger("maskopt.swap")
 
 
 @dataclass(frozen=True)
 class Swap(Solver):
-    """1-swap local search (SparseSwaps, arXiv 2512.10922) to a proven 1-swap optimum.
-
-    A row that `max_swaps` or the time limit stops is FEASIBLE; another call with its mask as the start
-    continues. For a problem with `update` the swaps minimise F (`solvers.least_squares`). With a shared
-    budget, swaps between rows follow until none improves (`solvers.shared_budget`).
-    """
+    """1-swap local search (SparseSwaps, arXiv 2512.10922) to a proven 1-swap optimum of f, or of F for
+    updated weights; with a shared budget also between rows. A row that `max_swaps` or the time limit stops is
+    FEASIBLE; another call with its mask as the start continues."""
 
     name: ClassVar[str] = "swap"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -115,7 +114,7 @@ class Swap(Solver):
                 if name != "literal" and (built is None or built.single != batch.single):
                     built = make_kernel(name, batch, memory // 2, threads)
                 how: dict[str, Any] = {"max_swaps": self.max_swaps, "deadline": limits.deadline}
-                how["progress"] = None if limits.on_progress is None else progress
+                how["progress"] = limits.on_progress and progress
                 if built is None:  # to the letter of the paper
                     outcome = refine_literally(batch, memory=memory // 2, **how)
                 else:
@@ -133,25 +132,20 @@ class Swap(Solver):
 
 
 def _solution(kernel: str, parts: list[tuple[Batch, Outcome]]) -> Solution:
-    def gather(values: list[Tensor]) -> Tensor:
-        return torch.cat(values).cpu()
-
     objective = torch.cat([b.objective.clamp(min=0.0) * b.scale for b, _ in parts])
-    length = max(len(outcome.objectives) for _, outcome in parts)
-    history = [
-        torch.stack(o.objectives + [o.objectives[-1]] * (length - len(o.objectives)), 1)
-        for _, o in parts
+    traces = [
+        Trace(
+            kernel=kernel,
+            swaps=batch.swaps.cpu(),
+            scans=outcome.scans.cpu(),
+            rounds=batch.rounds.cpu(),
+            pairs=batch.priced.cpu(),
+            history=torch.stack(outcome.objectives, 1).cpu(),
+        )
+        for batch, outcome in parts
     ]
-    trace = Trace(
-        kernel=kernel,
-        swaps=gather([batch.swaps for batch, _ in parts]),
-        scans=gather([outcome.scans for _, outcome in parts]),
-        rounds=gather([batch.rounds for batch, _ in parts]),
-        pairs=gather([batch.priced for batch, _ in parts]),
-        history=gather(history),
-    )
     mask = torch.cat([batch.kept for batch, _ in parts])
-    return searched(mask, objective, torch.cat([o.proven for _, o in parts]), trace)
+    return searched(mask, objective, torch.cat([o.proven for _, o in parts]), join_rows(traces))
 
 
 def make_kernel(name: str, batch: Batch, memory: int, threads: int) -> Kernel:
@@ -186,3 +180,45 @@ def _choose_kernel(kernel: str, problem: LayerProblem) -> str:
             f"swap: kernel 'numba' runs on the CPU, not on {problem.device}; use kernel='torch'"
         )
     return kernel
+
+
+def offers(problem: LayerProblem, mask: Bool[Tensor, "rows n"]) -> Offers:
+    """What rows of a shared budget offer in f, float64.
+
+    With c = G(w ⊙ pruned) (+ g), pruning a kept u costs w_u²G_uu + 2 w_u c_u, keeping a pruned p again saves
+    2 w_p c_p − w_p²G_pp, and each moves the price of another j by 2 w_j w_u G_ju.
+    """
+    return Offers.joined([_offers_of_tile(part, mask[rows]) for rows, part in problem.tiles(_ROWS)])
+
+
+def _offers_of_tile(problem: LayerProblem, mask: Tensor) -> Offers:
+    w = problem.weight.double()
+    twice = 2 * w * (problem.products(torch.where(mask, 0.0, w)) + problem.correlation)
+    own = w.square() * problem.gram.diagonal().double()
+    found = Offers.none(problem.rows, mask.device)
+    price = (own + twice).masked_fill(~mask, torch.inf)
+    _in_order(problem, price, found.removals, found.costs)
+    # what a return costs is what it saves, negative
+    price = (own - twice).masked_fill(mask, torch.inf)
+    _in_order(problem, price, found.returns, found.gains.neg_())
+    found.gains.neg_()
+    return found
+
+
+def _in_order(problem: LayerProblem, price: Tensor, inputs: Tensor, prices: Tensor) -> None:
+    """The cheapest input of every row, again and again, among the inputs that are cheapest at first."""
+    first = price.topk(min(OFFERED, problem.n), 1, largest=False)
+    value, index = first.values.clone(), first.indices
+    w = problem.weight.double().gather(1, index)
+    cross = problem.gram[index[:, :, None], index[:, None, :]].double()
+    cross *= 2 * w[:, :, None] * w[:, None, :]
+    rows = torch.arange(problem.rows, device=price.device)
+    for step in range(index.shape[1]):
+        cheapest = value.min(1)
+        there = cheapest.values < torch.inf
+        if not bool(there.any()):
+            return
+        inputs[there, step] = index[rows, cheapest.indices][there]
+        prices[there, step] = cheapest.values[there]
+        value += cross[rows, cheapest.indices]
+        value[rows, cheapest.indices] = torch.inf

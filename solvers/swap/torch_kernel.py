@@ -229,10 +229,8 @@ def _sides(batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor]:
     """a, +inf where not kept, and b, +inf where not pruned; float64."""
     x, kept = batch.x[rows], batch.kept[rows]
     square, linear = x.square() * batch.diagonal, 2 * x * batch.c[rows]
-    return (
-        torch.where(kept, square + linear, torch.inf),
-        torch.where(kept, torch.inf, square - linear),
-    )
+    a, b = square + linear, square - linear
+    return torch.where(kept, a, torch.inf), torch.where(kept, torch.inf, b)
 
 
 def _least(values: Tensor, many: int) -> Tensor:

@@ -76,12 +76,9 @@ class LeastSquaresTree(BestFirst):
     def _relaxed(
         self, state: np.ndarray, z: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, float, float]:
-        """The relaxation of a node that leaves something to keep in every group.
-
-        Returns:
-            z, and the prices (b − Bv)ⱼ²/dⱼ, 0 of what is pruned, both float64 [n]; the bound but for C, which
-            is −vᵀBv less the prices that count; what that may be off by.
-        """
+        """The relaxation of a node that leaves something to keep in every group: z, and the prices (b −
+        Bv)ⱼ²/dⱼ, 0 of what is pruned, float64 [n]; the bound less C, −vᵀBv less the prices that count; its
+        rounding."""
         task, group = self.task, self.task.group
         n, active = len(z), np.flatnonzero(state != 1)
         base = task.q[np.ix_(active, active)]

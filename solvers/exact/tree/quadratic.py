@@ -2,16 +2,17 @@
 
 At the root the semidefinite bound gives λ, μ with A = Q + diag(λ) + μΣ_g 1_g1_gᵀ ⪰ 0, and f(p) = pᵀAp + cᵀp +
 const on every legal p (Billionnet, Elloumi, Plateau 2009). A node fixes some p_i; its bound is the
-Frank–Wolfe bound of that convex QP over what is left of the polytope, at a point found by an interior-point
-method: valid at any point. Inputs that cannot change sides without passing the incumbent are fixed by the
-same linear form.
+Frank–Wolfe bound of that convex QP over the rest of the polytope, at a point of an interior-point method.
+Inputs that cannot change sides without passing the incumbent are fixed by the same linear form.
 
-As inputs are fixed, the λ of the root is less and less the best one. Every few levels a node's own
-semidefinite relaxation is solved again (`convexify`), and its subtree uses that λ: one to two orders of
-magnitude fewer nodes. Where triangle inequalities nearly close the root, as they do on graphs, or where a
-tree without them would be too large, every node has them, and pentagonal ones (`relaxation`): tens or
-hundreds of nodes, some tenths of a second each, in place of many thousands. With `proof` the tree is kept, as
-a proof.
+Every few levels a node's own semidefinite relaxation is solved again (`convexify`), and its subtree uses that
+λ: one to two orders of magnitude fewer nodes. Where triangle inequalities nearly close the root, as on
+graphs, or a tree without them would be too large, every node has them, and pentagonal ones (`relaxation`):
+tens or hundreds of nodes, some tenths of a second each, in place of many thousands.
+
+Before other searches, `probe` fixes inputs at the root that no mask below the incumbent has otherwise: an
+input is set to its less likely side, and where the bound of the rest reaches the cutoff, it belongs to the
+other. On rows of 64 inputs that often leaves nothing to search.
 """
 
 from __future__ import annotations
@@ -34,9 +35,8 @@ from maskopt.solvers.exact.tree.convexify import (
 )
 from maskopt.solvers.exact.tree.node import bound_node, settle, twins_of
 from maskopt.solvers.exact.tree.pentagons import PLACES
-from maskopt.solvers.exact.tree.proof import Step, row_proof
 from maskopt.solvers.exact.tree.relaxation import Goal, Plan, Relaxed, relax_node, subtract_cuts
-from maskopt.solvers.exact.tree.search import MARGIN, WORTH, BestFirst, Node
+from maskopt.solvers.exact.tree.search import MARGIN, WORTH, BestFirst, Node, Step, row_proof
 
 #: part of the step from a value to the next that a bound must pass the value below by
 _ROOM = 1e-6
@@ -57,12 +57,13 @@ _PROMISING, _POLISH = 1.02, 30
 _TRY = 300
 #: nodes after which they are tried again, for a tree of which more than so many are to be expected
 _TRY_AGAIN, _TOO_MANY = 1200, 50_000
+#: a pass of `probe` ends after so many failures one after the other, as part of the inputs
+_PATIENCE = 0.25
 
 
 class Plans(NamedTuple):
-    """How a tree with triangles is grown: by these relaxations of the root and of nodes, with both children
-    of at least so many `candidates` bounded before one is branched on; `anyway`: also where triangles do not
-    nearly close the root."""
+    """How a tree with triangles is grown: the relaxations of root and nodes; inputs whose children are
+    bounded before one is branched on; `anyway`: also where triangles do not nearly close the root."""
 
     root: Plan
     node: Plan
@@ -92,8 +93,7 @@ FAR = Plans(
 
 
 class Form(NamedTuple):
-    """The convex form that a subtree is bounded with: λ and triangles, where the next relaxation starts; the
-    number of free inputs where it was solved; and the fixings until it is solved again."""
+    """The convex form of a subtree, the free inputs where it was solved, and the fixings until the next."""
 
     relaxed: Relaxed
     free: int
@@ -102,12 +102,8 @@ class Form(NamedTuple):
 
 class QuadraticTree(BestFirst):
     """The tree of one row, from the duals at its root. `plans`: of relaxations with triangles; None: nodes
-    have none.
-
-    Args:
-        candidates: inputs whose children are bounded before one is branched on.
-        proof: keep the tree.
-    """
+    have none. `candidates`: inputs whose children are bounded before one is branched on; `proof`: keep the
+    tree."""
 
     def __init__(
         self, task: RowTask, duals: Duals, *, candidates: int = 1, proof: bool = False
@@ -202,8 +198,8 @@ class QuadraticTree(BestFirst):
         how: int | Plan = _SWEEPS,
         bound: float = 0.0,
     ) -> Relaxed:
-        """The form of a node's own relaxation: in so many sweeps without triangles, or by a plan with them,
-        from a bound that is known."""
+        """The form of a node's own relaxation: in sweeps without triangles, or by a plan with them, from a
+        known bound."""
         self.convexified += 1
         task, deadline = self.task, self.task.limits.deadline
         part = free_part(task.q, self.mu, task.pruned, self.same, state)
@@ -311,3 +307,66 @@ def _follow(step: Step | None, after: Step | None) -> None:
     """Where a proof is kept, `after` follows at the same node."""
     if step is not None and after is not None:
         step.then(AGAIN, after)
+
+
+class Probed(NamedTuple):
+    """What every legal mask below the cutoff has, the first ones of its twins being pruned.
+
+    Attributes:
+        state: 1 pruned, 0 kept, −1 free, int8 [n].
+        lam: λ that makes Q + μΣ_g 1_g1_gᵀ + diag(λ) ⪰ 0 on the free inputs, float64 [n].
+        bound: a lower bound of their objectives; at least the cutoff (see `BestFirst`) where there are none.
+    """
+
+    state: np.ndarray
+    lam: np.ndarray
+    bound: float
+    cutoff: float
+
+    @property
+    def closed(self) -> bool:
+        """Whether no mask is left below the cutoff."""
+        return self.bound >= self.cutoff
+
+    def allows(self, pruned: np.ndarray) -> bool:
+        """Whether a mask (p, bool [n]) has the sides that were found."""
+        return bool(((self.state < 0) | (self.state == pruned)).all())
+
+
+def probe(tree: QuadraticTree) -> Probed:
+    """Fix what can be fixed at the root of a tree, whose incumbent may become a better one."""
+    root = tree.start
+    state, point, form, bound = root.state.copy(), root.point, root.form.relaxed, root.bound
+    while bound < tree.cutoff and not tree.task.limits.expired:
+        before = int((state < 0).sum())
+        _fix(tree, state, point, form)
+        free = int((state < 0).sum())
+        if not free:  # a single mask, which this looks at
+            tree.bound(state, form)
+            bound = tree.cutoff
+        if free in (0, before):
+            break
+        own = tree.convexify(state, point, form)
+        again = state.copy()
+        value, relaxed, _ = tree.bound(again, own)
+        if value > bound:
+            state, point, form, bound = again, relaxed, own, value
+    return Probed(state, form.lam, bound, tree.cutoff)
+
+
+def _fix(tree: QuadraticTree, state: np.ndarray, point: np.ndarray, form: Relaxed) -> None:
+    """One pass over the free inputs of `state`, in place: those first that the relaxation is surest of."""
+    failures = 0
+    for i in np.argsort(-np.abs(point - 0.5), kind="stable"):
+        if failures > _PATIENCE * len(state) or tree.task.limits.expired:
+            break
+        if state[i] >= 0:
+            continue
+        side = int(point[i] < 0.5)
+        other = state.copy()
+        other[i] = side
+        if tree.bound(other, form)[0] >= tree.cutoff:
+            state[i] = 1 - side
+            failures = 0
+        else:
+            failures += 1

@@ -1,16 +1,15 @@
 """The semidefinite relaxation of a node with triangle and pentagonal inequalities.
 
 With p = (1 + z)/2, z_0 = 1 and the penalty μΣ_g(1_gᵀp − s)² in C, the relaxation is min ⟨C, Z⟩ over Z ⪰ 0
-with Z_ii = 1 and ⟨T_t, Z⟩ ≥ −c_t, c_t being 1 of a triangle and 2 of a pentagonal inequality. For every
-α > 0, y and τ ≥ 0 it is at least
+with Z_ii = 1 and ⟨T_t, Z⟩ ≥ −c_t, c_t being 1 of a triangle and 2 of a pentagonal inequality. For every α >
+0, y and τ ≥ 0 it is at least
 
     −Σ y_i − Σ τ_t c_t − ‖L₋‖²/(2α) − αN²/2,     L = C + Diag(y) − Σ τ_t T_t,   N = 1 + free inputs,
 
-L₋ being the negative part of L, because ‖Z‖ ≤ N (Krislock, Malick and Roupin, Math. Programming 143, 2014).
-This is concave and smooth in (y, τ), with −L₋/α in the place of Z in its gradient. A quasi-Newton method
-climbs it, warm from the node above; α falls from round to round, and between two rounds the triangles that
-Z violates most join. Nothing depends on how far it comes: λ = 4y − diag and a last shift make the form
-convex, and what it proves is computed afresh (`node`).
+L₋ being the negative part of L, because ‖Z‖ ≤ N (Krislock, Malick and Roupin, Math. Programming 143, 2014). A
+quasi-Newton method climbs this concave, smooth function, with −L₋/α in the place of Z in its gradient, warm
+from the node above; α falls from round to round, and the triangles that Z violates most join. Nothing depends
+on how far it comes: λ = 4y − diag and a last shift make the form convex, and `node` computes its bound.
 """
 
 from __future__ import annotations
@@ -42,11 +41,10 @@ class Plan(NamedTuple):
     """How a relaxation is solved.
 
     Attributes:
-        shares: αN²/2 in every round, in units of what the node lacks to the cutoff, or of `unit` of the goal
+        shares: αN²/2 in every round, in units of what the node lacks to the cutoff, or of the goal's `unit`
             where that is more.
-        iterations: of the rounds; of the last ones the last.
-        new, pentagons: triangles and pentagonal inequalities that may join before another round, per free
-            input.
+        iterations: of the rounds; the last number also for later rounds.
+        new, pentagons: triangles and pentagonal inequalities that may join per round and free input.
     """
 
     shares: tuple[float, ...]
@@ -56,9 +54,8 @@ class Plan(NamedTuple):
 
 
 class Relaxed(NamedTuple):
-    """A convex form, and where the relaxations below it start: λ, float64 [n]; vectors of the relaxation
-    without triangles (`convexify`), float32 [n, k]; triangles of inputs (n: z_0), τ in units of the
-    objective."""
+    """A convex form, where the relaxations below it start: λ, float64 [n]; vectors without triangles
+    (`convexify`), float32 [n, k]; triangles of inputs (n: z_0), τ in units of the objective."""
 
     lam: np.ndarray
     vectors: np.ndarray
@@ -66,8 +63,7 @@ class Relaxed(NamedTuple):
 
 
 class Goal(NamedTuple):
-    """What a node is to reach: from its bound the cutoff; no further round past the deadline, of
-    `clock()`. For `unit` see `Plan`."""
+    """A node is to reach the cutoff from its bound before the deadline, of `clock()`; `unit`: see `Plan`."""
 
     bound: float
     cutoff: float
@@ -130,9 +126,8 @@ def _below(pool: Pool, state: np.ndarray) -> Pool:
 
 
 class _Dual:
-    """The concave function of one node, and where on it we are: C, float64 [n + 1, n + 1] with z_0 last; y,
-    float64 [n + 1]; triangles by places, with their τ; `pairs` and `least` of the pool that is climbed with;
-    and what the last rounds have shown of the curvature."""
+    """The concave function of one node and the place on it: C, float64 [n + 1, n + 1] with z_0 last; y,
+    float64 [n + 1]; triangles with their τ, and their `pairs` and `least`; the known curvature."""
 
     def __init__(self, c: np.ndarray, y: np.ndarray, pool: Pool) -> None:
         self.c, self.pool = c, pool
@@ -166,8 +161,7 @@ class _Dual:
         self.pool = pool.join(*pentagons(self.x, self.pool, plan.pentagons * n), n)
 
     def _homogenize(self, alpha: float) -> None:
-        """The best y of z_0, which the form from above lacks: where Z's entry of z_0 is 1. Far from it the
-        quasi-Newton method may not arrive."""
+        """The best y of z_0, which the form from above lacks: where Z's entry of z_0 is 1."""
 
         def slope(y: float) -> float:
             self.y[-1] = y
@@ -226,8 +220,7 @@ class _Dual:
 
 
 def subtract_cuts(base: np.ndarray, c: np.ndarray, pool: Pool) -> float:
-    """Subtract what the inequalities say, Σ τ_t((Σ b_iz_i)² − 1)/2, from pᵀ·base·p + cᵀp, in place; returns
-    its constant part."""
+    """Subtract Σ τ_t((Σ b_iz_i)² − 1)/2 from pᵀ·base·p + cᵀp, in place; returns the constant part."""
     e, column = dense(pool, len(c))
     # z_0z_j = 2p_j − 1 and z_iz_j = 4p_ip_j − 2p_i − 2p_j + 1, −2E_ij times
     base += 4 * e

@@ -14,23 +14,89 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from maskopt.certificates.cuts import NO_INPUT, OF_Z0
+from maskopt.certificates.proof import KINDS, LEAF, NO_FORM, RowProof
 from maskopt.core.limits import one_thread_pool
+from maskopt.solvers.convex.triangles import ABSENT, Pool
 from maskopt.solvers.exact.tasks import RowAnswer, RowTask
-from maskopt.solvers.exact.tree.proof import Step
+from maskopt.solvers.exact.tree.relaxation import Relaxed
 
 #: part of the objective (or of the value) that a node's bound is lowered by, besides the rounding of its sums
 MARGIN = 1e-9
 #: part of the objective by which a mask must beat the incumbent to be looked for: half of what OPTIMAL allows
 WORTH = 5e-7
+_NOTHING = np.zeros(0)
+
+
+class Step:
+    """One bounding of a node: λ and triangles, the free entries of the point, the inputs that it fixed and
+    their sides (1 pruned, 0 kept), and what follows below (nothing: open, or closed). Without a form counts
+    or fixings leave one mask or none."""
+
+    __slots__ = ("below", "branch", "fixed", "form", "point", "side")
+
+    def __init__(
+        self,
+        form: Relaxed | None = None,
+        point: np.ndarray = _NOTHING,
+        fixed: np.ndarray = _NOTHING,
+        side: np.ndarray = _NOTHING,
+    ) -> None:
+        self.form, self.point, self.fixed, self.side = form, point, fixed, side
+        self.branch = LEAF
+        self.below: tuple[Step, ...] = ()
+
+    @classmethod
+    def of(cls, form: Relaxed, point: np.ndarray, before: np.ndarray, after: np.ndarray) -> Step:
+        """A node's step, from its state with counts settled, and the state after its fixings."""
+        free = before < 0
+        if not free.any():
+            return cls()
+        fixed = np.flatnonzero(free & (after >= 0))
+        return cls(form, point[free], fixed, after[fixed])
+
+    def then(self, branch: int, *below: Step) -> None:
+        """What follows: AGAIN with a step at the same node, or an input with its children, pruned first."""
+        self.branch, self.below = branch, below
+
+
+def row_proof(root: Step, n: int, penalty: float) -> RowProof:
+    """The tree below a step, in preorder."""
+    steps: list[Step] = []
+    left = [root]
+    while left:
+        step = left.pop()
+        steps.append(step)
+        left += reversed(step.below)
+    forms = {id(step.form): step.form for step in steps if step.form is not None}
+    number = {key: place for place, key in enumerate(forms)}
+    pools = [form.pool for form in forms.values()] or [Pool.empty()]
+    index, sign = (np.concatenate([getattr(pool, x) for pool in pools]) for x in ("index", "sign"))
+    if (index[:, 3:] == ABSENT).all():  # triangles alone
+        index, sign = index[:, :3], sign[:, :2]
+    parts = {
+        "forms": np.array([form.lam for form in forms.values()]).reshape(-1, n),
+        "cuts": [len(form.pool.tau) for form in forms.values()],
+        "cut_index": np.select([index == n, index == ABSENT], [OF_Z0, NO_INPUT], index),
+        "cut_sign": sign,
+        "multiplier": np.concatenate([pool.tau for pool in pools]),
+        "form": [NO_FORM if step.form is None else number[id(step.form)] for step in steps],
+        "branch": [step.branch for step in steps],
+        "fixes": [len(step.fixed) for step in steps],
+        "fixed": np.concatenate([step.fixed for step in steps]),
+        "side": np.concatenate([step.side for step in steps]),
+        "points": np.concatenate([step.point for step in steps]),
+    }
+    return RowProof(penalty=penalty, **{k: np.asarray(parts[k], dtype=KINDS[k]) for k in KINDS})
 
 
 class Node(NamedTuple):
-    """A node that is open. Of equal bounds the older one, by its order of creation, comes first.
+    """An open node. Of equal bounds the older one, by its order of creation, comes first.
 
     Attributes:
         state: 1 pruned, 0 kept, −1 free, int8 [n].
         point: the relaxed point, float64 [n].
-        form: what else its relaxation leaves to the nodes below.
+        form: further data of its relaxation for the nodes below.
         step: of the proof; None where none is kept.
     """
 
@@ -87,8 +153,8 @@ class BestFirst:
             self.best, self.cost = pruned, cost
 
     def search(self, threads: int = 1) -> RowAnswer:
-        """Best first, until nothing is open below the cutoff or a limit is reached; `threads`: for nodes side
-        by side."""
+        """Best first, until nothing is open below the cutoff or a limit is reached; `threads`: for several
+        nodes."""
         open_nodes = [self.start]
         nodes, ended, least_open = 1, "", self.start.bound
         with one_thread_pool(threads) as pool:
@@ -130,8 +196,8 @@ class BestFirst:
         return ""
 
     def _branch_best(self, open_nodes: list[Node], pool: ThreadPoolExecutor | None) -> list[Node]:
-        """The children of the best node, which is no longer open; or of the best few, each with the incumbent
-        that is known before any of them."""
+        """The children of the best node, or of the best few, each with the incumbent known before; they are
+        closed."""
         some = [heapq.heappop(open_nodes)]
         while open_nodes and len(some) < self.abreast:
             some.append(heapq.heappop(open_nodes))

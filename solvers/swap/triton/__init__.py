@@ -8,10 +8,8 @@ import torch
 
 
 def unavailable(device: torch.device | str | None = None) -> str | None:
-    """Why the Triton kernels cannot run (on a device), or None if they can.
-
-    They run on CUDA devices, and anywhere under TRITON_INTERPRET=1 (slowly, for tests).
-    """
+    """Why the Triton kernels cannot run (on a device), or None: they run on CUDA devices, and under
+    TRITON_INTERPRET=1 anywhere (slowly, for tests)."""
     try:
         import triton  # noqa: F401
     except ImportError as error:

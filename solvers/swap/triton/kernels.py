@@ -243,18 +243,7 @@ def scan_survivors(
 
 @triton.jit
 def scan_groups(
-    blocks,
-    x,
-    a,
-    b,
-    value,
-    kept_best,
-    pruned_best,
-    n,
-    M,
-    groups,
-    MP: tl.constexpr,
-    BG: tl.constexpr,
+    blocks, x, a, b, value, kept_best, pruned_best, n, M, groups, MP: tl.constexpr, BG: tl.constexpr
 ):
     """N:M: the best swap inside each of BG groups of M consecutive columns of one row.
 

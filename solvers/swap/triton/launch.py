@@ -1,14 +1,14 @@
 """Tensor functions around the Triton programs of `kernels.py`: shapes, buffers, grids, rounding.
 
-They know nothing of problems or solvers, run where their arguments are, and wait for the device
-only where a count decides the size of a grid. Importing this module needs the package `triton`.
+They run where their arguments are, and wait for the device only where a count decides the size of a grid.
+Importing this module needs the package `triton`.
 
-**Rounding.** With u = 2⁻²⁴ in float32, a scan computes fl(a + fl(b + h·fl(x_p g))). Rounding a, b,
-x and G to float32 included, its error is at most 2u|a_u| + 3u|b_p| + 6u·2|x_u x_p G_up|, to first
-order, and 2|x_u x_p G_up| ≤ D_u + D_p where D_j = x_j² d_j² with |G_ij| ≤ d_i d_j (`Reach`). The
-same holds for the bounds by which pairs are passed over. `column_terms` therefore takes
-8u(|a| + D) off a and 8u(|b| + D) off b: Δ' ≤ Δ for every pair, and least Δ' ≥ −limit proves that
-no pair gains more than the limit. That needs a and b themselves in float64, so c too.
+**Rounding.** With u = 2⁻²⁴ in float32, a scan computes fl(a + fl(b + h·fl(x_p g))). Rounding a, b, x and G to
+float32 included, its error is at most 2u|a_u| + 3u|b_p| + 6u·2|x_u x_p G_up|, to first order, and 2|x_u x_p
+G_up| ≤ D_u + D_p where D_j = x_j² d_j² with |G_ij| ≤ d_i d_j (`Reach`). The same holds for the bounds by
+which pairs are passed over. `column_terms` therefore takes 8u(|a| + D) off a and 8u(|b| + D) off b: Δ' ≤ Δ
+for every pair, and least Δ' ≥ −limit proves that no pair gains more than the limit. That needs a and b
+themselves in float64, so c too.
 """
 
 from __future__ import annotations
@@ -34,10 +34,7 @@ _SLACK = 1.0 + 2.0**-20
 
 @dataclass(frozen=True)
 class Reach:
-    """How far a Gram matrix can couple two columns; computed once a layer.
-
-    |G_ij| ≤ d_i d_j, and |G_ij| ≤ ρ_i d_i d_j for all j ≠ i.
-    """
+    """How far G can couple two columns: |G_ij| ≤ d_i d_j, and |G_ij| ≤ ρ_i d_i d_j for all j ≠ i."""
 
     d: Float[Tensor, " n"]
     """float64; √G_jj, or √max_i|G_ij| for all j where G is not quite positive semidefinite."""
@@ -77,10 +74,8 @@ def column_terms(
     rows: Int[Tensor, " rows"] | None = None,
     lowered: bool = True,
 ) -> tuple[Float[Tensor, "rows n"], Float[Tensor, "rows n"], Float[Tensor, "rows n"]]:
-    """a and b, made pessimistic if `lowered`, and e = |x_j| d_j of some rows in one launch.
-
-    a is +inf where a column is not kept, b where it is not pruned; e is rounded up.
-    """
+    """a and b of some rows, made pessimistic if `lowered`, +inf where a column is not kept (a) or not pruned
+    (b), and e = |x_j| d_j, rounded up, in one launch."""
     rows = _all_rows(x) if rows is None else rows
     shape = (len(rows), x.shape[1])
     a, b, e = (torch.empty(shape, dtype=dtype, device=x.device) for _ in range(3))

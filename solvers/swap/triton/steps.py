@@ -1,17 +1,14 @@
 """The steps of 1-swap search on a GPU: rows in lockstep, one launch for all rows that need it.
 
-`TritonKernel` does what `maskopt.solvers.swap` asks of a kernel: refresh, search, price.
+- *Search.* The first candidates are the pairs that pricing harvested; after that, from c, the K kept of least
+  a and the K pruned of least b. `launch.swap_block` makes the best swaps among them in float32, c moves by
+  the columns that changed, in float64, and the objective follows. A block whose objective in float64 did not
+  fall is undone and searched in float64.
+- *Price.* A scan over all pairs, in float32, pessimistically rounded: finding no pair is a proof. A found
+  pair is decided in float64; where none improves, the row is scanned in float64.
 
-- *Search.* The first candidates are the pairs that pricing harvested; after that, from c, the K
-  kept of least a and the K pruned of least b. `launch.swap_block` makes the best swaps among them in
-  float32, c moves by the columns that changed, in float64, and the objective follows. A block
-  whose objective in float64 did not fall is undone and searched in float64.
-- *Price.* A scan over all pairs, in float32, pessimistically rounded: finding no pair is a proof.
-  What it does find is decided in float64: one pair that improves is enough, else the row is scanned
-  in float64.
-
-For N:M with groups of up to 32 all pairs are few: every step scans, and the best groups are the
-candidates. Importing this module needs the package `triton`.
+For N:M with groups of up to 32 every step scans all pairs, and the best groups are the candidates. Importing
+this module needs the package `triton`.
 """
 
 from __future__ import annotations
@@ -55,12 +52,7 @@ class TritonKernel:
     patience = 2**31
 
     def __init__(
-        self,
-        batch: Batch,
-        *,
-        memory: int = 2**30,
-        width: int = WIDTH,
-        timed: bool = False,
+        self, batch: Batch, *, memory: int = 2**30, width: int = WIDTH, timed: bool = False
     ) -> None:
         self.seconds: dict[str, float] = {}
         self._timed = timed
@@ -153,10 +145,8 @@ class TritonKernel:
         dtype: torch.dtype,
         most: int,
     ) -> tuple[Int[Tensor, " some"], Bool[Tensor, " some"]]:
-        """Swap among the candidates; kept, c, objective and counts follow.
-
-        Returns the swaps made, and whether a block was undone because its objective did not fall.
-        """
+        """Swap among the candidates; returns the swaps made, and whether a block was undone because its
+        objective did not fall. kept, c, objective and counts follow."""
         threshold = batch.threshold(rows)
         with self._stage("swaps", rows.device):
             _, made, after = launch.swap_block(
@@ -259,10 +249,8 @@ def _now(device: torch.device) -> float:
 
 
 def _least(values: Float[Tensor, "rows m"], many: int) -> Int[Tensor, "rows many"]:
-    """Positions of the least finite values of each row, in no order; −1 where there are no more.
-
-    Which of several equal values is taken is made definite by the position: the lowest.
-    """
+    """Positions of the least finite values of each row, in no order; ties: the lowest; −1 where there are no
+    more."""
     many = min(many, values.shape[1])
     found, position = values.topk(many, dim=1, largest=False, sorted=True)
     # topk leaves open which of the values equal to the last one it takes

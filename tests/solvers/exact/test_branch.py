@@ -29,8 +29,7 @@ from maskopt.solvers.exact.tree import least_squares
 from maskopt.solvers.exact.tree.convexify import free_part, multipliers, qcr_duals, start_vectors
 from maskopt.solvers.exact.tree.node import in_order, put_in_order, twins_of
 from maskopt.solvers.exact.tree.pentagons import PLACES
-from maskopt.solvers.exact.tree.probing import probe
-from maskopt.solvers.exact.tree.quadratic import QuadraticTree
+from maskopt.solvers.exact.tree.quadratic import QuadraticTree, probe
 from maskopt.solvers.exact.tree.relaxation import Plan, Relaxed
 
 SIXTY, OPTIMAL = Unstructured(sparsity=0.6), (Status.OPTIMAL,)

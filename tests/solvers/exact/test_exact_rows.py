@@ -292,7 +292,7 @@ def test_ctrl_c_returns_the_incumbent(tmp_path):
     layer(80, 1, pattern=SIXTY).save(tmp_path / "hard.npz")
     code = (
         "import os, signal, sys, threading; from maskopt import LayerProblem, solve, verify\n"
-        "from maskopt.solvers.exact.scip_model import ScipModel; run = ScipModel.optimize\n"
+        "from maskopt.solvers.exact.scip import ScipModel; run = ScipModel.optimize\n"
         "def begun(*given):\n"
         "    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
         "    return run(*given)\n"

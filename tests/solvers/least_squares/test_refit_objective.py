@@ -17,7 +17,7 @@ from maskopt import NM, LayerProblem, LeastSquaresUpdate, RowProblem, Unstructur
 from maskopt.certificates.certificate import Certificate
 from maskopt.core.least_squares import LeastSquares
 from maskopt.core.limits import Limits
-from maskopt.core.problem import update_weights
+from maskopt.core.update import update_weights
 from maskopt.errors import OptionError, ProblemError, SolverError, VerificationError
 from maskopt.experiments.compare import compare
 from maskopt.instances.formats import load_problem

@@ -16,7 +16,7 @@ from maskopt import NM, LayerProblem, LeastSquaresUpdate, Unstructured, prune_mo
 from maskopt.checks.swap_check import improving_swap
 from maskopt.core.limits import Limits, Progress
 from maskopt.core.linear_term import LinearTerm
-from maskopt.core.problem import update_weights
+from maskopt.core.update import update_weights
 from maskopt.errors import MaskoptError, OptionError, VerificationError
 from maskopt.models.checkpoints.report import read_manifest
 from maskopt.models.checkpoints.workspace import MANIFEST
