@@ -369,20 +369,9 @@ def versions() -> dict[str, str]:
     }
 
 
-def write_manifest(
-    path: Path,
-    report: PruneReport,
-    files: Mapping[str, str],
-    *,
-    tensors: Mapping[str, Any] | None = None,
-    **more: Any,
-) -> None:
+def write_manifest(path: Path, report: PruneReport, files: Mapping[str, str], **more: Any) -> None:
     """Write the manifest; only `seconds` and `memory` differ between two runs of the same fingerprint.
-
-    Args:
-        tensors: input axis and pattern of every masked tensor.
-        more: `shrunk`, what became of a model that was made smaller.
-    """
+    `more`: `shrunk`, what became of a model that was made smaller."""
     manifest = {
         "format": MANIFEST_FORMAT,
         "kind": report.kind,
@@ -392,8 +381,6 @@ def write_manifest(
         "parts": [asdict(part) for part in report.parts],
         "distillation": report.distillation,
         "bad_samples": list(report.bad_samples),
-        "fallbacks": report.fallbacks,
-        "tensors": dict(tensors or {}),
         "files": dict(sorted(files.items())),
         "seconds": sum(layer.seconds for layer in report.layers),
         "memory": dict(report.memory),

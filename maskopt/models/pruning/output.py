@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from maskopt.core.files import check_writable
-from maskopt.core.pattern import Pattern, pattern_to_dict
 from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Layer
 from maskopt.models.architecture.source import FolderSource, Source
@@ -250,11 +249,10 @@ class FolderResults(Results):
         trained, self._distilled = train_whole(student, dense, options, *how)
         self.losses = trained.record()
 
-    def finish(self, report: PruneReport, pattern: Pattern) -> None:
+    def finish(self, report: PruneReport) -> None:
         """Write the rest of the pruned folder and move it into view."""
         files = {MASKS: self.join_masks(), **self.write_shards(), **self._distilled}
-        masks = MaskFile(self._run.work.staging / MASKS)
-        self._run.finish(report, files, tensors=_tensors(masks, pattern))
+        self._run.finish(report, files)
 
     def stored_blocks(self) -> dict[int, FinishedBlock]:
         """All finished blocks in the journal, with the edits of their tensors."""
@@ -303,7 +301,7 @@ class MemoryResults(Results):
         if self.run is not None:
             self._stored.update(self._source.stored(index, found.masks))
 
-    def finish(self, report: PruneReport, pattern: Pattern) -> None:
+    def finish(self, report: PruneReport) -> None:
         if self.run is None:
             return
         from maskopt.models.architecture.transformers_adapter import quietly
@@ -316,13 +314,12 @@ class MemoryResults(Results):
                 several = isinstance(getattr(tokenizer, "chat_template", None), dict)
                 tokenizer.save_pretrained(staging, save_jinja_files=not several)
         write_masks(staging / MASKS, self._stored)
-        masks = MaskFile(staging / MASKS)
         # of a model that runs already: nothing of its code is run here
-        check_masks(open_checkpoint(staging, trust_remote_code=True), masks)
+        check_masks(open_checkpoint(staging, trust_remote_code=True), MaskFile(staging / MASKS))
         named = getattr(getattr(self._source.model, "config", None), "_name_or_path", "")
         write_card(staging, report, hub_name(named), Path(named).name or "A model", [])
         listed = [file.name for file in staging.iterdir() if file.name != CARD]
-        self.run.commit(report, self.run.digests(listed), tensors=_tensors(masks, pattern))
+        self.run.commit(report, self.run.digests(listed))
 
 
 def results_of(job: Job, run: Run | None, tokenizer: Any) -> FolderResults | MemoryResults:
@@ -383,10 +380,3 @@ def extract_masks(
             write_masks(files[-1], masks)
         join_masks(path, files)
     return sparsities
-
-
-def _tensors(masks: MaskFile, pattern: Pattern) -> dict[str, Any]:
-    return {
-        name: {"input_axis": masks.layout[name]["input_axis"], "pattern": pattern_to_dict(pattern)}
-        for name in masks.names
-    }

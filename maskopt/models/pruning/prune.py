@@ -106,7 +106,7 @@ def prune_model(
         if windows is not None and isinstance(results, FolderResults):
             results.distil(windows)
         report = results.report(fingerprint)
-        ranks.agreed(lambda: results.finish(report, options.pattern))
+        ranks.agreed(lambda: results.finish(report))
     return dataclasses.replace(report, seconds=time.perf_counter() - began)
 
 

@@ -139,7 +139,7 @@ def remove_blocks(
                 block.advanced = block.dense_advanced = True
 
         more = {**effects.record(removed, measured), "status": str(solution.status[0])}
-        finish_smaller(job, run, change, report, prepare=leave_out, blocks=removed, effects=more)
+        finish_smaller(job, run, change, report, prepare=leave_out, effects=more)
     seconds = time.perf_counter() - began
     return BlocksReport(removed, effects, solution, measured, run.output, seconds)
 

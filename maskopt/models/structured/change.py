@@ -55,22 +55,9 @@ class Change:
     updated: Sequence[str] = ()
 
     def record(self) -> dict[str, Any]:
-        """As JSON values, for the manifest."""
-        names = {
-            "names": {new: old for old, new in self.names.items() if new not in (None, old)},
-            "gone": sorted(old for old, new in self.names.items() if new is None),
-        }
-
-        def step(by: str, cut: Cut) -> dict[str, Any]:
-            return {"axis": cut.axis, "parts": [list(part) for part in cut.parts], "by": by}
-
-        return {
-            **(names if self.names else {}),
-            "settings": dict(self.settings),
-            "kept": {name: stays.nonzero()[:, 0].tolist() for name, stays in self.kept.items()},
-            "tensors": {name: [step(*x) for x in cuts] for name, cuts in self.cuts.items()},
-            "updated": sorted(self.updated),
-        }
+        """What stays, as JSON values, for the manifest; all else follows from it."""
+        kept = {name: stays.nonzero()[:, 0].tolist() for name, stays in self.kept.items()}
+        return {"kept": kept, "updated": sorted(self.updated)}
 
 
 def indices_left(cuts: TensorCuts, kept: Kept) -> dict[str, dict[int, Tensor]]:

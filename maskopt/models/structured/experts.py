@@ -104,7 +104,7 @@ def remove_experts(
     record["skip_bad_samples"] = options.skip_bad_samples
     with run.opened(disk_needed(source.checkpoint)) as work:
         kept, layers, bad = _choose(job, mixtures, left, work.hidden)
-        change, homes = _change(source, mixtures, kept, settings)
+        change = _change(source, mixtures, kept, settings)
         fingerprint, memory = fingerprint_of(job, record), peaks(source.device)
         report = PruneReport(
             layers, fingerprint, bad, output=run.output, memory=memory, kind=EXPERTS
@@ -114,7 +114,7 @@ def remove_experts(
             for one in (x for x in mixtures if x.block == block.index):
                 cut(block.job.source.model, one, kept[one.name])
 
-        finish_smaller(job, run, change, report, prepare=cut_block, experts=homes)
+        finish_smaller(job, run, change, report, prepare=cut_block)
     return dataclasses.replace(report, seconds=time.perf_counter() - began)
 
 
@@ -208,12 +208,11 @@ def _change(
     mixtures: Sequence[Mixture],
     kept: Mapping[str, Bool[Tensor, " experts"]],
     settings: Mapping[str, int],
-) -> tuple[Change, dict[str, str]]:
-    """What becomes of the stored model; and of experts that are stored one by one the mixture, by the
-    beginning of their tensors' names. Raises ModelError for experts that are stored in another way."""
+) -> Change:
+    """What becomes of the stored model; ModelError for experts that are neither stored as the model's
+    parameters nor one by one."""
     names: dict[str, str | None] = {name: name for name in source.checkpoint.where}
     cuts: dict[str, list[tuple[str, Cut]]] = {}
-    homes: dict[str, str] = {}
     for mixture in mixtures:
         numbers = {old: new for new, old in enumerate(kept[mixture.name].nonzero()[:, 0].tolist())}
         for parameter in mixture.parameters:
@@ -228,7 +227,6 @@ def _change(
                         f"parameter {parameter!r} is stored in another form than expert by expert; its "
                         "experts cannot be removed"
                     )
-                homes[found["home"]] = mixture.name
                 new = numbers.get(int(found["number"]))
                 names[name] = None if new is None else f"{found['home']}.{new}.{found['rest']}"
 
@@ -236,7 +234,7 @@ def _change(
     nested = config.get("text_config")
     known = {*config, *(nested if isinstance(nested, dict) else ())}
     stored = {key: value for key, value in settings.items() if key in known} or settings
-    return Change(stored, "its experts are routed to otherwise", names, cuts, kept), homes
+    return Change(stored, "its experts are routed to otherwise", names, cuts, kept)
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,8 @@ def set_zeros(model, less, record):
     """The consumers' removed columns become zero, their kept ones as they were written."""
     for consumer, kept in record["kept"].items():
         weight, left = (m.get_submodule(consumer).weight.data for m in (model, less))
-        step = next(s for s in record["tensors"][f"{consumer}.weight"] if s["by"] == consumer)
-        ((length, width),) = step["parts"]
-        stays = torch.zeros(length // width, dtype=torch.bool)
+        width = left.shape[1] // len(kept)
+        stays = torch.zeros(weight.shape[1] // width, dtype=torch.bool)
         stays[kept] = True
         columns = stays.repeat_interleave(width)
         assert left.shape[1] == int(columns.sum())
