@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from maskopt.cli.command import MODEL, OVERWRITE, RESUME, SOURCES, command
 from maskopt.cli.console import again, errors, make_table, ranks, screen, speaks, written
-from maskopt.cli.prune_view import PruneView
-from maskopt.cli.view import View, duration, view
+from maskopt.cli.view import PruneView, View, duration, view
 from maskopt.core.fields import OUTPUT, TEXT, option, options_of
 from maskopt.errors import OptionError
 from maskopt.models.options.prune import RECIPE, PruneOptions, with_recipe

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from maskopt.cli.command import CALIBRATION_TEXT, MODEL, OVERWRITE, RESUME, command
 from maskopt.cli.console import make_table, screen, written
 from maskopt.cli.prune import naming_resume
-from maskopt.cli.prune_view import PruneView
-from maskopt.cli.view import view
+from maskopt.cli.view import PruneView, view
 from maskopt.core.fields import OUTPUT, REQUIRED, SELECTION, TEXT, option, options_of
 from maskopt.errors import OptionError
 from maskopt.models.options.structured import ShrinkOptions
