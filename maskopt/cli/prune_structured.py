@@ -55,7 +55,6 @@ def prune_structured(
     The result is a smaller dense model, which `maskopt prune` accepts. Heads are proven to
     be the best to remove for the layer output. `maskopt verify OUT --original MODEL` checks the result.
     """
-    from maskopt.models.checkpoints.workspace import check_output
     from maskopt.models.structured.channels import shrink_model
 
     if windows is not None and not blocks:
@@ -69,9 +68,6 @@ def prune_structured(
         else:
             _remove_experts(model, experts, inputs)
     else:
-        check_output(
-            output, overwrite=overwrite, resume=resume, model=model, calibration=calibration
-        )
         with naming_resume(output), view() as shown:
             report = shrink_model(
                 model, resume=resume, on_progress=PruneView(shown), **inputs, **options

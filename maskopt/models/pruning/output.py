@@ -34,8 +34,7 @@ from maskopt.models.checkpoints.report import (
     LayerReport,
     PartReport,
     PruneReport,
-    read_layers,
-    read_parts,
+    read_reports,
 )
 from maskopt.models.checkpoints.safefile import write_tensors
 from maskopt.models.checkpoints.schema import PRUNE
@@ -259,8 +258,9 @@ class FolderResults(Results):
         found = {}
         for index, record in self._run.journal.blocks.items():
             if index <= self.job.last:
-                layers = read_layers(record["layers"], self._run.journal.path)
-                parts = read_parts(record.get("parts", []), self._run.journal.path)
+                path = self._run.journal.path
+                layers = read_reports(LayerReport, record["layers"], path)
+                parts = read_reports(PartReport, record.get("parts", []), path)
                 edits = Edits.of(MaskFile(self._path(index, "masks")), self._values([index]))
                 found[index] = FinishedBlock(layers, parts, record["bad"], edits)
         return found

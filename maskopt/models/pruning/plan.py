@@ -37,7 +37,7 @@ from maskopt.models.options.training import BLOCK, Reconstruction
 from maskopt.models.options.walk import GRADIENT_WINDOWS
 from maskopt.models.pruning.allocate import check_moves
 from maskopt.models.pruning.gram_store import GramStore
-from maskopt.models.pruning.solving import solve_layer
+from maskopt.models.pruning.prune_layer import solve_layer
 from maskopt.models.training.whole import disk_of_training
 
 #: inputs of the small problem that the solver's speed is measured on, and its rows, more while they are fast

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -170,11 +171,20 @@ def _check_same_output(
 
 
 def check_shapes(
-    source: FolderSource, settings: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]
+    source: FolderSource,
+    settings: Mapping[str, Any],
+    sizes: Mapping[str, Mapping[int, int]] = MappingProxyType({}),
+    rename: Callable[[str], str | None] = str,
 ) -> None:
-    """Raise ModelError where the new configuration describes a model of other than these shapes."""
+    """Raise ModelError where the new configuration describes other parameters than are left: by new names,
+    None for one that is removed, with new `sizes` by axis."""
     from transformers import AutoModelForCausalLM
 
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name, parameter in source.model.named_parameters():
+        if (new := rename(name)) is not None:
+            left = {**dict(enumerate(parameter.shape)), **sizes.get(name, {})}
+            wanted[new] = tuple(left.values())
     before = source.model.config
     record = changed(before.to_dict(), settings)
     try:

@@ -7,24 +7,30 @@ model.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._pytree import tree_unflatten
 
 from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Layer, Part, parts_of
 from maskopt.models.blockwise.activations import Activations
 from maskopt.models.blockwise.collect import IN_DENSE, OpenBlock
+from maskopt.models.blockwise.forward import Call, HiddenState, merge_calls
 from maskopt.models.checkpoints.report import PartReport
 from maskopt.models.options.training import ALL, BLOCK, CHANNELS, COSINE, SQUARE, Reconstruction
-from maskopt.models.training.parts import Heard, Listener, Recorded, called
 from maskopt.models.training.trainer import Task, train
 
+#: of a part that cannot be trained by itself
+_WHOLE = "and cannot be trained by itself; take `training` granularity=block"
 #: lower limit of a token's mean square, relative to that of its window's targets
 _LEAST = 1e-6
 #: lower limit of a channel's mean square, relative to that of all channels
@@ -219,6 +225,134 @@ class Targets:
             for window, (heard, output) in block.threads.each(one, list(block.samples.active)):
                 yield window, heard, output
                 tick(1)
+
+
+@dataclass(frozen=True)
+class Heard:
+    """One call of a part."""
+
+    state: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+
+
+class Listener:
+    """While it is `listening`, the calls and outputs of some parts in a pass, by thread."""
+
+    def __init__(self, parts: Sequence[Part], remedy: str = _WHOLE) -> None:
+        self.parts, self._remedy = parts, remedy
+        self._local = threading.local()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        handles = []
+        try:
+            for index, part in enumerate(self.parts):
+                before, after = self._hooks(index)
+                handles.append(part.module.register_forward_pre_hook(before, with_kwargs=True))
+                handles.append(part.module.register_forward_hook(after))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def begin(self) -> None:
+        """A pass begins on this thread."""
+        self._local.calls = {}
+        self._local.outputs = {}
+
+    def heard(self) -> list[Heard]:
+        """The calls of this thread's last pass, by part; ModelError for a part not called once."""
+        calls, outputs = self._local.calls, self._local.outputs
+        for index, part in enumerate(self.parts):
+            if (times := len(calls.get(index, ()))) != 1:
+                raise ModelError(
+                    f"{part.name or 'a block'} is called {times} times in a pass, {self._remedy}"
+                )
+        return [
+            Heard(state, args, kwargs, outputs[index])
+            for index, ((state, args, kwargs),) in sorted(calls.items())
+        ]
+
+    def order(self) -> list[int]:
+        """The parts' indices in the order of the calls on this thread."""
+        return list(self._local.calls)
+
+    def _hooks(self, index: int) -> tuple[Any, Any]:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            state = args[0] if args else kwargs.get("hidden_states")
+            if not isinstance(state, Tensor):
+                raise ModelError(
+                    f"{type(module).__name__} is called without a hidden state, {self._remedy}"
+                )
+            # the model may change its own input in place
+            kept = state.clone()
+            args = tuple(kept if value is state else value for value in args)
+            kwargs = {name: kept if value is state else value for name, value in kwargs.items()}
+            self._local.calls.setdefault(index, []).append((kept, args, kwargs))
+
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._local.outputs[index] = first(output).clone()
+
+        return before, after
+
+
+def first(output: Any) -> Tensor:
+    """The hidden state in a module's return value."""
+    found = output[0] if isinstance(output, tuple | list) else output
+    if not isinstance(found, Tensor):
+        raise ModelError("a part of a block does not return a hidden state")
+    return found
+
+
+def called(part: nn.Module, call: Call, state: Tensor) -> Tensor:
+    """A part's output for a hidden state, in the state's precision."""
+
+    def as_given(leaf: Any) -> Any:
+        if leaf is HiddenState:
+            return state
+        floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
+        return leaf.to(state.dtype) if floating else leaf
+
+    args, kwargs = tree_unflatten([as_given(leaf) for leaf in call.leaves], call.spec)
+    return first(part(*args, **kwargs))
+
+
+class Recorded:
+    """Calls or outputs of a part with so many windows; in memory, or in files in `folder`."""
+
+    def __init__(self, windows: int, folder: Path | None) -> None:
+        self._windows, self._folder = windows, folder
+        self._states: Activations | None = None
+        self._calls: list[dict[int, Call]] = [{}]
+
+    def put(self, window: int, state: Tensor) -> None:
+        """Keep a state; all are of one shape."""
+        if self._states is None:
+            self._states = Activations(range(self._windows), state.shape, state.dtype, self._folder)
+        self._states[window] = state
+
+    def put_call(self, window: int, heard: Heard) -> None:
+        """Keep a call with its hidden state; arguments equal in several windows are kept once."""
+        self.put(window, heard.state)
+        merge_calls(self._calls, [(heard.state, heard.args, heard.kwargs)], window)
+
+    def state(self, window: int) -> Tensor:
+        """The kept state."""
+        assert self._states is not None
+        return self._states[window]
+
+    def call(
+        self, part: nn.Module, window: int, device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """The part's output of the same call, in a precision."""
+        return called(part, self._calls[0][window], self.state(window).to(device, dtype))
+
+    def close(self) -> None:
+        """Free what it holds."""
+        if self._states is not None:
+            self._states.close()
 
 
 def _scales(recorded: Recorded, windows: Sequence[int]) -> Float[Tensor, " width"]:

@@ -126,8 +126,9 @@ def _check_settings(settings: Mapping[str, Any], ours: Loading, theirs: Loading)
     """The configuration is the original's except for the sizes that the removal leaves."""
     expected, found = _by_key(theirs), _by_key(ours)
     nested = _TEXT in expected and not any(key in expected for key in settings)
-    expected |= {(_TEXT, key) if nested else key: size for key, size in settings.items()}
-    odd = (k for k in {**expected, **found} if expected.get(k, ...) != found.get(k, ...))
+    sizes = {(_TEXT, key) if nested else key: size for key, size in settings.items()}
+    expected |= sizes
+    odd = (x for x in {**sizes, **expected, **found} if expected.get(x, ...) != found.get(x, ...))
     for place in odd:
         key = place if isinstance(place, str) else place[1]
         if key not in settings:
