@@ -229,12 +229,8 @@ def trained_words(parts: Sequence[PartReport]) -> str:
 def distilled_words(losses: Mapping[str, Any]) -> str:
     """What training all kept weights together made of the model, in a line."""
     before, after = losses["before"], losses["after"]
+    end = "; it diverged and was ended: take a smaller learning_rate" * losses["diverged"]
     return (
         f"distilled: KL to the dense model, nats: {before['fitted']:.4f} → {after['fitted']:.4f}; on "
-        f"held-out windows {before['held']:.4f} → {after['held']:.4f} (epoch {losses['epoch']})"
-        + (
-            "; it diverged and was ended: take a smaller learning_rate"
-            if losses["diverged"]
-            else ""
-        )
+        f"held-out windows {before['held']:.4f} → {after['held']:.4f} (epoch {losses['epoch']}){end}"
     )

@@ -32,12 +32,7 @@ from maskopt.models.checkpoints.bos import no_panic
 from maskopt.models.checkpoints.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from maskopt.models.checkpoints.mask_file import Edits, MaskFile, TensorMask
 
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {x: getattr(torch, x) for x in ("float32", "float64", "bfloat16", "float16")}
 
 
 class Source:

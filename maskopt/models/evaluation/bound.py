@@ -405,15 +405,9 @@ def _mask_of(problem: LayerProblem, nonzero: Tensor) -> Tensor:
 
 
 def _key(how: _How, problem: LayerProblem, row: int, mask: Tensor, chosen: int) -> str:
-    digest = digest_of(problem, row)
+    digest, options = digest_of(problem, row), sorted(how.options.items())
     digest.update(mask.cpu().numpy().tobytes())
-    text = [
-        str(problem.pattern),
-        problem.name,
-        int(chosen),
-        how.method,
-        sorted(how.options.items()),
-    ]
+    text = [str(problem.pattern), problem.name, int(chosen), how.method, options]
     return _short(digest.hexdigest() + json.dumps(text, default=str))
 
 

@@ -173,7 +173,9 @@ def solve_rows(
     else:
         gram_shrinkage = 0.0 if fallback else _fixed(options.gram_shrinkage)
         fitted = at(gram_shrinkage)
-        solved = solve_by_magnitude(fitted) if fallback else solve_layer(fitted, options, limits)
+        solved = (
+            Solved(solve(fitted, "magnitude")) if fallback else solve_layer(fitted, options, limits)
+        )
     new = None
     if least_squares is not None:
         found = solved.solution.weight
@@ -367,8 +369,3 @@ def damping_by_held_error(
 
     power = options.damping_exponent
     return min((LeastSquaresUpdate(x, power) for x in DAMPING_GRID), key=held_error)
-
-
-def solve_by_magnitude(problem: LayerProblem) -> Solved:
-    """The solution of a layer whose inputs are not known."""
-    return Solved(solve(problem, "magnitude"))

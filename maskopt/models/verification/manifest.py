@@ -41,10 +41,6 @@ OF_SOLVER = ("solver", "start", "solver_options")
 Key = tuple[tuple[int, ...], int]
 
 
-def _is_pattern(value: Any) -> bool:
-    return bool(pattern_from_dict(value))
-
-
 MAYBE_AMOUNT, MAYBE_COUNT = (None, is_amount), (None, is_count)
 _COMMON = {
     "format": MANIFEST_FORMAT,
@@ -85,7 +81,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         **_COMMON,
         "fingerprint": {
             "options": {
-                "sparsity": _is_pattern, "counts?": {...: is_count}, "training?": dict, "distillation?": dict,
+                "sparsity": pattern_from_dict, "counts?": {...: is_count},
+                "training?": dict, "distillation?": dict,
             },
             "dtype": str, "model?": str,
         },
