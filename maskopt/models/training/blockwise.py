@@ -23,8 +23,9 @@ from torch.utils._pytree import tree_unflatten
 from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Layer, Part, parts_of
 from maskopt.models.blockwise.activations import Activations
-from maskopt.models.blockwise.collect import IN_DENSE, OpenBlock
+from maskopt.models.blockwise.collect import IN_DENSE
 from maskopt.models.blockwise.forward import Call, HiddenState, merge_calls
+from maskopt.models.blockwise.job import Block
 from maskopt.models.checkpoints.report import PartReport
 from maskopt.models.options.training import ALL, BLOCK, CHANNELS, COSINE, SQUARE, Reconstruction
 from maskopt.models.training.trainer import Task, train
@@ -44,32 +45,22 @@ class Targets:
         trained_layers, trained_vectors: names of the layers, and of the norms and biases, that were trained.
 
     Args:
-        vectors: norms and biases that may change where all is trained: the stored tensor and its dtype by
-            name.
-        stored: returns the dtype in which a layer's weights are written.
-        folder: for files of hidden states; None keeps them in memory.
+        folder: for files of hidden states, where those of the walk are in one.
     """
 
-    def __init__(
-        self,
-        block: OpenBlock,
-        index: int,
-        layers: Sequence[Layer],
-        vectors: Mapping[str, tuple[str, torch.dtype]],
-        stored: Callable[[Layer], torch.dtype],
-        how: Reconstruction,
-        seed: int,
-        folder: Path | None,
-    ) -> None:
-        self.block, self.index, self.how, self.folder = block, index, how, folder
-        self.parts = [Part("", block.module, layers)]
+    def __init__(self, walked: Block, how: Reconstruction, seed: int, folder: Path) -> None:
+        self.block, self.how, self._walked = walked.opened, how, walked
+        self.folder = folder if self.block.samples.states.in_file else None
+        self.parts = [Part("", self.block.module, walked.layers)]
         if how.granularity != BLOCK:
-            self.parts = parts_of(block.module, f"{block.name}.", layers)
-        self._vectors = dict(vectors) if how.train == ALL else {}
-        self._stored = stored
+            self.parts = parts_of(self.block.module, f"{self.block.name}.", walked.layers)
+        source = walked.job.source
+        #: norms and biases that may change: the stored tensor and its dtype by name
+        self._vectors = dict(source.vectors(walked.index)) if how.train == ALL else {}
+        self._stored = source.stored_dtype
         self.trained_layers: set[str] = set()
         self.trained_vectors: set[str] = set()
-        self._seed = seed * 1_000_003 + index
+        self._seed = seed * 1_000_003 + walked.index
         self._order = list(range(len(self.parts)))
         self._wanted = [self._recorded() for _ in self.parts]
         self._given_dense = [self._recorded() for _ in self.parts]
@@ -77,11 +68,11 @@ class Targets:
     def _recorded(self) -> Recorded:
         return Recorded(self.block.samples.count, self.folder)
 
-    def record(self, tick: Callable[[int], None], *, advance: bool) -> None:
+    def record(self, *, advance: bool) -> None:
         """Record the outputs of the dense block; `advance` replaces the dense states by them."""
         dense = self.block.samples.dense
         assert dense is not None
-        for window, heard, output in self._passes(range(len(self.parts)), dense, tick):
+        for window, heard, output in self._passes(range(len(self.parts)), dense, "targets"):
             if not bool(torch.isfinite(output).all()):
                 self.block.samples.leave_out(window, self.block.name + IN_DENSE)
                 continue
@@ -91,12 +82,9 @@ class Targets:
                     self._given_dense[index].put_call(window, one)
             if advance:
                 dense[window] = output
+        self._walked.dense_advanced = advance
 
-    def train(
-        self,
-        masks: Mapping[str, tuple[Layer, Tensor]],
-        ticker: Callable[[str, int], Callable[[int], None]],
-    ) -> Iterator[PartReport]:
+    def train(self, masks: Mapping[str, tuple[Layer, Tensor]]) -> Iterator[PartReport]:
         """Train every part that has kept weights, in place; `masks` are of layers that may change, True =
         kept."""
         samples = self.block.samples
@@ -112,14 +100,16 @@ class Targets:
             free, stored = self._free(part, masks)
             if not free:
                 continue
-            with self._outputs(index, ticker) as gives:
+            with self._outputs(index) as gives:
                 name, remedy = part.name or "a block", "leave its layers out with `exclude`"
                 loss = self._loss(index, gives, fitted)
                 task = Task(
                     name, remedy, part.module, free, stored, loss, fitted, held, fitted, self.how
                 )
                 generator = torch.Generator().manual_seed((self._seed + number) % 2**63)
-                tick = ticker(f"train {part.name}".rstrip(), self.how.epochs * len(fitted))
+                tick = self._walked.ticker(
+                    f"train {part.name}".rstrip(), self.how.epochs * len(fitted)
+                )
                 found = train(task, self.block.threads, generator, tick)
             if found.epoch:
                 self.trained_layers |= {layer.name for layer in part.layers} & masks.keys()
@@ -127,7 +117,9 @@ class Targets:
                 self.trained_vectors |= {f"{prefix}.{name}" for name in free} & {*self._vectors}
             losses = (found.before.fitted, found.after.fitted, found.before.held, found.after.held)
             seconds = time.perf_counter() - began
-            yield PartReport(self.index, part.name, *losses, found.epoch, found.diverged, seconds)
+            yield PartReport(
+                self._walked.index, part.name, *losses, found.epoch, found.diverged, seconds
+            )
 
     def close(self) -> None:
         """Free what was recorded."""
@@ -180,9 +172,7 @@ class Targets:
         return f"{self.block.name}.{part.name}".rstrip(".")
 
     @contextmanager
-    def _outputs(
-        self, index: int, ticker: Callable[[str, int], Callable[[int], None]]
-    ) -> Iterator[Callable[[int], Tensor]]:
+    def _outputs(self, index: int) -> Iterator[Callable[[int], Tensor]]:
         """A function of a window: the part's output, float32, on its inputs in the model as it is now."""
         module, block = self.parts[index].module, self.block
         samples, device = block.samples, block.device
@@ -201,18 +191,18 @@ class Targets:
             return
         given = self._recorded()
         try:
-            tick = ticker("inputs", len(samples.active))
-            for window, heard, _ in self._passes([index], samples.states, tick):
+            for window, heard, _ in self._passes([index], samples.states, "inputs"):
                 given.put_call(window, heard[0])
             yield again(given)
         finally:
             given.close()
 
     def _passes(
-        self, indices: Sequence[int], states: Activations, tick: Callable[[int], None]
+        self, indices: Sequence[int], states: Activations, stage: str
     ) -> Iterator[tuple[int, list[Heard], Tensor]]:
         """Send every window through the block: the calls of some parts, and the block's output."""
         listener, block = Listener([self.parts[index] for index in indices]), self.block
+        tick = self._walked.ticker(stage, len(block.samples.active))
 
         def one(window: int) -> tuple[list[Heard], Tensor]:
             listener.begin()
