@@ -222,7 +222,7 @@ class Grams:
             self.held.complete()
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class OpenBlock:
     """A block (`module`, called `name`) whose weights are in memory, and the arguments of its `calls` by
     sample."""

@@ -68,7 +68,7 @@ def allocate(job: Job, options: PruneOptions) -> dict[str, int]:
 
 def _curves(job: Job, block: Block, options: PruneOptions) -> list[Curve]:
     found = []
-    samples = block.opened.samples
+    samples = block.samples
     samples.drop(set(samples.active) - set(job.few()))
     problems = _problems(job, block, options)
     tick = block.ticker("allocation", len(block.layers))
@@ -106,7 +106,7 @@ def measured_curves(job: Job, options: PruneOptions) -> list[Curve]:
     held = Variants[tuple[int, int]](walk, most, folder)
     with walk, torch.no_grad(), held:
         for block in walk.blocks():
-            entered = block.opened.samples.states
+            entered = block.samples.states
             problems = list(_problems(walk, block, options))
             tick = block.ticker("allocation", len(held) + VARIANTS)
             for states in held.values():

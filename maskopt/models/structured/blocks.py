@@ -300,7 +300,7 @@ def measure_effects(job: Job, folder: Path | None = None) -> Effects:
     similarity: list[float] = []
     with Variants[Left](job, blocks * (blocks + 1) // 2, folder) as held:
         for block in job.blocks(folder=folder):
-            entered = block.opened.samples.states
+            entered = block.samples.states
             through_it = list(held.items())
             held.begin(Left({block.index}), entered, entered)
             for left, states in through_it:
@@ -318,7 +318,7 @@ def measure_sets(
     """KL(dense ‖ without), nats a token, on all tokens, of the `judged` best sets by some tokens."""
     with Variants[Left](job, len(sets), folder) as held:
         for block in job.blocks(folder=folder):
-            entered = block.opened.samples.states
+            entered = block.samples.states
             for left in sets:
                 if min(left) == block.index:
                     held.begin(left, entered, entered)

@@ -352,20 +352,20 @@ def seen_by(
     visit: Callable[[tuple[Any, ...], dict[str, Any], Tensor], T],
 ) -> list[T]:
     """What `visit` returns for a module's call, window by window; ModelError unless it is one call."""
-    opened, seen = block.opened, []
+    seen = []
     listener = Listener([Part(name, module, ())], "and its experts cannot be removed")
 
     def one(sample: int) -> tuple[T, bool]:
         listener.begin()
-        opened.run(sample, opened.samples.states)
+        block.run(sample, block.samples.states)
         (heard,) = listener.heard()
         finite = bool(heard.output.isfinite().all())
         return visit(heard.args, heard.kwargs, heard.output), finite
 
     with listener.listening():
-        for sample, (found, finite) in opened.threads.each(one, list(opened.samples.active)):
+        for sample, (found, finite) in block.threads.each(one, list(block.samples.active)):
             if finite:
                 seen.append(found)
             else:
-                opened.samples.leave_out(sample, name)
+                block.samples.leave_out(sample, name)
     return seen

@@ -48,19 +48,19 @@ class Targets:
         folder: for files of hidden states, where those of the walk are in one.
     """
 
-    def __init__(self, walked: Block, how: Reconstruction, seed: int, folder: Path) -> None:
-        self.block, self.how, self._walked = walked.opened, how, walked
+    def __init__(self, block: Block, how: Reconstruction, seed: int, folder: Path) -> None:
+        self.block, self.how = block, how
         self.folder = folder if self.block.samples.states.in_file else None
-        self.parts = [Part("", self.block.module, walked.layers)]
+        self.parts = [Part("", block.module, block.layers)]
         if how.granularity != BLOCK:
-            self.parts = parts_of(self.block.module, f"{self.block.name}.", walked.layers)
-        source = walked.job.source
+            self.parts = parts_of(block.module, f"{block.name}.", block.layers)
+        source = block.job.source
         #: norms and biases that may change: the stored tensor and its dtype by name
-        self._vectors = dict(source.vectors(walked.index)) if how.train == ALL else {}
+        self._vectors = dict(source.vectors(block.index)) if how.train == ALL else {}
         self._stored = source.stored_dtype
         self.trained_layers: set[str] = set()
         self.trained_vectors: set[str] = set()
-        self._seed = seed * 1_000_003 + walked.index
+        self._seed = seed * 1_000_003 + block.index
         self._order = list(range(len(self.parts)))
         self._wanted = [self._recorded() for _ in self.parts]
         self._given_dense = [self._recorded() for _ in self.parts]
@@ -82,7 +82,7 @@ class Targets:
                     self._given_dense[index].put_call(window, one)
             if advance:
                 dense[window] = output
-        self._walked.dense_advanced = advance
+        self.block.dense_advanced = advance
 
     def train(self, masks: Mapping[str, tuple[Layer, Tensor]]) -> Iterator[PartReport]:
         """Train every part that has kept weights, in place; `masks` are of layers that may change, True =
@@ -107,7 +107,7 @@ class Targets:
                     name, remedy, part.module, free, stored, loss, fitted, held, fitted, self.how
                 )
                 generator = torch.Generator().manual_seed((self._seed + number) % 2**63)
-                tick = self._walked.ticker(
+                tick = self.block.ticker(
                     f"train {part.name}".rstrip(), self.how.epochs * len(fitted)
                 )
                 found = train(task, self.block.threads, generator, tick)
@@ -118,7 +118,7 @@ class Targets:
             losses = (found.before.fitted, found.after.fitted, found.before.held, found.after.held)
             seconds = time.perf_counter() - began
             yield PartReport(
-                self._walked.index, part.name, *losses, found.epoch, found.diverged, seconds
+                self.block.index, part.name, *losses, found.epoch, found.diverged, seconds
             )
 
     def close(self) -> None:
@@ -202,7 +202,7 @@ class Targets:
     ) -> Iterator[tuple[int, list[Heard], Tensor]]:
         """Send every window through the block: the calls of some parts, and the block's output."""
         listener, block = Listener([self.parts[index] for index in indices]), self.block
-        tick = self._walked.ticker(stage, len(block.samples.active))
+        tick = self.block.ticker(stage, len(block.samples.active))
 
         def one(window: int) -> tuple[list[Heard], Tensor]:
             listener.begin()

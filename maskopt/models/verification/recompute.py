@@ -285,8 +285,8 @@ def _walk(
         vectors: dict[str, Tensor] = {}
         # the dense model does not run along here
         for sample in manifest.record["bad_samples"] if trained else ():
-            if sample["layer"] == block.opened.name + IN_DENSE:
-                block.opened.samples.leave_out(sample["sample"], sample["layer"])
+            if sample["layer"] == block.name + IN_DENSE:
+                block.samples.leave_out(sample["sample"], sample["layer"])
         if result is not None:
             with result.open(block.index):
                 new = {x.name: matrix(result.model, x).clone() for x in block.layers}

@@ -479,7 +479,7 @@ def test_costs_are_what_the_outputs_miss():
             module, calls = model.get_submodule(mixture.name), []
             handle = module.register_forward_hook(lambda *call, calls=calls: calls.append(call[1:]))
             for sample in range(3):
-                block.opened.run(sample, block.opened.samples.states)
+                block.run(sample, block.samples.states)
             handle.remove()
             assert count == sum(len(args[0]) for args, _ in calls)
             for stays in itertools.product((0.0, 1.0), repeat=mixture.count):
