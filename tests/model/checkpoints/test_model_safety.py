@@ -399,7 +399,7 @@ def examples(pruned_folder: Path, folder: Path) -> dict[str, bytes]:
     problem.save(folder / "layer.npz")
     problem.row(0).save(folder / "row.npz")
     (folder / "forged manifest").write_text(json.dumps(whole))
-    manifest = whole | {part: type(whole[part])() for part in ("layers", "tensors", "files")}
+    manifest = whole | {part: type(whole[part])() for part in ("layers", "files")}
     manifest["sha256"] = manifest_digest(manifest)
     (folder / "manifest").write_text(json.dumps(manifest))
     (folder / "index").write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
