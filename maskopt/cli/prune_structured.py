@@ -56,6 +56,7 @@ def prune_structured(
     be the best to remove for the layer output. `maskopt verify OUT --original MODEL` checks the result.
     """
     from maskopt.models.structured.channels import shrink_model
+    from maskopt.models.structured.experts import remove_experts
 
     if windows is not None and not blocks:
         raise OptionError("`windows` need `blocks`")
@@ -66,7 +67,11 @@ def prune_structured(
         if blocks:
             _remove_blocks(model, blocks, windows, inputs)
         else:
-            _remove_experts(model, experts, inputs)
+            with view() as shown:
+                report = remove_experts(
+                    model, share=experts, on_progress=PruneView(shown), **inputs
+                )
+            show_report(report, before="routing unchanged")
     else:
         with naming_resume(output), view() as shown:
             report = shrink_model(
@@ -87,14 +92,6 @@ def _check_alone(what: str, resume: bool, options: dict[str, Any], both: bool) -
     for name in options:
         if name not in _WALK:
             raise OptionError(f"`{name}` says nothing of `{what}`; leave it out")
-
-
-def _remove_experts(model: str, share: float, given: dict[str, Any]) -> None:
-    from maskopt.models.structured.experts import remove_experts
-
-    with view() as shown:
-        report = remove_experts(model, share=share, on_progress=PruneView(shown), **given)
-    show_report(report, before="routing unchanged")
 
 
 def _remove_blocks(model: str, count: int, windows: int | None, given: dict[str, Any]) -> None:

@@ -73,9 +73,7 @@ class Source:
     def drop(self) -> None:
         """Hold nothing in memory until `head` or `load_outside`; a model that came in memory stays."""
 
-    def stored(
-        self, index: int, masks: Mapping[str, tuple[Layer, Tensor]]
-    ) -> dict[str, TensorMask]:
+    def stored(self, masks: Mapping[str, tuple[Layer, Tensor]]) -> dict[str, TensorMask]:
         """Masks of layers [rows, n] as masks of the tensors that the checkpoint stores."""
         return stored_masks(self.model, masks, None)
 
@@ -161,9 +159,7 @@ class FolderSource(Source):
     def drop(self) -> None:
         release(self.model)
 
-    def stored(
-        self, index: int, masks: Mapping[str, tuple[Layer, Tensor]]
-    ) -> dict[str, TensorMask]:
+    def stored(self, masks: Mapping[str, tuple[Layer, Tensor]]) -> dict[str, TensorMask]:
         return stored_masks(self.model, masks, self._loader)
 
     def stored_dtype(self, layer: Layer) -> torch.dtype:

@@ -15,7 +15,7 @@ from torch import Tensor
 from maskopt.core.files import check_writable
 from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Layer
-from maskopt.models.architecture.source import FolderSource, Source
+from maskopt.models.architecture.source import FolderSource
 from maskopt.models.blockwise.collect import Grams
 from maskopt.models.blockwise.job import Block, Job, open_job
 from maskopt.models.blockwise.progress import BlockProgress
@@ -194,7 +194,7 @@ class FolderResults(Results):
     def _add(self, index: int, done: FinishedBlock, found: BlockResult) -> None:
         """Write what was found of a block, and the shards that are complete with it."""
         self._run.check_models()
-        masks = self._source.stored(index, found.masks)
+        masks = self._source.stored(found.masks)
         digests = {"masks": write_masks(self._path(index, "masks"), masks)}
         if found.weights or found.vectors:
             values = {**self._source.stored_values(found.weights), **found.vectors}
@@ -283,9 +283,9 @@ class FolderResults(Results):
 class MemoryResults(Results):
     """Masks are kept in memory; where a folder is asked for, the model is saved at the end."""
 
-    def __init__(self, job: Job, run: Run | None, source: Source, tokenizer: Any) -> None:
+    def __init__(self, job: Job, run: Run | None, tokenizer: Any) -> None:
         super().__init__(job, run)
-        self._source, self._tokenizer = source, tokenizer
+        self._tokenizer = tokenizer
         self._stored: dict[str, TensorMask] = {}
 
     @contextmanager
@@ -299,7 +299,7 @@ class MemoryResults(Results):
     def _add(self, index: int, done: FinishedBlock, found: BlockResult) -> None:
         self.masks.update({name: mask for name, (_, mask) in found.masks.items()})
         if self.run is not None:
-            self._stored.update(self._source.stored(index, found.masks))
+            self._stored.update(self.job.source.stored(found.masks))
 
     def finish(self, report: PruneReport) -> None:
         if self.run is None:
@@ -307,8 +307,9 @@ class MemoryResults(Results):
         from maskopt.models.architecture.transformers_adapter import quietly
 
         staging, tokenizer = self.run.work.staging, self._tokenizer
+        model = self.job.source.model
         with quietly():
-            self._source.model.save_pretrained(staging)  # type: ignore[operator]
+            model.save_pretrained(staging)  # type: ignore[operator]
             if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
                 # templates with names of their own would take a folder of their own
                 several = isinstance(getattr(tokenizer, "chat_template", None), dict)
@@ -316,7 +317,7 @@ class MemoryResults(Results):
         write_masks(staging / MASKS, self._stored)
         # of a model that runs already: nothing of its code is run here
         check_masks(open_checkpoint(staging, trust_remote_code=True), MaskFile(staging / MASKS))
-        named = getattr(getattr(self._source.model, "config", None), "_name_or_path", "")
+        named = getattr(getattr(model, "config", None), "_name_or_path", "")
         write_card(staging, report, hub_name(named), Path(named).name or "A model", [])
         listed = [file.name for file in staging.iterdir() if file.name != CARD]
         self.run.commit(report, self.run.digests(listed))
@@ -331,7 +332,7 @@ def results_of(job: Job, run: Run | None, tokenizer: Any) -> FolderResults | Mem
         return FolderResults(job, run, source)
     if job.ranks.size > 1:
         raise ModelError("several processes prune a model folder; save the model first")
-    return MemoryResults(job, run, source, tokenizer)
+    return MemoryResults(job, run, tokenizer)
 
 
 def apply_masks(
@@ -373,7 +374,7 @@ def extract_masks(
             }
             masks = {
                 name: TensorMask(checkpoint.read(name) != 0, mask.input_axis)
-                for name, mask in source.stored(index, whole).items()
+                for name, mask in source.stored(whole).items()
             }
             sparsities |= {name: 1 - float(m.kept.float().mean()) for name, m in masks.items()}
             files.append(Path(parts) / f"{index:05d}.safetensors")
