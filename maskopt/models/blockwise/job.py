@@ -31,7 +31,7 @@ from maskopt.models.blockwise.collect import BadSample, Grams, OpenBlock, Sample
 from maskopt.models.blockwise.distributed import ALONE, Ranks
 from maskopt.models.blockwise.forward import Captured, capture, ending
 from maskopt.models.blockwise.gradients import DenseModel, Gradients
-from maskopt.models.blockwise.memory import Load, by_block, check_memory, trained_states
+from maskopt.models.blockwise.memory import Load, check_memory, trained_states
 from maskopt.models.blockwise.progress import BlockProgress, OnBlockProgress, Tick, ticker
 from maskopt.models.blockwise.threads import Threads
 from maskopt.models.blockwise.windows import held_out, windows_of
@@ -42,7 +42,7 @@ from maskopt.models.calibration.token_weights import (
     weights_of_tokens,
 )
 from maskopt.models.calibration.tokens import Windows, check_vocabulary
-from maskopt.models.checkpoints.report import FinishedBlock
+from maskopt.models.checkpoints.report import FinishedBlock, grouped
 from maskopt.models.options.walk import GRADIENT_WINDOWS, WalkOptions
 
 
@@ -185,7 +185,7 @@ class Job:
         stop = self.last + 1 if self.whole else max(waiting, default=-1) + 1
         if not stop:
             return
-        chosen = by_block(self.layers)
+        chosen = grouped(self.layers, "block")
         with ExitStack() as until_the_end:
             stack = self._until_exit or until_the_end
             captured = self._captured = self._start(stack, folder)

@@ -308,9 +308,9 @@ class PruneReport:
         return self.summary()
 
 
-def grouped(layers: Sequence[LayerReport], name: str) -> dict[Any, list[LayerReport]]:
-    """Layers by the value of a field."""
-    found: dict[Any, list[LayerReport]] = {}
+def grouped(layers: Sequence[Kind], name: str) -> dict[Any, list[Kind]]:
+    """Layers, or their reports, by the value of a field."""
+    found: dict[Any, list[Kind]] = {}
     for layer in layers:
         found.setdefault(getattr(layer, name), []).append(layer)
     return found

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_unflatten
 
 from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Layer, Part, parts_of
+from maskopt.models.architecture.loading import merged
 from maskopt.models.blockwise.activations import Activations
 from maskopt.models.blockwise.collect import IN_DENSE
 from maskopt.models.blockwise.forward import Call, HiddenState, merge_calls
@@ -149,17 +150,11 @@ class Targets:
         free: dict[str, Tensor] = {}
         stored: dict[str, torch.dtype] = {}
         names = {id(p): name for name, p in part.module.named_parameters()}
-        for layer in part.layers:
-            if layer.name not in masks:
-                continue
-            parameter = self.block.model.get_parameter(layer.parameter)
-            name = names[id(parameter)]
-            if name not in free:
-                stored[name] = self._stored(layer)
-                free[name] = torch.zeros_like(parameter, dtype=torch.bool)
-            whole = free[name] if layer.expert is None else free[name][layer.expert]
-            view = whole if layer.input_axis == 1 else whole.T
-            view.copy_(masks[layer.name][1])
+        mine = {layer.name: masks[layer.name] for layer in part.layers if layer.name in masks}
+        dtypes = {layer.parameter: self._stored(layer) for layer, _ in mine.values()}
+        for place, mask in merged(self.block.model, mine, False).items():
+            name = names[id(self.block.model.get_parameter(place))]
+            free[name], stored[name] = mask.to(self.block.device), dtypes[place]
         for name, parameter in part.module.named_parameters():
             vector = self._vectors.get(f"{self._prefix(part)}.{name}")
             if free and vector is not None:
