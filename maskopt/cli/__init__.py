@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import typer
@@ -26,85 +28,36 @@ from maskopt.errors import MaskoptError
 if TYPE_CHECKING:
     from maskopt.cli.command import Command
 
-#: commands by the headings of `maskopt --help`: the function of each, and its line there
+#: commands by the headings of `maskopt --help`, and the function of each
 PANELS = {
     "Models": {
-        "prune": (
-            "prune:prune",
-            "Prune every linear layer in the decoder blocks of a causal language model.",
-        ),
-        "prune-structured": (
-            "prune_structured:prune_structured",
-            "Remove whole MLP channels, attention heads, experts or blocks.",
-        ),
-        "distill": (
-            "models:distill",
-            "Train all kept weights of a pruned model together until it predicts what the dense model "
-            "predicts.",
-        ),
-        "sweep": (
-            "sweep:sweep",
-            "Prune a model with every combination of sparsity, solver and update, and print one table.",
-        ),
-        "eval": (
-            "models:evaluate",
-            "Perplexity of one or several models on the same consecutive windows.",
-        ),
+        "prune": "prune:prune",
+        "prune-structured": "prune_structured:prune_structured",
+        "distill": "models:distill",
+        "sweep": "sweep:sweep",
+        "eval": "models:evaluate",
     },
     "Matrices": {
-        "solve": (
-            "solve:solve",
-            "The least xᵀQx over sets of a given size, or the masks of every row of an instance.",
-        ),
-        "compare": (
-            "rows:compare",
-            "Solve the same rows with several solvers: objective, bound, gap, status, time.",
-        ),
-        "bound": (
-            "rows:bound",
-            "Certified lower bounds of rows, and how far masks are from them.",
-        ),
-        "export": (
-            "rows:export",
-            "Write one row, or a toy instance out of it, for this program or for any other IP solver.",
-        ),
+        "solve": "solve:solve",
+        "compare": "rows:compare",
+        "bound": "rows:bound",
+        "export": "rows:export",
     },
-    "Files": {
-        "verify": (
-            "files:verify",
-            "Check a pruned model, a solution of an instance, or a pruned model that was trained further.",
-        ),
-        "report": (
-            "files:report",
-            "One self-contained HTML page: the options, errors, improvements, a mask, and how to repeat it.",
-        ),
-        "masks": ("", "Apply, export, pack and unpack masks."),
-    },
-    "Information": {
-        "demo": (
-            "information:demo",
-            "Compare solvers with proven optima on small rows, then prune all of a small real model.",
-        ),
-        "solvers": (
-            "information:solvers",
-            "List solvers and bounds with what each supports; or the options of one solver.",
-        ),
-    },
+    "Files": {"verify": "files:verify", "report": "files:report", "masks": ""},
+    "Information": {"demo": "information:demo", "solvers": "information:solvers"},
 }
-_MASKS = {
-    "Commands": {
-        "apply": ("files:apply", "Copy a model with the masked weights set to zero."),
-        "export": (
-            "files:export",
-            "Write the nonzero pattern of the linear layers as packed masks.",
-        ),
-        "pack": (
-            "files:pack",
-            "Store a pruned folder without its zeros: kept values and one bit per weight.",
-        ),
-        "unpack": ("files:unpack", "Restore a packed folder bit for bit."),
-    }
-}
+_MASKS = {"Commands": {name: f"files:{name}" for name in ("apply", "export", "pack", "unpack")}}
+_OF_MASKS = "Apply, export, pack and unpack masks."
+
+
+def summary(function: str) -> str:
+    """The first sentence of the docstring of `module:function`, read from its source: see `load`."""
+    if not function:
+        return _OF_MASKS
+    module, _, name = function.partition(":")
+    source = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+    found = (x for x in ast.parse(source).body if isinstance(x, ast.FunctionDef) and x.name == name)
+    return " ".join(str(ast.get_docstring(next(found))).split("\n\n")[0].split())
 
 
 def load(function: str) -> Command:
@@ -118,14 +71,14 @@ def load(function: str) -> Command:
 def all_commands() -> dict[str, Command]:
     """Every command by its name."""
     panels = (*PANELS.values(), *_MASKS.values())
-    loaded = [load(function) for panel in panels for function, _ in panel.values() if function]
+    loaded = [load(function) for panel in panels for function in panel.values() if function]
     return {one.name: one for one in loaded}
 
 
 class Group(TyperGroup):
     """Commands that are loaded when they run, listed by panel."""
 
-    panels: ClassVar[dict[str, dict[str, tuple[str, str]]]] = PANELS
+    panels: ClassVar[dict[str, dict[str, str]]] = PANELS
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
@@ -138,9 +91,8 @@ class Group(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         for panel in self.panels.values():
-            function, _ = panel.get(cmd_name, ("", ""))
-            if function:
-                return load(function).typed()
+            if panel.get(cmd_name):
+                return load(panel[cmd_name]).typed()
         return self.commands.get(cmd_name)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -149,7 +101,7 @@ class Group(TyperGroup):
         records = (one.get_help_record(ctx) for one in self.get_params(ctx))
         panels = {
             **{
-                panel: [(x, line) for x, (_, line) in of.items()]
+                panel: [(name, summary(function)) for name, function in of.items()]
                 for panel, of in self.panels.items()
             },
             "Options": [record for record in records if record],
@@ -175,7 +127,7 @@ app = typer.Typer(
 )
 _masks = typer.Typer(cls=_MaskGroup, no_args_is_help=True)
 _masks.callback()(lambda: None)
-app.add_typer(_masks, name="masks", help=PANELS["Files"]["masks"][1])
+app.add_typer(_masks, name="masks", help=_OF_MASKS)
 
 #: in errors of torch on a GPU and on the CPU, for which it has no common class
 _NO_MEMORY = ("out of memory", "memory: you tried to allocate")

@@ -54,10 +54,6 @@ screen = _Printable(width=None if _at_terminal else 120, **_PLAIN)  # type: igno
 errors = _Printable(stderr=True, highlight=False)
 
 
-#: cells of a bound that is not known, and of its gap
-NO_BOUND = ("–", "–")
-
-
 def make_table(*headings: str, left: int = 1, no_wrap: bool = False, **how: Any) -> Table:
     """A table whose columns after the first `left` are right-aligned and, with `no_wrap`, not wrapped."""
     table = Table(**how)
@@ -75,7 +71,7 @@ def make_table(*headings: str, left: int = 1, no_wrap: bool = False, **how: Any)
 def bound_cells(record: Any) -> tuple[str, str]:
     """Bound and gap of a record of `compare` or `bound`, in the original units of the row."""
     if not record.bounded or record.gap != record.gap:
-        return NO_BOUND
+        return "–", "–"
     return f"{record.value_bound:.6g}", f"{record.gap:.2%}"
 
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from maskopt.cli.command import MODEL, OVERWRITE, RESUME, SOURCES, command
 from maskopt.cli.console import again, errors, make_table, ranks, screen, speaks, written
-from maskopt.cli.prune_view import PruneView
-from maskopt.cli.view import View, duration, view
+from maskopt.cli.view import PruneView, View, duration, view
 from maskopt.core.fields import OUTPUT, TEXT, option, options_of
 from maskopt.errors import OptionError
 from maskopt.models.options.prune import RECIPE, PruneOptions, with_recipe
@@ -230,12 +229,8 @@ def trained_words(parts: Sequence[PartReport]) -> str:
 def distilled_words(losses: Mapping[str, Any]) -> str:
     """What training all kept weights together made of the model, in a line."""
     before, after = losses["before"], losses["after"]
+    end = "; it diverged and was ended: take a smaller learning_rate" * losses["diverged"]
     return (
         f"distilled: KL to the dense model, nats: {before['fitted']:.4f} → {after['fitted']:.4f}; on "
-        f"held-out windows {before['held']:.4f} → {after['held']:.4f} (epoch {losses['epoch']})"
-        + (
-            "; it diverged and was ended: take a smaller learning_rate"
-            if losses["diverged"]
-            else ""
-        )
+        f"held-out windows {before['held']:.4f} → {after['held']:.4f} (epoch {losses['epoch']}){end}"
     )

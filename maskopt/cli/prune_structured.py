@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 from maskopt.cli.command import CALIBRATION_TEXT, MODEL, OVERWRITE, RESUME, command
 from maskopt.cli.console import make_table, screen, written
 from maskopt.cli.prune import naming_resume
-from maskopt.cli.prune_view import PruneView
-from maskopt.cli.view import view
+from maskopt.cli.view import PruneView, view
 from maskopt.core.fields import OUTPUT, REQUIRED, SELECTION, TEXT, option, options_of
 from maskopt.errors import OptionError
 from maskopt.models.options.structured import ShrinkOptions
@@ -56,8 +55,8 @@ def prune_structured(
     The result is a smaller dense model, which `maskopt prune` accepts. Heads are proven to
     be the best to remove for the layer output. `maskopt verify OUT --original MODEL` checks the result.
     """
-    from maskopt.models.checkpoints.workspace import check_output
     from maskopt.models.structured.channels import shrink_model
+    from maskopt.models.structured.experts import remove_experts
 
     if windows is not None and not blocks:
         raise OptionError("`windows` need `blocks`")
@@ -68,11 +67,12 @@ def prune_structured(
         if blocks:
             _remove_blocks(model, blocks, windows, inputs)
         else:
-            _remove_experts(model, experts, inputs)
+            with view() as shown:
+                report = remove_experts(
+                    model, share=experts, on_progress=PruneView(shown), **inputs
+                )
+            show_report(report, before="routing unchanged")
     else:
-        check_output(
-            output, overwrite=overwrite, resume=resume, model=model, calibration=calibration
-        )
         with naming_resume(output), view() as shown:
             report = shrink_model(
                 model, resume=resume, on_progress=PruneView(shown), **inputs, **options
@@ -92,14 +92,6 @@ def _check_alone(what: str, resume: bool, options: dict[str, Any], both: bool) -
     for name in options:
         if name not in _WALK:
             raise OptionError(f"`{name}` says nothing of `{what}`; leave it out")
-
-
-def _remove_experts(model: str, share: float, given: dict[str, Any]) -> None:
-    from maskopt.models.structured.experts import remove_experts
-
-    with view() as shown:
-        report = remove_experts(model, share=share, on_progress=PruneView(shown), **given)
-    show_report(report, before="routing unchanged")
 
 
 def _remove_blocks(model: str, count: int, windows: int | None, given: dict[str, Any]) -> None:

@@ -24,8 +24,7 @@ from maskopt.cli.command import (
     read_pairs,
 )
 from maskopt.cli.console import bound_cells, errors, make_table, screen, written
-from maskopt.cli.prune_view import PruneView
-from maskopt.cli.view import view
+from maskopt.cli.view import PruneView, view
 from maskopt.core.fields import REQUIRED, option, options_of
 from maskopt.core.files import check_writable
 from maskopt.core.least_squares import LeastSquaresUpdate

@@ -9,8 +9,7 @@ from rich.table import Table
 
 from maskopt.cli.command import MODEL, OVERWRITE, SOURCES, command, option_list
 from maskopt.cli.console import make_table, ranks, screen, written
-from maskopt.cli.prune_view import PruneView
-from maskopt.cli.view import view
+from maskopt.cli.view import PruneView, view
 from maskopt.core.fields import OUTPUT, REQUIRED, SELECTION, TEXT, UPDATE, option, options_of
 from maskopt.errors import OptionError
 from maskopt.models.options.prune import PruneOptions

@@ -149,16 +149,10 @@ def verdict(name: str, one: PruneReport, perplexity: Mapping[str | Path, float])
 
 def comparison(pruned: Sequence[Named], perplexity: Mapping[str | Path, float]) -> Table:
     """The dense model, Wanda's masks where there is one folder, and a line for every folder."""
+    words = ["perplexity"] if perplexity else []
     table = Table(
         "In short",
-        (
-            "model",
-            *(["perplexity"] if perplexity else []),
-            "pruned",
-            "error",
-            "ratio to Wanda",
-            "proven",
-        ),
+        ("model", *words, "pruned", "error", "ratio to Wanda", "proven"),
         note="Errors: relative squared error of a layer's output, on average over the layers; ratio to "
         "Wanda: the sum of errors over that of Wanda's masks at the same sparsity, with unchanged weights; "
         "proven: rows whose mask is proven optimal, or 1-swap optimal.",
@@ -300,30 +294,22 @@ def improvements(title: str, one: PruneReport, index: int) -> Figure:
 
 def trained_table(name: str, one: PruneReport) -> Table:
     """Losses of trained parts, before and after."""
+    losses = "fitted before", "after", "held out before", "after"
     table = Table(
         f"Trained weights, {name}",
-        (
-            "part",
-            "parts",
-            "fitted before",
-            "after",
-            "held out before",
-            "after",
-            "unchanged",
-            "time",
-        ),
+        ("part", "parts", *losses, "unchanged", "time"),
         note="Mean losses towards the dense model, on training and on held-out windows; of the whole model "
         "the KL divergence of its predictions, nats.",
     )
     parts: dict[str, list[PartReport]] = {}
     for part in one.parts:
         parts.setdefault(part.part or "block", []).append(part)
-    losses = ("fitted_before", "fitted_after", "held_before", "held_after")
+    names = ("fitted_before", "fitted_after", "held_before", "held_after")
     for part_name, some in parts.items():
         table.add(
             part_name,
             str(len(some)),
-            *(number(statistics.fmean(getattr(part, loss) for part in some)) for loss in losses),
+            *(number(statistics.fmean(getattr(part, loss) for part in some)) for loss in names),
             str(sum(part.epoch == 0 for part in some)),
             _time(sum(part.seconds for part in some)),
         )

@@ -20,7 +20,7 @@ from maskopt.core.fields import build, check_options, option, options_of
 from maskopt.core.limits import Limits, Progress, one_thread_pool, parse_bytes, torch_threads
 from maskopt.errors import MaskoptError, OptionError, PatternError, SolverError, WarmStartError
 from maskopt.models.options.prune import PruneOptions
-from maskopt.models.pruning.solving import solve_layer
+from maskopt.models.pruning.prune_layer import solve_layer
 from maskopt.protocol import solver as protocol
 from maskopt.protocol.bounds import REGISTRY as BOUNDS, available_bounds
 from maskopt.protocol.solver import REGISTRY as SOLVERS, Capabilities, Solver, make_solver

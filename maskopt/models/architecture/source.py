@@ -32,12 +32,7 @@ from maskopt.models.checkpoints.bos import no_panic
 from maskopt.models.checkpoints.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from maskopt.models.checkpoints.mask_file import Edits, MaskFile, TensorMask
 
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {x: getattr(torch, x) for x in ("float32", "float64", "bfloat16", "float16")}
 
 
 class Source:
@@ -78,9 +73,7 @@ class Source:
     def drop(self) -> None:
         """Hold nothing in memory until `head` or `load_outside`; a model that came in memory stays."""
 
-    def stored(
-        self, index: int, masks: Mapping[str, tuple[Layer, Tensor]]
-    ) -> dict[str, TensorMask]:
+    def stored(self, masks: Mapping[str, tuple[Layer, Tensor]]) -> dict[str, TensorMask]:
         """Masks of layers [rows, n] as masks of the tensors that the checkpoint stores."""
         return stored_masks(self.model, masks, None)
 
@@ -166,9 +159,7 @@ class FolderSource(Source):
     def drop(self) -> None:
         release(self.model)
 
-    def stored(
-        self, index: int, masks: Mapping[str, tuple[Layer, Tensor]]
-    ) -> dict[str, TensorMask]:
+    def stored(self, masks: Mapping[str, tuple[Layer, Tensor]]) -> dict[str, TensorMask]:
         return stored_masks(self.model, masks, self._loader)
 
     def stored_dtype(self, layer: Layer) -> torch.dtype:

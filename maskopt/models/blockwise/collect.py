@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from maskopt.core.gram import Gram, Moved
 from maskopt.errors import ModelError
-from maskopt.models.architecture.all_experts import experts_see_all
 from maskopt.models.architecture.blocks import Layer
 from maskopt.models.blockwise.activations import Activations, States
 from maskopt.models.blockwise.distributed import ALONE, Ranks
 from maskopt.models.blockwise.forward import Call
 from maskopt.models.blockwise.threads import Threads
-from maskopt.models.blockwise.watch import Seen, Watch, WatchedWeights
+from maskopt.models.blockwise.watch import Seen, Watch, WatchedWeights, experts_see_all
 
 #: after a block's name: seen in its output in the dense model
 IN_DENSE = " (dense)"
@@ -223,7 +222,7 @@ class Grams:
             self.held.complete()
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class OpenBlock:
     """A block (`module`, called `name`) whose weights are in memory, and the arguments of its `calls` by
     sample."""

@@ -158,10 +158,9 @@ class Variants(dict[Key, Variant]):
 
 def through(block: Block, states: States, windows: Sequence[int]) -> None:
     """Send the windows of a variant through the block, in place; ModelError for NaN or infinity."""
-    opened = block.opened
-    for window, state in opened.threads.each(lambda w: opened.run(w, states), windows):
+    for window, state in block.threads.each(lambda w: block.run(w, states), windows):
         if not bool(torch.isfinite(state).all()):
-            raise ModelError(f"{opened.name}: NaN or infinite activations in window {window}")
+            raise ModelError(f"{block.name}: NaN or infinite activations in window {window}")
         states[window] = state
 
 

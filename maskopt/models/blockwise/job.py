@@ -31,7 +31,7 @@ from maskopt.models.blockwise.collect import BadSample, Grams, OpenBlock, Sample
 from maskopt.models.blockwise.distributed import ALONE, Ranks
 from maskopt.models.blockwise.forward import Captured, capture, ending
 from maskopt.models.blockwise.gradients import DenseModel, Gradients
-from maskopt.models.blockwise.memory import Load, by_block, check_memory, trained_states
+from maskopt.models.blockwise.memory import Load, check_memory, trained_states
 from maskopt.models.blockwise.progress import BlockProgress, OnBlockProgress, Tick, ticker
 from maskopt.models.blockwise.threads import Threads
 from maskopt.models.blockwise.windows import held_out, windows_of
@@ -42,7 +42,7 @@ from maskopt.models.calibration.token_weights import (
     weights_of_tokens,
 )
 from maskopt.models.calibration.tokens import Windows, check_vocabulary
-from maskopt.models.checkpoints.report import FinishedBlock
+from maskopt.models.checkpoints.report import FinishedBlock, grouped
 from maskopt.models.options.walk import GRADIENT_WINDOWS, WalkOptions
 
 
@@ -185,7 +185,7 @@ class Job:
         stop = self.last + 1 if self.whole else max(waiting, default=-1) + 1
         if not stop:
             return
-        chosen = by_block(self.layers)
+        chosen = grouped(self.layers, "block")
         with ExitStack() as until_the_end:
             stack = self._until_exit or until_the_end
             captured = self._captured = self._start(stack, folder)
@@ -326,9 +326,9 @@ class Job:
         return self.load.copies * size > self.activation_memory
 
 
-class Block:
+class Block(OpenBlock):
     """One block of a walk, its weights in memory: changed by the caller, and left by `advance`. `layers` are
-    the chosen ones, `opened` is its module with what runs samples through it."""
+    the chosen ones."""
 
     def __init__(
         self,
@@ -341,22 +341,17 @@ class Block:
     ) -> None:
         self.job, self.index, self.layers = job, index, layers
         self.advanced = self.dense_advanced = False
-        self.opened = OpenBlock(
-            job.source.model,
-            module,
-            job.source.blocks.prefix(index).rstrip("."),
-            job.source.device,
-            captured.calls[index],
-            samples,
-            job.pool,
-            job.ranks,
+        source, name = job.source, job.source.blocks.prefix(index).rstrip(".")
+        calls = captured.calls[index]
+        super().__init__(
+            source.model, module, name, source.device, calls, samples, job.pool, job.ranks
         )
         self._before = len(samples.bad)
 
     @property
     def bad(self) -> list[BadSample]:
         """Samples that were left out since the block was opened."""
-        return self.opened.samples.bad[self._before :]
+        return self.samples.bad[self._before :]
 
     def ticker(self, stage: str, total: int) -> Tick:
         """Report to the job's `on_progress` that a stage of this block begins; call it with what is done."""
@@ -369,13 +364,13 @@ class Block:
         advance = self.job.options.one_pass and self.job.goes_on(self.index)
         with torch.no_grad():
             grams = collect(
-                self.opened,
+                self,
                 self.layers if layers is None else layers,
                 advance=advance,
                 moved=self.job.options.moved,
                 all_experts=self.job.options.all_experts,
-                weights=self.job.weights_of_tokens(self.index, self.opened.samples.states),
-                tick=self.ticker("calibrate", len(self.opened.samples.active)),
+                weights=self.job.weights_of_tokens(self.index, self.samples.states),
+                tick=self.ticker("calibrate", len(self.samples.active)),
             )
         self.advanced = advance
         self.dense_advanced |= self.job.options.moved
@@ -413,15 +408,15 @@ class Block:
         if not self.dense_advanced:
             self.advance_dense()
         if not self.advanced and self.job.goes_on(self.index):
-            samples = self.opened.samples
-            pass_on(self.opened, samples.states, self.ticker(stage, len(samples.active)))
+            tick = self.ticker(stage, len(self.samples.active))
+            pass_on(self, self.samples.states, tick)
         self.advanced = True
 
     def advance_dense(self) -> None:
         """Send the dense hidden states, where there are any, through the block with its dense weights."""
-        dense = self.opened.samples.dense
+        dense = self.samples.dense
         if dense is not None and self.job.goes_on(self.index):
-            pass_on(self.opened, dense)
+            pass_on(self, dense)
         self.dense_advanced = True
 
 

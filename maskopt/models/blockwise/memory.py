@@ -10,6 +10,7 @@ from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Layer, parts_of, vocabulary_size
 from maskopt.models.architecture.source import Source, text_config
 from maskopt.models.blockwise.gradients import LOGITS
+from maskopt.models.checkpoints.report import grouped
 from maskopt.models.options.training import BLOCK, Reconstruction
 
 GIB = 2**30
@@ -101,7 +102,7 @@ def estimate_memory(load: Load) -> Memory:
     state = load.length * hidden * width
     activations = max(copies * load.samples, load.variants) * state
     grams = inputs = solving = 0
-    for mine in by_block(load.layers).values():
+    for mine in grouped(load.layers, "block").values():
         distinct = distinct_inputs(mine)
         # in float64: G, and with the dense model's inputs two more moments
         moments = (2 if load.held else 1) * (3 if load.both_states else 1)
@@ -162,7 +163,7 @@ def autograd_memory(load: Load) -> int:
     # inputs and outputs of each product, and as much for norms and attention
     blocks = [
         8 * load.length * (sum(y.rows for y in mine) + sum(distinct_inputs(mine)))
-        for mine in by_block(load.layers).values()
+        for mine in grouped(load.layers, "block").values()
     ]
     if not load.recompute:
         return sum(blocks)
@@ -178,7 +179,7 @@ def trained_states(source: Source, layers: Sequence[Layer], how: Reconstruction 
     if how.granularity == BLOCK:
         return 1 + (how.inputs == "dense")
     hidden, most = hidden_size(source.model), 0
-    for index, mine in by_block(layers).items():
+    for index, mine in grouped(layers, "block").items():
         prefix = source.blocks.prefix(index)
         given, gives = [], []
         for part in parts_of(source.blocks.modules[index], prefix, mine):
@@ -212,14 +213,6 @@ def check_memory(load: Load, max_memory: int) -> int:
         f"an estimated {memory.gib:.2f} GiB are needed, `max_memory` allows "
         f"{max_memory / GIB:.2f} ({memory}); use fewer threads, shorter windows, or {remedy}"
     )
-
-
-def by_block(layers: Sequence[Layer]) -> dict[int, list[Layer]]:
-    """The layers of each block that has any."""
-    found: dict[int, list[Layer]] = {}
-    for layer in layers:
-        found.setdefault(layer.block, []).append(layer)
-    return found
 
 
 def distinct_inputs(layers: Sequence[Layer]) -> list[int]:

@@ -13,12 +13,8 @@ from torch import Tensor
 
 #: all tokens count once; the first of a window does not; each by one over the mean square of its hidden
 #: state; each by the norm of the loss's gradient by its hidden state
-TOKEN_WEIGHTS = UNIFORM, SKIP_FIRST, RELATIVE, GRADIENT = (
-    "uniform",
-    "skip-first",
-    "relative",
-    "gradient",
-)
+UNIFORM, SKIP_FIRST, RELATIVE, GRADIENT = "uniform", "skip-first", "relative", "gradient"
+TOKEN_WEIGHTS = UNIFORM, SKIP_FIRST, RELATIVE, GRADIENT
 
 
 def weights_of_tokens(

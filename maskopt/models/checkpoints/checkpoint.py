@@ -128,14 +128,8 @@ def resolve_model(model: str | Path, *, trust_remote_code: bool = False) -> Path
         return Path(model)
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
-    wanted += [
-        "*.md",
-        "LICENSE*",
-        "NOTICE*",
-        "USE_POLICY*",
-        *(["*.py"] if trust_remote_code else []),
-    ]
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.md"]
+    wanted += ["LICENSE*", "NOTICE*", "USE_POLICY*"] + ["*.py"] * trust_remote_code
     # the weights once more, in the layout of other programs
     ignored = ["consolidated*.safetensors", "*/*.safetensors"]
     try:

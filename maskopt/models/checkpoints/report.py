@@ -201,8 +201,8 @@ class PruneReport:
         names = ("fingerprint", "bad_samples", "memory", "distillation", "kind")
         how = {"output": folder, **{name: manifest[name] for name in names}, **changes}
         path = folder / MANIFEST
-        layers, parts = read_layers(manifest["layers"], path), read_parts(manifest["parts"], path)
-        return cls(layers, parts=parts, **how)
+        parts = read_reports(PartReport, manifest["parts"], path)
+        return cls(read_reports(LayerReport, manifest["layers"], path), parts=parts, **how)
 
     @property
     def sparsity(self) -> float:
@@ -308,9 +308,9 @@ class PruneReport:
         return self.summary()
 
 
-def grouped(layers: Sequence[LayerReport], name: str) -> dict[Any, list[LayerReport]]:
-    """Layers by the value of a field."""
-    found: dict[Any, list[LayerReport]] = {}
+def grouped(layers: Sequence[Kind], name: str) -> dict[Any, list[Kind]]:
+    """Layers, or their reports, by the value of a field."""
+    found: dict[Any, list[Kind]] = {}
     for layer in layers:
         found.setdefault(getattr(layer, name), []).append(layer)
     return found
@@ -330,17 +330,8 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def read_layers(records: Any, where: Path) -> list[LayerReport]:
-    """Layer reports of a journal or a manifest; ModelError where the records are something else."""
-    return _read(records, LayerReport, where, "layers")
-
-
-def read_parts(records: Any, where: Path) -> list[PartReport]:
-    """Part reports likewise."""
-    return _read(records, PartReport, where, "parts")
-
-
-def _read(records: Any, kind: type[Kind], where: Path, what: str) -> list[Kind]:
+def read_reports(kind: type[Kind], records: Any, where: Path) -> list[Kind]:
+    """Reports of layers or parts in a journal or a manifest; ModelError where the records are others."""
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     try:
         found = [
@@ -350,6 +341,7 @@ def _read(records: Any, kind: type[Kind], where: Path, what: str) -> list[Kind]:
     except (TypeError, AttributeError):
         found = None
     if found is None or not all(map(holds_its_kinds, found)):
+        what = "layers" if kind is LayerReport else "parts"
         raise ModelError(f"{where}: its {what} are not those of a prune")
     return found
 
@@ -369,20 +361,9 @@ def versions() -> dict[str, str]:
     }
 
 
-def write_manifest(
-    path: Path,
-    report: PruneReport,
-    files: Mapping[str, str],
-    *,
-    tensors: Mapping[str, Any] | None = None,
-    **more: Any,
-) -> None:
+def write_manifest(path: Path, report: PruneReport, files: Mapping[str, str], **more: Any) -> None:
     """Write the manifest; only `seconds` and `memory` differ between two runs of the same fingerprint.
-
-    Args:
-        tensors: input axis and pattern of every masked tensor.
-        more: `shrunk`, what became of a model that was made smaller.
-    """
+    `more`: `shrunk`, what became of a model that was made smaller."""
     manifest = {
         "format": MANIFEST_FORMAT,
         "kind": report.kind,
@@ -392,8 +373,6 @@ def write_manifest(
         "parts": [asdict(part) for part in report.parts],
         "distillation": report.distillation,
         "bad_samples": list(report.bad_samples),
-        "fallbacks": report.fallbacks,
-        "tensors": dict(tensors or {}),
         "files": dict(sorted(files.items())),
         "seconds": sum(layer.seconds for layer in report.layers),
         "memory": dict(report.memory),

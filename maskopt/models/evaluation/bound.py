@@ -26,7 +26,12 @@ from maskopt.experiments.jobs import BATCH, as_they_finish, digest_of, workers
 from maskopt.experiments.store import Store
 from maskopt.models.architecture.blocks import Layer, choose
 from maskopt.models.checkpoints.checkpoint import open_checkpoint, resolve_model
-from maskopt.models.checkpoints.report import read_layers, read_manifest, result_digest
+from maskopt.models.checkpoints.report import (
+    LayerReport,
+    read_manifest,
+    read_reports,
+    result_digest,
+)
 from maskopt.models.checkpoints.workspace import MANIFEST
 from maskopt.models.options.prune import BOTH, NONE
 from maskopt.models.options.walk import name_patterns
@@ -159,7 +164,8 @@ def certify_model(
             "`allocation` uniform or layers"
         )
     wanted = (*name_patterns(layers), *name_patterns(shorthand.get("include")))
-    done = choose(read_layers(manifest["layers"], Path(pruned) / MANIFEST), wanted)
+    reports = read_reports(LayerReport, manifest["layers"], Path(pruned) / MANIFEST)
+    done = choose(reports, wanted)
     common: dict[str, Any] = {"sparsity": pattern, "calibration": calibration}
     common = {**shorthand, **common, "include": tuple(layer.name for layer in done)}
     seed = int(shorthand.get("seed", 0))
@@ -399,15 +405,9 @@ def _mask_of(problem: LayerProblem, nonzero: Tensor) -> Tensor:
 
 
 def _key(how: _How, problem: LayerProblem, row: int, mask: Tensor, chosen: int) -> str:
-    digest = digest_of(problem, row)
+    digest, options = digest_of(problem, row), sorted(how.options.items())
     digest.update(mask.cpu().numpy().tobytes())
-    text = [
-        str(problem.pattern),
-        problem.name,
-        int(chosen),
-        how.method,
-        sorted(how.options.items()),
-    ]
+    text = [str(problem.pattern), problem.name, int(chosen), how.method, options]
     return _short(digest.hexdigest() + json.dumps(text, default=str))
 
 

@@ -31,8 +31,8 @@ from maskopt.models.architecture.blocks import Layer, matrix
 from maskopt.models.blockwise.divergence import Variants, divergences, place, through
 from maskopt.models.blockwise.gradients import row_sensitivity
 from maskopt.models.blockwise.job import Block, Job
-from maskopt.models.blockwise.memory import by_block
 from maskopt.models.calibration.token_weights import GRADIENT, UNIFORM
+from maskopt.models.checkpoints.report import grouped
 from maskopt.models.options.prune import KL, NONE, VARIANT_WINDOWS, VARIANTS, PruneOptions
 from maskopt.models.pruning.problems import layer_problem
 from maskopt.protocol.solver import solve
@@ -68,7 +68,7 @@ def allocate(job: Job, options: PruneOptions) -> dict[str, int]:
 
 def _curves(job: Job, block: Block, options: PruneOptions) -> list[Curve]:
     found = []
-    samples = block.opened.samples
+    samples = block.samples
     samples.drop(set(samples.active) - set(job.few()))
     problems = _problems(job, block, options)
     tick = block.ticker("allocation", len(block.layers))
@@ -106,7 +106,7 @@ def measured_curves(job: Job, options: PruneOptions) -> list[Curve]:
     held = Variants[tuple[int, int]](walk, most, folder)
     with walk, torch.no_grad(), held:
         for block in walk.blocks():
-            entered = block.opened.samples.states
+            entered = block.samples.states
             problems = list(_problems(walk, block, options))
             tick = block.ticker("allocation", len(held) + VARIANTS)
             for states in held.values():
@@ -134,7 +134,7 @@ def measured_curves(job: Job, options: PruneOptions) -> list[Curve]:
 
 def check_moves(job: Job, options: PruneOptions) -> None:
     """Raise OptionError where no block's layers can prune more or less together."""
-    moves = [Moves.of(layers, options) for layers in by_block(job.layers).values()]
+    moves = [Moves.of(layers, options) for layers in grouped(job.layers, "block").values()]
     if all(len(move.moves) == 1 for move in moves):
         widths = sorted({layer.n for layer in job.layers})
         raise OptionError(

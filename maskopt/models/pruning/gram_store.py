@@ -22,11 +22,10 @@ from maskopt.models.architecture.blocks import Layer
 from maskopt.models.blockwise.collect import BadSample, Grams
 from maskopt.models.blockwise.distributed import ALONE, Ranks
 from maskopt.models.blockwise.job import Job, open_job
-from maskopt.models.blockwise.memory import by_block
 from maskopt.models.blockwise.progress import OnBlockProgress, Tick, ticker
 from maskopt.models.blockwise.windows import tokens_or_tokenizer
 from maskopt.models.checkpoints.checkpoint import file_digest, read_json, write_json
-from maskopt.models.checkpoints.report import FinishedBlock
+from maskopt.models.checkpoints.report import FinishedBlock, grouped
 from maskopt.models.checkpoints.safefile import open_safe, write_tensors
 from maskopt.models.checkpoints.schema import fits
 from maskopt.models.checkpoints.workspace import check_inputs
@@ -255,7 +254,7 @@ def stored_blocks(
     job: Job, store: GramStore, finished: Mapping[int, FinishedBlock]
 ) -> Iterator[StoredBlock]:
     """The blocks that have chosen layers and are not finished, with their dense weights in memory."""
-    for index, layers in sorted(by_block(job.layers).items()):
+    for index, layers in sorted(grouped(job.layers, "block").items()):
         if index not in finished:
             with job.source.open(index):
                 yield StoredBlock(job, index, layers, store)

@@ -30,7 +30,7 @@ from maskopt.core.problem import LayerProblem
 from maskopt.errors import OptionError
 from maskopt.models.options.prune import LEAST_SQUARES, NONE, PruneOptions, prune_options
 from maskopt.models.options.solver import check_solver
-from maskopt.models.pruning.solving import solve_layer
+from maskopt.models.pruning.prune_layer import solve_layer
 
 
 class SparseSwapsModifier(SparsityModifierBase):

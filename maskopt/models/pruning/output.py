@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from maskopt.core.files import check_writable
-from maskopt.core.pattern import Pattern, pattern_to_dict
 from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Layer
-from maskopt.models.architecture.source import FolderSource, Source
+from maskopt.models.architecture.source import FolderSource
 from maskopt.models.blockwise.collect import Grams
 from maskopt.models.blockwise.job import Block, Job, open_job
 from maskopt.models.blockwise.progress import BlockProgress
@@ -35,8 +34,7 @@ from maskopt.models.checkpoints.report import (
     LayerReport,
     PartReport,
     PruneReport,
-    read_layers,
-    read_parts,
+    read_reports,
 )
 from maskopt.models.checkpoints.safefile import write_tensors
 from maskopt.models.checkpoints.schema import PRUNE
@@ -196,7 +194,7 @@ class FolderResults(Results):
     def _add(self, index: int, done: FinishedBlock, found: BlockResult) -> None:
         """Write what was found of a block, and the shards that are complete with it."""
         self._run.check_models()
-        masks = self._source.stored(index, found.masks)
+        masks = self._source.stored(found.masks)
         digests = {"masks": write_masks(self._path(index, "masks"), masks)}
         if found.weights or found.vectors:
             values = {**self._source.stored_values(found.weights), **found.vectors}
@@ -250,19 +248,19 @@ class FolderResults(Results):
         trained, self._distilled = train_whole(student, dense, options, *how)
         self.losses = trained.record()
 
-    def finish(self, report: PruneReport, pattern: Pattern) -> None:
+    def finish(self, report: PruneReport) -> None:
         """Write the rest of the pruned folder and move it into view."""
         files = {MASKS: self.join_masks(), **self.write_shards(), **self._distilled}
-        masks = MaskFile(self._run.work.staging / MASKS)
-        self._run.finish(report, files, tensors=_tensors(masks, pattern))
+        self._run.finish(report, files)
 
     def stored_blocks(self) -> dict[int, FinishedBlock]:
         """All finished blocks in the journal, with the edits of their tensors."""
         found = {}
         for index, record in self._run.journal.blocks.items():
             if index <= self.job.last:
-                layers = read_layers(record["layers"], self._run.journal.path)
-                parts = read_parts(record.get("parts", []), self._run.journal.path)
+                path = self._run.journal.path
+                layers = read_reports(LayerReport, record["layers"], path)
+                parts = read_reports(PartReport, record.get("parts", []), path)
                 edits = Edits.of(MaskFile(self._path(index, "masks")), self._values([index]))
                 found[index] = FinishedBlock(layers, parts, record["bad"], edits)
         return found
@@ -285,9 +283,9 @@ class FolderResults(Results):
 class MemoryResults(Results):
     """Masks are kept in memory; where a folder is asked for, the model is saved at the end."""
 
-    def __init__(self, job: Job, run: Run | None, source: Source, tokenizer: Any) -> None:
+    def __init__(self, job: Job, run: Run | None, tokenizer: Any) -> None:
         super().__init__(job, run)
-        self._source, self._tokenizer = source, tokenizer
+        self._tokenizer = tokenizer
         self._stored: dict[str, TensorMask] = {}
 
     @contextmanager
@@ -301,28 +299,28 @@ class MemoryResults(Results):
     def _add(self, index: int, done: FinishedBlock, found: BlockResult) -> None:
         self.masks.update({name: mask for name, (_, mask) in found.masks.items()})
         if self.run is not None:
-            self._stored.update(self._source.stored(index, found.masks))
+            self._stored.update(self.job.source.stored(found.masks))
 
-    def finish(self, report: PruneReport, pattern: Pattern) -> None:
+    def finish(self, report: PruneReport) -> None:
         if self.run is None:
             return
         from maskopt.models.architecture.transformers_adapter import quietly
 
         staging, tokenizer = self.run.work.staging, self._tokenizer
+        model = self.job.source.model
         with quietly():
-            self._source.model.save_pretrained(staging)  # type: ignore[operator]
+            model.save_pretrained(staging)  # type: ignore[operator]
             if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
                 # templates with names of their own would take a folder of their own
                 several = isinstance(getattr(tokenizer, "chat_template", None), dict)
                 tokenizer.save_pretrained(staging, save_jinja_files=not several)
         write_masks(staging / MASKS, self._stored)
-        masks = MaskFile(staging / MASKS)
         # of a model that runs already: nothing of its code is run here
-        check_masks(open_checkpoint(staging, trust_remote_code=True), masks)
-        named = getattr(getattr(self._source.model, "config", None), "_name_or_path", "")
+        check_masks(open_checkpoint(staging, trust_remote_code=True), MaskFile(staging / MASKS))
+        named = getattr(getattr(model, "config", None), "_name_or_path", "")
         write_card(staging, report, hub_name(named), Path(named).name or "A model", [])
         listed = [file.name for file in staging.iterdir() if file.name != CARD]
-        self.run.commit(report, self.run.digests(listed), tensors=_tensors(masks, pattern))
+        self.run.commit(report, self.run.digests(listed))
 
 
 def results_of(job: Job, run: Run | None, tokenizer: Any) -> FolderResults | MemoryResults:
@@ -334,7 +332,7 @@ def results_of(job: Job, run: Run | None, tokenizer: Any) -> FolderResults | Mem
         return FolderResults(job, run, source)
     if job.ranks.size > 1:
         raise ModelError("several processes prune a model folder; save the model first")
-    return MemoryResults(job, run, source, tokenizer)
+    return MemoryResults(job, run, tokenizer)
 
 
 def apply_masks(
@@ -376,17 +374,10 @@ def extract_masks(
             }
             masks = {
                 name: TensorMask(checkpoint.read(name) != 0, mask.input_axis)
-                for name, mask in source.stored(index, whole).items()
+                for name, mask in source.stored(whole).items()
             }
             sparsities |= {name: 1 - float(m.kept.float().mean()) for name, m in masks.items()}
             files.append(Path(parts) / f"{index:05d}.safetensors")
             write_masks(files[-1], masks)
         join_masks(path, files)
     return sparsities
-
-
-def _tensors(masks: MaskFile, pattern: Pattern) -> dict[str, Any]:
-    return {
-        name: {"input_axis": masks.layout[name]["input_axis"], "pattern": pattern_to_dict(pattern)}
-        for name in masks.names
-    }

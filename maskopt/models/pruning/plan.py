@@ -22,13 +22,13 @@ from maskopt.models.blockwise.divergence import EVERY
 from maskopt.models.blockwise.job import Job, open_job
 from maskopt.models.blockwise.memory import (
     Memory,
-    by_block,
     check_memory,
     distinct_inputs,
     estimate_memory,
     hidden_size,
 )
 from maskopt.models.checkpoints.checkpoint import Checkpoint, resolve_model
+from maskopt.models.checkpoints.report import grouped
 from maskopt.models.checkpoints.workspace import check_dense, check_inputs
 from maskopt.models.checkpoints.write import disk_needed
 from maskopt.models.options.distill import DistillOptions
@@ -37,7 +37,7 @@ from maskopt.models.options.training import BLOCK, Reconstruction
 from maskopt.models.options.walk import GRADIENT_WINDOWS
 from maskopt.models.pruning.allocate import check_moves
 from maskopt.models.pruning.gram_store import GramStore
-from maskopt.models.pruning.solving import solve_layer
+from maskopt.models.pruning.prune_layer import solve_layer
 from maskopt.models.training.whole import disk_of_training
 
 #: inputs of the small problem that the solver's speed is measured on, and its rows, more while they are fast
@@ -182,7 +182,7 @@ def _trained_operations(job: Job, options: PruneOptions, how: Reconstruction) ->
     epoch = 3 * (1 - options.holdout) + options.holdout
     passes = epoch * how.epochs + (3 if how.granularity == BLOCK else 4)
     blocks = job.source.blocks.modules
-    trained = sum(_pass_operations(job, blocks[index]) for index in by_block(job.layers))
+    trained = sum(_pass_operations(job, blocks[index]) for index in grouped(job.layers, "block"))
     return passes * trained * job.count * job.length
 
 
@@ -195,7 +195,7 @@ def _pass_operations(job: Job, block: nn.Module) -> float:
 def _forward_operations(job: Job, options: PruneOptions) -> float:
     """Operations of all forward passes and Gram matrices, n² a token each."""
     tokens, width = job.count * job.length, hidden_size(job.source.model)
-    chosen = by_block(job.layers)
+    chosen = grouped(job.layers, "block")
     squares = 4 if options.both_states else 1
     total = 0.0
     for index, block in enumerate(list(job.source.blocks.modules)[: job.last + 1]):

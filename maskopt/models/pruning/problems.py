@@ -86,12 +86,7 @@ def _walked(
                 gram = grams.of(layer.name)
                 if gram is not None or unseen:
                     weight = matrix(job.source.model, layer).detach().float().clone()
-                    how: Any = (
-                        options.pattern_of(layer),
-                        gram_shrinkage,
-                        None,
-                        options.least_squares,
-                    )
+                    how = options.pattern_of(layer), gram_shrinkage, None, options.least_squares
                     problem = layer_problem(layer, weight, gram, *how)
                     yield layer, counting(problem, options.sensitivity, job.gradients)
             block.advance()

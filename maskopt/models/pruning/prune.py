@@ -106,7 +106,7 @@ def prune_model(
         if windows is not None and isinstance(results, FolderResults):
             results.distil(windows)
         report = results.report(fingerprint)
-        ranks.agreed(lambda: results.finish(report, options.pattern))
+        ranks.agreed(lambda: results.finish(report))
     return dataclasses.replace(report, seconds=time.perf_counter() - began)
 
 
@@ -189,7 +189,7 @@ def _prune_blocks(
             )
             if targets is not None:
                 some = {n: mask for n, mask in found.masks.items() if not found.reports[n].fallback}
-                found.parts = list(targets.train(some, block.ticker))
+                found.parts = list(targets.train(some))
                 targets.close()
                 # of a part that training did not better, what it had stays as it was stored
                 trained = {name: some[name] for name in some if name in targets.trained_layers}
@@ -202,20 +202,9 @@ def _targets(block: Block | StoredBlock, options: PruneOptions, folder: Path) ->
     """The outputs of the block's parts in the dense model, where its weights are to be trained."""
     if options.reconstruction is None or isinstance(block, StoredBlock):
         return None
-    targets = Targets(
-        block.opened,
-        block.index,
-        block.layers,
-        block.job.source.vectors(block.index),
-        block.job.source.stored_dtype,
-        options.reconstruction,
-        options.seed,
-        folder if block.opened.samples.states.in_file else None,
-    )
+    targets = Targets(block, options.reconstruction, options.seed, folder)
     # where Gram matrices are of the dense inputs as well, the samples advance with them
-    advance = not options.moved
-    targets.record(block.ticker("targets", len(block.opened.samples.active)), advance=advance)
-    block.dense_advanced = advance
+    targets.record(advance=not options.moved)
     return targets
 
 

@@ -139,7 +139,7 @@ def remove_blocks(
                 block.advanced = block.dense_advanced = True
 
         more = {**effects.record(removed, measured), "status": str(solution.status[0])}
-        finish_smaller(job, run, change, report, prepare=leave_out, blocks=removed, effects=more)
+        finish_smaller(job, run, change, report, prepare=leave_out, effects=more)
     seconds = time.perf_counter() - began
     return BlocksReport(removed, effects, solution, measured, run.output, seconds)
 
@@ -198,12 +198,7 @@ def _check_family(source: FolderSource, removed: list[int]) -> dict[str, Any]:
             settings[key] = [index - sum(gone < index for gone in removed) for index in left]
         elif isinstance(value, list) and len(value) == blocks and not key.endswith("token_id"):
             settings[key] = [item for index, item in enumerate(value) if index not in removed]
-    shapes = {
-        new: tuple(p.shape)
-        for name, p in source.model.named_parameters()
-        if (new := _without(name, source.blocks.name, removed)) is not None
-    }
-    check_shapes(source, settings, shapes)
+    check_shapes(source, settings, rename=lambda x: _without(x, source.blocks.name, removed))
     return settings
 
 
@@ -305,19 +300,14 @@ def measure_effects(job: Job, folder: Path | None = None) -> Effects:
     similarity: list[float] = []
     with Variants[Left](job, blocks * (blocks + 1) // 2, folder) as held:
         for block in job.blocks(folder=folder):
-            entered = block.opened.samples.states
+            entered = block.samples.states
             through_it = list(held.items())
             held.begin(Left({block.index}), entered, entered)
             for left, states in through_it:
                 if len(left) < 2:
                     held.begin(left | {block.index}, states, entered)
             before = [entered[w] for w in windows]
-            tick = block.ticker("without others", len(through_it) + 1)
-            for _, states in through_it:
-                through(block, states, windows)
-                tick(1)
-            block.advance()
-            tick(1)
+            _advance(block, [states for _, states in through_it])
             similarity.append(_alike(before, [entered[w] for w in windows]))
         return Effects(divergences(job, held), similarity)
 
@@ -326,25 +316,29 @@ def measure_sets(
     job: Job, sets: Sequence[Left], folder: Path | None = None, *, judged: int
 ) -> dict[Left, float]:
     """KL(dense ‖ without), nats a token, on all tokens, of the `judged` best sets by some tokens."""
-    windows = range(job.count)
     with Variants[Left](job, len(sets), folder) as held:
         for block in job.blocks(folder=folder):
-            entered = block.opened.samples.states
+            entered = block.samples.states
             for left in sets:
                 if min(left) == block.index:
                     held.begin(left, entered, entered)
             through_it = [states for left, states in held.items() if block.index not in left]
-            tick = block.ticker("without others", len(through_it) + 1)
-            for states in through_it:
-                through(block, states, windows)
-                tick(1)
-            block.advance()
-            tick(1)
+            _advance(block, through_it)
         best: Mapping[Left, Variant] = held
         if judged < len(held):
             some = divergences(job, held)
             best = {left: held[left] for left in sorted(held, key=lambda s: some[s])[:judged]}
         return divergences(job, best, every=1)
+
+
+def _advance(block: Block, variants: Sequence[Variant]) -> None:
+    """Send the dense model's samples and those of variants through a block."""
+    tick = block.ticker("without others", len(variants) + 1)
+    for states in variants:
+        through(block, states, range(block.job.count))
+        tick(1)
+    block.advance()
+    tick(1)
 
 
 def _alike(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -55,22 +56,9 @@ class Change:
     updated: Sequence[str] = ()
 
     def record(self) -> dict[str, Any]:
-        """As JSON values, for the manifest."""
-        names = {
-            "names": {new: old for old, new in self.names.items() if new not in (None, old)},
-            "gone": sorted(old for old, new in self.names.items() if new is None),
-        }
-
-        def step(by: str, cut: Cut) -> dict[str, Any]:
-            return {"axis": cut.axis, "parts": [list(part) for part in cut.parts], "by": by}
-
-        return {
-            **(names if self.names else {}),
-            "settings": dict(self.settings),
-            "kept": {name: stays.nonzero()[:, 0].tolist() for name, stays in self.kept.items()},
-            "tensors": {name: [step(*x) for x in cuts] for name, cuts in self.cuts.items()},
-            "updated": sorted(self.updated),
-        }
+        """What stays, as JSON values, for the manifest; all else follows from it."""
+        kept = {name: stays.nonzero()[:, 0].tolist() for name, stays in self.kept.items()}
+        return {"kept": kept, "updated": sorted(self.updated)}
 
 
 def indices_left(cuts: TensorCuts, kept: Kept) -> dict[str, dict[int, Tensor]]:
@@ -183,11 +171,20 @@ def _check_same_output(
 
 
 def check_shapes(
-    source: FolderSource, settings: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]
+    source: FolderSource,
+    settings: Mapping[str, Any],
+    sizes: Mapping[str, Mapping[int, int]] = MappingProxyType({}),
+    rename: Callable[[str], str | None] = str,
 ) -> None:
-    """Raise ModelError where the new configuration describes a model of other than these shapes."""
+    """Raise ModelError where the new configuration describes other parameters than are left: by new names,
+    None for one that is removed, with new `sizes` by axis."""
     from transformers import AutoModelForCausalLM
 
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name, parameter in source.model.named_parameters():
+        if (new := rename(name)) is not None:
+            left = {**dict(enumerate(parameter.shape)), **sizes.get(name, {})}
+            wanted[new] = tuple(left.values())
     before = source.model.config
     record = changed(before.to_dict(), settings)
     try:

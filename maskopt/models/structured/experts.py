@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,12 +24,12 @@ from torch import Tensor, nn
 from maskopt.core.pattern import Unstructured
 from maskopt.core.problem import RowProblem
 from maskopt.errors import ModelError, OptionError
-from maskopt.models.architecture.all_experts import takes_routing
-from maskopt.models.architecture.blocks import Blocks, is_experts
+from maskopt.models.architecture.blocks import Blocks, Part, is_experts
 from maskopt.models.architecture.source import FolderSource
 from maskopt.models.architecture.structures import EXPERT_COUNTS, ROUTERS, Cut
 from maskopt.models.blockwise.job import Block, Job
 from maskopt.models.blockwise.progress import OnBlockProgress
+from maskopt.models.blockwise.watch import takes_routing
 from maskopt.models.checkpoints.checkpoint import read_json
 from maskopt.models.checkpoints.report import LayerReport, PruneReport
 from maskopt.models.checkpoints.schema import EXPERTS
@@ -45,6 +44,7 @@ from maskopt.models.structured.change import (
     finish_smaller,
     open_original,
 )
+from maskopt.models.training.blockwise import Listener, first
 from maskopt.protocol.solver import solve
 
 #: the name of a stored tensor of one expert
@@ -104,7 +104,7 @@ def remove_experts(
     record["skip_bad_samples"] = options.skip_bad_samples
     with run.opened(disk_needed(source.checkpoint)) as work:
         kept, layers, bad = _choose(job, mixtures, left, work.hidden)
-        change, homes = _change(source, mixtures, kept, settings)
+        change = _change(source, mixtures, kept, settings)
         fingerprint, memory = fingerprint_of(job, record), peaks(source.device)
         report = PruneReport(
             layers, fingerprint, bad, output=run.output, memory=memory, kind=EXPERTS
@@ -114,7 +114,7 @@ def remove_experts(
             for one in (x for x in mixtures if x.block == block.index):
                 cut(block.job.source.model, one, kept[one.name])
 
-        finish_smaller(job, run, change, report, prepare=cut_block, experts=homes)
+        finish_smaller(job, run, change, report, prepare=cut_block)
     return dataclasses.replace(report, seconds=time.perf_counter() - began)
 
 
@@ -146,12 +146,7 @@ def _check_family(source: FolderSource, mixtures: Sequence[Mixture], left: int) 
     text: Any = source.model.config.get_text_config()
     keys = [key for key in EXPERT_COUNTS if getattr(text, key, None) == mixtures[0].count]
     settings = dict.fromkeys(keys, left)
-    inside = {name for mixture in mixtures for name in mixture.parameters}
-    shapes = {
-        name: (left, *p.shape[1:]) if name in inside else tuple(p.shape)
-        for name, p in source.model.named_parameters()
-    }
-    check_shapes(source, settings, shapes)
+    check_shapes(source, settings, {name: {0: left} for m in mixtures for name in m.parameters})
     return settings
 
 
@@ -208,12 +203,11 @@ def _change(
     mixtures: Sequence[Mixture],
     kept: Mapping[str, Bool[Tensor, " experts"]],
     settings: Mapping[str, int],
-) -> tuple[Change, dict[str, str]]:
-    """What becomes of the stored model; and of experts that are stored one by one the mixture, by the
-    beginning of their tensors' names. Raises ModelError for experts that are stored in another way."""
+) -> Change:
+    """What becomes of the stored model; ModelError for experts that are neither stored as the model's
+    parameters nor one by one."""
     names: dict[str, str | None] = {name: name for name in source.checkpoint.where}
     cuts: dict[str, list[tuple[str, Cut]]] = {}
-    homes: dict[str, str] = {}
     for mixture in mixtures:
         numbers = {old: new for new, old in enumerate(kept[mixture.name].nonzero()[:, 0].tolist())}
         for parameter in mixture.parameters:
@@ -228,7 +222,6 @@ def _change(
                         f"parameter {parameter!r} is stored in another form than expert by expert; its "
                         "experts cannot be removed"
                     )
-                homes[found["home"]] = mixture.name
                 new = numbers.get(int(found["number"]))
                 names[name] = None if new is None else f"{found['home']}.{new}.{found['rest']}"
 
@@ -236,7 +229,7 @@ def _change(
     nested = config.get("text_config")
     known = {*config, *(nested if isinstance(nested, dict) else ())}
     stored = {key: value for key, value in settings.items() if key in known} or settings
-    return Change(stored, "its experts are routed to otherwise", names, cuts, kept), homes
+    return Change(stored, "its experts are routed to otherwise", names, cuts, kept)
 
 
 @dataclass(frozen=True)
@@ -342,8 +335,8 @@ def change_of(block: Block, mixture: Mixture, dense: nn.Module) -> tuple[float, 
     """Change and energy of the mixture's outputs, means over tokens, sums over outputs."""
     module = block.job.source.model.get_submodule(mixture.parent)
 
-    def visit(args: Any, kwargs: dict[str, Any], output: Any) -> tuple[Tensor, Tensor, int]:
-        before, after = _hidden(dense(*args, **kwargs)).double(), _hidden(output).double()
+    def visit(args: Any, kwargs: dict[str, Any], output: Tensor) -> tuple[Tensor, Tensor, int]:
+        before, after = first(dense(*args, **kwargs)).double(), output.double()
         error, energy = (after - before).square().sum(), before.square().sum()
         return error, energy, before.numel() // before.shape[-1]
 
@@ -356,41 +349,23 @@ def seen_by(
     block: Block,
     module: nn.Module,
     name: str,
-    visit: Callable[[tuple[Any, ...], dict[str, Any], Any], T],
+    visit: Callable[[tuple[Any, ...], dict[str, Any], Tensor], T],
 ) -> list[T]:
     """What `visit` returns for a module's call, window by window; ModelError unless it is one call."""
-    opened, local = block.opened, threading.local()
+    seen = []
+    listener = Listener([Part(name, module, ())], "and its experts cannot be removed")
 
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not getattr(local, "busy", True):
-            local.busy = True  # a visit may call the module
-            finite = bool(_hidden(output).isfinite().all())
-            local.found.append((visit(args, kwargs, output), finite))
-            local.busy = False
+    def one(sample: int) -> tuple[T, bool]:
+        listener.begin()
+        block.run(sample, block.samples.states)
+        (heard,) = listener.heard()
+        finite = bool(heard.output.isfinite().all())
+        return visit(heard.args, heard.kwargs, heard.output), finite
 
-    def one(sample: int) -> list[tuple[T, bool]]:
-        local.found, local.busy = [], False
-        opened.run(sample, opened.samples.states)
-        local.busy = True
-        found: list[tuple[T, bool]] = local.found
-        return found
-
-    handle, seen = module.register_forward_hook(hook, with_kwargs=True), []
-    try:
-        for wave in block.job.pool.waves(list(opened.samples.active)):
-            passes = block.job.pool.run([lambda s=s: one(s) for s in wave])  # type: ignore[misc]
-            for sample, calls in zip(wave, passes, strict=True):
-                if len(calls) != 1:
-                    raise ModelError(f"{name}: is called {len(calls)} times a window, not once")
-                if calls[0][1]:
-                    seen.append(calls[0][0])
-                else:
-                    opened.samples.leave_out(sample, name)
-    finally:
-        handle.remove()
+    with listener.listening():
+        for sample, (found, finite) in block.threads.each(one, list(block.samples.active)):
+            if finite:
+                seen.append(found)
+            else:
+                block.samples.leave_out(sample, name)
     return seen
-
-
-def _hidden(output: Any) -> Tensor:
-    found: Tensor = output[0] if isinstance(output, tuple | list) else output
-    return found

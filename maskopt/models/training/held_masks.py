@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Blocks, Layer
+from maskopt.models.architecture.loading import merged
 from maskopt.models.architecture.source import layer_masks
 from maskopt.models.checkpoints.checkpoint import open_checkpoint
 from maskopt.models.checkpoints.workspace import MASKS
@@ -83,10 +84,11 @@ def parameter_masks(
     }
     if missing := sorted(set(masks) - set(layers)):
         raise ModelError(f"the model has no layer {missing[0]!r}, and the masks have one for it")
-    held: dict[str, Tensor] = {}
-    for name, kept in masks.items():
-        _put(model, layers[name], kept, held)
-    return held
+    parts = {name: (layers[name], _checked(model, layers[name], x)) for name, x in masks.items()}
+    return {
+        name: kept.to(model.get_parameter(name).device, copy=True)
+        for name, kept in merged(model, parts, True).items()
+    }
 
 
 class KeptMasks:
@@ -183,10 +185,10 @@ class KeptMasks:
             self.apply()
 
 
-def _put(model: nn.Module, layer: Layer, mask: Any, held: dict[str, Tensor]) -> None:
-    """Enter a layer's mask into that of its parameter, in the parameter's layout."""
+def _checked(model: nn.Module, layer: Layer, mask: Any) -> Bool[Tensor, "rows n"]:
+    """A layer's mask; ModelError for another dtype or shape."""
     try:
-        parameter = model.get_parameter(layer.parameter)
+        model.get_parameter(layer.parameter)
     except AttributeError:
         raise ModelError(
             f"{layer.parameter!r} is no parameter any longer: masks are on it already; remove those first"
@@ -200,11 +202,7 @@ def _put(model: nn.Module, layer: Layer, mask: Any, held: dict[str, Tensor]) -> 
         raise ModelError(
             f"layer {layer.name!r} is {layer.rows} × {layer.n}, its mask {' × '.join(map(str, kept.shape))}"
         )
-    if layer.parameter not in held:
-        held[layer.parameter] = torch.ones_like(parameter, dtype=torch.bool)
-    whole = held[layer.parameter]
-    place = whole if layer.expert is None else whole[layer.expert]
-    (place if layer.input_axis == 1 else place.T).copy_(kept)
+    return kept
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from maskopt.errors import VerificationError
-from maskopt.models.checkpoints.schema import pairs, plain_name
+from maskopt.models.checkpoints.schema import PRUNE, pairs, plain_name
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -169,34 +169,22 @@ def check_configuration(
     read_object(folder / CONFIG)
 
 
-def same_files(
-    record: Mapping[str, Any],
-    weights: Weights,
-    original: Weights,
-    tensors: Collection[str] | None = None,
-) -> set[str]:
+def same_files(record: Mapping[str, Any], weights: Weights, original: Weights) -> set[str]:
     """Names of the files besides the weights that are those of the original.
 
-    Of a model folder, pruning copies them all, and the manifest holds the folder's digest. A model in memory
-    was saved again: its configuration must mean the same, the rest may differ.
-
-    Args:
-        record: the manifest.
-        tensors: of a smaller model, the names in the original of its tensors and of the removed ones; its
-            index and configuration are checked elsewhere.
+    Of a model folder, pruning copies them all, and the manifest (`record`) holds the folder's digest. A model
+    in memory was saved again: its configuration must mean the same, the rest may differ. Tensors, index and
+    configuration of a smaller model are checked elsewhere.
     """
-    folder, home = weights.folder, original.folder
-    known = weights.where if tensors is None else tensors
-    if odd := set(known) ^ set(original.where):
-        raise weights.wrong(f"tensor {min(odd)!r} is in only one of the two models")
-    if len(known) != len(set(known)):
-        raise weights.wrong("the manifest names a tensor of the original twice")
-    own = {CONFIG} if tensors is not None else set()
+    folder, home, smaller = weights.folder, original.folder, record["kind"] != PRUNE
+    own = {CONFIG} if smaller else set()
     theirs = {x.name for x in home.iterdir() if _is_taken(x)} - own
     ours = set(filter(is_copied, record["files"])) - own
     same = {n for n in ours & theirs if sha256(folder / n) == sha256(home / n)}
     model = record["fingerprint"].get("model")
-    if tensors is None:
+    if not smaller:
+        if odd := weights.where.keys() ^ original.where.keys():
+            raise weights.wrong(f"tensor {min(odd)!r} is in only one of the two models")
         if weights.unnamed != original.unnamed:
             raise VerificationError(
                 f"{folder / INDEX}: the index does not name the same tensors as the original's"
@@ -208,7 +196,7 @@ def same_files(
         raise VerificationError(
             f"{folder / MANIFEST}: holds the digest of another model than {home}"
         )
-    if tensors is None and (
+    if not smaller and (
         weights.files != original.files
         or (INDEX in weights.files and sha256(folder / INDEX) != sha256(home / INDEX))
     ):

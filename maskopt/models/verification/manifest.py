@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -42,10 +41,6 @@ OF_SOLVER = ("solver", "start", "solver_options")
 Key = tuple[tuple[int, ...], int]
 
 
-def _is_pattern(value: Any) -> bool:
-    return bool(pattern_from_dict(value))
-
-
 MAYBE_AMOUNT, MAYBE_COUNT = (None, is_amount), (None, is_count)
 _COMMON = {
     "format": MANIFEST_FORMAT,
@@ -73,30 +68,28 @@ _COMMON = {
         "epoch": is_count, "diverged": bool,
     }),
     "bad_samples": [{"sample": is_count, "layer": str}],
-    "fallbacks": [str],
-    "tensors": {...: {"input_axis": is_count, "pattern": _is_pattern}},
     "files": {...: str},
 }  # fmt: skip
-_STEP = {"axis": is_count, "by": str, "parts": [lambda v: fits(v, [is_count]) and len(v) == 2]}
-_SHRUNK = {
-    "settings": {...: (is_count, list)}, "kept": {...: [is_count]}, "tensors": {...: [_STEP]},
-    "updated": [str], "names?": {...: str}, "gone?": [str], "experts?": (), "blocks?": (),
+_SMALLER = {
+    **_COMMON, "fingerprint": {"model": str, "options": {"removed?": ()}},
+    "shrunk": {"kept": {...: [is_count]}, "updated": [str]},
 }  # fmt: skip
-_SMALLER = {**_COMMON, "fingerprint": {"model": str}}
+_FEWER = {"model": str, "options": {"removed": [is_count]}}
 #: of a manifest, by its kind
 SHAPES: dict[str, dict[str, Any]] = {
     PRUNE: {
         **_COMMON,
         "fingerprint": {
             "options": {
-                "sparsity": _is_pattern, "counts?": {...: is_count}, "training?": dict, "distillation?": dict,
+                "sparsity": pattern_from_dict, "counts?": {...: is_count},
+                "training?": dict, "distillation?": dict,
             },
             "dtype": str, "model?": str,
         },
     },
-    STRUCTURES: {**_SMALLER, "shrunk": _SHRUNK},
-    EXPERTS: {**_SMALLER, "shrunk": {**_SHRUNK, "experts": {...: str}}},
-    BLOCKS: {**_SMALLER, "shrunk": {**_SHRUNK, "blocks": [is_count]}},
+    STRUCTURES: _SMALLER,
+    EXPERTS: _SMALLER,
+    BLOCKS: {**_SMALLER, "fingerprint": _FEWER},
 }  # fmt: skip
 
 
@@ -150,20 +143,14 @@ def key_of(layer: Mapping[str, Any]) -> Key:
     return numbers(layer["name"]), layer["n"]
 
 
-@dataclass(frozen=True)
 class Manifest:
-    """A manifest whose digest and schema are right; whether it is true is another matter.
+    """A manifest whose digest and schema are right; whether it is true is another matter. `options`: all but
+    those of the solver. Raises VerificationError where `PruneOptions` makes other ones of them."""
 
-    Attributes:
-        options: but those of the solver.
-    """
-
-    path: Path
-    record: Mapping[str, Any]
-    options: PruneOptions
-    layers: Sequence[Mapping[str, Any]]
-    tensors: Mapping[str, Any]
-    files: Mapping[str, str]
+    def __init__(self, folder: Path, record: Mapping[str, Any]) -> None:
+        self.path, self.record = folder / MANIFEST, record
+        self.layers: Sequence[Mapping[str, Any]] = record["layers"]
+        self.options = _options(self.path, record)
 
     @property
     def distilled(self) -> bool:
@@ -203,14 +190,7 @@ class Manifest:
         return VerificationError(f"{self.path}: {what}")
 
 
-def read_manifest(folder: Path, record: Mapping[str, Any]) -> Manifest:
-    """The manifest of a prune. Raises VerificationError where its options are none."""
-    path, listed = folder / MANIFEST, (record["layers"], record["tensors"], record["files"])
-    return Manifest(path, record, _options(path, record), *listed)
-
-
 def _options(path: Path, record: Mapping[str, Any]) -> PruneOptions:
-    """The options of a manifest. Raises VerificationError where `PruneOptions` makes other ones of them."""
     said = record["fingerprint"]["options"]
     given = {key: value for key, value in said.items() if key not in OF_SOLVER}
     allocation, training = given.get("allocation", UNIFORM), given.get("training")

@@ -88,11 +88,8 @@ def recheck_layers(
     """
     _check_recorded(manifest)
     options, fingerprint = manifest.options, manifest.record["fingerprint"]
-    data, dtype, trust = (
-        fingerprint["calibration"],
-        fingerprint["dtype"],
-        machine["trust_remote_code"],
-    )
+    data, dtype = fingerprint["calibration"], fingerprint["dtype"]
+    trust: bool = machine["trust_remote_code"]
     bos = data["beginning"]["bos"]
     # masks and updated weights are those of the result
     walked = dataclasses.replace(
@@ -288,8 +285,8 @@ def _walk(
         vectors: dict[str, Tensor] = {}
         # the dense model does not run along here
         for sample in manifest.record["bad_samples"] if trained else ():
-            if sample["layer"] == block.opened.name + IN_DENSE:
-                block.opened.samples.leave_out(sample["sample"], sample["layer"])
+            if sample["layer"] == block.name + IN_DENSE:
+                block.samples.leave_out(sample["sample"], sample["layer"])
         if result is not None:
             with result.open(block.index):
                 new = {x.name: matrix(result.model, x).clone() for x in block.layers}
@@ -334,11 +331,8 @@ def _found(
 ) -> Found:
     """A layer of a block whose Gram matrices are there; `result`: its weights in the result."""
     gram, dense = grams.of(layer.name), matrix(job.source.model, layer).float()
-    tokens, pattern, damping = (
-        0 if gram is None else gram.tokens,
-        options.pattern_of(layer),
-        said["damping"],
-    )
+    tokens, pattern = 0 if gram is None else gram.tokens, options.pattern_of(layer)
+    damping = said["damping"]
     update = None if damping is None else LeastSquaresUpdate(damping, options.damping_exponent)
     known = None if tokens < options.min_tokens else gram
     how = (float(said["gram_shrinkage"]), grams.moved(layer.name), update)

@@ -147,18 +147,13 @@ class Masks:
         return VerificationError(f"{self.path}: {what}")
 
     def check_names(self, manifest: Manifest, weights: Weights) -> None:
-        """The masks are those of the manifest's tensors, and the tensors are there."""
-        if set(self.layout) != set(manifest.tensors):
-            raise weights.wrong("masks and manifest name different tensors")
+        """Layers have masks, and tensors with a mask are there."""
         for layer in manifest.layers:
             name = called_like(layer["name"], weights.where)
             if name is not None and name not in self.layout:
                 raise weights.wrong(f"layer {layer['name']!r} has no mask")
         if missing := set(self.layout) - set(weights.where):
             raise weights.wrong(f"tensor {min(missing)!r} has a mask and is not there")
-        for name, (_, axis) in self.layout.items():
-            if manifest.tensors[name]["input_axis"] != axis:
-                raise weights.wrong(f"{name!r}: masks and manifest differ in the axis")
 
     def kept(self, name: str, of: Tensor) -> Tensor:
         """The mask of a tensor, bool in its shape."""

@@ -45,7 +45,7 @@ from maskopt.models.verification.layers import (
     check_parts,
 )
 from maskopt.models.verification.loading import Loading, check_loads, check_names
-from maskopt.models.verification.manifest import Manifest, read_manifest, read_record
+from maskopt.models.verification.manifest import Manifest, read_record
 from maskopt.models.verification.recompute import recheck_layers
 from maskopt.models.verification.structured import verify_smaller
 from maskopt.models.verification.tensors import Masks, OnTensor, check_tensors
@@ -153,7 +153,7 @@ def verify_model(
     if record["kind"] != PRUNE:
         return Verified(**verify_smaller(folder, record, original, on_progress))
     machine = {"text_field": text_field, "threads": threads, "trust_remote_code": trust_remote_code}
-    manifest = read_manifest(folder, record)
+    manifest = Manifest(folder, record)
     return _verify_pruned(folder, manifest, original, on_progress, calibration, layers, machine)
 
 
@@ -167,8 +167,8 @@ def _verify_pruned(
     machine: dict[str, Any],
 ) -> Verified:
     """Re-read a folder of `prune_model`; `machine` holds other options of a walk."""
-    weights = read_weights(folder)
-    check_entries(weights, manifest.files)
+    weights, files = read_weights(folder), manifest.record["files"]
+    check_entries(weights, files)
     stored = Masks(folder / MASKS)
     stored.check_names(manifest, weights)
     dense = None if original is None else read_weights(original)
@@ -177,7 +177,7 @@ def _verify_pruned(
             f"{folder / INDEX}: the index does not name {min(weights.unnamed)!r}, which lies in a shard"
         )
     same = set() if dense is None else same_files(manifest.record, weights, dense)
-    check_configuration(folder, manifest.files, compared=same)
+    check_configuration(folder, files, compared=same)
     check_layers(manifest)
     check_parts(manifest)
     check_distillation(manifest)
@@ -206,7 +206,7 @@ def _verify_pruned(
         tensors=len(stored.layout),
         two_four=len(stored.layout) if manifest.options.pattern == NM(2, 4) else 0,
         rows=rows,
-        files=len(manifest.files),
+        files=len(files),
         sparsity=sparsity,
         checked_layers=tuple(x["name"] for x in manifest.layers if x["name"] in known),
         tolerance=tolerance,
@@ -229,14 +229,13 @@ def semi_structured(output: str | Path) -> list[tuple[str, Any]]:
         raise VerificationError("to_sparse_semi_structured needs a CUDA device; there is none here")
     folder = Path(output)
     record, weights = read_record(folder), read_weights(folder)
-    if record["kind"] != PRUNE or read_manifest(folder, record).options.pattern != NM(2, 4):
+    if record["kind"] != PRUNE or Manifest(folder, record).options.pattern != NM(2, 4):
         raise weights.wrong("holds no 2:4 layer")
     converted = []
-    for name, info in record["tensors"].items():
+    for name, (_, axis) in Masks(folder / MASKS).layout.items():
         if name not in weights.where:
             raise weights.wrong(f"tensor {name!r} has a mask and is not there")
         weight = weights.read(name).half().cuda()
-        axis = info["input_axis"]
         weight = weight.movedim(axis, -1).reshape(-1, weight.shape[axis])
         try:
             converted.append((name, to_sparse_semi_structured(weight.contiguous())))
@@ -266,7 +265,8 @@ def _facts(
         "kept weights": compared and not updated and not trained,
         "updated weights": every and solved if updated else None,
         "trained weights": False if trained else None,
-        "configuration and tokenizer": compared and {*filter(is_copied, manifest.files)} <= same,
+        "configuration and tokenizer": compared
+        and {*filter(is_copied, manifest.record["files"])} <= same,
         "errors": every and (solved or not trained),
         "statuses": every,
         "Wanda's errors": every,

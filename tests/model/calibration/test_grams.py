@@ -30,7 +30,7 @@ from maskopt.models.options.prune import PruneOptions, prune_options
 from maskopt.models.pruning.gram_store import INDEX, GramStore
 from maskopt.models.pruning.plan import _forward_operations, plan_prune
 from maskopt.models.pruning.problems import layer_problem
-from maskopt.models.pruning.solving import SHRINK_GRID, SHRINK_TOLERANCE
+from maskopt.models.pruning.prune_layer import SHRINK_GRID, SHRINK_TOLERANCE
 from maskopt.models.verification.verify import verify_model
 
 HALF = [Unstructured(sparsity=0.5)]

@@ -10,6 +10,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -32,7 +33,12 @@ from maskopt.models.checkpoints.checkpoint import INDEX, open_checkpoint
 from maskopt.models.checkpoints.journal import Journal
 from maskopt.models.checkpoints.mask_file import MaskFile, TensorMask, write_masks
 from maskopt.models.checkpoints.pack import pack
-from maskopt.models.checkpoints.report import manifest_digest, read_layers, read_manifest
+from maskopt.models.checkpoints.report import (
+    LayerReport,
+    manifest_digest,
+    read_manifest,
+    read_reports,
+)
 from maskopt.models.checkpoints.safefile import open_safe
 from maskopt.models.checkpoints.schema import plain_name
 from maskopt.models.checkpoints.workspace import MANIFEST, MASKS, check_output
@@ -349,12 +355,13 @@ def hostile(kind: str, data: bytes, seed: int) -> bytes:
     return "".join(lines).encode()
 
 
+layers = partial(read_reports, LayerReport)
 LOADERS: dict[str, Callable[[Path], object]] = {
     "masks": lambda path: [MaskFile(path).read(name) for name in MaskFile(path).names],
     "journal": Journal,
     "manifest": read_manifest,
-    "forged journal": lambda p: [read_layers(x["layers"], p) for x in Journal(p).blocks.values()],
-    "forged manifest": lambda path: read_layers(read_manifest(path)["layers"], path),
+    "forged journal": lambda p: [layers(x["layers"], p) for x in Journal(p).blocks.values()],
+    "forged manifest": lambda path: layers(read_manifest(path)["layers"], path),
     "shard": lambda path: [open_safe(path).read(name) for name in open_safe(path).entries],
     "layer": LayerProblem.load,
     "row": RowProblem.load,
@@ -392,7 +399,7 @@ def examples(pruned_folder: Path, folder: Path) -> dict[str, bytes]:
     problem.save(folder / "layer.npz")
     problem.row(0).save(folder / "row.npz")
     (folder / "forged manifest").write_text(json.dumps(whole))
-    manifest = whole | {part: type(whole[part])() for part in ("layers", "tensors", "files")}
+    manifest = whole | {part: type(whole[part])() for part in ("layers", "files")}
     manifest["sha256"] = manifest_digest(manifest)
     (folder / "manifest").write_text(json.dumps(manifest))
     (folder / "index").write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))

@@ -16,7 +16,7 @@ import maskopt
 from maskopt import NM, prune_model
 from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Blocks, matrix
-from maskopt.models.pruning.solving import DAMPING_GRID
+from maskopt.models.pruning.prune_layer import DAMPING_GRID
 from maskopt.models.verification.verify import verify_model
 
 #: blocks of Llama's form, for --slow

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import maskopt
 from maskopt import NM, LeastSquaresUpdate, Unstructured, collect_problems, errors as e, prune_model
 from maskopt.models.evaluation.bound import certify_model
-from maskopt.models.pruning.solving import DAMPING_GRID
+from maskopt.models.pruning.prune_layer import DAMPING_GRID
 from maskopt.models.verification.verify import verify_model
 
 

@@ -39,9 +39,8 @@ def set_zeros(model, less, record):
     """The consumers' removed columns become zero, their kept ones as they were written."""
     for consumer, kept in record["kept"].items():
         weight, left = (m.get_submodule(consumer).weight.data for m in (model, less))
-        step = next(s for s in record["tensors"][f"{consumer}.weight"] if s["by"] == consumer)
-        ((length, width),) = step["parts"]
-        stays = torch.zeros(length // width, dtype=torch.bool)
+        width = left.shape[1] // len(kept)
+        stays = torch.zeros(weight.shape[1] // width, dtype=torch.bool)
         stays[kept] = True
         columns = stays.repeat_interleave(width)
         assert left.shape[1] == int(columns.sum())
@@ -480,7 +479,7 @@ def test_costs_are_what_the_outputs_miss():
             module, calls = model.get_submodule(mixture.name), []
             handle = module.register_forward_hook(lambda *call, calls=calls: calls.append(call[1:]))
             for sample in range(3):
-                block.opened.run(sample, block.opened.samples.states)
+                block.run(sample, block.samples.states)
             handle.remove()
             assert count == sum(len(args[0]) for args, _ in calls)
             for stays in itertools.product((0.0, 1.0), repeat=mixture.count):

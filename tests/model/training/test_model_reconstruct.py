@@ -17,7 +17,6 @@ from maskopt.errors import ModelError, OptionError, VerificationError
 from maskopt.models.checkpoints.workspace import MASKS
 from maskopt.models.options.prune import prune_options
 from maskopt.models.training import blockwise as reconstruct, trainer as training
-from maskopt.models.training.parts import Recorded
 from maskopt.models.verification.verify import verify_model
 
 HOW = {"epochs": 6, "learning_rate": 0.1}
@@ -175,7 +174,7 @@ STATES += [slow("opt", "pruned", 10), ("opt", "dense", 12)]
 def test_hidden_states_that_parts_are_trained_by_are_counted(family, inputs, states, monkeypatch):
     made, data, most = [], tokens(12), 0
 
-    class Seen(Recorded):
+    class Seen(reconstruct.Recorded):
         def __init__(self, *given):
             super().__init__(*given)
             made.append(self)
@@ -197,7 +196,7 @@ def test_hidden_states_that_parts_are_trained_by_are_counted(family, inputs, sta
 
 
 def recorded(states):
-    found = Recorded(len(states), None)
+    found = reconstruct.Recorded(len(states), None)
     for window, state in enumerate(states):
         found.put(window, state)
     return found

@@ -177,6 +177,12 @@ def masks(change):
     return lambda result, _: forging.change_masks(result, change)
 
 
+def transpose(masks):
+    """The first mask that is no square counts its outputs as inputs."""
+    name = next(n for n, mask in masks.items() if len({*mask.kept.shape}) > 1)
+    masks[name] = replace(masks[name], input_axis=0)
+
+
 def nothing_pruned(result, dense):
     forging.prune_by(result, dense, lambda _, kept: torch.ones_like(kept))
 
@@ -184,7 +190,7 @@ def nothing_pruned(result, dense):
 def no_masks(result, dense):
     nothing_pruned(result, dense)
     forging.change_masks(result, dict.clear)
-    forge_manifest(result, lambda m: m.update(tensors={}, layers=[], fallbacks=[], sparsity=0.0))
+    forge_manifest(result, lambda m: m.update(layers=[], sparsity=0.0))
 
 
 def pattern_of_nothing(result, dense):
@@ -197,8 +203,6 @@ def pattern_of_nothing(result, dense):
 def pattern_of_all(pattern, name, **more):
     def change(manifest):
         manifest["fingerprint"]["options"]["sparsity"] = pattern
-        for tensor in manifest["tensors"].values():
-            tensor["pattern"] = pattern
         every_layer(pattern=name, **more)(manifest)
 
     return change
@@ -212,7 +216,6 @@ def layer_left_out(result, dense):
     change_tensors(path, lambda t: t.update({tensor: load_file(dense / path.name)[tensor]}))
 
     def forge(manifest):
-        del manifest["tensors"][tensor]
         manifest["layers"] = layers = [x for x in manifest["layers"] if x["name"] != name]
         weights = sum(x["rows"] * x["n"] for x in layers)
         manifest["sparsity"] = sum(x["pruned"] for x in layers) / weights
@@ -231,7 +234,6 @@ def mask_of_another_tensor(result, _):
     of, other = (f"model.layers.2.self_attn.{x}_proj.weight" for x in "vk")
     gone = ~forging.change_masks(result, lambda m: m.update({other: m.pop(of)}))[other].kept
     change_tensors(forging.shard_of(result, other), lambda t: t[other].masked_fill_(gone, 0))
-    forge_manifest(result, lambda m: m["tensors"].update({other: m["tensors"].pop(of)}))
 
 
 FILES = {
@@ -256,10 +258,12 @@ FILES = {
         lambda r, _: edit_json(r / INDEX, lambda i: i["weight_map"].update(x=shards(r)[0].name)), "it is not",
     ),
     "renamed tensor": (renamed_tensor, "is not there|only one"),
-    "extra mask": (masks(lambda m: m.update(ghost=min(m.items())[1])), "different tensors"),
+    "extra mask": (masks(lambda m: m.update(ghost=min(m.items())[1])), "'ghost' has a mask and is not"),
     "other weights by config": (config(transformers_weights="x.safetensors"), "other weights"),
     "code by config": (config(auto_map={"AutoModel": "x--y.Z"}), "code"),
     "code by a pipeline": (config(custom_pipelines={"x": {"impl": "a.B"}}), "code"),
+    "no mask of a layer": (masks(lambda m: m.popitem()), "has no mask"),
+    "another axis": (masks(transpose), "is said to have|counts other rows|not 16 of|of .* pruned"),
     "kernel of the hub": (config(attn_implementation="some/kernel"), "code"),
     "kernel of the hub, nested": (config(sub={"_attn_implementation": "some/kernel"}), "code"),
     "quantised": (config(quantization_config={"quant_method": "x"}), "quantization_config"),
@@ -305,20 +309,6 @@ def swap_names(manifest):
     layer(name=names[1])(manifest, 3)
 
 
-def first_tensor(**changes):
-    return lambda m: next(iter(m["tensors"].values())).update(changes)
-
-
-def settings(**changes):
-    """Of a smaller model."""
-
-    def forge(out, _):
-        config(**changes)(out)
-        forge_manifest(out, lambda m: m["shrunk"]["settings"].update(changes))
-
-    return forge
-
-
 def keep_in_a_row(count):
     """The first row of a layer keeps so many weights more."""
 
@@ -331,13 +321,11 @@ def keep_in_a_row(count):
 
 LATER_UP, COUNTS = "model.layers.1.mlp.up_proj", ("fingerprint", "options", "counts")
 SAYS = {
-    "no tensor of a mask": (lambda m: m["tensors"].popitem(), "different tensors"),
     "no last layer": (lambda m: m["layers"].pop(), "down_proj' is only in the model"),
     "a file": (lambda m: m["files"].update(ghost="x"), "is not there"),
     "a file elsewhere": (lambda m: m["files"].update({"../x": "x"}), "is not there"),
     "nothing pruned": (lambda m: m["layers"][0].pop("pruned"), "damaged or was changed"),
-    "no pattern": (first_tensor(pattern={}), "damaged or was changed"),
-    "another axis": (first_tensor(input_axis=0), "differ in the axis"),
+    "no pattern": (options(sparsity={}), "damaged or was changed"),
     "a sensitivity of no allocation": (options(sensitivity="uniform"), "damaged or was changed"),
     "a damping of no update": (options(damping=0.3), "damaged or was changed"),
     "sevens": (pattern_of_all({"kind": "nm", "keep": 1, "of": 7}, "1:7"), "do not divide into groups of 7"),
@@ -357,7 +345,6 @@ UNSAID = {
     "another block": layer(block=lambda x: x["block"] + 1), "another kind": layer(kind="mlp.up_proj"),
     "excluded": options(exclude=["q_proj"]), "included": options(include=["mlp"]),
     "min_tokens": options(min_tokens=10**6), "fallback": layer(fallback=True),
-    "fallbacks": lambda m: m["fallbacks"].append(m["layers"][0]["name"]),
     "error NaN": layer(error=float("nan")), "error infinite": layer(error=float("inf")),
     "error negative": layer(error=-1.0), "error in words": layer(error="small"),
     "bound above the error": layer(lower_bound=lambda x: 2 * x["error"]),
@@ -369,13 +356,29 @@ UNSAID = {
     "no masks listed": lambda m: m["files"].pop(MASKS),
     "config not listed": lambda m: m["files"].pop("config.json"), "seconds": edit("seconds", to=-3.0),
 }  # fmt: skip
+
+
+def shrunk_says(*path, to):
+    return says(edit("shrunk", *path, to=to))
+
+
+def lacks(*path):
+    *path, last = path
+    return says(edit("shrunk", *path, to=lambda x: x.pop(last) and x))
+
+
+DOWN, MIXTURE = "model.layers.{}.mlp.down_proj", "model.layers.1.mlp.experts"
+OUT, NO_PARTS = "model.layers.0.self_attn.o_proj", "does not have the .* kept parts of"
 #: name → (folder, how to forge, what is said of the folder alone); with the original it is refused, too
 ALONE = {
     **{f"file: {name}": ("pruned", *case) for name, case in FILES.items()},
     **{f"says: {name}": ("pruned", says(change), said) for name, (change, said) in SAYS.items()},
     **{f"says: {name}": ("pruned", says(change), "") for name, change in UNSAID.items()},
     "another mask": ("refitted", mask_of_another_tensor, r"2\.self_attn\.v_proj' has no mask"),
-    "a size": ("mistral", settings(intermediate_size=20), r"in the shards, .* by config\.json"),
+    "a size": ("mistral", config(intermediate_size=20), r"in the shards, .* by config\.json"),
+    "a channel less": ("narrow", lacks("kept", DOWN.format(0), -1), NO_PARTS),
+    "an expert less": ("experts", lacks("kept", MIXTURE, -1), NO_PARTS),
+    "more heads": ("mistral", shrunk_says("kept", OUT, to=[0, 1, 2]), NO_PARTS),
     "a row of layers": ("layers", keep_in_a_row(1), "row 0: .* as in no layer there"),
     "a row of rows": ("rows", keep_in_a_row(None), "is said to have 768 weights pruned; its mask has"),
     "a row of both": ("both", keep_in_a_row(None), "row 0: 0 of .* beyond the deviation of its layer"),
@@ -400,7 +403,6 @@ def keep_all(tensor):
         forging.redraw(result, tensor)
         kept = torch.ones_like(tiny("llama").get_parameter(tensor), dtype=torch.bool)
         forging.change_masks(result, lambda m: m.update({tensor: TensorMask(kept, 1)}))
-        forge_manifest(result, edit("tensors", to=lambda t: {**t, tensor: min(t.items())[1]}))
 
     return forge
 
@@ -504,39 +506,29 @@ AGAINST = {
 # Smaller models ---------------------------------------------------------------------------------
 
 
-def shrunk_says(*path, to):
-    return says(edit("shrunk", *path, to=to))
-
-
-def lacks(*path):
-    *path, last = path
-    return says(edit("shrunk", *path, to=lambda x: x.pop(last) and x))
-
-
-def other_block(result, *_):
-    for path in (("shrunk", "blocks", 0), REMOVED):
-        forge_manifest(result, edit(*path, to=2))
-
-
 REMOVED = "fingerprint", "options", "removed", 0
-DOWN = "model.layers.{}.mlp.down_proj"
 UP, GATE = (f"model.layers.0.mlp.{x}_proj.weight" for x in ("up", "gate"))
 K, V = "model.layers.0.self_attn.k_proj.weight", "model.layers.1.self_attn.v_proj.weight"
 NORM, ROUTER = "model.norm.weight", "model.layers.0.mlp.router.weight"
 
 
 def exchange(out, _):
-    names = forging.record_of(out).get("names", {})
-    names |= {K: names.get(V, V), V: names.get(K, K)}
     change_tensors(out / "model.safetensors", lambda t: t.update({K: t[V], V: t[K]}))
-    forge_manifest(out, lambda m: m["shrunk"].update(names=names))
+
+
+def not_gone(out, dense):
+    """A tensor of the original that is gone, or would have another name."""
+    theirs, ours = (
+        {k: x for p in shards(y) for k, x in load_file(p).items()} for y in (dense, out)
+    )
+    name = max(theirs.keys() - ours.keys())
+    change_tensors(shards(out)[0], lambda tensors: tensors.update({name: theirs[name]}))
 
 
 def cut_by(tensor, by):
     def forge(out, dense):
         cut = load_file(dense / "model.safetensors")[tensor][forging.record_of(out)["kept"][by]]
         change_tensors(out / "model.safetensors", lambda t: t.update({tensor: cut}))
-        forge_manifest(out, edit("shrunk", "tensors", tensor, 0, "by", to=by))
 
     return forge
 
@@ -561,46 +553,35 @@ def first_experts(out, _):
     forge_manifest(out, edit("shrunk", "kept", min(kept), to=[0, 1]))
 
 
-def expert_gone(manifest):
-    names = manifest["shrunk"]["names"]
-    manifest["shrunk"]["gone"].append(names.pop(max(names)))
-
-
-NOTHING = [{"axis": 0, "by": DOWN.format(0), "parts": [[48, 1]]}]
 SLIDING, FULL = "sliding_attention", "full_attention"
-OTHER_TYPES = settings(layer_types=[SLIDING, FULL])
-ONE_BLOCK = settings(num_hidden_layers=1, layer_types=[FULL])
+OTHER_TYPES = config(layer_types=[SLIDING, FULL])
+ONE_BLOCK = config(num_hidden_layers=1, layer_types=[FULL])
 TYPES = ("types of blocks", OTHER_TYPES, "layer_types is not the original's")
-EXCHANGED = ("exchanged", exchange, "is not where the kept blocks")
+EXCHANGED = ("exchanged", exchange, "is not the original's")
 SIZE, REFITTED = "is no size", "or not, unlike a least-squares update"
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
-EXPERTS = "model.layers.1.mlp.experts"
 #: smaller model → name, how to forge, what is said when the original is given
 SMALLER = {
     "narrow": [
-        ("a channel that is not there", shrunk_says("kept", DOWN.format(0), 0, to=40), "damaged"),
-        ("a channel less", lacks("kept", DOWN.format(0), -1), "leaves"),
+        ("a channel that is not there", shrunk_says("kept", DOWN.format(0), -1, to=48), "number 48 of 48"),
+        ("a channel twice", shrunk_says("kept", DOWN.format(0), to=lambda x: [x[0], *x]), "damaged"),
         ("other channels", other_channels, "is not the original's, cut as"),
-        ("no cut", lacks("tensors", UP), "shape"),
-        ("another size", shrunk_says("settings", "intermediate_size", to=37), "is not the 37"),
-        ("no size", lacks("settings", "intermediate_size"), "in more than the sizes"),
         ("nothing kept", says(lambda m: m["shrunk"].pop("kept")), "damaged"),
         ("another model", says(edit("fingerprint", "model", to="0")), "another model"),
-        ("parts", shrunk_says("tensors", UP, 0, "parts", 0, to=[36, 1]), "than it is long|damaged"),
-        ("a norm refitted", says(lambda m: m["shrunk"]["updated"].append(NORM)), "damaged"),
-        ("a cut of nothing", shrunk_says("tensors", "no", to=NOTHING), "not there"),
+        ("a norm refitted", says(lambda m: m["shrunk"]["updated"].append(NORM)), REFITTED),
+        ("a tensor of no name refitted", says(lambda m: m["shrunk"]["updated"].append("no")), REFITTED),
         ("one more in a layer", one_more(UP), "is not the original's"),
         ("one more in a norm", one_more(NORM), "is not the original's"),
     ],
     "mistral": [
-        ("window", settings(sliding_window=1), "sliding_window is no size of what was removed"),
-        ("list", settings(mlp_only_layers=[0]), f"mlp_only_layers {SIZE}"),
-        ("blocks", settings(num_hidden_layers=2), f"num_hidden_layers {SIZE}"),
-        ("epsilon", settings(rms_norm_eps=100), "rms_norm_eps"),
-        ("channels", settings(intermediate_size=20), "intermediate_size is not the original's .* 36"),
-        ("as many columns of other heads", settings(**HEADS), "is not the original's"),
+        ("window", config(sliding_window=1), "sliding_window is no size of what was removed"),
+        ("list", config(mlp_only_layers=[0]), f"mlp_only_layers {SIZE}"),
+        ("blocks", config(num_hidden_layers=2), f"num_hidden_layers {SIZE}"),
+        ("epsilon", config(rms_norm_eps=100), "rms_norm_eps"),
+        ("channels", config(intermediate_size=20), "intermediate_size is not the original's .* 36"),
+        ("as many columns of other heads", config(**HEADS), "loses more heads of one key"),
         EXCHANGED,
-        ("of another block", cut_by(UP, DOWN.format(1)), "up_proj.* is not cut as what was removed asks"),
+        ("of another block", cut_by(UP, DOWN.format(1)), "up_proj.* is not the original's, cut as"),
         *(
             (x, shrunk_says("kept", f"model.layers.0.{x}", to=[0]), "takes channels or heads")
             for x in ("self_attn.dense", "self_attn.q_proj", "mlp.up_proj")
@@ -610,29 +591,26 @@ SMALLER = {
         ("refitted in one block", refitted(DOWN.format(0) + ".weight"), REFITTED),
     ],
     "shallow": [
-        ("window", settings(sliding_window=1), f"sliding_window {SIZE}"),
+        ("window", config(sliding_window=1), f"sliding_window {SIZE}"),
         TYPES,
         ("fewer blocks", ONE_BLOCK, "num_hidden_layers is not the original's"),
         EXCHANGED,
     ],
     "by pattern": [TYPES],
     "blocks": [
-        ("another block", other_block, "is of no removed block|not the original's"),
-        ("another block asked for", says(edit(*REMOVED, to=2)), "damaged"),
-        ("a tensor not gone", lacks("gone", -1), "in only one of the two"),
-        ("no names", shrunk_says("names", to={}), "in only one of the two|twice"),
-        ("another count", shrunk_says("settings", "num_hidden_layers", to=1), "is not the 1"),
-        ("no settings", shrunk_says("settings", to={}), "in more than the sizes"),
+        ("another block", says(edit(*REMOVED, to=2)), "not the original's"),
+        ("a block twice", says(edit(*REMOVED[:-1], to=[0, 0])), "damaged"),
+        ("no block", says(edit(*REMOVED[:-1], to=0)), "damaged"),
+        ("a tensor not gone", not_gone, "is only in the folder"),
     ],
     "experts": [
-        ("an expert gone", says(expert_gone), "only one of|where the kept"),
-        ("the first experts", first_experts, "where the kept|cut as"),
-        ("no experts", says(lambda m: m["shrunk"].pop("experts")), "damaged"),
+        ("a tensor not gone", not_gone, "is only in the folder"),
+        ("the first experts", first_experts, "cut as"),
         ("of another kind", says(edit("kind", to="blocks")), "damaged"),
-        ("another number", shrunk_says("settings", "num_local_experts", to=3), "is not the 3"),
+        ("another number", config(num_local_experts=3), "num_local_experts is not the original's .* 2"),
     ],
     "gpt_oss": [
-        ("of another block", cut_by(ROUTER, EXPERTS), "router.* is not cut as what was removed"),
+        ("of another block", cut_by(ROUTER, MIXTURE), "router.* is not the original's, cut as"),
     ],
 }  # fmt: skip
 AGAINST |= {f"{of}: {name}": (of, *case) for of, rows in SMALLER.items() for name, *case in rows}

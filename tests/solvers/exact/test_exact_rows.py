@@ -33,7 +33,7 @@ from maskopt.errors import OptionError, SolverError, SolverUnavailableError
 from maskopt.experiments.jobs import as_they_finish
 from maskopt.models.evaluation.bound import bound_layers
 from maskopt.models.options.prune import PruneOptions
-from maskopt.models.pruning.solving import solve_layer
+from maskopt.models.pruning.prune_layer import solve_layer
 from maskopt.protocol.solution import relative_gap
 from maskopt.protocol.solver import available_solvers, is_trusted, make_solver
 from maskopt.solvers.exact import exhaustive, gurobi, incumbent, rows, workers
