@@ -308,12 +308,6 @@ def bos(name: str) -> Iterator[Case]:
         yield Case({"sparsity": 0.5, **calibrated(32), "bos": begin}, keys)
 
 
-def target(name: str) -> Iterator[Case]:
-    for label in ("pruned", "dense"):
-        how = {"sparsity": 0.5, **calibrated(32), "target": label}
-        yield Case(how, {"auto": f"target/{name}/{label}"})
-
-
 def weighting(name: str) -> Iterator[Case]:
     for label in TOKEN_WEIGHTS:
         how = {"sparsity": 0.5, **calibrated(32), "token_weights": label}
@@ -350,7 +344,6 @@ STUDIES = {
     "cells": cells,
     "rates": rates,
     "bos": bos,
-    "target": target,
     "weighting": weighting,
     "sizes": sizes,
     "shrink": shrink,

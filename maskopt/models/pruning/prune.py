@@ -212,10 +212,8 @@ def _targets(block: Block | StoredBlock, options: PruneOptions, folder: Path) ->
         options.seed,
         folder if block.opened.samples.states.in_file else None,
     )
-    # where Gram matrices are of the dense inputs as well, the samples advance with them
-    advance = not options.moved
-    targets.record(block.ticker("targets", len(block.opened.samples.active)), advance=advance)
-    block.dense_advanced = advance
+    targets.record(block.ticker("targets", len(block.opened.samples.active)))
+    block.dense_advanced = True
     return targets
 
 

@@ -71,8 +71,8 @@ class Targets:
     def _recorded(self) -> Recorded:
         return Recorded(self.block.samples.count, self.folder)
 
-    def record(self, tick: Callable[[int], None], *, advance: bool) -> None:
-        """Record the outputs of the dense block; `advance` replaces the dense states by them."""
+    def record(self, tick: Callable[[int], None]) -> None:
+        """Record the outputs of the dense block, and replace the dense states by them."""
         dense = self.block.samples.dense
         assert dense is not None
         for window, heard, output in self._passes(range(len(self.parts)), dense, tick):
@@ -83,8 +83,7 @@ class Targets:
                 self._wanted[index].put(window, one.output)
                 if self.how.inputs == "dense":
                     self._given_dense[index].put_call(window, one)
-            if advance:
-                dense[window] = output
+            dense[window] = output
 
     def train(
         self,
