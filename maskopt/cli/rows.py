@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 #: options of a prune that have no effect on Gram matrices and patterns, or that each command has itself
 _NOT_HERE = (
     *("solver", "start", "solver_options", "allocation", "sensitivity", "max_deviation", "counts"),
-    *("training", "seed", "calibrate_on", "true_sequential", "holdout", "target", "min_tokens"),
+    *("training", "seed", "calibrate_on", "true_sequential", "holdout", "min_tokens"),
 )
 #: fewer and shorter windows than a prune has: defaults of `collect_problems`
 _DEFAULTS = {"samples": 32, "seq_len": 512, "sparsity": None}

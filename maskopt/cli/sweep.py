@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 #: options that are swept, or that need more than Gram matrices of the dense model
 _NOT_HERE = (
-    *("sparsity", "solver", "update", "training", "distillation", "target", "calibrate_on"),
+    *("sparsity", "solver", "update", "training", "distillation", "calibrate_on"),
     *("true_sequential", "allocation", "sensitivity", "max_deviation", "counts"),
 )
 

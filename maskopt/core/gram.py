@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from maskopt.core.linear_term import LinearTerm
 from maskopt.errors import ProblemError
 
 #: tokens whose products are summed in float32 before they go to float64
@@ -146,52 +145,3 @@ class Gram:
             diagonal = result.diagonal().clone()
             result.mul_(1.0 - shrinkage).diagonal().copy_(diagonal)
         return result
-
-
-class Moved:
-    """Moments of a layer's inputs x and of δ = x′ − x, x′ the inputs of its target W·x′: means over tokens of
-    x δᵀ and of δ δᵀ, accumulated as in `Gram`, which give the linear part of the objective."""
-
-    def __init__(self, n: int, device: torch.device | str = "cpu") -> None:
-        self.n = n
-        self.tokens = 0
-        self._cross: Float[Tensor, "n n"] = torch.zeros(n, n, dtype=torch.float64, device=device)
-        self._moved = Gram(n, device)
-
-    def tasks(
-        self,
-        inputs: Float[Tensor, "tokens n"],
-        others: Float[Tensor, "tokens n"],
-        weights: Float[Tensor, " tokens"] | None = None,
-        mine: Container[int] | None = None,
-    ) -> Iterator[Callable[[], None]]:
-        """Add x and x′ of the same tokens, as independent pieces (see `Gram.tasks`)."""
-        self.tokens += inputs.shape[0]
-        wide = torch.promote_types(inputs.dtype, torch.float32)
-        inputs, moved = inputs.to(wide), others.to(wide) - inputs.to(wide)
-        for start in self._moved.tiles():
-            if mine is None or start in mine:
-                yield lambda start=start: self._add_tile(inputs, moved, weights, start)  # type: ignore[misc]
-        yield from self._moved.tasks(moved, weights, mine)
-
-    def tile(self, start: int) -> list[Tensor]:
-        """What was summed of the same tile as one of G: views."""
-        return [self._cross[start : min(start + TILE, self.n)], *self._moved.tile(start)]
-
-    def _add_tile(self, inputs: Tensor, moved: Tensor, weights: Tensor | None, start: int) -> None:
-        rows = slice(start, min(start + TILE, self.n))
-        for first in range(0, len(inputs), CHUNK):
-            part = slice(first, first + CHUNK)
-            left = inputs[part, rows]
-            if weights is not None:
-                left = left * weights[part, None].to(left)
-            self._cross[rows] += left.T @ moved[part]
-
-    def linear(self, weight: Float[Tensor, "rows n"], *, shrinkage: float = 0.0) -> LinearTerm:
-        """The linear part for a layer's weights; C and D are shrunk as in `Gram.value`, so that f ≥ 0."""
-        cross = self._cross / max(self.tokens, 1)
-        if shrinkage:
-            diagonal = cross.diagonal().clone()
-            cross.mul_(1.0 - shrinkage).diagonal().copy_(diagonal)
-        moved = self._moved.value(shrinkage=shrinkage, dtype=torch.float64)
-        return LinearTerm.of_inputs(weight, cross, moved)

@@ -316,12 +316,6 @@ def bos(name: str) -> Iterator[Case]:
         yield Case({"sparsity": 0.5, **calibrated(32), "bos": begin}, keys)
 
 
-def target(name: str) -> Iterator[Case]:
-    for label in ("pruned", "dense"):
-        how = {"sparsity": 0.5, **calibrated(32), "target": label}
-        yield Case(how, {"auto": f"target/{name}/{label}"})
-
-
 def token_weights(name: str) -> Iterator[Case]:
     for label in TOKEN_WEIGHTS:
         how = {"sparsity": 0.5, **calibrated(32), "token_weights": label}
@@ -358,7 +352,6 @@ STUDIES = {
     "combined": combined,
     "distillation-rates": distillation_rates,
     "bos": bos,
-    "target": target,
     "token-weights": token_weights,
     "windows": windows,
     "gram-shrinkage": gram_shrinkage,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from maskopt.core.gram import Gram, Moved
+from maskopt.core.gram import Gram
 from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Layer
 from maskopt.models.blockwise.activations import Activations, States
@@ -84,36 +84,32 @@ class Given:
     """The inputs of layers in one pass of one sample.
 
     Attributes:
-        inputs, dense: [tokens, n] each, in both models; `dense` is empty where that does not run.
+        inputs: [tokens, n] each.
         of: by layer, the place of its input; layers with the very same tensors have the same place.
         counts: [tokens], weights of the tokens; None: 1.
     """
 
     inputs: list[Tensor]
     of: dict[str, int]
-    dense: list[Tensor]
     counts: Tensor | None = None
 
     @classmethod
-    def seen(cls, watch: Watch, dense: Watch | None, counts: Tensor | None) -> Given:
-        """By a watch of the pruned model's pass, and one of the dense model's."""
+    def seen(cls, watch: Watch, counts: Tensor | None) -> Given:
+        """By a watch of the pass."""
         firsts: dict[Any, str] = {}
         sharing = watch.sharing()
         for layer, key in sharing.items():
             firsts.setdefault(key, layer)
         place = {key: number for number, key in enumerate(firsts)}
 
-        def joined(one: Watch | None) -> list[Tensor]:
-            parts = [] if one is None else [one.inputs[layer] for layer in firsts.values()]
-            return [part[0] if len(part) == 1 else torch.cat(part) for part in parts]
-
-        places = {layer: place[key] for layer, key in sharing.items()}
-        return cls(joined(watch), places, joined(dense), counts)
+        parts = [watch.inputs[layer] for layer in firsts.values()]
+        joined = [part[0] if len(part) == 1 else torch.cat(part) for part in parts]
+        return cls(joined, {layer: place[key] for layer, key in sharing.items()}, counts)
 
     @property
     def tensors(self) -> list[Tensor]:
         """All of them, in a fixed order."""
-        return [*self.inputs, *self.dense, *([] if self.counts is None else [self.counts])]
+        return [*self.inputs, *([] if self.counts is None else [self.counts])]
 
     def empty(self, device: torch.device | str) -> Given:
         """The same shapes without data."""
@@ -122,7 +118,7 @@ class Given:
             return torch.empty(x.shape, dtype=x.dtype, device=device)
 
         counts = None if self.counts is None else like(self.counts)
-        return Given([*map(like, self.inputs)], self.of, [*map(like, self.dense)], counts)
+        return Given([*map(like, self.inputs)], self.of, counts)
 
 
 class Grams:
@@ -139,7 +135,6 @@ class Grams:
         self.device, self.held, self.ranks = device, held, ranks
         self.leaders: dict[str, str] = {}
         self._grams: dict[str, Gram] = {}
-        self._moved: dict[str, Moved] = {}
         self._load = [0] * ranks.size
         self._tiles: dict[str, dict[int, int]] = {}
 
@@ -159,10 +154,6 @@ class Grams:
     def of(self, layer: str) -> Gram | None:
         """None where the layer never saw a token."""
         return self._grams.get(self.leader(layer))
-
-    def moved(self, layer: str) -> Moved | None:
-        """How the layer's inputs differ from those in the dense model, where that goes along."""
-        return self._moved.get(self.leader(layer))
 
     def leader(self, layer: str) -> str:
         return self.leaders.get(layer, layer)
@@ -185,16 +176,12 @@ class Grams:
                 if self.leaders[layer] == layer:
                     self._grams[layer] = Gram(sizes[layer], self.device)
                     self._tiles[layer] = self._share_out(self._grams[layer])
-                    if given.dense:
-                        self._moved[layer] = Moved(sizes[layer], self.device)
             leader = self.leaders[layer]
             if leader == layer:
                 x, counts = given.inputs[key], given.counts
                 rank = self.ranks.rank
                 mine = {tile for tile, owner in self._tiles[layer].items() if owner == rank}
                 pieces.extend(self._grams[layer].tasks(x, counts, mine))
-                if given.dense:
-                    pieces.extend(self._moved[layer].tasks(x, given.dense[key], counts, mine))
             elif given.of.get(leader) != key:
                 raise ModelError(
                     f"layers {leader!r} and {layer!r} shared their inputs in one sample "
@@ -213,10 +200,8 @@ class Grams:
     def complete(self) -> None:
         """Receive the tiles that the other processes have summed."""
         for leader, tiles in self._tiles.items():
-            moved = self._moved.get(leader)
             for tile, rank in tiles.items():
-                others = [] if moved is None else moved.tile(tile)
-                for part in (*self._grams[leader].tile(tile), *others):
+                for part in self._grams[leader].tile(tile):
                     self.ranks.send(part, rank)
         if self.held is not None:
             self.held.complete()
@@ -275,7 +260,6 @@ def collect(
     layers: Sequence[Layer],
     *,
     advance: bool = False,
-    moved: bool = False,
     all_experts: bool = False,
     weights: Callable[[int], Tensor] | None = None,
     tick: Callable[[int], None] = lambda _: None,
@@ -285,7 +269,6 @@ def collect(
 
     Args:
         advance: store the block's outputs as new states; else passes end where the last layer has its inputs.
-        moved: sum also how inputs differ from those in the dense model, and advance its states.
         all_experts: observe experts on all tokens; the block's output does not change.
         weights: of a sample's tokens [length], called before its state has passed; None: all 1.
     """
@@ -297,17 +280,14 @@ def collect(
     observe = partial(_observe, block, WatchedWeights(block.model, layers), local)
     until: str | None = None
 
-    def both(sample: int) -> tuple[_Observed, _Observed | None]:
-        dense = None
-        if moved and samples.dense is not None:
-            dense = observe(sample, samples.dense, True)
-        return observe(sample, samples.states, advance, until), dense
+    def one(sample: int) -> _Observed:
+        return observe(sample, samples.states, advance, until)
 
     shown = experts_see_all(block.module, f"{block.name}.", layers, local)
     with shown if all_experts else nullcontext():
         for wave in ranks.waves(samples.active, block.threads.count):
             mine = ranks.own(wave)
-            passed = block.threads.run([partial(both, sample) for sample in mine])
+            passed = block.threads.run([partial(one, sample) for sample in mine])
             observed = dict(zip(mine, passed, strict=True))
             for sample, given, bad in _gathered(block, wave, observed, weights):
                 if bad is not None:
@@ -317,10 +297,7 @@ def collect(
                 block.threads.run(ours.tasks(given, sizes))
                 if sample not in observed:
                     continue
-                seen, dense = observed[sample]
-                if samples.dense is not None and dense is not None:
-                    assert dense.output is not None
-                    samples.dense[sample] = dense.output
+                seen = observed[sample]
                 if seen.output is not None:
                     samples.states[sample] = seen.output
                 elif until is None:
@@ -333,19 +310,17 @@ def collect(
 def _gathered(
     block: OpenBlock,
     wave: Sequence[int],
-    observed: Mapping[int, tuple[_Observed, _Observed | None]],
+    observed: Mapping[int, _Observed],
     weights: Callable[[int], Tensor] | None,
 ) -> Iterator[tuple[int, Given, str | None]]:
     """Every sample of a wave, the inputs of its layers, and the first layer with NaN."""
     ranks = block.ranks
     own: dict[int, tuple[Given, str | None]] = {}
-    for sample, (seen, dense) in observed.items():
-        bad = seen.bad or (None if dense is None else dense.bad)
-        given = Given([], {}, [])
-        if bad is None:
-            counts = None if weights is None else weights(sample)
-            given = Given.seen(seen.watch, None if dense is None else dense.watch, counts)
-        own[sample] = given, bad
+    for sample, seen in observed.items():
+        given = Given([], {})
+        if seen.bad is None:
+            given = Given.seen(seen.watch, None if weights is None else weights(sample))
+        own[sample] = given, seen.bad
     if ranks.size == 1:
         yield from ((sample, *own[sample]) for sample in wave)
         return

@@ -162,7 +162,6 @@ class Job:
             self.threads,
             self.activation_memory,
             held=bool(self.held),
-            both_states=options.both_states,
             least_squares=options.least_squares is not None,
             trained=self.trained_states,
             gradients=0 if self.whole else options.gradient_windows(self.count),
@@ -283,7 +282,7 @@ class Job:
         """The windows before the first block."""
         skip = None if self.whole else self.options.skip_bad_samples
         dense = None
-        if self.options.both_states:
+        if self.options.reconstruction is not None:
             mine = self.ranks.own(range(self.count))
             place = folder if self._spills(len(mine) * states.bytes) else None
             lanes = lanes_to(self.source.device)
@@ -367,13 +366,11 @@ class Block(OpenBlock):
                 self,
                 self.layers if layers is None else layers,
                 advance=advance,
-                moved=self.job.options.moved,
                 all_experts=self.job.options.all_experts,
                 weights=self.job.weights_of_tokens(self.index, self.samples.states),
                 tick=self.ticker("calibrate", len(self.samples.active)),
             )
         self.advanced = advance
-        self.dense_advanced |= self.job.options.moved
         return grams
 
     def rounds(self) -> Iterator[tuple[Sequence[Layer], Grams]]:

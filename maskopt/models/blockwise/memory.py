@@ -62,7 +62,6 @@ class Load:
         samples, length: windows, and tokens in each.
         activation_memory: bytes of hidden states above which they go to a file.
         held: Gram matrices of held-out windows are summed, too.
-        both_states: the dense model's hidden states go along, with moments of both.
         least_squares: kept weights are updated by least squares: a system for every row.
         gradients: windows whose hidden states of every block are kept for gradients of the loss.
         variants: windows of all variants of the model that are measured before anything is pruned.
@@ -78,7 +77,6 @@ class Load:
     threads: int
     activation_memory: int
     held: bool = False
-    both_states: bool = False
     least_squares: bool = False
     gradients: int = 0
     variants: int = 0
@@ -89,7 +87,7 @@ class Load:
     @property
     def copies(self) -> int:
         """Hidden states of every token that are kept: of the pruned model, the dense one, and training."""
-        return 1 + self.both_states + self.trained
+        return 1 + (1 + self.trained if self.trained else 0)
 
 
 def estimate_memory(load: Load) -> Memory:
@@ -104,14 +102,13 @@ def estimate_memory(load: Load) -> Memory:
     grams = inputs = solving = 0
     for mine in grouped(load.layers, "block").values():
         distinct = distinct_inputs(mine)
-        # in float64: G, and with the dense model's inputs two more moments
-        moments = (2 if load.held else 1) * (3 if load.both_states else 1)
-        grams = max(grams, sum(8 * moments * n * n for n in distinct))
+        # in float64
+        grams = max(grams, (16 if load.held else 8) * sum(n * n for n in distinct))
         tokens = copies * threads * load.length
         inputs = max(inputs, tokens * width * (sum(distinct) + 6 * hidden))
         # G in float32 (and that of the held-out windows) and two more matrices of its size (in the start's
         # relaxation float64 up to n = 4096), the weights in float32 a few times
-        square = (16 if load.held else 12) + (16 if load.both_states else 0)
+        square = 16 if load.held else 12
         # damped G, its inverse and its eigenvectors, mostly float64; a thread's systems: one for a row
         # without pruned weights, or several smaller ones
         systems, fixed = (40 + 24 * threads, SYSTEMS * threads) if load.least_squares else (0, 0)

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 #: of `gram_shrinkage`
 AUTO = "auto"
-#: of `target`
-TARGETS = ("pruned", "dense")
 #: of `update`
 NONE, LEAST_SQUARES, BLOCKWISE = UPDATES = ("none", "least-squares", "blockwise")
 #: of `allocation`
@@ -129,13 +127,6 @@ class PruneOptions(WalkOptions):
         unit=JSON_FILE,
         needs=("allocation", LAYERS, BOTH),
     )
-    target: str = option(
-        "pruned",
-        "Output that a pruned layer should reproduce. pruned: the dense weights applied to the activations "
-        "of the model pruned so far; dense: the layer output of the dense model, which runs along.",
-        CALIBRATION,
-        choices=TARGETS,
-    )
     update: str = option(
         NONE,
         "How kept weights are updated. none: unchanged; least-squares: solved per row, with masks chosen for "
@@ -192,12 +183,6 @@ class PruneOptions(WalkOptions):
         if self.least_squares is None and (self.damping, self.damping_exponent) != usual:
             raise OptionError(
                 "`damping` needs kept weights solved by least squares: give `training` begin=least-squares"
-            )
-        if self.moved and (self.one_pass or self.true_sequential):
-            other = "`calibrate_on` dense" if self.one_pass else "`true_sequential`"
-            raise OptionError(
-                f"`target` dense and {other} exclude each other: it takes whole blocks, and inputs from the "
-                "model pruned so far"
             )
         pattern = self._pattern_of(self.pattern)
         check_solver(self.solver, self.solver_options, self.start_solver, pattern)
@@ -312,14 +297,6 @@ class PruneOptions(WalkOptions):
         return LeastSquaresUpdate.damping if self.damping == AUTO else float(self.damping)
 
     @property
-    def both_states(self) -> bool:
-        return self.moved or self.reconstruction is not None
-
-    @property
-    def moved(self) -> bool:
-        return self.target == "dense"
-
-    @property
     def sensitive(self) -> bool:
         differ = self.rows_differ or (self.layers_differ and not self.counts)
         return differ and self.sensitivity == FISHER
@@ -357,8 +334,6 @@ class PruneOptions(WalkOptions):
         super().check_layers(layers)
         if self.counts:
             self._check_counts(layers)
-        if self.moved:
-            self._check_in_order(layers, "`target` dense")
         for layer in layers:
             try:
                 self.pattern.check(layer.n)

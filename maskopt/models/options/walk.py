@@ -186,16 +186,6 @@ class WalkOptions:
         return False
 
     @property
-    def both_states(self) -> bool:
-        """Whether the dense model's hidden states go through the blocks, too."""
-        return False
-
-    @property
-    def moved(self) -> bool:
-        """Whether the Gram matrices are accompanied by how inputs differ from those in the dense model."""
-        return False
-
-    @property
     def reconstruction(self) -> Reconstruction | None:
         """How kept weights are trained; None: they are not."""
         return None

@@ -51,7 +51,6 @@ def allocate(job: Job, options: PruneOptions) -> dict[str, int]:
         options,
         calibrate_on="pruned" if options.sensitivity == KL else "dense",
         true_sequential=False,
-        target="pruned",
         update=NONE,
         training={},
         damping=LeastSquaresUpdate.damping,

@@ -140,9 +140,8 @@ class GramStore:
         own = self.own
         usual = {field.name: field.default for field in dataclasses.fields(PruneOptions)}
         options = prune_options(options, shorthand if options else {**own, **shorthand})
-        if options.moved or options.true_sequential or options.distillation:
-            names = {"target": options.moved, "true_sequential": options.true_sequential}
-            name = next((name for name, asked in names.items() if asked), "distillation")
+        if options.true_sequential or options.distillation:
+            name = "true_sequential" if options.true_sequential else "distillation"
             raise OptionError(f"`{name}` needs the text: give `calibration`, not `grams`")
         if options.sensitive or (options.layers_differ and not options.counts):
             raise OptionError(

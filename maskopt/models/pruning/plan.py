@@ -196,12 +196,11 @@ def _forward_operations(job: Job, options: PruneOptions) -> float:
     """Operations of all forward passes and Gram matrices, n² a token each."""
     tokens, width = job.count * job.length, hidden_size(job.source.model)
     chosen = grouped(job.layers, "block")
-    squares = 4 if options.both_states else 1
     total = 0.0
     for index, block in enumerate(list(job.source.blocks.modules)[: job.last + 1]):
         mine = chosen.get(index, [])
         distinct = distinct_inputs(mine)
-        passes = 2.0 if options.both_states else 1.0
+        passes = 1.0 if options.reconstruction is None else 2.0
         if mine and not options.one_pass:
             passes += len(distinct) if options.true_sequential else 1
             if mine[-1].expert is None:  # its product is not needed once its inputs are seen
@@ -211,7 +210,7 @@ def _forward_operations(job: Job, options: PruneOptions) -> float:
             passes += (variants * (index + 1) + 2 * min(VARIANT_WINDOWS, job.count)) / job.count
         elif options.layers_differ and not options.counts:  # once more through the dense model
             passes += min(GRADIENT_WINDOWS, job.count) / job.count
-        total += passes * _pass_operations(job, block) + squares * sum(n * n for n in distinct)
+        total += passes * _pass_operations(job, block) + sum(n * n for n in distinct)
     judged = options.variant_windows(job.count, len(job.source.blocks)) * job.length / EVERY
     head = 2.0 * judged * vocabulary_size(job.source.model) * width
     return total * tokens + head + _gradient_operations(job, options)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskopt.core.gram import Gram, Moved
+from maskopt.core.gram import Gram
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.pattern import Pattern
 from maskopt.core.problem import LayerProblem
@@ -86,7 +86,7 @@ def _walked(
                 gram = grams.of(layer.name)
                 if gram is not None or unseen:
                     weight = matrix(job.source.model, layer).detach().float().clone()
-                    how = options.pattern_of(layer), gram_shrinkage, None, options.least_squares
+                    how = options.pattern_of(layer), gram_shrinkage, options.least_squares
                     problem = layer_problem(layer, weight, gram, *how)
                     yield layer, counting(problem, options.sensitivity, job.gradients)
             block.advance()
@@ -100,7 +100,7 @@ def held_problem(
     gram = None if held is None else held.of(layer.name)
     if held is None or gram is None:
         return None
-    return layer_problem(layer, weight, gram, pattern, moved=held.moved(layer.name))
+    return layer_problem(layer, weight, gram, pattern)
 
 
 def layer_problem(
@@ -109,11 +109,10 @@ def layer_problem(
     gram: Gram | None,
     pattern: Pattern,
     gram_shrinkage: float = 0.0,
-    moved: Moved | None = None,
     least_squares: LeastSquaresUpdate | None = None,
 ) -> LayerProblem:
     """The problem of a layer with `weight` [rows, n] and the Gram matrix of its inputs, shrunk by α; without
-    one G is the identity. With `moved` the target is the layer's output on the dense model's inputs.
+    one G is the identity.
 
     Raises:
         ProblemError: a damping that leaves the Gram matrix indefinite.
@@ -122,6 +121,4 @@ def layer_problem(
     if gram is None:
         return LayerProblem(weight, torch.eye(layer.n, device=weight.device), pattern, **how)
     how |= {"mean": gram.mean(), "variance": gram.variance()}
-    if moved is not None:
-        how["linear"] = moved.linear(weight, shrinkage=gram_shrinkage)
     return LayerProblem(weight, gram.value(shrinkage=gram_shrinkage), pattern, **how)

@@ -203,8 +203,7 @@ def _targets(block: Block | StoredBlock, options: PruneOptions, folder: Path) ->
     if options.reconstruction is None or isinstance(block, StoredBlock):
         return None
     targets = Targets(block, options.reconstruction, options.seed, folder)
-    # where Gram matrices are of the dense inputs as well, the samples advance with them
-    targets.record(advance=not options.moved)
+    targets.record()
     return targets
 
 

@@ -154,8 +154,7 @@ def solve_rows(
     pattern = options.pattern_of(layer)
 
     def at(alpha: float) -> LayerProblem:
-        moved = grams.moved(layer.name)
-        problem = layer_problem(layer, dense, used, pattern, alpha, moved, least_squares)
+        problem = layer_problem(layer, dense, used, pattern, alpha, least_squares)
         if not fallback:
             problem = counting(problem, options.sensitivity, job.gradients)
         return problem.take(rows)

@@ -69,8 +69,8 @@ class Targets:
     def _recorded(self) -> Recorded:
         return Recorded(self.block.samples.count, self.folder)
 
-    def record(self, *, advance: bool) -> None:
-        """Record the outputs of the dense block; `advance` replaces the dense states by them."""
+    def record(self) -> None:
+        """Record the outputs of the dense block, and replace the dense states by them."""
         dense = self.block.samples.dense
         assert dense is not None
         for window, heard, output in self._passes(range(len(self.parts)), dense, "targets"):
@@ -81,9 +81,8 @@ class Targets:
                 self._wanted[index].put(window, one.output)
                 if self.how.inputs == "dense":
                     self._given_dense[index].put_call(window, one)
-            if advance:
-                dense[window] = output
-        self.block.dense_advanced = advance
+            dense[window] = output
+        self.block.dense_advanced = True
 
     def train(self, masks: Mapping[str, tuple[Layer, Tensor]]) -> Iterator[PartReport]:
         """Train every part that has kept weights, in place; `masks` are of layers that may change, True =

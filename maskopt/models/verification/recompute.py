@@ -335,8 +335,7 @@ def _found(
     damping = said["damping"]
     update = None if damping is None else LeastSquaresUpdate(damping, options.damping_exponent)
     known = None if tokens < options.min_tokens else gram
-    how = (float(said["gram_shrinkage"]), grams.moved(layer.name), update)
-    problem = layer_problem(layer, dense, known, pattern, *how)
+    problem = layer_problem(layer, dense, known, pattern, float(said["gram_shrinkage"]), update)
     if known is not None:
         problem = counting(problem, options.sensitivity, job.gradients)
     if options.update == BLOCKWISE and result is not None:  # as it was before it was trained

@@ -314,7 +314,8 @@ def test_the_next_state_is_under_way_and_one_that_is_set_meanwhile_is_not_the_ol
     assert lanes_to(CPU) is None  # the processor needs none
 
 
-MOVED = [{"target": "dense", "update": "least-squares"}, {"calibrate_on": "dense"}]
+TRAINED = {"update": "blockwise", "holdout": 0.3, "training": {"epochs": 1}}
+MOVED = [TRAINED, {"calibrate_on": "dense"}]
 
 
 @pytest.mark.parametrize("options", MOVED)

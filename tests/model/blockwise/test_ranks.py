@@ -45,7 +45,7 @@ WANDA, REFIT = {"solver": "wanda"}, {"update": "least-squares"}
 POOL = {"sparsity": Unstructured(sparsity=0.5, per="layer"), "sensitivity": "fisher"}
 FILES = {"sparsity": NM(keep=2, of=4), "activation_memory": 0, "true_sequential": True}
 BUDGET = {"allocation": "layers", "sensitivity": "fisher", "holdout": 0.3, "gram_shrinkage": "auto"}
-DENSE = {"target": "dense", "token_weights": "gradient", "holdout": 0.3, "solver": "elimination"}
+WEIGHTED = {"token_weights": "gradient", "holdout": 0.3, "solver": "elimination"}
 #: name → model, options: the rows of `tall` are shared out by tiles, but where they differ
 CASES = {
     "kept": ("tall", {}),
@@ -54,7 +54,7 @@ CASES = {
     "2:4, in files, one after the other": ("tall", {**WANDA, **FILES}),
     "rows differ": ("tall", {**POOL, "include": "layers.1"}),
     "layers differ, held out": ("tall", {**WANDA, **BUDGET}),
-    "to the dense output": ("tall", DENSE),
+    "tokens weighted": ("tall", WEIGHTED),
     "experts": ("mixtral", {**WANDA, "all_experts": True}),
     "a bad sample": ("bad", {**WANDA, "skip_bad_samples": True, "include": ("q_proj",)}),
 }

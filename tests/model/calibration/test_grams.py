@@ -16,9 +16,8 @@ from transformers import AutoModelForCausalLM
 import maskopt.errors as e
 from maskopt import NM, LayerProblem, Unstructured, collect_grams, collect_problems, prune_model
 from maskopt.cli.sweep import swept_table
-from maskopt.core.gram import CHUNK, Gram, Moved
-from maskopt.models.architecture.blocks import matrix
-from maskopt.models.blockwise.job import Block, open_job
+from maskopt.core.gram import CHUNK, Gram
+from maskopt.models.blockwise.job import open_job
 from maskopt.models.blockwise.windows import held_out
 from maskopt.models.calibration.token_weights import TOKEN_WEIGHTS, weights_of_tokens
 from maskopt.models.checkpoints.checkpoint import file_digest
@@ -29,7 +28,6 @@ from maskopt.models.evaluation.sweep import sweep
 from maskopt.models.options.prune import PruneOptions, prune_options
 from maskopt.models.pruning.gram_store import INDEX, GramStore
 from maskopt.models.pruning.plan import _forward_operations, plan_prune
-from maskopt.models.pruning.problems import layer_problem
 from maskopt.models.pruning.prune_layer import SHRINK_GRID, SHRINK_TOLERANCE
 from maskopt.models.verification.verify import verify_model
 
@@ -196,7 +194,6 @@ def test_what_does_not_go_with_a_store(home, tmp_path):
     for options, said in (
         ({"update": "blockwise", "holdout": 0.3}, "`update` blockwise needs the text"),
         ({"update": "blockwise", "grams": home / "held"}, "`update` blockwise needs the text"),
-        ({"target": "dense"}, "`target` needs the text"),
         ({"true_sequential": True}, "`true_sequential` needs the text"),
         ({"allocation": "layers"}, "need the text"),
         ({"allocation": "rows"}, "need the text"),
@@ -389,20 +386,13 @@ def test_a_gram_matrix_is_the_weighted_mean(token_weights):
     torch.testing.assert_close(problem.mean.double(), mean, rtol=1e-4, atol=1e-6)
 
 
-def test_weights_over_several_chunks_and_with_other_inputs():
-    x, other = torch.randn(2, CHUNK + 7, 6, dtype=torch.float64)
-    weights = torch.rand(CHUNK + 7, dtype=torch.float64)
-    gram, moved = Gram(6), Moved(6)
-    for task in (*gram.tasks(x, weights), *moved.tasks(x, other, weights)):
+def test_weights_over_several_chunks():
+    x = torch.randn(CHUNK + 7, 6, dtype=torch.float64)
+    weights, gram = torch.rand(CHUNK + 7, dtype=torch.float64), Gram(6)
+    for task in gram.tasks(x, weights):
         task()
     part = x * weights[:, None]
     torch.testing.assert_close(gram.value(dtype=torch.float64), part.T @ x / len(x))
-    w = torch.randn(3, 6, dtype=torch.float64)
-    linear = moved.linear(w)
-    residual = (other - x) @ w.T
-    torch.testing.assert_close(linear.correlation, residual.T @ part / len(x))
-    constant = (residual.square() * weights[:, None]).mean(0)
-    torch.testing.assert_close(linear.constant, constant)
     # weights have a mean of one and outlast extreme states
     state = torch.randn(1, 9, 4)
     state[0, 0] *= 1e4
@@ -414,7 +404,7 @@ def test_weights_over_several_chunks_and_with_other_inputs():
     assert zeros.tolist() == [1.0, 1.0, 1.0]
 
 
-RUNS = [(RELATIVE, {}), (RELATIVE, {"target": "dense", "holdout": 0.4}), (GRADIENT, {})]
+RUNS = [(RELATIVE, {}), (RELATIVE, {"holdout": 0.4}), (GRADIENT, {})]
 
 
 @pytest.mark.parametrize(("token_weights", "more"), RUNS)
@@ -530,73 +520,19 @@ def test_auto_shrinkage_is_the_greatest_that_is_nearly_the_best_on_the_held_out_
     assert held_out(10, 0.0) == frozenset()
 
 
-# The dense target: a layer is to give on the pruned model's inputs what it gives in the dense model
-
-DENSE = {**EQUALLY, "target": "dense"}
-
-
-@pytest.mark.parametrize("more", [{}, {"activation_memory": 0, "threads": 3}])
-def test_errors_are_those_of_the_outputs_in_the_dense_model(more):
-    data, original = tokens(10), tiny("llama", layers=2)
-    given = {**DENSE, "holdout": 0.4, "start": "wanda"}
-    report = prune_model(tiny("llama", layers=2), data, **given, **more)
-    before = tiny("llama", layers=2)
-    prune_model(before, data, include=("layers.0.*",), **given)
-    second = [layer for layer in report.layers if layer.block == 1]
-    assert len(second) == 7
-    for layer in second:
-        weight = original.get_submodule(layer.name).weight.detach().double()
-        pruned = weight * report.masks[layer.name]
-        for windows, error, energy in (
-            (data[:6], layer.error, layer.energy),
-            (data[6:], layer.error_held, layer.energy_held),
-        ):
-            wanted = inputs_of(original, layer.name, windows) @ weight.T
-            there = inputs_of(before, layer.name, windows) @ pruned.T
-            assert error == pytest.approx(float((wanted - there).square().mean(0).sum()), rel=1e-4)
-            assert energy == pytest.approx(float(wanted.square().mean(0).sum()), rel=1e-4)
-
-
-@pytest.mark.parametrize("block", [0, 2])
-def test_where_nothing_before_is_pruned_both_targets_are_the_same(block):
-    include = (f"layers.{block}.*",)
-    one, other = (pruned(tokens(), target=x, include=include) for x in ("dense", "pruned"))
-    assert all(torch.equal(mask, other.masks[name]) for name, mask in one.masks.items())
-    for layer, same in zip(one.layers, other.layers, strict=True):
-        assert layer.error == pytest.approx(same.error, rel=1e-9)
-
-
-def test_the_moments_of_a_shrunk_problem_are_still_those_of_something(monkeypatch):
-    problems, rounds = [], Block.rounds
-
-    def look(block):
-        for layers, grams in rounds(block):
-            for layer in layers:
-                weight = matrix(block.job.source.model, layer).clone()
-                gram, moved = grams.of(layer.name), grams.moved(layer.name)
-                pattern = block.job.options.pattern
-                problems.append(layer_problem(layer, weight, gram, pattern, 0.3, moved))
-            yield layers, grams
-
-    monkeypatch.setattr(Block, "rounds", look)
-    prune_model(tiny("llama"), tokens(2), gram_shrinkage=0.3, solver="wanda", **DENSE)
-    assert len(problems) == 21
-    for problem in problems:
-        gram = problem.gram.double()
-        problem.linear.check_moments(gram, 1e-6 * float(gram.trace()), "")
-
-
 @pytest.mark.slow
 def test_plans_count_held_out_windows_and_the_dense_model_that_goes_along(dense_folder):
-    """Gram matrices of held-out windows are a second set. Moments, states and passes of the dense model."""
-    more = {"pruned": {}, "dense": {}, "held": {"target": "pruned", "holdout": 0.5}}
-    how = {**EQUALLY, "solver": "wanda", "threads": 1}
-    given = [prune_options(None, {**how, "target": t, **o}) for t, o in more.items()]
-    alone, both, held = (plan_prune(dense_folder, tokens(), one).memory for one in given)
+    """Gram matrices of held-out windows are a second set; states of the dense model, and targets."""
+    how, held_out = {**EQUALLY, "solver": "wanda", "threads": 1}, {"holdout": 0.5}
+    more = ({}, held_out, {**held_out, "update": "blockwise"})
+    given = [prune_options(None, {**how, **one}) for one in more]
+    alone, held, trained = (plan_prune(dense_folder, tokens(), one).memory for one in given)
+    assert trained.grams == held.grams
+    assert trained.activations == 3 * alone.activations
+    alone_operations, _, both = (
+        _forward_operations(open_job(dense_folder, tokens(), x), x) for x in given
+    )
+    assert 1.4 * alone_operations < both < 2 * alone_operations
     # inputs of q k v, of o, of gate and up, of down; the widest is that of down
     assert held.grams - alone.grams == 8 * (3 * 32**2 + 48**2)
     assert held.solving - alone.solving == 4 * 48**2
-    assert both.grams == 3 * alone.grams
-    assert both.activations == 2 * alone.activations
-    alone, both, _ = (_forward_operations(open_job(dense_folder, tokens(), x), x) for x in given)
-    assert 1.4 * alone < both < 2 * alone

@@ -69,12 +69,9 @@ ONE = {
         "allocation": "both", "max_deviation": 1, "sensitivity": "relative", "holdout": 0.4, **REFIT,
         "damping": "auto",
     },
-    ("llama", "layers by the loss, to the dense output"): {
-        "allocation": "layers", "target": "dense", "damping": 0.1, **REFIT,
-    },
-    ("mixtral", "rows by the loss, to the dense output"): {
-        **THIRDS, "allocation": "rows", "max_deviation": 1 / 7, "sensitivity": "fisher", "target": "dense",
-        "all_experts": True,
+    ("llama", "layers by the loss, damped"): {"allocation": "layers", "damping": 0.1, **REFIT},
+    ("mixtral", "rows by the loss"): {
+        **THIRDS, "allocation": "rows", "max_deviation": 1 / 7, "sensitivity": "fisher", "all_experts": True,
     },
     ("mixtral", "layers and rows in one pass"): {
         "allocation": "both", "sensitivity": "uniform", "calibrate_on": "dense", "activation_memory": 0,
@@ -83,7 +80,7 @@ ONE = {
     ("gpt2", "layers one after the other"): {
         **THIRDS, **IN_ORDER, "allocation": "layers", "sensitivity": "relative", "gram_shrinkage": 0.1,
     },
-    ("gpt2", "swapped, to the dense output"): {**THIRDS, **SWAP, "target": "dense"},
+    ("gpt2", "swapped"): {**THIRDS, **SWAP},
 }  # fmt: skip
 #: Mamba is refused; blocks of the others go through it in removals of whole blocks
 UNMEASURED = "mamba llama gpt2 qwen2 qwen3 opt phi3 gpt_neox bloom glm"

@@ -108,7 +108,7 @@ WIDE, KEEP, POOL = ({"sparsity": x} for x in (NM(2, 4), Unstructured(keep=3), po
 ROWS = {"allocation": "rows", "sensitivity": "uniform", "max_deviation": 1, "solver": "swap"}
 NEAR, OWN = {**ROWS, "max_deviation": 0.1}, {"solver_options": {"update": True}}
 BOTH, ALL = {"allocation": "both"}, {"allocation": "all"}
-REFIT, DENSE = {"update": "least-squares"}, {"target": "dense"}
+REFIT = {"update": "least-squares"}
 ONES = torch.ones(1, 4)
 REFUSED = {
     e.MaskoptError: [
@@ -179,10 +179,6 @@ REFUSED = {
         ("`damping` must be a number of at least 0 or auto", {**REFIT, "damping": "some"}),
         ("`damping` needs `update` least-squares", {"damping": 0.1}),
         ("`damping` needs", {"update": "blockwise", "holdout": 0.2, "damping": 0.1}),
-        ("`target` must be one of: pruned, dense; not 'both'", {"target": "both"}),
-        ("`target` dense and `calibrate_on` dense exclude", {**DENSE, "calibrate_on": "dense"}),
-        ("`target` dense and `true_sequential` exclude", {**DENSE, "true_sequential": True}),
-        ("`target` dense needs `all_experts` there", {**DENSE, "model": "mixtral"}),
     ],
 }
 CASES = [(kind, *case) for kind, cases in REFUSED.items() for case in cases]
@@ -248,13 +244,10 @@ RUNS = [
     slow({**FREE, **REFIT}, "solve", 2),
     slow({"allocation": "both", "sensitivity": "fisher"}, "solve", 2),
     slow({"allocation": "layers", **REFIT}, "solve", 2),
-    slow({"allocation": "layers", **DENSE}, "solve", 2),
     slow({**FREE, "solver": "swap"}, "solve", 2),
     slow({"allocation": "rows", "sensitivity": "fisher"}, "calibrate", 2),
     slow({**SWAPPED, **HELD}, "calibrate", 2),
     slow({**SWAPPED, **HELD, "dtype": torch.bfloat16}, "solve", 2),
-    slow({**DENSE, **HELD}, "solve", 2),
-    slow({**DENSE, **HELD, "solver": "swap"}, "calibrate", 2),
 ]
 
 

@@ -31,7 +31,7 @@ TRAINED = {"update": "blockwise", "training": {"epochs": 2}, "holdout": 0.3}
 VALUES = {
     "sparsity": 0.7, "solver": "wanda", "start": "wanda", "solver_options": {"max_swaps": 3},
     "allocation": "both", "sensitivity": ("uniform", ALLOCATED), "max_deviation": (0.3, ALLOCATED),
-    "counts": ({"a": 3}, ALLOCATED), "target": "dense", "update": "least-squares",
+    "counts": ({"a": 3}, ALLOCATED), "update": "least-squares",
     "training": ({"begin": "least-squares", "epochs": 2}, TRAINED),
     "distillation": ({"epochs": 3, "seed": 5}, {"holdout": 0.3}),
     "damping": (0.5, {"update": "least-squares"}),

@@ -235,7 +235,7 @@ def test_the_error_of_a_channel_counts_by_its_own_size():
 ROUNDS = {"true_sequential": True, "solver": "magnitude"}
 RUNS = [
     ({"begin": "least-squares"}, ROUNDS),
-    ({"granularity": "part", "loss": "relative"}, {"target": "dense"}),
+    ({"granularity": "part", "loss": "relative"}, {}),
 ]
 RUNS += [
     slow(x, {}) for x in ({}, {"train": "all"}, {"begin": "least-squares"}, {"inputs": "dense"})
