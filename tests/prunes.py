@@ -37,7 +37,8 @@ def smaller(dense: Any, output: Path, data: Any = None, **what: Any) -> Any:
 
 def but_slow(first: Any, cases: Iterable[Any]) -> list[Any]:
     """All cases, of which all but the first ones run with --slow only."""
-    return [each if each in first else slow(*each) for each in cases]
+    given = ((each, each if isinstance(each, tuple) else (each,)) for each in cases)
+    return [each if each in first else slow(*values) for each, values in given]
 
 
 class Stop(Exception):
@@ -60,7 +61,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     assert not (folder / HIDDEN).exists()
     result = {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
     manifest = json.loads(result[MANIFEST])
-    for part in (manifest, *manifest["layers"], *manifest["parts"]):
+    for part in (manifest, *manifest["layers"], *manifest["trained"]):
         del part["seconds"]
     del manifest["sha256"], manifest["memory"]
     result[MANIFEST] = json.dumps(manifest, sort_keys=True).encode()

@@ -18,7 +18,7 @@ from maskopt.models.options.prune import RECIPE, PruneOptions, with_recipe
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from maskopt.models.checkpoints.report import PartReport, PruneReport
+    from maskopt.models.checkpoints.report import PruneReport, TrainedBlock
     from maskopt.models.pruning.plan import Plan
 
 
@@ -198,8 +198,8 @@ def show_report(report: PruneReport) -> None:
     screen.print(table)
     screen.print(report.sentence(), soft_wrap=True)
     screen.print(f"sparsity of these layers: {report.sparsity:.4f}; {report.seconds:.1f} s")
-    if report.parts:
-        screen.print(trained_words(report.parts))
+    if report.trained:
+        screen.print(trained_words(report.trained))
     if report.distillation is not None:
         screen.print(distilled_words(report.distillation), soft_wrap=True)
     if report.fallbacks:
@@ -212,17 +212,17 @@ def show_report(report: PruneReport) -> None:
         screen.print(f"left out for NaN or infinity: {len(report.bad_samples)} samples")
 
 
-def trained_words(parts: Sequence[PartReport]) -> str:
-    """What training made of the parts of blocks, in a line."""
+def trained_words(blocks: Sequence[TrainedBlock]) -> str:
+    """What training made of the blocks, in a line."""
 
     def mean(name: str) -> float:
-        return sum(getattr(part, name) for part in parts) / len(parts)
+        return sum(getattr(block, name) for block in blocks) / len(blocks)
 
-    stayed = sum(part.epoch == 0 for part in parts)
+    stayed = sum(block.epoch == 0 for block in blocks)
     return (
         f"trained: loss {mean('fitted_before'):.4f} → {mean('fitted_after'):.4f} on its windows, "
         f"{mean('held_before'):.4f} → {mean('held_after'):.4f} on held-out windows, mean of "
-        f"{len(parts)} parts" + (f"; {stayed} unchanged" if stayed else "")
+        f"{len(blocks)} blocks" + (f"; {stayed} unchanged" if stayed else "")
     )
 
 

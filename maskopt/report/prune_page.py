@@ -15,7 +15,6 @@ from maskopt.models.architecture.blocks import short
 from maskopt.models.checkpoints.mask_file import MaskFile
 from maskopt.models.checkpoints.report import (
     LayerReport,
-    PartReport,
     PruneReport,
     grouped,
     mean_error,
@@ -125,7 +124,7 @@ def report_parts(
             for i, one in enumerate(pruned, 1)
             if any(layer.improvement_quantiles is not None for layer in one[1].solved)
         ),
-        *(trained_table(*one) for one in pruned if one[1].parts or one[1].distillation),
+        *(trained_table(*one) for one in pruned if one[1].trained or one[1].distillation),
         *after,
         *([mask_picture(reports[0], picture)] if reports[0].kind == PRUNE or picture else []),
         Heading("The same once more"),
@@ -293,25 +292,22 @@ def improvements(title: str, one: PruneReport, index: int) -> Figure:
 
 
 def trained_table(name: str, one: PruneReport) -> Table:
-    """Losses of trained parts, before and after."""
+    """Losses of trained blocks, before and after."""
     losses = "fitted before", "after", "held out before", "after"
     table = Table(
         f"Trained weights, {name}",
-        ("part", "parts", *losses, "unchanged", "time"),
+        ("trained", "count", *losses, "unchanged", "time"),
         note="Mean losses towards the dense model, on training and on held-out windows; of the whole model "
         "the KL divergence of its predictions, nats.",
     )
-    parts: dict[str, list[PartReport]] = {}
-    for part in one.parts:
-        parts.setdefault(part.part or "block", []).append(part)
     names = ("fitted_before", "fitted_after", "held_before", "held_after")
-    for part_name, some in parts.items():
+    if blocks := one.trained:
         table.add(
-            part_name,
-            str(len(some)),
-            *(number(statistics.fmean(getattr(part, loss) for part in some)) for loss in names),
-            str(sum(part.epoch == 0 for part in some)),
-            _time(sum(part.seconds for part in some)),
+            "block",
+            str(len(blocks)),
+            *(number(statistics.fmean(getattr(block, loss) for block in blocks)) for loss in names),
+            str(sum(block.epoch == 0 for block in blocks)),
+            _time(sum(block.seconds for block in blocks)),
         )
     if (whole := one.distillation) is not None:
         values = [whole[when][on] for on in ("fitted", "held") for when in ("before", "after")]

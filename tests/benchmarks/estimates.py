@@ -57,7 +57,7 @@ def main() -> None:
         assert said.seconds is not None
         assert said.solve_seconds is not None
         solving = sum(layer.seconds for layer in report.layers)
-        training = sum(part.seconds for part in report.parts)
+        training = sum(block.seconds for block in report.trained)
         print(
             f"{label}: said {said.seconds:.0f} s (passes {said.forward_seconds:.0f}, solving "
             f"{said.solve_seconds:.0f}, files {said.file_seconds:.0f}), took {took:.0f} s (solving "

@@ -164,7 +164,7 @@ def errors(report: PruneReport) -> dict[str, Any]:
         "held": sum(held) / len(held) if held else None,
         "shrink": sum(layer.gram_shrinkage for layer in layers) / len(layers),
         "solving": sum(layer.seconds for layer in report.layers),
-        "training": sum(part.seconds for part in report.parts),
+        "training": sum(block.seconds for block in report.trained),
     }
 
 

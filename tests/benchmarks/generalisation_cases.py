@@ -68,14 +68,11 @@ ONLY = {
 DRAWN = ("SparseGPT", "ADMM", "1-swap for updates")
 #: seeds of the windows that masks are fitted to
 DRAWS = (0, 1, 2)
-#: of `training`: a block's attention and then its MLP, by every token's relative error
-PARTS = {"granularity": "part", "loss": "relative"}
 #: what becomes of kept weights → options
 AFTER: dict[str, dict[str, Any]] = {
     "unchanged": {},
     "least squares": {"update": "least-squares"},
     "trained": {"update": "blockwise"},
-    "parts trained": {"update": "blockwise", "training": PARTS},
 }
 #: label → other options: the same mask before and after its kept weights are updated
 TRAINED: dict[str, dict[str, Any]] = {
@@ -101,21 +98,12 @@ TRAINED: dict[str, dict[str, Any]] = {
         f"{label}, {after}": {"solver": solver, **own}
         for label, solver in (("Wanda", "wanda"), ("magnitude", "magnitude"), ("random", "random"))
         for after, own in AFTER.items()
-        if after != "parts trained" or solver != "random"
     },
 }
 #: label → windows, options of `training`; windows times epochs are as many
 RECIPES: dict[str, tuple[int, dict[str, Any]]] = {
     "default": (32, {}),
     "default, once over 128 windows": (128, {"epochs": 1}),
-    "blocks, relative error": (32, {"loss": "relative"}),
-    "parts, relative error": (32, PARTS),
-    "parts, relative error, once over 128 windows": (128, {**PARTS, "epochs": 1}),
-    "blocks, squared error": (32, {"loss": "square"}),
-    "blocks, squared error, dense inputs, once over 128 windows": (
-        128,
-        {"loss": "square", "inputs": "dense", "epochs": 1},
-    ),
 }
 #: label → other options: masks, and what becomes of the kept weights
 CELLS: dict[str, dict[str, Any]] = {
@@ -132,11 +120,6 @@ CELLS: dict[str, dict[str, Any]] = {
         "solver_options": {"update": True},
     },
     "Wanda, unchanged": {"solver": "wanda"},
-    "ADMM, parts trained": {
-        "solver": "admm",
-        "update": "blockwise",
-        "training": {"begin": "least-squares", **PARTS},
-    },
 }
 #: of them, those of every pattern and budget
 EVERYWHERE = ("ADMM, trained", "ADMM, least squares", "1-swap, unchanged")
@@ -280,10 +263,6 @@ def combined(name: str) -> Iterator[Case]:
     }
     for label, how in best.items():
         yield distilled(cell(name, label, *how, "ADMM, trained"), ", other windows", seed=1)
-        by_parts = cell(name, label, *how, "ADMM, parts trained")
-        yield from (by_parts, distilled(by_parts, ", other windows", seed=1))
-        if label == "50%":
-            yield distilled(by_parts)
 
 
 def distilled(one: Case, windows: str = "", seed: int = 0) -> Case:

@@ -100,7 +100,7 @@ def child(arguments: argparse.Namespace) -> None:
                 "wall": time.perf_counter() - began,
                 "cpu": time.process_time() - cpu,
                 "solving": sum(layer.seconds for layer in report.layers),
-                "training": sum(part.seconds for part in report.parts),
+                "training": sum(block.seconds for block in report.trained),
                 "passes": sum(passes),
                 "recorded": sum(recorded),
                 "error/Wanda": ratio_to_wanda(report.layers),

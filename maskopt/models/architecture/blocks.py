@@ -258,22 +258,3 @@ def vocabulary_size(model: nn.Module) -> int:
     """Rows of the input embedding."""
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     return int(embedding.weight.shape[0])
-
-
-@dataclass(frozen=True)
-class Part:
-    """A module of a block, by its name inside it (empty: the block itself), and the layers in it."""
-
-    name: str
-    module: nn.Module
-    layers: Sequence[Layer]
-
-
-def parts_of(block: nn.Module, prefix: str, layers: Sequence[Layer]) -> list[Part]:
-    """The children of a block that hold any of the layers; `prefix`: of its parameters, with the last dot."""
-    found = []
-    for name, child in block.named_children():
-        mine = [layer for layer in layers if layer.parameter.startswith(f"{prefix}{name}.")]
-        if mine:
-            found.append(Part(name, child, mine))
-    return found

@@ -43,9 +43,16 @@ class Call:
     leaves: list[Any]
     spec: Any
 
-    def __call__(self, block: nn.Module, state: Tensor) -> Tensor:
-        """The block's output hidden state."""
-        leaves = [state if leaf is HiddenState else leaf for leaf in self.leaves]
+    def __call__(self, block: nn.Module, state: Tensor, *, cast: bool = False) -> Tensor:
+        """The block's output hidden state; `cast`: other arguments in the precision of the state."""
+
+        def given(leaf: Any) -> Any:
+            if leaf is HiddenState:
+                return state
+            floating = cast and isinstance(leaf, Tensor) and leaf.is_floating_point()
+            return leaf.to(state.dtype) if floating else leaf
+
+        leaves = [given(leaf) for leaf in self.leaves]
         args, kwargs = tree_unflatten(leaves, self.spec)
         output = block(*args, **kwargs)
         if isinstance(output, tuple | list):

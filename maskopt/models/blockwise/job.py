@@ -15,7 +15,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from maskopt.models.blockwise.collect import BadSample, Grams, OpenBlock, Sample
 from maskopt.models.blockwise.distributed import ALONE, Ranks
 from maskopt.models.blockwise.forward import Captured, capture, ending
 from maskopt.models.blockwise.gradients import DenseModel, Gradients
-from maskopt.models.blockwise.memory import Load, check_memory, trained_states
+from maskopt.models.blockwise.memory import Load, check_memory
 from maskopt.models.blockwise.progress import BlockProgress, OnBlockProgress, Tick, ticker
 from maskopt.models.blockwise.threads import Threads
 from maskopt.models.blockwise.windows import held_out, windows_of
@@ -163,7 +162,7 @@ class Job:
             self.activation_memory,
             held=bool(self.held),
             least_squares=options.least_squares is not None,
-            trained=self.trained_states,
+            trained=options.reconstruction is not None,
             gradients=0 if self.whole else options.gradient_windows(self.count),
             variants=0 if self.whole else options.variant_windows(self.count, blocks),
         )
@@ -314,11 +313,6 @@ class Job:
             return None
         every = [None] * self.count if self.gradients is None else self.gradients.norms[block]
         return lambda window: weights_of_tokens(states[window], token_weights, every[window])
-
-    @cached_property
-    def trained_states(self) -> int:
-        """Hidden states per window that are kept while the weights of a block are trained."""
-        return trained_states(self.source, self.layers, self.options.reconstruction)
 
     def _spills(self, size: int) -> bool:
         """Whether hidden states of so many bytes, and those kept along with them, go to a file."""

@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from maskopt.errors import ModelError
-from maskopt.models.architecture.blocks import Layer, parts_of, vocabulary_size
+from maskopt.models.architecture.blocks import Layer, vocabulary_size
 from maskopt.models.architecture.source import Source, text_config
 from maskopt.models.blockwise.gradients import LOGITS
 from maskopt.models.checkpoints.report import grouped
-from maskopt.models.options.training import BLOCK, Reconstruction
 
 GIB = 2**30
 #: the interpreter with torch, transformers and a compiled solver
@@ -65,7 +64,7 @@ class Load:
         least_squares: kept weights are updated by least squares: a system for every row.
         gradients: windows whose hidden states of every block are kept for gradients of the loss.
         variants: windows of all variants of the model that are measured before anything is pruned.
-        trained: hidden states of a window that are kept while a block is trained.
+        trained: blocks are trained, with the dense model's hidden states, and targets.
         together: all layers are trained together, towards the dense model's predictions.
         recompute: for gradients only the inputs of each block are kept.
     """
@@ -80,14 +79,14 @@ class Load:
     least_squares: bool = False
     gradients: int = 0
     variants: int = 0
-    trained: int = 0
+    trained: bool = False
     together: bool = False
     recompute: bool = False
 
     @property
     def copies(self) -> int:
         """Hidden states of every token that are kept: of the pruned model, the dense one, and training."""
-        return 1 + (1 + self.trained if self.trained else 0)
+        return 3 if self.trained else 1
 
 
 def estimate_memory(load: Load) -> Memory:
@@ -165,28 +164,6 @@ def autograd_memory(load: Load) -> int:
     if not load.recompute:
         return sum(blocks)
     return len(blocks) * 4 * load.length * hidden_size(load.source.model) + max(blocks)
-
-
-def trained_states(source: Source, layers: Sequence[Layer], how: Reconstruction | None) -> int:
-    """Hidden states of a window that are kept while a block is trained: targets of each part, and inputs of
-    one part at a time, or of every one where they are dense. A part of one layer counts by its shape, in
-    hidden states."""
-    if how is None:
-        return 0
-    if how.granularity == BLOCK:
-        return 1 + (how.inputs == "dense")
-    hidden, most = hidden_size(source.model), 0
-    for index, mine in grouped(layers, "block").items():
-        prefix = source.blocks.prefix(index)
-        given, gives = [], []
-        for part in parts_of(source.blocks.modules[index], prefix, mine):
-            first = part.layers[0]
-            alone = first.parameter.rpartition(".")[0] == prefix + part.name
-            given.append(-(-first.n // hidden) if alone else 1)
-            gives.append(-(-first.rows // hidden) if alone else 1)
-        inputs = sum(given) if how.inputs == "dense" else max(given, default=0)
-        most = max(most, sum(gives) + inputs)
-    return most
 
 
 def _of_gradients(load: Load, states: int, inputs: int) -> int:

@@ -136,18 +136,16 @@ def _errors(layers: Sequence[LayerReport]) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class PartReport:
-    """One trained part of a block. Losses are means over windows.
+class TrainedBlock:
+    """The training of a block. Losses are means over windows.
 
     Attributes:
-        part: its name inside the block; empty: the block.
         held_before, held_after: on the held-out windows, which choose the epoch.
         epoch: the best one; 0: the weights are those at the start.
         diverged: it ended early, at NaN or at a loss far above that of the start.
     """
 
     block: int
-    part: str
     fitted_before: float
     fitted_after: float
     held_before: float
@@ -162,7 +160,7 @@ class FinishedBlock:
     """What a run found of a block; `edits` is what an earlier run has done to its tensors."""
 
     layers: list[LayerReport]
-    parts: list[PartReport]
+    trained: list[TrainedBlock]
     bad: list[dict[str, Any]]
     edits: Edits = field(default_factory=Edits)
 
@@ -190,19 +188,19 @@ class PruneReport:
     masks: Mapping[str, Any] = field(default_factory=dict)
     output: Path | None = None
     seconds: float = 0.0
-    parts: Sequence[PartReport] = ()
+    trained: Sequence[TrainedBlock] = ()
     memory: Mapping[str, int | None] = field(default_factory=dict)
     distillation: Mapping[str, Any] | None = None
     kind: str = PRUNE
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any], folder: Path, **changes: Any) -> PruneReport:
-        """The report in a folder's manifest; ModelError where its layers or parts are of another form."""
+        """The report in a folder's manifest; ModelError for layers or trained blocks of another form."""
         names = ("fingerprint", "bad_samples", "memory", "distillation", "kind")
         how = {"output": folder, **{name: manifest[name] for name in names}, **changes}
         path = folder / MANIFEST
-        parts = read_reports(PartReport, manifest["parts"], path)
-        return cls(read_reports(LayerReport, manifest["layers"], path), parts=parts, **how)
+        trained = read_reports(TrainedBlock, manifest["trained"], path)
+        return cls(read_reports(LayerReport, manifest["layers"], path), trained=trained, **how)
 
     @property
     def sparsity(self) -> float:
@@ -331,7 +329,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def read_reports(kind: type[Kind], records: Any, where: Path) -> list[Kind]:
-    """Reports of layers or parts in a journal or a manifest; ModelError where the records are others."""
+    """Reports of layers or trained blocks in a journal or a manifest; ModelError for other records."""
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     try:
         found = [
@@ -341,7 +339,7 @@ def read_reports(kind: type[Kind], records: Any, where: Path) -> list[Kind]:
     except (TypeError, AttributeError):
         found = None
     if found is None or not all(map(holds_its_kinds, found)):
-        what = "layers" if kind is LayerReport else "parts"
+        what = "layers" if kind is LayerReport else "trained blocks"
         raise ModelError(f"{where}: its {what} are not those of a prune")
     return found
 
@@ -370,7 +368,7 @@ def write_manifest(path: Path, report: PruneReport, files: Mapping[str, str], **
         "fingerprint": dict(report.fingerprint),
         "sparsity": report.sparsity,
         "layers": report.records(),
-        "parts": [asdict(part) for part in report.parts],
+        "trained": [asdict(block) for block in report.trained],
         "distillation": report.distillation,
         "bad_samples": list(report.bad_samples),
         "files": dict(sorted(files.items())),

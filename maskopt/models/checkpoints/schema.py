@@ -14,7 +14,7 @@ MANIFEST_FORMAT = "maskopt-manifest-1"
 #: of a manifest: weights are pruned; or channels and heads, experts, or blocks are removed
 PRUNE, STRUCTURES, EXPERTS, BLOCKS = KINDS = ("prune", "structures", "experts", "blocks")
 _KEYS = {
-    *("format", "kind", "fingerprint", "sparsity", "layers", "parts", "distillation"),
+    *("format", "kind", "fingerprint", "sparsity", "layers", "trained", "distillation"),
     *("bad_samples", "files", "seconds", "memory", "sha256"),
 }
 

@@ -4,35 +4,18 @@ from dataclasses import dataclass
 
 from maskopt.core.fields import check_options, option
 
-BLOCK, PART = GRANULARITIES = ("block", "part")
 #: of `train`
 WEIGHTS, ALL = TRAINED = ("weights", "all")
-CHANNELS, RELATIVE, SQUARE, COSINE = LOSSES = ("channels", "relative", "square", "cosine")
 
 
 @dataclass(frozen=True)
 class Reconstruction:
     """How kept weights are trained; OptionError for a value that cannot be."""
 
-    granularity: str = option(
-        BLOCK,
-        "what is trained at once; block: all of it; part: a block's attention, then its MLP",
-        choices=GRANULARITIES,
-    )
     train: str = option(
         WEIGHTS,
-        "what is trained; weights: kept weights; all: the part's norms and biases, too",
+        "what is trained; weights: kept weights; all: the block's norms and biases, too",
         choices=TRAINED,
-    )
-    loss: str = option(
-        CHANNELS,
-        "of a token; relative: the squared error as a part of the dense output's square; channels: the same, "
-        "each channel measured in its own root mean square; square: the squared error; cosine: one less the "
-        "cosine",
-        choices=LOSSES,
-    )
-    inputs: str = option(
-        "pruned", "what a part is given while it is trained", choices=("pruned", "dense")
     )
     begin: str = option(
         "none",

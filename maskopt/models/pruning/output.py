@@ -32,8 +32,8 @@ from maskopt.models.checkpoints.mask_file import (
 from maskopt.models.checkpoints.report import (
     FinishedBlock,
     LayerReport,
-    PartReport,
     PruneReport,
+    TrainedBlock,
     read_reports,
 )
 from maskopt.models.checkpoints.safefile import write_tensors
@@ -72,7 +72,7 @@ class BlockResult:
     masks: LayerTensors = field(default_factory=dict)
     weights: LayerTensors = field(default_factory=dict)
     vectors: dict[str, Tensor] = field(default_factory=dict)
-    parts: list[PartReport] = field(default_factory=list)
+    trained: list[TrainedBlock] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -107,7 +107,7 @@ class Results:
         block.advance()
         names = [layer.name for layer in block.layers]
         bad = [asdict(sample) for sample in block.bad]
-        done = FinishedBlock([found.reports[name] for name in names], found.parts, bad)
+        done = FinishedBlock([found.reports[name] for name in names], found.trained, bad)
         self.blocks[block.index] = done
         found.masks = {name: found.masks[name] for name in names}
         self.job.ranks.agreed(lambda: self._add(block.index, done, found))
@@ -124,7 +124,7 @@ class Results:
             [sample for block in done for sample in block.bad],
             self.masks,
             None if self.run is None else self.run.output,
-            parts=[part for block in done for part in block.parts],
+            trained=[one for block in done for one in block.trained],
             memory=peaks(self.job.source.device),
             distillation=self.losses,
             kind=kind,
@@ -200,7 +200,7 @@ class FolderResults(Results):
             values = {**self._source.stored_values(found.weights), **found.vectors}
             digests["weights"] = write_tensors(self._path(index, "weights"), values)
         self._run.work.keep = True  # from the moment that the journal may hold the block
-        reports = {name: list(map(asdict, getattr(done, name))) for name in ("layers", "parts")}
+        reports = {name: list(map(asdict, getattr(done, name))) for name in ("layers", "trained")}
         self._run.journal.add_block(index, {**digests, **reports, "bad": list(done.bad)})
         self.write_shards()
 
@@ -260,9 +260,9 @@ class FolderResults(Results):
             if index <= self.job.last:
                 path = self._run.journal.path
                 layers = read_reports(LayerReport, record["layers"], path)
-                parts = read_reports(PartReport, record.get("parts", []), path)
+                trained = read_reports(TrainedBlock, record.get("trained", []), path)
                 edits = Edits.of(MaskFile(self._path(index, "masks")), self._values([index]))
-                found[index] = FinishedBlock(layers, parts, record["bad"], edits)
+                found[index] = FinishedBlock(layers, trained, record["bad"], edits)
         return found
 
     def stored_masks(self) -> MaskFiles:

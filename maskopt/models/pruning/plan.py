@@ -33,7 +33,7 @@ from maskopt.models.checkpoints.workspace import check_dense, check_inputs
 from maskopt.models.checkpoints.write import disk_needed
 from maskopt.models.options.distill import DistillOptions
 from maskopt.models.options.prune import KL, NONE, VARIANT_WINDOWS, PruneOptions, prune_options
-from maskopt.models.options.training import BLOCK, Reconstruction
+from maskopt.models.options.training import Reconstruction
 from maskopt.models.options.walk import GRADIENT_WINDOWS
 from maskopt.models.pruning.allocate import check_moves
 from maskopt.models.pruning.gram_store import GramStore
@@ -180,7 +180,7 @@ def _distilled_operations(job: Job, how: DistillOptions) -> float:
 def _trained_operations(job: Job, options: PruneOptions, how: Reconstruction) -> float:
     """Operations of training all blocks: epochs, targets, losses, and the inputs of parts."""
     epoch = 3 * (1 - options.holdout) + options.holdout
-    passes = epoch * how.epochs + (3 if how.granularity == BLOCK else 4)
+    passes = epoch * how.epochs + 3
     blocks = job.source.blocks.modules
     trained = sum(_pass_operations(job, blocks[index]) for index in grouped(job.layers, "block"))
     return passes * trained * job.count * job.length

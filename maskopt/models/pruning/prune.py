@@ -189,9 +189,9 @@ def _prune_blocks(
             )
             if targets is not None:
                 some = {n: mask for n, mask in found.masks.items() if not found.reports[n].fallback}
-                found.parts = list(targets.train(some))
+                found.trained = targets.train(some)
                 targets.close()
-                # of a part that training did not better, what it had stays as it was stored
+                # a block that training did not improve stays as it was stored
                 trained = {name: some[name] for name in some if name in targets.trained_layers}
                 found.weights |= _stored_weights(job, trained)
                 found.vectors = _stored_vectors(job, block.index, targets.trained_vectors)
@@ -199,7 +199,7 @@ def _prune_blocks(
 
 
 def _targets(block: Block | StoredBlock, options: PruneOptions, folder: Path) -> Targets | None:
-    """The outputs of the block's parts in the dense model, where its weights are to be trained."""
+    """The outputs of the block in the dense model, where its weights are to be trained."""
     if options.reconstruction is None or isinstance(block, StoredBlock):
         return None
     targets = Targets(block, options.reconstruction, options.seed, folder)

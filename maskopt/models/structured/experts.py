@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from maskopt.core.pattern import Unstructured
 from maskopt.core.problem import RowProblem
 from maskopt.errors import ModelError, OptionError
-from maskopt.models.architecture.blocks import Blocks, Part, is_experts
+from maskopt.models.architecture.blocks import Blocks, is_experts
 from maskopt.models.architecture.source import FolderSource
 from maskopt.models.architecture.structures import EXPERT_COUNTS, ROUTERS, Cut
 from maskopt.models.blockwise.job import Block, Job
@@ -44,7 +45,6 @@ from maskopt.models.structured.change import (
     finish_smaller,
     open_original,
 )
-from maskopt.models.training.blockwise import Listener, first
 from maskopt.protocol.solver import solve
 
 #: the name of a stored tensor of one expert
@@ -352,20 +352,49 @@ def seen_by(
     visit: Callable[[tuple[Any, ...], dict[str, Any], Tensor], T],
 ) -> list[T]:
     """What `visit` returns for a module's call, window by window; ModelError unless it is one call."""
-    seen = []
-    listener = Listener([Part(name, module, ())], "and its experts cannot be removed")
+    seen: list[T] = []
+    remedy = "and its experts cannot be removed"
+    heard = threading.local()
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        state = args[0] if args else kwargs.get("hidden_states")
+        if not isinstance(state, Tensor):
+            raise ModelError(f"{type(module).__name__} is called without a hidden state, {remedy}")
+        # the model may change its own input in place
+        kept = state.clone()
+        args = tuple(kept if value is state else value for value in args)
+        kwargs = {name: kept if value is state else value for name, value in kwargs.items()}
+        heard.calls.append((args, kwargs))
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        heard.output = first(output).clone()
 
     def one(sample: int) -> tuple[T, bool]:
-        listener.begin()
+        heard.calls = []
         block.run(sample, block.samples.states)
-        (heard,) = listener.heard()
+        if len(heard.calls) != 1:
+            raise ModelError(f"{name} is called {len(heard.calls)} times in a pass, {remedy}")
         finite = bool(heard.output.isfinite().all())
-        return visit(heard.args, heard.kwargs, heard.output), finite
+        args, kwargs = heard.calls[0]
+        return visit(args, kwargs, heard.output), finite
 
-    with listener.listening():
+    handles = [module.register_forward_pre_hook(before, with_kwargs=True)]
+    handles.append(module.register_forward_hook(after))
+    try:
         for sample, (found, finite) in block.threads.each(one, list(block.samples.active)):
             if finite:
                 seen.append(found)
             else:
                 block.samples.leave_out(sample, name)
+    finally:
+        for handle in handles:
+            handle.remove()
     return seen
+
+
+def first(output: Any) -> Tensor:
+    """The hidden state in a module's return value."""
+    found = output[0] if isinstance(output, tuple | list) else output
+    if not isinstance(found, Tensor):
+        raise ModelError("a mixture does not return a hidden state")
+    return found

@@ -97,35 +97,33 @@ def check_distillation(manifest: Manifest) -> None:
         raise manifest.wrong("was distilled to another epoch than its losses say")
 
 
-def check_parts(manifest: Manifest) -> None:
-    """Every layer that was trained is in one part, every part holds one, and its epoch is one that can be."""
-    parts, how = manifest.record["parts"], manifest.options.reconstruction
+def check_trained(manifest: Manifest) -> None:
+    """Every block with a layer that was trained is listed once, no other is, and its epoch is one that can
+    be."""
+    trained, how = manifest.record["trained"], manifest.options.reconstruction
     if how is None:
         return
-    for part in parts:
-        of = f"part {part['part']!r} of block {part['block']}"
-        if (part["part"] == "") != (how.granularity == "block"):
-            raise manifest.wrong(f"{of}: the options train others")
-        if part["epoch"] > how.epochs:
+    for one in trained:
+        of = f"block {one['block']}"
+        if one["epoch"] > how.epochs:
             raise manifest.wrong(f"{of}: was trained longer than the options say")
-        same = all(part[f"{text}_before"] == part[f"{text}_after"] for text in ("fitted", "held"))
-        if not (part["held_after"] < part["held_before"] if part["epoch"] else same):
+        same = all(one[f"{text}_before"] == one[f"{text}_after"] for text in ("fitted", "held"))
+        if not (one["held_after"] < one["held_before"] if one["epoch"] else same):
             raise manifest.wrong(f"{of}: its epoch is not what its losses say")
-    homes = [_home(layer, parts) for layer in manifest.layers if not layer["fallback"]]
-    if any(len(home) != 1 for home in homes):
-        raise manifest.wrong("has a trained layer that is in no part, or in two")
-    if {home[0] for home in homes} != set(range(len(parts))):
-        raise manifest.wrong("has a trained part that holds no layer")
+    blocks = {layer["block"] for layer in manifest.layers if not layer["fallback"]}
+    if sorted(one["block"] for one in trained) != sorted(blocks):
+        raise manifest.wrong("lists other trained blocks than those of its layers, or one twice")
 
 
 def updated_layers(manifest: Manifest) -> set[Key]:
-    """Layers whose kept weights may differ from the original's: updated, or of a part that became better."""
-    options, parts = manifest.options, manifest.record["parts"]
+    """Layers whose kept weights may differ from the original's: updated, or of a block that became better."""
+    options = manifest.options
     if options.update == NONE:
         return set()
     layers = [layer for layer in manifest.layers if not layer["fallback"]]
     every = LEAST_SQUARES in (options.update, options.training.get("begin"))
-    return {key_of(x) for x in layers if every or any(parts[i]["epoch"] for i in _home(x, parts))}
+    better = {one["block"] for one in manifest.record["trained"] if one["epoch"]}
+    return {key_of(x) for x in layers if every or x["block"] in better}
 
 
 def updated_vectors(manifest: Manifest, tensors: Mapping[str, Any]) -> tuple[str, ...]:
@@ -138,17 +136,9 @@ def updated_vectors(manifest: Manifest, tensors: Mapping[str, Any]) -> tuple[str
     if manifest.options.training.get("train") != "all":
         return ()
     number_of = {layer["block"]: _split(layer["name"])[1] for layer in manifest.layers}
-    found = set()
-    for name in tensors:
-        before, number, after = _split(name)
-        parts = [p for p in manifest.record["parts"] if number_of[p["block"]] == number]
-        inside = [part for part in parts if _holds(part["part"], after)]
-        for part in inside or parts:
-            # what is stored under another name than the model's could be of any part
-            end = f"{part['part']}." if inside and part["part"] else ""
-            if part["epoch"]:
-                found.add(f"{before}{number}.{end}")
-    return tuple(found)
+    better = {number_of[one["block"]] for one in manifest.record["trained"] if one["epoch"]}
+    split = map(_split, tensors)
+    return tuple({f"{before}{number}." for before, number, _ in split if number in better})
 
 
 def check_masks(manifest: Manifest, slices: Sequence[Slice]) -> tuple[int, float]:
@@ -222,17 +212,6 @@ def called_like(layer: str, tensors: Mapping[str, Any]) -> str | None:
     parts = layer.split(".")
     ends = (".".join(parts[i:]) for i in range(len(parts)))
     return next((f"{x}.weight" for x in ends if numbers(x) and f"{x}.weight" in tensors), None)
-
-
-def _home(layer: Mapping[str, Any], parts: list[dict[str, Any]]) -> list[int]:
-    """Which parts hold a layer."""
-    inside, block = _split(layer["name"])[2], layer["block"]
-    return [i for i, x in enumerate(parts) if x["block"] == block and _holds(x["part"], inside)]
-
-
-def _holds(part: str, inside: str) -> bool:
-    """Is what has this name inside its block in a part of that name?"""
-    return not part or f"{inside}.".startswith(f"{part}.")
 
 
 def _split(name: str) -> tuple[str, str, str]:

@@ -58,9 +58,9 @@ _COMMON = {
         "statuses": lambda v: fits(v, {...: is_size}) and set(v) <= set(STATUSES),
         "fallback": bool, "objective": ("kept", "least-squares", "updated"),
     }],
-    "parts": [{
+    "trained": [{
         **dict.fromkeys(("fitted_before", "fitted_after", "held_before", "held_after"), is_number),
-        "block": is_count, "epoch": is_count, "part": str, "diverged": bool, "seconds": is_amount,
+        "block": is_count, "epoch": is_count, "diverged": bool, "seconds": is_amount,
     }],
     "distillation": (None, {
         "before": {"fitted": is_number, "held": is_number},
@@ -199,7 +199,7 @@ def _options(path: Path, record: Mapping[str, Any]) -> PruneOptions:
         what = "has counts of its layers, or none, otherwise than its allocation says"
     elif (allocation == ROWS) != pattern.shared_budget:
         what = "has an allocation that is not its pattern's"
-    elif given.get("update") != BLOCKWISE and (training or record["parts"]):
+    elif given.get("update") != BLOCKWISE and (training or record["trained"]):
         what = "has trained parts, and its options train none"
     elif bool(given.get("distillation")) != bool(record["distillation"]):
         what = "has losses of a distillation, or none, otherwise than its options say"

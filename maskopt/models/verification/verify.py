@@ -42,7 +42,7 @@ from maskopt.models.verification.layers import (
     check_fallbacks,
     check_layers,
     check_masks,
-    check_parts,
+    check_trained,
 )
 from maskopt.models.verification.loading import Loading, check_loads, check_names
 from maskopt.models.verification.manifest import Manifest, read_record
@@ -179,7 +179,7 @@ def _verify_pruned(
     same = set() if dense is None else same_files(manifest.record, weights, dense)
     check_configuration(folder, files, compared=same)
     check_layers(manifest)
-    check_parts(manifest)
+    check_trained(manifest)
     check_distillation(manifest)
     trust = machine["trust_remote_code"]
     names_known = trust or not read_object(folder / CONFIG).get("auto_map")

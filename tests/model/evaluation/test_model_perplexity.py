@@ -20,7 +20,7 @@ from maskopt.models.architecture.source import FolderSource
 from maskopt.models.blockwise import job as walk
 from maskopt.models.evaluation import evaluate as evaluation
 from maskopt.models.options.walk import WalkOptions
-from maskopt.models.training.blockwise import first
+from maskopt.models.structured.experts import first
 
 HEADS = {"llama": "lm_head.weight", "gemma3": "model.embed_tokens.weight"}  # of its own, and none
 

@@ -9,11 +9,11 @@ from commands import run
 from forging import change_tensors, fails, forge_manifest
 from prunes import WANDA, but_slow, contents, interrupted, manifest_of, prune, slow
 from safetensors.torch import load_file
-from tiny_models import FAMILIES, Routed, save, tiny, tokens
+from tiny_models import Routed, save, tiny, tokens
 from transformers import AutoModelForCausalLM
 
 from maskopt import open_job, prune_model
-from maskopt.errors import ModelError, OptionError, VerificationError
+from maskopt.errors import OptionError, VerificationError
 from maskopt.models.checkpoints.workspace import MASKS
 from maskopt.models.options.prune import prune_options
 from maskopt.models.training import blockwise as reconstruct, trainer as training
@@ -39,22 +39,19 @@ def read_weights(folder):
     return {k: v for f in files if f.name != MASKS for k, v in load_file(f).items()}
 
 
-TRAINED = itertools.product(
-    ("llama", "mixtral", "gemma3", "gpt2", "bloom", "gpt_neox"), ("part", "block")
-)
-PARTS = but_slow([("llama", "part"), ("mixtral", "block")], TRAINED)
+SIX = ("llama", "mixtral", "gemma3", "gpt2", "bloom", "gpt_neox")
 
 
-@pytest.mark.parametrize(("family", "granularity"), PARTS)
-def test_parts_come_nearer_to_the_dense_model(family, granularity):
+@pytest.mark.parametrize("family", but_slow(["mixtral"], SIX))
+def test_blocks_come_nearer_to_the_dense_model(family):
     model = tiny(family, layers=2)
     before = copied_state(model)
-    report = trained(model, how={"granularity": granularity})
-    assert len(report.parts) == 2 * (2 if granularity == "part" else 1)
-    for part in report.parts:
-        assert part.held_after <= part.held_before
-        assert not part.diverged
-    assert min(part.held_after / part.held_before for part in report.parts) < 0.97
+    report = trained(model)
+    assert [block.block for block in report.trained] == [0, 1]
+    for block in report.trained:
+        assert block.held_after <= block.held_before
+        assert not block.diverged
+    assert min(block.held_after / block.held_before for block in report.trained) < 0.97
     # nothing but kept weights of pruned layers is another
     after = model.state_dict()
     pruned = {name for name in before if not torch.equal(before[name], after[name])}
@@ -85,30 +82,30 @@ def test_epochs_are_judged_as_their_weights_are_stored(family, begin, tmp_path, 
     monkeypatch.setattr(reconstruct, "train", again)
     how = {"training": {"begin": begin, "learning_rate": 1e-4}}
     report = trained(dense, output=tmp_path / "out", dtype="float32", **how)
-    assert losses == [pytest.approx(part.held_after, rel=1e-12) for part in report.parts]
-    assert all(part.held_after <= part.held_before for part in report.parts)
+    assert losses == [pytest.approx(one.held_after, rel=1e-12) for one in report.trained]
+    assert all(one.held_after <= one.held_before for one in report.trained)
 
 
 def test_what_training_did_not_better_keeps_its_weights(tmp_path):
     model, other = tiny("llama", layers=2), tiny("llama", layers=2)
     report = trained(model, how={"epochs": 2, "learning_rate": 1000.0})
     kept = trained(other, **KEEP)
-    assert kept.parts == []
-    assert all(part.diverged and part.epoch == 0 for part in report.parts)
-    assert all(part.held_after == part.held_before for part in report.parts)
+    assert kept.trained == []
+    assert all(one.diverged and one.epoch == 0 for one in report.trained)
+    assert all(one.held_after == one.held_before for one in report.trained)
     after = other.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in model.state_dict().items())
     assert [layer.error for layer in kept.layers] == [layer.error for layer in report.layers]
     # one that gives what it should has not diverged: AdamW makes full steps of rounding
-    report = trained(model, solver="magnitude", training={"epochs": 2, "loss": "cosine"})
-    assert all(part.held_before < 1e-6 for part in report.parts)
-    assert len(report.parts) == 2
-    assert not any(part.diverged for part in report.parts)
+    report = trained(model, solver="magnitude", training={"epochs": 2})
+    assert all(one.held_before < 1e-6 for one in report.trained)
+    assert len(report.trained) == 2
+    assert not any(one.diverged for one in report.trained)
     # passes in bfloat16 do not round what a float32 folder stores
     how, model = {"epochs": 1, "learning_rate": 0.0}, tiny("llama", layers=2)
     dense = save(model, tmp_path / "dense")
     report = trained(dense, how={**how, "train": "all"}, dtype="bfloat16", output=tmp_path / "out")
-    assert [part.epoch for part in report.parts] == [0, 0]
+    assert [one.epoch for one in report.trained] == [0, 0]
     old, new = (read_weights(folder) for folder in (dense, tmp_path / "out"))
     assert all(torch.equal(new[name], torch.where(new[name] == 0, 0, old[name])) for name in old)
     assert any(bool((new[name] == 0).any()) for name in old)
@@ -121,8 +118,8 @@ def test_weights_that_a_window_does_not_come_by_and_a_norm_that_blocks_share():
         layer.mlp = Routed(layer.mlp, 32, 8)
     before = copied_state(model)
     report = trained(model, tokens(12, 8))
-    assert len(report.parts) == 2
-    assert any(part.epoch for part in report.parts)
+    assert len(report.trained) == 2
+    assert any(one.epoch for one in report.trained)
     after = model.state_dict()
     experts = [name for name in before if "experts" in name]
     moved = [bool(((after[n] != before[n]) & (after[n] != 0)).any()) for n in experts]
@@ -133,7 +130,7 @@ def test_weights_that_a_window_does_not_come_by_and_a_norm_that_blocks_share():
     layers[2].input_layernorm = layers[0].input_layernorm
     before = layers[0].input_layernorm.weight.clone()
     report = trained(model, how={"train": "all"})
-    assert all(part.epoch for part in report.parts)
+    assert all(one.epoch for one in report.trained)
     assert torch.equal(layers[0].input_layernorm.weight, before)
     assert not torch.equal(layers[1].input_layernorm.weight, torch.ones(32))
 
@@ -144,7 +141,7 @@ def test_weights_that_are_decayed_become_smaller(monkeypatch):
     for decay, seed in ((0.0, 2**62), (3.0, 2**63 - 1)):  # every seed orders windows
         model, how = tiny("llama", layers=1), {"learning_rate": 0.003, "weight_decay": decay}
         report = trained(model, how=how, seed=seed)
-        assert report.parts[0].epoch
+        assert report.trained[0].epoch
         weights = [p.detach() for p in model.model.layers[0].parameters() if p.ndim == 2]
         sizes.append(sum(float(weight.square().sum()) for weight in weights))
     assert sizes[1] < sizes[0]
@@ -165,40 +162,30 @@ def test_weights_that_are_decayed_become_smaller(monkeypatch):
     assert all(said == pytest.approx(true, rel=1e-6) for said, true in losses)
 
 
-# of OPT's parts, attention and both layers of the MLP, one gives four times the width of a hidden state
-STATES = [("llama", "pruned", 3), slow("llama", "dense", 4)]
-STATES += [slow("opt", "pruned", 10), ("opt", "dense", 12)]
-
-
-@pytest.mark.parametrize(("family", "inputs", "states"), STATES)
-def test_hidden_states_that_parts_are_trained_by_are_counted(family, inputs, states, monkeypatch):
+def test_hidden_states_that_blocks_are_trained_by_are_counted(monkeypatch):
     made, data, most = [], tokens(12), 0
 
-    class Seen(reconstruct.Recorded):
+    class Seen(reconstruct.Activations):
         def __init__(self, *given):
             super().__init__(*given)
             made.append(self)
 
-    monkeypatch.setattr(reconstruct, "Recorded", Seen)
-    if family == "opt":
-        monkeypatch.setitem(FAMILIES["opt"][1], "ffn_dim", 128)
+    monkeypatch.setattr(reconstruct, "Activations", Seen)
 
     def look(event):
         nonlocal most
-        kept = [one._states._memory for one in made if one._states is not None]
-        most = max(most, sum(x.nbytes for some in kept if some for x in some.values()))
+        most = max(most, sum(x.nbytes for one in made for x in one._memory.values()))
 
-    how = {"epochs": 1, "granularity": "part", "inputs": inputs}
-    trained(tiny(family, layers=2), data, on_progress=look, how=how)
-    job = open_job(tiny(family, layers=2), data, prune_options(None, {**OPTIONS, "training": how}))
-    assert job.trained_states == states
-    assert most == states * data.numel() * 32 * 4
+    trained(tiny("llama", layers=2), data, on_progress=look, how={"epochs": 1})
+    job = open_job(tiny("llama", layers=2), data, prune_options(None, {**OPTIONS, "training": HOW}))
+    assert job.load.copies == 3  # of the pruned model, of the dense one, and the targets
+    assert most == data.numel() * 32 * 4
 
 
 def recorded(states):
-    found = reconstruct.Recorded(len(states), None)
+    found = reconstruct.Activations(range(len(states)), states[0].shape, states.dtype)
     for window, state in enumerate(states):
-        found.put(window, state)
+        found[window] = state
     return found
 
 
@@ -209,8 +196,8 @@ def test_the_error_of_a_channel_counts_by_its_own_size():
     wanted, found = states[2], states[2].clone()
     others = [channel for channel in range(32) if channel != 5]
     found[..., others] *= 0.9
-    assert float(reconstruct._distance(found, wanted, "relative")) < 5e-4
-    assert float(reconstruct._distance(found * by, wanted * by, "channels")) > 8e-3
+    assert float(reconstruct._distance(found, wanted)) < 5e-4
+    assert float(reconstruct._distance(found * by, wanted * by)) > 8e-3
     # and all are measured likewise: of every fitted token, in parts of its length
     shares = states[:2].square() / states[:2].square().sum(-1, keepdim=True)
     expected = (shares.mean((0, 1, 2)) / shares.mean()).clamp(min=1e-3).rsqrt()
@@ -229,18 +216,12 @@ def test_the_error_of_a_channel_counts_by_its_own_size():
     assert by[3] == by.max()
     zeros = torch.zeros(1, 4, 8)
     assert torch.isfinite(reconstruct._scales(recorded(zeros[None]), [0])).all()
-    assert float(reconstruct._distance(zeros, zeros, "channels")) == 0
+    assert float(reconstruct._distance(zeros, zeros)) == 0
 
 
 ROUNDS = {"true_sequential": True, "solver": "magnitude"}
-RUNS = [
-    ({"begin": "least-squares"}, ROUNDS),
-    ({"granularity": "part", "loss": "relative"}, {}),
-]
-RUNS += [
-    slow(x, {}) for x in ({}, {"train": "all"}, {"begin": "least-squares"}, {"inputs": "dense"})
-]
-RUNS += [slow({"granularity": "part", "loss": "cosine"}, {})]
+RUNS = [({"begin": "least-squares"}, ROUNDS), ({}, {})]
+RUNS += [slow(x, {}) for x in ({"train": "all"}, {"begin": "least-squares"})]
 
 
 @pytest.mark.parametrize(("how", "more"), RUNS)
@@ -250,12 +231,12 @@ def test_a_run_by_other_threads_is_resumed_and_verified(how, more, small, tmp_pa
     options = {**OPTIONS, **more, "training": {**HOW, "epochs": 3, **how}}
     report = prune(small, whole, threads=1, **options)
     options["threads"] = 3
-    for stage in ("targets", "solve", f"train {report.parts[-1].part}".rstrip()):
+    for stage in ("targets", "solve", "train"):
         interrupted(small, out, 1, stage, resume=stage != "targets", **options)
     again = prune(small, out, resume=True, **options)
     assert contents(out) == contents(whole)
-    parts = [[replace(part, seconds=0.0) for part in one.parts] for one in (report, again)]
-    assert parts[0] == parts[1]
+    blocks = [[replace(x, seconds=0.0) for x in one.trained] for one in (report, again)]
+    assert blocks[0] == blocks[1]
     found = verify_model(whole, small, calibration=tokens())
     assert len(found.checked_layers) == 14
     assert "trained weights" in found.claimed
@@ -263,16 +244,14 @@ def test_a_run_by_other_threads_is_resumed_and_verified(how, more, small, tmp_pa
 
 
 NORMS = {"gpt2": "ln_1.weight", "gemma3": "input_layernorm.weight", "qwen2": "layernorm.weight"}
-ALL = but_slow([("gpt2", "part"), ("qwen2", "block")], itertools.product(NORMS, ("part", "block")))
 
 
-@pytest.mark.parametrize(("family", "granularity"), ALL)
-def test_norms_and_biases_are_trained_where_asked_for(family, granularity, tmp_path):
+@pytest.mark.parametrize("family", but_slow(["gpt2", "qwen2"], NORMS))
+def test_norms_and_biases_are_trained_where_asked_for(family, tmp_path):
     model, out = tiny(family, layers=2, dtype=torch.bfloat16), tmp_path / "out"
     dense = save(model, tmp_path / "dense")
-    how = {"learning_rate": 0.03, "granularity": granularity, "train": "all"}
-    report = trained(dense, output=out, how=how)
-    assert max(part.held_after / part.held_before for part in report.parts) < 1
+    report = trained(dense, output=out, how={"learning_rate": 0.03, "train": "all"})
+    assert max(one.held_after / one.held_before for one in report.trained) < 1
     verify_model(out, dense, calibration=tokens(12))  # of every zero, its bits
     AutoModelForCausalLM.from_pretrained(out)
     before, after = read_weights(dense), read_weights(out)
@@ -280,13 +259,12 @@ def test_norms_and_biases_are_trained_where_asked_for(family, granularity, tmp_p
     vectors = {name for name in changed if before[name].ndim == 1}
     assert vectors
     assert not {name for name in vectors if not {"0", "1"} & set(name.split("."))}
-    norms = [name for name in vectors if name.endswith(NORMS[family])]
-    assert bool(norms) == (granularity == "block")
+    assert [name for name in vectors if name.endswith(NORMS[family])]
     assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
 
 
 def test_norms_of_a_model_in_memory_are_trained_to_the_same_values(tmp_path):
-    how, out = {"epochs": 2, "train": "all", "granularity": "block"}, tmp_path / "out"
+    how, out = {"epochs": 2, "train": "all"}, tmp_path / "out"
     model = tiny("gemma3", layers=2)
     dense = save(model, tmp_path / "dense")
     trained(model, how=how)
@@ -299,23 +277,16 @@ def test_norms_of_a_model_in_memory_are_trained_to_the_same_values(tmp_path):
     fails(VerificationError, "it is not pruned and differs", verify_model, out, dense)
 
 
-def test_bad_input_gets_one_line(monkeypatch):
+def test_bad_input_gets_one_line():
     for more, message in (
         ({"holdout": 0.0}, "needs windows that judge it"),
         ({"calibrate_on": "dense"}, "not with `calibrate_on` dense"),
         ({"update": "none"}, "`training` needs `update` blockwise"),
         ({"how": {"epoch": 3}}, "epochs"),
         ({"how": {"epochs": 0}}, "epochs must be"),
-        ({"how": {"loss": "l1"}}, "relative, square, cosine"),
+        ({"how": {"train": "norms"}}, "weights, all"),
     ):
         fails(OptionError, rf"\A.*{message}.*\Z", trained, tiny("llama"), **more)  # in one line
-    model = tiny("llama")  # one of its parts is called twice
-    kind = type(model.model.layers[1])
-    once = kind.forward
-    twice = lambda block, *given, **more: block.mlp(once(block, *given, **more))  # noqa: E731
-    monkeypatch.setattr(kind, "forward", twice)
-    said = r"called 2 times in a pass.*granularity=block"
-    fails(ModelError, said, trained, model, how={"granularity": "part"})
 
 
 def test_the_command_trains_and_says_what_became_of_it(dense, data, tmp_path):
@@ -323,7 +294,7 @@ def test_the_command_trains_and_says_what_became_of_it(dense, data, tmp_path):
     words = "--sparsity 0.5 --solver wanda --min-tokens 1 --holdout 0.34 --seq-len 16 --samples 6"
     words += " --update blockwise --training epochs=2 --training batch=1"
     said = run("prune", dense, "--calibration", data, "--output", out, *words.split())
-    assert "mean of 3 parts" in " ".join(said.split())
+    assert "mean of 3 blocks" in " ".join(said.split())
     held = " ".join(run("verify", out, "--original", dense).split())
     assert "every weight that is neither pruned nor trained is that of" in held
     assert manifest_of(out)["fingerprint"]["options"]["training"]["batch"] == 1

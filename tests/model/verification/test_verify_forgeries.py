@@ -43,19 +43,19 @@ def by_pattern(dense, out):
     without_first(dense, out)
 
 
-def train_attention(dense, out):
-    """The attention of each block is trained, with its norms; its MLP stays."""
-    real = reconstruct.train
+def train_others(dense, out):
+    """The first and the last of three blocks are trained, with their norms; the second stays."""
+    real, blocks = reconstruct.train, iter(range(3))
 
     def train(task, *rest):
-        how = replace(task.how, learning_rate=0.0) if task.name == "mlp" else task.how
+        how = replace(task.how, learning_rate=0.0) if next(blocks) == 1 else task.how
         return real(replace(task, how=how), *rest)
 
-    more = {"training": {**TRAIN, "granularity": "part"}, "update": "blockwise", "holdout": 0.25}
+    more = {"training": TRAIN, "update": "blockwise", "holdout": 0.25}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reconstruct, "train", train)
         report = prune(dense, out, tokens(8), **more)
-    assert [bool(part.epoch) for part in report.parts] == [True, False] * 3
+    assert [bool(block.epoch) for block in report.trained] == [True, False, True]
 
 
 ALL = {"update": "blockwise", "training": {"epochs": 1, "train": "all"}, "holdout": 0.34}
@@ -63,7 +63,7 @@ SMALL, SWAPPED = partial(tiny, "llama", layers=2), {"solver": "swap", "sensitivi
 #: name → (family or what makes the model, size of a shard, what is made of it)
 MADE = {
     "refitted": ("llama", "30KB", partial(prune, update="least-squares", include=["v_proj"])),
-    "trained": (partial(loud, "qwen3"), "5GB", train_attention),
+    "trained": (partial(loud, "qwen3"), "5GB", train_others),
     "vision": (tiny_vision, "5GB", partial(prune, **ALL)),
     "rows": (SMALL, "30KB", partial(prune, **SWAPPED, allocation="rows", max_deviation=1)),
     "layers": (SMALL, "30KB", partial(prune, solver="swap", allocation="layers")),
@@ -387,12 +387,12 @@ ALONE = {
 # What only the original shows -----------------------------------------------------------------
 
 
-def part(index, **changes):
-    return lambda m: layer("parts", **changes)(m, index)
+def block(index, **changes):
+    return lambda m: layer("trained", **changes)(m, index)
 
 
 def all_stay(manifest):
-    for one in manifest["parts"]:
+    for one in manifest["trained"]:
         one.update(epoch=0, held_after=one["held_before"], fitted_after=one["fitted_before"])
 
 
@@ -459,25 +459,25 @@ COUNTED = [
     ("both", options(counts={}), ALLOCATION),
 ]
 LOSSES = "not what its losses say"
-#: name → (change of a manifest whose model's attention was trained, what is said)
+OTHERS = "lists other trained blocks"
+#: name → (change of a manifest of which two of three blocks were trained, what is said)
 TRAINED = {
-    "no part": (edit("parts", to=[]), "in no part"),
-    "a part twice": (lambda m: m["parts"].append(m["parts"][0]), "or in two"),
-    "another block's part": (lambda m: m["parts"].append({**m["parts"][0], "block": 77}), "holds no layer"),
-    "a whole block": (edit("parts", 0, "part", to=""), "the options train others"),
-    "an epoch that there was not": (edit("parts", 0, "epoch", to=3), "longer than"),
-    "a loss that rose": (part(0, held_after=lambda x: 2 * x["held_before"]), LOSSES),
-    "a loss that fell by itself": (part(1, fitted_after=lambda x: x["fitted_after"] / 2), LOSSES),
+    "no block": (edit("trained", to=[]), OTHERS),
+    "a block twice": (lambda m: m["trained"].append(m["trained"][0]), OTHERS),
+    "another block": (lambda m: m["trained"].append({**m["trained"][0], "block": 77}), OTHERS),
+    "an epoch that there was not": (edit("trained", 0, "epoch", to=3), "longer than"),
+    "a loss that rose": (block(0, held_after=lambda x: 2 * x["held_before"]), LOSSES),
+    "a loss that fell by itself": (block(1, fitted_after=lambda x: x["fitted_after"] / 2), LOSSES),
     "nothing that became better": (all_stay, "differs from the original"),
     "no way of training": (options(training={}), "how its weights were trained"),
     "options of no kind": (options(training=None), "damaged or was changed"),
     "a dtype of no kind": (edit("fingerprint", "dtype", to=[]), "damaged or was changed"),
     "weights that were kept": (options(update="none"), "its options train none"),
 }  # fmt: skip
-#: the MLP stayed, and norms outside attention are in no part
+#: the second block stayed, and the last norm is in no block
 UNTRAINED = [
-    "model.layers.0.mlp.down_proj.weight", "model.layers.1.input_layernorm.weight",
-    "model.layers.2.post_attention_layernorm.weight", "model.norm.weight",
+    "model.layers.1.mlp.down_proj.weight", "model.layers.1.input_layernorm.weight",
+    "model.layers.1.post_attention_layernorm.weight", "model.norm.weight",
 ]  # fmt: skip
 #: name → (folder, how to forge, what is said when the original is given)
 AGAINST = {
