@@ -121,10 +121,12 @@ def _verify(folder: Path, original: str | None, options: dict[str, Any], **more:
 
 def _print_smaller(folder: Path, original: str | None, result: Verified) -> None:
     """What `maskopt prune-structured` wrote."""
-    same = f", every other weight is that of {original}" if original is not None else ""
+    same = cut = ""
+    if original is not None:
+        same, cut = f", every other weight is that of {original}", f" {result.cut} are smaller and"
     screen.print(
-        f"{folder}: holds. {result.tensors} tensors, of which {result.cut} are smaller and "
-        f"{result.updated} updated, {result.files} files, {result.weights:,} weights{same} "
+        f"{folder}: holds. {result.tensors} tensors, of which{cut} {result.updated} updated, "
+        f"{result.files} files, {result.weights:,} weights{same} "
         f"(checked: {', '.join(result.checked)}); {', '.join(result.claimed)}: claimed",
         soft_wrap=True,
     )

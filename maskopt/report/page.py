@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Bool
 from torch import Tensor
@@ -58,12 +58,6 @@ pre { overflow-x: auto; padding: .6rem .8rem; background: #eef2f6 }
 @media (prefers-color-scheme: dark) { body { color: #dce3ea; background: #14191f }
   th, td { border-color: #2b3642 } pre { background: #1f2830 } figcaption, .note { color: #a9b6c4 } }
 """
-
-
-class Section(Protocol):
-    """A part of a page that writes itself."""
-
-    def html(self) -> str: ...
 
 
 class Command:
@@ -193,6 +187,10 @@ class Figure:
             self.draw(axes)
             when = {"metadata": {"Date": None}} if kind == "svg" else {}
             drawing.savefig(target, format=kind, dpi=150, transparent=transparent, **when)
+
+
+#: a part of a page that writes itself
+Section = Table | Command | MaskPicture | Figure
 
 
 def plain(text: str) -> str:

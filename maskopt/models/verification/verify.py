@@ -77,7 +77,7 @@ class Verified:
         checked: what was computed from weights, masks and original.
         claimed: what the manifest says and nothing here shows.
         weights, cut, updated: of a smaller model: numbers in the folder, tensors that are smaller than the
-            original's, and those of them that hold weights of their own.
+            original's (0 without it), and those of them that hold weights of their own.
         pruned, zeros: of a fine-tuned model: weights that the masks prune, all of them zero, and weights
             of tensors with a mask that are zero.
         others, changed: tensors without a mask that the pruned model has, too (none where its weights are
