@@ -150,8 +150,7 @@ def forged(value: Any, generator: random.Random) -> Any:
 def signed(record: Any) -> dict[str, Any]:
     """The digests of journals and manifests are no secret."""
     rest = {k: v for k, v in record.items() if k != "sha256"} if isinstance(record, dict) else {}
-    text = json.dumps(rest, sort_keys=True).encode()
-    return {**rest, "sha256": hashlib.sha256(text).hexdigest()}
+    return {**rest, "sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 def options(**changes: Any) -> Change:

@@ -147,6 +147,5 @@ def graph(
     """Densest subgraph: the pruned vertices are those of the cluster."""
     upper = np.triu(np.random.default_rng(seed).random((n, n)) < chance, 1)
     adjacent = (upper | upper.T).astype(float)
-    shift = np.ceil(np.linalg.eigvalsh(adjacent)[-1])
-    gram = shift * np.eye(n) - adjacent
+    gram = np.ceil(np.linalg.eigvalsh(adjacent)[-1]) * np.eye(n) - adjacent
     return RowProblem(np.ones(n), gram, Unstructured(keep=keep), integral=integral).as_layer()

@@ -328,8 +328,7 @@ def test_trees_of_other_rows_prove_less_and_the_claim_is_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize("chance", [0.25, 0.75])
 def test_graphs_are_proven_with_fewer_nodes_where_they_are_whole(chance):
-    problem = graph(20, chance, keep=13)
-    solution = proven(problem)
+    solution = proven(graph(20, chance, keep=13))
     assert solution.status == (Status.OPTIMAL,)
     assert float(solution.lower_bound) == float(solution.objective)
     plain = proven(graph(20, chance, keep=13, integral=False))
@@ -353,8 +352,7 @@ def test_every_mask_has_one_of_the_values(seed):
     if values.step:  # and no coarser ones hold them all
         apart = np.unique((every.numpy() - values.offset) / values.step)
         assert (apart.astype(int) == apart).all()
-    solution = proven(problem)
-    assert float(solution.objective) == float(every.min())
+    assert float(proven(problem).objective) == float(every.min())
 
 
 def test_values_of_a_graph_are_two_apart_and_what_is_not_whole_is_refused(tmp_path):
@@ -365,12 +363,11 @@ def test_values_of_a_graph_are_two_apart_and_what_is_not_whole_is_refused(tmp_pa
     problem = graph(8)
     weight, gram, quarter = problem.weight, problem.gram, problem.gram.clone()
     quarter[0, 1] = quarter[1, 0] = 0.25
-    linear = drawn(1, 8, linear=1).linear
     for arguments, more, message in (
         ((0.5 * torch.ones(1, 8), gram), {}, r"integral: weight holds 0\.5"),
         ((weight, quarter), {}, r"integral: twice gram holds 0\.5"),
         ((1e9 * weight, gram), {}, "not whole in float64"),
-        ((weight, gram), {"linear": linear}, "linear part"),
+        ((weight, gram), {"linear": drawn(1, 8, linear=1).linear}, "linear part"),
         ((weight, gram), {"update": LeastSquaresUpdate()}, "updated weights"),
     ):
         fails(ProblemError, message, LayerProblem, *arguments, HALF, integral=True, **more)

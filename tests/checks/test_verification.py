@@ -95,8 +95,7 @@ def test_forgeries_are_refused(pattern, update):
     verify(problem, worst)
     for message, changes in forgeries(worst, optimum):
         assert_refused(problem, replace(worst, **changes), message)
-    a_mask = r"not a Tensor; of a mask alone make Solution\.of"
-    assert_refused(problem, worst.mask, a_mask)
+    assert_refused(problem, worst.mask, r"not a Tensor; of a mask alone make Solution\.of")
 
 
 def test_what_enumeration_confirms_is_checked():
@@ -134,8 +133,7 @@ def test_a_bound_is_checked_or_rests_on_a_solver_that_is_named():
     assert_refused(problem, proven, "require", require="proven")
     other = LayerProblem(0.5 * problem.weight, problem.gram, problem.pattern)
     found = solve(other, "wanda")
-    less = bound.value.minimum(found.objective)
-    wrong = stating(other, found.mask, bound, lower_bound=less)
+    wrong = stating(other, found.mask, bound, lower_bound=bound.value.minimum(found.objective))
     assert_refused(other, wrong, "its certificate proves")
 
 

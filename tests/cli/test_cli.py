@@ -60,8 +60,7 @@ def test_helps_name_every_command_and_fit_two_screens():
     assert len(LINES) >= 40
     names = [name for panel in PANELS.values() for name in panel]
     listed = re.findall(r"^  ([a-z]\S+) ", shown, re.MULTILINE)
-    heads = re.findall(r"^(\w+):$", shown, re.MULTILINE)
-    assert (listed, heads) == (names, [*PANELS, "Options"])
+    assert (listed, re.findall(r"^(\w+):$", shown, re.MULTILINE)) == (names, [*PANELS, "Options"])
     assert "Exit status: 0 done" in shown
     listed = re.findall(r"^  ([a-z]\S+) ", ended("masks", "--help").stdout, re.MULTILINE)
     assert listed == ["apply", "export", "pack", "unpack"]

@@ -103,8 +103,7 @@ def test_a_report_is_one_screen(monkeypatch):
 def test_fallbacks_are_listed_apart(text, tmp_path):
     dense, out = save(tiny("mixtral"), tmp_path / "dense"), tmp_path / "out"
     save_tokenizer(dense)
-    how = ["--samples", 4, "--seq-len", 16, "--min-tokens", 32]
-    shown = prune(dense, text, out, *how)
+    shown = prune(dense, text, out, "--samples", 4, "--seq-len", 16, "--min-tokens", 32)
     shows(shown, "by magnitude, for want of tokens: ", "the errors above leave them out")
     layers = manifest(out)["layers"]
     few = [layer["name"] for layer in layers if layer["tokens"] < 32]

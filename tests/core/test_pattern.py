@@ -165,8 +165,7 @@ def test_it_is_the_cheapest_of_all(item):
     assert choice.bound <= best + off
     given = [np.array([0, 2, 4]), np.array([6, 8])], [np.zeros(3), np.zeros(2)]
     for total in (1, 5, 90):  # which cannot be
-        message = f"no choice of levels adds up to {total}"
-        fails(SolverError, message, choose_levels, *given, total)
+        fails(SolverError, f"no choice of levels adds up to {total}", choose_levels, *given, total)
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -141,9 +141,8 @@ def test_bad_patterns_means_rows_and_columns_name_the_thing():
     layer = LayerProblem(torch.ones(3, 4), EYE, HALF)
     for rows in ([-1, 0], torch.tensor([True, False, True]), torch.tensor([1])):
         assert layer.take(rows).rows == 2 - (len(rows) == 1)
-    lists = ([], [3], [-4], [0.5], [True, False, True], [0, 5])
     tensors = [torch.tensor(rows) for rows in (0, [3], [0.0], [True, False], [[0]])]
-    for bad in (*lists, *tensors, 0, (1,)):
+    for bad in ([], [3], [-4], [0.5], [True, False, True], [0, 5], *tensors, 0, (1,)):
         message = r"rows must be a list of indices within 0 … 2"
         fails(ProblemError, message, layer.take, bad)
     problem = drawn(2, 8, seeds=(1, 0))
@@ -297,8 +296,7 @@ def test_the_objective_is_the_error_of_the_outputs_against_their_targets():
     mask = solve(problem, "random").mask
     expected = (target @ weight.T - x @ (weight * mask).T).square().mean(0)
     close(problem.objective(mask), expected, rtol=1e-12, atol=0)
-    energy = (target @ weight.T).square().mean(0)
-    close(problem.output_energy(), energy, rtol=1e-6, atol=0)
+    close(problem.output_energy(), (target @ weight.T).square().mean(0), rtol=1e-6, atol=0)
     # of inputs 0 and 1, which cost the same by themselves, 0 brings the output nearer to its target
     linear = LinearTerm(torch.tensor([[-0.5, 0.5, 0.0]]), torch.tensor([1.0]))
     problem = LayerProblem(torch.ones(1, 3), torch.eye(3), Unstructured(keep=2), linear=linear)
@@ -317,8 +315,7 @@ def test_every_solver_answers_for_the_whole_objective(name):
             assert solution.status == (Status.OPTIMAL,) * 3
             close(solution.objective, best, rtol=1e-6, atol=1e-12)
     for keep in (8, 0):  # nothing to prune, and everything
-        one = linear_layer(Unstructured(keep=keep), rows=1)
-        solution = verified(one, name)
+        solution = verified(linear_layer(Unstructured(keep=keep), rows=1), name)
         assert int(solution.mask.sum()) == keep
 
 
@@ -554,8 +551,7 @@ def test_a_forged_file_is_named(changes, kinds, tmp_path):
 
     solve(LAYER, "relax" if kinds else "wanda").save(path := tmp_path / "s.npz")
     rewrite(path, changes, retyped)
-    said = r"s\.npz: not a sound" + " solution" * bool(changes)
-    fails(ProblemError, said, Solution.load, path)
+    fails(ProblemError, r"s\.npz: not a sound" + " solution" * bool(changes), Solution.load, path)
 
 
 def test_a_bound_takes_as_many_inputs_as_it_says(monkeypatch):

@@ -42,8 +42,7 @@ class Spy(Solver):
 
     def run(self, problem, start, limits):
         self.given.append((start, limits))
-        mask = solve(problem, "magnitude").mask if start is None else start
-        return Solution.of(problem, mask)
+        return Solution.of(problem, solve(problem, "magnitude").mask if start is None else start)
 
 
 def spy(needs, default=None, name="spy"):
@@ -163,8 +162,7 @@ def test_make_start_leaves_out_what_the_next_solver_does_anyway():
     for name in ("admm", "obs", "sparsegpt", "wanda", "swap"):
         start = protocol.make_start(problem, name)
         assert torch.equal(start.mask, solve(problem, name).mask)
-        kept = PROBLEM.objective(start.mask)
-        assert torch.equal(start.objective, kept) == (name != "swap")
+        assert torch.equal(start.objective, PROBLEM.objective(start.mask)) == (name != "swap")
 
 
 # --- options
@@ -216,8 +214,7 @@ def test_what_fits_is_kept_numbers_of_numpy_become_those_of_python_and_options_a
     for kind, wrong, message in ((Sample, "shar", near), (object, "x", "it has none")):
         fails(OptionError, message, build, kind, "sample", {wrong: 1}, "thing")
     ranges = {"count": "≥ 1", "share": "[0, 1)", "word": "a or b", "names": "", "loud": ""}
-    known = [(o.name, o.range) for o in options_of(Sample)]
-    assert known == [*ranges.items(), ("above", "≥ 0")]
+    assert [(o.name, o.range) for o in options_of(Sample)] == [*ranges.items(), ("above", "≥ 0")]
 
 
 @pytest.mark.parametrize("registry", [SOLVERS, BOUNDS], ids=["solvers", "bounds"])

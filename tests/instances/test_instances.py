@@ -134,8 +134,7 @@ def test_the_farthest_elements_are_found_bounded_from_above_written_and_read(rec
         assert bound >= best * (1 - 1e-9)
     save_problem(problem, tmp_path / "some.mdp")
     again = load_problem(tmp_path / "some.mdp")
-    value = again.value(float(solve(again, "tabu").objective[0]))
-    assert value == pytest.approx(best, rel=1e-9)
+    assert again.value(float(solve(again, "tabu").objective[0])) == pytest.approx(best, rel=1e-9)
 
 
 CLUSTER = "5 3 4\n1 2 0.500000\n2 3 0.5\n1 3 0.5\n4 5 0.5\n"
@@ -204,12 +203,10 @@ def test_what_is_written_is_the_same_problem(tmp_path, kind, ending):
 def test_a_row_of_a_layer_is_written_for_qplib_alone(tmp_path):
     row = drawn(1, 8, pattern=Unstructured(keep=3)).row(0)
     save_problem(row, tmp_path / "row.qplib")
-    again = load_problem(tmp_path / "row.qplib")
-    assert best(row)[0] == pytest.approx(best(again)[0])
-    other = RowProblem(row.weight, row.gram, TWO_FOUR)
+    assert best(row)[0] == pytest.approx(best(load_problem(tmp_path / "row.qplib"))[0])
     for problem, ending, message in (
         *((row, ending, "to be minimised") for ending in ("dat", "mc", "mdp")),
-        (other, "qplib", "one set of a given size"),
+        (RowProblem(row.weight, row.gram, TWO_FOUR), "qplib", "one set of a given size"),
         (row.with_update(LeastSquaresUpdate(0.1)), "qplib", "one set of a given size"),
         (row, "xyz", "no known format"),
     ):
@@ -417,8 +414,7 @@ def test_groups_may_lie_anywhere_and_scaling_and_order_do_not_matter():
     assert found == (costs.index(min(costs)), pytest.approx(min(costs)))
     weight, gram = random_weight(5, 12, 7), random_gram(12, "full", 8)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
-    turned = weight[:, order], gram[order][:, order]
-    given = (weight, gram), (8 * weight, gram / 4), turned
+    given = (weight, gram), (8 * weight, gram / 4), (weight[:, order], gram[order][:, order])
     problems = (structure_problem(*parts, Unstructured(keep=6)) for parts in given)
     mask, scaled, moved = (solve(problem, "exhaustive").mask[0] for problem in problems)
     assert torch.equal(scaled, mask)

@@ -39,8 +39,7 @@ def save(path, matrix=Q):
 def test_a_matrix_in_a_file_is_solved_and_what_is_printed_is_its_own(ending, tmp_path):
     file, out = save(tmp_path / f"Q{ending}"), tmp_path / "s.json"
     maximize = ending in (".npy", ".csv")
-    words = (file, "--cardinality", 4, *["--maximize"] * maximize)
-    said = run("solve", *words, "--output", out)
+    said = run("solve", file, "--cardinality", 4, *["--maximize"] * maximize, "--output", out)
     found = json.loads(out.read_text())
     chosen = found["selected"]
     assert (len(chosen), found["status"], found["solver"]) == (4, "optimal", "branch")
@@ -59,8 +58,7 @@ def test_a_proof_of_a_matrix_is_of_that_sense_and_size(tmp_path):
     assert proven[2].split() == plain[2].split() == ["status", "rows", "value", "bound", "gap"]
     assert max(map(len, plain)) <= 80
     shows(run("verify", file, proof, *words[1:], "--strict"), "1 row checked", *proven[2:5])
-    least = (file, proof, "--cardinality", 4)
-    assert "units" in run("verify", *least, fails=VerificationError)
+    assert "units" in run("verify", file, proof, "--cardinality", 4, fails=VerificationError)
     assert "name its solution" in run("verify", file, fails=OptionError)
     assert Solution.load(proof).value == pytest.approx(best_by_force(True))
     table = run("compare", *words[:3])
@@ -138,8 +136,7 @@ def test_a_layer_of_inputs_is_pruned_by_its_solution():
     found = solve(problem)
     pruned = found.apply(weight)
     assert pruned.dtype == np.float32
-    change = ((pruned - weight) @ X.T) ** 2
-    assert change.mean(1).sum() == pytest.approx(found.value, rel=1e-5)
+    assert (((pruned - weight) @ X.T) ** 2).mean(1).sum() == pytest.approx(found.value, rel=1e-5)
     assert str(found) == found.summary()
     shows(str(found), "swap", "3 rows of 14 inputs", "swap-optimal")
     updated = solve(problem.with_update(LeastSquaresUpdate(0.01)), "swap")

@@ -118,8 +118,7 @@ def test_precision_seed_and_held_out_windows_are_those_of_the_store(dense, home,
     swept = {**how, "update": [REFIT], "min_tokens": 1}
     found, _ = sweep(model, held, tmp_path / "sweep", sparsity=HALF, **swept)
     assert contents(found[0].output) == contents(tmp_path / "refit")
-    plan = plan_prune(model, grams=held, sparsity=0.5, min_tokens=1, **how)
-    assert plan.forward_seconds == 0.0
+    assert plan_prune(model, grams=held, sparsity=0.5, min_tokens=1, **how).forward_seconds == 0.0
 
 
 def test_interrupted_prunes_go_on_and_only_chosen_layers_are_stored(home, tmp_path):
@@ -361,8 +360,7 @@ def gradients(model, data):
         lambda module, args, output: left.append(output[0] if isinstance(output, tuple) else output)
     )
     for window in data:
-        loss = model(window[None], labels=window[None]).loss
-        (gradient,) = torch.autograd.grad(loss, left.pop())
+        (gradient,) = torch.autograd.grad(model(window[None], labels=window[None]).loss, left.pop())
         norms.append(gradient[0].norm(dim=1))
     return torch.stack(norms).double()
 
@@ -381,8 +379,7 @@ def test_a_gram_matrix_is_the_weighted_mean(token_weights):
     weights = weights / weights.mean(1, keepdim=True)
     expected = torch.einsum("wt,wti,wtj->ij", weights, x, x) / weights.numel()
     how = {"sparsity": 0.5, "layers": (NAME,), "token_weights": token_weights}
-    found = collect_problems(tiny("llama"), data, **how)
-    (_, problem), *_ = list(found)
+    (_, problem), *_ = list(collect_problems(tiny("llama"), data, **how))
     torch.testing.assert_close(problem.gram.double(), expected, rtol=1e-4, atol=1e-6)
     assert problem.mean is not None
     mean = torch.einsum("wt,wti->i", weights, x) / weights.numel()
@@ -401,8 +398,7 @@ def test_weights_over_several_chunks_and_with_other_inputs():
     linear = moved.linear(w)
     residual = (other - x) @ w.T
     torch.testing.assert_close(linear.correlation, residual.T @ part / len(x))
-    constant = (residual.square() * weights[:, None]).mean(0)
-    torch.testing.assert_close(linear.constant, constant)
+    torch.testing.assert_close(linear.constant, (residual.square() * weights[:, None]).mean(0))
     # weights have a mean of one and outlast extreme states
     state = torch.randn(1, 9, 4)
     state[0, 0] *= 1e4
@@ -410,8 +406,7 @@ def test_weights_over_several_chunks_and_with_other_inputs():
         weights = weights_of_tokens(state, token_weights)
         assert float(weights.mean()) == pytest.approx(1)
         assert float(weights[0]) < 1e-6
-    zeros = weights_of_tokens(torch.zeros(1, 3, 4), RELATIVE)
-    assert zeros.tolist() == [1.0, 1.0, 1.0]
+    assert weights_of_tokens(torch.zeros(1, 3, 4), RELATIVE).tolist() == [1.0, 1.0, 1.0]
 
 
 RUNS = [(RELATIVE, {}), (RELATIVE, {"target": "dense", "holdout": 0.4}), (GRADIENT, {})]

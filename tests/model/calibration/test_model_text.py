@@ -192,8 +192,7 @@ class Tokenizer:
 
     def __call__(self, text, add_special_tokens=True, **_):
         plain = [10 + ord(c) % 100 for c in text]
-        whole = [*self.before, *plain, *self.after]
-        return {"input_ids": whole if add_special_tokens else plain}
+        return {"input_ids": [*self.before, *plain, *self.after] if add_special_tokens else plain}
 
 
 LLAMA = Tokenizer(before=(1,), bos=1)
@@ -308,8 +307,7 @@ def tokens_of(messages):
     """What the template says, written down by hand."""
     ids = [BOS]
     for message in messages:
-        text = f"<{message['role']}>{message['content']}"
-        ids += [ord(c) - 31 for c in text] + [EOS]
+        ids += [ord(c) - 31 for c in f"<{message['role']}>{message['content']}"] + [EOS]
     return ids
 
 
@@ -526,11 +524,8 @@ def paths(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     dense, chats, out = home / "dense", write(home / "chats.jsonl", MESSAGES), home / "out"
     CHAT.save_pretrained(save(tiny("llama"), dense))
-    shown = run(*chat_prune(dense, chats, out, "--chat", "--seed", 3))
-    assert (
-        "Calibrated on 4 windows of 48 tokens of chats.jsonl, chats through the model's template"
-        in shown
-    )
+    said = "Calibrated on 4 windows of 48 tokens of chats.jsonl, chats through the model's template"
+    assert said in run(*chat_prune(dense, chats, out, "--chat", "--seed", 3))
     return dense, chats, out
 
 

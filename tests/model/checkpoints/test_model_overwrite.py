@@ -104,8 +104,7 @@ STORED = "{dense} --sparsity 0.5 --grams {grams}"
 
 def replaced(command, given, output, error=ModelError):
     """What the command says that may overwrite this folder."""
-    words = command.format(**given).split()
-    return run(*words, "--output", output, "--overwrite", fails=error)
+    return run(*command.format(**given).split(), "--output", output, "--overwrite", fails=error)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

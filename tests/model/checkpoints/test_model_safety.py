@@ -63,8 +63,7 @@ def lead_out(name):
 
     def damage(model):
         file = model / name if name else shards(model)[0]
-        elsewhere = shutil.move(file, model.parent / f"elsewhere-{file.name}")
-        file.symlink_to(elsewhere)
+        file.symlink_to(shutil.move(file, model.parent / f"elsewhere-{file.name}"))
 
     return damage
 

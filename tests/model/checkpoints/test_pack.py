@@ -177,8 +177,7 @@ def test_nothing_is_written_outside_the_output(packed, tmp_path):
 
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=3), st.integers(0, 99), st.booleans())
 def test_masks_come_back(shape, seed, last):
-    generator = torch.Generator().manual_seed(seed)
-    kept = torch.rand(shape, generator=generator) < 0.5
+    kept = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
     axis = len(shape) - (1 if last else 2)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "m.safetensors"
@@ -268,8 +267,7 @@ def carded(report, tmp_path):
 
 def test_a_card_inherits_what_still_holds_and_keeps_the_original(snapshot, report, carded):
     card = ModelCard.load(carded / "README.md")
-    ours = yaml.safe_load(TAKEN_OVER) | {"base_model": "owner/name"} | OURS
-    assert card.data.to_dict() == ours
+    assert card.data.to_dict() == {**yaml.safe_load(TAKEN_OVER), "base_model": "owner/name", **OURS}
     manifest = json.loads((carded / MANIFEST).read_text())
     fingerprint, again = manifest["fingerprint"], "$ maskopt prune MODEL"
     shows(card.text, "owner/name, pruned to 50% zeros by maskopt", "wanda pruned 50.0% of")
@@ -303,8 +301,7 @@ def test_the_figures_are_those_of_the_report(snapshot, tmp_path):
 
 def test_every_card_outlives_packs_prunes_and_stops(snapshot, carded, tmp_path, monkeypatch):
     packed, twice = pack(carded, tmp_path / "packed"), tmp_path / "twice"
-    card = (carded / "README.md").read_bytes()
-    assert (packed / "README.md").read_bytes() == card
+    assert (packed / "README.md").read_bytes() == (carded / "README.md").read_bytes()
     unpack_folder(packed, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(carded)
     smaller(snapshot, first := tmp_path / "first", count=1)

@@ -147,8 +147,7 @@ def test_what_cannot_be(dense, data, tmp_path):
     how["sparsity"] = 0.5
     short = partial(prune_model, dense, tokens(16, length=1), output=tmp_path / "out")
     fails(DataError, "nothing is predicted", short, **how)
-    model = loud("llama", layers=1)
-    fails(OptionError, "model folder", prune_model, model, tokens(16), **how)
+    fails(OptionError, "model folder", prune_model, loud("llama", layers=1), tokens(16), **how)
     assert not (tmp_path / "out").exists()
     dry = plan_prune(dense, samples=16, seq_len=16, **how)
     plain = plan_prune(dense, sparsity=0.5, samples=16, seq_len=16, holdout=0.25)
@@ -166,11 +165,9 @@ QUICK = {**FEW, "training": {"epochs": 1}, "distillation": {"learning_rate": 0.0
 def home(dense, tmp_path_factory):
     """A tiny model with a tokenizer, a text, and the best recipe's result without an interruption."""
     home, generator = tmp_path_factory.mktemp("recipes"), random.Random(0)
-    text = "".join(chr(generator.randrange(33, 120)) for _ in range(4000))
-    (home / "text.txt").write_text(text)
+    (home / "text.txt").write_text("".join(chr(generator.randrange(33, 120)) for _ in range(4000)))
     best = partial(prune_model, dense, calibration=home / "text.txt", recipe="best", **QUICK)
-    report = best(output=home / "whole")
-    assert report.distillation["epoch"] > 0
+    assert best(output=home / "whole").distillation["epoch"] > 0
     return home, best
 
 
@@ -318,8 +315,7 @@ def test_a_manifest_of_another_run_is_refused(distilled, home, dense, pruned_fol
     out = copied(distilled, tmp_path / "edits")
     for seed in range(15):
         edited = forging.forged(sound["distillation"], random.Random(seed))
-        record = forging.signed({**sound, "distillation": edited})
-        (out / MANIFEST).write_text(json.dumps(record))
+        (out / MANIFEST).write_text(json.dumps(forging.signed({**sound, "distillation": edited})))
         try:
             found = verify_model(out, dense)
         except VerificationError:

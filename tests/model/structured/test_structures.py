@@ -62,8 +62,7 @@ def reroute(model, record):
             stays = torch.tensor(record["kept"][f"{name}.experts"])
 
             def choose(gate, _, output, stays=stays):
-                chances = output[0][:, stays].float().softmax(-1)
-                value, place = chances.topk(gate.top_k, dim=-1)
+                value, place = output[0][:, stays].float().softmax(-1).topk(gate.top_k, dim=-1)
                 return output[0], value / value.sum(-1, keepdim=True), stays[place]
 
             module.gate.register_forward_hook(choose)
@@ -435,8 +434,7 @@ def test_lists_of_the_configuration_indices_and_vision_towers(tmp_path):
     dense, name = save(tiny("llama"), tmp_path / "llama"), "model-00001-of-00001.safetensors"
     (dense / "model.safetensors").rename(dense / name)
     where = dict.fromkeys(open_safe(dense / name).entries, name)
-    index = {"metadata": {"total_size": 1}, "weight_map": where}
-    (dense / INDEX).write_text(json.dumps(index))
+    (dense / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
     for what in ({"count": 1, "windows": 2}, {"channels": 0.5, "solver": "wanda"}):
         smaller(dense, out := tmp_path / min(what), tokens(4), **what)
         verify_model(out, dense)
@@ -575,8 +573,7 @@ def test_errors_bounds_and_counts_of_channels(dense_folder, tmp_path):
     layers = shrink("certified", channels=0.5, solver="wanda", certify=True)
     assert all(0 < layer.lower_bound <= layer.error_kept for layer in layers)
     shrink("rounded", channels=0.3, round_to=8)
-    config = json.loads((tmp_path / "rounded" / "config.json").read_text())
-    assert config["intermediate_size"] == 40
+    assert json.loads((tmp_path / "rounded" / "config.json").read_text())["intermediate_size"] == 40
     errors = [
         shrink(solver, channels=0.5, solver=solver, update="none")[0].error
         for solver in ("tabu", "swap", "wanda", "magnitude")
@@ -603,8 +600,7 @@ def test_interrupted_runs_resume_to_the_same_bytes(dense_folder, tmp_path):
         report = shrink(out, resume=True)
         assert len(report.layers) == 6
         assert contents(tmp_path / out) == contents(tmp_path / "whole")
-    finished = shrink(out, resume=True)
-    assert [x.error for x in finished.layers] == [x.error for x in report.layers]
+    assert [x.error for x in shrink(out, resume=True).layers] == [x.error for x in report.layers]
     fails(ModelError, "another run", shrink, out, resume=True, channels=0.5, heads=0.0)
 
 

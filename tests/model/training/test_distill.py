@@ -128,8 +128,7 @@ def test_the_gradient_is_that_of_the_whole_model(pairs, tmp_path):
     """One step of plain torch, from the same place, by the same optimiser."""
     dense, pruned = pairs("llama")
     how = {**HOW, "epochs": 1, "batch": 24, "learning_rate": 0.001, "max_memory": "3GiB"}
-    found = distill_model(pruned, dense, WINDOWS, output=tmp_path / "out", **how)
-    assert found.epoch == 1
+    assert distill_model(pruned, dense, WINDOWS, output=tmp_path / "out", **how).epoch == 1
     model, taught = (AutoModelForCausalLM.from_pretrained(x) for x in (pruned, dense))
     new = load_file(tmp_path / "out" / "model.safetensors")
     masked = MaskFile(pruned / MASKS).names

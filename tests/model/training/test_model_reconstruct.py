@@ -144,8 +144,7 @@ def test_weights_that_are_decayed_become_smaller(monkeypatch):
     sizes = []
     for decay, seed in ((0.0, 2**62), (3.0, 2**63 - 1)):  # every seed orders windows
         model, how = tiny("llama", layers=1), {"learning_rate": 0.003, "weight_decay": decay}
-        report = trained(model, how=how, seed=seed)
-        assert report.parts[0].epoch
+        assert trained(model, how=how, seed=seed).parts[0].epoch
         weights = [p.detach() for p in model.model.layers[0].parameters() if p.ndim == 2]
         sizes.append(sum(float(weight.square().sum()) for weight in weights))
     assert sizes[1] < sizes[0]
@@ -208,19 +207,16 @@ def test_the_error_of_a_channel_counts_by_its_own_size():
     states[..., 5] = 30.0  # as hidden states of real models have
     by = reconstruct._scales(recorded(states), [0, 1])
     wanted, found = states[2], states[2].clone()
-    others = [channel for channel in range(32) if channel != 5]
-    found[..., others] *= 0.9
+    found[..., [channel for channel in range(32) if channel != 5]] *= 0.9
     assert float(reconstruct._distance(found, wanted, "relative")) < 5e-4
     assert float(reconstruct._distance(found * by, wanted * by, "channels")) > 8e-3
     # and all are measured likewise: of every fitted token, in parts of its length
     shares = states[:2].square() / states[:2].square().sum(-1, keepdim=True)
-    expected = (shares.mean((0, 1, 2)) / shares.mean()).clamp(min=1e-3).rsqrt()
-    torch.testing.assert_close(by, expected)
+    torch.testing.assert_close(by, (shares.mean((0, 1, 2)) / shares.mean()).clamp(min=1e-3).rsqrt())
     # neither the unit of the states nor the order of the channels matters
     order = torch.randperm(32, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(reconstruct._scales(recorded(7 * states), [0, 1]), by)
-    moved = reconstruct._scales(recorded(states[..., order]), [0, 1])
-    torch.testing.assert_close(moved, by[order])
+    torch.testing.assert_close(reconstruct._scales(recorded(states[..., order]), [0, 1]), by[order])
     # channels and tokens of zeros have a scale
     states = torch.ones(1, 1, 4, 8)
     states[..., 3] = 0

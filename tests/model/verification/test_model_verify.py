@@ -51,8 +51,7 @@ def test_two_four_needs_a_gpu_to_be_converted(dense_folder, tmp_path):
 @pytest.mark.cuda
 def test_pytorch_accepts_two_four(tmp_path):
     wide = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
-    config = LlamaConfig(**{**SHARED, **wide})
-    dense = save(LlamaForCausalLM(config), tmp_path / "dense")
+    dense = save(LlamaForCausalLM(LlamaConfig(**SHARED | wide)), tmp_path / "dense")
     prune(dense, tmp_path / "out", **TWO_FOUR)
     assert len(semi_structured(tmp_path / "out")) == 7
 
@@ -112,8 +111,7 @@ def test_bounds_of_masks_that_were_found_for_kept_weights(update, dense_folder, 
     report = prune(dense_folder, out := tmp_path / "out", **more)
     assert any(layer.lower_bound > layer.error for layer in report.layers)
     verify_model(out, dense_folder)
-    bound = 1.1 * report.layers[0].error_kept
-    forge_manifest(out, edit("layers", 0, "lower_bound", to=bound))
+    forge_manifest(out, edit("layers", 0, "lower_bound", to=1.1 * report.layers[0].error_kept))
     fails(VerificationError, "lower bound above its error", verify_model, out, dense_folder)
     if update == "least-squares":  # with a damping, of which the reported error is without
         how = {"solver": "branch", "solver_options": {"node_limit": 1}, "damping": 1.0}
@@ -229,8 +227,7 @@ def test_experts_that_are_excluded_or_pruned_by_magnitude(tmp_path):
 
 def test_a_status_that_does_not_hold(dense_folder, pruned_folder, tmp_path):
     out, name = copied(pruned_folder, tmp_path), "model.layers.1.mlp.up_proj"
-    layers = manifest_of(out)["layers"]
-    (index,) = (i for i, layer in enumerate(layers) if layer["name"] == name)
+    (index,) = (i for i, layer in enumerate(manifest_of(out)["layers"]) if layer["name"] == name)
     forge_manifest(out, edit("layers", index, "statuses", to={"swap-optimal": 48}))
     verify_model(out, dense_folder, calibration=tokens(), layers=["layers.0", "down_proj"])
     refused(out, dense_folder, rf"\A.*{name}.*keeping input.*\Z", layers=["up_proj"])

@@ -288,8 +288,7 @@ def test_pentagonal_inequalities_that_are_violated_are_found(seed):
     index, sign = pentagons(z, pool, 50)
 
     def violations(index, b):
-        inner = z[index[:, :, None], index[:, None, :]]
-        return (1 - np.einsum("ti,tij,tj->t", b, inner, b)) / 2
+        return (1 - np.einsum("ti,tij,tj->t", b, z[index[:, :, None], index[:, None, :]], b)) / 2
 
     found = violations(index, np.column_stack([np.ones(len(index)), sign]))
     assert len(np.unique(np.column_stack([index, sign]), axis=0)) == len(found) > 1
@@ -298,8 +297,7 @@ def test_pentagonal_inequalities_that_are_violated_are_found(seed):
     assert (np.diff(index, axis=1) > 0).all()
     assert 0 <= index.min() < index.max() < n
     every = [(i, (1.0, *s)) for i in combinations(range(n), 5) for s in product(SIGNS, repeat=4)]
-    most = violations(*(np.array(x) for x in zip(*every, strict=True))).max()
-    assert found[0] > 0.95 * most
+    assert found[0] > 0.95 * violations(*(np.array(x) for x in zip(*every, strict=True))).max()
     # nothing that is violated, or too few inputs, make no pentagon
     triangle = Pool(np.array([[0, 1, 2, -1, -1]]), np.array([[1, 1, 0, 0]], np.int8), np.ones(1))
     for z in (np.ones((9, 9)), np.eye(9), np.eye(4), -np.ones((4, 4)) / 3 + np.eye(4) * 4 / 3):
@@ -404,8 +402,7 @@ def test_trees_with_triangles_find_the_optimum_at_any_scale(monkeypatch, near, v
         slack = 1e-6 * exact + 1e-10 * problem.diagonal_mass()
         # of the others the check's own rounding, of large weights that are kept, can exceed 1e-6
         sizeable = exact > 1e-7 * problem.diagonal_mass()
-        statuses = np.array(solution.status)[(sizeable | (exact == 0)).numpy()]
-        assert set(statuses) <= {Status.OPTIMAL}
+        assert set(np.array(solution.status)[(sizeable | (exact == 0)).numpy()]) <= {Status.OPTIMAL}
         assert bool((relative_gap(solution.objective, solution.lower_bound) < 1e-5).all())
         assert bool(((solution.objective - exact).abs() <= slack).all())
 

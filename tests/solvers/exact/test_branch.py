@@ -64,8 +64,7 @@ def test_the_multipliers_of_a_node_are_semidefinite_and_tighten_it():
         value = p @ q @ p + lam @ (p * p - p) + mu * (p.sum() - pruned) ** 2
         least = np.sort(gradient[free])[: pruned - 2].sum() - gradient[free] @ p[free]
         values.append(value + least)
-    optimum = float(solve(problem, "branch").objective)
-    assert values[0] < values[1] < values[2] <= optimum * 1.2
+    assert values[0] < values[1] < values[2] <= float(solve(problem, "branch").objective) * 1.2
     assert lam[state >= 0].tolist() == [0, 0, 0]
     # beyond float32 there are none: a fixed input can outweigh the free ones by more than sweeps can hold
     n, vectors = 8, start_vectors(8, 0)

@@ -29,8 +29,7 @@ def test_every_mask_is_legal_verified_the_one_of_each_row_and_never_below_the_op
         whole = name in ("ria", "random", "sparsegpt")  # look at the layer, or draw for it
         assert whole or torch.equal(alone(problem, name), solution.mask)
     # on a diagonal Gram matrix two are optimal
-    gram = torch.diag(problem.gram.diagonal())
-    diagonal = LayerProblem(problem.weight, gram, problem.pattern)
+    diagonal = LayerProblem(problem.weight, torch.diag(problem.gram.diagonal()), problem.pattern)
     best, *found = (solve(diagonal, x).objective for x in ("exhaustive", "wanda", "elimination"))
     torch.testing.assert_close(found, [best, best], rtol=1e-9, atol=1e-12)
 
@@ -42,8 +41,7 @@ def test_of_equal_scores_the_lowest_index_goes(data, rows, n, seed):
     if data.draw(st.booleans()):
         pattern = Unstructured(sparsity=data.draw(st.floats(0, 0.99)), per="layer")
     problem = LayerProblem(torch.ones(rows, n), torch.eye(n), pattern)
-    generator = torch.Generator().manual_seed(seed)
-    score = torch.randint(-2, 3, (rows, n), generator=generator).double()
+    score = torch.randint(-2, 3, (rows, n), generator=torch.Generator().manual_seed(seed)).double()
     score[score == 2] = torch.inf
     grouped, pruned = score.reshape(1, -1), problem.pruned
     if not problem.shared_budget:
@@ -65,8 +63,7 @@ def test_formulas_ties_and_seeds():
     # RIA, a = 0.5: (|w|/column sum + |w|/row sum)·‖x‖^0.5
     columns, rows = weight.abs().sum(0), weight.abs().sum(1, keepdim=True)
     score = (weight.abs() / columns + weight.abs() / rows) * gram.diagonal().sqrt() ** 0.5
-    expected = score >= score.sort(1).values[:, 2:3]
-    assert torch.equal(solve(problem, "ria").mask, expected)
+    assert torch.equal(solve(problem, "ria").mask, score >= score.sort(1).values[:, 2:3])
     flat = LayerProblem(torch.ones(3, 10), torch.eye(10), Unstructured(sparsity=0.3))
     assert solve(flat, "wanda").mask.tolist() == [[False] * 3 + [True] * 7] * 3
     grouped = LayerProblem(torch.ones(1, 8), torch.eye(8), NM(keep=1, of=4))
@@ -142,8 +139,7 @@ def literal_dsnot(problem, start, threshold, cycles):
 @given(st.data(), st.integers(1, 16), st.integers(1, 4), st.integers(0, 10**6))
 def test_dsnot_is_legal_verified_and_batched_equals_single(data, n, rows, seed):
     problem = biased_problem(n, rows, seed, data.draw(patterns(n)))
-    solution = verified(problem, "dsnot", cycles=5)
-    assert torch.equal(alone(problem, "dsnot", cycles=5), solution.mask)
+    assert torch.equal(alone(problem, "dsnot", cycles=5), verified(problem, "dsnot", cycles=5).mask)
     bare = LayerProblem(problem.weight, problem.gram, problem.pattern)
     fails(ProblemError, "mean", solve, bare, "dsnot")
 

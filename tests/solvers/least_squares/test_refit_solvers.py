@@ -81,8 +81,7 @@ def test_threads_and_the_other_rows_change_nothing(solver, kind, pattern):
         assert float(alone.objective) == pytest.approx(float(whole.objective[i]), rel=1e-9)
     # rows work in the memory of those before them, and in more than one tile
     many = [3, 1, 2, 0, *list(range(4)) * 24] if solver == "admm" else [3, 2, 1, 0]
-    found = solve(problem.take(many), solver, threads=3)
-    assert torch.equal(found.mask, whole.mask[many])
+    assert torch.equal(solve(problem.take(many), solver, threads=3).mask, whole.mask[many])
     if solver == "admm" and kind == "full" and pattern is LARGE[0]:  # also of a shared budget
         problem = pooled_layer(rows=70, n=16, update=ONE_PERCENT)
         one, three = (solve(problem, "admm", threads=threads) for threads in (1, 3))
@@ -129,8 +128,7 @@ def test_narrow_numbers_and_rows_without_anything_or_a_choice(pattern, solver):
     assert (solution.objective == 0).tolist() == [True, False, False, True, False, False]
     nothing = changed(problem, g=0.0)
     solution = verified(nothing, solver)
-    refitted = update_weights(nothing, solution.mask)
-    assert not torch.stack([solution.objective, refitted.error]).any()
+    assert not torch.stack([solution.objective, update_weights(nothing, solution.mask).error]).any()
     assert bool(nothing.weights(solution.mask).isfinite().all())
     assert solver != "swap" or not solution.trace.history.any()
     for keep in (0, 1, 31, 32):
@@ -150,8 +148,7 @@ def test_weights_that_are_kept_get_a_mask_of_refitted_ones(kind, solver, how):
     solution = verified(kept, make_solver(solver, **named))
     assert torch.equal(solution.mask, mask)
     assert torch.equal(solution.objective, kept.objective(mask))
-    start = solve(problem, make_solver("swap", max_swaps=0), start=solver)
-    assert torch.equal(start.mask, mask)
+    assert torch.equal(solve(problem, make_solver("swap", max_swaps=0), start=solver).mask, mask)
     if kind == "outliers" and how == ROOT:
         assert not torch.equal(solve(kept, make_solver(solver, damping=0.1)).mask, mask)
 
@@ -350,8 +347,7 @@ def test_damping_linear_part_and_iterations_have_their_say_and_the_order_has_non
         plain, found = solve(problem, "admm"), solve(changed(problem, columns=order), "admm")
         # entries that change places near the end may stop elsewhere
         assert float((found.mask != plain.mask[:, order]).double().mean()) < 0.01
-        before = float(plain.objective.sum())
-        assert float(found.objective.sum()) == pytest.approx(before, rel=1e-3)
+        assert float(found.objective.sum()) == pytest.approx(float(plain.objective.sum()), rel=1e-3)
     problem = layer(rows=16, n=64, kind="low-rank")
     one, many = (solve(problem, "admm", iterations=most) for most in (1, 300))
     verify(problem, one)
@@ -416,8 +412,7 @@ def test_it_removes_what_costs_least_one_by_one(pattern, linear):
         return
     problem = layer(rows=6, n=96, how=LeastSquaresUpdate(0.02))
     assert total(problem, "obs", panel=8) <= 1.02 * total(problem, "obs", panel=1)
-    hurried = verified(problem, "obs", time_limit=0.0)
-    assert float(hurried.objective.sum()) > total(problem, "obs")
+    assert float(verified(problem, "obs", time_limit=0.0).objective.sum()) > total(problem, "obs")
 
 
 # --- whole models

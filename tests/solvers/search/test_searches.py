@@ -249,8 +249,7 @@ def test_contract_of_rows_that_share_a_count(problem):
 
 @REFITS_SLOW
 def test_rows_that_share_a_count_are_searched_at_counts_of_their_own(update):
-    n = 64 if update is None else 32
-    problem = pooled_layer(rows=2 * module._TILE, n=n, update=update)
+    problem = pooled_layer(rows=2 * module._TILE, n=64 if update is None else 32, update=update)
     start = solve(problem, "swap")
     assert len(set(start.mask.sum(1).tolist())) > 3
     found = swap_optimal(problem, "memetic", start=start.mask, **OPTIONS)
@@ -306,8 +305,7 @@ def test_no_member_is_better(pattern):
     problem = drawn(4, 40, "low-rank", pattern)
     solution = verified(problem, "portfolio")
     for member in ("swap", "relax"):
-        objective = solve(problem, member).objective
-        assert bool((solution.objective <= objective * (1 + 1e-12)).all())
+        assert bool((solution.objective <= solve(problem, member).objective * (1 + 1e-12)).all())
     assert set(solution.status) <= {Status.SWAP_OPTIMAL, Status.OPTIMAL}
     trace = solution.trace
     assert set(trace.winner) <= {"start", "swap", "relax", "tabu"}

@@ -150,8 +150,7 @@ def test_an_instance_on_disk_keeps_its_count_and_its_rows_their_weights(tmp_path
     weights = problem.weights(found.mask)
     torch.testing.assert_close(weights, found.weight, rtol=1e-8, atol=1e-10)
     for row, mask in enumerate(found.mask):
-        alone = problem.at_count_of(found.mask, row)
-        torch.testing.assert_close(alone.weights(mask), weights[row])
+        torch.testing.assert_close(problem.at_count_of(found.mask, row).weights(mask), weights[row])
 
 
 @pytest.mark.parametrize("omega", [None, torch.tensor([4.0, 1.0, 0.25])])
@@ -238,8 +237,7 @@ def test_rows_that_keep_all_or_nothing_dead_and_float32_layers_come_to_a_proof(u
         swap_optimal(problem, start="random")
     for weight, gram in ((0.0, 1.0), (1.0, 0.0)):
         problem = scaled(layer(rows=3, n=6, update=update), weight, gram)
-        found = swap_optimal(problem, start="random")
-        assert not int(found.trace.transfers.sum())
+        assert not int(swap_optimal(problem, start="random").trace.transfers.sum())
     wide = layer(rows=40, n=64)
     problem = LayerProblem(wide.weight.float(), wide.gram.float(), wide.pattern, update=update)
     swap_optimal(problem, start="wanda")
@@ -272,8 +270,7 @@ def test_a_bound_of_whole_numbers_bounds_the_layer(method, seeds):
         weight = rng.integers(-3, 4, size=(rows, n)).astype(float)
         problem = LayerProblem(weight, inputs.T @ inputs, pool(), integral=True)
         best, bound = solve(problem, "exhaustive"), lower_bound(problem, method)
-        most = float(best.objective.sum()) * (1 + 1e-9) + 1e-9
-        assert float(bound.value.sum()) <= most, seed
+        assert float(bound.value.sum()) <= float(best.objective.sum()) * (1 + 1e-9) + 1e-9, seed
         verify(problem, stating(problem, best.mask, bound))
 
 
@@ -302,8 +299,7 @@ def test_bounds_are_below_the_optimum(update, data):
     problem = data.draw(shared_budget(max_n=6 if update else 8, max_rows=3 if update else 4))
     if update:
         problem = problem.with_update(LeastSquaresUpdate(data.draw(st.sampled_from((0.01, 0.3)))))
-        splits = data.draw(st.integers(0, 3))
-        bound = lower_bound(problem, "perspective", turns=10, splits=splits)
+        bound = lower_bound(problem, "perspective", turns=10, splits=data.draw(st.integers(0, 3)))
     else:
         problem = problem.with_update(None)
         bound = lower_bound(problem, data.draw(st.sampled_from(("box", "shift"))))
@@ -423,8 +419,7 @@ def test_certificates_of_a_layer_are_checked():
 
 # --- what is claimed falsely
 def exchanged(mask, i, u, j, p):
-    places = torch.tensor([i, j]), torch.tensor([u, p])
-    return mask.index_put(places, torch.tensor([False, True]))
+    return mask.index_put((torch.tensor([i, j]), torch.tensor([u, p])), torch.tensor([False, True]))
 
 
 @BOTH

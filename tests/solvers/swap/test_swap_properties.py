@@ -79,8 +79,7 @@ def test_every_row_of_any_layer_is_proven(layer, kernel):
     # where a search once went on for ever
     wide = problem.n > 400
     for start in ("wanda", "random", "worst")[: 1 if wide else 3]:
-        limit = 300 if wide else None
-        solution = swap_optimal(problem, start=start, time_limit=limit, **how)
+        solution = swap_optimal(problem, start=start, time_limit=300 if wide else None, **how)
         nothing = problem.pruned_per_group in (0, problem.n)
         assert (int(solution.trace.scans.sum()) == 0) == nothing or kernel not in UPDATES
 
@@ -126,8 +125,7 @@ def test_what_memory_held_before_changes_nothing_and_kernels_end_near_each_other
     problem = drawn(8, 160, "low-rank", SIXTY, (11, 12), SINGLE)
     most = 1.1 * float(solve(problem, "swap", kernel="literal").objective.sum())
     for kernel in ("numba", "torch"):
-        other = verified(problem, "swap", kernel=kernel)
-        assert float(other.objective.sum()) < most
+        assert float(verified(problem, "swap", kernel=kernel).objective.sum()) < most
 
 
 def test_running_out_of_memory_halves_the_tile_and_goes_on(monkeypatch, caplog):

@@ -249,8 +249,7 @@ def test_scans_of_groups_stay_inside_and_find_the_best_swap_of_each(n, group):
     torch.testing.assert_close(value[found].double(), data.best[found], rtol=1e-5, atol=1e-5)
     assert torch.equal(partner[found] // group, found.nonzero()[:, 1] // group)
     columns = torch.arange(n, device=DEVICE).view(-1, group)
-    blocks = data.gram[columns[:, :, None], columns[:, None, :]]
-    arguments = blocks, data.x, data.low_a, data.low_b
+    arguments = data.gram[columns[:, :, None], columns[:, None, :]], data.x, data.low_a, data.low_b
     if group > 32:
         fails(ValueError, "at most 32", launch.scan_groups, *arguments)
         return
@@ -351,8 +350,7 @@ def test_a_search_stops_and_goes_on_in_chunks_of_any_size_and_order():
 
 @pytest.mark.parametrize("pattern", [HALF, TWO_FOUR], ids=str)
 def test_the_solver_takes_the_kernel(pattern):
-    problem = _layer(2, 24, "low-rank", pattern)
-    solution = verified(problem, "swap", kernel="triton")
+    solution = verified(_layer(2, 24, "low-rank", pattern), "swap", kernel="triton")
     assert (solution.trace.kernel, {*solution.status}) == ("triton", {Status.SWAP_OPTIMAL})
     assert solution.trace.scans.min() >= 1
 
