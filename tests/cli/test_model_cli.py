@@ -34,8 +34,7 @@ from maskopt.models.pruning.plan import plan_prune
 from maskopt.models.pruning.rerun import command_again, options_again
 
 TEXT = "Pack my box with five dozen liquor jugs. "
-WANDA = ["--sparsity", 0.5, "--solver", "wanda"]
-DRY = ["prune", "--dry-run"]
+WANDA, DRY = ["--sparsity", 0.5, "--solver", "wanda"], ["prune", "--dry-run"]
 
 
 @pytest.fixture(scope="module")

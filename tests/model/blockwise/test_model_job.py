@@ -228,8 +228,7 @@ def test_patterns_and_layers_are_read_in_one_way_and_errors_name_flags(dense, da
 
 # States that go to a device and back
 
-CPU = torch.device("cpu")
-SHAPE = torch.Size((1, 3, 4))
+CPU, SHAPE = torch.device("cpu"), torch.Size((1, 3, 4))
 
 
 class Event:
@@ -333,8 +332,7 @@ def test_a_prune_writes_the_same_bytes(options, dense_folder, tmp_path, monkeypa
 @pytest.mark.cuda
 def test_on_a_device():
     device = torch.device("cuda")
-    lanes = lanes_to(device)
-    shape = torch.Size((1, 2048, 4096))
+    lanes, shape = lanes_to(device), torch.Size((1, 2048, 4096))
     states = Activations(range(6), shape, torch.bfloat16, lanes=lanes)
     for sample in range(6):
         states[sample] = torch.full(shape, float(sample), dtype=torch.bfloat16, device=device)

@@ -33,10 +33,8 @@ from maskopt.models.pruning.problems import layer_problem
 from maskopt.models.pruning.solving import SHRINK_GRID, SHRINK_TOLERANCE
 from maskopt.models.verification.verify import verify_model
 
-HALF = [Unstructured(sparsity=0.5)]
-STORED = "grams-00001.bits"
-ATTENTION = {"include": "layers.1.self_attn.*"}
-LAST = "layers.1.*.o_proj"
+HALF, STORED = [Unstructured(sparsity=0.5)], "grams-00001.bits"
+ATTENTION, LAST = {"include": "layers.1.self_attn.*"}, "layers.1.*.o_proj"
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +50,7 @@ def home(tmp_path_factory):
 
 @given(st.integers(1, 30), st.integers(0, 3), st.integers(0, 10**6))
 def test_a_gram_matrix_comes_back_to_the_bit(n, sequences, seed):
-    generator = torch.Generator().manual_seed(seed)
-    gram = Gram(n)
+    generator, gram = torch.Generator().manual_seed(seed), Gram(n)
     for _ in range(sequences):
         gram.add(torch.randn(7, n, generator=generator))
     again = Gram.restored(gram.state())
@@ -395,8 +392,7 @@ def test_weights_over_several_chunks_and_with_other_inputs():
     part = x * weights[:, None]
     torch.testing.assert_close(gram.value(dtype=torch.float64), part.T @ x / len(x))
     w = torch.randn(3, 6, dtype=torch.float64)
-    linear = moved.linear(w)
-    residual = (other - x) @ w.T
+    linear, residual = moved.linear(w), (other - x) @ w.T
     torch.testing.assert_close(linear.correlation, residual.T @ part / len(x))
     torch.testing.assert_close(linear.constant, (residual.square() * weights[:, None]).mean(0))
     # weights have a mean of one and outlast extreme states
@@ -491,8 +487,7 @@ def test_masks_are_those_of_the_windows_that_are_left_with_any_threads():
 
 def test_errors_and_energies_are_those_of_the_windows_that_they_are_on():
     data = tokens(10)
-    report = pruned(data, holdout=0.4, include=FIRST_BLOCK)
-    found = problems(data[6:])
+    report, found = pruned(data, holdout=0.4, include=FIRST_BLOCK), problems(data[6:])
     for layer in report.layers:
         problem, mask = found[layer.name], report.masks[layer.name]
         judged = [float(x.sum()) for x in (problem.objective(mask), problem.output_energy())]

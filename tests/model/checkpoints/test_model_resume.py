@@ -27,8 +27,7 @@ from maskopt.models.checkpoints.write import Unchanged
 from maskopt.models.verification.verify import verify_model
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
-JOURNAL = f"{HIDDEN}/journal.jsonl"
-OPTIONS = {"solver": "elimination", "start": "wanda"}
+JOURNAL, OPTIONS = f"{HIDDEN}/journal.jsonl", {"solver": "elimination", "start": "wanda"}
 prune, interrupted = (partial(f, **OPTIONS) for f in (prunes.prune, prunes.interrupted))
 
 
@@ -328,8 +327,7 @@ def test_killed_at_random_moments(dense, whole, tmp_path):
     slow_prune(dense, tmp_path / "timing", False)
     length, alive = time.perf_counter() - began, 0
     for trial in range(10):
-        out = tmp_path / str(trial)
-        fork = multiprocessing.get_context("fork")
+        out, fork = tmp_path / str(trial), multiprocessing.get_context("fork")
         child = fork.Process(target=slow_prune, args=(dense, out, False))
         child.start()
         time.sleep((trial + generator.random()) / 10 * length)

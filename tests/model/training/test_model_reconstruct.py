@@ -26,8 +26,7 @@ KEEP = {"update": "none", "training": {}}
 
 
 def trained(model, data=None, **more):
-    how = {**HOW, **more.pop("how", {})}
-    data = tokens(12) if data is None else data
+    how, data = {**HOW, **more.pop("how", {})}, tokens(12) if data is None else data
     return prune_model(model, data, **{**OPTIONS, "training": how, **more})
 
 
@@ -49,8 +48,7 @@ PARTS = but_slow([("llama", "part"), ("mixtral", "block")], TRAINED)
 @pytest.mark.parametrize(("family", "granularity"), PARTS)
 def test_parts_come_nearer_to_the_dense_model(family, granularity):
     model = tiny(family, layers=2)
-    before = copied_state(model)
-    report = trained(model, how={"granularity": granularity})
+    before, report = copied_state(model), trained(model, how={"granularity": granularity})
     assert len(report.parts) == 2 * (2 if granularity == "part" else 1)
     for part in report.parts:
         assert part.held_after <= part.held_before
@@ -120,12 +118,10 @@ def test_weights_that_a_window_does_not_come_by_and_a_norm_that_blocks_share():
     torch.manual_seed(0)
     for layer in model.model.layers:
         layer.mlp = Routed(layer.mlp, 32, 8)
-    before = copied_state(model)
-    report = trained(model, tokens(12, 8))
+    before, report = copied_state(model), trained(model, tokens(12, 8))
     assert len(report.parts) == 2
     assert any(part.epoch for part in report.parts)
-    after = model.state_dict()
-    experts = [name for name in before if "experts" in name]
+    after, experts = model.state_dict(), [name for name in before if "experts" in name]
     moved = [bool(((after[n] != before[n]) & (after[n] != 0)).any()) for n in experts]
     assert sum(moved) > 3
     # a norm that blocks share is left alone

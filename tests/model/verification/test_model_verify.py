@@ -17,8 +17,7 @@ from maskopt.errors import MaskoptError, ModelError, OptionError, VerificationEr
 from maskopt.models.checkpoints.checkpoint import INDEX
 from maskopt.models.verification.verify import semi_structured, verify_model
 
-SWAP = {"solver": "swap", "start": "wanda"}
-TWO_FOUR = {"sparsity": NM(keep=2, of=4)}
+SWAP, TWO_FOUR = {"solver": "swap", "start": "wanda"}, {"sparsity": NM(keep=2, of=4)}
 
 
 def test_masks_of_another_run_are_claims(dense_folder, pruned_folder, tmp_path):
