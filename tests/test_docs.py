@@ -17,6 +17,9 @@ from maskopt.cli.command import flag, left
 
 COMMANDS = all_commands()
 RESULTS = ROOT / "docs" / "results"
+#: pages whose python blocks run; a block after `NOT_RUN` needs a model or a cluster
+RUNNING = ("index", "tutorial", "howto", "matrices", "guide/structured")
+NOT_RUN = "<!-- not run by the tests -->\n"
 
 
 @pytest.mark.slow
@@ -25,11 +28,6 @@ def test_docs_build_strictly(tmp_path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "not included in the" not in result.stdout + result.stderr
-
-
-#: pages whose python blocks run; a block after `NOT_RUN` needs a model or a cluster
-RUNNING = ("index", "tutorial", "howto", "matrices", "guide/structured")
-NOT_RUN = "<!-- not run by the tests -->\n"
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{page}.md" for page in RUNNING)])

@@ -39,6 +39,8 @@ from maskopt.solvers import Swap
 
 TRUST = "trust_remote_code"
 COMMANDS = all_commands()
+ESCAPED = r"a\x1b[2J[red]b[/red]\nspoof: holds: 1 row checked\u202e\udc80"
+ODD = ESCAPED.encode().decode("unicode_escape")
 
 
 def test_solvers_and_their_options_are_listed(monkeypatch):
@@ -355,10 +357,6 @@ def test_a_prune_shows_how_far_it_is_and_what_it_has_reached(still):
         still.now += seconds
         show(BlockProgress(*step))
         assert kept.seen[-1]["part"] == pytest.approx(part)
-
-
-ESCAPED = r"a\x1b[2J[red]b[/red]\nspoof: holds: 1 row checked\u202e\udc80"
-ODD = ESCAPED.encode().decode("unicode_escape")
 
 
 def test_nothing_is_printed_with_control_characters_and_markup(tmp_path, screen, still):

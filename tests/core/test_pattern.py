@@ -19,6 +19,7 @@ from maskopt.core.pattern import parse_sparsity, pattern_from_dict, pattern_to_d
 from maskopt.errors import PatternError, SolverError
 
 RANGE = r"outside \[0, 1\)"
+ROW = {"kind": "unstructured", "sparsity": 0.5, "keep": None}
 
 
 @given(
@@ -102,9 +103,6 @@ def test_text_and_json_forms(text, pattern):
     assert (str(pattern), parse_sparsity(str(pattern))) == (text or str(pattern), pattern)
     assert pattern_from_dict(pattern_to_dict(pattern)) == pattern
     assert str(Unstructured(keep=3)) == "keep 3"
-
-
-ROW = {"kind": "unstructured", "sparsity": 0.5, "keep": None}
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,13 @@ from maskopt.solvers.bounds.conic import ConicBound
 EYE, ONES, ALL = torch.eye(4), torch.ones(2, 4), torch.ones(2, 4, dtype=torch.bool)
 PLAIN, FORM = LayerProblem(ONES, EYE, HALF), "not a maskopt instance"
 close = torch.testing.assert_close
+SOLVERS = [name for name, info in available_solvers().items() if info.available]
+EXACT = ("branch", "exhaustive", "gurobi", "highs", "scip")
+#: but that of updated weights
+BOUNDS = [n for n, i in available_bounds().items() if i.unavailable is None and n != "perspective"]
+PATTERNS = (Unstructured(keep=4), TWO_FOUR)
+SAME = ("swap", "relax", "tabu", "memetic", "kswap", "frank_wolfe", "elimination", "sdp")
+LAYER = drawn(2, 8)
 
 
 @pytest.mark.parametrize("linear", [False, True])
@@ -274,11 +281,6 @@ def test_bad_masks(mask, message):
 
 
 # --- with a linear part: the same promises, kept by every solver and every bound
-SOLVERS = [name for name, info in available_solvers().items() if info.available]
-EXACT = ("branch", "exhaustive", "gurobi", "highs", "scip")
-#: but that of updated weights
-BOUNDS = [n for n, i in available_bounds().items() if i.unavailable is None and n != "perspective"]
-PATTERNS = (Unstructured(keep=4), TWO_FOUR)
 
 
 def linear_layer(pattern, rows=3, kind="full", seed=1):
@@ -328,9 +330,6 @@ def test_no_bound_is_above_the_optimum(name, kind):
         assert bool((value <= best * (1 + 1e-9) + 1e-12).all())
         reached += (value / best.clamp(min=1e-300))[best > 0].tolist()
     assert np.median(reached) > (0.9 if name.startswith("sdp") else 0.5)
-
-
-SAME = ("swap", "relax", "tabu", "memetic", "kswap", "frank_wolfe", "elimination", "sdp")
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -464,7 +463,6 @@ def test_weights_beyond_float32_are_pruned_as_others_are(solver, pattern):
 
 
 # --- solutions: bounds cut back by rounding alone, files that lie
-LAYER = drawn(2, 8)
 
 
 @pytest.mark.parametrize("unit", [1e-5, 1.0, 1e5])

@@ -29,6 +29,20 @@ from maskopt.solvers import DSnoT, Relax, Ria, Swap, Tabu, Wanda
 
 PROBLEM, EVERYTHING = drawn(3, 24, pattern=Unstructured(keep=10)), torch.ones(3, 24).bool()
 AVAILABLE = {name: info for name, info in protocol.available_solvers().items() if info.available}
+ENGINES = ("gurobi", "highs", "scip")
+#: solvers without steps that could be counted
+ONE_PASS = ("magnitude", "wanda", "ria", "random", "worst", "elimination", "sparsegpt")
+STEPPING = [name for name in AVAILABLE if name not in ONE_PASS]
+#: what counts the steps of a trace, the first that it has: each of them comes after a look at the clock
+COUNTERS = ("scans", "iterations", "nodes", "rounds", "swaps")
+#: between two looks at the clock: passes of the mixing method, masks that enumeration takes together
+BETWEEN = {"sdp": 20, "exhaustive": 2**16}
+TIMES = [
+    pytest.param(name, seconds, marks=[pytest.mark.slow] * (seconds > 2))
+    for name in STEPPING
+    for seconds in (0, 2, 5, 11)
+    if name not in ENGINES or seconds < 5 or (name, seconds) == ("scip", 11)
+]
 
 
 @dataclass(frozen=True)
@@ -247,14 +261,6 @@ def test_a_backend_is_asked_once_whether_it_runs_and_hides_no_other(monkeypatch)
 
 
 # --- limits
-ENGINES = ("gurobi", "highs", "scip")
-#: solvers without steps that could be counted
-ONE_PASS = ("magnitude", "wanda", "ria", "random", "worst", "elimination", "sparsegpt")
-STEPPING = [name for name in AVAILABLE if name not in ONE_PASS]
-#: what counts the steps of a trace, the first that it has: each of them comes after a look at the clock
-COUNTERS = ("scans", "iterations", "nodes", "rounds", "swaps")
-#: between two looks at the clock: passes of the mixing method, masks that enumeration takes together
-BETWEEN = {"sdp": 20, "exhaustive": 2**16}
 
 
 def biased(rows=5, n=12):
@@ -342,14 +348,6 @@ def steps(name, found):
     counts = [count for c in COUNTERS if (count := getattr(found, c)) is not None]
     most = int(counts[0].max()) if counts else 0
     return -(-most // BETWEEN.get(name, 1))
-
-
-TIMES = [
-    pytest.param(name, seconds, marks=[pytest.mark.slow] * (seconds > 2))
-    for name in STEPPING
-    for seconds in (0, 2, 5, 11)
-    if name not in ENGINES or seconds < 5 or (name, seconds) == ("scip", 11)
-]
 
 
 @pytest.mark.parametrize(("name", "seconds"), TIMES)

@@ -25,6 +25,14 @@ from maskopt.protocol.bounds import lower_bound
 from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.solver import make_solver, solve
 
+NAMES = "#g.mc", "!%x", "#", "two words", os.fsdecode(b"gr\xfcn")
+EYE = np.eye(3)
+NO_MATRICES = (
+    EYE * 1j, torch.eye(3) * 1j, EYE * 1e308, [[1, 2], [3]], "x", [["a"]], [[10**400]], [[None]],
+    [], np.ones((2, 3)), [[float("nan")]],
+)  # fmt: skip
+NO_UNITS = ((2, 0, 0), (1, np.nan, 0), (1, 0, "a"), (-1, 10**400, 0.0))
+
 
 def values_of(u, count):
     """The value of every set of so many elements."""
@@ -253,9 +261,6 @@ def test_what_does_not_map_is_refused_with_the_reason(tmp_path, file, reason):
     fails(ProblemError, f"{file[0]}: .*{reason}", read, tmp_path, *file)
 
 
-NAMES = "#g.mc", "!%x", "#", "two words", os.fsdecode(b"gr\xfcn")
-
-
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 def test_names_that_begin_comments_or_are_no_text_can_be_read_again(tmp_path, name):
     u = np.diag([3.0, 1.0, 2.0])
@@ -269,14 +274,6 @@ def test_names_that_begin_comments_or_are_no_text_can_be_read_again(tmp_path, na
 
 def pose(u, **more):
     return lambda _: RowProblem.from_quadratic(u, **{"cardinality": 1, **more})
-
-
-EYE = np.eye(3)
-NO_MATRICES = (
-    EYE * 1j, torch.eye(3) * 1j, EYE * 1e308, [[1, 2], [3]], "x", [["a"]], [[10**400]], [[None]],
-    [], np.ones((2, 3)), [[float("nan")]],
-)  # fmt: skip
-NO_UNITS = ((2, 0, 0), (1, np.nan, 0), (1, 0, "a"), (-1, 10**400, 0.0))
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,9 @@ from maskopt.models.options.prune import prune_options
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.pruning.plan import plan_prune
 
+CPU, SHAPE = torch.device("cpu"), torch.Size((1, 3, 4))
+MOVED = [{"target": "dense", "update": "least-squares"}, {"calibrate_on": "dense"}]
+
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_a_user_from_outside_sums_gram_matrices(dense_folder, in_memory):
@@ -226,11 +229,7 @@ def test_patterns_and_layers_are_read_in_one_way_and_errors_name_flags(dense, da
     fails(OptionError, "`threads` must", prune, dense, None, data=WordTokenizer(), threads=0)
 
 
-# States that go to a device and back
-
-CPU, SHAPE = torch.device("cpu"), torch.Size((1, 3, 4))
-
-
+# --- states that go to a device and back
 class Event:
     """A copy that happens at the latest when something waits for it."""
 
@@ -311,9 +310,6 @@ def test_the_next_state_is_under_way_and_one_that_is_set_meanwhile_is_not_the_ol
         assert torch.equal(states.on(CPU, 0), torch.ones(SHAPE))
     assert lanes.sent == 0  # states in a file go there when they are needed
     assert lanes_to(CPU) is None  # the processor needs none
-
-
-MOVED = [{"target": "dense", "update": "least-squares"}, {"calibrate_on": "dense"}]
 
 
 @pytest.mark.parametrize("options", MOVED)

@@ -35,6 +35,15 @@ from maskopt.models.verification.verify import verify_model
 
 HALF, STORED = [Unstructured(sparsity=0.5)], "grams-00001.bits"
 ATTENTION, LAST = {"include": "layers.1.self_attn.*"}, "layers.1.*.o_proj"
+UNIFORM, SKIP_FIRST, RELATIVE, GRADIENT = TOKEN_WEIGHTS
+EQUALLY = {"sparsity": 0.5, "min_tokens": 1}
+FIRST_BLOCK = ("layers.0.*",)  # of the first block, whose inputs no pruning has changed
+NAME = "model.layers.1.mlp.up_proj"
+RUNS = [(RELATIVE, {}), (RELATIVE, {"target": "dense", "holdout": 0.4}), (GRADIENT, {})]
+ONE, FIRST_TOKENS = {"data": tokens(4, 1)}, {"token_weights": "first"}
+SKIP, LOSS = {"token_weights": SKIP_FIRST}, {"token_weights": GRADIENT}
+FAMILIES = ["llama", "gemma3", "gpt2", "mamba", slow("bloom"), slow("bamba")]
+DENSE = {**EQUALLY, "target": "dense"}
 
 
 @pytest.fixture(scope="module")
@@ -342,14 +351,7 @@ def test_the_commands(home, tmp_path):
     assert contents(swept / "0.5-wanda-none") == contents(tmp_path / "alone")
 
 
-# What errors are measured on: tokens that count more or less, held-out windows, the dense target
-
-UNIFORM, SKIP_FIRST, RELATIVE, GRADIENT = TOKEN_WEIGHTS
-EQUALLY = {"sparsity": 0.5, "min_tokens": 1}
-FIRST_BLOCK = ("layers.0.*",)  # of the first block, whose inputs no pruning has changed
-NAME = "model.layers.1.mlp.up_proj"
-
-
+# --- what errors are measured on: tokens that count more or less, held-out windows, the dense target
 def gradients(model, data):
     """Norms of the loss's, by the hidden states that leave the layer's block; [windows, length]."""
     left, norms = [], []
@@ -405,9 +407,6 @@ def test_weights_over_several_chunks_and_with_other_inputs():
     assert weights_of_tokens(torch.zeros(1, 3, 4), RELATIVE).tolist() == [1.0, 1.0, 1.0]
 
 
-RUNS = [(RELATIVE, {}), (RELATIVE, {"target": "dense", "holdout": 0.4}), (GRADIENT, {})]
-
-
 @pytest.mark.parametrize(("token_weights", "more"), RUNS)
 def test_a_weighted_run_is_verified(token_weights, more, dense_folder, tmp_path):
     options = {**EQUALLY, "include": "layers.1", "token_weights": token_weights, **more}
@@ -416,10 +415,6 @@ def test_a_weighted_run_is_verified(token_weights, more, dense_folder, tmp_path)
     assert [layer.error for layer in report.layers] != [layer.error for layer in equal.layers]
     found = verify_model(tmp_path / "out", dense_folder, calibration=tokens())
     assert len(found.checked_layers) == 7
-
-
-ONE, FIRST_TOKENS = {"data": tokens(4, 1)}, {"token_weights": "first"}
-SKIP, LOSS = {"token_weights": SKIP_FIRST}, {"token_weights": GRADIENT}
 
 
 def test_bad_input_gets_one_line():
@@ -440,9 +435,6 @@ def test_bad_input_gets_one_line():
         fails(error, message, prune_model, tiny(how.pop("model")), how.pop("data"), **how)
 
 
-FAMILIES = ["llama", "gemma3", "gpt2", "mamba", slow("bloom"), slow("bamba")]
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", ["float32", slow("bfloat16")])
 def test_gradients_of_a_folder_in_a_file_are_those_of_the_model_in_memory(family, dtype, tmp_path):
@@ -458,9 +450,7 @@ def test_gradients_of_a_folder_in_a_file_are_those_of_the_model_in_memory(family
         torch.testing.assert_close(one.gram, two.gram, rtol=1e-5, atol=1e-6)
 
 
-# Held-out windows: what is fitted never sees them, and errors are given on both ------------------
-
-
+# --- held-out windows: what is fitted never sees them, and errors are given on both
 def pruned(data, **options):
     return prune_model(tiny("llama"), data, **EQUALLY, **options)
 
@@ -520,11 +510,7 @@ def test_auto_shrinkage_is_the_greatest_that_is_nearly_the_best_on_the_held_out_
     assert held_out(10, 0.0) == frozenset()
 
 
-# The dense target: a layer is to give on the pruned model's inputs what it gives in the dense model
-
-DENSE = {**EQUALLY, "target": "dense"}
-
-
+# --- the dense target: a layer is to give on the pruned model's inputs what it gives in the dense model
 @pytest.mark.parametrize("more", [{}, {"activation_memory": 0, "threads": 3}])
 def test_errors_are_those_of_the_outputs_in_the_dense_model(more):
     data, original = tokens(10), tiny("llama", layers=2)

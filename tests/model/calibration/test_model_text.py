@@ -31,6 +31,15 @@ from maskopt.models.options.walk import WalkOptions
 from maskopt.models.verification.verify import verify_model
 
 TOKENIZER = WordTokenizer()
+TEXT = "abcdefghijklmnopqrstuvwxyz" * 4
+CHAT = chat_tokenizer()
+BOS, EOS = CHAT.bos_token_id, CHAT.eos_token_id
+LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
+SHAREGPT = [{"from": "human", "value": "hello"}]
+REFUSES = "line 2: the model's chat template refuses it"
+PARTS = {"role": "assistant", "content": [{"type": "text"}]}
+SURROGATE = '[{"role": "user", "content": "\\ud800"}]'
+FEW, HALF, LAST = ("--samples", 4, "--seq-len", 48), ("--sparsity", 0.5), "layers.1"
 
 
 def ids(text):
@@ -176,11 +185,7 @@ def test_files_of_tokens_and_what_makes_no_windows(make, tmp_path):
         fails(DataError, message, token_windows, bad, "given")
 
 
-# What windows begin with: what the tokenizer puts before a text, counted as nobody's target
-
-TEXT = "abcdefghijklmnopqrstuvwxyz" * 4
-
-
+# --- what windows begin with: what the tokenizer puts before a text, counted as nobody's target
 class Tokenizer:
     """A token a character from 10 on, with special tokens around a text."""
 
@@ -291,12 +296,7 @@ def test_never_is_the_convention_of_one_long_text_and_other_beginnings(dense):
     fails(DataError, said, open_job, dense, [TEXT], replace(options, bos="always"))
 
 
-# Conversations
-
-CHAT = chat_tokenizer()
-BOS, EOS = CHAT.bos_token_id, CHAT.eos_token_id
-
-
+# --- conversations
 def talk(*contents):
     return [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
 
@@ -330,9 +330,6 @@ def evaluation(source, tokenizer=CHAT, seq_len=30, **options):
 def parts(window):
     starts = [i for i, token in enumerate(window) if token == BOS]
     return [window[a:b] for a, b in zip(starts, [*starts[1:], len(window)], strict=True)]
-
-
-LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
 
 @given(LENGTHS, st.integers(1, 8), st.integers(2, 90), st.integers(0, 20))
@@ -392,12 +389,6 @@ def test_orders_and_cuts():
     assert found.value == pytest.approx(expected, rel=1e-5)
     assert found.beginning == "chats through the model's template"
     assert found.targets == 3 * 47
-
-
-SHAREGPT = [{"from": "human", "value": "hello"}]
-REFUSES = "line 2: the model's chat template refuses it"
-PARTS = {"role": "assistant", "content": [{"type": "text"}]}
-SURROGATE = '[{"role": "user", "content": "\\ud800"}]'
 
 
 def test_a_bad_line_is_named(tmp_path):
@@ -506,9 +497,6 @@ def test_templates_with_names_in_results(tmp_path, caplog):
         found.append(AutoTokenizer.from_pretrained(out).chat_template)
     assert found == [CHAT_TEMPLATE, several.chat_template]
     assert "additional_chat_templates: chat templates with names" in caplog.text
-
-
-FEW, HALF, LAST = ("--samples", 4, "--seq-len", 48), ("--sparsity", 0.5), "layers.1"
 
 
 def chat_prune(dense, text, out, *more):

@@ -29,6 +29,13 @@ from maskopt.models.verification.verify import verify_model
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 JOURNAL, OPTIONS = f"{HIDDEN}/journal.jsonl", {"solver": "elimination", "start": "wanda"}
 prune, interrupted = (partial(f, **OPTIONS) for f in (prunes.prune, prunes.interrupted))
+ROUNDS = {"true_sequential": True, "token_weights": "gradient"}
+STOPPED = [
+    *(({}, block, stage) for block, stage in ((1, "calibrate"), (1, "solve"), (2, "calibrate"))),
+    *((options, 1, "solve") for options in ({"calibrate_on": "dense"}, ROUNDS)),
+]
+FULL, IN_FILES = Mock(side_effect=OSError(28, "No space left")), {"activation_memory": 0}
+LATER = {"embedding", "a shard is gone", "a new tokenizer"}  # noticed in the same ways as others
 
 
 def refused(message, dense, out, **options):
@@ -58,13 +65,6 @@ def unfinished(dense, tmp_path_factory):
 @pytest.fixture
 def stopped(unfinished, tmp_path):
     return copied(unfinished, tmp_path)
-
-
-ROUNDS = {"true_sequential": True, "token_weights": "gradient"}
-STOPPED = [
-    *(({}, block, stage) for block, stage in ((1, "calibrate"), (1, "solve"), (2, "calibrate"))),
-    *((options, 1, "solve") for options in ({"calibrate_on": "dense"}, ROUNDS)),
-]
 
 
 @pytest.mark.parametrize(("options", "block", "stage"), STOPPED)
@@ -350,9 +350,6 @@ def test_a_full_disk(dense, whole, tmp_path):
     assert contents(out) == whole
 
 
-FULL, IN_FILES = Mock(side_effect=OSError(28, "No space left")), {"activation_memory": 0}
-
-
 def test_what_does_not_fit_and_outputs_that_cannot_be(dense, tmp_path, monkeypatch):
     needed = "maskopt.models.pruning.output.disk_needed"
     for patch, value, options, message in (
@@ -412,9 +409,6 @@ def changing(model, out, change, block=1):
             changes.pop()(model)
 
     prune(model, out, on_progress=meanwhile)
-
-
-LATER = {"embedding", "a shard is gone", "a new tokenizer"}  # noticed in the same ways as others
 
 
 @pytest.mark.parametrize("name", [slow(name) if name in LATER else name for name in CHANGES])

@@ -255,8 +255,7 @@ def test_a_tokenizer_that_panics_is_one_error(chat, model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# Code that comes with a model runs only when asked for
-
+# --- code that comes with a model runs only when asked for
 CODE = """
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -311,8 +310,7 @@ def test_remote_code(tmp_path, monkeypatch):
     assert "every kept weight is that of owner/own" in " ".join(said.split())
 
 
-# Hostile bytes
-
+# --- hostile bytes
 TELLING = (b"-1", b"null", b"[]", b"{}", b"1e999", b'"../../x"', b"99999999999999999999")
 
 

@@ -32,6 +32,11 @@ from maskopt.models.pruning.card import hub_name, write_card
 from maskopt.models.pruning.output import apply_masks, extract_masks
 from maskopt.models.verification.verify import verify_model
 
+HALF, WHOLE = torch.bfloat16, torch.float32
+FIRST = [("llama", HALF), ("gpt2", WHOLE), ("gemma3", WHOLE), ("gpt_oss", HALF)]
+EACH = itertools.product(("llama", "gpt2", "gemma3", "gpt_oss", "mixtral"), (HALF, WHOLE))
+EVIL = [".bashrc", "evil.py", ".x.json", ".x.safetensors", "x.so", "Makefile", "autoexec.bat"]
+
 
 def pruned(family, home, *, dtype=torch.float32, sparsity=0.5):
     dense = save(tiny(family, dtype=dtype), home / "dense", shard="30KB")
@@ -54,11 +59,6 @@ def out(made, tmp_path):
 @pytest.fixture
 def packed(made, tmp_path):
     return Path(shutil.copytree(made / "packed", tmp_path / "packed"))
-
-
-HALF, WHOLE = torch.bfloat16, torch.float32
-FIRST = [("llama", HALF), ("gpt2", WHOLE), ("gemma3", WHOLE), ("gpt_oss", HALF)]
-EACH = itertools.product(("llama", "gpt2", "gemma3", "gpt_oss", "mixtral"), (HALF, WHOLE))
 
 
 @pytest.mark.parametrize(("family", "dtype"), but_slow(FIRST, EACH))
@@ -144,9 +144,6 @@ def test_what_was_added_since_comes_back_and_what_was_changed_is_refused(out, tm
     assert not (tmp_path / "none").exists()
 
 
-EVIL = [".bashrc", "evil.py", ".x.json", ".x.safetensors", "x.so", "Makefile", "autoexec.bat"]
-
-
 @pytest.mark.parametrize("name", EVIL)
 def test_hidden_files_and_code_are_not_packed_and_not_unpacked(name, out, packed, tmp_path):
     (packed / name.replace(".safetensors", ".packed")).write_text("evil")
@@ -172,9 +169,7 @@ def test_nothing_is_written_outside_the_output(packed, tmp_path):
     assert (tmp_path / "victim" / "model.safetensors").read_text() == "of somebody"
 
 
-# Mask files
-
-
+# --- mask files
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=3), st.integers(0, 99), st.booleans())
 def test_masks_come_back(shape, seed, last):
     kept = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
@@ -225,8 +220,7 @@ def test_masks_are_applied_and_extracted(dense_folder, pruned_folder, tmp_path, 
     fails(ModelError, "another part", join_masks, tmp_path / "b.safetensors", [small, small])
 
 
-# Cards
-
+# --- cards
 TAKEN_OVER = """license: other
 license_name: mine
 license_link: https://example.org/licence

@@ -36,6 +36,7 @@ BOTH = {**LAYER, "allocation": "both"}
 OPTIONS = {**EQUAL, "allocation": "layers", "solver": "wanda"}
 WHOLE = PruneOptions(Unstructured(sparsity=0.5), allocation="layers", min_tokens=1)
 MEASURED = replace(WHOLE, sensitivity="kl", max_deviation=0.25)
+FEW = [slow("rows", "fisher"), ("both", "relative")]
 
 
 def squares(family, data):
@@ -353,9 +354,6 @@ def test_rows_differ_within_limits_and_the_layer_keeps_its_count(update):
     assert len({layer.pattern for layer in both.layers}) > 2
 
 
-FEW = [slow("rows", "fisher"), ("both", "relative")]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("allocation", "sensitivity"), FEW)
 def test_layers_of_few_tokens_are_ranked_by_magnitude_alone(allocation, sensitivity, tmp_path):
@@ -417,9 +415,7 @@ def test_limits_that_a_manifest_does_not_name_are_none(allocation, small, tmp_pa
         assert options_again("prune", manifest_of(out)["fingerprint"], out)["max_deviation"] == 1
 
 
-# Yardsticks
-
-
+# --- yardsticks
 @pytest.mark.parametrize("method", ["OWL", "DLP"])
 def test_blocks_that_count_more_keep_more_and_the_model_prunes_as_many(benchmarks, method):
     from judges import Judge

@@ -234,8 +234,7 @@ def test_weights_activations_and_models_that_cannot_be_pruned(tmp_path):
         assert "no CUDA device" in refusal(device="cuda")
 
 
-# Interrupted runs
-
+# --- interrupted runs
 SWAPPED, HELD = {**REFIT, "solver": "swap"}, {"holdout": 0.4}
 MEASURES = {"allocation": "layers", "sensitivity": "kl", "token_weights": "gradient"}
 FREE = {"allocation": "rows", "sensitivity": "uniform", "max_deviation": 1}
@@ -276,8 +275,7 @@ def test_resumed_runs_write_the_same_bytes(options, stage, layers, tmp_path, mon
         fails(e.ModelError, said, prune, dense, again, resume=True, **more)
 
 
-# Refitted weights
-
+# --- refitted weights
 REFITTED = {"sparsity": 0.5, "min_tokens": 1, **REFIT}
 UP = "model.layers.1.mlp.up_proj.weight"
 

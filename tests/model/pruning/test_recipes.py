@@ -42,6 +42,8 @@ VALUES = {
     "samples": 7, "seq_len": 9, "bos": "never", "text_field": "words", "chat": True, "device": "cpu",
     "dtype": "bfloat16", "threads": 2, "activation_memory": 5000, "max_memory": 6000,
 }  # fmt: skip
+FEW = {"sparsity": 0.5, "samples": 12, "seq_len": 16, "holdout": 0.34, "min_tokens": 1}
+QUICK = {**FEW, "training": {"epochs": 1}, "distillation": {"learning_rate": 0.003}}
 
 
 def flags(given):
@@ -155,12 +157,7 @@ def test_what_cannot_be(dense, data, tmp_path):
     assert dry.disk > plain.disk
 
 
-# One folder ---------------------------------------------------------------------------------------
-
-FEW = {"sparsity": 0.5, "samples": 12, "seq_len": 16, "holdout": 0.34, "min_tokens": 1}
-QUICK = {**FEW, "training": {"epochs": 1}, "distillation": {"learning_rate": 0.003}}
-
-
+# --- one folder
 @pytest.fixture(scope="module")
 def home(dense, tmp_path_factory):
     """A tiny model with a tokenizer, a text, and the best recipe's result without an interruption."""

@@ -29,6 +29,10 @@ from maskopt.models.structured.blocks import Effects, exchanges, search_sets
 from maskopt.models.structured.experts import costs, mixtures_of
 from maskopt.models.verification.verify import verify_model
 
+KEPT = {"channels": 0.2, "update": "none"}
+ALONE = {"solver": "tabu", "solver_options": {"seed": 1}, "certify": True}
+WALKS = {"holdout": 0.5, "include": ["q_proj"], "skip_bad_samples": True, "samples": 8, "seed": 1}
+
 
 def check_same(less, model, **close):
     found, expected = (logits_of(x, tokens(3, seed=5)) for x in (less, model))
@@ -205,11 +209,6 @@ def test_what_cannot_be_cut_is_refused_before_anything_is_written(of, what, said
     assert not (out / MANIFEST if "off by" in said or "run" in said else out).exists()
 
 
-KEPT = {"channels": 0.2, "update": "none"}
-ALONE = {"solver": "tabu", "solver_options": {"seed": 1}, "certify": True}
-WALKS = {"holdout": 0.5, "include": ["q_proj"], "skip_bad_samples": True, "samples": 8, "seed": 1}
-
-
 def test_options_that_cannot_be(dense_folder, data, tmp_path):
     for options, error, said in (
         ({}, OptionError, "nothing is to be removed"),
@@ -297,9 +296,7 @@ def test_the_command_and_what_comes_after(kind, data, tmp_path):
         run("verify", tmp_path / "pruned", "--original", twice)
 
 
-# Choices
-
-
+# --- choices
 def check_costs(costs, dense, data, **every):
     """They are divergences of the model's predictions from those of it without some blocks."""
     full = logs(reload(dense), data, **every)

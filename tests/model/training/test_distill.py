@@ -34,6 +34,14 @@ from maskopt.models.verification.verify import verify_model
 HOW = {"epochs": 3, "learning_rate": 0.003, "holdout": 0.25}
 #: the last quarter judges
 WINDOWS = tokens(32)
+#: of 16 windows 12 are fitted, so that an epoch has six steps
+STEPS = 6
+only_llama = pytest.mark.parametrize("given", ["llama-float32"], indirect=True)
+#: after so many steps, of which so many were saved: in the first epoch, around its judgement, at the end
+KILLS = [
+    (1, {k: k for k in (1, STEPS - 1, STEPS, STEPS + 1, 3 * STEPS)}, 3 * STEPS),
+    (5, {7: 5, 11: 8}, 7 + 6 + 3 * STEPS - 8),
+]
 
 
 def mean_divergence(dense, other, windows):
@@ -219,10 +227,6 @@ def test_divergence_and_its_derivative_are_those_of_torch(positions):
     assert float(slope.abs().max()) == 0.0
 
 
-#: of 16 windows 12 are fitted, so that an epoch has six steps
-STEPS = 6
-
-
 @pytest.fixture(scope="module", params=["llama-float32", slow("gpt2-bfloat16")])
 def given(request, pairs, tmp_path_factory):
     family, dtype = request.param.split("-")
@@ -232,9 +236,6 @@ def given(request, pairs, tmp_path_factory):
     distil = partial(distill_model, pruned, dense, calibration=text, save_every=1e-9, **HOW)
     assert distil(output=whole).epoch == 3
     return distil, files(whole)
-
-
-only_llama = pytest.mark.parametrize("given", ["llama-float32"], indirect=True)
 
 
 def interrupted(distil, out, step, **how):
@@ -251,13 +252,6 @@ def steps(monkeypatch):
     taken, plain = [], training._set_gradients
     monkeypatch.setattr(training, "_set_gradients", lambda *a: (taken.append(1), plain(*a)))
     return taken
-
-
-#: after so many steps, of which so many were saved: in the first epoch, around its judgement, at the end
-KILLS = [
-    (1, {k: k for k in (1, STEPS - 1, STEPS, STEPS + 1, 3 * STEPS)}, 3 * STEPS),
-    (5, {7: 5, 11: 8}, 7 + 6 + 3 * STEPS - 8),
-]
 
 
 @pytest.mark.parametrize(("every", "kills", "taken"), KILLS)

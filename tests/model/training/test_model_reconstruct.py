@@ -23,6 +23,13 @@ from maskopt.models.verification.verify import verify_model
 HOW = {"epochs": 6, "learning_rate": 0.1}
 OPTIONS = {**WANDA, "holdout": 0.25, "update": "blockwise"}
 KEEP = {"update": "none", "training": {}}
+TRAINED = itertools.product(
+    ("llama", "mixtral", "gemma3", "gpt2", "bloom", "gpt_neox"), ("part", "block")
+)
+PARTS = but_slow([("llama", "part"), ("mixtral", "block")], TRAINED)
+BEGUN = itertools.product(("llama", "gemma3"), ("least-squares", "none"))
+NORMS = {"gpt2": "ln_1.weight", "gemma3": "input_layernorm.weight", "qwen2": "layernorm.weight"}
+ALL = but_slow([("gpt2", "part"), ("qwen2", "block")], itertools.product(NORMS, ("part", "block")))
 
 
 def trained(model, data=None, **more):
@@ -37,12 +44,6 @@ def copied_state(model):
 def read_weights(folder):
     files = folder.glob("*.safetensors")
     return {k: v for f in files if f.name != MASKS for k, v in load_file(f).items()}
-
-
-TRAINED = itertools.product(
-    ("llama", "mixtral", "gemma3", "gpt2", "bloom", "gpt_neox"), ("part", "block")
-)
-PARTS = but_slow([("llama", "part"), ("mixtral", "block")], TRAINED)
 
 
 @pytest.mark.parametrize(("family", "granularity"), PARTS)
@@ -60,9 +61,6 @@ def test_parts_come_nearer_to_the_dense_model(family, granularity):
     assert pruned
     assert not any("norm" in name or "embed" in name or "bias" in name for name in pruned)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
-
-
-BEGUN = itertools.product(("llama", "gemma3"), ("least-squares", "none"))
 
 
 @pytest.mark.parametrize(("family", "begin"), but_slow([("llama", "least-squares")], BEGUN))
@@ -253,10 +251,6 @@ def test_a_run_by_other_threads_is_resumed_and_verified(how, more, small, tmp_pa
     assert len(found.checked_layers) == 14
     assert "trained weights" in found.claimed
     assert "kept weights" not in found.checked
-
-
-NORMS = {"gpt2": "ln_1.weight", "gemma3": "input_layernorm.weight", "qwen2": "layernorm.weight"}
-ALL = but_slow([("gpt2", "part"), ("qwen2", "block")], itertools.product(NORMS, ("part", "block")))
 
 
 @pytest.mark.parametrize(("family", "granularity"), ALL)

@@ -18,6 +18,13 @@ from maskopt.models.checkpoints.checkpoint import INDEX
 from maskopt.models.verification.verify import semi_structured, verify_model
 
 SWAP, TWO_FOUR = {"solver": "swap", "start": "wanda"}, {"sparsity": NM(keep=2, of=4)}
+DATA = tokens()
+IN_ORDER = {"true_sequential": True}
+EVERY = [
+    {**TWO_FOUR, "calibrate_on": "dense", "gram_shrinkage": 0.1},
+    {**IN_ORDER, "dtype": "bfloat16", "threads": 1},
+    slow({"include": ["mlp"], "exclude": ["layers.1"]}),
+]
 
 
 def test_masks_of_another_run_are_claims(dense_folder, pruned_folder, tmp_path):
@@ -137,9 +144,6 @@ def test_trained_folders_of_every_family_hold(family, granularity, tmp_path):
     verify_model(out, dense)
 
 
-DATA = tokens()
-
-
 def refused(out, dense, said="", data=DATA, **options):
     fails(VerificationError, said or None, verify_model, out, dense, calibration=data, **options)
 
@@ -166,14 +170,6 @@ def test_what_a_run_states_holds(swapped, dense_folder):
     fails(VerificationError, "give both", verify_model, swapped, dense_folder, layers=["mlp"])
     given = {"calibration": DATA, "layers": ["mpl"]}
     fails(ModelError, "no layer matches", verify_model, swapped, dense_folder, **given)
-
-
-IN_ORDER = {"true_sequential": True}
-EVERY = [
-    {**TWO_FOUR, "calibrate_on": "dense", "gram_shrinkage": 0.1},
-    {**IN_ORDER, "dtype": "bfloat16", "threads": 1},
-    slow({"include": ["mlp"], "exclude": ["layers.1"]}),
-]
 
 
 @pytest.mark.parametrize("options", EVERY)

@@ -28,6 +28,11 @@ from maskopt.models.verification.verify import verify_model
 
 TRAIN = {"epochs": 2, "learning_rate": 0.003, "train": "all"}
 NARROW = {"channels": 0.25, "heads": 0.5, "solver": "wanda", "update": "none"}
+REMOVED = "fingerprint", "options", "removed", 0
+DOWN = "model.layers.{}.mlp.down_proj"
+UP, GATE = (f"model.layers.0.mlp.{x}_proj.weight" for x in ("up", "gate"))
+K, V = "model.layers.0.self_attn.k_proj.weight", "model.layers.1.self_attn.v_proj.weight"
+NORM, ROUTER = "model.norm.weight", "model.layers.0.mlp.router.weight"
 
 
 def without_first(dense, out):
@@ -100,8 +105,7 @@ def folders(dense_folder, pruned_folder, dense, tmp_path_factory):
     return folder
 
 
-# What a loader could take ---------------------------------------------------------------------
-
+# --- what a loader could take
 PLANTED = [
     "pytorch_model.bin", "adapter_model.bin", "adapter_model.safetensors", "adapter_config.json",
     "modeling_own.py", "generate.py", "MODEL.SAFETENSORS", "model.Safetensors",
@@ -134,9 +138,7 @@ def link_out(name):
     return link, "link|loader"
 
 
-# What the files say ---------------------------------------------------------------------------
-
-
+# --- what the files say
 def in_subfolder(result, dense):
     """The index names a file in a subfolder; one of that name lies in the folder itself."""
     name = forging.first_weight_shard(result).name
@@ -277,9 +279,8 @@ if os.name == "posix":
     FILES["link for weights"] = (first_link, "link|loader")
     FILES["pipe"] = (lambda r, _: os.mkfifo(r / "tokenizer.json"), "link|loader")
 
-# What the manifest says -----------------------------------------------------------------------
 
-
+# --- what the manifest says
 def layer(home="layers", /, **changes):
     """Of the fourth layer some values are changed, by functions of the layer or to values."""
 
@@ -381,9 +382,8 @@ ALONE = {
     "a row of both": ("both", keep_in_a_row(None), "row 0: 0 of .* beyond the deviation of its layer"),
 }  # fmt: skip
 
-# What only the original shows -----------------------------------------------------------------
 
-
+# --- what only the original shows
 def part(index, **changes):
     return lambda m: layer("parts", **changes)(m, index)
 
@@ -501,9 +501,7 @@ AGAINST = {
 }  # fmt: skip
 
 
-# Smaller models ---------------------------------------------------------------------------------
-
-
+# --- smaller models
 def shrunk_says(*path, to):
     return says(edit("shrunk", *path, to=to))
 
@@ -516,13 +514,6 @@ def lacks(*path):
 def other_block(result, *_):
     for path in (("shrunk", "blocks", 0), REMOVED):
         forge_manifest(result, edit(*path, to=2))
-
-
-REMOVED = "fingerprint", "options", "removed", 0
-DOWN = "model.layers.{}.mlp.down_proj"
-UP, GATE = (f"model.layers.0.mlp.{x}_proj.weight" for x in ("up", "gate"))
-K, V = "model.layers.0.self_attn.k_proj.weight", "model.layers.1.self_attn.v_proj.weight"
-NORM, ROUTER = "model.norm.weight", "model.layers.0.mlp.router.weight"
 
 
 def exchange(out, _):

@@ -23,6 +23,7 @@ from maskopt.solvers.convex.mixing import Extra, Mixing
 METHODS = ("box", "shift", "sdp")
 SPARSE = Unstructured(0.6)
 PATTERNS = (SPARSE, TWO_FOUR)
+SETTLING = list(itertools.product(["full", "low-rank", "outliers"], PATTERNS))
 
 
 def layer(rows, n, pattern=SPARSE, kind="full", dtype=torch.float64):
@@ -103,9 +104,6 @@ def test_bounds_of_singular_indefinite_and_badly_scaled_rows():
     problem = layer(4, 128, kind="low-rank", dtype=torch.float32)
     box, shift = lower_bound(problem, "box").value, lower_bound(problem, "shift").value
     assert bool(((shift >= 0.99 * box) & (shift <= solve(problem, "swap").objective)).all())
-
-
-SETTLING = list(itertools.product(["full", "low-rank", "outliers"], PATTERNS))
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ SPARSE, CLIMB = Unstructured(sparsity=0.6), Plan((20.0, 5.0, 1.0, 0.3, 0.1))
 ROUGH = Plans(Plan((10.0,), (1,)), Plan((1.0,), (1,)))
 EMPTY = Pool.empty(PLACES)
 SIGNS = (-1.0, 1.0)
+AGAIN = {"_TRY": 3, "_TRY_AGAIN": 12, "_TOO_MANY": 12}
 
 
 def correlations(n, rank, seed):
@@ -350,9 +351,6 @@ def test_nodes_open_together_make_one_tree_on_any_threads_and_outlive_ctrl_c(mon
 @cache
 def optimum(n):
     return solve(drawn(1, n, pattern=SPARSE), "branch").objective
-
-
-AGAIN = {"_TRY": 3, "_TRY_AGAIN": 12, "_TOO_MANY": 12}
 
 
 @pytest.mark.parametrize(

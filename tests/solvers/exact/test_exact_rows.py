@@ -47,6 +47,19 @@ MODULES = {name: import_module(f"maskopt.solvers.exact.{name}") for name in NAME
 SOLVERS = {name: getattr(module, name.title()) for name, module in MODULES.items()}
 SIXTY, OPTIMAL = Unstructured(sparsity=0.6), {Status.OPTIMAL}
 FEASIBLE, LATE = (Status.FEASIBLE,) * 3, ("timelimit",) * 3
+#: solver and whether kept weights are updated, with the largest n and rows that are drawn, and the part of
+#: its diagonal that an objective may be off
+CASES = {
+    ("branch", False): (10, 1, 1e-10), ("scip", False): (14, 1, 1e-10),
+    ("highs", False): (12, 2, 1e-9), ("gurobi", False): (12, 2, 1e-9),
+    ("branch", True): (10, 3, 1e-9), ("scip", True): (7, 2, 1e-9), ("gurobi", True): (7, 2, 1e-9),
+}  # fmt: skip
+FIRST = ("full", "outliers")
+PROCESSES = [("scip", False), ("branch", True), ("scip", True), ("gurobi", True)]
+PATTERNS = {
+    12: (Unstructured(keep=5), TWO_FOUR, NM(keep=1, of=4)),
+    16: (Unstructured(keep=8), NM(keep=4, of=8), Unstructured(0.25)),
+}
 
 
 @pytest.fixture(params=NAMES)
@@ -383,13 +396,6 @@ def test_a_prune_goes_on_after_the_layers_that_were_done(tmp_path, dense_folder,
 
 
 # --- against enumeration, and at every limit
-#: solver and whether kept weights are updated, with the largest n and rows that are drawn, and the part of
-#: its diagonal that an objective may be off
-CASES = {
-    ("branch", False): (10, 1, 1e-10), ("scip", False): (14, 1, 1e-10),
-    ("highs", False): (12, 2, 1e-9), ("gurobi", False): (12, 2, 1e-9),
-    ("branch", True): (10, 3, 1e-9), ("scip", True): (7, 2, 1e-9), ("gurobi", True): (7, 2, 1e-9),
-}  # fmt: skip
 
 
 def case_id(case):
@@ -463,9 +469,6 @@ def rows_of(case, kind):
             power = 0.5 if pattern == TWO_FOUR or kind == "zero-columns" else 0.0
             update = maskopt.LeastSquaresUpdate(damping, power)
             yield drawn(2, 12, kind, pattern, linear=linear, update=update), None
-
-
-FIRST = ("full", "outliers")
 
 
 @pytest.mark.parametrize("kind", slow_where([*KINDS, "degenerate"], lambda k: k not in FIRST))
@@ -551,9 +554,6 @@ def test_limits_leave_an_incumbent_and_a_bound_that_holds(case):
         verify(one, found)
 
 
-PROCESSES = [("scip", False), ("branch", True), ("scip", True), ("gurobi", True)]
-
-
 @pytest.mark.parametrize("case", slow_where(PROCESSES, lambda c: c[1]), ids=case_id, indirect=True)
 def test_workers_threads_and_a_row_alone_change_nothing(case):
     (name, update), seen = case, []
@@ -583,12 +583,6 @@ def test_missing_packages_and_licences_name_the_remedy(monkeypatch):
         reason = available_solvers()[solver].unavailable
         assert f"pip install {package}" in reason
         fails(SolverUnavailableError, package, make_solver, solver)
-
-
-PATTERNS = {
-    12: (Unstructured(keep=5), TWO_FOUR, NM(keep=1, of=4)),
-    16: (Unstructured(keep=8), NM(keep=4, of=8), Unstructured(0.25)),
-}
 
 
 @pytest.mark.slow

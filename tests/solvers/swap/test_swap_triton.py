@@ -27,6 +27,11 @@ from maskopt.solvers.swap.triton.steps import TritonKernel
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIXTY = Unstructured(sparsity=0.6)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+SHAPES = [
+    (1, 1, "full", 1), (1, 2, "full", 1), (3, 7, "outliers", 3), (1, 65, "zero-columns", 26),
+    (2, 65, "full", 65), (2, 65, "full", 1), (2, 65, "low-rank", 64), (1, 128, "full", 51),
+    slow(3, 193, "low-rank", 77), slow(33, 9, "duplicates", 4),
+]  # fmt: skip
 
 
 def linear_terms(x, diagonal, c, kept):
@@ -207,13 +212,6 @@ def test_reach_bounds_every_entry():
         entries.fill_diagonal_(0.0)
         assert (entries <= reach.rho[:, None] * most * (1 + 1e-12)).all()
         assert bool(reach.rho.isfinite().all())
-
-
-SHAPES = [
-    (1, 1, "full", 1), (1, 2, "full", 1), (3, 7, "outliers", 3), (1, 65, "zero-columns", 26),
-    (2, 65, "full", 65), (2, 65, "full", 1), (2, 65, "low-rank", 64), (1, 128, "full", 51),
-    slow(3, 193, "low-rank", 77), slow(33, 9, "duplicates", 4),
-]  # fmt: skip
 
 
 @pytest.mark.parametrize(("rows", "n", "kind", "keep"), SHAPES)
