@@ -117,22 +117,19 @@ def test_a_gram_matrix_is_symmetric_and_definite_but_for_rounding():
     assert zero.objective(solve(zero, "wanda").mask).tolist() == [0, 0]
 
 
-@pytest.mark.parametrize(
-    ("weight", "gram", "message"),
-    [
-        (torch.ones(4), EYE, r"must be \[rows, n\]"),
-        (torch.ones(0, 4), EYE, r"at least 1"),
-        (ONES, torch.eye(5), r"gram must be \[4, 4\]"),
-        (ONES, -EYE, r"least eigenvalue is -1"),
-        (ONES, EYE - 0.5, r"not positive semidefinite"),
-        (ONES * torch.nan, EYE, r"layer 'q_proj'.*weight holds 8 NaN"),
-        (ONES, torch.diag(torch.tensor([1, 1, 1, torch.inf])), r"gram holds 1 NaN"),
-        (ONES.long(), EYE, r"floating-point"),
-        (np.ones((2, 4), dtype=complex), EYE, r"floating-point"),
-        ({"w": 1.0}, EYE, r"torch tensor or a NumPy array"),
-        ([[1.0, 2], [3]], EYE, "weight: lists must hold numbers"),
-    ],
-)
+@pytest.mark.parametrize(("weight", "gram", "message"), [
+    (torch.ones(4), EYE, r"must be \[rows, n\]"),
+    (torch.ones(0, 4), EYE, r"at least 1"),
+    (ONES, torch.eye(5), r"gram must be \[4, 4\]"),
+    (ONES, -EYE, r"least eigenvalue is -1"),
+    (ONES, EYE - 0.5, r"not positive semidefinite"),
+    (ONES * torch.nan, EYE, r"layer 'q_proj'.*weight holds 8 NaN"),
+    (ONES, torch.diag(torch.tensor([1, 1, 1, torch.inf])), r"gram holds 1 NaN"),
+    (ONES.long(), EYE, r"floating-point"),
+    (np.ones((2, 4), dtype=complex), EYE, r"floating-point"),
+    ({"w": 1.0}, EYE, r"torch tensor or a NumPy array"),
+    ([[1.0, 2], [3]], EYE, "weight: lists must hold numbers"),
+])  # fmt: skip
 def test_bad_input_names_the_thing(weight, gram, message):
     fails(ProblemError, message, LayerProblem, weight, gram, HALF, name="q_proj")
 
@@ -236,16 +233,13 @@ def forged(path, case):
         (np.savez_compressed if case == "compressed" else np.savez)(path, **(parts | extra))
 
 
-@pytest.mark.parametrize(
-    ("case", "message"),
-    [
-        ("unknown", "not a sound layer: it has no array 'extra'"),
-        ("text", r"not a sound file: array 'gram.npy' is of type <U1"),
-        ("compressed", "its arrays are compressed, or overlap; write them with numpy.savez"),
-        ("overlap", "its arrays are compressed, or overlap"),
-        ("shape", r"not a sound file: array 'gram.npy' is no float32 \[4, 99999\]"),
-    ],
-)
+@pytest.mark.parametrize(("case", "message"), [
+    ("unknown", "not a sound layer: it has no array 'extra'"),
+    ("text", r"not a sound file: array 'gram.npy' is of type <U1"),
+    ("compressed", "its arrays are compressed, or overlap; write them with numpy.savez"),
+    ("overlap", "its arrays are compressed, or overlap"),
+    ("shape", r"not a sound file: array 'gram.npy' is no float32 \[4, 99999\]"),
+])  # fmt: skip
 def test_an_array_is_read_once_its_header_is_sound(case, message, tmp_path, monkeypatch):
     forged(tmp_path / "x.npz", case)
     read, sizes = files.npy.read_array, []
@@ -259,16 +253,13 @@ def test_an_array_is_read_once_its_header_is_sound(case, message, tmp_path, monk
     assert sum(sizes) < 4096
 
 
-@pytest.mark.parametrize(
-    ("mask", "message"),
-    [
-        (ALL[:, :3], r"has shape \[2, 3\], the problem \[2, 4\]"),
-        ([[True]], r"has shape \[1, 1\]"),
-        (ONES, "must be bool"),
-        (ALL, "row 0 prunes 0 of 4"),
-        ("not-a-solver", "unknown solver"),
-    ],
-)
+@pytest.mark.parametrize(("mask", "message"), [
+    (ALL[:, :3], r"has shape \[2, 3\], the problem \[2, 4\]"),
+    ([[True]], r"has shape \[1, 1\]"),
+    (ONES, "must be bool"),
+    (ALL, "row 0 prunes 0 of 4"),
+    ("not-a-solver", "unknown solver"),
+])  # fmt: skip
 def test_bad_masks(mask, message):
     fails(errors.WarmStartError, r"shape \[4\], the problem \[2, 4\]", PLAIN.check_mask, ALL[0])
     fails(errors.MaskoptError, message, solve, PLAIN, "elimination", start=mask)
@@ -527,17 +518,13 @@ def test_what_is_unknown_is_null_in_a_file(tmp_path):
     assert Solution.load(path).seconds == 2.5
 
 
-@pytest.mark.parametrize(
-    ("changes", "kinds"),
-    [
-        ({"seconds": 10**400}, {}), ({"seconds": "long"}, {}), ({"seconds": []}, {}),
-        ({"status": None}, {}), ({"status": ["feasible", "perfect"]}, {}), ({"trusted": 3}, {}),
-        ({"trace.winner": []}, {}), ({"trace.nodes": 3}, {}), ({"trace.nodes": {}}, {}),
-        *(({}, {what: kind}) for kind in (">f8", "U1")
-          for what in ("mask", "objective", "lower_bound", "certificate.point")),
-    ],
-    ids=lambda changes: str(changes)[:40],
-)  # fmt: skip
+@pytest.mark.parametrize(("changes", "kinds"), [
+    ({"seconds": 10**400}, {}), ({"seconds": "long"}, {}), ({"seconds": []}, {}),
+    ({"status": None}, {}), ({"status": ["feasible", "perfect"]}, {}), ({"trusted": 3}, {}),
+    ({"trace.winner": []}, {}), ({"trace.nodes": 3}, {}), ({"trace.nodes": {}}, {}),
+    *(({}, {what: kind}) for kind in (">f8", "U1")
+      for what in ("mask", "objective", "lower_bound", "certificate.point")),
+], ids=lambda changes: str(changes)[:40])  # fmt: skip
 def test_a_forged_file_is_named(changes, kinds, tmp_path):
     def retyped(arrays):
         arrays.update({name: arrays[name].astype(kind) for name, kind in kinds.items()})

@@ -81,22 +81,19 @@ OFF[2, 5] += 1
 HOLE[3, 4] = HOLE[4, 3] = np.nan
 
 
-@pytest.mark.parametrize(
-    ("name", "matrix", "cardinality", "said"),
-    [
-        ("a.npy", Q[:3], 2, r"\[3, 14\], not square.*save X.T @ X"),
-        ("a.mtx", Q[:3], 2, "3 × 14"),
-        ("a.csv", OFF, 2, r"not symmetric.*\(Q \+ Q.T\) / 2"),
-        ("a.npz", HOLE, 2, r"2 entries are NaN or infinite, the first at \[3, 4\]; replace"),
-        ("a.npy", Q, 15, "cardinality must be a whole number, 0 … 14, not 15"),
-        ("a.npy", Q, None, "give `cardinality`"),
-        ("a.npy", np.array([[object()]]), 1, "not an array"),
-        ("a.npy", np.array([["x"]]), 1, "of type"),
-        ("a.mtx", "%%MatrixMarket matrix coordinate real general\n9 9 99999\n", 1, "99999 entries"),
-        ("a.csv", "a,b\n1,2\n", 1, "no matrix"),
-        ("none.csv", None, 1, "no such file"),
-    ],
-)
+@pytest.mark.parametrize(("name", "matrix", "cardinality", "said"), [
+    ("a.npy", Q[:3], 2, r"\[3, 14\], not square.*save X.T @ X"),
+    ("a.mtx", Q[:3], 2, "3 × 14"),
+    ("a.csv", OFF, 2, r"not symmetric.*\(Q \+ Q.T\) / 2"),
+    ("a.npz", HOLE, 2, r"2 entries are NaN or infinite, the first at \[3, 4\]; replace"),
+    ("a.npy", Q, 15, "cardinality must be a whole number, 0 … 14, not 15"),
+    ("a.npy", Q, None, "give `cardinality`"),
+    ("a.npy", np.array([[object()]]), 1, "not an array"),
+    ("a.npy", np.array([["x"]]), 1, "of type"),
+    ("a.mtx", "%%MatrixMarket matrix coordinate real general\n9 9 99999\n", 1, "99999 entries"),
+    ("a.csv", "a,b\n1,2\n", 1, "no matrix"),
+    ("none.csv", None, 1, "no such file"),
+])  # fmt: skip
 def test_what_is_no_such_matrix_names_the_file_and_the_remedy(
     name, matrix, cardinality, said, tmp_path
 ):

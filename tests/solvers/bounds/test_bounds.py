@@ -261,18 +261,15 @@ def random_extra(n, rows, seed):
     return dense, Extra(starts, column.astype(np.int32), dense[dense != 0])
 
 
-@pytest.mark.parametrize(
-    ("n", "pattern", "rank"),
-    [
-        (1, Unstructured(0.0), 2), (5, SPARSE, 3), (8, TWO_FOUR, 16), (37, SPARSE, 9),
-        (40, TWO_FOUR, 17), (60, NM(5, 20), 48),
-        (30, SPARSE, 80),  # more accumulators than are summed together
-        *(  # in float32
-            slow(*case)
-            for case in ((259, HALF, 23), (264, NM(4, 8), 16), (264, SPARSE, 130))
-        ),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("n", "pattern", "rank"), [
+    (1, Unstructured(0.0), 2), (5, SPARSE, 3), (8, TWO_FOUR, 16), (37, SPARSE, 9),
+    (40, TWO_FOUR, 17), (60, NM(5, 20), 48),
+    (30, SPARSE, 80),  # more accumulators than are summed together
+    *(  # in float32
+        slow(*case)
+        for case in ((259, HALF, 23), (264, NM(4, 8), 16), (264, SPARSE, 130))
+    ),
+])  # fmt: skip
 @pytest.mark.parametrize("with_extra", [False, True])
 def test_the_sweep_is_plain_gauss_seidel(n, pattern, rank, with_extra):
     state = Mixing(drawn(3, n, pattern=pattern, seeds=(1, 0)), rank, 0)

@@ -109,14 +109,11 @@ def best_swaps_one_by_one(rows, row, columns, limit, most, group):
     return made, kept
 
 
-@pytest.mark.parametrize(
-    ("n", "kind", "keep", "group"),
-    [
-        (7, "full", 3, None), (33, "outliers", 13, None), (33, "low-rank", 32, None),
-        (33, "full", 33, None), (20, "full", 0, None), (24, "full", 1, None),
-        (24, "zero-columns", 12, 4), (21, "low-rank", 9, 3),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("n", "kind", "keep", "group"), [
+    (7, "full", 3, None), (33, "outliers", 13, None), (33, "low-rank", 32, None),
+    (33, "full", 33, None), (20, "full", 0, None), (24, "full", 1, None),
+    (24, "zero-columns", 12, 4), (21, "low-rank", 9, 3),
+])  # fmt: skip
 def test_candidate_block_makes_the_best_swaps(n, kind, keep, group):
     rows, width = Rows(3, n, kind, seed=n, keep=keep, dtype=torch.float64, group=group), 16
     columns, chosen = torch.full((3, width), -1, dtype=torch.int32), []
@@ -288,22 +285,19 @@ def _layer(rows, n, kind, pattern, dtype=torch.float32):
     return LayerProblem(random_weight(rows, n, n + 1, dtype).to(DEVICE), gram.to(DEVICE), pattern)
 
 
-@pytest.mark.parametrize(
-    ("rows", "n", "kind", "pattern", "dtype"),
-    [
-        slow(1, 150, "low-rank", SIXTY, torch.float32),
-        (1, 65, "outliers", SIXTY, torch.float64),
-        (1, 64, "duplicates", HALF, torch.float32),
-        (2, 33, "full", Unstructured(keep=33), torch.float32),
-        (2, 33, "full", Unstructured(keep=0), torch.float32),
-        (2, 33, "full", Unstructured(keep=1), torch.float32),
-        (2, 1, "full", Unstructured(keep=1), torch.float32),
-        (1, 64, "low-rank", TWO_FOUR, torch.float32),
-        (1, 40, "full", NM(2, 5), torch.float64),
-        slow(1, 96, "low-rank", NM(20, 48), torch.float32),
-        (1, 64, "full", NM(8, 32), torch.float32),
-    ],
-)
+@pytest.mark.parametrize(("rows", "n", "kind", "pattern", "dtype"), [
+    slow(1, 150, "low-rank", SIXTY, torch.float32),
+    (1, 65, "outliers", SIXTY, torch.float64),
+    (1, 64, "duplicates", HALF, torch.float32),
+    (2, 33, "full", Unstructured(keep=33), torch.float32),
+    (2, 33, "full", Unstructured(keep=0), torch.float32),
+    (2, 33, "full", Unstructured(keep=1), torch.float32),
+    (2, 1, "full", Unstructured(keep=1), torch.float32),
+    (1, 64, "low-rank", TWO_FOUR, torch.float32),
+    (1, 40, "full", NM(2, 5), torch.float64),
+    slow(1, 96, "low-rank", NM(20, 48), torch.float32),
+    (1, 64, "full", NM(8, 32), torch.float32),
+])  # fmt: skip
 def test_search_ends_at_proven_optima(rows, n, kind, pattern, dtype):
     problem = _layer(rows, n, kind, pattern, dtype)
     start, solution, batch = proven_from_random(problem)
