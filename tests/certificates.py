@@ -53,13 +53,10 @@ def certificate(problem, *, product=False, cuts=False):
     def noise(*shape):
         return torch.randn(*shape, dtype=torch.float64)
 
-    return Certificate(
-        2 + noise(rows, n).abs(),
-        0.1 * noise(rows, groups),
-        noise(rows, n),
-        0.1 * noise(rows, groups, n) if product else None,
-        [triangles(), *[None] * (rows - 1)] if cuts else None,
-    )
+    diagonal, penalty, point = 2 + noise(rows, n).abs(), 0.1 * noise(rows, groups), noise(rows, n)
+    products = 0.1 * noise(rows, groups, n) if product else None
+    lists = [triangles(), *[None] * (rows - 1)] if cuts else None
+    return Certificate(diagonal, penalty, point, products, lists)
 
 
 def formula(certificate, problem, row):

@@ -1,7 +1,5 @@
 """Forged results of a prune: changed in what they say, with every digest made right again."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json

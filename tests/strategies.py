@@ -1,7 +1,5 @@
 """Random problems for tests, with Gram matrices as layers give them, and brute force."""
 
-from __future__ import annotations
-
 from itertools import chain, combinations, product
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Tiny random language models of many families, and tokenizers for them."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Callable

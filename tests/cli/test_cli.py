@@ -184,13 +184,10 @@ def test_too_little_memory_is_one_line_and_another_error_keeps_its_traceback(mon
     def fails(error):
         raise error
 
-    for allocate in (
-        lambda: np.empty(2**58),
-        lambda: torch.empty(2**55),
-        lambda: fails(MemoryError()),
-        lambda: fails(torch.OutOfMemoryError("CUDA out of memory.\nTried")),
-        lambda: fails(RuntimeError("CUDA error: out of memory")),
-    ):
+    of_cuda = torch.OutOfMemoryError("CUDA out of memory.\nTried")
+    given = MemoryError(), of_cuda, RuntimeError("CUDA error: out of memory")
+    raised = (lambda error=error: fails(error) for error in given)
+    for allocate in (lambda: np.empty(2**58), lambda: torch.empty(2**55), *raised):
         monkeypatch.setattr("maskopt.cli.app", allocate)
         result = ended()
         assert (result.returncode, result.stderr.count("\n")) == (1, 1)

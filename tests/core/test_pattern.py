@@ -23,11 +23,9 @@ ROW = {"kind": "unstructured", "sparsity": 0.5, "keep": None}
 
 
 @given(
-    st.integers(0, 999),
-    st.fractions(0, 1, max_denominator=10**6).filter(lambda f: f < 1),
-    st.decimals(0, 1, places=15).filter(lambda d: d < 1),
-    st.one_of(st.integers(1, 5000), st.integers(1, 10**9)),
-)
+    st.integers(0, 999), st.fractions(0, 1, max_denominator=10**6).filter(lambda f: f < 1),
+    st.decimals(0, 1, places=15).filter(lambda d: d < 1), st.integers(1, 5000) | st.integers(1, 10**9),
+)  # fmt: skip
 def test_a_share_prunes_the_floor_of_the_exact_product(mille, share, digits, n):
     for given_share, exact in (
         (mille / 1000, Fraction(mille, 1000)), (share, share), (digits, Fraction(digits)),

@@ -320,16 +320,13 @@ def test_files_of_a_model_are_never_replaced(weights, saved, tmp_path):
 
 def test_options_that_do_not_fit_are_refused(saved, monkeypatch):
     monkeypatch.chdir(saved.parent)
-    wanda, columns = "compare --solvers wanda", ("5,3000", "5,-1", 0, -3)
+    base, columns = "compare --solvers wanda", ("5,3000", "5,-1", 0, -3)
     walk = ("--calibration no.txt", "--samples 3", "--include q_proj", "--bos never")
     for message, *commands in (
         ("`on_progress`", "compare --solvers swap --solver-options swap.on_progress=5"),
         ("`on_progress`", "solve --output out.npz --solver-options on_progress=5"),
-        (
-            "--update must be one of: none, least-squares, blockwise; not",
-            f"{wanda} --update refitt",
-        ),
-        ("is for a model folder", *(f"{wanda} {option}" for option in walk)),
+        ("--update must be one of: none, least-squares, blockwise; not", f"{base} --update refit"),
+        ("is for a model folder", *(f"{base} {option}" for option in walk)),
         ("unknown format 'xyz'", "export r.xyz"),
         ("--columns is how many", *(f"export none.npz --columns {x}" for x in columns)),
     ):

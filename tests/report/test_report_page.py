@@ -154,9 +154,7 @@ def test_names_cannot_break_out_of_the_page_and_do_not_mix(home, tmp_path):
         record["model"] = f"folder{place}/OUT"
     (tmp_path / "eval.json").write_text(json.dumps(records))
     found = page(tmp_path, home / "OUT", other, "--evaluation", tmp_path / "eval.json")
-    rows = [
-        f"Improvement of the rows, {html.escape(str(folder))}" for folder in (home / "OUT", other)
-    ]
+    rows = [f"Improvement of the rows, {html.escape(str(x))}" for x in (home / "OUT", other)]
     shows(found, *rows, "folder0/OUT", "folder1/OUT")
     assert "<b>" not in found
     unique_ids(found)

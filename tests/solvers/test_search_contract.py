@@ -12,15 +12,10 @@ from maskopt.protocol.solver import make_start
 
 KERNELS = {f"swap-{k}": ("swap", {"kernel": k}) for k in ("literal", "torch", "numba")}
 MEMETIC = {"generations": 6, "children": 3, "pool": 4, "moves": 40}
-SEARCHES = KERNELS | {
-    "kswap": ("kswap", {}),
-    "tabu": ("tabu", {"moves": 60}),
-    "memetic": ("memetic", MEMETIC),
-    "relax": ("relax", {}),
-    "sdp": ("sdp", {"sweeps": 60}),
-    "frank_wolfe": ("frank_wolfe", {"iterations": 30}),
-    "portfolio": ("portfolio", {"members": ("elimination", "swap")}),
-}
+OPTIONS = {"kswap": {}, "tabu": {"moves": 60}, "memetic": MEMETIC, "relax": {}}
+OPTIONS |= {"sdp": {"sweeps": 60}, "frank_wolfe": {"iterations": 30}}
+OPTIONS |= {"portfolio": {"members": ("elimination", "swap")}}
+SEARCHES = KERNELS | {name: (name, how) for name, how in OPTIONS.items()}
 COSTLY = ("memetic", "memetic, updated", "sdp")
 #: of loops that other tests do not compile for both
 DTYPES = {"kswap": torch.float64, "kswap, single": torch.float32}

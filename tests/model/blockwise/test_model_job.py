@@ -147,10 +147,8 @@ def test_filters(monkeypatch):
 def test_options_and_shorthand_are_the_same():
     given = {"sparsity": NM(keep=2, of=4), "solver": "wanda", "min_tokens": 1, "include": "mlp"}
     options = PruneOptions(**{**given, "include": ["mlp"]})
-    one, two, three = (
-        prune_model(tiny("llama"), tokens(), *words, **named)
-        for words, named in (((options,), {}), ((), given), ((options,), {"seed": 3}))
-    )
+    calls = ((options,), {}), ((), given), ((options,), {"seed": 3})
+    one, two, three = (prune_model(tiny("llama"), tokens(), *a, **named) for a, named in calls)
     assert one.fingerprint == two.fingerprint
     assert all(torch.equal(mask, two.masks[name]) for name, mask in one.masks.items())
     assert three.fingerprint["options"] == {**one.fingerprint["options"], "seed": 3}

@@ -282,12 +282,9 @@ def test_never_is_the_convention_of_one_long_text_and_other_beginnings(dense):
     options = WalkOptions(samples=2, seq_len=8, bos="never")
     job = open_job(tiny("llama"), [TEXT], options, tokenizer=tokenizer)
     assert int(job.windows.tokens.max()) < 96
-    for bos in ("auto", "always"):
-        given, said = (
-            replace(options, bos=bos),
-            r"token id 96 does not exist in .* vocabulary of 96",
-        )
-        fails(DataError, said, open_job, tiny("llama"), [TEXT], given, tokenizer=tokenizer)
+    said = r"token id 96 does not exist in .* vocabulary of 96"
+    for how in (replace(options, bos="auto"), replace(options, bos="always")):
+        fails(DataError, said, open_job, tiny("llama"), [TEXT], how, tokenizer=tokenizer)
     # a tokenizer on disk without one
     windows = open_job(dense, [TEXT], replace(options, bos="auto")).windows
     assert str(windows.beginning) == "without a beginning token"

@@ -154,10 +154,7 @@ REFUSED = {
         ("`allocation` layers needs a share .*, not 2:4", {**MODEL, **WIDE}),
         (r"needs a share such as 0\.5, not 0\.5 per layer", {**MODEL, **POOL}),
         (r"needs a share such as 0\.5, not keep 3", {**MODEL, **KEEP}),
-        (
-            "`sensitivity` must be one of: .*relative, fisher, kl; not",
-            {**MODEL, "sensitivity": "size"},
-        ),
+        ("`sensitivity` must be one of: .*relative, fisher, kl; not", {**MODEL, "sensitivity": "size"}),
         ("`max_deviation` must be", {**MODEL, "max_deviation": 1.5}),
         ("fisher needs every window's loss", {**MODEL, "skip_bad_samples": True}),
         ("`counts` needs `allocation` layers", {"allocation": "uniform", "counts": {"a": 1}}),
@@ -183,7 +180,7 @@ REFUSED = {
         ("`target` dense and `true_sequential` exclude", {**DENSE, "true_sequential": True}),
         ("`target` dense needs `all_experts` there", {**DENSE, "model": "mixtral"}),
     ],
-}
+}  # fmt: skip
 CASES = [(kind, *case) for kind, cases in REFUSED.items() for case in cases]
 
 
@@ -321,10 +318,8 @@ def test_weights_are_those_of_least_squares_on_the_layers_own_inputs(solver):
 @pytest.mark.slow
 def test_dampings_of_held_out_windows_and_of_experts_that_saw_too_little(tmp_path):
     given = {**REFITTED, "holdout": 0.4, "include": ("layers.0.self_attn.*",)}
-    chosen, fixed = (
-        prune_model(tiny("llama", layers=2), tokens(10), damping=damping, **given)
-        for damping in ("auto", 0.003)
-    )
+    chosen = prune_model(tiny("llama", layers=2), tokens(10), damping="auto", **given)
+    fixed = prune_model(tiny("llama", layers=2), tokens(10), damping=0.003, **given)
     assert {layer.damping for layer in chosen.layers} <= {*DAMPING_GRID}
     first = zip(chosen.layers[:3], fixed.layers[:3], strict=True)
     assert sum(a.error_held - b.error_held for a, b in first) < 0

@@ -122,10 +122,8 @@ def test_a_recipe_means_the_same_everywhere(recipe, sparsity, tmp_path):
 
 
 def test_the_recipes_are_those_that_were_measured():
-    balanced, best, groups = (
-        prune_options(None, {"recipe": recipe, "sparsity": sparsity})
-        for recipe, sparsity in (("balanced", 0.5), ("best", 0.5), ("best", "2:4"))
-    )
+    cases = ("balanced", 0.5), ("best", 0.5), ("best", "2:4")
+    balanced, best, groups = (prune_options(None, {"recipe": r, "sparsity": s}) for r, s in cases)
     assert (balanced.solver, balanced.update) == ("admm", "least-squares")
     assert (best.allocation, best.sensitivity, best.solver) == ("layers", "fisher", "admm")
     assert best.training["begin"] == "least-squares"

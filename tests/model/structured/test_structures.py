@@ -571,10 +571,8 @@ def test_errors_bounds_and_counts_of_channels(dense_folder, tmp_path):
     assert all(0 < layer.lower_bound <= layer.error_kept for layer in layers)
     shrink("rounded", channels=0.3, round_to=8)
     assert json.loads((tmp_path / "rounded" / "config.json").read_text())["intermediate_size"] == 40
-    errors = [
-        shrink(solver, channels=0.5, solver=solver, update="none")[0].error
-        for solver in ("tabu", "swap", "wanda", "magnitude")
-    ]
+    how, solvers = {"channels": 0.5, "update": "none"}, ("tabu", "swap", "wanda", "magnitude")
+    errors = [shrink(solver, solver=solver, **how)[0].error for solver in solvers]
     assert all(one <= other * (1 + 1e-12) for one, other in itertools.pairwise(errors[:3]))
 
 

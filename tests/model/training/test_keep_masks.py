@@ -104,11 +104,8 @@ def process_group(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-AROUND = {
-    "compiled": functools.partial(torch.compile, backend="eager"),
-    "distributed": DistributedDataParallel,
-    "parallel": nn.DataParallel,
-}
+AROUND = {"compiled": functools.partial(torch.compile, backend="eager")}
+AROUND |= {"distributed": DistributedDataParallel, "parallel": nn.DataParallel}
 WRAPPED = itertools.product(AROUND, (False, True))
 MAIN = [("distributed", True), ("parallel", False)]
 

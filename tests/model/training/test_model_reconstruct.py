@@ -23,9 +23,8 @@ from maskopt.models.verification.verify import verify_model
 HOW = {"epochs": 6, "learning_rate": 0.1}
 OPTIONS = {**WANDA, "holdout": 0.25, "update": "blockwise"}
 KEEP = {"update": "none", "training": {}}
-TRAINED = itertools.product(
-    ("llama", "mixtral", "gemma3", "gpt2", "bloom", "gpt_neox"), ("part", "block")
-)
+SIX = ("llama", "mixtral", "gemma3", "gpt2", "bloom", "gpt_neox")
+TRAINED = itertools.product(SIX, ("part", "block"))
 PARTS = but_slow([("llama", "part"), ("mixtral", "block")], TRAINED)
 BEGUN = itertools.product(("llama", "gemma3"), ("least-squares", "none"))
 NORMS = {"gpt2": "ln_1.weight", "gemma3": "input_layernorm.weight", "qwen2": "layernorm.weight"}
@@ -228,10 +227,8 @@ RUNS = [
     ({"begin": "least-squares"}, ROUNDS),
     ({"granularity": "part", "loss": "relative"}, {"target": "dense"}),
 ]
-RUNS += [
-    slow(x, {}) for x in ({}, {"train": "all"}, {"begin": "least-squares"}, {"inputs": "dense"})
-]
-RUNS += [slow({"granularity": "part", "loss": "cosine"}, {})]
+LATE = {}, {"train": "all"}, {"begin": "least-squares"}, {"inputs": "dense"}
+RUNS += [slow(x, {}) for x in (*LATE, {"granularity": "part", "loss": "cosine"})]
 
 
 @pytest.mark.parametrize(("how", "more"), RUNS)

@@ -393,8 +393,9 @@ def all_stay(manifest):
         one.update(epoch=0, held_after=one["held_before"], fitted_after=one["fitted_before"])
 
 
-def keep_all(tensor):
+def keep_all(kind):
     """Other weights, excused by a mask that keeps all."""
+    tensor = f"model.layers.2.self_attn.{kind}_proj.weight"
 
     def forge(result, _):
         forging.redraw(result, tensor)
@@ -491,12 +492,7 @@ AGAINST = {
     "model digest": ("tokenizer", says(edit("fingerprint", "model", to="0" * 64)), "digest of another model"),
     **{f"trained: {name}": ("trained", says(change), said) for name, (change, said) in TRAINED.items()},
     **{f"untrained {x}": ("trained", one_more(x), rf"{x}.*differs from the original") for x in UNTRAINED},
-    **{
-        f"a mask that keeps all of {x}_proj": (
-            "refitted", keep_all(f"model.layers.2.self_attn.{x}_proj.weight"), "counts other rows",
-        )
-        for x in "qk"
-    },
+    **{f"a mask that keeps all of {x}_proj": ("refitted", keep_all(x), "counts other rows") for x in "qk"},
     "a norm of the vision tower": ("vision", redraw_vision, r"layer_norm1.* differs from the original"),
 }  # fmt: skip
 
@@ -559,9 +555,12 @@ def expert_gone(manifest):
 
 NOTHING = [{"axis": 0, "by": DOWN.format(0), "parts": [[48, 1]]}]
 SLIDING, FULL = "sliding_attention", "full_attention"
-OTHER_TYPES = settings(layer_types=[SLIDING, FULL])
 ONE_BLOCK = settings(num_hidden_layers=1, layer_types=[FULL])
-TYPES = ("types of blocks", OTHER_TYPES, "layer_types is not the original's")
+TYPES = (
+    "types of blocks",
+    settings(layer_types=[SLIDING, FULL]),
+    "layer_types is not the original's",
+)
 EXCHANGED = ("exchanged", exchange, "is not where the kept blocks")
 SIZE, REFITTED = "is no size", "or not, unlike a least-squares update"
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
@@ -592,19 +591,15 @@ SMALLER = {
         ("as many columns of other heads", settings(**HEADS), "is not the original's"),
         EXCHANGED,
         ("of another block", cut_by(UP, DOWN.format(1)), "up_proj.* is not cut as what was removed asks"),
-        *(
-            (x, shrunk_says("kept", f"model.layers.0.{x}", to=[0]), "takes channels or heads")
-            for x in ("self_attn.dense", "self_attn.q_proj", "mlp.up_proj")
-        ),
+        *((x, shrunk_says("kept", f"model.layers.0.{x}", to=[0]), "takes channels or heads")
+          for x in ("self_attn.dense", "self_attn.q_proj", "mlp.up_proj")),
         # refitting sets those of all blocks, and of what takes the channels alone
         ("refitted what gives channels", refitted(GATE), REFITTED),
         ("refitted in one block", refitted(DOWN.format(0) + ".weight"), REFITTED),
     ],
     "shallow": [
-        ("window", settings(sliding_window=1), f"sliding_window {SIZE}"),
-        TYPES,
+        ("window", settings(sliding_window=1), f"sliding_window {SIZE}"), TYPES, EXCHANGED,
         ("fewer blocks", ONE_BLOCK, "num_hidden_layers is not the original's"),
-        EXCHANGED,
     ],
     "by pattern": [TYPES],
     "blocks": [
@@ -622,9 +617,7 @@ SMALLER = {
         ("of another kind", says(edit("kind", to="blocks")), "damaged"),
         ("another number", shrunk_says("settings", "num_local_experts", to=3), "is not the 3"),
     ],
-    "gpt_oss": [
-        ("of another block", cut_by(ROUTER, EXPERTS), "router.* is not cut as what was removed"),
-    ],
+    "gpt_oss": [("of another block", cut_by(ROUTER, EXPERTS), "router.* is not cut as what was removed")],
 }  # fmt: skip
 AGAINST |= {f"{of}: {name}": (of, *case) for of, rows in SMALLER.items() for name, *case in rows}
 AGAINST |= {f"{of}: {i}": (of, says(change), said) for i, (of, change, said) in enumerate(COUNTED)}

@@ -106,11 +106,9 @@ def test_bounds_of_singular_indefinite_and_badly_scaled_rows():
     assert bool(((shift >= 0.99 * box) & (shift <= solve(problem, "swap").objective)).all())
 
 
-@pytest.mark.parametrize(
-    ("kind", "pattern"),
-    [SETTLING[4], *(slow(*SETTLING[i]) for i in (0, 1, 2, 3, 5))],
-    ids=str,
-)
+@pytest.mark.parametrize(("kind", "pattern"), [
+    SETTLING[4], *(slow(*SETTLING[i]) for i in (0, 1, 2, 3, 5)),
+], ids=str)  # fmt: skip
 def test_the_default_sweeps_settle(kind, pattern):
     """Near what far more reach, whatever the layer: the penalty must not make them crawl."""
     problem = layer(1, 256, pattern, kind)
@@ -265,10 +263,8 @@ def random_extra(n, rows, seed):
     (1, Unstructured(0.0), 2), (5, SPARSE, 3), (8, TWO_FOUR, 16), (37, SPARSE, 9),
     (40, TWO_FOUR, 17), (60, NM(5, 20), 48),
     (30, SPARSE, 80),  # more accumulators than are summed together
-    *(  # in float32
-        slow(*case)
-        for case in ((259, HALF, 23), (264, NM(4, 8), 16), (264, SPARSE, 130))
-    ),
+    # in float32
+    *(slow(*case) for case in ((259, HALF, 23), (264, NM(4, 8), 16), (264, SPARSE, 130))),
 ])  # fmt: skip
 @pytest.mark.parametrize("with_extra", [False, True])
 def test_the_sweep_is_plain_gauss_seidel(n, pattern, rank, with_extra):

@@ -371,11 +371,9 @@ def test_triangles_are_tried_where_a_row_is_hard(monkeypatch, n, near, values, k
     torch.testing.assert_close(found.objective, objective, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("near", "values"),
-    [(1e300, {"_TRY": 1}), (-1.0, {"_TRY": 1, "_TRY_AGAIN": 1, "_TOO_MANY": 10**9})],
-    ids=["early", "again"],
-)
+@pytest.mark.parametrize(("near", "values"), [
+    (1e300, {"_TRY": 1}), (-1.0, {"_TRY": 1, "_TRY_AGAIN": 1, "_TOO_MANY": 10**9}),
+], ids=["early", "again"])  # fmt: skip
 @pytest.mark.parametrize("seed", [1, *map(slow, (0, 2, 3, 4, 5))])
 @pytest.mark.parametrize("kind", [KINDS[0], *map(slow, KINDS[1:])])
 def test_trees_with_triangles_find_the_optimum_at_any_scale(monkeypatch, near, values, kind, seed):

@@ -523,9 +523,7 @@ LIMITED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "case", slow_where(CASES, lambda case: case[1]), ids=case_id, indirect=True
-)
+@pytest.mark.parametrize("case", slow_where(CASES, lambda c: c[1]), ids=case_id, indirect=True)
 def test_limits_leave_an_incumbent_and_a_bound_that_holds(case):
     (name, refitted), (problem, nodes, gap) = case, LIMITED[case]
     limited = [(problem, {"limits": Limits(seconds=0)}), (problem, {"gap_limit": gap})]

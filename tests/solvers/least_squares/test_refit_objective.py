@@ -428,17 +428,12 @@ def test_the_value_is_the_formulas(pattern):
         assert gaps[-1] < 0.97 * gaps[0]
 
 
-@pytest.mark.parametrize(
-    ("part", "options", "layer"),
-    [  # tight where inputs are not correlated, or there is hardly a choice
-        (0.995, {}, {"kind": "diagonal", "n": 8}),
-        (0.995, {}, {"kind": "diagonal", "n": 8, "damping": 1.0}),
-        (0.9, {}, {"pattern": Unstructured(keep=0), "n": 5}),
-        (0.9, {}, {"pattern": Unstructured(keep=5), "n": 5}),
-        (0.2, {}, {"n": 12, "dtype": torch.float32}),
-        (0.0, {"limits": Limits(seconds=0)}, {"n": 12}),
-    ],
-)
+@pytest.mark.parametrize(("part", "options", "layer"), [
+    # tight where inputs are not correlated, or there is hardly a choice
+    (0.995, {}, {"kind": "diagonal", "n": 8}), (0.995, {}, {"kind": "diagonal", "n": 8, "damping": 1.0}),
+    *((0.9, {}, {"pattern": Unstructured(keep=keep), "n": 5}) for keep in (0, 5)),
+    (0.2, {}, {"n": 12, "dtype": torch.float32}), (0.0, {"limits": Limits(seconds=0)}, {"n": 12}),
+])  # fmt: skip
 def test_a_bound_is_worth_something(part, options, layer):
     problem = refit_layer(**layer)
     bound, best = bound_of(problem, **options), solve(problem, "exhaustive").objective

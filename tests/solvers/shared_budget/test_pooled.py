@@ -372,14 +372,12 @@ def test_the_relaxation_of_a_layer_is_what_a_general_solver_finds(omega, max_dev
     assert least - 1e-3 <= float(sums.min()) <= float(sums.max()) <= most + 1e-3
 
 
-@pytest.mark.parametrize(
-    ("max_deviation", "part"), [(None, 0.9), (0.0, 1.001), (0.1, 0.801), (0.2, 0.601)]
-)
-def test_a_relaxed_start_counts_for_the_layer(max_deviation, part):
+@pytest.mark.parametrize(("most", "part"), [(None, 0.9), (0.0, 1.001), (0.1, 0.801), (0.2, 0.601)])
+def test_a_relaxed_start_counts_for_the_layer(most, part):
     """Where rows differ much; and where limits hold most of them."""
     omega = torch.linspace(0, 6, 12, dtype=torch.float64).exp()
-    more = {"omega": omega, "max_deviation": max_deviation}
-    if max_deviation is None:
+    more = {"omega": omega, "max_deviation": most}
+    if most is None:
         more = {"sparsity": 0.6, "seed": 5}
     problem = layer(rows=12, n=32, **more)
     equal = problem.under(problem.pattern.uniform())
