@@ -90,8 +90,7 @@ def forgeries(w, o):
 @pytest.mark.parametrize("pattern", [THREE, TWO_FOUR], ids=str)
 def test_forgeries_are_refused(pattern, update):
     problem = small(pattern=pattern).with_update(update)
-    worst, optimum = solve(problem, "worst"), solve(problem, "exhaustive")
-    verify(problem, worst)
+    worst, optimum = verified(problem, "worst"), solve(problem, "exhaustive")
     for message, changes in forgeries(worst, optimum):
         assert_refused(problem, replace(worst, **changes), message)
     assert_refused(problem, worst.mask, r"not a Tensor; of a mask alone make Solution\.of")

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -118,7 +119,6 @@ def test_threads_that_wait_leave_the_cores_to_others_unless_asked_otherwise(
 
 @pytest.mark.parametrize("command", ["prune", "prune-structured"])
 def test_command_line_file_manifest_and_python_agree(command, tmp_path):
-    """Every option has one name, one set of values and one default in all of them."""
     kind, given = (PruneOptions, ["0.5"]) if command == "prune" else (ShrinkOptions, [0.0, 0.5])
     (file := tmp_path / "run.toml").write_text("")
     usual = tomllib.loads(run(command, "--print-config"))
@@ -181,18 +181,15 @@ def test_errors_have_a_status_and_no_traceback(words, status, said, monkeypatch)
 
 
 def test_too_little_memory_is_one_line_and_another_error_keeps_its_traceback(monkeypatch):
-    def fails(error):
-        raise error
-
     of_cuda = torch.OutOfMemoryError("CUDA out of memory.\nTried")
     given = MemoryError(), of_cuda, RuntimeError("CUDA error: out of memory")
-    raised = (lambda error=error: fails(error) for error in given)
+    raised = (Mock(side_effect=error) for error in given)
     for allocate in (lambda: np.empty(2**58), lambda: torch.empty(2**55), *raised):
         monkeypatch.setattr("maskopt.cli.app", allocate)
         result = ended()
         assert (result.returncode, result.stderr.count("\n")) == (1, 1)
         assert result.stderr.startswith("error: there is not enough memory")
-    monkeypatch.setattr("maskopt.cli.app", lambda: fails(IndexError()))
+    monkeypatch.setattr("maskopt.cli.app", Mock(side_effect=IndexError))
     with pytest.raises(IndexError):
         ended()
 

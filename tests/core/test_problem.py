@@ -118,15 +118,12 @@ def test_a_gram_matrix_is_symmetric_and_definite_but_for_rounding():
 
 
 @pytest.mark.parametrize(("weight", "gram", "message"), [
-    (torch.ones(4), EYE, r"must be \[rows, n\]"),
-    (torch.ones(0, 4), EYE, r"at least 1"),
-    (ONES, torch.eye(5), r"gram must be \[4, 4\]"),
-    (ONES, -EYE, r"least eigenvalue is -1"),
+    (torch.ones(4), EYE, r"must be \[rows, n\]"), (torch.ones(0, 4), EYE, r"at least 1"),
+    (ONES, torch.eye(5), r"gram must be \[4, 4\]"), (ONES, -EYE, r"least eigenvalue is -1"),
     (ONES, EYE - 0.5, r"not positive semidefinite"),
     (ONES * torch.nan, EYE, r"layer 'q_proj'.*weight holds 8 NaN"),
     (ONES, torch.diag(torch.tensor([1, 1, 1, torch.inf])), r"gram holds 1 NaN"),
-    (ONES.long(), EYE, r"floating-point"),
-    (np.ones((2, 4), dtype=complex), EYE, r"floating-point"),
+    (ONES.long(), EYE, r"floating-point"), (np.ones((2, 4), dtype=complex), EYE, r"floating-point"),
     ({"w": 1.0}, EYE, r"torch tensor or a NumPy array"),
     ([[1.0, 2], [3]], EYE, "weight: lists must hold numbers"),
 ])  # fmt: skip
@@ -254,11 +251,8 @@ def test_an_array_is_read_once_its_header_is_sound(case, message, tmp_path, monk
 
 
 @pytest.mark.parametrize(("mask", "message"), [
-    (ALL[:, :3], r"has shape \[2, 3\], the problem \[2, 4\]"),
-    ([[True]], r"has shape \[1, 1\]"),
-    (ONES, "must be bool"),
-    (ALL, "row 0 prunes 0 of 4"),
-    ("not-a-solver", "unknown solver"),
+    (ALL[:, :3], r"has shape \[2, 3\], the problem \[2, 4\]"), ([[True]], r"has shape \[1, 1\]"),
+    (ONES, "must be bool"), (ALL, "row 0 prunes 0 of 4"), ("not-a-solver", "unknown solver"),
 ])  # fmt: skip
 def test_bad_masks(mask, message):
     fails(errors.WarmStartError, r"shape \[4\], the problem \[2, 4\]", PLAIN.check_mask, ALL[0])
@@ -467,11 +461,9 @@ def test_a_bound_above_the_objective_by_rounding_is_cut_back_and_no_other(unit):
     for of, masks, bound, expected in (
         (layer, mask, objective * (1 + 0.5e-6), objective),
         (layer, mask, objective * (1 + 3e-6), objective * (1 + 3e-6)),
-        (layer, mask, objective * 0.5, objective * 0.5),
-        (layer, mask, -objective, 0 * objective),
-        (free, nothing, 0.5 * rounding, 0 * rounding),
-        (free, nothing, 3 * rounding, 3 * rounding),
-    ):
+        (layer, mask, objective * 0.5, objective * 0.5), (layer, mask, -objective, 0 * objective),
+        (free, nothing, 0.5 * rounding, 0 * rounding), (free, nothing, 3 * rounding, 3 * rounding),
+    ):  # fmt: skip
         assert torch.equal(Solution.of(of, masks, lower_bound=bound).lower_bound, expected)
     single = Solution.of(layer, mask, lower_bound=(0.5 * objective).float())
     assert single.lower_bound.dtype == torch.float64

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, fields
 from typing import ClassVar
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -237,9 +238,7 @@ def test_every_backend_documents_every_option_in_one_line(registry):
 
 
 def test_a_backend_is_asked_once_whether_it_runs_and_hides_no_other(monkeypatch):
-    def broken():
-        raise OSError("licence server is silent")
-
+    broken = Mock(side_effect=OSError("licence server is silent"))
     assert {"swap", "scip"} <= set(protocol.available_solvers())
     assert {"sdp", "box"} <= set(available_bounds())
     monkeypatch.setattr("maskopt.solvers.exact.gurobi.Gurobi.unavailable", staticmethod(broken))

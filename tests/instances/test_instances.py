@@ -315,7 +315,6 @@ def test_a_graph_on_the_command_line(tmp_path):
 
 
 def test_every_command_speaks_of_the_graph_and_not_of_the_shift(tmp_path):
-    """Values, bounds from above, and one gap for one mask wherever it is printed."""
     graph, table = tmp_path / "graph.mc", tmp_path / "table.jsonl"
     problem = read(tmp_path, "graph.mc", RUDY, 2)
     best = problem.value(float(solve(problem, "branch").objective[0]))

@@ -159,22 +159,17 @@ def test_the_trace_says_what_was_done(name):
 
 BAD_OPTIONS = [
     ("swap", {"kernel": "fast", "max_swaps": -1, "time_limit": float("nan"), "memory_limit": 0}),
-    ("kswap", {"candidates": 1}),
-    ("tabu", {"moves": -1, "tenure": 0, "patience": -1, "time_limit": -1.0}),
-    ("memetic", {"generations": -1, "children": 0, "pool": 1, "moves": 0}),
-    ("relax", {"hardness": 1.0, "harden": -1, "tolerance": -1.0, "max_iterations": -1}),
-    ("relax", {"time_limit": -1.0}),
-    ("frank_wolfe", {"alpha": 1.5, "iterations": -1}),
-    ("sparsegpt", {"damping": 0.0}),
-    ("ria", {"a": -1.0}),
-    ("dsnot", {"cycles": -1}),
-]
+    ("tabu", {"moves": -1, "tenure": 0, "patience": -1, "time_limit": -1.0}), ("kswap", {"candidates": 1}),
+    ("memetic", {"generations": -1, "children": 0, "pool": 1, "moves": 0}), ("sparsegpt", {"damping": 0.0}),
+    ("relax", {"hardness": 1.0, "harden": -1, "tolerance": -1.0, "max_iterations": -1, "time_limit": -1.0}),
+    ("frank_wolfe", {"alpha": 1.5, "iterations": -1}), ("ria", {"a": -1.0}), ("dsnot", {"cycles": -1}),
+]  # fmt: skip
 BAD_CALLS = [
-    *(
-        (name, {option: value}, OptionError, option if "limit" in option else f"{name}.*{option}")
-        for name, options in BAD_OPTIONS
-        for option, value in options.items()
-    ),
+    (name, {option: value}, OptionError, option if "limit" in option else f"{name}.*{option}")
+    for name, options in BAD_OPTIONS
+    for option, value in options.items()
+]
+BAD_CALLS += [
     ("swap", {"start": torch.zeros(2, 8) > 0}, WarmStartError, "row 0 prunes 8 of 8"),
     ("swap", {"start": torch.ones(2, 7) > 0}, WarmStartError, "shape"),
     ("relax", {"max_iterations": 0, "harden": 0}, OptionError, "relax"),

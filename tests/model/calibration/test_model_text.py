@@ -100,13 +100,11 @@ def test_data_sets_and_presets(monkeypatch):
     assert calls[0][2] == {"split": "train", "data_files": first}
     assert calls[1][:2] == ("Salesforce/wikitext", "wikitext-2-raw-v1")
     for name, message in (
-        ("hf:broken", "not on the hub"),
-        ("hf:c4:tset", "did you mean 'test'|no split"),
-        ("hf:", "write hf:NAME"),
-        ("hf:numbers", "no value of the column 'text' is text"),
+        ("hf:broken", "not on the hub"), ("hf:c4:tset", "did you mean 'test'|no split"),
+        ("hf:", "write hf:NAME"), ("hf:numbers", "no value of the column 'text' is text"),
         ("hf:../private", "'../private' is not the name of a data set on the hub"),
         ("hf:/etc", "'/etc' is not the name of a data set on the hub"),
-    ):
+    ):  # fmt: skip
         fails(DataError, message, read_documents, name)
     monkeypatch.setitem(sys.modules, "datasets", None)
     fails(DataError, r"needs the package datasets: pip install datasets$", read_documents, "hf:c4")
@@ -167,11 +165,9 @@ def test_files_of_tokens_and_what_makes_no_windows(make, tmp_path):
         write(path)
         fails(DataError, rf"t\.npy: {message}", make, path, None)
     for text, tokenizer, length, message in (
-        ("abc", TOKENIZER, 20, "less than one window of 20"),
-        (" ", TOKENIZER, 20, "no text"),
-        ("abc" * 20, None, 20, "tokenizer"),
-        ("abc", TOKENIZER, 0, "leaves no room"),
-    ):
+        ("abc", TOKENIZER, 20, "less than one window of 20"), (" ", TOKENIZER, 20, "no text"),
+        ("abc" * 20, None, 20, "tokenizer"), ("abc", TOKENIZER, 0, "leaves no room"),
+    ):  # fmt: skip
         fails(DataError, message, make, [text], tokenizer, seq_len=length)
     windows = token_windows(torch.arange(12).view(3, 4), "given")
     tokens.check_vocabulary(windows, 12)

@@ -238,18 +238,15 @@ FREE = {"allocation": "rows", "sensitivity": "uniform", "max_deviation": 1}
 #: options, the stage of the second block that is the last to be done, and blocks
 RUNS = [
     ({**MEASURES, "holdout": 0.25}, "solve", 3),
-    ({**REFIT, **HELD, "dtype": torch.bfloat16}, "calibrate", 3),
-    slow({**FREE, **REFIT}, "solve", 2),
+    ({**REFIT, **HELD, "dtype": torch.bfloat16}, "calibrate", 3), slow({**FREE, **REFIT}, "solve", 2),
     slow({"allocation": "both", "sensitivity": "fisher"}, "solve", 2),
     slow({"allocation": "layers", **REFIT}, "solve", 2),
-    slow({"allocation": "layers", **DENSE}, "solve", 2),
-    slow({**FREE, "solver": "swap"}, "solve", 2),
+    slow({"allocation": "layers", **DENSE}, "solve", 2), slow({**FREE, "solver": "swap"}, "solve", 2),
     slow({"allocation": "rows", "sensitivity": "fisher"}, "calibrate", 2),
     slow({**SWAPPED, **HELD}, "calibrate", 2),
     slow({**SWAPPED, **HELD, "dtype": torch.bfloat16}, "solve", 2),
-    slow({**DENSE, **HELD}, "solve", 2),
-    slow({**DENSE, **HELD, "solver": "swap"}, "calibrate", 2),
-]
+    slow({**DENSE, **HELD}, "solve", 2), slow({**DENSE, **HELD, "solver": "swap"}, "calibrate", 2),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("options", "stage", "layers"), RUNS)

@@ -223,10 +223,8 @@ def test_the_error_of_a_channel_counts_by_its_own_size():
 
 
 ROUNDS = {"true_sequential": True, "solver": "magnitude"}
-RUNS = [
-    ({"begin": "least-squares"}, ROUNDS),
-    ({"granularity": "part", "loss": "relative"}, {"target": "dense"}),
-]
+RUNS = [({"begin": "least-squares"}, ROUNDS)]
+RUNS += [({"granularity": "part", "loss": "relative"}, {"target": "dense"})]
 LATE = {}, {"train": "all"}, {"begin": "least-squares"}, {"inputs": "dense"}
 RUNS += [slow(x, {}) for x in (*LATE, {"granularity": "part", "loss": "cosine"})]
 

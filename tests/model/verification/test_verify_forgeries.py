@@ -554,13 +554,10 @@ def expert_gone(manifest):
 
 
 NOTHING = [{"axis": 0, "by": DOWN.format(0), "parts": [[48, 1]]}]
-SLIDING, FULL = "sliding_attention", "full_attention"
+FULL = "full_attention"
 ONE_BLOCK = settings(num_hidden_layers=1, layer_types=[FULL])
-TYPES = (
-    "types of blocks",
-    settings(layer_types=[SLIDING, FULL]),
-    "layer_types is not the original's",
-)
+OTHER_TYPES = settings(layer_types=["sliding_attention", FULL])
+TYPES = ("types of blocks", OTHER_TYPES, "layer_types is not the original's")
 EXCHANGED = ("exchanged", exchange, "is not where the kept blocks")
 SIZE, REFITTED = "is no size", "or not, unlike a least-squares update"
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}

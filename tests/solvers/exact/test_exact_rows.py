@@ -56,10 +56,8 @@ CASES = {
 }  # fmt: skip
 FIRST = ("full", "outliers")
 PROCESSES = [("scip", False), ("branch", True), ("scip", True), ("gurobi", True)]
-PATTERNS = {
-    12: (Unstructured(keep=5), TWO_FOUR, NM(keep=1, of=4)),
-    16: (Unstructured(keep=8), NM(keep=4, of=8), Unstructured(0.25)),
-}
+PATTERNS = {12: (Unstructured(keep=5), TWO_FOUR, NM(keep=1, of=4))}
+PATTERNS |= {16: (Unstructured(keep=8), NM(keep=4, of=8), Unstructured(0.25))}
 
 
 @pytest.fixture(params=NAMES)

@@ -262,12 +262,10 @@ def test_weights_that_are_not_what_they_are_said_to_be_are_found(tmp_path):
     for change, message in [
         (forged(kept, 9.0), "objective: row 0 states"),
         (forged(kept, torch.nan), "those of row 0 are not finite"),
-        (forged(pruned, 0.1), "not 0 where it prunes"),
-        ({"weight": None}, "must be float64"),
-        ({"weight": weight.float()}, "must be float64"),
-        ({"own": False}, "objective: row 0 states"),
+        (forged(pruned, 0.1), "not 0 where it prunes"), ({"weight": None}, "must be float64"),
+        ({"weight": weight.float()}, "must be float64"), ({"own": False}, "objective: row 0 states"),
         ({"status": (Status.SWAP_OPTIMAL,) * 3}, "only FEASIBLE rows"),
-    ]:
+    ]:  # fmt: skip
         fails(VerificationError, message, verify, problem, replace(solution, **change))
     kept_weights = problem.with_update(None)
     fails(VerificationError, "of a problem with update", verify, kept_weights, solution)

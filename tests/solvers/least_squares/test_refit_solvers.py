@@ -113,8 +113,7 @@ def test_narrow_numbers_and_rows_without_anything_or_a_choice(pattern, solver):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         weight, gram = plain.weight.to(dtype), plain.gram.float()
         problem = LayerProblem(weight, gram, pattern, update=ROOT)
-        solution, exact = solve(problem, solver), refit_layers.wide(problem)
-        verify(problem, solution)
+        solution, exact = verified(problem, solver), refit_layers.wide(problem)
         assert torch.equal(solve(exact, solver).mask, solution.mask)
         close(solution.objective, exact.objective(solution.mask), rtol=1e-9, atol=0)
     problem = layer(pattern, rows=6, n=32, kind="zero-columns")

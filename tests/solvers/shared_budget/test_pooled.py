@@ -85,12 +85,11 @@ def test_the_highest_within_limits_have_the_least_sum_pruned(rows, n, seed, ties
 @BOTH
 def test_limits_are_felt_and_optima_within_them_proven(update):
     near, free = (layer(update=update, sparsity=0.4, max_deviation=d, rows=8) for d in (0.1, None))
-    found, other = solve(near, "swap"), solve(free, "swap")
+    found, other = verified(near, "swap"), solve(free, "swap")
     counts, wide = (sorted((~x.mask).sum(1).tolist()) for x in (found, other))
     assert near.row_limits == (counts[0], counts[-1]) == (8, 11)  # of 24, 9.5 ± 2.4
     assert wide[0] < 8 < 11 < wide[-1]
     assert total(free, other) < total(near, found)
-    verify(near, found)
     message = r"row \d prunes \d+ of 24; .* allows 8 to 11"
     fails(errors.WarmStartError, message, near.check_mask, other.mask)
     assert improving_swap(free, found.mask) is not None
@@ -374,7 +373,6 @@ def test_the_relaxation_of_a_layer_is_what_a_general_solver_finds(omega, max_dev
 
 @pytest.mark.parametrize(("most", "part"), [(None, 0.9), (0.0, 1.001), (0.1, 0.801), (0.2, 0.601)])
 def test_a_relaxed_start_counts_for_the_layer(most, part):
-    """Where rows differ much; and where limits hold most of them."""
     omega = torch.linspace(0, 6, 12, dtype=torch.float64).exp()
     more = {"omega": omega, "max_deviation": most}
     if most is None:

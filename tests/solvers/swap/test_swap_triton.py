@@ -286,17 +286,11 @@ def _layer(rows, n, kind, pattern, dtype=torch.float32):
 
 
 @pytest.mark.parametrize(("rows", "n", "kind", "pattern", "dtype"), [
-    slow(1, 150, "low-rank", SIXTY, torch.float32),
-    (1, 65, "outliers", SIXTY, torch.float64),
+    slow(1, 150, "low-rank", SIXTY, torch.float32), (1, 65, "outliers", SIXTY, torch.float64),
     (1, 64, "duplicates", HALF, torch.float32),
-    (2, 33, "full", Unstructured(keep=33), torch.float32),
-    (2, 33, "full", Unstructured(keep=0), torch.float32),
-    (2, 33, "full", Unstructured(keep=1), torch.float32),
-    (2, 1, "full", Unstructured(keep=1), torch.float32),
-    (1, 64, "low-rank", TWO_FOUR, torch.float32),
-    (1, 40, "full", NM(2, 5), torch.float64),
-    slow(1, 96, "low-rank", NM(20, 48), torch.float32),
-    (1, 64, "full", NM(8, 32), torch.float32),
+    *((2, n, "full", Unstructured(keep=k), torch.float32) for n, k in ((33, 33), (33, 0), (33, 1), (1, 1))),
+    (1, 64, "low-rank", TWO_FOUR, torch.float32), (1, 40, "full", NM(2, 5), torch.float64),
+    slow(1, 96, "low-rank", NM(20, 48), torch.float32), (1, 64, "full", NM(8, 32), torch.float32),
 ])  # fmt: skip
 def test_search_ends_at_proven_optima(rows, n, kind, pattern, dtype):
     problem = _layer(rows, n, kind, pattern, dtype)
