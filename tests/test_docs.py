@@ -20,6 +20,11 @@ RESULTS = ROOT / "docs" / "results"
 #: pages whose python blocks run; a block after `NOT_RUN` needs a model or a cluster
 RUNNING = ("index", "tutorial", "howto", "matrices", "guide/structured")
 NOT_RUN = "<!-- not run by the tests -->\n"
+PAGES = {name: (name,) for name in ("generalisation", "structures", "refit")}
+PAGES["quality"] = ("quality", "quality-gaps", "quality-seconds")
+#: of the study without measurements, and its row
+RATE = {"divergence": [0.2, 0.1], "perplexity": 20.0, "ratio": [1.2, 1.1, 1.3], "kl": 0.1}
+CELLS = ["Gemma 3 270M", "0.0003", "0.2000", "0.1000", "20.0", "1.200 (1.100 to 1.300)", "0.100"]
 
 
 @pytest.mark.slow
@@ -37,13 +42,6 @@ def test_the_examples_run(page, tmp_path, monkeypatch):
     assert blocks, f"{page} shows no example"
     monkeypatch.chdir(tmp_path)
     exec(compile("\n".join(blocks), page, "exec"), {"__name__": "example"})
-
-
-PAGES = {name: (name,) for name in ("generalisation", "structures", "refit")}
-PAGES["quality"] = ("quality", "quality-gaps", "quality-seconds")
-#: of the study without measurements, and its row
-RATE = {"divergence": [0.2, 0.1], "perplexity": 20.0, "ratio": [1.2, 1.1, 1.3], "kl": 0.1}
-CELLS = ["Gemma 3 270M", "0.0003", "0.2000", "0.1000", "20.0", "1.200 (1.100 to 1.300)", "0.100"]
 
 
 @pytest.mark.slow

@@ -19,6 +19,9 @@ RNG = np.random.default_rng(0)
 X = RNG.normal(size=(80, 14))
 Q = X.T @ X / 80
 VALUES = [Q[np.ix_(s, s)].sum() for s in combinations(range(14), 4)]
+OFF, HOLE = Q.copy(), Q.copy()
+OFF[2, 5] += 1
+HOLE[3, 4] = HOLE[4, 3] = np.nan
 
 
 def best_by_force(maximize):
@@ -74,11 +77,6 @@ def save_layer(path):
     LayerProblem(np.ones((2, 14)), Q, Unstructured(keep=7)).save(path)
     assert load_problem(path).name == "layer"  # a file names what has no name
     return path
-
-
-OFF, HOLE = Q.copy(), Q.copy()
-OFF[2, 5] += 1
-HOLE[3, 4] = HOLE[4, 3] = np.nan
 
 
 @pytest.mark.parametrize(("name", "matrix", "cardinality", "said"), [

@@ -37,6 +37,9 @@ OPTIONS = {**EQUAL, "allocation": "layers", "solver": "wanda"}
 WHOLE = PruneOptions(Unstructured(sparsity=0.5), allocation="layers", min_tokens=1)
 MEASURED = replace(WHOLE, sensitivity="kl", max_deviation=0.25)
 FEW = [slow("rows", "fisher"), ("both", "relative")]
+MANY = GRADIENT_WINDOWS + 8
+SQUARES = [("gpt2", 3, 5, 0.0), ("bloom", 1, 5, 0.0), ("gemma3", 3, 5, 0.0)]
+SQUARES += [("llama", 3, MANY, 0.0), ("llama", 1, MANY, 0.5)]
 
 
 def squares(family, data):
@@ -66,11 +69,6 @@ def walked(family, data, **options):
             block.advance()
     assert job.gradients is not None
     return job.gradients.squares, job.layers
-
-
-MANY = GRADIENT_WINDOWS + 8
-SQUARES = [("gpt2", 3, 5, 0.0), ("bloom", 1, 5, 0.0), ("gemma3", 3, 5, 0.0)]
-SQUARES += [("llama", 3, MANY, 0.0), ("llama", 1, MANY, 0.5)]
 
 
 @pytest.mark.parametrize(("family", "threads", "windows", "holdout"), SQUARES)

@@ -111,8 +111,7 @@ def test_what_is_written_computes_what_is_left(kind, family, tmp_path):
     elif kind == "experts":
         assert config.num_local_experts == 3
         for layer in report.layers:
-            assert layer.pattern == "3 of 4 experts"
-            assert layer.statuses == {"optimal": 1}
+            assert (layer.pattern, layer.statuses) == ("3 of 4 experts", {"optimal": 1})
             assert layer.lower_bound == pytest.approx(layer.error_kept, rel=1e-5, abs=1e-12)
             assert 0 <= layer.relative < 1  # 0: an expert that no token is sent to
         assert any(layer.relative > 0 for layer in report.layers)
@@ -357,10 +356,8 @@ def test_exchanges_of_least_cost_by_pairs_come_first_and_yardsticks():
     kl = {frozenset({i}): 1.0 + i for i in range(4)}
     kl |= {frozenset(p): 9.0 for p in itertools.combinations(range(4), 2)}
     effects = Effects(kl, [0.1, 0.9, 0.5, 0.8])
-    assert effects.last(2) == [2, 3]
-    assert effects.most_alike(2) == [1, 3]
-    assert effects.cost([0, 1]) == pytest.approx(9.0)
-    assert effects.cost([2]) == pytest.approx(3.0)
+    assert (effects.last(2), effects.most_alike(2)) == ([2, 3], [1, 3])
+    assert [effects.cost(gone) for gone in ([0, 1], [2])] == pytest.approx([9.0, 3.0])
 
 
 @pytest.mark.parametrize("seed", range(20))

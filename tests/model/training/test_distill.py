@@ -32,6 +32,7 @@ from maskopt.models.training.trainer import FolderKeeper
 from maskopt.models.verification.verify import verify_model
 
 HOW = {"epochs": 3, "learning_rate": 0.003, "holdout": 0.25}
+WORDS = ("--epochs", 3, "--learning-rate", 0.003, "--holdout", 0.25)
 #: the last quarter judges
 WINDOWS = tokens(32)
 #: of 16 windows 12 are fitted, so that an epoch has six steps
@@ -40,6 +41,9 @@ only_llama = pytest.mark.parametrize("given", ["llama-float32"], indirect=True)
 #: after so many steps, of which so many were saved: in the first epoch, around its judgement, at the end
 KILLS = [(1, {k: k for k in (1, STEPS - 1, STEPS, STEPS + 1, 3 * STEPS)}, 3 * STEPS)]
 KILLS += [(5, {7: 5, 11: 8}, 7 + 6 + 3 * STEPS - 8)]
+TRAINED = [slow("llama", {}), ("llama", {"dtype": torch.bfloat16})]
+TRAINED += [slow(x, {}) for x in ("gemma3", "gpt2", "bloom", "gpt_neox", "mixtral")]
+TRAINED += [slow("mixtral", {"exclude": ("experts.1.*",)})]
 
 
 def mean_divergence(dense, other, windows):
@@ -48,11 +52,6 @@ def mean_divergence(dense, other, windows):
     with torch.no_grad():
         one, two = (x(windows).logits[:, :-1].double().log_softmax(-1) for x in models)
     return float((one.exp() * (one - two)).sum(-1).mean())
-
-
-TRAINED = [slow("llama", {}), ("llama", {"dtype": torch.bfloat16})]
-TRAINED += [slow(x, {}) for x in ("gemma3", "gpt2", "bloom", "gpt_neox", "mixtral")]
-TRAINED += [slow("mixtral", {"exclude": ("experts.1.*",)})]
 
 
 @pytest.mark.parametrize(("family", "more"), TRAINED)
@@ -191,8 +190,8 @@ def test_the_command_the_record_and_the_card(pairs, tmp_path):
     dense, pruned = pairs("llama")
     out, text, again = tmp_path / "out", tmp_path / "tokens.npy", tmp_path / "again"
     np.save(text, WINDOWS.numpy())
-    how = ["--calibration", text, "--epochs", 3, "--learning-rate", 0.003, "--holdout", 0.25]
-    said = run("distill", pruned, "--teacher", dense, *how, "--output", out)
+    how = ["--calibration", text, *WORDS, "--output", out]
+    said = run("distill", pruned, "--teacher", dense, *how)
     shows(said, "on held-out windows", "trained model")
     shows(run("verify", out, "--masks", pruned), "holds", "without a mask, 0 changed")
     fingerprint = json.loads((out / RECORD).read_text())["fingerprint"]
@@ -294,8 +293,7 @@ def test_killed_while_it_saves(given, tmp_path, monkeypatch, steps):
     steps.clear()
     monkeypatch.setattr(Journal, "set_progress", plain)
     (pruned, dense), text = distil.args, distil.keywords["calibration"]
-    how = ["--calibration", text, "--epochs", 3, "--learning-rate", 0.003, "--holdout", 0.25]
-    how += ["--output", dead, "--resume", "--save-every", 0]
+    how = ["--calibration", text, *WORDS, "--output", dead, "--resume", "--save-every", 0]
     assert "trained model" in run("distill", pruned, "--teacher", dense, *how)
     assert json.loads((dead / RECORD).read_text())["epoch"] == 3
     assert len(steps) == 3 * STEPS - 3

@@ -29,6 +29,14 @@ PARTS = but_slow([("llama", "part"), ("mixtral", "block")], TRAINED)
 BEGUN = itertools.product(("llama", "gemma3"), ("least-squares", "none"))
 NORMS = {"gpt2": "ln_1.weight", "gemma3": "input_layernorm.weight", "qwen2": "layernorm.weight"}
 ALL = but_slow([("gpt2", "part"), ("qwen2", "block")], itertools.product(NORMS, ("part", "block")))
+# of OPT's parts, attention and both layers of the MLP, one gives four times the width of a hidden state
+STATES = [("llama", "pruned", 3), slow("llama", "dense", 4)]
+STATES += [slow("opt", "pruned", 10), ("opt", "dense", 12)]
+ROUNDS = {"true_sequential": True, "solver": "magnitude"}
+RUNS = [({"begin": "least-squares"}, ROUNDS)]
+RUNS += [({"granularity": "part", "loss": "relative"}, {"target": "dense"})]
+LATE = {}, {"train": "all"}, {"begin": "least-squares"}, {"inputs": "dense"}
+RUNS += [slow(x, {}) for x in (*LATE, {"granularity": "part", "loss": "cosine"})]
 
 
 def trained(model, data=None, **more):
@@ -158,11 +166,6 @@ def test_weights_that_are_decayed_become_smaller(monkeypatch):
     assert all(said == pytest.approx(true, rel=1e-6) for said, true in losses)
 
 
-# of OPT's parts, attention and both layers of the MLP, one gives four times the width of a hidden state
-STATES = [("llama", "pruned", 3), slow("llama", "dense", 4)]
-STATES += [slow("opt", "pruned", 10), ("opt", "dense", 12)]
-
-
 @pytest.mark.parametrize(("family", "inputs", "states"), STATES)
 def test_hidden_states_that_parts_are_trained_by_are_counted(family, inputs, states, monkeypatch):
     made, data, most = [], tokens(12), 0
@@ -220,13 +223,6 @@ def test_the_error_of_a_channel_counts_by_its_own_size():
     zeros = torch.zeros(1, 4, 8)
     assert torch.isfinite(reconstruct._scales(recorded(zeros[None]), [0])).all()
     assert float(reconstruct._distance(zeros, zeros, "channels")) == 0
-
-
-ROUNDS = {"true_sequential": True, "solver": "magnitude"}
-RUNS = [({"begin": "least-squares"}, ROUNDS)]
-RUNS += [({"granularity": "part", "loss": "relative"}, {"target": "dense"})]
-LATE = {}, {"train": "all"}, {"begin": "least-squares"}, {"inputs": "dense"}
-RUNS += [slow(x, {}) for x in (*LATE, {"granularity": "part", "loss": "cosine"})]
 
 
 @pytest.mark.parametrize(("how", "more"), RUNS)

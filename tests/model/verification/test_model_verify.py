@@ -23,6 +23,15 @@ IN_ORDER = {"true_sequential": True}
 EVERY = [{**TWO_FOUR, "calibrate_on": "dense", "gram_shrinkage": 0.1}]
 EVERY += [{**IN_ORDER, "dtype": "bfloat16", "threads": 1}]
 EVERY += [slow({"include": ["mlp"], "exclude": ["layers.1"]})]
+#: LongCat's blocks have two attentions in one child
+PAIRS = [(x, "part" if x != "longcat_flash" else "block") for x in FAMILIES]
+# by whole blocks where these have another name or form than Llama's
+WHOLE = "llama mixtral gpt2 opt gpt_neox falcon bloom mamba bamba gemma3"
+PAIRS += [(x, "block") for x in WHOLE.split()]
+MAIN = [("llama", "block"), ("mixtral", "part"), ("gpt2", "part")]
+OTHERS = [("gpt2", "true_sequential"), ("llama4", "true_sequential"), ("mixtral", "all_experts")]
+OTHERS += [slow(x, "true_sequential") for x in ("mixtral", "deepseek_v3", "bamba")]
+OTHERS += [slow("deepseek_v3", "all_experts")]
 
 
 def test_masks_of_another_run_are_claims(dense_folder, pruned_folder, tmp_path):
@@ -125,14 +134,6 @@ def test_bounds_of_masks_that_were_found_for_kept_weights(update, dense_folder, 
         verify_model(out, dense_folder)
 
 
-#: LongCat's blocks have two attentions in one child
-PAIRS = [(x, "part" if x != "longcat_flash" else "block") for x in FAMILIES]
-# by whole blocks where these have another name or form than Llama's
-WHOLE = "llama mixtral gpt2 opt gpt_neox falcon bloom mamba bamba gemma3"
-PAIRS += [(x, "block") for x in WHOLE.split()]
-MAIN = [("llama", "block"), ("mixtral", "part"), ("gpt2", "part")]
-
-
 @pytest.mark.parametrize(("family", "granularity"), but_slow(MAIN, PAIRS))
 def test_trained_folders_of_every_family_hold(family, granularity, tmp_path):
     dense, out = save(tiny(family, layers=2), tmp_path / "dense"), tmp_path / "out"
@@ -186,11 +187,6 @@ def test_training_that_began_from_the_weights_of_a_solver(small, tmp_path):
     refused(tmp_path / "rounds", small, "it cannot be checked on text")
     forge_manifest(tmp_path / "blocks", edit("layers", 3, "error_kept", to=1e-3))
     refused(tmp_path / "blocks", small, "before its weights were updated")
-
-
-OTHERS = [("gpt2", "true_sequential"), ("llama4", "true_sequential"), ("mixtral", "all_experts")]
-OTHERS += [slow(x, "true_sequential") for x in ("mixtral", "deepseek_v3", "bamba")]
-OTHERS += [slow("deepseek_v3", "all_experts")]
 
 
 @pytest.mark.parametrize(("family", "how"), OTHERS)
