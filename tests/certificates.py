@@ -12,6 +12,7 @@ from maskopt.certificates.cuts import Cuts
 from maskopt.certificates.proof import KINDS, LEAF, RowProof
 
 PATTERNS = (Unstructured(keep=4), NM(keep=1, of=4), TWO_FOUR, Unstructured(keep=8))
+fractions = np.vectorize(lambda x: Fraction(float(x)), otypes=[object])
 
 
 def layer(pattern=PATTERNS[2], rows=2, kind="full", linear=False):
@@ -52,16 +53,10 @@ def certificate(problem, *, product=False, cuts=False):
     def noise(*shape):
         return torch.randn(*shape, dtype=torch.float64)
 
-    return Certificate(
-        2 + noise(rows, n).abs(),
-        0.1 * noise(rows, groups),
-        noise(rows, n),
-        0.1 * noise(rows, groups, n) if product else None,
-        [triangles(), *[None] * (rows - 1)] if cuts else None,
-    )
-
-
-fractions = np.vectorize(lambda x: Fraction(float(x)), otypes=[object])
+    diagonal, penalty, point = 2 + noise(rows, n).abs(), 0.1 * noise(rows, groups), noise(rows, n)
+    products = 0.1 * noise(rows, groups, n) if product else None
+    lists = [triangles(), *[None] * (rows - 1)] if cuts else None
+    return Certificate(diagonal, penalty, point, products, lists)
 
 
 def formula(certificate, problem, row):

@@ -1,7 +1,5 @@
 """The command line, called in the process of a test: its result, or status and words."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import logging

@@ -1,7 +1,5 @@
 """Settings for the whole suite: no network, few threads, no deadline on a shared machine."""
 
-from __future__ import annotations
-
 import functools
 import gc
 import os

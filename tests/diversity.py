@@ -1,7 +1,5 @@
 """Maximum diversity by the recipes of MDPLIB (Martí, Gallego, Duarte and Pardo, J. Heuristics 19, 2013)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

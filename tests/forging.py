@@ -1,7 +1,5 @@
 """Forged results of a prune: changed in what they say, with every digest made right again."""
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json
@@ -150,8 +148,7 @@ def forged(value: Any, generator: random.Random) -> Any:
 def signed(record: Any) -> dict[str, Any]:
     """The digests of journals and manifests are no secret."""
     rest = {k: v for k, v in record.items() if k != "sha256"} if isinstance(record, dict) else {}
-    text = json.dumps(rest, sort_keys=True).encode()
-    return {**rest, "sha256": hashlib.sha256(text).hexdigest()}
+    return {**rest, "sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 def options(**changes: Any) -> Change:

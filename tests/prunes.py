@@ -1,7 +1,5 @@
 """Prunes of tiny models, interrupted ones too, and what they leave in their folders."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Random problems for tests, with Gram matrices as layers give them, and brute force."""
 
-from __future__ import annotations
-
 from itertools import chain, combinations, product
 from typing import Any
 
@@ -18,8 +16,7 @@ from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.solver import solve
 
 HALF, TWO_FOUR = Unstructured(sparsity=0.5), NM(keep=2, of=4)
-ONE_PERCENT = LeastSquaresUpdate(0.01)
-F64 = torch.float64
+ONE_PERCENT, F64 = LeastSquaresUpdate(0.01), torch.float64
 KINDS = ("full", "low-rank", "zero-columns", "duplicates", "diagonal", "outliers")
 
 
@@ -132,8 +129,7 @@ def problems(
     kinds: tuple[str, ...] = KINDS, linear: bool = True,
 ) -> LayerProblem:  # fmt: skip
     """A layer with any kind of Gram matrix, any pattern, and at times a linear part if `linear`."""
-    n = draw(st.integers(1, max_n))
-    rows = draw(st.integers(1, max_rows))
+    n, rows = draw(st.integers(1, max_n)), draw(st.integers(1, max_rows))
     seed = draw(st.integers(0, 2**31 - 1))
     gram = random_gram(n, draw(st.sampled_from(kinds)), seed, dtype)
     weight, pattern = random_weight(rows, n, seed + 1, dtype), draw(patterns(n))
@@ -147,6 +143,5 @@ def graph(
     """Densest subgraph: the pruned vertices are those of the cluster."""
     upper = np.triu(np.random.default_rng(seed).random((n, n)) < chance, 1)
     adjacent = (upper | upper.T).astype(float)
-    shift = np.ceil(np.linalg.eigvalsh(adjacent)[-1])
-    gram = shift * np.eye(n) - adjacent
+    gram = np.ceil(np.linalg.eigvalsh(adjacent)[-1]) * np.eye(n) - adjacent
     return RowProblem(np.ones(n), gram, Unstructured(keep=keep), integral=integral).as_layer()

@@ -17,6 +17,14 @@ from maskopt.cli.command import flag, left
 
 COMMANDS = all_commands()
 RESULTS = ROOT / "docs" / "results"
+#: pages whose python blocks run; a block after `NOT_RUN` needs a model or a cluster
+RUNNING = ("index", "tutorial", "howto", "matrices", "guide/structured")
+NOT_RUN = "<!-- not run by the tests -->\n"
+PAGES = {name: (name,) for name in ("generalisation", "structures", "refit")}
+PAGES["quality"] = ("quality", "quality-gaps", "quality-seconds")
+#: of the study without measurements, and its row
+RATE = {"divergence": [0.2, 0.1], "perplexity": 20.0, "ratio": [1.2, 1.1, 1.3], "kl": 0.1}
+CELLS = ["Gemma 3 270M", "0.0003", "0.2000", "0.1000", "20.0", "1.200 (1.100 to 1.300)", "0.100"]
 
 
 @pytest.mark.slow
@@ -25,11 +33,6 @@ def test_docs_build_strictly(tmp_path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "not included in the" not in result.stdout + result.stderr
-
-
-#: pages whose python blocks run; a block after `NOT_RUN` needs a model or a cluster
-RUNNING = ("index", "tutorial", "howto", "matrices", "guide/structured")
-NOT_RUN = "<!-- not run by the tests -->\n"
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{page}.md" for page in RUNNING)])

@@ -28,6 +28,12 @@ GROUPS = pytest.mark.parametrize("pattern", PATTERNS[:3], ids=str)
 
 
 ones, rand = (partial(make, dtype=torch.float64) for make in (torch.ones, torch.rand))
+PARTS = ("weight", "gram", "small gram", "linear", "diagonal", "penalty", "product", "cuts")
+TAU = ones(2)
+GOOD = Cuts(torch.tensor([[-1, 0, 7], [3, 2, 1]]), torch.tensor([[1, -1], [-1, -1]]), TAU)
+NO_CUTS = Cuts(GOOD.index[:0], GOOD.sign[:0], TAU[:0])
+#: too many masks to enumerate
+LAYER = drawn(3, 40, pattern=TWO_FOUR, seeds=(1, 7))
 
 
 def own_values(certificate, problem):
@@ -64,9 +70,6 @@ def test_the_value_is_the_formulas(pattern):
             true, found = exact(given, problem, row), unclamped(given, problem, row)
             assert true >= found == pytest.approx(float(true), rel=1e-11)
             assert 0 <= max(true, 0) - decided <= max(true, 1) / 10**9
-
-
-PARTS = ("weight", "gram", "small gram", "linear", "diagonal", "penalty", "product", "cuts")
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -192,8 +195,7 @@ def test_rows_that_add_nothing_negative_share_a_factorisation(parts, monkeypatch
     box = lower_bound(problem, "box").certificate
     given = Certificate.choose(torch.arange(6) < 2, box, negative)
     assert [slack is None for slack in _shared_slacks(given, problem)] == [True] * 2 + [False] * 4
-    counted = []
-    name = "maskopt.certificates.certificate.missing"
+    counted, name = [], "maskopt.certificates.certificate.missing"
     monkeypatch.setattr(name, lambda a: counted.append(a) or missing(a))
     found = given.check(problem).tolist()
     assert len(counted) <= 4  # two rows of their own, the others, and perhaps a try with all
@@ -285,9 +287,6 @@ def test_rows_that_lack_more_together_are_checked_one_by_one():
 
 
 # --- forgeries
-TAU = ones(2)
-GOOD = Cuts(torch.tensor([[-1, 0, 7], [3, 2, 1]]), torch.tensor([[1, -1], [-1, -1]]), TAU)
-NO_CUTS = Cuts(GOOD.index[:0], GOOD.sign[:0], TAU[:0])
 
 
 def index(*first, then=(3, 2, 1)):
@@ -372,8 +371,6 @@ def test_numbers_near_the_end_of_float64_prove_nothing_and_break_nothing():
 
 
 # --- files
-#: too many masks to enumerate
-LAYER = drawn(3, 40, pattern=TWO_FOUR, seeds=(1, 7))
 
 
 @pytest.fixture(scope="module")
@@ -435,8 +432,7 @@ def test_columns_and_frames_have_a_line_a_row(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     fails(OptionError, "pandas", solution.to_frame)
     monkeypatch.undo()
-    pandas = pytest.importorskip("pandas")
-    frame = solution.to_frame()
+    pandas, frame = pytest.importorskip("pandas"), solution.to_frame()
     assert isinstance(frame, pandas.DataFrame)
     assert list(frame.columns) == list(columns)
     assert frame["objective"].tolist() == solution.objective.tolist()

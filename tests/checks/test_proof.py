@@ -140,8 +140,7 @@ def tree_with(tree, form, branch, **more):
 @pytest.mark.parametrize("kind", ["full", "outliers", slow("low-rank")])
 def test_any_form_at_any_point_is_below_all_masks(pattern, kind):
     """λ and μ of both signs, at the root and at a node: valid, and often worth something."""
-    random = np.random.default_rng(4)
-    positive = 0
+    random, positive = np.random.default_rng(4), 0
     for trial in range(30):
         problem = layer(9, pattern, kind, linear=3 if trial % 2 else None, seed=trial)
         _, every = costs(problem)
@@ -223,8 +222,7 @@ def parts_of(tree):
 
 
 def steps(*branch, **more):
-    more = {"points": [], "fixed": [], "side": [], **more}
-    forms = [NO_FORM] * len(branch)
+    more, forms = {"points": [], "fixed": [], "side": [], **more}, [NO_FORM] * len(branch)
     return lambda parts: parts.update(vars(tree_with(RowProof(**parts), forms, branch, **more)))
 
 
@@ -286,8 +284,7 @@ def test_arrays_of_any_shape_are_refused_or_prove_nothing_false():
 
 @given(st.integers(0, 10**9))
 def test_whatever_is_changed_nothing_false_is_proven(seed):
-    random = np.random.default_rng(seed)
-    problem = DAMAGED[seed % 4]
+    random, problem = np.random.default_rng(seed), DAMAGED[seed % 4]
     best, tree = sound(problem)
     parts = parts_of(tree)
     for _ in range(random.integers(1, 4)):
@@ -328,8 +325,7 @@ def test_trees_of_other_rows_prove_less_and_the_claim_is_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize("chance", [0.25, 0.75])
 def test_graphs_are_proven_with_fewer_nodes_where_they_are_whole(chance):
-    problem = graph(20, chance, keep=13)
-    solution = proven(problem)
+    solution = proven(graph(20, chance, keep=13))
     assert solution.status == (Status.OPTIMAL,)
     assert float(solution.lower_bound) == float(solution.objective)
     plain = proven(graph(20, chance, keep=13, integral=False))
@@ -353,8 +349,7 @@ def test_every_mask_has_one_of_the_values(seed):
     if values.step:  # and no coarser ones hold them all
         apart = np.unique((every.numpy() - values.offset) / values.step)
         assert (apart.astype(int) == apart).all()
-    solution = proven(problem)
-    assert float(solution.objective) == float(every.min())
+    assert float(proven(problem).objective) == float(every.min())
 
 
 def test_values_of_a_graph_are_two_apart_and_what_is_not_whole_is_refused(tmp_path):
@@ -365,12 +360,11 @@ def test_values_of_a_graph_are_two_apart_and_what_is_not_whole_is_refused(tmp_pa
     problem = graph(8)
     weight, gram, quarter = problem.weight, problem.gram, problem.gram.clone()
     quarter[0, 1] = quarter[1, 0] = 0.25
-    linear = drawn(1, 8, linear=1).linear
     for arguments, more, message in (
         ((0.5 * torch.ones(1, 8), gram), {}, r"integral: weight holds 0\.5"),
         ((weight, quarter), {}, r"integral: twice gram holds 0\.5"),
         ((1e9 * weight, gram), {}, "not whole in float64"),
-        ((weight, gram), {"linear": linear}, "linear part"),
+        ((weight, gram), {"linear": drawn(1, 8, linear=1).linear}, "linear part"),
         ((weight, gram), {"update": LeastSquaresUpdate()}, "updated weights"),
     ):
         fails(ProblemError, message, LayerProblem, *arguments, HALF, integral=True, **more)

@@ -19,8 +19,7 @@ from maskopt.protocol.solution import SWAP_FLOOR, SWAP_TOLERANCE, Status
 from maskopt.protocol.solver import available_solvers, is_trusted
 
 TWO, THREE, SIX = (Unstructured(keep=keep) for keep in (2, 3, 6))
-WORDS = ("SCIP 10.0",) * 2
-OPTIMAL = (Status.OPTIMAL,) * 2
+WORDS, OPTIMAL = ("SCIP 10.0",) * 2, (Status.OPTIMAL,) * 2
 #: claims off by less than their tolerance, and by more
 WITHIN, BEYOND = 0.5, 3.0
 
@@ -91,12 +90,10 @@ def forgeries(w, o):
 @pytest.mark.parametrize("pattern", [THREE, TWO_FOUR], ids=str)
 def test_forgeries_are_refused(pattern, update):
     problem = small(pattern=pattern).with_update(update)
-    worst, optimum = solve(problem, "worst"), solve(problem, "exhaustive")
-    verify(problem, worst)
+    worst, optimum = verified(problem, "worst"), solve(problem, "exhaustive")
     for message, changes in forgeries(worst, optimum):
         assert_refused(problem, replace(worst, **changes), message)
-    a_mask = r"not a Tensor; of a mask alone make Solution\.of"
-    assert_refused(problem, worst.mask, a_mask)
+    assert_refused(problem, worst.mask, r"not a Tensor; of a mask alone make Solution\.of")
 
 
 def test_what_enumeration_confirms_is_checked():
@@ -110,8 +107,7 @@ def test_what_enumeration_confirms_is_checked():
     row = problem.row(1)
     assert verify(row, solve(row, "exhaustive"), require="checked").basis == ("checked",)
     for keep in (0, 8):
-        problem = small(pattern=Unstructured(keep=keep))
-        mask = torch.full((2, 8), keep > 0)
+        problem, mask = small(pattern=Unstructured(keep=keep)), torch.full((2, 8), keep > 0)
         claim = {"status": Status.OPTIMAL, "lower_bound": problem.objective(mask), "trusted": WORDS}
         assert verify(problem, Solution.of(problem, mask, **claim), require="checked").checked
 
@@ -134,8 +130,7 @@ def test_a_bound_is_checked_or_rests_on_a_solver_that_is_named():
     assert_refused(problem, proven, "require", require="proven")
     other = LayerProblem(0.5 * problem.weight, problem.gram, problem.pattern)
     found = solve(other, "wanda")
-    less = bound.value.minimum(found.objective)
-    wrong = stating(other, found.mask, bound, lower_bound=less)
+    wrong = stating(other, found.mask, bound, lower_bound=bound.value.minimum(found.objective))
     assert_refused(other, wrong, "its certificate proves")
 
 
@@ -189,8 +184,7 @@ def claims(unit, off):
     above = replace(solve(problem, "worst"), lower_bound=bound, trusted=WORDS)
     yield "row 0 .* a mask of objective", problem, above
     # a second best that no swap leaves: between pairs that cancel lie masks ten times as bad
-    off = min(off, 1.6)
-    gram = torch.eye(4, dtype=torch.float64)
+    off, gram = min(off, 1.6), torch.eye(4, dtype=torch.float64)
     gram[0, 1] = gram[1, 0] = gram[2, 3] = gram[3, 2] = -0.9
     weight = torch.ones(1, 4, dtype=torch.float64) * unit
     weight[0, :2] *= (1 + off * 1e-6) ** 0.5

@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -38,6 +39,8 @@ from maskopt.solvers import Swap
 
 TRUST = "trust_remote_code"
 COMMANDS = all_commands()
+ESCAPED = r"a\x1b[2J[red]b[/red]\nspoof: holds: 1 row checked\u202e\udc80"
+ODD = ESCAPED.encode().decode("unicode_escape")
 
 
 def test_solvers_and_their_options_are_listed(monkeypatch):
@@ -59,8 +62,7 @@ def test_helps_name_every_command_and_fit_two_screens():
     assert len(LINES) >= 40
     names = [name for panel in PANELS.values() for name in panel]
     listed = re.findall(r"^  ([a-z]\S+) ", shown, re.MULTILINE)
-    heads = re.findall(r"^(\w+):$", shown, re.MULTILINE)
-    assert (listed, heads) == (names, [*PANELS, "Options"])
+    assert (listed, re.findall(r"^(\w+):$", shown, re.MULTILINE)) == (names, [*PANELS, "Options"])
     assert "Exit status: 0 done" in shown
     listed = re.findall(r"^  ([a-z]\S+) ", ended("masks", "--help").stdout, re.MULTILINE)
     assert listed == ["apply", "export", "pack", "unpack"]
@@ -116,7 +118,6 @@ def test_threads_that_wait_leave_the_cores_to_others_unless_asked_otherwise(
 
 @pytest.mark.parametrize("command", ["prune", "prune-structured"])
 def test_command_line_file_manifest_and_python_agree(command, tmp_path):
-    """Every option has one name, one set of values and one default in all of them."""
     kind, given = (PruneOptions, ["0.5"]) if command == "prune" else (ShrinkOptions, [0.0, 0.5])
     (file := tmp_path / "run.toml").write_text("")
     usual = tomllib.loads(run(command, "--print-config"))
@@ -158,21 +159,18 @@ def test_defaults_of_other_commands_are_those_of_python():
         assert differ == {"samples": 32, "seq_len": 512, "sparsity": None}
 
 
-@pytest.mark.parametrize(
-    ("words", "status", "said"),
-    [
-        ("no-such-command", 2, "No such"),
-        ("solvers --no-such-option", 2, "No such"),
-        ("bound no/[red]:M:.npz", 1, "[red]:M:.npz"),  # brackets and colons are no markup
-        ("prune M --sparsity 0.5 --calibration t", 1, "--output is missing"),
-        ("solve row.npz --output s.npz --jobs 2", 1, "--jobs is for --prove"),
-        ("solve row.npz --output s.npz --prove --solver swap", 1, "--prove takes the solver"),
-        ("bound OUT --original M --calibration t --sparsity 0.5", 1, "--sparsity is of masks"),
-        ("bound OUT OUT --original M --calibration t", 1, "--original is of one pruned folder"),
-        ("bound OUT --original M", 1, "--calibration is missing"),
-        ("solvers swap", 1, "error: only prune and sweep run as several processes"),
-    ],
-)
+@pytest.mark.parametrize(("words", "status", "said"), [
+    ("no-such-command", 2, "No such"),
+    ("solvers --no-such-option", 2, "No such"),
+    ("bound no/[red]:M:.npz", 1, "[red]:M:.npz"),  # brackets and colons are no markup
+    ("prune M --sparsity 0.5 --calibration t", 1, "--output is missing"),
+    ("solve row.npz --output s.npz --jobs 2", 1, "--jobs is for --prove"),
+    ("solve row.npz --output s.npz --prove --solver swap", 1, "--prove takes the solver"),
+    ("bound OUT --original M --calibration t --sparsity 0.5", 1, "--sparsity is of masks"),
+    ("bound OUT OUT --original M --calibration t", 1, "--original is of one pruned folder"),
+    ("bound OUT --original M", 1, "--calibration is missing"),
+    ("solvers swap", 1, "error: only prune and sweep run as several processes"),
+])  # fmt: skip
 def test_errors_have_a_status_and_no_traceback(words, status, said, monkeypatch):
     if words == "solvers swap":  # where torchrun started two of them
         monkeypatch.setattr("maskopt.cli.command.several", lambda: True)
@@ -182,21 +180,15 @@ def test_errors_have_a_status_and_no_traceback(words, status, said, monkeypatch)
 
 
 def test_too_little_memory_is_one_line_and_another_error_keeps_its_traceback(monkeypatch):
-    def fails(error):
-        raise error
-
-    for allocate in (
-        lambda: np.empty(2**58),
-        lambda: torch.empty(2**55),
-        lambda: fails(MemoryError()),
-        lambda: fails(torch.OutOfMemoryError("CUDA out of memory.\nTried")),
-        lambda: fails(RuntimeError("CUDA error: out of memory")),
-    ):
+    of_cuda = torch.OutOfMemoryError("CUDA out of memory.\nTried")
+    given = MemoryError(), of_cuda, RuntimeError("CUDA error: out of memory")
+    raised = (Mock(side_effect=error) for error in given)
+    for allocate in (lambda: np.empty(2**58), lambda: torch.empty(2**55), *raised):
         monkeypatch.setattr("maskopt.cli.app", allocate)
         result = ended()
         assert (result.returncode, result.stderr.count("\n")) == (1, 1)
         assert result.stderr.startswith("error: there is not enough memory")
-    monkeypatch.setattr("maskopt.cli.app", lambda: fails(IndexError()))
+    monkeypatch.setattr("maskopt.cli.app", Mock(side_effect=IndexError))
     with pytest.raises(IndexError):
         ended()
 
@@ -355,10 +347,6 @@ def test_a_prune_shows_how_far_it_is_and_what_it_has_reached(still):
         still.now += seconds
         show(BlockProgress(*step))
         assert kept.seen[-1]["part"] == pytest.approx(part)
-
-
-ESCAPED = r"a\x1b[2J[red]b[/red]\nspoof: holds: 1 row checked\u202e\udc80"
-ODD = ESCAPED.encode().decode("unicode_escape")
 
 
 def test_nothing_is_printed_with_control_characters_and_markup(tmp_path, screen, still):

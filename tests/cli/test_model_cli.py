@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from commands import ended, run, shows
 from forging import copied, edit, fails, forge_manifest
-from prunes import contents, slow
+from prunes import contents, manifest_of, slow
 from tiny_models import logits_of, patched, save, save_tokenizer, tiny, tokens
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,15 +27,18 @@ from maskopt.cli.console import insist_on_interrupts
 from maskopt.demo.model import MODELS, cache_directory, demo_model
 from maskopt.errors import DataError, MaskoptError, ModelError, OptionError, PatternError
 from maskopt.models.checkpoints.journal import Journal
-from maskopt.models.checkpoints.report import read_manifest
 from maskopt.models.checkpoints.workspace import HIDDEN, JOURNAL, MANIFEST
 from maskopt.models.pruning import plan as planning
 from maskopt.models.pruning.plan import plan_prune
 from maskopt.models.pruning.rerun import command_again, options_again
 
 TEXT = "Pack my box with five dozen liquor jugs. "
-WANDA = ["--sparsity", 0.5, "--solver", "wanda"]
-DRY = ["prune", "--dry-run"]
+WANDA, DRY = ["--sparsity", 0.5, "--solver", "wanda"], ["prune", "--dry-run"]
+ALL = shlex.split(
+    "--sparsity 0.5 --solver wanda --include q_proj,k_proj --samples 7 --seq-len 9 --damping 0.5 "
+    "--update blockwise --training epochs=2 --training begin=least-squares --holdout 0.3 "
+    "--gram-shrinkage auto --calibrate-on dense --max-memory 3GiB"
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +54,6 @@ def words_of(dense, data, out, *more):
 
 def prune(*given, **fails):
     return run(*words_of(*given), **fails)
-
-
-def manifest(out):
-    return json.loads((out / MANIFEST).read_text())
 
 
 def test_prune_verify_eval_and_masks(dense, text, tmp_path):
@@ -103,12 +102,11 @@ def test_a_report_is_one_screen(monkeypatch):
 def test_fallbacks_are_listed_apart(text, tmp_path):
     dense, out = save(tiny("mixtral"), tmp_path / "dense"), tmp_path / "out"
     save_tokenizer(dense)
-    how = ["--samples", 4, "--seq-len", 16, "--min-tokens", 32]
-    shown = prune(dense, text, out, *how)
+    shown = prune(dense, text, out, "--samples", 4, "--seq-len", 16, "--min-tokens", 32)
     shows(shown, "by magnitude, for want of tokens: ", "the errors above leave them out")
-    layers = manifest(out)["layers"]
+    layers = manifest_of(out)["layers"]
     few = [layer["name"] for layer in layers if layer["tokens"] < 32]
-    assert [x["name"] for x in manifest(out)["layers"] if x["fallback"]] == few
+    assert [x["name"] for x in layers if x["fallback"]] == few
     assert 0 < len(few) < len(layers)
     for kind in ("gate_up_proj", "down_proj"):
         some = [x for x in layers if kind in x["name"] and not x["fallback"]]
@@ -157,7 +155,7 @@ def test_ctrl_c_says_how_to_go_on(dense, data, tmp_path, monkeypatch):
     assert "not empty" in run(*command, fails=ModelError)
     shows(run(*again, "--gram-shrinkage", 0.1, fails=ModelError), "another run", "gram_shrinkage")
     run(*command, "--overwrite", "--gram-shrinkage", 1.0)
-    assert manifest(out)["fingerprint"]["options"]["gram_shrinkage"] == 1.0
+    assert manifest_of(out)["fingerprint"]["options"]["gram_shrinkage"] == 1.0
 
 
 @pytest.mark.slow
@@ -243,7 +241,7 @@ def test_bad_samples(data, tmp_path):
     assert 0 < len(bad) < 6
     shown = prune(dense, data, out, "--skip-bad-samples")
     assert f"left out for NaN or infinity: {len(bad)} samples" in shown
-    assert [item["sample"] for item in manifest(out)["bad_samples"]] == bad
+    assert [item["sample"] for item in manifest_of(out)["bad_samples"]] == bad
 
 
 def test_sources_of_text(dense, tmp_path, monkeypatch):
@@ -261,7 +259,7 @@ def test_sources_of_text(dense, tmp_path, monkeypatch):
     ):
         how = ["--samples", 3, "--seq-len", 24, "--overwrite"]
         prune(dense, source, tmp_path / "out", *how, *more)
-        said = manifest(tmp_path / "out")["fingerprint"]["calibration"]
+        said = manifest_of(tmp_path / "out")["fingerprint"]["calibration"]
         assert (said["samples"], said["length"], said["source"]) == (3, 24, name)
         assert len(said["sha256"]) == 64
     words = ["--seq-len", 32, "--activation-memory", 0, "--threads", 1]
@@ -347,11 +345,6 @@ def test_a_dry_run_refuses_what_the_prune_would(dense, data, tmp_path, monkeypat
 
 
 # --- options from a file, and a manifest that repeats its run
-ALL = shlex.split(
-    "--sparsity 0.5 --solver wanda --include q_proj,k_proj --samples 7 --seq-len 9 --damping 0.5 "
-    "--update blockwise --training epochs=2 --training begin=least-squares --holdout 0.3 "
-    "--gram-shrinkage auto --calibrate-on dense --max-memory 3GiB"
-)
 
 
 @pytest.fixture
@@ -422,24 +415,21 @@ def test_a_file_gives_what_the_command_line_does_not(given, dense_folder, data, 
     assert "not a manifest" in run(*given("--config", path), fails=ModelError)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        "--sparsity 2:4 --solver magnitude --include mlp",
-        "--sparsity 0.5 --allocation layers --sensitivity uniform --seed 3",
-        "--sparsity 0.5 --update blockwise --training epochs=1 --holdout 0.2",
-        slow("--sparsity '0.5 per layer' --sensitivity uniform"),
-        slow("--sparsity 0.5 --dtype bfloat16"),
-    ],
-)
+@pytest.mark.parametrize("options", [
+    "--sparsity 2:4 --solver magnitude --include mlp",
+    "--sparsity 0.5 --allocation layers --sensitivity uniform --seed 3",
+    "--sparsity 0.5 --update blockwise --training epochs=1 --holdout 0.2",
+    slow("--sparsity '0.5 per layer' --sensitivity uniform"),
+    slow("--sparsity 0.5 --dtype bfloat16"),
+])  # fmt: skip
 def test_a_manifest_repeats_its_run(options, given, dense_folder, data, tmp_path):
     few = ["--min-tokens", 1, "--samples", 6]
     few += [] if "--solver" in options else ["--solver", "swap", "--start", "wanda"]
     run(*given(*shlex.split(options), *few))
     run(*given("--config", tmp_path / "out" / MANIFEST, out="again"))
     assert contents(tmp_path / "again") == contents(tmp_path / "out")
-    manifest = read_manifest(tmp_path / "out" / MANIFEST)
-    by_file, *rest = command_again("prune", manifest["fingerprint"], tmp_path / "out")
+    fingerprint = manifest_of(tmp_path / "out")["fingerprint"]
+    by_file, *rest = command_again("prune", fingerprint, tmp_path / "out")
     assert "--config" in by_file
     # counts of all layers are too long for a line
     assert bool(rest) == ("--allocation" not in options)

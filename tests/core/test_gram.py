@@ -1,5 +1,7 @@
 """Gram matrices of batches against the definition; float32 products by the faster library."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from forging import fails
@@ -40,8 +42,7 @@ def test_larger_than_a_tile_and_a_chunk_and_in_pieces_of_any_order():
     value = summed(x).value()
     assert torch.equal(value, value.T)
     close(value, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
-    x = torch.randn(100, 2 * TILE)
-    other = Gram(2 * TILE)
+    x, other = torch.randn(100, 2 * TILE), Gram(2 * TILE)
     for piece in reversed(list(other.tasks(x))):
         piece()
     assert torch.equal(summed(x).value(), other.value())
@@ -63,16 +64,13 @@ def test_sums_do_not_drift_and_shrinking_keeps_the_diagonal():
     assert not bool(Gram(3).value().any())  # without tokens
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        *((lambda x=x: Gram(5).add(x), "must be floating point")
-          for x in (torch.zeros(3, 4), torch.zeros(5), torch.zeros(3, 5, dtype=torch.int64))),
-        (lambda: Gram(5).add(torch.full((3, 5), float("nan"))), "NaN or infinite"),
-        (lambda: Gram(5).value(shrinkage=1.5), "shrinkage"),
-        (lambda: Gram(0), "at least one"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("call", "message"), [
+    *((lambda x=x: Gram(5).add(x), "must be floating point")
+      for x in (torch.zeros(3, 4), torch.zeros(5), torch.zeros(3, 5, dtype=torch.int64))),
+    (lambda: Gram(5).add(torch.full((3, 5), float("nan"))), "NaN or infinite"),
+    (lambda: Gram(5).value(shrinkage=1.5), "shrinkage"),
+    (lambda: Gram(0), "at least one"),
+])  # fmt: skip
 def test_what_is_refused(call, message):
     fails(ProblemError, message, call)
 
@@ -141,9 +139,7 @@ def test_a_processor_that_rounds_is_left_alone(usual, fresh, monkeypatch):
 
 
 def test_accelerators_and_settings_by_other_means_are_left_alone(fresh, monkeypatch):
-    def mixed():
-        raise RuntimeError("mix of the legacy and new APIs")
-
+    mixed = Mock(side_effect=RuntimeError("mix of the legacy and new APIs"))
     with monkeypatch.context() as patch:
         patch.setattr(torch.accelerator, "is_available", lambda: True)
         check_left_alone()

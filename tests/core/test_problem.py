@@ -29,9 +29,15 @@ from maskopt.solvers import Relax
 from maskopt.solvers.bounds.conic import ConicBound
 
 EYE, ONES, ALL = torch.eye(4), torch.ones(2, 4), torch.ones(2, 4, dtype=torch.bool)
-PLAIN = LayerProblem(ONES, EYE, HALF)
-FORM = "not a maskopt instance"
+PLAIN, FORM = LayerProblem(ONES, EYE, HALF), "not a maskopt instance"
 close = torch.testing.assert_close
+SOLVERS = [name for name, info in available_solvers().items() if info.available]
+EXACT = ("branch", "exhaustive", "gurobi", "highs", "scip")
+#: but that of updated weights
+BOUNDS = [n for n, i in available_bounds().items() if i.unavailable is None and n != "perspective"]
+PATTERNS = (Unstructured(keep=4), TWO_FOUR)
+SAME = ("swap", "relax", "tabu", "memetic", "kswap", "frank_wolfe", "elimination", "sdp")
+LAYER = drawn(2, 8)
 
 
 @pytest.mark.parametrize("linear", [False, True])
@@ -111,22 +117,16 @@ def test_a_gram_matrix_is_symmetric_and_definite_but_for_rounding():
     assert zero.objective(solve(zero, "wanda").mask).tolist() == [0, 0]
 
 
-@pytest.mark.parametrize(
-    ("weight", "gram", "message"),
-    [
-        (torch.ones(4), EYE, r"must be \[rows, n\]"),
-        (torch.ones(0, 4), EYE, r"at least 1"),
-        (ONES, torch.eye(5), r"gram must be \[4, 4\]"),
-        (ONES, -EYE, r"least eigenvalue is -1"),
-        (ONES, EYE - 0.5, r"not positive semidefinite"),
-        (ONES * torch.nan, EYE, r"layer 'q_proj'.*weight holds 8 NaN"),
-        (ONES, torch.diag(torch.tensor([1, 1, 1, torch.inf])), r"gram holds 1 NaN"),
-        (ONES.long(), EYE, r"floating-point"),
-        (np.ones((2, 4), dtype=complex), EYE, r"floating-point"),
-        ({"w": 1.0}, EYE, r"torch tensor or a NumPy array"),
-        ([[1.0, 2], [3]], EYE, "weight: lists must hold numbers"),
-    ],
-)
+@pytest.mark.parametrize(("weight", "gram", "message"), [
+    (torch.ones(4), EYE, r"must be \[rows, n\]"), (torch.ones(0, 4), EYE, r"at least 1"),
+    (ONES, torch.eye(5), r"gram must be \[4, 4\]"), (ONES, -EYE, r"least eigenvalue is -1"),
+    (ONES, EYE - 0.5, r"not positive semidefinite"),
+    (ONES * torch.nan, EYE, r"layer 'q_proj'.*weight holds 8 NaN"),
+    (ONES, torch.diag(torch.tensor([1, 1, 1, torch.inf])), r"gram holds 1 NaN"),
+    (ONES.long(), EYE, r"floating-point"), (np.ones((2, 4), dtype=complex), EYE, r"floating-point"),
+    ({"w": 1.0}, EYE, r"torch tensor or a NumPy array"),
+    ([[1.0, 2], [3]], EYE, "weight: lists must hold numbers"),
+])  # fmt: skip
 def test_bad_input_names_the_thing(weight, gram, message):
     fails(ProblemError, message, LayerProblem, weight, gram, HALF, name="q_proj")
 
@@ -141,9 +141,8 @@ def test_bad_patterns_means_rows_and_columns_name_the_thing():
     layer = LayerProblem(torch.ones(3, 4), EYE, HALF)
     for rows in ([-1, 0], torch.tensor([True, False, True]), torch.tensor([1])):
         assert layer.take(rows).rows == 2 - (len(rows) == 1)
-    lists = ([], [3], [-4], [0.5], [True, False, True], [0, 5])
     tensors = [torch.tensor(rows) for rows in (0, [3], [0.0], [True, False], [[0]])]
-    for bad in (*lists, *tensors, 0, (1,)):
+    for bad in ([], [3], [-4], [0.5], [True, False, True], [0, 5], *tensors, 0, (1,)):
         message = r"rows must be a list of indices within 0 … 2"
         fails(ProblemError, message, layer.take, bad)
     problem = drawn(2, 8, seeds=(1, 0))
@@ -231,16 +230,13 @@ def forged(path, case):
         (np.savez_compressed if case == "compressed" else np.savez)(path, **(parts | extra))
 
 
-@pytest.mark.parametrize(
-    ("case", "message"),
-    [
-        ("unknown", "not a sound layer: it has no array 'extra'"),
-        ("text", r"not a sound file: array 'gram.npy' is of type <U1"),
-        ("compressed", "its arrays are compressed, or overlap; write them with numpy.savez"),
-        ("overlap", "its arrays are compressed, or overlap"),
-        ("shape", r"not a sound file: array 'gram.npy' is no float32 \[4, 99999\]"),
-    ],
-)
+@pytest.mark.parametrize(("case", "message"), [
+    ("unknown", "not a sound layer: it has no array 'extra'"),
+    ("text", r"not a sound file: array 'gram.npy' is of type <U1"),
+    ("compressed", "its arrays are compressed, or overlap; write them with numpy.savez"),
+    ("overlap", "its arrays are compressed, or overlap"),
+    ("shape", r"not a sound file: array 'gram.npy' is no float32 \[4, 99999\]"),
+])  # fmt: skip
 def test_an_array_is_read_once_its_header_is_sound(case, message, tmp_path, monkeypatch):
     forged(tmp_path / "x.npz", case)
     read, sizes = files.npy.read_array, []
@@ -254,16 +250,10 @@ def test_an_array_is_read_once_its_header_is_sound(case, message, tmp_path, monk
     assert sum(sizes) < 4096
 
 
-@pytest.mark.parametrize(
-    ("mask", "message"),
-    [
-        (ALL[:, :3], r"has shape \[2, 3\], the problem \[2, 4\]"),
-        ([[True]], r"has shape \[1, 1\]"),
-        (ONES, "must be bool"),
-        (ALL, "row 0 prunes 0 of 4"),
-        ("not-a-solver", "unknown solver"),
-    ],
-)
+@pytest.mark.parametrize(("mask", "message"), [
+    (ALL[:, :3], r"has shape \[2, 3\], the problem \[2, 4\]"), ([[True]], r"has shape \[1, 1\]"),
+    (ONES, "must be bool"), (ALL, "row 0 prunes 0 of 4"), ("not-a-solver", "unknown solver"),
+])  # fmt: skip
 def test_bad_masks(mask, message):
     fails(errors.WarmStartError, r"shape \[4\], the problem \[2, 4\]", PLAIN.check_mask, ALL[0])
     fails(errors.MaskoptError, message, solve, PLAIN, "elimination", start=mask)
@@ -276,11 +266,6 @@ def test_bad_masks(mask, message):
 
 
 # --- with a linear part: the same promises, kept by every solver and every bound
-SOLVERS = [name for name, info in available_solvers().items() if info.available]
-EXACT = ("branch", "exhaustive", "gurobi", "highs", "scip")
-#: but that of updated weights
-BOUNDS = [n for n, i in available_bounds().items() if i.unavailable is None and n != "perspective"]
-PATTERNS = (Unstructured(keep=4), TWO_FOUR)
 
 
 def linear_layer(pattern, rows=3, kind="full", seed=1):
@@ -297,8 +282,7 @@ def test_the_objective_is_the_error_of_the_outputs_against_their_targets():
     mask = solve(problem, "random").mask
     expected = (target @ weight.T - x @ (weight * mask).T).square().mean(0)
     close(problem.objective(mask), expected, rtol=1e-12, atol=0)
-    energy = (target @ weight.T).square().mean(0)
-    close(problem.output_energy(), energy, rtol=1e-6, atol=0)
+    close(problem.output_energy(), (target @ weight.T).square().mean(0), rtol=1e-6, atol=0)
     # of inputs 0 and 1, which cost the same by themselves, 0 brings the output nearer to its target
     linear = LinearTerm(torch.tensor([[-0.5, 0.5, 0.0]]), torch.tensor([1.0]))
     problem = LayerProblem(torch.ones(1, 3), torch.eye(3), Unstructured(keep=2), linear=linear)
@@ -310,15 +294,13 @@ def test_the_objective_is_the_error_of_the_outputs_against_their_targets():
 @pytest.mark.parametrize("name", SOLVERS)
 def test_every_solver_answers_for_the_whole_objective(name):
     for problem in map(linear_layer, PATTERNS):
-        best = solve(problem, "exhaustive").objective
-        solution = verified(problem, name)
+        best, solution = solve(problem, "exhaustive").objective, verified(problem, name)
         assert bool((solution.objective >= best * (1 - 1e-9)).all())
         if name in EXACT:
             assert solution.status == (Status.OPTIMAL,) * 3
             close(solution.objective, best, rtol=1e-6, atol=1e-12)
     for keep in (8, 0):  # nothing to prune, and everything
-        one = linear_layer(Unstructured(keep=keep), rows=1)
-        solution = verified(one, name)
+        solution = verified(linear_layer(Unstructured(keep=keep), rows=1), name)
         assert int(solution.mask.sum()) == keep
 
 
@@ -333,9 +315,6 @@ def test_no_bound_is_above_the_optimum(name, kind):
         assert bool((value <= best * (1 + 1e-9) + 1e-12).all())
         reached += (value / best.clamp(min=1e-300))[best > 0].tolist()
     assert np.median(reached) > (0.9 if name.startswith("sdp") else 0.5)
-
-
-SAME = ("swap", "relax", "tabu", "memetic", "kswap", "frank_wolfe", "elimination", "sdp")
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -469,27 +448,22 @@ def test_weights_beyond_float32_are_pruned_as_others_are(solver, pattern):
 
 
 # --- solutions: bounds cut back by rounding alone, files that lie
-LAYER = drawn(2, 8)
 
 
 @pytest.mark.parametrize("unit", [1e-5, 1.0, 1e5])
 def test_a_bound_above_the_objective_by_rounding_is_cut_back_and_no_other(unit):
     layer = LayerProblem(LAYER.weight * unit, LAYER.gram, LAYER.pattern)
     mask = solve(layer, "wanda").mask
-    objective = layer.objective(mask)
-    weight = layer.weight.clone()
+    objective, weight = layer.objective(mask), layer.weight.clone()
     weight[:, :4] = 0
     free = LayerProblem(weight, layer.gram, layer.pattern)
-    nothing = (torch.arange(8) >= 4).expand(2, 8)
-    rounding = 1e-13 * free.diagonal_mass()
+    nothing, rounding = (torch.arange(8) >= 4).expand(2, 8), 1e-13 * free.diagonal_mass()
     for of, masks, bound, expected in (
         (layer, mask, objective * (1 + 0.5e-6), objective),
         (layer, mask, objective * (1 + 3e-6), objective * (1 + 3e-6)),
-        (layer, mask, objective * 0.5, objective * 0.5),
-        (layer, mask, -objective, 0 * objective),
-        (free, nothing, 0.5 * rounding, 0 * rounding),
-        (free, nothing, 3 * rounding, 3 * rounding),
-    ):
+        (layer, mask, objective * 0.5, objective * 0.5), (layer, mask, -objective, 0 * objective),
+        (free, nothing, 0.5 * rounding, 0 * rounding), (free, nothing, 3 * rounding, 3 * rounding),
+    ):  # fmt: skip
         assert torch.equal(Solution.of(of, masks, lower_bound=bound).lower_bound, expected)
     single = Solution.of(layer, mask, lower_bound=(0.5 * objective).float())
     assert single.lower_bound.dtype == torch.float64
@@ -526,8 +500,7 @@ def test_a_row_is_answered_as_a_layer_of_one_and_traces_columns_and_words():
 
 def test_what_is_unknown_is_null_in_a_file(tmp_path):
     """The header is JSON for any reader: it has no NaN."""
-    path = tmp_path / "s.npz"
-    solution = Solution.of(LAYER, solve(LAYER, "wanda").mask)
+    path, solution = tmp_path / "s.npz", Solution.of(LAYER, solve(LAYER, "wanda").mask)
     solution.save(path)
     with np.load(path) as archive:
         header = json.loads(str(archive["header"]), parse_constant=pytest.fail)
@@ -537,25 +510,20 @@ def test_what_is_unknown_is_null_in_a_file(tmp_path):
     assert Solution.load(path).seconds == 2.5
 
 
-@pytest.mark.parametrize(
-    ("changes", "kinds"),
-    [
-        ({"seconds": 10**400}, {}), ({"seconds": "long"}, {}), ({"seconds": []}, {}),
-        ({"status": None}, {}), ({"status": ["feasible", "perfect"]}, {}), ({"trusted": 3}, {}),
-        ({"trace.winner": []}, {}), ({"trace.nodes": 3}, {}), ({"trace.nodes": {}}, {}),
-        *(({}, {what: kind}) for kind in (">f8", "U1")
-          for what in ("mask", "objective", "lower_bound", "certificate.point")),
-    ],
-    ids=lambda changes: str(changes)[:40],
-)  # fmt: skip
+@pytest.mark.parametrize(("changes", "kinds"), [
+    ({"seconds": 10**400}, {}), ({"seconds": "long"}, {}), ({"seconds": []}, {}),
+    ({"status": None}, {}), ({"status": ["feasible", "perfect"]}, {}), ({"trusted": 3}, {}),
+    ({"trace.winner": []}, {}), ({"trace.nodes": 3}, {}), ({"trace.nodes": {}}, {}),
+    *(({}, {what: kind}) for kind in (">f8", "U1")
+      for what in ("mask", "objective", "lower_bound", "certificate.point")),
+], ids=lambda changes: str(changes)[:40])  # fmt: skip
 def test_a_forged_file_is_named(changes, kinds, tmp_path):
     def retyped(arrays):
         arrays.update({name: arrays[name].astype(kind) for name, kind in kinds.items()})
 
     solve(LAYER, "relax" if kinds else "wanda").save(path := tmp_path / "s.npz")
     rewrite(path, changes, retyped)
-    said = r"s\.npz: not a sound" + " solution" * bool(changes)
-    fails(ProblemError, said, Solution.load, path)
+    fails(ProblemError, r"s\.npz: not a sound" + " solution" * bool(changes), Solution.load, path)
 
 
 def test_a_bound_takes_as_many_inputs_as_it_says(monkeypatch):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, fields
 from typing import ClassVar
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -27,9 +28,22 @@ from maskopt.protocol.solver import REGISTRY as SOLVERS, Capabilities, Solver, m
 from maskopt.protocol.trace import Trace
 from maskopt.solvers import DSnoT, Relax, Ria, Swap, Tabu, Wanda
 
-PROBLEM = drawn(3, 24, pattern=Unstructured(keep=10))
-EVERYTHING = torch.ones(3, 24).bool()
+PROBLEM, EVERYTHING = drawn(3, 24, pattern=Unstructured(keep=10)), torch.ones(3, 24).bool()
 AVAILABLE = {name: info for name, info in protocol.available_solvers().items() if info.available}
+ENGINES = ("gurobi", "highs", "scip")
+#: solvers without steps that could be counted
+ONE_PASS = ("magnitude", "wanda", "ria", "random", "worst", "elimination", "sparsegpt")
+STEPPING = [name for name in AVAILABLE if name not in ONE_PASS]
+#: what counts the steps of a trace, the first that it has: each of them comes after a look at the clock
+COUNTERS = ("scans", "iterations", "nodes", "rounds", "swaps")
+#: between two looks at the clock: passes of the mixing method, masks that enumeration takes together
+BETWEEN = {"sdp": 20, "exhaustive": 2**16}
+TIMES = [
+    pytest.param(name, seconds, marks=[pytest.mark.slow] * (seconds > 2))
+    for name in STEPPING
+    for seconds in (0, 2, 5, 11)
+    if name not in ENGINES or seconds < 5 or (name, seconds) == ("scip", 11)
+]
 
 
 @dataclass(frozen=True)
@@ -42,8 +56,7 @@ class Spy(Solver):
 
     def run(self, problem, start, limits):
         self.given.append((start, limits))
-        mask = solve(problem, "magnitude").mask if start is None else start
-        return Solution.of(problem, mask)
+        return Solution.of(problem, solve(problem, "magnitude").mask if start is None else start)
 
 
 def spy(needs, default=None, name="spy"):
@@ -75,30 +88,27 @@ ILLEGAL = answering(Solution.of(PROBLEM, EVERYTHING))
 ILLEGAL_MASK = r"'answers' answered with an illegal mask: its mask: row 0 prunes 0"
 
 
-@pytest.mark.parametrize(
-    ("solver", "options", "error", "message"),
-    [
-        (Swap(), {"max_swaps": 3}, MaskoptError, "given as a value"),
-        ("swap", {"max_swap": 3}, MaskoptError, "did you mean 'max_swaps'"),
-        ("swap", {"limits": Limits(), "time_limit": 3}, MaskoptError, "not both"),
-        (7, {}, MaskoptError, "is no solver"),
-        ("swap", {"start": "swap"}, MaskoptError, "its own start"),
-        ("swap", {"start": Swap(max_swaps=1)}, MaskoptError, "its own start"),
-        ("swap", {"start": "wandaa"}, MaskoptError, "did you mean 'wanda'"),
-        ("swap", {"start": EVERYTHING[:2]}, MaskoptError, "start has shape"),
-        ("swap", {"start": 3.5}, WarmStartError, None),
-        ("swap", {"time_limit": "abc"}, MaskoptError, "time_limit"),
-        ("swap", {"memory_limit": "2 apples"}, MaskoptError, "no amount of memory"),
-        ("swap", {"seed": -1}, MaskoptError, "seed"),
-        (spy("needed"), {}, MaskoptError, "needs a start"),
-        # of no use, and wrong all the same
-        (spy("ignored"), {"start": "no-such-solver"}, MaskoptError, "unknown solver"),
-        (ILLEGAL, {}, SolverError, ILLEGAL_MASK),
-        ("swap", {"start": ILLEGAL}, SolverError, ILLEGAL_MASK),
-        (answering(EVERYTHING), {}, SolverError, "returned Tensor; return Solution"),
-        (Swap, {}, SolverError, r"write Swap\(\)"),
-    ],
-)
+@pytest.mark.parametrize(("solver", "options", "error", "message"), [
+    (Swap(), {"max_swaps": 3}, MaskoptError, "given as a value"),
+    ("swap", {"max_swap": 3}, MaskoptError, "did you mean 'max_swaps'"),
+    ("swap", {"limits": Limits(), "time_limit": 3}, MaskoptError, "not both"),
+    (7, {}, MaskoptError, "is no solver"),
+    ("swap", {"start": "swap"}, MaskoptError, "its own start"),
+    ("swap", {"start": Swap(max_swaps=1)}, MaskoptError, "its own start"),
+    ("swap", {"start": "wandaa"}, MaskoptError, "did you mean 'wanda'"),
+    ("swap", {"start": EVERYTHING[:2]}, MaskoptError, "start has shape"),
+    ("swap", {"start": 3.5}, WarmStartError, None),
+    ("swap", {"time_limit": "abc"}, MaskoptError, "time_limit"),
+    ("swap", {"memory_limit": "2 apples"}, MaskoptError, "no amount of memory"),
+    ("swap", {"seed": -1}, MaskoptError, "seed"),
+    (spy("needed"), {}, MaskoptError, "needs a start"),
+    # of no use, and wrong all the same
+    (spy("ignored"), {"start": "no-such-solver"}, MaskoptError, "unknown solver"),
+    (ILLEGAL, {}, SolverError, ILLEGAL_MASK),
+    ("swap", {"start": ILLEGAL}, SolverError, ILLEGAL_MASK),
+    (answering(EVERYTHING), {}, SolverError, "returned Tensor; return Solution"),
+    (Swap, {}, SolverError, r"write Swap\(\)"),
+])  # fmt: skip
 def test_bad_calls_get_one_clear_line(solver, options, error, message):
     with pytest.raises(error, match=message) as found:
         solve(PROBLEM, solver, **options)
@@ -132,8 +142,7 @@ def test_starts_are_as_declared_and_a_view_with_other_strides_is_the_same_proble
     """Views are those of the transposed weights of GPT-2 and of fused experts."""
     gram, pattern = random_gram(8, "full", 2), Unstructured(keep=4)
     mean = gram.diagonal().sqrt() / 2
-    problem = drawn(3, 8, pattern=pattern, mean=mean)
-    can = AVAILABLE[name].capabilities
+    problem, can = drawn(3, 8, pattern=pattern, mean=mean), AVAILABLE[name].capabilities
     assert (can.default_start is not None) == (can.start == "needed")
     start = solve(problem, "random", seed=1).mask
     # exact solvers of a few tiny rows start no worker processes
@@ -163,8 +172,7 @@ def test_make_start_leaves_out_what_the_next_solver_does_anyway():
     for name in ("admm", "obs", "sparsegpt", "wanda", "swap"):
         start = protocol.make_start(problem, name)
         assert torch.equal(start.mask, solve(problem, name).mask)
-        kept = PROBLEM.objective(start.mask)
-        assert torch.equal(start.objective, kept) == (name != "swap")
+        assert torch.equal(start.objective, PROBLEM.objective(start.mask)) == (name != "swap")
 
 
 # --- options
@@ -182,22 +190,19 @@ class Sample:
         check_options(self, "sample")
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("count", 0, " must be a whole number or None ≥ 1, not 0"),
-        ("count", np.float64(3), " must be a whole number or None ≥ 1, not 3.0"),
-        ("share", 1.0, r" must be a number \[0, 1\), not 1.0"),
-        ("above", float("inf"), " must be a number ≥ 0, not inf"),
-        ("word", "c", " must be one of: a, b; not 'c'"),
-        ("names", "x", " must be a list of names"),
-        ("loud", 1, " must be true or false"),
-        *(("count", bad, "") for bad in (1.5, True, "3", np.bool_(True))),
-        *(("share", bad, "") for bad in (-0.1, float("nan"), None)),
-        ("word", 1, ""), ("names", (1,), ""),
-        ("above", np.float32("nan"), ""), ("above", np.ones(1), ""),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("count", 0, " must be a whole number or None ≥ 1, not 0"),
+    ("count", np.float64(3), " must be a whole number or None ≥ 1, not 3.0"),
+    ("share", 1.0, r" must be a number \[0, 1\), not 1.0"),
+    ("above", float("inf"), " must be a number ≥ 0, not inf"),
+    ("word", "c", " must be one of: a, b; not 'c'"),
+    ("names", "x", " must be a list of names"),
+    ("loud", 1, " must be true or false"),
+    *(("count", bad, "") for bad in (1.5, True, "3", np.bool_(True))),
+    *(("share", bad, "") for bad in (-0.1, float("nan"), None)),
+    ("word", 1, ""), ("names", (1,), ""),
+    ("above", np.float32("nan"), ""), ("above", np.ones(1), ""),
+])  # fmt: skip
 def test_what_does_not_fit_is_refused_by_name(name, value, message):
     fails(OptionError, name + message, Sample, **{name: value})
 
@@ -216,8 +221,7 @@ def test_what_fits_is_kept_numbers_of_numpy_become_those_of_python_and_options_a
     for kind, wrong, message in ((Sample, "shar", near), (object, "x", "it has none")):
         fails(OptionError, message, build, kind, "sample", {wrong: 1}, "thing")
     ranges = {"count": "≥ 1", "share": "[0, 1)", "word": "a or b", "names": "", "loud": ""}
-    known = [(o.name, o.range) for o in options_of(Sample)]
-    assert known == [*ranges.items(), ("above", "≥ 0")]
+    assert [(o.name, o.range) for o in options_of(Sample)] == [*ranges.items(), ("above", "≥ 0")]
 
 
 @pytest.mark.parametrize("registry", [SOLVERS, BOUNDS], ids=["solvers", "bounds"])
@@ -234,9 +238,7 @@ def test_every_backend_documents_every_option_in_one_line(registry):
 
 
 def test_a_backend_is_asked_once_whether_it_runs_and_hides_no_other(monkeypatch):
-    def broken():
-        raise OSError("licence server is silent")
-
+    broken = Mock(side_effect=OSError("licence server is silent"))
     assert {"swap", "scip"} <= set(protocol.available_solvers())
     assert {"sdp", "box"} <= set(available_bounds())
     monkeypatch.setattr("maskopt.solvers.exact.gurobi.Gurobi.unavailable", staticmethod(broken))
@@ -252,14 +254,6 @@ def test_a_backend_is_asked_once_whether_it_runs_and_hides_no_other(monkeypatch)
 
 
 # --- limits
-ENGINES = ("gurobi", "highs", "scip")
-#: solvers without steps that could be counted
-ONE_PASS = ("magnitude", "wanda", "ria", "random", "worst", "elimination", "sparsegpt")
-STEPPING = [name for name in AVAILABLE if name not in ONE_PASS]
-#: what counts the steps of a trace, the first that it has: each of them comes after a look at the clock
-COUNTERS = ("scans", "iterations", "nodes", "rounds", "swaps")
-#: between two looks at the clock: passes of the mixing method, masks that enumeration takes together
-BETWEEN = {"sdp": 20, "exhaustive": 2**16}
 
 
 def biased(rows=5, n=12):
@@ -347,14 +341,6 @@ def steps(name, found):
     counts = [count for c in COUNTERS if (count := getattr(found, c)) is not None]
     most = int(counts[0].max()) if counts else 0
     return -(-most // BETWEEN.get(name, 1))
-
-
-TIMES = [
-    pytest.param(name, seconds, marks=[pytest.mark.slow] * (seconds > 2))
-    for name in STEPPING
-    for seconds in (0, 2, 5, 11)
-    if name not in ENGINES or seconds < 5 or (name, seconds) == ("scip", 11)
-]
 
 
 @pytest.mark.parametrize(("name", "seconds"), TIMES)

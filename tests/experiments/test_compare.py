@@ -209,11 +209,9 @@ def test_bad_calls_are_refused_before_anything_runs(tmp_path, monkeypatch):
 def test_the_same_jobs_have_the_same_keys_and_others_have_others():
     rows, ones = some(1), torch.ones(24)
     # an option of a solver goes before the one for all
-    records = compare(rows, {"random": {"seed": 0}, "wanda": {}}, seed=5)
-    assert [r.seed for r in records] == [0, 5]
+    assert [r.seed for r in compare(rows, {"random": {"seed": 0}, "wanda": {}}, seed=5)] == [0, 5]
     untimed = compare(rows, {"tabu": {"time_limit": None, "moves": 20}}, time_limit=0)
-    timed = compare(rows, {"tabu": {"moves": 20}}, time_limit=0)
-    assert untimed[0].key != timed[0].key
+    assert untimed[0].key != compare(rows, {"tabu": {"moves": 20}}, time_limit=0)[0].key
     # masks as starts: str() leaves out the middle of more than 1000 entries
     row = RowProblem(random_weight(1, 1200, 1)[0], torch.eye(1200), HALF)
     mask = np.arange(1200) % 2 == 0
@@ -322,16 +320,13 @@ def test_files_of_a_model_are_never_replaced(weights, saved, tmp_path):
 
 def test_options_that_do_not_fit_are_refused(saved, monkeypatch):
     monkeypatch.chdir(saved.parent)
-    wanda, columns = "compare --solvers wanda", ("5,3000", "5,-1", 0, -3)
+    base, columns = "compare --solvers wanda", ("5,3000", "5,-1", 0, -3)
     walk = ("--calibration no.txt", "--samples 3", "--include q_proj", "--bos never")
     for message, *commands in (
         ("`on_progress`", "compare --solvers swap --solver-options swap.on_progress=5"),
         ("`on_progress`", "solve --output out.npz --solver-options on_progress=5"),
-        (
-            "--update must be one of: none, least-squares, blockwise; not",
-            f"{wanda} --update refitt",
-        ),
-        ("is for a model folder", *(f"{wanda} {option}" for option in walk)),
+        ("--update must be one of: none, least-squares, blockwise; not", f"{base} --update refit"),
+        ("is for a model folder", *(f"{base} {option}" for option in walk)),
         ("unknown format 'xyz'", "export r.xyz"),
         ("--columns is how many", *(f"export none.npz --columns {x}" for x in columns)),
     ):
@@ -517,8 +512,7 @@ def test_gaps_are_what_objective_and_bound_say_of_rows_drawn_as_for_a_comparison
     listen = {"on_rows": lambda *event: seen.append(event)}
     records = bound_layers(layers, rows=3, method="box", solver="swap", **words, **listen)
     # before a layer is bounded, and after its rows; where each has columns of its own, after each
-    counts = [(0, "a.0.q_proj"), (3, "a.0.q_proj"), (3, "b"), (6, "b")]
-    assert columns is not None or seen == counts
+    assert columns is not None or seen == [(0, "a.0.q_proj"), (3, "a.0.q_proj"), (3, "b"), (6, "b")]
     assert [f"{r.instance}[{r.row}]" for r in records] == [row.name for row in sampled]
     assert len({r.row for r in records[:3]}) == 3
     for row, record in zip(sampled, records, strict=True):
@@ -538,8 +532,7 @@ def test_an_interrupted_run_goes_on(columns, missing, sizes, layer, tmp_path, mo
     path, bounded, held, original = tmp_path / "gaps.jsonl", [], [], certify_module.lower_bound
     words = {"rows": 4, "columns": columns, "method": "box", "output": path}
     shift = bound_layers([layer], rows=2, method="shift", output=path)
-    whole = bound_layers([layer], **words)
-    lines = path.read_text().splitlines()
+    whole, lines = bound_layers([layer], **words), path.read_text().splitlines()
     path.write_text("\n".join([*lines[:4], lines[4][:20]]))
 
     def counting(problem, *args, **options):
@@ -554,15 +547,13 @@ def test_an_interrupted_run_goes_on(columns, missing, sizes, layer, tmp_path, mo
     assert [r.key for r in again] == [r.key for r in whole]
     assert list(read_records(path, GapRecord).values()) == [*shift, *again]
     # a matrix product may sum in another order when fewer rows are left
-    expected = [r.objective for r in whole]
-    assert [r.objective for r in again] == pytest.approx(expected, rel=1e-12)
+    assert [r.objective for r in again] == pytest.approx([r.objective for r in whole], rel=1e-12)
 
 
 @pytest.mark.parametrize("per", ["row", "layer"])
 @pytest.mark.parametrize("forged", ["line", "solution", "another mask"])
 def test_forged_bounds_do_not_survive_a_resume(per, forged, layer, tmp_path, caplog):
-    layer = layer.under(Unstructured(sparsity=0.5, per=per))
-    path = tmp_path / "gaps.jsonl"
+    layer, path = layer.under(Unstructured(sparsity=0.5, per=per)), tmp_path / "gaps.jsonl"
     honest = bound_layers([layer], method="box", output=path)
     if forged == "line":
         lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -573,8 +564,7 @@ def test_forged_bounds_do_not_survive_a_resume(per, forged, layer, tmp_path, cap
         if forged == "solution":
             replace(found, lower_bound=found.objective).save(kept)
         else:
-            rows = layer if per == "layer" else layer.row(0)
-            Solution.of(rows, found.mask.flip(1)).save(kept)
+            Solution.of(layer if per == "layer" else layer.row(0), found.mask.flip(1)).save(kept)
     again = bound_layers([layer], method="box", output=path)
     dropped = forged == "solution" or (forged, per) == ("another mask", "row")
     assert ("dropped" in caplog.text) == dropped
@@ -675,8 +665,7 @@ def test_commands(models, layer, tmp_path):
     assert len(out.read_text().splitlines()) == 3
     common = ("--calibration", models / "text.txt", "--samples", 4, "--seq-len", 32)
     folders = (models / "pruned", "--original", models / "dense")
-    words = ("--rows", 1, "--include", "*q_proj")
-    assert "q_proj" in run("bound", *folders, *box, *words, *common)
+    assert "q_proj" in run("bound", *folders, *box, "--rows", 1, "--include", "*q_proj", *common)
     some = ("--include", "*0*q_proj", "--sparsity", "0.5", "--rows", 1, "--columns", 12)
     solvers = ("--solvers", "wanda,swap,exhaustive")
     assert "optimal" in run("compare", models / "dense", *some, *solvers, *common)

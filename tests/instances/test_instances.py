@@ -25,6 +25,14 @@ from maskopt.protocol.bounds import lower_bound
 from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.solver import make_solver, solve
 
+NAMES = "#g.mc", "!%x", "#", "two words", os.fsdecode(b"gr\xfcn")
+EYE = np.eye(3)
+NO_MATRICES = (
+    EYE * 1j, torch.eye(3) * 1j, EYE * 1e308, [[1, 2], [3]], "x", [["a"]], [[10**400]], [[None]],
+    [], np.ones((2, 3)), [[float("nan")]],
+)  # fmt: skip
+NO_UNITS = ((2, 0, 0), (1, np.nan, 0), (1, 0, "a"), (-1, 10**400, 0.0))
+
 
 def values_of(u, count):
     """The value of every set of so many elements."""
@@ -43,8 +51,7 @@ def test_any_quadratic_objective_is_solved_in_its_own_units(seed, maximize, whol
     problem = RowProblem.from_quadratic(u, cardinality=count, maximize=maximize, constant=constant)
     best = (max if maximize else min)(values_of(u, count).values()) + constant
     solution = solve(problem, "branch", workers=0, proof=True)
-    found = problem.value(float(solution.objective[0]))
-    scale = np.abs(u).sum() + 1
+    found, scale = problem.value(float(solution.objective[0])), np.abs(u).sum() + 1
     assert found == pytest.approx(best, abs=1e-6 * scale)
     assert problem.integral or not whole
     bound = problem.value(float(solution.lower_bound[0]))
@@ -70,8 +77,7 @@ def test_a_quadratic_is_given_back_with_its_sense():
 def penalised(penalty):
     """Choose three of ten without a conflict: the penalties make f millions of times the value."""
     rng = np.random.default_rng(0)
-    u = np.diag(rng.random(10))
-    pairs = np.tril(rng.random((10, 10)) < 0.3, -1)
+    u, pairs = np.diag(rng.random(10)), np.tril(rng.random((10, 10)) < 0.3, -1)
     return RowProblem.from_quadratic(u + penalty * pairs, cardinality=3)
 
 
@@ -134,8 +140,7 @@ def test_the_farthest_elements_are_found_bounded_from_above_written_and_read(rec
         assert bound >= best * (1 - 1e-9)
     save_problem(problem, tmp_path / "some.mdp")
     again = load_problem(tmp_path / "some.mdp")
-    value = again.value(float(solve(again, "tabu").objective[0]))
-    assert value == pytest.approx(best, rel=1e-9)
+    assert again.value(float(solve(again, "tabu").objective[0])) == pytest.approx(best, rel=1e-9)
 
 
 CLUSTER = "5 3 4\n1 2 0.500000\n2 3 0.5\n1 3 0.5\n4 5 0.5\n"
@@ -162,18 +167,15 @@ def best(problem):
     return values[chosen] + constant, chosen
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "cardinality", "value", "chosen"),
-    [
-        ("graph.dat", CLUSTER, None, 3, (0, 1, 2)),
-        ("graph.mc", RUDY, 2, 3, (0, 1)),
-        ("graph.rudy", RUDY, 3, 3, (0, 1, 3)),
-        ("far.mdp", DIVERSITY, None, 7.25, (0, 2)),
-        ("GKD-a_1_n4_m2.txt", DIVERSITY, None, 7.25, (0, 2)),
-        # x₁² − x₁x₂ + 4x₂x₃ + ½x₁ + ½x₂ − x₃ + 10
-        ("toy.qplib", QPLIB, None, 13.5, (1, 2)),
-    ],
-)
+@pytest.mark.parametrize(("name", "text", "cardinality", "value", "chosen"), [
+    ("graph.dat", CLUSTER, None, 3, (0, 1, 2)),
+    ("graph.mc", RUDY, 2, 3, (0, 1)),
+    ("graph.rudy", RUDY, 3, 3, (0, 1, 3)),
+    ("far.mdp", DIVERSITY, None, 7.25, (0, 2)),
+    ("GKD-a_1_n4_m2.txt", DIVERSITY, None, 7.25, (0, 2)),
+    # x₁² − x₁x₂ + 4x₂x₃ + ½x₁ + ½x₂ − x₃ + 10
+    ("toy.qplib", QPLIB, None, 13.5, (1, 2)),
+])  # fmt: skip
 def test_the_library_s_own_value_is_found(tmp_path, name, text, cardinality, value, chosen):
     problem = read(tmp_path, name, text, cardinality)
     solution = solve(problem, "exhaustive")
@@ -204,12 +206,10 @@ def test_what_is_written_is_the_same_problem(tmp_path, kind, ending):
 def test_a_row_of_a_layer_is_written_for_qplib_alone(tmp_path):
     row = drawn(1, 8, pattern=Unstructured(keep=3)).row(0)
     save_problem(row, tmp_path / "row.qplib")
-    again = load_problem(tmp_path / "row.qplib")
-    assert best(row)[0] == pytest.approx(best(again)[0])
-    other = RowProblem(row.weight, row.gram, TWO_FOUR)
+    assert best(row)[0] == pytest.approx(best(load_problem(tmp_path / "row.qplib"))[0])
     for problem, ending, message in (
         *((row, ending, "to be minimised") for ending in ("dat", "mc", "mdp")),
-        (other, "qplib", "one set of a given size"),
+        (RowProblem(row.weight, row.gram, TWO_FOUR), "qplib", "one set of a given size"),
         (row.with_update(LeastSquaresUpdate(0.1)), "qplib", "one set of a given size"),
         (row, "xyz", "no known format"),
     ):
@@ -223,42 +223,36 @@ def changed(kind, old, new):
 cluster, qplib = partial(changed, "dat"), partial(changed, "qplib")
 
 
-@pytest.mark.parametrize(
-    ("file", "reason"),
-    [
-        (("a.dat", ""), "expected 3 numbers"),
-        (("a.dat", "3 2 x\n"), "expected 3 numbers"),
-        (cluster("5 3 4", "5 3 9"), "4 edges where the first line says 9"),
-        *((cluster("4 5", bad), "no new pair") for bad in ("4 6", "2 1", "4 4")),
-        (cluster("5 3 4", "5 7 4"), "cardinality must be a whole number, 0 … 5, not 7"),
-        (cluster("4 5 0.5", "4 5 nan"), "must be finite"),
-        ((*cluster("", ""), 2), "leave `cardinality` out"),
-        (("a.mc", RUDY), "pass cardinality"),
-        (("a.mc", "# a\n3 2\n\n1 3 4\n1 2 x\n", 2), "line 5: expected 3 numbers, not '1 2 x'"),
-        (("a.mc", "3 2\n1 3 4\n3 1 5\n", 2), "line 3: '3 1 5' is no new pair of two of 3"),
-        (("a.mdp", "0 0\n"), "0 vertices"),
-        (("a.mdp", "4 2\n0 1 1\n"), "1 edges where the first line says 6"),
-        (("a.dat", "300000 2 1\n1 2 1\n"), "a dense matrix holds 1 to 16384"),
-        (qplib("QBL", "QML"), "type QML; only binary"),
-        (qplib("QBL", "QBN"), "type QBN; only binary"),
-        (qplib("1 # constraint", "2"), "2 constraints"),
-        (qplib("1 2 2", "1 2 3"), "not that a given number"),
-        (qplib("4 # left", "2 # left"), "not that a given number"),
-        (qplib("3 2 4", "3 9 4"), "9 is none of 1"),
-        (qplib("maximize", "sideways"), "no sense"),
-        (qplib("3 2 4", "1 2 4"), "quadratic term 1 2 is given twice"),
-        (qplib("1\n3 -1\n", "2\n3 -1\n3 2\n"), "entry 3 is given twice"),
-        (qplib("1 2 2", "1 1 2"), "variable 1 of the constraint is given twice"),
-        (("a.qplib", QPLIB[:60]), "ends early"),
-        (qplib("2 1 -1.0", "2 1 x"), "expected a number"),
-        (("a.edges", "1 2"), r"no known format by its ending; one of: \.npz"),
-    ],
-)
+@pytest.mark.parametrize(("file", "reason"), [
+    (("a.dat", ""), "expected 3 numbers"),
+    (("a.dat", "3 2 x\n"), "expected 3 numbers"),
+    (cluster("5 3 4", "5 3 9"), "4 edges where the first line says 9"),
+    *((cluster("4 5", bad), "no new pair") for bad in ("4 6", "2 1", "4 4")),
+    (cluster("5 3 4", "5 7 4"), "cardinality must be a whole number, 0 … 5, not 7"),
+    (cluster("4 5 0.5", "4 5 nan"), "must be finite"),
+    ((*cluster("", ""), 2), "leave `cardinality` out"),
+    (("a.mc", RUDY), "pass cardinality"),
+    (("a.mc", "# a\n3 2\n\n1 3 4\n1 2 x\n", 2), "line 5: expected 3 numbers, not '1 2 x'"),
+    (("a.mc", "3 2\n1 3 4\n3 1 5\n", 2), "line 3: '3 1 5' is no new pair of two of 3"),
+    (("a.mdp", "0 0\n"), "0 vertices"),
+    (("a.mdp", "4 2\n0 1 1\n"), "1 edges where the first line says 6"),
+    (("a.dat", "300000 2 1\n1 2 1\n"), "a dense matrix holds 1 to 16384"),
+    (qplib("QBL", "QML"), "type QML; only binary"),
+    (qplib("QBL", "QBN"), "type QBN; only binary"),
+    (qplib("1 # constraint", "2"), "2 constraints"),
+    (qplib("1 2 2", "1 2 3"), "not that a given number"),
+    (qplib("4 # left", "2 # left"), "not that a given number"),
+    (qplib("3 2 4", "3 9 4"), "9 is none of 1"),
+    (qplib("maximize", "sideways"), "no sense"),
+    (qplib("3 2 4", "1 2 4"), "quadratic term 1 2 is given twice"),
+    (qplib("1\n3 -1\n", "2\n3 -1\n3 2\n"), "entry 3 is given twice"),
+    (qplib("1 2 2", "1 1 2"), "variable 1 of the constraint is given twice"),
+    (("a.qplib", QPLIB[:60]), "ends early"),
+    (qplib("2 1 -1.0", "2 1 x"), "expected a number"),
+    (("a.edges", "1 2"), r"no known format by its ending; one of: \.npz"),
+])  # fmt: skip
 def test_what_does_not_map_is_refused_with_the_reason(tmp_path, file, reason):
     fails(ProblemError, f"{file[0]}: .*{reason}", read, tmp_path, *file)
-
-
-NAMES = "#g.mc", "!%x", "#", "two words", os.fsdecode(b"gr\xfcn")
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
@@ -276,31 +270,20 @@ def pose(u, **more):
     return lambda _: RowProblem.from_quadratic(u, **{"cardinality": 1, **more})
 
 
-EYE = np.eye(3)
-NO_MATRICES = (
-    EYE * 1j, torch.eye(3) * 1j, EYE * 1e308, [[1, 2], [3]], "x", [["a"]], [[10**400]], [[None]],
-    [], np.ones((2, 3)), [[float("nan")]],
-)  # fmt: skip
-NO_UNITS = ((2, 0, 0), (1, np.nan, 0), (1, 0, "a"), (-1, 10**400, 0.0))
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda path: load_problem(path / "none.dat"), "no such file"),
-        (lambda path: load_problem(path / "bytes.dat"), "not a text file"),
-        (lambda path: load_problem(path / "a.npz", 3), "graphs that name no number"),
-        (pose(np.ones((2, 3))), r"is \[n, n\]"),
-        (pose(np.full((2, 2), np.inf)), "finite"),
-        *((pose(u), "quadratic objective") for u in NO_MATRICES),
-        *((pose(EYE, constant=bad), None) for bad in (None, [1.0, 2.0])),
-        *((pose(EYE, cardinality=bad), f"cardinality must be a whole number, 0 … 3, not {bad!r}")
-          for bad in ("1", 1.5, None, 4)),
-        # what penalties round off
-        (lambda _: penalised(1e11), "scale penalties down to what they need"),
-        *((lambda _, units=units: ObjectiveTransform(*units), "units") for units in NO_UNITS),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda path: load_problem(path / "none.dat"), "no such file"),
+    (lambda path: load_problem(path / "bytes.dat"), "not a text file"),
+    (lambda path: load_problem(path / "a.npz", 3), "graphs that name no number"),
+    (pose(np.ones((2, 3))), r"is \[n, n\]"),
+    (pose(np.full((2, 2), np.inf)), "finite"),
+    *((pose(u), "quadratic objective") for u in NO_MATRICES),
+    *((pose(EYE, constant=bad), None) for bad in (None, [1.0, 2.0])),
+    *((pose(EYE, cardinality=bad), f"cardinality must be a whole number, 0 … 3, not {bad!r}")
+      for bad in ("1", 1.5, None, 4)),
+    # what penalties round off
+    (lambda _: penalised(1e11), "scale penalties down to what they need"),
+    *((lambda _, units=units: ObjectiveTransform(*units), "units") for units in NO_UNITS),
+])  # fmt: skip
 def test_bad_calls_are_named(tmp_path, call, message):
     (tmp_path / "bytes.dat").write_bytes(b"\xff\xfe\x00")
     fails(ProblemError, message, call, tmp_path)
@@ -332,7 +315,6 @@ def test_a_graph_on_the_command_line(tmp_path):
 
 
 def test_every_command_speaks_of_the_graph_and_not_of_the_shift(tmp_path):
-    """Values, bounds from above, and one gap for one mask wherever it is printed."""
     graph, table = tmp_path / "graph.mc", tmp_path / "table.jsonl"
     problem = read(tmp_path, "graph.mc", RUDY, 2)
     best = problem.value(float(solve(problem, "branch").objective[0]))
@@ -417,8 +399,7 @@ def test_groups_may_lie_anywhere_and_scaling_and_order_do_not_matter():
     assert found == (costs.index(min(costs)), pytest.approx(min(costs)))
     weight, gram = random_weight(5, 12, 7), random_gram(12, "full", 8)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
-    turned = weight[:, order], gram[order][:, order]
-    given = (weight, gram), (8 * weight, gram / 4), turned
+    given = (weight, gram), (8 * weight, gram / 4), (weight[:, order], gram[order][:, order])
     problems = (structure_problem(*parts, Unstructured(keep=6)) for parts in given)
     mask, scaled, moved = (solve(problem, "exhaustive").mask[0] for problem in problems)
     assert torch.equal(scaled, mask)
@@ -432,8 +413,7 @@ def test_groups_may_lie_anywhere_and_scaling_and_order_do_not_matter():
 def test_everything_that_solves_and_proves_rows_does_so_here(pattern):
     weight, gram = random_weight(20, 24, 3), random_gram(24, "low-rank", 4)
     problem = structure_problem(weight, gram, pattern, groups=torch.arange(24) // 2)
-    best = solve(problem, "exhaustive")
-    found = proven(problem)
+    best, found = solve(problem, "exhaustive"), proven(problem)
     assert found.status == (Status.OPTIMAL,)
     torch.testing.assert_close(found.objective, best.objective)
     swap = solve(problem, "swap", start="wanda")
@@ -458,16 +438,13 @@ def test_refitted_inputs_solve_the_least_squares_of_every_row(kind, seed, dampin
     assert bool((change(new, weight, gram) <= most).all())
 
 
-@pytest.mark.parametrize(
-    ("shape", "groups", "keep", "error", "said"),
-    [
-        ((3, 4), [0, 1, 2, 3], 9, PatternError, "keep=9"),
-        ((3, 4), [0, 1, 3, 3], 1, ProblemError, "without a gap"),
-        ((3, 4), [0, 1, -1, 1], 1, ProblemError, "whole numbers"),
-        ((3, 4), [0, 1], 1, ProblemError, "each of the 4 inputs"),
-        ((3, 5), None, 1, ProblemError, "must be"),
-    ],
-)
+@pytest.mark.parametrize(("shape", "groups", "keep", "error", "said"), [
+    ((3, 4), [0, 1, 2, 3], 9, PatternError, "keep=9"),
+    ((3, 4), [0, 1, 3, 3], 1, ProblemError, "without a gap"),
+    ((3, 4), [0, 1, -1, 1], 1, ProblemError, "whole numbers"),
+    ((3, 4), [0, 1], 1, ProblemError, "each of the 4 inputs"),
+    ((3, 5), None, 1, ProblemError, "must be"),
+])  # fmt: skip
 def test_what_does_not_fit_is_refused(shape, groups, keep, error, said):
     index, pattern = groups and torch.tensor(groups), Unstructured(keep=keep)
     fails(error, said, structure_problem, torch.ones(shape), torch.eye(4), pattern, groups=index)

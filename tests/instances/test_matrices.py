@@ -19,6 +19,9 @@ RNG = np.random.default_rng(0)
 X = RNG.normal(size=(80, 14))
 Q = X.T @ X / 80
 VALUES = [Q[np.ix_(s, s)].sum() for s in combinations(range(14), 4)]
+OFF, HOLE = Q.copy(), Q.copy()
+OFF[2, 5] += 1
+HOLE[3, 4] = HOLE[4, 3] = np.nan
 
 
 def best_by_force(maximize):
@@ -39,8 +42,7 @@ def save(path, matrix=Q):
 def test_a_matrix_in_a_file_is_solved_and_what_is_printed_is_its_own(ending, tmp_path):
     file, out = save(tmp_path / f"Q{ending}"), tmp_path / "s.json"
     maximize = ending in (".npy", ".csv")
-    words = (file, "--cardinality", 4, *["--maximize"] * maximize)
-    said = run("solve", *words, "--output", out)
+    said = run("solve", file, "--cardinality", 4, *["--maximize"] * maximize, "--output", out)
     found = json.loads(out.read_text())
     chosen = found["selected"]
     assert (len(chosen), found["status"], found["solver"]) == (4, "optimal", "branch")
@@ -59,8 +61,7 @@ def test_a_proof_of_a_matrix_is_of_that_sense_and_size(tmp_path):
     assert proven[2].split() == plain[2].split() == ["status", "rows", "value", "bound", "gap"]
     assert max(map(len, plain)) <= 80
     shows(run("verify", file, proof, *words[1:], "--strict"), "1 row checked", *proven[2:5])
-    least = (file, proof, "--cardinality", 4)
-    assert "units" in run("verify", *least, fails=VerificationError)
+    assert "units" in run("verify", file, proof, "--cardinality", 4, fails=VerificationError)
     assert "name its solution" in run("verify", file, fails=OptionError)
     assert Solution.load(proof).value == pytest.approx(best_by_force(True))
     table = run("compare", *words[:3])
@@ -78,27 +79,19 @@ def save_layer(path):
     return path
 
 
-OFF, HOLE = Q.copy(), Q.copy()
-OFF[2, 5] += 1
-HOLE[3, 4] = HOLE[4, 3] = np.nan
-
-
-@pytest.mark.parametrize(
-    ("name", "matrix", "cardinality", "said"),
-    [
-        ("a.npy", Q[:3], 2, r"\[3, 14\], not square.*save X.T @ X"),
-        ("a.mtx", Q[:3], 2, "3 × 14"),
-        ("a.csv", OFF, 2, r"not symmetric.*\(Q \+ Q.T\) / 2"),
-        ("a.npz", HOLE, 2, r"2 entries are NaN or infinite, the first at \[3, 4\]; replace"),
-        ("a.npy", Q, 15, "cardinality must be a whole number, 0 … 14, not 15"),
-        ("a.npy", Q, None, "give `cardinality`"),
-        ("a.npy", np.array([[object()]]), 1, "not an array"),
-        ("a.npy", np.array([["x"]]), 1, "of type"),
-        ("a.mtx", "%%MatrixMarket matrix coordinate real general\n9 9 99999\n", 1, "99999 entries"),
-        ("a.csv", "a,b\n1,2\n", 1, "no matrix"),
-        ("none.csv", None, 1, "no such file"),
-    ],
-)
+@pytest.mark.parametrize(("name", "matrix", "cardinality", "said"), [
+    ("a.npy", Q[:3], 2, r"\[3, 14\], not square.*save X.T @ X"),
+    ("a.mtx", Q[:3], 2, "3 × 14"),
+    ("a.csv", OFF, 2, r"not symmetric.*\(Q \+ Q.T\) / 2"),
+    ("a.npz", HOLE, 2, r"2 entries are NaN or infinite, the first at \[3, 4\]; replace"),
+    ("a.npy", Q, 15, "cardinality must be a whole number, 0 … 14, not 15"),
+    ("a.npy", Q, None, "give `cardinality`"),
+    ("a.npy", np.array([[object()]]), 1, "not an array"),
+    ("a.npy", np.array([["x"]]), 1, "of type"),
+    ("a.mtx", "%%MatrixMarket matrix coordinate real general\n9 9 99999\n", 1, "99999 entries"),
+    ("a.csv", "a,b\n1,2\n", 1, "no matrix"),
+    ("none.csv", None, 1, "no such file"),
+])  # fmt: skip
 def test_what_is_no_such_matrix_names_the_file_and_the_remedy(
     name, matrix, cardinality, said, tmp_path
 ):
@@ -138,8 +131,7 @@ def test_a_layer_of_inputs_is_pruned_by_its_solution():
     found = solve(problem)
     pruned = found.apply(weight)
     assert pruned.dtype == np.float32
-    change = ((pruned - weight) @ X.T) ** 2
-    assert change.mean(1).sum() == pytest.approx(found.value, rel=1e-5)
+    assert (((pruned - weight) @ X.T) ** 2).mean(1).sum() == pytest.approx(found.value, rel=1e-5)
     assert str(found) == found.summary()
     shows(str(found), "swap", "3 rows of 14 inputs", "swap-optimal")
     updated = solve(problem.with_update(LeastSquaresUpdate(0.01)), "swap")

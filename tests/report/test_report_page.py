@@ -113,8 +113,7 @@ def test_nothing_is_asked_for_elsewhere_and_all_pictures_are_in_words_too(home, 
     found = page(tmp_path, *words)
     assert page(tmp_path, *words) == found
     links = re.findall(r'(?:src|href|xlink:href)="([^"]*)"', found)
-    inner = {link[1:] for link in links if link.startswith("#")}
-    assert set() < inner <= unique_ids(found)
+    assert set() < {link[1:] for link in links if link.startswith("#")} <= unique_ids(found)
     assert all(link.startswith(("data:image/png;base64,", "#")) for link in links)
     assert found.count('role="img" aria-label=') == found.count("<svg") == 3
     assert found.count("<summary>The numbers</summary>") == 3
@@ -155,9 +154,7 @@ def test_names_cannot_break_out_of_the_page_and_do_not_mix(home, tmp_path):
         record["model"] = f"folder{place}/OUT"
     (tmp_path / "eval.json").write_text(json.dumps(records))
     found = page(tmp_path, home / "OUT", other, "--evaluation", tmp_path / "eval.json")
-    rows = [
-        f"Improvement of the rows, {html.escape(str(folder))}" for folder in (home / "OUT", other)
-    ]
+    rows = [f"Improvement of the rows, {html.escape(str(x))}" for x in (home / "OUT", other)]
     shows(found, *rows, "folder0/OUT", "folder1/OUT")
     assert "<b>" not in found
     unique_ids(found)
@@ -242,8 +239,7 @@ def test_tables_name_a_row_once_and_sum_errors_per_kind():
     wanda = Record(name, *given)
     scip = replace(wanda, solver="scip", excess=0.0, status="optimal", **best)
     labels = {name: "0 q_proj[3]"}
-    table = toy_table([wanda, scip], labels)
-    cells = [(row[0], row[4]) for row in table.rows]
+    cells = [(row[0], row[4]) for row in toy_table([wanda, scip], labels).rows]
     assert cells == [("0 q_proj[3]", "50.00%"), ("", "0.00%")]
     failed = replace(wanda, status="failed", **dict.fromkeys(nothing, math.nan))
     assert toy_table([failed], labels).rows[0][2] == "–"
@@ -256,8 +252,7 @@ def test_tables_name_a_row_once_and_sum_errors_per_kind():
     assert error_table(report).rows == [("up_proj", "10", "5", "0.500", "8", "75%")]
     # and errors and perplexities are compared with the start's
     layers = [replace(layer, energy=10.0) for layer in layers]
-    options = {"options": {"sparsity": {}}}
-    one = "1-swap", PruneReport(layers, options, output=Path("o"))
+    one = "1-swap", PruneReport(layers, {"options": {"sparsity": {}}}, output=Path("o"))
     values = {DENSE: 10.0, WANDA: 15.0, Path("o"): 12.5}
     assert [row[:5] for row in comparison([one], values).rows] == [
         ("dense", "10.00", "0.0%", "0", "0"), ("Wanda's masks", "15.00", "50.0%", "0.5", "1"),
@@ -274,8 +269,7 @@ def test_the_demo_from_end_to_end_on_a_tiny_model(tmp_path, monkeypatch):
     stages, size = [], {"samples": 2, "seq_len": 32, "windows": 2, "columns": 8, "sparsity": "50%"}
     result = run_demo(tmp_path / "out", **size, on_stage=lambda *stage: stages.append(stage[0]))
     toy, errors, values = result.tables
-    shown = [row[0].split("[")[0] for row in toy.rows if row[0]]
-    assert shown == ["0 q_proj", "2 down_proj"]
+    assert [row[0].split("[")[0] for row in toy.rows if row[0]] == ["0 q_proj", "2 down_proj"]
     assert {row[0] for row in errors.rows} >= {"q_proj", "down_proj"}
     assert [row[0] for row in values.rows] == ["dense", "Wanda's masks", "Wanda → 1-swap"]
     assert all(row[1] != "–" for row in values.rows)

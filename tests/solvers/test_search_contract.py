@@ -12,15 +12,10 @@ from maskopt.protocol.solver import make_start
 
 KERNELS = {f"swap-{k}": ("swap", {"kernel": k}) for k in ("literal", "torch", "numba")}
 MEMETIC = {"generations": 6, "children": 3, "pool": 4, "moves": 40}
-SEARCHES = KERNELS | {
-    "kswap": ("kswap", {}),
-    "tabu": ("tabu", {"moves": 60}),
-    "memetic": ("memetic", MEMETIC),
-    "relax": ("relax", {}),
-    "sdp": ("sdp", {"sweeps": 60}),
-    "frank_wolfe": ("frank_wolfe", {"iterations": 30}),
-    "portfolio": ("portfolio", {"members": ("elimination", "swap")}),
-}
+OPTIONS = {"kswap": {}, "tabu": {"moves": 60}, "memetic": MEMETIC, "relax": {}}
+OPTIONS |= {"sdp": {"sweeps": 60}, "frank_wolfe": {"iterations": 30}}
+OPTIONS |= {"portfolio": {"members": ("elimination", "swap")}}
+SEARCHES = KERNELS | {name: (name, how) for name, how in OPTIONS.items()}
 COSTLY = ("memetic", "memetic, updated", "sdp")
 #: of loops that other tests do not compile for both
 DTYPES = {"kswap": torch.float64, "kswap, single": torch.float32}
@@ -51,8 +46,7 @@ def test_contract(name, data):
     best, slack = solve(problem, "exhaustive").objective, floor(problem)
     assert bool((solution.objective >= best - slack).all())
     assert bool((solution.lower_bound <= best + slack).all())
-    again = solve(problem, solver, start=begun.mask, **options)
-    assert torch.equal(again.mask, solution.mask)
+    assert torch.equal(solve(problem, solver, start=begun.mask, **options).mask, solution.mask)
     if solver in ("swap", "kswap"):  # which stop where nothing is left to gain
         ended = solve(problem, solver, start=solution.mask, **options)
         assert torch.equal(ended.mask, solution.mask)
@@ -120,8 +114,7 @@ def test_a_relaxation_starts_every_local_search(name):
     problem = drawn(3, 24)
     start = make_start(problem, name)
     if name == "relax":
-        hardened = solve(problem, "relax", max_iterations=0, refine=False)
-        assert torch.equal(start.mask, hardened.mask)
+        assert torch.equal(start.mask, solve(problem, "relax", max_iterations=0, refine=False).mask)
         assert bool((start.lower_bound == 0).all())
         assert torch.equal(solve(problem, "tabu").mask, solve(problem, "tabu", start=name).mask)
     for solver in ("swap", "kswap", "tabu"):
@@ -150,8 +143,7 @@ def test_the_trace_says_what_was_done(name):
     solver, options = SEARCHES[name]
     problem = drawn(4, 40, "low-rank", seeds=(6, 1))
     solution = solve(problem, solver, start="wanda", **options)
-    trace = solution.trace
-    begun = solve(problem, "wanda").objective
+    trace, begun = solution.trace, solve(problem, "wanda").objective
     torch.testing.assert_close(trace.history[:, -1], solution.objective, rtol=1e-9, atol=0)
     assert bool((trace.history.diff(dim=1) <= 1e-12 * trace.history[:, :1]).all())
     assert int(trace.swaps.sum()) > 0
@@ -167,22 +159,17 @@ def test_the_trace_says_what_was_done(name):
 
 BAD_OPTIONS = [
     ("swap", {"kernel": "fast", "max_swaps": -1, "time_limit": float("nan"), "memory_limit": 0}),
-    ("kswap", {"candidates": 1}),
-    ("tabu", {"moves": -1, "tenure": 0, "patience": -1, "time_limit": -1.0}),
-    ("memetic", {"generations": -1, "children": 0, "pool": 1, "moves": 0}),
-    ("relax", {"hardness": 1.0, "harden": -1, "tolerance": -1.0, "max_iterations": -1}),
-    ("relax", {"time_limit": -1.0}),
-    ("frank_wolfe", {"alpha": 1.5, "iterations": -1}),
-    ("sparsegpt", {"damping": 0.0}),
-    ("ria", {"a": -1.0}),
-    ("dsnot", {"cycles": -1}),
-]
+    ("tabu", {"moves": -1, "tenure": 0, "patience": -1, "time_limit": -1.0}), ("kswap", {"candidates": 1}),
+    ("memetic", {"generations": -1, "children": 0, "pool": 1, "moves": 0}), ("sparsegpt", {"damping": 0.0}),
+    ("relax", {"hardness": 1.0, "harden": -1, "tolerance": -1.0, "max_iterations": -1, "time_limit": -1.0}),
+    ("frank_wolfe", {"alpha": 1.5, "iterations": -1}), ("ria", {"a": -1.0}), ("dsnot", {"cycles": -1}),
+]  # fmt: skip
 BAD_CALLS = [
-    *(
-        (name, {option: value}, OptionError, option if "limit" in option else f"{name}.*{option}")
-        for name, options in BAD_OPTIONS
-        for option, value in options.items()
-    ),
+    (name, {option: value}, OptionError, option if "limit" in option else f"{name}.*{option}")
+    for name, options in BAD_OPTIONS
+    for option, value in options.items()
+]
+BAD_CALLS += [
     ("swap", {"start": torch.zeros(2, 8) > 0}, WarmStartError, "row 0 prunes 8 of 8"),
     ("swap", {"start": torch.ones(2, 7) > 0}, WarmStartError, "shape"),
     ("relax", {"max_iterations": 0, "harden": 0}, OptionError, "relax"),

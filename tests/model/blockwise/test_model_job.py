@@ -22,6 +22,9 @@ from maskopt.models.options.prune import prune_options
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.pruning.plan import plan_prune
 
+CPU, SHAPE = torch.device("cpu"), torch.Size((1, 3, 4))
+MOVED = [{"target": "dense", "update": "least-squares"}, {"calibrate_on": "dense"}]
+
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_a_user_from_outside_sums_gram_matrices(dense_folder, in_memory):
@@ -144,10 +147,8 @@ def test_filters(monkeypatch):
 def test_options_and_shorthand_are_the_same():
     given = {"sparsity": NM(keep=2, of=4), "solver": "wanda", "min_tokens": 1, "include": "mlp"}
     options = PruneOptions(**{**given, "include": ["mlp"]})
-    one, two, three = (
-        prune_model(tiny("llama"), tokens(), *words, **named)
-        for words, named in (((options,), {}), ((), given), ((options,), {"seed": 3}))
-    )
+    calls = ((options,), {}), ((), given), ((options,), {"seed": 3})
+    one, two, three = (prune_model(tiny("llama"), tokens(), *a, **named) for a, named in calls)
     assert one.fingerprint == two.fingerprint
     assert all(torch.equal(mask, two.masks[name]) for name, mask in one.masks.items())
     assert three.fingerprint["options"] == {**one.fingerprint["options"], "seed": 3}
@@ -226,12 +227,7 @@ def test_patterns_and_layers_are_read_in_one_way_and_errors_name_flags(dense, da
     fails(OptionError, "`threads` must", prune, dense, None, data=WordTokenizer(), threads=0)
 
 
-# States that go to a device and back
-
-CPU = torch.device("cpu")
-SHAPE = torch.Size((1, 3, 4))
-
-
+# --- states that go to a device and back
 class Event:
     """A copy that happens at the latest when something waits for it."""
 
@@ -334,8 +330,7 @@ def test_a_prune_writes_the_same_bytes(options, dense_folder, tmp_path, monkeypa
 @pytest.mark.cuda
 def test_on_a_device():
     device = torch.device("cuda")
-    lanes = lanes_to(device)
-    shape = torch.Size((1, 2048, 4096))
+    lanes, shape = lanes_to(device), torch.Size((1, 2048, 4096))
     states = Activations(range(6), shape, torch.bfloat16, lanes=lanes)
     for sample in range(6):
         states[sample] = torch.full(shape, float(sample), dtype=torch.bfloat16, device=device)

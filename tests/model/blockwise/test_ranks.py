@@ -20,16 +20,15 @@ from commands import TESTS, run
 from forging import fails
 from hypothesis import given, strategies as st
 from prunes import contents, prune, slow
-from strategies import random_gram, random_weight
+from strategies import ONE_PERCENT, random_gram, random_weight
 from tiny_models import SHARED, overflowing, save, tiny, tokens
 
-from maskopt import NM, LayerProblem, LeastSquaresUpdate, Unstructured, available_solvers, solve
+from maskopt import NM, LayerProblem, Unstructured, available_solvers, collect_grams, solve
 from maskopt.cli import console as cli_ranks, main
 from maskopt.cli.prune import naming_resume
 from maskopt.errors import ModelError
 from maskopt.models.blockwise.distributed import ALONE, ROWS, LostRankError, Ranks, joined
 from maskopt.models.checkpoints.workspace import HIDDEN, JOURNAL
-from maskopt.models.pruning.gram_store import collect_grams
 from maskopt.protocol.solver import make_solver
 
 #: seconds after which a process that should have ended counts as one that hangs
@@ -59,6 +58,8 @@ CASES = {
     "a bad sample": ("bad", {**WANDA, "skip_bad_samples": True, "include": ("q_proj",)}),
 }
 QUICK = ("layers differ, held out", "a bad sample")
+APART = [(name, None) for name, info in available_solvers().items() if info.capabilities.apart]
+APART += [(name, ONE_PERCENT) for name, _ in APART if make_solver(name).capabilities.update]
 
 
 def windows():
@@ -242,11 +243,6 @@ def test_what_is_wrong_is_said_once(dense_folder, data, tmp_path):
     # a model in memory is pruned by one process
     said = "several processes prune a model folder"
     fails(ModelError, said, prune, tiny("llama"), data=windows(), ranks=Ranks(0, 2), **COMMON)
-
-
-UPDATE = LeastSquaresUpdate(0.01)
-APART = [(name, None) for name, info in available_solvers().items() if info.capabilities.apart]
-APART += [(name, UPDATE) for name, _ in APART if make_solver(name).capabilities.update]
 
 
 @pytest.mark.parametrize(("name", "update"), APART)

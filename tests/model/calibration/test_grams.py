@@ -31,10 +31,21 @@ from maskopt.models.pruning.plan import _forward_operations, plan_prune
 from maskopt.models.pruning.prune_layer import SHRINK_GRID, SHRINK_TOLERANCE
 from maskopt.models.verification.verify import verify_model
 
-HALF = [Unstructured(sparsity=0.5)]
-STORED = "grams-00001.bits"
-ATTENTION = {"include": "layers.1.self_attn.*"}
-LAST = "layers.1.*.o_proj"
+HALF, STORED = [Unstructured(sparsity=0.5)], "grams-00001.bits"
+ATTENTION, LAST = {"include": "layers.1.self_attn.*"}, "layers.1.*.o_proj"
+UNIFORM, SKIP_FIRST, RELATIVE, GRADIENT = TOKEN_WEIGHTS
+EQUALLY = {"sparsity": 0.5, "min_tokens": 1}
+FIRST_BLOCK = ("layers.0.*",)  # of the first block, whose inputs no pruning has changed
+NAME = "model.layers.1.mlp.up_proj"
+RUNS = [(RELATIVE, {}), (RELATIVE, {"target": "dense", "holdout": 0.4}), (GRADIENT, {})]
+ONE, FIRST_TOKENS = {"data": tokens(4, 1)}, {"token_weights": "first"}
+SKIP, LOSS = {"token_weights": SKIP_FIRST}, {"token_weights": GRADIENT}
+FAMILIES = ["llama", "gemma3", "gpt2", "mamba", slow("bloom"), slow("bamba")]
+DENSE = {**EQUALLY, "target": "dense"}
+NONE, REFIT = "none", "least-squares"
+FIRST = [("llama", NONE, 0.0), ("mixtral", NONE, 0.34), ("gpt2", REFIT, 0.34)]
+EACH = itertools.product(("llama", "gpt2", "mixtral", "phi3", "qwen3_moe"), (NONE, REFIT), (0.34,))
+EACH = [*FIRST, *(slow(*x) for x in EACH if x not in FIRST and x[:2] != ("llama", NONE))]
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +61,7 @@ def home(tmp_path_factory):
 
 @given(st.integers(1, 30), st.integers(0, 3), st.integers(0, 10**6))
 def test_a_gram_matrix_comes_back_to_the_bit(n, sequences, seed):
-    generator = torch.Generator().manual_seed(seed)
-    gram = Gram(n)
+    generator, gram = torch.Generator().manual_seed(seed), Gram(n)
     for _ in range(sequences):
         gram.add(torch.randn(7, n, generator=generator))
     again = Gram.restored(gram.state())
@@ -70,12 +80,6 @@ def test_a_gram_matrix_comes_back_to_the_bit(n, sequences, seed):
     for last in (-1e-300, float("nan"), float("inf")):
         state["sum"][-1] = last
         fails(e.ProblemError, bad, Gram.restored, state)
-
-
-NONE, REFIT = "none", "least-squares"
-FIRST = [("llama", NONE, 0.0), ("mixtral", NONE, 0.34), ("gpt2", REFIT, 0.34)]
-EACH = itertools.product(("llama", "gpt2", "mixtral", "phi3", "qwen3_moe"), (NONE, REFIT), (0.34,))
-EACH = [*FIRST, *(slow(*x) for x in EACH if x not in FIRST and x[:2] != ("llama", NONE))]
 
 
 @pytest.mark.parametrize(("family", "update", "holdout"), EACH)
@@ -116,8 +120,7 @@ def test_precision_seed_and_held_out_windows_are_those_of_the_store(dense, home,
     swept = {**how, "update": [REFIT], "min_tokens": 1}
     found, _ = sweep(model, held, tmp_path / "sweep", sparsity=HALF, **swept)
     assert contents(found[0].output) == contents(tmp_path / "refit")
-    plan = plan_prune(model, grams=held, sparsity=0.5, min_tokens=1, **how)
-    assert plan.forward_seconds == 0.0
+    assert plan_prune(model, grams=held, sparsity=0.5, min_tokens=1, **how).forward_seconds == 0.0
 
 
 def test_interrupted_prunes_go_on_and_only_chosen_layers_are_stored(home, tmp_path):
@@ -343,14 +346,7 @@ def test_the_commands(home, tmp_path):
     assert contents(swept / "0.5-wanda-none") == contents(tmp_path / "alone")
 
 
-# What errors are measured on: tokens that count more or less, held-out windows, the dense target
-
-UNIFORM, SKIP_FIRST, RELATIVE, GRADIENT = TOKEN_WEIGHTS
-EQUALLY = {"sparsity": 0.5, "min_tokens": 1}
-FIRST_BLOCK = ("layers.0.*",)  # of the first block, whose inputs no pruning has changed
-NAME = "model.layers.1.mlp.up_proj"
-
-
+# --- what errors are measured on: tokens that count more or less, held-out windows, the dense target
 def gradients(model, data):
     """Norms of the loss's, by the hidden states that leave the layer's block; [windows, length]."""
     left, norms = [], []
@@ -358,8 +354,7 @@ def gradients(model, data):
         lambda module, args, output: left.append(output[0] if isinstance(output, tuple) else output)
     )
     for window in data:
-        loss = model(window[None], labels=window[None]).loss
-        (gradient,) = torch.autograd.grad(loss, left.pop())
+        (gradient,) = torch.autograd.grad(model(window[None], labels=window[None]).loss, left.pop())
         norms.append(gradient[0].norm(dim=1))
     return torch.stack(norms).double()
 
@@ -378,8 +373,7 @@ def test_a_gram_matrix_is_the_weighted_mean(token_weights):
     weights = weights / weights.mean(1, keepdim=True)
     expected = torch.einsum("wt,wti,wtj->ij", weights, x, x) / weights.numel()
     how = {"sparsity": 0.5, "layers": (NAME,), "token_weights": token_weights}
-    found = collect_problems(tiny("llama"), data, **how)
-    (_, problem), *_ = list(found)
+    (_, problem), *_ = list(collect_problems(tiny("llama"), data, **how))
     torch.testing.assert_close(problem.gram.double(), expected, rtol=1e-4, atol=1e-6)
     assert problem.mean is not None
     mean = torch.einsum("wt,wti->i", weights, x) / weights.numel()
@@ -417,10 +411,6 @@ def test_a_weighted_run_is_verified(token_weights, more, dense_folder, tmp_path)
     assert len(found.checked_layers) == 7
 
 
-ONE, FIRST_TOKENS = {"data": tokens(4, 1)}, {"token_weights": "first"}
-SKIP, LOSS = {"token_weights": SKIP_FIRST}, {"token_weights": GRADIENT}
-
-
 def test_bad_input_gets_one_line():
     for options, error, message in (
         (FIRST_TOKENS, e.OptionError, "uniform, skip-first, relative, gradient"),
@@ -439,9 +429,6 @@ def test_bad_input_gets_one_line():
         fails(error, message, prune_model, tiny(how.pop("model")), how.pop("data"), **how)
 
 
-FAMILIES = ["llama", "gemma3", "gpt2", "mamba", slow("bloom"), slow("bamba")]
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", ["float32", slow("bfloat16")])
 def test_gradients_of_a_folder_in_a_file_are_those_of_the_model_in_memory(family, dtype, tmp_path):
@@ -457,9 +444,7 @@ def test_gradients_of_a_folder_in_a_file_are_those_of_the_model_in_memory(family
         torch.testing.assert_close(one.gram, two.gram, rtol=1e-5, atol=1e-6)
 
 
-# Held-out windows: what is fitted never sees them, and errors are given on both ------------------
-
-
+# --- held-out windows: what is fitted never sees them, and errors are given on both
 def pruned(data, **options):
     return prune_model(tiny("llama"), data, **EQUALLY, **options)
 
@@ -486,8 +471,7 @@ def test_masks_are_those_of_the_windows_that_are_left_with_any_threads():
 
 def test_errors_and_energies_are_those_of_the_windows_that_they_are_on():
     data = tokens(10)
-    report = pruned(data, holdout=0.4, include=FIRST_BLOCK)
-    found = problems(data[6:])
+    report, found = pruned(data, holdout=0.4, include=FIRST_BLOCK), problems(data[6:])
     for layer in report.layers:
         problem, mask = found[layer.name], report.masks[layer.name]
         judged = [float(x.sum()) for x in (problem.objective(mask), problem.output_energy())]

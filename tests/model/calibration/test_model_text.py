@@ -31,6 +31,15 @@ from maskopt.models.options.walk import WalkOptions
 from maskopt.models.verification.verify import verify_model
 
 TOKENIZER = WordTokenizer()
+TEXT = "abcdefghijklmnopqrstuvwxyz" * 4
+CHAT = chat_tokenizer()
+BOS, EOS = CHAT.bos_token_id, CHAT.eos_token_id
+LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
+SHAREGPT = [{"from": "human", "value": "hello"}]
+REFUSES = "line 2: the model's chat template refuses it"
+PARTS = {"role": "assistant", "content": [{"type": "text"}]}
+SURROGATE = '[{"role": "user", "content": "\\ud800"}]'
+FEW, HALF, LAST = ("--samples", 4, "--seq-len", 48), ("--sparsity", 0.5), "layers.1"
 
 
 def ids(text):
@@ -91,13 +100,11 @@ def test_data_sets_and_presets(monkeypatch):
     assert calls[0][2] == {"split": "train", "data_files": first}
     assert calls[1][:2] == ("Salesforce/wikitext", "wikitext-2-raw-v1")
     for name, message in (
-        ("hf:broken", "not on the hub"),
-        ("hf:c4:tset", "did you mean 'test'|no split"),
-        ("hf:", "write hf:NAME"),
-        ("hf:numbers", "no value of the column 'text' is text"),
+        ("hf:broken", "not on the hub"), ("hf:c4:tset", "did you mean 'test'|no split"),
+        ("hf:", "write hf:NAME"), ("hf:numbers", "no value of the column 'text' is text"),
         ("hf:../private", "'../private' is not the name of a data set on the hub"),
         ("hf:/etc", "'/etc' is not the name of a data set on the hub"),
-    ):
+    ):  # fmt: skip
         fails(DataError, message, read_documents, name)
     monkeypatch.setitem(sys.modules, "datasets", None)
     fails(DataError, r"needs the package datasets: pip install datasets$", read_documents, "hf:c4")
@@ -158,11 +165,9 @@ def test_files_of_tokens_and_what_makes_no_windows(make, tmp_path):
         write(path)
         fails(DataError, rf"t\.npy: {message}", make, path, None)
     for text, tokenizer, length, message in (
-        ("abc", TOKENIZER, 20, "less than one window of 20"),
-        (" ", TOKENIZER, 20, "no text"),
-        ("abc" * 20, None, 20, "tokenizer"),
-        ("abc", TOKENIZER, 0, "leaves no room"),
-    ):
+        ("abc", TOKENIZER, 20, "less than one window of 20"), (" ", TOKENIZER, 20, "no text"),
+        ("abc" * 20, None, 20, "tokenizer"), ("abc", TOKENIZER, 0, "leaves no room"),
+    ):  # fmt: skip
         fails(DataError, message, make, [text], tokenizer, seq_len=length)
     windows = token_windows(torch.arange(12).view(3, 4), "given")
     tokens.check_vocabulary(windows, 12)
@@ -176,11 +181,7 @@ def test_files_of_tokens_and_what_makes_no_windows(make, tmp_path):
         fails(DataError, message, token_windows, bad, "given")
 
 
-# What windows begin with: what the tokenizer puts before a text, counted as nobody's target
-
-TEXT = "abcdefghijklmnopqrstuvwxyz" * 4
-
-
+# --- what windows begin with: what the tokenizer puts before a text, counted as nobody's target
 class Tokenizer:
     """A token a character from 10 on, with special tokens around a text."""
 
@@ -192,19 +193,16 @@ class Tokenizer:
 
     def __call__(self, text, add_special_tokens=True, **_):
         plain = [10 + ord(c) % 100 for c in text]
-        whole = [*self.before, *plain, *self.after]
-        return {"input_ids": whole if add_special_tokens else plain}
+        return {"input_ids": [*self.before, *plain, *self.after] if add_special_tokens else plain}
 
 
 LLAMA = Tokenizer(before=(1,), bos=1)
-CLOSING = Tokenizer(after=(2,), bos=1)
-QWEN = Tokenizer()
+CLOSING, QWEN = Tokenizer(after=(2,), bos=1), Tokenizer()
 GPT2 = Tokenizer(bos=2)  # its BOS is its EOS, and it puts none before a text
 OPT = Tokenizer(before=(2,), bos=2)  # its BOS is its EOS, and it puts that before a text
 BERT = Tokenizer(before=(1,), after=(2,))  # something before a text that it does not call BOS
 AROUND = Tokenizer(before=(2,), after=(2,), bos=2)
-TWO = Tokenizer(before=(3, 4), bos=3)
-OUTSIDE = Tokenizer(before=(500,), bos=500)
+TWO, OUTSIDE = Tokenizer(before=(3, 4), bos=3), Tokenizer(before=(500,), bos=500)
 
 
 def test_a_beginning_is_that_of_the_tokenizer():
@@ -280,12 +278,9 @@ def test_never_is_the_convention_of_one_long_text_and_other_beginnings(dense):
     options = WalkOptions(samples=2, seq_len=8, bos="never")
     job = open_job(tiny("llama"), [TEXT], options, tokenizer=tokenizer)
     assert int(job.windows.tokens.max()) < 96
-    for bos in ("auto", "always"):
-        given, said = (
-            replace(options, bos=bos),
-            r"token id 96 does not exist in .* vocabulary of 96",
-        )
-        fails(DataError, said, open_job, tiny("llama"), [TEXT], given, tokenizer=tokenizer)
+    said = r"token id 96 does not exist in .* vocabulary of 96"
+    for how in (replace(options, bos="auto"), replace(options, bos="always")):
+        fails(DataError, said, open_job, tiny("llama"), [TEXT], how, tokenizer=tokenizer)
     # a tokenizer on disk without one
     windows = open_job(dense, [TEXT], replace(options, bos="auto")).windows
     assert str(windows.beginning) == "without a beginning token"
@@ -294,12 +289,7 @@ def test_never_is_the_convention_of_one_long_text_and_other_beginnings(dense):
     fails(DataError, said, open_job, dense, [TEXT], replace(options, bos="always"))
 
 
-# Conversations
-
-CHAT = chat_tokenizer()
-BOS, EOS = CHAT.bos_token_id, CHAT.eos_token_id
-
-
+# --- conversations
 def talk(*contents):
     return [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
 
@@ -308,8 +298,7 @@ def tokens_of(messages):
     """What the template says, written down by hand."""
     ids = [BOS]
     for message in messages:
-        text = f"<{message['role']}>{message['content']}"
-        ids += [ord(c) - 31 for c in text] + [EOS]
+        ids += [ord(c) - 31 for c in f"<{message['role']}>{message['content']}"] + [EOS]
     return ids
 
 
@@ -334,9 +323,6 @@ def evaluation(source, tokenizer=CHAT, seq_len=30, **options):
 def parts(window):
     starts = [i for i, token in enumerate(window) if token == BOS]
     return [window[a:b] for a, b in zip(starts, [*starts[1:], len(window)], strict=True)]
-
-
-LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
 
 @given(LENGTHS, st.integers(1, 8), st.integers(2, 90), st.integers(0, 20))
@@ -394,14 +380,7 @@ def test_orders_and_cuts():
     found = perplexity(model, CHAT, text=TALKS, seq_len=48, windows=3, chat=True)
     expected = math.exp(cross_entropy(model, evaluation(TALKS, seq_len=48, limit=3).tokens))
     assert found.value == pytest.approx(expected, rel=1e-5)
-    assert found.beginning == "chats through the model's template"
-    assert found.targets == 3 * 47
-
-
-SHAREGPT = [{"from": "human", "value": "hello"}]
-REFUSES = "line 2: the model's chat template refuses it"
-PARTS = {"role": "assistant", "content": [{"type": "text"}]}
-SURROGATE = '[{"role": "user", "content": "\\ud800"}]'
+    assert (found.beginning, found.targets) == ("chats through the model's template", 3 * 47)
 
 
 def test_a_bad_line_is_named(tmp_path):
@@ -512,9 +491,6 @@ def test_templates_with_names_in_results(tmp_path, caplog):
     assert "additional_chat_templates: chat templates with names" in caplog.text
 
 
-FEW, HALF, LAST = ("--samples", 4, "--seq-len", 48), ("--sparsity", 0.5), "layers.1"
-
-
 def chat_prune(dense, text, out, *more):
     how = [*HALF, "--solver", "wanda", *FEW, "--min-tokens", 8, "--include", LAST]
     return ["prune", dense, *how, "--calibration", text, "--output", out, *more]
@@ -526,11 +502,8 @@ def paths(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     dense, chats, out = home / "dense", write(home / "chats.jsonl", MESSAGES), home / "out"
     CHAT.save_pretrained(save(tiny("llama"), dense))
-    shown = run(*chat_prune(dense, chats, out, "--chat", "--seed", 3))
-    assert (
-        "Calibrated on 4 windows of 48 tokens of chats.jsonl, chats through the model's template"
-        in shown
-    )
+    said = "Calibrated on 4 windows of 48 tokens of chats.jsonl, chats through the model's template"
+    assert said in run(*chat_prune(dense, chats, out, "--chat", "--seed", 3))
     return dense, chats, out
 
 

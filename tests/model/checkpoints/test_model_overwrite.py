@@ -90,22 +90,18 @@ def test_every_command_knows_all_files_of_its_result(given, tmp_path):
 
 TEXT = "--calibration {text}"
 COMMANDS = [
-    f"prune {{dense}} --sparsity 0.5 {TEXT}",
-    f"prune-structured {{dense}} --channels 0.5 {TEXT}",
-    f"prune-structured {{dense}} --blocks 1 {TEXT}",
-    f"distill {{pruned}} --teacher {{dense}} {TEXT}",
+    f"prune {{dense}} --sparsity 0.5 {TEXT}", f"prune-structured {{dense}} --channels 0.5 {TEXT}",
+    f"prune-structured {{dense}} --blocks 1 {TEXT}", f"distill {{pruned}} --teacher {{dense}} {TEXT}",
     "masks apply {dense} {pruned}/maskopt-masks.bits",
-    *("masks pack {pruned}", "masks unpack {packed}"),
-    "sweep {dense} --grams {grams} --sparsity 0.5",
+    *("masks pack {pruned}", "masks unpack {packed}"), "sweep {dense} --grams {grams} --sparsity 0.5",
     "demo",
-]
+]  # fmt: skip
 STORED = "{dense} --sparsity 0.5 --grams {grams}"
 
 
 def replaced(command, given, output, error=ModelError):
     """What the command says that may overwrite this folder."""
-    words = command.format(**given).split()
-    return run(*words, "--output", output, "--overwrite", fails=error)
+    return run(*command.format(**given).split(), "--output", output, "--overwrite", fails=error)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

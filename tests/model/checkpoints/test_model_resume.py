@@ -27,9 +27,15 @@ from maskopt.models.checkpoints.write import Unchanged
 from maskopt.models.verification.verify import verify_model
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
-JOURNAL = f"{HIDDEN}/journal.jsonl"
-OPTIONS = {"solver": "elimination", "start": "wanda"}
+JOURNAL, OPTIONS = f"{HIDDEN}/journal.jsonl", {"solver": "elimination", "start": "wanda"}
 prune, interrupted = (partial(f, **OPTIONS) for f in (prunes.prune, prunes.interrupted))
+ROUNDS = {"true_sequential": True, "token_weights": "gradient"}
+STOPPED = [
+    *(({}, block, stage) for block, stage in ((1, "calibrate"), (1, "solve"), (2, "calibrate"))),
+    *((options, 1, "solve") for options in ({"calibrate_on": "dense"}, ROUNDS)),
+]
+FULL, IN_FILES = Mock(side_effect=OSError(28, "No space left")), {"activation_memory": 0}
+LATER = {"embedding", "a shard is gone", "a new tokenizer"}  # noticed in the same ways as others
 
 
 def refused(message, dense, out, **options):
@@ -59,13 +65,6 @@ def unfinished(dense, tmp_path_factory):
 @pytest.fixture
 def stopped(unfinished, tmp_path):
     return copied(unfinished, tmp_path)
-
-
-ROUNDS = {"true_sequential": True, "token_weights": "gradient"}
-STOPPED = [
-    *(({}, block, stage) for block, stage in ((1, "calibrate"), (1, "solve"), (2, "calibrate"))),
-    *((options, 1, "solve") for options in ({"calibrate_on": "dense"}, ROUNDS)),
-]
 
 
 @pytest.mark.parametrize(("options", "block", "stage"), STOPPED)
@@ -328,8 +327,7 @@ def test_killed_at_random_moments(dense, whole, tmp_path):
     slow_prune(dense, tmp_path / "timing", False)
     length, alive = time.perf_counter() - began, 0
     for trial in range(10):
-        out = tmp_path / str(trial)
-        fork = multiprocessing.get_context("fork")
+        out, fork = tmp_path / str(trial), multiprocessing.get_context("fork")
         child = fork.Process(target=slow_prune, args=(dense, out, False))
         child.start()
         time.sleep((trial + generator.random()) / 10 * length)
@@ -350,9 +348,6 @@ def test_a_full_disk(dense, whole, tmp_path):
     assert [entry.name for entry in out.iterdir()] == [HIDDEN]
     prune(dense, out, resume=True)
     assert contents(out) == whole
-
-
-FULL, IN_FILES = Mock(side_effect=OSError(28, "No space left")), {"activation_memory": 0}
 
 
 def test_what_does_not_fit_and_outputs_that_cannot_be(dense, tmp_path, monkeypatch):
@@ -414,9 +409,6 @@ def changing(model, out, change, block=1):
             changes.pop()(model)
 
     prune(model, out, on_progress=meanwhile)
-
-
-LATER = {"embedding", "a shard is gone", "a new tokenizer"}  # noticed in the same ways as others
 
 
 @pytest.mark.parametrize("name", [slow(name) if name in LATER else name for name in CHANGES])

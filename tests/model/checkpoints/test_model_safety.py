@@ -69,8 +69,7 @@ def lead_out(name):
 
     def damage(model):
         file = model / name if name else shards(model)[0]
-        elsewhere = shutil.move(file, model.parent / f"elsewhere-{file.name}")
-        file.symlink_to(elsewhere)
+        file.symlink_to(shutil.move(file, model.parent / f"elsewhere-{file.name}"))
 
     return damage
 
@@ -234,11 +233,9 @@ def test_names_that_lead_elsewhere_and_options_that_errors_name(tmp_path, monkey
     # a file of hidden states that cannot be
     states = (range(2), torch.Size((1, 3, 4)), torch.float32, tmp_path)
     numbers = {errno.ENOSPC: r"no room for 0\.00 GiB", errno.EACCES: "cannot be written"}
-    for number, words in numbers.items():
+    for number, why in numbers.items():
         monkeypatch.setattr("tempfile.mkstemp", Mock(side_effect=OSError(number, "because of x")))
-        said = (
-            rf"\A{re.escape(str(tmp_path))}: (?=.*because of x)(?=.*`activation_memory`).*{words}"
-        )
+        said = rf"\A{re.escape(str(tmp_path))}: (?=.*because of x)(?=.*`activation_memory`).*{why}"
         fails(ModelError, said, Activations, *states)
 
 
@@ -262,8 +259,7 @@ def test_a_tokenizer_that_panics_is_one_error(chat, model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# Code that comes with a model runs only when asked for
-
+# --- code that comes with a model runs only when asked for
 CODE = """
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -318,17 +314,14 @@ def test_remote_code(tmp_path, monkeypatch):
     assert "every kept weight is that of owner/own" in " ".join(said.split())
 
 
-# Hostile bytes
-
+# --- hostile bytes
 TELLING = (b"-1", b"null", b"[]", b"{}", b"1e999", b'"../../x"', b"99999999999999999999")
 
 
 def mutations(data: bytes, seed: int) -> bytes:
-    generator = random.Random(seed)
-    value = bytearray(data)
+    generator, value = random.Random(seed), bytearray(data)
     for _ in range(generator.randint(1, 4)):
-        place = generator.randrange(len(value) + 1)
-        kind = generator.randrange(6)
+        place, kind = generator.randrange(len(value) + 1), generator.randrange(6)
         if kind == 0 and place < len(value):
             value[place] ^= 1 << generator.randrange(8)
         elif kind == 1:

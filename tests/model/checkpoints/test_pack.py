@@ -32,6 +32,11 @@ from maskopt.models.pruning.card import hub_name, write_card
 from maskopt.models.pruning.output import apply_masks, extract_masks
 from maskopt.models.verification.verify import verify_model
 
+HALF, WHOLE = torch.bfloat16, torch.float32
+FIRST = [("llama", HALF), ("gpt2", WHOLE), ("gemma3", WHOLE), ("gpt_oss", HALF)]
+EACH = itertools.product(("llama", "gpt2", "gemma3", "gpt_oss", "mixtral"), (HALF, WHOLE))
+EVIL = [".bashrc", "evil.py", ".x.json", ".x.safetensors", "x.so", "Makefile", "autoexec.bat"]
+
 
 def pruned(family, home, *, dtype=torch.float32, sparsity=0.5):
     dense = save(tiny(family, dtype=dtype), home / "dense", shard="30KB")
@@ -54,11 +59,6 @@ def out(made, tmp_path):
 @pytest.fixture
 def packed(made, tmp_path):
     return Path(shutil.copytree(made / "packed", tmp_path / "packed"))
-
-
-HALF, WHOLE = torch.bfloat16, torch.float32
-FIRST = [("llama", HALF), ("gpt2", WHOLE), ("gemma3", WHOLE), ("gpt_oss", HALF)]
-EACH = itertools.product(("llama", "gpt2", "gemma3", "gpt_oss", "mixtral"), (HALF, WHOLE))
 
 
 @pytest.mark.parametrize(("family", "dtype"), but_slow(FIRST, EACH))
@@ -144,9 +144,6 @@ def test_what_was_added_since_comes_back_and_what_was_changed_is_refused(out, tm
     assert not (tmp_path / "none").exists()
 
 
-EVIL = [".bashrc", "evil.py", ".x.json", ".x.safetensors", "x.so", "Makefile", "autoexec.bat"]
-
-
 @pytest.mark.parametrize("name", EVIL)
 def test_hidden_files_and_code_are_not_packed_and_not_unpacked(name, out, packed, tmp_path):
     (packed / name.replace(".safetensors", ".packed")).write_text("evil")
@@ -172,13 +169,10 @@ def test_nothing_is_written_outside_the_output(packed, tmp_path):
     assert (tmp_path / "victim" / "model.safetensors").read_text() == "of somebody"
 
 
-# Mask files
-
-
+# --- mask files
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=3), st.integers(0, 99), st.booleans())
 def test_masks_come_back(shape, seed, last):
-    generator = torch.Generator().manual_seed(seed)
-    kept = torch.rand(shape, generator=generator) < 0.5
+    kept = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
     axis = len(shape) - (1 if last else 2)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "m.safetensors"
@@ -226,8 +220,7 @@ def test_masks_are_applied_and_extracted(dense_folder, pruned_folder, tmp_path, 
     fails(ModelError, "another part", join_masks, tmp_path / "b.safetensors", [small, small])
 
 
-# Cards
-
+# --- cards
 TAKEN_OVER = """license: other
 license_name: mine
 license_link: https://example.org/licence
@@ -268,8 +261,7 @@ def carded(report, tmp_path):
 
 def test_a_card_inherits_what_still_holds_and_keeps_the_original(snapshot, report, carded):
     card = ModelCard.load(carded / "README.md")
-    ours = yaml.safe_load(TAKEN_OVER) | {"base_model": "owner/name"} | OURS
-    assert card.data.to_dict() == ours
+    assert card.data.to_dict() == {**yaml.safe_load(TAKEN_OVER), "base_model": "owner/name", **OURS}
     manifest = json.loads((carded / MANIFEST).read_text())
     fingerprint, again = manifest["fingerprint"], "$ maskopt prune MODEL"
     shows(card.text, "owner/name, pruned to 50% zeros by maskopt", "wanda pruned 50.0% of")
@@ -303,8 +295,7 @@ def test_the_figures_are_those_of_the_report(snapshot, tmp_path):
 
 def test_every_card_outlives_packs_prunes_and_stops(snapshot, carded, tmp_path, monkeypatch):
     packed, twice = pack(carded, tmp_path / "packed"), tmp_path / "twice"
-    card = (carded / "README.md").read_bytes()
-    assert (packed / "README.md").read_bytes() == card
+    assert (packed / "README.md").read_bytes() == (carded / "README.md").read_bytes()
     unpack_folder(packed, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(carded)
     smaller(snapshot, first := tmp_path / "first", count=1)

@@ -36,6 +36,10 @@ BOTH = {**LAYER, "allocation": "both"}
 OPTIONS = {**EQUAL, "allocation": "layers", "solver": "wanda"}
 WHOLE = PruneOptions(Unstructured(sparsity=0.5), allocation="layers", min_tokens=1)
 MEASURED = replace(WHOLE, sensitivity="kl", max_deviation=0.25)
+FEW = [slow("rows", "fisher"), ("both", "relative")]
+MANY = GRADIENT_WINDOWS + 8
+SQUARES = [("gpt2", 3, 5, 0.0), ("bloom", 1, 5, 0.0), ("gemma3", 3, 5, 0.0)]
+SQUARES += [("llama", 3, MANY, 0.0), ("llama", 1, MANY, 0.5)]
 
 
 def squares(family, data):
@@ -65,11 +69,6 @@ def walked(family, data, **options):
             block.advance()
     assert job.gradients is not None
     return job.gradients.squares, job.layers
-
-
-MANY = GRADIENT_WINDOWS + 8
-SQUARES = [("gpt2", 3, 5, 0.0), ("bloom", 1, 5, 0.0), ("gemma3", 3, 5, 0.0)]
-SQUARES += [("llama", 3, MANY, 0.0), ("llama", 1, MANY, 0.5)]
 
 
 @pytest.mark.parametrize(("family", "threads", "windows", "holdout"), SQUARES)
@@ -123,8 +122,7 @@ def test_costs_are_divergences_of_models_with_one_block_pruned():
                 keep = Unstructured(keep=layer.n - layer.n * pruned // n)
                 problem = LayerProblem(weight.detach(), x.T @ x / len(x), keep)
                 weight.data *= solve(problem, "wanda").mask
-            other = logs(model, ids)
-            kl = float((full.exp() * (full - other)).sum(-1).mean())
+            kl = float((full.exp() * (full - logs(model, ids))).sum(-1).mean())
             assert cost == pytest.approx(kl, rel=2e-2, abs=1e-7)
 
 
@@ -239,8 +237,7 @@ def test_counts_of_ones_own_and_early_refusals(small, tmp_path, monkeypatch):
     said, how = r"further from 0.5 than `max_deviation` 0.05", {"counts": given, **OPTIONS}
     fails(OptionError, said, prune, small, out, max_deviation=0.05, **how)
     assert not out.exists()
-    report = prune(small, out, **how)
-    assert {x.name: x.pruned // x.rows for x in report.layers} == counts
+    assert {x.name: x.pruned // x.rows for x in prune(small, out, **how).layers} == counts
     problems = dict(collect_problems(small, tokens(), counts=counts, **OPTIONS))
     assert problems[one.name].pruned_per_group == counts[one.name]
     gaps = certify_model(small, out, calibration=tokens(), rows_per_layer=1)
@@ -355,9 +352,6 @@ def test_rows_differ_within_limits_and_the_layer_keeps_its_count(update):
     assert len({layer.pattern for layer in both.layers}) > 2
 
 
-FEW = [slow("rows", "fisher"), ("both", "relative")]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("allocation", "sensitivity"), FEW)
 def test_layers_of_few_tokens_are_ranked_by_magnitude_alone(allocation, sensitivity, tmp_path):
@@ -396,8 +390,7 @@ def test_problems_have_the_patterns_of_their_allocation():
 def test_rows_that_count_differently_are_proven_together(family, tmp_path):
     model = tiny(family, layers=1)
     dense, out = save(model, tmp_path / "model"), tmp_path / "out"
-    given = {**FREE, "sensitivity": "fisher"}
-    report = prune_model(dense, tokens(), output=out, **given)
+    report = prune_model(dense, tokens(), output=out, **FREE | {"sensitivity": "fisher"})
     equal = prune_model(model, tokens(), **FREE)
     assert [x.error for x in report.layers] != [x.error for x in equal.layers]
     verify_model(out, dense, calibration=tokens())
@@ -417,13 +410,10 @@ def test_limits_that_a_manifest_does_not_name_are_none(allocation, small, tmp_pa
     assert verify_model(out, small, calibration=tokens()).checked_layers
     for change in (lambda _: None, lambda m: m["fingerprint"]["options"].pop("max_deviation")):
         forge_manifest(out, change)
-        found = options_again("prune", manifest_of(out)["fingerprint"], out)
-        assert found["max_deviation"] == 1
+        assert options_again("prune", manifest_of(out)["fingerprint"], out)["max_deviation"] == 1
 
 
-# Yardsticks
-
-
+# --- yardsticks
 @pytest.mark.parametrize("method", ["OWL", "DLP"])
 def test_blocks_that_count_more_keep_more_and_the_model_prunes_as_many(benchmarks, method):
     from judges import Judge
@@ -440,8 +430,7 @@ def test_blocks_that_count_more_keep_more_and_the_model_prunes_as_many(benchmark
         judges[f"layers.{block}.fc"] = Judge(block, problem, energy, energy)
     keep = blocks_keep(method, judges)
     assert keep[1] > keep[2] > keep[0]
-    reach = METHODS[method][1]
-    assert max(keep.values()) - min(keep.values()) == pytest.approx(2 * reach)
+    assert max(keep.values()) - min(keep.values()) == pytest.approx(2 * METHODS[method][1])
     assert np.mean(list(keep.values())) == pytest.approx(0, abs=1e-12)
     counts = shared_out(method, judges, pattern)
     assert sum(counts.values()) == 3 * pattern.pruned_per_group(128)

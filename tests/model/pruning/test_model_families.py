@@ -12,8 +12,7 @@ from prunes import WANDA, but_slow, prune, slow
 from tiny_models import FAMILIES, cross_entropy, inputs_of, logits_of, reload, save, tiny, tokens
 from torch import nn
 
-import maskopt
-from maskopt import NM, prune_model
+from maskopt import NM, collect_problems, perplexity, prune_model
 from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Blocks, matrix
 from maskopt.models.pruning.prune_layer import DAMPING_GRID
@@ -28,14 +27,13 @@ def test_every_family_streamed_and_in_memory(family, tmp_path):
     model, data, out = tiny(family, layers=2), tokens(5, 12), tmp_path / "out"
     expected = cross_entropy(model, data)
     dense = save(model, tmp_path / "dense", shard="40KB")
-    streamed = maskopt.perplexity(dense, data, threads=2)
+    streamed = perplexity(dense, data, threads=2)
     assert streamed.cross_entropy == pytest.approx(expected, rel=1e-5)
     assert streamed.value == pytest.approx(math.exp(expected), rel=1e-4)
-    assert streamed == maskopt.perplexity(model, data, threads=1)
-    assert streamed == maskopt.perplexity(dense, data, threads=3, activation_memory=0)
+    assert streamed == perplexity(model, data, threads=1)
+    assert streamed == perplexity(dense, data, threads=3, activation_memory=0)
     assert cross_entropy(model, data) == pytest.approx(expected, rel=1e-6)  # runs as before
-    report = prune(dense, out, threads=2)
-    original = copy.deepcopy(model.state_dict())
+    report, original = prune(dense, out, threads=2), copy.deepcopy(model.state_dict())
     in_memory = prune(model, threads=1)
     pruned, written = model.state_dict(), reload(out).state_dict()
     assert pruned.keys() == written.keys()
@@ -47,8 +45,7 @@ def test_every_family_streamed_and_in_memory(family, tmp_path):
     assert len(verified.checked_layers) == len(report.layers)
     blocks = Blocks(model)
     for layer in blocks.all_layers():
-        zeros = (matrix(model, layer) == 0).sum(1)
-        assert bool((zeros >= layer.n // 2).all()), layer.name
+        assert bool(((matrix(model, layer) == 0).sum(1) >= layer.n // 2).all()), layer.name
         assert in_memory.masks[layer.name].shape == (layer.rows, layer.n)
     outside = [key for key in original if not key.startswith(blocks.name)]
     assert all(torch.equal(original[key], pruned[key]) for key in outside)
@@ -119,8 +116,7 @@ def lost(model, name, weight, data):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "falcon"])
 def test_gram_matrices_are_those_of_the_pruned_prefix(family):
     half, pruned, data = tiny(family), tiny(family), tokens(3, 16)
-    report = prune_model(pruned, data, **WANDA)
-    blocks = Blocks(half)
+    report, blocks = prune_model(pruned, data, **WANDA), Blocks(half)
     last = blocks.prefix(2)  # which alone stays dense
     done = {k: v for k, v in pruned.state_dict().items() if not k.startswith(last)}
     half.load_state_dict({**half.state_dict(), **done})
@@ -133,8 +129,7 @@ def test_gram_matrices_are_those_of_the_pruned_prefix(family):
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_gram_matrices_inside_a_block(family):
     model, data = tiny(family, layers=1), tokens(4, 16)
-    inside = copy.deepcopy(model)
-    usual = prune_model(copy.deepcopy(model), data, **WANDA)
+    inside, usual = copy.deepcopy(model), prune_model(copy.deepcopy(model), data, **WANDA)
     careful = prune_model(inside, data, true_sequential=True, **WANDA)
     errors = {layer.name: layer.error for layer in careful.layers}
     first, output = (next(n for n in errors if n.endswith(end)) for end in ("q_proj", "o_proj"))
@@ -161,7 +156,7 @@ def test_a_weight_may_stand_on_the_left():
     report = prune_model(copy.deepcopy(model), data, **WANDA)
     assert [x.kind for x in report.layers if x.kind.endswith("dt_proj")] == ["mixer.dt_proj"] * 3
     assert all(x.tokens == data.numel() for x in report.layers)
-    problems = dict(maskopt.collect_problems(model, data, sparsity=0.5))
+    problems = dict(collect_problems(model, data, sparsity=0.5))
     mixer, seen = model.backbone.layers[0].mixer, []
     mixer.x_proj.register_forward_hook(lambda _, args, output: seen.append(output))
     for row in data:
@@ -174,7 +169,7 @@ def test_a_weight_may_stand_on_the_left():
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_each_expert_sees_the_tokens_routed_to_it(family):
     model, data = tiny(family, layers=1), tokens(4, 16)
-    routed = dict(maskopt.collect_problems(model, data, sparsity=0.5))
+    routed = dict(collect_problems(model, data, sparsity=0.5))
     report = prune_model(copy.deepcopy(model), data, **WANDA)
     first = [x for x in report.layers if "gate_up" in x.name and ".layers.0." in x.name]
     assert sum(x.tokens for x in first) == 2 * data.numel()  # two experts a token

@@ -41,8 +41,7 @@ def test_one_pass_judges_on_the_dense_model(tmp_path):
 
 def test_swap_improves_on_its_start_in_every_layer():
     report = prune(tiny("llama", layers=2), solver="swap")
-    wanda = prune(tiny("llama", layers=2))
-    for layer, other in zip(report.layers, wanda.layers, strict=True):
+    for layer, other in zip(report.layers, prune(tiny("llama", layers=2)).layers, strict=True):
         assert layer.improvement_quantiles[0] >= 0
         assert other.error_wanda == other.error
         # the first block has the same inputs in both
@@ -155,10 +154,7 @@ REFUSED = {
         ("`allocation` layers needs a share .*, not 2:4", {**MODEL, **WIDE}),
         (r"needs a share such as 0\.5, not 0\.5 per layer", {**MODEL, **POOL}),
         (r"needs a share such as 0\.5, not keep 3", {**MODEL, **KEEP}),
-        (
-            "`sensitivity` must be one of: .*relative, fisher, kl; not",
-            {**MODEL, "sensitivity": "size"},
-        ),
+        ("`sensitivity` must be one of: .*relative, fisher, kl; not", {**MODEL, "sensitivity": "size"}),
         ("`max_deviation` must be", {**MODEL, "max_deviation": 1.5}),
         ("fisher needs every window's loss", {**MODEL, "skip_bad_samples": True}),
         ("`counts` needs `allocation` layers", {"allocation": "uniform", "counts": {"a": 1}}),
@@ -180,7 +176,7 @@ REFUSED = {
         ("`damping` needs `update` least-squares", {"damping": 0.1}),
         ("`damping` needs", {"update": "blockwise", "holdout": 0.2, "damping": 0.1}),
     ],
-}
+}  # fmt: skip
 CASES = [(kind, *case) for kind, cases in REFUSED.items() for case in cases]
 
 
@@ -198,8 +194,7 @@ def test_bad_options(kind, message, options):
 
 def test_weights_activations_and_models_that_cannot_be_pruned(tmp_path):
     model = patched(tiny("llama"), f"{NAME}.weight", lambda p: p[0, 0].fill_(float("nan")))
-    dense = save(model, tmp_path / "dense")
-    for given in (dense, model):
+    for given in (save(model, tmp_path / "dense"), model):
         said = refusal(e.ModelError, model=given, output=tmp_path / "out")
         assert "up_proj.weight' holds NaN" in said
     assert not (tmp_path / "out").exists()
@@ -232,8 +227,7 @@ def test_weights_activations_and_models_that_cannot_be_pruned(tmp_path):
         assert "no CUDA device" in refusal(device="cuda")
 
 
-# Interrupted runs
-
+# --- interrupted runs
 SWAPPED, HELD = {**REFIT, "solver": "swap"}, {"holdout": 0.4}
 MEASURES = {"allocation": "layers", "sensitivity": "kl", "token_weights": "gradient"}
 FREE = {"allocation": "rows", "sensitivity": "uniform", "max_deviation": 1}
@@ -271,8 +265,7 @@ def test_resumed_runs_write_the_same_bytes(options, stage, layers, tmp_path, mon
         fails(e.ModelError, said, prune, dense, again, resume=True, **more)
 
 
-# Refitted weights
-
+# --- refitted weights
 REFITTED = {"sparsity": 0.5, "min_tokens": 1, **REFIT}
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -318,10 +311,8 @@ def test_weights_are_those_of_least_squares_on_the_layers_own_inputs(solver):
 @pytest.mark.slow
 def test_dampings_of_held_out_windows_and_of_experts_that_saw_too_little(tmp_path):
     given = {**REFITTED, "holdout": 0.4, "include": ("layers.0.self_attn.*",)}
-    chosen, fixed = (
-        prune_model(tiny("llama", layers=2), tokens(10), damping=damping, **given)
-        for damping in ("auto", 0.003)
-    )
+    chosen = prune_model(tiny("llama", layers=2), tokens(10), damping="auto", **given)
+    fixed = prune_model(tiny("llama", layers=2), tokens(10), damping=0.003, **given)
     assert {layer.damping for layer in chosen.layers} <= {*DAMPING_GRID}
     first = zip(chosen.layers[:3], fixed.layers[:3], strict=True)
     assert sum(a.error_held - b.error_held for a, b in first) < 0

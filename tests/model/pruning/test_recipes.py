@@ -42,6 +42,8 @@ VALUES = {
     "samples": 7, "seq_len": 9, "bos": "never", "text_field": "words", "chat": True, "device": "cpu",
     "dtype": "bfloat16", "threads": 2, "activation_memory": 5000, "max_memory": 6000,
 }  # fmt: skip
+FEW = {"sparsity": 0.5, "samples": 12, "seq_len": 16, "holdout": 0.34, "min_tokens": 1}
+QUICK = {**FEW, "training": {"epochs": 1}, "distillation": {"learning_rate": 0.003}}
 
 
 def flags(given):
@@ -120,10 +122,8 @@ def test_a_recipe_means_the_same_everywhere(recipe, sparsity, tmp_path):
 
 
 def test_the_recipes_are_those_that_were_measured():
-    balanced, best, groups = (
-        prune_options(None, {"recipe": recipe, "sparsity": sparsity})
-        for recipe, sparsity in (("balanced", 0.5), ("best", 0.5), ("best", "2:4"))
-    )
+    cases = ("balanced", 0.5), ("best", 0.5), ("best", "2:4")
+    balanced, best, groups = (prune_options(None, {"recipe": r, "sparsity": s}) for r, s in cases)
     assert (balanced.solver, balanced.update) == ("admm", "least-squares")
     assert (best.allocation, best.sensitivity, best.solver) == ("layers", "fisher", "admm")
     assert best.training["begin"] == "least-squares"
@@ -147,8 +147,7 @@ def test_what_cannot_be(dense, data, tmp_path):
     how["sparsity"] = 0.5
     short = partial(prune_model, dense, tokens(16, length=1), output=tmp_path / "out")
     fails(DataError, "nothing is predicted", short, **how)
-    model = loud("llama", layers=1)
-    fails(OptionError, "model folder", prune_model, model, tokens(16), **how)
+    fails(OptionError, "model folder", prune_model, loud("llama", layers=1), tokens(16), **how)
     assert not (tmp_path / "out").exists()
     dry = plan_prune(dense, samples=16, seq_len=16, **how)
     plain = plan_prune(dense, sparsity=0.5, samples=16, seq_len=16, holdout=0.25)
@@ -156,21 +155,14 @@ def test_what_cannot_be(dense, data, tmp_path):
     assert dry.disk > plain.disk
 
 
-# One folder ---------------------------------------------------------------------------------------
-
-FEW = {"sparsity": 0.5, "samples": 12, "seq_len": 16, "holdout": 0.34, "min_tokens": 1}
-QUICK = {**FEW, "training": {"epochs": 1}, "distillation": {"learning_rate": 0.003}}
-
-
+# --- one folder
 @pytest.fixture(scope="module")
 def home(dense, tmp_path_factory):
     """A tiny model with a tokenizer, a text, and the best recipe's result without an interruption."""
     home, generator = tmp_path_factory.mktemp("recipes"), random.Random(0)
-    text = "".join(chr(generator.randrange(33, 120)) for _ in range(4000))
-    (home / "text.txt").write_text(text)
+    (home / "text.txt").write_text("".join(chr(generator.randrange(33, 120)) for _ in range(4000)))
     best = partial(prune_model, dense, calibration=home / "text.txt", recipe="best", **QUICK)
-    report = best(output=home / "whole")
-    assert report.distillation["epoch"] > 0
+    assert best(output=home / "whole").distillation["epoch"] > 0
     return home, best
 
 
@@ -235,8 +227,7 @@ def test_it_is_verified_and_shown_as_one_folder(home, dense, tmp_path):
     assert losses["after"]["held"] < losses["before"]["held"]
     assert fingerprint["distillation"]["sha256"] != fingerprint["calibration"]["sha256"]
     assert not (whole / "maskopt-distill.json").exists()
-    words = flags({**QUICK, "recipe": "best"})
-    text = ["--calibration", folder / "text.txt"]
+    words, text = flags({**QUICK, "recipe": "best"}), ["--calibration", folder / "text.txt"]
     said = run("prune", dense, *text, *words, "--output", tmp_path / "out")
     assert contents(tmp_path / "out") == contents(whole)
     for shown in ("error/Wanda", "proven", f"{losses['after']['held']:.4f} (epoch"):
@@ -318,8 +309,7 @@ def test_a_manifest_of_another_run_is_refused(distilled, home, dense, pruned_fol
     out = copied(distilled, tmp_path / "edits")
     for seed in range(15):
         edited = forging.forged(sound["distillation"], random.Random(seed))
-        record = forging.signed({**sound, "distillation": edited})
-        (out / MANIFEST).write_text(json.dumps(record))
+        (out / MANIFEST).write_text(json.dumps(forging.signed({**sound, "distillation": edited})))
         try:
             found = verify_model(out, dense)
         except VerificationError:

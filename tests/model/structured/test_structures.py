@@ -29,6 +29,10 @@ from maskopt.models.structured.blocks import Effects, exchanges, search_sets
 from maskopt.models.structured.experts import costs, mixtures_of
 from maskopt.models.verification.verify import verify_model
 
+KEPT = {"channels": 0.2, "update": "none"}
+ALONE = {"solver": "tabu", "solver_options": {"seed": 1}, "certify": True}
+WALKS = {"holdout": 0.5, "include": ["q_proj"], "skip_bad_samples": True, "samples": 8, "seed": 1}
+
 
 def check_same(less, model, **close):
     found, expected = (logits_of(x, tokens(3, seed=5)) for x in (less, model))
@@ -61,8 +65,7 @@ def reroute(model, record):
             stays = torch.tensor(record["kept"][f"{name}.experts"])
 
             def choose(gate, _, output, stays=stays):
-                chances = output[0][:, stays].float().softmax(-1)
-                value, place = chances.topk(gate.top_k, dim=-1)
+                value, place = output[0][:, stays].float().softmax(-1).topk(gate.top_k, dim=-1)
                 return output[0], value / value.sum(-1, keepdim=True), stays[place]
 
             module.gate.register_forward_hook(choose)
@@ -107,8 +110,7 @@ def test_what_is_written_computes_what_is_left(kind, family, tmp_path):
     elif kind == "experts":
         assert config.num_local_experts == 3
         for layer in report.layers:
-            assert layer.pattern == "3 of 4 experts"
-            assert layer.statuses == {"optimal": 1}
+            assert (layer.pattern, layer.statuses) == ("3 of 4 experts", {"optimal": 1})
             assert layer.lower_bound == pytest.approx(layer.error_kept, rel=1e-5, abs=1e-12)
             assert 0 <= layer.relative < 1  # 0: an expert that no token is sent to
         assert any(layer.relative > 0 for layer in report.layers)
@@ -205,11 +207,6 @@ def test_what_cannot_be_cut_is_refused_before_anything_is_written(of, what, said
     assert not (out / MANIFEST if "off by" in said or "run" in said else out).exists()
 
 
-KEPT = {"channels": 0.2, "update": "none"}
-ALONE = {"solver": "tabu", "solver_options": {"seed": 1}, "certify": True}
-WALKS = {"holdout": 0.5, "include": ["q_proj"], "skip_bad_samples": True, "samples": 8, "seed": 1}
-
-
 def test_options_that_cannot_be(dense_folder, data, tmp_path):
     for options, error, said in (
         ({}, OptionError, "nothing is to be removed"),
@@ -297,9 +294,7 @@ def test_the_command_and_what_comes_after(kind, data, tmp_path):
         run("verify", tmp_path / "pruned", "--original", twice)
 
 
-# Choices
-
-
+# --- choices
 def check_costs(costs, dense, data, **every):
     """They are divergences of the model's predictions from those of it without some blocks."""
     full = logs(reload(dense), data, **every)
@@ -360,10 +355,8 @@ def test_exchanges_of_least_cost_by_pairs_come_first_and_yardsticks():
     kl = {frozenset({i}): 1.0 + i for i in range(4)}
     kl |= {frozenset(p): 9.0 for p in itertools.combinations(range(4), 2)}
     effects = Effects(kl, [0.1, 0.9, 0.5, 0.8])
-    assert effects.last(2) == [2, 3]
-    assert effects.most_alike(2) == [1, 3]
-    assert effects.cost([0, 1]) == pytest.approx(9.0)
-    assert effects.cost([2]) == pytest.approx(3.0)
+    assert (effects.last(2), effects.most_alike(2)) == ([2, 3], [1, 3])
+    assert [effects.cost(gone) for gone in ([0, 1], [2])] == pytest.approx([9.0, 3.0])
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -434,8 +427,7 @@ def test_lists_of_the_configuration_indices_and_vision_towers(tmp_path):
     dense, name = save(tiny("llama"), tmp_path / "llama"), "model-00001-of-00001.safetensors"
     (dense / "model.safetensors").rename(dense / name)
     where = dict.fromkeys(open_safe(dense / name).entries, name)
-    index = {"metadata": {"total_size": 1}, "weight_map": where}
-    (dense / INDEX).write_text(json.dumps(index))
+    (dense / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
     for what in ({"count": 1, "windows": 2}, {"channels": 0.5, "solver": "wanda"}):
         smaller(dense, out := tmp_path / min(what), tokens(4), **what)
         verify_model(out, dense)
@@ -574,12 +566,9 @@ def test_errors_bounds_and_counts_of_channels(dense_folder, tmp_path):
     layers = shrink("certified", channels=0.5, solver="wanda", certify=True)
     assert all(0 < layer.lower_bound <= layer.error_kept for layer in layers)
     shrink("rounded", channels=0.3, round_to=8)
-    config = json.loads((tmp_path / "rounded" / "config.json").read_text())
-    assert config["intermediate_size"] == 40
-    errors = [
-        shrink(solver, channels=0.5, solver=solver, update="none")[0].error
-        for solver in ("tabu", "swap", "wanda", "magnitude")
-    ]
+    assert json.loads((tmp_path / "rounded" / "config.json").read_text())["intermediate_size"] == 40
+    how, solvers = {"channels": 0.5, "update": "none"}, ("tabu", "swap", "wanda", "magnitude")
+    errors = [shrink(solver, solver=solver, **how)[0].error for solver in solvers]
     assert all(one <= other * (1 + 1e-12) for one, other in itertools.pairwise(errors[:3]))
 
 
@@ -602,8 +591,7 @@ def test_interrupted_runs_resume_to_the_same_bytes(dense_folder, tmp_path):
         report = shrink(out, resume=True)
         assert len(report.layers) == 6
         assert contents(tmp_path / out) == contents(tmp_path / "whole")
-    finished = shrink(out, resume=True)
-    assert [x.error for x in finished.layers] == [x.error for x in report.layers]
+    assert [x.error for x in shrink(out, resume=True).layers] == [x.error for x in report.layers]
     fails(ModelError, "another run", shrink, out, resume=True, channels=0.5, heads=0.0)
 
 

@@ -32,8 +32,18 @@ from maskopt.models.training.trainer import FolderKeeper
 from maskopt.models.verification.verify import verify_model
 
 HOW = {"epochs": 3, "learning_rate": 0.003, "holdout": 0.25}
+WORDS = ("--epochs", 3, "--learning-rate", 0.003, "--holdout", 0.25)
 #: the last quarter judges
 WINDOWS = tokens(32)
+#: of 16 windows 12 are fitted, so that an epoch has six steps
+STEPS = 6
+only_llama = pytest.mark.parametrize("given", ["llama-float32"], indirect=True)
+#: after so many steps, of which so many were saved: in the first epoch, around its judgement, at the end
+KILLS = [(1, {k: k for k in (1, STEPS - 1, STEPS, STEPS + 1, 3 * STEPS)}, 3 * STEPS)]
+KILLS += [(5, {7: 5, 11: 8}, 7 + 6 + 3 * STEPS - 8)]
+TRAINED = [slow("llama", {}), ("llama", {"dtype": torch.bfloat16})]
+TRAINED += [slow(x, {}) for x in ("gemma3", "gpt2", "bloom", "gpt_neox", "mixtral")]
+TRAINED += [slow("mixtral", {"exclude": ("experts.1.*",)})]
 
 
 def mean_divergence(dense, other, windows):
@@ -42,11 +52,6 @@ def mean_divergence(dense, other, windows):
     with torch.no_grad():
         one, two = (x(windows).logits[:, :-1].double().log_softmax(-1) for x in models)
     return float((one.exp() * (one - two)).sum(-1).mean())
-
-
-TRAINED = [slow("llama", {}), ("llama", {"dtype": torch.bfloat16})]
-TRAINED += [slow(x, {}) for x in ("gemma3", "gpt2", "bloom", "gpt_neox", "mixtral")]
-TRAINED += [slow("mixtral", {"exclude": ("experts.1.*",)})]
 
 
 @pytest.mark.parametrize(("family", "more"), TRAINED)
@@ -128,8 +133,7 @@ def test_the_gradient_is_that_of_the_whole_model(pairs, tmp_path):
     """One step of plain torch, from the same place, by the same optimiser."""
     dense, pruned = pairs("llama")
     how = {**HOW, "epochs": 1, "batch": 24, "learning_rate": 0.001, "max_memory": "3GiB"}
-    found = distill_model(pruned, dense, WINDOWS, output=tmp_path / "out", **how)
-    assert found.epoch == 1
+    assert distill_model(pruned, dense, WINDOWS, output=tmp_path / "out", **how).epoch == 1
     model, taught = (AutoModelForCausalLM.from_pretrained(x) for x in (pruned, dense))
     new = load_file(tmp_path / "out" / "model.safetensors")
     masked = MaskFile(pruned / MASKS).names
@@ -186,8 +190,8 @@ def test_the_command_the_record_and_the_card(pairs, tmp_path):
     dense, pruned = pairs("llama")
     out, text, again = tmp_path / "out", tmp_path / "tokens.npy", tmp_path / "again"
     np.save(text, WINDOWS.numpy())
-    how = ["--calibration", text, "--epochs", 3, "--learning-rate", 0.003, "--holdout", 0.25]
-    said = run("distill", pruned, "--teacher", dense, *how, "--output", out)
+    how = ["--calibration", text, *WORDS, "--output", out]
+    said = run("distill", pruned, "--teacher", dense, *how)
     shows(said, "on held-out windows", "trained model")
     shows(run("verify", out, "--masks", pruned), "holds", "without a mask, 0 changed")
     fingerprint = json.loads((out / RECORD).read_text())["fingerprint"]
@@ -207,8 +211,7 @@ def test_the_command_the_record_and_the_card(pairs, tmp_path):
 def test_divergence_and_its_derivative_are_those_of_torch(positions):
     generator = torch.Generator().manual_seed(0)
     wanted, found = (5 * torch.randn(positions, 300, generator=generator) for _ in range(2))
-    exact = found.double().requires_grad_()
-    p = wanted.double().log_softmax(1)
+    exact, p = found.double().requires_grad_(), wanted.double().log_softmax(1)
     loss = functional.kl_div(exact.log_softmax(1), p, reduction="sum", log_target=True)
     (derivative,) = torch.autograd.grad(loss, exact)
     slope = torch.empty_like(found)
@@ -221,10 +224,6 @@ def test_divergence_and_its_derivative_are_those_of_torch(positions):
     assert float(slope.abs().max()) == 0.0
 
 
-#: of 16 windows 12 are fitted, so that an epoch has six steps
-STEPS = 6
-
-
 @pytest.fixture(scope="module", params=["llama-float32", slow("gpt2-bfloat16")])
 def given(request, pairs, tmp_path_factory):
     family, dtype = request.param.split("-")
@@ -234,9 +233,6 @@ def given(request, pairs, tmp_path_factory):
     distil = partial(distill_model, pruned, dense, calibration=text, save_every=1e-9, **HOW)
     assert distil(output=whole).epoch == 3
     return distil, files(whole)
-
-
-only_llama = pytest.mark.parametrize("given", ["llama-float32"], indirect=True)
 
 
 def interrupted(distil, out, step, **how):
@@ -253,13 +249,6 @@ def steps(monkeypatch):
     taken, plain = [], training._set_gradients
     monkeypatch.setattr(training, "_set_gradients", lambda *a: (taken.append(1), plain(*a)))
     return taken
-
-
-#: after so many steps, of which so many were saved: in the first epoch, around its judgement, at the end
-KILLS = [
-    (1, {k: k for k in (1, STEPS - 1, STEPS, STEPS + 1, 3 * STEPS)}, 3 * STEPS),
-    (5, {7: 5, 11: 8}, 7 + 6 + 3 * STEPS - 8),
-]
 
 
 @pytest.mark.parametrize(("every", "kills", "taken"), KILLS)
@@ -304,8 +293,7 @@ def test_killed_while_it_saves(given, tmp_path, monkeypatch, steps):
     steps.clear()
     monkeypatch.setattr(Journal, "set_progress", plain)
     (pruned, dense), text = distil.args, distil.keywords["calibration"]
-    how = ["--calibration", text, "--epochs", 3, "--learning-rate", 0.003, "--holdout", 0.25]
-    how += ["--output", dead, "--resume", "--save-every", 0]
+    how = ["--calibration", text, *WORDS, "--output", dead, "--resume", "--save-every", 0]
     assert "trained model" in run("distill", pruned, "--teacher", dense, *how)
     assert json.loads((dead / RECORD).read_text())["epoch"] == 3
     assert len(steps) == 3 * STEPS - 3

@@ -28,6 +28,8 @@ from maskopt.models.verification.verify import verify_model
 
 STEPS, LAST = 50, "model.layers.1."
 PAGE = ROOT / "docs" / "guide" / "after.md"
+#: zeros of a matrix of 128 × 512 normal numbers, half of them pruned, that are still zero
+EVERY = 32768
 
 
 @pytest.fixture
@@ -102,11 +104,8 @@ def process_group(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-AROUND = {
-    "compiled": functools.partial(torch.compile, backend="eager"),
-    "distributed": DistributedDataParallel,
-    "parallel": nn.DataParallel,
-}
+AROUND = {"compiled": functools.partial(torch.compile, backend="eager")}
+AROUND |= {"distributed": DistributedDataParallel, "parallel": nn.DataParallel}
 WRAPPED = itertools.product(AROUND, (False, True))
 MAIN = [("distributed", True), ("parallel", False)]
 
@@ -387,12 +386,7 @@ def test_a_model_with_code_of_its_own_needs_trust(tmp_path, monkeypatch):
     assert "holds. All" in run(*arguments, "--trust-remote-code")
 
 
-# Quantised
-
-#: zeros of a matrix of 128 × 512 normal numbers, half of them pruned, that are still zero
-EVERY = 32768
-
-
+# --- quantised
 def matrix():
     """A matrix and what is pruned of it: in each row as many, of some groups of 32 all and of some none."""
     generator = torch.Generator().manual_seed(0)

@@ -22,11 +22,24 @@ from maskopt.models.verification.verify import verify_model
 HOW = {"epochs": 6, "learning_rate": 0.1}
 OPTIONS = {**WANDA, "holdout": 0.25, "update": "blockwise"}
 KEEP = {"update": "none", "training": {}}
+SIX = ("llama", "mixtral", "gemma3", "gpt2", "bloom", "gpt_neox")
+TRAINED = itertools.product(SIX, ("part", "block"))
+PARTS = but_slow([("llama", "part"), ("mixtral", "block")], TRAINED)
+BEGUN = itertools.product(("llama", "gemma3"), ("least-squares", "none"))
+NORMS = {"gpt2": "ln_1.weight", "gemma3": "input_layernorm.weight", "qwen2": "layernorm.weight"}
+ALL = but_slow([("gpt2", "part"), ("qwen2", "block")], itertools.product(NORMS, ("part", "block")))
+# of OPT's parts, attention and both layers of the MLP, one gives four times the width of a hidden state
+STATES = [("llama", "pruned", 3), slow("llama", "dense", 4)]
+STATES += [slow("opt", "pruned", 10), ("opt", "dense", 12)]
+ROUNDS = {"true_sequential": True, "solver": "magnitude"}
+RUNS = [({"begin": "least-squares"}, ROUNDS)]
+RUNS += [({"granularity": "part", "loss": "relative"}, {"target": "dense"})]
+LATE = {}, {"train": "all"}, {"begin": "least-squares"}, {"inputs": "dense"}
+RUNS += [slow(x, {}) for x in (*LATE, {"granularity": "part", "loss": "cosine"})]
 
 
 def trained(model, data=None, **more):
-    how = {**HOW, **more.pop("how", {})}
-    data = tokens(12) if data is None else data
+    how, data = {**HOW, **more.pop("how", {})}, tokens(12) if data is None else data
     return prune_model(model, data, **{**OPTIONS, "training": how, **more})
 
 
@@ -58,9 +71,6 @@ def test_blocks_come_nearer_to_the_dense_model(family):
     assert pruned
     assert not any("norm" in name or "embed" in name or "bias" in name for name in pruned)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
-
-
-BEGUN = itertools.product(("llama", "gemma3"), ("least-squares", "none"))
 
 
 @pytest.mark.parametrize(("family", "begin"), but_slow([("llama", "least-squares")], BEGUN))
@@ -200,13 +210,11 @@ def test_the_error_of_a_channel_counts_by_its_own_size():
     assert float(reconstruct._distance(found * by, wanted * by)) > 8e-3
     # and all are measured likewise: of every fitted token, in parts of its length
     shares = states[:2].square() / states[:2].square().sum(-1, keepdim=True)
-    expected = (shares.mean((0, 1, 2)) / shares.mean()).clamp(min=1e-3).rsqrt()
-    torch.testing.assert_close(by, expected)
+    torch.testing.assert_close(by, (shares.mean((0, 1, 2)) / shares.mean()).clamp(min=1e-3).rsqrt())
     # neither the unit of the states nor the order of the channels matters
     order = torch.randperm(32, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(reconstruct._scales(recorded(7 * states), [0, 1]), by)
-    moved = reconstruct._scales(recorded(states[..., order]), [0, 1])
-    torch.testing.assert_close(moved, by[order])
+    torch.testing.assert_close(reconstruct._scales(recorded(states[..., order]), [0, 1]), by[order])
     # channels and tokens of zeros have a scale
     states = torch.ones(1, 1, 4, 8)
     states[..., 3] = 0

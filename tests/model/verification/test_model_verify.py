@@ -17,8 +17,21 @@ from maskopt.errors import MaskoptError, ModelError, OptionError, VerificationEr
 from maskopt.models.checkpoints.checkpoint import INDEX
 from maskopt.models.verification.verify import semi_structured, verify_model
 
-SWAP = {"solver": "swap", "start": "wanda"}
-TWO_FOUR = {"sparsity": NM(keep=2, of=4)}
+SWAP, TWO_FOUR = {"solver": "swap", "start": "wanda"}, {"sparsity": NM(keep=2, of=4)}
+DATA = tokens()
+IN_ORDER = {"true_sequential": True}
+EVERY = [{**TWO_FOUR, "calibrate_on": "dense", "gram_shrinkage": 0.1}]
+EVERY += [{**IN_ORDER, "dtype": "bfloat16", "threads": 1}]
+EVERY += [slow({"include": ["mlp"], "exclude": ["layers.1"]})]
+#: LongCat's blocks have two attentions in one child
+PAIRS = [(x, "part" if x != "longcat_flash" else "block") for x in FAMILIES]
+# by whole blocks where these have another name or form than Llama's
+WHOLE = "llama mixtral gpt2 opt gpt_neox falcon bloom mamba bamba gemma3"
+PAIRS += [(x, "block") for x in WHOLE.split()]
+MAIN = [("llama", "block"), ("mixtral", "part"), ("gpt2", "part")]
+OTHERS = [("gpt2", "true_sequential"), ("llama4", "true_sequential"), ("mixtral", "all_experts")]
+OTHERS += [slow(x, "true_sequential") for x in ("mixtral", "deepseek_v3", "bamba")]
+OTHERS += [slow("deepseek_v3", "all_experts")]
 
 
 def test_masks_of_another_run_are_claims(dense_folder, pruned_folder, tmp_path):
@@ -51,8 +64,7 @@ def test_two_four_needs_a_gpu_to_be_converted(dense_folder, tmp_path):
 @pytest.mark.cuda
 def test_pytorch_accepts_two_four(tmp_path):
     wide = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
-    config = LlamaConfig(**{**SHARED, **wide})
-    dense = save(LlamaForCausalLM(config), tmp_path / "dense")
+    dense = save(LlamaForCausalLM(LlamaConfig(**SHARED | wide)), tmp_path / "dense")
     prune(dense, tmp_path / "out", **TWO_FOUR)
     assert len(semi_structured(tmp_path / "out")) == 7
 
@@ -112,8 +124,7 @@ def test_bounds_of_masks_that_were_found_for_kept_weights(update, dense_folder, 
     report = prune(dense_folder, out := tmp_path / "out", **more)
     assert any(layer.lower_bound > layer.error for layer in report.layers)
     verify_model(out, dense_folder)
-    bound = 1.1 * report.layers[0].error_kept
-    forge_manifest(out, edit("layers", 0, "lower_bound", to=bound))
+    forge_manifest(out, edit("layers", 0, "lower_bound", to=1.1 * report.layers[0].error_kept))
     fails(VerificationError, "lower bound above its error", verify_model, out, dense_folder)
     if update == "least-squares":  # with a damping, of which the reported error is without
         how = {"solver": "branch", "solver_options": {"node_limit": 1}, "damping": 1.0}
@@ -129,9 +140,6 @@ def test_trained_folders_of_every_family_hold(family, tmp_path):
     prune(dense, out, min_tokens=8, holdout=0.34, training=TRAIN, update="blockwise")
     assert any(block["epoch"] for block in manifest_of(out)["trained"])
     verify_model(out, dense)
-
-
-DATA = tokens()
 
 
 def refused(out, dense, said="", data=DATA, **options):
@@ -162,14 +170,6 @@ def test_what_a_run_states_holds(swapped, dense_folder):
     fails(ModelError, "no layer matches", verify_model, swapped, dense_folder, **given)
 
 
-IN_ORDER = {"true_sequential": True}
-EVERY = [
-    {**TWO_FOUR, "calibrate_on": "dense", "gram_shrinkage": 0.1},
-    {**IN_ORDER, "dtype": "bfloat16", "threads": 1},
-    slow({"include": ["mlp"], "exclude": ["layers.1"]}),
-]
-
-
 @pytest.mark.parametrize("options", EVERY)
 def test_under_every_option(options, dense_folder, tmp_path):
     prune(dense_folder, tmp_path / "out", **SWAP, **options)
@@ -186,11 +186,6 @@ def test_training_that_began_from_the_weights_of_a_solver(small, tmp_path):
     refused(tmp_path / "rounds", small, "it cannot be checked on text")
     forge_manifest(tmp_path / "blocks", edit("layers", 3, "error_kept", to=1e-3))
     refused(tmp_path / "blocks", small, "before its weights were updated")
-
-
-OTHERS = [("gpt2", "true_sequential"), ("llama4", "true_sequential"), ("mixtral", "all_experts")]
-OTHERS += [slow(x, "true_sequential") for x in ("mixtral", "deepseek_v3", "bamba")]
-OTHERS += [slow("deepseek_v3", "all_experts")]
 
 
 @pytest.mark.parametrize(("family", "how"), OTHERS)
@@ -220,8 +215,7 @@ def test_experts_that_are_excluded_or_pruned_by_magnitude(tmp_path):
 
 def test_a_status_that_does_not_hold(dense_folder, pruned_folder, tmp_path):
     out, name = copied(pruned_folder, tmp_path), "model.layers.1.mlp.up_proj"
-    layers = manifest_of(out)["layers"]
-    (index,) = (i for i, layer in enumerate(layers) if layer["name"] == name)
+    (index,) = (i for i, layer in enumerate(manifest_of(out)["layers"]) if layer["name"] == name)
     forge_manifest(out, edit("layers", index, "statuses", to={"swap-optimal": 48}))
     verify_model(out, dense_folder, calibration=tokens(), layers=["layers.0", "down_proj"])
     refused(out, dense_folder, rf"\A.*{name}.*keeping input.*\Z", layers=["up_proj"])
@@ -243,20 +237,14 @@ def test_optima_stay_claims_and_the_precision_sets_the_tolerance(swapped, dense_
 
 #: where and how the manifest is forged
 EDITS = [
-    ("fingerprint", "device", "cuda"),
-    ("fingerprint", "device", "tpu"),
-    ("fingerprint", "dtype", "float31"),
-    ("fingerprint", "options", "calibrate_on", "dense"),
+    ("fingerprint", "device", "cuda"), ("fingerprint", "device", "tpu"),
+    ("fingerprint", "dtype", "float31"), ("fingerprint", "options", "calibrate_on", "dense"),
     ("fingerprint", "options", "true_sequential", True),
-    ("fingerprint", "options", "gram_shrinkage", 0.5),
-    ("fingerprint", "calibration", "length", "x"),
-    ("fingerprint", "calibration", "sha256", "0" * 64),
-    ("layers", 5, "error", 1e-3),
-    ("layers", 5, "error", lambda x: x * (1 + 3e-5)),
-    ("layers", 5, "energy", lambda x: 2 * x),
-    ("layers", 5, "energy_held", 1.0),
-    ("layers", 5, "tokens", 97),
-]
+    ("fingerprint", "options", "gram_shrinkage", 0.5), ("fingerprint", "calibration", "length", "x"),
+    ("fingerprint", "calibration", "sha256", "0" * 64), ("layers", 5, "error", 1e-3),
+    ("layers", 5, "error", lambda x: x * (1 + 3e-5)), ("layers", 5, "energy", lambda x: 2 * x),
+    ("layers", 5, "energy_held", 1.0), ("layers", 5, "tokens", 97),
+]  # fmt: skip
 #: how to forge, and what is said when errors are computed again
 FORGED = [(says(edit(*x[:-1], to=x[-1])), "was on a GPU" if "cuda" in x else "") for x in EDITS]
 FORGED.append((lambda out, dense: prune_by(out, dense, shuffled), "states an error of"))

@@ -28,6 +28,11 @@ from maskopt.models.verification.verify import verify_model
 
 TRAIN = {"epochs": 2, "learning_rate": 0.003, "train": "all"}
 NARROW = {"channels": 0.25, "heads": 0.5, "solver": "wanda", "update": "none"}
+REMOVED = "fingerprint", "options", "removed", 0
+DOWN = "model.layers.{}.mlp.down_proj"
+UP, GATE = (f"model.layers.0.mlp.{x}_proj.weight" for x in ("up", "gate"))
+K, V = "model.layers.0.self_attn.k_proj.weight", "model.layers.1.self_attn.v_proj.weight"
+NORM, ROUTER = "model.norm.weight", "model.layers.0.mlp.router.weight"
 
 
 def without_first(dense, out):
@@ -100,8 +105,7 @@ def folders(dense_folder, pruned_folder, dense, tmp_path_factory):
     return folder
 
 
-# What a loader could take ---------------------------------------------------------------------
-
+# --- what a loader could take
 PLANTED = [
     "pytorch_model.bin", "adapter_model.bin", "adapter_model.safetensors", "adapter_config.json",
     "modeling_own.py", "generate.py", "MODEL.SAFETENSORS", "model.Safetensors",
@@ -134,9 +138,7 @@ def link_out(name):
     return link, "link|loader"
 
 
-# What the files say ---------------------------------------------------------------------------
-
-
+# --- what the files say
 def in_subfolder(result, dense):
     """The index names a file in a subfolder; one of that name lies in the folder itself."""
     name = forging.first_weight_shard(result).name
@@ -281,9 +283,8 @@ if os.name == "posix":
     FILES["link for weights"] = (first_link, "link|loader")
     FILES["pipe"] = (lambda r, _: os.mkfifo(r / "tokenizer.json"), "link|loader")
 
-# What the manifest says -----------------------------------------------------------------------
 
-
+# --- what the manifest says
 def layer(home="layers", /, **changes):
     """Of the fourth layer some values are changed, by functions of the layer or to values."""
 
@@ -384,8 +385,6 @@ ALONE = {
     "a row of both": ("both", keep_in_a_row(None), "row 0: 0 of .* beyond the deviation of its layer"),
 }  # fmt: skip
 
-# What only the original shows -----------------------------------------------------------------
-
 
 def block(index, **changes):
     return lambda m: layer("trained", **changes)(m, index)
@@ -396,8 +395,9 @@ def all_stay(manifest):
         one.update(epoch=0, held_after=one["held_before"], fitted_after=one["fitted_before"])
 
 
-def keep_all(tensor):
+def keep_all(kind):
     """Other weights, excused by a mask that keeps all."""
+    tensor = f"model.layers.2.self_attn.{kind}_proj.weight"
 
     def forge(result, _):
         forging.redraw(result, tensor)
@@ -493,12 +493,7 @@ AGAINST = {
     "model digest": ("tokenizer", says(edit("fingerprint", "model", to="0" * 64)), "digest of another model"),
     **{f"trained: {name}": ("trained", says(change), said) for name, (change, said) in TRAINED.items()},
     **{f"untrained {x}": ("trained", one_more(x), rf"{x}.*differs from the original") for x in UNTRAINED},
-    **{
-        f"a mask that keeps all of {x}_proj": (
-            "refitted", keep_all(f"model.layers.2.self_attn.{x}_proj.weight"), "counts other rows",
-        )
-        for x in "qk"
-    },
+    **{f"a mask that keeps all of {x}_proj": ("refitted", keep_all(x), "counts other rows") for x in "qk"},
     "a norm of the vision tower": ("vision", redraw_vision, r"layer_norm1.* differs from the original"),
 }  # fmt: skip
 
@@ -594,7 +589,6 @@ SMALLER = {
         ("window", config(sliding_window=1), f"sliding_window {SIZE}"),
         TYPES,
         ("fewer blocks", ONE_BLOCK, "num_hidden_layers is not the original's"),
-        EXCHANGED,
     ],
     "by pattern": [TYPES],
     "blocks": [

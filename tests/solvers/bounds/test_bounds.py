@@ -23,6 +23,7 @@ from maskopt.solvers.convex.mixing import Extra, Mixing
 METHODS = ("box", "shift", "sdp")
 SPARSE = Unstructured(0.6)
 PATTERNS = (SPARSE, TWO_FOUR)
+SETTLING = list(itertools.product(["full", "low-rank", "outliers"], PATTERNS))
 
 
 def layer(rows, n, pattern=SPARSE, kind="full", dtype=torch.float64):
@@ -32,8 +33,7 @@ def layer(rows, n, pattern=SPARSE, kind="full", dtype=torch.float64):
 def assert_below(value, problem):
     exact = solve(problem, "exhaustive").objective
     # what float64 can say of the enumerated objective itself
-    noise = 1e-13 * problem.diagonal_mass()
-    assert bool((value <= exact + noise).all()), (value - exact).max()
+    assert bool((value <= exact + 1e-13 * problem.diagonal_mass()).all()), (value - exact).max()
     assert bool((value >= 0).all())
     return exact
 
@@ -54,8 +54,7 @@ def test_no_bound_is_above_the_optimum(problem, sweeps, seed, cuts):
 def test_random_duals_and_points_are_valid(problem, seed, size):
     generator = torch.Generator().manual_seed(seed)
     rows, n = problem.weight.shape
-    groups = n // problem.group_size
-    unit = problem.diagonal_mass()[:, None] * 10**size / n
+    groups, unit = n // problem.group_size, problem.diagonal_mass()[:, None] * 10**size / n
 
     def noise(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -82,8 +81,7 @@ def test_bounds_are_worth_something_and_cuts_more():
         bound, cut = (lower_bound(problem, "sdp", cuts=cuts) for cuts in (0, 3))
         exact = assert_below(cut.value, problem)
         assert bool((cut.gap(exact) <= bound.gap(exact) + 1e-9).all())
-        good = exact > 1e-9 * problem.diagonal_mass()
-        tight.append((bound.value / exact)[good])
+        tight.append((bound.value / exact)[exact > 1e-9 * problem.diagonal_mass()])
     assert float(torch.cat(tight).median()) > 0.8
 
 
@@ -108,14 +106,9 @@ def test_bounds_of_singular_indefinite_and_badly_scaled_rows():
     assert bool(((shift >= 0.99 * box) & (shift <= solve(problem, "swap").objective)).all())
 
 
-SETTLING = list(itertools.product(["full", "low-rank", "outliers"], PATTERNS))
-
-
-@pytest.mark.parametrize(
-    ("kind", "pattern"),
-    [SETTLING[4], *(slow(*SETTLING[i]) for i in (0, 1, 2, 3, 5))],
-    ids=str,
-)
+@pytest.mark.parametrize(("kind", "pattern"), [
+    SETTLING[4], *(slow(*SETTLING[i]) for i in (0, 1, 2, 3, 5)),
+], ids=str)  # fmt: skip
 def test_the_default_sweeps_settle(kind, pattern):
     """Near what far more reach, whatever the layer: the penalty must not make them crawl."""
     problem = layer(1, 256, pattern, kind)
@@ -126,8 +119,7 @@ def test_the_default_sweeps_settle(kind, pattern):
 
 def heavy(problem, size):
     """An input that a good mask keeps, and its weight, so large; and that mask."""
-    best = solve(problem, "swap")
-    weight = problem.weight.clone()
+    best, weight = solve(problem, "swap"), problem.weight.clone()
     weight[0, int(best.mask[0].nonzero()[0])] = size
     return LayerProblem(weight, problem.gram, problem.pattern), best
 
@@ -137,8 +129,7 @@ def heavy(problem, size):
 def test_a_weight_of_any_size_leaves_a_bound(n, size):
     other, best = heavy(layer(1, n), size)
     for method in METHODS:
-        value = float(lower_bound(other, method).value)
-        assert 0 <= value <= float(best.objective) * (1 + 1e-9)
+        assert 0 <= float(lower_bound(other, method).value) <= float(best.objective) * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("kind", ["full", "outliers"])
@@ -255,8 +246,7 @@ def plain_sweep(state, row, rho, extra):
 
 def random_extra(n, rows, seed):
     """Dense [rows, n, n + 1] and the same as `Extra`."""
-    random = np.random.default_rng(seed)
-    dense = np.zeros((rows, n, n + 1))
+    random, dense = np.random.default_rng(seed), np.zeros((rows, n, n + 1))
     for row in range(rows):
         full = random.normal(size=(n + 1, n + 1))
         full *= random.random((n + 1, n + 1)) < 0.1 + 0.1 * row
@@ -269,18 +259,13 @@ def random_extra(n, rows, seed):
     return dense, Extra(starts, column.astype(np.int32), dense[dense != 0])
 
 
-@pytest.mark.parametrize(
-    ("n", "pattern", "rank"),
-    [
-        (1, Unstructured(0.0), 2), (5, SPARSE, 3), (8, TWO_FOUR, 16), (37, SPARSE, 9),
-        (40, TWO_FOUR, 17), (60, NM(5, 20), 48),
-        (30, SPARSE, 80),  # more accumulators than are summed together
-        *(  # in float32
-            slow(*case)
-            for case in ((259, HALF, 23), (264, NM(4, 8), 16), (264, SPARSE, 130))
-        ),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("n", "pattern", "rank"), [
+    (1, Unstructured(0.0), 2), (5, SPARSE, 3), (8, TWO_FOUR, 16), (37, SPARSE, 9),
+    (40, TWO_FOUR, 17), (60, NM(5, 20), 48),
+    (30, SPARSE, 80),  # more accumulators than are summed together
+    # in float32
+    *(slow(*case) for case in ((259, HALF, 23), (264, NM(4, 8), 16), (264, SPARSE, 130))),
+])  # fmt: skip
 @pytest.mark.parametrize("with_extra", [False, True])
 def test_the_sweep_is_plain_gauss_seidel(n, pattern, rank, with_extra):
     state = Mixing(drawn(3, n, pattern=pattern, seeds=(1, 0)), rank, 0)

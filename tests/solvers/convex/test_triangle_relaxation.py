@@ -25,12 +25,12 @@ from maskopt.solvers.exact.tree.quadratic import Plans, QuadraticTree
 from maskopt.solvers.exact.tree.quasi_newton import QuasiNewton
 from maskopt.solvers.exact.tree.relaxation import Goal, Plan, Relaxed, _below, _Dual, relax_node
 
-SPARSE = Unstructured(sparsity=0.6)
-CLIMB = Plan((20.0, 5.0, 1.0, 0.3, 0.1))
+SPARSE, CLIMB = Unstructured(sparsity=0.6), Plan((20.0, 5.0, 1.0, 0.3, 0.1))
 #: a root that proves hardly more than without triangles
 ROUGH = Plans(Plan((10.0,), (1,)), Plan((1.0,), (1,)))
 EMPTY = Pool.empty(PLACES)
 SIGNS = (-1.0, 1.0)
+AGAIN = {"_TRY": 3, "_TRY_AGAIN": 12, "_TOO_MANY": 12}
 
 
 def correlations(n, rank, seed):
@@ -146,8 +146,7 @@ def test_cuts_of_rows_do_not_depend_on_each_other_repeat_and_may_end_early():
 
 def some_pool(n, count=40, seed=0, inputs=(3, 5)):
     """Inequalities of any inputs and z_0, with multipliers."""
-    random = np.random.default_rng(seed)
-    index = np.full((count, PLACES), ABSENT)
+    random, index = np.random.default_rng(seed), np.full((count, PLACES), ABSENT)
     for line in index:
         size = random.choice(inputs)
         line[:size] = np.sort(random.choice(n + 1, size, replace=False))
@@ -189,8 +188,7 @@ def test_an_inequality_counts_in_p_as_a_certificate_has_it():
     assert float(matrix.norm()) <= size
     e, column = dense(pool, n)
     for p in np.random.default_rng(5).integers(0, 2, (30, n)):
-        z = 2 * p - 1
-        value = p @ matrix.numpy() @ p + linear.numpy() @ p + kappa
+        z, value = 2 * p - 1, p @ matrix.numpy() @ p + linear.numpy() @ p + kappa
         assert value == pytest.approx(worth(pool, z))
         known = worth(pool, z) - float(pool.tau @ pool.least)
         assert -2 * column @ z - z @ e @ z == pytest.approx(known)
@@ -205,8 +203,7 @@ def test_inequalities_of_fixed_inputs_become_those_of_z0(inputs):
     pool, random = some_pool(n, 120, inputs=inputs), np.random.default_rng(2)
     state = np.full(n, -1, dtype=np.int8)
     state[[1, 4, 5, 9]] = (1, 0, 1, 0)
-    below = _below(pool, state)
-    free = np.flatnonzero(state < 0)
+    below, free = _below(pool, state), np.flatnonzero(state < 0)
     assert 0 < len(below.tau) < len(pool.tau)
     check_cuts(cuts_of(below, len(free)), len(free), 0)
     padded = np.where(below.index == ABSENT, 99 + np.arange(PLACES), below.index)
@@ -231,8 +228,7 @@ def test_a_form_is_convex_and_tighter_than_without_triangles(pattern):
     same = (group[:, None] == group).astype(float)
     state = np.append(np.arange(4, dtype=np.int8) % 2, np.full(n - 4, -1, dtype=np.int8))
     free, mu, point = np.flatnonzero(state < 0), float(np.trace(q)) / n, np.full(n, 0.5)
-    best = float(solve(problem, "branch").objective)
-    found = {}
+    best, found = float(solve(problem, "branch").objective), {}
     for shares in (CLIMB.shares[:1], CLIMB.shares):
         part = free_part(q, mu, problem.pruned_per_group, same, state)
         plan, goal = Plan(shares, (40,)), Goal(0.0, best, best / 10)
@@ -268,8 +264,7 @@ def test_the_function_has_its_gradient_and_is_below_the_relaxation():
     # a singular form from above is as good a start as another
     n, alpha = 20, 0.01
     c = hollow(n + 1, np.random.default_rng(4))
-    least = np.linalg.eigvalsh(c[:n, :n])[0]
-    values = []
+    least, values = np.linalg.eigvalsh(c[:n, :n])[0], []
     for more in (1e-9, 1.0):  # the column of z_0 reaches what has no eigenvalue
         dual = _Dual(c, np.full(n, more - least), EMPTY)
         dual._homogenize(alpha)
@@ -288,8 +283,7 @@ def test_pentagonal_inequalities_that_are_violated_are_found(seed):
     index, sign = pentagons(z, pool, 50)
 
     def violations(index, b):
-        inner = z[index[:, :, None], index[:, None, :]]
-        return (1 - np.einsum("ti,tij,tj->t", b, inner, b)) / 2
+        return (1 - np.einsum("ti,tij,tj->t", b, z[index[:, :, None], index[:, None, :]], b)) / 2
 
     found = violations(index, np.column_stack([np.ones(len(index)), sign]))
     assert len(np.unique(np.column_stack([index, sign]), axis=0)) == len(found) > 1
@@ -298,8 +292,7 @@ def test_pentagonal_inequalities_that_are_violated_are_found(seed):
     assert (np.diff(index, axis=1) > 0).all()
     assert 0 <= index.min() < index.max() < n
     every = [(i, (1.0, *s)) for i in combinations(range(n), 5) for s in product(SIGNS, repeat=4)]
-    most = violations(*(np.array(x) for x in zip(*every, strict=True))).max()
-    assert found[0] > 0.95 * most
+    assert found[0] > 0.95 * violations(*(np.array(x) for x in zip(*every, strict=True))).max()
     # nothing that is violated, or too few inputs, make no pentagon
     triangle = Pool(np.array([[0, 1, 2, -1, -1]]), np.array([[1, 1, 0, 0]], np.int8), np.ones(1))
     for z in (np.ones((9, 9)), np.eye(9), np.eye(4), -np.ones((4, 4)) / 3 + np.eye(4) * 4 / 3):
@@ -360,21 +353,15 @@ def optimum(n):
     return solve(drawn(1, n, pattern=SPARSE), "branch").objective
 
 
-AGAIN = {"_TRY": 3, "_TRY_AGAIN": 12, "_TOO_MANY": 12}
-
-
-@pytest.mark.parametrize(
-    ("n", "near", "values", "kept"),
-    [
-        (48, 1.0, {"_TRY": 3}, True),
-        # whatever the root then lacks, as long as it proves more than all that was branched
-        slow(64, 0.0, AGAIN, True),
-        slow(64, 0.0, AGAIN | {"_TOO_MANY": 50_000}, False),
-        # a root that proves less than its tree
-        (64, 1e300, {"_TRY": 12, "CLOSE": ROUGH}, False),
-        (64, 0.0, AGAIN | {"FAR": ROUGH._replace(anyway=True)}, False),
-    ],
-)
+@pytest.mark.parametrize(("n", "near", "values", "kept"), [
+    (48, 1.0, {"_TRY": 3}, True),
+    # whatever the root then lacks, as long as it proves more than all that was branched
+    slow(64, 0.0, AGAIN, True),
+    slow(64, 0.0, AGAIN | {"_TOO_MANY": 50_000}, False),
+    # a root that proves less than its tree
+    (64, 1e300, {"_TRY": 12, "CLOSE": ROUGH}, False),
+    (64, 0.0, AGAIN | {"FAR": ROUGH._replace(anyway=True)}, False),
+])  # fmt: skip
 def test_triangles_are_tried_where_a_row_is_hard(monkeypatch, n, near, values, kept):
     """Not only of whole numbers; the tree begins from its root again, and its proof with it."""
     objective = optimum(n)
@@ -384,11 +371,9 @@ def test_triangles_are_tried_where_a_row_is_hard(monkeypatch, n, near, values, k
     torch.testing.assert_close(found.objective, objective, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("near", "values"),
-    [(1e300, {"_TRY": 1}), (-1.0, {"_TRY": 1, "_TRY_AGAIN": 1, "_TOO_MANY": 10**9})],
-    ids=["early", "again"],
-)
+@pytest.mark.parametrize(("near", "values"), [
+    (1e300, {"_TRY": 1}), (-1.0, {"_TRY": 1, "_TRY_AGAIN": 1, "_TOO_MANY": 10**9}),
+], ids=["early", "again"])  # fmt: skip
 @pytest.mark.parametrize("seed", [1, *map(slow, (0, 2, 3, 4, 5))])
 @pytest.mark.parametrize("kind", [KINDS[0], *map(slow, KINDS[1:])])
 def test_trees_with_triangles_find_the_optimum_at_any_scale(monkeypatch, near, values, kind, seed):
@@ -404,8 +389,7 @@ def test_trees_with_triangles_find_the_optimum_at_any_scale(monkeypatch, near, v
         slack = 1e-6 * exact + 1e-10 * problem.diagonal_mass()
         # of the others the check's own rounding, of large weights that are kept, can exceed 1e-6
         sizeable = exact > 1e-7 * problem.diagonal_mass()
-        statuses = np.array(solution.status)[(sizeable | (exact == 0)).numpy()]
-        assert set(statuses) <= {Status.OPTIMAL}
+        assert set(np.array(solution.status)[(sizeable | (exact == 0)).numpy()]) <= {Status.OPTIMAL}
         assert bool((relative_gap(solution.objective, solution.lower_bound) < 1e-5).all())
         assert bool(((solution.objective - exact).abs() <= slack).all())
 
@@ -430,8 +414,7 @@ def least(function, n, free):
 @pytest.mark.parametrize("free", [0, 0.5, 1])
 @pytest.mark.parametrize("rank", [None, 15])
 def test_the_least_value_is_reached(n, free, rank):
-    free = round(free * n)
-    function = parabola(n, n, rank and min(rank, n))
+    free, function = round(free * n), parabola(n, n, rank and min(rank, n))
     x, value = QuasiNewton(free, 25).descend(function, np.ones(n), 2000)
     assert (x[free:] >= 0).all()
     assert value == function(x)[0] == pytest.approx(least(function, n, free), rel=1e-4, abs=1e-6)

@@ -47,6 +47,17 @@ MODULES = {name: import_module(f"maskopt.solvers.exact.{name}") for name in NAME
 SOLVERS = {name: getattr(module, name.title()) for name, module in MODULES.items()}
 SIXTY, OPTIMAL = Unstructured(sparsity=0.6), {Status.OPTIMAL}
 FEASIBLE, LATE = (Status.FEASIBLE,) * 3, ("timelimit",) * 3
+#: solver and whether kept weights are updated, with the largest n and rows that are drawn, and the part of
+#: its diagonal that an objective may be off
+CASES = {
+    ("branch", False): (10, 1, 1e-10), ("scip", False): (14, 1, 1e-10),
+    ("highs", False): (12, 2, 1e-9), ("gurobi", False): (12, 2, 1e-9),
+    ("branch", True): (10, 3, 1e-9), ("scip", True): (7, 2, 1e-9), ("gurobi", True): (7, 2, 1e-9),
+}  # fmt: skip
+FIRST = ("full", "outliers")
+PROCESSES = [("scip", False), ("branch", True), ("scip", True), ("gurobi", True)]
+PATTERNS = {12: (Unstructured(keep=5), TWO_FOUR, NM(keep=1, of=4))}
+PATTERNS |= {16: (Unstructured(keep=8), NM(keep=4, of=8), Unstructured(0.25))}
 
 
 @pytest.fixture(params=NAMES)
@@ -310,8 +321,7 @@ def test_ctrl_c_returns_the_incumbent(tmp_path):
 def test_a_worker_that_an_interrupt_ends_has_not_crashed(when, monkeypatch):
     """It comes while the process is started, or before that can hand back anything."""
     monkeypatch.setattr(workers, "_MAIN", "import sys; sys.stdin.buffer.read(8)")
-    crew = workers._Crew(abs, [7, 3], 512, math.inf)
-    original = getattr(workers, when)
+    crew, original = workers._Crew(abs, [7, 3], 512, math.inf), getattr(workers, when)
 
     def interrupted(*given):
         crew.stop.set()
@@ -384,13 +394,6 @@ def test_a_prune_goes_on_after_the_layers_that_were_done(tmp_path, dense_folder,
 
 
 # --- against enumeration, and at every limit
-#: solver and whether kept weights are updated, with the largest n and rows that are drawn, and the part of
-#: its diagonal that an objective may be off
-CASES = {
-    ("branch", False): (10, 1, 1e-10), ("scip", False): (14, 1, 1e-10),
-    ("highs", False): (12, 2, 1e-9), ("gurobi", False): (12, 2, 1e-9),
-    ("branch", True): (10, 3, 1e-9), ("scip", True): (7, 2, 1e-9), ("gurobi", True): (7, 2, 1e-9),
-}  # fmt: skip
 
 
 def case_id(case):
@@ -466,9 +469,6 @@ def rows_of(case, kind):
             yield drawn(2, 12, kind, pattern, linear=linear, update=update), None
 
 
-FIRST = ("full", "outliers")
-
-
 @pytest.mark.parametrize("kind", slow_where([*KINDS, "degenerate"], lambda k: k not in FIRST))
 def test_rows_of_every_kind_are_proven(case, kind):
     for problem, start in rows_of(case, kind):
@@ -521,9 +521,7 @@ LIMITED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "case", slow_where(CASES, lambda case: case[1]), ids=case_id, indirect=True
-)
+@pytest.mark.parametrize("case", slow_where(CASES, lambda c: c[1]), ids=case_id, indirect=True)
 def test_limits_leave_an_incumbent_and_a_bound_that_holds(case):
     (name, refitted), (problem, nodes, gap) = case, LIMITED[case]
     limited = [(problem, {"limits": Limits(seconds=0)}), (problem, {"gap_limit": gap})]
@@ -550,9 +548,6 @@ def test_limits_leave_an_incumbent_and_a_bound_that_holds(case):
         gap = relative_gap(found.objective, found.lower_bound)
         assert bool((gap <= options.get("gap_limit", 1.0) + 1e-9).all())
         verify(one, found)
-
-
-PROCESSES = [("scip", False), ("branch", True), ("scip", True), ("gurobi", True)]
 
 
 @pytest.mark.parametrize("case", slow_where(PROCESSES, lambda c: c[1]), ids=case_id, indirect=True)
@@ -584,12 +579,6 @@ def test_missing_packages_and_licences_name_the_remedy(monkeypatch):
         reason = available_solvers()[solver].unavailable
         assert f"pip install {package}" in reason
         fails(SolverUnavailableError, package, make_solver, solver)
-
-
-PATTERNS = {
-    12: (Unstructured(keep=5), TWO_FOUR, NM(keep=1, of=4)),
-    16: (Unstructured(keep=8), NM(keep=4, of=8), Unstructured(0.25)),
-}
 
 
 @pytest.mark.slow

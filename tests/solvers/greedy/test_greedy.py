@@ -29,8 +29,7 @@ def test_every_mask_is_legal_verified_the_one_of_each_row_and_never_below_the_op
         whole = name in ("ria", "random", "sparsegpt")  # look at the layer, or draw for it
         assert whole or torch.equal(alone(problem, name), solution.mask)
     # on a diagonal Gram matrix two are optimal
-    gram = torch.diag(problem.gram.diagonal())
-    diagonal = LayerProblem(problem.weight, gram, problem.pattern)
+    diagonal = LayerProblem(problem.weight, torch.diag(problem.gram.diagonal()), problem.pattern)
     best, *found = (solve(diagonal, x).objective for x in ("exhaustive", "wanda", "elimination"))
     torch.testing.assert_close(found, [best, best], rtol=1e-9, atol=1e-12)
 
@@ -42,8 +41,7 @@ def test_of_equal_scores_the_lowest_index_goes(data, rows, n, seed):
     if data.draw(st.booleans()):
         pattern = Unstructured(sparsity=data.draw(st.floats(0, 0.99)), per="layer")
     problem = LayerProblem(torch.ones(rows, n), torch.eye(n), pattern)
-    generator = torch.Generator().manual_seed(seed)
-    score = torch.randint(-2, 3, (rows, n), generator=generator).double()
+    score = torch.randint(-2, 3, (rows, n), generator=torch.Generator().manual_seed(seed)).double()
     score[score == 2] = torch.inf
     grouped, pruned = score.reshape(1, -1), problem.pruned
     if not problem.shared_budget:
@@ -65,8 +63,7 @@ def test_formulas_ties_and_seeds():
     # RIA, a = 0.5: (|w|/column sum + |w|/row sum)·‖x‖^0.5
     columns, rows = weight.abs().sum(0), weight.abs().sum(1, keepdim=True)
     score = (weight.abs() / columns + weight.abs() / rows) * gram.diagonal().sqrt() ** 0.5
-    expected = score >= score.sort(1).values[:, 2:3]
-    assert torch.equal(solve(problem, "ria").mask, expected)
+    assert torch.equal(solve(problem, "ria").mask, score >= score.sort(1).values[:, 2:3])
     flat = LayerProblem(torch.ones(3, 10), torch.eye(10), Unstructured(sparsity=0.3))
     assert solve(flat, "wanda").mask.tolist() == [[False] * 3 + [True] * 7] * 3
     grouped = LayerProblem(torch.ones(1, 8), torch.eye(8), NM(keep=1, of=4))
@@ -76,16 +73,13 @@ def test_formulas_ties_and_seeds():
     assert not torch.equal(one, other)
 
 
-@pytest.mark.parametrize(
-    ("gram", "found", "cost"),
-    [
-        # inputs 0 and 1 nearly cancel: with 0 gone, pruning 1 as well wins something back, whatever its
-        # own size; no score can see that
-        ([[1.0, -1.2, 0.0], [-1.2, 1.5, 0.0], [0.0, 0.0, 1.2]], [False, False, True], 0.1),
-        # 0 and 1 cancel, but 2 alone is cheaper than either: elimination has no way back from it
-        ([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 0.9]], [False, True, False], 1.9),
-    ],
-)
+@pytest.mark.parametrize(("gram", "found", "cost"), [
+    # inputs 0 and 1 nearly cancel: with 0 gone, pruning 1 as well wins something back, whatever its
+    # own size; no score can see that
+    ([[1.0, -1.2, 0.0], [-1.2, 1.5, 0.0], [0.0, 0.0, 1.2]], [False, False, True], 0.1),
+    # 0 and 1 cancel, but 2 alone is cheaper than either: elimination has no way back from it
+    ([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 0.9]], [False, True, False], 1.9),
+])  # fmt: skip
 def test_what_elimination_sees_and_what_it_misses(gram, found, cost, monkeypatch):
     problem = LayerProblem(torch.ones(1, 3), torch.tensor(gram), Unstructured(keep=1))
     solution = solve(problem, "elimination")
@@ -110,8 +104,7 @@ def biased_problem(n, rows, seed, pattern):
 def literal_dsnot(problem, start, threshold, cycles):
     """The reference's rules, weight by weight: lists sorted once, of which each entry is taken once."""
     group, n = problem.group_size, problem.n
-    mask = start.clone()
-    c = problem.weight * problem.mean
+    mask, c = start.clone(), problem.weight * problem.mean
     wanda = problem.weight.abs() * problem.gram.diagonal().sqrt()
     for row in range(problem.rows):
         pruned = (~start[row]).nonzero()[:, 0].tolist()
@@ -142,8 +135,7 @@ def literal_dsnot(problem, start, threshold, cycles):
 @given(st.data(), st.integers(1, 16), st.integers(1, 4), st.integers(0, 10**6))
 def test_dsnot_is_legal_verified_and_batched_equals_single(data, n, rows, seed):
     problem = biased_problem(n, rows, seed, data.draw(patterns(n)))
-    solution = verified(problem, "dsnot", cycles=5)
-    assert torch.equal(alone(problem, "dsnot", cycles=5), solution.mask)
+    assert torch.equal(alone(problem, "dsnot", cycles=5), verified(problem, "dsnot", cycles=5).mask)
     bare = LayerProblem(problem.weight, problem.gram, problem.pattern)
     fails(ProblemError, "mean", solve, bare, "dsnot")
 
@@ -191,8 +183,7 @@ def literal_sparsegpt(problem, damping):
     gram.diagonal()[~alive] = gram.diagonal()[alive].mean()
     hessian = gram + damping * gram.diagonal()[alive].mean() * torch.eye(problem.n)
     group, n = problem.group_size, problem.n
-    kept = torch.ones(problem.rows, n, dtype=torch.bool)
-    w = problem.weight.double().clone()
+    kept, w = torch.ones(problem.rows, n, dtype=torch.bool), problem.weight.double().clone()
     w[:, ~alive] = 0
     inverses = [torch.linalg.inv(hessian)]
     for j in range(n):
@@ -271,12 +262,10 @@ def test_weights_that_are_not_what_they_are_said_to_be_are_found(tmp_path):
     for change, message in [
         (forged(kept, 9.0), "objective: row 0 states"),
         (forged(kept, torch.nan), "those of row 0 are not finite"),
-        (forged(pruned, 0.1), "not 0 where it prunes"),
-        ({"weight": None}, "must be float64"),
-        ({"weight": weight.float()}, "must be float64"),
-        ({"own": False}, "objective: row 0 states"),
+        (forged(pruned, 0.1), "not 0 where it prunes"), ({"weight": None}, "must be float64"),
+        ({"weight": weight.float()}, "must be float64"), ({"own": False}, "objective: row 0 states"),
         ({"status": (Status.SWAP_OPTIMAL,) * 3}, "only FEASIBLE rows"),
-    ]:
+    ]:  # fmt: skip
         fails(VerificationError, message, verify, problem, replace(solution, **change))
     kept_weights = problem.with_update(None)
     fails(VerificationError, "of a problem with update", verify, kept_weights, solution)

@@ -166,13 +166,10 @@ def test_rows_of_every_count_in_one_layer(dtype):
     close(alone, found, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("n", "damping", "dtype", "solver", "rtol"),
-    [
-        *((*case, F32, "wanda", 1e-6) for case in ((128, 3e-6), (256, 1e-5), (512, 1e-4))),
-        *((*case, F64, "swap", 1e-8) for case in ((128, 0.0), (400, 2e-6), (640, 0.0))),
-    ],
-)
+@pytest.mark.parametrize(("n", "damping", "dtype", "solver", "rtol"), [
+    *((*case, F32, "wanda", 1e-6) for case in ((128, 3e-6), (256, 1e-5), (512, 1e-4))),
+    *((*case, F64, "swap", 1e-8) for case in ((128, 0.0), (400, 2e-6), (640, 0.0))),
+])  # fmt: skip
 def test_a_gram_matrix_with_one_large_direction(n, damping, dtype, solver, rtol):
     """A float32 factor leaves a small residual there, and an error that is not the least."""
     generator = torch.Generator().manual_seed(1)
@@ -180,8 +177,7 @@ def test_a_gram_matrix_with_one_large_direction(n, damping, dtype, solver, rtol)
     problem = LayerProblem(weight, x.T @ x, Unstructured(0.6), update=LeastSquaresUpdate(damping))
     found = solve(problem, solver)
     verify(problem, found)
-    best = refit_layers.wide(problem).objective(found.mask)
-    close(found.objective, best, rtol=rtol, atol=0)
+    close(found.objective, refit_layers.wide(problem).objective(found.mask), rtol=rtol, atol=0)
 
 
 def test_inputs_that_are_indefinite_by_rounding_count_as_they_are_and_worse_ones_are_refused():
@@ -189,8 +185,7 @@ def test_inputs_that_are_indefinite_by_rounding_count_as_they_are_and_worse_ones
     x = torch.randn(4, 12, dtype=torch.float64)
     gram = x.T @ x / 4
     gram -= 0.4e-6 * gram.diagonal().mean() * torch.eye(12, dtype=torch.float64)
-    weight = random_weight(6, 12, 1)
-    problem = LayerProblem(weight, gram, HALF, update=LeastSquaresUpdate(0))
+    problem = LayerProblem(random_weight(6, 12, 1), gram, HALF, update=LeastSquaresUpdate(0))
     mask = random_mask(problem)
     value, best = dense(problem, mask)
     lost = problem.weight - best
@@ -247,8 +242,7 @@ def test_a_file_holds_it_and_one_that_says_it_wrongly_is_refused(tmp_path, how, 
     bad = ({"damping": value, "power": 0.0} for value in (-1.0, "x"))
     bad = *bad, {"damping": 0.1, "power": 0.0, "more": 1}, {}, 0.01, [0.01]
     units = 3, {"sign": 1}, {"sign": 2, "shift": 0, "constant": 0}
-    known = r"damping|kept weights are updated"
-    updates = (("update", x, errors.MaskoptError, known) for x in bad)
+    updates = (("update", x, errors.MaskoptError, r"damping|kept weights are updated") for x in bad)
     for name, value, *refused in (*updates, *(("units", x, ProblemError, "units") for x in units)):
         rewrite(kept, {"update": None, "units": None, name: value}, kind="layer")
         fails(*refused, load_problem, kept)
@@ -416,8 +410,7 @@ def test_inputs_that_say_the_same_are_bounded_too(per, seed):
 def test_the_value_is_the_formulas(pattern):
     problem = refit_layer(pattern, rows=2, n=8, seed=4)
     a = problem.least_squares.damped
-    room = float(torch.linalg.eigvalsh(a)[0])
-    d = torch.full((2, 8), 0.5 * room, dtype=torch.float64)
+    d = torch.full((2, 8), 0.5 * float(torch.linalg.eigvalsh(a)[0]), dtype=torch.float64)
     v = solve(problem, "exhaustive").mask * problem.weight
     proven = Certificate(d, d[:, :0], v).check(problem)
     kept = problem.group_size - problem.pruned_per_group
@@ -435,17 +428,12 @@ def test_the_value_is_the_formulas(pattern):
         assert gaps[-1] < 0.97 * gaps[0]
 
 
-@pytest.mark.parametrize(
-    ("part", "options", "layer"),
-    [  # tight where inputs are not correlated, or there is hardly a choice
-        (0.995, {}, {"kind": "diagonal", "n": 8}),
-        (0.995, {}, {"kind": "diagonal", "n": 8, "damping": 1.0}),
-        (0.9, {}, {"pattern": Unstructured(keep=0), "n": 5}),
-        (0.9, {}, {"pattern": Unstructured(keep=5), "n": 5}),
-        (0.2, {}, {"n": 12, "dtype": torch.float32}),
-        (0.0, {"limits": Limits(seconds=0)}, {"n": 12}),
-    ],
-)
+@pytest.mark.parametrize(("part", "options", "layer"), [
+    # tight where inputs are not correlated, or there is hardly a choice
+    (0.995, {}, {"kind": "diagonal", "n": 8}), (0.995, {}, {"kind": "diagonal", "n": 8, "damping": 1.0}),
+    *((0.9, {}, {"pattern": Unstructured(keep=keep), "n": 5}) for keep in (0, 5)),
+    (0.2, {}, {"n": 12, "dtype": torch.float32}), (0.0, {"limits": Limits(seconds=0)}, {"n": 12}),
+])  # fmt: skip
 def test_a_bound_is_worth_something(part, options, layer):
     problem = refit_layer(**layer)
     bound, best = bound_of(problem, **options), solve(problem, "exhaustive").objective
@@ -488,5 +476,4 @@ def test_a_claim_goes_to_disk_and_back_and_none_beyond_its_certificate_is_accept
     ):
         fails(VerificationError, message, claimed, problem, found, bound, certificate=certificate)
     fails(VerificationError, "its certificate proves", claimed, problem, found, bound, 1.001)
-    other = refit_layer(rows=2, n=24, seed=9)
-    assert float(good.check(other).sum()) < float(bound.value.sum())
+    assert float(good.check(refit_layer(rows=2, n=24, seed=9)).sum()) < float(bound.value.sum())

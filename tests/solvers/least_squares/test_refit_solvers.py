@@ -29,8 +29,7 @@ ROOT = REFITS[3]
 SOLVERS, STARTS, F32 = ("swap", "admm", "obs"), ("wanda", "random", "worst"), torch.float32
 BOTH = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 LINEAR = pytest.mark.parametrize(**refit_layers.LINEAR)
-EVERY = pytest.mark.parametrize("solver", SOLVERS)
-close = torch.testing.assert_close
+EVERY, close = pytest.mark.parametrize("solver", SOLVERS), torch.testing.assert_close
 
 
 def total(problem, solver, **options):
@@ -81,8 +80,7 @@ def test_threads_and_the_other_rows_change_nothing(solver, kind, pattern):
         assert float(alone.objective) == pytest.approx(float(whole.objective[i]), rel=1e-9)
     # rows work in the memory of those before them, and in more than one tile
     many = [3, 1, 2, 0, *list(range(4)) * 24] if solver == "admm" else [3, 2, 1, 0]
-    found = solve(problem.take(many), solver, threads=3)
-    assert torch.equal(found.mask, whole.mask[many])
+    assert torch.equal(solve(problem.take(many), solver, threads=3).mask, whole.mask[many])
     if solver == "admm" and kind == "full" and pattern is LARGE[0]:  # also of a shared budget
         problem = pooled_layer(rows=70, n=16, update=ONE_PERCENT)
         one, three = (solve(problem, "admm", threads=threads) for threads in (1, 3))
@@ -98,8 +96,7 @@ def test_threads_and_the_other_rows_change_nothing(solver, kind, pattern):
 def test_scales_and_orders_change_nothing(solver, seed, of_weight, of_gram, pattern, how, linear):
     """Powers of two: what is scaled to 1 is the same to the last bit."""
     problem = layer(pattern, rows=2, n=24, seed=seed, linear=linear, how=how)
-    plain = solve(problem, solver)
-    scaled = changed(problem, 2.0**of_weight, 4.0**of_gram)
+    plain, scaled = solve(problem, solver), changed(problem, 2.0**of_weight, 4.0**of_gram)
     assert torch.equal(solve(scaled, solver).mask, plain.mask)
     if solver == "admm":  # its iterations are in float32, in eigenvectors of another order
         return
@@ -116,8 +113,7 @@ def test_narrow_numbers_and_rows_without_anything_or_a_choice(pattern, solver):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         weight, gram = plain.weight.to(dtype), plain.gram.float()
         problem = LayerProblem(weight, gram, pattern, update=ROOT)
-        solution, exact = solve(problem, solver), refit_layers.wide(problem)
-        verify(problem, solution)
+        solution, exact = verified(problem, solver), refit_layers.wide(problem)
         assert torch.equal(solve(exact, solver).mask, solution.mask)
         close(solution.objective, exact.objective(solution.mask), rtol=1e-9, atol=0)
     problem = layer(pattern, rows=6, n=32, kind="zero-columns")
@@ -129,8 +125,7 @@ def test_narrow_numbers_and_rows_without_anything_or_a_choice(pattern, solver):
     assert (solution.objective == 0).tolist() == [True, False, False, True, False, False]
     nothing = changed(problem, g=0.0)
     solution = verified(nothing, solver)
-    refitted = update_weights(nothing, solution.mask)
-    assert not torch.stack([solution.objective, refitted.error]).any()
+    assert not torch.stack([solution.objective, update_weights(nothing, solution.mask).error]).any()
     assert bool(nothing.weights(solution.mask).isfinite().all())
     assert solver != "swap" or not solution.trace.history.any()
     for keep in (0, 1, 31, 32):
@@ -150,8 +145,7 @@ def test_weights_that_are_kept_get_a_mask_of_refitted_ones(kind, solver, how):
     solution = verified(kept, make_solver(solver, **named))
     assert torch.equal(solution.mask, mask)
     assert torch.equal(solution.objective, kept.objective(mask))
-    start = solve(problem, make_solver("swap", max_swaps=0), start=solver)
-    assert torch.equal(start.mask, mask)
+    assert torch.equal(solve(problem, make_solver("swap", max_swaps=0), start=solver).mask, mask)
     if kind == "outliers" and how == ROOT:
         assert not torch.equal(solve(kept, make_solver(solver, damping=0.1)).mask, mask)
 
@@ -201,8 +195,7 @@ def test_a_power_of_one_does_not_see_the_size_of_inputs(solver):
 # --- 1-swap search
 def assert_history(problem, start, solution):
     """From the objective of the start, never up, to that of the solution."""
-    history = solution.trace.history
-    off = 1e-6 * start + floor(problem)
+    history, off = solution.trace.history, 1e-6 * start + floor(problem)
     ends = torch.stack([start, solution.objective], 1)
     assert history.shape[0] == problem.rows
     assert bool(((history[:, [0, -1]] - ends).abs() <= off[:, None]).all())
@@ -212,8 +205,7 @@ def assert_history(problem, start, solution):
 @given(problems(), st.sampled_from(REFITS), st.sampled_from(STARTS))
 def test_every_row_ends_at_a_proven_one_swap_optimum(problem, how, start):
     problem = problem.with_update(how)
-    before = solve(problem, start)
-    solution = swap_optimal(problem, start=start)
+    before, solution = solve(problem, start), swap_optimal(problem, start=start)
     assert bool((solution.objective <= before.objective + floor(problem)).all())
     assert_history(problem, before.objective, solution)
     again = solve(problem, "swap", start=solution.mask)
@@ -237,8 +229,7 @@ def test_the_swaps_of_all_rounds_are_counted():
 
 def test_a_limit_on_the_way_keeps_what_was_reached(clock):
     problem = layer(n=64, rows=6)
-    start = solve(problem, "worst")
-    began = clock.now
+    start, began = solve(problem, "worst"), clock.now
     whole = solve(problem, "swap", start=start.mask, limits=Limits(seconds=1e9, threads=1))
     looks = clock.now - began
     assert looks > 12
@@ -256,8 +247,7 @@ def test_a_limit_on_the_way_keeps_what_was_reached(clock):
 def test_rows_of_more_inputs_than_candidates(kind, n, at, start):
     pattern = LARGE[at]
     problem = layer(pattern, rows=2, n=n, kind=kind, dtype=F32)
-    before = solve(problem, start)
-    solution = swap_optimal(problem, start=start)
+    before, solution = solve(problem, start), swap_optimal(problem, start=start)
     assert_history(problem, before.objective, solution)
     assert bool((solution.objective < before.objective).all())
     # candidates once are not enough where they are few of all
@@ -350,8 +340,7 @@ def test_damping_linear_part_and_iterations_have_their_say_and_the_order_has_non
         plain, found = solve(problem, "admm"), solve(changed(problem, columns=order), "admm")
         # entries that change places near the end may stop elsewhere
         assert float((found.mask != plain.mask[:, order]).double().mean()) < 0.01
-        before = float(plain.objective.sum())
-        assert float(found.objective.sum()) == pytest.approx(before, rel=1e-3)
+        assert float(found.objective.sum()) == pytest.approx(float(plain.objective.sum()), rel=1e-3)
     problem = layer(rows=16, n=64, kind="low-rank")
     one, many = (solve(problem, "admm", iterations=most) for most in (1, 300))
     verify(problem, one)
@@ -416,8 +405,7 @@ def test_it_removes_what_costs_least_one_by_one(pattern, linear):
         return
     problem = layer(rows=6, n=96, how=LeastSquaresUpdate(0.02))
     assert total(problem, "obs", panel=8) <= 1.02 * total(problem, "obs", panel=1)
-    hurried = verified(problem, "obs", time_limit=0.0)
-    assert float(hurried.objective.sum()) > total(problem, "obs")
+    assert float(verified(problem, "obs", time_limit=0.0).objective.sum()) > total(problem, "obs")
 
 
 # --- whole models

@@ -43,8 +43,7 @@ def tableau(row):
     a, kept, pruned = row.metric.damped, row.kept, row.pruned
     m = torch.linalg.inv(a[kept][:, kept])
     b = m @ a[kept][:, pruned]
-    c = a[pruned][:, pruned] - a[pruned][:, kept] @ b
-    v = m @ row.target[kept]
+    c, v = a[pruned][:, pruned] - a[pruned][:, kept] @ b, m @ row.target[kept]
     return m, b, c, v, row.target[pruned] - a[pruned][:, kept] @ v
 
 
@@ -106,8 +105,7 @@ def test_the_inverse_by_halves_is_that_of_lapack(size):
 @pytest.mark.parametrize("kind", KINDS)
 @BOTH
 def test_after_exchanges_the_state_is_that_from_scratch(kind, damping, kind_of_row):
-    problem = made(kind=kind, damping=damping)
-    row = random_row(problem, kind=kind_of_row)
+    row = random_row(made(kind=kind, damping=damping), kind=kind_of_row)
     # the small tableau is a part of the large one
     u, p = torch.tensor([3, 0, 8]), torch.tensor([10, 2])
     block = row.block(Pairs(u, p))
@@ -190,8 +188,7 @@ def test_the_scan_of_a_row_finds_what_all_pairs_hold(kind_of_row, problem, dampi
         # of equals another may be named
         assert any(delta[a, b] <= least + slack for a in found.u for b in found.p)
         assert swap.delta == pytest.approx(least, rel=1e-3, abs=slack)
-        own = delta[row.kept == swap.kept][:, row.pruned == swap.pruned]
-        assert float(own) <= least + slack
+        assert float(delta[row.kept == swap.kept][:, row.pruned == swap.pruned]) <= least + slack
     elif least > -slack / 2:
         assert (found, swap) == (None, None)
 

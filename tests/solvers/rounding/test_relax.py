@@ -15,8 +15,7 @@ from maskopt.solvers.convex.linear_bound import linear_bound
 from maskopt.solvers.rounding import relax as module
 from maskopt.solvers.rounding.frank_wolfe import FrankWolfe
 
-SINGLE = torch.float32
-SIXTY = Unstructured(sparsity=0.6)
+SINGLE, SIXTY = torch.float32, Unstructured(sparsity=0.6)
 PATTERNS = pytest.mark.parametrize("pattern", [SIXTY, TWO_FOUR])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
@@ -97,8 +96,7 @@ def test_hardening_rounds_better_and_swap_ends_better_than_from_wanda(pattern):
 @pytest.mark.parametrize("options", [{}, {"max_iterations": 0}])
 def test_no_bit_depends_on_threads_or_memory(options):
     # three tiles; n is large enough for bfloat16 products where the CPU has them
-    problem = drawn(300, 272, "full", TWO_FOUR, dtype=SINGLE)
-    answers = []
+    problem, answers = drawn(300, 272, "full", TWO_FOUR, dtype=SINGLE), []
     for threads, memory in ((1, None), (2, None), (3, 1)):
         with torch_threads(threads):
             answers.append(solve(problem, "relax", refine=False, memory_limit=memory, **options))
@@ -111,8 +109,7 @@ def test_no_bit_depends_on_threads_or_memory(options):
 
 def test_hardening_at_once_ends_as_low_as_after_the_relaxation():
     problem = drawn(64, 256, "outliers", SIXTY, dtype=SINGLE)
-    first, at_once = solve(problem, "relax"), solve(problem, "relax", max_iterations=0)
-    verify(problem, at_once)
+    first, at_once = solve(problem, "relax"), verified(problem, "relax", max_iterations=0)
     assert at_once.certificate is None
     relaxed = torch.stack([at_once.trace.relaxed_objective, at_once.trace.relaxed_gap])
     assert bool(relaxed.isnan().all())
@@ -179,8 +176,7 @@ def test_no_claim_on_a_float32_gram_is_above_its_certificate(solver, scale):
         for pattern in (HALF, TWO_FOUR):
             problem = LayerProblem(weight, gram, pattern)
             solution = verified(problem, solver)
-            proven = solution.certificate.check(problem)
-            assert bool((solution.lower_bound <= proven).all())
+            assert bool((solution.lower_bound <= solution.certificate.check(problem)).all())
     # an indefinite G that was never checked is relaxed all the same
     gram = random_gram(16, "full", 1) - 0.9 * torch.eye(16, dtype=torch.float64)
     assert float(torch.linalg.eigvalsh(gram)[0]) < -0.8
@@ -232,8 +228,7 @@ def test_the_bound_holds_at_any_point_and_under_any_shift_of_the_diagonal(proble
     assert bool(((value - best.objective).abs() <= slack).all())
     for x in (pruned, random[0], -3 * random[1]):
         for shift in ((), (lam,)):
-            bound = linear_bound(problem, x, *shift)[1]
-            assert bool((bound <= best.objective + slack).all())
+            assert bool((linear_bound(problem, x, *shift)[1] <= best.objective + slack).all())
 
 
 @pytest.mark.parametrize("pattern", [HALF, TWO_FOUR], ids=str)
@@ -246,8 +241,7 @@ def test_it_converges_to_the_relaxations_optimum(pattern):
     assert bool((solution.lower_bound >= 0.95 * relaxed).all())
     worse = solve(problem, "frank_wolfe", iterations=3).trace.relaxed_objective
     assert bool((relaxed < worse).all())
-    hurried = solve(problem, "frank_wolfe", time_limit=0.0)
-    assert hurried.trace.iterations.tolist() == [0] * 4
+    assert solve(problem, "frank_wolfe", time_limit=0.0).trace.iterations.tolist() == [0] * 4
 
 
 def test_alpha_keeps_the_top_wanda_weights():
@@ -257,6 +251,5 @@ def test_alpha_keeps_the_top_wanda_weights():
     half, whole = (solve(problem, plan, start="worst") for plan in plans)
     verify(problem, half)
     assert bool((half.objective < solve(problem, "worst").objective).all())
-    top = score.argsort(1, descending=True)[:, :5]
-    assert bool(half.mask.gather(1, top).all())
+    assert bool(half.mask.gather(1, score.argsort(1, descending=True)[:, :5]).all())
     assert torch.equal(whole.mask, solve(problem, "wanda").mask)

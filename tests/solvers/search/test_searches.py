@@ -21,8 +21,7 @@ from maskopt.solvers.search.portfolio import merge
 from maskopt.solvers.search.tabu import SCRATCH, Tabu, search
 from maskopt.solvers.search.tabu_kernel import SMALL
 
-SINGLE = torch.float32
-SIXTY = Unstructured(sparsity=0.6)
+SINGLE, SIXTY = torch.float32, Unstructured(sparsity=0.6)
 PATTERNS = [SIXTY, TWO_FOUR, NM(keep=12, of=32)]
 ONE_AND_SLOW = [SIXTY, *map(slow, PATTERNS[1:])]
 OPTIONS = {"generations": 6, "children": 3, "pool": 4, "moves": 40}
@@ -52,8 +51,7 @@ def test_exchanges_of_two_find_better_masks_than_single_ones():
     better = 0
     for seed in range(1, 21):
         problem = drawn(4, 40, "low-rank", seeds=(seed * 5 + 1, seed))
-        one, two = solve(problem, "swap"), solve(problem, "kswap")
-        verify(problem, two)
+        one, two = solve(problem, "swap"), verified(problem, "kswap")
         assert bool((two.objective <= one.objective * (1 + 1e-9)).all())
         better += int((two.objective < one.objective * (1 - 1e-3)).sum())
     assert better >= 20  # of 80 rows
@@ -164,8 +162,7 @@ def test_memetic_finds_better_masks_than_as_many_moves_of_tabu(pattern):
     problem = layer(4, 256 if isinstance(pattern, Unstructured) else 128, pattern)
     start = solve(problem, "relax").mask
     plan = Memetic(generations=20, children=4, pool=12, moves=500)
-    found = verified(problem, plan, start=start)
-    moves = 500 * (12 + 20 * 4)
+    found, moves = verified(problem, plan, start=start), 500 * (12 + 20 * 4)
     tabu = solve(problem, "tabu", start=start, moves=moves)
     assert float(found.objective.sum()) < 0.99 * float(tabu.objective.sum())
     trace = found.trace
@@ -250,8 +247,7 @@ def test_contract_of_rows_that_share_a_count(problem):
 
 @REFITS_SLOW
 def test_rows_that_share_a_count_are_searched_at_counts_of_their_own(update):
-    n = 64 if update is None else 32
-    problem = pooled_layer(rows=2 * module._TILE, n=n, update=update)
+    problem = pooled_layer(rows=2 * module._TILE, n=64 if update is None else 32, update=update)
     start = solve(problem, "swap")
     assert len(set(start.mask.sum(1).tolist())) > 3
     found = swap_optimal(problem, "memetic", start=start.mask, **OPTIONS)
@@ -307,8 +303,7 @@ def test_no_member_is_better(pattern):
     problem = drawn(4, 40, "low-rank", pattern)
     solution = verified(problem, "portfolio")
     for member in ("swap", "relax"):
-        objective = solve(problem, member).objective
-        assert bool((solution.objective <= objective * (1 + 1e-12)).all())
+        assert bool((solution.objective <= solve(problem, member).objective * (1 + 1e-12)).all())
     assert set(solution.status) <= {Status.SWAP_OPTIMAL, Status.OPTIMAL}
     trace = solution.trace
     assert set(trace.winner) <= {"start", "swap", "relax", "tabu"}

@@ -27,12 +27,16 @@ from maskopt.solvers.swap.triton.steps import TritonKernel
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIXTY = Unstructured(sparsity=0.6)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+SHAPES = [
+    (1, 1, "full", 1), (1, 2, "full", 1), (3, 7, "outliers", 3), (1, 65, "zero-columns", 26),
+    (2, 65, "full", 65), (2, 65, "full", 1), (2, 65, "low-rank", 64), (1, 128, "full", 51),
+    slow(3, 193, "low-rank", 77), slow(33, 9, "duplicates", 4),
+]  # fmt: skip
 
 
 def linear_terms(x, diagonal, c, kept):
     """a and b in float64: +inf where a column is not kept (a) or not pruned (b)."""
-    square = x.double().square() * diagonal.double()
-    linear = 2.0 * x.double() * c.double()
+    square, linear = x.double().square() * diagonal.double(), 2.0 * x.double() * c.double()
     a, b = square + linear, square - linear
     return a.masked_fill_(~kept, math.inf), b.masked_fill_(kept, math.inf)
 
@@ -48,8 +52,7 @@ class Rows:
     def __init__(self, rows, n, kind, seed=0, keep=None, dtype=torch.float32, group=None):
         keep = round(0.4 * n) if keep is None else keep
         generator = torch.Generator().manual_seed(seed)
-        gram = random_gram(n, kind, seed, dtype)
-        x = random_weight(rows, n, seed + 1)
+        gram, x = random_gram(n, kind, seed, dtype), random_weight(rows, n, seed + 1)
         x = x / (x.square() @ gram.diagonal().double()).sqrt().clamp(min=1e-30)[:, None]
         size, most = (n, keep) if group is None else (group, group // 2)
         order = torch.rand(rows, n // size, size, generator=generator).argsort(2)
@@ -106,19 +109,14 @@ def best_swaps_one_by_one(rows, row, columns, limit, most, group):
     return made, kept
 
 
-@pytest.mark.parametrize(
-    ("n", "kind", "keep", "group"),
-    [
-        (7, "full", 3, None), (33, "outliers", 13, None), (33, "low-rank", 32, None),
-        (33, "full", 33, None), (20, "full", 0, None), (24, "full", 1, None),
-        (24, "zero-columns", 12, 4), (21, "low-rank", 9, 3),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("n", "kind", "keep", "group"), [
+    (7, "full", 3, None), (33, "outliers", 13, None), (33, "low-rank", 32, None),
+    (33, "full", 33, None), (20, "full", 0, None), (24, "full", 1, None),
+    (24, "zero-columns", 12, 4), (21, "low-rank", 9, 3),
+])  # fmt: skip
 def test_candidate_block_makes_the_best_swaps(n, kind, keep, group):
-    rows = Rows(3, n, kind, seed=n, keep=keep, dtype=torch.float64, group=group)
-    width = 16
-    columns = torch.full((3, width), -1, dtype=torch.int32)
-    chosen = []
+    rows, width = Rows(3, n, kind, seed=n, keep=keep, dtype=torch.float64, group=group), 16
+    columns, chosen = torch.full((3, width), -1, dtype=torch.int32), []
     for row in range(3):
         some = torch.randperm(n)[: min(n, width - row)].sort().values
         columns[row, : len(some)] = some.int()
@@ -213,13 +211,6 @@ def test_reach_bounds_every_entry():
         assert bool(reach.rho.isfinite().all())
 
 
-SHAPES = [
-    (1, 1, "full", 1), (1, 2, "full", 1), (3, 7, "outliers", 3), (1, 65, "zero-columns", 26),
-    (2, 65, "full", 65), (2, 65, "full", 1), (2, 65, "low-rank", 64), (1, 128, "full", 51),
-    slow(3, 193, "low-rank", 77), slow(33, 9, "duplicates", 4),
-]  # fmt: skip
-
-
 @pytest.mark.parametrize(("rows", "n", "kind", "keep"), SHAPES)
 @DTYPES
 def test_scans_find_the_best_partner_of_every_kept_column(rows, n, kind, keep, dtype):
@@ -249,8 +240,7 @@ def test_scans_of_groups_stay_inside_and_find_the_best_swap_of_each(n, group):
     torch.testing.assert_close(value[found].double(), data.best[found], rtol=1e-5, atol=1e-5)
     assert torch.equal(partner[found] // group, found.nonzero()[:, 1] // group)
     columns = torch.arange(n, device=DEVICE).view(-1, group)
-    blocks = data.gram[columns[:, :, None], columns[:, None, :]]
-    arguments = blocks, data.x, data.low_a, data.low_b
+    arguments = data.gram[columns[:, :, None], columns[:, None, :]], data.x, data.low_a, data.low_b
     if group > 32:
         fails(ValueError, "at most 32", launch.scan_groups, *arguments)
         return
@@ -295,22 +285,13 @@ def _layer(rows, n, kind, pattern, dtype=torch.float32):
     return LayerProblem(random_weight(rows, n, n + 1, dtype).to(DEVICE), gram.to(DEVICE), pattern)
 
 
-@pytest.mark.parametrize(
-    ("rows", "n", "kind", "pattern", "dtype"),
-    [
-        slow(1, 150, "low-rank", SIXTY, torch.float32),
-        (1, 65, "outliers", SIXTY, torch.float64),
-        (1, 64, "duplicates", HALF, torch.float32),
-        (2, 33, "full", Unstructured(keep=33), torch.float32),
-        (2, 33, "full", Unstructured(keep=0), torch.float32),
-        (2, 33, "full", Unstructured(keep=1), torch.float32),
-        (2, 1, "full", Unstructured(keep=1), torch.float32),
-        (1, 64, "low-rank", TWO_FOUR, torch.float32),
-        (1, 40, "full", NM(2, 5), torch.float64),
-        slow(1, 96, "low-rank", NM(20, 48), torch.float32),
-        (1, 64, "full", NM(8, 32), torch.float32),
-    ],
-)
+@pytest.mark.parametrize(("rows", "n", "kind", "pattern", "dtype"), [
+    slow(1, 150, "low-rank", SIXTY, torch.float32), (1, 65, "outliers", SIXTY, torch.float64),
+    (1, 64, "duplicates", HALF, torch.float32),
+    *((2, n, "full", Unstructured(keep=k), torch.float32) for n, k in ((33, 33), (33, 0), (33, 1), (1, 1))),
+    (1, 64, "low-rank", TWO_FOUR, torch.float32), (1, 40, "full", NM(2, 5), torch.float64),
+    slow(1, 96, "low-rank", NM(20, 48), torch.float32), (1, 64, "full", NM(8, 32), torch.float32),
+])  # fmt: skip
 def test_search_ends_at_proven_optima(rows, n, kind, pattern, dtype):
     problem = _layer(rows, n, kind, pattern, dtype)
     start, solution, batch = proven_from_random(problem)
@@ -351,8 +332,7 @@ def test_a_search_stops_and_goes_on_in_chunks_of_any_size_and_order():
 
 @pytest.mark.parametrize("pattern", [HALF, TWO_FOUR], ids=str)
 def test_the_solver_takes_the_kernel(pattern):
-    problem = _layer(2, 24, "low-rank", pattern)
-    solution = verified(problem, "swap", kernel="triton")
+    solution = verified(_layer(2, 24, "low-rank", pattern), "swap", kernel="triton")
     assert (solution.trace.kernel, {*solution.status}) == ("triton", {Status.SWAP_OPTIMAL})
     assert solution.trace.scans.min() >= 1
 
