@@ -159,18 +159,21 @@ def test_defaults_of_other_commands_are_those_of_python():
         assert differ == {"samples": 32, "seq_len": 512, "sparsity": None}
 
 
-@pytest.mark.parametrize(("words", "status", "said"), [
-    ("no-such-command", 2, "No such"),
-    ("solvers --no-such-option", 2, "No such"),
-    ("bound no/[red]:M:.npz", 1, "[red]:M:.npz"),  # brackets and colons are no markup
-    ("prune M --sparsity 0.5 --calibration t", 1, "--output is missing"),
-    ("solve row.npz --output s.npz --jobs 2", 1, "--jobs is for --prove"),
-    ("solve row.npz --output s.npz --prove --solver swap", 1, "--prove takes the solver"),
-    ("bound OUT --original M --calibration t --sparsity 0.5", 1, "--sparsity is of masks"),
-    ("bound OUT OUT --original M --calibration t", 1, "--original is of one pruned folder"),
-    ("bound OUT --original M", 1, "--calibration is missing"),
-    ("solvers swap", 1, "error: only prune and sweep run as several processes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        ("no-such-command", 2, "No such"),
+        ("solvers --no-such-option", 2, "No such"),
+        ("bound no/[red]:M:.npz", 1, "[red]:M:.npz"),  # brackets and colons are no markup
+        ("prune M --sparsity 0.5 --calibration t", 1, "--output is missing"),
+        ("solve row.npz --output s.npz --jobs 2", 1, "--jobs is for --prove"),
+        ("solve row.npz --output s.npz --prove --solver swap", 1, "--prove takes the solver"),
+        ("bound OUT --original M --calibration t --sparsity 0.5", 1, "--sparsity is of masks"),
+        ("bound OUT OUT --original M --calibration t", 1, "--original is of one pruned folder"),
+        ("bound OUT --original M", 1, "--calibration is missing"),
+        ("solvers swap", 1, "error: only prune and sweep run as several processes"),
+    ],
+)
 def test_errors_have_a_status_and_no_traceback(words, status, said, monkeypatch):
     if words == "solvers swap":  # where torchrun started two of them
         monkeypatch.setattr("maskopt.cli.command.several", lambda: True)

@@ -415,13 +415,16 @@ def test_a_file_gives_what_the_command_line_does_not(given, dense_folder, data, 
     assert "not a manifest" in run(*given("--config", path), fails=ModelError)
 
 
-@pytest.mark.parametrize("options", [
-    "--sparsity 2:4 --solver magnitude --include mlp",
-    "--sparsity 0.5 --allocation layers --sensitivity uniform --seed 3",
-    "--sparsity 0.5 --update blockwise --training epochs=1 --holdout 0.2",
-    slow("--sparsity '0.5 per layer' --sensitivity uniform"),
-    slow("--sparsity 0.5 --dtype bfloat16"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--sparsity 2:4 --solver magnitude --include mlp",
+        "--sparsity 0.5 --allocation layers --sensitivity uniform --seed 3",
+        "--sparsity 0.5 --update blockwise --training epochs=1 --holdout 0.2",
+        slow("--sparsity '0.5 per layer' --sensitivity uniform"),
+        slow("--sparsity 0.5 --dtype bfloat16"),
+    ],
+)
 def test_a_manifest_repeats_its_run(options, given, dense_folder, data, tmp_path):
     few = ["--min-tokens", 1, "--samples", 6]
     few += [] if "--solver" in options else ["--solver", "swap", "--start", "wanda"]

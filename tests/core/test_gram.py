@@ -64,13 +64,16 @@ def test_sums_do_not_drift_and_shrinking_keeps_the_diagonal():
     assert not bool(Gram(3).value().any())  # without tokens
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    *((lambda x=x: Gram(5).add(x), "must be floating point")
-      for x in (torch.zeros(3, 4), torch.zeros(5), torch.zeros(3, 5, dtype=torch.int64))),
-    (lambda: Gram(5).add(torch.full((3, 5), float("nan"))), "NaN or infinite"),
-    (lambda: Gram(5).value(shrinkage=1.5), "shrinkage"),
-    (lambda: Gram(0), "at least one"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        *((lambda x=x: Gram(5).add(x), "must be floating point")
+          for x in (torch.zeros(3, 4), torch.zeros(5), torch.zeros(3, 5, dtype=torch.int64))),
+        (lambda: Gram(5).add(torch.full((3, 5), float("nan"))), "NaN or infinite"),
+        (lambda: Gram(5).value(shrinkage=1.5), "shrinkage"),
+        (lambda: Gram(0), "at least one"),
+    ],
+)  # fmt: skip
 def test_what_is_refused(call, message):
     fails(ProblemError, message, call)
 

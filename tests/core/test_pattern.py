@@ -39,14 +39,17 @@ def test_a_share_prunes_the_floor_of_the_exact_product(mille, share, digits, n):
     assert layer.pruned_in(3, 400) == math.floor(share * 1200)
 
 
-@pytest.mark.parametrize(("pattern", "counts"), [
-    (Unstructured(sparsity=0.29), {100: 29}),  # 0.29 * 100 < 29 in binary
-    (Unstructured(Fraction(1, 3)), {2: 0, 3: 1, 12: 4, 3000: 1000}),
-    (Unstructured(1 / 3), {12: 3}),  # of the decimal 0.3333333333333333
-    (Unstructured(keep=0), {3: 3}), (Unstructured(keep=3), {3: 0}),
-    (Unstructured(sparsity=0.0), {1: 0}),
-    (NM(0, 4), {4: 4}), (NM(4, 4), {4: 0}), (NM(1, 1), {1: 0, 4: 0}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pattern", "counts"),
+    [
+        (Unstructured(sparsity=0.29), {100: 29}),  # 0.29 * 100 < 29 in binary
+        (Unstructured(Fraction(1, 3)), {2: 0, 3: 1, 12: 4, 3000: 1000}),
+        (Unstructured(1 / 3), {12: 3}),  # of the decimal 0.3333333333333333
+        (Unstructured(keep=0), {3: 3}), (Unstructured(keep=3), {3: 0}),
+        (Unstructured(sparsity=0.0), {1: 0}),
+        (NM(0, 4), {4: 4}), (NM(4, 4), {4: 0}), (NM(1, 1), {1: 0, 4: 0}),
+    ],
+)  # fmt: skip
 def test_counts(pattern, counts):
     for n, pruned in counts.items():
         pattern.check(n)
@@ -58,49 +61,58 @@ def test_counts(pattern, counts):
     assert Unstructured(sparsity=0.25).is_legal(mask).tolist() == [False, False]
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    *(({"sparsity": x}, RANGE) for x in (-0.1, 1, 1.0, 1.5, math.nan, math.inf, "0.5", 1j)),
-    *(({"sparsity": Decimal(x)}, RANGE) for x in ("NaN", "sNaN", "Infinity", -1)),
-    ({"sparsity": Fraction(3, 2)}, RANGE),
-    *(({"sparsity": x}, "too many digits for a share")
-      for x in (Fraction(1, 10**7 + 1), Decimal("0.3333333333333333333333"))),
-    *(({"keep": x}, "keep must be a whole number of at least 0") for x in (-1, 2.0, True, "3")),
-    ({"sparsity": None}, "exactly one"),
-    ({"sparsity": 0.5, "keep": 3}, "exactly one"),
-    *(({"keep": k, "of": of}, "impossible") for k, of in ((5, 4), (-1, 4), (2, 0), (0, 0))),
-    *(({"keep": keep, "of": 4}, "takes whole numbers") for keep in (2.0, True)),
-    *(((pattern, 0), "at least one input") for pattern in (Unstructured(0.5), NM(1, 1))),
-    ((Unstructured(keep=9), 8), "keep=9 is more than the 8 inputs"),
-    ((NM(keep=2, of=4), 10), "10 inputs do not divide into groups of 4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({"sparsity": x}, RANGE) for x in (-0.1, 1, 1.0, 1.5, math.nan, math.inf, "0.5", 1j)),
+        *(({"sparsity": Decimal(x)}, RANGE) for x in ("NaN", "sNaN", "Infinity", -1)),
+        ({"sparsity": Fraction(3, 2)}, RANGE),
+        *(({"sparsity": x}, "too many digits for a share")
+          for x in (Fraction(1, 10**7 + 1), Decimal("0.3333333333333333333333"))),
+        *(({"keep": x}, "keep must be a whole number of at least 0") for x in (-1, 2.0, True, "3")),
+        ({"sparsity": None}, "exactly one"),
+        ({"sparsity": 0.5, "keep": 3}, "exactly one"),
+        *(({"keep": k, "of": of}, "impossible") for k, of in ((5, 4), (-1, 4), (2, 0), (0, 0))),
+        *(({"keep": keep, "of": 4}, "takes whole numbers") for keep in (2.0, True)),
+        *(((pattern, 0), "at least one input") for pattern in (Unstructured(0.5), NM(1, 1))),
+        ((Unstructured(keep=9), 8), "keep=9 is more than the 8 inputs"),
+        ((NM(keep=2, of=4), 10), "10 inputs do not divide into groups of 4"),
+    ],
+)  # fmt: skip
 def test_impossible_patterns(options, message):
     pattern, n = options if isinstance(options, tuple) else (None, None)
     with pytest.raises(PatternError, match=message):
         pattern.check(n) if pattern else (NM if "of" in options else Unstructured)(**options)
 
 
-@pytest.mark.parametrize(("text", "pattern"), [
-    ("0", Unstructured(sparsity=0)),
-    ("0.6", Unstructured(sparsity=0.6)),
-    ("2:4", NM(keep=2, of=4)),
-    ("0.6 per layer", Unstructured(sparsity=0.6, per="layer")),
-    ("0.6 per layer ± 0.05", Unstructured(sparsity=0.6, per="layer", max_deviation=0.05)),
-    *((None, Unstructured(share, **more)) for share in (0.5, 2 / 3, 0.99996, 1e-7, 0.1 + 0.2)
-      for more in ({}, {"per": "layer", "max_deviation": 1 / 7})),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("0", Unstructured(sparsity=0)),
+        ("0.6", Unstructured(sparsity=0.6)),
+        ("2:4", NM(keep=2, of=4)),
+        ("0.6 per layer", Unstructured(sparsity=0.6, per="layer")),
+        ("0.6 per layer ± 0.05", Unstructured(sparsity=0.6, per="layer", max_deviation=0.05)),
+        *((None, Unstructured(share, **more)) for share in (0.5, 2 / 3, 0.99996, 1e-7, 0.1 + 0.2)
+          for more in ({}, {"per": "layer", "max_deviation": 1 / 7})),
+    ],
+)  # fmt: skip
 def test_text_and_json_forms(text, pattern):
     assert (str(pattern), parse_sparsity(str(pattern))) == (text or str(pattern), pattern)
     assert pattern_from_dict(pattern_to_dict(pattern)) == pattern
     assert str(Unstructured(keep=3)) == "keep 3"
 
 
-@pytest.mark.parametrize("given", [
-    "", "half", "2:4:8", "4:2", "1.0", "a:b", "0.5 per layer 0.1", "0.5 per layer ± 1",
-    None, [], {}, {"kind": "nm", "keep": 2}, {"kind": "x"}, {"kind": "x", "keep": 2, "of": 4},
-    {**ROW, "kind": "x"}, {"kind": "unstructured", "sparsity": 0.5},
-    {"kind": "nm", "keep": 2, "of": 4, "more": 1}, {**ROW, "max_deviation": 0.1},
-    {**ROW, "per": "layer", "max_deviation": "a"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "given",
+    [
+        "", "half", "2:4:8", "4:2", "1.0", "a:b", "0.5 per layer 0.1", "0.5 per layer ± 1",
+        None, [], {}, {"kind": "nm", "keep": 2}, {"kind": "x"}, {"kind": "x", "keep": 2, "of": 4},
+        {**ROW, "kind": "x"}, {"kind": "unstructured", "sparsity": 0.5},
+        {"kind": "nm", "keep": 2, "of": 4, "more": 1}, {**ROW, "max_deviation": 0.1},
+        {**ROW, "per": "layer", "max_deviation": "a"},
+    ],
+)  # fmt: skip
 def test_text_and_json_that_is_no_pattern(given):
     with pytest.raises(PatternError):
         (parse_sparsity if isinstance(given, str) else pattern_from_dict)(given)

@@ -230,13 +230,16 @@ def forged(path, case):
         (np.savez_compressed if case == "compressed" else np.savez)(path, **(parts | extra))
 
 
-@pytest.mark.parametrize(("case", "message"), [
-    ("unknown", "not a sound layer: it has no array 'extra'"),
-    ("text", r"not a sound file: array 'gram.npy' is of type <U1"),
-    ("compressed", "its arrays are compressed, or overlap; write them with numpy.savez"),
-    ("overlap", "its arrays are compressed, or overlap"),
-    ("shape", r"not a sound file: array 'gram.npy' is no float32 \[4, 99999\]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("unknown", "not a sound layer: it has no array 'extra'"),
+        ("text", r"not a sound file: array 'gram.npy' is of type <U1"),
+        ("compressed", "its arrays are compressed, or overlap; write them with numpy.savez"),
+        ("overlap", "its arrays are compressed, or overlap"),
+        ("shape", r"not a sound file: array 'gram.npy' is no float32 \[4, 99999\]"),
+    ],
+)
 def test_an_array_is_read_once_its_header_is_sound(case, message, tmp_path, monkeypatch):
     forged(tmp_path / "x.npz", case)
     read, sizes = files.npy.read_array, []
@@ -510,13 +513,17 @@ def test_what_is_unknown_is_null_in_a_file(tmp_path):
     assert Solution.load(path).seconds == 2.5
 
 
-@pytest.mark.parametrize(("changes", "kinds"), [
-    ({"seconds": 10**400}, {}), ({"seconds": "long"}, {}), ({"seconds": []}, {}),
-    ({"status": None}, {}), ({"status": ["feasible", "perfect"]}, {}), ({"trusted": 3}, {}),
-    ({"trace.winner": []}, {}), ({"trace.nodes": 3}, {}), ({"trace.nodes": {}}, {}),
-    *(({}, {what: kind}) for kind in (">f8", "U1")
-      for what in ("mask", "objective", "lower_bound", "certificate.point")),
-], ids=lambda changes: str(changes)[:40])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "kinds"),
+    [
+        ({"seconds": 10**400}, {}), ({"seconds": "long"}, {}), ({"seconds": []}, {}),
+        ({"status": None}, {}), ({"status": ["feasible", "perfect"]}, {}), ({"trusted": 3}, {}),
+        ({"trace.winner": []}, {}), ({"trace.nodes": 3}, {}), ({"trace.nodes": {}}, {}),
+        *(({}, {what: kind}) for kind in (">f8", "U1")
+          for what in ("mask", "objective", "lower_bound", "certificate.point")),
+    ],
+    ids=lambda changes: str(changes)[:40],
+)  # fmt: skip
 def test_a_forged_file_is_named(changes, kinds, tmp_path):
     def retyped(arrays):
         arrays.update({name: arrays[name].astype(kind) for name, kind in kinds.items()})

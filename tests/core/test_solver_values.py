@@ -88,27 +88,30 @@ ILLEGAL = answering(Solution.of(PROBLEM, EVERYTHING))
 ILLEGAL_MASK = r"'answers' answered with an illegal mask: its mask: row 0 prunes 0"
 
 
-@pytest.mark.parametrize(("solver", "options", "error", "message"), [
-    (Swap(), {"max_swaps": 3}, MaskoptError, "given as a value"),
-    ("swap", {"max_swap": 3}, MaskoptError, "did you mean 'max_swaps'"),
-    ("swap", {"limits": Limits(), "time_limit": 3}, MaskoptError, "not both"),
-    (7, {}, MaskoptError, "is no solver"),
-    ("swap", {"start": "swap"}, MaskoptError, "its own start"),
-    ("swap", {"start": Swap(max_swaps=1)}, MaskoptError, "its own start"),
-    ("swap", {"start": "wandaa"}, MaskoptError, "did you mean 'wanda'"),
-    ("swap", {"start": EVERYTHING[:2]}, MaskoptError, "start has shape"),
-    ("swap", {"start": 3.5}, WarmStartError, None),
-    ("swap", {"time_limit": "abc"}, MaskoptError, "time_limit"),
-    ("swap", {"memory_limit": "2 apples"}, MaskoptError, "no amount of memory"),
-    ("swap", {"seed": -1}, MaskoptError, "seed"),
-    (spy("needed"), {}, MaskoptError, "needs a start"),
-    # of no use, and wrong all the same
-    (spy("ignored"), {"start": "no-such-solver"}, MaskoptError, "unknown solver"),
-    (ILLEGAL, {}, SolverError, ILLEGAL_MASK),
-    ("swap", {"start": ILLEGAL}, SolverError, ILLEGAL_MASK),
-    (answering(EVERYTHING), {}, SolverError, "returned Tensor; return Solution"),
-    (Swap, {}, SolverError, r"write Swap\(\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("solver", "options", "error", "message"),
+    [
+        (Swap(), {"max_swaps": 3}, MaskoptError, "given as a value"),
+        ("swap", {"max_swap": 3}, MaskoptError, "did you mean 'max_swaps'"),
+        ("swap", {"limits": Limits(), "time_limit": 3}, MaskoptError, "not both"),
+        (7, {}, MaskoptError, "is no solver"),
+        ("swap", {"start": "swap"}, MaskoptError, "its own start"),
+        ("swap", {"start": Swap(max_swaps=1)}, MaskoptError, "its own start"),
+        ("swap", {"start": "wandaa"}, MaskoptError, "did you mean 'wanda'"),
+        ("swap", {"start": EVERYTHING[:2]}, MaskoptError, "start has shape"),
+        ("swap", {"start": 3.5}, WarmStartError, None),
+        ("swap", {"time_limit": "abc"}, MaskoptError, "time_limit"),
+        ("swap", {"memory_limit": "2 apples"}, MaskoptError, "no amount of memory"),
+        ("swap", {"seed": -1}, MaskoptError, "seed"),
+        (spy("needed"), {}, MaskoptError, "needs a start"),
+        # of no use, and wrong all the same
+        (spy("ignored"), {"start": "no-such-solver"}, MaskoptError, "unknown solver"),
+        (ILLEGAL, {}, SolverError, ILLEGAL_MASK),
+        ("swap", {"start": ILLEGAL}, SolverError, ILLEGAL_MASK),
+        (answering(EVERYTHING), {}, SolverError, "returned Tensor; return Solution"),
+        (Swap, {}, SolverError, r"write Swap\(\)"),
+    ],
+)
 def test_bad_calls_get_one_clear_line(solver, options, error, message):
     with pytest.raises(error, match=message) as found:
         solve(PROBLEM, solver, **options)
@@ -190,19 +193,22 @@ class Sample:
         check_options(self, "sample")
 
 
-@pytest.mark.parametrize(("name", "value", "message"), [
-    ("count", 0, " must be a whole number or None ≥ 1, not 0"),
-    ("count", np.float64(3), " must be a whole number or None ≥ 1, not 3.0"),
-    ("share", 1.0, r" must be a number \[0, 1\), not 1.0"),
-    ("above", float("inf"), " must be a number ≥ 0, not inf"),
-    ("word", "c", " must be one of: a, b; not 'c'"),
-    ("names", "x", " must be a list of names"),
-    ("loud", 1, " must be true or false"),
-    *(("count", bad, "") for bad in (1.5, True, "3", np.bool_(True))),
-    *(("share", bad, "") for bad in (-0.1, float("nan"), None)),
-    ("word", 1, ""), ("names", (1,), ""),
-    ("above", np.float32("nan"), ""), ("above", np.ones(1), ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("count", 0, " must be a whole number or None ≥ 1, not 0"),
+        ("count", np.float64(3), " must be a whole number or None ≥ 1, not 3.0"),
+        ("share", 1.0, r" must be a number \[0, 1\), not 1.0"),
+        ("above", float("inf"), " must be a number ≥ 0, not inf"),
+        ("word", "c", " must be one of: a, b; not 'c'"),
+        ("names", "x", " must be a list of names"),
+        ("loud", 1, " must be true or false"),
+        *(("count", bad, "") for bad in (1.5, True, "3", np.bool_(True))),
+        *(("share", bad, "") for bad in (-0.1, float("nan"), None)),
+        ("word", 1, ""), ("names", (1,), ""),
+        ("above", np.float32("nan"), ""), ("above", np.ones(1), ""),
+    ],
+)  # fmt: skip
 def test_what_does_not_fit_is_refused_by_name(name, value, message):
     fails(OptionError, name + message, Sample, **{name: value})
 

@@ -167,15 +167,18 @@ def best(problem):
     return values[chosen] + constant, chosen
 
 
-@pytest.mark.parametrize(("name", "text", "cardinality", "value", "chosen"), [
-    ("graph.dat", CLUSTER, None, 3, (0, 1, 2)),
-    ("graph.mc", RUDY, 2, 3, (0, 1)),
-    ("graph.rudy", RUDY, 3, 3, (0, 1, 3)),
-    ("far.mdp", DIVERSITY, None, 7.25, (0, 2)),
-    ("GKD-a_1_n4_m2.txt", DIVERSITY, None, 7.25, (0, 2)),
-    # x₁² − x₁x₂ + 4x₂x₃ + ½x₁ + ½x₂ − x₃ + 10
-    ("toy.qplib", QPLIB, None, 13.5, (1, 2)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "text", "cardinality", "value", "chosen"),
+    [
+        ("graph.dat", CLUSTER, None, 3, (0, 1, 2)),
+        ("graph.mc", RUDY, 2, 3, (0, 1)),
+        ("graph.rudy", RUDY, 3, 3, (0, 1, 3)),
+        ("far.mdp", DIVERSITY, None, 7.25, (0, 2)),
+        ("GKD-a_1_n4_m2.txt", DIVERSITY, None, 7.25, (0, 2)),
+        # x₁² − x₁x₂ + 4x₂x₃ + ½x₁ + ½x₂ − x₃ + 10
+        ("toy.qplib", QPLIB, None, 13.5, (1, 2)),
+    ],
+)
 def test_the_library_s_own_value_is_found(tmp_path, name, text, cardinality, value, chosen):
     problem = read(tmp_path, name, text, cardinality)
     solution = solve(problem, "exhaustive")
@@ -223,34 +226,37 @@ def changed(kind, old, new):
 cluster, qplib = partial(changed, "dat"), partial(changed, "qplib")
 
 
-@pytest.mark.parametrize(("file", "reason"), [
-    (("a.dat", ""), "expected 3 numbers"),
-    (("a.dat", "3 2 x\n"), "expected 3 numbers"),
-    (cluster("5 3 4", "5 3 9"), "4 edges where the first line says 9"),
-    *((cluster("4 5", bad), "no new pair") for bad in ("4 6", "2 1", "4 4")),
-    (cluster("5 3 4", "5 7 4"), "cardinality must be a whole number, 0 … 5, not 7"),
-    (cluster("4 5 0.5", "4 5 nan"), "must be finite"),
-    ((*cluster("", ""), 2), "leave `cardinality` out"),
-    (("a.mc", RUDY), "pass cardinality"),
-    (("a.mc", "# a\n3 2\n\n1 3 4\n1 2 x\n", 2), "line 5: expected 3 numbers, not '1 2 x'"),
-    (("a.mc", "3 2\n1 3 4\n3 1 5\n", 2), "line 3: '3 1 5' is no new pair of two of 3"),
-    (("a.mdp", "0 0\n"), "0 vertices"),
-    (("a.mdp", "4 2\n0 1 1\n"), "1 edges where the first line says 6"),
-    (("a.dat", "300000 2 1\n1 2 1\n"), "a dense matrix holds 1 to 16384"),
-    (qplib("QBL", "QML"), "type QML; only binary"),
-    (qplib("QBL", "QBN"), "type QBN; only binary"),
-    (qplib("1 # constraint", "2"), "2 constraints"),
-    (qplib("1 2 2", "1 2 3"), "not that a given number"),
-    (qplib("4 # left", "2 # left"), "not that a given number"),
-    (qplib("3 2 4", "3 9 4"), "9 is none of 1"),
-    (qplib("maximize", "sideways"), "no sense"),
-    (qplib("3 2 4", "1 2 4"), "quadratic term 1 2 is given twice"),
-    (qplib("1\n3 -1\n", "2\n3 -1\n3 2\n"), "entry 3 is given twice"),
-    (qplib("1 2 2", "1 1 2"), "variable 1 of the constraint is given twice"),
-    (("a.qplib", QPLIB[:60]), "ends early"),
-    (qplib("2 1 -1.0", "2 1 x"), "expected a number"),
-    (("a.edges", "1 2"), r"no known format by its ending; one of: \.npz"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        (("a.dat", ""), "expected 3 numbers"),
+        (("a.dat", "3 2 x\n"), "expected 3 numbers"),
+        (cluster("5 3 4", "5 3 9"), "4 edges where the first line says 9"),
+        *((cluster("4 5", bad), "no new pair") for bad in ("4 6", "2 1", "4 4")),
+        (cluster("5 3 4", "5 7 4"), "cardinality must be a whole number, 0 … 5, not 7"),
+        (cluster("4 5 0.5", "4 5 nan"), "must be finite"),
+        ((*cluster("", ""), 2), "leave `cardinality` out"),
+        (("a.mc", RUDY), "pass cardinality"),
+        (("a.mc", "# a\n3 2\n\n1 3 4\n1 2 x\n", 2), "line 5: expected 3 numbers, not '1 2 x'"),
+        (("a.mc", "3 2\n1 3 4\n3 1 5\n", 2), "line 3: '3 1 5' is no new pair of two of 3"),
+        (("a.mdp", "0 0\n"), "0 vertices"),
+        (("a.mdp", "4 2\n0 1 1\n"), "1 edges where the first line says 6"),
+        (("a.dat", "300000 2 1\n1 2 1\n"), "a dense matrix holds 1 to 16384"),
+        (qplib("QBL", "QML"), "type QML; only binary"),
+        (qplib("QBL", "QBN"), "type QBN; only binary"),
+        (qplib("1 # constraint", "2"), "2 constraints"),
+        (qplib("1 2 2", "1 2 3"), "not that a given number"),
+        (qplib("4 # left", "2 # left"), "not that a given number"),
+        (qplib("3 2 4", "3 9 4"), "9 is none of 1"),
+        (qplib("maximize", "sideways"), "no sense"),
+        (qplib("3 2 4", "1 2 4"), "quadratic term 1 2 is given twice"),
+        (qplib("1\n3 -1\n", "2\n3 -1\n3 2\n"), "entry 3 is given twice"),
+        (qplib("1 2 2", "1 1 2"), "variable 1 of the constraint is given twice"),
+        (("a.qplib", QPLIB[:60]), "ends early"),
+        (qplib("2 1 -1.0", "2 1 x"), "expected a number"),
+        (("a.edges", "1 2"), r"no known format by its ending; one of: \.npz"),
+    ],
+)
 def test_what_does_not_map_is_refused_with_the_reason(tmp_path, file, reason):
     fails(ProblemError, f"{file[0]}: .*{reason}", read, tmp_path, *file)
 
@@ -270,20 +276,23 @@ def pose(u, **more):
     return lambda _: RowProblem.from_quadratic(u, **{"cardinality": 1, **more})
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda path: load_problem(path / "none.dat"), "no such file"),
-    (lambda path: load_problem(path / "bytes.dat"), "not a text file"),
-    (lambda path: load_problem(path / "a.npz", 3), "graphs that name no number"),
-    (pose(np.ones((2, 3))), r"is \[n, n\]"),
-    (pose(np.full((2, 2), np.inf)), "finite"),
-    *((pose(u), "quadratic objective") for u in NO_MATRICES),
-    *((pose(EYE, constant=bad), None) for bad in (None, [1.0, 2.0])),
-    *((pose(EYE, cardinality=bad), f"cardinality must be a whole number, 0 … 3, not {bad!r}")
-      for bad in ("1", 1.5, None, 4)),
-    # what penalties round off
-    (lambda _: penalised(1e11), "scale penalties down to what they need"),
-    *((lambda _, units=units: ObjectiveTransform(*units), "units") for units in NO_UNITS),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda path: load_problem(path / "none.dat"), "no such file"),
+        (lambda path: load_problem(path / "bytes.dat"), "not a text file"),
+        (lambda path: load_problem(path / "a.npz", 3), "graphs that name no number"),
+        (pose(np.ones((2, 3))), r"is \[n, n\]"),
+        (pose(np.full((2, 2), np.inf)), "finite"),
+        *((pose(u), "quadratic objective") for u in NO_MATRICES),
+        *((pose(EYE, constant=bad), None) for bad in (None, [1.0, 2.0])),
+        *((pose(EYE, cardinality=bad), f"cardinality must be a whole number, 0 … 3, not {bad!r}")
+          for bad in ("1", 1.5, None, 4)),
+        # what penalties round off
+        (lambda _: penalised(1e11), "scale penalties down to what they need"),
+        *((lambda _, units=units: ObjectiveTransform(*units), "units") for units in NO_UNITS),
+    ],
+)  # fmt: skip
 def test_bad_calls_are_named(tmp_path, call, message):
     (tmp_path / "bytes.dat").write_bytes(b"\xff\xfe\x00")
     fails(ProblemError, message, call, tmp_path)
@@ -438,13 +447,16 @@ def test_refitted_inputs_solve_the_least_squares_of_every_row(kind, seed, dampin
     assert bool((change(new, weight, gram) <= most).all())
 
 
-@pytest.mark.parametrize(("shape", "groups", "keep", "error", "said"), [
-    ((3, 4), [0, 1, 2, 3], 9, PatternError, "keep=9"),
-    ((3, 4), [0, 1, 3, 3], 1, ProblemError, "without a gap"),
-    ((3, 4), [0, 1, -1, 1], 1, ProblemError, "whole numbers"),
-    ((3, 4), [0, 1], 1, ProblemError, "each of the 4 inputs"),
-    ((3, 5), None, 1, ProblemError, "must be"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shape", "groups", "keep", "error", "said"),
+    [
+        ((3, 4), [0, 1, 2, 3], 9, PatternError, "keep=9"),
+        ((3, 4), [0, 1, 3, 3], 1, ProblemError, "without a gap"),
+        ((3, 4), [0, 1, -1, 1], 1, ProblemError, "whole numbers"),
+        ((3, 4), [0, 1], 1, ProblemError, "each of the 4 inputs"),
+        ((3, 5), None, 1, ProblemError, "must be"),
+    ],
+)
 def test_what_does_not_fit_is_refused(shape, groups, keep, error, said):
     index, pattern = groups and torch.tensor(groups), Unstructured(keep=keep)
     fails(error, said, structure_problem, torch.ones(shape), torch.eye(4), pattern, groups=index)

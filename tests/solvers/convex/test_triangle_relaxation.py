@@ -353,15 +353,18 @@ def optimum(n):
     return solve(drawn(1, n, pattern=SPARSE), "branch").objective
 
 
-@pytest.mark.parametrize(("n", "near", "values", "kept"), [
-    (48, 1.0, {"_TRY": 3}, True),
-    # whatever the root then lacks, as long as it proves more than all that was branched
-    slow(64, 0.0, AGAIN, True),
-    slow(64, 0.0, AGAIN | {"_TOO_MANY": 50_000}, False),
-    # a root that proves less than its tree
-    (64, 1e300, {"_TRY": 12, "CLOSE": ROUGH}, False),
-    (64, 0.0, AGAIN | {"FAR": ROUGH._replace(anyway=True)}, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("n", "near", "values", "kept"),
+    [
+        (48, 1.0, {"_TRY": 3}, True),
+        # whatever the root then lacks, as long as it proves more than all that was branched
+        slow(64, 0.0, AGAIN, True),
+        slow(64, 0.0, AGAIN | {"_TOO_MANY": 50_000}, False),
+        # a root that proves less than its tree
+        (64, 1e300, {"_TRY": 12, "CLOSE": ROUGH}, False),
+        (64, 0.0, AGAIN | {"FAR": ROUGH._replace(anyway=True)}, False),
+    ],
+)
 def test_triangles_are_tried_where_a_row_is_hard(monkeypatch, n, near, values, kept):
     """Not only of whole numbers; the tree begins from its root again, and its proof with it."""
     objective = optimum(n)

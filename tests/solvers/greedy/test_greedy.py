@@ -73,13 +73,16 @@ def test_formulas_ties_and_seeds():
     assert not torch.equal(one, other)
 
 
-@pytest.mark.parametrize(("gram", "found", "cost"), [
-    # inputs 0 and 1 nearly cancel: with 0 gone, pruning 1 as well wins something back, whatever its
-    # own size; no score can see that
-    ([[1.0, -1.2, 0.0], [-1.2, 1.5, 0.0], [0.0, 0.0, 1.2]], [False, False, True], 0.1),
-    # 0 and 1 cancel, but 2 alone is cheaper than either: elimination has no way back from it
-    ([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 0.9]], [False, True, False], 1.9),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("gram", "found", "cost"),
+    [
+        # inputs 0 and 1 nearly cancel: with 0 gone, pruning 1 as well wins something back, whatever its
+        # own size; no score can see that
+        ([[1.0, -1.2, 0.0], [-1.2, 1.5, 0.0], [0.0, 0.0, 1.2]], [False, False, True], 0.1),
+        # 0 and 1 cancel, but 2 alone is cheaper than either: elimination has no way back from it
+        ([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0], [0.0, 0.0, 0.9]], [False, True, False], 1.9),
+    ],
+)
 def test_what_elimination_sees_and_what_it_misses(gram, found, cost, monkeypatch):
     problem = LayerProblem(torch.ones(1, 3), torch.tensor(gram), Unstructured(keep=1))
     solution = solve(problem, "elimination")

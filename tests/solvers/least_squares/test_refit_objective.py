@@ -166,10 +166,13 @@ def test_rows_of_every_count_in_one_layer(dtype):
     close(alone, found, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(("n", "damping", "dtype", "solver", "rtol"), [
-    *((*case, F32, "wanda", 1e-6) for case in ((128, 3e-6), (256, 1e-5), (512, 1e-4))),
-    *((*case, F64, "swap", 1e-8) for case in ((128, 0.0), (400, 2e-6), (640, 0.0))),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("n", "damping", "dtype", "solver", "rtol"),
+    [
+        *((*case, F32, "wanda", 1e-6) for case in ((128, 3e-6), (256, 1e-5), (512, 1e-4))),
+        *((*case, F64, "swap", 1e-8) for case in ((128, 0.0), (400, 2e-6), (640, 0.0))),
+    ],
+)
 def test_a_gram_matrix_with_one_large_direction(n, damping, dtype, solver, rtol):
     """A float32 factor leaves a small residual there, and an error that is not the least."""
     generator = torch.Generator().manual_seed(1)

@@ -53,13 +53,16 @@ def test_the_count_is_that_of_the_layer():
     assert problem.at_count_of(mask, 1).pattern == Unstructured(keep=3)
 
 
-@pytest.mark.parametrize(("pattern", "limits"), [
-    (pool(0.5, 0.1), (4, 6)), (pool(0.5, 0.0), (5, 5)), (pool(0.45, 0.0), (4, 5)),
-    (pool(0.45, 0.29), (2, 7)),  # 1.6 and 7.4
-    (pool(0.9, 0.3), (6, 10)), (pool(0.1, 0.3), (0, 4)), (pool(0.5), (0, 10)),
-    (Unstructured(keep=3, per="layer", max_deviation=0.2), (5, 9)), (Unstructured(keep=3), (7, 7)),
-    (NM(1, 5), (8, 8)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pattern", "limits"),
+    [
+        (pool(0.5, 0.1), (4, 6)), (pool(0.5, 0.0), (5, 5)), (pool(0.45, 0.0), (4, 5)),
+        (pool(0.45, 0.29), (2, 7)),  # 1.6 and 7.4
+        (pool(0.9, 0.3), (6, 10)), (pool(0.1, 0.3), (0, 4)), (pool(0.5), (0, 10)),
+        (Unstructured(keep=3, per="layer", max_deviation=0.2), (5, 9)), (Unstructured(keep=3), (7, 7)),
+        (NM(1, 5), (8, 8)),
+    ],
+)  # fmt: skip
 def test_a_row_is_no_further_from_the_layer_than_max_deviation(pattern, limits):
     assert pattern.row_limits(2, 10) == limits
 

@@ -109,11 +109,14 @@ def best_swaps_one_by_one(rows, row, columns, limit, most, group):
     return made, kept
 
 
-@pytest.mark.parametrize(("n", "kind", "keep", "group"), [
-    (7, "full", 3, None), (33, "outliers", 13, None), (33, "low-rank", 32, None),
-    (33, "full", 33, None), (20, "full", 0, None), (24, "full", 1, None),
-    (24, "zero-columns", 12, 4), (21, "low-rank", 9, 3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("n", "kind", "keep", "group"),
+    [
+        (7, "full", 3, None), (33, "outliers", 13, None), (33, "low-rank", 32, None),
+        (33, "full", 33, None), (20, "full", 0, None), (24, "full", 1, None),
+        (24, "zero-columns", 12, 4), (21, "low-rank", 9, 3),
+    ],
+)  # fmt: skip
 def test_candidate_block_makes_the_best_swaps(n, kind, keep, group):
     rows, width = Rows(3, n, kind, seed=n, keep=keep, dtype=torch.float64, group=group), 16
     columns, chosen = torch.full((3, width), -1, dtype=torch.int32), []
