@@ -16,7 +16,8 @@ from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.solver import solve
 
 HALF, TWO_FOUR = Unstructured(sparsity=0.5), NM(keep=2, of=4)
-ONE_PERCENT, F64 = LeastSquaresUpdate(0.01), torch.float64
+ONE_PERCENT = LeastSquaresUpdate(0.01)
+F64 = torch.float64
 KINDS = ("full", "low-rank", "zero-columns", "duplicates", "diagonal", "outliers")
 
 
@@ -129,7 +130,8 @@ def problems(
     kinds: tuple[str, ...] = KINDS, linear: bool = True,
 ) -> LayerProblem:  # fmt: skip
     """A layer with any kind of Gram matrix, any pattern, and at times a linear part if `linear`."""
-    n, rows = draw(st.integers(1, max_n)), draw(st.integers(1, max_rows))
+    n = draw(st.integers(1, max_n))
+    rows = draw(st.integers(1, max_rows))
     seed = draw(st.integers(0, 2**31 - 1))
     gram = random_gram(n, draw(st.sampled_from(kinds)), seed, dtype)
     weight, pattern = random_weight(rows, n, seed + 1, dtype), draw(patterns(n))

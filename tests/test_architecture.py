@@ -81,7 +81,8 @@ def rows_of(page, heading):
 
 
 def test_the_table_of_dependencies_is_what_is_declared():
-    page, named = (ROOT / "docs" / "architecture.md").read_text(), set()
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    named = set()
     for packages, ranges, _ in rows_of(page, "Always installed"):
         names, limits = packages.split(", "), ranges.replace("≥ ", ">=").replace("< ", "<")
         limits = limits.split(", ") if len(names) > 1 else [limits.replace(", ", ",")]

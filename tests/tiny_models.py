@@ -24,7 +24,8 @@ _NO_GQA = {**SHARED, "num_key_value_heads": 4}
 _OLD = {k: v for k, v in SHARED.items() if k != "num_key_value_heads"}
 _GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
 _MOE = {"num_experts_per_tok": 2}
-_HEAD, _PAD = {**SHARED, "head_dim": 8}, {**SHARED, "pad_token_id": 0}
+_HEAD = {**SHARED, "head_dim": 8}
+_PAD = {**SHARED, "pad_token_id": 0}
 _LATENT = {**_NO_GQA, "q_lora_rank": 16, "kv_lora_rank": 16, "n_routed_experts": 4, "v_head_dim": 8}
 _LATENT |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
 _SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]

@@ -195,7 +195,8 @@ def test_rows_that_add_nothing_negative_share_a_factorisation(parts, monkeypatch
     box = lower_bound(problem, "box").certificate
     given = Certificate.choose(torch.arange(6) < 2, box, negative)
     assert [slack is None for slack in _shared_slacks(given, problem)] == [True] * 2 + [False] * 4
-    counted, name = [], "maskopt.certificates.certificate.missing"
+    counted = []
+    name = "maskopt.certificates.certificate.missing"
     monkeypatch.setattr(name, lambda a: counted.append(a) or missing(a))
     found = given.check(problem).tolist()
     assert len(counted) <= 4  # two rows of their own, the others, and perhaps a try with all
@@ -432,7 +433,8 @@ def test_columns_and_frames_have_a_line_a_row(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     fails(OptionError, "pandas", solution.to_frame)
     monkeypatch.undo()
-    pandas, frame = pytest.importorskip("pandas"), solution.to_frame()
+    pandas = pytest.importorskip("pandas")
+    frame = solution.to_frame()
     assert isinstance(frame, pandas.DataFrame)
     assert list(frame.columns) == list(columns)
     assert frame["objective"].tolist() == solution.objective.tolist()

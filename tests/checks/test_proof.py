@@ -140,7 +140,8 @@ def tree_with(tree, form, branch, **more):
 @pytest.mark.parametrize("kind", ["full", "outliers", slow("low-rank")])
 def test_any_form_at_any_point_is_below_all_masks(pattern, kind):
     """λ and μ of both signs, at the root and at a node: valid, and often worth something."""
-    random, positive = np.random.default_rng(4), 0
+    random = np.random.default_rng(4)
+    positive = 0
     for trial in range(30):
         problem = layer(9, pattern, kind, linear=3 if trial % 2 else None, seed=trial)
         _, every = costs(problem)
@@ -222,7 +223,8 @@ def parts_of(tree):
 
 
 def steps(*branch, **more):
-    more, forms = {"points": [], "fixed": [], "side": [], **more}, [NO_FORM] * len(branch)
+    more = {"points": [], "fixed": [], "side": [], **more}
+    forms = [NO_FORM] * len(branch)
     return lambda parts: parts.update(vars(tree_with(RowProof(**parts), forms, branch, **more)))
 
 
@@ -284,7 +286,8 @@ def test_arrays_of_any_shape_are_refused_or_prove_nothing_false():
 
 @given(st.integers(0, 10**9))
 def test_whatever_is_changed_nothing_false_is_proven(seed):
-    random, problem = np.random.default_rng(seed), DAMAGED[seed % 4]
+    random = np.random.default_rng(seed)
+    problem = DAMAGED[seed % 4]
     best, tree = sound(problem)
     parts = parts_of(tree)
     for _ in range(random.integers(1, 4)):

@@ -19,7 +19,8 @@ from maskopt.protocol.solution import SWAP_FLOOR, SWAP_TOLERANCE, Status
 from maskopt.protocol.solver import available_solvers, is_trusted
 
 TWO, THREE, SIX = (Unstructured(keep=keep) for keep in (2, 3, 6))
-WORDS, OPTIMAL = ("SCIP 10.0",) * 2, (Status.OPTIMAL,) * 2
+WORDS = ("SCIP 10.0",) * 2
+OPTIMAL = (Status.OPTIMAL,) * 2
 #: claims off by less than their tolerance, and by more
 WITHIN, BEYOND = 0.5, 3.0
 
@@ -107,7 +108,8 @@ def test_what_enumeration_confirms_is_checked():
     row = problem.row(1)
     assert verify(row, solve(row, "exhaustive"), require="checked").basis == ("checked",)
     for keep in (0, 8):
-        problem, mask = small(pattern=Unstructured(keep=keep)), torch.full((2, 8), keep > 0)
+        problem = small(pattern=Unstructured(keep=keep))
+        mask = torch.full((2, 8), keep > 0)
         claim = {"status": Status.OPTIMAL, "lower_bound": problem.objective(mask), "trusted": WORDS}
         assert verify(problem, Solution.of(problem, mask, **claim), require="checked").checked
 
@@ -184,7 +186,8 @@ def claims(unit, off):
     above = replace(solve(problem, "worst"), lower_bound=bound, trusted=WORDS)
     yield "row 0 .* a mask of objective", problem, above
     # a second best that no swap leaves: between pairs that cancel lie masks ten times as bad
-    off, gram = min(off, 1.6), torch.eye(4, dtype=torch.float64)
+    off = min(off, 1.6)
+    gram = torch.eye(4, dtype=torch.float64)
     gram[0, 1] = gram[1, 0] = gram[2, 3] = gram[3, 2] = -0.9
     weight = torch.ones(1, 4, dtype=torch.float64) * unit
     weight[0, :2] *= (1 + off * 1e-6) ** 0.5

@@ -42,7 +42,8 @@ def test_larger_than_a_tile_and_a_chunk_and_in_pieces_of_any_order():
     value = summed(x).value()
     assert torch.equal(value, value.T)
     close(value, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
-    x, other = torch.randn(100, 2 * TILE), Gram(2 * TILE)
+    x = torch.randn(100, 2 * TILE)
+    other = Gram(2 * TILE)
     for piece in reversed(list(other.tasks(x))):
         piece()
     assert torch.equal(summed(x).value(), other.value())

@@ -29,7 +29,8 @@ from maskopt.solvers import Relax
 from maskopt.solvers.bounds.conic import ConicBound
 
 EYE, ONES, ALL = torch.eye(4), torch.ones(2, 4), torch.ones(2, 4, dtype=torch.bool)
-PLAIN, FORM = LayerProblem(ONES, EYE, HALF), "not a maskopt instance"
+PLAIN = LayerProblem(ONES, EYE, HALF)
+FORM = "not a maskopt instance"
 close = torch.testing.assert_close
 SOLVERS = [name for name, info in available_solvers().items() if info.available]
 EXACT = ("branch", "exhaustive", "gurobi", "highs", "scip")
@@ -297,7 +298,8 @@ def test_the_objective_is_the_error_of_the_outputs_against_their_targets():
 @pytest.mark.parametrize("name", SOLVERS)
 def test_every_solver_answers_for_the_whole_objective(name):
     for problem in map(linear_layer, PATTERNS):
-        best, solution = solve(problem, "exhaustive").objective, verified(problem, name)
+        best = solve(problem, "exhaustive").objective
+        solution = verified(problem, name)
         assert bool((solution.objective >= best * (1 - 1e-9)).all())
         if name in EXACT:
             assert solution.status == (Status.OPTIMAL,) * 3
@@ -457,10 +459,12 @@ def test_weights_beyond_float32_are_pruned_as_others_are(solver, pattern):
 def test_a_bound_above_the_objective_by_rounding_is_cut_back_and_no_other(unit):
     layer = LayerProblem(LAYER.weight * unit, LAYER.gram, LAYER.pattern)
     mask = solve(layer, "wanda").mask
-    objective, weight = layer.objective(mask), layer.weight.clone()
+    objective = layer.objective(mask)
+    weight = layer.weight.clone()
     weight[:, :4] = 0
     free = LayerProblem(weight, layer.gram, layer.pattern)
-    nothing, rounding = (torch.arange(8) >= 4).expand(2, 8), 1e-13 * free.diagonal_mass()
+    nothing = (torch.arange(8) >= 4).expand(2, 8)
+    rounding = 1e-13 * free.diagonal_mass()
     for of, masks, bound, expected in (
         (layer, mask, objective * (1 + 0.5e-6), objective),
         (layer, mask, objective * (1 + 3e-6), objective * (1 + 3e-6)),
@@ -503,7 +507,8 @@ def test_a_row_is_answered_as_a_layer_of_one_and_traces_columns_and_words():
 
 def test_what_is_unknown_is_null_in_a_file(tmp_path):
     """The header is JSON for any reader: it has no NaN."""
-    path, solution = tmp_path / "s.npz", Solution.of(LAYER, solve(LAYER, "wanda").mask)
+    path = tmp_path / "s.npz"
+    solution = Solution.of(LAYER, solve(LAYER, "wanda").mask)
     solution.save(path)
     with np.load(path) as archive:
         header = json.loads(str(archive["header"]), parse_constant=pytest.fail)

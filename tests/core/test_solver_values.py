@@ -28,7 +28,8 @@ from maskopt.protocol.solver import REGISTRY as SOLVERS, Capabilities, Solver, m
 from maskopt.protocol.trace import Trace
 from maskopt.solvers import DSnoT, Relax, Ria, Swap, Tabu, Wanda
 
-PROBLEM, EVERYTHING = drawn(3, 24, pattern=Unstructured(keep=10)), torch.ones(3, 24).bool()
+PROBLEM = drawn(3, 24, pattern=Unstructured(keep=10))
+EVERYTHING = torch.ones(3, 24).bool()
 AVAILABLE = {name: info for name, info in protocol.available_solvers().items() if info.available}
 ENGINES = ("gurobi", "highs", "scip")
 #: solvers without steps that could be counted
@@ -145,7 +146,8 @@ def test_starts_are_as_declared_and_a_view_with_other_strides_is_the_same_proble
     """Views are those of the transposed weights of GPT-2 and of fused experts."""
     gram, pattern = random_gram(8, "full", 2), Unstructured(keep=4)
     mean = gram.diagonal().sqrt() / 2
-    problem, can = drawn(3, 8, pattern=pattern, mean=mean), AVAILABLE[name].capabilities
+    problem = drawn(3, 8, pattern=pattern, mean=mean)
+    can = AVAILABLE[name].capabilities
     assert (can.default_start is not None) == (can.start == "needed")
     start = solve(problem, "random", seed=1).mask
     # exact solvers of a few tiny rows start no worker processes

@@ -532,7 +532,8 @@ def test_an_interrupted_run_goes_on(columns, missing, sizes, layer, tmp_path, mo
     path, bounded, held, original = tmp_path / "gaps.jsonl", [], [], certify_module.lower_bound
     words = {"rows": 4, "columns": columns, "method": "box", "output": path}
     shift = bound_layers([layer], rows=2, method="shift", output=path)
-    whole, lines = bound_layers([layer], **words), path.read_text().splitlines()
+    whole = bound_layers([layer], **words)
+    lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:4], lines[4][:20]]))
 
     def counting(problem, *args, **options):
@@ -553,7 +554,8 @@ def test_an_interrupted_run_goes_on(columns, missing, sizes, layer, tmp_path, mo
 @pytest.mark.parametrize("per", ["row", "layer"])
 @pytest.mark.parametrize("forged", ["line", "solution", "another mask"])
 def test_forged_bounds_do_not_survive_a_resume(per, forged, layer, tmp_path, caplog):
-    layer, path = layer.under(Unstructured(sparsity=0.5, per=per)), tmp_path / "gaps.jsonl"
+    layer = layer.under(Unstructured(sparsity=0.5, per=per))
+    path = tmp_path / "gaps.jsonl"
     honest = bound_layers([layer], method="box", output=path)
     if forged == "line":
         lines = [json.loads(line) for line in path.read_text().splitlines()]

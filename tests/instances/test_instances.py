@@ -51,7 +51,8 @@ def test_any_quadratic_objective_is_solved_in_its_own_units(seed, maximize, whol
     problem = RowProblem.from_quadratic(u, cardinality=count, maximize=maximize, constant=constant)
     best = (max if maximize else min)(values_of(u, count).values()) + constant
     solution = solve(problem, "branch", workers=0, proof=True)
-    found, scale = problem.value(float(solution.objective[0])), np.abs(u).sum() + 1
+    found = problem.value(float(solution.objective[0]))
+    scale = np.abs(u).sum() + 1
     assert found == pytest.approx(best, abs=1e-6 * scale)
     assert problem.integral or not whole
     bound = problem.value(float(solution.lower_bound[0]))
@@ -77,7 +78,8 @@ def test_a_quadratic_is_given_back_with_its_sense():
 def penalised(penalty):
     """Choose three of ten without a conflict: the penalties make f millions of times the value."""
     rng = np.random.default_rng(0)
-    u, pairs = np.diag(rng.random(10)), np.tril(rng.random((10, 10)) < 0.3, -1)
+    u = np.diag(rng.random(10))
+    pairs = np.tril(rng.random((10, 10)) < 0.3, -1)
     return RowProblem.from_quadratic(u + penalty * pairs, cardinality=3)
 
 
@@ -422,7 +424,8 @@ def test_groups_may_lie_anywhere_and_scaling_and_order_do_not_matter():
 def test_everything_that_solves_and_proves_rows_does_so_here(pattern):
     weight, gram = random_weight(20, 24, 3), random_gram(24, "low-rank", 4)
     problem = structure_problem(weight, gram, pattern, groups=torch.arange(24) // 2)
-    best, found = solve(problem, "exhaustive"), proven(problem)
+    best = solve(problem, "exhaustive")
+    found = proven(problem)
     assert found.status == (Status.OPTIMAL,)
     torch.testing.assert_close(found.objective, best.objective)
     swap = solve(problem, "swap", start="wanda")

@@ -143,7 +143,8 @@ def test_the_trace_says_what_was_done(name):
     solver, options = SEARCHES[name]
     problem = drawn(4, 40, "low-rank", seeds=(6, 1))
     solution = solve(problem, solver, start="wanda", **options)
-    trace, begun = solution.trace, solve(problem, "wanda").objective
+    trace = solution.trace
+    begun = solve(problem, "wanda").objective
     torch.testing.assert_close(trace.history[:, -1], solution.objective, rtol=1e-9, atol=0)
     assert bool((trace.history.diff(dim=1) <= 1e-12 * trace.history[:, :1]).all())
     assert int(trace.swaps.sum()) > 0

@@ -330,7 +330,8 @@ def test_a_prune_writes_the_same_bytes(options, dense_folder, tmp_path, monkeypa
 @pytest.mark.cuda
 def test_on_a_device():
     device = torch.device("cuda")
-    lanes, shape = lanes_to(device), torch.Size((1, 2048, 4096))
+    lanes = lanes_to(device)
+    shape = torch.Size((1, 2048, 4096))
     states = Activations(range(6), shape, torch.bfloat16, lanes=lanes)
     for sample in range(6):
         states[sample] = torch.full(shape, float(sample), dtype=torch.bfloat16, device=device)

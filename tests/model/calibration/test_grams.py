@@ -61,7 +61,8 @@ def home(tmp_path_factory):
 
 @given(st.integers(1, 30), st.integers(0, 3), st.integers(0, 10**6))
 def test_a_gram_matrix_comes_back_to_the_bit(n, sequences, seed):
-    generator, gram = torch.Generator().manual_seed(seed), Gram(n)
+    generator = torch.Generator().manual_seed(seed)
+    gram = Gram(n)
     for _ in range(sequences):
         gram.add(torch.randn(7, n, generator=generator))
     again = Gram.restored(gram.state())
@@ -471,7 +472,8 @@ def test_masks_are_those_of_the_windows_that_are_left_with_any_threads():
 
 def test_errors_and_energies_are_those_of_the_windows_that_they_are_on():
     data = tokens(10)
-    report, found = pruned(data, holdout=0.4, include=FIRST_BLOCK), problems(data[6:])
+    report = pruned(data, holdout=0.4, include=FIRST_BLOCK)
+    found = problems(data[6:])
     for layer in report.layers:
         problem, mask = found[layer.name], report.masks[layer.name]
         judged = [float(x.sum()) for x in (problem.objective(mask), problem.output_energy())]

@@ -197,12 +197,14 @@ class Tokenizer:
 
 
 LLAMA = Tokenizer(before=(1,), bos=1)
-CLOSING, QWEN = Tokenizer(after=(2,), bos=1), Tokenizer()
+CLOSING = Tokenizer(after=(2,), bos=1)
+QWEN = Tokenizer()
 GPT2 = Tokenizer(bos=2)  # its BOS is its EOS, and it puts none before a text
 OPT = Tokenizer(before=(2,), bos=2)  # its BOS is its EOS, and it puts that before a text
 BERT = Tokenizer(before=(1,), after=(2,))  # something before a text that it does not call BOS
 AROUND = Tokenizer(before=(2,), after=(2,), bos=2)
-TWO, OUTSIDE = Tokenizer(before=(3, 4), bos=3), Tokenizer(before=(500,), bos=500)
+TWO = Tokenizer(before=(3, 4), bos=3)
+OUTSIDE = Tokenizer(before=(500,), bos=500)
 
 
 def test_a_beginning_is_that_of_the_tokenizer():

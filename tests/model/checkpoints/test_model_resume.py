@@ -27,7 +27,8 @@ from maskopt.models.checkpoints.write import Unchanged
 from maskopt.models.verification.verify import verify_model
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
-JOURNAL, OPTIONS = f"{HIDDEN}/journal.jsonl", {"solver": "elimination", "start": "wanda"}
+JOURNAL = f"{HIDDEN}/journal.jsonl"
+OPTIONS = {"solver": "elimination", "start": "wanda"}
 prune, interrupted = (partial(f, **OPTIONS) for f in (prunes.prune, prunes.interrupted))
 ROUNDS = {"true_sequential": True, "token_weights": "gradient"}
 STOPPED = [
@@ -327,7 +328,8 @@ def test_killed_at_random_moments(dense, whole, tmp_path):
     slow_prune(dense, tmp_path / "timing", False)
     length, alive = time.perf_counter() - began, 0
     for trial in range(10):
-        out, fork = tmp_path / str(trial), multiprocessing.get_context("fork")
+        out = tmp_path / str(trial)
+        fork = multiprocessing.get_context("fork")
         child = fork.Process(target=slow_prune, args=(dense, out, False))
         child.start()
         time.sleep((trial + generator.random()) / 10 * length)

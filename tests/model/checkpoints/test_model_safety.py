@@ -319,9 +319,11 @@ TELLING = (b"-1", b"null", b"[]", b"{}", b"1e999", b'"../../x"', b"9999999999999
 
 
 def mutations(data: bytes, seed: int) -> bytes:
-    generator, value = random.Random(seed), bytearray(data)
+    generator = random.Random(seed)
+    value = bytearray(data)
     for _ in range(generator.randint(1, 4)):
-        place, kind = generator.randrange(len(value) + 1), generator.randrange(6)
+        place = generator.randrange(len(value) + 1)
+        kind = generator.randrange(6)
         if kind == 0 and place < len(value):
             value[place] ^= 1 << generator.randrange(8)
         elif kind == 1:

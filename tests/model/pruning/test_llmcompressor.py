@@ -16,7 +16,8 @@ from maskopt.core.gram import Gram
 from maskopt.errors import MaskoptError, OptionError, SolverError
 from maskopt.models.pruning.llmcompressor import SparseSwapsModifier
 
-WINDOWS, HEAD = tokens(6), {"ignore": ["re:.*lm_head"]}
+WINDOWS = tokens(6)
+HEAD = {"ignore": ["re:.*lm_head"]}
 QUERIES = "model.layers.0.self_attn.q_proj"
 
 

@@ -33,7 +33,8 @@ def test_every_family_streamed_and_in_memory(family, tmp_path):
     assert streamed == perplexity(model, data, threads=1)
     assert streamed == perplexity(dense, data, threads=3, activation_memory=0)
     assert cross_entropy(model, data) == pytest.approx(expected, rel=1e-6)  # runs as before
-    report, original = prune(dense, out, threads=2), copy.deepcopy(model.state_dict())
+    report = prune(dense, out, threads=2)
+    original = copy.deepcopy(model.state_dict())
     in_memory = prune(model, threads=1)
     pruned, written = model.state_dict(), reload(out).state_dict()
     assert pruned.keys() == written.keys()
@@ -116,7 +117,8 @@ def lost(model, name, weight, data):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "falcon"])
 def test_gram_matrices_are_those_of_the_pruned_prefix(family):
     half, pruned, data = tiny(family), tiny(family), tokens(3, 16)
-    report, blocks = prune_model(pruned, data, **WANDA), Blocks(half)
+    report = prune_model(pruned, data, **WANDA)
+    blocks = Blocks(half)
     last = blocks.prefix(2)  # which alone stays dense
     done = {k: v for k, v in pruned.state_dict().items() if not k.startswith(last)}
     half.load_state_dict({**half.state_dict(), **done})
@@ -129,7 +131,8 @@ def test_gram_matrices_are_those_of_the_pruned_prefix(family):
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_gram_matrices_inside_a_block(family):
     model, data = tiny(family, layers=1), tokens(4, 16)
-    inside, usual = copy.deepcopy(model), prune_model(copy.deepcopy(model), data, **WANDA)
+    inside = copy.deepcopy(model)
+    usual = prune_model(copy.deepcopy(model), data, **WANDA)
     careful = prune_model(inside, data, true_sequential=True, **WANDA)
     errors = {layer.name: layer.error for layer in careful.layers}
     first, output = (next(n for n in errors if n.endswith(end)) for end in ("q_proj", "o_proj"))

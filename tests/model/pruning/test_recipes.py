@@ -227,7 +227,8 @@ def test_it_is_verified_and_shown_as_one_folder(home, dense, tmp_path):
     assert losses["after"]["held"] < losses["before"]["held"]
     assert fingerprint["distillation"]["sha256"] != fingerprint["calibration"]["sha256"]
     assert not (whole / "maskopt-distill.json").exists()
-    words, text = flags({**QUICK, "recipe": "best"}), ["--calibration", folder / "text.txt"]
+    words = flags({**QUICK, "recipe": "best"})
+    text = ["--calibration", folder / "text.txt"]
     said = run("prune", dense, *text, *words, "--output", tmp_path / "out")
     assert contents(tmp_path / "out") == contents(whole)
     for shown in ("error/Wanda", "proven", f"{losses['after']['held']:.4f} (epoch"):

@@ -211,7 +211,8 @@ def test_the_command_the_record_and_the_card(pairs, tmp_path):
 def test_divergence_and_its_derivative_are_those_of_torch(positions):
     generator = torch.Generator().manual_seed(0)
     wanted, found = (5 * torch.randn(positions, 300, generator=generator) for _ in range(2))
-    exact, p = found.double().requires_grad_(), wanted.double().log_softmax(1)
+    exact = found.double().requires_grad_()
+    p = wanted.double().log_softmax(1)
     loss = functional.kl_div(exact.log_softmax(1), p, reduction="sum", log_target=True)
     (derivative,) = torch.autograd.grad(loss, exact)
     slope = torch.empty_like(found)

@@ -39,7 +39,8 @@ RUNS += [slow(x, {}) for x in (*LATE, {"granularity": "part", "loss": "cosine"})
 
 
 def trained(model, data=None, **more):
-    how, data = {**HOW, **more.pop("how", {})}, tokens(12) if data is None else data
+    how = {**HOW, **more.pop("how", {})}
+    data = tokens(12) if data is None else data
     return prune_model(model, data, **{**OPTIONS, "training": how, **more})
 
 

@@ -54,7 +54,8 @@ def test_no_bound_is_above_the_optimum(problem, sweeps, seed, cuts):
 def test_random_duals_and_points_are_valid(problem, seed, size):
     generator = torch.Generator().manual_seed(seed)
     rows, n = problem.weight.shape
-    groups, unit = n // problem.group_size, problem.diagonal_mass()[:, None] * 10**size / n
+    groups = n // problem.group_size
+    unit = problem.diagonal_mass()[:, None] * 10**size / n
 
     def noise(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -119,7 +120,8 @@ def test_the_default_sweeps_settle(kind, pattern):
 
 def heavy(problem, size):
     """An input that a good mask keeps, and its weight, so large; and that mask."""
-    best, weight = solve(problem, "swap"), problem.weight.clone()
+    best = solve(problem, "swap")
+    weight = problem.weight.clone()
     weight[0, int(best.mask[0].nonzero()[0])] = size
     return LayerProblem(weight, problem.gram, problem.pattern), best
 
@@ -246,7 +248,8 @@ def plain_sweep(state, row, rho, extra):
 
 def random_extra(n, rows, seed):
     """Dense [rows, n, n + 1] and the same as `Extra`."""
-    random, dense = np.random.default_rng(seed), np.zeros((rows, n, n + 1))
+    random = np.random.default_rng(seed)
+    dense = np.zeros((rows, n, n + 1))
     for row in range(rows):
         full = random.normal(size=(n + 1, n + 1))
         full *= random.random((n + 1, n + 1)) < 0.1 + 0.1 * row

@@ -25,7 +25,8 @@ from maskopt.solvers.exact.tree.quadratic import Plans, QuadraticTree
 from maskopt.solvers.exact.tree.quasi_newton import QuasiNewton
 from maskopt.solvers.exact.tree.relaxation import Goal, Plan, Relaxed, _below, _Dual, relax_node
 
-SPARSE, CLIMB = Unstructured(sparsity=0.6), Plan((20.0, 5.0, 1.0, 0.3, 0.1))
+SPARSE = Unstructured(sparsity=0.6)
+CLIMB = Plan((20.0, 5.0, 1.0, 0.3, 0.1))
 #: a root that proves hardly more than without triangles
 ROUGH = Plans(Plan((10.0,), (1,)), Plan((1.0,), (1,)))
 EMPTY = Pool.empty(PLACES)
@@ -146,7 +147,8 @@ def test_cuts_of_rows_do_not_depend_on_each_other_repeat_and_may_end_early():
 
 def some_pool(n, count=40, seed=0, inputs=(3, 5)):
     """Inequalities of any inputs and z_0, with multipliers."""
-    random, index = np.random.default_rng(seed), np.full((count, PLACES), ABSENT)
+    random = np.random.default_rng(seed)
+    index = np.full((count, PLACES), ABSENT)
     for line in index:
         size = random.choice(inputs)
         line[:size] = np.sort(random.choice(n + 1, size, replace=False))
@@ -188,7 +190,8 @@ def test_an_inequality_counts_in_p_as_a_certificate_has_it():
     assert float(matrix.norm()) <= size
     e, column = dense(pool, n)
     for p in np.random.default_rng(5).integers(0, 2, (30, n)):
-        z, value = 2 * p - 1, p @ matrix.numpy() @ p + linear.numpy() @ p + kappa
+        z = 2 * p - 1
+        value = p @ matrix.numpy() @ p + linear.numpy() @ p + kappa
         assert value == pytest.approx(worth(pool, z))
         known = worth(pool, z) - float(pool.tau @ pool.least)
         assert -2 * column @ z - z @ e @ z == pytest.approx(known)
@@ -203,7 +206,8 @@ def test_inequalities_of_fixed_inputs_become_those_of_z0(inputs):
     pool, random = some_pool(n, 120, inputs=inputs), np.random.default_rng(2)
     state = np.full(n, -1, dtype=np.int8)
     state[[1, 4, 5, 9]] = (1, 0, 1, 0)
-    below, free = _below(pool, state), np.flatnonzero(state < 0)
+    below = _below(pool, state)
+    free = np.flatnonzero(state < 0)
     assert 0 < len(below.tau) < len(pool.tau)
     check_cuts(cuts_of(below, len(free)), len(free), 0)
     padded = np.where(below.index == ABSENT, 99 + np.arange(PLACES), below.index)
@@ -228,7 +232,8 @@ def test_a_form_is_convex_and_tighter_than_without_triangles(pattern):
     same = (group[:, None] == group).astype(float)
     state = np.append(np.arange(4, dtype=np.int8) % 2, np.full(n - 4, -1, dtype=np.int8))
     free, mu, point = np.flatnonzero(state < 0), float(np.trace(q)) / n, np.full(n, 0.5)
-    best, found = float(solve(problem, "branch").objective), {}
+    best = float(solve(problem, "branch").objective)
+    found = {}
     for shares in (CLIMB.shares[:1], CLIMB.shares):
         part = free_part(q, mu, problem.pruned_per_group, same, state)
         plan, goal = Plan(shares, (40,)), Goal(0.0, best, best / 10)
@@ -264,7 +269,8 @@ def test_the_function_has_its_gradient_and_is_below_the_relaxation():
     # a singular form from above is as good a start as another
     n, alpha = 20, 0.01
     c = hollow(n + 1, np.random.default_rng(4))
-    least, values = np.linalg.eigvalsh(c[:n, :n])[0], []
+    least = np.linalg.eigvalsh(c[:n, :n])[0]
+    values = []
     for more in (1e-9, 1.0):  # the column of z_0 reaches what has no eigenvalue
         dual = _Dual(c, np.full(n, more - least), EMPTY)
         dual._homogenize(alpha)
@@ -417,7 +423,8 @@ def least(function, n, free):
 @pytest.mark.parametrize("free", [0, 0.5, 1])
 @pytest.mark.parametrize("rank", [None, 15])
 def test_the_least_value_is_reached(n, free, rank):
-    free, function = round(free * n), parabola(n, n, rank and min(rank, n))
+    free = round(free * n)
+    function = parabola(n, n, rank and min(rank, n))
     x, value = QuasiNewton(free, 25).descend(function, np.ones(n), 2000)
     assert (x[free:] >= 0).all()
     assert value == function(x)[0] == pytest.approx(least(function, n, free), rel=1e-4, abs=1e-6)

@@ -83,7 +83,8 @@ def test_a_node_is_bounded_and_fixed_validly(pattern, kind):
     legal = np.unique(~legal_masks(problem).numpy(), axis=0).astype(float)
     task = dataclasses.replace(task_of(problem), start=legal[0] > 0)
     q, group, pruned = task.q, task.group, task.pruned
-    costs, duals = np.einsum("si,ij,sj->s", legal, q, legal), qcr_duals(task)
+    costs = np.einsum("si,ij,sj->s", legal, q, legal)
+    duals = qcr_duals(task)
     searched, random = QuadraticTree(task, duals), np.random.default_rng(0)
     fixings = tight = cuts = 0
     nothing = Relaxed(duals.with_margin(task), start_vectors(n, 1), Pool.empty(PLACES))
@@ -107,7 +108,8 @@ def test_a_node_is_bounded_and_fixed_validly(pattern, kind):
             value, _, _ = searched.bound(after, form)
             assert value <= costs[below].min() + 1e-9 * abs(cost)
             tight += value > 0.8 * costs[below].min()
-            better, fixed = below & (costs < searched.cutoff), np.flatnonzero(after >= 0)
+            better = below & (costs < searched.cutoff)
+            fixed = np.flatnonzero(after >= 0)
             if value < searched.cutoff:
                 assert (legal[better][:, fixed] == after[fixed]).all()
             fixings += len(fixed) - len(chosen)
@@ -210,7 +212,8 @@ def test_copies_of_inputs_on_both_patterns():
 
 def test_a_tree_of_twins_does_not_serve_a_row_whose_inputs_are_none():
     graph = parts((5, 4, 3))
-    solution, other = proven(RowProblem.from_quadratic(graph, cardinality=6)), graph.copy()
+    solution = proven(RowProblem.from_quadratic(graph, cardinality=6))
+    other = graph.copy()
     other[4, 11] = other[11, 4] = 0  # the last of the first part has one neighbour less
     changed = RowProblem.from_quadratic(other, cardinality=6)
     best = float(solve(changed, "branch").objective[0])

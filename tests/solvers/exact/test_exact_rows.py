@@ -321,7 +321,8 @@ def test_ctrl_c_returns_the_incumbent(tmp_path):
 def test_a_worker_that_an_interrupt_ends_has_not_crashed(when, monkeypatch):
     """It comes while the process is started, or before that can hand back anything."""
     monkeypatch.setattr(workers, "_MAIN", "import sys; sys.stdin.buffer.read(8)")
-    crew, original = workers._Crew(abs, [7, 3], 512, math.inf), getattr(workers, when)
+    crew = workers._Crew(abs, [7, 3], 512, math.inf)
+    original = getattr(workers, when)
 
     def interrupted(*given):
         crew.stop.set()

@@ -107,7 +107,8 @@ def biased_problem(n, rows, seed, pattern):
 def literal_dsnot(problem, start, threshold, cycles):
     """The reference's rules, weight by weight: lists sorted once, of which each entry is taken once."""
     group, n = problem.group_size, problem.n
-    mask, c = start.clone(), problem.weight * problem.mean
+    mask = start.clone()
+    c = problem.weight * problem.mean
     wanda = problem.weight.abs() * problem.gram.diagonal().sqrt()
     for row in range(problem.rows):
         pruned = (~start[row]).nonzero()[:, 0].tolist()
@@ -186,7 +187,8 @@ def literal_sparsegpt(problem, damping):
     gram.diagonal()[~alive] = gram.diagonal()[alive].mean()
     hessian = gram + damping * gram.diagonal()[alive].mean() * torch.eye(problem.n)
     group, n = problem.group_size, problem.n
-    kept, w = torch.ones(problem.rows, n, dtype=torch.bool), problem.weight.double().clone()
+    kept = torch.ones(problem.rows, n, dtype=torch.bool)
+    w = problem.weight.double().clone()
     w[:, ~alive] = 0
     inverses = [torch.linalg.inv(hessian)]
     for j in range(n):

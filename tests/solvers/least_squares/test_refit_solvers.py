@@ -29,7 +29,8 @@ ROOT = REFITS[3]
 SOLVERS, STARTS, F32 = ("swap", "admm", "obs"), ("wanda", "random", "worst"), torch.float32
 BOTH = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 LINEAR = pytest.mark.parametrize(**refit_layers.LINEAR)
-EVERY, close = pytest.mark.parametrize("solver", SOLVERS), torch.testing.assert_close
+EVERY = pytest.mark.parametrize("solver", SOLVERS)
+close = torch.testing.assert_close
 
 
 def total(problem, solver, **options):
@@ -96,7 +97,8 @@ def test_threads_and_the_other_rows_change_nothing(solver, kind, pattern):
 def test_scales_and_orders_change_nothing(solver, seed, of_weight, of_gram, pattern, how, linear):
     """Powers of two: what is scaled to 1 is the same to the last bit."""
     problem = layer(pattern, rows=2, n=24, seed=seed, linear=linear, how=how)
-    plain, scaled = solve(problem, solver), changed(problem, 2.0**of_weight, 4.0**of_gram)
+    plain = solve(problem, solver)
+    scaled = changed(problem, 2.0**of_weight, 4.0**of_gram)
     assert torch.equal(solve(scaled, solver).mask, plain.mask)
     if solver == "admm":  # its iterations are in float32, in eigenvectors of another order
         return
@@ -195,7 +197,8 @@ def test_a_power_of_one_does_not_see_the_size_of_inputs(solver):
 # --- 1-swap search
 def assert_history(problem, start, solution):
     """From the objective of the start, never up, to that of the solution."""
-    history, off = solution.trace.history, 1e-6 * start + floor(problem)
+    history = solution.trace.history
+    off = 1e-6 * start + floor(problem)
     ends = torch.stack([start, solution.objective], 1)
     assert history.shape[0] == problem.rows
     assert bool(((history[:, [0, -1]] - ends).abs() <= off[:, None]).all())
@@ -205,7 +208,8 @@ def assert_history(problem, start, solution):
 @given(problems(), st.sampled_from(REFITS), st.sampled_from(STARTS))
 def test_every_row_ends_at_a_proven_one_swap_optimum(problem, how, start):
     problem = problem.with_update(how)
-    before, solution = solve(problem, start), swap_optimal(problem, start=start)
+    before = solve(problem, start)
+    solution = swap_optimal(problem, start=start)
     assert bool((solution.objective <= before.objective + floor(problem)).all())
     assert_history(problem, before.objective, solution)
     again = solve(problem, "swap", start=solution.mask)
@@ -229,7 +233,8 @@ def test_the_swaps_of_all_rounds_are_counted():
 
 def test_a_limit_on_the_way_keeps_what_was_reached(clock):
     problem = layer(n=64, rows=6)
-    start, began = solve(problem, "worst"), clock.now
+    start = solve(problem, "worst")
+    began = clock.now
     whole = solve(problem, "swap", start=start.mask, limits=Limits(seconds=1e9, threads=1))
     looks = clock.now - began
     assert looks > 12
@@ -247,7 +252,8 @@ def test_a_limit_on_the_way_keeps_what_was_reached(clock):
 def test_rows_of_more_inputs_than_candidates(kind, n, at, start):
     pattern = LARGE[at]
     problem = layer(pattern, rows=2, n=n, kind=kind, dtype=F32)
-    before, solution = solve(problem, start), swap_optimal(problem, start=start)
+    before = solve(problem, start)
+    solution = swap_optimal(problem, start=start)
     assert_history(problem, before.objective, solution)
     assert bool((solution.objective < before.objective).all())
     # candidates once are not enough where they are few of all

@@ -43,7 +43,8 @@ def tableau(row):
     a, kept, pruned = row.metric.damped, row.kept, row.pruned
     m = torch.linalg.inv(a[kept][:, kept])
     b = m @ a[kept][:, pruned]
-    c, v = a[pruned][:, pruned] - a[pruned][:, kept] @ b, m @ row.target[kept]
+    c = a[pruned][:, pruned] - a[pruned][:, kept] @ b
+    v = m @ row.target[kept]
     return m, b, c, v, row.target[pruned] - a[pruned][:, kept] @ v
 
 

@@ -15,7 +15,8 @@ from maskopt.solvers.convex.linear_bound import linear_bound
 from maskopt.solvers.rounding import relax as module
 from maskopt.solvers.rounding.frank_wolfe import FrankWolfe
 
-SINGLE, SIXTY = torch.float32, Unstructured(sparsity=0.6)
+SINGLE = torch.float32
+SIXTY = Unstructured(sparsity=0.6)
 PATTERNS = pytest.mark.parametrize("pattern", [SIXTY, TWO_FOUR])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
@@ -96,7 +97,8 @@ def test_hardening_rounds_better_and_swap_ends_better_than_from_wanda(pattern):
 @pytest.mark.parametrize("options", [{}, {"max_iterations": 0}])
 def test_no_bit_depends_on_threads_or_memory(options):
     # three tiles; n is large enough for bfloat16 products where the CPU has them
-    problem, answers = drawn(300, 272, "full", TWO_FOUR, dtype=SINGLE), []
+    problem = drawn(300, 272, "full", TWO_FOUR, dtype=SINGLE)
+    answers = []
     for threads, memory in ((1, None), (2, None), (3, 1)):
         with torch_threads(threads):
             answers.append(solve(problem, "relax", refine=False, memory_limit=memory, **options))

@@ -21,7 +21,8 @@ from maskopt.solvers.search.portfolio import merge
 from maskopt.solvers.search.tabu import SCRATCH, Tabu, search
 from maskopt.solvers.search.tabu_kernel import SMALL
 
-SINGLE, SIXTY = torch.float32, Unstructured(sparsity=0.6)
+SINGLE = torch.float32
+SIXTY = Unstructured(sparsity=0.6)
 PATTERNS = [SIXTY, TWO_FOUR, NM(keep=12, of=32)]
 ONE_AND_SLOW = [SIXTY, *map(slow, PATTERNS[1:])]
 OPTIONS = {"generations": 6, "children": 3, "pool": 4, "moves": 40}
@@ -162,7 +163,8 @@ def test_memetic_finds_better_masks_than_as_many_moves_of_tabu(pattern):
     problem = layer(4, 256 if isinstance(pattern, Unstructured) else 128, pattern)
     start = solve(problem, "relax").mask
     plan = Memetic(generations=20, children=4, pool=12, moves=500)
-    found, moves = verified(problem, plan, start=start), 500 * (12 + 20 * 4)
+    found = verified(problem, plan, start=start)
+    moves = 500 * (12 + 20 * 4)
     tabu = solve(problem, "tabu", start=start, moves=moves)
     assert float(found.objective.sum()) < 0.99 * float(tabu.objective.sum())
     trace = found.trace

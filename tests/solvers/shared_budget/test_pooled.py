@@ -105,7 +105,8 @@ def test_limits_are_felt_and_optima_within_them_proven(update):
 @pytest.mark.parametrize("start", ["relax", "wanda"])
 def test_a_start_within_limits_is_no_worse_than_equal_counts(start, update):
     """Where rows count for very different amounts, limits bind on most of them."""
-    omega, sums = torch.linspace(0, 6, 16, dtype=torch.float64).exp(), []
+    omega = torch.linspace(0, 6, 16, dtype=torch.float64).exp()
+    sums = []
     for most in (0.0, 0.05, 0.1, 0.2, None):
         problem = layer(rows=16, n=32, update=update, omega=omega, max_deviation=most)
         sums.append(total(problem, solve(problem, "swap", start=start)))
@@ -115,7 +116,8 @@ def test_a_start_within_limits_is_no_worse_than_equal_counts(start, update):
 
 
 def test_what_a_pattern_and_its_masks_and_shares_cannot_be():
-    problem, uneven = layer(rows=2, n=4), torch.tensor([[True] * 4, [False] * 4])
+    problem = layer(rows=2, n=4)
+    uneven = torch.tensor([[True] * 4, [False] * 4])
     assert problem.pattern.is_legal(uneven).tolist() == [True, True]
     assert torch.equal(problem.check_mask(uneven), uneven)
     message, fewer = r"prunes 3 of 8; the pattern .* asks for exactly 4", uneven.clone()

@@ -17,7 +17,8 @@ from maskopt.solvers.swap.numba_kernel import NumbaKernel
 NAMES = ("literal", "torch", "numba", "updated")
 UPDATES = {"updated": ONE_PERCENT, "undamped": LeastSquaresUpdate(0.0)}
 UPDATES["by the root"] = LeastSquaresUpdate(0.1, power=0.5)
-SINGLE, SIXTY = torch.float32, Unstructured(sparsity=0.6)
+SINGLE = torch.float32
+SIXTY = Unstructured(sparsity=0.6)
 
 
 def scaled(weight_scale, gram_scale, dtype=SINGLE, kind="outliers", pattern=HALF):
@@ -87,7 +88,8 @@ def test_every_row_of_any_layer_is_proven(layer, kernel):
 @pytest.mark.parametrize("pattern", [HALF, TWO_FOUR], ids=str)
 def test_stopped_by_max_swaps_goes_on_from_there(kernel, pattern):
     problem, how = posed(drawn(4, 32, pattern=pattern), kernel)
-    start, whole = solve(problem, "worst"), solve(problem, "swap", start="worst", **how)
+    start = solve(problem, "worst")
+    whole = solve(problem, "swap", start="worst", **how)
     off = floor(problem) if kernel == "updated" else 0.0
     least = start.objective + floor(problem)
     assert int(whole.trace.swaps.min()) > 2
@@ -112,7 +114,8 @@ def test_stopped_by_max_swaps_goes_on_from_there(kernel, pattern):
 
 def test_what_memory_held_before_changes_nothing_and_kernels_end_near_each_other():
     """Workspaces are not cleared: whatever a row reads of them it must have written."""
-    problem, masks = drawn(40, 64, "low-rank", SIXTY, (3, 4), SINGLE), []
+    problem = drawn(40, 64, "low-rank", SIXTY, (3, 4), SINGLE)
+    masks = []
     for dirt in (0.0, -1e38, float("nan")):
         for width in range(8, 200, 4):  # freed at once: workspaces are made of these
             arrays = [np.full((width, width), dirt, np.float32) for _ in range(4)]
@@ -127,7 +130,8 @@ def test_what_memory_held_before_changes_nothing_and_kernels_end_near_each_other
 
 def test_running_out_of_memory_halves_the_tile_and_goes_on(monkeypatch, caplog):
     problem = drawn(8, 24, pattern=NM(2, 4), seeds=(3, 4))
-    plain, whole = solve(problem, "swap"), Batch.of.__func__
+    plain = solve(problem, "swap")
+    whole = Batch.of.__func__
 
     def small_only(cls, layer, kept):
         if layer.rows > 4:

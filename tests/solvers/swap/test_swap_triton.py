@@ -36,7 +36,8 @@ SHAPES = [
 
 def linear_terms(x, diagonal, c, kept):
     """a and b in float64: +inf where a column is not kept (a) or not pruned (b)."""
-    square, linear = x.double().square() * diagonal.double(), 2.0 * x.double() * c.double()
+    square = x.double().square() * diagonal.double()
+    linear = 2.0 * x.double() * c.double()
     a, b = square + linear, square - linear
     return a.masked_fill_(~kept, math.inf), b.masked_fill_(kept, math.inf)
 
@@ -52,7 +53,8 @@ class Rows:
     def __init__(self, rows, n, kind, seed=0, keep=None, dtype=torch.float32, group=None):
         keep = round(0.4 * n) if keep is None else keep
         generator = torch.Generator().manual_seed(seed)
-        gram, x = random_gram(n, kind, seed, dtype), random_weight(rows, n, seed + 1)
+        gram = random_gram(n, kind, seed, dtype)
+        x = random_weight(rows, n, seed + 1)
         x = x / (x.square() @ gram.diagonal().double()).sqrt().clamp(min=1e-30)[:, None]
         size, most = (n, keep) if group is None else (group, group // 2)
         order = torch.rand(rows, n // size, size, generator=generator).argsort(2)
@@ -118,8 +120,10 @@ def best_swaps_one_by_one(rows, row, columns, limit, most, group):
     ],
 )  # fmt: skip
 def test_candidate_block_makes_the_best_swaps(n, kind, keep, group):
-    rows, width = Rows(3, n, kind, seed=n, keep=keep, dtype=torch.float64, group=group), 16
-    columns, chosen = torch.full((3, width), -1, dtype=torch.int32), []
+    rows = Rows(3, n, kind, seed=n, keep=keep, dtype=torch.float64, group=group)
+    width = 16
+    columns = torch.full((3, width), -1, dtype=torch.int32)
+    chosen = []
     for row in range(3):
         some = torch.randperm(n)[: min(n, width - row)].sort().values
         columns[row, : len(some)] = some.int()
