@@ -13,6 +13,7 @@ of waiting; loading what is kept is not.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import os
@@ -32,7 +33,7 @@ from maskopt.core.limits import clock
 _log = logging.getLogger("maskopt.compile")
 #: the message for the logger
 NOTICE = "compiling once …"
-#: the release of Numba whose insides `part` knows; with any other it compiles as Numba does by itself
+#: the release of Numba whose insides `_pipelines` knows; with any other it compiles as Numba does by itself
 _KNOWN = (0, 68)
 _ROOT = Path(__file__).parent
 _IMPORT = re.compile(r"^\s*from maskopt\.solvers\.([\w.]+) import", re.MULTILINE)
@@ -42,7 +43,7 @@ def loop(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """A loop that Python calls: numba.njit with those options, its machine code kept as described above."""
 
     def decorate(function: Callable[..., Any]) -> Any:
-        compiled: Any = numba.njit(**{"no_cfunc_wrapper": True, **options})(function)
+        compiled: Any = _njit("loop", options)(function)
         try:
             compiled._cache = _kept_by_source(function)
         except Exception as error:  # what Numba does inside is its own affair, and may change
@@ -56,27 +57,35 @@ def loop(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 def part(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """What only loops call, and is kept as part of them: without what Python would need to call it, and
-    optimised (so that SIMD comes of its loops) but not translated by itself. Together a third of the time.
+    optimised but not translated by itself. It is a function in the machine code too, never inlined.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
-        without = {"no_cfunc_wrapper": True, "no_cpython_wrapper": True}
-        if _part_compiler() is not None:
-            without["pipeline_class"] = _part_compiler()
-        compiled: Any = numba.njit(**{**without, **options})(function)
+        compiled: Any = _njit("part", {"no_cpython_wrapper": True, **options})(function)
         compiled.__class__ = _Part
         return compiled
 
     return decorate
 
 
+def _njit(kind: str, options: dict[str, Any]) -> Any:
+    return numba.njit(**{"no_cfunc_wrapper": True, **_pipelines().get(kind, {}), **options})
+
+
 class _Loop(CPUDispatcher):
-    """The clock of solvers stands still while a loop is compiled or loaded. A Ctrl-C while Numba makes
-    Python objects of results arrives as KeyboardInterrupt."""
+    """While a loop is compiled or loaded, the clock of solvers stands still, and garbage collection is off, which
+    takes a tenth of the time. A Ctrl-C while Numba makes Python objects of results arrives as
+    KeyboardInterrupt."""
 
     def compile(self, sig: Any) -> Any:
-        with clock.stopped():
-            return super().compile(sig)
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            with clock.stopped():
+                return super().compile(sig)
+        finally:
+            if collects:
+                gc.enable()
 
     def __call__(self, *arguments: Any) -> Any:
         try:
@@ -97,24 +106,56 @@ class _Part(CPUDispatcher):
 
 
 @cache
-def _part_compiler() -> Any:
-    """Compiles parts up to LLVM's optimised code; None where Numba has other insides than is known here."""
+def _pipelines() -> dict[str, Any]:
+    """Options under which a loop and a part are optimised once; none where Numba has other insides than is
+    known here."""
     if numba.version_info.short != _KNOWN:
-        return None
+        return {}
     try:
         from numba.core.codegen import JITCodeLibrary
-        from numba.core.compiler import Compiler
+        from numba.core.compiler import Compiler, Flags
 
         finalize = JITCodeLibrary._finalize_dynamic_globals, JITCodeLibrary._ensure_finalized
     except (ImportError, AttributeError) as error:
-        _log.debug("parts are translated by themselves (%s)", error)
-        return None
+        _log.debug("loops are compiled by Numba's own pipeline (%s)", error)
+        return {}
+
+    class QuickFlags(Flags):
+        """Compared by what was set; typing looks every operation up under them."""
+
+        __slots__ = ()
+
+        def __hash__(self) -> int:
+            return hash(frozenset(self._values))
+
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, QuickFlags) and self._values == other._values
+
+    class Library(JITCodeLibrary):
+        """One run of LLVM's passes, and only over what is new: parts are linked in behind it."""
+
+        def add_linking_library(self, library: Any) -> None:
+            if not isinstance(library, PartLibrary):
+                super().add_linking_library(library)
+                return
+            library._ensure_finalized()
+            self._reload_init.update(library._reload_init)
+            self.__dict__.setdefault("_parts", {})[library] = None
+
+        def _optimize_functions(self, ll_module: Any) -> None:
+            ll_module.data_layout = self._codegen._data_layout
+
+        def _optimize_final_module(self) -> None:
+            passes, builder = self._codegen._module_pass_manager()
+            passes.run(self._final_module, builder)
+            for library in self.__dict__.get("_parts", {}):
+                self._final_module.link_in(library._get_module_for_linking(), preserve=True)
 
     class NoEngine:
         def set_env(self, name: str, environment: Any) -> None:
             pass
 
-    class Library(JITCodeLibrary):
+    class PartLibrary(Library):
         codegen = NoEngine()
 
         def _finalize_final_module(self) -> None:
@@ -125,13 +166,21 @@ def _part_compiler() -> Any:
             finalize[1](self)
             return 0
 
-    class PartCompiler(Compiler):
-        def define_pipelines(self) -> Any:
-            state = self.state
-            state.library = Library(state.targetctx.codegen(), state.func_id.func_qualname)
-            return super().define_pipelines()
+    def pipeline(kind: Any) -> Any:
+        class Pipeline(Compiler):
+            def __init__(self, *arguments: Any) -> None:
+                super().__init__(*arguments)
+                self.state.flags = QuickFlags(self.state.flags)
 
-    return PartCompiler
+            def define_pipelines(self) -> Any:
+                state = self.state
+                state.library = kind(state.targetctx.codegen(), state.func_id.func_qualname)
+                state.library.enable_object_caching()
+                return super().define_pipelines()
+
+        return {"pipeline_class": Pipeline}
+
+    return {"loop": pipeline(Library), "part": pipeline(PartLibrary)}
 
 
 def _keep_by_numba(compiled: Any) -> None:

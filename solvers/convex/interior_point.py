@@ -64,10 +64,11 @@ def minimise(
     """
     label = np.repeat(np.arange(len(left)), size)
     p = (left / size)[label]
-    gradient = np.empty(len(c))
-    value, here, slope = _evaluate(a, c, offset, left, size, p, gradient)
+    gradient, work = np.empty(len(c)), np.empty((2, len(c)))
+    value, here, slope = _evaluate(a, c, offset, left, size, p, gradient, work)
     low = np.full(len(c), slope + _LEAST_MULTIPLIER)
     high, nu = low.copy(), np.zeros(len(left))
+    steps = np.empty((len(c), len(c))), np.empty((2, len(left))), np.empty((5, len(c)))
     bound, value_there = -np.inf, np.inf
     point, gradient_there = p.copy(), gradient.copy()
     for _ in range(_ITERATIONS):
@@ -76,23 +77,24 @@ def minimise(
             point, gradient_there = p.copy(), gradient.copy()
         if _settled(bound, value, cutoff, tolerance, enough):
             break
-        if not _step(a, gradient, label, left, size, p, low, high, nu):
+        if not _step(a, gradient, label, left, size, p, low, high, nu, *steps):
             break
-        value, here, _ = _evaluate(a, c, offset, left, size, p, gradient)
+        value, here, _ = _evaluate(a, c, offset, left, size, p, gradient, work)
     return bound, value_there, point, gradient_there
 
 
-@loop(nogil=True, error_model="numpy")
-def _evaluate(a, c, offset, left, size, p, gradient):
+@loop(nogil=True, _nrt=False, error_model="numpy")
+def _evaluate(a, c, offset, left, size, p, gradient, work):
     """Value and Frank–Wolfe bound at p, and the mean size of the gradient, which is left in `gradient`."""
-    product = np.empty(len(p))
+    product, parts = work[0], work[1]
     _multiply(a, p, product)
     value, slope = offset, 0.0
     for x in range(len(p)):
         value += p[x] * (product[x] + c[x])
         gradient[x] = 2 * product[x] + c[x]
         slope += abs(gradient[x]) / len(p)
-    return value, value + _least(gradient, left, size) - _dot(gradient, p), slope
+        parts[x] = gradient[x]
+    return value, value + _least(parts, left, size) - _dot(gradient, p), slope
 
 
 def _settled(bound: float, value: float, cutoff: float, tolerance: float, enough: float) -> bool:
@@ -102,7 +104,7 @@ def _settled(bound: float, value: float, cutoff: float, tolerance: float, enough
     return cutoff < np.inf and value < cutoff and gap <= enough * (cutoff - value)
 
 
-@part(nogil=True, error_model="numpy", fastmath=True)
+@part(_nrt=False, error_model="numpy", fastmath=True)
 def _dot(x, y):
     total = 0.0
     for i in range(len(x)):
@@ -110,7 +112,7 @@ def _dot(x, y):
     return total
 
 
-@part(nogil=True, error_model="numpy", fastmath=True)
+@part(_nrt=False, error_model="numpy", fastmath=True)
 def _multiply(a, x, product):
     """product = A·x; without the threads of a BLAS, which cost a small matrix more than they gain."""
     for i in range(len(x)):
@@ -120,13 +122,13 @@ def _multiply(a, x, product):
         product[i] = total
 
 
-@part(nogil=True, error_model="numpy")
-def _least(gradient, left, size):
-    """min gradientᵀv over the polytope: of every group the `left` least entries."""
-    sorted_out = gradient.copy()
+@part(_nrt=False, error_model="numpy")
+def _least(parts, left, size):
+    """min gradientᵀv over the polytope: of every group the `left` least entries. `parts`, a copy of the
+    gradient, is reordered."""
     total, first = 0.0, 0
     for g in range(len(left)):
-        part = sorted_out[first : first + size[g]]
+        part = parts[first : first + size[g]]
         least_first(part, left[g])
         for x in range(left[g]):
             total += part[x]
@@ -134,7 +136,7 @@ def _least(gradient, left, size):
     return total
 
 
-@loop(nogil=True, error_model="numpy")
+@loop(nogil=True, _nrt=False, error_model="numpy")
 def least_first(values, count):
     """Reorder so that none of the first `count` is above any other (Hoare's selection)."""
     low, high = 0, len(values) - 1
@@ -159,11 +161,11 @@ def least_first(values, count):
 
 
 @loop(nogil=True, error_model="numpy")
-def _step(a, gradient, label, left, size, p, low, high, nu):
+def _step(a, gradient, label, left, size, p, low, high, nu, h, groups, work):
     """Predictor and corrector; p, the multipliers low, high of p ≥ 0, p ≤ 1 and ν move. False: broken."""
     m, count = len(p), len(left)
     mu = 0.0
-    miss, h = np.empty(count), np.empty((m, m))
+    miss, dnu = groups[0], groups[1]
     for g in range(count):
         miss[g] = left[g]
     for x in range(m):
@@ -179,9 +181,9 @@ def _step(a, gradient, label, left, size, p, low, high, nu):
     sound, schur = _cholesky(np.dot(w, w.T))
     if not sound:
         return False
-    work = np.zeros((5, m))
     cross_low, cross_high, dp, dlow, dhigh = work[0], work[1], work[2], work[3], work[4]
-    dnu = np.empty(count)
+    for x in range(m):
+        cross_low[x] = cross_high[x] = 0.0
     primal, dual, target = 1.0, 1.0, 0.0
     for phase in range(2):
         for x in range(m):
@@ -225,7 +227,7 @@ def _step(a, gradient, label, left, size, p, low, high, nu):
     return True
 
 
-@part(nogil=True, error_model="numpy")
+@part(error_model="numpy")
 def _cholesky(h):
     """Whether H is definite, and its factor L."""
     try:
@@ -234,7 +236,7 @@ def _cholesky(h):
         return False, h
 
 
-@part(nogil=True, error_model="numpy", fastmath=True)
+@part(error_model="numpy", fastmath=True)
 def _groups_through(lower, size):
     """W = (L⁻¹E)ᵀ [groups, m]. Row g is zero before its group, so that only what follows is worked on."""
     m, count = len(lower), len(size)
@@ -250,8 +252,8 @@ def _groups_through(lower, size):
             first += size[begun]
             begun += 1
         if low > 0:
-            solved = np.ascontiguousarray(w[:begun, :low])
-            beside = np.ascontiguousarray(lower[low:high, :low])
+            solved = w[:begun, :low].copy()
+            beside = lower[low:high, :low].copy()
             product = np.dot(solved, beside.T)
             for g in range(begun):
                 for x in range(low, high):
@@ -265,7 +267,7 @@ def _groups_through(lower, size):
     return w
 
 
-@part(nogil=True, error_model="numpy", fastmath=True)
+@part(_nrt=False, error_model="numpy", fastmath=True)
 def _down(lower, x):
     """x ← L⁻¹x in place."""
     for i in range(len(x)):
@@ -275,7 +277,7 @@ def _down(lower, x):
         x[i] = total / lower[i, i]
 
 
-@part(nogil=True, error_model="numpy", fastmath=True)
+@part(_nrt=False, error_model="numpy", fastmath=True)
 def _up(lower, x):
     """x ← L⁻ᵀx in place, along the rows of L too."""
     for i in range(len(x) - 1, -1, -1):
@@ -285,7 +287,7 @@ def _up(lower, x):
             x[j] -= lower[i, j] * value
 
 
-@part(nogil=True, error_model="numpy", fastmath=True)
+@part(_nrt=False, error_model="numpy", fastmath=True)
 def _add_combination(w, factor, x):
     """x += Wᵀ·factor."""
     for g in range(len(factor)):

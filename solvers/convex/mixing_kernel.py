@@ -161,7 +161,7 @@ WIDTH = 4
 _wide, _narrow = _scattered(WIDTH), _scattered(1)
 
 
-@part(nogil=True)
+@part(_nrt=False)
 def _add_entries(value, index, v, g, first, last):
     """g += Σ_t value[t]·v[index[t]] for first ≤ t < last; index of int32."""
     k = v.shape[1]
@@ -177,15 +177,14 @@ def _add_entries(value, index, v, g, first, last):
         lane += LANES
 
 
-@part(nogil=True)
-def _aligned(rows, columns, like):
+def _aligned(rows, columns, dtype):
     """Zeros [rows, columns] at a multiple of 64 bytes: vectors that straddle cache lines are slow."""
-    raw = np.zeros(rows * columns + 64, like.dtype)
-    shift = ((-raw.ctypes.data) % 64) // like.itemsize
+    raw = np.zeros(rows * columns + 64, dtype)
+    shift = ((-raw.ctypes.data) % 64) // raw.itemsize
     return raw[shift : shift + rows * columns].reshape(rows, columns)
 
 
-@part(nogil=True)
+@part(_nrt=False)
 def _outside(gram, u, out, low, high):
     """out[h, :] = Σ over j outside low … high of G[low + h, j]·u[j, :]."""
     n, k = u.shape
@@ -206,7 +205,7 @@ def _outside(gram, u, out, low, high):
                 _single(like, rest + below, n, vectors_after, k, sums, n - high)
 
 
-@loop(nogil=True)
+@loop(nogil=True, _nrt=False)
 def couplings(gram, w, out, pieces):
     """out = w_i(Gw)_i, for the rows of `pieces`; a BLAS would sum as it suits all rows together."""
     n = w.shape[1]
@@ -218,8 +217,7 @@ def couplings(gram, w, out, pieces):
             out[row, i] = w[row, i] * total
 
 
-@loop(nogil=True, fastmath={"nnan", "ninf", "nsz", "contract", "reassoc"})
-def sweep(gram, w, linear, v, y, rho, group, pruned, sweeps, starts, index, value, pieces):
+def sweep(gram, w, linear, v, *others):
     """`sweeps` passes over the rows of `pieces`; v [rows, n, k] and y [rows, n] are changed in place.
 
     Args:
@@ -228,11 +226,18 @@ def sweep(gram, w, linear, v, y, rho, group, pruned, sweeps, starts, index, valu
             have no rows.
         pieces: int64, which rows.
     """
+    n, k = v.shape[1:]
+    work = _aligned(n, k, v.dtype), _aligned(HEIGHT, k, v.dtype), np.empty((n, k), v.dtype)
+    _sweep(gram, w, linear, v, *others[:-1], *work, others[-1])
+
+
+@loop(nogil=True, _nrt=False, fastmath={"nnan", "ninf", "nsz", "contract", "reassoc"})
+def _sweep(
+    gram, w, linear, v, y, rho, group, pruned, sweeps, starts, index, value, u, out, total, pieces
+):  # fmt: skip
     n, k = v.shape[1], v.shape[2]
     for row in pieces:
-        u = _aligned(n, k, v)
-        out = _aligned(HEIGHT, k, v)
-        total = np.zeros((n // group, k), v.dtype)
+        total[:] = 0
         quarter = v.dtype.type(0.25)
         penalty = quarter * rho
         offset = rho * (group - 2 * pruned) * quarter

@@ -21,7 +21,6 @@ from maskopt.cli.console import show_compiling
 from maskopt.core import limits
 from maskopt.protocol.solver import Capabilities, Solver
 from maskopt.solvers import compiled
-from maskopt.solvers.exact.tree.node import _gather
 from maskopt.solvers.swap.numba_common import sort
 
 LOOP = """
@@ -130,14 +129,14 @@ def test_the_key_goes_by_the_source_and_what_it_imports(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_inside_a_loop_is_no_system_error_and_parts_are_not_called(monkeypatch):
-    """Numba looks up a tuple's type in Python; what is raised there passes two layers of C."""
+    """Numba looks up an array's type in Python; what is raised there passes two layers of C."""
 
     class Interrupted(dict):
         def __getitem__(self, key):
             raise KeyboardInterrupt
 
-    matrix, row, state = np.eye(4), np.ones(4), np.full(4, -1, dtype=np.int8)
-    assert len(_gather(matrix, row, row, 0.0, state, np.arange(4))) == 3
+    doubled, row = compiled.loop()(twice), np.ones(4)
+    assert (doubled(row) == 2.0).all()
     monkeypatch.setattr("numba.core.serialize._unpickled_memo", Interrupted())
-    fails(KeyboardInterrupt, None, _gather, matrix, row, row, 0.0, state, np.arange(4))
+    fails(KeyboardInterrupt, None, doubled, row)
     fails(TypeError, "part of compiled loops", sort, np.zeros(3), 0, 3)

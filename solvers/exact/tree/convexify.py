@@ -150,9 +150,9 @@ def multipliers(
         first = ((b.sum(1) + part.linear) * (scale / 4)).astype(np.float32)
     np.fill_diagonal(c, 0)
     v = vectors[free]
-    y = np.empty(len(free), np.float32)
+    y, g = np.empty(len(free), np.float32), np.empty(v.shape[1], np.float32)
     for done in range(0, sweeps, _CHUNK):
-        _mix(c, first, v, y, min(_CHUNK, sweeps - done))
+        _mix(c, first, v, y, g, min(_CHUNK, sweeps - done))
         if clock() >= deadline:
             break
     whole = np.zeros(len(part.state))
@@ -168,11 +168,10 @@ def multipliers(
     return whole, moved
 
 
-@loop(nogil=True, fastmath=True)
-def _mix(c, first, v, y, sweeps):  # type: ignore[no-untyped-def]
+@loop(nogil=True, _nrt=False, fastmath=True)
+def _mix(c, first, v, y, g, sweeps):  # type: ignore[no-untyped-def]
     """v_i ← −g_i/‖g_i‖, g_i = Σ_j c_ij v_j + first_i e_0; y_i = ‖g_i‖."""
     n, k = v.shape
-    g = np.zeros(k, v.dtype)
     whole = n // 8 * 8
     for _ in range(sweeps):
         for i in range(n):

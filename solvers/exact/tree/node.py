@@ -36,7 +36,9 @@ def bound_node(
         return np.inf, np.zeros(len(c))
     point = (state == 1).astype(float)
     index = np.flatnonzero(state < 0)
-    offset, q, linear = _gather(base, lam, c, constant, state, index)
+    product, linear = np.zeros(len(c)), np.empty(len(index))
+    q = np.empty((len(index), len(index)))
+    offset = _gather(base, lam, c, constant, state, index, product, q, linear)
     if len(index) == 0:
         return offset, point
     left, size = _choices(state, group, pruned)
@@ -45,7 +47,7 @@ def bound_node(
     )
     point[index] = free_point
     if bound < cutoff and np.isfinite(value):
-        _fix(state, index, gradient, left, size, bound, cutoff)
+        _fix(state, index, gradient, gradient.copy(), left, size, bound, cutoff)
     return bound, point
 
 
@@ -111,11 +113,10 @@ def _choices(state: np.ndarray, group: int, pruned: int) -> tuple[np.ndarray, np
     return pruned - ones[free > 0], free[free > 0]
 
 
-@loop(nogil=True)
-def _gather(base, lam, c, constant, state, index):  # type: ignore[no-untyped-def]
-    """The program in the free inputs alone: its offset, quadratic and linear part."""
+@loop(nogil=True, _nrt=False)
+def _gather(base, lam, c, constant, state, index, product, q, linear):  # type: ignore[no-untyped-def]
+    """The program in the free inputs alone: its offset, returned, and `q` and `linear`; `product` is 0."""
     n, m = len(c), len(index)
-    product = np.zeros(n)
     for i in range(n):
         if state[i] == 1:
             line = base[i]
@@ -126,23 +127,23 @@ def _gather(base, lam, c, constant, state, index):  # type: ignore[no-untyped-de
     for i in range(n):
         if state[i] == 1:
             offset += product[i] + c[i]
-    q, linear = np.empty((m, m)), np.empty(m)
     for x in range(m):
         line = base[index[x]]
         for y in range(m):
             q[x, y] = line[index[y]]
         q[x, x] += lam[index[x]]
         linear[x] = 2 * product[index[x]] + c[index[x]]
-    return offset, q, linear
+    return offset
 
 
-@loop(nogil=True)
-def _fix(state, index, gradient, left, size, bound, cutoff):  # type: ignore[no-untyped-def]
-    """Reduced costs: the same linear form with one input on its other side reaches the cutoff."""
+@loop(nogil=True, _nrt=False)
+def _fix(state, index, gradient, parts, left, size, bound, cutoff):  # type: ignore[no-untyped-def]
+    """Reduced costs: the same linear form with one input on its other side reaches the cutoff. `parts`, a
+    copy of the gradient, is reordered."""
     first = 0
     for g in range(len(left)):
         last = first + size[g]
-        part = gradient[first:last].copy()
+        part = parts[first:last]
         least_first(part, left[g])
         inside, outside = part[0], part[left[g]]
         for x in range(left[g]):
