@@ -73,9 +73,9 @@ def _njit(kind: str, options: dict[str, Any]) -> Any:
 
 
 class _Loop(CPUDispatcher):
-    """While a loop is compiled or loaded, the clock of solvers stands still, and garbage collection is off, which
-    takes a tenth of the time. A Ctrl-C while Numba makes Python objects of results arrives as
-    KeyboardInterrupt."""
+    """While a loop is compiled or loaded, the clock of solvers stands still, and there is no garbage
+    collection, which takes a tenth of the time. A Ctrl-C while Numba makes Python objects of results arrives
+    as KeyboardInterrupt."""
 
     def compile(self, sig: Any) -> Any:
         collects = gc.isenabled()
