@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """`time.monotonic`, which every limit reads, is one that looks alone advance, compilation or not."""
     monkeypatch.setattr(time, "monotonic", found := Clock())
     monkeypatch.setattr(limits.clock, "_compiled", (0.0, None))
-    for name in ("stop", "go"):
-        monkeypatch.setattr(limits.clock, name, lambda: None)
+    monkeypatch.setattr(limits.clock, "stopped", nullcontext)
     return found
 
 

@@ -72,7 +72,8 @@ class LayerProblem(Objective, Counts):
             and positive semidefinite up to rounding.
         pattern: `Unstructured` or `NM`.
         name: of the layer, in messages and reports.
-        mean, variance: [n], of the inputs over tokens, and within sequences on average (for `dsnot`).
+        mean: [n], of the inputs over tokens (for `dsnot`).
+        variance: [n], of the inputs within sequences, on average (for `dsnot`).
         linear: correlation [rows, n] and constant [rows] of the dense error, brought to float64.
         update: the objective is F, of updated weights; None: f, of unchanged ones.
         omega: [rows], above 0, the weight of a row in the sum of a shared budget; None: 1.

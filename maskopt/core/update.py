@@ -41,7 +41,8 @@ def update_weights(
 
     Args:
         mask: legal, True = kept.
-        damping, power: as in `LeastSquaresUpdate`; None: those of the problem, or the defaults.
+        damping: as in `LeastSquaresUpdate`; None: that of the problem, or the default.
+        power: likewise.
         limits: memory and threads.
 
     Raises:
