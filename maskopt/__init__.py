@@ -15,10 +15,6 @@ if TYPE_CHECKING:
     from maskopt.core.linear_term import LinearTerm as LinearTerm
     from maskopt.core.pattern import NM as NM, Unstructured as Unstructured
     from maskopt.core.problem import LayerProblem as LayerProblem, RowProblem as RowProblem
-    from maskopt.core.update import (
-        UpdatedWeights as UpdatedWeights,
-        update_weights as update_weights,
-    )
     from maskopt.errors import MaskoptError as MaskoptError
     from maskopt.experiments.prove import minimize_quadratic as minimize_quadratic
     from maskopt.instances.formats import load_problem as load_problem, save_problem as save_problem
@@ -46,6 +42,10 @@ if TYPE_CHECKING:
         make_solver as make_solver,
         solve as solve,
     )
+    from maskopt.protocol.update import (
+        UpdatedWeights as UpdatedWeights,
+        update_weights as update_weights,
+    )
 
 #: modules that are imported on first use, since torch and transformers take seconds to import
 _MODULES = {
@@ -58,7 +58,7 @@ _MODULES = {
     "maskopt.core.linear_term": ("LinearTerm",),
     "maskopt.core.pattern": ("NM", "Unstructured"),
     "maskopt.core.problem": ("LayerProblem", "RowProblem"),
-    "maskopt.core.update": ("UpdatedWeights", "update_weights"),
+    "maskopt.protocol.update": ("UpdatedWeights", "update_weights"),
     "maskopt.instances.structure": ("structure_problem",),
     "maskopt.errors": ("MaskoptError",),
     "maskopt.experiments.prove": ("minimize_quadratic",),

@@ -20,7 +20,6 @@ import numpy as np
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from maskopt.core.counts import Counts
 from maskopt.core.files import pack, read_arrays, write_arrays
 from maskopt.core.inputs import (
     PSD_TOLERANCE,
@@ -43,6 +42,7 @@ from maskopt.core.least_squares import LeastSquares, LeastSquaresUpdate
 from maskopt.core.linear_term import LinearTerm
 from maskopt.core.objective import Objective
 from maskopt.core.pattern import (
+    Counts,
     Pattern,
     Unstructured,
     parse_sparsity,
@@ -77,8 +77,7 @@ class LayerProblem(Objective, Counts):
         linear: correlation [rows, n] and constant [rows] of the dense error, brought to float64.
         update: the objective is F, of updated weights; None: f, of unchanged ones.
         omega: [rows], above 0, the weight of a row in the sum of a shared budget; None: 1.
-        integral: f of every mask is a whole number: a bound holds up to the next value of f. Weights, Gᵢᵢ and
-            2Gᵢⱼ must be whole, without a linear part.
+        integral: weights, Gᵢᵢ and 2Gᵢⱼ are whole, so that a bound holds up to the next whole value of f.
         units: the units of a quadratic objective (`RowProblem.from_quadratic`).
         assume_psd: skip the check of definiteness (n³/3 operations), for a G accumulated as XᵀX.
 

@@ -22,7 +22,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from maskopt.core.gram import Gram
-from maskopt.core.knapsack import choose_levels
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.pattern import Unstructured
 from maskopt.core.problem import LayerProblem
@@ -34,6 +33,7 @@ from maskopt.models.blockwise.job import Block, Job
 from maskopt.models.calibration.token_weights import GRADIENT, UNIFORM
 from maskopt.models.checkpoints.report import grouped
 from maskopt.models.options.prune import KL, NONE, VARIANT_WINDOWS, VARIANTS, PruneOptions
+from maskopt.models.pruning.knapsack import choose_levels
 from maskopt.models.pruning.problems import layer_problem
 from maskopt.protocol.solver import solve
 

@@ -17,13 +17,13 @@ from maskopt import NM, LayerProblem, LeastSquaresUpdate, RowProblem, Unstructur
 from maskopt.certificates.certificate import Certificate
 from maskopt.core.least_squares import LeastSquares
 from maskopt.core.limits import Limits
-from maskopt.core.update import update_weights
 from maskopt.errors import OptionError, ProblemError, SolverError, VerificationError
 from maskopt.experiments.compare import compare
 from maskopt.instances.formats import load_problem
 from maskopt.protocol.bounds import available_bounds, lower_bound
 from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.solver import available_solvers, make_start, solve
+from maskopt.protocol.update import update_weights
 
 ROOT, ALL, F32, F64 = REFITS[3], Unstructured(keep=16), torch.float32, torch.float64
 CASES = [*itertools.product(KINDS, PATTERNS), ("full", Unstructured(keep=0)), ("full", ALL)]

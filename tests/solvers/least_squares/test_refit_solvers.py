@@ -16,13 +16,13 @@ from maskopt import NM, LayerProblem, LeastSquaresUpdate, Unstructured, prune_mo
 from maskopt.checks.swap_check import improving_swap
 from maskopt.core.limits import Limits, Progress
 from maskopt.core.linear_term import LinearTerm
-from maskopt.core.update import update_weights
 from maskopt.errors import MaskoptError, OptionError, VerificationError
 from maskopt.models.checkpoints.report import read_manifest
 from maskopt.models.checkpoints.workspace import MANIFEST
 from maskopt.models.verification.verify import verify_model
 from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.solver import make_solver
+from maskopt.protocol.update import update_weights
 from maskopt.solvers.least_squares.search import CANDIDATES, OF_GROUPS
 
 ROOT = REFITS[3]
