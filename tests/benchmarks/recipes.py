@@ -143,10 +143,6 @@ def section(book: Book) -> str:
         "Ratio of perplexity to the dense model, 95% interval": lambda one: (
             "{:.3f} ({:.3f} to {:.3f})".format(*one["ratio"])
         ),
-        "KL divergence from the dense model, nats": lambda one: f"{one['kl']:.3f}",
-        "Sum of the layers' errors, ratio to that of Wanda's masks": lambda one: (
-            f"{one['wanda']:.3f}"
-        ),
         "CPU minutes; peak memory, GiB": lambda one: (
             f"{one['minutes']:.1f}; {one['peak'] / 2**30:.2f}"
         ),
@@ -163,10 +159,11 @@ def section(book: Book) -> str:
         tables.append(f"{title}:\n\n{table(head, rows)}")
     machines = sorted({one["machine"] for one in book.lines.values() if "machine" in one})
     corpus = f" of {about['corpus']}" if about.get("corpus") else ""
+    more = "".join(f" {word}" for word in about["more"])
     return (
         "## Recipes\n\n"
-        "One command per cell, `maskopt prune MODEL --recipe R --sparsity S --calibration TEXT "
-        "--output OUT`, by\n`python tests/benchmarks/recipes.py`: calibration on "
+        "One command per cell, `maskopt prune MODEL --recipe R --sparsity S --calibration TEXT --output "
+        f"OUT{more}`,\nby `python tests/benchmarks/recipes.py`; –: not measured. Calibration on "
         f"`{about['calibration']}`, perplexity on {about['windows']} windows of 512 tokens of\n"
         f"`{about['text']}`{corpus}. {'; '.join(machines)}, {book.dates or about['date']}. All figures:\n"
         "[recipes.csv](tables/recipes.csv).\n\n" + "\n".join(tables)
