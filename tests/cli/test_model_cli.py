@@ -25,7 +25,14 @@ from maskopt import prune_model
 from maskopt.cli import all_commands, console
 from maskopt.cli.console import insist_on_interrupts
 from maskopt.demo.model import MODELS, cache_directory, demo_model
-from maskopt.errors import DataError, MaskoptError, ModelError, OptionError, PatternError
+from maskopt.errors import (
+    DataError,
+    MaskoptError,
+    ModelError,
+    OptionError,
+    PatternError,
+    VerificationError,
+)
 from maskopt.models.checkpoints.journal import Journal
 from maskopt.models.checkpoints.workspace import HIDDEN, JOURNAL, MANIFEST
 from maskopt.models.pruning import plan as planning
@@ -127,6 +134,8 @@ def test_what_goes_wrong(dense, data, tmp_path):
         assert said in run(*base, *words.split(), fails=error)
     none = ["eval", dense, "--text", data, "--windows", 0]
     assert "--windows must be a whole" in run(*none, fails=MaskoptError)
+    unpruned = ["verify", dense, "--original", dense, "--calibration", data]
+    assert "no manifest" in run(*unpruned, fails=VerificationError)
     short.write_text("short")
     result = ended("prune", dense, *WANDA, "--calibration", short, "--output", out)
     (line,) = [line for line in result.stderr.split("\n") if "error:" in line]

@@ -138,7 +138,7 @@ def updated_vectors(manifest: Manifest, tensors: Mapping[str, Any]) -> tuple[str
     number_of = {layer["block"]: _split(layer["name"])[1] for layer in manifest.layers}
     better = {number_of[one["block"]] for one in manifest.record["trained"] if one["epoch"]}
     split = map(_split, tensors)
-    return tuple({f"{before}{number}." for before, number, _ in split if number in better})
+    return tuple({f"{before}{number}." for before, number in split if number in better})
 
 
 def check_masks(manifest: Manifest, slices: Sequence[Slice]) -> tuple[int, float]:
@@ -214,13 +214,13 @@ def called_like(layer: str, tensors: Mapping[str, Any]) -> str | None:
     return next((f"{x}.weight" for x in ends if numbers(x) and f"{x}.weight" in tensors), None)
 
 
-def _split(name: str) -> tuple[str, str, str]:
-    """Before, at, and after the first number of a name; all of it is before where there is none."""
+def _split(name: str) -> tuple[str, str]:
+    """Before and at the first number of a name; all of it is before where there is none."""
     words = name.split(".")
     for place, word in enumerate(words):
         if word.isdecimal():
-            return ".".join([*words[:place], ""]), word, ".".join(words[place + 1 :])
-    return name, "", ""
+            return ".".join([*words[:place], ""]), word
+    return name, ""
 
 
 def _grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
