@@ -22,9 +22,8 @@ _WIDE, _LEFT_OUT = 110, ("patterns", "device", "start", "also")
 def demo(
     model: str = option("gemma3", "Language model.", choices=("gemma3", "smollm2")),
     sparsity: float | str = option(0.5, "As for `maskopt prune`: 0.5, 50% or 2:4."),
-    samples: int = option(12, "Number of calibration windows.", least=1),
-    windows: int = option(8, "Number of evaluation windows.", least=1),
-    seed: int = option(0, "Random seed of the calibration windows and the small rows.", least=0),
+    samples: int = option(8, "Number of calibration windows.", least=1),
+    windows: int = option(4, "Number of evaluation windows.", least=1),
     output: Path = option(
         Path("maskopt-demo"), "Folder for the report and the pruned model.", OUTPUT
     ),
@@ -41,7 +40,6 @@ def demo(
             sparsity=sparsity,
             samples=samples,
             windows=windows,
-            seed=seed,
             overwrite=overwrite,
             on_stage=shown.show,
         )

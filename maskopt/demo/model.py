@@ -21,7 +21,7 @@ from maskopt.errors import ModelError, near
 from maskopt.models.architecture.transformers_adapter import (
     forget_quantisation,
     quietly,
-    without_gguf_bar,
+    reading_gguf,
 )
 
 
@@ -134,7 +134,7 @@ def find_demo_model(name: str) -> DemoModel:
 
 
 def _convert(gguf_folder: Path, output: Path) -> None:
-    with quietly(), without_gguf_bar():
+    with quietly(), reading_gguf():
         source = {"gguf_file": "model.gguf", "local_files_only": True}
         model = AutoModelForCausalLM.from_pretrained(gguf_folder, dtype=torch.float32, **source)
         tokenizer = AutoTokenizer.from_pretrained(gguf_folder, **source)

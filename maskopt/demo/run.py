@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from maskopt.core.problem import LayerProblem
 from maskopt.demo.model import demo_model, find_demo_model
 from maskopt.demo.text import demo_text
 from maskopt.experiments.compare import Record, compare, sample_rows
-from maskopt.models.architecture.blocks import short
+from maskopt.models.architecture.blocks import Layer, short
+from maskopt.models.architecture.source import load_tokenizer
+from maskopt.models.architecture.transformers_adapter import quietly
 from maskopt.models.blockwise.progress import BlockProgress
 from maskopt.models.checkpoints.report import PruneReport, proven_share, ratio_to_wanda
 from maskopt.models.checkpoints.workspace import check_output
@@ -30,10 +35,9 @@ TOY_LAYERS = (
     "model.layers.2.self_attn.o_proj",
     "model.layers.4.mlp.down_proj",
 )
+#: inputs of such a row
+TOY_COLUMNS = 48
 TOY_SOLVERS = ("magnitude", "wanda", "ria", "swap", "scip")
-
-#: solver, start and folder of each prune
-_PRUNES = (("wanda", None, "wanda"), ("swap", "wanda", "model"))
 
 #: called with (what is going on, done, total)
 OnStage = Callable[[str, int, int], None]
@@ -55,12 +59,9 @@ def run_demo(
     *,
     model: str = "gemma3",
     sparsity: float | str = 0.5,
-    samples: int = 12,
+    samples: int = 8,
+    windows: int = 4,
     seq_len: int = 512,
-    windows: int = 8,
-    columns: int = 48,
-    time_limit: float = 30.0,
-    seed: int = 0,
     overwrite: bool = False,
     on_stage: OnStage = lambda stage, done, total: None,
 ) -> DemoResult:
@@ -70,48 +71,48 @@ def run_demo(
         output: gets `model/` (the 1-swap model, its masks and manifest) and `report.html`.
         model: one of `maskopt.demo.model.MODELS`.
         sparsity: of every row.
-        samples: windows for calibration, of seq_len tokens.
-        windows: for evaluation, of seq_len tokens.
-        columns: inputs of a toy row.
-        time_limit: seconds that SCIP has for it.
+        samples, windows: numbers of windows for calibration and for evaluation, of seq_len tokens.
 
     Raises:
         ModelError: output holds something (unless `overwrite`, and the demo wrote it); the demo's packages
             are missing.
     """
     began = time.perf_counter()
-    places, report = [place for _, _, place in _PRUNES], output / "report.html"
-    ours = places if not (output / places[-1]).exists() else [*places, report.name]
-    check_output(output, overwrite=overwrite, own=ours)
-    for place in places:
-        check_output(output / place, overwrite=overwrite)
+    place, report = output / "model", output / "report.html"
+    check_output(
+        output, overwrite=overwrite, own=[place.name, report.name] if place.exists() else []
+    )
+    check_output(place, overwrite=overwrite)
     about = find_demo_model(model)
     on_stage(f"{about.title}: converted once, then read", 0, 1)
     folder = demo_model(model)
-    text, common = demo_text(), {"seq_len": seq_len, "seed": seed}
-    calibration: dict[str, Any] = {"calibration": text.calibration, **common}
-    toy = _toy_rows(folder, sparsity, min(samples, 8), columns, time_limit, calibration, on_stage)
+    tokenizer = load_tokenizer(folder)
+    text = demo_text()
+    how: dict[str, Any] = {"sparsity": sparsity, "samples": samples, "seq_len": seq_len}
+    how["calibration"] = text.calibration
+    progress = _shown(on_stage, "toy rows")
+    layers = layer_problems(folder, tokenizer, include=TOY_LAYERS, on_progress=progress, **how)
+    toy = _toy_rows(list(layers), on_stage)
 
-    def judged(name: str, place: Path) -> float:
+    def judged(name: str, what: Path | nn.Module) -> float:
         progress = partial(on_stage, f"perplexity: {name}")
         size = {"windows": windows, "seq_len": seq_len}
-        return perplexity(place, text=text.evaluation, on_progress=progress, **size).value
+        return perplexity(what, tokenizer, text=text.evaluation, on_progress=progress, **size).value
 
-    values = {"dense": judged("dense", folder)}
-    prunes: dict[str, PruneReport] = {}
-    how: dict[str, Any] = {"sparsity": sparsity, "samples": samples, "overwrite": overwrite}
-    for solver, start, place in _PRUNES:
-        how["on_progress"] = _shown(on_stage, f"pruning with {solver}")
-        prunes[solver] = prune_model(
-            folder, solver=solver, start=start, output=output / place, **how, **calibration
-        )
-        values[solver] = judged(solver, output / place)
-        if solver == "wanda":
-            shutil.rmtree(output / place)
-    tables = [toy, error_table(prunes["swap"])]
-    pruned: list[Named] = [("Wanda → 1-swap", prunes["swap"])]
-    keys = DENSE, WANDA, output / "model"
-    known: dict[Any, float] = dict(zip(keys, values.values(), strict=True))
+    def pruned_with(solver: str, what: Path | nn.Module, **more: Any) -> PruneReport:
+        progress = _shown(on_stage, f"pruning with {solver}")
+        return prune_model(what, tokenizer, solver=solver, on_progress=progress, **how, **more)
+
+    known: dict[Any, float] = {DENSE: judged("dense", folder)}
+    with quietly():
+        in_memory = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    pruned_with("wanda", in_memory)
+    known[WANDA] = judged("wanda", in_memory)
+    del in_memory
+    swapped = pruned_with("swap", folder, start="wanda", output=place, overwrite=overwrite)
+    known[place] = judged("swap", place)
+    tables = [toy, error_table(swapped)]
+    pruned: list[Named] = [("Wanda → 1-swap", swapped)]
     parts = [
         *report_parts(pruned, perplexity=known, tables=tables),
         "Calibrated on Python's help topics, and evaluated on others of them, perplexity on "
@@ -121,29 +122,18 @@ def run_demo(
     ]
     write_page(report, f"maskopt demo: {about.title}", parts)
     tables.append(comparison(pruned, known))
-    return DemoResult(tables, report, output / "model", folder, time.perf_counter() - began)
+    return DemoResult(tables, report, place, folder, time.perf_counter() - began)
 
 
-def _toy_rows(
-    folder: Path,
-    sparsity: float | str,
-    samples: int,
-    columns: int,
-    time_limit: float,
-    calibration: Mapping[str, Any],
-    on_stage: OnStage,
-) -> Table:
+def _toy_rows(layers: Sequence[tuple[Layer, LayerProblem]], on_stage: OnStage) -> Table:
     """Rows of real layers, restricted to few inputs, through solvers of which one proves the optimum."""
-    how = {"include": TOY_LAYERS, "sparsity": sparsity, "samples": samples, **calibration}
-    layers = list(layer_problems(folder, on_progress=_shown(on_stage, "toy rows"), **how))
-    seed = calibration["seed"]
-    rows = sample_rows((problem for _, problem in layers), 1, columns=columns, seed=seed)
+    rows = sample_rows((problem for _, problem in layers), 1, columns=TOY_COLUMNS)
     labels = {
         row.name: f"{layer.block} {short(layer.kind)}{row.name.removeprefix(layer.name)}"
         for (layer, _), row in zip(layers, rows, strict=True)
     }
     progress = partial(on_stage, "toy rows: solving")
-    records = compare(rows, TOY_SOLVERS, time_limit=time_limit, seed=seed, on_progress=progress)
+    records = compare(rows, TOY_SOLVERS, time_limit=30, on_progress=progress)
     return toy_table(records, labels)
 
 

@@ -266,7 +266,8 @@ def test_the_demo_from_end_to_end_on_a_tiny_model(tmp_path, monkeypatch):
     monkeypatch.setattr("maskopt.demo.run.demo_model", lambda name: model)
     names = ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj")
     monkeypatch.setattr("maskopt.demo.run.TOY_LAYERS", names)
-    stages, size = [], {"samples": 2, "seq_len": 32, "windows": 2, "columns": 8, "sparsity": "50%"}
+    monkeypatch.setattr("maskopt.demo.run.TOY_COLUMNS", 8)
+    stages, size = [], {"samples": 2, "seq_len": 32, "windows": 2, "sparsity": "50%"}
     result = run_demo(tmp_path / "out", **size, on_stage=lambda *stage: stages.append(stage[0]))
     toy, errors, values = result.tables
     assert [row[0].split("[")[0] for row in toy.rows if row[0]] == ["0 q_proj", "2 down_proj"]

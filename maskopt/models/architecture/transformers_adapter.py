@@ -9,7 +9,9 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -180,16 +182,19 @@ def quietly() -> Iterator[None]:
 
 
 @contextmanager
-def without_gguf_bar() -> Iterator[None]:
-    """Reading a GGUF file shows a progress bar of its own, which no switch of transformers turns off."""
-    from transformers import modeling_gguf_pytorch_utils as gguf
+def reading_gguf() -> Iterator[None]:
+    """Inside it a GGUF file is parsed once, not for configuration, weights and tokenizer each; from a plain
+    array, since slices of a memory map are slow; and without a progress bar that no switch turns off."""
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils as reading
 
-    shown: Any = gguf.tqdm
-    gguf.tqdm = lambda items, **_: items  # type: ignore[assignment, misc, unused-ignore]
-    try:
+    class Reader(gguf.GGUFReader):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value.view(np.ndarray) if name == "data" else value)
+
+    once = patch.object(gguf, "GGUFReader", functools.cache(Reader))
+    with once, patch.object(reading, "tqdm", lambda items, **_: items):
         yield
-    finally:
-        gguf.tqdm = shown
 
 
 def forget_quantisation(model: Any) -> None:

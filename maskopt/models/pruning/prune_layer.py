@@ -231,7 +231,7 @@ def _columns(
         # the bound includes the penalty of the damping, which is not part of the error
         bound = torch.zeros_like(bound)
     known = {
-        "error_wanda": kept.objective(wanda.mask),
+        "error_wanda": wanda.objective,
         "error": error,
         "lower_bound": bound,
         "energy": fitted.output_energy(),
