@@ -39,6 +39,13 @@ TOY_LAYERS = (
 TOY_COLUMNS = 48
 TOY_SOLVERS = ("magnitude", "wanda", "ria", "swap", "scip")
 
+#: the last words of the page
+_ABOUT = (
+    "Calibrated on Python's help topics, and evaluated on others of them, perplexity on {windows} windows "
+    "of {seq_len} tokens. Zeros are stored like any other number: the file is not smaller, and dense "
+    "kernels are not faster. {terms}"
+)
+
 #: called with (what is going on, done, total)
 OnStage = Callable[[str, int, int], None]
 
@@ -103,9 +110,9 @@ def run_demo(
         progress = _shown(on_stage, f"pruning with {solver}")
         return prune_model(what, tokenizer, solver=solver, on_progress=progress, **how, **more)
 
-    known: dict[Any, float] = {DENSE: judged("dense", folder)}
     with quietly():
         in_memory = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    known: dict[Any, float] = {DENSE: judged("dense", in_memory)}
     pruned_with("wanda", in_memory)
     known[WANDA] = judged("wanda", in_memory)
     del in_memory
@@ -115,10 +122,7 @@ def run_demo(
     pruned: list[Named] = [("Wanda → 1-swap", swapped)]
     parts = [
         *report_parts(pruned, perplexity=known, tables=tables),
-        "Calibrated on Python's help topics, and evaluated on others of them, perplexity on "
-        f"{windows} windows of {seq_len} tokens.",
-        "Zeros are stored like any other number: the file is not smaller, and dense kernels are "
-        f"not faster. {about.terms}",
+        _ABOUT.format(windows=windows, seq_len=seq_len, terms=about.terms),
     ]
     write_page(report, f"maskopt demo: {about.title}", parts)
     tables.append(comparison(pruned, known))
