@@ -36,9 +36,7 @@ if TYPE_CHECKING:
     from maskopt.solvers.rounding.frank_wolfe import FrankWolfe as FrankWolfe
     from maskopt.solvers.rounding.relax import Relax as Relax
     from maskopt.solvers.rounding.sdp_round import SdpRound as SdpRound
-    from maskopt.solvers.search.kswap import KSwap as KSwap
     from maskopt.solvers.search.memetic import Memetic as Memetic
-    from maskopt.solvers.search.portfolio import Portfolio as Portfolio
     from maskopt.solvers.search.tabu import Tabu as Tabu
     from maskopt.solvers.swap import Swap as Swap
 

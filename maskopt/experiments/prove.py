@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import OptionError
 from maskopt.experiments.jobs import as_they_finish, job_key, workers
 from maskopt.experiments.store import Store
-from maskopt.protocol.solution import Solution, Status
+from maskopt.protocol.solution import Solution, Status, optimal_slack
 from maskopt.protocol.solver import Solver, limits_of, make_solver, solve
 
 #: the solver that keeps its trees
@@ -77,10 +77,31 @@ def search(
         if layer.n <= SMALL:
             solver, start = BRANCH, "swap" if start is None else start
         elif layer.rows == 1 and layer.update is None:
-            solver, own = "portfolio", {"members": ("sdp", "tabu"), **own}
+            solver = "tabu"
         if solver is not None and limits.seconds is None:
             limits = replace(limits, seconds=SECONDS)
+        if solver == "tabu":
+            return _bounded(layer, start, limits, own)
     return solve(problem, solver or "swap", start=start, limits=limits, **own)
+
+
+def _bounded(
+    layer: LayerProblem, start: Any, limits: Limits, options: Mapping[str, Any]
+) -> Solution:
+    """By `tabu` from the rounded point of the semidefinite relaxation, with the bound of the relaxation."""
+    limits = limits.begin()
+    relaxed = solve(layer, "sdp", start=start, limits=limits.share(0.5))
+    found = solve(layer, "tabu", start=relaxed.mask, limits=limits, **options)
+    bound, proof = relaxed.lower_bound, relaxed.certificate
+    both = Solution.of(layer, found.mask, lower_bound=bound, certificate=proof)
+    closed = both.objective - both.lower_bound <= optimal_slack(layer, both.mask, both.objective)
+    return replace(
+        found,
+        lower_bound=both.lower_bound,
+        certificate=proof,
+        status=(Status.OPTIMAL,) if bool(closed) else found.status,
+        seconds=relaxed.seconds + found.seconds,
+    )
 
 
 def prove(

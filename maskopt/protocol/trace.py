@@ -26,17 +26,14 @@ class Trace:
         scans: exact scans over all pairs, the proof included.
         pairs: whose Δ the scans had to form.
         transfers: inputs that rows of a shared budget passed to each other.
-        moves: beyond 1-swap search (kswap: compounds of two; memetic with updated weights: swaps of the
-            children).
-        rounds: of candidates (swap), of moves, generations or members (searches), of eliminated panels (obs).
+        moves: beyond 1-swap search (memetic with updated weights: swaps of the children).
+        rounds: of candidates (swap), of moves or generations (searches), of eliminated panels (obs).
         history: float64 [rows, rounds], the best objective after each round, or (swap) the objective at the
             start and after each round of search and scan; of a shared budget after each round between rows.
             tabu, memetic: in float32 accuracy unless weights are updated; memetic begins with the start and
             the first pool.
         start_objective: float64, of the mask that the search began with.
-        winner: the member of a portfolio whose mask the row has, or `start`.
-        stopped: whether the time limit stopped the row: `yes` or `no`; of a portfolio also `interrupted`, in
-            a member that Ctrl-C ended.
+        stopped: whether the time limit stopped the row: `yes` or `no`.
         iterations: steps or sweeps of a relaxation or of ADMM; −1 where unknown.
         relaxed_objective: float64, f of the relaxed point; relaxed_gap: of the bound to it, relative; NaN:
             none.
@@ -67,7 +64,6 @@ class Trace:
     rounds: Any = None
     history: Any = None
     start_objective: Any = None
-    winner: Any = None
     stopped: Any = None
     iterations: Any = None
     relaxed_objective: Any = None
@@ -92,8 +88,7 @@ class Trace:
     @property
     def interrupted(self) -> bool:
         """Whether Ctrl-C ended a row's search: its answer is the best that was known by then."""
-        words = {*(self.stopped or ()), *(self.ended or ())}
-        return not words.isdisjoint(("interrupted", "userinterrupt"))
+        return not {"interrupted", "userinterrupt"}.isdisjoint(self.ended or ())
 
     def columns(self, rows: int) -> dict[str, list[Any]]:
         """The fields that hold one value a row, as lists of Python numbers and words."""

@@ -1,1 +1,1 @@
-"""Local search beyond one swap: tabu, kswap, portfolio."""
+"""Local search beyond one swap: tabu and memetic."""

@@ -43,8 +43,6 @@ HEURISTIC: dict[str, dict[str, Any]] = {
     "relax": {},
     "sdp": {"sweeps": 300},
     "tabu": {"moves": 300},
-    "kswap": {},
-    "portfolio": {},
 }
 #: all rows in this process, since starting others takes longer than the rows
 EXACT: dict[str, dict[str, Any]] = {
@@ -57,7 +55,7 @@ EXACT: dict[str, dict[str, Any]] = {
 #: inputs that an exact solver gets of a given layer, and rows of it
 COLUMNS, ROWS = 24, 2
 #: rows of a given layer for solvers that take seconds a row
-SLOW = {"sdp": 2, "portfolio": 8, "frank_wolfe": 16, "elimination": 16}
+SLOW = {"sdp": 2, "frank_wolfe": 16, "elimination": 16}
 
 
 def random_layers() -> Iterator[tuple[str, LayerProblem]]:

@@ -81,13 +81,8 @@ TRAINED: dict[str, dict[str, Any]] = {
         for after in AFTER
         if after != "least squares"
     },
-    # `swap` itself would choose for updated weights
-    "1-swap, least squares": {
-        "solver": "portfolio",
-        "solver_options": {"members": ("swap",)},
-        "start": "relax",
-        "update": "least-squares",
-    },
+    # `swap` itself would choose for updated weights; `relax` ends with it
+    "1-swap, least squares": {"solver": "relax", "update": "least-squares"},
     "1-swap for updates, least squares": {"solver": "swap", "update": "least-squares"},
     "1-swap for updates, trained": {
         "solver": "swap",

@@ -23,7 +23,6 @@ METHODS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "Frank–Wolfe (2000)": ("frank_wolfe", "wanda", {}),
     **{f"1-swap, T = {t}": ("swap", "wanda", {"max_swaps": t}) for t in STEPS},
     "1-swap, T = ∞": ("swap", "wanda", {}),
-    "k-swap": ("kswap", "swap", {}),
     "tabu 1000, from 1-swap": ("tabu", "swap", {}),
     "hardened start, 1-swap": ("swap", "relax", {}),
     "relax": ("relax", None, {}),
@@ -31,7 +30,6 @@ METHODS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "tabu 1000, from relax": ("tabu", "relax", {}),
     "tabu 10000, from relax": ("tabu", "relax", {"moves": 10000}),
     "memetic, from relax": ("memetic", "relax", {}),
-    "portfolio": ("portfolio", None, {}),
     "sdp, rounded": ("sdp", None, {}),
 }
 #: what runs on the whole model

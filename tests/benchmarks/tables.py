@@ -266,7 +266,7 @@ def correlations(lines: Lines) -> Iterator[Row]:
 def masks(lines: Lines) -> Iterator[Row]:
     """Error of a method's masks; of the layers on which every method has run."""
     split = {tuple(k.split("/")): v for k, v in family(lines, "masks/").items()}
-    split = {k: v for k, v in split.items() if (*k[:2], "portfolio") in split}
+    split = {k: v for k, v in split.items() if (*k[:2], "relax") in split}
     for sparsity in dict.fromkeys(k[0] for k in split):
         for method in dict.fromkeys(k[2] for k in split):
             found = []

@@ -37,7 +37,7 @@ EXACT = ("branch", "exhaustive", "gurobi", "highs", "scip")
 #: but that of updated weights
 BOUNDS = [n for n, i in available_bounds().items() if i.unavailable is None and n != "perspective"]
 PATTERNS = (Unstructured(keep=4), TWO_FOUR)
-SAME = ("swap", "relax", "tabu", "memetic", "kswap", "frank_wolfe", "elimination", "sdp")
+SAME = ("swap", "relax", "tabu", "memetic", "frank_wolfe", "elimination", "sdp")
 LAYER = drawn(2, 8)
 
 
@@ -523,7 +523,7 @@ def test_what_is_unknown_is_null_in_a_file(tmp_path):
     [
         ({"seconds": 10**400}, {}), ({"seconds": "long"}, {}), ({"seconds": []}, {}),
         ({"status": None}, {}), ({"status": ["feasible", "perfect"]}, {}), ({"trusted": 3}, {}),
-        ({"trace.winner": []}, {}), ({"trace.nodes": 3}, {}), ({"trace.nodes": {}}, {}),
+        ({"trace.stopped": []}, {}), ({"trace.nodes": 3}, {}), ({"trace.nodes": {}}, {}),
         *(({}, {what: kind}) for kind in (">f8", "U1")
           for what in ("mask", "objective", "lower_bound", "certificate.point")),
     ],

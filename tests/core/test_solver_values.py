@@ -375,12 +375,12 @@ def test_in_little_time_there_are_few_steps(name, seconds, clock, monkeypatch):
 
 
 def test_the_time_of_a_start_is_taken_from_that_of_the_search_in_a_model_too(clock):
-    """`kswap` from `swap`, whose first round uses all of the time, makes no round of its own."""
-    solution = solve(biased(n=40), "kswap", start="swap", limits=Limits(seconds=1))
-    assert (int(solution.trace.rounds.sum()), set(solution.trace.stopped)) == (0, {"yes"})
+    """`tabu` from `swap`, whose first round uses all of the time, makes no move of its own."""
+    solution = solve(biased(n=40), "tabu", start="swap", limits=Limits(seconds=1))
+    assert (int(solution.trace.moves.sum()), set(solution.trace.stopped)) == (0, {"yes"})
     # of a layer's time the start takes its part, and no more than all
     limited = {"solver_options": {"time_limit": 1}}
-    solved = solve_layer(biased(n=40), PruneOptions(HALF, "kswap", "swap", **limited))
+    solved = solve_layer(biased(n=40), PruneOptions(HALF, "tabu", "swap", **limited))
     assert Status.SWAP_OPTIMAL not in solved.start.status + solved.solution.status
 
 

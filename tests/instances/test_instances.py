@@ -84,7 +84,7 @@ def penalised(penalty):
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1e3, 1e6, 1e9])
-@pytest.mark.parametrize("name", ["exhaustive", "branch", "scip", "highs", "portfolio"])
+@pytest.mark.parametrize("name", ["exhaustive", "branch", "scip", "highs"])
 def test_what_is_called_optimal_is_so_in_the_units_of_the_problem(name, penalty):
     problem, known = penalised(penalty), penalised(1e3)
     best = known.value(float(solve(known, "exhaustive").objective[0]))
@@ -133,7 +133,7 @@ def test_the_farthest_elements_are_found_bounded_from_above_written_and_read(rec
     distance = RECIPES[recipe](12, np.random.default_rng([1, 12]))
     assert ((distance == distance.T) & (np.diagonal(distance) == 0)).all()
     best = max(values_of(distance / 2, 4).values())
-    for name in ("branch", "scip", "tabu", "portfolio"):
+    for name in ("branch", "scip", "tabu"):
         solution = verified(problem, name)
         assert problem.value(float(solution.objective[0])) == pytest.approx(best), name
     assert solve(problem, "branch").status == (Status.OPTIMAL,)

@@ -14,6 +14,8 @@ from maskopt import LayerProblem, LeastSquaresUpdate, RowProblem, Solution, Unst
 
 from maskopt import load_problem, minimize_quadratic, solve, verify  # isort: skip
 from maskopt.errors import OptionError, ProblemError, VerificationError
+from maskopt.experiments.prove import search
+from maskopt.protocol.solution import Status
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(80, 14))
@@ -119,8 +121,13 @@ def test_a_solution_speaks_in_the_units_of_the_matrix(maximize):
     problem = RowProblem.from_quadratic(Q, cardinality=4, maximize=maximize, constant=2.0)
     assert verify(problem, found, require="checked").checked
     large = RNG.normal(size=(200, 130))
-    found = minimize_quadratic(large.T @ large, cardinality=60, time_limit=60)
+    found = minimize_quadratic(large.T @ large, cardinality=60, time_limit=60, moves=50)
     assert 0 < found.bound <= found.value  # of a larger row, too
+    row = RowProblem.from_quadratic(large.T @ large, cardinality=60)
+    assert verify(row, found, require="checked").checked
+    assert found.value <= solve(row, "sdp").value
+    with_zeros = RowProblem.from_quadratic(np.diag([0.0] * 70 + [1.0] * 60), cardinality=60)
+    assert search(with_zeros).status == (Status.OPTIMAL,)  # where bound and mask meet
 
 
 def test_a_layer_of_inputs_is_pruned_by_its_solution():

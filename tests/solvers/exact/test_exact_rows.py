@@ -372,13 +372,6 @@ def test_what_goes_on_from_a_search_ends_with_it(monkeypatch):
         with monkeypatch.context() as patched:
             interrupt(patched, quadratic, "bound_node", 9)
             fails(KeyboardInterrupt, None, goes_on)
-    interrupt(monkeypatch, quadratic, "bound_node", 9)
-    found = solve(HARD, "portfolio", members=("branch", "swap", "tabu"))
-    trace = found.trace
-    known = trace.interrupted, trace.stopped, trace.rounds.tolist()
-    assert known == (True, ("interrupted",), [1])
-    assert bool((found.lower_bound > 0).all())
-    assert not solve(HARD, "portfolio", members=("swap",)).trace.interrupted
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Tabu, memetic and 2-exchange search and the portfolio, beyond the contract of every search."""
+"""Tabu and memetic search, beyond the contract of every search."""
 
 import itertools
 from dataclasses import replace
@@ -7,17 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from pooled_layers import layer as pooled_layer, shared_budget, slack, total
-from strategies import HALF, ONE_PERCENT, TWO_FOUR, drawn, problems, slow, swap_optimal, verified
+from strategies import HALF, ONE_PERCENT, TWO_FOUR, drawn, slow, swap_optimal, verified
 
-from maskopt import NM, LayerProblem, LeastSquaresUpdate, Limits, Unstructured, lower_bound, solve
-from maskopt.certificates.certificate import Certificate
-from maskopt.checks.verification import verify
+from maskopt import NM, LayerProblem, LeastSquaresUpdate, Limits, Unstructured, solve
 from maskopt.core.least_squares import LEAST_DAMPING
-from maskopt.errors import MaskoptError
-from maskopt.protocol.solution import Solution, Status
-from maskopt.solvers.search import memetic as module, portfolio
+from maskopt.solvers.search import memetic as module
 from maskopt.solvers.search.memetic import Memetic
-from maskopt.solvers.search.portfolio import merge
 from maskopt.solvers.search.tabu import SCRATCH, Tabu, search
 from maskopt.solvers.search.tabu_kernel import SMALL
 
@@ -27,35 +22,6 @@ PATTERNS = [SIXTY, TWO_FOUR, NM(keep=12, of=32)]
 ONE_AND_SLOW = [SIXTY, *map(slow, PATTERNS[1:])]
 OPTIONS = {"generations": 6, "children": 3, "pool": 4, "moves": 40}
 REFITS_SLOW = pytest.mark.parametrize("update", [None, slow(ONE_PERCENT)])
-
-
-@pytest.mark.slow
-@settings(max_examples=settings.default.max_examples // 2)
-@given(problems(max_n=7, max_rows=2))
-def test_no_exchange_of_two_for_two_is_left_when_all_inputs_are_candidates(problem):
-    solution = solve(problem, "kswap", start="random", candidates=16)
-    group, inputs = problem.group_size, range(problem.n)
-    for i, mask in enumerate(solution.mask):
-        q, value = problem.row(i).q(), float(solution.objective[i])
-        pairs = itertools.product(inputs, inputs)
-        steps = [(u, p) for u, p in pairs if mask[u] > mask[p] and u // group == p // group]
-        slack = 1e-6 * value + 1e-12 * float(q.diagonal().sum())
-        for (u, p), (v, r) in itertools.combinations(steps, 2):
-            if u != v and p != r:
-                other = mask.clone()
-                other[[u, v]], other[[p, r]] = False, True
-                pruned = (~other).double()
-                assert float(pruned @ q @ pruned) >= value - slack
-
-
-def test_exchanges_of_two_find_better_masks_than_single_ones():
-    better = 0
-    for seed in range(1, 21):
-        problem = drawn(4, 40, "low-rank", seeds=(seed * 5 + 1, seed))
-        one, two = solve(problem, "swap"), verified(problem, "kswap")
-        assert bool((two.objective <= one.objective * (1 + 1e-9)).all())
-        better += int((two.objective < one.objective * (1 - 1e-3)).sum())
-    assert better >= 20  # of 80 rows
 
 
 @pytest.mark.parametrize("pattern", [SIXTY, TWO_FOUR])
@@ -298,120 +264,6 @@ def test_a_pool_holds_the_best_that_are_unlike_each_other():
     # where too few are, the best of the rest
     pool._keep_best(masks[:, :3], values[:, :3])
     assert pool._values.tolist() == [[1.0, 1.1, 1.3], [1.0, 2.0, 5.0]]
-
-
-@pytest.mark.parametrize("pattern", PATTERNS[:2], ids=str)
-def test_no_member_is_better(pattern):
-    problem = drawn(4, 40, "low-rank", pattern)
-    solution = verified(problem, "portfolio")
-    for member in ("swap", "relax"):
-        assert bool((solution.objective <= solve(problem, member).objective * (1 + 1e-12)).all())
-    assert set(solution.status) <= {Status.SWAP_OPTIMAL, Status.OPTIMAL}
-    trace = solution.trace
-    assert set(trace.winner) <= {"start", "swap", "relax", "tabu"}
-    torch.testing.assert_close(trace.start_objective, solve(problem, "wanda").objective)
-    assert trace.history.shape == (4, 3)
-    assert bool((trace.history.diff(dim=1) <= 0).all())
-    assert torch.equal(trace.history[:, -1], solution.objective)
-    bounded = verified(problem, "portfolio", members=("frank_wolfe", "swap"))
-    assert bool((bounded.lower_bound > 0).any())
-
-
-def merged_both_ways(problem, one, two):
-    return [merge(problem, *pair)[0] for pair in ((one, two), (two, one))]
-
-
-def test_merge_takes_the_better_mask_and_keeps_optimal_within_the_tolerance():
-    """An exact backend's bound is as much as 1e-6 below the objective."""
-    problem = drawn(6, 12, pattern=Unstructured(keep=5))
-    random, wanda = solve(problem, "random"), solve(problem, "wanda")
-    merged, better = merge(problem, random, wanda)
-    assert torch.equal(merged.objective, random.objective.minimum(wanda.objective))
-    assert torch.equal(better, wanda.objective < random.objective)
-    verify(problem, merged)
-    found, word = solve(problem, "kswap"), ("SCIP 10.0",) * 6
-
-    def claim(off, status):
-        bound = found.objective * (1 - off)
-        return replace(found, lower_bound=bound, status=status, trusted=word)
-
-    optimal, wide = claim(0.9e-6, (Status.OPTIMAL,) * 6), claim(2e-6, found.status)
-    for merged in merged_both_ways(problem, optimal, wanda):
-        assert (set(merged.status), merged.trusted) == ({Status.OPTIMAL}, word)
-    assert Status.OPTIMAL not in merge(problem, wide, wanda)[0].status
-
-
-def test_every_row_has_the_higher_bound_with_its_proof():
-    problem = drawn(4, 24)
-    relaxed, rough = solve(problem, "relax"), lower_bound(problem, "shift")
-    stronger = torch.tensor([True, False, True, False])
-    nothing = Certificate.box(problem, torch.zeros(4, 24, dtype=torch.float64))
-    chosen = Certificate.choose(~stronger, relaxed.certificate, nothing)
-    bound = torch.where(stronger, relaxed.lower_bound, 0.0)
-    one = replace(relaxed, lower_bound=bound, certificate=chosen)
-
-    def bounded(bound, **more):
-        return Solution.of(problem, relaxed.mask, lower_bound=bound, **more)
-
-    other = bounded(rough.value * 0.5, certificate=rough.certificate)
-    for merged in merged_both_ways(problem, one, other):
-        assert torch.equal(merged.lower_bound, one.lower_bound.maximum(other.lower_bound))
-        assert verify(problem, merged, require="checked").checked
-    word = ("", "SCIP 10.0", "", "")
-    high = torch.where(torch.tensor([False, True, False, False]), relaxed.objective * 0.99, 0.0)
-    for merged in merged_both_ways(problem, one, bounded(high, trusted=word)):
-        assert torch.equal(merged.lower_bound, one.lower_bound.maximum(high))
-        assert merged.trusted == word
-        basis = verify(problem, merged).basis
-        assert basis == ("checked", f"trusted: {word[1]}", "checked", "checked")
-    # of equal bounds the one that can be checked is taken
-    words = bounded(relaxed.lower_bound, trusted=("an oracle",) * 4)
-    for merged in merged_both_ways(problem, relaxed, words):
-        assert (merged.trusted, verify(problem, merged).checked) == ((), True)
-
-
-def test_mask_of_one_and_bound_of_another_can_be_optimal_together(caplog):
-    problem = drawn(5, 10)
-    mask, worst = solve(problem, "kswap", candidates=2), solve(problem, "worst").mask
-    optimum = solve(problem, "exhaustive").objective
-    word = ("enumeration of maskopt 0.2.0",) * 5
-    merged, _ = merge(problem, mask, Solution.of(problem, worst, lower_bound=optimum, trusted=word))
-    reached = mask.objective <= optimum * (1 + 1e-9)
-    assert bool(reached.any())
-    assert [status is Status.OPTIMAL for status in merged.status] == reached.tolist()
-    verify(problem, merged)
-    # a bound that the better mask refutes is dropped
-    problem = drawn(2, 24)
-    found, worse = solve(problem, "relax"), solve(problem, "worst")
-    claims = {"status": (Status.OPTIMAL,) * 2, "trusted": ("an oracle",) * 2}
-    wrong = replace(worse, lower_bound=worse.objective, **claims)
-    for merged in merged_both_ways(problem, found, wrong):
-        assert (merged.status, merged.trusted) == (found.status, ())
-        assert torch.equal(merged.lower_bound, found.lower_bound)
-        assert verify(problem, merged).checked
-    assert "an oracle" in caplog.text
-
-
-def test_members_start_from_the_best_mask_so_far(monkeypatch):
-    problem = drawn(3, 20, pattern=Unstructured(keep=8))
-    nothing = solve(problem, "portfolio", time_limit=0.0)
-    assert torch.equal(nothing.mask, solve(problem, "wanda").mask)
-    assert (nothing.trace.history.shape, set(nothing.trace.stopped)) == ((3, 0), {"yes"})
-    started = {}
-
-    def listening(layer, solver, *, start, limits):
-        started[solver.name] = start
-        return solve(layer, solver, start=start, limits=limits)
-
-    monkeypatch.setattr(portfolio, "solve", listening)
-    for member in ("relax", "sdp", "frank_wolfe", "tabu"):
-        solve(problem, "portfolio", members=("swap", member), start="random")
-        assert torch.equal(started.pop("swap"), solve(problem, "random").mask)
-        assert torch.equal(started[member], solve(problem, "swap", start="random").mask)
-    started.clear()
-    with pytest.raises(MaskoptError, match="branch: a row of 520 inputs is beyond it"):
-        solve(drawn(1, 520), "portfolio", members=("swap", "branch"))
-    assert not started
 
 
 @pytest.mark.parametrize("member", ["relax", "sdp"])
