@@ -25,7 +25,7 @@ from maskopt.core.rows import join_rows
 from maskopt.protocol.bounds import BoundMethod
 from maskopt.protocol.trace import Trace
 from maskopt.solvers.bounds.cuts import tighten
-from maskopt.solvers.convex.box import BoxPlan, relax_box
+from maskopt.solvers.convex.box import BoxPlan, linear_bound, relax_box
 from maskopt.solvers.convex.duals import (
     RowDuals,
     ScaledRow,
@@ -34,7 +34,6 @@ from maskopt.solvers.convex.duals import (
     penalty_of,
 )
 from maskopt.solvers.convex.interior_point import interior_point
-from maskopt.solvers.convex.linear_bound import linear_bound
 from maskopt.solvers.convex.mixing import Mixing, default_rank
 from maskopt.solvers.parallel import in_threads
 

@@ -30,14 +30,6 @@ class Extra:
     index: np.ndarray
     value: np.ndarray
 
-    def take(self, rows: list[int]) -> Extra:
-        """Some rows only."""
-        parts = [np.arange(self.starts[r, 0], self.starts[r, -1]) for r in rows]
-        first = np.cumsum([0, *(len(part) for part in parts)])[:-1]
-        starts = self.starts[rows] - self.starts[rows, :1] + first[:, None]
-        chosen = np.concatenate(parts) if parts else np.zeros(0, np.int64)
-        return Extra(starts, self.index[chosen], self.value[chosen])
-
 
 class Mixing:
     """The vectors of a tile of rows. Every row is scaled by `scales_of`.
@@ -86,12 +78,10 @@ class Mixing:
         return self.v[:, :, 0].double().cpu().numpy()
 
     def keep(self, positions: list[int]) -> None:
-        """Drop all other rows."""
+        """Drop all other rows, which have no addition to C."""
         self.scale = self.scale[positions]
         self.w, self.linear = self.w[positions], self.linear[positions]
         self.v, self.duals = self.v[positions], self.duals[positions]
-        if self.extra is not None:
-            self.extra = self.extra.take(positions)
 
     def sweep(self, count: int, rho: float, rows: np.ndarray | None = None) -> None:
         """`count` passes over all coordinates with the penalty ρ, on the CPU of some rows (int64), or all."""

@@ -12,7 +12,6 @@ from maskopt.core.problem import LayerProblem
 from maskopt.errors import SolverError
 from maskopt.protocol.registry import missing_package
 from maskopt.protocol.solver import Capabilities
-from maskopt.solvers.exact.incumbent import with_incumbent
 from maskopt.solvers.exact.program import Program, perspective, quadratic
 from maskopt.solvers.exact.rows import RowSolver, exact
 from maskopt.solvers.exact.tasks import UPDATED_CLOSED, RowAnswer, RowTask, UpdatedTask
@@ -61,7 +60,7 @@ class Gurobi(RowSolver):
         if isinstance(task, UpdatedTask):
             program, closed = perspective(task, convex=True), UPDATED_CLOSED
         else:
-            task = with_incumbent(task)
+            task = task.with_incumbent()
             program, closed = quadratic(task, task.unit_scale, []), _CLOSED
         with gp.Env(params={"OutputFlag": 0}) as environment, gp.Model(env=environment) as model:
             try:

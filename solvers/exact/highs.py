@@ -15,7 +15,6 @@ import numpy as np
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.registry import missing_package
 from maskopt.protocol.solver import Capabilities
-from maskopt.solvers.exact.incumbent import with_incumbent
 from maskopt.solvers.exact.program import FEASIBILITY, Program, reformulated
 from maskopt.solvers.exact.rows import RowSolver, exact
 from maskopt.solvers.exact.tasks import RowAnswer, RowTask
@@ -50,7 +49,7 @@ class Highs(RowSolver):
         """One row, one thread. From a good start: tolerances are absolute, and the start's cost the unit."""
         import highspy
 
-        task = with_incumbent(task)
+        task = task.with_incumbent()
         words = {
             highspy.HighsModelStatus.kOptimal: "optimal",
             highspy.HighsModelStatus.kTimeLimit: "timelimit",

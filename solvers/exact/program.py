@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from maskopt.solvers.exact.tasks import RowAnswer, RowTask, UpdatedTask
-from maskopt.solvers.exact.tree.convexify import FreePart
+from maskopt.solvers.exact.tree.node import FreePart
 
 #: feasibility tolerance of SCIP (numerics/feastol) and HiGHS, absolute in the units of the model
 FEASIBILITY = 1e-6

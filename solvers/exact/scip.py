@@ -18,7 +18,6 @@ from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import OptionError, SolverError
 from maskopt.protocol.registry import missing_package
 from maskopt.protocol.solver import Capabilities
-from maskopt.solvers.exact.incumbent import with_incumbent
 from maskopt.solvers.exact.program import (
     ABOVE,
     FEASIBILITY,
@@ -30,8 +29,14 @@ from maskopt.solvers.exact.program import (
 )
 from maskopt.solvers.exact.rows import RowSolver, exact
 from maskopt.solvers.exact.tasks import UPDATED_CLOSED, RowAnswer, RowTask, UpdatedTask
-from maskopt.solvers.exact.tree.convexify import Duals, free_part, qcr_duals, same_group
-from maskopt.solvers.exact.tree.node import put_in_order, twins_of
+from maskopt.solvers.exact.tree.node import (
+    Duals,
+    free_part,
+    put_in_order,
+    qcr_duals,
+    same_group,
+    twins_of,
+)
 from maskopt.solvers.exact.tree.quadratic import Probed, QuadraticTree, probe
 
 FORMATS = ("cip", "lp", "mps")
@@ -100,7 +105,7 @@ class Scip(RowSolver):
         if (separable := _separable(task)) is not None:
             return separable
         known = _Known(twins_of(task.q, task.group))
-        task = _in_order(with_incumbent(task), known)
+        task = _in_order(task.with_incumbent(), known)
         if task.limits.expired:
             return RowAnswer(task.start, "timelimit")
         if self.formulation == "qcr":

@@ -39,7 +39,7 @@ from maskopt.models.checkpoints.bos import BOS
 from maskopt.protocol.trace import Trace
 from maskopt.solvers.convex.duals import ScaledRow, certify_row, penalty_of
 from maskopt.solvers.convex.mixing import Mixing, default_rank
-from maskopt.solvers.exact.incumbent import tabu_row
+from maskopt.solvers.exact.tasks import tabu_row
 
 
 def warm_up() -> None:

@@ -5,8 +5,8 @@ const on every legal p (Billionnet, Elloumi, Plateau 2009). A node fixes some p_
 Frank–Wolfe bound of that convex QP over the rest of the polytope, at a point of an interior-point method.
 Inputs that cannot change sides without passing the incumbent are fixed by the same linear form.
 
-Every few levels a node's own semidefinite relaxation is solved again (`convexify`), and its subtree uses that
-λ: one to two orders of magnitude fewer nodes. Where triangle inequalities nearly close the root, as on
+Every few levels a node's own semidefinite relaxation is solved again (`multipliers`), and its subtree uses
+that λ: one to two orders of magnitude fewer nodes. Where triangle inequalities nearly close the root, as on
 graphs, or a tree without them would be too large, every node has them, and pentagonal ones (`relaxation`):
 tens or hundreds of nodes, some tenths of a second each, in place of many thousands.
 
@@ -23,18 +23,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from maskopt.certificates.proof import AGAIN
-from maskopt.solvers.convex.triangles import Pool
-from maskopt.solvers.exact.incumbent import tabu_row
-from maskopt.solvers.exact.tasks import RowTask
-from maskopt.solvers.exact.tree.convexify import (
+from maskopt.solvers.convex.triangles import PLACES, Pool
+from maskopt.solvers.exact.tasks import RowTask, tabu_row
+from maskopt.solvers.exact.tree.node import (
     Duals,
+    bound_node,
     free_part,
     multipliers,
     same_group,
+    settle,
     start_vectors,
+    twins_of,
 )
-from maskopt.solvers.exact.tree.node import bound_node, settle, twins_of
-from maskopt.solvers.exact.tree.pentagons import PLACES
 from maskopt.solvers.exact.tree.relaxation import Goal, Plan, Relaxed, relax_node, subtract_cuts
 from maskopt.solvers.exact.tree.search import MARGIN, WORTH, BestFirst, Node, Step, row_proof
 
