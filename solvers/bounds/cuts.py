@@ -9,6 +9,7 @@ the mean of τ the plain mixing method then finds y.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,23 +17,22 @@ import torch
 from torch import Tensor
 
 from maskopt.certificates.certificate import Certificate
-from maskopt.certificates.cuts import Cuts
-from maskopt.core.limits import Limits
+from maskopt.certificates.cuts import OF_Z0, Cuts
+from maskopt.core.limits import Limits, one_thread_each, threads_on
 from maskopt.core.problem import LayerProblem
-from maskopt.solvers.convex.duals import (
+from maskopt.solvers.convex.mixing import (
+    Extra,
+    Mixing,
     RowDuals,
     ScaledRow,
     certificate_of,
     certify_row,
     penalty_of,
 )
-from maskopt.solvers.convex.mixing import Extra, Mixing
 from maskopt.solvers.convex.triangles import Incidence, Pool, dense, separate, steps_of
 from maskopt.solvers.convex.triangles_kernel import damp
-from maskopt.solvers.parallel import in_threads
+from maskopt.solvers.parallel import one_blas_thread
 
-#: entries of the inner products of a tile of rows
-_TILE_ENTRIES = 2**24
 #: sweeps before the first cuts
 _START = 400
 #: sweeps between two looks at the clock
@@ -78,42 +78,42 @@ def tighten(
         rounds: of separation.
         limits: rows share the time equally; rows without time keep `plain`.
     """
-    threads = torch.get_num_threads()
-    tile = max(1, _TILE_ENTRIES // (problem.n + 1) ** 2 // threads) * threads
-    parts: list[Certificate] = []
-    correction: list[Tensor] = []
-    for rows, part in problem.tiles(tile):
-        before = plain.take(range(rows.start, rows.stop))
-        loss = torch.full((part.rows,), torch.nan, dtype=torch.float64)
+    threads = threads_on(problem.device)
+
+    def better(row: int) -> tuple[Certificate, float]:
+        part, before = problem.take([row]), plain.take([row])
         if not limits.expired:
-            own = limits.share(part.rows / (problem.rows - rows.start))
-            after, found = cut_certificate(part, rank, rounds, own)
-            better = (after.check(part) > before.check(part)).cpu()
-            before = Certificate.choose(better, before, after)
-            loss = torch.where(better, found, loss)
-        parts.append(before)
-        correction.append(loss)
+            waves = math.ceil((problem.rows - row) / threads)
+            after, loss = cut_certificate(part, rank, rounds, limits.share(1 / waves))
+            if bool(after.check(part) > before.check(part)):
+                return after, loss
+        return before, math.nan
+
+    with one_blas_thread():
+        # triangles of a single row are looked for in several threads
+        alone = problem.rows == 1
+        found = [better(0)] if alone else one_thread_each(better, problem.rows, threads)
+    parts, loss = zip(*found, strict=True)
     whole = Certificate.stack(parts)
     count = [len(one.multiplier) if one else 0 for one in whole.cuts or [None] * problem.rows]
-    return whole, torch.tensor(count), torch.cat(correction)
+    return whole, torch.tensor(count), torch.tensor(loss, dtype=torch.float64)
 
 
 def cut_certificate(
     problem: LayerProblem, rank: int, rounds: int, limits: Limits
-) -> tuple[Certificate, Tensor]:
-    """(λ, μ, τ, p̂) of all rows after `rounds` rounds, and the loss to the correction as part of the bound."""
+) -> tuple[Certificate, float]:
+    """(λ, μ, τ, p̂) of a single row after `rounds` rounds, and the loss to the correction as part of the
+    bound."""
     n = problem.n
     state = Mixing(problem, rank, limits.seed)
     rho = penalty_of(problem.group_size)
     _descend(state, _START, rho, limits)
-    multipliers = _Multipliers(state, [Pool.empty()] * problem.rows)
+    multipliers = _Multipliers(state, Pool.empty())
     early, new = limits.share(_ROUNDS_SHARE), min(_NEW * n, _MOST_NEW)
     for _ in range(rounds):
-        pools = [
-            pool.join(*separate(_gram(state, row), new, threads=state.threads)[:2], n)
-            for row, pool in enumerate(multipliers.pools())
-        ]
-        multipliers = _Multipliers(state, pools)
+        binding = multipliers.pool.keep(multipliers.used > 0)
+        index, sign, _ = separate(_gram(state), new, threads=state.threads)
+        multipliers = _Multipliers(state, binding.join(index, sign, n))
         multipliers.run(_ROUND, rho, early)
         if early.expired:
             break
@@ -131,42 +131,30 @@ def _descend(state: Mixing, sweeps: int, rho: float, limits: Limits) -> None:
             break
 
 
+def _gram(state: Mixing) -> np.ndarray:
+    """⟨v_i, v_j⟩, [n + 1, n + 1] with v_0 last."""
+    v = state.v[0].cpu().numpy()
+    fixed = np.zeros((1, v.shape[1]), v.dtype)
+    fixed[0, 0] = 1
+    v = np.concatenate([v, fixed])
+    return np.asarray(v @ v.T)
+
+
 class _Multipliers:
-    """The triangles of all rows in one list, and E, the addition to C that they make."""
+    """The triangles of a row, and E, the addition to C that they make. `used`: τ' of every triangle, `mean`:
+    of the iterates."""
 
-    def __init__(self, state: Mixing, pools: list[Pool]) -> None:
-        self.state = state
-        n = state.v.shape[1]
-        self.index = np.concatenate([pool.index for pool in pools])
-        self.sign = np.concatenate([pool.sign for pool in pools])
-        self.tau = np.concatenate([pool.tau for pool in pools])
-        self.used = self.tau.copy()
-        self.cut_rows = np.cumsum([0, *(len(pool.tau) for pool in pools)])
+    def __init__(self, state: Mixing, pool: Pool) -> None:
+        self.state, self.pool = state, pool
+        self.used = self.mean = pool.tau.copy()
         dtype = state.v[:0].cpu().numpy().dtype
-        a, b = self.sign.astype(dtype).T
+        a, b = pool.sign.astype(dtype).T
         self.signs = np.stack([a, b, a * b], axis=1)
-        y = state.duals.double().cpu().numpy()
-        parts = [Incidence.of(pool.index, n) for pool in pools]
-        self.pair_rows = np.cumsum([0, *(len(part.pairs) for part in parts)])
-        self.entry_rows = np.cumsum([0, *(len(part.partners) for part in parts)])
-        self.member = np.concatenate([part.member for part in parts])
-        self.pairs = np.concatenate([part.pairs for part in parts])
-        self.entries = np.concatenate([part.entries for part in parts])
-        self.step = np.concatenate([steps_of(pool.index, y[row]) for row, pool in enumerate(pools)])
-        state.extra = Extra(
-            np.stack([part.starts for part in parts]) + self.entry_rows[:-1, None],
-            np.concatenate([part.partners for part in parts]),
-            np.zeros(self.entry_rows[-1], dtype),
-        )
-        self.mean = self.used
-
-    def pools(self) -> list[Pool]:
-        """Of every row, without the triangles that neither bind nor have a multiplier."""
-        pools = []
-        for low, high in zip(self.cut_rows[:-1], self.cut_rows[1:], strict=True):
-            pool = Pool(self.index[low:high], self.sign[low:high], self.tau[low:high])
-            pools.append(pool.keep(self.used[low:high] > 0))
-        return pools
+        self.incidence = Incidence.of(pool.index, state.v.shape[1])
+        self.step = steps_of(pool.index, state.duals[0].double().cpu().numpy())
+        partners = self.incidence.partners
+        self.value = np.zeros(len(partners), dtype)
+        state.extra = Extra(self.incidence.starts[None], partners, self.value)
 
     def run(self, schedule: Schedule, rho: float, limits: Limits) -> None:
         """Move vectors and multipliers in turn, until the deadline; their mean is `mean`."""
@@ -180,53 +168,30 @@ class _Multipliers:
 
     def settle(self, rho: float, limits: Limits) -> None:
         """The vectors that go with the mean of the multipliers."""
-        self.tau = self.mean.copy()
+        self.pool.tau[:] = self.mean
         self._damp(np.zeros_like(self.step), 0.0)
         _descend(self.state, _SETTLE, rho, limits)
 
     def _damp(self, step: np.ndarray, follow: float) -> None:
-        extra = self.state.extra
-        assert extra is not None
-        rows, v = np.arange(len(self.state.duals)), self.state.v.cpu().numpy()
-        pairs = self.pairs, self.entries, self.cut_rows, self.pair_rows, self.entry_rows
-        cuts = self.member, self.signs, step, follow, self.tau, self.used
-        self.state.threads.run(damp, rows, v, *pairs, *cuts, extra.value)
+        of, v = self.incidence, self.state.v[0].cpu().numpy()
+        cuts = of.member, self.signs, step, follow, self.pool.tau, self.used
+        damp(v, of.pairs, of.entries, *cuts, self.value)
 
-    def certify(self, problem: LayerProblem, rho: float) -> tuple[Certificate, Tensor]:
+    def certify(self, problem: LayerProblem, rho: float) -> tuple[Certificate, float]:
         """Of the multipliers once they have settled; as of `certificate_of`."""
-        scale = self.state.scale
-        gram, inner = problem.gram.double().cpu().numpy(), self.state.inner()
-        y = self.state.duals.double().cpu().numpy()
-
-        def one(row: int) -> tuple[RowDuals, Cuts]:
-            pool, n = self._binding(row, y[row]), problem.n
-            cuts = Cuts(
-                torch.as_tensor(np.where(pool.index == n, -1, pool.index)),
-                torch.as_tensor(pool.sign),
-                torch.as_tensor(pool.tau / scale[row]),
-            )
-            if not np.isfinite(y[row]).all():
-                return RowDuals(np.zeros(n), np.zeros(n), 0.0, 0.0), cuts
-            scaled = ScaledRow.of(problem, gram, row, float(scale[row]))
-            duals = certify_row(scaled, y[row], inner[row], rho, dense(pool, n))
-            return duals._replace(value=duals.value - float(pool.tau.sum())), cuts
-
-        duals, cuts = zip(*in_threads(one, range(problem.rows)), strict=True)
-        return certificate_of(problem, duals, np.full(len(duals), rho), scale, cuts)
-
-    def _binding(self, row: int, y: np.ndarray) -> Pool:
-        """The triangles whose multiplier counts; none where the row is beyond float64."""
-        if not np.isfinite(y).all():
-            return Pool.empty()
-        part = slice(self.cut_rows[row], self.cut_rows[row + 1])
-        pool = Pool(self.index[part], self.sign[part], self.mean[part])
-        return pool.keep(pool.tau > _TINY * pool.tau.max(initial=0.0))
-
-
-def _gram(state: Mixing, row: int) -> np.ndarray:
-    """⟨v_i, v_j⟩ of a row, [n + 1, n + 1] with v_0 last."""
-    v = state.v[row].cpu().numpy()
-    fixed = np.zeros((1, v.shape[1]), v.dtype)
-    fixed[0, 0] = 1
-    v = np.concatenate([v, fixed])
-    return np.asarray(v @ v.T)
+        n, scale, y = problem.n, self.state.scale, self.state.duals[0].double().cpu().numpy()
+        if np.isfinite(y).all():
+            pool = Pool(self.pool.index, self.pool.sign, self.mean)
+            pool = pool.keep(pool.tau > _TINY * pool.tau.max(initial=0.0))
+            scaled = ScaledRow.of(problem, problem.gram.double().cpu().numpy(), 0, float(scale[0]))
+            duals = certify_row(scaled, y, self.state.inner()[0], rho, dense(pool, n))
+            duals = duals._replace(value=duals.value - float(pool.tau.sum()))
+        else:  # the row is beyond float64
+            pool, duals = Pool.empty(), RowDuals(np.zeros(n), np.zeros(n), 0.0, 0.0, rho)
+        cuts = Cuts(
+            torch.as_tensor(np.where(pool.index == n, OF_Z0, pool.index)),
+            torch.as_tensor(pool.sign),
+            torch.as_tensor(pool.tau / scale[0]),
+        )
+        certificate, loss = certificate_of(problem, [duals], scale, [cuts])
+        return certificate, float(loss)

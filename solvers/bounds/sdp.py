@@ -1,12 +1,8 @@
 """`sdp`: the semidefinite relaxation by low-rank coordinate descent, any n, rows in parallel.
 
-With p = (1 + z)/2, one extra sign z_0 and the penalty ρΣ_g(1_gᵀp − s)² the problem is a max-cut form min ⟨C,
-Y⟩, Y_ii = 1, Y ⪰ 0 of size n + 1, with Y = VVᵀ of rank k ≈ √(2n) (Burer and Monteiro). The mixing method
-(Wang, Chang and Kolter, arXiv 1706.00476) sets v_i ← −g_i/‖g_i‖, g_i = Σ_j C_ij v_j, again and again; y_i =
-‖g_i‖ are the duals, of which `convex.duals` makes a certificate. v_0 is kept fixed.
-
-A small ρ suffices, since the bound is taken over the sums themselves; a large ρ ties all coordinates
-together, and takes ten times as many sweeps for the same bound.
+The vectors, their duals and the certificate that these make are those of `convex.mixing`. A small ρ suffices,
+since the bound is taken over the sums themselves; a large ρ ties all coordinates together, and takes ten
+times as many sweeps for the same bound.
 """
 
 from __future__ import annotations
@@ -26,15 +22,16 @@ from maskopt.protocol.bounds import BoundMethod
 from maskopt.protocol.trace import Trace
 from maskopt.solvers.bounds.cuts import tighten
 from maskopt.solvers.convex.box import BoxPlan, linear_bound, relax_box
-from maskopt.solvers.convex.duals import (
+from maskopt.solvers.convex.interior_point import interior_point
+from maskopt.solvers.convex.mixing import (
+    Mixing,
     RowDuals,
     ScaledRow,
     certificate_of,
     certify_row,
+    default_rank,
     penalty_of,
 )
-from maskopt.solvers.convex.interior_point import interior_point
-from maskopt.solvers.convex.mixing import Mixing, default_rank
 from maskopt.solvers.parallel import in_threads
 
 #: sweeps of the stages; a row leaves when its bound has settled
@@ -116,7 +113,6 @@ class _Tile:
 
     Attributes:
         todo: the rows whose vectors are in `state`; settled ones are dropped.
-        penalty: float64 [rows], ρ, or 0 where the box relaxation proves more.
         inner: float64 [rows, n], ⟨v_i, v_0⟩ where the best bound was found.
     """
 
@@ -128,7 +124,6 @@ class _Tile:
         self.rho = penalty_of(problem.group_size)
         self.todo = np.arange(problem.rows)
         self.best: list[RowDuals | None] = [None] * problem.rows
-        self.penalty = np.zeros(problem.rows)
         self.inner = np.zeros((problem.rows, problem.n))
         self.sweeps = np.zeros(problem.rows, np.int64)
 
@@ -178,19 +173,13 @@ class _Tile:
             best = self.best[row]
             gain = found.value - (best.value if best is not None else -np.inf)
             if gain > 0:
-                self.best[row], self.penalty[row] = found, self.rho
-                self.inner[row] = inner[position]
+                self.best[row], self.inner[row] = found, inner[position]
             if max(gain, found.loss) > tolerance * abs(found.value):
                 again.append(position)
         return again
 
     def _scaled(self, row: int) -> ScaledRow:
         return ScaledRow.of(self.problem, self.gram, row, float(self.scale[row]))
-
-    def _relaxed(self, row: int) -> np.ndarray:
-        """The point of the box relaxation."""
-        of = self._scaled(row)
-        return interior_point(of.q, 2 * of.linear, of.group, of.pruned, constant=of.constant)
 
     def _fall_back(self, tolerance: float) -> None:
         """The box relaxation where there is no time, nothing was certified, or the correction costs much: in
@@ -204,15 +193,18 @@ class _Tile:
                     self.inner[row] = 2 * box.point[position].double().cpu().numpy() - 1
         if self.limits.expired:
             return
-
         part = _COSTLY * tolerance
         rows = [
             row
             for row, best in enumerate(self.best)
             if best is None or not best.loss <= part * best.value
         ]
-        points = in_threads(self._relaxed, rows)
-        for row, point in zip(rows, points, strict=True):
+
+        def relaxed(row: int) -> np.ndarray:
+            of = self._scaled(row)
+            return interior_point(of.q, 2 * of.linear, of.group, of.pruned, constant=of.constant)
+
+        for row, point in zip(rows, in_threads(relaxed, rows), strict=True):
             alone = self.problem.take([row])
             value = float(linear_bound(alone, torch.as_tensor(point[None]).to(alone.device))[1])
             best = self.best[row]
@@ -220,12 +212,11 @@ class _Tile:
                 self._replace(row, point, 0.0)
 
     def _replace(self, row: int, point: np.ndarray, loss: float) -> None:
-        self.best[row] = RowDuals(np.zeros(len(point)), point, loss, np.nan)
-        self.penalty[row] = 0.0
+        self.best[row] = RowDuals(np.zeros(len(point)), point, loss, np.nan, 0.0)
 
     def _found(self) -> tuple[Certificate, Trace]:
         found = [best for best in self.best if best is not None]
-        certificate, loss = certificate_of(self.problem, found, self.penalty, self.scale)
+        certificate, loss = certificate_of(self.problem, found, self.scale)
         trace = Trace(
             iterations=torch.from_numpy(self.sweeps),
             correction=loss,

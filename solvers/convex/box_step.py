@@ -17,7 +17,7 @@ budget within limits, in torch.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -273,20 +273,6 @@ class PooledStep(TorchStep):
         return x
 
 
-class _Rows(NamedTuple):
-    """Of a step [rows, n]: q, inverse, x, u, target as above, and scratch. `across`: D⁻¹ with a row's groups
-    side by side [rows, group, groups], empty with one group; `tau`: multipliers [rows, groups]."""
-
-    q: np.ndarray
-    inverse: np.ndarray
-    across: np.ndarray
-    x: np.ndarray
-    u: np.ndarray
-    target: np.ndarray
-    tau: np.ndarray
-    scratch: np.ndarray
-
-
 class CompiledStep:
     """The same on the CPU."""
 
@@ -297,34 +283,22 @@ class CompiledStep:
         groups = n // group
         # where groups are many their multipliers are sought side by side, so that SIMD has work
         across = inverse.view(rows, groups, group).mT if groups > 1 else inverse[:, :0, None]
-        self._rows = _Rows(
-            q.numpy(),
-            inverse.numpy(),
-            across.contiguous().numpy(),
-            self.x.numpy(),
-            torch.zeros_like(q).numpy(),
-            self.target.numpy(),
-            q.new_zeros(rows, groups).numpy(),
-            torch.empty_like(q).numpy(),
-        )
+        u, tau, scratch = torch.zeros_like(q), q.new_zeros(rows, groups), torch.empty_like(q)
+        arrays = q, inverse, across.contiguous(), self.x, u, self.target, tau, scratch
+        self._arrays = tuple(array.numpy() for array in arrays)
         self._group, self._pruned = group, pruned
 
     def advance(self, product: Tensor, relaxation: float, theta: float) -> None:
-        kind = self._rows.q.dtype.type
-        advance: Any = _advance
-        advance(
-            product.contiguous().numpy(),
-            self._rows,
-            self._group,
-            kind(self._pruned),
-            kind(relaxation),
-            kind(theta),
-        )
+        numbers = map(self._arrays[0].dtype.type, (self._pruned, relaxation, theta))
+        _advance(product.contiguous().numpy(), self._arrays, self._group, *numbers)
 
 
 @loop(nogil=True, fastmath=FAST, error_model="numpy")
-def _advance(product, of, group, total, relaxation, theta):
-    q, inverse, across, x, u, target, tau, scratch = of
+def _advance(product, arrays, group, total, relaxation, theta):
+    """One step. `arrays`: q, inverse, x, u, target as above, and scratch, [rows, n]; `across`: D⁻¹ with a
+    row's groups side by side [rows, group, groups], empty with one group; `tau`: multipliers [rows, groups].
+    """
+    q, inverse, across, x, u, target, tau, scratch = arrays
     rows, n = q.shape
     kind = q.dtype.type
     one = kind(1)

@@ -134,61 +134,35 @@ def _dot(x, y):
 
 
 @loop(nogil=True)
-def damp(
-    v,
-    pairs,
-    entries,
-    cut_rows,
-    pair_rows,
-    entry_rows,
-    member,
-    sign,
-    step,
-    follow,
-    tau,
-    used,
-    value,
-    rows,
-):
+def damp(v, pairs, entries, member, sign, step, follow, tau, used, value):
     """τ_used = max(0, τ − step·(triangle + 1)), τ follows by the part `follow`, and E from τ_used.
 
     Args:
-        v: [rows, n, k].
+        v: [n, k].
         pairs, entries: int32 [pairs, 2], inputs i < j (n: v_0, the first unit vector), and where E_ij
-            and E_ji stand in a row's part of `value` (−1: nowhere).
-        cut_rows, pair_rows, entry_rows: int64 [rows + 1], where the cuts, the pairs and the entries of a row
-            start.
-        member, sign: int32, float [cuts, 3], the pairs of a cut, counted from its row's first, and their
-            signs a, b, ab.
+            and E_ji stand in `value` (−1: nowhere).
+        member, sign: int32, float [cuts, 3], the pairs of a cut, and their signs a, b, ab.
         step, tau, used: float64 [cuts].
         value: float [entries].
-        rows: int64, which rows.
     """
-    n = v.shape[1]
-    for row in rows:
-        first, last = pair_rows[row], pair_rows[row + 1]
-        product = np.empty(last - first, v.dtype)
-        for p in range(first, last):
-            i, j = pairs[p, 0], pairs[p, 1]
-            if j == n:
-                product[p - first] = v[row, i, 0]
-            else:
-                product[p - first] = _dot(v[row, i], v[row, j])
-        weight = np.zeros(last - first, v.dtype)
-        for t in range(cut_rows[row], cut_rows[row + 1]):
-            slack = 1.0
-            for c in range(3):
-                slack += sign[t, c] * product[member[t, c]]
-            used[t] = max(0.0, tau[t] - step[t] * slack)
-            tau[t] += follow * (used[t] - tau[t])
-            half = v.dtype.type(used[t] / 2)
-            for c in range(3):
-                weight[member[t, c]] -= half * sign[t, c]
-        own = value[entry_rows[row] : entry_rows[row + 1]]
-        for p in range(first, last):
-            own[entries[p, 0]] = weight[p - first]
-            if entries[p, 1] >= 0:
-                own[entries[p, 1]] = weight[p - first]
+    product = np.empty(len(pairs), v.dtype)
+    for p in range(len(pairs)):
+        i, j = pairs[p, 0], pairs[p, 1]
+        product[p] = v[i, 0] if j == len(v) else _dot(v[i], v[j])
+    weight = np.zeros(len(pairs), v.dtype)
+    for t in range(len(tau)):
+        slack = 1.0
+        for c in range(3):
+            slack += sign[t, c] * product[member[t, c]]
+        used[t] = max(0.0, tau[t] - step[t] * slack)
+        tau[t] += follow * (used[t] - tau[t])
+        half = v.dtype.type(used[t] / 2)
+        for c in range(3):
+            weight[member[t, c]] -= half * sign[t, c]
+    for p in range(len(pairs)):
+        value[entries[p, 0]] = weight[p]
+        if entries[p, 1] >= 0:
+            value[entries[p, 1]] = weight[p]
 
 
 @loop(nogil=True)

@@ -51,15 +51,15 @@ class Exhaustive(Solver):
     def check_size(self, n: int, pattern: Pattern, *, update: bool) -> None:
         """See `Solver.check_size`: too many masks."""
         if isinstance(pattern, Unstructured) and pattern.shared_budget:
-            if 2**n > COMBINATION_LIMIT:
-                raise SolverError(
-                    f"exhaustive: a row of {n} inputs of a shared budget has {_about(2**n)} masks, more than "
-                    f"{COMBINATION_LIMIT:,}; take solver 'swap'"
-                )
-        elif (masks := _masks(n, pattern)) > COMBINATION_LIMIT:
+            masks, where, instead = 2**n, "of a shared budget", "take solver 'swap'"
+        else:
+            masks, where = _masks(n, pattern), f"at {pattern}"
+            instead = "restrict the row, or use 'scip'"
+        if masks > COMBINATION_LIMIT:
+            about = f"{Decimal(masks):.3g}"  # it may be beyond a float
             raise SolverError(
-                f"exhaustive: a row of {n} inputs at {pattern} has {_about(masks)} masks, more than "
-                f"{COMBINATION_LIMIT:,}; restrict the row, or use 'scip'"
+                f"exhaustive: a row of {n} inputs {where} has {about} masks, more than "
+                f"{COMBINATION_LIMIT:,}; {instead}"
             )
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
@@ -75,11 +75,6 @@ def _masks(n: int, pattern: Pattern) -> int:
     """Of a row whose pattern says how many it prunes."""
     group = pattern.group_size(n)
     return math.comb(group, pattern.pruned_per_group(n)) ** (n // group)
-
-
-def _about(number: int) -> str:
-    """Also of what is beyond a float: `1.3e+310`."""
-    return f"{Decimal(number):.3g}"
 
 
 def _solution(

@@ -4,7 +4,7 @@ At the root the duals of the semidefinite bound `sdp` are multipliers λ and μ 
 μΣ_g 1_g1_gᵀ ⪰ 0 (QCR). A node has fixed some p_i, and its own semidefinite relaxation is stronger than that
 of the root with the same inputs fixed, because λ was optimal for the root alone. Only λ changes: λ_i(p_i² −
 p_i) vanishes on fixed inputs, and the penalty μ stays, so a node carries one vector. The relaxation is solved
-by the mixing method (see the bound `sdp`), warm from the vectors of the node above.
+by the mixing method (`convex.mixing`), warm from the vectors of the node above.
 
 The bound of a node is the Frank–Wolfe bound of
 
@@ -29,8 +29,8 @@ from maskopt.core.pattern import NM, Unstructured
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.bounds import lower_bound
 from maskopt.solvers.compiled import loop
-from maskopt.solvers.convex.duals import correction
 from maskopt.solvers.convex.interior_point import least_first, minimise
+from maskopt.solvers.convex.mixing import correction
 from maskopt.solvers.exact.tasks import RowAnswer, RowTask
 
 #: part of the bound that a stage of the semidefinite relaxation must gain for another one to follow

@@ -92,14 +92,6 @@ FAR = Plans(
 )
 
 
-class Form(NamedTuple):
-    """The convex form of a subtree, the free inputs where it was solved, and the fixings until the next."""
-
-    relaxed: Relaxed
-    free: int
-    interval: int
-
-
 class QuadraticTree(BestFirst):
     """The tree of one row, from the duals at its root. `plans`: of relaxations with triangles; None: nodes
     have none. `candidates`: inputs whose children are bounded before one is branched on; `proof`: keep the
@@ -129,7 +121,7 @@ class QuadraticTree(BestFirst):
             value, point, state, form, step = other, relaxed, again, own, second
             _follow(first, second)
         self.root_bound = max(value, self.proven)
-        self.start = Node(self.root_bound, 0, state, point, Form(form, n, _INTERVAL), step)
+        self.start = Node(self.root_bound, 0, state, point, form, n, _INTERVAL, step)
         self.lacks = self.cutoff - self.root_bound
         self.plans: Plans | None = None
         self._trials, self._halfway = 0, self.root_bound
@@ -149,7 +141,7 @@ class QuadraticTree(BestFirst):
 
     def claims(self) -> dict[str, Any]:
         return {
-            "slack": self._margin(self.start.form.relaxed),
+            "slack": self._margin(self.start.form),
             "relaxations": self.solved,
             "convexified": self.convexified,
             "certificate": self.duals.certificate,
@@ -174,8 +166,11 @@ class QuadraticTree(BestFirst):
         self._round(point, state)
         step = None
         if self.proof:
-            sound = settle(settled, task.group, task.pruned, self.twins)
-            step = Step.of(form, point, settled, state) if sound else Step()
+            sound, step = settle(settled, task.group, task.pruned, self.twins), Step()
+            free = settled < 0
+            if sound and free.any():
+                fixed = np.flatnonzero(free & (state >= 0))
+                step = Step(form, point[free], fixed, state[fixed])
         return value - margin, point, step
 
     def _linear(self, lam: np.ndarray) -> np.ndarray:
@@ -223,7 +218,7 @@ class QuadraticTree(BestFirst):
     def branch(self, node: Node) -> list[Node]:
         """Both children of an input; where there are several candidates, of the one that gains most."""
         free = int((node.state < 0).sum())
-        if free and node.form.free - free >= node.form.interval:
+        if free and node.free - free >= node.interval:
             node = self._strengthen(node, free)
             free = int((node.state < 0).sum())
         if not free:  # a single mask, which was looked at
@@ -240,8 +235,9 @@ class QuadraticTree(BestFirst):
             for side in (1, 0):
                 state = node.state.copy()
                 state[i] = side
-                bound, point, step = self.bound(state, node.form.relaxed)
-                pair.append(Node(max(bound, node.bound), 0, state, point, node.form, step))
+                bound, point, step = self.bound(state, node.form)
+                bound = max(bound, node.bound)
+                pair.append(node._replace(bound=bound, state=state, point=point, step=step))
             least = MARGIN * abs(self.cost)
             gain = [min(c.bound, self.cutoff) - node.bound + least for c in pair]
             score = gain[0] * gain[1]
@@ -255,17 +251,17 @@ class QuadraticTree(BestFirst):
 
     def _strengthen(self, node: Node, free: int) -> Node:
         """The node with the form of its own relaxation, where that proves more."""
-        above, how = node.form.relaxed, self.plans.node if self.plans else _SWEEPS
+        above, how = node.form, self.plans.node if self.plans else _SWEEPS
         own = self.convexify(node.state, node.point, above, how, node.bound)
         state = node.state.copy()
         value, point, step = self.bound(state, own)
         if value > node.bound:
             _follow(node.step, step)
-            form = Form(own, free, 1 if self.plans else _INTERVAL)
-            return Node(value, node.order, state, point, form, step)
+            interval = 1 if self.plans else _INTERVAL
+            return Node(value, node.order, state, point, own, free, interval, step)
         # not converged: try again further down, from better vectors
-        wait = 1 if self.plans else min(2 * node.form.interval, _LONGEST_INTERVAL)
-        return node._replace(form=Form(above._replace(vectors=own.vectors), free, wait))
+        wait = 1 if self.plans else min(2 * node.interval, _LONGEST_INTERVAL)
+        return node._replace(form=above._replace(vectors=own.vectors), free=free, interval=wait)
 
     def restarted(self, open_nodes: list[Node], nodes: int) -> list[Node] | None:
         """The root again, with triangles, in the place of all that is open, where that is due and pays."""
@@ -274,7 +270,7 @@ class QuadraticTree(BestFirst):
         if plans is None:
             return None
         state, start = np.full(len(self.task.q), -1, dtype=np.int8), self.start
-        own = self.convexify(state, start.point, start.form.relaxed, plans.root, start.bound)
+        own = self.convexify(state, start.point, start.form, plans.root, start.bound)
         value, point, step = self.bound(state, own)
         lacking = self.cutoff - value
         near = lacking <= _NEAR * self.cost
@@ -283,8 +279,8 @@ class QuadraticTree(BestFirst):
             return open_nodes
         self.plans, self.root = plans, step
         self.proven = value
-        form = Form(own, int((state < 0).sum()), 1)
-        return [Node(value, next(self.order), state, point, form, step)]
+        free = int((state < 0).sum())
+        return [Node(value, next(self.order), state, point, own, free, 1, step)]
 
     def _due(self, nodes: int, least_open: float) -> Plans | None:
         """What relaxations with triangles are to be tried now, if any: early, for rows whose root they nearly
@@ -336,7 +332,7 @@ class Probed(NamedTuple):
 def probe(tree: QuadraticTree) -> Probed:
     """Fix what can be fixed at the root of a tree, whose incumbent may become a better one."""
     root = tree.start
-    state, point, form, bound = root.state.copy(), root.point, root.form.relaxed, root.bound
+    state, point, form, bound = root.state.copy(), root.point, root.form, root.bound
     while bound < tree.cutoff and not tree.task.limits.expired:
         before = int((state < 0).sum())
         _fix(tree, state, point, form)

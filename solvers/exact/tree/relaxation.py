@@ -236,6 +236,10 @@ def subtract_cuts(base: np.ndarray, c: np.ndarray, pool: Pool) -> float:
     return float(pool.tau @ pool.least) - float(e.sum()) + 2 * float(column.sum())
 
 
+#: value and slope at a point
+Function = Callable[[np.ndarray], tuple[float, np.ndarray]]
+
+
 class QuasiNewton:
     """Steps downhill on a smooth convex function, whose variables from `free` on stay at 0 or above.
 
@@ -257,14 +261,10 @@ class QuasiNewton:
         )
 
     def descend(
-        self,
-        function: Callable[[np.ndarray], tuple[float, np.ndarray]],
-        x: np.ndarray,
-        iterations: int,
+        self, function: Function, x: np.ndarray, iterations: int
     ) -> tuple[np.ndarray, float]:
         """At most so many steps from x, float64 [n], legal, and the value there; variables beyond those known
-        are new. `function`: value and slope at x; where nothing is known of its curvature yet, a step is
-        −slope."""
+        are new. Where nothing is known of the function's curvature yet, a step is −slope."""
         new = ((0, 0), (0, len(x) - self.steps.shape[1]))
         self.steps, self.changes = np.pad(self.steps, new), np.pad(self.changes, new)
         value, slope = function(x)
@@ -290,7 +290,7 @@ class QuasiNewton:
 
     def _search(
         self,
-        function: Callable[[np.ndarray], tuple[float, np.ndarray]],
+        function: Function,
         x: np.ndarray,
         value: float,
         slope: np.ndarray,

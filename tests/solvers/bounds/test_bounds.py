@@ -17,8 +17,7 @@ from maskopt.core.limits import torch_threads
 from maskopt.errors import OptionError, SolverError, UnknownSolverError, VerificationError
 from maskopt.protocol.bounds import ENTRY_POINT_GROUP, available_bounds
 from maskopt.solvers.bounds import sdp
-from maskopt.solvers.convex.duals import ScaledRow, certify_row
-from maskopt.solvers.convex.mixing import Extra, Mixing
+from maskopt.solvers.convex.mixing import Extra, Mixing, ScaledRow, certify_row
 
 METHODS = ("box", "shift", "sdp")
 SPARSE = Unstructured(0.6)
