@@ -213,36 +213,31 @@ class _Tile:
         self.bound = torch.zeros(problem.rows, dtype=torch.float64, device=weight.device)
         self.value = torch.full_like(self.bound, torch.inf)
         self.point = self.step.x.clone()
+        self.drift = torch.zeros_like(self.q)
+        if problem.linear is not None:
+            scaled = problem.linear.correlation / (unit * mean.double())
+            self.drift += scaled.to(split.factor.dtype) * split.slope @ split.factor
         self.diagonal: Tensor | None = None
-        self.drift: Tensor | None = None
         if split.shift is not None:
             assert split.pull is not None
             self.diagonal = -split.shift * weight.square()
-            self.drift = (self.q * split.pull) @ split.factor
-        if problem.linear is not None:
-            scaled = problem.linear.correlation / (unit * mean.double())
-            target = scaled.to(split.factor.dtype) * split.slope
-            moved = target @ split.factor
-            self.drift = moved if self.drift is None else self.drift + moved
+            self.drift += (self.q * split.pull) @ split.factor
 
     @torch.no_grad()
     def run(self, limits: Limits) -> BoxPoint:
         share = self.problem.pruned / self.q.numel()
-        product = self._shifted(self.q * share @ self.split.factor)
+        product = self.q * share @ self.split.factor - self.drift
         product, done = self._relax(product, limits)
         self._harden(product, done, limits)
         return BoxPoint(
             self.value, self.bound, self.point, self.step.x, torch.full((self.problem.rows,), done)
         )
 
-    def _shifted(self, product: Tensor) -> Tensor:
-        return product if self.drift is None else product - self.drift
-
     def _relax(self, product: Tensor, limits: Limits) -> tuple[Tensor, int]:
         """The next product, in the working dtype for the bound's sake, and the steps made."""
         for done in range(1, self.plan.max_iterations + 1):
             self.step.advance(product, _OVER_RELAXATION, 0.0)
-            product = self._shifted(self.step.target @ self.split.factor)
+            product = self.step.target @ self.split.factor - self.drift
             late = limits.expired
             due = done >= _MEASURE_FROM and (done - _MEASURE_FROM) % _MEASURE_EVERY == 0
             if due or late or done == self.plan.max_iterations:
@@ -268,10 +263,9 @@ class _Tile:
             if k > 0:  # of the last step nobody asks for the product
                 target = self.step.target
                 if split.half is None:
-                    product = target @ split.factor
+                    product = target @ split.factor - self.drift
                 else:
-                    product = (target.bfloat16() @ split.half).float()
-                product = self._shifted(product)
+                    product = (target.bfloat16() @ split.half).float() - self.drift
             self.step.advance(product, 1.0, plan.hardness * (k + 1) / plan.harden)
 
 

@@ -99,9 +99,10 @@ def run_rows(
     except KeyboardInterrupt:
         if not finished:
             raise
-        begun = [answer.pid or answer.ended == "crashed" for answer in answers]
-        kept = zip(begun, answers, strict=True)
-        answers = [a if known else RowAnswer(a.pruned, "interrupted") for known, a in kept]
+        answers = [
+            a if a.pid or a.ended == "crashed" else RowAnswer(a.pruned, "interrupted")
+            for a in answers
+        ]
     if crashed := [answer.message for answer in answers if answer.ended == "crashed"]:
         _log.warning(
             "%d rows keep their start: %s; where memory was short, run fewer processes at a time (`workers`)",

@@ -1,9 +1,6 @@
-"""The tree of pᵀQp: the QCR form of the SDP duals, a convex QP at every node.
-
-At the root the semidefinite bound gives λ, μ with A = Q + diag(λ) + μΣ_g 1_g1_gᵀ ⪰ 0, and f(p) = pᵀAp + cᵀp +
-const on every legal p (Billionnet, Elloumi, Plateau 2009). A node fixes some p_i; its bound is the
-Frank–Wolfe bound of that convex QP over the rest of the polytope, at a point of an interior-point method.
-Inputs that cannot change sides without passing the incumbent are fixed by the same linear form.
+"""The tree of pᵀQp: the QCR form of the SDP duals (Billionnet, Elloumi, Plateau 2009), a convex QP at every
+node, whose bound is that of `node`. Inputs that cannot change sides without passing the incumbent are fixed
+by the linear form of the bound.
 
 Every few levels a node's own semidefinite relaxation is solved again (`multipliers`), and its subtree uses
 that λ: one to two orders of magnitude fewer nodes. Where triangle inequalities nearly close the root, as on

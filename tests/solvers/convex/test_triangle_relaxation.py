@@ -16,7 +16,7 @@ from maskopt import NM, LayerProblem, Limits, Status, Unstructured, lower_bound,
 from maskopt.certificates.cuts import NO_INPUT, OF_Z0, Cuts, check_cuts, cut_form
 from maskopt.core.files import pack
 from maskopt.protocol.solution import relative_gap
-from maskopt.solvers.bounds.cuts import cut_certificate
+from maskopt.solvers.bounds.sdp import cut_certificate
 from maskopt.solvers.convex.triangles import ABSENT, PLACES, Incidence, Pool, dense, separate
 from maskopt.solvers.exact.tree import quadratic, relaxation
 from maskopt.solvers.exact.tree.node import free_part
