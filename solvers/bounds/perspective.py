@@ -64,7 +64,12 @@ class PerspectiveBound(BoundMethod):
         done = limits.counter(passes * problem.rows)
         rounds = torch.zeros(problem.rows, dtype=torch.int64)
         for _ in range(passes):
-            choices = self._choices(rows, problem, limits, threads)
+            choices: list[_Choice]
+            if problem.shared_budget:
+                choices = _together(rows, problem, self.turns, limits, threads)
+            else:
+                group, pruned = problem.group_size, problem.pruned_per_group
+                choices = [_Counted(group, group - pruned)] * problem.rows
 
             def better(row: int, choices: Sequence[_Choice] = choices) -> int:
                 made = rows[row].run(choices[row], self.turns, self.splits, limits)
@@ -76,15 +81,6 @@ class PerspectiveBound(BoundMethod):
             _together(rows, problem, _TURNS_AFTER, limits, threads)
         d, v = torch.stack([row.d for row in rows]), torch.stack([row.v for row in rows])
         return Certificate(d * of.size.square(), d[:, :0], v / of.size), Trace(iterations=rounds)
-
-    def _choices(
-        self, rows: Sequence[_Row], problem: LayerProblem, limits: Limits, threads: int
-    ) -> Sequence[_Choice]:
-        """What the split of each row is improved for."""
-        if problem.shared_budget:
-            return _together(rows, problem, self.turns, limits, threads)
-        counted = _Counted(problem.group_size, problem.group_size - problem.pruned_per_group)
-        return [counted] * problem.rows
 
 
 class _Counted(NamedTuple):

@@ -58,7 +58,12 @@ class Highs(RowSolver):
         }
         program = reformulated(task, task.unit_scale)
         model = _translate(program)
-        _configure(model, task)
+        options: dict[str, float] = {"random_seed": task.limits.seed % 2**31, "threads": 1}
+        options |= {"mip_rel_gap": task.gap_limit, "mip_abs_gap": 0.0}
+        options |= {"time_limit": task.limits.left} if task.limits.timed else {}
+        options |= {} if task.node_limit is None else {"mip_max_nodes": task.node_limit}
+        for name, value in options.items():
+            model.setOptionValue(name, value)
         guess = highspy.HighsSolution()
         guess.col_value = program.complete(task.start).tolist()
         model.setSolution(guess)
@@ -72,15 +77,6 @@ class Highs(RowSolver):
         slack = FEASIBILITY * float(np.abs(task.q).sum())
         nodes = int(info.mip_node_count)
         return program.answer(pruned, ended, float(info.mip_dual_bound), slack, nodes)
-
-
-def _configure(model: Any, task: RowTask) -> None:
-    options: dict[str, float] = {"random_seed": task.limits.seed % 2**31, "threads": 1}
-    options |= {"mip_rel_gap": task.gap_limit, "mip_abs_gap": 0.0}
-    options |= {"time_limit": task.limits.left} if task.limits.timed else {}
-    options |= {} if task.node_limit is None else {"mip_max_nodes": task.node_limit}
-    for name, value in options.items():
-        model.setOptionValue(name, value)
 
 
 def _translate(program: Program) -> Any:

@@ -141,7 +141,9 @@ def _answer(job: tuple[Search, RowTask]) -> RowAnswer:
     """One row, in the process that searches it. Never a mask that costs more than the start."""
     search, task = job
     began = clock()
-    task = task.begin()
+    if task.row_seconds is not None:
+        own = replace(task.limits, seconds=task.row_seconds).begin()
+        task = replace(task, limits=own)
     try:
         with one_blas_thread():
             answer = _no_time(task) if task.limits.expired else task.decided or search(task)

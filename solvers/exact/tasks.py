@@ -65,12 +65,6 @@ class RowTask:
     zero: float | None = None
     certified: float = 0.0
 
-    def begin(self) -> RowTask:
-        """With the clock of the row running."""
-        if self.row_seconds is None:
-            return self
-        return replace(self, limits=replace(self.limits, seconds=self.row_seconds).begin())
-
     def with_incumbent(self) -> RowTask:
         """The task from a far better start, which trees hardly ever improve on."""
         moves = 50 * len(self.q) + 500

@@ -98,9 +98,7 @@ def relax_node(
     except (np.linalg.LinAlgError, torch.linalg.LinAlgError):
         return start  # no eigenvalues of such numbers; the form from above still holds
     lam, pool, weights = 4 * dual.y[:n] - np.diag(b), dual.pool, np.abs(dual.y[:n])
-    a = b + np.diag(lam)
-    if len(pool.tau):
-        a += 4 * dense(pool, n)[0]
+    a = b + np.diag(lam) + 4 * dense(pool, n)[0]
     weights += LEAST_WEIGHT * (weights.mean() + 1e-300)
     least = LEAST_SHIFT * float(np.abs(np.diag(a)).mean())
     whole = np.zeros(len(part.state))
