@@ -37,7 +37,7 @@ from maskopt.certificates.certificate import Certificate, evenly
 from maskopt.core.limits import Limits, one_thread_each
 from maskopt.core.problem import LayerProblem
 from maskopt.core.rows import join_rows
-from maskopt.solvers.convex.box_step import CompiledStep, PooledStep, TorchStep
+from maskopt.solvers.convex.box_step import CompiledStep, SharedBudgetStep, TorchStep
 from maskopt.solvers.greedy.select import keep_highest
 
 #: ρ in units of the mean eigenvalue of H, and the over-relaxation: the best of a grid on real layers
@@ -206,7 +206,9 @@ class _Tile:
             counts = (size * mean.double()).square() * problem.shares[:, None]
             counts = (counts / counts.mean().clamp(min=1e-300)).clamp(min=_FLOOR)
             metric = inverse / counts.to(inverse.dtype)
-            self.step = PooledStep(self.q, inverse, problem.pruned, metric, problem.row_limits)
+            self.step = SharedBudgetStep(
+                self.q, inverse, problem.pruned, metric, problem.row_limits
+            )
         else:
             sizes = problem.group_size, problem.pruned_per_group
             self.step = (CompiledStep if self.q.is_cpu else TorchStep)(self.q, inverse, *sizes)

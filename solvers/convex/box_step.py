@@ -250,7 +250,7 @@ class TorchStep:
         return x.view_as(self.q)
 
 
-class PooledStep(TorchStep):
+class SharedBudgetStep(TorchStep):
     """With a shared budget the layer is one group, in a metric of what its rows count in the sum (`metric`: 1
     over that, [rows, n]); `limits`: least and most of a row."""
 

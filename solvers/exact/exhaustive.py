@@ -65,7 +65,7 @@ class Exhaustive(Solver):
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
         watch = Stopwatch(problem.rows)
         if problem.shared_budget:
-            return _pooled(problem, limits, watch)
+            return _shared_budget(problem, limits, watch)
         combinations = _masks(problem.n, problem.pattern)
         mask, seen = _enumerate(problem, combinations, limits)
         return _solution(problem, mask, seen, seen == combinations, watch)
@@ -101,7 +101,7 @@ def _solution(
     return assemble(problem, answers, f"{Exhaustive.capabilities.trusted[0]} {__version__}")
 
 
-def _pooled(problem: LayerProblem, limits: Limits, watch: Stopwatch) -> Solution:
+def _shared_budget(problem: LayerProblem, limits: Limits, watch: Stopwatch) -> Solution:
     """The best mask of every row at every count, then the best counts; after the limit any legal mask."""
     n, masks, costs = problem.n, [], []
     least, most = problem.row_limits
@@ -143,7 +143,7 @@ def _best_counts(cost: Float[Tensor, "rows counts"], total: int) -> list[int]:
 def _enumerate(problem: LayerProblem, combinations: int, limits: Limits) -> tuple[Tensor, Tensor]:
     """The best mask of every row so far, and the number of masks tried, at least one."""
     rows = problem.rows
-    cost = _refitted_cost(problem) if problem.update is not None else _quadratic_cost(problem)
+    cost = _updated_cost(problem) if problem.update is not None else _quadratic_cost(problem)
     best = torch.full((rows,), torch.inf, dtype=torch.float64)
     first = torch.arange(problem.n) % problem.group_size >= problem.pruned_per_group
     mask = first.repeat(rows, 1)
@@ -171,7 +171,7 @@ def _quadratic_cost(problem: LayerProblem) -> Callable[[int, Tensor], Tensor]:
     return lambda row, p: ((p @ q[row]) * p).sum(1)
 
 
-def _refitted_cost(problem: LayerProblem) -> Callable[[int, Tensor], Tensor]:
+def _updated_cost(problem: LayerProblem) -> Callable[[int, Tensor], Tensor]:
     """F of sets p [masks, n] of a row, up to a constant: −b_SᵀA_SS⁻¹b_S, by Cholesky."""
     squares = problem.least_squares
     target = squares.target(problem.weight, problem.correlation)

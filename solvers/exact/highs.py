@@ -15,12 +15,9 @@ import numpy as np
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.registry import missing_package
 from maskopt.protocol.solver import Capabilities
-from maskopt.solvers.exact.program import FEASIBILITY, Program, reformulated
+from maskopt.solvers.exact.program import CLOSED, FEASIBILITY, Program, reformulated
 from maskopt.solvers.exact.rows import RowSolver, exact
 from maskopt.solvers.exact.tasks import RowAnswer, RowTask
-
-#: relative gap up to which HiGHS' `optimal` is one, and not the gap limit that was reached
-_CLOSED = 1e-9
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ class Highs(RowSolver):
         model.run()
         info, status = model.getInfo(), model.getModelStatus()
         ended = words.get(status, model.modelStatusToString(status))
-        if ended == "optimal" and info.mip_gap > _CLOSED:
+        if ended == "optimal" and info.mip_gap > CLOSED:
             ended = "gaplimit"
         pruned = program.pruned(model.getSolution().col_value)
         # p_i and x_ij off by the tolerance move f by that part of their coefficients
