@@ -14,7 +14,7 @@ from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.bounds import BoundMethod
 from maskopt.protocol.trace import Trace
-from maskopt.solvers.convex.box import BoxPlan, BoxPoint, relax_box
+from maskopt.solvers.convex.box import BoxPlan, relax_box
 
 _TOLERANCE_HELP = "stop when the gap to the relaxation, averaged over the rows, is at most this"
 #: the barrier's part κ falls by this from round to round, of so many rounds and Newton steps in each
@@ -66,37 +66,27 @@ class ShiftBound(BoundMethod):
 
     def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, Trace]:
         plan = BoxPlan(self.tolerance, self.steps)
-        plain = relax_box(problem, plan, limits)
-        if limits.expired:
-            trace = Trace(
-                iterations=plain.iterations,
-                shifted=("no",) * problem.rows,
-                relaxed=plain.point.double().cpu(),
-            )
-            return Certificate.box(problem, plain.point), trace
-        gram = problem.gram.double()
-        if self.kind == "uniform":
-            d = torch.full_like(gram.diagonal(), float(torch.linalg.eigvalsh(gram)[0]))
-        else:
-            x, w = plain.point.double(), problem.weight.double()
-            mass = (w.square() @ gram.diagonal()).clamp(min=1e-300)
-            worth = ((x * (1 - x)) * w.square() / mass[:, None]).mean(0)
-            d = diagonal_shift(gram, worth, limits)
-        return self._either(problem, plain, relax_box(problem, plan, limits, d), d)
-
-    @staticmethod
-    def _either(
-        problem: LayerProblem, plain: BoxPoint, shifted: BoxPoint, d: Tensor
-    ) -> tuple[Certificate, Trace]:
-        """Row by row the form that proves more."""
+        plain = shifted = relax_box(problem, plan, limits)
+        gram, w, iterations = problem.gram.double(), problem.weight.double(), plain.iterations
+        d = torch.zeros_like(gram.diagonal())
+        if not limits.expired:
+            if self.kind == "uniform":
+                d += float(torch.linalg.eigvalsh(gram)[0])
+            else:
+                x = plain.point.double()
+                mass = (w.square() @ gram.diagonal()).clamp(min=1e-300)
+                worth = ((x * (1 - x)) * w.square() / mass[:, None]).mean(0)
+                d = diagonal_shift(gram, worth, limits)
+            shifted = relax_box(problem, plan, limits, d)
+            iterations = iterations + shifted.iterations
+        # row by row the form that proves more
         first = shifted.bound > plain.bound
-        square = problem.weight.double().square()
-        diagonal = torch.where(first[:, None], -d.double() * square, 0.0)
+        diagonal = torch.where(first[:, None], -d * w.square(), 0.0)
         point = torch.where(first[:, None], shifted.point, plain.point).double()
         groups = problem.n // problem.group_size
         penalty = torch.zeros(problem.rows, groups, dtype=torch.float64, device=problem.device)
         trace = Trace(
-            iterations=plain.iterations + shifted.iterations,
+            iterations=iterations,
             shifted=tuple("yes" if used else "no" for used in first.tolist()),
             relaxed=point.cpu(),
         )

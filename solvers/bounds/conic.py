@@ -1,6 +1,6 @@
 """`sdp-conic`: the same semidefinite relaxation by SCS, up to 200 inputs: a cross-check of `sdp`.
 
-min Σy over C + diag(y) ⪰ 0, with C the max-cut form of size n + 1 (see `sdp`) at a fixed penalty ρ.
+min Σy over C + diag(y) ⪰ 0, with C the max-cut form of size n + 1 (see `convex.mixing`) at a fixed penalty ρ.
 What SCS prints is no bound; its y goes through the same correction and the same certificate.
 """
 
@@ -19,8 +19,13 @@ from maskopt.core.problem import LayerProblem
 from maskopt.protocol.bounds import BoundMethod
 from maskopt.protocol.registry import missing_package
 from maskopt.protocol.trace import Trace
-from maskopt.solvers.convex.duals import ScaledRow, certificate_of, certify_row, penalty_of
-from maskopt.solvers.convex.mixing import scales_of
+from maskopt.solvers.convex.mixing import (
+    ScaledRow,
+    certificate_of,
+    certify_row,
+    penalty_of,
+    scales_of,
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class ConicBound(BoundMethod):
             y, inner, value = _scs(scaled, penalty, self.tolerance, self.max_iterations, share)
             found.append(certify_row(scaled, y, inner, penalty))
             printed.append(value / scale)
-        certificate, _ = certificate_of(problem, found, np.full(problem.rows, penalty), scales)
+        certificate, _ = certificate_of(problem, found, scales)
         return certificate, Trace(printed=torch.tensor(printed, dtype=torch.float64))
 
 

@@ -9,9 +9,9 @@ and v by `maskopt.certificates.certificate`, wherever the steps end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -60,31 +60,27 @@ class PerspectiveBound(BoundMethod):
         parts = zip(of.target, of.constant.tolist(), strict=True)
         rows = [_Row(of.a, room, target, constant, kept) for target, constant in parts]
         threads = threads_on(problem.device)
+        passes = _PRICES if problem.shared_budget else 1
+        done = limits.counter(passes * problem.rows)
         rounds = torch.zeros(problem.rows, dtype=torch.int64)
-        for choices, tick in self._choices(rows, problem, limits, threads):
+        for _ in range(passes):
+            choices: list[_Choice]
+            if problem.shared_budget:
+                choices = _together(rows, problem, self.turns, limits, threads)
+            else:
+                group, pruned = problem.group_size, problem.pruned_per_group
+                choices = [_Counted(group, group - pruned)] * problem.rows
 
-            def better(row: int, choices: Any = choices, tick: Any = tick) -> int:
-                done = rows[row].run(choices[row], self.turns, self.splits, limits)
-                tick()
-                return done
+            def better(row: int, choices: Sequence[_Choice] = choices) -> int:
+                made = rows[row].run(choices[row], self.turns, self.splits, limits)
+                done()
+                return made
 
             rounds += torch.tensor(one_thread_each(better, problem.rows, threads))
+        if problem.shared_budget:
+            _together(rows, problem, _TURNS_AFTER, limits, threads)
         d, v = torch.stack([row.d for row in rows]), torch.stack([row.v for row in rows])
         return Certificate(d * of.size.square(), d[:, :0], v / of.size), Trace(iterations=rounds)
-
-    def _choices(
-        self, rows: Sequence[_Row], problem: LayerProblem, limits: Limits, threads: int
-    ) -> Iterator[tuple[Sequence[_Choice], Callable[[], None]]]:
-        """What the rows' splits are improved for, in turn, and the report of each that is done."""
-        if not problem.shared_budget:
-            group = problem.group_size
-            counted = _Counted(group, group - problem.pruned_per_group)
-            yield [counted] * problem.rows, limits.counter(problem.rows)
-            return
-        done = limits.counter(_PRICES * problem.rows)
-        for _ in range(_PRICES):
-            yield _together(rows, problem, self.turns, limits, threads), done
-        _together(rows, problem, _TURNS_AFTER, limits, threads)
 
 
 class _Counted(NamedTuple):

@@ -1,42 +1,49 @@
 """`sdp`: the semidefinite relaxation by low-rank coordinate descent, any n, rows in parallel.
 
-With p = (1 + z)/2, one extra sign z_0 and the penalty ρΣ_g(1_gᵀp − s)² the problem is a max-cut form min ⟨C,
-Y⟩, Y_ii = 1, Y ⪰ 0 of size n + 1, with Y = VVᵀ of rank k ≈ √(2n) (Burer and Monteiro). The mixing method
-(Wang, Chang and Kolter, arXiv 1706.00476) sets v_i ← −g_i/‖g_i‖, g_i = Σ_j C_ij v_j, again and again; y_i =
-‖g_i‖ are the duals, of which `convex.duals` makes a certificate. v_0 is kept fixed.
+The vectors, their duals and the certificate that these make are those of `convex.mixing`. A small ρ suffices,
+since the bound is taken over the sums themselves; a large ρ ties all coordinates together, and takes ten
+times as many sweeps for the same bound.
 
-A small ρ suffices, since the bound is taken over the sums themselves; a large ρ ties all coordinates
-together, and takes ten times as many sweeps for the same bound.
+With `cuts` the relaxation is tightened by violated triangle inequalities (`convex.triangles`): in rounds, the
+most violated ones join the pool. Their multipliers are those of an augmented Lagrangian: the sweeps of the
+mixing method run on C less Σ_t τ'_t(triangle t) with τ' = max(0, τ − step·(triangle + 1)), and τ follows τ'
+slowly, since plain steps on τ swing for ever between vectors of equal value. Remaining swings are averaged:
+the bound is concave in τ. For the mean of τ the plain mixing method then finds y.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from maskopt.certificates.certificate import Certificate
+from maskopt.certificates.cuts import OF_Z0, Cuts
 from maskopt.core.fields import option
-from maskopt.core.limits import Limits
+from maskopt.core.limits import Limits, one_thread_each, threads_on
 from maskopt.core.problem import LayerProblem
 from maskopt.core.rows import join_rows
 from maskopt.protocol.bounds import BoundMethod
 from maskopt.protocol.trace import Trace
-from maskopt.solvers.bounds.cuts import tighten
-from maskopt.solvers.convex.box import BoxPlan, relax_box
-from maskopt.solvers.convex.duals import (
+from maskopt.solvers.convex.box import BoxPlan, linear_bound, relax_box
+from maskopt.solvers.convex.interior_point import interior_point
+from maskopt.solvers.convex.mixing import (
+    Extra,
+    Mixing,
     RowDuals,
     ScaledRow,
     certificate_of,
     certify_row,
+    default_rank,
     penalty_of,
 )
-from maskopt.solvers.convex.interior_point import interior_point
-from maskopt.solvers.convex.linear_bound import linear_bound
-from maskopt.solvers.convex.mixing import Mixing, default_rank
-from maskopt.solvers.parallel import in_threads
+from maskopt.solvers.convex.triangles import Incidence, Pool, dense, separate, steps_of
+from maskopt.solvers.convex.triangles_kernel import damp
+from maskopt.solvers.parallel import in_threads, one_blas_thread
 
 #: sweeps of the stages; a row leaves when its bound has settled
 _STAGES = (300, 300, 600, 1200, 2400)
@@ -54,6 +61,18 @@ _COSTLY = 20
 _TILE_ENTRIES = 2**27
 #: for rows that no time is left for
 _HURRIED = BoxPlan(tolerance=0.01, max_iterations=60)
+#: sweeps before the first cuts
+_START = 400
+#: triangles that may join in a round, per input and in all
+_NEW, _MOST_NEW = 128, 2**17
+#: multipliers below this part of the largest are left out of the certificate
+_TINY = 1e-7
+#: the k-th of the iterates weighs about (k/iterates)^_LATE in their mean
+_LATE = 3
+#: sweeps at the end, with the mean of the multipliers
+_SETTLE = 800
+#: parts of the time left for the rounds, then for the last schedule, then for the sweeps at the end
+_ROUNDS_SHARE, _END_SHARE, _SETTLE_SHARE = 0.7, 0.7, 0.3
 
 
 @dataclass(frozen=True)
@@ -117,7 +136,6 @@ class _Tile:
 
     Attributes:
         todo: the rows whose vectors are in `state`; settled ones are dropped.
-        penalty: float64 [rows], ρ, or 0 where the box relaxation proves more.
         inner: float64 [rows, n], ⟨v_i, v_0⟩ where the best bound was found.
     """
 
@@ -129,7 +147,6 @@ class _Tile:
         self.rho = penalty_of(problem.group_size)
         self.todo = np.arange(problem.rows)
         self.best: list[RowDuals | None] = [None] * problem.rows
-        self.penalty = np.zeros(problem.rows)
         self.inner = np.zeros((problem.rows, problem.n))
         self.sweeps = np.zeros(problem.rows, np.int64)
 
@@ -179,19 +196,13 @@ class _Tile:
             best = self.best[row]
             gain = found.value - (best.value if best is not None else -np.inf)
             if gain > 0:
-                self.best[row], self.penalty[row] = found, self.rho
-                self.inner[row] = inner[position]
+                self.best[row], self.inner[row] = found, inner[position]
             if max(gain, found.loss) > tolerance * abs(found.value):
                 again.append(position)
         return again
 
     def _scaled(self, row: int) -> ScaledRow:
         return ScaledRow.of(self.problem, self.gram, row, float(self.scale[row]))
-
-    def _relaxed(self, row: int) -> np.ndarray:
-        """The point of the box relaxation."""
-        of = self._scaled(row)
-        return interior_point(of.q, 2 * of.linear, of.group, of.pruned, constant=of.constant)
 
     def _fall_back(self, tolerance: float) -> None:
         """The box relaxation where there is no time, nothing was certified, or the correction costs much: in
@@ -205,15 +216,18 @@ class _Tile:
                     self.inner[row] = 2 * box.point[position].double().cpu().numpy() - 1
         if self.limits.expired:
             return
-
         part = _COSTLY * tolerance
         rows = [
             row
             for row, best in enumerate(self.best)
             if best is None or not best.loss <= part * best.value
         ]
-        points = in_threads(self._relaxed, rows)
-        for row, point in zip(rows, points, strict=True):
+
+        def relaxed(row: int) -> np.ndarray:
+            of = self._scaled(row)
+            return interior_point(of.q, 2 * of.linear, of.group, of.pruned, constant=of.constant)
+
+        for row, point in zip(rows, in_threads(relaxed, rows), strict=True):
             alone = self.problem.take([row])
             value = float(linear_bound(alone, torch.as_tensor(point[None]).to(alone.device))[1])
             best = self.best[row]
@@ -221,15 +235,162 @@ class _Tile:
                 self._replace(row, point, 0.0)
 
     def _replace(self, row: int, point: np.ndarray, loss: float) -> None:
-        self.best[row] = RowDuals(np.zeros(len(point)), point, loss, np.nan)
-        self.penalty[row] = 0.0
+        self.best[row] = RowDuals(np.zeros(len(point)), point, loss, np.nan, 0.0)
 
     def _found(self) -> tuple[Certificate, Trace]:
         found = [best for best in self.best if best is not None]
-        certificate, loss = certificate_of(self.problem, found, self.penalty, self.scale)
+        certificate, loss = certificate_of(self.problem, found, self.scale)
         trace = Trace(
             iterations=torch.from_numpy(self.sweeps),
             correction=loss,
             relaxed=torch.as_tensor((1 + self.inner) / 2),
         )
         return certificate, trace
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the multipliers move between two separations: so many updates, each followed by `sweeps`; τ follows
+    τ' by the part `follow`, and `haste` is a factor of the triangles' steps."""
+
+    updates: int
+    sweeps: int
+    follow: float
+    haste: float = 1.0
+
+
+#: chosen on rows of block 8 q_proj, on 256 inputs and on all, and on row 544 of block 10 down_proj: many
+#: rounds of few updates find more triangles that count than few rounds, each to its end
+_ROUND = Schedule(updates=20, sweeps=2, follow=0.4, haste=2.0)
+_END = Schedule(updates=500, sweeps=8, follow=0.2)
+
+
+def tighten(
+    problem: LayerProblem, plain: Certificate, rank: int, rounds: int, limits: Limits
+) -> tuple[Certificate, Tensor, Tensor]:
+    """The better of `plain` and a certificate with triangle cuts, for every row; and for every row the number
+    of triangles in it, and the loss to the correction as part of the bound (NaN where `plain` is kept).
+
+    Args:
+        plain: a certificate without ν and cuts.
+        rank: of the vectors.
+        rounds: of separation.
+        limits: rows share the time equally; rows without time keep `plain`.
+    """
+    threads = threads_on(problem.device)
+
+    def better(row: int) -> tuple[Certificate, float]:
+        part, before = problem.take([row]), plain.take([row])
+        if not limits.expired:
+            waves = math.ceil((problem.rows - row) / threads)
+            after, loss = cut_certificate(part, rank, rounds, limits.share(1 / waves))
+            if bool(after.check(part) > before.check(part)):
+                return after, loss
+        return before, math.nan
+
+    with one_blas_thread():
+        # triangles of a single row are looked for in several threads
+        alone = problem.rows == 1
+        found = [better(0)] if alone else one_thread_each(better, problem.rows, threads)
+    parts, loss = zip(*found, strict=True)
+    whole = Certificate.stack(parts)
+    count = [len(one.multiplier) if one else 0 for one in whole.cuts or [None] * problem.rows]
+    return whole, torch.tensor(count), torch.tensor(loss, dtype=torch.float64)
+
+
+def cut_certificate(
+    problem: LayerProblem, rank: int, rounds: int, limits: Limits
+) -> tuple[Certificate, float]:
+    """(λ, μ, τ, p̂) of a single row after `rounds` rounds, and the loss to the correction as part of the
+    bound."""
+    n = problem.n
+    state = Mixing(problem, rank, limits.seed)
+    rho = penalty_of(problem.group_size)
+    _descend(state, _START, rho, limits)
+    multipliers = _Multipliers(state, Pool.empty())
+    early, new = limits.share(_ROUNDS_SHARE), min(_NEW * n, _MOST_NEW)
+    for _ in range(rounds):
+        binding = multipliers.pool.keep(multipliers.used > 0)
+        index, sign, _ = separate(_gram(state), new, threads=state.threads)
+        multipliers = _Multipliers(state, binding.join(index, sign, n))
+        multipliers.run(_ROUND, rho, early)
+        if early.expired:
+            break
+    multipliers.run(_END, rho, limits.share(_END_SHARE))
+    multipliers.settle(rho, limits.share(_SETTLE_SHARE))
+    return multipliers.certify(problem, rho)
+
+
+def _descend(state: Mixing, sweeps: int, rho: float, limits: Limits) -> None:
+    """With unchanged multipliers; under a time limit chunk by chunk, one at least."""
+    chunk = _CHUNK if limits.timed else sweeps
+    for _ in range(0, sweeps, chunk):
+        state.sweep(chunk, rho)
+        if limits.expired:
+            break
+
+
+def _gram(state: Mixing) -> np.ndarray:
+    """⟨v_i, v_j⟩, [n + 1, n + 1] with v_0 last."""
+    v = state.v[0].cpu().numpy()
+    fixed = np.zeros((1, v.shape[1]), v.dtype)
+    fixed[0, 0] = 1
+    v = np.concatenate([v, fixed])
+    return np.asarray(v @ v.T)
+
+
+class _Multipliers:
+    """The triangles of a row, and E, the addition to C that they make. `used`: τ' of every triangle, `mean`:
+    of the iterates."""
+
+    def __init__(self, state: Mixing, pool: Pool) -> None:
+        self.state, self.pool = state, pool
+        self.used = self.mean = pool.tau.copy()
+        dtype = state.v[:0].cpu().numpy().dtype
+        a, b = pool.sign.astype(dtype).T
+        self.signs = np.stack([a, b, a * b], axis=1)
+        self.incidence = Incidence.of(pool.index, state.v.shape[1])
+        self.step = steps_of(pool.index, state.duals[0].double().cpu().numpy())
+        partners = self.incidence.partners
+        self.value = np.zeros(len(partners), dtype)
+        state.extra = Extra(self.incidence.starts[None], partners, self.value)
+
+    def run(self, schedule: Schedule, rho: float, limits: Limits) -> None:
+        """Move vectors and multipliers in turn, until the deadline; their mean is `mean`."""
+        self.mean = self.used
+        for update in range(schedule.updates):
+            self._damp(schedule.haste * self.step, schedule.follow)
+            self.state.sweep(schedule.sweeps, rho)
+            self.mean = self.mean + (_LATE + 1) / (_LATE + 1 + update) * (self.used - self.mean)
+            if limits.expired:
+                break
+
+    def settle(self, rho: float, limits: Limits) -> None:
+        """The vectors that go with the mean of the multipliers."""
+        self.pool.tau[:] = self.mean
+        self._damp(np.zeros_like(self.step), 0.0)
+        _descend(self.state, _SETTLE, rho, limits)
+
+    def _damp(self, step: np.ndarray, follow: float) -> None:
+        of, v = self.incidence, self.state.v[0].cpu().numpy()
+        cuts = of.member, self.signs, step, follow, self.pool.tau, self.used
+        damp(v, of.pairs, of.entries, *cuts, self.value)
+
+    def certify(self, problem: LayerProblem, rho: float) -> tuple[Certificate, float]:
+        """Of the multipliers once they have settled; as of `certificate_of`."""
+        n, scale, y = problem.n, self.state.scale, self.state.duals[0].double().cpu().numpy()
+        if np.isfinite(y).all():
+            pool = Pool(self.pool.index, self.pool.sign, self.mean)
+            pool = pool.keep(pool.tau > _TINY * pool.tau.max(initial=0.0))
+            scaled = ScaledRow.of(problem, problem.gram.double().cpu().numpy(), 0, float(scale[0]))
+            duals = certify_row(scaled, y, self.state.inner()[0], rho, dense(pool, n))
+            duals = duals._replace(value=duals.value - float(pool.tau.sum()))
+        else:  # the row is beyond float64
+            pool, duals = Pool.empty(), RowDuals(np.zeros(n), np.zeros(n), 0.0, 0.0, rho)
+        cuts = Cuts(
+            torch.as_tensor(np.where(pool.index == n, OF_Z0, pool.index)),
+            torch.as_tensor(pool.sign),
+            torch.as_tensor(pool.tau / scale[0]),
+        )
+        certificate, loss = certificate_of(problem, [duals], scale, [cuts])
+        return certificate, float(loss)

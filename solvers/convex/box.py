@@ -18,6 +18,9 @@ with sums in float32, where that is much faster.
 
 **A shift.** With d where G − diag(d) is still semidefinite, f(x) = (w⊙x)ᵀ(G − diag(d))(w⊙x) + Σ dⱼwⱼ²xⱼ on
 masks, which relaxes to more. Linear terms only move what A is applied to.
+
+**The bound** is that of Frank and Wolfe, f(x) + min_v ∇f(x)ᵀ(v − x) over legal v: valid at any point x, as
+far as G is positive semidefinite. `provable` takes off what a float32 G lacks to that.
 """
 
 from __future__ import annotations
@@ -30,11 +33,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from maskopt.certificates.certificate import Certificate, evenly
 from maskopt.core.limits import Limits, one_thread_each
 from maskopt.core.problem import LayerProblem
 from maskopt.core.rows import join_rows
-from maskopt.solvers.convex.box_step import CompiledStep, PooledStep, TorchStep
-from maskopt.solvers.convex.linear_bound import linear_bound
+from maskopt.solvers.convex.box_step import CompiledStep, SharedBudgetStep, TorchStep
+from maskopt.solvers.greedy.select import keep_highest
 
 #: ρ in units of the mean eigenvalue of H, and the over-relaxation: the best of a grid on real layers
 _PENALTY = 0.8
@@ -54,6 +58,13 @@ _TILE_ARRAYS = 12
 _TILE_ROWS = 128
 #: n from which bfloat16 products are faster where a CPU has them in hardware
 _HALF_FROM = 256
+#: how often θΣw² the bound is lowered by for θ = what G lacks to semidefiniteness: 9/4 suffice
+_SLACK = 3.0
+#: of an operation, what a check leaves for numbers too small to be distinguished
+_UNDERFLOW = 1e-300
+#: up to this part of G's mean diagonal the check makes good what G lacks for all rows at once
+_SHARED = 1e-4
+_UNIT = 2.0**-53
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,7 @@ class BoxPoint:
 
     Attributes:
         value: float64 [rows], the least f(x) that was measured; ∞ where none was.
-        bound: float64 [rows], the best Frank–Wolfe bound, as far as G is semidefinite.
+        bound: float64 [rows], the best Frank–Wolfe bound.
         point: [rows, n], the x that gives the bound; last: the x at the end, hardened.
         iterations: int64 [rows], steps before hardening.
     """
@@ -195,43 +206,40 @@ class _Tile:
             counts = (size * mean.double()).square() * problem.shares[:, None]
             counts = (counts / counts.mean().clamp(min=1e-300)).clamp(min=_FLOOR)
             metric = inverse / counts.to(inverse.dtype)
-            self.step = PooledStep(self.q, inverse, problem.pruned, metric, problem.row_limits)
+            self.step = SharedBudgetStep(
+                self.q, inverse, problem.pruned, metric, problem.row_limits
+            )
         else:
             sizes = problem.group_size, problem.pruned_per_group
             self.step = (CompiledStep if self.q.is_cpu else TorchStep)(self.q, inverse, *sizes)
         self.bound = torch.zeros(problem.rows, dtype=torch.float64, device=weight.device)
         self.value = torch.full_like(self.bound, torch.inf)
         self.point = self.step.x.clone()
+        self.drift = torch.zeros_like(self.q)
+        if problem.linear is not None:
+            scaled = problem.linear.correlation / (unit * mean.double())
+            self.drift += scaled.to(split.factor.dtype) * split.slope @ split.factor
         self.diagonal: Tensor | None = None
-        self.drift: Tensor | None = None
         if split.shift is not None:
             assert split.pull is not None
             self.diagonal = -split.shift * weight.square()
-            self.drift = (self.q * split.pull) @ split.factor
-        if problem.linear is not None:
-            scaled = problem.linear.correlation / (unit * mean.double())
-            target = scaled.to(split.factor.dtype) * split.slope
-            moved = target @ split.factor
-            self.drift = moved if self.drift is None else self.drift + moved
+            self.drift += (self.q * split.pull) @ split.factor
 
     @torch.no_grad()
     def run(self, limits: Limits) -> BoxPoint:
         share = self.problem.pruned / self.q.numel()
-        product = self._shifted(self.q * share @ self.split.factor)
+        product = self.q * share @ self.split.factor - self.drift
         product, done = self._relax(product, limits)
         self._harden(product, done, limits)
         return BoxPoint(
             self.value, self.bound, self.point, self.step.x, torch.full((self.problem.rows,), done)
         )
 
-    def _shifted(self, product: Tensor) -> Tensor:
-        return product if self.drift is None else product - self.drift
-
     def _relax(self, product: Tensor, limits: Limits) -> tuple[Tensor, int]:
         """The next product, in the working dtype for the bound's sake, and the steps made."""
         for done in range(1, self.plan.max_iterations + 1):
             self.step.advance(product, _OVER_RELAXATION, 0.0)
-            product = self._shifted(self.step.target @ self.split.factor)
+            product = self.step.target @ self.split.factor - self.drift
             late = limits.expired
             due = done >= _MEASURE_FROM and (done - _MEASURE_FROM) % _MEASURE_EVERY == 0
             if due or late or done == self.plan.max_iterations:
@@ -257,8 +265,75 @@ class _Tile:
             if k > 0:  # of the last step nobody asks for the product
                 target = self.step.target
                 if split.half is None:
-                    product = target @ split.factor
+                    product = target @ split.factor - self.drift
                 else:
-                    product = (target.bfloat16() @ split.half).float()
-                product = self._shifted(product)
+                    product = (target.bfloat16() @ split.half).float() - self.drift
             self.step.advance(product, 1.0, plan.hardness * (k + 1) / plan.harden)
+
+
+def linear_bound(
+    problem: LayerProblem,
+    x: Float[Tensor, "rows n"],
+    diagonal: Float[Tensor, "rows n"] | None = None,
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """f(x) and the bound, float64, of f(x) = xᵀQx with its linear part, plus Σ λᵢ(xᵢ² − xᵢ), 0 on every mask;
+    `diagonal`: λ, float64.
+
+    Valid at every x where Q + diag(λ) is positive semidefinite. The bound is lowered by a margin for the
+    rounding of float64 sums, n·2⁻⁵² of the terms' sizes.
+    """
+    x = x.double()
+    weight = problem.weight.double()
+    product = weight * x
+    c = problem.products(product)
+    square = (product * c).sum(1)
+    pull, constant = weight * problem.correlation, problem.constant
+    value = square + 2 * (pull * x).sum(1) + constant
+    gradient = 2 * weight * c + 2 * pull
+    offset = constant - square
+    size = problem.gram.diagonal().double().abs().sqrt()
+    mass = (product.abs() * size).sum(1)
+    reach = (weight.abs() * size).sum(1)
+    margin = 4 * problem.n * 2.0**-52 * mass * (mass + 2 * reach)
+    sizes = 2 * (pull.abs() * x.abs().clamp(min=1.0)).sum(1) + constant
+    margin = margin + 4 * problem.n * 2.0**-52 * sizes
+    if diagonal is not None:
+        value = value + (diagonal * (x.square() - x)).sum(1)
+        gradient = gradient + diagonal * (2 * x - 1)
+        offset = offset - (diagonal * x.square()).sum(1)
+        sizes = diagonal.abs() * x.abs().clamp(min=1.0).square()
+        margin = margin + 4 * problem.n * 2.0**-52 * sizes.sum(1)
+    vertex = ~keep_highest(problem, gradient * problem.shares[:, None])
+    least = torch.where(vertex, gradient, 0.0).sum(1)
+    bound = least + offset - margin
+    if problem.shared_budget:  # of the layer's sum, which no row has a part of by itself
+        bound = evenly(problem.shares @ bound, problem)
+    return value, bound.clamp(min=0.0)
+
+
+def provable(
+    problem: LayerProblem, bound: Float[Tensor, " rows"], certificate: Certificate
+) -> Float[Tensor, " rows"]:
+    """Bounds of f lowered to what the check of their certificate can find: of several rows by θw² for what G
+    lacks; for a single row, or a G far from semidefinite, where one large weight can cost more, by that check
+    itself."""
+    if problem.rows > 1 and not problem.shared_budget:
+        lack = _lack(problem)
+        if lack <= _SHARED * float(problem.gram.diagonal().double().abs().mean()):
+            loss = _SLACK * lack * problem.weight.double().square().sum(1)
+            return (bound - loss).clamp(min=0.0)
+    return bound.minimum(certificate.check(problem)).clamp(min=0.0)
+
+
+def _lack(problem: LayerProblem) -> float:
+    """θ with G + θI ⪰ 0, with room for the rounding of whoever checks that."""
+    gram = problem.gram.double()
+    trace = float(gram.diagonal().abs().sum())
+    if trace == 0:
+        return 0.0
+    rounding = problem.n * (16 * _UNIT * trace + _UNDERFLOW)
+    shifted = gram.clone()
+    shifted.diagonal().add_(rounding)
+    if int(torch.linalg.cholesky_ex(shifted).info) == 0:
+        return 2 * rounding
+    return 2 * (rounding + max(0.0, -float(torch.linalg.eigvalsh(gram)[0])))

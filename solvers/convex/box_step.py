@@ -9,26 +9,221 @@ Given z = A-product of the last target, and per row q = w√h, D⁻¹ = 1/(q² +
     x = argmin Σ (x − v)²/D⁻¹ on {0 ≤ x ≤ 1, Σ_group x = s}:  x = clip(v − τD⁻¹, 0, 1), τ by Newton
     u ← u + z̃ − q⊙x;    next target: q⊙x − u
 
-In torch for any device, and compiled for the CPU, several times faster by one pass over a row in cache.
+The sum of a group falls with its τ and is piecewise linear, so that Newton's step on τ is exact within a
+piece; a τ that is warm needs two or three. In torch for any device, and compiled for the CPU, several times
+faster by one pass over a row in cache: a row as one group, or all groups of a row side by side. For a shared
+budget within limits, in torch.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from maskopt.solvers.compiled import loop
-from maskopt.solvers.convex.projection import (
-    FAST,
-    Multipliers,
-    project,
-    project_row,
-    project_side_by_side,
-    project_within,
-)
+from maskopt.solvers.compiled import loop, part
+
+#: |Σ x − s| at which τ is good enough, per group; and as a part of s, of groups whose sum float32 rounds
+_TOLERANCE, _RELATIVE = 1e-4, 1e-6
+#: steps at most, guarded by a bracket; and before the bracket is looked for
+_NEWTON = 40
+_UNGUARDED = 6
+
+#: what the compiled loops may do with sums; nothing in here is infinite or NaN
+FAST = {"nnan", "ninf", "nsz", "reassoc", "contract", "arcp"}
+
+
+@part(fastmath=FAST, error_model="numpy")
+def _sums(start, inverse, tau):
+    """Σ clip(start − τ·inverse, 0, 1), and Σ inverse over what is strictly inside."""
+    zero = start[0] * 0
+    one = zero + 1
+    total = zero
+    slope = zero
+    for j in range(len(start)):
+        moved = start[j] - tau * inverse[j]
+        slope += inverse[j] if (moved > zero and moved < one) else zero
+        moved = moved if moved > zero else zero
+        total += moved if moved < one else one
+    return total, slope
+
+
+@part(fastmath=FAST, error_model="numpy")
+def _multiplier(start, inverse, total, tau):
+    for _ in range(_UNGUARDED):
+        value, slope = _sums(start, inverse, tau)
+        excess = value - total
+        if abs(excess) <= _TOLERANCE:
+            return tau
+        if not slope > 0:
+            break
+        tau += excess / slope
+    low = (start[0] - 1) / inverse[0]
+    high = start[0] / inverse[0]
+    for j in range(len(start)):
+        low = min(low, (start[j] - 1) / inverse[j])
+        high = max(high, start[j] / inverse[j])
+    tau = min(max(tau, low), high)
+    for _ in range(_NEWTON):
+        value, slope = _sums(start, inverse, tau)
+        excess = value - total
+        if abs(excess) <= _TOLERANCE:
+            break
+        if excess > 0:
+            low = tau
+        else:
+            high = tau
+        newton = tau + excess / slope if slope > 0 else low
+        tau = newton if low < newton < high else (low + high) / 2
+    return tau
+
+
+@part(fastmath=FAST, error_model="numpy")
+def _multipliers(start, inverse, total, tau, excess, slope):
+    """Newton steps on τ of all groups, unguarded, from start and inverse [group, groups]. Where the slope is
+    0, τ goes to where the first x of the group has moved far enough."""
+    zero = total * 0
+    one = zero + 1
+    groups = len(tau)
+    for _ in range(_UNGUARDED):
+        excess[:] = -total
+        slope[:] = zero
+        for i in range(len(start)):
+            s_part, i_part = start[i], inverse[i]
+            for g in range(groups):
+                moved = s_part[g] - tau[g] * i_part[g]
+                slope[g] += i_part[g] if (moved > zero and moved < one) else zero
+                moved = moved if moved > zero else zero
+                excess[g] += moved if moved < one else one
+        worst = zero
+        for g in range(groups):
+            off = abs(excess[g])
+            worst = max(worst, off)
+            tau[g] += excess[g] / slope[g] if (off > _TOLERANCE and slope[g] > zero) else zero
+        if worst <= _TOLERANCE:
+            return
+        for g in range(groups):
+            if abs(excess[g]) > _TOLERANCE and not slope[g] > zero:
+                tau[g] = _first_to_move(start[:, g], inverse[:, g], tau[g], excess[g])
+
+
+@part(fastmath=FAST, error_model="numpy")
+def _first_to_move(start, inverse, tau, excess):
+    """The τ nearest to `tau` at which one x alone has made good the excess, or all that it can."""
+    zero = excess * 0
+    one = zero + 1
+    part = min(max(excess, -one), one)
+    best = tau
+    found = False
+    for i in range(len(start)):
+        moved = start[i] - tau * inverse[i]
+        if (moved >= one) if part > zero else (moved <= zero):
+            reached = (start[i] + part - (one if part > zero else zero)) / inverse[i]
+            if not found or abs(reached - tau) < abs(best - tau):
+                best, found = reached, True
+    return best
+
+
+@part(fastmath=FAST, error_model="numpy")
+def project_row(start, inverse, total, tau):
+    """start ← clip(start − τ·inverse, 0, 1) of the wanted sum; returns τ, with the factor 1/(1 − θ) in it."""
+    zero = start[0] * 0
+    one = zero + 1
+    tau = _multiplier(start, inverse, total, tau)
+    for j in range(len(start)):
+        moved = start[j] - tau * inverse[j]
+        moved = moved if moved > zero else zero
+        start[j] = moved if moved < one else one
+    return tau
+
+
+@part(fastmath=FAST, error_model="numpy")
+def project_side_by_side(start, inverse, across, total, tau, turned, excess, slope):
+    """The same for all groups of a row; `across` is inverse as [group, groups]."""
+    group, groups = turned.shape
+    zero = start[0] * 0
+    one = zero + 1
+    for i in range(group):
+        for g in range(groups):
+            turned[i, g] = start[g * group + i]
+    _multipliers(turned, across, total, tau, excess, slope)
+    for g in range(groups):
+        if abs(excess[g]) > _TOLERANCE:
+            part = slice(g * group, (g + 1) * group)
+            tau[g] = _multiplier(start[part], inverse[part], total, tau[g])
+    for i in range(group):
+        t_part, i_part = turned[i], across[i]
+        for g in range(groups):
+            moved = t_part[g] - tau[g] * i_part[g]
+            moved = moved if moved > zero else zero
+            t_part[g] = moved if moved < one else one
+    for i in range(group):
+        for g in range(groups):
+            start[g * group + i] = turned[i, g]
+
+
+def project(start: Tensor, inverse: Tensor, total: int, tau: Tensor) -> tuple[Tensor, Tensor]:
+    """clip(start − τ·inverse, 0, 1) of row sums `total`, and τ [rows, 1]; bracketed Newton, warm. `start`,
+    `inverse`: [rows, n]; a row is one group."""
+    enough = max(_TOLERANCE, _RELATIVE * total)
+    low = ((start - 1) / inverse).amin(1, keepdim=True)
+    high = (start / inverse).amax(1, keepdim=True)
+    tau = tau.clamp(min=low, max=high)
+    for _ in range(_NEWTON):
+        moved = start - tau * inverse
+        excess = moved.clamp(0, 1).sum(1, keepdim=True) - total
+        if float(excess.abs().max()) <= enough:
+            break
+        low = torch.where(excess > 0, tau, low)
+        high = torch.where(excess < 0, tau, high)
+        slope = torch.where((moved > 0) & (moved < 1), inverse, 0.0).sum(1, keepdim=True)
+        newton = tau + excess / slope.clamp(min=1e-30)
+        inside = (newton > low) & (newton < high)
+        tau = torch.where(
+            excess.abs() <= enough, tau, torch.where(inside, newton, (low + high) / 2)
+        )
+    return (start - tau * inverse).clamp(0, 1), tau
+
+
+class Multipliers(NamedTuple):
+    """τ [1, 1] of a layer with a shared budget within limits; per row, [rows, 1], τ at which it has the most
+    that it may (`lowest`) and the least (`highest`)."""
+
+    tau: Tensor
+    lowest: Tensor
+    highest: Tensor
+
+
+def project_within(
+    start: Tensor, inverse: Tensor, total: int, limits: tuple[int, int], warm: Multipliers
+) -> tuple[Tensor, Multipliers]:
+    """clip(start − τᵣ·inverse, 0, 1) of sum `total`, whose row sums are within `limits`; start, inverse
+    [rows, n].
+
+    All rows have one τ, except rows at a limit, whose own τ takes them there (Kuhn–Tucker conditions). So the
+    sum is again one of τ alone, piecewise linear and falling.
+    """
+    least, most = limits
+    lowest = project(start, inverse, most, warm.lowest)[1]
+    highest = project(start, inverse, least, warm.highest)[1].maximum(lowest)
+    enough = max(_TOLERANCE * len(start), _RELATIVE * total)
+    low, high = lowest.amin(), highest.amax()
+    tau = warm.tau.clamp(min=low, max=high)
+    for _ in range(_NEWTON):
+        each = tau.clamp(min=lowest, max=highest)
+        moved = start - each * inverse
+        excess = moved.clamp(0, 1).sum() - total
+        if float(excess.abs()) <= enough:
+            break
+        low, high = (tau, high) if excess > 0 else (low, tau)
+        held = (each <= lowest) | (each >= highest)
+        inside = (moved > 0) & (moved < 1) & ~held
+        newton = tau + excess / torch.where(inside, inverse, 0.0).sum().clamp(min=1e-30)
+        tau = newton if low < newton < high else (low + high) / 2
+    each = tau.clamp(min=lowest, max=highest)
+    return (start - each * inverse).clamp(0, 1), Multipliers(tau, lowest, highest)
 
 
 class TorchStep:
@@ -55,7 +250,7 @@ class TorchStep:
         return x.view_as(self.q)
 
 
-class PooledStep(TorchStep):
+class SharedBudgetStep(TorchStep):
     """With a shared budget the layer is one group, in a metric of what its rows count in the sum (`metric`: 1
     over that, [rows, n]); `limits`: least and most of a row."""
 
@@ -78,20 +273,6 @@ class PooledStep(TorchStep):
         return x
 
 
-class _Rows(NamedTuple):
-    """Of a step [rows, n]: q, inverse, x, u, target as above, and scratch. `across`: D⁻¹ with a row's groups
-    side by side [rows, group, groups], empty with one group; `tau`: multipliers [rows, groups]."""
-
-    q: np.ndarray
-    inverse: np.ndarray
-    across: np.ndarray
-    x: np.ndarray
-    u: np.ndarray
-    target: np.ndarray
-    tau: np.ndarray
-    scratch: np.ndarray
-
-
 class CompiledStep:
     """The same on the CPU."""
 
@@ -102,34 +283,22 @@ class CompiledStep:
         groups = n // group
         # where groups are many their multipliers are sought side by side, so that SIMD has work
         across = inverse.view(rows, groups, group).mT if groups > 1 else inverse[:, :0, None]
-        self._rows = _Rows(
-            q.numpy(),
-            inverse.numpy(),
-            across.contiguous().numpy(),
-            self.x.numpy(),
-            torch.zeros_like(q).numpy(),
-            self.target.numpy(),
-            q.new_zeros(rows, groups).numpy(),
-            torch.empty_like(q).numpy(),
-        )
+        u, tau, scratch = torch.zeros_like(q), q.new_zeros(rows, groups), torch.empty_like(q)
+        arrays = q, inverse, across.contiguous(), self.x, u, self.target, tau, scratch
+        self._arrays = tuple(array.numpy() for array in arrays)
         self._group, self._pruned = group, pruned
 
     def advance(self, product: Tensor, relaxation: float, theta: float) -> None:
-        kind = self._rows.q.dtype.type
-        advance: Any = _advance
-        advance(
-            product.contiguous().numpy(),
-            self._rows,
-            self._group,
-            kind(self._pruned),
-            kind(relaxation),
-            kind(theta),
-        )
+        numbers = map(self._arrays[0].dtype.type, (self._pruned, relaxation, theta))
+        _advance(product.contiguous().numpy(), self._arrays, self._group, *numbers)
 
 
 @loop(nogil=True, fastmath=FAST, error_model="numpy")
-def _advance(product, of, group, total, relaxation, theta):
-    q, inverse, across, x, u, target, tau, scratch = of
+def _advance(product, arrays, group, total, relaxation, theta):
+    """One step. `arrays`: q, inverse, x, u, target as above, and scratch, [rows, n]; `across`: D⁻¹ with a
+    row's groups side by side [rows, group, groups], empty with one group; `tau`: multipliers [rows, groups].
+    """
+    q, inverse, across, x, u, target, tau, scratch = arrays
     rows, n = q.shape
     kind = q.dtype.type
     one = kind(1)

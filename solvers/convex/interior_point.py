@@ -75,7 +75,10 @@ def minimise(
         if here > bound:
             bound, value_there = here, value
             point, gradient_there = p.copy(), gradient.copy()
-        if _settled(bound, value, cutoff, tolerance, enough):
+        gap = value - bound
+        if bound >= cutoff or gap <= tolerance * min(abs(value), abs(cutoff)):
+            break
+        if cutoff < np.inf and value < cutoff and gap <= enough * (cutoff - value):
             break
         if not _step(a, gradient, label, left, size, p, low, high, nu, *steps):
             break
@@ -95,13 +98,6 @@ def _evaluate(a, c, offset, left, size, p, gradient, work):
         slope += abs(gradient[x]) / len(p)
         parts[x] = gradient[x]
     return value, value + _least(parts, left, size) - _dot(gradient, p), slope
-
-
-def _settled(bound: float, value: float, cutoff: float, tolerance: float, enough: float) -> bool:
-    gap = value - bound
-    if bound >= cutoff or gap <= tolerance * min(abs(value), abs(cutoff)):
-        return True
-    return cutoff < np.inf and value < cutoff and gap <= enough * (cutoff - value)
 
 
 @part(_nrt=False, error_model="numpy", fastmath=True)

@@ -1,4 +1,4 @@
-"""Triangle inequalities of one row: a pool of them, the most violated of all, and what they add to C.
+"""Triangle and pentagonal inequalities of one row: a pool, the most violated of all, and what they add to C.
 
 For signs z_i = ±1 (with z_0 = 1) and a, b = ±1, a·z_iz_j + b·z_iz_k + ab·z_jz_k + 1 ≥ 0; with z_0 these
 are p_ip_j ≥ 0, p_ip_j ≤ p_i and p_ip_j ≥ p_i + p_j − 1. A multiplier τ of one adds −τ/2 times its signs
@@ -18,9 +18,8 @@ from maskopt.solvers.convex.triangles_kernel import (
     BINS,
     collect,
     count,
+    extend,
     histogram,
-    number,
-    places,
     scatter,
 )
 from maskopt.solvers.parallel import RowThreads
@@ -40,6 +39,12 @@ _INTERLEAVED = 16
 _ALL, _SAMPLED = 400, 25
 #: of a violation in float32
 _ROUNDING = 1e-6
+#: places of the inequalities of a tree
+PLACES = 5
+#: violations of five inputs below this are left alone
+_FLOOR_OF_FIVE = 0.05
+#: exchanges from one start, at most
+_EXCHANGES = 8
 
 
 class Pairs(NamedTuple):
@@ -165,15 +170,22 @@ class Incidence(NamedTuple):
     @classmethod
     def of(cls, index: np.ndarray, n: int) -> Incidence:
         """Of triangles i < j < k, int64 [m, 3]."""
-        numbers = np.zeros((n + 1, n + 1), np.int32)
-        member = np.empty((len(index), 3), np.int32)
-        count = number(index, numbers, member)
-        pairs, entries = np.empty((count, 2), np.int32), np.empty((count, 2), np.int32)
-        starts = np.empty(n + 1, np.int64)
-        both = count - np.count_nonzero(numbers[:, n])
-        partners = np.empty(count + both, np.int32)
-        places(numbers, pairs, entries, starts, partners)
-        return cls(member, pairs, entries, starts, partners)
+        one, other = index[:, [0, 0, 1]], index[:, [1, 2, 2]]
+        used = np.zeros((n + 1, n + 1), bool)
+        used[one, other] = True
+        i, j = np.nonzero(used)
+        place = np.full(used.shape, -1, np.int32)
+        place[i, j] = np.arange(len(i))
+        member = place[one, other]
+        owner, partners = np.nonzero((used | used.T)[:n])
+        place[owner, partners] = np.arange(len(owner))
+        return cls(
+            member,
+            np.column_stack([i, j]).astype(np.int32),
+            np.column_stack([place[i, j], place[j, i]]),
+            np.searchsorted(owner, np.arange(n + 1)),
+            partners.astype(np.int32),
+        )
 
 
 def steps_of(index: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -195,3 +207,28 @@ def dense(pool: Pool, n: int) -> tuple[np.ndarray, np.ndarray]:
     e = np.zeros((n + 1, n + 1))
     scatter(e, *pool.pairs(), pool.tau)
     return e[:n, :n], e[:n, n]
+
+
+def pentagons(z: np.ndarray, pool: Pool, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """At most so many of five inputs that Z (float64 [N, N], z_0 last) violates, the most violated first:
+    index int64 [m, 5], ascending, sign int8 [m, 4] of all but the first. `pool`: inequalities of five places.
+
+    There are too many to look at all of them: each triangle with a multiplier gets the two inputs that lower
+    its sum most, one after the other, and then single inputs are exchanged while that lowers it.
+    """
+    triangles = pool.keep((pool.index[:, 3] == ABSENT) & (pool.tau > 0))
+    first = triangles.keep(np.argsort(-triangles.tau, kind="stable")[: 2 * most])
+    index, sign = np.full((len(first.tau), 5), -1, np.int64), np.ones((len(first.tau), 5), np.int8)
+    index[:, :3], sign[:, 1:3] = first.index[:, :3], first.sign[:, :2]
+    violation = np.zeros(len(index))
+    if len(z) >= 5:
+        extend(z, index, sign, violation, _EXCHANGES)
+    found = violation > _FLOOR_OF_FIVE
+    index, sign, violation = index[found], sign[found], violation[found]
+    order = np.argsort(index, axis=1)
+    index, sign = np.take_along_axis(index, order, 1), np.take_along_axis(sign, order, 1)
+    sign *= sign[:, :1]
+    best = np.argsort(-violation, kind="stable")
+    both = np.column_stack([index, sign])[best]
+    distinct = np.sort(np.unique(both, axis=0, return_index=True)[1])[:most]
+    return index[best][distinct], sign[best][distinct, 1:]

@@ -125,62 +125,6 @@ def gather(matrix, i, j, sign, of, inner):
         inner[of[k]] += matrix[i[k], j[k]] * sign[k]
 
 
-@loop(nogil=True)
-def number(index, numbers, member):
-    """Number the pairs of triangles (int64 [m, 3], i < j < k) in their order, i first: their number, and in
-    `member` [m, 3] those of a triangle. `numbers` [n + 1, n + 1], zeros before, holds them plus one."""
-    for t in range(len(index)):
-        i, j, k = index[t]
-        numbers[i, j] = numbers[i, k] = numbers[j, k] = 1
-    found = 0
-    for i in range(len(numbers)):
-        for j in range(i + 1, len(numbers)):
-            if numbers[i, j]:
-                found += 1
-                numbers[i, j] = found
-    for t in range(len(index)):
-        i, j, k = index[t]
-        member[t, 0], member[t, 1] = numbers[i, j] - 1, numbers[i, k] - 1
-        member[t, 2] = numbers[j, k] - 1
-    return found
-
-
-@loop(nogil=True)
-def places(numbers, pairs, entries, starts, partners):
-    """What `number` found as a symmetric sparse matrix without the row of v_0, the last.
-
-    Args:
-        pairs: int32 [pairs, 2], written: i < j.
-        entries: int32 [pairs, 2], written: where (i, j) and (j, i) stand; −1 of v_0.
-        starts: int64 [n + 1], written: the entries of an input are starts[i] … starts[i + 1].
-        partners: int32 [entries], written: j, ascending for every input.
-    """
-    n = len(numbers) - 1
-    starts[:] = 0
-    for i in range(n):
-        for j in range(i + 1, n + 1):
-            if numbers[i, j]:
-                starts[i + 1] += 1
-                if j < n:
-                    starts[j + 1] += 1
-    for i in range(n):
-        starts[i + 1] += starts[i]
-    free = starts[:-1].copy()
-    at = 0
-    for i in range(n):
-        for j in range(i + 1, n + 1):
-            if numbers[i, j]:
-                pairs[at, 0], pairs[at, 1] = i, j
-                entries[at, 0], entries[at, 1] = free[i], -1
-                partners[free[i]] = j
-                free[i] += 1
-                if j < n:
-                    entries[at, 1] = free[j]
-                    partners[free[j]] = i
-                    free[j] += 1
-                at += 1
-
-
 @part(nogil=True, fastmath={"contract", "reassoc"})
 def _dot(x, y):
     total = x.dtype.type(0)
@@ -190,58 +134,82 @@ def _dot(x, y):
 
 
 @loop(nogil=True)
-def damp(
-    v,
-    pairs,
-    entries,
-    cut_rows,
-    pair_rows,
-    entry_rows,
-    member,
-    sign,
-    step,
-    follow,
-    tau,
-    used,
-    value,
-    rows,
-):
+def damp(v, pairs, entries, member, sign, step, follow, tau, used, value):
     """τ_used = max(0, τ − step·(triangle + 1)), τ follows by the part `follow`, and E from τ_used.
 
     Args:
-        v: [rows, n, k].
+        v: [n, k].
         pairs, entries: int32 [pairs, 2], inputs i < j (n: v_0, the first unit vector), and where E_ij
-            and E_ji stand in a row's part of `value` (−1: nowhere).
-        cut_rows, pair_rows, entry_rows: int64 [rows + 1], where the cuts, the pairs and the entries of a row
-            start.
-        member, sign: int32, float [cuts, 3], the pairs of a cut, counted from its row's first, and their
-            signs a, b, ab.
+            and E_ji stand in `value` (−1: nowhere).
+        member, sign: int32, float [cuts, 3], the pairs of a cut, and their signs a, b, ab.
         step, tau, used: float64 [cuts].
         value: float [entries].
-        rows: int64, which rows.
     """
-    n = v.shape[1]
-    for row in rows:
-        first, last = pair_rows[row], pair_rows[row + 1]
-        product = np.empty(last - first, v.dtype)
-        for p in range(first, last):
-            i, j = pairs[p, 0], pairs[p, 1]
-            if j == n:
-                product[p - first] = v[row, i, 0]
-            else:
-                product[p - first] = _dot(v[row, i], v[row, j])
-        weight = np.zeros(last - first, v.dtype)
-        for t in range(cut_rows[row], cut_rows[row + 1]):
-            slack = 1.0
-            for c in range(3):
-                slack += sign[t, c] * product[member[t, c]]
-            used[t] = max(0.0, tau[t] - step[t] * slack)
-            tau[t] += follow * (used[t] - tau[t])
-            half = v.dtype.type(used[t] / 2)
-            for c in range(3):
-                weight[member[t, c]] -= half * sign[t, c]
-        own = value[entry_rows[row] : entry_rows[row + 1]]
-        for p in range(first, last):
-            own[entries[p, 0]] = weight[p - first]
-            if entries[p, 1] >= 0:
-                own[entries[p, 1]] = weight[p - first]
+    product = np.empty(len(pairs), v.dtype)
+    for p in range(len(pairs)):
+        i, j = pairs[p, 0], pairs[p, 1]
+        product[p] = v[i, 0] if j == len(v) else _dot(v[i], v[j])
+    weight = np.zeros(len(pairs), v.dtype)
+    for t in range(len(tau)):
+        slack = 1.0
+        for c in range(3):
+            slack += sign[t, c] * product[member[t, c]]
+        used[t] = max(0.0, tau[t] - step[t] * slack)
+        tau[t] += follow * (used[t] - tau[t])
+        half = v.dtype.type(used[t] / 2)
+        for c in range(3):
+            weight[member[t, c]] -= half * sign[t, c]
+    for p in range(len(pairs)):
+        value[entries[p, 0]] = weight[p]
+        if entries[p, 1] >= 0:
+            value[entries[p, 1]] = weight[p]
+
+
+@loop(nogil=True)
+def extend(z, index, sign, violation, exchanges):
+    """Of three inputs each make five, and write by how much that is violated."""
+    n = len(z)
+    s = np.zeros(n)
+    for t in range(len(index)):
+        i, b = index[t], sign[t]
+        for j in range(n):
+            s[j] = b[0] * z[i[0], j] + b[1] * z[i[1], j] + b[2] * z[i[2], j]
+        for size in (3, 4):
+            best, least = -1, 1e-9
+            for j in range(n):
+                if abs(s[j]) > least:
+                    taken = False
+                    for q in range(size):
+                        taken = taken or i[q] == j
+                    if not taken:
+                        best, least = j, abs(s[j])
+            if best < 0:
+                break
+            i[size], b[size] = best, -1 if s[best] > 0 else 1
+            for j in range(n):
+                s[j] += b[size] * z[best, j]
+        if i[4] < 0:
+            continue
+        for _ in range(exchanges):
+            gain, out, come = 1e-6, -1, -1
+            for q in range(5):
+                now = b[q] * (s[i[q]] - b[q] * z[i[q], i[q]])
+                for j in range(n):
+                    better = now + abs(s[j] - b[q] * z[i[q], j])
+                    if better > gain:
+                        taken = False
+                        for r in range(5):
+                            taken = taken or i[r] == j
+                        if not taken:
+                            gain, out, come = better, q, j
+            if out < 0:
+                break
+            for j in range(n):
+                s[j] -= b[out] * z[i[out], j]
+            i[out], b[out] = come, -1 if s[come] > 0 else 1
+            for j in range(n):
+                s[j] += b[out] * z[come, j]
+        total = 0.0
+        for q in range(5):
+            total += b[q] * (s[i[q]] - b[q] * z[i[q], i[q]])
+        violation[t] = -total / 2 - 2

@@ -51,21 +51,21 @@ class Exhaustive(Solver):
     def check_size(self, n: int, pattern: Pattern, *, update: bool) -> None:
         """See `Solver.check_size`: too many masks."""
         if isinstance(pattern, Unstructured) and pattern.shared_budget:
-            if 2**n > COMBINATION_LIMIT:
-                raise SolverError(
-                    f"exhaustive: a row of {n} inputs of a shared budget has {_about(2**n)} masks, more than "
-                    f"{COMBINATION_LIMIT:,}; take solver 'swap'"
-                )
-        elif (masks := _masks(n, pattern)) > COMBINATION_LIMIT:
+            masks, where, instead = 2**n, "of a shared budget", "take solver 'swap'"
+        else:
+            masks, where = _masks(n, pattern), f"at {pattern}"
+            instead = "restrict the row, or use 'scip'"
+        if masks > COMBINATION_LIMIT:
+            about = f"{Decimal(masks):.3g}"  # it may be beyond a float
             raise SolverError(
-                f"exhaustive: a row of {n} inputs at {pattern} has {_about(masks)} masks, more than "
-                f"{COMBINATION_LIMIT:,}; restrict the row, or use 'scip'"
+                f"exhaustive: a row of {n} inputs {where} has {about} masks, more than "
+                f"{COMBINATION_LIMIT:,}; {instead}"
             )
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
         watch = Stopwatch(problem.rows)
         if problem.shared_budget:
-            return _pooled(problem, limits, watch)
+            return _shared_budget(problem, limits, watch)
         combinations = _masks(problem.n, problem.pattern)
         mask, seen = _enumerate(problem, combinations, limits)
         return _solution(problem, mask, seen, seen == combinations, watch)
@@ -75,11 +75,6 @@ def _masks(n: int, pattern: Pattern) -> int:
     """Of a row whose pattern says how many it prunes."""
     group = pattern.group_size(n)
     return math.comb(group, pattern.pruned_per_group(n)) ** (n // group)
-
-
-def _about(number: int) -> str:
-    """Also of what is beyond a float: `1.3e+310`."""
-    return f"{Decimal(number):.3g}"
 
 
 def _solution(
@@ -106,7 +101,7 @@ def _solution(
     return assemble(problem, answers, f"{Exhaustive.capabilities.trusted[0]} {__version__}")
 
 
-def _pooled(problem: LayerProblem, limits: Limits, watch: Stopwatch) -> Solution:
+def _shared_budget(problem: LayerProblem, limits: Limits, watch: Stopwatch) -> Solution:
     """The best mask of every row at every count, then the best counts; after the limit any legal mask."""
     n, masks, costs = problem.n, [], []
     least, most = problem.row_limits
@@ -148,7 +143,7 @@ def _best_counts(cost: Float[Tensor, "rows counts"], total: int) -> list[int]:
 def _enumerate(problem: LayerProblem, combinations: int, limits: Limits) -> tuple[Tensor, Tensor]:
     """The best mask of every row so far, and the number of masks tried, at least one."""
     rows = problem.rows
-    cost = _refitted_cost(problem) if problem.update is not None else _quadratic_cost(problem)
+    cost = _updated_cost(problem) if problem.update is not None else _quadratic_cost(problem)
     best = torch.full((rows,), torch.inf, dtype=torch.float64)
     first = torch.arange(problem.n) % problem.group_size >= problem.pruned_per_group
     mask = first.repeat(rows, 1)
@@ -176,7 +171,7 @@ def _quadratic_cost(problem: LayerProblem) -> Callable[[int, Tensor], Tensor]:
     return lambda row, p: ((p @ q[row]) * p).sum(1)
 
 
-def _refitted_cost(problem: LayerProblem) -> Callable[[int, Tensor], Tensor]:
+def _updated_cost(problem: LayerProblem) -> Callable[[int, Tensor], Tensor]:
     """F of sets p [masks, n] of a row, up to a constant: −b_SᵀA_SS⁻¹b_S, by Cholesky."""
     squares = problem.least_squares
     target = squares.target(problem.weight, problem.correlation)

@@ -12,15 +12,12 @@ from maskopt.core.problem import LayerProblem
 from maskopt.errors import SolverError
 from maskopt.protocol.registry import missing_package
 from maskopt.protocol.solver import Capabilities
-from maskopt.solvers.exact.incumbent import with_incumbent
-from maskopt.solvers.exact.program import Program, perspective, quadratic
+from maskopt.solvers.exact.program import CLOSED, Program, perspective, quadratic
 from maskopt.solvers.exact.rows import RowSolver, exact
 from maskopt.solvers.exact.tasks import UPDATED_CLOSED, RowAnswer, RowTask, UpdatedTask
 
 #: Gurobi's tolerance on p being whole (IntFeasTol), absolute
 _INTEGRALITY = 1e-5
-#: relative gap up to which Gurobi's `optimal` is one, and not the gap limit that was reached
-_CLOSED = 1e-9
 #: seeds that Gurobi takes
 _SEEDS = 2_000_000_000
 
@@ -61,8 +58,8 @@ class Gurobi(RowSolver):
         if isinstance(task, UpdatedTask):
             program, closed = perspective(task, convex=True), UPDATED_CLOSED
         else:
-            task = with_incumbent(task)
-            program, closed = quadratic(task, task.unit_scale, []), _CLOSED
+            task = task.with_incumbent()
+            program, closed = quadratic(task, task.unit_scale, []), CLOSED
         with gp.Env(params={"OutputFlag": 0}) as environment, gp.Model(env=environment) as model:
             try:
                 return _solved(program, model, closed)
@@ -122,7 +119,7 @@ def _ended(task: RowTask, model: Any, closed: float) -> str:
     }
     model.Params.Threads = 1
     model.Params.Seed = task.limits.seed % _SEEDS
-    model.Params.MIPGap = max(task.gap_limit, closed if closed > _CLOSED else 0.0)
+    model.Params.MIPGap = max(task.gap_limit, closed if closed > CLOSED else 0.0)
     model.Params.MIPGapAbs = 0.0
     if task.limits.timed:
         model.Params.TimeLimit = task.limits.left

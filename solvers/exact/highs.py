@@ -15,13 +15,9 @@ import numpy as np
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.registry import missing_package
 from maskopt.protocol.solver import Capabilities
-from maskopt.solvers.exact.incumbent import with_incumbent
-from maskopt.solvers.exact.program import FEASIBILITY, Program, reformulated
+from maskopt.solvers.exact.program import CLOSED, FEASIBILITY, Program, reformulated
 from maskopt.solvers.exact.rows import RowSolver, exact
 from maskopt.solvers.exact.tasks import RowAnswer, RowTask
-
-#: relative gap up to which HiGHS' `optimal` is one, and not the gap limit that was reached
-_CLOSED = 1e-9
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ class Highs(RowSolver):
         """One row, one thread. From a good start: tolerances are absolute, and the start's cost the unit."""
         import highspy
 
-        task = with_incumbent(task)
+        task = task.with_incumbent()
         words = {
             highspy.HighsModelStatus.kOptimal: "optimal",
             highspy.HighsModelStatus.kTimeLimit: "timelimit",
@@ -59,29 +55,25 @@ class Highs(RowSolver):
         }
         program = reformulated(task, task.unit_scale)
         model = _translate(program)
-        _configure(model, task)
+        options: dict[str, float] = {"random_seed": task.limits.seed % 2**31, "threads": 1}
+        options |= {"mip_rel_gap": task.gap_limit, "mip_abs_gap": 0.0}
+        options |= {"time_limit": task.limits.left} if task.limits.timed else {}
+        options |= {} if task.node_limit is None else {"mip_max_nodes": task.node_limit}
+        for name, value in options.items():
+            model.setOptionValue(name, value)
         guess = highspy.HighsSolution()
         guess.col_value = program.complete(task.start).tolist()
         model.setSolution(guess)
         model.run()
         info, status = model.getInfo(), model.getModelStatus()
         ended = words.get(status, model.modelStatusToString(status))
-        if ended == "optimal" and info.mip_gap > _CLOSED:
+        if ended == "optimal" and info.mip_gap > CLOSED:
             ended = "gaplimit"
         pruned = program.pruned(model.getSolution().col_value)
         # p_i and x_ij off by the tolerance move f by that part of their coefficients
         slack = FEASIBILITY * float(np.abs(task.q).sum())
         nodes = int(info.mip_node_count)
         return program.answer(pruned, ended, float(info.mip_dual_bound), slack, nodes)
-
-
-def _configure(model: Any, task: RowTask) -> None:
-    options: dict[str, float] = {"random_seed": task.limits.seed % 2**31, "threads": 1}
-    options |= {"mip_rel_gap": task.gap_limit, "mip_abs_gap": 0.0}
-    options |= {"time_limit": task.limits.left} if task.limits.timed else {}
-    options |= {} if task.node_limit is None else {"mip_max_nodes": task.node_limit}
-    for name, value in options.items():
-        model.setOptionValue(name, value)
 
 
 def _translate(program: Program) -> Any:

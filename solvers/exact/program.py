@@ -16,10 +16,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from maskopt.solvers.exact.tasks import RowAnswer, RowTask, UpdatedTask
-from maskopt.solvers.exact.tree.convexify import FreePart
+from maskopt.solvers.exact.tree.node import FreePart
 
 #: feasibility tolerance of SCIP (numerics/feastol) and HiGHS, absolute in the units of the model
 FEASIBILITY = 1e-6
+#: relative gap up to which the `optimal` of Gurobi and HiGHS is one, and not the gap limit that was reached
+CLOSED = 1e-9
 #: part of the greatest eigenvalue of A below which one is rounding, and no variable is made for it
 _EIGENVALUE = 1e-12
 #: part by which a bound that is handed in stays below its value: a tolerance must not refuse the optimum

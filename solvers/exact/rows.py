@@ -99,9 +99,10 @@ def run_rows(
     except KeyboardInterrupt:
         if not finished:
             raise
-        begun = [answer.pid or answer.ended == "crashed" for answer in answers]
-        kept = zip(begun, answers, strict=True)
-        answers = [a if known else RowAnswer(a.pruned, "interrupted") for known, a in kept]
+        answers = [
+            a if a.pid or a.ended == "crashed" else RowAnswer(a.pruned, "interrupted")
+            for a in answers
+        ]
     if crashed := [answer.message for answer in answers if answer.ended == "crashed"]:
         _log.warning(
             "%d rows keep their start: %s; where memory was short, run fewer processes at a time (`workers`)",
@@ -140,7 +141,9 @@ def _answer(job: tuple[Search, RowTask]) -> RowAnswer:
     """One row, in the process that searches it. Never a mask that costs more than the start."""
     search, task = job
     began = clock()
-    task = task.begin()
+    if task.row_seconds is not None:
+        own = replace(task.limits, seconds=task.row_seconds).begin()
+        task = replace(task, limits=own)
     try:
         with one_blas_thread():
             answer = _no_time(task) if task.limits.expired else task.decided or search(task)

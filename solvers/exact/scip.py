@@ -18,7 +18,6 @@ from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import OptionError, SolverError
 from maskopt.protocol.registry import missing_package
 from maskopt.protocol.solver import Capabilities
-from maskopt.solvers.exact.incumbent import with_incumbent
 from maskopt.solvers.exact.program import (
     ABOVE,
     FEASIBILITY,
@@ -30,8 +29,14 @@ from maskopt.solvers.exact.program import (
 )
 from maskopt.solvers.exact.rows import RowSolver, exact
 from maskopt.solvers.exact.tasks import UPDATED_CLOSED, RowAnswer, RowTask, UpdatedTask
-from maskopt.solvers.exact.tree.convexify import Duals, free_part, qcr_duals, same_group
-from maskopt.solvers.exact.tree.node import put_in_order, twins_of
+from maskopt.solvers.exact.tree.node import (
+    Duals,
+    free_part,
+    put_in_order,
+    qcr_duals,
+    same_group,
+    twins_of,
+)
 from maskopt.solvers.exact.tree.quadratic import Probed, QuadraticTree, probe
 
 FORMATS = ("cip", "lp", "mps")
@@ -100,7 +105,7 @@ class Scip(RowSolver):
         if (separable := _separable(task)) is not None:
             return separable
         known = _Known(twins_of(task.q, task.group))
-        task = _in_order(with_incumbent(task), known)
+        task = _in_order(task.with_incumbent(), known)
         if task.limits.expired:
             return RowAnswer(task.start, "timelimit")
         if self.formulation == "qcr":
@@ -123,12 +128,11 @@ class Scip(RowSolver):
         duals, probed = known.duals, known.probed
         program = self._program(task, task.unit_scale, known)
         row = ScipModel(program, verbose=self.verbose)
-        row.limit(task.gap_limit)
         if probed is None or probed.allows(task.start):
             row.model.addSol(row.solution(task.start), free=True)
         else:  # what is fixed holds for better masks alone
             row.model.setObjlimit(task.cost(task.start) * program.scale)
-        ended = row.optimize()
+        ended = row.optimize(task.gap_limit)
         if probed is not None and ended == "infeasible":  # nothing is left below the cutoff
             return _presolved(task, known)
         best = min((task.start, *filter(task.is_legal, row.masks())), key=task.cost)
@@ -184,7 +188,6 @@ class Scip(RowSolver):
         aim = task.cost(task.start) * (1 - gap)
         program = perspective(task, convex=False)
         row = ScipModel(program, verbose=self.verbose)
-        row.limit(gap)
         row.model.setObjlimit(aim * program.scale)
         row.model.setParam("numerics/feastol", _TIGHTER)
         row.model.setParam("limits/stallnodes", _STALLED)
@@ -194,7 +197,7 @@ class Scip(RowSolver):
         row.add_rounding()
         # beyond 1e-10 SoPlex only complains
         row.model.setParam("constraints/nonlinear/tightenlpfeastol", False)
-        ended = row.optimize()
+        ended = row.optimize(gap)
         if ended in ("gaplimit", "infeasible"):
             ended = "optimal" if task.gap_limit <= UPDATED_CLOSED else "gaplimit"
         # an infinite bound proves that nothing lies below `aim`
@@ -340,8 +343,8 @@ class ScipModel:
             for solution in self.model.getSols()
         ]
 
-    def limit(self, gap_limit: float) -> None:
-        """Limits, but for the time, and seed."""
+    def optimize(self, gap_limit: float) -> str:
+        """Run within the limits of the task; SCIP's status."""
         model, task = self.model, self.program.task
         model.setParam("randomization/randomseedshift", task.limits.seed % 2**31)
         # its search for symmetries may crash the process (SCIP 10.0, dejavu)
@@ -352,14 +355,10 @@ class ScipModel:
             model.setParam("limits/nodes", min(task.node_limit, _MOST_NODES))
         if task.limits.memory is not None:
             model.setParam("limits/memory", min(task.limits.bytes(0) / 2**20, _MOST_MEMORY))
-
-    def optimize(self) -> str:
-        """Run in what is left of the time; SCIP's status."""
-        limits = self.program.task.limits
-        if limits.timed:
-            self.model.setParam("limits/time", min(limits.left, _MOST_SECONDS))
-        self.model.optimizeNogil()  # other Python threads go on
-        return str(self.model.getStatus())
+        if task.limits.timed:
+            model.setParam("limits/time", min(task.limits.left, _MOST_SECONDS))
+        model.optimizeNogil()  # other Python threads go on
+        return str(model.getStatus())
 
     @property
     def nodes(self) -> int:

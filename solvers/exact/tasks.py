@@ -1,12 +1,7 @@
 """What the exact search of a row gets, what it answers, and the tasks of all rows of a problem.
 
 Where kept weights are updated by least squares, A = G + λD is scaled to a diagonal of 1, b is the target and
-C the constant. Keeping S then costs
-
-    F = min {vᵀAv − 2bᵀv + C : v is 0 outside S} = C − b_SᵀA_SS⁻¹b_S,
-
-and with the split d of A's diagonal from the bound `perspective`, A = B + diag(d), B ⪰ 0, every dⱼvⱼ² may be
-replaced by dⱼvⱼ²/zⱼ, the same for zⱼ = 1, and convex in both.
+C the constant; the split d of A's diagonal is that of the bound `perspective` (see `convex.perspective`).
 """
 
 from __future__ import annotations
@@ -21,10 +16,11 @@ from torch import Tensor
 
 from maskopt.certificates.certificate import Certificate, missing
 from maskopt.certificates.proof import RowProof
-from maskopt.core.limits import Limits
+from maskopt.core.limits import Limits, clock
 from maskopt.core.problem import LayerProblem
 from maskopt.core.units import Values
 from maskopt.protocol.bounds import lower_bound
+from maskopt.solvers.compiled import loop
 from maskopt.solvers.least_squares.damped import Scaled
 from maskopt.solvers.least_squares.rows import swap_refitted
 
@@ -37,6 +33,10 @@ _NOISE = 1e-10
 UPDATED_CLOSED = 5e-7
 #: parts of the time that is left that the incumbent and the split of updated weights may take
 _SEARCH_SHARE, _SPLIT_SHARE = 0.2, 0.3
+#: moves of the tabu search between two looks at the clock
+_CHUNK = 256
+#: part of the best objective by which another one must be lower: below it is rounding
+_BETTER = 1e-12
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,12 @@ class RowTask:
     zero: float | None = None
     certified: float = 0.0
 
-    def begin(self) -> RowTask:
-        """With the clock of the row running."""
-        if self.row_seconds is None:
-            return self
-        return replace(self, limits=replace(self.limits, seconds=self.row_seconds).begin())
+    def with_incumbent(self) -> RowTask:
+        """The task from a far better start, which trees hardly ever improve on."""
+        moves = 50 * len(self.q) + 500
+        seed, deadline = self.limits.seed, self.limits.deadline
+        best = tabu_row(self.q, self.start, self.group, moves=moves, seed=seed, deadline=deadline)
+        return replace(self, start=best)
 
     def cost(self, pruned: np.ndarray) -> float:
         """The objective of a mask."""
@@ -131,7 +132,7 @@ class UpdatedTask(RowTask):
         return v
 
     def cost(self, pruned: np.ndarray) -> float:
-        """F of a mask."""
+        """F of a mask: min {vᵀAv − 2bᵀv + C : v is 0 outside S} = C − b_SᵀA_SS⁻¹b_S for kept S."""
         kept = ~np.asarray(pruned, dtype=bool)
         return max(self.constant - float(self.target[kept] @ self.weights(pruned)[kept]), 0.0)
 
@@ -216,15 +217,75 @@ def _updated_tasks(
             start=(~start[i]).numpy(),
             target=scaled.target[i].numpy(),
             constant=0.0 if squares.flat else float(scaled.constant[i]),
-            split=_safe(a, split[i]),
+            # A − diag(d) ⪰ 0 for certain
+            split=np.maximum(d - missing(torch.from_numpy(a - np.diag(d))), 1e-300),
             certified=float(bound.value[i]),
             **options,
         )
-        for i in range(problem.rows)
+        for i, d in enumerate(split)
     ]
 
 
-def _safe(a: np.ndarray, split: np.ndarray) -> np.ndarray:
-    """d with A − diag(d) ⪰ 0 for certain."""
-    lack = missing(torch.from_numpy(a - np.diag(split)))
-    return np.maximum(split - lack, 1e-300)
+def tabu_row(
+    q: np.ndarray,
+    start: np.ndarray,
+    group: int,
+    *,
+    moves: int,
+    seed: int = 0,
+    deadline: float = math.inf,
+) -> np.ndarray:
+    """The best p of a best-swap tabu search, bool [n], never worse than `start`; swaps stay inside groups."""
+    q = np.ascontiguousarray(q)
+    p = np.ascontiguousarray(start, dtype=np.bool_).copy()
+    best, c = p.copy(), q @ p.astype(np.float64)
+    costs = np.full(2, c[p].sum())
+    until = np.zeros(len(p), np.int64)
+    for first in range(1, moves + 1, _CHUNK):
+        last = min(first + _CHUNK - 1, moves)
+        more = _moves(q, p, c, best, costs, until, group, first, last, seed % 2**31)
+        if not more or clock() >= deadline:
+            break
+    return best
+
+
+@loop(nogil=True)
+def _moves(q, p, c, best, costs, until, group, first, last, seed):  # type: ignore[no-untyped-def]
+    """Moves first … last; False where every move is tabu.
+
+    All arrays are changed: c = Qp, costs = f of p and of `best`. The generator of random numbers is
+    that of the thread; the first move seeds it.
+    """
+    if first == 1:
+        np.random.seed(seed)  # noqa: NPY002
+    n = len(p)
+    current, best_cost = costs[0], costs[1]
+    tenure = max(4, n // 8)
+    for move in range(first, last + 1):
+        least, kept, pruned = np.inf, -1, -1
+        for low in range(0, n, group):
+            for i in range(low, low + group):
+                if p[i]:
+                    continue
+                gain_i = 2 * c[i] + q[i, i]
+                for j in range(low, low + group):
+                    if not p[j]:
+                        continue
+                    delta = gain_i - 2 * c[j] + q[j, j] - 2 * q[i, j]
+                    allowed = until[i] < move and until[j] < move
+                    if delta < least and (allowed or current + delta < best_cost * (1 - _BETTER)):
+                        least, kept, pruned = delta, i, j
+        if kept < 0:
+            return False
+        p[kept], p[pruned] = True, False
+        for i in range(n):
+            c[i] += q[i, kept] - q[i, pruned]
+        current += least
+        until[kept] = move + tenure + np.random.randint(0, tenure)  # noqa: NPY002
+        until[pruned] = move + tenure + np.random.randint(0, tenure)  # noqa: NPY002
+        if current < best_cost * (1 - _BETTER):
+            for i in range(n):  # compiles in a tenth of the time of best[:] = p
+                best[i] = p[i]
+            best_cost = current
+    costs[0], costs[1] = current, best_cost
+    return True

@@ -23,7 +23,7 @@ from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import Solution, relative_gap
 from maskopt.protocol.solver import Capabilities, Solver
 from maskopt.protocol.trace import Stopwatch, Trace
-from maskopt.solvers.convex.linear_bound import linear_bound, provable
+from maskopt.solvers.convex.box import linear_bound, provable
 from maskopt.solvers.greedy.scores import wanda_scores
 from maskopt.solvers.greedy.select import highest, keep_highest
 

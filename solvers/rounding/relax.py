@@ -24,8 +24,7 @@ from maskopt.errors import OptionError
 from maskopt.protocol.solution import Solution, Status, relative_gap
 from maskopt.protocol.solver import Capabilities, Solver
 from maskopt.protocol.trace import Stopwatch, Trace
-from maskopt.solvers.convex.box import BoxPlan, relax_box
-from maskopt.solvers.convex.linear_bound import provable
+from maskopt.solvers.convex.box import BoxPlan, provable, relax_box
 from maskopt.solvers.greedy.select import keep_highest
 from maskopt.solvers.swap import Swap
 

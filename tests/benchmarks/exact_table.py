@@ -37,9 +37,8 @@ from maskopt.core.pattern import parse_sparsity
 from maskopt.experiments.compare import draw_rows, load_instances, sample_rows
 from maskopt.models.checkpoints.bos import BOS
 from maskopt.protocol.trace import Trace
-from maskopt.solvers.convex.duals import ScaledRow, certify_row, penalty_of
-from maskopt.solvers.convex.mixing import Mixing, default_rank
-from maskopt.solvers.exact.incumbent import tabu_row
+from maskopt.solvers.convex.mixing import Mixing, ScaledRow, certify_row, default_rank, penalty_of
+from maskopt.solvers.exact.tasks import tabu_row
 
 
 def warm_up() -> None:

@@ -25,7 +25,7 @@ from maskopt.core.units import values_of
 from maskopt.errors import OptionError, ProblemError, VerificationError
 from maskopt.protocol.bounds import lower_bound
 from maskopt.protocol.solution import relative_gap
-from maskopt.solvers.bounds.cuts import cut_certificate
+from maskopt.solvers.bounds.sdp import cut_certificate
 
 FOUR, STATES = Unstructured(keep=4), "lower bound: row 0 states"
 LINEAR = pytest.mark.parametrize("linear", [None, 3], ids=["plain", "linear"])

@@ -1,12 +1,9 @@
-"""The tree of pᵀQp: the QCR form of the SDP duals, a convex QP at every node.
+"""The tree of pᵀQp: the QCR form of the SDP duals (Billionnet, Elloumi, Plateau 2009), a convex QP at every
+node, whose bound is that of `node`. Inputs that cannot change sides without passing the incumbent are fixed
+by the linear form of the bound.
 
-At the root the semidefinite bound gives λ, μ with A = Q + diag(λ) + μΣ_g 1_g1_gᵀ ⪰ 0, and f(p) = pᵀAp + cᵀp +
-const on every legal p (Billionnet, Elloumi, Plateau 2009). A node fixes some p_i; its bound is the
-Frank–Wolfe bound of that convex QP over the rest of the polytope, at a point of an interior-point method.
-Inputs that cannot change sides without passing the incumbent are fixed by the same linear form.
-
-Every few levels a node's own semidefinite relaxation is solved again (`convexify`), and its subtree uses that
-λ: one to two orders of magnitude fewer nodes. Where triangle inequalities nearly close the root, as on
+Every few levels a node's own semidefinite relaxation is solved again (`multipliers`), and its subtree uses
+that λ: one to two orders of magnitude fewer nodes. Where triangle inequalities nearly close the root, as on
 graphs, or a tree without them would be too large, every node has them, and pentagonal ones (`relaxation`):
 tens or hundreds of nodes, some tenths of a second each, in place of many thousands.
 
@@ -23,18 +20,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from maskopt.certificates.proof import AGAIN
-from maskopt.solvers.convex.triangles import Pool
-from maskopt.solvers.exact.incumbent import tabu_row
-from maskopt.solvers.exact.tasks import RowTask
-from maskopt.solvers.exact.tree.convexify import (
+from maskopt.solvers.convex.triangles import PLACES, Pool
+from maskopt.solvers.exact.tasks import RowTask, tabu_row
+from maskopt.solvers.exact.tree.node import (
     Duals,
+    bound_node,
     free_part,
     multipliers,
     same_group,
+    settle,
     start_vectors,
+    twins_of,
 )
-from maskopt.solvers.exact.tree.node import bound_node, settle, twins_of
-from maskopt.solvers.exact.tree.pentagons import PLACES
 from maskopt.solvers.exact.tree.relaxation import Goal, Plan, Relaxed, relax_node, subtract_cuts
 from maskopt.solvers.exact.tree.search import MARGIN, WORTH, BestFirst, Node, Step, row_proof
 
@@ -92,14 +89,6 @@ FAR = Plans(
 )
 
 
-class Form(NamedTuple):
-    """The convex form of a subtree, the free inputs where it was solved, and the fixings until the next."""
-
-    relaxed: Relaxed
-    free: int
-    interval: int
-
-
 class QuadraticTree(BestFirst):
     """The tree of one row, from the duals at its root. `plans`: of relaxations with triangles; None: nodes
     have none. `candidates`: inputs whose children are bounded before one is branched on; `proof`: keep the
@@ -129,7 +118,7 @@ class QuadraticTree(BestFirst):
             value, point, state, form, step = other, relaxed, again, own, second
             _follow(first, second)
         self.root_bound = max(value, self.proven)
-        self.start = Node(self.root_bound, 0, state, point, Form(form, n, _INTERVAL), step)
+        self.start = Node(self.root_bound, 0, state, point, form, n, _INTERVAL, step)
         self.lacks = self.cutoff - self.root_bound
         self.plans: Plans | None = None
         self._trials, self._halfway = 0, self.root_bound
@@ -149,7 +138,7 @@ class QuadraticTree(BestFirst):
 
     def claims(self) -> dict[str, Any]:
         return {
-            "slack": self._margin(self.start.form.relaxed),
+            "slack": self._margin(self.start.form),
             "relaxations": self.solved,
             "convexified": self.convexified,
             "certificate": self.duals.certificate,
@@ -174,8 +163,11 @@ class QuadraticTree(BestFirst):
         self._round(point, state)
         step = None
         if self.proof:
-            sound = settle(settled, task.group, task.pruned, self.twins)
-            step = Step.of(form, point, settled, state) if sound else Step()
+            sound, step = settle(settled, task.group, task.pruned, self.twins), Step()
+            free = settled < 0
+            if sound and free.any():
+                fixed = np.flatnonzero(free & (state >= 0))
+                step = Step(form, point[free], fixed, state[fixed])
         return value - margin, point, step
 
     def _linear(self, lam: np.ndarray) -> np.ndarray:
@@ -223,7 +215,7 @@ class QuadraticTree(BestFirst):
     def branch(self, node: Node) -> list[Node]:
         """Both children of an input; where there are several candidates, of the one that gains most."""
         free = int((node.state < 0).sum())
-        if free and node.form.free - free >= node.form.interval:
+        if free and node.free - free >= node.interval:
             node = self._strengthen(node, free)
             free = int((node.state < 0).sum())
         if not free:  # a single mask, which was looked at
@@ -240,8 +232,9 @@ class QuadraticTree(BestFirst):
             for side in (1, 0):
                 state = node.state.copy()
                 state[i] = side
-                bound, point, step = self.bound(state, node.form.relaxed)
-                pair.append(Node(max(bound, node.bound), 0, state, point, node.form, step))
+                bound, point, step = self.bound(state, node.form)
+                bound = max(bound, node.bound)
+                pair.append(node._replace(bound=bound, state=state, point=point, step=step))
             least = MARGIN * abs(self.cost)
             gain = [min(c.bound, self.cutoff) - node.bound + least for c in pair]
             score = gain[0] * gain[1]
@@ -255,17 +248,17 @@ class QuadraticTree(BestFirst):
 
     def _strengthen(self, node: Node, free: int) -> Node:
         """The node with the form of its own relaxation, where that proves more."""
-        above, how = node.form.relaxed, self.plans.node if self.plans else _SWEEPS
+        above, how = node.form, self.plans.node if self.plans else _SWEEPS
         own = self.convexify(node.state, node.point, above, how, node.bound)
         state = node.state.copy()
         value, point, step = self.bound(state, own)
         if value > node.bound:
             _follow(node.step, step)
-            form = Form(own, free, 1 if self.plans else _INTERVAL)
-            return Node(value, node.order, state, point, form, step)
+            interval = 1 if self.plans else _INTERVAL
+            return Node(value, node.order, state, point, own, free, interval, step)
         # not converged: try again further down, from better vectors
-        wait = 1 if self.plans else min(2 * node.form.interval, _LONGEST_INTERVAL)
-        return node._replace(form=Form(above._replace(vectors=own.vectors), free, wait))
+        wait = 1 if self.plans else min(2 * node.interval, _LONGEST_INTERVAL)
+        return node._replace(form=above._replace(vectors=own.vectors), free=free, interval=wait)
 
     def restarted(self, open_nodes: list[Node], nodes: int) -> list[Node] | None:
         """The root again, with triangles, in the place of all that is open, where that is due and pays."""
@@ -274,7 +267,7 @@ class QuadraticTree(BestFirst):
         if plans is None:
             return None
         state, start = np.full(len(self.task.q), -1, dtype=np.int8), self.start
-        own = self.convexify(state, start.point, start.form.relaxed, plans.root, start.bound)
+        own = self.convexify(state, start.point, start.form, plans.root, start.bound)
         value, point, step = self.bound(state, own)
         lacking = self.cutoff - value
         near = lacking <= _NEAR * self.cost
@@ -283,8 +276,8 @@ class QuadraticTree(BestFirst):
             return open_nodes
         self.plans, self.root = plans, step
         self.proven = value
-        form = Form(own, int((state < 0).sum()), 1)
-        return [Node(value, next(self.order), state, point, form, step)]
+        free = int((state < 0).sum())
+        return [Node(value, next(self.order), state, point, own, free, 1, step)]
 
     def _due(self, nodes: int, least_open: float) -> Plans | None:
         """What relaxations with triangles are to be tried now, if any: early, for rows whose root they nearly
@@ -336,7 +329,7 @@ class Probed(NamedTuple):
 def probe(tree: QuadraticTree) -> Probed:
     """Fix what can be fixed at the root of a tree, whose incumbent may become a better one."""
     root = tree.start
-    state, point, form, bound = root.state.copy(), root.point, root.form.relaxed, root.bound
+    state, point, form, bound = root.state.copy(), root.point, root.form, root.bound
     while bound < tree.cutoff and not tree.task.limits.expired:
         before = int((state < 0).sum())
         _fix(tree, state, point, form)

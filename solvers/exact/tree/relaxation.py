@@ -15,6 +15,7 @@ on how far it comes: λ = 4y − diag and a last shift make the form convex, and
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -22,11 +23,10 @@ import torch
 from scipy.optimize import brentq
 
 from maskopt.core.limits import clock
-from maskopt.solvers.convex.triangles import ABSENT, Pool, dense, separate
+from maskopt.solvers.compiled import loop
+from maskopt.solvers.convex.triangles import ABSENT, Pool, dense, pentagons, separate
 from maskopt.solvers.convex.triangles_kernel import gather, scatter
-from maskopt.solvers.exact.tree.convexify import LEAST_SHIFT, LEAST_WEIGHT, FreePart, definite
-from maskopt.solvers.exact.tree.pentagons import pentagons
-from maskopt.solvers.exact.tree.quasi_newton import QuasiNewton
+from maskopt.solvers.exact.tree.node import LEAST_SHIFT, LEAST_WEIGHT, FreePart, definite
 from maskopt.solvers.parallel import RowThreads
 
 #: steps that the quasi-Newton method remembers
@@ -35,6 +35,14 @@ _MEMORY = 25
 _CLOSE = 1e-3
 #: multipliers below this part of the largest are dropped
 _TINY = 1e-4
+#: part of what the slope promises that a step must bring
+_ENOUGH = 1e-4
+#: a step is shortened so often, to a tenth at least each time
+_SHORTENED, _SHORTEST = 20, 0.1
+#: a step that brings less, as part of the value, is the last
+_SETTLED = 1e-9
+#: least curvature along a step, in units of the square of the slope's change
+_CURVED = 1e-12
 
 
 class Plan(NamedTuple):
@@ -55,7 +63,7 @@ class Plan(NamedTuple):
 
 class Relaxed(NamedTuple):
     """A convex form, where the relaxations below it start: λ, float64 [n]; vectors without triangles
-    (`convexify`), float32 [n, k]; triangles of inputs (n: z_0), τ in units of the objective."""
+    (`node`), float32 [n, k]; triangles of inputs (n: z_0), τ in units of the objective."""
 
     lam: np.ndarray
     vectors: np.ndarray
@@ -90,9 +98,7 @@ def relax_node(
     except (np.linalg.LinAlgError, torch.linalg.LinAlgError):
         return start  # no eigenvalues of such numbers; the form from above still holds
     lam, pool, weights = 4 * dual.y[:n] - np.diag(b), dual.pool, np.abs(dual.y[:n])
-    a = b + np.diag(lam)
-    if len(pool.tau):
-        a += 4 * dense(pool, n)[0]
+    a = b + np.diag(lam) + 4 * dense(pool, n)[0]
     weights += LEAST_WEIGHT * (weights.mean() + 1e-300)
     least = LEAST_SHIFT * float(np.abs(np.diag(a)).mean())
     whole = np.zeros(len(part.state))
@@ -226,3 +232,120 @@ def subtract_cuts(base: np.ndarray, c: np.ndarray, pool: Pool) -> float:
     base += 4 * e
     c += 4 * (column - e.sum(1))
     return float(pool.tau @ pool.least) - float(e.sum()) + 2 * float(column.sum())
+
+
+#: value and slope at a point
+Function = Callable[[np.ndarray], tuple[float, np.ndarray]]
+
+
+class QuasiNewton:
+    """Steps downhill on a smooth convex function, whose variables from `free` on stay at 0 or above.
+
+    A step is the two-loop recursion of BFGS among the variables that may move, which are all but those at 0
+    that would go below; it is taken along its projection (Bertsekas, SIAM J. Control and Optimization 20,
+    1982). What is known of the curvature outlives a call, for a function that changes a little or gets
+    further variables: of the last moves the step and the slope's change, float64 [memory, n], as a ring, and
+    how many were ever remembered.
+    """
+
+    def __init__(self, free: int, memory: int) -> None:
+        self.free, self.known = free, 0
+        self.steps, self.changes = np.zeros((2, memory, free))
+
+    def keep(self, chosen: np.ndarray) -> None:
+        """The other variables, bool [n], are there no more."""
+        self.steps, self.changes = (
+            np.ascontiguousarray(x[:, chosen]) for x in (self.steps, self.changes)
+        )
+
+    def descend(
+        self, function: Function, x: np.ndarray, iterations: int
+    ) -> tuple[np.ndarray, float]:
+        """At most so many steps from x, float64 [n], legal, and the value there; variables beyond those known
+        are new. Where nothing is known of the function's curvature yet, a step is −slope."""
+        new = ((0, 0), (0, len(x) - self.steps.shape[1]))
+        self.steps, self.changes = np.pad(self.steps, new), np.pad(self.changes, new)
+        value, slope = function(x)
+        for _ in range(iterations):
+            direction = np.empty(len(x))
+            _downhill(x, slope, self.free, self.steps, self.changes, self.known, direction)
+            found = self._search(function, x, value, slope, direction)
+            if found is None:
+                if not self.known:
+                    break
+                self.known = 0
+                continue
+            before = value
+            step, change = found[0] - x, found[2] - slope
+            x, value, slope = found
+            if step @ change > _CURVED * (change @ change):
+                place = self.known % len(self.steps)
+                self.steps[place], self.changes[place] = step, change
+                self.known += 1
+            if before - value <= _SETTLED * max(abs(before), abs(value)):
+                break
+        return x, value
+
+    def _search(
+        self,
+        function: Function,
+        x: np.ndarray,
+        value: float,
+        slope: np.ndarray,
+        direction: np.ndarray,
+    ) -> tuple[np.ndarray, float, np.ndarray] | None:
+        """A point along the projected direction that is enough below, with value and slope; None: none."""
+        step = 1.0
+        for _ in range(_SHORTENED):
+            trial = x + step * direction
+            np.maximum(trial[self.free :], 0.0, out=trial[self.free :])
+            there, slope_there = function(trial)
+            along = float(slope @ (trial - x))
+            if there <= value + _ENOUGH * along:
+                return trial, there, slope_there
+            above = there - value - along
+            # the least of the parabola through what is known
+            best = -along / (2 * above) if above > 0 else 0.5
+            step *= min(max(best, _SHORTEST), 0.5)
+        return None
+
+
+@loop(nogil=True, fastmath={"reassoc", "contract"})
+def _downhill(x, slope, free, steps, changes, known, direction):  # type: ignore[no-untyped-def]
+    """The two-loop recursion (Nocedal and Wright, *Numerical Optimization*, algorithm 7.4) among the
+    variables that may move, into `direction`."""
+    n, count = len(x), min(known, len(steps))
+    moves = np.zeros(n)
+    for j in range(n):
+        moves[j] = 1.0 if j < free or x[j] > 0 or slope[j] < 0 else 0.0
+        direction[j] = -slope[j] * moves[j]
+    scale = 0.0
+    curved, along = np.zeros(count), np.zeros(count)
+    for k in range(count):
+        step, change = steps[(known - 1 - k) % len(steps)], changes[(known - 1 - k) % len(steps)]
+        both = square = dot = 0.0
+        for j in range(n):
+            both += step[j] * change[j] * moves[j]
+            square += change[j] * change[j] * moves[j]
+            dot += step[j] * direction[j]
+        if both <= _CURVED * square:
+            continue
+        if scale == 0:
+            scale = both / square
+        curved[k], along[k] = both, dot / both
+        weight = dot / both
+        for j in range(n):
+            direction[j] -= weight * change[j] * moves[j]
+    if scale > 0:
+        for j in range(n):
+            direction[j] *= scale
+    for k in range(count - 1, -1, -1):
+        if curved[k] == 0:
+            continue
+        step, change = steps[(known - 1 - k) % len(steps)], changes[(known - 1 - k) % len(steps)]
+        dot = 0.0
+        for j in range(n):
+            dot += change[j] * direction[j]
+        weight = along[k] - dot / curved[k]
+        for j in range(n):
+            direction[j] += weight * step[j] * moves[j]

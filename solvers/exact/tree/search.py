@@ -10,6 +10,7 @@ import copy
 import heapq
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,35 +26,20 @@ from maskopt.solvers.exact.tree.relaxation import Relaxed
 MARGIN = 1e-9
 #: part of the objective by which a mask must beat the incumbent to be looked for: half of what OPTIMAL allows
 WORTH = 5e-7
-_NOTHING = np.zeros(0)
 
 
+@dataclass(eq=False, slots=True)
 class Step:
     """One bounding of a node: λ and triangles, the free entries of the point, the inputs that it fixed and
     their sides (1 pruned, 0 kept), and what follows below (nothing: open, or closed). Without a form counts
     or fixings leave one mask or none."""
 
-    __slots__ = ("below", "branch", "fixed", "form", "point", "side")
-
-    def __init__(
-        self,
-        form: Relaxed | None = None,
-        point: np.ndarray = _NOTHING,
-        fixed: np.ndarray = _NOTHING,
-        side: np.ndarray = _NOTHING,
-    ) -> None:
-        self.form, self.point, self.fixed, self.side = form, point, fixed, side
-        self.branch = LEAF
-        self.below: tuple[Step, ...] = ()
-
-    @classmethod
-    def of(cls, form: Relaxed, point: np.ndarray, before: np.ndarray, after: np.ndarray) -> Step:
-        """A node's step, from its state with counts settled, and the state after its fixings."""
-        free = before < 0
-        if not free.any():
-            return cls()
-        fixed = np.flatnonzero(free & (after >= 0))
-        return cls(form, point[free], fixed, after[fixed])
+    form: Relaxed | None = None
+    point: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    fixed: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    side: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    branch: int = LEAF
+    below: tuple[Step, ...] = ()
 
     def then(self, branch: int, *below: Step) -> None:
         """What follows: AGAIN with a step at the same node, or an input with its children, pruned first."""
@@ -96,7 +82,8 @@ class Node(NamedTuple):
     Attributes:
         state: 1 pruned, 0 kept, −1 free, int8 [n].
         point: the relaxed point, float64 [n].
-        form: further data of its relaxation for the nodes below.
+        form: the convex form of its subtree in the quadratic tree, the `free` inputs where it was solved, and
+            the fixings until the next (`interval`).
         step: of the proof; None where none is kept.
     """
 
@@ -105,6 +92,8 @@ class Node(NamedTuple):
     state: np.ndarray
     point: np.ndarray
     form: Any = None
+    free: int = 0
+    interval: int = 0
     step: Step | None = None
 
 

@@ -17,8 +17,7 @@ from maskopt.core.limits import torch_threads
 from maskopt.errors import OptionError, SolverError, UnknownSolverError, VerificationError
 from maskopt.protocol.bounds import ENTRY_POINT_GROUP, available_bounds
 from maskopt.solvers.bounds import sdp
-from maskopt.solvers.convex.duals import ScaledRow, certify_row
-from maskopt.solvers.convex.mixing import Extra, Mixing
+from maskopt.solvers.convex.mixing import Extra, Mixing, ScaledRow, certify_row
 
 METHODS = ("box", "shift", "sdp")
 SPARSE = Unstructured(0.6)
@@ -247,7 +246,7 @@ def plain_sweep(state, row, rho, extra):
 
 
 def random_extra(n, rows, seed):
-    """Dense [rows, n, n + 1] and the same as `Extra`."""
+    """Dense [rows, n, n + 1]."""
     random = np.random.default_rng(seed)
     dense = np.zeros((rows, n, n + 1))
     for row in range(rows):
@@ -255,11 +254,15 @@ def random_extra(n, rows, seed):
         full *= random.random((n + 1, n + 1)) < 0.1 + 0.1 * row
         np.fill_diagonal(full, 0)
         dense[row] = (full + full.T)[:n]
+    return dense
+
+
+def sparse(dense):
+    rows, n, _ = dense.shape
     counts = (dense != 0).sum(2)
     ends = np.cumsum(counts).reshape(rows, n)
     starts = np.concatenate([ends[:, :1] - counts[:, :1], ends], axis=1)
-    _, _, column = np.nonzero(dense)
-    return dense, Extra(starts, column.astype(np.int32), dense[dense != 0])
+    return Extra(starts, np.nonzero(dense)[2].astype(np.int32), dense[dense != 0])
 
 
 @pytest.mark.parametrize(("n", "pattern", "rank"), [
@@ -273,9 +276,9 @@ def random_extra(n, rows, seed):
 def test_the_sweep_is_plain_gauss_seidel(n, pattern, rank, with_extra):
     state = Mixing(drawn(3, n, pattern=pattern, seeds=(1, 0)), rank, 0)
     assert state.v.shape[2] % 16 == 0
-    dense, sparse = random_extra(n, 3, 5)
+    dense = random_extra(n, 3, 5)
     if with_extra:
-        state.extra = sparse
+        state.extra = sparse(dense)
     state.sweep(2, 0.3)  # away from the start
     expected = [plain_sweep(state, r, 0.7, with_extra * dense[r]) for r in range(3)]
     state.sweep(1, 0.7)
@@ -289,12 +292,12 @@ def test_the_sweep_is_plain_gauss_seidel(n, pattern, rank, with_extra):
 @pytest.mark.parametrize("n", [48, slow(264)])
 def test_no_bit_depends_on_threads_or_on_the_rows_beside(n):
     problem = drawn(4, n, pattern=SPARSE, seeds=(1, 0))
-    _, extra = random_extra(n, 4, 3)
+    extra = random_extra(n, 4, 3)
 
     def run(rows, threads):
         with torch_threads(threads):
             state = Mixing(problem.take(rows), 16, 0)
-            state.extra = extra.take(rows)
+            state.extra = sparse(extra[rows])
             state.sweep(30, 0.5)
         return state.v, state.duals
 
@@ -305,10 +308,10 @@ def test_no_bit_depends_on_threads_or_on_the_rows_beside(n):
         assert torch.equal(again_duals, duals[rows])
     whole, some = Mixing(problem, 8, 0), Mixing(problem, 8, 0)
     for state in (whole, some):
-        state.extra = extra
         state.sweep(3, 0.2)
     some.keep([2, 0])
-    for state in (whole, some):
+    for state, rows in ((whole, [0, 1, 2, 3]), (some, [2, 0])):
+        state.extra = sparse(extra[rows])
         state.sweep(4, 0.2)
     assert torch.equal(some.v, whole.v[[2, 0]])
     np.testing.assert_array_equal(some.inner(), whole.inner()[[2, 0]])
@@ -317,9 +320,8 @@ def test_no_bit_depends_on_threads_or_on_the_rows_beside(n):
 @pytest.mark.slow
 def test_the_torch_sweep_is_the_compiled_one():
     """At the fixed point of one the other stays, with extra terms; and they reach one bound."""
-    _, extra = random_extra(24, 2, 2)
     state = Mixing(drawn(2, 24, pattern=SPARSE, seeds=(1, 0)), 12, 0)
-    state.extra = Extra(extra.starts, extra.index, 0.05 * extra.value)
+    state.extra = sparse(0.05 * random_extra(24, 2, 2))
     state.sweep(5000, 1.0)
     v, duals = state.v.clone(), state.duals.clone()
     state.sweep_torch(1.0)

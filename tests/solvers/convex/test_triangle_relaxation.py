@@ -16,14 +16,12 @@ from maskopt import NM, LayerProblem, Limits, Status, Unstructured, lower_bound,
 from maskopt.certificates.cuts import NO_INPUT, OF_Z0, Cuts, check_cuts, cut_form
 from maskopt.core.files import pack
 from maskopt.protocol.solution import relative_gap
-from maskopt.solvers.bounds.cuts import cut_certificate
-from maskopt.solvers.convex.triangles import ABSENT, Incidence, Pool, dense, separate
+from maskopt.solvers.bounds.sdp import cut_certificate
+from maskopt.solvers.convex.triangles import ABSENT, PLACES, Incidence, Pool, dense, separate
 from maskopt.solvers.exact.tree import quadratic, relaxation
-from maskopt.solvers.exact.tree.convexify import free_part
-from maskopt.solvers.exact.tree.pentagons import PLACES, pentagons
+from maskopt.solvers.exact.tree.node import free_part
 from maskopt.solvers.exact.tree.quadratic import Plans, QuadraticTree
-from maskopt.solvers.exact.tree.quasi_newton import QuasiNewton
-from maskopt.solvers.exact.tree.relaxation import Goal, Plan, Relaxed, _below, _Dual, relax_node
+from maskopt.solvers.exact.tree.relaxation import Goal, Plan, QuasiNewton, Relaxed, relax_node
 
 SPARSE = Unstructured(sparsity=0.6)
 CLIMB = Plan((20.0, 5.0, 1.0, 0.3, 0.1))
@@ -131,8 +129,10 @@ def test_cuts_close_a_good_part_of_the_gap(pattern):
 
 def test_cuts_of_rows_do_not_depend_on_each_other_repeat_and_may_end_early():
     problem = drawn(3, 24, pattern=SPARSE)
-    together, again = (cut_certificate(problem, 16, 3, Limits())[0] for _ in range(2))
-    alone, _ = cut_certificate(problem.take([1]), 16, 3, Limits())
+    together, again, alone = (
+        lower_bound(part, "sdp", rank=16, cuts=3).certificate
+        for part in (problem, problem, problem.take([1]))
+    )
     assert torch.equal(together.diagonal, again.diagonal)
     for other in (again.cuts[1], alone.cuts[0]):
         assert torch.equal(together.cuts[1].index, other.index)
@@ -141,8 +141,8 @@ def test_cuts_of_rows_do_not_depend_on_each_other_repeat_and_may_end_early():
     problem = drawn(2, 48, pattern=SPARSE)
     found = solve(problem, "swap")
     claimed(problem, found, lower_bound(problem, "sdp", cuts=50, time_limit=1e-3))
-    early, _ = cut_certificate(problem, 16, 50, Limits(seconds=0).begin())
-    assert bool((early.check(problem) <= found.objective).all())
+    early, _ = cut_certificate(problem.take([0]), 16, 50, Limits(seconds=0).begin())
+    assert bool((early.check(problem.take([0])) <= found.objective[:1]).all())
 
 
 def some_pool(n, count=40, seed=0, inputs=(3, 5)):
@@ -206,7 +206,7 @@ def test_inequalities_of_fixed_inputs_become_those_of_z0(inputs):
     pool, random = some_pool(n, 120, inputs=inputs), np.random.default_rng(2)
     state = np.full(n, -1, dtype=np.int8)
     state[[1, 4, 5, 9]] = (1, 0, 1, 0)
-    below = _below(pool, state)
+    below = relaxation._below(pool, state)
     free = np.flatnonzero(state < 0)
     assert 0 < len(below.tau) < len(pool.tau)
     check_cuts(cuts_of(below, len(free)), len(free), 0)
@@ -222,7 +222,7 @@ def test_inequalities_of_fixed_inputs_become_those_of_z0(inputs):
     if inputs == (3,):
         assert max(ends) < float(pool.tau.sum())
     kept = Pool(pool.index, pool.sign, np.ones(len(pool.tau)))
-    assert _below(kept, np.full(n, -1, dtype=np.int8)).tau.tolist() == kept.tau.tolist()
+    assert relaxation._below(kept, np.full(n, -1, dtype=np.int8)).tau.tolist() == kept.tau.tolist()
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(keep=10), TWO_FOUR], ids=str)
@@ -255,7 +255,7 @@ def test_a_form_is_convex_and_tighter_than_without_triangles(pattern):
 def test_the_function_has_its_gradient_and_is_below_the_relaxation():
     random = np.random.default_rng(3)
     c, pool = hollow(8, random), some_pool(7, 12)
-    dual = _Dual(c, np.full(7, 6.0), pool)
+    dual = relaxation._Dual(c, np.full(7, 6.0), pool)
     y, tau, alpha = dual.y + random.normal(size=8), pool.tau.copy(), 0.3
     assert set(pool.least) == {1, 2}
     value, slope = dual._value(y, tau, alpha)
@@ -272,7 +272,7 @@ def test_the_function_has_its_gradient_and_is_below_the_relaxation():
     least = np.linalg.eigvalsh(c[:n, :n])[0]
     values = []
     for more in (1e-9, 1.0):  # the column of z_0 reaches what has no eigenvalue
-        dual = _Dual(c, np.full(n, more - least), EMPTY)
+        dual = relaxation._Dual(c, np.full(n, more - least), EMPTY)
         dual._homogenize(alpha)
         assert dual.x[n, n] == pytest.approx(1, abs=0.1)
         values.append(dual._ascend(alpha, 30))
@@ -286,7 +286,7 @@ def test_pentagonal_inequalities_that_are_violated_are_found(seed):
     triangles, signs, _ = separate(z, 10_000)
     pool = EMPTY.join(triangles, signs, n)
     pool.tau[:] = 1.0
-    index, sign = pentagons(z, pool, 50)
+    index, sign = relaxation.pentagons(z, pool, 50)
 
     def violations(index, b):
         return (1 - np.einsum("ti,tij,tj->t", b, z[index[:, :, None], index[:, None, :]], b)) / 2
@@ -302,8 +302,8 @@ def test_pentagonal_inequalities_that_are_violated_are_found(seed):
     # nothing that is violated, or too few inputs, make no pentagon
     triangle = Pool(np.array([[0, 1, 2, -1, -1]]), np.array([[1, 1, 0, 0]], np.int8), np.ones(1))
     for z in (np.ones((9, 9)), np.eye(9), np.eye(4), -np.ones((4, 4)) / 3 + np.eye(4) * 4 / 3):
-        assert len(pentagons(z, triangle, 10)[0]) == 0
-    assert len(pentagons(correlations(9, 4, 0), EMPTY, 10)[0]) == 0
+        assert len(relaxation.pentagons(z, triangle, 10)[0]) == 0
+    assert len(relaxation.pentagons(correlations(9, 4, 0), EMPTY, 10)[0]) == 0
 
 
 def patched(monkeypatch, **values):

@@ -19,16 +19,13 @@ from maskopt.errors import OptionError, VerificationError
 from maskopt.protocol.bounds import lower_bound
 from maskopt.protocol.solver import WritesInstances, make_solver
 from maskopt.solvers import Scip
-from maskopt.solvers.convex.triangles import Pool
-from maskopt.solvers.exact import rows
-from maskopt.solvers.exact.incumbent import with_incumbent
+from maskopt.solvers.convex.triangles import PLACES, Pool
+from maskopt.solvers.exact import branch, rows
 from maskopt.solvers.exact.rows import assemble
 from maskopt.solvers.exact.scip import FORMULATIONS
 from maskopt.solvers.exact.tasks import RowAnswer, RowTask
-from maskopt.solvers.exact.tree import least_squares
-from maskopt.solvers.exact.tree.convexify import free_part, multipliers, qcr_duals, start_vectors
-from maskopt.solvers.exact.tree.node import in_order, put_in_order, twins_of
-from maskopt.solvers.exact.tree.pentagons import PLACES
+from maskopt.solvers.exact.tree import node
+from maskopt.solvers.exact.tree.node import free_part, multipliers, qcr_duals, start_vectors
 from maskopt.solvers.exact.tree.quadratic import QuadraticTree, probe
 from maskopt.solvers.exact.tree.relaxation import Plan, Relaxed
 
@@ -135,7 +132,7 @@ def test_float32_and_turns_that_end_early_cost_no_proof(monkeypatch):
         found, best = solve(problem, "branch", workers=0), solve(problem, "exhaustive")
         assert set(found.status) == {Status.OPTIMAL}
         close(found.objective, best.objective, rtol=1e-6, atol=1e-12)
-        monkeypatch.setattr(least_squares, "_TURNS", 1)
+        monkeypatch.setattr(branch, "_TURNS", 1)
 
 
 @pytest.mark.slow
@@ -151,7 +148,7 @@ def test_neither_runs_nor_a_parents_bound_change_what_is_fixed(monkeypatch):
     solve(refit_layer(rows=4, n=20, damping=0.3), "branch")
     assert len(tasks) == 4
     for task in tasks:
-        tree, fixed = least_squares.LeastSquaresTree(task), []
+        tree, fixed = branch.LeastSquaresTree(task), []
         for least in (0.0, tree.cutoff * (1 - 1e-6)):
             _, node = tree.bounded(np.full(20, -1, dtype=np.int8), np.full(20, 0.5), least)
             fixed.append(node.state.tolist() if node.bound < tree.cutoff else [])
@@ -168,7 +165,7 @@ def parts(sizes):
 @given(problems(max_n=12, max_rows=1))
 def test_sets_are_those_whose_exchange_leaves_q_unchanged(problem):
     q, group = problem.row(0).q().numpy(), problem.group_size
-    sets = twins_of(q, group)
+    sets = node.twins_of(q, group)
     together = {pair for known in sets for pair in itertools.combinations(known.tolist(), 2)}
     for i, j in itertools.combinations(range(problem.n), 2):
         order = np.arange(problem.n)
@@ -177,10 +174,10 @@ def test_sets_are_those_whose_exchange_leaves_q_unchanged(problem):
         assert ((i, j) in together) is same
     # the first ones are pruned
     state = np.array([-1, 0, -1, -1, -1, 1, -1, -1], np.int8)
-    assert in_order(state, [np.array([1, 3, 6]), np.array([0, 2, 5, 7])])
+    assert node.in_order(state, [np.array([1, 3, 6]), np.array([0, 2, 5, 7])])
     assert state.tolist() == [1, 0, 1, 0, -1, 1, 0, -1]
-    assert not in_order(np.array([0, 1, -1], np.int8), [np.array([0, 1, 2])])
-    mask = put_in_order(np.array([0, 1, 0, 1, 1]), [np.array([0, 1, 4])])
+    assert not node.in_order(np.array([0, 1, -1], np.int8), [np.array([0, 1, 2])])
+    mask = node.put_in_order(np.array([0, 1, 0, 1, 1]), [np.array([0, 1, 4])])
     assert mask.tolist() == [True, True, False, True, False]
 
 
@@ -309,7 +306,7 @@ def test_every_mask_below_the_cutoff_has_what_was_fixed(problem):
     found = probe(tree)
     free = np.flatnonzero(found.state < 0)
     for p in ~legal_masks(problem).numpy():
-        if task.cost(p) < found.cutoff and in_order(p.astype(np.int8), tree.twins):
+        if task.cost(p) < found.cutoff and node.in_order(p.astype(np.int8), tree.twins):
             assert found.allows(p)
             # a single mask that is left would have been kept, were this tree not blind
             if len(free):
@@ -326,9 +323,9 @@ def test_twins_are_fixed_in_order():
     task = task_of(problem)
     tree = QuadraticTree(task, qcr_duals(task))
     assert [known.tolist() for known in tree.twins] == [[i, i + 1] for i in range(0, 12, 2)]
-    assert in_order(probe(tree).state, tree.twins)
+    assert node.in_order(probe(tree).state, tree.twins)
     solution = verified(problem, "scip", workers=0)
-    assert in_order((~solution.mask[0].numpy()).astype(np.int8), tree.twins)
+    assert node.in_order((~solution.mask[0].numpy()).astype(np.int8), tree.twins)
     close(solution.objective, solve(problem, "exhaustive").objective)
     assert solution.status == OPTIMAL
 
@@ -357,7 +354,7 @@ def test_scip_has_what_is_left(monkeypatch, misleading):
 
 
 def test_no_time_leaves_everything_free_and_a_whole_number_below_the_incumbent_is_no_gap():
-    task = with_incumbent(task_of(layer(40)))
+    task = task_of(layer(40)).with_incumbent()
     tree = QuadraticTree(task, qcr_duals(task))
     tree.task = dataclasses.replace(task, limits=Limits(seconds=0).begin())
     found = probe(tree)

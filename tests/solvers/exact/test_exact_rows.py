@@ -36,7 +36,7 @@ from maskopt.models.options.prune import PruneOptions
 from maskopt.models.pruning.prune_layer import solve_layer
 from maskopt.protocol.solution import relative_gap
 from maskopt.protocol.solver import available_solvers, is_trusted, make_solver
-from maskopt.solvers.exact import exhaustive, gurobi, incumbent, rows, workers
+from maskopt.solvers.exact import exhaustive, gurobi, rows, tasks, workers
 from maskopt.solvers.exact.rows import assemble, run_rows
 from maskopt.solvers.exact.tasks import RowAnswer, RowTask
 from maskopt.solvers.exact.tree import quadratic, search
@@ -205,7 +205,7 @@ def test_rows_share_one_deadline(name, monkeypatch, still):
 @pytest.mark.parametrize("solver", ["branch", "scip"])
 def test_incumbents_and_duals_stop_at_the_deadline(solver, still, monkeypatch):
     with monkeypatch.context() as patched:
-        calls = delayed(still, incumbent, "_moves", patched)
+        calls = delayed(still, tasks, "_moves", patched)
         patched.setattr(MODULES[solver], "qcr_duals", None)  # must not be called any more
         solution = solve(layer(n=40, rows=2), solver, workers=0, time_limit=1)
     assert len(calls) == 1  # one piece of the first row's search, and nothing of the second

@@ -9,9 +9,8 @@ from strategies import HALF, TWO_FOUR, drawn, floor, problems, random_gram, rand
 from maskopt import LayerProblem, Limits, Status, Unstructured, solve, verify
 from maskopt.core.limits import clock, torch_threads
 from maskopt.protocol.solution import relative_gap
-from maskopt.solvers.convex.box import BoxPlan, relax_box
+from maskopt.solvers.convex.box import BoxPlan, linear_bound, relax_box
 from maskopt.solvers.convex.box_step import CompiledStep, TorchStep
-from maskopt.solvers.convex.linear_bound import linear_bound
 from maskopt.solvers.rounding import relax as module
 from maskopt.solvers.rounding.frank_wolfe import FrankWolfe
 
