@@ -186,8 +186,8 @@ def bound(
 ) -> None:
     """Certified lower bounds of rows, and how far masks are from them.
 
-    With --original, SOURCE is a pruned folder whose masks are bounded: give --samples and --seq-len of the
-    prune.
+    With --original, SOURCE is a pruned folder whose masks are bounded, by default on as many windows of the
+    same length as the prune.
     """
     from maskopt.models.evaluation.bound import bound_layers, certify_model
 

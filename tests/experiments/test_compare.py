@@ -500,7 +500,7 @@ def models(dense, tmp_path_factory):
 
 
 def certified(models, dense="dense", pruned="pruned", **options):
-    words = {"calibration": models / "text.txt", "method": "box", "samples": 4, "seq_len": 32}
+    words = {"calibration": models / "text.txt", "method": "box"}
     return certify_model(models / dense, models / pruned, **{**words, **options})
 
 
@@ -604,7 +604,11 @@ def test_what_will_not_do_is_refused_before_anything_is_read(models, layer, tmp_
 
 
 def test_the_masks_of_a_pruned_model_are_the_ones_judged(models, tmp_path):
-    records = certified(models, rows_per_layer=2, samples=8)
+    records = certified(models, rows_per_layer=2)
+    windows = {"samples": 8, "seq_len": 32}  # those of the prune
+    assert [r.key for r in certified(models, rows_per_layer=2, **windows)] == [
+        r.key for r in records
+    ]
     kinds = by_kind(records)
     names = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
     assert {kind.split(".")[-1] for kind in kinds} == names

@@ -138,7 +138,8 @@ def certify_model(
         method: of the bound, as for `lower_bound`.
         method_options: of this method.
         jobs: as for `bound_layers`.
-        shorthand: options of the walk by name, as for `collect_problems`: `samples`, `seed`, …
+        shorthand: options of the walk by name, as for `collect_problems`: `bos`, `seed`, …; `samples`,
+            `seq_len` and `holdout` are by default those of the prune.
 
     Raises:
         ModelError: the folders do not belong together, weights were updated, or rows share a budget.
@@ -166,8 +167,10 @@ def certify_model(
     wanted = (*name_patterns(layers), *name_patterns(shorthand.get("include")))
     reports = read_reports(LayerReport, manifest["layers"], Path(pruned) / MANIFEST)
     done = choose(reports, wanted)
+    text = manifest["fingerprint"]["calibration"]
+    windows = {"samples": text["samples"], "seq_len": text["length"], "holdout": asked["holdout"]}
     common: dict[str, Any] = {"sparsity": pattern, "calibration": calibration}
-    common = {**shorthand, **common, "include": tuple(layer.name for layer in done)}
+    common = {**windows, **shorthand, **common, "include": tuple(layer.name for layer in done)}
     seed = int(shorthand.get("seed", 0))
     # the walks end in the order in which they began, each with the threads that it found
     with ExitStack() as walks:
