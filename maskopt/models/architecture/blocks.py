@@ -7,6 +7,7 @@ slice of a 3-D parameter [experts, out, in] ([experts, in, out] where the module
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -243,6 +244,15 @@ def is_experts(module: nn.Module) -> bool:
     """Does the module hold experts as 3-D parameters? Convolutions have such parameters, too."""
     counts = [p.shape[0] for _, p in module.named_parameters(recurse=False) if p.ndim == 3]
     return min(counts, default=1) > 1 and not isinstance(module, _ConvNd)
+
+
+def takes_routing(module: nn.Module) -> bool:
+    """Is the module called with hidden states, chosen experts, and their weights?"""
+    try:
+        inspect.signature(module.forward).bind(None, None, None)
+    except TypeError:
+        return False
+    return True
 
 
 def _transposed(module: nn.Module) -> bool:

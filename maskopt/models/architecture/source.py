@@ -110,6 +110,7 @@ class FolderSource(Source):
         self.model = skeleton(checkpoint, dtype, trust_remote_code=trust_remote_code)
         self.blocks = Blocks(self.model)
         self._loader = Loader(self.model, checkpoint, device)
+        self.conversion = self._loader.conversion
         real_buffers(self.model, device)
         self._outside = [name for name, _ in self.blocks.outside()]
 
@@ -173,23 +174,14 @@ class FolderSource(Source):
     def vectors(self, index: int) -> dict[str, tuple[str, torch.dtype]]:
         found = {}
         for name in vectors_of(self.blocks, index):
-            tensor = self.stored_as_is(name)
+            tensor = self.conversion.stored_as_is(name)
             if tensor is not None:
                 found[name] = tensor, self.checkpoint.entry(tensor).torch_dtype
         return found
 
-    def stored_as_is(self, parameter: str) -> str | None:
-        """The checkpoint's tensor that is the parameter; None where it is made of others, or transposed."""
-        return self._loader.conversion.stored_as_is(parameter)
-
     def stored_parts(self, parameter: str) -> list[str]:
         """The checkpoint's tensors that a parameter is made of."""
-        return self._loader.conversion.sources(parameter)
-
-    def stored_inside(self, module: str) -> set[str]:
-        """The checkpoint's tensors that a module's parameters and buffers are made of."""
-        names = [name for name in self.model.state_dict() if name.startswith(f"{module}.")]
-        return set(self._loader.conversion.needed(names))
+        return self.conversion.sources(parameter)
 
     def block_memory(self) -> int:
         """A block is read in its stored dtype and converted; one tensor of it is held twice."""

@@ -48,6 +48,7 @@ class Conversion:
         place: what messages call the checkpoint.
 
     Attributes:
+        keys: names of the tensors.
         converted: parameters that the checkpoint stores otherwise (experts one by one, say).
 
     Raises:
@@ -63,7 +64,7 @@ class Conversion:
         )
 
         check_version()
-        self.model, self.place = model, place
+        self.model, self.place, self.keys = model, place, sorted(keys)
         self.rules = get_model_conversion_mapping(model)
         renamings = [rule for rule in self.rules if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in self.rules if isinstance(rule, WeightConverter)]
@@ -76,7 +77,7 @@ class Conversion:
         self._first: dict[str, str] = {}
         self.converted: set[str] = set()
         seen: dict[tuple[str, str], str] = {}
-        for key in sorted(keys):
+        for key in self.keys:
             name, pattern = rename_source_key(key, renamings, converters, prefix, empty)
             if name not in empty and key in empty:
                 name, pattern = rename_source_key(key, [], [], prefix, empty)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from maskopt.errors import ModelError, VerificationError
+from maskopt.errors import MaskoptError, VerificationError
 from maskopt.models.architecture.blocks import Blocks, choose
 from maskopt.models.architecture.transformers_adapter import Conversion, quietly
 from maskopt.models.checkpoints.schema import far_more_than_stored
@@ -28,43 +28,27 @@ class Loading:
             raise self.wrong(what)
         self.model: Any = _empty_model(weights.folder, trust_remote_code)
         self.shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
-        with _refusing():
-            self._conversion = Conversion(self.model, weights.where, str(weights.folder))
-        #: the configuration of the language model, defaults filled in
-        self.settings: Any = self.model.config.get_text_config()
+        with refusing():
+            self.conversion = Conversion(self.model, weights.where, str(weights.folder))
 
     def wrong(self, what: str) -> VerificationError:
         return VerificationError(f"{self.config}: {what}")
 
-    def setting(self, key: str) -> Any:
-        """None where the configuration has no such key."""
-        return getattr(self.settings, key, None)
-
-    def parts(self, parameter: str) -> list[str]:
-        """The tensors that a parameter is made of; none where nothing is stored for it."""
-        return self._conversion.needed([parameter])
-
-    def stored(self, parameter: str) -> str | None:
-        """The tensor that is the parameter, unchanged; None where there is no such tensor."""
-        parts = self.parts(parameter)
-        same = len(parts) == 1 and parameter not in self._conversion.converted
-        return parts[0] if same else None
-
     @cached_property
     def missing(self) -> frozenset[str]:
         """Parameters that nothing is stored for."""
-        return frozenset(name for name in self.shapes if not self.parts(name))
+        return frozenset(name for name in self.shapes if not self.conversion.needed([name]))
 
     @cached_property
     def unused(self) -> frozenset[str]:
         """Tensors that no parameter or buffer is made of."""
-        return frozenset(self.weights.where) - {*self._conversion.needed(self.model.state_dict())}
+        return frozenset(self.weights.where) - {*self.conversion.needed(self.model.state_dict())}
 
     def check_shapes(self) -> None:
         """Raise VerificationError where a tensor has another shape than the configuration says."""
         empty = {n: torch.empty(shape, device="meta") for n, shape in self.weights.shapes()}
-        with _refusing(), quietly():
-            self._conversion.load(empty, torch.device("meta"))
+        with refusing(), quietly():
+            self.conversion.load(empty, torch.device("meta"))
 
 
 def check_loads(ours: Loading, theirs: Loading | None) -> None:
@@ -83,7 +67,7 @@ def check_loads(ours: Loading, theirs: Loading | None) -> None:
 def check_names(manifest: Manifest, loading: Loading) -> None:
     """Compare the manifest's layers with those of the model that `include` and `exclude` choose."""
     options, said = manifest.options, {layer["name"]: layer for layer in manifest.layers}
-    with _refusing():
+    with refusing():
         layers = choose(Blocks(loading.model).all_layers(), options.include, options.exclude)
     found = {layer.name: layer for layer in layers}
     if odd := said.keys() ^ found.keys():
@@ -117,9 +101,9 @@ def _empty_model(folder: Path, trust_remote_code: bool) -> Any:
 
 
 @contextmanager
-def _refusing() -> Iterator[None]:
-    """What transformers cannot load is what does not hold."""
+def refusing() -> Iterator[None]:
+    """What cannot be loaded or derived is what does not hold."""
     try:
         yield
-    except ModelError as error:
+    except MaskoptError as error:
         raise VerificationError(str(error)) from None

@@ -71,10 +71,13 @@ _COMMON = {
     "files": {...: str},
 }  # fmt: skip
 _SMALLER = {
-    **_COMMON, "fingerprint": {"model": str, "options": {"removed?": ()}},
-    "shrunk": {"kept": {...: [is_count]}, "updated": [str]},
+    **_COMMON, "shrunk": {"kept": {...: [is_count]}, "updated": [str]},
 }  # fmt: skip
-_FEWER = {"model": str, "options": {"removed": [is_count]}}
+#: options that say how much is removed
+_REMOVED = {
+    STRUCTURES: {"channels": is_amount, "heads": is_amount, "round_to": is_size},
+    EXPERTS: {"experts": is_amount}, BLOCKS: {"removed": [is_count]},
+}  # fmt: skip
 #: of a manifest, by its kind
 SHAPES: dict[str, dict[str, Any]] = {
     PRUNE: {
@@ -87,9 +90,10 @@ SHAPES: dict[str, dict[str, Any]] = {
             "dtype": str, "model?": str,
         },
     },
-    STRUCTURES: _SMALLER,
-    EXPERTS: _SMALLER,
-    BLOCKS: {**_SMALLER, "fingerprint": _FEWER},
+    **{
+        kind: {**_SMALLER, "fingerprint": {"model": str, "options": options}}
+        for kind, options in _REMOVED.items()
+    },
 }  # fmt: skip
 
 

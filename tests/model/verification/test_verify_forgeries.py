@@ -574,7 +574,7 @@ SMALLER = {
         ("blocks", config(num_hidden_layers=2), f"num_hidden_layers {SIZE}"),
         ("epsilon", config(rms_norm_eps=100), "rms_norm_eps"),
         ("channels", config(intermediate_size=20), "intermediate_size is not the original's .* 36"),
-        ("as many columns of other heads", config(**HEADS), "loses more heads of one key"),
+        ("as many columns of other heads", config(**HEADS), "num_attention_heads is not the"),
         EXCHANGED,
         ("of another block", cut_by(UP, DOWN.format(1)), "up_proj.* is not the original's, cut as"),
         *(
