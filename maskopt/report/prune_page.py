@@ -21,11 +21,10 @@ from maskopt.models.checkpoints.report import (
     mean_held_error,
     proven_share,
     ratio_to_wanda,
-    read_manifest,
     result_digest,
 )
-from maskopt.models.checkpoints.schema import PRUNE
-from maskopt.models.checkpoints.workspace import MANIFEST, MASKS, plain_errors
+from maskopt.models.checkpoints.schema import MANIFEST, MASKS, PRUNE, read_manifest
+from maskopt.models.checkpoints.workspace import plain_errors
 from maskopt.models.pruning.rerun import command_again
 from maskopt.report.page import (
     COLOURS,

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from maskopt.errors import DataError, ModelError
+from maskopt.errors import DataError, ModelError, first_line
 from maskopt.models.architecture.blocks import Blocks, Layer, matrix
 from maskopt.models.architecture.loading import (
     Loader,
@@ -27,7 +27,7 @@ from maskopt.models.architecture.loading import (
     stored_masks,
     stored_values,
 )
-from maskopt.models.architecture.transformers_adapter import set_eager_experts
+from maskopt.models.architecture.transformers_adapter import empty_model, set_eager_experts
 from maskopt.models.checkpoints.bos import no_panic
 from maskopt.models.checkpoints.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from maskopt.models.checkpoints.mask_file import Edits, MaskFile, TensorMask
@@ -215,22 +215,8 @@ def skeleton(
     checkpoint: Checkpoint, dtype: torch.dtype | None, *, trust_remote_code: bool = False
 ) -> Any:
     """The model without weights, in evaluation mode; ModelError where transformers cannot build it."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    folder = checkpoint.folder
-    try:
-        config = AutoConfig.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype or stored_dtype(checkpoint), trust_remote_code=trust_remote_code
-            )
-    except ModelError:
-        raise
-    except Exception as error:  # configurations fail in as many ways as there are models
-        line = (str(error).splitlines() or [""])[0]
-        raise ModelError(f"{folder}: {type(error).__name__}: {line}") from error
+    dtype = dtype or stored_dtype(checkpoint)
+    model = empty_model(checkpoint.folder, dtype=dtype, trust_remote_code=trust_remote_code)
     set_eager_experts(model)
     return model.eval()
 
@@ -304,8 +290,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     except DataError:
         raise
     except Exception as error:  # tokenizers fail in as many ways as there are of them
-        line = (str(error).splitlines() or [""])[0]
-        raise ModelError(f"{folder}: the tokenizer cannot be loaded: {line}") from error
+        what = f"{folder}: the tokenizer cannot be loaded: {first_line(error)}"
+        raise ModelError(what) from error
 
 
 def text_config(model: nn.Module) -> Any:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskopt.errors import DataError
+from maskopt.errors import DataError, first_line
 
 #: what callers may ask for
 BOS = ("auto", "always", "never")
@@ -102,10 +102,9 @@ def no_panic(folder: str | Path) -> Iterator[None]:
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        line = (str(error).splitlines() or [""])[0]
         raise DataError(
-            f"{Path(folder) / 'tokenizer.json'}: the tokenizer's library stopped on this file ({line}); "
-            "replace it by that of the original model"
+            f"{Path(folder) / 'tokenizer.json'}: the tokenizer's library stopped on this file "
+            f"({first_line(error)}); replace it by that of the original model"
         ) from None
 
 

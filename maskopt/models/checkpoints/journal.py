@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from maskopt.errors import ModelError
-from maskopt.models.checkpoints.schema import fits, is_count, plain_name
+from maskopt.models.checkpoints.schema import LAYER, TRAINED, fits, is_count, plain_name
 
 #: shapes of records
 _SHAPES = {
@@ -20,8 +20,8 @@ _SHAPES = {
         "index": lambda v: is_count(v) and v < 10**5,
         "masks": str,
         "weights?": str,
-        "layers": list,
-        "parts?": list,
+        "layers": [LAYER],
+        "trained?": [TRAINED],
         "bad": [{"sample": int}],
     },
     "shard": {"name": plain_name},

@@ -22,22 +22,15 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from maskopt.errors import ModelError
-from maskopt.models.checkpoints.safefile import (
+from maskopt.models.checkpoints.checkpoint import (
     SafeFile,
     TensorEntry,
     open_safe,
     safe_header,
     write_file,
 )
-from maskopt.models.checkpoints.schema import fits, is_count, is_size
+from maskopt.models.checkpoints.schema import MASK_FORMAT, read_layout
 
-FORMAT = "maskopt-masks-1"
-#: of a tensor in the header
-_ITEM = {
-    "shape": lambda v: fits(v, [is_size]) and len(v) in (2, 3),
-    "input_axis": is_count,
-    "sha256": str,
-}
 #: whole numbers as wide as an element, by its bytes: zero is zero in all of them
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -62,23 +55,10 @@ class MaskFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.file: SafeFile = open_safe(path)
-        if self.file.metadata.get("format") != FORMAT:
-            raise ModelError(f"{path}: not a mask file of format {FORMAT}")
-        try:
-            layout = json.loads(self.file.metadata["tensors"])
-        except (KeyError, ValueError, RecursionError):
-            raise ModelError(f"{path}: the header of the masks is damaged") from None
-        if not isinstance(layout, dict) or set(layout) != set(self.file.entries):
-            raise ModelError(f"{path}: the header names other tensors than the file holds")
-        self.layout: dict[str, dict[str, Any]] = layout
-        for name, item in layout.items():
+        self.layout = read_layout(path, self.file.metadata, self.file.entries)
+        for name, item in self.layout.items():
             entry = self.file.entries[name]
-            sound = fits(item, _ITEM) and set(item) == set(_ITEM)
-            if (
-                not sound
-                or not 0 <= len(item["shape"]) - 1 - item["input_axis"] <= 1
-                or entry.dtype != "U8"
-            ):
+            if entry.dtype != "U8":
                 raise ModelError(f"{path}: the header of mask {name[:200]!r} is damaged")
             if entry.shape != ((math.prod(item["shape"]) + 7) // 8,):
                 raise ModelError(f"{path}: mask {name[:200]!r} has the wrong number of bits")
@@ -160,12 +140,12 @@ def join_masks(path: Path, parts: Iterable[Path]) -> str:
 
 def _write(path: Path, layout: Mapping[str, Any], bits: Iterable[np.ndarray]) -> str:
     shapes = {name: ("U8", ((math.prod(item["shape"]) + 7) // 8,)) for name, item in layout.items()}
-    about = {"format": FORMAT, "tensors": json.dumps(layout, separators=(",", ":"))}
+    about = {"format": MASK_FORMAT, "tensors": json.dumps(layout, separators=(",", ":"))}
     return write_file(path, chain([safe_header(shapes, about)], bits))
 
 
 def _digest(name: str, shape: list[int], input_axis: int, packed: np.ndarray) -> str:
-    head = json.dumps([FORMAT, name, shape, input_axis]).encode()
+    head = json.dumps([MASK_FORMAT, name, shape, input_axis]).encode()
     return hashlib.sha256(head + b"\n" + packed.tobytes()).hexdigest()
 
 

@@ -20,19 +20,15 @@ from filelock import FileLock, Timeout
 
 from maskopt.core.files import NO_SPACE, same_file
 from maskopt.errors import ModelError
-from maskopt.models.checkpoints.checkpoint import write_json
-from maskopt.models.checkpoints.safefile import write_file
-from maskopt.models.checkpoints.schema import plain_name
+from maskopt.models.checkpoints.checkpoint import write_file, write_json
+from maskopt.models.checkpoints.schema import MANIFEST, MASKS, plain_name
 
 HIDDEN = ".maskopt"
 JOURNAL = "journal.jsonl"
 #: what the hidden folder is called while it is removed
 GONE = ".maskopt.gone"
-MANIFEST = "maskopt-manifest.json"
 #: lists of names in the hidden folder: what a commit moves, and what an earlier result left to be deleted
 _COMMITTED, _EARLIER = "committed", "earlier"
-#: a safetensors file of another ending: servers load every *.safetensors of a folder
-MASKS = "maskopt-masks.bits"
 #: the model card: users may edit it, so that manifests leave it out
 CARD = "README.md"
 

@@ -20,29 +20,30 @@ from torch import Tensor
 from maskopt.core.files import atomic_write
 from maskopt.errors import ModelError
 from maskopt.models.checkpoints.checkpoint import (
-    INDEX,
-    SINGLE,
-    Checkpoint,
-    check_link,
-    file_digest,
-    read_json,
-)
-from maskopt.models.checkpoints.mask_file import Edits, MaskFile
-from maskopt.models.checkpoints.safefile import (
     CHUNK,
+    Checkpoint,
     TensorEntry,
     bytes_of,
-    open_file,
+    file_digest,
     open_safe,
     safe_header,
     write_file,
 )
-from maskopt.models.checkpoints.schema import plain_name
+from maskopt.models.checkpoints.mask_file import Edits, MaskFile
+from maskopt.models.checkpoints.schema import (
+    COPIED,
+    INDEX,
+    LEGAL_NAMES,
+    LEGAL_SUFFIXES,
+    SINGLE,
+    check_link,
+    open_file,
+    plain_name,
+    read_json,
+)
 
 #: what is copied along with the weights; code is not
-SIDE_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
-SIDE_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
-LEGAL_SUFFIXES = ("", ".txt", ".md", ".rst", ".pdf", ".html")
+SIDE_SUFFIXES = (*COPIED, ".md")
 #: ours, hidden ones, and adapters, which loaders put upon the weights
 NOT_COPIED = ("maskopt-", ".", "adapter_")
 #: where tokenizers keep further chat templates; results are folders without folders
@@ -123,7 +124,7 @@ def side_files(folder: Path, shards: Container[str]) -> list[str]:
 
 def is_side_file(name: str) -> bool:
     """Is a file of that name configuration, tokenizer, template, card or licence?"""
-    legal = name.startswith(SIDE_NAMES) and Path(name).suffix in LEGAL_SUFFIXES
+    legal = name.startswith(LEGAL_NAMES) and Path(name).suffix in LEGAL_SUFFIXES
     return (legal or Path(name).suffix in SIDE_SUFFIXES) and plain_name(name)
 
 

@@ -20,7 +20,7 @@ from maskopt.models.blockwise.collect import Grams
 from maskopt.models.blockwise.job import Block, Job, open_job
 from maskopt.models.blockwise.progress import BlockProgress
 from maskopt.models.calibration.tokens import Windows
-from maskopt.models.checkpoints.checkpoint import file_digest, open_checkpoint
+from maskopt.models.checkpoints.checkpoint import file_digest, open_checkpoint, write_tensors
 from maskopt.models.checkpoints.mask_file import (
     Edits,
     MaskFile,
@@ -36,9 +36,8 @@ from maskopt.models.checkpoints.report import (
     TrainedBlock,
     read_reports,
 )
-from maskopt.models.checkpoints.safefile import write_tensors
-from maskopt.models.checkpoints.schema import PRUNE
-from maskopt.models.checkpoints.workspace import CARD, MASKS, plain_errors
+from maskopt.models.checkpoints.schema import MASKS, PRUNE
+from maskopt.models.checkpoints.workspace import CARD, plain_errors
 from maskopt.models.checkpoints.write import (
     check_masks,
     copy_side_files,
@@ -258,9 +257,8 @@ class FolderResults(Results):
         found = {}
         for index, record in self._run.journal.blocks.items():
             if index <= self.job.last:
-                path = self._run.journal.path
-                layers = read_reports(LayerReport, record["layers"], path)
-                trained = read_reports(TrainedBlock, record.get("trained", []), path)
+                layers = read_reports(LayerReport, record["layers"])
+                trained = read_reports(TrainedBlock, record.get("trained", []))
                 edits = Edits.of(MaskFile(self._path(index, "masks")), self._values([index]))
                 found[index] = FinishedBlock(layers, trained, record["bad"], edits)
         return found

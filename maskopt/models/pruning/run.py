@@ -15,15 +15,15 @@ from maskopt.errors import ModelError
 from maskopt.models.blockwise.distributed import ALONE, Ranks
 from maskopt.models.blockwise.job import Job
 from maskopt.models.calibration.tokens import Windows
-from maskopt.models.checkpoints.checkpoint import Checkpoint, damage, file_digest, read_json
+from maskopt.models.checkpoints.checkpoint import Checkpoint, damage, file_digest
 from maskopt.models.checkpoints.journal import Journal, differences, in_words
-from maskopt.models.checkpoints.report import PruneReport, read_manifest, versions, write_manifest
+from maskopt.models.checkpoints.report import PruneReport, versions, write_manifest
+from maskopt.models.checkpoints.schema import MANIFEST, read_json, read_manifest
 from maskopt.models.checkpoints.workspace import (
     CARD,
     GONE,
     HIDDEN,
     JOURNAL,
-    MANIFEST,
     Workspace,
     check_inputs,
     check_output,

@@ -26,14 +26,13 @@ from maskopt.models.architecture.source import FolderSource
 from maskopt.models.blockwise.divergence import Variant, Variants, divergences, place, through
 from maskopt.models.blockwise.job import Block, Job
 from maskopt.models.blockwise.progress import OnBlockProgress
-from maskopt.models.checkpoints.checkpoint import read_json
 from maskopt.models.checkpoints.report import PruneReport
-from maskopt.models.checkpoints.schema import BLOCKS
+from maskopt.models.checkpoints.schema import BLOCKS, CONFIG, read_json
 from maskopt.models.checkpoints.write import disk_needed
 from maskopt.models.options.prune import NONE
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.pruning.run import Run, fingerprint_of, peaks
-from maskopt.models.structured.change import CONFIG, check_shapes, finish_smaller, open_original
+from maskopt.models.structured.change import check_shapes, finish_smaller, open_original
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import solve
 

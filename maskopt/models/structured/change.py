@@ -17,10 +17,10 @@ from maskopt.models.architecture.source import FolderSource, Source
 from maskopt.models.architecture.structures import Change, Kept, TensorCuts, cannot_say, changed
 from maskopt.models.blockwise.job import Block, Job, open_job
 from maskopt.models.blockwise.windows import tokens_or_tokenizer
-from maskopt.models.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint, read_json
+from maskopt.models.checkpoints.checkpoint import Checkpoint, open_safe, write_file
 from maskopt.models.checkpoints.mask_file import Edits
 from maskopt.models.checkpoints.report import FinishedBlock, PruneReport
-from maskopt.models.checkpoints.safefile import open_safe, write_file
+from maskopt.models.checkpoints.schema import INDEX, SINGLE, read_json
 from maskopt.models.checkpoints.write import write_shard
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.pruning.run import Run

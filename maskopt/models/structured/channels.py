@@ -42,8 +42,7 @@ from maskopt.models.blockwise.job import Block, Job
 from maskopt.models.blockwise.progress import OnBlockProgress
 from maskopt.models.checkpoints.mask_file import MaskFiles, unpack
 from maskopt.models.checkpoints.report import LayerReport, PruneReport
-from maskopt.models.checkpoints.schema import STRUCTURES
-from maskopt.models.checkpoints.workspace import MASKS
+from maskopt.models.checkpoints.schema import MASKS, STRUCTURES
 from maskopt.models.options.solver import check_size, default_start
 from maskopt.models.options.structured import ShrinkOptions
 from maskopt.models.options.walk import options_by_name

@@ -35,16 +35,18 @@ from maskopt.models.architecture.structures import (
 from maskopt.models.checkpoints.schema import BLOCKS, EXPERTS, STRUCTURES
 from maskopt.models.verification.folder import (
     CONFIG,
+    Loading,
     Weights,
     bytes_of,
     check_configuration,
     check_entries,
     check_finite,
+    check_loads,
     read_object,
     read_weights,
+    refusing,
     same_files,
 )
-from maskopt.models.verification.loading import Loading, check_loads, refusing
 from maskopt.models.verification.manifest import damaged
 from maskopt.models.verification.tensors import OnTensor
 

@@ -17,7 +17,8 @@ from maskopt import PruneOptions, prune_model
 from maskopt.cli.command import flag
 from maskopt.core.fields import RECORDED, options_of
 from maskopt.errors import DataError, ModelError, OptionError, VerificationError
-from maskopt.models.checkpoints.workspace import HIDDEN, MANIFEST, Workspace
+from maskopt.models.checkpoints.schema import MANIFEST
+from maskopt.models.checkpoints.workspace import HIDDEN, Workspace
 from maskopt.models.options.prune import RECIPES, prune_options
 from maskopt.models.pruning.plan import plan_prune
 from maskopt.models.pruning.rerun import options_again

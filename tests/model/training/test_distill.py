@@ -23,7 +23,8 @@ from maskopt.models.blockwise.divergence import divergence
 from maskopt.models.blockwise.memory import autograd_memory
 from maskopt.models.checkpoints.journal import Journal
 from maskopt.models.checkpoints.mask_file import MaskFile
-from maskopt.models.checkpoints.workspace import CARD, HIDDEN, JOURNAL, MASKS, earlier_files
+from maskopt.models.checkpoints.schema import MASKS
+from maskopt.models.checkpoints.workspace import CARD, HIDDEN, JOURNAL, earlier_files
 from maskopt.models.distillation.distill import RECORD
 from maskopt.models.options.distill import DistillOptions
 from maskopt.models.pruning import run as running

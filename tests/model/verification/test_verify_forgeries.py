@@ -18,10 +18,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import edit_json, loud, save, tiny, tiny_vision, tokens
 
 from maskopt.errors import VerificationError
-from maskopt.models.checkpoints.checkpoint import INDEX
+from maskopt.models.checkpoints.checkpoint import open_safe
 from maskopt.models.checkpoints.mask_file import TensorMask
-from maskopt.models.checkpoints.safefile import open_safe
-from maskopt.models.checkpoints.workspace import MANIFEST, MASKS
+from maskopt.models.checkpoints.schema import INDEX, MANIFEST, MASKS
 from maskopt.models.structured import blocks as removal
 from maskopt.models.training import blockwise as reconstruct
 from maskopt.models.verification.verify import verify_model
@@ -630,7 +629,7 @@ def test_what_was_changed_without_its_digest(dense_folder, pruned_folder, folder
     fails(VerificationError, "was changed", verify_model, result)
     edit_json(result / MANIFEST, lambda m: m.update(sparsity=0.9))
     fails(VerificationError, "damaged or was changed", verify_model, result)
-    fails(VerificationError, "no manifest", verify_model, dense_folder)
+    fails(VerificationError, "not written by maskopt", verify_model, dense_folder)
     other = save(tiny("qwen2"), tmp_path / "other")
     fails(VerificationError, "only one of the two", verify_model, pruned_folder, other)
     # of a smaller folder, with the right digest of the manifest itself
