@@ -33,9 +33,8 @@ from maskopt.errors import (
     PatternError,
     VerificationError,
 )
-from maskopt.models.checkpoints.journal import Journal
 from maskopt.models.checkpoints.schema import MANIFEST
-from maskopt.models.checkpoints.workspace import HIDDEN, JOURNAL
+from maskopt.models.checkpoints.workspace import HIDDEN, JOURNAL, Journal
 from maskopt.models.pruning import plan as planning
 from maskopt.models.pruning.plan import plan_prune
 from maskopt.models.pruning.rerun import command_again, options_again

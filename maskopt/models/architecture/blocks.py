@@ -2,7 +2,8 @@
 
 The blocks are the outermost `nn.ModuleList` whose elements hold the most weights. A layer is a matrix that
 multiplies activations: the weight of an `nn.Linear` [out, in], of GPT-2's `Conv1D` [in, out], or one expert's
-slice of a 3-D parameter [experts, out, in] ([experts, in, out] where the module says `is_transposed`).
+slice of a 3-D parameter [experts, out, in] ([experts, in, out] where the module says `is_transposed`). A
+mixture is the experts of a block that tokens are routed to.
 """
 
 from __future__ import annotations
@@ -12,13 +13,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from maskopt.errors import ModelError, near
+
+#: what modules are called that route
+_ROUTERS = ("gate", "router")
+#: what configurations call the number of experts that a token goes to
+_EACH = ("num_experts_per_tok", "moe_topk", "moe_k", "num_selected_experts")
 
 
 @dataclass(frozen=True)
@@ -268,3 +274,74 @@ def vocabulary_size(model: nn.Module) -> int:
     """Rows of the input embedding."""
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     return int(embedding.weight.shape[0])
+
+
+# --- mixtures of experts
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Experts of a block that tokens are routed to, by the `name` of their module: `count` of them, to `each`
+    of which a token goes; `parameters` have experts on their first axis, the router's among them."""
+
+    name: str
+    kind: str
+    block: int
+    count: int
+    each: int
+    parameters: tuple[str, ...]
+
+    @property
+    def parent(self) -> str:
+        """The module that routes, and adds up."""
+        return self.name.rpartition(".")[0]
+
+
+def mixtures_of(blocks: Blocks, index: int) -> list[Mixture]:
+    """The mixtures of a block; ModelError for experts that cannot be removed from module or router."""
+    block, found = blocks.modules[index], []
+    for name, module in block.named_modules():
+        if not is_experts(module):
+            continue
+        full = blocks.prefix(index) + name
+        if not takes_routing(module):
+            raise ModelError(
+                f"{full}: {type(module).__name__} is not given a routing, and its experts cannot be removed; "
+                "leave out `experts`"
+            )
+        each, parent = _each(blocks.model, full), block.get_submodule(name.rpartition(".")[0])
+        count = next(p.shape[0] for _, p in module.named_parameters(recurse=False) if p.ndim == 3)
+        parameters = [f"{full}.{n}" for n, p in module.named_parameters() if p.shape[0] == count]
+
+        def of_router(named: Iterable[tuple[str, Tensor]], count: int = count) -> list[str]:
+            return [
+                n
+                for n, x in named
+                if n.partition(".")[0] in _ROUTERS and x.ndim and x.shape[0] == count
+            ]
+
+        routers, kept = of_router(parent.named_parameters()), of_router(parent.named_buffers())
+        if not routers or kept:
+            what = "is of no known form"
+            if kept:
+                what = f"keeps {kept[0]!r} in addition to its weights"
+            raise ModelError(f"{full}: its router {what}; leave out `experts`")
+        parameters += [f"{full.rpartition('.')[0]}.{n}" for n in routers]
+        found.append(Mixture(full, name, index, count, each, tuple(parameters)))
+    return found
+
+
+def _each(model: nn.Module, name: str) -> int:
+    """To how many experts a token goes; ModelError where the configuration does not say."""
+    text: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    groups = getattr(text, "n_group", None) or 1
+    if groups > 1 and (getattr(text, "topk_group", None) or groups) < groups:
+        raise ModelError(
+            f"{name}: its router chooses among {groups} groups of experts first; leave out `experts`"
+        )
+    for key in _EACH:
+        if isinstance(value := getattr(text, key, None), int):
+            return value
+    raise ModelError(
+        f"{name}: the configuration does not say how many experts a token goes to; leave out `experts`"
+    )

@@ -22,7 +22,7 @@ from maskopt.models.architecture.transformers_adapter import (
     tie,
 )
 from maskopt.models.checkpoints.checkpoint import Checkpoint
-from maskopt.models.checkpoints.mask_file import Edits, TensorMask
+from maskopt.models.checkpoints.result import Edits, TensorMask
 
 
 class Loader:

@@ -30,7 +30,7 @@ from maskopt.models.architecture.loading import (
 from maskopt.models.architecture.transformers_adapter import empty_model, set_eager_experts
 from maskopt.models.checkpoints.bos import no_panic
 from maskopt.models.checkpoints.checkpoint import Checkpoint, open_checkpoint, resolve_model
-from maskopt.models.checkpoints.mask_file import Edits, MaskFile, TensorMask
+from maskopt.models.checkpoints.result import Edits, MaskFile, TensorMask
 
 DTYPES = {x: getattr(torch, x) for x in ("float32", "float64", "bfloat16", "float16")}
 

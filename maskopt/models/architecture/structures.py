@@ -1,14 +1,15 @@
-"""Channels and heads that can be removed from a model, and what that leaves of its configuration and its
-stored tensors.
+"""What can be removed from a model whole, and what that leaves of its configuration and its stored tensors.
 
 Channels are columns of `down_proj`, heads blocks of columns of `o_proj`. What produces them goes along: rows
 of `gate_proj` and `up_proj`, of `q_proj`, and of `k_proj` and `v_proj` where whole key–value groups go.
-The names are those of transformers. Whether a configuration can describe the new sizes is tested on the model
+Experts go with their rows of the router, blocks with all of their tensors. The names are those of
+transformers. Whether a configuration can describe the new sizes is tested on the model
 that it then describes (`maskopt.models.structured.change`).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,12 +20,21 @@ from torch import Tensor, nn
 
 from maskopt.core.pattern import NM, Pattern, Unstructured
 from maskopt.errors import ModelError
-from maskopt.models.architecture.blocks import Blocks, Layer
+from maskopt.models.architecture.blocks import Blocks, Layer, Mixture
 from maskopt.models.architecture.transformers_adapter import Conversion
 
 CHANNELS, HEADS = "channels", "heads"
-#: what configurations call the number of channels of an MLP
+#: what configurations call the number of blocks, of experts, and the channels of an MLP
+_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _WIDTHS = ("ffn_dim", "ffn_hidden_size", "intermediate_size")
+#: settings that list indices of blocks; other lists have an entry a block
+_BLOCK_INDICES = (
+    *("attn_layer_indices", "cross_attention_layers", "full_attn_idxs", "mlp_only_layers"),
+    "moe_layers",
+)
+#: the name of a stored tensor of one expert
+_EXPERT = re.compile(r"(?P<home>.*\bexperts)\.(?P<number>\d+)\.(?P<rest>.*)")
 #: what consumes channels → what produces them, in one of these forms; fused: one after the other
 _MLPS: Mapping[str, Sequence[tuple[str, ...]]] = {
     "down_proj": (("gate_proj", "up_proj"), ("gate_up_proj",), ("up_proj",)),
@@ -100,7 +110,7 @@ def changed(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str,
     return {**config, **settings}
 
 
-def stored_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+def _stored_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a configuration says, of its text model as of all."""
     nested = config.get("text_config")
     return {**config, **(nested if isinstance(nested, dict) else {})}
@@ -303,3 +313,106 @@ def _rows_and_bias(
     bias = producer.parameter.removesuffix("weight") + "bias"
     there = [producer.parameter, *([bias] if bias in dict(model.named_parameters()) else [])]
     return dict.fromkeys(there, cut)
+
+
+# --- experts and blocks
+
+
+def experts_left(mixtures: Sequence[Mixture], share: float) -> int:
+    """How many experts of each mixture stay; ModelError where a model cannot do without this share."""
+    if not mixtures:
+        raise ModelError("the model has no experts that tokens are routed to; leave out `experts`")
+    counts = {(m.count, m.each) for m in mixtures}
+    if len(counts) > 1:
+        raise ModelError(
+            "its blocks have different numbers of experts, and a configuration names one; leave out `experts`"
+        )
+    (count, each) = counts.pop()
+    gone = Unstructured(sparsity=share).pruned_in(1, count)
+    if not gone:
+        raise ModelError(
+            f"a share of {share:g} of {count} experts is none; take a larger `experts`"
+        )
+    if count - gone < each:
+        raise ModelError(
+            f"a share of {share:g} leaves {count - gone} of {count} experts, and a token goes to {each}; "
+            "take a smaller `experts`"
+        )
+    return count - gone
+
+
+def expert_settings(
+    model: nn.Module, config: Mapping[str, Any], mixtures: Sequence[Mixture], left: int
+) -> dict[str, int]:
+    """The settings of the stored `config` that count experts; all such words if none is stored."""
+    text: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    keys = [key for key in _COUNTS if getattr(text, key, None) == mixtures[0].count]
+    stored = _stored_settings(config)
+    return dict.fromkeys([key for key in keys if key in stored] or keys, left)
+
+
+def without_experts(
+    conversion: Conversion, settings: Mapping[str, int], mixtures: Sequence[Mixture], kept: Kept
+) -> Change:
+    """What is left of the stored model; ModelError for experts that are neither stored as the model's
+    parameters nor one by one."""
+    names: dict[str, str | None] = {name: name for name in conversion.keys}
+    cuts: dict[str, list[tuple[str, Cut]]] = {}
+    for mixture in mixtures:
+        numbers = {old: new for new, old in enumerate(kept[mixture.name].nonzero()[:, 0].tolist())}
+        for parameter in mixture.parameters:
+            tensor = conversion.stored_as_is(parameter)
+            if tensor is not None:
+                cuts[tensor] = [(mixture.name, Cut(0, [(mixture.count, 1)]))]
+                continue
+            for name in conversion.sources(parameter):
+                found = _EXPERT.match(name)
+                if found is None or int(found["number"]) >= mixture.count:
+                    raise ModelError(
+                        f"parameter {parameter!r} is stored in another form than expert by expert; its "
+                        "experts cannot be removed"
+                    )
+                new = numbers.get(int(found["number"]))
+                names[name] = None if new is None else f"{found['home']}.{new}.{found['rest']}"
+    return Change(settings, names, cuts, kept)
+
+
+def block_settings(
+    blocks: Blocks, config: Mapping[str, Any], removed: Sequence[int]
+) -> dict[str, Any]:
+    """The number of blocks in the stored `config`, and settings with an entry for each block or with their
+    numbers."""
+    stored, count = _stored_settings(config), len(blocks)
+    keys = [key for key in _DEPTHS if stored.get(key) == count]
+    settings: dict[str, Any] = {(keys or _DEPTHS)[0]: count - len(removed)}
+    text: Any = blocks.model.config.get_text_config()  # type: ignore[operator, union-attr]
+    for key, value in text.to_dict().items():
+        if key in _BLOCK_INDICES and isinstance(value, list):
+            left = [index for index in value if index not in removed]
+            settings[key] = [index - sum(gone < index for gone in removed) for index in left]
+        elif isinstance(value, list) and len(value) == count and not key.endswith("token_id"):
+            settings[key] = [item for index, item in enumerate(value) if index not in removed]
+    return settings
+
+
+def without_blocks(
+    conversion: Conversion, blocks: Blocks, settings: Mapping[str, Any], removed: Sequence[int]
+) -> Change:
+    """What is left of the stored model: the decoder's blocks have new names, not those of a vision tower."""
+    last, inside = blocks.name.rpartition(".")[2], f"{blocks.name}."
+    names = [name for name in blocks.model.state_dict() if name.startswith(inside)]
+    own = set(conversion.needed(names))
+    new = {x: renumbered(x, last, removed) if x in own else x for x in conversion.keys}
+    return Change(settings, new)
+
+
+def renumbered(name: str, blocks: str, removed: Sequence[int]) -> str | None:
+    """The name of a block's tensor once others are removed; None for one that is."""
+    found = re.search(rf"(?:^|\.){re.escape(blocks)}\.(\d+)\.", name)
+    if found is None:
+        return name
+    index = int(found[1])
+    if index in removed:
+        return None
+    new = index - sum(gone < index for gone in removed)
+    return f"{name[: found.start(1)]}{new}{name[found.end(1) :]}"

@@ -24,10 +24,16 @@ from maskopt.models.checkpoints.checkpoint import (
     safe_header,
     write_file,
 )
-from maskopt.models.checkpoints.mask_file import MaskFile, unpack
+from maskopt.models.checkpoints.result import (
+    MaskFile,
+    check_masks,
+    copy_file,
+    is_side_file,
+    side_files,
+    unpack,
+)
 from maskopt.models.checkpoints.schema import MANIFEST, MASKS, read_manifest
 from maskopt.models.checkpoints.workspace import check_output, open_workspace
-from maskopt.models.checkpoints.write import check_masks, copy_file, is_side_file, side_files
 
 FORMAT = "maskopt-packed-1"
 #: in place of `.safetensors`: nothing takes it for weights

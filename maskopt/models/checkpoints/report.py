@@ -13,7 +13,7 @@ from maskopt.core.pattern import pattern_from_dict
 from maskopt.errors import OptionError
 from maskopt.models.checkpoints.bos import Beginning
 from maskopt.models.checkpoints.checkpoint import write_json
-from maskopt.models.checkpoints.mask_file import Edits
+from maskopt.models.checkpoints.result import Edits
 from maskopt.models.checkpoints.schema import (
     BLOCKS,
     MANIFEST_FORMAT,

@@ -21,14 +21,6 @@ from maskopt.models.blockwise.job import Block, Job, open_job
 from maskopt.models.blockwise.progress import BlockProgress
 from maskopt.models.calibration.tokens import Windows
 from maskopt.models.checkpoints.checkpoint import file_digest, open_checkpoint, write_tensors
-from maskopt.models.checkpoints.mask_file import (
-    Edits,
-    MaskFile,
-    MaskFiles,
-    TensorMask,
-    join_masks,
-    write_masks,
-)
 from maskopt.models.checkpoints.report import (
     FinishedBlock,
     LayerReport,
@@ -36,15 +28,21 @@ from maskopt.models.checkpoints.report import (
     TrainedBlock,
     read_reports,
 )
-from maskopt.models.checkpoints.schema import MASKS, PRUNE
-from maskopt.models.checkpoints.workspace import CARD, plain_errors
-from maskopt.models.checkpoints.write import (
+from maskopt.models.checkpoints.result import (
+    Edits,
+    MaskFile,
+    MaskFiles,
+    TensorMask,
     check_masks,
     copy_side_files,
     disk_needed,
+    join_masks,
     side_files,
+    write_masks,
     write_shard,
 )
+from maskopt.models.checkpoints.schema import MASKS, PRUNE
+from maskopt.models.checkpoints.workspace import CARD, plain_errors
 from maskopt.models.options.prune import NONE, PruneOptions
 from maskopt.models.pruning.card import hub_name, write_card
 from maskopt.models.pruning.gram_store import StoredBlock

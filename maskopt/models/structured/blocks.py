@@ -21,14 +21,14 @@ from torch import Tensor
 
 from maskopt.core.problem import RowProblem
 from maskopt.errors import ModelError, OptionError
-from maskopt.models.architecture.removal import block_settings, renumbered, without_blocks
 from maskopt.models.architecture.source import FolderSource
+from maskopt.models.architecture.structures import block_settings, renumbered, without_blocks
 from maskopt.models.blockwise.divergence import Variant, Variants, divergences, place, through
 from maskopt.models.blockwise.job import Block, Job
 from maskopt.models.blockwise.progress import OnBlockProgress
 from maskopt.models.checkpoints.report import PruneReport
+from maskopt.models.checkpoints.result import disk_needed
 from maskopt.models.checkpoints.schema import BLOCKS, CONFIG, read_json
-from maskopt.models.checkpoints.write import disk_needed
 from maskopt.models.options.prune import NONE
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.pruning.run import Run, fingerprint_of, peaks

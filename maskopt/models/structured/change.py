@@ -18,10 +18,9 @@ from maskopt.models.architecture.structures import Change, Kept, TensorCuts, can
 from maskopt.models.blockwise.job import Block, Job, open_job
 from maskopt.models.blockwise.windows import tokens_or_tokenizer
 from maskopt.models.checkpoints.checkpoint import Checkpoint, open_safe, write_file
-from maskopt.models.checkpoints.mask_file import Edits
 from maskopt.models.checkpoints.report import FinishedBlock, PruneReport
+from maskopt.models.checkpoints.result import Edits, write_shard
 from maskopt.models.checkpoints.schema import INDEX, SINGLE, read_json
-from maskopt.models.checkpoints.write import write_shard
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.pruning.run import Run
 

@@ -40,8 +40,8 @@ from maskopt.models.architecture.structures import (
 from maskopt.models.blockwise.collect import Grams
 from maskopt.models.blockwise.job import Block, Job
 from maskopt.models.blockwise.progress import OnBlockProgress
-from maskopt.models.checkpoints.mask_file import MaskFiles, unpack
 from maskopt.models.checkpoints.report import LayerReport, PruneReport
+from maskopt.models.checkpoints.result import MaskFiles, unpack
 from maskopt.models.checkpoints.schema import MASKS, STRUCTURES
 from maskopt.models.options.solver import check_size, default_start
 from maskopt.models.options.structured import ShrinkOptions

@@ -22,19 +22,14 @@ from torch import Tensor, nn
 
 from maskopt.core.problem import RowProblem
 from maskopt.errors import ModelError, OptionError
-from maskopt.models.architecture.removal import (
-    Mixture,
-    expert_settings,
-    experts_left,
-    mixtures_of,
-    without_experts,
-)
+from maskopt.models.architecture.blocks import Mixture, mixtures_of
 from maskopt.models.architecture.source import FolderSource
+from maskopt.models.architecture.structures import expert_settings, experts_left, without_experts
 from maskopt.models.blockwise.job import Block, Job
 from maskopt.models.blockwise.progress import OnBlockProgress
 from maskopt.models.checkpoints.report import LayerReport, PruneReport
+from maskopt.models.checkpoints.result import disk_needed
 from maskopt.models.checkpoints.schema import CONFIG, EXPERTS, read_json
-from maskopt.models.checkpoints.write import disk_needed
 from maskopt.models.options.prune import NONE
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.pruning.run import Run, fingerprint_of, peaks

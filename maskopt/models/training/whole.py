@@ -20,11 +20,9 @@ from maskopt.models.blockwise.divergence import divergence_loss
 from maskopt.models.blockwise.job import Job, open_job, walk_whole
 from maskopt.models.blockwise.windows import held_out
 from maskopt.models.checkpoints.checkpoint import write_tensors
-from maskopt.models.checkpoints.journal import Journal
-from maskopt.models.checkpoints.mask_file import Edits, MaskFile
+from maskopt.models.checkpoints.result import Edits, MaskFile, write_shard
 from maskopt.models.checkpoints.schema import MASKS
-from maskopt.models.checkpoints.workspace import Workspace
-from maskopt.models.checkpoints.write import write_shard
+from maskopt.models.checkpoints.workspace import Journal, Workspace
 from maskopt.models.options.distill import DistillOptions
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.training.trainer import BYTES, FolderKeeper, Task, Trained, train

@@ -326,8 +326,9 @@ class Loading:
             raise self.wrong(what)
         with refusing():
             # a configuration may name another attention, a kernel that would be fetched and run
-            how = {"trust_remote_code": trust_remote_code, "attn_implementation": "eager"}
-            self.model: Any = empty_model(weights.folder, **how)
+            eager = {"attn_implementation": "eager"}
+            trust = trust_remote_code
+            self.model: Any = empty_model(weights.folder, trust_remote_code=trust, **eager)
             self.conversion = Conversion(self.model, weights.where, str(weights.folder))
         self.shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
 

@@ -15,22 +15,19 @@ import torch
 from torch import Tensor
 
 from maskopt.core.pattern import NM
-from maskopt.models.architecture.blocks import Blocks
-from maskopt.models.architecture.removal import (
-    block_settings,
-    expert_settings,
-    experts_left,
-    mixtures_of,
-    without_blocks,
-    without_experts,
-)
+from maskopt.models.architecture.blocks import Blocks, mixtures_of
 from maskopt.models.architecture.structures import (
     Change,
     Kept,
+    block_settings,
     changed,
+    expert_settings,
+    experts_left,
     structure_cuts,
     structure_settings,
     structures_of,
+    without_blocks,
+    without_experts,
 )
 from maskopt.models.checkpoints.schema import BLOCKS, EXPERTS, STRUCTURES
 from maskopt.models.verification.folder import (

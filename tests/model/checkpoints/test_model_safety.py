@@ -30,10 +30,9 @@ from maskopt.errors import DataError, MaskoptError, ModelError
 from maskopt.models.architecture.source import load_tokenizer, open_source
 from maskopt.models.blockwise.activations import Activations
 from maskopt.models.checkpoints.checkpoint import open_checkpoint, open_safe
-from maskopt.models.checkpoints.journal import Journal
-from maskopt.models.checkpoints.mask_file import MaskFile, TensorMask, write_masks
 from maskopt.models.checkpoints.pack import pack
 from maskopt.models.checkpoints.report import LayerReport, read_reports
+from maskopt.models.checkpoints.result import MaskFile, TensorMask, write_masks
 from maskopt.models.checkpoints.schema import (
     INDEX,
     MANIFEST,
@@ -42,7 +41,7 @@ from maskopt.models.checkpoints.schema import (
     plain_name,
     read_manifest,
 )
-from maskopt.models.checkpoints.workspace import check_output
+from maskopt.models.checkpoints.workspace import Journal, check_output
 from maskopt.models.pruning.output import apply_masks
 from maskopt.models.verification.verify import verify_model
 

@@ -23,8 +23,8 @@ from maskopt import NM, load_packed
 from maskopt.errors import ModelError, OptionError, VerificationError
 from maskopt.models.checkpoints import pack as packing
 from maskopt.models.checkpoints.checkpoint import open_safe, write_tensors
-from maskopt.models.checkpoints.mask_file import TensorMask, join_masks, write_masks
 from maskopt.models.checkpoints.pack import pack, unpack_folder
+from maskopt.models.checkpoints.result import TensorMask, join_masks, write_masks
 from maskopt.models.checkpoints.schema import MANIFEST, MASKS
 from maskopt.models.evaluation.bound import certify_model
 from maskopt.models.pruning import run as running

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from maskopt import LayerProblem, Unstructured, open_job, verify
 from maskopt.core.gram import Gram
 from maskopt.errors import MaskoptError, ModelError, OptionError, VerificationError
-from maskopt.models.architecture.removal import mixtures_of
+from maskopt.models.architecture.blocks import mixtures_of
 from maskopt.models.blockwise import activations
 from maskopt.models.blockwise.activations import _reserved
 from maskopt.models.blockwise.divergence import place

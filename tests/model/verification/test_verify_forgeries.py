@@ -19,7 +19,7 @@ from tiny_models import edit_json, loud, save, tiny, tiny_vision, tokens
 
 from maskopt.errors import VerificationError
 from maskopt.models.checkpoints.checkpoint import open_safe
-from maskopt.models.checkpoints.mask_file import TensorMask
+from maskopt.models.checkpoints.result import TensorMask
 from maskopt.models.checkpoints.schema import INDEX, MANIFEST, MASKS
 from maskopt.models.structured import blocks as removal
 from maskopt.models.training import blockwise as reconstruct
