@@ -133,10 +133,10 @@ def choose(
     """The layers that some `include` pattern matches (all where there is none) and no `exclude`; patterns
     are of a whole name or any run of its dotted parts: `q_proj`, `mlp.*`. ModelError where one matches
     nothing."""
-    names = _Names(layer.name for layer in layers)
+    names = [layer.name for layer in layers]
     for pattern in (*include, *exclude):
-        if not names.matched_by([pattern]):
-            known = {layer.name for layer in layers}
+        if not _matching(names, [pattern]):
+            known = set(names)
             for layer in layers:
                 parts = layer.name.split(".")
                 known |= {part for part in parts if not part.isdigit()}
@@ -145,34 +145,25 @@ def choose(
             if hint.startswith("; known"):
                 hint = "; known: " + ", ".join(sorted({layer.kind for layer in layers}))
             raise ModelError(f"no layer matches {pattern!r}{hint}")
-    wanted = names.matched_by(include or ["*"]) - names.matched_by(exclude)
+    wanted = _matching(names, include or ["*"]) - _matching(names, exclude)
     chosen = [layer for layer in layers if layer.name in wanted]
     if not chosen:
         raise ModelError("the include and exclude patterns leave no layer to prune")
     return chosen
 
 
-class _Names:
+def _matching(names: Sequence[str], patterns: Iterable[str]) -> set[str]:
     """Dotted names that shell patterns match, as a whole or by a run of their parts."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self._names = list(names)
-        self._by_run: dict[str, set[str]] = {}
-        for name in self._names:
-            parts = name.split(".")
-            for start in range(len(parts)):
-                for stop in range(start, len(parts)):
-                    self._by_run.setdefault(".".join(parts[start : stop + 1]), set()).add(name)
-
-    def matched_by(self, patterns: Iterable[str]) -> set[str]:
-        found: set[str] = set()
-        for pattern in patterns:
-            if any(sign in pattern for sign in "*?["):
-                shapes = (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*")
-                found.update(n for n in self._names if any(fnmatchcase(n, p) for p in shapes))
-            else:
-                found |= self._by_run.get(pattern, set())
-        return found
+    found, known = set[str](), set(names)
+    for pattern in patterns:
+        if pattern in known:  # of long lists of names, each is looked up
+            found.add(pattern)
+        elif any(sign in pattern for sign in "*?["):
+            shapes = (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*")
+            found.update(n for n in names if any(fnmatchcase(n, p) for p in shapes))
+        else:
+            found.update(n for n in names if f".{pattern}." in f".{n}.")
+    return found
 
 
 def short(kind: str) -> str:

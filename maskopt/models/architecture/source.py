@@ -107,7 +107,10 @@ class FolderSource(Source):
     ) -> None:
         self.checkpoint = checkpoint
         self.device = device
-        self.model = skeleton(checkpoint, dtype, trust_remote_code=trust_remote_code)
+        dtype = dtype or stored_dtype(checkpoint)
+        trusted = trust_remote_code
+        self.model = empty_model(checkpoint.folder, dtype=dtype, trust_remote_code=trusted).eval()
+        set_eager_experts(self.model)
         self.blocks = Blocks(self.model)
         self._loader = Loader(self.model, checkpoint, device)
         self.conversion = self._loader.conversion
@@ -211,16 +214,6 @@ def vectors_of(blocks: Blocks, index: int) -> list[str]:
     return [blocks.prefix(index) + name for name, p in named if p.ndim == 1 and id(p) not in others]
 
 
-def skeleton(
-    checkpoint: Checkpoint, dtype: torch.dtype | None, *, trust_remote_code: bool = False
-) -> Any:
-    """The model without weights, in evaluation mode; ModelError where transformers cannot build it."""
-    dtype = dtype or stored_dtype(checkpoint)
-    model = empty_model(checkpoint.folder, dtype=dtype, trust_remote_code=trust_remote_code)
-    set_eager_experts(model)
-    return model.eval()
-
-
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The floating dtype that most of the checkpoint's bytes are in."""
     sizes: dict[torch.dtype, int] = {}
@@ -268,7 +261,7 @@ def choose_device(device: str) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise ModelError(f"unknown device {device!r}; use cpu, cuda or auto") from None
+        chosen = torch.device("meta")
     if chosen.type not in ("cpu", "cuda"):
         raise ModelError(f"unknown device {device!r}; use cpu, cuda or auto")
     if chosen.type == "cuda" and not torch.cuda.is_available():

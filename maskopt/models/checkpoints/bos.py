@@ -61,7 +61,8 @@ TEMPLATE = Beginning("template")
 
 def beginning_of(tokenizer: Any, bos: str = "auto") -> Beginning:
     """What windows of this tokenizer begin with; DataError where it has no such token."""
-    check_bos(bos)
+    if bos not in BOS:
+        raise DataError(f"`bos` must be one of: {', '.join(BOS)}; not {bos!r}")
     if bos == "never":
         return Beginning(bos)
     ids = _put_before(tokenizer)
@@ -79,12 +80,6 @@ def beginning_of(tokenizer: Any, bos: str = "auto") -> Beginning:
                 f"the tokenizer's beginning-of-sequence token {token} is outside its vocabulary of {size}"
             )
     return Beginning(bos, ids)
-
-
-def check_bos(bos: str) -> None:
-    """Raise DataError for an unknown word."""
-    if bos not in BOS:
-        raise DataError(f"`bos` must be one of: {', '.join(BOS)}; not {bos!r}")
 
 
 def tokens_of(tokenizer: Any, text: str, *, whole: bool) -> list[int]:

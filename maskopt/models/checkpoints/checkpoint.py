@@ -29,6 +29,8 @@ from maskopt.models.checkpoints.schema import (
     SINGLE,
     check_link,
     far_more_than_stored,
+    fits,
+    is_count,
     open_file,
     pairs,
     read_index,
@@ -205,20 +207,12 @@ def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise bad(f"unknown element type {str(dtype)[:50]!r}")
-    if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2:
-        raise bad("shape and data_offsets must be whole numbers")
-    if len(shape) > 16 or any(s >= 2**48 for s in shape) or max(offsets) >= 2**62:
-        raise bad("shape or data_offsets are absurdly large")
+    if not fits([shape, offsets], [[is_count]]) or len(offsets) != 2 or len(shape) > 16:
+        raise bad("shape and data_offsets must be whole numbers of a possible size")
     size = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != size:
         raise bad(f"shape {shape} of {dtype} takes {size} bytes, not {offsets[1] - offsets[0]}")
     return TensorEntry(name, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
-
-
-def _whole_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value
-    )
 
 
 def _what_it_is(head: bytes) -> str:

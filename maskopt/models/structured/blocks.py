@@ -148,7 +148,8 @@ def choose(
         sayable: whether a configuration can describe what is left; without the last blocks it can.
     """
     count = len(best)
-    first = list(filter(sayable, dict.fromkeys(map(Left, (best, *effects.yardsticks(count))))))
+    of_others = effects.most_alike(count), effects.last(count)
+    first = list(filter(sayable, dict.fromkeys(map(Left, (best, *of_others)))))
     if count <= 2:
         if Left(best) not in first:
             ranked = sorted((s for s in effects.kl if len(s) == count), key=effects.kl.__getitem__)
@@ -239,10 +240,6 @@ class Effects:
             "last": self.cost(self.last(count)),
             "most_alike": self.cost(self.most_alike(count)),
         }
-
-    def yardsticks(self, count: int) -> tuple[list[int], list[int]]:
-        """The sets that other methods remove."""
-        return self.most_alike(count), self.last(count)
 
     def last(self, count: int) -> list[int]:
         """The last blocks."""

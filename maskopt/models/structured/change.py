@@ -20,11 +20,10 @@ from maskopt.models.blockwise.windows import tokens_or_tokenizer
 from maskopt.models.checkpoints.checkpoint import Checkpoint, open_safe, write_file
 from maskopt.models.checkpoints.report import FinishedBlock, PruneReport
 from maskopt.models.checkpoints.result import Edits, write_shard
-from maskopt.models.checkpoints.schema import INDEX, SINGLE, read_json
+from maskopt.models.checkpoints.schema import CONFIG, INDEX, SINGLE, read_json
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.pruning.run import Run
 
-CONFIG = "config.json"
 #: relative difference of the last hidden states
 _SAME = 1e-2
 
