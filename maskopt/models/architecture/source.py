@@ -4,7 +4,7 @@ weights are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +17,23 @@ from torch import Tensor, nn
 from maskopt.errors import DataError, ModelError, first_line
 from maskopt.models.architecture.blocks import Blocks, Layer, matrix
 from maskopt.models.architecture.loading import (
-    Loader,
     check_buffers,
     check_finite,
+    merged,
     real_buffers,
     release,
     return_memory,
     share_equal,
     stored_masks,
-    stored_values,
 )
-from maskopt.models.architecture.transformers_adapter import empty_model, set_eager_experts
+from maskopt.models.architecture.transformers_adapter import (
+    Conversion,
+    empty_model,
+    quietly,
+    revert,
+    set_eager_experts,
+    tie,
+)
 from maskopt.models.checkpoints.bos import no_panic
 from maskopt.models.checkpoints.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from maskopt.models.checkpoints.result import Edits, MaskFile, TensorMask
@@ -75,7 +81,11 @@ class Source:
 
     def stored(self, masks: Mapping[str, tuple[Layer, Tensor]]) -> dict[str, TensorMask]:
         """Masks of layers [rows, n] as masks of the tensors that the checkpoint stores."""
-        return stored_masks(self.model, masks, None)
+        return stored_masks(self.model, masks, self._as_stored)
+
+    def _as_stored(self, name: str, whole: Tensor) -> dict[str, Tensor]:
+        """A parameter as the tensors that a checkpoint stores, by transformers' conversion for saving."""
+        return revert(self.model, {name: whole})
 
     def stored_dtype(self, layer: Layer) -> torch.dtype:
         """In which the layer's weights are kept."""
@@ -112,18 +122,18 @@ class FolderSource(Source):
         self.model = empty_model(checkpoint.folder, dtype=dtype, trust_remote_code=trusted).eval()
         set_eager_experts(self.model)
         self.blocks = Blocks(self.model)
-        self._loader = Loader(self.model, checkpoint, device)
-        self.conversion = self._loader.conversion
+        self.conversion = Conversion(self.model, checkpoint.where, str(checkpoint.folder))
+        self._loaded_buffers = False
         real_buffers(self.model, device)
         self._outside = [name for name, _ in self.blocks.outside()]
 
     def load_outside(self) -> None:
         return_memory()  # a large vocabulary's text and tokenizer take half a gigabyte
-        self._loader.load(self._outside)
+        self._load(self._outside)
         check_buffers(self.model)
 
     def load_whole(self) -> Any:
-        self._loader.load([name for name, _ in self.model.named_parameters()])
+        self._load([name for name, _ in self.model.named_parameters()])
         check_buffers(self.model)
         return self.model
 
@@ -131,7 +141,7 @@ class FolderSource(Source):
     def open(self, index: int, edits: Edits | None = None) -> Iterator[nn.Module]:
         block = self.blocks.modules[index]
         prefix = self.blocks.prefix(index)
-        self._loader.load([prefix + name for name, _ in block.named_parameters()], edits)
+        self._load([prefix + name for name, _ in block.named_parameters()], edits)
         try:
             yield block
         finally:
@@ -152,7 +162,7 @@ class FolderSource(Source):
             width = embedding.weight.shape[1]
             embedding.forward = lambda ids: torch.zeros(*ids.shape, width, **more)
         try:
-            self._loader.load(name for name in needed if self.model.get_parameter(name).is_meta)
+            self._load(name for name in needed if self.model.get_parameter(name).is_meta)
             if like is not None:
                 share_equal(self.model, like.model)
             yield
@@ -163,8 +173,45 @@ class FolderSource(Source):
     def drop(self) -> None:
         release(self.model)
 
-    def stored(self, masks: Mapping[str, tuple[Layer, Tensor]]) -> dict[str, TensorMask]:
-        return stored_masks(self.model, masks, self._loader)
+    def _load(self, names: Iterable[str], edits: Edits | None = None) -> None:
+        """Bring parameters into memory, after edits; ModelError for one without a tensor of its shape."""
+        wanted = list(names)
+        buffers = [] if self._loaded_buffers else [key for key, _ in self.model.named_buffers()]
+        self._loaded_buffers = True
+        needed = self.conversion.needed([*wanted, *buffers])
+        state = {key: self.checkpoint.read(key) for key in needed}
+        if edits is not None:
+            for key, tensor in state.items():
+                edits.apply(key, tensor)
+        with quietly(), torch.no_grad():
+            self.conversion.load(state, self.device)
+            missing = self._without_data(wanted)
+            if missing:
+                tie(self.model, missing)
+                missing = self._without_data(wanted)
+            if missing:
+                raise ModelError(
+                    f"{self.checkpoint.folder}: no tensor for parameter {min(missing)!r}"
+                )
+        for name in wanted:
+            parameter = self.model.get_parameter(name)
+            parameter.requires_grad_(False)
+            check_finite(name, parameter)
+
+    def _without_data(self, names: Iterable[str]) -> set[str]:
+        return {name for name in names if self.model.get_parameter(name).is_meta}
+
+    def _as_stored(self, name: str, whole: Tensor) -> dict[str, Tensor]:
+        tensor, sources = self.conversion.stored_as_is(name), self.conversion.sources(name)
+        stored = super()._as_stored(name, whole) if tensor is None else {tensor: whole}
+        if set(stored) != set(sources):
+            raise ModelError(
+                f"parameter {name!r} is stored as {', '.join(sources[:3])}, which cannot be matched"
+            )
+        for key, part in stored.items():
+            if self.checkpoint.entry(key).shape != tuple(part.shape):
+                raise ModelError(f"tensor {key!r} is not stored in the shape of its parameter")
+        return stored
 
     def stored_dtype(self, layer: Layer) -> torch.dtype:
         return self.checkpoint.entry(self.stored_parts(layer.parameter)[0]).torch_dtype
@@ -172,7 +219,10 @@ class FolderSource(Source):
     def stored_values(self, values: Mapping[str, tuple[Layer, Tensor]]) -> dict[str, Tensor]:
         """New weights of layers [rows, n], float64, as tensors of the checkpoint; NaN elsewhere."""
         typed = {k: (x, v.to(self.stored_dtype(x))) for k, (x, v) in values.items()}
-        return stored_values(self.model, typed, self._loader)
+        result: dict[str, Tensor] = {}
+        for name, whole in merged(self.model, typed, torch.nan).items():
+            result |= {key: x.contiguous() for key, x in self._as_stored(name, whole).items()}
+        return result
 
     def vectors(self, index: int) -> dict[str, tuple[str, torch.dtype]]:
         found = {}

@@ -121,19 +121,6 @@ class MaskFile:
         return TensorMask(bits.view(item["shape"]), item["input_axis"])
 
 
-class MaskFiles:
-    """Several mask files read as one."""
-
-    def __init__(self, paths: Iterable[Path] = ()) -> None:
-        self._files = {name: file for file in map(MaskFile, paths) for name in file.names}
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._files
-
-    def packed(self, name: str) -> np.ndarray:
-        return self._files[name].packed(name)
-
-
 def unpack(packed: np.ndarray, start: int, count: int) -> Bool[Tensor, " count"]:
     """Elements start … start + count of a packed mask; `start` is a multiple of 8."""
     part = packed[start // 8 : (start + count + 7) // 8]
@@ -182,29 +169,30 @@ def _digest(name: str, shape: list[int], input_axis: int, packed: np.ndarray) ->
 
 @dataclass(frozen=True)
 class Edits:
-    """Masks, and by tensor the file with its updated weights as stored; NaN: an unchanged weight."""
+    """By tensor, the files with its mask and with its updated weights as stored; NaN: an unchanged weight."""
 
-    masks: MaskFile | MaskFiles = field(default_factory=MaskFiles)
+    masks: Mapping[str, MaskFile] = field(default_factory=dict)
     values: Mapping[str, SafeFile] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, masks: MaskFile | MaskFiles, values: Iterable[Path]) -> Edits:
-        """Raises ModelError for a file of new weights that is none."""
-        files = [open_safe(path) for path in values]
-        return cls(masks, {name: file for file in files for name in file.entries})
+    def of(cls, masks: Iterable[Path], values: Iterable[Path] = ()) -> Edits:
+        """Those of files; ModelError for a file of another form."""
+        kept = {name: file for file in map(MaskFile, masks) for name in file.names}
+        return cls(kept, {name: file for file in map(open_safe, values) for name in file.entries})
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.masks
+    def _packed(self, name: str) -> np.ndarray | None:
+        return self.masks[name].packed(name) if name in self.masks else None
 
     def apply(self, name: str, tensor: Tensor) -> None:
         """To a tensor of the checkpoint, in its stored layout; in place."""
         new = self.values[name].read(name).view(-1) if name in self.values else None
-        kept = unpack(self.masks.packed(name), 0, tensor.numel()) if name in self.masks else None
+        packed = self._packed(name)
+        kept = None if packed is None else unpack(packed, 0, tensor.numel())
         _edit(tensor.view(-1), new, kept)
 
     def chunks(self, entry: TensorEntry, source: SafeFile, step: int) -> Iterator[np.ndarray]:
         """The new bytes of a tensor of `source`, `step` at a time."""
-        packed = self.masks.packed(entry.name) if entry.name in self.masks else None
+        packed = self._packed(entry.name)
         there = self.values.get(entry.name)
         new = None if there is None else there.chunks(there.entries[entry.name], step)
         dtype, position = entry.torch_dtype, 0

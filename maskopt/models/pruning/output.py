@@ -31,7 +31,6 @@ from maskopt.models.checkpoints.report import (
 from maskopt.models.checkpoints.result import (
     Edits,
     MaskFile,
-    MaskFiles,
     TensorMask,
     check_masks,
     copy_side_files,
@@ -142,7 +141,7 @@ class FolderResults(Results):
         run: Run,
         source: FolderSource,
         cuts: Mapping[str, int] | None = None,
-        left: Callable[[MaskFiles], Indices] | None = None,
+        left: Callable[[Mapping[str, MaskFile]], Indices] | None = None,
     ) -> None:
         super().__init__(job, run)
         self._run, self._source, self._left = run, source, left
@@ -204,9 +203,8 @@ class FolderResults(Results):
     def write_shards(self) -> Mapping[str, str]:
         """Write the shards that only tensors of finished blocks lie in, once; SHA-256 of all written ones."""
         journal, checkpoint = self._run.journal, self._source.checkpoint
-        masks = self.stored_masks()
-        edits = Edits.of(masks, self._values(journal.blocks))
-        left = None if self._left is None else self._left(masks)
+        edits = self.edits()
+        left = None if self._left is None else self._left(edits.masks)
         for name, shard in checkpoint.shards.items():
             blocks = {self._block_of[t] for t in shard.entries if t in self._block_of}
             if name not in journal.shards and blocks <= journal.blocks.keys():
@@ -257,13 +255,14 @@ class FolderResults(Results):
             if index <= self.job.last:
                 layers = read_reports(LayerReport, record["layers"])
                 trained = read_reports(TrainedBlock, record.get("trained", []))
-                edits = Edits.of(MaskFile(self._path(index, "masks")), self._values([index]))
+                edits = Edits.of([self._path(index, "masks")], self._values([index]))
                 found[index] = FinishedBlock(layers, trained, record["bad"], edits)
         return found
 
-    def stored_masks(self) -> MaskFiles:
-        """The masks of all finished blocks."""
-        return MaskFiles(self._path(index, "masks") for index in self._run.journal.blocks)
+    def edits(self) -> Edits:
+        """Masks and new weights of all finished blocks."""
+        blocks = self._run.journal.blocks
+        return Edits.of((self._path(index, "masks") for index in blocks), self._values(blocks))
 
     def _values(self, blocks: Iterable[int]) -> list[Path]:
         """The files of new weights, of blocks that have any."""
@@ -343,7 +342,7 @@ def apply_masks(
     with run.opened(disk_needed(checkpoint)) as work:
         join_masks(work.staging / MASKS, [Path(masks)])
         for shard in checkpoint.shards:
-            write_shard(checkpoint, shard, work.staging / shard, Edits(file))
+            write_shard(checkpoint, shard, work.staging / shard, Edits.of([file.path]))
         copy_side_files(checkpoint, work.staging)
         work.write_record(APPLIED)
         work.commit()

@@ -41,7 +41,7 @@ from maskopt.models.blockwise.collect import Grams
 from maskopt.models.blockwise.job import Block, Job
 from maskopt.models.blockwise.progress import OnBlockProgress
 from maskopt.models.checkpoints.report import LayerReport, PruneReport
-from maskopt.models.checkpoints.result import MaskFiles, unpack
+from maskopt.models.checkpoints.result import MaskFile, unpack
 from maskopt.models.checkpoints.schema import MASKS, STRUCTURES
 from maskopt.models.options.solver import check_size, default_start
 from maskopt.models.options.structured import ShrinkOptions
@@ -121,7 +121,7 @@ def shrink_model(
         report, shards = results.report(fingerprint, STRUCTURES), results.write_shards()
         done = {i: dataclasses.replace(one, bad=[]) for i, one in results.stored_blocks().items()}
         updated = list(cuts.consumers) if any(one.edits.values for one in done.values()) else []
-        kept = cuts.kept(results.stored_masks())
+        kept = cuts.kept(results.edits().masks)
         change = Change(settings, cuts=cuts.stored, kept=kept)
         more: Any = {"updated": updated, "shards": shards, "finished": done}
         finish_smaller(job, run, change, report, _WHY, **more)
@@ -224,18 +224,18 @@ class StructureCuts:
         by = {tensor: self.by_consumer[found[0][0]] for tensor, found in self.stored.items()}
         self.blocks = {tensor: one.consumer.block for tensor, one in by.items()}
 
-    def kept(self, masks: MaskFiles) -> dict[str, Bool[Tensor, " m"]]:
+    def kept(self, masks: Mapping[str, MaskFile]) -> dict[str, Bool[Tensor, " m"]]:
         """The structures that stay, by consumer, of finished blocks: all rows of a mask are equal."""
         found = {}
         for tensor, one in self.consumers.items():
             if tensor in masks:
-                columns = unpack(masks.packed(tensor), 0, one.consumer.n)
+                columns = unpack(masks[tensor].packed(tensor), 0, one.consumer.n)
                 stays = torch.zeros(one.count, dtype=torch.bool)
                 stays[one.groups[columns]] = True
                 found[one.consumer.name] = stays
         return found
 
-    def left(self, masks: MaskFiles) -> dict[str, dict[int, Tensor]]:
+    def left(self, masks: Mapping[str, MaskFile]) -> dict[str, dict[int, Tensor]]:
         """Of every tensor, by axis, the indices that stay; of the blocks that are done."""
         return indices_left(self.stored, self.kept(masks))
 

@@ -254,13 +254,8 @@ def _check_budget(manifest: Manifest) -> None:
 def check_distillation(manifest: Manifest) -> None:
     """The epoch is one that can be, and what the losses say."""
     losses, how = manifest.record["distillation"], manifest.options.distilled
-    if how is None:
-        return
-    if losses["epoch"] > how.epochs:
-        raise manifest.wrong("was distilled longer than the options say")
-    better = losses["after"]["held"] < losses["before"]["held"]
-    if not (better if losses["epoch"] else losses["after"] == losses["before"]):
-        raise manifest.wrong("was distilled to another epoch than its losses say")
+    if how is not None:
+        _check_epoch(manifest, "distillation", losses, how.epochs)
 
 
 def check_trained(manifest: Manifest) -> None:
@@ -270,15 +265,22 @@ def check_trained(manifest: Manifest) -> None:
     if how is None:
         return
     for one in trained:
-        of = f"block {one['block']}"
-        if one["epoch"] > how.epochs:
-            raise manifest.wrong(f"{of}: was trained longer than the options say")
-        same = all(one[f"{text}_before"] == one[f"{text}_after"] for text in ("fitted", "held"))
-        if not (one["held_after"] < one["held_before"] if one["epoch"] else same):
-            raise manifest.wrong(f"{of}: its epoch is not what its losses say")
+        before, after = (
+            {x: one[f"{x}_{at}"] for x in ("fitted", "held")} for at in ("before", "after")
+        )
+        losses = {"before": before, "after": after, "epoch": one["epoch"]}
+        _check_epoch(manifest, f"block {one['block']}", losses, how.epochs)
     blocks = {layer["block"] for layer in manifest.layers if not layer["fallback"]}
     if sorted(one["block"] for one in trained) != sorted(blocks):
         raise manifest.wrong("lists other trained blocks than those of its layers, or one twice")
+
+
+def _check_epoch(manifest: Manifest, of: str, losses: Mapping[str, Any], epochs: int) -> None:
+    before, after, epoch = (losses[x] for x in ("before", "after", "epoch"))
+    if epoch > epochs:
+        raise manifest.wrong(f"{of}: was trained longer than the options say")
+    if not (after["held"] < before["held"] if epoch else after == before):
+        raise manifest.wrong(f"{of}: its epoch is not what its losses say")
 
 
 def updated_layers(manifest: Manifest) -> set[Key]:
