@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,27 +91,36 @@ class SafeFile:
     def read(self, name: str) -> Tensor:
         """The tensor as stored, in its own memory."""
         entry = self.entries[name]
-        with open_file(self.path) as file:
-            buffer = _read_exactly(file, entry.start, entry.size, self.path)
-        flat = torch.from_numpy(buffer)
+        flat = torch.from_numpy(self._read(entry.start, entry.size))
         return flat.view(entry.torch_dtype).view(entry.shape)
 
     def chunks(self, entry: TensorEntry, step: int) -> Iterator[np.ndarray]:
         """The tensor's bytes, `step` at a time."""
-        with open_file(self.path) as file:
-            for start in range(entry.start, entry.stop, step):
-                yield _read_exactly(file, start, min(step, entry.stop - start), self.path)
+        for start in range(entry.start, entry.stop, step):
+            yield self._read(start, min(step, entry.stop - start))
 
     def part(self, entry: TensorEntry, start: int, size: int) -> np.ndarray:
         """`size` of the tensor's bytes from `start` on; ModelError where there are fewer."""
         if start + size > entry.size:
             raise ModelError(f"{self.path}: tensor {entry.name!r} ends too early")
-        with open_file(self.path) as file:
-            return _read_exactly(file, entry.start + start, size, self.path)
+        return self._read(entry.start + start, size)
 
     def header_bytes(self) -> bytes:
+        return self._read(0, self.data_start).tobytes()
+
+    def _read(self, start: int, size: int) -> np.ndarray:
+        buffer, done = np.empty(size, dtype=np.uint8), 0
         with open_file(self.path) as file:
-            return _read_exactly(file, 0, self.data_start, self.path).tobytes()
+            file.seek(start)
+            while done < size:
+                try:
+                    count = file.readinto(buffer.data[done:])  # type: ignore[attr-defined]
+                except OSError as error:
+                    raise ModelError(f"{self.path}: cannot be read: {error.strerror}") from None
+                if not count:
+                    raise ModelError(f"{self.path}: truncated at byte {start + done}")
+                done += count
+        return buffer
 
 
 def open_safe(path: Path) -> SafeFile:
@@ -221,22 +230,6 @@ def _what_it_is(head: bytes) -> str:
     if head.startswith(b"version "):
         return " but a Git LFS pointer: fetch the real file with `git lfs pull`"
     return ""
-
-
-def _read_exactly(file: IO[bytes], start: int, size: int, path: Path) -> np.ndarray:
-    buffer = np.empty(size, dtype=np.uint8)
-    view = buffer.data
-    done = 0
-    file.seek(start)
-    while done < size:
-        try:
-            count = file.readinto(view[done:])  # type: ignore[attr-defined]
-        except OSError as error:
-            raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
-        if not count:
-            raise ModelError(f"{path}: truncated at byte {start + done}")
-        done += count
-    return buffer
 
 
 # --- folders

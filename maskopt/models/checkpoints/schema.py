@@ -246,6 +246,13 @@ def read_layout(
 
 _STATUSES = ("optimal", "swap-optimal", "feasible")
 _MAYBE_AMOUNT, _MAYBE_COUNT = (None, is_amount), (None, is_count)
+
+
+def _is_choice(value: Any) -> bool:
+    """Whether it is some of a number of structures, in order."""
+    return fits(value, [is_count]) and bool(value) and bool(value == sorted(set(value)))
+
+
 #: of the reports of layers and of trained blocks
 LAYER = {
     **dict.fromkeys(("name", "pattern", "kind"), str),
@@ -276,12 +283,12 @@ _COMMON = {
     "files": {...: str},
 }  # fmt: skip
 _SMALLER = {
-    **_COMMON, "shrunk": {"kept": {...: [is_count]}, "updated": [str]},
+    **_COMMON, "shrunk": {"kept": {...: _is_choice}, "updated": [str]},
 }  # fmt: skip
 #: options that say how much is removed
 _REMOVED = {
     STRUCTURES: {"channels": is_amount, "heads": is_amount, "round_to": is_size},
-    EXPERTS: {"experts": is_amount}, BLOCKS: {"removed": [is_count]},
+    EXPERTS: {"experts": is_amount}, BLOCKS: {"removed": _is_choice},
 }  # fmt: skip
 #: of a manifest, by its kind
 SHAPES: dict[str, dict[str, Any]] = {

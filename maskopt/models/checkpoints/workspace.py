@@ -209,15 +209,11 @@ def check_output(
     """
     check_place(output)
     check_inputs(output, **inputs)
-    if not output.exists():
-        if resume:
-            raise ModelError(f"{output}: nothing to resume there; start without `resume`")
-        return
-    if not output.is_dir():
+    if output.exists() and not output.is_dir():
         raise ModelError(f"{output}: exists and is not a folder")
     try:
-        names = {entry.name for entry in output.iterdir()}
-        ours = {*earlier_files(output), *own}
+        names = {entry.name for entry in output.iterdir()} if output.exists() else set()
+        ours = {*earlier_files(output), *own} if names else set()
     except OSError as error:
         raise ModelError(f"{output}: cannot be read: {error.strerror}") from None
     if resume and HIDDEN not in names:

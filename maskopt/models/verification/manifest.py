@@ -57,10 +57,6 @@ def is_smaller(folder: Path) -> bool:
         return False  # what is wrong is found where the folder is verified
 
 
-def damaged(folder: Path) -> VerificationError:
-    return VerificationError(f"{folder / MANIFEST}: the manifest is damaged or was changed")
-
-
 def numbers(name: str) -> tuple[int, ...]:
     return tuple(int(part) for part in name.split(".") if part.isdecimal())
 
@@ -137,12 +133,12 @@ def _options(path: Path, record: Mapping[str, Any]) -> PruneOptions:
             given["max_deviation"] = 1.0  # limits that are not named are none
         try:
             options = PruneOptions(**{**given, "sparsity": pattern}, solver="magnitude")
+            made = options.record()
+            if all(key in made and made[key] == value for key, value in given.items()):
+                return options
         except (MaskoptError, ValueError, TypeError, AttributeError, OverflowError):
-            raise damaged(path.parent) from None
-        made = options.record()
-        if any(key not in made or made[key] != value for key, value in given.items()):
-            raise damaged(path.parent)
-        return options
+            pass
+        what = "the manifest is damaged or was changed"
     raise VerificationError(f"{path}: {what}")
 
 
