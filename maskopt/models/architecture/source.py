@@ -214,7 +214,7 @@ class FolderSource(Source):
         return stored
 
     def stored_dtype(self, layer: Layer) -> torch.dtype:
-        return self.checkpoint.entry(self.stored_parts(layer.parameter)[0]).torch_dtype
+        return self.checkpoint.entry(self.conversion.sources(layer.parameter)[0]).torch_dtype
 
     def stored_values(self, values: Mapping[str, tuple[Layer, Tensor]]) -> dict[str, Tensor]:
         """New weights of layers [rows, n], float64, as tensors of the checkpoint; NaN elsewhere."""
@@ -231,10 +231,6 @@ class FolderSource(Source):
             if tensor is not None:
                 found[name] = tensor, self.checkpoint.entry(tensor).torch_dtype
         return found
-
-    def stored_parts(self, parameter: str) -> list[str]:
-        """The checkpoint's tensors that a parameter is made of."""
-        return self.conversion.sources(parameter)
 
     def block_memory(self) -> int:
         """A block is read in its stored dtype and converted; one tensor of it is held twice."""
@@ -378,7 +374,7 @@ def layer_masks(
     masked = set(MaskFile(path).names)
     for index in range(len(source.blocks)):
         layers = source.blocks.layers(index)
-        mine = [x for x in layers if masked & {*source.stored_parts(x.parameter)}]
+        mine = [x for x in layers if masked & {*source.conversion.sources(x.parameter)}]
         if mine:
             with source.open(index):
                 for layer in mine:

@@ -182,7 +182,7 @@ def _check_same_model(source: FolderSource, pruned: Checkpoint) -> None:
         tensor
         for index, block in enumerate(source.blocks.modules)
         for name, _ in block.named_parameters()
-        for tensor in source.stored_parts(source.blocks.prefix(index) + name)
+        for tensor in source.conversion.sources(source.blocks.prefix(index) + name)
     }
     for name in sorted({*dense.where} - inside):
         if not torch.equal(dense.read(name), pruned.read(name)):

@@ -147,7 +147,9 @@ class FolderResults(Results):
         self._run, self._source, self._left = run, source, left
         self._distilled: dict[str, str] = {}
         self._block_of = {
-            t: layer.block for layer in job.layers for t in source.stored_parts(layer.parameter)
+            t: layer.block
+            for layer in job.layers
+            for t in source.conversion.sources(layer.parameter)
         }
         for block in {layer.block for layer in job.layers}:
             self._block_of |= {name: block for name, _ in source.vectors(block).values()}

@@ -219,10 +219,12 @@ class StructureCuts:
 
     def __init__(self, source: FolderSource, every: Sequence[Structures]) -> None:
         self.by_consumer = {one.consumer.name: one for one in every}
-        self.consumers = {source.stored_parts(one.consumer.parameter)[0]: one for one in every}
+        self.consumers = {
+            source.conversion.sources(one.consumer.parameter)[0]: one for one in every
+        }
         self.stored = structure_cuts(source.conversion, every)
-        by = {tensor: self.by_consumer[found[0][0]] for tensor, found in self.stored.items()}
-        self.blocks = {tensor: one.consumer.block for tensor, one in by.items()}
+        by = self.by_consumer
+        self.blocks = {x: by[found[0][0]].consumer.block for x, found in self.stored.items()}
 
     def kept(self, masks: Mapping[str, MaskFile]) -> dict[str, Bool[Tensor, " m"]]:
         """The structures that stay, by consumer, of finished blocks: all rows of a mask are equal."""

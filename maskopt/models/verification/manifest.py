@@ -247,17 +247,13 @@ def _check_budget(manifest: Manifest) -> None:
         raise manifest.wrong("prunes another number of weights in all than its pattern")
 
 
-def check_distillation(manifest: Manifest) -> None:
-    """The epoch is one that can be, and what the losses say."""
-    losses, how = manifest.record["distillation"], manifest.options.distilled
-    if how is not None:
-        _check_epoch(manifest, "distillation", losses, how.epochs)
-
-
 def check_trained(manifest: Manifest) -> None:
-    """Every block with a layer that was trained is listed once, no other is, and its epoch is one that can
-    be."""
+    """Every block with a layer that was trained is listed once, no other is, and epochs, that of a
+    distillation too, are those that can be."""
     trained, how = manifest.record["trained"], manifest.options.reconstruction
+    losses, distilled = manifest.record["distillation"], manifest.options.distilled
+    if distilled is not None:
+        _check_epoch(manifest, "distillation", losses, distilled.epochs)
     if how is None:
         return
     for one in trained:

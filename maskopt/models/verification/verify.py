@@ -41,7 +41,6 @@ from maskopt.models.verification.folder import (
 from maskopt.models.verification.manifest import (
     SUM_TOLERANCE,
     Manifest,
-    check_distillation,
     check_fallbacks,
     check_layers,
     check_masks,
@@ -183,7 +182,6 @@ def _verify_pruned(
     check_configuration(folder, files, compared=same)
     check_layers(manifest)
     check_trained(manifest)
-    check_distillation(manifest)
     trust = machine["trust_remote_code"]
     names_known = trust or not read_object(folder / CONFIG).get("auto_map")
     if names_known:

@@ -500,12 +500,6 @@ AGAINST = {
 # Smaller models ---------------------------------------------------------------------------------
 
 
-REMOVED = "fingerprint", "options", "removed", 0
-UP, GATE = (f"model.layers.0.mlp.{x}_proj.weight" for x in ("up", "gate"))
-K, V = "model.layers.0.self_attn.k_proj.weight", "model.layers.1.self_attn.v_proj.weight"
-NORM, ROUTER = "model.norm.weight", "model.layers.0.mlp.router.weight"
-
-
 def exchange(out, _):
     change_tensors(out / "model.safetensors", lambda t: t.update({K: t[V], V: t[K]}))
 
