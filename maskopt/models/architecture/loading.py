@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Layer
-from maskopt.models.architecture.transformers_adapter import (
-    initialise,
-)
+from maskopt.models.architecture.transformers_adapter import initialise
 from maskopt.models.checkpoints.result import TensorMask
 
 #: a parameter by its name, as the tensors that a checkpoint stores

@@ -14,12 +14,7 @@ from maskopt.errors import OptionError
 from maskopt.models.checkpoints.bos import Beginning
 from maskopt.models.checkpoints.checkpoint import write_json
 from maskopt.models.checkpoints.result import Edits
-from maskopt.models.checkpoints.schema import (
-    BLOCKS,
-    MANIFEST_FORMAT,
-    PRUNE,
-    manifest_digest,
-)
+from maskopt.models.checkpoints.schema import BLOCKS, MANIFEST_FORMAT, PRUNE, manifest_digest
 
 Kind = TypeVar("Kind")
 #: of `PruneReport.table`

@@ -554,6 +554,7 @@ SMALLER = {
         ("a channel that is not there", shrunk_says("kept", DOWN.format(0), -1, to=48), "number 48 of 48"),
         ("a channel twice", shrunk_says("kept", DOWN.format(0), to=lambda x: [x[0], *x]), "damaged"),
         ("other channels", other_channels, "is not the original's, cut as"),
+        ("another share", says(options(channels=0.5)), "numbers than the options, 24 of every 48"),
         ("nothing kept", says(lambda m: m["shrunk"].pop("kept")), "damaged"),
         ("another model", says(edit("fingerprint", "model", to="0")), "another model"),
         ("a norm refitted", says(lambda m: m["shrunk"]["updated"].append(NORM)), REFITTED),
