@@ -62,6 +62,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def first_line(error: BaseException) -> str:
+    """Of what an error says; the name of its type where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def near(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'swap'?` for a mistyped name, else `; known: …`."""
     known = sorted(known)

@@ -17,9 +17,9 @@ from tiny_models import edit_json
 from torch import Tensor
 
 from maskopt.core.files import read_arrays, write_arrays
-from maskopt.models.checkpoints.mask_file import MaskFile, TensorMask, write_masks
-from maskopt.models.checkpoints.safefile import open_safe
-from maskopt.models.checkpoints.workspace import MANIFEST, MASKS
+from maskopt.models.checkpoints.checkpoint import open_safe
+from maskopt.models.checkpoints.result import MaskFile, TensorMask, write_masks
+from maskopt.models.checkpoints.schema import MANIFEST, MASKS
 
 #: what a field could be given
 VALUES: tuple[Any, ...] = (

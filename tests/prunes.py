@@ -11,9 +11,10 @@ from tiny_models import tokens
 
 from maskopt import prune_model, remove_blocks, remove_experts, shrink_model
 from maskopt.models.blockwise.progress import BlockProgress
-from maskopt.models.checkpoints.mask_file import MaskFile, TensorMask
-from maskopt.models.checkpoints.report import PruneReport, read_manifest
-from maskopt.models.checkpoints.workspace import HIDDEN, MANIFEST
+from maskopt.models.checkpoints.report import PruneReport
+from maskopt.models.checkpoints.result import MaskFile, TensorMask
+from maskopt.models.checkpoints.schema import MANIFEST, read_manifest
+from maskopt.models.checkpoints.workspace import HIDDEN
 
 WANDA: dict[str, Any] = {"sparsity": 0.5, "solver": "wanda", "min_tokens": 1}
 

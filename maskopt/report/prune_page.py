@@ -12,7 +12,6 @@ from typing import Any
 from maskopt.core.files import check_writable, from_json
 from maskopt.errors import OptionError
 from maskopt.models.architecture.blocks import short
-from maskopt.models.checkpoints.mask_file import MaskFile
 from maskopt.models.checkpoints.report import (
     LayerReport,
     PruneReport,
@@ -21,11 +20,11 @@ from maskopt.models.checkpoints.report import (
     mean_held_error,
     proven_share,
     ratio_to_wanda,
-    read_manifest,
     result_digest,
 )
-from maskopt.models.checkpoints.schema import PRUNE
-from maskopt.models.checkpoints.workspace import MANIFEST, MASKS, plain_errors
+from maskopt.models.checkpoints.result import MaskFile
+from maskopt.models.checkpoints.schema import MANIFEST, MASKS, PRUNE, read_manifest
+from maskopt.models.checkpoints.workspace import plain_errors
 from maskopt.models.pruning.rerun import command_again
 from maskopt.report.page import (
     COLOURS,

@@ -32,10 +32,10 @@ from maskopt.models.checkpoints.report import (
     PruneReport,
     proven_share,
     ratio_to_wanda,
-    read_manifest,
     result_digest,
 )
-from maskopt.models.checkpoints.workspace import MANIFEST, unfinished
+from maskopt.models.checkpoints.schema import MANIFEST, read_manifest
+from maskopt.models.checkpoints.workspace import unfinished
 from maskopt.models.evaluation.evaluate import evaluate
 from maskopt.models.options.prune import RECIPES
 from maskopt.models.options.walk import WalkOptions

@@ -26,7 +26,8 @@ from maskopt.experiments.compare import Record, compare, sample_rows
 from maskopt.experiments.jobs import job_key
 from maskopt.experiments.prove import prove
 from maskopt.experiments.store import Store, read_records, write_records
-from maskopt.models.checkpoints.report import read_manifest, result_digest
+from maskopt.models.checkpoints.report import result_digest
+from maskopt.models.checkpoints.schema import read_manifest
 from maskopt.models.evaluation import bound as certify_module
 from maskopt.models.evaluation.bound import GapRecord, bound_layers, by_kind, certify_model
 from maskopt.protocol.solution import Solution, Status

@@ -228,7 +228,7 @@ def test_files_are_replaced_where_that_is_said(home, tmp_path):
 def test_layers_that_are_none_are_refused(bad, home, tmp_path):
     folder = copied(home / "OUT", tmp_path)
     forge_manifest(folder, lambda manifest: manifest["layers"][0].update(bad))
-    assert "its layers are not those of a prune" in run("report", folder, fails=ModelError)
+    assert "the manifest is damaged or was changed" in run("report", folder, fails=ModelError)
 
 
 # --- the demo

@@ -2,22 +2,29 @@
 
 The blocks are the outermost `nn.ModuleList` whose elements hold the most weights. A layer is a matrix that
 multiplies activations: the weight of an `nn.Linear` [out, in], of GPT-2's `Conv1D` [in, out], or one expert's
-slice of a 3-D parameter [experts, out, in] ([experts, in, out] where the module says `is_transposed`).
+slice of a 3-D parameter [experts, out, in] ([experts, in, out] where the module says `is_transposed`). A
+mixture is the experts of a block that tokens are routed to.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from maskopt.errors import ModelError, near
+
+#: what modules are called that route
+_ROUTERS = ("gate", "router")
+#: what configurations call the number of experts that a token goes to
+_EACH = ("num_experts_per_tok", "moe_topk", "moe_k", "num_selected_experts")
 
 
 @dataclass(frozen=True)
@@ -126,10 +133,10 @@ def choose(
     """The layers that some `include` pattern matches (all where there is none) and no `exclude`; patterns
     are of a whole name or any run of its dotted parts: `q_proj`, `mlp.*`. ModelError where one matches
     nothing."""
-    names = _Names(layer.name for layer in layers)
+    names = [layer.name for layer in layers]
     for pattern in (*include, *exclude):
-        if not names.matched_by([pattern]):
-            known = {layer.name for layer in layers}
+        if not _matching(names, [pattern]):
+            known = set(names)
             for layer in layers:
                 parts = layer.name.split(".")
                 known |= {part for part in parts if not part.isdigit()}
@@ -138,34 +145,25 @@ def choose(
             if hint.startswith("; known"):
                 hint = "; known: " + ", ".join(sorted({layer.kind for layer in layers}))
             raise ModelError(f"no layer matches {pattern!r}{hint}")
-    wanted = names.matched_by(include or ["*"]) - names.matched_by(exclude)
+    wanted = _matching(names, include or ["*"]) - _matching(names, exclude)
     chosen = [layer for layer in layers if layer.name in wanted]
     if not chosen:
         raise ModelError("the include and exclude patterns leave no layer to prune")
     return chosen
 
 
-class _Names:
+def _matching(names: Sequence[str], patterns: Iterable[str]) -> set[str]:
     """Dotted names that shell patterns match, as a whole or by a run of their parts."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self._names = list(names)
-        self._by_run: dict[str, set[str]] = {}
-        for name in self._names:
-            parts = name.split(".")
-            for start in range(len(parts)):
-                for stop in range(start, len(parts)):
-                    self._by_run.setdefault(".".join(parts[start : stop + 1]), set()).add(name)
-
-    def matched_by(self, patterns: Iterable[str]) -> set[str]:
-        found: set[str] = set()
-        for pattern in patterns:
-            if any(sign in pattern for sign in "*?["):
-                shapes = (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*")
-                found.update(n for n in self._names if any(fnmatchcase(n, p) for p in shapes))
-            else:
-                found |= self._by_run.get(pattern, set())
-        return found
+    found, known = set[str](), set(names)
+    for pattern in patterns:
+        if pattern in known:  # of long lists of names, each is looked up
+            found.add(pattern)
+        elif any(sign in pattern for sign in "*?["):
+            shapes = (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*")
+            found.update(n for n in names if any(fnmatchcase(n, p) for p in shapes))
+        else:
+            found.update(n for n in names if f".{pattern}." in f".{n}.")
+    return found
 
 
 def short(kind: str) -> str:
@@ -245,6 +243,15 @@ def is_experts(module: nn.Module) -> bool:
     return min(counts, default=1) > 1 and not isinstance(module, _ConvNd)
 
 
+def takes_routing(module: nn.Module) -> bool:
+    """Is the module called with hidden states, chosen experts, and their weights?"""
+    try:
+        inspect.signature(module.forward).bind(None, None, None)
+    except TypeError:
+        return False
+    return True
+
+
 def _transposed(module: nn.Module) -> bool:
     """Are the experts stored [experts, in, out]? By the module's own attribute, or else by shapes."""
     said = getattr(module, "is_transposed", None)
@@ -258,3 +265,74 @@ def vocabulary_size(model: nn.Module) -> int:
     """Rows of the input embedding."""
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     return int(embedding.weight.shape[0])
+
+
+# --- mixtures of experts
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Experts of a block that tokens are routed to, by the `name` of their module: `count` of them, to `each`
+    of which a token goes; `parameters` have experts on their first axis, the router's among them."""
+
+    name: str
+    kind: str
+    block: int
+    count: int
+    each: int
+    parameters: tuple[str, ...]
+
+    @property
+    def parent(self) -> str:
+        """The module that routes, and adds up."""
+        return self.name.rpartition(".")[0]
+
+
+def mixtures_of(blocks: Blocks, index: int) -> list[Mixture]:
+    """The mixtures of a block; ModelError for experts that cannot be removed from module or router."""
+    block, found = blocks.modules[index], []
+    for name, module in block.named_modules():
+        if not is_experts(module):
+            continue
+        full = blocks.prefix(index) + name
+        if not takes_routing(module):
+            raise ModelError(
+                f"{full}: {type(module).__name__} is not given a routing, and its experts cannot be removed; "
+                "leave out `experts`"
+            )
+        each, parent = _each(blocks.model, full), block.get_submodule(name.rpartition(".")[0])
+        count = next(p.shape[0] for _, p in module.named_parameters(recurse=False) if p.ndim == 3)
+        parameters = [f"{full}.{n}" for n, p in module.named_parameters() if p.shape[0] == count]
+
+        def of_router(named: Iterable[tuple[str, Tensor]], count: int = count) -> list[str]:
+            return [
+                n
+                for n, x in named
+                if n.partition(".")[0] in _ROUTERS and x.ndim and x.shape[0] == count
+            ]
+
+        routers, kept = of_router(parent.named_parameters()), of_router(parent.named_buffers())
+        if not routers or kept:
+            what = "is of no known form"
+            if kept:
+                what = f"keeps {kept[0]!r} in addition to its weights"
+            raise ModelError(f"{full}: its router {what}; leave out `experts`")
+        parameters += [f"{full.rpartition('.')[0]}.{n}" for n in routers]
+        found.append(Mixture(full, name, index, count, each, tuple(parameters)))
+    return found
+
+
+def _each(model: nn.Module, name: str) -> int:
+    """To how many experts a token goes; ModelError where the configuration does not say."""
+    text: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    groups = getattr(text, "n_group", None) or 1
+    if groups > 1 and (getattr(text, "topk_group", None) or groups) < groups:
+        raise ModelError(
+            f"{name}: its router chooses among {groups} groups of experts first; leave out `experts`"
+        )
+    for key in _EACH:
+        if isinstance(value := getattr(text, key, None), int):
+            return value
+    raise ModelError(
+        f"{name}: the configuration does not say how many experts a token goes to; leave out `experts`"
+    )

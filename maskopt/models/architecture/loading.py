@@ -1,11 +1,11 @@
-"""Parameters from a checkpoint into a model without data; masks and weights as the checkpoint's tensors."""
+"""Parameters and buffers of a model that come and go; masks and weights of layers as whole parameters."""
 
 from __future__ import annotations
 
 import ctypes
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -14,52 +14,11 @@ from torch import Tensor, nn
 
 from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Layer
-from maskopt.models.architecture.transformers_adapter import (
-    Conversion,
-    initialise,
-    quietly,
-    revert,
-    tie,
-)
-from maskopt.models.checkpoints.checkpoint import Checkpoint
-from maskopt.models.checkpoints.mask_file import Edits, TensorMask
+from maskopt.models.architecture.transformers_adapter import initialise
+from maskopt.models.checkpoints.result import TensorMask
 
-
-class Loader:
-    """Loads named parameters out of a checkpoint."""
-
-    def __init__(self, model: Any, checkpoint: Checkpoint, device: torch.device) -> None:
-        self.model, self.checkpoint, self.device = model, checkpoint, device
-        self.conversion = Conversion(model, checkpoint.where, str(checkpoint.folder))
-        self._loaded_buffers = False
-
-    def load(self, names: Iterable[str], edits: Edits | None = None) -> None:
-        """Bring parameters into memory, after edits; ModelError for one without a tensor of its shape."""
-        wanted = list(names)
-        buffers = [] if self._loaded_buffers else [key for key, _ in self.model.named_buffers()]
-        self._loaded_buffers = True
-        needed = self.conversion.needed([*wanted, *buffers])
-        state = {key: self.checkpoint.read(key) for key in needed}
-        if edits is not None:
-            for key, tensor in state.items():
-                edits.apply(key, tensor)
-        with quietly(), torch.no_grad():
-            self.conversion.load(state, self.device)
-            missing = self._without_data(wanted)
-            if missing:
-                tie(self.model, missing)
-                missing = self._without_data(wanted)
-            if missing:
-                raise ModelError(
-                    f"{self.checkpoint.folder}: no tensor for parameter {min(missing)!r}"
-                )
-        for name in wanted:
-            parameter = self.model.get_parameter(name)
-            parameter.requires_grad_(False)
-            check_finite(name, parameter)
-
-    def _without_data(self, names: Iterable[str]) -> set[str]:
-        return {name for name in names if self.model.get_parameter(name).is_meta}
+#: a parameter by its name, as the tensors that a checkpoint stores
+AsStored = Callable[[str, Tensor], dict[str, Tensor]]
 
 
 def check_finite(name: str, parameter: Tensor) -> None:
@@ -141,48 +100,20 @@ def _unset(dtype: torch.dtype) -> float | int | bool:
 
 
 def stored_masks(
-    model: nn.Module, masks: Mapping[str, tuple[Layer, Tensor]], loader: Loader | None
+    model: nn.Module, masks: Mapping[str, tuple[Layer, Tensor]], as_stored: AsStored
 ) -> dict[str, TensorMask]:
-    """Masks of layers [rows, n], by name, as masks of the checkpoint's tensors, through transformers'
-    conversion for saving where these are others than the parameters, or where there is no checkpoint yet
-    (`loader` None)."""
+    """Masks of layers [rows, n], by name, as masks of the checkpoint's tensors."""
     result: dict[str, TensorMask] = {}
     axes = {x.parameter: x.input_axis + (x.expert is not None) for x, _ in masks.values()}
     for name, kept in merged(model, masks, True).items():
         n = kept.shape[axes[name]]
         from_end = axes[name] - kept.ndim
-        for key, part in _stored(model, name, kept, loader).items():
+        for key, part in as_stored(name, kept).items():
             axis = from_end + part.ndim
             if part.shape[from_end] != n:  # the conversion exchanged inputs and outputs
                 axis = part.ndim - 2 if axis == part.ndim - 1 else part.ndim - 1
-            result[key] = TensorMask(part, axis)
+            result[key] = TensorMask(part.contiguous(), axis)
     return result
-
-
-def stored_values(
-    model: nn.Module, values: Mapping[str, tuple[Layer, Tensor]], loader: Loader
-) -> dict[str, Tensor]:
-    """New weights of layers [rows, n] as tensors of the checkpoint; NaN outside these layers."""
-    result: dict[str, Tensor] = {}
-    for name, whole in merged(model, values, torch.nan).items():
-        result |= _stored(model, name, whole, loader)
-    return result
-
-
-def _stored(model: nn.Module, name: str, whole: Tensor, loader: Loader | None) -> dict[str, Tensor]:
-    """The parameter `name` as the checkpoint's tensors."""
-    if loader is None:
-        return {key: part.contiguous() for key, part in revert(model, {name: whole}).items()}
-    tensor, sources = loader.conversion.stored_as_is(name), loader.conversion.sources(name)
-    stored = revert(model, {name: whole}) if tensor is None else {tensor: whole}
-    if set(stored) != set(sources):
-        raise ModelError(
-            f"parameter {name!r} is stored as {', '.join(sources[:3])}, which cannot be matched"
-        )
-    for key, part in stored.items():
-        if loader.checkpoint.entry(key).shape != tuple(part.shape):
-            raise ModelError(f"tensor {key!r} is not stored in the shape of its parameter")
-    return {key: part.contiguous() for key, part in stored.items()}
 
 
 def merged(

@@ -4,7 +4,7 @@ weights are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,23 +14,29 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from maskopt.errors import DataError, ModelError
+from maskopt.errors import DataError, ModelError, first_line
 from maskopt.models.architecture.blocks import Blocks, Layer, matrix
 from maskopt.models.architecture.loading import (
-    Loader,
     check_buffers,
     check_finite,
+    merged,
     real_buffers,
     release,
     return_memory,
     share_equal,
     stored_masks,
-    stored_values,
 )
-from maskopt.models.architecture.transformers_adapter import set_eager_experts
+from maskopt.models.architecture.transformers_adapter import (
+    Conversion,
+    empty_model,
+    quietly,
+    revert,
+    set_eager_experts,
+    tie,
+)
 from maskopt.models.checkpoints.bos import no_panic
 from maskopt.models.checkpoints.checkpoint import Checkpoint, open_checkpoint, resolve_model
-from maskopt.models.checkpoints.mask_file import Edits, MaskFile, TensorMask
+from maskopt.models.checkpoints.result import Edits, MaskFile, TensorMask
 
 DTYPES = {x: getattr(torch, x) for x in ("float32", "float64", "bfloat16", "float16")}
 
@@ -75,7 +81,11 @@ class Source:
 
     def stored(self, masks: Mapping[str, tuple[Layer, Tensor]]) -> dict[str, TensorMask]:
         """Masks of layers [rows, n] as masks of the tensors that the checkpoint stores."""
-        return stored_masks(self.model, masks, None)
+        return stored_masks(self.model, masks, self._as_stored)
+
+    def _as_stored(self, name: str, whole: Tensor) -> dict[str, Tensor]:
+        """A parameter as the tensors that a checkpoint stores, by transformers' conversion for saving."""
+        return revert(self.model, {name: whole})
 
     def stored_dtype(self, layer: Layer) -> torch.dtype:
         """In which the layer's weights are kept."""
@@ -107,19 +117,23 @@ class FolderSource(Source):
     ) -> None:
         self.checkpoint = checkpoint
         self.device = device
-        self.model = skeleton(checkpoint, dtype, trust_remote_code=trust_remote_code)
+        dtype = dtype or stored_dtype(checkpoint)
+        trusted = trust_remote_code
+        self.model = empty_model(checkpoint.folder, dtype=dtype, trust_remote_code=trusted).eval()
+        set_eager_experts(self.model)
         self.blocks = Blocks(self.model)
-        self._loader = Loader(self.model, checkpoint, device)
+        self.conversion = Conversion(self.model, checkpoint.where, str(checkpoint.folder))
+        self._loaded_buffers = False
         real_buffers(self.model, device)
         self._outside = [name for name, _ in self.blocks.outside()]
 
     def load_outside(self) -> None:
         return_memory()  # a large vocabulary's text and tokenizer take half a gigabyte
-        self._loader.load(self._outside)
+        self._load(self._outside)
         check_buffers(self.model)
 
     def load_whole(self) -> Any:
-        self._loader.load([name for name, _ in self.model.named_parameters()])
+        self._load([name for name, _ in self.model.named_parameters()])
         check_buffers(self.model)
         return self.model
 
@@ -127,7 +141,7 @@ class FolderSource(Source):
     def open(self, index: int, edits: Edits | None = None) -> Iterator[nn.Module]:
         block = self.blocks.modules[index]
         prefix = self.blocks.prefix(index)
-        self._loader.load([prefix + name for name, _ in block.named_parameters()], edits)
+        self._load([prefix + name for name, _ in block.named_parameters()], edits)
         try:
             yield block
         finally:
@@ -148,7 +162,7 @@ class FolderSource(Source):
             width = embedding.weight.shape[1]
             embedding.forward = lambda ids: torch.zeros(*ids.shape, width, **more)
         try:
-            self._loader.load(name for name in needed if self.model.get_parameter(name).is_meta)
+            self._load(name for name in needed if self.model.get_parameter(name).is_meta)
             if like is not None:
                 share_equal(self.model, like.model)
             yield
@@ -159,37 +173,64 @@ class FolderSource(Source):
     def drop(self) -> None:
         release(self.model)
 
-    def stored(self, masks: Mapping[str, tuple[Layer, Tensor]]) -> dict[str, TensorMask]:
-        return stored_masks(self.model, masks, self._loader)
+    def _load(self, names: Iterable[str], edits: Edits | None = None) -> None:
+        """Bring parameters into memory, after edits; ModelError for one without a tensor of its shape."""
+        wanted = list(names)
+        buffers = [] if self._loaded_buffers else [key for key, _ in self.model.named_buffers()]
+        self._loaded_buffers = True
+        needed = self.conversion.needed([*wanted, *buffers])
+        state = {key: self.checkpoint.read(key) for key in needed}
+        if edits is not None:
+            for key, tensor in state.items():
+                edits.apply(key, tensor)
+        with quietly(), torch.no_grad():
+            self.conversion.load(state, self.device)
+            missing = self._without_data(wanted)
+            if missing:
+                tie(self.model, missing)
+                missing = self._without_data(wanted)
+            if missing:
+                raise ModelError(
+                    f"{self.checkpoint.folder}: no tensor for parameter {min(missing)!r}"
+                )
+        for name in wanted:
+            parameter = self.model.get_parameter(name)
+            parameter.requires_grad_(False)
+            check_finite(name, parameter)
+
+    def _without_data(self, names: Iterable[str]) -> set[str]:
+        return {name for name in names if self.model.get_parameter(name).is_meta}
+
+    def _as_stored(self, name: str, whole: Tensor) -> dict[str, Tensor]:
+        tensor, sources = self.conversion.stored_as_is(name), self.conversion.sources(name)
+        stored = super()._as_stored(name, whole) if tensor is None else {tensor: whole}
+        if set(stored) != set(sources):
+            raise ModelError(
+                f"parameter {name!r} is stored as {', '.join(sources[:3])}, which cannot be matched"
+            )
+        for key, part in stored.items():
+            if self.checkpoint.entry(key).shape != tuple(part.shape):
+                raise ModelError(f"tensor {key!r} is not stored in the shape of its parameter")
+        return stored
 
     def stored_dtype(self, layer: Layer) -> torch.dtype:
-        return self.checkpoint.entry(self.stored_parts(layer.parameter)[0]).torch_dtype
+        return self.checkpoint.entry(self.conversion.sources(layer.parameter)[0]).torch_dtype
 
     def stored_values(self, values: Mapping[str, tuple[Layer, Tensor]]) -> dict[str, Tensor]:
         """New weights of layers [rows, n], float64, as tensors of the checkpoint; NaN elsewhere."""
         typed = {k: (x, v.to(self.stored_dtype(x))) for k, (x, v) in values.items()}
-        return stored_values(self.model, typed, self._loader)
+        result: dict[str, Tensor] = {}
+        for name, whole in merged(self.model, typed, torch.nan).items():
+            result |= {key: x.contiguous() for key, x in self._as_stored(name, whole).items()}
+        return result
 
     def vectors(self, index: int) -> dict[str, tuple[str, torch.dtype]]:
         found = {}
         for name in vectors_of(self.blocks, index):
-            tensor = self.stored_as_is(name)
+            tensor = self.conversion.stored_as_is(name)
             if tensor is not None:
                 found[name] = tensor, self.checkpoint.entry(tensor).torch_dtype
         return found
-
-    def stored_as_is(self, parameter: str) -> str | None:
-        """The checkpoint's tensor that is the parameter; None where it is made of others, or transposed."""
-        return self._loader.conversion.stored_as_is(parameter)
-
-    def stored_parts(self, parameter: str) -> list[str]:
-        """The checkpoint's tensors that a parameter is made of."""
-        return self._loader.conversion.sources(parameter)
-
-    def stored_inside(self, module: str) -> set[str]:
-        """The checkpoint's tensors that a module's parameters and buffers are made of."""
-        names = [name for name in self.model.state_dict() if name.startswith(f"{module}.")]
-        return set(self._loader.conversion.needed(names))
 
     def block_memory(self) -> int:
         """A block is read in its stored dtype and converted; one tensor of it is held twice."""
@@ -217,30 +258,6 @@ def vectors_of(blocks: Blocks, index: int) -> list[str]:
     others = {id(p) for block in modules for p in block.parameters()}
     named = blocks.modules[index].named_parameters()
     return [blocks.prefix(index) + name for name, p in named if p.ndim == 1 and id(p) not in others]
-
-
-def skeleton(
-    checkpoint: Checkpoint, dtype: torch.dtype | None, *, trust_remote_code: bool = False
-) -> Any:
-    """The model without weights, in evaluation mode; ModelError where transformers cannot build it."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    folder = checkpoint.folder
-    try:
-        config = AutoConfig.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype or stored_dtype(checkpoint), trust_remote_code=trust_remote_code
-            )
-    except ModelError:
-        raise
-    except Exception as error:  # configurations fail in as many ways as there are models
-        line = (str(error).splitlines() or [""])[0]
-        raise ModelError(f"{folder}: {type(error).__name__}: {line}") from error
-    set_eager_experts(model)
-    return model.eval()
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -290,7 +307,7 @@ def choose_device(device: str) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise ModelError(f"unknown device {device!r}; use cpu, cuda or auto") from None
+        chosen = torch.device("meta")
     if chosen.type not in ("cpu", "cuda"):
         raise ModelError(f"unknown device {device!r}; use cpu, cuda or auto")
     if chosen.type == "cuda" and not torch.cuda.is_available():
@@ -312,8 +329,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     except DataError:
         raise
     except Exception as error:  # tokenizers fail in as many ways as there are of them
-        line = (str(error).splitlines() or [""])[0]
-        raise ModelError(f"{folder}: the tokenizer cannot be loaded: {line}") from error
+        what = f"{folder}: the tokenizer cannot be loaded: {first_line(error)}"
+        raise ModelError(what) from error
 
 
 def text_config(model: nn.Module) -> Any:
@@ -357,7 +374,7 @@ def layer_masks(
     masked = set(MaskFile(path).names)
     for index in range(len(source.blocks)):
         layers = source.blocks.layers(index)
-        mine = [x for x in layers if masked & {*source.stored_parts(x.parameter)}]
+        mine = [x for x in layers if masked & {*source.conversion.sources(x.parameter)}]
         if mine:
             with source.open(index):
                 for layer in mine:

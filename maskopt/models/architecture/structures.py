@@ -1,15 +1,17 @@
-"""What can be cut out of a decoder block whole: channels of its MLP, attention heads.
+"""What can be removed from a model whole, and what that leaves of its configuration and its stored tensors.
 
-The columns of `down_proj` are channels, blocks of columns of `o_proj` heads. What produces them goes along:
-rows of `gate_proj` and `up_proj`, of `q_proj`, and of `k_proj` and `v_proj` where whole key–value groups go.
-The names are those of transformers. Whether a configuration can describe the new sizes is tested on the model
+Channels are columns of `down_proj`, heads blocks of columns of `o_proj`. What produces them goes along: rows
+of `gate_proj` and `up_proj`, of `q_proj`, and of `k_proj` and `v_proj` where whole key–value groups go.
+Experts go with their rows of the router, blocks with all of their tensors. The names are those of
+transformers. Whether a configuration can describe the new sizes is tested on the model
 that it then describes (`maskopt.models.structured.change`).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,20 +20,21 @@ from torch import Tensor, nn
 
 from maskopt.core.pattern import NM, Pattern, Unstructured
 from maskopt.errors import ModelError
-from maskopt.models.architecture.blocks import Blocks, Layer
+from maskopt.models.architecture.blocks import Blocks, Layer, Mixture
+from maskopt.models.architecture.transformers_adapter import Conversion
 
 CHANNELS, HEADS = "channels", "heads"
-#: what modules are called that route
-ROUTERS = ("gate", "router")
 #: what configurations call the number of blocks, of experts, and the channels of an MLP
-DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-WIDTHS = ("ffn_dim", "ffn_hidden_size", "intermediate_size")
+_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_WIDTHS = ("ffn_dim", "ffn_hidden_size", "intermediate_size")
 #: settings that list indices of blocks; other lists have an entry a block
-BLOCK_INDICES = (
+_BLOCK_INDICES = (
     *("attn_layer_indices", "cross_attention_layers", "full_attn_idxs", "mlp_only_layers"),
     "moe_layers",
 )
+#: the name of a stored tensor of one expert
+_EXPERT = re.compile(r"(?P<home>.*\bexperts)\.(?P<number>\d+)\.(?P<rest>.*)")
 #: what consumes channels → what produces them, in one of these forms; fused: one after the other
 _MLPS: Mapping[str, Sequence[tuple[str, ...]]] = {
     "down_proj": (("gate_proj", "up_proj"), ("gate_up_proj",), ("up_proj",)),
@@ -78,6 +81,49 @@ class Cut:
         return stays.nonzero()[:, 0]
 
 
+#: by the name of a stored tensor, how it is cut along one or two axes, and by whose structures
+TensorCuts = Mapping[str, Sequence[tuple[str, Cut]]]
+#: bool, True = stays: the structures of a consumer or mixture, by its name
+Kept = Mapping[str, Bool[Tensor, " structures"]]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a removal leaves of a stored model.
+
+    Attributes:
+        settings: new values in its configuration, by key.
+        names: new names of all tensors, None for one that is removed; empty: all keep their names.
+    """
+
+    settings: Mapping[str, Any]
+    names: Mapping[str, str | None] = field(default_factory=dict)
+    cuts: TensorCuts = field(default_factory=dict)
+    kept: Kept = field(default_factory=dict)
+
+
+def changed(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with other settings of its text model."""
+    nested = config.get("text_config")
+    if isinstance(nested, dict) and not any(key in config for key in settings):
+        return {**config, "text_config": {**nested, **settings}}
+    return {**config, **settings}
+
+
+def _stored_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration says, of its text model as of all."""
+    nested = config.get("text_config")
+    return {**config, **(nested if isinstance(nested, dict) else {})}
+
+
+def cannot_say(model: nn.Module, what: str) -> ModelError:
+    family = getattr(model.config, "model_type", type(model).__name__)
+    return ModelError(
+        f"the configuration of {family} models cannot describe the smaller model: {what}; ask for "
+        "another share or number, or for other structures"
+    )
+
+
 @dataclass(frozen=True)
 class Structures:
     """The channels or the heads of one block.
@@ -107,7 +153,58 @@ class Structures:
         return self.count - self.pattern.pruned_in(1, self.count)
 
 
-def channels_of(blocks: Blocks, index: int, share: float, round_to: int) -> Structures:
+def structures_of(blocks: Blocks, channels: float, heads: float, round_to: int) -> list[Structures]:
+    """Of all blocks, in the order of the model, where such shares go."""
+    found = list[Structures]()
+    for index in range(len(blocks)):
+        found += [_heads_of(blocks, index, heads)] if heads else []
+        found += [_channels_of(blocks, index, channels, round_to)] if channels else []
+    return found
+
+
+def structure_settings(model: nn.Module, every: Sequence[Structures]) -> dict[str, int]:
+    """New settings by key; ModelError where a configuration cannot describe these sizes."""
+    text: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    found: dict[str, set[int]] = {}
+    for one in every:
+        if one.kind == CHANNELS:
+            # where several words stand for the width, the first is what the family reads
+            keys = [key for key in _WIDTHS if getattr(text, key, None) == one.count]
+            if not keys:
+                raise cannot_say(model, f"{one.count} channels")
+            new = {keys[0]: one.kept}
+        else:
+            every_head, groups, width = _attention_of(model, one.consumer)
+            heads = one.kept
+            if one.count == groups:
+                heads, groups = one.kept * (every_head // groups), one.kept
+            new = {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": width}
+        for key, value in new.items():
+            found.setdefault(key, set()).add(value)
+    for key, values in found.items():
+        if len(values) > 1:
+            raise cannot_say(model, f"{key} of {', '.join(map(str, sorted(values)))}")
+    settings = {key: values.pop() for key, values in found.items()}
+    if getattr(text, "num_key_value_heads", None) is None:
+        settings.pop("num_key_value_heads", None)
+    return settings
+
+
+def structure_cuts(conversion: Conversion, every: Sequence[Structures]) -> TensorCuts:
+    """The cuts of the stored tensors; ModelError for a parameter that is not stored unchanged."""
+    found: dict[str, list[tuple[str, Cut]]] = {}
+    for one in every:
+        for name, cut in one.cuts.items():
+            tensor = conversion.stored_as_is(name)
+            if tensor is None:
+                raise ModelError(
+                    f"parameter {name!r} is stored in another form than the model's; it cannot be cut"
+                )
+            found.setdefault(tensor, []).append((one.consumer.name, cut))
+    return found
+
+
+def _channels_of(blocks: Blocks, index: int, share: float, round_to: int) -> Structures:
     """The channels of a block's MLP; `share` goes, and a multiple of `round_to` stays."""
     consumer, producers = _find(blocks, index, _MLPS, "MLP", CHANNELS)
     n = consumer.n
@@ -124,10 +221,10 @@ def channels_of(blocks: Blocks, index: int, share: float, round_to: int) -> Stru
     return Structures(CHANNELS, "channel", consumer, n, Unstructured(keep=kept), cuts)
 
 
-def heads_of(blocks: Blocks, index: int, share: float) -> Structures:
+def _heads_of(blocks: Blocks, index: int, share: float) -> Structures:
     """The heads of a block: whole key–value groups if the share takes one, else heads of every group."""
     consumer, producers = _find(blocks, index, _ATTENTIONS, "attention", HEADS)
-    heads, groups, width = attention_of(blocks.model, consumer)
+    heads, groups, width = _attention_of(blocks.model, consumer)
     each = heads // groups
     gone = Unstructured(sparsity=share).pruned_in(1, groups)
     unit, size, count = "key–value group", each * width, groups
@@ -161,7 +258,7 @@ def _least(groups: int, each: int) -> str:
     return f"`heads` {share:g} takes one"
 
 
-def attention_of(model: nn.Module, consumer: Layer) -> tuple[int, int, int]:
+def _attention_of(model: nn.Module, consumer: Layer) -> tuple[int, int, int]:
     """Query heads, key–value heads, width of each; ModelError where they do not fit the layer."""
     text: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     heads = int(getattr(text, "num_attention_heads", 0) or 0)
@@ -216,3 +313,106 @@ def _rows_and_bias(
     bias = producer.parameter.removesuffix("weight") + "bias"
     there = [producer.parameter, *([bias] if bias in dict(model.named_parameters()) else [])]
     return dict.fromkeys(there, cut)
+
+
+# --- experts and blocks
+
+
+def experts_left(mixtures: Sequence[Mixture], share: float) -> int:
+    """How many experts of each mixture stay; ModelError where a model cannot do without this share."""
+    if not mixtures:
+        raise ModelError("the model has no experts that tokens are routed to; leave out `experts`")
+    counts = {(m.count, m.each) for m in mixtures}
+    if len(counts) > 1:
+        raise ModelError(
+            "its blocks have different numbers of experts, and a configuration names one; leave out `experts`"
+        )
+    (count, each) = counts.pop()
+    gone = Unstructured(sparsity=share).pruned_in(1, count)
+    if not gone:
+        raise ModelError(
+            f"a share of {share:g} of {count} experts is none; take a larger `experts`"
+        )
+    if count - gone < each:
+        raise ModelError(
+            f"a share of {share:g} leaves {count - gone} of {count} experts, and a token goes to {each}; "
+            "take a smaller `experts`"
+        )
+    return count - gone
+
+
+def expert_settings(
+    model: nn.Module, config: Mapping[str, Any], mixtures: Sequence[Mixture], left: int
+) -> dict[str, int]:
+    """The settings of the stored `config` that count experts; all such words if none is stored."""
+    text: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    keys = [key for key in _COUNTS if getattr(text, key, None) == mixtures[0].count]
+    stored = _stored_settings(config)
+    return dict.fromkeys([key for key in keys if key in stored] or keys, left)
+
+
+def without_experts(
+    conversion: Conversion, settings: Mapping[str, int], mixtures: Sequence[Mixture], kept: Kept
+) -> Change:
+    """What is left of the stored model; ModelError for experts that are neither stored as the model's
+    parameters nor one by one."""
+    names: dict[str, str | None] = {name: name for name in conversion.keys}
+    cuts: dict[str, list[tuple[str, Cut]]] = {}
+    for mixture in mixtures:
+        numbers = {old: new for new, old in enumerate(kept[mixture.name].nonzero()[:, 0].tolist())}
+        for parameter in mixture.parameters:
+            tensor = conversion.stored_as_is(parameter)
+            if tensor is not None:
+                cuts[tensor] = [(mixture.name, Cut(0, [(mixture.count, 1)]))]
+                continue
+            for name in conversion.sources(parameter):
+                found = _EXPERT.match(name)
+                if found is None or int(found["number"]) >= mixture.count:
+                    raise ModelError(
+                        f"parameter {parameter!r} is stored in another form than expert by expert; its "
+                        "experts cannot be removed"
+                    )
+                new = numbers.get(int(found["number"]))
+                names[name] = None if new is None else f"{found['home']}.{new}.{found['rest']}"
+    return Change(settings, names, cuts, kept)
+
+
+def block_settings(
+    blocks: Blocks, config: Mapping[str, Any], removed: Sequence[int]
+) -> dict[str, Any]:
+    """The number of blocks in the stored `config`, and settings with an entry for each block or with their
+    numbers."""
+    stored, count = _stored_settings(config), len(blocks)
+    keys = [key for key in _DEPTHS if stored.get(key) == count]
+    settings: dict[str, Any] = {(keys or _DEPTHS)[0]: count - len(removed)}
+    text: Any = blocks.model.config.get_text_config()  # type: ignore[operator, union-attr]
+    for key, value in text.to_dict().items():
+        if key in _BLOCK_INDICES and isinstance(value, list):
+            left = [index for index in value if index not in removed]
+            settings[key] = [index - sum(gone < index for gone in removed) for index in left]
+        elif isinstance(value, list) and len(value) == count and not key.endswith("token_id"):
+            settings[key] = [item for index, item in enumerate(value) if index not in removed]
+    return settings
+
+
+def without_blocks(
+    conversion: Conversion, blocks: Blocks, settings: Mapping[str, Any], removed: Sequence[int]
+) -> Change:
+    """What is left of the stored model: the decoder's blocks have new names, not those of a vision tower."""
+    last, inside = blocks.name.rpartition(".")[2], f"{blocks.name}."
+    names = [name for name in blocks.model.state_dict() if name.startswith(inside)]
+    own = set(conversion.needed(names))
+    new = {x: renumbered(x, last, removed) if x in own else x for x in conversion.keys}
+    return Change(settings, new)
+
+
+def renumbered(name: str, blocks: str, removed: Sequence[int]) -> str | None:
+    """The name of a block's tensor once others are removed; None for one that is."""
+    found = re.search(rf"(?:^|\.){re.escape(blocks)}\.(\d+)\.", name)
+    if found is None:
+        return name
+    index = int(found[1])
+    if index in removed:
+        return None
+    new = index - sum(gone < index for gone in removed)
+    return f"{name[: found.start(1)]}{new}{name[found.end(1) :]}"

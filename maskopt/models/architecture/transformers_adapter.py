@@ -8,6 +8,7 @@ import inspect
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -16,7 +17,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from maskopt.errors import ModelError
+from maskopt.errors import ModelError, first_line
+from maskopt.models.checkpoints.schema import CONFIG
 
 #: the oldest and the newest minor release that the tests pass with
 SUPPORTED = ("5.6", "5.24")
@@ -50,6 +52,7 @@ class Conversion:
         place: what messages call the checkpoint.
 
     Attributes:
+        keys: names of the tensors.
         converted: parameters that the checkpoint stores otherwise (experts one by one, say).
 
     Raises:
@@ -65,7 +68,7 @@ class Conversion:
         )
 
         check_version()
-        self.model, self.place = model, place
+        self.model, self.place, self.keys = model, place, sorted(keys)
         self.rules = get_model_conversion_mapping(model)
         renamings = [rule for rule in self.rules if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in self.rules if isinstance(rule, WeightConverter)]
@@ -78,7 +81,7 @@ class Conversion:
         self._first: dict[str, str] = {}
         self.converted: set[str] = set()
         seen: dict[tuple[str, str], str] = {}
-        for key in sorted(keys):
+        for key in self.keys:
             name, pattern = rename_source_key(key, renamings, converters, prefix, empty)
             if name not in empty and key in empty:
                 name, pattern = rename_source_key(key, [], [], prefix, empty)
@@ -165,6 +168,21 @@ def set_eager_experts(model: nn.Module) -> None:
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "_experts_implementation"):
         config._experts_implementation = "eager"
+
+
+def empty_model(folder: Path, *, trust_remote_code: bool = False, **how: Any) -> Any:
+    """The model that a folder's configuration describes, without weights, by `how` for `from_config`;
+    ModelError where it describes none."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    trust = {"trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, **trust)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, **trust, **how)
+    except Exception as error:  # configurations fail in as many ways as there are models
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise ModelError(f"{folder / CONFIG}: makes no model: {what}") from error
 
 
 @contextmanager

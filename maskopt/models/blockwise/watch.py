@@ -8,7 +8,6 @@ those routed to them, without a change of what a block computes.
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from maskopt.errors import ModelError
-from maskopt.models.architecture.blocks import Layer, is_experts, matrix
+from maskopt.models.architecture.blocks import Layer, is_experts, matrix, takes_routing
 
 #: position of (input, weight) among the arguments of each product
 _PRODUCTS: dict[Callable[..., Any], tuple[int, int]] = {
@@ -201,15 +200,6 @@ def experts_see_all(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def takes_routing(module: nn.Module) -> bool:
-    """Is the module called with hidden states, chosen experts, and their weights?"""
-    try:
-        inspect.signature(module.forward).bind(None, None, None)
-    except TypeError:
-        return False
-    return True
 
 
 def _run_fused(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

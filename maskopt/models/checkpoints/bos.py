@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskopt.errors import DataError
+from maskopt.errors import DataError, first_line
 
 #: what callers may ask for
 BOS = ("auto", "always", "never")
@@ -61,7 +61,8 @@ TEMPLATE = Beginning("template")
 
 def beginning_of(tokenizer: Any, bos: str = "auto") -> Beginning:
     """What windows of this tokenizer begin with; DataError where it has no such token."""
-    check_bos(bos)
+    if bos not in BOS:
+        raise DataError(f"`bos` must be one of: {', '.join(BOS)}; not {bos!r}")
     if bos == "never":
         return Beginning(bos)
     ids = _put_before(tokenizer)
@@ -81,12 +82,6 @@ def beginning_of(tokenizer: Any, bos: str = "auto") -> Beginning:
     return Beginning(bos, ids)
 
 
-def check_bos(bos: str) -> None:
-    """Raise DataError for an unknown word."""
-    if bos not in BOS:
-        raise DataError(f"`bos` must be one of: {', '.join(BOS)}; not {bos!r}")
-
-
 def tokens_of(tokenizer: Any, text: str, *, whole: bool) -> list[int]:
     """Token ids of a text; `whole`: with what the tokenizer puts around it."""
     with no_panic(getattr(tokenizer, "name_or_path", "")):
@@ -102,10 +97,9 @@ def no_panic(folder: str | Path) -> Iterator[None]:
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise
-        line = (str(error).splitlines() or [""])[0]
         raise DataError(
-            f"{Path(folder) / 'tokenizer.json'}: the tokenizer's library stopped on this file ({line}); "
-            "replace it by that of the original model"
+            f"{Path(folder) / 'tokenizer.json'}: the tokenizer's library stopped on this file "
+            f"({first_line(error)}); replace it by that of the original model"
         ) from None
 
 

@@ -1,31 +1,238 @@
-"""A Hugging Face model folder, read without trusting it: configuration, shards, tensors."""
+"""A Hugging Face model folder, read without trusting it: shards, tensors, configuration.
+
+The header of a safetensors file is checked against the file's size before any data is read, and data is read
+by position: nothing is unpickled or mapped, and only the requested tensors are in memory.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 import os
-from collections.abc import Mapping
+import struct
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from maskopt.errors import ModelError
-from maskopt.models.checkpoints.safefile import (
-    SafeFile,
-    TensorEntry,
+from maskopt.core.files import atomic_write
+from maskopt.errors import ModelError, first_line
+from maskopt.models.checkpoints.schema import (
+    INDEX,
+    SINGLE,
+    check_link,
+    far_more_than_stored,
+    fits,
+    is_count,
     open_file,
-    open_safe,
-    write_file,
+    pairs,
+    read_index,
+    read_json,
+    shards_of,
 )
-from maskopt.models.checkpoints.schema import far_more_than_stored, pairs, plain_name
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-MAX_JSON = 256 * 2**20
+MAX_HEADER = 100 * 2**20
+CHUNK = 16 * 2**20
+
+#: safetensors' names of element types
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies: absolute byte range, element type, shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+
+@dataclass(frozen=True)
+class SafeFile:
+    """The checked header of one file. `entries` are in the order of their bytes."""
+
+    path: Path
+    entries: dict[str, TensorEntry]
+    metadata: dict[str, str]
+    data_start: int
+    size: int
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as stored, in its own memory."""
+        entry = self.entries[name]
+        flat = torch.from_numpy(self._read(entry.start, entry.size))
+        return flat.view(entry.torch_dtype).view(entry.shape)
+
+    def chunks(self, entry: TensorEntry, step: int) -> Iterator[np.ndarray]:
+        """The tensor's bytes, `step` at a time."""
+        for start in range(entry.start, entry.stop, step):
+            yield self._read(start, min(step, entry.stop - start))
+
+    def part(self, entry: TensorEntry, start: int, size: int) -> np.ndarray:
+        """`size` of the tensor's bytes from `start` on; ModelError where there are fewer."""
+        if start + size > entry.size:
+            raise ModelError(f"{self.path}: tensor {entry.name!r} ends too early")
+        return self._read(entry.start + start, size)
+
+    def header_bytes(self) -> bytes:
+        return self._read(0, self.data_start).tobytes()
+
+    def _read(self, start: int, size: int) -> np.ndarray:
+        buffer, done = np.empty(size, dtype=np.uint8), 0
+        with open_file(self.path) as file:
+            file.seek(start)
+            while done < size:
+                try:
+                    count = file.readinto(buffer.data[done:])  # type: ignore[attr-defined]
+                except OSError as error:
+                    raise ModelError(f"{self.path}: cannot be read: {error.strerror}") from None
+                if not count:
+                    raise ModelError(f"{self.path}: truncated at byte {start + done}")
+                done += count
+        return buffer
+
+
+def open_safe(path: Path) -> SafeFile:
+    """The header of a file, checked against its size; ModelError where it is not safetensors."""
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(8)
+        if len(head) < 8:
+            raise ModelError(f"{path}: not a safetensors file ({size} bytes long)")
+        (length,) = struct.unpack("<Q", head)
+        if length > MAX_HEADER or length > size - 8:
+            kind = _what_it_is(head)
+            raise ModelError(
+                f"{path}: not a safetensors file{kind}"
+                if kind or length > MAX_HEADER
+                else f"{path}: truncated: the header alone says {length} bytes, the file has {size}"
+            )
+        text = file.read(length)
+    try:
+        header = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError):
+        raise ModelError(f"{path}: not a safetensors file{_what_it_is(head)}") from None
+    if not isinstance(header, dict):
+        raise ModelError(f"{path}: not a safetensors file (the header is no object)")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ModelError(f"{path}: the header's metadata is not a map of strings")
+    data_start = 8 + length
+    entries = [_entry(path, name, value, data_start) for name, value in header.items()]
+    entries.sort(key=lambda entry: (entry.start, entry.stop))
+    position = data_start
+    for entry in entries:
+        if entry.start != position:
+            raise ModelError(f"{path}: tensor {entry.name!r} overlaps another or leaves a gap")
+        position = entry.stop
+    if position != size:
+        what = "truncated" if position > size else "too long"
+        raise ModelError(
+            f"{path}: {what}: the header asks for {position} bytes, the file has {size}"
+        )
+    return SafeFile(path, {entry.name: entry for entry in entries}, metadata, data_start, size)
+
+
+def write_file(path: Path, chunks: Iterable[Any]) -> str:
+    """Write a file that appears whole or not at all, out of bytes or flat arrays of them; its SHA-256."""
+    digest = hashlib.sha256()
+    with atomic_write(path) as file:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def safe_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """The header for tensors given as name → (dtype, shape); their bytes follow in order."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for name, (dtype, shape) in tensors.items():
+        size = math.prod(shape) * DTYPES[dtype].itemsize
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [position, position + size],
+        }
+        position += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> str:
+    """Write a safetensors file; its SHA-256."""
+    shapes = {name: (NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()}
+    data = (bytes_of(value) for value in tensors.values())
+    return write_file(path, itertools.chain([safe_header(shapes, metadata)], data))
+
+
+def bytes_of(tensor: Tensor) -> np.ndarray:
+    """A tensor's bytes as safetensors stores them."""
+    return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
+    def bad(reason: str) -> ModelError:
+        return ModelError(f"{path}: tensor {name[:200]!r}: {reason}")
+
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise bad("the header does not give its dtype, shape and data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise bad(f"unknown element type {str(dtype)[:50]!r}")
+    if not fits([shape, offsets], [[is_count]]) or len(offsets) != 2 or len(shape) > 16:
+        raise bad("shape and data_offsets must be whole numbers of a possible size")
+    size = math.prod(shape) * DTYPES[dtype].itemsize
+    if offsets[1] - offsets[0] != size:
+        raise bad(f"shape {shape} of {dtype} takes {size} bytes, not {offsets[1] - offsets[0]}")
+    return TensorEntry(name, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+
+
+def _what_it_is(head: bytes) -> str:
+    if head[:2] == b"PK" or head[:1] == b"\x80":
+        return " but a pickle; maskopt never loads pickled weights: save them as safetensors first"
+    if head.startswith(b"version "):
+        return " but a Git LFS pointer: fetch the real file with `git lfs pull`"
+    return ""
+
+
+# --- folders
 
 
 @dataclass(frozen=True)
@@ -79,15 +286,8 @@ def open_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -> C
     for name in names:
         check_link(folder / name)
     shards = {name: open_safe(folder / name) for name in names}
-    where: dict[str, str] = {}
-    for name, shard in shards.items():
-        for tensor in shard.entries:
-            if tensor in where:
-                raise ModelError(f"{folder}: tensor {tensor!r} is in {where[tensor]} and in {name}")
-            where[tensor] = name
-    for tensor, name in weight_map.items():
-        if where.get(tensor) != name:
-            raise ModelError(f"{folder}: {INDEX} says that {tensor!r} is in {name}; it is not")
+    held = {name: shard.entries for name, shard in shards.items()}
+    where = shards_of(folder, held, weight_map)
     entries = [shards[name].entries[key] for key, name in where.items()]
     if what := far_more_than_stored(config, {x.name: x.shape for x in entries}):
         raise ModelError(f"{folder / 'config.json'}: {what}")
@@ -135,30 +335,13 @@ def resolve_model(model: str | Path, *, trust_remote_code: bool = False) -> Path
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=ignored))
     except Exception as error:  # the hub client raises whatever its layers raise
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{name}: neither a folder nor a model of the hub: {line}") from error
+        what = f"{name}: neither a folder nor a model of the hub: {first_line(error)}"
+        raise ModelError(what) from error
 
 
 def names_hub_model(name: str) -> bool:
     """Is it OWNER/NAME, and no folder that is here?"""
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
-
-
-def read_json(path: Path, why: str = "") -> dict[str, Any]:
-    """A JSON object from a file; ModelError where it is missing, unreadable, too large or something else."""
-    if not path.is_file():
-        raise ModelError(f"{path}: no such file" + (f"; {why}" if why else ""))
-    with open_file(path) as file:
-        if os.fstat(file.fileno()).st_size > MAX_JSON:
-            raise ModelError(f"{path}: larger than {MAX_JSON >> 20} MiB, which no such file is")
-        data = file.read()
-    try:
-        value = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not JSON ({str(error)[:100]})") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: not a JSON object")
-    return value
 
 
 def write_json(path: Path, value: Any) -> str:
@@ -186,34 +369,12 @@ def damage(folder: Path, digests: Mapping[str, str]) -> str | None:
     return next((f"{name} was changed since" for name in changed), None)
 
 
-def check_link(file: Path) -> None:
-    """Raise ModelError for a link to no file, or out of the folder and the hub's blob store."""
-    real, home = Path(os.path.realpath(file)), Path(os.path.realpath(file.parent))
-    in_cache = home.parent.name == "snapshots" and home.parent.parent / "blobs" in real.parents
-    if not (home in real.parents or in_cache):
-        raise ModelError(
-            f"{file}: is a link out of the model folder, to {real}; put the file itself there"
-        )
-    if file.is_symlink() and not file.is_file():
-        raise ModelError(
-            f"{file}: cannot be read: is a link to {real}, which is no file; put the file itself there"
-        )
-
-
 def _shard_names(folder: Path) -> tuple[list[str], dict[str, str]]:
     if (folder / SINGLE).is_file():
         return [SINGLE], {}
     if (folder / INDEX).is_file():
         check_link(folder / INDEX)
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ModelError(f"{folder / INDEX}: holds no weight_map")
-        for tensor, name in weight_map.items():
-            if not plain_name(name) or not name.endswith(".safetensors"):
-                raise ModelError(
-                    f"{folder / INDEX}: {tensor[:200]!r} is said to be in {str(name)[:200]!r}, "
-                    "which is not the name of a safetensors file in the folder"
-                )
+        weight_map = read_index(folder)
         return sorted(set(weight_map.values())), weight_map
     others = sorted(file.name for file in folder.glob("*.safetensors"))
     found = (file for end in ("bin", "pt", "pth") for file in sorted(folder.glob(f"*.{end}")))

@@ -14,19 +14,26 @@ from typing import Any
 import numpy as np
 
 from maskopt.errors import ModelError
-from maskopt.models.checkpoints.checkpoint import file_digest, open_checkpoint
-from maskopt.models.checkpoints.mask_file import MaskFile, unpack
-from maskopt.models.checkpoints.report import read_manifest
-from maskopt.models.checkpoints.safefile import (
+from maskopt.models.checkpoints.checkpoint import (
     CHUNK,
     SafeFile,
     TensorEntry,
+    file_digest,
+    open_checkpoint,
     open_safe,
     safe_header,
     write_file,
 )
-from maskopt.models.checkpoints.workspace import MANIFEST, MASKS, check_output, open_workspace
-from maskopt.models.checkpoints.write import check_masks, copy_file, is_side_file, side_files
+from maskopt.models.checkpoints.result import (
+    MaskFile,
+    check_masks,
+    copy_file,
+    is_side_file,
+    side_files,
+    unpack,
+)
+from maskopt.models.checkpoints.schema import MANIFEST, MASKS, read_manifest
+from maskopt.models.checkpoints.workspace import check_output, open_workspace
 
 FORMAT = "maskopt-packed-1"
 #: in place of `.safetensors`: nothing takes it for weights

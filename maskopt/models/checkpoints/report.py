@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -11,21 +9,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from maskopt._version import __version__
-from maskopt.core.fields import holds_its_kinds
 from maskopt.core.pattern import pattern_from_dict
-from maskopt.errors import ModelError, OptionError
+from maskopt.errors import OptionError
 from maskopt.models.checkpoints.bos import Beginning
-from maskopt.models.checkpoints.checkpoint import read_json, write_json
-from maskopt.models.checkpoints.mask_file import Edits
-from maskopt.models.checkpoints.schema import (
-    BLOCKS,
-    KINDS,
-    MANIFEST_FORMAT,
-    PRUNE,
-    has_keys_of_its_kind,
-    plain_name,
-)
-from maskopt.models.checkpoints.workspace import MANIFEST
+from maskopt.models.checkpoints.checkpoint import write_json
+from maskopt.models.checkpoints.result import Edits
+from maskopt.models.checkpoints.schema import BLOCKS, MANIFEST_FORMAT, PRUNE, manifest_digest
 
 Kind = TypeVar("Kind")
 #: of `PruneReport.table`
@@ -195,12 +184,11 @@ class PruneReport:
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any], folder: Path, **changes: Any) -> PruneReport:
-        """The report in a folder's manifest; ModelError for layers or trained blocks of another form."""
+        """The report in a folder's manifest."""
         names = ("fingerprint", "bad_samples", "memory", "distillation", "kind")
         how = {"output": folder, **{name: manifest[name] for name in names}, **changes}
-        path = folder / MANIFEST
-        trained = read_reports(TrainedBlock, manifest["trained"], path)
-        return cls(read_reports(LayerReport, manifest["layers"], path), trained=trained, **how)
+        trained = read_reports(TrainedBlock, manifest["trained"])
+        return cls(read_reports(LayerReport, manifest["layers"]), trained=trained, **how)
 
     @property
     def sparsity(self) -> float:
@@ -328,20 +316,10 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def read_reports(kind: type[Kind], records: Any, where: Path) -> list[Kind]:
-    """Reports of layers or trained blocks in a journal or a manifest; ModelError for other records."""
+def read_reports(kind: type[Kind], records: Any) -> list[Kind]:
+    """Reports of layers or trained blocks in a journal or a manifest."""
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    try:
-        found = [
-            kind(**{key: value for key, value in record.items() if key in names})
-            for record in records
-        ]
-    except (TypeError, AttributeError):
-        found = None
-    if found is None or not all(map(holds_its_kinds, found)):
-        what = "layers" if kind is LayerReport else "trained blocks"
-        raise ModelError(f"{where}: its {what} are not those of a prune")
-    return found
+    return [kind(**{key: x for key, x in record.items() if key in names}) for record in records]
 
 
 def versions() -> dict[str, str]:
@@ -380,29 +358,6 @@ def write_manifest(path: Path, report: PruneReport, files: Mapping[str, str], **
     write_json(path, manifest)
 
 
-def read_manifest(path: Path, *, smaller: bool = False) -> dict[str, Any]:
-    """A manifest of a prune, or (`smaller`) of any kind; ModelError where it is missing, none, or changed."""
-    manifest = read_json(path, "the folder was not written by maskopt prune")
-    sound = manifest.get("format") == MANIFEST_FORMAT and manifest.get("kind") in KINDS
-    if not sound or not has_keys_of_its_kind(manifest):
-        raise ModelError(f"{path}: not a manifest of format {MANIFEST_FORMAT}")
-    if manifest["kind"] != PRUNE and not smaller:
-        raise ModelError(
-            f"{path}: the folder was written by maskopt prune-structured, and is a dense model without masks"
-        )
-    files = manifest["files"]
-    if not isinstance(files, dict) or not all(map(plain_name, files)):
-        raise ModelError(f"{path}: not a manifest: `files` must have names without a path")
-    if manifest.get("sha256") != manifest_digest(manifest):
-        raise ModelError(f"{path}: does not match its own digest: it was changed")
-    return manifest
-
-
 def result_digest(manifest: Mapping[str, Any]) -> str:
     """Of fingerprint and files: the same for every run that made them."""
     return manifest_digest({name: manifest[name] for name in ("fingerprint", "files")})
-
-
-def manifest_digest(manifest: Mapping[str, Any]) -> str:
-    rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

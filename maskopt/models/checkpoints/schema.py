@@ -1,27 +1,130 @@
-"""The shape of JSON records that a stranger may have written."""
+"""What a model folder may hold that a stranger wrote: file names and links, JSON, configuration, index,
+headers of masks, and the manifest of a run.
+
+Whatever reads a folder shares these. Weights and masks themselves are read once for runs
+(`maskopt.models.checkpoints`) and once more, in another way, for `verify`.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
 
+from maskopt.core.pattern import pattern_from_dict
+from maskopt.errors import ModelError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG, MANIFEST = "config.json", "maskopt-manifest.json"
+#: a safetensors file of another ending: servers load every *.safetensors of a folder
+MASKS = "maskopt-masks.bits"
+#: what is copied along with the weights: configuration, tokenizer, templates; and what no loader reads
+COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+LEGAL_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
+LEGAL_SUFFIXES = ("", ".txt", ".md", ".rst", ".pdf", ".html")
+MAX_JSON = 256 * 2**20
+MANIFEST_FORMAT, MASK_FORMAT = "maskopt-manifest-1", "maskopt-masks-1"
+#: of a manifest: weights are pruned; or channels and heads, experts, or blocks are removed
+PRUNE, STRUCTURES, EXPERTS, BLOCKS = KINDS = ("prune", "structures", "experts", "blocks")
 #: entries of config.json that count blocks or experts; so many are built in seconds
 _COUNTS = re.compile(r"(.*_)?(n|num)_(.*_)?(layers?|blocks|experts)|(en|de)coder_layers|depth")
 _FEW = 1024
-MANIFEST_FORMAT = "maskopt-manifest-1"
-#: of a manifest: weights are pruned; or channels and heads, experts, or blocks are removed
-PRUNE, STRUCTURES, EXPERTS, BLOCKS = KINDS = ("prune", "structures", "experts", "blocks")
-_KEYS = {
-    *("format", "kind", "fingerprint", "sparsity", "layers", "trained", "distillation"),
-    *("bad_samples", "files", "seconds", "memory", "sha256"),
-}
 
 
-def has_keys_of_its_kind(manifest: Mapping[str, Any]) -> bool:
-    """Whether a manifest has all keys of its kind, and no others."""
-    return manifest.keys() == _KEYS | ({"shrunk"} if manifest["kind"] != PRUNE else set())
+# --- files
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """A regular file for reading; ModelError for a pipe, a device, or a file that cannot be read."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ModelError(f"{path}: not a regular file")
+        return open(path, "rb")
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read_value(path: Path, **how: Any) -> Any:
+    """The JSON value of a file; ModelError where it is missing, unreadable, too large or no JSON. `how`: for
+    `json.loads`."""
+    with open_file(path) as file:
+        if os.fstat(file.fileno()).st_size > MAX_JSON:
+            raise ModelError(f"{path}: larger than {MAX_JSON >> 20} MiB, which no such file is")
+        data = file.read()
+    try:
+        return json.loads(data.decode("utf-8"), **how)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not JSON ({str(error)[:100]})") from None
+
+
+def read_json(path: Path, why: str = "", **how: Any) -> dict[str, Any]:
+    """A JSON object from a file, as `read_value`; `why`: what a missing one means."""
+    if not path.is_file() and why:
+        raise ModelError(f"{path}: no such file; {why}")
+    value = read_value(path, **how)
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: not a JSON object")
+    return value
+
+
+def check_link(file: Path) -> None:
+    """Raise ModelError for a link to no file, or out of the folder and the hub's blob store."""
+    real, home = Path(os.path.realpath(file)), Path(os.path.realpath(file.parent))
+    in_cache = home.parent.name == "snapshots" and home.parent.parent / "blobs" in real.parents
+    if not (home in real.parents or in_cache):
+        raise ModelError(
+            f"{file}: is a link out of the model folder, to {real}; put the file itself there"
+        )
+    if file.is_symlink() and not file.is_file():
+        raise ModelError(
+            f"{file}: cannot be read: is a link to {real}, which is no file; put the file itself there"
+        )
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """The shards of tensors by an index; ModelError for names that lead out of the folder."""
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{folder / INDEX}: holds no weight_map")
+    for tensor, name in weight_map.items():
+        if not plain_name(name) or not name.endswith(".safetensors"):
+            raise ModelError(
+                f"{folder / INDEX}: {tensor[:200]!r} is said to be in {str(name)[:200]!r}, "
+                "which is not the name of a safetensors file in the folder"
+            )
+    return weight_map
+
+
+def shards_of(
+    folder: Path, held: Mapping[str, Iterable[str]], index: Mapping[str, str]
+) -> dict[str, str]:
+    """The shard of every tensor, out of the tensors that shards hold; ModelError for a tensor in two of them,
+    or where the index says otherwise."""
+    where: dict[str, str] = {}
+    for shard, tensors in held.items():
+        for tensor in tensors:
+            if tensor in where:
+                raise ModelError(
+                    f"{folder}: tensor {tensor!r} is in {where[tensor]} and in {shard}"
+                )
+            where[tensor] = shard
+    for tensor, shard in index.items():
+        if where.get(tensor) != shard:
+            raise ModelError(
+                f"{folder / INDEX}: says that {tensor[:200]!r} is in {shard}; it is not"
+            )
+    return where
+
+
+# --- shapes of JSON values
 
 
 def is_count(value: Any) -> bool:
@@ -109,3 +212,135 @@ def far_more_than_stored(config: Any, shapes: Mapping[str, Sequence[int]]) -> st
                 f"`{key}` is {value}, and the stored tensors have {stored} {what}; correct `{key}`"
             )
     return ""
+
+
+# --- headers of masks, and manifests
+
+
+#: of a mask, in the header of its file
+_MASK = {
+    "shape": lambda v: fits(v, [is_size]) and len(v) in (2, 3),
+    "input_axis": is_count,
+    "sha256": str,
+}
+
+
+def read_layout(
+    path: Path, metadata: Mapping[str, str], names: Iterable[str]
+) -> dict[str, dict[str, Any]]:
+    """Shape, axis of the inputs and digest of each mask of a file; ModelError for another one."""
+    if metadata.get("format") != MASK_FORMAT:
+        raise ModelError(f"{path}: not a mask file of format {MASK_FORMAT}")
+    try:
+        layout = json.loads(metadata["tensors"])
+    except (KeyError, ValueError, RecursionError):
+        raise ModelError(f"{path}: the header of the masks is damaged") from None
+    if not isinstance(layout, dict) or set(layout) != set(names):
+        raise ModelError(f"{path}: the header names other tensors than the file holds")
+    for name, item in layout.items():
+        sound = fits(item, _MASK) and set(item) == set(_MASK)
+        if not sound or not 0 <= len(item["shape"]) - 1 - item["input_axis"] <= 1:
+            raise ModelError(f"{path}: the header of mask {name[:200]!r} is damaged")
+    return layout
+
+
+_STATUSES = ("optimal", "swap-optimal", "feasible")
+_MAYBE_AMOUNT, _MAYBE_COUNT = (None, is_amount), (None, is_count)
+
+
+def _is_choice(value: Any) -> bool:
+    """Whether it is some of a number of structures, in order."""
+    return fits(value, [is_count]) and bool(value) and bool(value == sorted(set(value)))
+
+
+#: of the reports of layers and of trained blocks
+LAYER = {
+    **dict.fromkeys(("name", "pattern", "kind"), str),
+    **dict.fromkeys(("rows", "n"), is_size),
+    **dict.fromkeys(("pruned", "tokens", "block"), is_count),
+    **dict.fromkeys(("error", "lower_bound", "energy", "gram_shrinkage", "seconds"), is_amount),
+    **dict.fromkeys(("error_held", "energy_held", "error_kept"), _MAYBE_AMOUNT),
+    **dict.fromkeys(("error_wanda", "damping"), _MAYBE_AMOUNT),
+    **dict.fromkeys(("swaps", "scans"), _MAYBE_COUNT),
+    "improvement_quantiles": (None, lambda v: fits(v, [is_number]) and len(v) == 5),
+    "statuses": lambda v: fits(v, {...: is_size}) and set(v) <= set(_STATUSES),
+    "fallback": bool, "objective": ("kept", "least-squares", "updated"),
+}  # fmt: skip
+TRAINED = {
+    **dict.fromkeys(("fitted_before", "fitted_after", "held_before", "held_after"), is_number),
+    "block": is_count, "epoch": is_count, "diverged": bool, "seconds": is_amount,
+}  # fmt: skip
+_COMMON = {
+    "format": MANIFEST_FORMAT, "kind": str, "sha256": str,
+    "sparsity": is_amount, "seconds": is_amount, "memory": {...: _MAYBE_COUNT},
+    "layers": [{**LAYER, "sparsity": is_amount}], "trained": [TRAINED],
+    "distillation": (None, {
+        "before": {"fitted": is_number, "held": is_number},
+        "after": {"fitted": is_number, "held": is_number},
+        "epoch": is_count, "diverged": bool,
+    }),
+    "bad_samples": [{"sample": is_count, "layer": str}],
+    "files": {...: str},
+}  # fmt: skip
+_SMALLER = {
+    **_COMMON, "shrunk": {"kept": {...: _is_choice}, "updated": [str]},
+}  # fmt: skip
+#: options that say how much is removed
+_REMOVED = {
+    STRUCTURES: {"channels": is_amount, "heads": is_amount, "round_to": is_size},
+    EXPERTS: {"experts": is_amount}, BLOCKS: {"removed": _is_choice},
+}  # fmt: skip
+#: of a manifest, by its kind
+SHAPES: dict[str, dict[str, Any]] = {
+    PRUNE: {
+        **_COMMON,
+        "fingerprint": {
+            "options": {
+                "sparsity": pattern_from_dict, "counts?": {...: is_count},
+                "training?": dict, "distillation?": dict,
+            },
+            "dtype": str, "model?": str,
+        },
+    },
+    **{
+        kind: {**_SMALLER, "fingerprint": {"model": str, "options": options}}
+        for kind, options in _REMOVED.items()
+    },
+}  # fmt: skip
+
+
+def read_manifest(path: Path, *, smaller: bool = False) -> dict[str, Any]:
+    """A manifest of a prune, or (`smaller`) of any kind; ModelError where it is missing, none, or changed."""
+    manifest = read_json(
+        path, "the folder was not written by maskopt prune", parse_constant=_no_number
+    )
+    kind = manifest.get("kind")
+    if manifest.get("format") != MANIFEST_FORMAT or kind not in KINDS:
+        raise ModelError(f"{path}: not a manifest of format {MANIFEST_FORMAT}")
+    try:
+        shape = SHAPES[kind]
+        sound = manifest["sha256"] == manifest_digest(manifest) and fits(manifest, shape)
+        sound = sound and manifest.keys() == shape.keys()
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
+        raise ModelError(f"{path}: the manifest is damaged or was changed")
+    if odd := [name for name in manifest["files"] if not plain_name(name)]:
+        raise ModelError(
+            f"{path}: {min(odd)[:200]!r} is not there; `files` must have names without a path"
+        )
+    if kind != PRUNE and not smaller:
+        raise ModelError(
+            f"{path}: the folder was written by maskopt prune-structured, and is a dense model without masks"
+        )
+    return manifest
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _no_number(constant: str) -> float:
+    """For `json.loads`: NaN and infinities are no numbers."""
+    raise ValueError(constant)

@@ -1,13 +1,16 @@
-"""An output folder that appears whole.
+"""An output folder that appears whole, and the journal of its run.
 
 During a run, `OUT/.maskopt/` holds the lock, the journal, the masks of finished blocks and, under `out/`, the
-files of the result. The last step renames those into OUT, the manifest last.
+files of the result. The last step renames those into OUT, the manifest last. The journal has one line per
+fact, each with its own digest, flushed before it counts. A last line that a crash cut off is dropped; any
+other damage is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -20,21 +23,46 @@ from filelock import FileLock, Timeout
 
 from maskopt.core.files import NO_SPACE, same_file
 from maskopt.errors import ModelError
-from maskopt.models.checkpoints.checkpoint import write_json
-from maskopt.models.checkpoints.safefile import write_file
-from maskopt.models.checkpoints.schema import plain_name
+from maskopt.models.checkpoints.checkpoint import write_file, write_json
+from maskopt.models.checkpoints.schema import (
+    LAYER,
+    MANIFEST,
+    MASKS,
+    TRAINED,
+    fits,
+    is_count,
+    plain_name,
+)
 
 HIDDEN = ".maskopt"
 JOURNAL = "journal.jsonl"
 #: what the hidden folder is called while it is removed
 GONE = ".maskopt.gone"
-MANIFEST = "maskopt-manifest.json"
 #: lists of names in the hidden folder: what a commit moves, and what an earlier result left to be deleted
 _COMMITTED, _EARLIER = "committed", "earlier"
-#: a safetensors file of another ending: servers load every *.safetensors of a folder
-MASKS = "maskopt-masks.bits"
 #: the model card: users may edit it, so that manifests leave it out
 CARD = "README.md"
+#: shapes of a journal's records
+_SHAPES = {
+    "header": {"header": dict},
+    "block": {
+        "index": lambda v: is_count(v) and v < 10**5,
+        "masks": str,
+        "weights?": str,
+        "layers": [LAYER],
+        "trained?": [TRAINED],
+        "bad": [{"sample": int}],
+    },
+    "shard": {"name": plain_name},
+    "progress": {
+        "before": lambda v: fits(v, [float]) and len(v) == 2,
+        "file": plain_name,
+        "digest": str,
+        "step": is_count,
+        "epoch": is_count,
+        "held": float,
+    },
+}
 
 
 class Workspace:
@@ -181,15 +209,11 @@ def check_output(
     """
     check_place(output)
     check_inputs(output, **inputs)
-    if not output.exists():
-        if resume:
-            raise ModelError(f"{output}: nothing to resume there; start without `resume`")
-        return
-    if not output.is_dir():
+    if output.exists() and not output.is_dir():
         raise ModelError(f"{output}: exists and is not a folder")
     try:
-        names = {entry.name for entry in output.iterdir()}
-        ours = {*earlier_files(output), *own}
+        names = {entry.name for entry in output.iterdir()} if output.exists() else set()
+        ours = {*earlier_files(output), *own} if names else set()
     except OSError as error:
         raise ModelError(f"{output}: cannot be read: {error.strerror}") from None
     if resume and HIDDEN not in names:
@@ -318,3 +342,105 @@ def _locked(work: Workspace) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+# --- the journal
+
+
+class Journal:
+    """The records of a file, and new ones: the run's fingerprint, finished blocks by index, digests of
+    finished shards, and where unfinished training was last saved."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.header: dict[str, Any] | None = None
+        self.blocks: dict[int, dict[str, Any]] = {}
+        self.shards: dict[str, str] = {}
+        self.progress: dict[str, Any] | None = None
+        if path.exists():
+            for number, record in enumerate(read_journal(path), start=1):
+                kind = str(record.get("kind"))
+                first = (kind == "header") == (number == 1)
+                if not first or kind not in _SHAPES or not fits(record, _SHAPES[kind]):
+                    raise ModelError(f"{path}, line {number}: not a journal of maskopt")
+                self._take(record)
+
+    def begin(self, header: dict[str, Any]) -> None:
+        """Write the header of a new journal."""
+        self._add("header", header=header)
+
+    def add_block(self, index: int, record: dict[str, Any]) -> None:
+        self._add("block", index=index, **record)
+
+    def add_shard(self, name: str, digest: str) -> None:
+        self._add("shard", name=name, digest=digest)
+
+    def set_progress(self, record: dict[str, Any]) -> None:
+        self._add("progress", **record)
+
+    def _take(self, record: dict[str, Any]) -> None:
+        if record["kind"] == "header":
+            self.header = record["header"]
+        elif record["kind"] == "block":
+            self.blocks[record["index"]] = record
+        elif record["kind"] == "shard":
+            self.shards[record["name"]] = str(record.get("digest"))
+        else:
+            self.progress = record
+
+    def _add(self, kind: str, **record: Any) -> None:
+        """Append a record with its digest, in place of a last line that a crash cut off."""
+        record = {"kind": kind, **record}
+        line = json.dumps({**record, "sha256": _digest(record)}, sort_keys=True) + "\n"
+        with open(self.path, "ab") as file:
+            complete = self.path.read_bytes().rfind(b"\n") + 1
+            if file.tell() != complete:
+                file.truncate(complete)
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self._take(record)
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """All complete records; ModelError where it is unreadable, or a line does not match its digest."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+    lines = data.split(b"\n")[:-1]
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line.decode("utf-8"))
+            digest = record.pop("sha256")
+            # other bytes may mean the same: 1E-05, a 17th digit
+            same = json.dumps({**record, "sha256": digest}, sort_keys=True).encode() == line
+            sound = same and digest == _digest(record)
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            sound = False
+        if not sound:
+            raise ModelError(
+                f"{path}, line {number}: the journal is damaged; start over with `overwrite`"
+            )
+        records.append(record)
+    return records
+
+
+def differences(old: Any, new: Any, path: str = "") -> str:
+    """Where two JSON values differ, in words: the first places, and how many more; empty for equal ones."""
+    lines = list(_apart(old, new, path))
+    more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
+    return "; ".join(lines[:5]) + more
+
+
+def _apart(old: Any, new: Any, path: str) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _apart(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield f"{path} was {old!r}, is {new!r}"
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

@@ -16,11 +16,16 @@ from maskopt.models.architecture.source import FolderSource
 from maskopt.models.blockwise.job import Job, open_job
 from maskopt.models.blockwise.memory import check_memory
 from maskopt.models.blockwise.windows import check_targets, held_out, tokens_or_tokenizer
-from maskopt.models.checkpoints.checkpoint import Checkpoint, file_digest, write_json
-from maskopt.models.checkpoints.mask_file import MaskFile
-from maskopt.models.checkpoints.safefile import write_file
-from maskopt.models.checkpoints.workspace import CARD, MASKS, Workspace
-from maskopt.models.checkpoints.write import check_masks, copy_file, copy_side_files, disk_needed
+from maskopt.models.checkpoints.checkpoint import Checkpoint, file_digest, write_file, write_json
+from maskopt.models.checkpoints.result import (
+    MaskFile,
+    check_masks,
+    copy_file,
+    copy_side_files,
+    disk_needed,
+)
+from maskopt.models.checkpoints.schema import MASKS
+from maskopt.models.checkpoints.workspace import CARD, Workspace
 from maskopt.models.options.distill import DistillOptions
 from maskopt.models.options.walk import options_by_name
 from maskopt.models.pruning.run import Run, fingerprint_of
@@ -177,7 +182,7 @@ def _check_same_model(source: FolderSource, pruned: Checkpoint) -> None:
         tensor
         for index, block in enumerate(source.blocks.modules)
         for name, _ in block.named_parameters()
-        for tensor in source.stored_parts(source.blocks.prefix(index) + name)
+        for tensor in source.conversion.sources(source.blocks.prefix(index) + name)
     }
     for name in sorted({*dense.where} - inside):
         if not torch.equal(dense.read(name), pruned.read(name)):

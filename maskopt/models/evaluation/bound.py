@@ -26,13 +26,8 @@ from maskopt.experiments.jobs import BATCH, as_they_finish, digest_of, workers
 from maskopt.experiments.store import Store
 from maskopt.models.architecture.blocks import Layer, choose
 from maskopt.models.checkpoints.checkpoint import open_checkpoint, resolve_model
-from maskopt.models.checkpoints.report import (
-    LayerReport,
-    read_manifest,
-    read_reports,
-    result_digest,
-)
-from maskopt.models.checkpoints.workspace import MANIFEST
+from maskopt.models.checkpoints.report import LayerReport, read_reports, result_digest
+from maskopt.models.checkpoints.schema import MANIFEST, read_manifest
 from maskopt.models.options.prune import BOTH, NONE
 from maskopt.models.options.walk import name_patterns
 from maskopt.models.pruning.problems import layer_problems
@@ -165,7 +160,7 @@ def certify_model(
             "`allocation` uniform or layers"
         )
     wanted = (*name_patterns(layers), *name_patterns(shorthand.get("include")))
-    reports = read_reports(LayerReport, manifest["layers"], Path(pruned) / MANIFEST)
+    reports = read_reports(LayerReport, manifest["layers"])
     done = choose(reports, wanted)
     text = manifest["fingerprint"]["calibration"]
     windows = {"samples": text["samples"], "seq_len": text["length"], "holdout": asked["holdout"]}

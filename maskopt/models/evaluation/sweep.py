@@ -15,7 +15,8 @@ from maskopt.models.blockwise.job import Job, open_job
 from maskopt.models.blockwise.progress import OnBlockProgress
 from maskopt.models.blockwise.windows import check_targets
 from maskopt.models.checkpoints.report import PruneReport
-from maskopt.models.checkpoints.workspace import MANIFEST, check_dense, check_place, unfinished
+from maskopt.models.checkpoints.schema import MANIFEST
+from maskopt.models.checkpoints.workspace import check_dense, check_place, unfinished
 from maskopt.models.evaluation.evaluate import Evaluation, evaluate
 from maskopt.models.options.prune import NONE, PruneOptions, prune_options
 from maskopt.models.options.walk import WalkOptions

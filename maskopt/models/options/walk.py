@@ -21,7 +21,7 @@ from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.limits import Limits, parse_bytes
 from maskopt.errors import DataError, ModelError, OptionError, near
 from maskopt.models.calibration.token_weights import GRADIENT, TOKEN_WEIGHTS, UNIFORM
-from maskopt.models.checkpoints.bos import check_bos
+from maskopt.models.checkpoints.bos import BOS
 
 if TYPE_CHECKING:
     from maskopt.models.architecture.blocks import Layer
@@ -88,6 +88,7 @@ class WalkOptions:
         "First token of a window. auto: what the tokenizer puts before a text; always: its BOS token;"
         " never: none, as in published results of LLaMA 1 and 2.",
         TEXT,
+        choices=BOS,
     )
     text_field: str = option("text", "Key of the text in JSON lines.", TEXT)
     chat: bool = option(
@@ -126,7 +127,6 @@ class WalkOptions:
                 object.__setattr__(self, name, parse_bytes(given))
         Limits(threads=self.threads, seed=self.seed)  # refuses what a solver would
         check_options(self)
-        check_bos(self.bos)
         if self.one_pass and self.true_sequential:
             raise ModelError(
                 "`calibrate_on` dense and `true_sequential` exclude each other; choose one"

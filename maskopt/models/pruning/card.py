@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from maskopt.core.files import atomic_write
 from maskopt.core.pattern import NM, pattern_from_dict
-from maskopt.models.checkpoints.checkpoint import names_hub_model, read_json
+from maskopt.models.checkpoints.checkpoint import names_hub_model
 from maskopt.models.checkpoints.report import (
     PruneReport,
     mean_error,
@@ -20,7 +20,7 @@ from maskopt.models.checkpoints.report import (
     proven_share,
     ratio_to_wanda,
 )
-from maskopt.models.checkpoints.schema import PRUNE
+from maskopt.models.checkpoints.schema import PRUNE, read_json
 from maskopt.models.checkpoints.workspace import CARD
 from maskopt.models.pruning.rerun import command_again
 

@@ -24,10 +24,9 @@ from maskopt.models.blockwise.distributed import ALONE, Ranks
 from maskopt.models.blockwise.job import Job, open_job
 from maskopt.models.blockwise.progress import OnBlockProgress, Tick, ticker
 from maskopt.models.blockwise.windows import tokens_or_tokenizer
-from maskopt.models.checkpoints.checkpoint import file_digest, read_json, write_json
+from maskopt.models.checkpoints.checkpoint import file_digest, open_safe, write_json, write_tensors
 from maskopt.models.checkpoints.report import FinishedBlock, grouped
-from maskopt.models.checkpoints.safefile import open_safe, write_tensors
-from maskopt.models.checkpoints.schema import fits
+from maskopt.models.checkpoints.schema import fits, read_json
 from maskopt.models.checkpoints.workspace import check_inputs
 from maskopt.models.options.prune import AUTO, BLOCKWISE, PruneOptions, prune_options, with_recipe
 from maskopt.models.options.walk import WalkOptions, options_by_name

@@ -20,15 +20,7 @@ from maskopt.models.blockwise.collect import Grams
 from maskopt.models.blockwise.job import Block, Job, open_job
 from maskopt.models.blockwise.progress import BlockProgress
 from maskopt.models.calibration.tokens import Windows
-from maskopt.models.checkpoints.checkpoint import file_digest, open_checkpoint
-from maskopt.models.checkpoints.mask_file import (
-    Edits,
-    MaskFile,
-    MaskFiles,
-    TensorMask,
-    join_masks,
-    write_masks,
-)
+from maskopt.models.checkpoints.checkpoint import file_digest, open_checkpoint, write_tensors
 from maskopt.models.checkpoints.report import (
     FinishedBlock,
     LayerReport,
@@ -36,16 +28,20 @@ from maskopt.models.checkpoints.report import (
     TrainedBlock,
     read_reports,
 )
-from maskopt.models.checkpoints.safefile import write_tensors
-from maskopt.models.checkpoints.schema import PRUNE
-from maskopt.models.checkpoints.workspace import CARD, MASKS, plain_errors
-from maskopt.models.checkpoints.write import (
+from maskopt.models.checkpoints.result import (
+    Edits,
+    MaskFile,
+    TensorMask,
     check_masks,
     copy_side_files,
     disk_needed,
+    join_masks,
     side_files,
+    write_masks,
     write_shard,
 )
+from maskopt.models.checkpoints.schema import MASKS, PRUNE
+from maskopt.models.checkpoints.workspace import CARD, plain_errors
 from maskopt.models.options.prune import NONE, PruneOptions
 from maskopt.models.pruning.card import hub_name, write_card
 from maskopt.models.pruning.gram_store import StoredBlock
@@ -145,13 +141,15 @@ class FolderResults(Results):
         run: Run,
         source: FolderSource,
         cuts: Mapping[str, int] | None = None,
-        left: Callable[[MaskFiles], Indices] | None = None,
+        left: Callable[[Mapping[str, MaskFile]], Indices] | None = None,
     ) -> None:
         super().__init__(job, run)
         self._run, self._source, self._left = run, source, left
         self._distilled: dict[str, str] = {}
         self._block_of = {
-            t: layer.block for layer in job.layers for t in source.stored_parts(layer.parameter)
+            t: layer.block
+            for layer in job.layers
+            for t in source.conversion.sources(layer.parameter)
         }
         for block in {layer.block for layer in job.layers}:
             self._block_of |= {name: block for name, _ in source.vectors(block).values()}
@@ -207,9 +205,8 @@ class FolderResults(Results):
     def write_shards(self) -> Mapping[str, str]:
         """Write the shards that only tensors of finished blocks lie in, once; SHA-256 of all written ones."""
         journal, checkpoint = self._run.journal, self._source.checkpoint
-        masks = self.stored_masks()
-        edits = Edits.of(masks, self._values(journal.blocks))
-        left = None if self._left is None else self._left(masks)
+        edits = self.edits()
+        left = None if self._left is None else self._left(edits.masks)
         for name, shard in checkpoint.shards.items():
             blocks = {self._block_of[t] for t in shard.entries if t in self._block_of}
             if name not in journal.shards and blocks <= journal.blocks.keys():
@@ -258,16 +255,16 @@ class FolderResults(Results):
         found = {}
         for index, record in self._run.journal.blocks.items():
             if index <= self.job.last:
-                path = self._run.journal.path
-                layers = read_reports(LayerReport, record["layers"], path)
-                trained = read_reports(TrainedBlock, record.get("trained", []), path)
-                edits = Edits.of(MaskFile(self._path(index, "masks")), self._values([index]))
+                layers = read_reports(LayerReport, record["layers"])
+                trained = read_reports(TrainedBlock, record.get("trained", []))
+                edits = Edits.of([self._path(index, "masks")], self._values([index]))
                 found[index] = FinishedBlock(layers, trained, record["bad"], edits)
         return found
 
-    def stored_masks(self) -> MaskFiles:
-        """The masks of all finished blocks."""
-        return MaskFiles(self._path(index, "masks") for index in self._run.journal.blocks)
+    def edits(self) -> Edits:
+        """Masks and new weights of all finished blocks."""
+        blocks = self._run.journal.blocks
+        return Edits.of((self._path(index, "masks") for index in blocks), self._values(blocks))
 
     def _values(self, blocks: Iterable[int]) -> list[Path]:
         """The files of new weights, of blocks that have any."""
@@ -347,7 +344,7 @@ def apply_masks(
     with run.opened(disk_needed(checkpoint)) as work:
         join_masks(work.staging / MASKS, [Path(masks)])
         for shard in checkpoint.shards:
-            write_shard(checkpoint, shard, work.staging / shard, Edits(file))
+            write_shard(checkpoint, shard, work.staging / shard, Edits.of([file.path]))
         copy_side_files(checkpoint, work.staging)
         work.write_record(APPLIED)
         work.commit()

@@ -32,9 +32,8 @@ from maskopt.models.blockwise.windows import (
     windows_of,
 )
 from maskopt.models.calibration.tokens import Windows
-from maskopt.models.checkpoints.journal import differences, in_words
 from maskopt.models.checkpoints.report import PruneReport
-from maskopt.models.checkpoints.workspace import check_dense
+from maskopt.models.checkpoints.workspace import check_dense, differences
 from maskopt.models.options.distill import DistillOptions
 from maskopt.models.options.prune import BLOCKWISE, KL, PruneOptions, prune_options
 from maskopt.models.pruning.allocate import allocate
@@ -162,9 +161,8 @@ def _check_uniform(ranks: Ranks, fingerprint: dict[str, Any]) -> None:
     """Raise ModelError unless all processes are about to do the same."""
     first, *others = ranks.gathered(fingerprint)
     for rank, theirs in enumerate(others, start=1):
-        lines = differences(first, theirs)
-        if lines:
-            raise ModelError(f"process {rank} would prune otherwise: {in_words(lines)}")
+        if apart := differences(first, theirs):
+            raise ModelError(f"process {rank} would prune otherwise: {apart}")
 
 
 def _prune_blocks(

@@ -10,9 +10,8 @@ from typing import Any
 
 from maskopt.core.fields import RECORDED, options_of
 from maskopt.core.pattern import pattern_from_dict
-from maskopt.errors import OptionError, PatternError
-from maskopt.models.checkpoints.schema import BLOCKS, EXPERTS, PRUNE
-from maskopt.models.checkpoints.workspace import MANIFEST
+from maskopt.errors import OptionError
+from maskopt.models.checkpoints.schema import BLOCKS, EXPERTS, MANIFEST, PRUNE
 from maskopt.models.options.prune import BOTH, ROWS, PruneOptions
 from maskopt.models.options.structured import ShrinkOptions
 
@@ -32,18 +31,13 @@ def options_again(kind: str, fingerprint: Mapping[str, Any], where: str | Path) 
         raise OptionError(
             f"{where}: sets `{min(odd)}`, which a manifest cannot set; give it on the command line"
         )
-    if not isinstance(options.get("counts", {}), Mapping):  # the command line would read a file
-        raise OptionError(f"{where}: `counts` must be an object, not {options['counts']!r:.60}")
     windows = {"samples": text["samples"], "seq_len": text["length"]}
     if kind == BLOCKS:  # how many, scored on as many windows
         options = {"blocks": len(options["removed"]), "windows": windows.pop("samples")}
     elif kind == EXPERTS:
         options.pop("update", None)
     elif kind == PRUNE:
-        try:
-            options["sparsity"] = str(pattern_from_dict(options["sparsity"]))
-        except (KeyError, TypeError, PatternError):
-            raise OptionError(f"{where}: holds no sparsity") from None
+        options["sparsity"] = str(pattern_from_dict(options["sparsity"]))
         # rows without recorded limits have none, where the default would set some
         if options.get("allocation") in (ROWS, BOTH) and options.get("max_deviation") is None:
             options["max_deviation"] = 1.0

@@ -15,21 +15,22 @@ from maskopt.errors import ModelError
 from maskopt.models.blockwise.distributed import ALONE, Ranks
 from maskopt.models.blockwise.job import Job
 from maskopt.models.calibration.tokens import Windows
-from maskopt.models.checkpoints.checkpoint import Checkpoint, damage, file_digest, read_json
-from maskopt.models.checkpoints.journal import Journal, differences, in_words
-from maskopt.models.checkpoints.report import PruneReport, read_manifest, versions, write_manifest
+from maskopt.models.checkpoints.checkpoint import Checkpoint, damage, file_digest
+from maskopt.models.checkpoints.report import PruneReport, versions, write_manifest
+from maskopt.models.checkpoints.result import Unchanged, copy_side_files
+from maskopt.models.checkpoints.schema import MANIFEST, read_json, read_manifest
 from maskopt.models.checkpoints.workspace import (
     CARD,
     GONE,
     HIDDEN,
     JOURNAL,
-    MANIFEST,
+    Journal,
     Workspace,
     check_inputs,
     check_output,
+    differences,
     open_workspace,
 )
-from maskopt.models.checkpoints.write import Unchanged, copy_side_files
 from maskopt.models.pruning.card import hub_name, write_card
 
 _STATUS = Path("/proc/self/status")
@@ -79,8 +80,8 @@ class Run:
         if (self.output / HIDDEN).exists() or not path.exists():
             return None
         record = read_manifest(path, smaller=True) if self.complete == MANIFEST else read_json(path)
-        if lines := differences(record.get("fingerprint"), dict(fingerprint)):
-            raise self._another("the result", lines)
+        if apart := differences(record.get("fingerprint"), dict(fingerprint)):
+            raise self._another("the result", apart)
         files = record.get("files")
         if not isinstance(files, dict):
             raise ModelError(f"{path}: is damaged; start over with `overwrite`")
@@ -106,14 +107,14 @@ class Run:
             header = read_manifest(manifest)["fingerprint"]
         if header is None:
             return None
-        recorded, apart = header["options"], {"counts": None}
-        if lines := differences({**recorded, **apart}, {**options, **apart}, "options"):
-            raise self._another(what, lines)
+        recorded, none = header["options"], {"counts": None}
+        if apart := differences({**recorded, **none}, {**options, **none}, "options"):
+            raise self._another(what, apart)
         return dict(recorded.get("counts", {}))
 
-    def _another(self, what: str, lines: list[str]) -> ModelError:
+    def _another(self, what: str, apart: str) -> ModelError:
         return ModelError(
-            f"{self.output}: holds {what} of another run: {in_words(lines)}; `overwrite` replaces it"
+            f"{self.output}: holds {what} of another run: {apart}; `overwrite` replaces it"
         )
 
     @contextmanager
@@ -140,7 +141,11 @@ class Run:
                     f"{free / 2**30:.2f} GiB are free on the disk{remedy}"
                 )
             if fingerprint is not None:
-                Journal(self.work.journal).begin(dict(fingerprint))
+                journal = Journal(self.work.journal)
+                if journal.header is None:
+                    journal.begin(dict(fingerprint))
+                elif apart := differences(journal.header, dict(fingerprint)):
+                    raise self._another("the unfinished part", apart)
 
         with ExitStack() as stack:
             self.work = Workspace(self.output)

@@ -8,7 +8,6 @@ costs beyond its two. Larger sets are searched by exchanges, and measured as a w
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,24 +22,17 @@ from torch import Tensor
 from maskopt.core.problem import RowProblem
 from maskopt.errors import ModelError, OptionError
 from maskopt.models.architecture.source import FolderSource
-from maskopt.models.architecture.structures import BLOCK_INDICES, DEPTHS
+from maskopt.models.architecture.structures import block_settings, renumbered, without_blocks
 from maskopt.models.blockwise.divergence import Variant, Variants, divergences, place, through
 from maskopt.models.blockwise.job import Block, Job
 from maskopt.models.blockwise.progress import OnBlockProgress
-from maskopt.models.checkpoints.checkpoint import read_json
 from maskopt.models.checkpoints.report import PruneReport
-from maskopt.models.checkpoints.schema import BLOCKS
-from maskopt.models.checkpoints.write import disk_needed
+from maskopt.models.checkpoints.result import disk_needed
+from maskopt.models.checkpoints.schema import BLOCKS, CONFIG, read_json
 from maskopt.models.options.prune import NONE
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.pruning.run import Run, fingerprint_of, peaks
-from maskopt.models.structured.change import (
-    CONFIG,
-    Change,
-    check_shapes,
-    finish_smaller,
-    open_original,
-)
+from maskopt.models.structured.change import check_shapes, finish_smaller, open_original
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import solve
 
@@ -129,7 +121,8 @@ def remove_blocks(
             measured = choose(effects, best, measure, sayable)
         least = min(measured, key=lambda left: measured[left])
         removed = sorted(least)
-        change = Change(_check_family(source, removed), _WHY, _new_names(source, removed))
+        settings = _check_family(source, removed)
+        change = without_blocks(source.conversion, source.blocks, settings, removed)
         record = {"removed": removed, "update": NONE, "seed": options.seed}
         fingerprint, memory = fingerprint_of(job, record), peaks(source.device)
         report = PruneReport([], fingerprint, output=run.output, memory=memory, kind=BLOCKS)
@@ -139,7 +132,7 @@ def remove_blocks(
                 block.advanced = block.dense_advanced = True
 
         more = {**effects.record(removed, measured), "status": str(solution.status[0])}
-        finish_smaller(job, run, change, report, prepare=leave_out, effects=more)
+        finish_smaller(job, run, change, report, _WHY, prepare=leave_out, effects=more)
     seconds = time.perf_counter() - began
     return BlocksReport(removed, effects, solution, measured, run.output, seconds)
 
@@ -155,7 +148,8 @@ def choose(
         sayable: whether a configuration can describe what is left; without the last blocks it can.
     """
     count = len(best)
-    first = list(filter(sayable, dict.fromkeys(map(Left, (best, *effects.yardsticks(count))))))
+    of_others = effects.most_alike(count), effects.last(count)
+    first = list(filter(sayable, dict.fromkeys(map(Left, (best, *of_others)))))
     if count <= 2:
         if Left(best) not in first:
             ranked = sorted((s for s in effects.kl if len(s) == count), key=effects.kl.__getitem__)
@@ -186,41 +180,10 @@ def _sayable(source: FolderSource) -> Callable[[Left], bool]:
 
 def _check_family(source: FolderSource, removed: list[int]) -> dict[str, Any]:
     """The settings without these blocks; ModelError where a configuration cannot describe what is left."""
-    blocks = len(source.blocks)
-    stored = read_json(source.checkpoint.folder / CONFIG)
-    nested = stored.get("text_config", {}) if isinstance(stored.get("text_config"), dict) else {}
-    keys = [key for key in DEPTHS if blocks in (stored.get(key), nested.get(key))]
-    text: Any = source.model.config.get_text_config()
-    settings: dict[str, Any] = {(keys or [DEPTHS[0]])[0]: blocks - len(removed)}
-    for key, value in text.to_dict().items():
-        if key in BLOCK_INDICES and isinstance(value, list):
-            left = [index for index in value if index not in removed]
-            settings[key] = [index - sum(gone < index for gone in removed) for index in left]
-        elif isinstance(value, list) and len(value) == blocks and not key.endswith("token_id"):
-            settings[key] = [item for index, item in enumerate(value) if index not in removed]
-    check_shapes(source, settings, rename=lambda x: _without(x, source.blocks.name, removed))
+    config = read_json(source.checkpoint.folder / CONFIG)
+    settings, name = block_settings(source.blocks, config, removed), source.blocks.name
+    check_shapes(source, settings, rename=lambda x: renumbered(x, name, removed))
     return settings
-
-
-def _new_names(source: FolderSource, removed: list[int]) -> dict[str, str | None]:
-    """New names of stored tensors of the decoder's blocks, not of those of a vision tower."""
-    last = source.blocks.name.rpartition(".")[2]
-    of_blocks = source.stored_inside(source.blocks.name)
-    return {
-        name: _without(name, last, removed) if name in of_blocks else name
-        for name in source.checkpoint.where
-    }
-
-
-def _without(name: str, blocks: str, removed: list[int]) -> str | None:
-    found = re.search(rf"(?:^|\.){re.escape(blocks)}\.(\d+)\.", name)
-    if found is None:
-        return name
-    index = int(found[1])
-    if index in removed:
-        return None
-    new = index - sum(i < index for i in removed)
-    return f"{name[: found.start(1)]}{new}{name[found.end(1) :]}"
 
 
 @dataclass(frozen=True)
@@ -277,10 +240,6 @@ class Effects:
             "last": self.cost(self.last(count)),
             "most_alike": self.cost(self.most_alike(count)),
         }
-
-    def yardsticks(self, count: int) -> tuple[list[int], list[int]]:
-        """The sets that other methods remove."""
-        return self.most_alike(count), self.last(count)
 
     def last(self, count: int) -> list[int]:
         """The last blocks."""

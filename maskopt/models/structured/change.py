@@ -5,60 +5,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
 from maskopt.errors import ModelError
 from maskopt.models.architecture.source import FolderSource, Source
-from maskopt.models.architecture.structures import Cut
+from maskopt.models.architecture.structures import Change, Kept, TensorCuts, cannot_say, changed
 from maskopt.models.blockwise.job import Block, Job, open_job
 from maskopt.models.blockwise.windows import tokens_or_tokenizer
-from maskopt.models.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint, read_json
-from maskopt.models.checkpoints.mask_file import Edits
+from maskopt.models.checkpoints.checkpoint import Checkpoint, open_safe, write_file
 from maskopt.models.checkpoints.report import FinishedBlock, PruneReport
-from maskopt.models.checkpoints.safefile import open_safe, write_file
-from maskopt.models.checkpoints.write import write_shard
+from maskopt.models.checkpoints.result import Edits, write_shard
+from maskopt.models.checkpoints.schema import CONFIG, INDEX, SINGLE, read_json
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.pruning.run import Run
 
-CONFIG = "config.json"
 #: relative difference of the last hidden states
 _SAME = 1e-2
-
-#: by the name of a stored tensor, how it is cut along one or two axes, and by whose structures
-TensorCuts = Mapping[str, Sequence[tuple[str, Cut]]]
-#: bool, True = stays: the structures of a consumer or mixture, by its name
-Kept = Mapping[str, Bool[Tensor, " structures"]]
-
-
-@dataclass(frozen=True)
-class Change:
-    """What becomes of a stored model.
-
-    Attributes:
-        settings: new values in its configuration, by key.
-        why: what it means if the written model computes something else than the changed original.
-        names: new names of all tensors, None for one that is removed; empty: all keep their names.
-        updated: tensors with new weights.
-    """
-
-    settings: Mapping[str, Any]
-    why: str
-    names: Mapping[str, str | None] = field(default_factory=dict)
-    cuts: TensorCuts = field(default_factory=dict)
-    kept: Kept = field(default_factory=dict)
-    updated: Sequence[str] = ()
-
-    def record(self) -> dict[str, Any]:
-        """What stays, as JSON values, for the manifest; all else follows from it."""
-        kept = {name: stays.nonzero()[:, 0].tolist() for name, stays in self.kept.items()}
-        return {"kept": kept, "updated": sorted(self.updated)}
 
 
 def indices_left(cuts: TensorCuts, kept: Kept) -> dict[str, dict[int, Tensor]]:
@@ -105,14 +72,17 @@ def finish_smaller(
     run: Run,
     change: Change,
     report: PruneReport,
+    why: str,
     *,
+    updated: Sequence[str] = (),
     shards: Mapping[str, str] | None = None,
     finished: Mapping[int, FinishedBlock] | None = None,
     prepare: Callable[[Block], None] = lambda _: None,
     **more: Any,
 ) -> None:
-    """Write the smaller model (its shards unless there are `shards` with their SHA-256), move it into view
-    and record the change with `more`; ModelError where it does not compute what the changed original does."""
+    """Write the smaller model (its shards unless there are `shards` with their SHA-256), move it into view,
+    and record what stays with `more`: all else follows from the options. ModelError where it does not compute
+    what the changed original does; `why`: what that means."""
     checkpoint, staging = folder_source(job.source).checkpoint, run.work.staging
     if shards is None:
         left = indices_left(change.cuts, change.kept)
@@ -129,9 +99,11 @@ def finish_smaller(
         if SINGLE not in checkpoint.shards:
             _write_json(folder / INDEX, _index(checkpoint, change, shards, folder))
         bad = {sample["sample"] for sample in report.bad_samples}
-        _check_same_output(job, folder, change.why, bad, finished, prepare)
+        _check_same_output(job, folder, why, bad, finished, prepare)
 
-    run.finish(report, shards, rewrite, shrunk={**change.record(), **more})
+    kept = {name: stays.nonzero()[:, 0].tolist() for name, stays in change.kept.items()}
+    shrunk = {"kept": kept, "updated": sorted(updated), **more}
+    run.finish(report, shards, rewrite, shrunk=shrunk)
 
 
 def _check_same_output(
@@ -191,31 +163,15 @@ def check_shapes(
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(type(before).from_dict(record))
     except Exception as error:  # configurations fail in as many ways as there are models
-        raise cannot_say(source, str(error).splitlines()[-1].strip()) from error
+        raise cannot_say(source.model, str(error).splitlines()[-1].strip()) from error
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     for name in sorted(wanted.keys() | shapes.keys()):
         if wanted.get(name) != shapes.get(name):
             raise cannot_say(
-                source,
+                source.model,
                 f"parameter {name!r} is {list(shapes.get(name, ()))} in the model that it describes and "
                 f"would be {list(wanted.get(name, ()))}",
             )
-
-
-def cannot_say(source: FolderSource, what: str) -> ModelError:
-    family = getattr(source.model.config, "model_type", type(source.model).__name__)
-    return ModelError(
-        f"the configuration of {family} models cannot describe the smaller model: {what}; ask for "
-        "another share or number, or for other structures"
-    )
-
-
-def changed(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with other settings of its text model."""
-    nested = config.get("text_config")
-    if isinstance(nested, dict) and not any(key in config for key in settings):
-        return {**config, "text_config": {**nested, **settings}}
-    return {**config, **settings}
 
 
 def _index(

@@ -31,28 +31,24 @@ from maskopt.models.architecture.blocks import Layer, matrix
 from maskopt.models.architecture.source import FolderSource, as_stored
 from maskopt.models.architecture.structures import (
     CHANNELS,
-    WIDTHS,
-    Cut,
+    Change,
     Structures,
-    attention_of,
-    channels_of,
-    heads_of,
+    structure_cuts,
+    structure_settings,
+    structures_of,
 )
 from maskopt.models.blockwise.collect import Grams
 from maskopt.models.blockwise.job import Block, Job
 from maskopt.models.blockwise.progress import OnBlockProgress
-from maskopt.models.checkpoints.mask_file import MaskFiles, unpack
 from maskopt.models.checkpoints.report import LayerReport, PruneReport
-from maskopt.models.checkpoints.schema import STRUCTURES
-from maskopt.models.checkpoints.workspace import MASKS
+from maskopt.models.checkpoints.result import MaskFile, unpack
+from maskopt.models.checkpoints.schema import MASKS, STRUCTURES
 from maskopt.models.options.solver import check_size, default_start
 from maskopt.models.options.structured import ShrinkOptions
 from maskopt.models.options.walk import options_by_name
 from maskopt.models.pruning.output import BlockResult, FolderResults, LayerResult
 from maskopt.models.pruning.run import Run, fingerprint_of
 from maskopt.models.structured.change import (
-    Change,
-    cannot_say,
     check_shapes,
     finish_smaller,
     indices_left,
@@ -108,8 +104,8 @@ def shrink_model(
         model, tokenizer_or_tokens, calibration, options, "shrinking", on_progress=on_progress
     )
     every = _structures_of(source, options)
-    settings = new_settings(source, every)
-    check_family(source, settings, every)
+    settings = structure_settings(source.model, every)
+    _check_family(source, settings, every)
     layers = [one.consumer for one in every]
     job = Job(source, layers, whole.windows, options, on_progress=whole.tell)
     source.blocks.check_unshared(job.layers)
@@ -125,28 +121,25 @@ def shrink_model(
         report, shards = results.report(fingerprint, STRUCTURES), results.write_shards()
         done = {i: dataclasses.replace(one, bad=[]) for i, one in results.stored_blocks().items()}
         updated = list(cuts.consumers) if any(one.edits.values for one in done.values()) else []
-        kept = cuts.kept(results.stored_masks())
-        change = Change(settings, _WHY, cuts=cuts.stored, kept=kept, updated=updated)
-        finish_smaller(job, run, change, report, shards=shards, finished=done)
+        kept = cuts.kept(results.edits().masks)
+        change = Change(settings, cuts=cuts.stored, kept=kept)
+        more: Any = {"updated": updated, "shards": shards, "finished": done}
+        finish_smaller(job, run, change, report, _WHY, **more)
     return dataclasses.replace(report, seconds=time.perf_counter() - began)
 
 
 def _structures_of(source: FolderSource, options: ShrinkOptions) -> list[Structures]:
     """Of all blocks, in the order of the model; MaskoptError where they cannot be chosen or updated."""
-    folder, found = source.checkpoint.folder, list[Structures]()
+    folder = source.checkpoint.folder
     if options.how is not None and (folder / MASKS).exists():
         raise OptionError(
             f"{folder}: was pruned, and least squares would fill its zeros; shrink the "
             "original and prune what comes of it, or take `update` none"
         )
-    for index in range(len(source.blocks)):
-        if options.heads:
-            found.append(heads_of(source.blocks, index, options.heads))
-        if options.channels:
-            one = channels_of(source.blocks, index, options.channels, options.round_to)
-            start = default_start(options.solver)
-            check_size(options.solver, options.solver_options, start, one.count, one.pattern)
-            found.append(one)
+    found = structures_of(source.blocks, options.channels, options.heads, options.round_to)
+    start = default_start(options.solver)
+    for one in (x for x in found if x.kind == CHANNELS):
+        check_size(options.solver, options.solver_options, start, one.count, one.pattern)
     return found
 
 
@@ -226,63 +219,30 @@ class StructureCuts:
 
     def __init__(self, source: FolderSource, every: Sequence[Structures]) -> None:
         self.by_consumer = {one.consumer.name: one for one in every}
-        self.consumers = {source.stored_parts(one.consumer.parameter)[0]: one for one in every}
-        self.stored: dict[str, list[tuple[str, Cut]]] = {}
-        self.blocks: dict[str, int] = {}
-        for one in every:
-            for name, cut in one.cuts.items():
-                tensor = source.stored_as_is(name)
-                if tensor is None:
-                    raise ModelError(
-                        f"parameter {name!r} is stored in another form than the model's; it cannot be cut"
-                    )
-                self.stored.setdefault(tensor, []).append((one.consumer.name, cut))
-                self.blocks.setdefault(tensor, one.consumer.block)
+        self.consumers = {
+            source.conversion.sources(one.consumer.parameter)[0]: one for one in every
+        }
+        self.stored = structure_cuts(source.conversion, every)
+        by = self.by_consumer
+        self.blocks = {x: by[found[0][0]].consumer.block for x, found in self.stored.items()}
 
-    def kept(self, masks: MaskFiles) -> dict[str, Bool[Tensor, " m"]]:
+    def kept(self, masks: Mapping[str, MaskFile]) -> dict[str, Bool[Tensor, " m"]]:
         """The structures that stay, by consumer, of finished blocks: all rows of a mask are equal."""
         found = {}
         for tensor, one in self.consumers.items():
             if tensor in masks:
-                columns = unpack(masks.packed(tensor), 0, one.consumer.n)
+                columns = unpack(masks[tensor].packed(tensor), 0, one.consumer.n)
                 stays = torch.zeros(one.count, dtype=torch.bool)
                 stays[one.groups[columns]] = True
                 found[one.consumer.name] = stays
         return found
 
-    def left(self, masks: MaskFiles) -> dict[str, dict[int, Tensor]]:
+    def left(self, masks: Mapping[str, MaskFile]) -> dict[str, dict[int, Tensor]]:
         """Of every tensor, by axis, the indices that stay; of the blocks that are done."""
         return indices_left(self.stored, self.kept(masks))
 
 
-def new_settings(source: FolderSource, every: Sequence[Structures]) -> dict[str, int]:
-    """New settings by key; ModelError where a configuration cannot describe these sizes."""
-    text: Any = source.model.config.get_text_config()
-    found: dict[str, set[int]] = {}
-    for one in every:
-        if one.kind == CHANNELS:
-            keys = [key for key in WIDTHS if getattr(text, key, None) == one.count]
-            if not keys:
-                raise cannot_say(source, f"{one.count} channels")
-            new = {keys[0]: one.kept}
-        else:
-            every_head, groups, width = attention_of(source.model, one.consumer)
-            heads = one.kept
-            if one.count == groups:
-                heads, groups = one.kept * (every_head // groups), one.kept
-            new = {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": width}
-        for key, value in new.items():
-            found.setdefault(key, set()).add(value)
-    for key, values in found.items():
-        if len(values) > 1:
-            raise cannot_say(source, f"{key} of {', '.join(map(str, sorted(values)))}")
-    settings = {key: values.pop() for key, values in found.items()}
-    if getattr(text, "num_key_value_heads", None) is None:
-        settings.pop("num_key_value_heads", None)
-    return settings
-
-
-def check_family(
+def _check_family(
     source: FolderSource, settings: Mapping[str, int], every: Sequence[Structures]
 ) -> None:
     """Compare the model that the new configuration describes with what the cuts leave; as `check_shapes`."""

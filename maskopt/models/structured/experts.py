@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,33 +20,24 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from maskopt.core.pattern import Unstructured
 from maskopt.core.problem import RowProblem
 from maskopt.errors import ModelError, OptionError
-from maskopt.models.architecture.blocks import Blocks, is_experts
+from maskopt.models.architecture.blocks import Mixture, mixtures_of
 from maskopt.models.architecture.source import FolderSource
-from maskopt.models.architecture.structures import EXPERT_COUNTS, ROUTERS, Cut
+from maskopt.models.architecture.structures import expert_settings, experts_left, without_experts
 from maskopt.models.blockwise.job import Block, Job
 from maskopt.models.blockwise.progress import OnBlockProgress
-from maskopt.models.blockwise.watch import takes_routing
-from maskopt.models.checkpoints.checkpoint import read_json
 from maskopt.models.checkpoints.report import LayerReport, PruneReport
-from maskopt.models.checkpoints.schema import EXPERTS
-from maskopt.models.checkpoints.write import disk_needed
+from maskopt.models.checkpoints.result import disk_needed
+from maskopt.models.checkpoints.schema import CONFIG, EXPERTS, read_json
 from maskopt.models.options.prune import NONE
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.pruning.run import Run, fingerprint_of, peaks
-from maskopt.models.structured.change import (
-    CONFIG,
-    Change,
-    check_shapes,
-    finish_smaller,
-    open_original,
-)
+from maskopt.models.structured.change import check_shapes, finish_smaller, open_original
 from maskopt.protocol.solver import solve
 
-#: the name of a stored tensor of one expert
-_EXPERT = re.compile(r"(?P<home>.*\bexperts)\.(?P<number>\d+)\.(?P<rest>.*)")
+#: what it means if the written model computes something else
+_WHY = "its experts are routed to otherwise"
 #: seconds to prove a choice
 _SECONDS = 60.0
 #: options of the walk that do not apply where all tokens of all windows count
@@ -56,8 +45,6 @@ _NOT_HERE = (
     "include", "exclude", "token_weights", "all_experts", "holdout", "calibrate_on", "true_sequential",
 )  # fmt: skip
 T = TypeVar("T")
-#: what configurations call the number of experts that a token goes to
-_EACH = ("num_experts_per_tok", "moe_topk", "moe_k", "num_selected_experts")
 
 
 def remove_experts(
@@ -97,14 +84,14 @@ def remove_experts(
     doing, how = "removing experts", {"on_progress": on_progress}
     job, source = open_original(model, tokenizer_or_tokens, calibration, options, doing, **how)
     mixtures = [m for index in range(len(source.blocks)) for m in mixtures_of(source.blocks, index)]
-    left = _left(mixtures, share)
+    left = experts_left(mixtures, share)
     settings = _check_family(source, mixtures, left)
     run.reads(model=source.checkpoint)
     record = {"experts": share, "update": NONE, "seed": options.seed}
     record["skip_bad_samples"] = options.skip_bad_samples
     with run.opened(disk_needed(source.checkpoint)) as work:
         kept, layers, bad = _choose(job, mixtures, left, work.hidden)
-        change = _change(source, mixtures, kept, settings)
+        change = without_experts(source.conversion, settings, mixtures, kept)
         fingerprint, memory = fingerprint_of(job, record), peaks(source.device)
         report = PruneReport(
             layers, fingerprint, bad, output=run.output, memory=memory, kind=EXPERTS
@@ -114,38 +101,14 @@ def remove_experts(
             for one in (x for x in mixtures if x.block == block.index):
                 cut(block.job.source.model, one, kept[one.name])
 
-        finish_smaller(job, run, change, report, prepare=cut_block)
+        finish_smaller(job, run, change, report, _WHY, prepare=cut_block)
     return dataclasses.replace(report, seconds=time.perf_counter() - began)
-
-
-def _left(mixtures: Sequence[Mixture], share: float) -> int:
-    """The number of experts that stay."""
-    if not mixtures:
-        raise ModelError("the model has no experts that tokens are routed to; leave out `experts`")
-    counts = {(m.count, m.each) for m in mixtures}
-    if len(counts) > 1:
-        raise ModelError(
-            "its blocks have different numbers of experts, and a configuration names one; leave out `experts`"
-        )
-    (count, each) = counts.pop()
-    gone = Unstructured(sparsity=share).pruned_in(1, count)
-    if not gone:
-        raise ModelError(
-            f"a share of {share:g} of {count} experts is none; take a larger `experts`"
-        )
-    if count - gone < each:
-        raise ModelError(
-            f"a share of {share:g} leaves {count - gone} of {count} experts, and a token goes to {each}; "
-            "take a smaller `experts`"
-        )
-    return count - gone
 
 
 def _check_family(source: FolderSource, mixtures: Sequence[Mixture], left: int) -> dict[str, int]:
     """What of the configuration changes; ModelError where it cannot describe the smaller model."""
-    text: Any = source.model.config.get_text_config()
-    keys = [key for key in EXPERT_COUNTS if getattr(text, key, None) == mixtures[0].count]
-    settings = dict.fromkeys(keys, left)
+    config = read_json(source.checkpoint.folder / CONFIG)
+    settings = expert_settings(source.model, config, mixtures, left)
     check_shapes(source, settings, {name: {0: left} for m in mixtures for name in m.parameters})
     return settings
 
@@ -196,108 +159,6 @@ def _choose(
             block.advance()
             bad += [dataclasses.asdict(sample) for sample in block.bad]
     return kept, layers, bad
-
-
-def _change(
-    source: FolderSource,
-    mixtures: Sequence[Mixture],
-    kept: Mapping[str, Bool[Tensor, " experts"]],
-    settings: Mapping[str, int],
-) -> Change:
-    """What becomes of the stored model; ModelError for experts that are neither stored as the model's
-    parameters nor one by one."""
-    names: dict[str, str | None] = {name: name for name in source.checkpoint.where}
-    cuts: dict[str, list[tuple[str, Cut]]] = {}
-    for mixture in mixtures:
-        numbers = {old: new for new, old in enumerate(kept[mixture.name].nonzero()[:, 0].tolist())}
-        for parameter in mixture.parameters:
-            tensor = source.stored_as_is(parameter)
-            if tensor is not None:
-                cuts[tensor] = [(mixture.name, Cut(0, [(mixture.count, 1)]))]
-                continue
-            for name in source.stored_parts(parameter):
-                found = _EXPERT.match(name)
-                if found is None or int(found["number"]) >= mixture.count:
-                    raise ModelError(
-                        f"parameter {parameter!r} is stored in another form than expert by expert; its "
-                        "experts cannot be removed"
-                    )
-                new = numbers.get(int(found["number"]))
-                names[name] = None if new is None else f"{found['home']}.{new}.{found['rest']}"
-
-    config = read_json(source.checkpoint.folder / CONFIG)
-    nested = config.get("text_config")
-    known = {*config, *(nested if isinstance(nested, dict) else ())}
-    stored = {key: value for key, value in settings.items() if key in known} or settings
-    return Change(stored, "its experts are routed to otherwise", names, cuts, kept)
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Experts of a block that tokens are routed to, by the `name` of their module: `count` of them, to `each`
-    of which a token goes; `parameters` have experts on their first axis, the router's among them."""
-
-    name: str
-    kind: str
-    block: int
-    count: int
-    each: int
-    parameters: tuple[str, ...]
-
-    @property
-    def parent(self) -> str:
-        """The module that routes, and adds up."""
-        return self.name.rpartition(".")[0]
-
-
-def mixtures_of(blocks: Blocks, index: int) -> list[Mixture]:
-    """The mixtures of a block; ModelError for experts that cannot be removed from module or router."""
-    block, found = blocks.modules[index], []
-    for name, module in block.named_modules():
-        if not is_experts(module):
-            continue
-        full = blocks.prefix(index) + name
-        if not takes_routing(module):
-            raise ModelError(
-                f"{full}: {type(module).__name__} is not given a routing, and its experts cannot be removed; "
-                "leave out `experts`"
-            )
-        each, parent = _each(blocks.model, full), block.get_submodule(name.rpartition(".")[0])
-        count = next(p.shape[0] for _, p in module.named_parameters(recurse=False) if p.ndim == 3)
-        parameters = [f"{full}.{n}" for n, p in module.named_parameters() if p.shape[0] == count]
-        routers = [
-            f"{full.rpartition('.')[0]}.{n}"
-            for n, p in parent.named_parameters()
-            if n.partition(".")[0] in ROUTERS and p.shape[0] == count
-        ]
-        kept = [
-            n
-            for n, b in parent.named_buffers()
-            if n.partition(".")[0] in ROUTERS and b.ndim and b.shape[0] == count
-        ]
-        if not routers or kept:
-            what = "is of no known form"
-            if kept:
-                what = f"keeps {kept[0]!r} in addition to its weights"
-            raise ModelError(f"{full}: its router {what}; leave out `experts`")
-        found.append(Mixture(full, name, index, count, each, (*parameters, *routers)))
-    return found
-
-
-def _each(model: nn.Module, name: str) -> int:
-    """To how many experts a token goes; ModelError where the configuration does not say."""
-    text: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    groups = getattr(text, "n_group", None) or 1
-    if groups > 1 and (getattr(text, "topk_group", None) or groups) < groups:
-        raise ModelError(
-            f"{name}: its router chooses among {groups} groups of experts first; leave out `experts`"
-        )
-    for key in _EACH:
-        if isinstance(value := getattr(text, key, None), int):
-            return value
-    raise ModelError(
-        f"{name}: the configuration does not say how many experts a token goes to; leave out `experts`"
-    )
 
 
 def cut(model: nn.Module, mixture: Mixture, kept: Bool[Tensor, " experts"]) -> None:

@@ -24,7 +24,7 @@ from maskopt.models.architecture.blocks import Blocks, Layer
 from maskopt.models.architecture.loading import merged
 from maskopt.models.architecture.source import layer_masks
 from maskopt.models.checkpoints.checkpoint import open_checkpoint
-from maskopt.models.checkpoints.workspace import MASKS
+from maskopt.models.checkpoints.schema import MASKS
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback

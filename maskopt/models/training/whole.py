@@ -19,11 +19,10 @@ from maskopt.models.architecture.source import FolderSource, layer_masks
 from maskopt.models.blockwise.divergence import divergence_loss
 from maskopt.models.blockwise.job import Job, open_job, walk_whole
 from maskopt.models.blockwise.windows import held_out
-from maskopt.models.checkpoints.journal import Journal
-from maskopt.models.checkpoints.mask_file import Edits, MaskFile
-from maskopt.models.checkpoints.safefile import write_tensors
-from maskopt.models.checkpoints.workspace import MASKS, Workspace
-from maskopt.models.checkpoints.write import write_shard
+from maskopt.models.checkpoints.checkpoint import write_tensors
+from maskopt.models.checkpoints.result import Edits, write_shard
+from maskopt.models.checkpoints.schema import MASKS
+from maskopt.models.checkpoints.workspace import Journal, Workspace
 from maskopt.models.options.distill import DistillOptions
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.training.trainer import BYTES, FolderKeeper, Task, Trained, train
@@ -70,7 +69,7 @@ def train_whole(
     values = work.blocks / "distilled.values"
     write_tensors(values, source.stored_values(new))
     checkpoint, files = source.checkpoint, dict[str, str]()
-    edits = Edits.of(MaskFile(checkpoint.folder / MASKS), [values])
+    edits = Edits.of([checkpoint.folder / MASKS], [values])
     for shard in checkpoint.shards:
         check()
         files[shard] = write_shard(checkpoint, shard, work.staging / shard, edits)

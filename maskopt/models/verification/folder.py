@@ -1,14 +1,15 @@
-"""The files of a folder: what a loader takes, nothing else that it could take, and whether all but the
-weights are the original's."""
+"""The files of a folder: what a loader takes, nothing else that it could take, whether all but the weights
+are the original's, and which model a loader makes of them. Weights are read by the safetensors library."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,30 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from maskopt.errors import VerificationError
-from maskopt.models.checkpoints.schema import PRUNE, pairs, plain_name
+from maskopt.errors import MaskoptError, VerificationError, first_line
+from maskopt.models.architecture.transformers_adapter import Conversion, empty_model, quietly
+from maskopt.models.checkpoints.schema import (
+    CONFIG,
+    COPIED,
+    INDEX,
+    LEGAL_NAMES,
+    LEGAL_SUFFIXES,
+    MANIFEST,
+    MASKS,
+    PRUNE,
+    SINGLE,
+    check_link,
+    far_more_than_stored,
+    pairs,
+    plain_name,
+    read_index,
+    read_json,
+    read_value,
+    shards_of,
+)
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-MASKS = "maskopt-masks.bits"
-MANIFEST = "maskopt-manifest.json"
-CONFIG = "config.json"
-#: what a prune copies besides the weights: configuration, tokenizer, templates
-COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 #: what no loader reads; such files may be added to a result
-HARMLESS_NAMES = ("README", "LICENSE", "NOTICE", "USE_POLICY", ".gitattributes", ".gitignore")
-HARMLESS_ENDINGS = ("", ".txt", ".md", ".rst", ".pdf", ".html")
+HARMLESS_NAMES = ("README", *LEGAL_NAMES, ".gitattributes", ".gitignore")
 #: keys of JSON files that make transformers run code from outside its package
 CODE_KEYS = ("auto_map", "custom_pipelines")
 #: part of keys whose value may name a kernel of the hub, `owner/name`
@@ -37,6 +49,15 @@ KERNEL_KEYS = "implementation"
 WEIGHT_KEYS = ("transformers_weights", "quantization_config")
 #: keys of config.json that saving a model rewrites
 REWRITTEN = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """What cannot be read or derived does not hold."""
+    try:
+        yield
+    except MaskoptError as error:
+        raise VerificationError(str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -66,44 +87,17 @@ def read_weights(folder: Path) -> Weights:
     """Find tensors as transformers does: one file goes before an index, and all of a shard is loaded. Raises
     VerificationError for an index that leads out of the folder or names a missing tensor, and for a tensor in
     two shards."""
-    if (folder / SINGLE).is_file():
-        named, shards = None, [SINGLE]
-    elif (folder / INDEX).is_file():
-        named = _weight_map(folder)
-        shards = sorted(set(named.values()))
-    else:
-        raise VerificationError(f"{folder}: holds no safetensors weights")
-    where: dict[str, Path] = {}
-    for shard in shards:
-        with opened(folder / shard) as file:
-            held = list(file.keys())
-        for name in held:
-            if name in where:
-                raise VerificationError(
-                    f"{folder}: tensor {name!r} is in {where[name].name} and in {shard}"
-                )
-            where[name] = folder / shard
-    for name, shard in (named or {}).items():
-        if where.get(name) != folder / shard:
-            raise VerificationError(
-                f"{folder / INDEX}: says that {name[:200]!r} is in {shard}; it is not"
-            )
-    if named is None:
+    with refusing():
+        index = {} if (folder / SINGLE).is_file() else read_index(folder)
+        held: dict[str, list[str]] = {}
+        for shard in sorted(set(index.values())) or [SINGLE]:
+            with opened(folder / shard) as file:
+                held[shard] = list(file.keys())
+        shards = shards_of(folder, held, index)
+    where = {name: folder / shard for name, shard in shards.items()}
+    if not index:
         return Weights(folder, where, (SINGLE,), frozenset())
-    return Weights(folder, where, (*shards, INDEX), frozenset(where) - frozenset(named))
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    named = read_object(folder / INDEX).get("weight_map")
-    if not isinstance(named, dict) or not named:
-        raise VerificationError(f"{folder / INDEX}: holds no weight_map")
-    for name, shard in named.items():
-        if not plain_name(shard) or not shard.endswith(".safetensors"):
-            raise VerificationError(
-                f"{folder / INDEX}: {name[:200]!r} is said to be in {str(shard)[:200]!r}, which is "
-                "not the name of a safetensors file in the folder"
-            )
-    return named
+    return Weights(folder, where, (*held, INDEX), frozenset(where) - frozenset(index))
 
 
 def check_entries(
@@ -114,7 +108,7 @@ def check_entries(
     folder = weights.folder
     check_beside(weights, lambda name: name in listed or name == MANIFEST)
     for name, digest in sorted(listed.items()):
-        if not plain_name(name) or not os.path.lexists(folder / name):
+        if not os.path.lexists(folder / name):
             raise weights.wrong(f"file {name[:200]!r} of the manifest is not there")
         if not (name in weights.files or name == MASKS or is_copied(name) or _is_harmless(name)):
             raise _could_be_taken(folder / name)
@@ -156,7 +150,10 @@ def check_configuration(
     for name in sorted(names):
         if not name.endswith(".json") or name in (INDEX, MANIFEST):
             continue
-        for key, value in pairs(read_json(folder / name)):
+        check_regular(folder / name)
+        with refusing():
+            found = read_value(folder / name)
+        for key, value in pairs(found):
             if name == CONFIG and key in WEIGHT_KEYS and value:
                 raise VerificationError(
                     f"{folder / name}: has a loader take other weights than those of the result "
@@ -255,15 +252,9 @@ def is_copied(name: str) -> bool:
 
 def check_regular(file: Path) -> None:
     """Raise VerificationError for a pipe, a device, or a link out of the folder and the hub's cache."""
-    real, home = Path(os.path.realpath(file)), Path(os.path.realpath(file.parent))
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if real.parent not in (home, blobs):
-        raise VerificationError(f"{file}: is a link out of the folder, to {real}")
-    try:
-        regular = stat.S_ISREG(os.stat(file).st_mode)
-    except OSError as error:
-        raise VerificationError(f"{file}: cannot be read: {error.strerror}") from None
-    if not regular:
+    with refusing():
+        check_link(file)
+    if file.exists() and not file.is_file():
         raise VerificationError(f"{file}: not a regular file, so a loader could hang on it")
 
 
@@ -298,21 +289,11 @@ def bytes_of(stored: Tensor) -> Tensor:
     return flat.view(torch.uint8).view(flat.numel(), stored.dtype.itemsize)
 
 
-def read_json(path: Path) -> Any:
-    """Raises VerificationError where it is unreadable or not JSON."""
-    check_regular(path)
-    try:
-        return json.loads(path.read_bytes().decode("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        raise VerificationError(f"{path}: cannot be read as JSON") from None
-
-
 def read_object(path: Path) -> dict[str, Any]:
     """Raises VerificationError where it is no JSON object."""
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise VerificationError(f"{path}: not a JSON object")
-    return value
+    with refusing():
+        check_link(path)
+        return read_json(path)
 
 
 def sha256(path: Path) -> str:
@@ -320,13 +301,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def _is_harmless(name: str) -> bool:
     ending = Path(name).suffix
-    read = name.startswith(HARMLESS_NAMES) and (ending in HARMLESS_ENDINGS or ending[1:].isdigit())
+    read = name.startswith(HARMLESS_NAMES) and (ending in LEGAL_SUFFIXES or ending[1:].isdigit())
     return read or ending == ".md"
 
 
@@ -335,3 +312,54 @@ def _could_be_taken(path: Path) -> VerificationError:
         f"{path}: is not of the result, and a loader could take it for weights, configuration or code; "
         "move it elsewhere"
     )
+
+
+# --- the model
+
+
+class Loading:
+    """The model that a folder's configuration describes, without weights, and its tensors."""
+
+    def __init__(self, weights: Weights, *, trust_remote_code: bool = False) -> None:
+        self.weights, self.config = weights, weights.folder / CONFIG
+        if what := far_more_than_stored(read_object(self.config), dict(weights.shapes())):
+            raise self.wrong(what)
+        with refusing():
+            # a configuration may name another attention, a kernel that would be fetched and run
+            eager = {"attn_implementation": "eager"}
+            trust = trust_remote_code
+            self.model: Any = empty_model(weights.folder, trust_remote_code=trust, **eager)
+            self.conversion = Conversion(self.model, weights.where, str(weights.folder))
+        self.shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
+
+    def wrong(self, what: str) -> VerificationError:
+        return VerificationError(f"{self.config}: {what}")
+
+    @cached_property
+    def missing(self) -> frozenset[str]:
+        """Parameters that nothing is stored for."""
+        return frozenset(name for name in self.shapes if not self.conversion.needed([name]))
+
+    @cached_property
+    def unused(self) -> frozenset[str]:
+        """Tensors that no parameter or buffer is made of."""
+        return frozenset(self.weights.where) - {*self.conversion.needed(self.model.state_dict())}
+
+    def check_shapes(self) -> None:
+        """Raise VerificationError where a tensor has another shape than the configuration says."""
+        empty = {n: torch.empty(shape, device="meta") for n, shape in self.weights.shapes()}
+        with refusing(), quietly():
+            self.conversion.load(empty, torch.device("meta"))
+
+
+def check_loads(ours: Loading, theirs: Loading | None) -> None:
+    """The model takes all tensors that the original's model takes, in their shapes."""
+    if odd := ours.missing - (frozenset() if theirs is None else theirs.missing):
+        raise ours.wrong(f"describes a model with {min(odd)!r}, of which there is no tensor")
+    if theirs is not None and (odd := ours.unused - theirs.unused):
+        raise ours.wrong(
+            f"describes a model that takes no tensor {min(odd)!r}; remove the tensor"
+            if min(odd) not in theirs.weights.where
+            else f"describes a model that leaves out tensor {min(odd)!r}, which the original takes"
+        )
+    ours.check_shapes()

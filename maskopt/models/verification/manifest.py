@@ -1,15 +1,15 @@
-"""What a manifest says: its schema, its options, and how much of every layer they prune.
+"""What a manifest says: its options, how much of every layer they prune, and whether its layers and trained
+parts agree with each other, the options and the masks.
 
 Options and patterns have the schema that `PruneOptions` and `pattern_from_dict` declare. How much a pattern
-prunes is computed here.
+prunes is computed here. That training gave the stated losses is nothing that a folder shows.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
@@ -17,23 +17,24 @@ from typing import Any
 
 from maskopt.core.pattern import NM, Pattern, Unstructured, pattern_from_dict
 from maskopt.errors import MaskoptError, VerificationError
-from maskopt.models.checkpoints.schema import (
-    BLOCKS,
-    EXPERTS,
-    MANIFEST_FORMAT,
-    PRUNE,
-    STRUCTURES,
-    fits,
-    has_keys_of_its_kind,
-    is_amount,
-    is_count,
-    is_number,
-    is_size,
+from maskopt.models.architecture.blocks import Blocks, choose
+from maskopt.models.checkpoints.schema import MANIFEST, PRUNE, check_link, read_manifest
+from maskopt.models.options.prune import (
+    BLOCKWISE,
+    BOTH,
+    LAYERS,
+    LEAST_SQUARES,
+    NONE,
+    ROWS,
+    UNIFORM,
+    PruneOptions,
 )
-from maskopt.models.options.prune import BLOCKWISE, BOTH, LAYERS, ROWS, UNIFORM, PruneOptions
-from maskopt.models.verification.folder import MANIFEST, check_regular
+from maskopt.models.verification.folder import Loading, refusing
 
-STATUSES = ("optimal", "swap-optimal", "feasible")
+#: a bound may lie above its error by so much: both are sums, rounded on their own
+BOUND_ROUNDING = 1e-6
+#: relative difference at which the stated error of a layer pruned by magnitude is wrong
+SUM_TOLERANCE = 1e-9
 #: options of the solver, which nothing here depends on and which may be of a solver that is not installed
 OF_SOLVER = ("solver", "start", "solver_options")
 
@@ -41,80 +42,11 @@ OF_SOLVER = ("solver", "start", "solver_options")
 Key = tuple[tuple[int, ...], int]
 
 
-MAYBE_AMOUNT, MAYBE_COUNT = (None, is_amount), (None, is_count)
-_COMMON = {
-    "format": MANIFEST_FORMAT,
-    "sparsity": is_amount, "seconds": is_amount, "memory": {...: MAYBE_COUNT},
-    "layers": [{
-        **dict.fromkeys(("name", "pattern", "kind"), str),
-        **dict.fromkeys(("rows", "n"), is_size),
-        **dict.fromkeys(("pruned", "tokens", "block"), is_count),
-        **dict.fromkeys(("error", "lower_bound", "energy", "gram_shrinkage"), is_amount),
-        **dict.fromkeys(("seconds", "sparsity"), is_amount),
-        **dict.fromkeys(("error_held", "energy_held", "error_kept"), MAYBE_AMOUNT),
-        **dict.fromkeys(("error_wanda", "damping"), MAYBE_AMOUNT),
-        **dict.fromkeys(("swaps", "scans"), MAYBE_COUNT),
-        "improvement_quantiles": (None, lambda v: fits(v, [is_number]) and len(v) == 5),
-        "statuses": lambda v: fits(v, {...: is_size}) and set(v) <= set(STATUSES),
-        "fallback": bool, "objective": ("kept", "least-squares", "updated"),
-    }],
-    "trained": [{
-        **dict.fromkeys(("fitted_before", "fitted_after", "held_before", "held_after"), is_number),
-        "block": is_count, "epoch": is_count, "diverged": bool, "seconds": is_amount,
-    }],
-    "distillation": (None, {
-        "before": {"fitted": is_number, "held": is_number},
-        "after": {"fitted": is_number, "held": is_number},
-        "epoch": is_count, "diverged": bool,
-    }),
-    "bad_samples": [{"sample": is_count, "layer": str}],
-    "files": {...: str},
-}  # fmt: skip
-_SMALLER = {
-    **_COMMON, "fingerprint": {"model": str, "options": {"removed?": ()}},
-    "shrunk": {"kept": {...: [is_count]}, "updated": [str]},
-}  # fmt: skip
-_FEWER = {"model": str, "options": {"removed": [is_count]}}
-#: of a manifest, by its kind
-SHAPES: dict[str, dict[str, Any]] = {
-    PRUNE: {
-        **_COMMON,
-        "fingerprint": {
-            "options": {
-                "sparsity": pattern_from_dict, "counts?": {...: is_count},
-                "training?": dict, "distillation?": dict,
-            },
-            "dtype": str, "model?": str,
-        },
-    },
-    STRUCTURES: _SMALLER,
-    EXPERTS: _SMALLER,
-    BLOCKS: {**_SMALLER, "fingerprint": _FEWER},
-}  # fmt: skip
-
-
 def read_record(folder: Path) -> dict[str, Any]:
-    """A manifest; VerificationError where it is missing, of an unknown kind, or damaged."""
-    path = folder / MANIFEST
-    if not path.is_symlink() and not path.exists():
-        raise VerificationError(
-            f"{folder}: no manifest; the folder was not written by maskopt prune"
-        )
-    check_regular(path)
-    try:
-        record = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_no_number)
-        rest = {key: value for key, value in record.items() if key != "sha256"}
-        text = json.dumps(rest, sort_keys=True).encode()
-        sound, kind = hashlib.sha256(text).hexdigest() == record["sha256"], record["kind"]
-        if sound and kind not in SHAPES:
-            known = ", ".join(SHAPES)
-            raise VerificationError(f"{path}: is of kind {kind!r:.50}, which is none of {known}")
-        sound = sound and has_keys_of_its_kind(record) and fits(record, SHAPES[kind])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        sound = False
-    if not sound:
-        raise damaged(folder)
-    return dict(record)
+    """A manifest of any kind; VerificationError where it is missing, of an unknown kind, or damaged."""
+    with refusing():
+        check_link(folder / MANIFEST)
+        return read_manifest(folder / MANIFEST, smaller=True)
 
 
 def is_smaller(folder: Path) -> bool:
@@ -123,15 +55,6 @@ def is_smaller(folder: Path) -> bool:
         return bool(read_record(folder)["kind"] != PRUNE)
     except VerificationError:
         return False  # what is wrong is found where the folder is verified
-
-
-def damaged(folder: Path) -> VerificationError:
-    return VerificationError(f"{folder / MANIFEST}: the manifest is damaged or was changed")
-
-
-def _no_number(constant: str) -> float:
-    """For `json.loads`: NaN and infinities are no numbers."""
-    raise ValueError(constant)
 
 
 def numbers(name: str) -> tuple[int, ...]:
@@ -210,12 +133,12 @@ def _options(path: Path, record: Mapping[str, Any]) -> PruneOptions:
             given["max_deviation"] = 1.0  # limits that are not named are none
         try:
             options = PruneOptions(**{**given, "sparsity": pattern}, solver="magnitude")
+            made = options.record()
+            if all(key in made and made[key] == value for key, value in given.items()):
+                return options
         except (MaskoptError, ValueError, TypeError, AttributeError, OverflowError):
-            raise damaged(path.parent) from None
-        made = options.record()
-        if any(key not in made or made[key] != value for key, value in given.items()):
-            raise damaged(path.parent)
-        return options
+            pass
+        what = "the manifest is damaged or was changed"
     raise VerificationError(f"{path}: {what}")
 
 
@@ -253,3 +176,233 @@ def _limits(pattern: Pattern, rows: int, n: int) -> tuple[int, int, int]:
     least = min(math.ceil(mean - reach), math.floor(mean))
     most = max(math.floor(mean + reach), math.ceil(mean))
     return n, max(0, least), min(n, most)
+
+
+# --- layers and trained parts
+
+
+@dataclass
+class Slice:
+    """A matrix of a masked tensor: all of it, or one expert's part.
+
+    Attributes:
+        key: its place, which is that of its layer.
+        square: Σ of the pruned weights' squares in the original, or None.
+        least_first: every row prunes its smallest weights, or None.
+    """
+
+    tensor: str
+    key: Key
+    rows: int
+    n: int
+    pruned: int
+    expert: bool
+    square: float | None = None
+    least_first: bool | None = None
+
+
+def check_layers(manifest: Manifest) -> None:
+    """Raise VerificationError where two places of the manifest contradict each other."""
+    layers, options = manifest.layers, manifest.options
+    if not layers:
+        raise manifest.wrong("knows no layer: nothing is pruned")
+    names = [layer["name"] for layer in layers]
+    if len(set(names)) != len(names):
+        raise manifest.wrong(f"names a layer twice: {max(names, key=names.count)!r}")
+    _check_budget(manifest)
+    for layer in layers:
+        updated = options.least_squares is not None and not layer["fallback"]
+        bounded = "error_kept" if updated and layer["objective"] == "kept" else "error"
+        wrong = {
+            "has another pattern than the options": layer["pattern"] != str(manifest.pattern(layer)),
+            "counts other pruned weights than its pattern": layer["pruned"] != manifest.pruned(layer),
+            "has another sparsity than its counts":
+                layer["sparsity"] != layer["pruned"] / (layer["rows"] * layer["n"]),
+            "has another fallback than its tokens say":
+                layer["fallback"] != (layer["tokens"] < options.min_tokens),
+            "is updated, or not, otherwise than the options say":
+                any((layer[key] is not None) != updated for key in ("damping", "error_kept")),
+            "has statuses of updated weights, and keeps its own":
+                layer["objective"] != "kept" and not updated,
+            "has statuses of another number of rows": sum(layer["statuses"].values()) != layer["rows"],
+            "has a lower bound above its error":
+                layer["lower_bound"] > (layer[bounded] or 0.0) * (1 + BOUND_ROUNDING),
+        }  # fmt: skip
+        for what, holds in wrong.items():
+            if holds:
+                raise manifest.wrong(f"layer {layer['name']!r} {what}")
+
+
+def _check_budget(manifest: Manifest) -> None:
+    """Layers with counts of their own prune as many weights in all as at the same sparsity in each."""
+    counts, layers = manifest.options.counts, manifest.layers
+    if not counts:
+        return
+    if set(counts) != {layer["name"] for layer in layers}:
+        raise manifest.wrong("has counts of other layers than it names")
+    if not all(counts[x["name"]] < x["n"] for x in layers):
+        raise manifest.wrong("has counts that leave nothing of a row")
+    uniform = sum(pruned_of(manifest.options.pattern, x["rows"], x["n"]) for x in layers)
+    if sum(map(manifest.pruned, layers)) != uniform:
+        raise manifest.wrong("prunes another number of weights in all than its pattern")
+
+
+def check_trained(manifest: Manifest) -> None:
+    """Every block with a layer that was trained is listed once, no other is, and epochs, that of a
+    distillation too, are those that can be."""
+    trained, how = manifest.record["trained"], manifest.options.reconstruction
+    losses, distilled = manifest.record["distillation"], manifest.options.distilled
+    if distilled is not None:
+        _check_epoch(manifest, "distillation", losses, distilled.epochs)
+    if how is None:
+        return
+    for one in trained:
+        before, after = (
+            {x: one[f"{x}_{at}"] for x in ("fitted", "held")} for at in ("before", "after")
+        )
+        losses = {"before": before, "after": after, "epoch": one["epoch"]}
+        _check_epoch(manifest, f"block {one['block']}", losses, how.epochs)
+    blocks = {layer["block"] for layer in manifest.layers if not layer["fallback"]}
+    if sorted(one["block"] for one in trained) != sorted(blocks):
+        raise manifest.wrong("lists other trained blocks than those of its layers, or one twice")
+
+
+def _check_epoch(manifest: Manifest, of: str, losses: Mapping[str, Any], epochs: int) -> None:
+    before, after, epoch = (losses[x] for x in ("before", "after", "epoch"))
+    if epoch > epochs:
+        raise manifest.wrong(f"{of}: was trained longer than the options say")
+    if not (after["held"] < before["held"] if epoch else after == before):
+        raise manifest.wrong(f"{of}: its epoch is not what its losses say")
+
+
+def updated_layers(manifest: Manifest) -> set[Key]:
+    """Layers whose kept weights may differ from the original's: updated, or of a block that became better."""
+    options = manifest.options
+    if options.update == NONE:
+        return set()
+    layers = [layer for layer in manifest.layers if not layer["fallback"]]
+    every = LEAST_SQUARES in (options.update, options.training.get("begin"))
+    better = {one["block"] for one in manifest.record["trained"] if one["epoch"]}
+    return {key_of(x) for x in layers if every or x["block"] in better}
+
+
+def updated_vectors(manifest: Manifest, tensors: Mapping[str, Any]) -> tuple[str, ...]:
+    """Beginnings of the names of norms and biases that may have been trained.
+
+    Args:
+        tensors: with masks. Their names are those of the blocks up to the first number. (Another part of the
+            model may number blocks of its own.)
+    """
+    if manifest.options.training.get("train") != "all":
+        return ()
+    number_of = {layer["block"]: _split(layer["name"])[1] for layer in manifest.layers}
+    better = {number_of[one["block"]] for one in manifest.record["trained"] if one["epoch"]}
+    split = map(_split, tensors)
+    return tuple({f"{before}{number}." for before, number in split if number in better})
+
+
+def check_masks(manifest: Manifest, slices: Sequence[Slice]) -> tuple[int, float]:
+    """Compare the layers with the masks; the rows and the sparsity that the masks give.
+
+    A layer's parameter may be stored in other pieces (fused experts one by one, say), so rows and pruned
+    weights are compared over all matrices of the same block, expert and number of inputs; a tensor called
+    like its layer is compared with it alone. Experts that were left out have masks that keep all.
+    """
+    by_tensor = {part.tensor: part for part in slices}
+    for layer in manifest.layers:
+        part = by_tensor.get(called_like(layer["name"], by_tensor) or "")
+        if part is not None and (part.rows, part.n) != (layer["rows"], layer["n"]):
+            raise manifest.wrong(
+                f"layer {layer['name']!r} is said to have {layer['rows']} rows of {layer['n']}; its "
+                f"mask has {part.rows} of {part.n}"
+            )
+        # of experts that were left out nothing is pruned
+        if part is not None and part.pruned not in (0, layer["pruned"]):
+            raise manifest.wrong(
+                f"layer {layer['name']!r} is said to have {layer['pruned']} weights pruned; its mask has "
+                f"{part.pruned}"
+            )
+    rows = elements = pruned = 0
+    said, found = _grouped(manifest.layers, key_of), _grouped(slices, lambda x: x.key)
+    for key in sorted({*said, *found}):
+        layers, parts = said.get(key, []), found.get(key, [])
+        # a piece in which nothing is pruned is all of an expert that was left out, unless its rows may prune
+        # nothing
+        exact = all(least for _, least, _ in manifest.limits_at.get(key, ()))
+        count = sum(x["rows"] for x in layers)
+        total = sum(x.pruned for x in parts)
+        seen = sum(x.rows for x in parts if x.pruned)
+        # only experts that were left out may have masks and belong to no layer
+        own = sum(x.rows for x in parts if x.pruned or (layers and not x.expert))
+        same = own <= count <= sum(x.rows for x in parts) and (count == seen or not exact)
+        if not same or total != sum(x["pruned"] for x in layers):
+            name = layers[0]["name"] if layers else parts[0].tensor
+            raise manifest.wrong(f"counts other rows or pruned weights than the masks at {name!r}")
+        rows, elements, pruned = rows + count, elements + count * key[1], pruned + total
+    if not pruned:
+        raise manifest.wrong("nothing is pruned: the weights are the dense model's")
+    if manifest.record["sparsity"] != pruned / elements:
+        raise manifest.wrong("has another sparsity than the masks")
+    return rows, pruned / elements
+
+
+def check_fallbacks(manifest: Manifest, slices: Sequence[Slice]) -> list[str]:
+    """Names of the layers pruned by magnitude whose errors were compared with the original's weights."""
+    checked: list[str] = []
+    found = _grouped(slices, lambda x: x.key)
+    for key, layers in _grouped(manifest.layers, key_of).items():
+        parts = found[key]
+        if not all(x["fallback"] for x in layers) or any(x.square is None for x in parts):
+            continue
+        name, said = layers[0]["name"], sum(x["error"] for x in layers)
+        true = sum(x.square or 0.0 for x in parts)
+        if not math.isclose(said, true, rel_tol=SUM_TOLERANCE):
+            raise manifest.wrong(
+                f"layer {name!r}, pruned by magnitude, states an error of {said:.9g}; the squares "
+                f"of its pruned weights add up to {true:.9g}"
+            )
+        if not all(x.least_first for x in parts):
+            raise manifest.wrong(f"layer {name!r} is not pruned by magnitude as it says")
+        checked += [x["name"] for x in layers]
+    return checked
+
+
+def called_like(layer: str, tensors: Mapping[str, Any]) -> str | None:
+    """The tensor `LAYER.weight`, where the checkpoint may lack the first parts of the name."""
+    parts = layer.split(".")
+    ends = (".".join(parts[i:]) for i in range(len(parts)))
+    return next((f"{x}.weight" for x in ends if numbers(x) and f"{x}.weight" in tensors), None)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Before and at the first number of a name; all of it is before where there is none."""
+    words = name.split(".")
+    for place, word in enumerate(words):
+        if word.isdecimal():
+            return ".".join([*words[:place], ""]), word
+    return name, ""
+
+
+def _grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
+    groups: dict[Any, list[Any]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def check_names(manifest: Manifest, loading: Loading) -> None:
+    """Compare the manifest's layers with those of the model that `include` and `exclude` choose."""
+    options, said = manifest.options, {layer["name"]: layer for layer in manifest.layers}
+    with refusing():
+        layers = choose(Blocks(loading.model).all_layers(), options.include, options.exclude)
+    found = {layer.name: layer for layer in layers}
+    if odd := said.keys() ^ found.keys():
+        where = "in the manifest" if min(odd) in said else "in the model"
+        raise manifest.wrong(f"layer {min(odd)[:200]!r} is only {where}")
+    if list(said) != list(found):
+        raise manifest.wrong("names the layers in another order than the model has them")
+    for name, layer in found.items():
+        if (said[name]["rows"], said[name]["n"]) != (layer.rows, layer.n):
+            raise manifest.wrong(f"layer {name!r} has another shape than in the model")
+        if (said[name]["block"], said[name]["kind"]) != (layer.block, layer.kind):
+            raise manifest.wrong(f"layer {name!r} has another block or kind than its name")

@@ -11,13 +11,28 @@ import torch
 from torch import Tensor
 
 from maskopt.errors import VerificationError
-from maskopt.models.verification.folder import Weights, bytes_of, check_finite, opened, read_tensor
-from maskopt.models.verification.layers import Slice, called_like, updated_layers, updated_vectors
-from maskopt.models.verification.manifest import Manifest, groups, key_of, numbers
+from maskopt.models.checkpoints.schema import MASK_FORMAT, read_layout
+from maskopt.models.verification.folder import (
+    Weights,
+    bytes_of,
+    check_finite,
+    opened,
+    read_tensor,
+    refusing,
+)
+from maskopt.models.verification.manifest import (
+    Manifest,
+    Slice,
+    called_like,
+    groups,
+    key_of,
+    numbers,
+    updated_layers,
+    updated_vectors,
+)
 
 #: elements compared at a time
 SLAB = 2**24
-MASK_FORMAT = "maskopt-masks-1"
 
 OnTensor = Callable[[int, int], None]
 
@@ -125,23 +140,10 @@ class Masks:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.layout: dict[str, tuple[list[int], int]] = {}
-        self._digests: dict[str, str] = {}
-        damaged = self._wrong("the header of the masks is damaged")
-        with opened(path) as file:
-            names, metadata = list(file.keys()), file.metadata() or {}
-        try:
-            layout = json.loads(metadata["tensors"])
-            for name in names:
-                shape, axis = layout[name]["shape"], layout[name]["input_axis"]
-                if len(shape) not in (2, 3) or axis not in (len(shape) - 2, len(shape) - 1):
-                    raise damaged
-                self.layout[name] = (shape, axis)
-                self._digests[name] = layout[name]["sha256"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise damaged from None
-        if metadata.get("format") != MASK_FORMAT or len(layout) != len(names):
-            raise damaged
+        with opened(path) as file, refusing():
+            layout = read_layout(path, file.metadata() or {}, file.keys())
+        self.layout = {x: (item["shape"], item["input_axis"]) for x, item in layout.items()}
+        self._digests = {name: item["sha256"] for name, item in layout.items()}
 
     def _wrong(self, what: str) -> VerificationError:
         return VerificationError(f"{self.path}: {what}")

@@ -24,28 +24,30 @@ from maskopt.models.verification.folder import (
     INDEX,
     MANIFEST,
     MASKS,
+    Loading,
     Weights,
     bytes_of,
     check_beside,
     check_configuration,
     check_entries,
     check_finite,
+    check_loads,
     first_line,
     is_copied,
     read_object,
     read_weights,
     same_files,
 )
-from maskopt.models.verification.layers import (
+from maskopt.models.verification.manifest import (
     SUM_TOLERANCE,
-    check_distillation,
+    Manifest,
     check_fallbacks,
     check_layers,
     check_masks,
+    check_names,
     check_trained,
+    read_record,
 )
-from maskopt.models.verification.loading import Loading, check_loads, check_names
-from maskopt.models.verification.manifest import Manifest, read_record
 from maskopt.models.verification.recompute import recheck_layers
 from maskopt.models.verification.structured import verify_smaller
 from maskopt.models.verification.tensors import Masks, OnTensor, check_tensors
@@ -180,7 +182,6 @@ def _verify_pruned(
     check_configuration(folder, files, compared=same)
     check_layers(manifest)
     check_trained(manifest)
-    check_distillation(manifest)
     trust = machine["trust_remote_code"]
     names_known = trust or not read_object(folder / CONFIG).get("auto_map")
     if names_known:

@@ -20,9 +20,8 @@ from maskopt.core.gram import CHUNK, Gram
 from maskopt.models.blockwise.job import open_job
 from maskopt.models.blockwise.windows import held_out
 from maskopt.models.calibration.token_weights import TOKEN_WEIGHTS, weights_of_tokens
-from maskopt.models.checkpoints.checkpoint import file_digest
-from maskopt.models.checkpoints.safefile import open_safe
-from maskopt.models.checkpoints.workspace import MANIFEST
+from maskopt.models.checkpoints.checkpoint import file_digest, open_safe
+from maskopt.models.checkpoints.schema import MANIFEST
 from maskopt.models.evaluation.evaluate import evaluate
 from maskopt.models.evaluation.sweep import sweep
 from maskopt.models.options.prune import PruneOptions, prune_options

@@ -16,7 +16,8 @@ from maskopt.demo.run import run_demo
 from maskopt.errors import MaskoptError, ModelError
 from maskopt.models.checkpoints import workspace
 from maskopt.models.checkpoints.pack import pack, unpack_folder
-from maskopt.models.checkpoints.workspace import HIDDEN, MANIFEST, MASKS
+from maskopt.models.checkpoints.schema import MANIFEST, MASKS
+from maskopt.models.checkpoints.workspace import HIDDEN
 from maskopt.models.pruning.gram_store import collect_grams
 from maskopt.models.pruning.output import apply_masks
 from maskopt.models.verification.verify import verify_model

@@ -20,10 +20,10 @@ from prunes import Stop, contents, files, slow
 from tiny_models import edit_json, overflowing, patched, save, tiny, tokens
 
 from maskopt.errors import ModelError
-from maskopt.models.checkpoints.checkpoint import INDEX, open_checkpoint
-from maskopt.models.checkpoints.journal import Journal, read_journal
-from maskopt.models.checkpoints.workspace import GONE, HIDDEN, MANIFEST, MASKS
-from maskopt.models.checkpoints.write import Unchanged
+from maskopt.models.checkpoints.checkpoint import open_checkpoint
+from maskopt.models.checkpoints.result import Unchanged
+from maskopt.models.checkpoints.schema import INDEX, MANIFEST, MASKS
+from maskopt.models.checkpoints.workspace import GONE, HIDDEN, Journal, read_journal
 from maskopt.models.verification.verify import verify_model
 
 posix = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")

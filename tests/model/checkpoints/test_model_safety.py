@@ -29,19 +29,19 @@ from maskopt import LayerProblem, RowProblem, Unstructured
 from maskopt.errors import DataError, MaskoptError, ModelError
 from maskopt.models.architecture.source import load_tokenizer, open_source
 from maskopt.models.blockwise.activations import Activations
-from maskopt.models.checkpoints.checkpoint import INDEX, open_checkpoint
-from maskopt.models.checkpoints.journal import Journal
-from maskopt.models.checkpoints.mask_file import MaskFile, TensorMask, write_masks
+from maskopt.models.checkpoints.checkpoint import open_checkpoint, open_safe
 from maskopt.models.checkpoints.pack import pack
-from maskopt.models.checkpoints.report import (
-    LayerReport,
+from maskopt.models.checkpoints.report import LayerReport, read_reports
+from maskopt.models.checkpoints.result import MaskFile, TensorMask, write_masks
+from maskopt.models.checkpoints.schema import (
+    INDEX,
+    MANIFEST,
+    MASKS,
     manifest_digest,
+    plain_name,
     read_manifest,
-    read_reports,
 )
-from maskopt.models.checkpoints.safefile import open_safe
-from maskopt.models.checkpoints.schema import plain_name
-from maskopt.models.checkpoints.workspace import MANIFEST, MASKS, check_output
+from maskopt.models.checkpoints.workspace import Journal, check_output
 from maskopt.models.pruning.output import apply_masks
 from maskopt.models.verification.verify import verify_model
 
@@ -355,8 +355,8 @@ LOADERS: dict[str, Callable[[Path], object]] = {
     "masks": lambda path: [MaskFile(path).read(name) for name in MaskFile(path).names],
     "journal": Journal,
     "manifest": read_manifest,
-    "forged journal": lambda p: [layers(x["layers"], p) for x in Journal(p).blocks.values()],
-    "forged manifest": lambda path: layers(read_manifest(path)["layers"], path),
+    "forged journal": lambda path: [layers(x["layers"]) for x in Journal(path).blocks.values()],
+    "forged manifest": lambda path: layers(read_manifest(path)["layers"]),
     "shard": lambda path: [open_safe(path).read(name) for name in open_safe(path).entries],
     "layer": LayerProblem.load,
     "row": RowProblem.load,

@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM
 from maskopt import NM, load_packed
 from maskopt.errors import ModelError, OptionError, VerificationError
 from maskopt.models.checkpoints import pack as packing
-from maskopt.models.checkpoints.mask_file import TensorMask, join_masks, write_masks
+from maskopt.models.checkpoints.checkpoint import open_safe, write_tensors
 from maskopt.models.checkpoints.pack import pack, unpack_folder
-from maskopt.models.checkpoints.safefile import open_safe, write_tensors
-from maskopt.models.checkpoints.workspace import MANIFEST, MASKS
+from maskopt.models.checkpoints.result import TensorMask, join_masks, write_masks
+from maskopt.models.checkpoints.schema import MANIFEST, MASKS
 from maskopt.models.evaluation.bound import certify_model
 from maskopt.models.pruning import run as running
 from maskopt.models.pruning.card import hub_name, write_card
@@ -164,7 +164,7 @@ def test_nothing_is_written_outside_the_output(packed, tmp_path):
     outside = r"../victim/model.safetensors C:x.json a\b.json /victim/model.safetensors .."
     for wrong in (*({**files, name: digest} for name in outside.split()), ["model.safetensors"]):
         forge_manifest(packed, edit("files", to=wrong))
-        said = "`files` must have names without a path"
+        said = "`files` must have names without a path|the manifest is damaged"
         fails(ModelError, said, unpack_folder, packed, tmp_path / "again")
     assert (tmp_path / "victim" / "model.safetensors").read_text() == "of somebody"
 

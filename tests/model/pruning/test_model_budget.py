@@ -19,7 +19,7 @@ from maskopt import LayerProblem, Unstructured, collect_problems, open_job, prun
 from maskopt.errors import ModelError, OptionError, VerificationError
 from maskopt.models.architecture.blocks import Layer
 from maskopt.models.blockwise.windows import held_out
-from maskopt.models.checkpoints.workspace import MASKS
+from maskopt.models.checkpoints.schema import MASKS
 from maskopt.models.evaluation.bound import certify_model
 from maskopt.models.options.prune import VARIANT_WINDOWS, VARIANTS, PruneOptions
 from maskopt.models.options.walk import GRADIENT_WINDOWS

@@ -17,7 +17,8 @@ from maskopt import PruneOptions, prune_model
 from maskopt.cli.command import flag
 from maskopt.core.fields import RECORDED, options_of
 from maskopt.errors import DataError, ModelError, OptionError, VerificationError
-from maskopt.models.checkpoints.workspace import HIDDEN, MANIFEST, Workspace
+from maskopt.models.checkpoints.schema import MANIFEST
+from maskopt.models.checkpoints.workspace import HIDDEN, Workspace
 from maskopt.models.options.prune import RECIPES, prune_options
 from maskopt.models.pruning.plan import plan_prune
 from maskopt.models.pruning.rerun import options_again
@@ -282,8 +283,8 @@ SAYS = {
     "no losses": (edit("distillation", to=None), "losses of a distillation, or none"),
     "no options": (options(distillation={}), "losses of a distillation, or none"),
     "a late epoch": (edit("distillation", "epoch", to=9), "longer than the options say"),
-    "no epoch": (edit("distillation", "epoch", to=0), "another epoch than its losses say"),
-    "worse": (edit("distillation", "after", "held", to=99.0), "another epoch than its losses"),
+    "no epoch": (edit("distillation", "epoch", to=0), "epoch is not what its losses say"),
+    "worse": (edit("distillation", "after", "held", to=99.0), "epoch is not what its losses"),
     "no number": (edit("distillation", "after", to={}), "damaged or was changed"),
     "another run": (options(sparsity=SIX), "has another pattern than the options"),
 }

@@ -17,16 +17,17 @@ from transformers import AutoModelForCausalLM
 from maskopt import LayerProblem, Unstructured, open_job, verify
 from maskopt.core.gram import Gram
 from maskopt.errors import MaskoptError, ModelError, OptionError, VerificationError
+from maskopt.models.architecture.blocks import mixtures_of
 from maskopt.models.blockwise import activations
 from maskopt.models.blockwise.activations import _reserved
 from maskopt.models.blockwise.divergence import place
-from maskopt.models.checkpoints.checkpoint import INDEX, open_checkpoint
-from maskopt.models.checkpoints.safefile import open_safe
-from maskopt.models.checkpoints.workspace import HIDDEN, MANIFEST
+from maskopt.models.checkpoints.checkpoint import open_checkpoint, open_safe
+from maskopt.models.checkpoints.schema import INDEX, MANIFEST
+from maskopt.models.checkpoints.workspace import HIDDEN
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.structured import blocks as removal
 from maskopt.models.structured.blocks import Effects, exchanges, search_sets
-from maskopt.models.structured.experts import costs, mixtures_of
+from maskopt.models.structured.experts import costs
 from maskopt.models.verification.verify import verify_model
 
 KEPT = {"channels": 0.2, "update": "none"}

@@ -21,9 +21,9 @@ from maskopt import PruneOptions, Unstructured, distill_model, open_job
 from maskopt.errors import DataError, ModelError, OptionError
 from maskopt.models.blockwise.divergence import divergence
 from maskopt.models.blockwise.memory import autograd_memory
-from maskopt.models.checkpoints.journal import Journal
-from maskopt.models.checkpoints.mask_file import MaskFile
-from maskopt.models.checkpoints.workspace import CARD, HIDDEN, JOURNAL, MASKS, earlier_files
+from maskopt.models.checkpoints.result import MaskFile
+from maskopt.models.checkpoints.schema import MASKS
+from maskopt.models.checkpoints.workspace import CARD, HIDDEN, JOURNAL, Journal, earlier_files
 from maskopt.models.distillation.distill import RECORD
 from maskopt.models.options.distill import DistillOptions
 from maskopt.models.pruning import run as running
@@ -341,7 +341,7 @@ def test_what_cannot_be_gone_on_with(given, tmp_path, monkeypatch):
     def refused(words, kind=ModelError, **more):
         fails(kind, words, distil, output=out, resume=True, **more)
 
-    refused(r"unfinished run is another one: options\.epochs was 3, is 2", epochs=2)
+    refused(r"the unfinished part of another run: options\.epochs was 3, is 2", epochs=2)
     refused(r"calibration\.sha256", calibration=tokens(16, seed=1))
     refused("goes on with what `overwrite` drops", overwrite=True)
     refused("save_every", OptionError, save_every=-1)

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from maskopt import keep_masks
 from maskopt.errors import ModelError, OptionError, VerificationError
-from maskopt.models.checkpoints.workspace import MASKS
+from maskopt.models.checkpoints.schema import MASKS
 from maskopt.models.training.held_masks import parameter_masks, unwrapped
 from maskopt.models.verification.verify import verify_model
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from maskopt import open_job, prune_model
 from maskopt.errors import OptionError, VerificationError
-from maskopt.models.checkpoints.workspace import MASKS
+from maskopt.models.checkpoints.schema import MASKS
 from maskopt.models.options.prune import prune_options
 from maskopt.models.training import blockwise as reconstruct, trainer as training
 from maskopt.models.verification.verify import verify_model

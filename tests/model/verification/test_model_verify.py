@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from maskopt import NM
 from maskopt.errors import MaskoptError, ModelError, OptionError, VerificationError
-from maskopt.models.checkpoints.checkpoint import INDEX
+from maskopt.models.checkpoints.schema import INDEX
 from maskopt.models.verification.verify import semi_structured, verify_model
 
 SWAP, TWO_FOUR = {"solver": "swap", "start": "wanda"}, {"sparsity": NM(keep=2, of=4)}

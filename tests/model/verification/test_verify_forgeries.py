@@ -18,10 +18,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import edit_json, loud, save, tiny, tiny_vision, tokens
 
 from maskopt.errors import VerificationError
-from maskopt.models.checkpoints.checkpoint import INDEX
-from maskopt.models.checkpoints.mask_file import TensorMask
-from maskopt.models.checkpoints.safefile import open_safe
-from maskopt.models.checkpoints.workspace import MANIFEST, MASKS
+from maskopt.models.checkpoints.checkpoint import open_safe
+from maskopt.models.checkpoints.result import TensorMask
+from maskopt.models.checkpoints.schema import INDEX, MANIFEST, MASKS
 from maskopt.models.structured import blocks as removal
 from maskopt.models.training import blockwise as reconstruct
 from maskopt.models.verification.verify import verify_model
@@ -501,12 +500,6 @@ AGAINST = {
 # Smaller models ---------------------------------------------------------------------------------
 
 
-REMOVED = "fingerprint", "options", "removed", 0
-UP, GATE = (f"model.layers.0.mlp.{x}_proj.weight" for x in ("up", "gate"))
-K, V = "model.layers.0.self_attn.k_proj.weight", "model.layers.1.self_attn.v_proj.weight"
-NORM, ROUTER = "model.norm.weight", "model.layers.0.mlp.router.weight"
-
-
 def exchange(out, _):
     change_tensors(out / "model.safetensors", lambda t: t.update({K: t[V], V: t[K]}))
 
@@ -561,6 +554,7 @@ SMALLER = {
         ("a channel that is not there", shrunk_says("kept", DOWN.format(0), -1, to=48), "number 48 of 48"),
         ("a channel twice", shrunk_says("kept", DOWN.format(0), to=lambda x: [x[0], *x]), "damaged"),
         ("other channels", other_channels, "is not the original's, cut as"),
+        ("another share", says(options(channels=0.5)), "numbers than the options, 24 of every 48"),
         ("nothing kept", says(lambda m: m["shrunk"].pop("kept")), "damaged"),
         ("another model", says(edit("fingerprint", "model", to="0")), "another model"),
         ("a norm refitted", says(lambda m: m["shrunk"]["updated"].append(NORM)), REFITTED),
@@ -574,7 +568,7 @@ SMALLER = {
         ("blocks", config(num_hidden_layers=2), f"num_hidden_layers {SIZE}"),
         ("epsilon", config(rms_norm_eps=100), "rms_norm_eps"),
         ("channels", config(intermediate_size=20), "intermediate_size is not the original's .* 36"),
-        ("as many columns of other heads", config(**HEADS), "loses more heads of one key"),
+        ("as many columns of other heads", config(**HEADS), "num_attention_heads is not the"),
         EXCHANGED,
         ("of another block", cut_by(UP, DOWN.format(1)), "up_proj.* is not the original's, cut as"),
         *(
@@ -630,7 +624,7 @@ def test_what_was_changed_without_its_digest(dense_folder, pruned_folder, folder
     fails(VerificationError, "was changed", verify_model, result)
     edit_json(result / MANIFEST, lambda m: m.update(sparsity=0.9))
     fails(VerificationError, "damaged or was changed", verify_model, result)
-    fails(VerificationError, "no manifest", verify_model, dense_folder)
+    fails(VerificationError, "not written by maskopt", verify_model, dense_folder)
     other = save(tiny("qwen2"), tmp_path / "other")
     fails(VerificationError, "only one of the two", verify_model, pruned_folder, other)
     # of a smaller folder, with the right digest of the manifest itself

@@ -17,8 +17,7 @@ from maskopt.checks.swap_check import improving_swap
 from maskopt.core.limits import Limits, Progress
 from maskopt.core.linear_term import LinearTerm
 from maskopt.errors import MaskoptError, OptionError, VerificationError
-from maskopt.models.checkpoints.report import read_manifest
-from maskopt.models.checkpoints.workspace import MANIFEST
+from maskopt.models.checkpoints.schema import MANIFEST, read_manifest
 from maskopt.models.verification.verify import verify_model
 from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.solver import make_solver

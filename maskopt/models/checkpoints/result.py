@@ -1,0 +1,369 @@
+"""The files of a result: masks, the shards that they and updated weights make of a checkpoint's, and what is
+copied; and a check that the checkpoint does not change meanwhile.
+
+Masks are packed bits in a safetensors file, one entry per weight tensor of the checkpoint. Bit i of an entry
+(least significant first) is element i of the tensor in its stored layout; 1 = kept. The header's metadata
+holds, per tensor, its shape, the axis that counts inputs, and a SHA-256 of these and the bits. Of shards in
+which nothing is renamed or cut, headers, dtypes and layout are the original's, and so is every weight that is
+neither pruned nor updated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from maskopt.core.files import atomic_write
+from maskopt.errors import ModelError
+from maskopt.models.checkpoints.checkpoint import (
+    CHUNK,
+    Checkpoint,
+    SafeFile,
+    TensorEntry,
+    bytes_of,
+    file_digest,
+    open_safe,
+    safe_header,
+    write_file,
+)
+from maskopt.models.checkpoints.schema import (
+    COPIED,
+    INDEX,
+    LEGAL_NAMES,
+    LEGAL_SUFFIXES,
+    MASK_FORMAT,
+    SINGLE,
+    check_link,
+    open_file,
+    plain_name,
+    read_json,
+    read_layout,
+)
+
+#: whole numbers as wide as an element, by its bytes: zero is zero in all of them
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+#: what is copied along with the weights; code is not
+SIDE_SUFFIXES = (*COPIED, ".md")
+#: ours, hidden ones, and adapters, which loaders put upon the weights
+NOT_COPIED = ("maskopt-", ".", "adapter_")
+#: where tokenizers keep further chat templates; results are folders without folders
+_TEMPLATES = "additional_chat_templates"
+
+_log = logging.getLogger("maskopt.models")
+
+
+@dataclass(frozen=True)
+class TensorMask:
+    """The mask of one stored tensor: bool in its shape, True = kept. `input_axis` counts the inputs, the axis
+    before or after it the outputs; a leading third axis counts experts."""
+
+    kept: Bool[Tensor, ...]
+    input_axis: int
+
+    def rows(self) -> Bool[Tensor, "rows n"]:
+        """As rows of inputs."""
+        moved = self.kept.movedim(self.input_axis, -1)
+        return moved.reshape(-1, moved.shape[-1])
+
+
+class MaskFile:
+    """A checked mask file, read tensor by tensor; ModelError for another file or a damaged header."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file: SafeFile = open_safe(path)
+        self.layout = read_layout(path, self.file.metadata, self.file.entries)
+        for name, item in self.layout.items():
+            entry = self.file.entries[name]
+            if entry.dtype != "U8":
+                raise ModelError(f"{path}: the header of mask {name[:200]!r} is damaged")
+            if entry.shape != ((math.prod(item["shape"]) + 7) // 8,):
+                raise ModelError(f"{path}: mask {name[:200]!r} has the wrong number of bits")
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.layout)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.layout
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.layout[name]["shape"])
+
+    def packed(self, name: str) -> np.ndarray:
+        """The stored bits of one tensor's mask, their digest checked."""
+        item = self.layout[name]
+        packed = self.file.read(name).numpy()
+        if item["sha256"] != _digest(name, item["shape"], item["input_axis"], packed):
+            raise ModelError(
+                f"{self.path}: mask {name!r} does not match its digest: it was changed"
+            )
+        return packed
+
+    def read(self, name: str) -> TensorMask:
+        """The mask of one tensor, its digest checked."""
+        item = self.layout[name]
+        bits = unpack(self.packed(name), 0, math.prod(item["shape"]))
+        return TensorMask(bits.view(item["shape"]), item["input_axis"])
+
+
+def unpack(packed: np.ndarray, start: int, count: int) -> Bool[Tensor, " count"]:
+    """Elements start … start + count of a packed mask; `start` is a multiple of 8."""
+    part = packed[start // 8 : (start + count + 7) // 8]
+    return torch.from_numpy(np.unpackbits(part, count=count, bitorder="little").view(bool))
+
+
+def write_masks(path: Path, masks: Mapping[str, TensorMask]) -> str:
+    """Write a mask file; it appears whole or not at all. Its SHA-256."""
+    packed = {
+        name: np.packbits(mask.kept.contiguous().view(-1).cpu().numpy(), bitorder="little")
+        for name, mask in masks.items()
+    }
+    layout = {
+        name: {
+            "shape": list(mask.kept.shape),
+            "input_axis": mask.input_axis,
+            "sha256": _digest(name, list(mask.kept.shape), mask.input_axis, packed[name]),
+        }
+        for name, mask in masks.items()
+    }
+    return _write(path, layout, packed.values())
+
+
+def join_masks(path: Path, parts: Iterable[Path]) -> str:
+    """One mask file out of several, tensor by tensor, without holding them in memory; its SHA-256."""
+    files = [MaskFile(part) for part in parts]
+    layout: dict[str, dict[str, Any]] = {}
+    for part in files:
+        if both := set(layout) & set(part.layout):
+            raise ModelError(f"{part.path}: mask {min(both)!r} is in another part as well")
+        layout.update(part.layout)
+    bits = (part.file.read(name).numpy() for part in files for name in part.names)
+    return _write(path, layout, bits)
+
+
+def _write(path: Path, layout: Mapping[str, Any], bits: Iterable[np.ndarray]) -> str:
+    shapes = {name: ("U8", ((math.prod(item["shape"]) + 7) // 8,)) for name, item in layout.items()}
+    about = {"format": MASK_FORMAT, "tensors": json.dumps(layout, separators=(",", ":"))}
+    return write_file(path, chain([safe_header(shapes, about)], bits))
+
+
+def _digest(name: str, shape: list[int], input_axis: int, packed: np.ndarray) -> str:
+    head = json.dumps([MASK_FORMAT, name, shape, input_axis]).encode()
+    return hashlib.sha256(head + b"\n" + packed.tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Edits:
+    """By tensor, the files with its mask and with its updated weights as stored; NaN: an unchanged weight."""
+
+    masks: Mapping[str, MaskFile] = field(default_factory=dict)
+    values: Mapping[str, SafeFile] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, masks: Iterable[Path], values: Iterable[Path] = ()) -> Edits:
+        """Those of files; ModelError for a file of another form."""
+        kept = {name: file for file in map(MaskFile, masks) for name in file.names}
+        return cls(kept, {name: file for file in map(open_safe, values) for name in file.entries})
+
+    def _packed(self, name: str) -> np.ndarray | None:
+        return self.masks[name].packed(name) if name in self.masks else None
+
+    def apply(self, name: str, tensor: Tensor) -> None:
+        """To a tensor of the checkpoint, in its stored layout; in place."""
+        new = self.values[name].read(name).view(-1) if name in self.values else None
+        packed = self._packed(name)
+        kept = None if packed is None else unpack(packed, 0, tensor.numel())
+        _edit(tensor.view(-1), new, kept)
+
+    def chunks(self, entry: TensorEntry, source: SafeFile, step: int) -> Iterator[np.ndarray]:
+        """The new bytes of a tensor of `source`, `step` at a time."""
+        packed = self._packed(entry.name)
+        there = self.values.get(entry.name)
+        new = None if there is None else there.chunks(there.entries[entry.name], step)
+        dtype, position = entry.torch_dtype, 0
+        for chunk in source.chunks(entry, step):
+            elements = torch.from_numpy(chunk).view(dtype)
+            values = None if new is None else torch.from_numpy(next(new)).view(dtype)
+            kept = None if packed is None else unpack(packed, position, len(elements))
+            _edit(elements, values, kept)
+            position += len(elements)
+            yield chunk
+
+
+def _edit(elements: Tensor, new: Tensor | None, kept: Tensor | None) -> None:
+    """Update elements [count] in place where `new` is a number, and set pruned ones to zero."""
+    words = elements.view(WORDS[elements.dtype.itemsize])  # not all dtypes can be filled
+    if new is not None:
+        words.copy_(torch.where(new.float().isnan(), words, new.view(words.dtype)))
+    if kept is not None:
+        words.masked_fill_(kept.logical_not_(), 0)
+
+
+# --- shards and copies
+
+
+def check_masks(checkpoint: Checkpoint, masks: MaskFile) -> None:
+    """Raise ModelError where the masks do not belong to the checkpoint."""
+    for name in masks.names:
+        if name not in checkpoint.where:
+            raise ModelError(f"{masks.path}: mask {name!r} has no tensor in {checkpoint.folder}")
+        shape = checkpoint.entry(name).shape
+        if shape != masks.shape(name):
+            raise ModelError(
+                f"{masks.path}: mask {name!r} is {list(masks.shape(name))}, "
+                f"the tensor in {checkpoint.folder} {list(shape)}"
+            )
+
+
+def write_shard(
+    checkpoint: Checkpoint,
+    shard: str,
+    target: Path,
+    edits: Edits,
+    *,
+    names: Mapping[str, str | None] | None = None,
+    left: Mapping[str, Mapping[int, Tensor]] | None = None,
+) -> str:
+    """Write one shard with its edits; the SHA-256 of what was written.
+
+    Args:
+        names: new names of tensors, None for a dropped one. Default: all names stay.
+        left: indices that stay of a tensor along an axis. Without `names` and `left` the header is copied.
+    """
+    source = checkpoint.shards[shard]
+    named = {e.name: e.name if names is None else names[e.name] for e in source.entries.values()}
+    entries = [entry for entry in source.entries.values() if named[entry.name] is not None]
+    cuts = left or {}
+
+    def shape(entry: TensorEntry) -> tuple[int, ...]:
+        axes = cuts.get(entry.name, {})
+        return tuple(len(axes[a]) if a in axes else size for a, size in enumerate(entry.shape))
+
+    def data() -> Iterator[Any]:
+        if names is None and left is None:
+            yield source.header_bytes()
+        else:
+            shapes = {str(named[e.name]): (e.dtype, shape(e)) for e in entries}
+            yield safe_header(shapes, source.metadata)
+        for entry in entries:
+            if entry.name not in cuts:
+                yield from edits.chunks(entry, source, CHUNK)
+                continue
+            tensor = source.read(entry.name)
+            edits.apply(entry.name, tensor)
+            for axis, indices in cuts[entry.name].items():
+                tensor = tensor.index_select(axis, indices)
+            yield bytes_of(tensor)
+
+    return write_file(target, data())
+
+
+def side_files(folder: Path, shards: Container[str]) -> list[str]:
+    """Names of configuration, tokenizer and licence files; ModelError for a link out of the folder."""
+    names = []
+    for file in sorted(folder.iterdir()):
+        if file.name.startswith(NOT_COPIED) or not is_side_file(file.name):
+            continue
+        if file.name.endswith(".index.json") and (file.name != INDEX or SINGLE in shards):
+            continue  # of weights that are not copied
+        check_link(file)
+        if file.is_file():
+            names.append(file.name)
+    return names
+
+
+def is_side_file(name: str) -> bool:
+    """Is a file of that name configuration, tokenizer, template, card or licence?"""
+    legal = name.startswith(LEGAL_NAMES) and Path(name).suffix in LEGAL_SUFFIXES
+    return (legal or Path(name).suffix in SIDE_SUFFIXES) and plain_name(name)
+
+
+def copy_side_files(checkpoint: Checkpoint, target: Path) -> list[str]:
+    """Copy them; their names."""
+    copied = side_files(checkpoint.folder, checkpoint.shards)
+    if (checkpoint.folder / _TEMPLATES).is_dir():
+        _log.warning(
+            "%s: chat templates with names of their own are not copied; the one by default is",
+            checkpoint.folder / _TEMPLATES,
+        )
+    for file in sorted(checkpoint.folder.iterdir()):
+        if file.suffix in SIDE_SUFFIXES and not plain_name(file.name):
+            _log.warning("%s: is not copied; not every system takes its name", file)
+    for name in copied:
+        copy_file(checkpoint.folder / name, target / name)
+    return copied
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """The same bytes; it appears whole or not at all. Raises ModelError where there is no such file."""
+    with atomic_write(target) as file, open_file(source) as given:
+        shutil.copyfileobj(given, file)
+
+
+def disk_needed(checkpoint: Checkpoint, least_squares: bool = False) -> int:
+    """Bytes that the pruned copy takes, with masks and, until it is complete, updated weights."""
+    entries = (x for shard in checkpoint.shards.values() for x in shard.entries.values())
+    elements = sum(math.prod(entry.shape) for entry in entries)
+    return checkpoint.bytes * (2 if least_squares else 1) + elements // 4 + 64 * 2**20
+
+
+class Unchanged:
+    """The state of a model folder when a run begins; ModelError where it has changed since it was opened.
+
+    Sizes and times of all files are compared before anything that was read is written; only where they differ
+    is a file read again. (A file that is changed and restored between two checks goes unnoticed.)
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.folder = checkpoint, checkpoint.folder
+        self._side = side_files(checkpoint.folder, checkpoint.shards)
+        names = [*self._side, *checkpoint.shards]
+        self._stamps = {name: _stamp(self.folder / name) for name in names}
+        self._digests = {name: file_digest(self.folder / name) for name in self._side}
+        self._digests |= checkpoint.shard_digests  # taken after the stamps: later changes show
+        if read_json(self.folder / "config.json") != checkpoint.config:
+            raise self._changed("config.json")
+        for name, shard in checkpoint.shards.items():
+            if open_safe(self.folder / name).entries != shard.entries:
+                raise self._changed(name)
+
+    def check(self) -> None:
+        """Raise ModelError where a file is another one than at the beginning, is gone, or is new."""
+        if odd := set(self._side) ^ set(side_files(self.checkpoint.folder, self.checkpoint.shards)):
+            raise self._changed(min(odd))
+        for name, before in self._stamps.items():
+            now = _stamp(self.folder / name)
+            if now == before:
+                continue
+            if now is None or file_digest(self.folder / name) != self._digests[name]:
+                raise self._changed(name)
+            self._stamps[name] = now
+
+    def _changed(self, name: str) -> ModelError:
+        return ModelError(
+            f"{self.folder / name}: changed while the run was under way, so its result would be of no one "
+            "model; put the file back and go on with `resume`, or start over"
+        )
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
