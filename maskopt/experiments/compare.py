@@ -1,4 +1,4 @@
-"""The same rows through several solvers; a job is one row through one solver, and is resumed (`store`)."""
+"""The same rows through several solvers; a job is one row through one solver, and is resumed (`jobs`)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,8 @@ from maskopt.checks.verification import Require
 from maskopt.core.limits import KEYWORDS, Limits
 from maskopt.core.pattern import Pattern
 from maskopt.core.problem import LayerProblem, RowProblem
-from maskopt.core.units import excess_of
 from maskopt.errors import MaskoptError, OptionError
-from maskopt.experiments.jobs import as_they_finish, job_key
-from maskopt.experiments.store import Store
-from maskopt.instances.formats import load_problem
+from maskopt.experiments.jobs import Store, as_they_finish, job_key
 from maskopt.protocol.solution import Solution, Status, is_bounded
 from maskopt.protocol.solver import Solver, make_solver, solve
 
@@ -31,7 +28,7 @@ class Record:
     Attributes:
         value, value_bound: objective and lower bound in original units (`RowProblem.to_original_units`).
         gap: from the value to the solver's own bound, relative to the value.
-        excess: over the optimum, relative, where a solver of the comparison proved it; else NaN.
+        excess: over the optimum, relative (absolute where that is 0), where a solver proved it; else NaN.
         trusted: the exact solver whose bound nothing proves.
         trace: the columns of `maskopt.protocol.trace`; a file has them as columns of its own.
     """
@@ -174,20 +171,19 @@ def _jobs_by_name(
     solvers: Sequence[str | Solver] | Mapping[str, Mapping[str, Any]], limits: Limits
 ) -> dict[str, _Job]:
     """Every solver made, its options checked, before anything runs."""
-    if not isinstance(solvers, Mapping):
-        jobs: dict[str, _Job] = {}
-        for solver in map(make_solver, solvers):
-            if solver.name in jobs:  # records know their solver by its name alone
-                raise OptionError(
-                    f"solver {solver.name!r} is given twice; run compare once for each of its settings"
-                )
-            jobs[solver.name] = _Job(solver, None, limits)
-        return jobs
-    jobs = {}
-    for name, options in solvers.items():
+    given: Iterable[Any] = (
+        solvers.items() if isinstance(solvers, Mapping) else [(x, {}) for x in solvers]
+    )
+    jobs: dict[str, _Job] = {}
+    for one, options in given:
         own = {k: v for k, v in options.items() if k not in KEYWORDS and k != "start"}
         shared = {KEYWORDS[k]: v for k, v in options.items() if k in KEYWORDS}
-        jobs[name] = _Job(make_solver(name, **own), options.get("start"), replace(limits, **shared))
+        solver = make_solver(one, **own)
+        if solver.name in jobs:  # records know their solver by its name alone
+            raise OptionError(
+                f"solver {solver.name!r} is given twice; run compare once for each of its settings"
+            )
+        jobs[solver.name] = _Job(solver, options.get("start"), replace(limits, **shared))
     return jobs
 
 
@@ -235,14 +231,7 @@ def _with_excess(found: list[Record], solvers: int) -> list[Record]:
         for record in group:
             excess = math.nan
             if proven and not math.isnan(record.value):
-                best = min(proven, key=lambda r: r.objective)
-                excess = excess_of(record.value, best.value)
+                best = min(proven, key=lambda r: r.objective).value
+                excess = abs(record.value - best) / (abs(best) or 1.0)
             records.append(replace(record, excess=excess))
     return records
-
-
-def load_instances(
-    paths: Iterable[str | os.PathLike[str]], cardinality: int | None = None, maximize: bool = False
-) -> list[LayerProblem]:
-    """Files of `maskopt.instances.formats`, layers or rows, as layers."""
-    return [load_problem(path, cardinality, maximize).as_layer() for path in paths]

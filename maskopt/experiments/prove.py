@@ -21,8 +21,7 @@ from maskopt.certificates.certificate import Certificate
 from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import OptionError
-from maskopt.experiments.jobs import as_they_finish, job_key, workers
-from maskopt.experiments.store import Store
+from maskopt.experiments.jobs import Store, as_they_finish, job_key, workers
 from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.solver import Solver, limits_of, make_solver, solve
 

@@ -19,9 +19,9 @@ import torch
 
 from maskopt.certificates.certificate import Certificate
 from maskopt.core.fields import option
+from maskopt.core.files import join_rows
 from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
-from maskopt.core.rows import join_rows
 from maskopt.protocol.bounds import BoundMethod
 from maskopt.protocol.trace import Trace
 from maskopt.solvers.bounds.cuts import tighten

@@ -30,9 +30,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from maskopt.core.files import join_rows
 from maskopt.core.limits import Limits, one_thread_each
 from maskopt.core.problem import LayerProblem
-from maskopt.core.rows import join_rows
 from maskopt.solvers.convex.box_step import CompiledStep, PooledStep, TorchStep
 from maskopt.solvers.convex.linear_bound import linear_bound
 

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 from maskopt._version import __version__
 from maskopt.core.fields import holds_its_kinds
-from maskopt.core.pattern import pattern_from_dict
 from maskopt.errors import ModelError, OptionError
 from maskopt.models.checkpoints.bos import Beginning
 from maskopt.models.checkpoints.checkpoint import read_json, write_json
@@ -252,7 +251,7 @@ class PruneReport:
         return (
             f"{options['solver']}{start} pruned {self.sparsity:.1%} of {total:,} weights in "
             f"{len(self.layers)} layers of {blocks} blocks (pattern "
-            f"{pattern_from_dict(options['sparsity'])}{where}); {after}. {calibrated}"
+            f"{options['sparsity']}{where}); {after}. {calibrated}"
         )
 
     def records(self) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from maskopt.core.fields import RECORDED, options_of
-from maskopt.core.pattern import pattern_from_dict
+from maskopt.core.pattern import parse_sparsity
 from maskopt.errors import OptionError, PatternError
 from maskopt.models.checkpoints.schema import BLOCKS, EXPERTS, PRUNE
 from maskopt.models.checkpoints.workspace import MANIFEST
@@ -41,7 +41,7 @@ def options_again(kind: str, fingerprint: Mapping[str, Any], where: str | Path) 
         options.pop("update", None)
     elif kind == PRUNE:
         try:
-            options["sparsity"] = str(pattern_from_dict(options["sparsity"]))
+            parse_sparsity(options["sparsity"])
         except (KeyError, TypeError, PatternError):
             raise OptionError(f"{where}: holds no sparsity") from None
         # rows without recorded limits have none, where the default would set some

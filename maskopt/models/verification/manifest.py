@@ -1,6 +1,6 @@
 """What a manifest says: its schema, its options, and how much of every layer they prune.
 
-Options and patterns have the schema that `PruneOptions` and `pattern_from_dict` declare. How much a pattern
+Options and patterns have the schema that `PruneOptions` and `parse_sparsity` declare. How much a pattern
 prunes is computed here.
 """
 
@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from maskopt.core.pattern import NM, Pattern, Unstructured, pattern_from_dict
+from maskopt.core.pattern import NM, Pattern, Unstructured, parse_sparsity
 from maskopt.errors import MaskoptError, VerificationError
 from maskopt.models.checkpoints.schema import (
     BLOCKS,
@@ -81,7 +81,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         **_COMMON,
         "fingerprint": {
             "options": {
-                "sparsity": pattern_from_dict, "counts?": {...: is_count},
+                "sparsity": parse_sparsity, "counts?": {...: is_count},
                 "training?": dict, "distillation?": dict,
             },
             "dtype": str, "model?": str,
@@ -194,7 +194,7 @@ def _options(path: Path, record: Mapping[str, Any]) -> PruneOptions:
     said = record["fingerprint"]["options"]
     given = {key: value for key, value in said.items() if key not in OF_SOLVER}
     allocation, training = given.get("allocation", UNIFORM), given.get("training")
-    pattern = pattern_from_dict(given["sparsity"])
+    pattern = parse_sparsity(given["sparsity"])
     if (allocation in (LAYERS, BOTH)) != bool(given.get("counts")):
         what = "has counts of its layers, or none, otherwise than its allocation says"
     elif (allocation == ROWS) != pattern.shared_budget:

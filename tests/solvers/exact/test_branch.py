@@ -14,7 +14,7 @@ from prunes import slow
 from strategies import HALF, TWO_FOUR, drawn, floor, legal_masks, problems, refit_layer, verified
 
 from maskopt import LayerProblem, Limits, RowProblem, Status, Unstructured, solve, verify
-from maskopt.certificates.proof_check import check_proof
+from maskopt.certificates.proof import check_proof
 from maskopt.errors import OptionError, VerificationError
 from maskopt.protocol.bounds import lower_bound
 from maskopt.protocol.solver import WritesInstances, make_solver
