@@ -12,7 +12,6 @@ nothing here imports one.
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -211,17 +210,6 @@ class Solver(Protocol):
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
         """Answer for every row, with the clock of `limits` running. `start`: a legal bool mask [rows, n] on
         the problem's device, True = kept; always given where `needed`, never where `ignored`."""
-        ...
-
-
-@runtime_checkable
-class WritesInstances(Protocol):
-    """A backend that also writes a row as an instance for other programs."""
-
-    def write_instance(
-        self, row: RowProblem, path: str | os.PathLike[str], *, form: str, formulation: str
-    ) -> None:
-        """Write one row, atomically; OptionError for a form (such as `lp`) or formulation that it lacks."""
         ...
 
 
