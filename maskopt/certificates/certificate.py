@@ -214,22 +214,14 @@ def _bounds(certificate: Certificate, layer: LayerProblem) -> Float[Tensor, " ro
     """Of f."""
     slacks = _shared_slacks(certificate, layer)
     gram = layer.gram.double()
-    if not layer.shared_budget:
-        rows = range(layer.rows)
-        return torch.stack([_check_row(certificate, layer, gram, r, slacks[r]) for r in rows])
     parts = [_at_point(certificate, layer, gram, row, slacks[row]) for row in range(layer.rows)]
     offset, gradient = (torch.stack([part[i] for part in parts]) for i in (0, 1))
+    if not layer.shared_budget:
+        size, pruned = layer.group_size, layer.pruned_per_group
+        ranked = [slope.view(-1, size).sort(dim=1).values for slope in gradient]
+        return offset + torch.stack([slope[:, :pruned].sum() for slope in ranked])
     least = least_total(gradient * layer.shares[:, None], layer.pruned, layer.row_limits)
     return evenly(layer.shares @ offset + least, layer)
-
-
-def _check_row(
-    certificate: Certificate, layer: LayerProblem, gram: Tensor, row: int, shared: float | None
-) -> Tensor:
-    """The bound of one row."""
-    offset, gradient = _at_point(certificate, layer, gram, row, shared)
-    least = gradient.view(-1, layer.group_size).sort(dim=1).values[:, : layer.pruned_per_group]
-    return offset + least.sum()
 
 
 def _at_point(

@@ -128,32 +128,31 @@ def compare(
         OptionError, SolverError: solvers, options or an `output` that will not do, before anything runs.
             DataError: an `output` that holds something else.
     """
-    jobs_by_name = _jobs_by_name(solvers, Limits(seconds=time_limit, seed=seed))
-    if not jobs_by_name:
+    chosen = _chosen(solvers, Limits(seconds=time_limit, seed=seed))
+    if not chosen:
         raise OptionError("name at least one solver")
     store = Store(output, Record)
-    wanted = {
-        (position, name): (job_key(row, name, job.solver, job.start, job.limits), row)
-        for position, row in enumerate(rows)
-        for name, job in jobs_by_name.items()
-    }
+    wanted = [
+        (job_key(row, job.solver, job.start, job.limits), row, job)
+        for row in rows
+        for job in chosen
+    ]
     finished: dict[str, Record] = {}
     missing, held = {}, store.records()
-    for (_, name), (key, row) in wanted.items():
-        job = jobs_by_name[name]
+    for key, row, job in wanted:
         # only exact solvers have bounds that nothing proves
         required: Require = "claims" if job.solver.capabilities.trusted else "checked"
         found = store.solution(key, row, required) if key in held else None
         if found is not None:
-            finished[key] = _record(row, name, job, key, found)
+            finished[key] = _record(row, job, key, found)
         else:
-            missing[key] = delayed(_solved)(row, name, job, key)
+            missing[key] = delayed(_solved)(row, job, key)
     count = len(finished) + len(missing)
     for record, solution in as_they_finish(list(missing.values()), jobs):
         finished[record.key] = record
         store.add(record.key, solution, record)
         on_progress(len(finished), count)
-    records = _with_excess([finished[key] for key, _ in wanted.values()], len(jobs_by_name))
+    records = _with_excess([finished[key] for key, *_ in wanted], len(chosen))
     store.finish(records)
     return records
 
@@ -167,43 +166,41 @@ class _Job:
     limits: Limits
 
 
-def _jobs_by_name(
+def _chosen(
     solvers: Sequence[str | Solver] | Mapping[str, Mapping[str, Any]], limits: Limits
-) -> dict[str, _Job]:
+) -> list[_Job]:
     """Every solver made, its options checked, before anything runs."""
     given: Iterable[Any] = (
         solvers.items() if isinstance(solvers, Mapping) else [(x, {}) for x in solvers]
     )
-    jobs: dict[str, _Job] = {}
+    chosen: dict[str, _Job] = {}
     for one, options in given:
         own = {k: v for k, v in options.items() if k not in KEYWORDS and k != "start"}
         shared = {KEYWORDS[k]: v for k, v in options.items() if k in KEYWORDS}
         solver = make_solver(one, **own)
-        if solver.name in jobs:  # records know their solver by its name alone
+        if solver.name in chosen:  # records know their solver by its name alone
             raise OptionError(
                 f"solver {solver.name!r} is given twice; run compare once for each of its settings"
             )
-        jobs[solver.name] = _Job(solver, options.get("start"), replace(limits, **shared))
-    return jobs
+        chosen[solver.name] = _Job(solver, options.get("start"), replace(limits, **shared))
+    return list(chosen.values())
 
 
-def _solved(row: RowProblem, name: str, job: _Job, key: str) -> tuple[Record, Solution | None]:
+def _solved(row: RowProblem, job: _Job, key: str) -> tuple[Record, Solution | None]:
     try:
         solution = solve(row, job.solver, start=job.start, limits=job.limits).raise_if_interrupted()
     except MaskoptError as error:
-        return _record(row, name, job, key, error), None
-    return _record(row, name, job, key, solution), solution
+        return _record(row, job, key, error), None
+    return _record(row, job, key, solution), solution
 
 
-def _record(
-    row: RowProblem, name: str, job: _Job, key: str, answer: Solution | MaskoptError
-) -> Record:
+def _record(row: RowProblem, job: _Job, key: str, answer: Solution | MaskoptError) -> Record:
     """The record of a solution, or of the error in place of one."""
     base: dict[str, Any] = {
         "instance": row.name,
         "n": row.n,
         "pattern": str(row.pattern),
-        "solver": name,
+        "solver": job.solver.name,
         "excess": math.nan,
         "seed": job.limits.seed,
         "key": key,

@@ -94,11 +94,11 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def job_key(row: RowProblem, name: str, solver: Solver, start: Any, limits: Limits) -> str:
-    """Of a job: its row, the solver under its name, its start (a name, a value or a mask) and its limits."""
+def job_key(row: RowProblem, solver: Solver, start: Any, limits: Limits) -> str:
+    """Of a job: its row, its solver, its start (a name, a value or a mask) and its limits."""
     digest = digest_of(row.as_layer(), 0)
     of_limits = [limits.seconds, limits.memory, limits.seed]
-    text = [str(row.pattern), row.name, name, repr(solver), of_limits, _start_text(start)]
+    text = [str(row.pattern), row.name, solver.name, repr(solver), of_limits, _start_text(start)]
     digest.update(json.dumps(text).encode())
     return digest.hexdigest()[:20]
 

@@ -123,7 +123,7 @@ def prove(
     missing: dict[str, Any] = {}
     for index in range(layer.rows):
         row, begin = layer.row(index), start[index, None] if isinstance(start, Tensor) else start
-        keys.append(key := job_key(row, BRANCH, backend, begin, untimed))
+        keys.append(key := job_key(row, backend, begin, untimed))
         solution = store.solution(key, row)
         if solution is not None and solution.status[0] is Status.OPTIMAL:
             found[key] = solution

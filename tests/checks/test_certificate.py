@@ -14,7 +14,7 @@ from forging import edit, fails, rewrite
 from strategies import TWO_FOUR, drawn, random_gram, random_weight
 
 from maskopt import LayerProblem, Solution, Status, Unstructured, lower_bound, solve, verify
-from maskopt.certificates.certificate import Certificate, _check_row, _shared_slacks, missing
+from maskopt.certificates.certificate import Certificate, _shared_slacks, missing
 from maskopt.certificates.cuts import Cuts
 from maskopt.certificates.exact_check import _form, exact_bounds, rational, semidefinite
 from maskopt.core.objective import LinearTerm
@@ -181,7 +181,7 @@ def test_one_factorisation_for_all_rows_proves_what_one_for_each_does(pattern):
         assert shared is not None
         together = given.check(problem)
         for row in range(4):
-            value = float(_check_row(given, problem, problem.gram, row, shared))
+            value = unclamped(given, problem, row, shared)
             true = float(exact(given, problem, row))
             assert true >= value == pytest.approx(true, rel=1e-9)
             assert float(together[row]) == max(0.0, value)
@@ -214,7 +214,7 @@ def test_what_all_rows_lack_is_paid_for_by_their_weights():
     shared = _shared_slacks(given, problem)[0]
     assert 1e-9 <= shared <= 1e-7
     for row in range(3):
-        value = float(_check_row(given, problem, problem.gram, row, shared))
+        value = unclamped(given, problem, row, shared)
         paid = float(exact(given, problem, row) - Fraction(value))
         assert paid == pytest.approx(shared * float(weight[row].square().sum()) / 4, rel=1e-3)
 
