@@ -7,12 +7,12 @@ from maskopt._version import __version__
 
 if TYPE_CHECKING:
     from maskopt.certificates.certificate import Certificate as Certificate
-    from maskopt.certificates.proof import Proof as Proof
+    from maskopt.certificates.proof import RowProof as RowProof
     from maskopt.checks.swap_check import SwapMove as SwapMove, improving_swap as improving_swap
     from maskopt.checks.verification import Verification as Verification, verify as verify
     from maskopt.core.least_squares import LeastSquaresUpdate as LeastSquaresUpdate
     from maskopt.core.limits import Limits as Limits, Progress as Progress
-    from maskopt.core.linear_term import LinearTerm as LinearTerm
+    from maskopt.core.objective import LinearTerm as LinearTerm
     from maskopt.core.pattern import NM as NM, Unstructured as Unstructured
     from maskopt.core.problem import LayerProblem as LayerProblem, RowProblem as RowProblem
     from maskopt.errors import MaskoptError as MaskoptError
@@ -42,23 +42,18 @@ if TYPE_CHECKING:
         make_solver as make_solver,
         solve as solve,
     )
-    from maskopt.protocol.update import (
-        UpdatedWeights as UpdatedWeights,
-        update_weights as update_weights,
-    )
 
 #: modules that are imported on first use, since torch and transformers take seconds to import
 _MODULES = {
     "maskopt.certificates.certificate": ("Certificate",),
-    "maskopt.certificates.proof": ("Proof",),
+    "maskopt.certificates.proof": ("RowProof",),
     "maskopt.checks.swap_check": ("SwapMove", "improving_swap"),
     "maskopt.checks.verification": ("Verification", "verify"),
     "maskopt.core.least_squares": ("LeastSquaresUpdate",),
     "maskopt.core.limits": ("Limits", "Progress"),
-    "maskopt.core.linear_term": ("LinearTerm",),
+    "maskopt.core.objective": ("LinearTerm",),
     "maskopt.core.pattern": ("NM", "Unstructured"),
     "maskopt.core.problem": ("LayerProblem", "RowProblem"),
-    "maskopt.protocol.update": ("UpdatedWeights", "update_weights"),
     "maskopt.instances.structure": ("structure_problem",),
     "maskopt.errors": ("MaskoptError",),
     "maskopt.experiments.prove": ("minimize_quadratic",),

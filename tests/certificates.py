@@ -7,7 +7,7 @@ import torch
 from strategies import TWO_FOUR, drawn
 
 from maskopt import NM, Certificate, Solution, Unstructured, solve, verify
-from maskopt.certificates.certificate import _check_row
+from maskopt.certificates.certificate import _at_point
 from maskopt.certificates.cuts import Cuts
 from maskopt.certificates.proof import KINDS, LEAF, RowProof
 
@@ -105,6 +105,8 @@ def single(lam, mu, point, cuts=None) -> RowProof:
     return RowProof(penalty=mu, **{k: np.asarray(parts[k], dtype=KINDS[k]) for k in KINDS})
 
 
-def unclamped(certificate, problem, row):
+def unclamped(certificate, problem, row, shared=None):
     """What `check` computes of one row before it says 0 of all that is below."""
-    return float(_check_row(certificate, problem, problem.gram.double(), row, None))
+    offset, slope = _at_point(certificate, problem, problem.gram.double(), row, shared)
+    ranked = slope.view(-1, problem.group_size).sort(1).values
+    return float(offset + ranked[:, : problem.pruned_per_group].sum())

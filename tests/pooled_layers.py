@@ -17,7 +17,8 @@ def layer(rows=6, n=24, kind="full", sparsity=0.5, seed=1, max_deviation=None, *
     weight = torch.randn(rows, n, generator=generator, dtype=torch.float64)
     weight *= torch.rand(rows, 1, generator=generator, dtype=torch.float64) + 0.2
     gram = random_gram(n, kind, seed + 1)
-    return LayerProblem(weight, gram, pool(sparsity, max_deviation), **more)
+    omega, pattern = more.pop("omega", None), pool(sparsity, max_deviation)
+    return LayerProblem(weight, gram, pattern, **more).with_omega(omega)
 
 
 @st.composite
@@ -35,7 +36,7 @@ def shared_budget(draw, max_n=12, max_rows=5):
     how = draw(st.sampled_from((None, (0.01,), (0.3,), (0.1, 0.5))))
     update = None if how is None else LeastSquaresUpdate(*how)
     omega = shares if draw(st.booleans()) else None
-    return LayerProblem(weight, gram, pattern, linear=linear, update=update, omega=omega)
+    return LayerProblem(weight, gram, pattern, linear=linear, update=update).with_omega(omega)
 
 
 def total(problem, solution):

@@ -9,15 +9,17 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from maskopt import NM, LayerProblem, LeastSquaresUpdate, LinearTerm, RowProblem, Unstructured
+from maskopt import NM, LayerProblem, LeastSquaresUpdate, LinearTerm, Unstructured
 from maskopt.checks.verification import verify
 from maskopt.core.pattern import Pattern
+from maskopt.core.units import ObjectiveTransform
 from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.solver import solve
 
 HALF, TWO_FOUR = Unstructured(sparsity=0.5), NM(keep=2, of=4)
 ONE_PERCENT = LeastSquaresUpdate(0.01)
 F64 = torch.float64
+WHOLE = ObjectiveTransform(integral=True)
 KINDS = ("full", "low-rank", "zero-columns", "duplicates", "diagonal", "outliers")
 
 
@@ -146,4 +148,5 @@ def graph(
     upper = np.triu(np.random.default_rng(seed).random((n, n)) < chance, 1)
     adjacent = (upper | upper.T).astype(float)
     gram = np.ceil(np.linalg.eigvalsh(adjacent)[-1]) * np.eye(n) - adjacent
-    return RowProblem(np.ones(n), gram, Unstructured(keep=keep), integral=integral).as_layer()
+    problem = LayerProblem(np.ones((1, n)), gram, Unstructured(keep=keep))
+    return problem.with_units(WHOLE) if integral else problem

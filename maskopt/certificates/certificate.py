@@ -40,7 +40,6 @@ as many as the layer keeps. So (d, v̂) is a certificate of F. What is missing t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,10 +50,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from maskopt.certificates.cuts import CutForm, Cuts, check_cuts, cut_form
-from maskopt.core.files import pack, read_arrays, unpack, unpack_rows, write_arrays
+from maskopt.core.files import join_rows, take_rows, unpack, unpack_rows
 from maskopt.core.problem import LayerProblem, RowProblem
-from maskopt.core.rows import join_rows, take_rows
-from maskopt.errors import ProblemError, VerificationError
+from maskopt.core.units import Real
+from maskopt.errors import VerificationError
 
 #: unit roundoff of float64
 _U = 2.0**-53
@@ -83,8 +82,8 @@ class Certificate:
     cuts: Sequence[Cuts | None] | None = None
 
     def check(self, problem: LayerProblem | RowProblem) -> Float[Tensor, " rows"]:
-        """The lower bound of every row that this certificate proves, float64, at least 0. With a shared
-        budget it is one bound of the sum over rows, divided into equal parts.
+        """The lower bound of every row that this certificate proves, float64, at least 0; of an integral
+        problem the next value of f. With a shared budget one bound of the sum, divided into equal parts.
 
         Raises:
             VerificationError: a certificate of the other objective, shapes that do not fit, values that are
@@ -94,7 +93,8 @@ class Certificate:
         self.check_shapes(layer)
         value = _bounds(self, layer) if layer.update is None else _bounds_of_update(self, layer)
         # sums beyond float64 prove nothing
-        return torch.where(torch.isfinite(value), value, 0.0).clamp(min=0.0)
+        value = torch.where(torch.isfinite(value), value, 0.0).clamp(min=0.0)
+        return value.new_tensor(next_values(layer, value.tolist()))
 
     def take(self, rows: Sequence[int]) -> Certificate:
         """The certificate of some rows only."""
@@ -113,26 +113,13 @@ class Certificate:
         rows = [(second if o else first).take([i]) for i, o in enumerate(other.tolist())]
         return cls.stack(rows)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write an .npz (atomically; no pickle inside)."""
-        write_arrays(path, "certificate", *pack(self))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Certificate:
-        """Read what `save` wrote, for `check`; ProblemError for no such file, or no certificate."""
-        try:
-            return cls.unpacked(*read_arrays(path, "certificate"))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ProblemError(f"{path}: not a sound certificate ({error})") from None
-
     @classmethod
     def unpacked(
-        cls, words: Mapping[str, Any], arrays: Mapping[str, np.ndarray], name: str = ""
+        cls, words: Mapping[str, Any], arrays: Mapping[str, np.ndarray], name: str
     ) -> Certificate:
         """Inverse of `maskopt.core.files.pack`; errors as of `unpack`, KeyError without a diagonal."""
-        begin = f"{name}." if name else ""
-        rows = len(arrays[f"{begin}diagonal"])
-        cuts = unpack_rows(Cuts, words, arrays, f"{begin}cuts", rows)
+        rows = len(arrays[f"{name}.diagonal"])
+        cuts = unpack_rows(Cuts, words, arrays, f"{name}.cuts", rows)
         return unpack(cls, words, arrays, name, cuts=cuts)
 
     @classmethod
@@ -200,6 +187,14 @@ def _refused(reason: str) -> VerificationError:
     return VerificationError(f"certificate: {reason}")
 
 
+def next_values(layer: LayerProblem, bounds: list[Real]) -> list[Real]:
+    """Bounds of f, raised to its next values for an integral problem without a shared budget."""
+    if not layer.integral or layer.shared_budget:
+        return bounds
+    values = [layer.row(row).values() for row in range(layer.rows)]
+    return [v.at_least(b) for v, b in zip(values, bounds, strict=True) if v]
+
+
 def evenly(total: Tensor, layer: LayerProblem) -> Float[Tensor, " rows"]:
     """A number as Σ ωᵣ xᵣ of equal parts ωᵣ xᵣ."""
     return total / layer.rows / layer.shares
@@ -219,22 +214,14 @@ def _bounds(certificate: Certificate, layer: LayerProblem) -> Float[Tensor, " ro
     """Of f."""
     slacks = _shared_slacks(certificate, layer)
     gram = layer.gram.double()
-    if not layer.shared_budget:
-        rows = range(layer.rows)
-        return torch.stack([_check_row(certificate, layer, gram, r, slacks[r]) for r in rows])
     parts = [_at_point(certificate, layer, gram, row, slacks[row]) for row in range(layer.rows)]
     offset, gradient = (torch.stack([part[i] for part in parts]) for i in (0, 1))
+    if not layer.shared_budget:
+        size, pruned = layer.group_size, layer.pruned_per_group
+        ranked = [slope.view(-1, size).sort(dim=1).values for slope in gradient]
+        return offset + torch.stack([slope[:, :pruned].sum() for slope in ranked])
     least = least_total(gradient * layer.shares[:, None], layer.pruned, layer.row_limits)
     return evenly(layer.shares @ offset + least, layer)
-
-
-def _check_row(
-    certificate: Certificate, layer: LayerProblem, gram: Tensor, row: int, shared: float | None
-) -> Tensor:
-    """The bound of one row."""
-    offset, gradient = _at_point(certificate, layer, gram, row, shared)
-    least = gradient.view(-1, layer.group_size).sort(dim=1).values[:, : layer.pruned_per_group]
-    return offset + least.sum()
 
 
 def _at_point(

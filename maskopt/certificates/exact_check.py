@@ -21,10 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskopt.certificates.certificate import Certificate
+from maskopt.certificates.certificate import Certificate, next_values
 from maskopt.certificates.cuts import NO_INPUT, OF_Z0, Cuts
-from maskopt.certificates.proof import RowProof
-from maskopt.certificates.proof_check import TreeCheck
+from maskopt.certificates.proof import RowProof, TreeCheck
 from maskopt.core.problem import LayerProblem
 from maskopt.errors import VerificationError
 
@@ -94,7 +93,7 @@ def exact_bounds(
     for row, tree in enumerate(trees or ()):
         if tree is not None:
             found[row] = max(found[row], Fraction(ExactTreeCheck(layer, row, tree).bound()))
-    return layer.raised(found)
+    return next_values(layer, found)
 
 
 def _of_certificate(certificate: Certificate, layer: LayerProblem) -> list[Fraction]:

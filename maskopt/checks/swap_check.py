@@ -1,21 +1,236 @@
-"""The independent check of 1-swap optimality. Nothing here is shared with any solver.
+"""What masks and changes of masks cost, by definition in float64, and the check of 1-swap optimality. Nothing
+here is shared with any solver.
 
-A swap inside a row changes its objective by Δ(u, p) of `maskopt.checks.costs`. Rows do not interact: a swap
-between two rows of a shared budget changes Σ ωᵣ fᵣ by what pruning costs the one, less what the other saves.
+Of unchanged weights, with Q = diag(w)·G·diag(w) and c = G(w ⊙ p) + g,
+
+    f(p) = pᵀQp + 2gᵀ(w ⊙ p) + c₀
+    prune u:  w_u²G_uu + 2 w_u c_u      keep p again:  2 w_p c_p − w_p²G_pp
+    swap u, p:  Δ(u, p) = 2 w_u c_u + w_u²G_uu − 2 w_p c_p + w_p²G_pp − 2 w_u w_p G_up
+
+(SparseSwaps, arXiv 2512.10922). Of updated weights, solvers work on systems of the kept inputs, A_SS; here
+everything is by H = A⁻¹ on the pruned ones, or by LU. With K = (H_PP)⁻¹ and ŵ = Hb,
+
+    F(p) = ŵ_PᵀKŵ_P + c₀ − gᵀHg,    r_P = Kŵ_P,    v_S = ŵ_S − H_SP r_P,    M = H_SS − H_SP K H_PS
+    prune u:  v_u²/M_uu      keep p again:  r_p²/K_pp
+    swap u, p:  Δ(u, p) = (v_u − B_up r_p/K_pp)² / (M_uu + B_up²/K_pp) − r_p²/K_pp,    B = −H_SP K.
+
+Rows do not interact: a swap between two rows of a shared budget changes Σ ωᵣ fᵣ by what pruning costs the
+one, less what the other saves.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from maskopt.checks.costs import AT_ONCE, costs_of
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import VerificationError
 from maskopt.protocol.solution import SWAP_TOLERANCE, swap_threshold
+
+#: numbers that are formed at a time
+AT_ONCE = 2**22
+
+
+class Prices(NamedTuple):
+    """Float64 [rows, n]: the cost of pruning a kept input (∞ for others) and the saving of keeping a pruned
+    one again (−∞ for others); and the objective of the mask, [rows]."""
+
+    prune: Tensor
+    keep: Tensor
+    objective: Tensor
+
+
+class Swaps(NamedTuple):
+    """The swaps of one row, float64, for weights times `scale`, a power of two that keeps squares within
+    range: the changes [kept, pruned] of the objective, the mask's objective, and the scale of rounding
+    (`LayerProblem.diagonal_mass`)."""
+
+    delta: Callable[[Tensor, Tensor], Tensor]
+    objective: Tensor
+    mass: Tensor
+    scale: float
+
+
+class UnchangedCosts:
+    """f of a layer's rows."""
+
+    def __init__(self, layer: LayerProblem) -> None:
+        self.layer = layer
+
+    def cost(self, mask: Bool[Tensor, "rows n"], row: int) -> Tensor:
+        """Of one row, by its pruned columns alone."""
+        layer, pruned = self.layer, (~mask[row]).nonzero()[:, 0]
+        w = layer.weight[row, pruned].double()
+        step = max(1, AT_ONCE // max(1, len(pruned)))
+        total = 2 * w @ layer.correlation[row, pruned] + layer.constant[row]
+        for part, weight in zip(pruned.split(step), w.split(step), strict=True):
+            total = total + weight @ (layer.gram[part][:, pruned].double() @ w)
+        return total.clamp(min=0.0)
+
+    def costs(self, row: int, p: Float[Tensor, "masks n"]) -> Float[Tensor, " masks"]:
+        """Of one row with many masks, 1 = pruned, on the CPU."""
+        layer = self.layer
+        dropped = p * layer.weight[row].double().cpu()
+        costs = ((dropped @ layer.gram.double().cpu()) * dropped).sum(1)
+        costs += 2 * dropped @ layer.correlation[row].cpu() + layer.constant[row].cpu()
+        return costs.clamp(min=0.0)
+
+    def prices(self, mask: Bool[Tensor, "rows n"]) -> Prices:
+        """Of all rows."""
+        layer = self.layer
+        w = layer.weight.double()
+        dropped = w * ~mask
+        c, objective = self._products(dropped, layer.correlation, layer.constant)
+        alone = w.square() * layer.gram.diagonal().double()
+        prune = (alone + 2 * w * c).masked_fill(~mask, torch.inf)
+        keep = (2 * w * c - alone).masked_fill(mask, -torch.inf)
+        return Prices(prune, keep, objective)
+
+    def swaps(self, mask: Bool[Tensor, "rows n"], row: int) -> Swaps:
+        """Of one row."""
+        layer, scale = self.layer, within_range(self.layer.weight[row])
+        w, gram = layer.weight[row].double() * scale, layer.gram
+        constant = layer.constant[row] * scale * scale
+        dropped = torch.where(mask[row], 0.0, w)[None]
+        products, objective = self._products(dropped, layer.correlation[row] * scale, constant)
+        alone, slope = w.square() * gram.diagonal().double(), 2 * w * products[0]
+
+        def delta(kept: Tensor, pruned: Tensor) -> Tensor:
+            cross = gram[kept][:, pruned].double()
+            single = (alone + slope)[kept][:, None] + (alone - slope)[pruned]
+            return single - 2 * w[kept][:, None] * w[pruned] * cross
+
+        return Swaps(delta, objective[0], alone.sum() + constant, scale)
+
+    def _products(
+        self, dropped: Float[Tensor, "rows n"], correlation: Tensor, constant: Tensor
+    ) -> tuple[Float[Tensor, "rows n"], Float[Tensor, " rows"]]:
+        """c = G(w ⊙ p) + g, and f."""
+        parts = self.layer.gram.split(max(1, AT_ONCE // self.layer.n))
+        c = torch.cat([dropped @ part.double().T for part in parts], 1)
+        objective = (dropped * (c + 2 * correlation)).sum(1) + constant
+        return c + correlation, objective.clamp(min=0.0)
+
+
+class _Solved(NamedTuple):
+    """One row of updated weights: K, r, v, the diagonal of M, B, and F, with its weights times `scale`."""
+
+    kept: Tensor
+    pruned: Tensor
+    k: Tensor
+    r: Tensor
+    v: Tensor
+    own: Tensor
+    pull: Tensor
+    objective: Tensor
+    scale: float
+
+
+class UpdatedCosts:
+    """F of a layer's rows."""
+
+    def __init__(self, layer: LayerProblem) -> None:
+        self.layer, self.squares = layer, layer.least_squares
+
+    def cost(self, mask: Bool[Tensor, "rows n"], row: int) -> Tensor:
+        """Of one row, by LU of A_SS."""
+        damped, w = self.squares.damped, self.layer.weight[row].double()
+        g = self.layer.correlation[row]
+        kept, lost = mask[row].nonzero()[:, 0], w.clone()
+        if len(kept):
+            lost[kept] -= torch.linalg.solve(damped[kept][:, kept], (damped @ w + g)[kept])
+        # of a G of 0, A is the identity that stands in for it, and nothing is lost
+        total = torch.zeros_like(lost[0]) if self.squares.flat else lost @ (damped @ lost)
+        return (total + 2 * lost @ g + self.layer.constant[row]).clamp(min=0.0)
+
+    def costs(self, row: int, p: Float[Tensor, "masks n"]) -> Float[Tensor, " masks"]:
+        """Of one row with many masks, 1 = pruned and as many in each, on the CPU."""
+        b, constant, scale = self._scaled(row)
+        inverse, b, constant = self.squares.inverse.cpu(), b.cpu(), constant.cpu()
+        free = inverse @ b
+        pruned = p.nonzero()[:, 1].view(len(p), -1)
+        if self.squares.flat:
+            return torch.zeros(len(p), dtype=torch.float64) + constant / scale / scale
+        costs = []
+        for part in pruned.split(max(1, 4 * AT_ONCE // max(1, pruned.shape[1] ** 2))):
+            # not by LU: batches of them, of 160 inputs and more, never return where MKL has two threads
+            factor = torch.linalg.cholesky(inverse[part[:, :, None], part[:, None, :]])
+            half = torch.linalg.solve_triangular(factor, free[part][..., None], upper=False)
+            costs.append(half[..., 0].square().sum(1))
+        return (torch.cat(costs) + constant).clamp(min=0.0) / scale / scale
+
+    def prices(self, mask: Bool[Tensor, "rows n"]) -> Prices:
+        """Of all rows."""
+        prune = torch.full(mask.shape, torch.inf, dtype=torch.float64, device=mask.device)
+        keep, objective = -prune, prune[:, 0].clone()
+        for row in range(len(mask)):
+            s = self._solved(mask, row)
+            objective[row] = s.objective / s.scale / s.scale
+            if self.squares.flat:  # every mask costs the same
+                prune[row, s.kept], keep[row, s.pruned] = 0.0, 0.0
+                continue
+            prune[row, s.kept] = (s.v / s.own.sqrt() / s.scale).square()
+            keep[row, s.pruned] = (s.r / s.k.diagonal().sqrt() / s.scale).square()
+        return Prices(prune, keep, objective)
+
+    def swaps(self, mask: Bool[Tensor, "rows n"], row: int) -> Swaps:
+        """Of one row."""
+        s, n = self._solved(mask, row), self.layer.n
+        mass = self.layer.take([row]).diagonal_mass()[0] * s.scale * s.scale
+        # roots before squares: of a G of 1e-165 the squares would be 0
+        size, place = s.k.diagonal().sqrt(), torch.zeros(n, dtype=torch.long, device=mask.device)
+        place[s.kept] = torch.arange(len(s.kept), device=mask.device)
+        place[s.pruned] = torch.arange(len(s.pruned), device=mask.device)
+
+        def delta(kept: Tensor, pruned: Tensor) -> Tensor:
+            i, j = place[kept], place[pruned]
+            if self.squares.flat:
+                return torch.zeros(len(i), len(j), dtype=torch.float64, device=mask.device)
+            pull = s.pull[i][:, j]
+            change = (pull / size[j]).square() + s.own[i][:, None]
+            left = s.v[i][:, None] - pull * (s.r[j] / s.k.diagonal()[j])
+            found = (left / change.sqrt()).square() - (s.r[j] / size[j]).square()
+            # less than a float64 can hold without the scale is no change
+            return found.masked_fill(found / s.scale / s.scale == 0, 0.0)
+
+        return Swaps(delta, s.objective, mass, s.scale)
+
+    def _solved(self, mask: Bool[Tensor, "rows n"], row: int) -> _Solved:
+        b, constant, scale = self._scaled(row)
+        inverse = self.squares.inverse
+        kept, pruned = mask[row].nonzero()[:, 0], (~mask[row]).nonzero()[:, 0]
+        free = inverse @ b
+        k = torch.linalg.inv(inverse[pruned][:, pruned])
+        k = (k + k.T) / 2
+        r, cross = k @ free[pruned], inverse[kept][:, pruned]
+        pull = -cross @ k
+        own = inverse.diagonal()[kept] + (pull * cross).sum(1)
+        lost = torch.zeros_like(constant) if self.squares.flat else free[pruned] @ r
+        objective = (lost + constant).clamp(min=0.0)
+        return _Solved(kept, pruned, k, r, free[kept] - cross @ r, own, pull, objective, scale)
+
+    def _scaled(self, row: int) -> tuple[Tensor, Tensor, float]:
+        """b and c₀ − gᵀHg of one row for weights times a power of two, and that power."""
+        scale = within_range(self.layer.weight[row])
+        g = (self.layer.correlation[row] * scale)[:, None]
+        b = self.squares.damped @ (self.layer.weight[row].double() * scale) + g[:, 0]
+        half = torch.linalg.solve_triangular(self.squares.factor, g, upper=False)
+        return b, self.layer.constant[row] * scale * scale - half.square().sum(), scale
+
+
+def costs_of(layer: LayerProblem) -> UnchangedCosts | UpdatedCosts:
+    """The costs of the layer's own objective."""
+    return UnchangedCosts(layer) if layer.update is None else UpdatedCosts(layer)
+
+
+def within_range(weight: Tensor) -> float:
+    """A power of two that brings extreme weights within range without changing any comparison."""
+    return 2.0 ** min(1000, -math.frexp(float(weight.abs().max()) or 1.0)[1])
 
 
 class SwapMove(NamedTuple):

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from maskopt.certificates.exact_check import exact_bounds, exact_cost
-from maskopt.certificates.proof_check import check_proof
-from maskopt.checks.costs import costs_of
-from maskopt.checks.swap_check import improving_swap
+from maskopt.certificates.proof import check_proof
+from maskopt.checks.swap_check import costs_of, improving_swap
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import MaskoptError, VerificationError
 from maskopt.protocol.solution import OPTIMAL_TOLERANCE, Solution, Status, optimal_slack, size_of
@@ -205,8 +204,7 @@ def _least_sum(layer: LayerProblem) -> float:
 
 def _verify_exactly(layer: LayerProblem, mask: Tensor, solution: Solution) -> None:
     """Lower bounds and OPTIMAL without any rounding; of rows that share a budget those of their sum."""
-    trees = None if solution.proof is None else solution.proof.rows
-    proven = exact_bounds(layer, solution.certificate, trees)
+    proven = exact_bounds(layer, solution.certificate, solution.proof)
     costs = [exact_cost(layer, mask[row], row) for row in range(layer.rows)]
     stated = [Fraction(bound) for bound in solution.lower_bound.tolist()]
     if layer.shared_budget:
@@ -271,7 +269,7 @@ def _proven(layer: LayerProblem, mask: Tensor, solution: Solution) -> Tensor:
         proven = check_proof(layer, solution.proof)
     if solution.certificate is None:
         return proven
-    certified = layer.next_value(solution.certificate.check(layer)).cpu()
+    certified = solution.certificate.check(layer).cpu()
     if layer.shared_budget:  # one bound of the layer's sum, whichever way it is shared out
         share, stated = layer.shares.cpu(), solution.lower_bound.cpu()
         claimed = share @ stated
@@ -324,7 +322,7 @@ def _verify_objective(
         )
 
     compare(solution.objective.to(true), "objective: row")
-    if layer.update is not None and solution.weight is not None and not solution.own:
+    if solution.weight is not None and not solution.own:
         compare(_costs_of_weights(layer, mask, solution.weight), "weights: the cost of row")
 
 

@@ -95,8 +95,9 @@ def _bounds() -> Table:
     for heading in ("bound", "n up to", "note"):
         table.add_column(heading, no_wrap=heading != "note")
     for info in available_bounds().values():
-        note = info.note if info.unavailable is None else f"unavailable: {info.unavailable}"
-        table.add_row(info.name, "any" if info.largest_n is None else str(info.largest_n), note)
+        n, note = (getattr(info.kind, name, "") for name in ("largest_n", "note"))
+        note = note if info.available else f"unavailable: {info.unavailable}"
+        table.add_row(info.name, str(n or "any"), note)
     return table
 
 

@@ -31,12 +31,12 @@ from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.pattern import Pattern, parse_sparsity
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import OptionError, SolverError
-from maskopt.experiments.compare import Record, compare as compare_rows, load_instances, sample_rows
+from maskopt.experiments.compare import Record, compare as compare_rows, sample_rows
+from maskopt.experiments.jobs import check_format
 from maskopt.experiments.prove import SECONDS, SMALL
-from maskopt.experiments.store import check_format
-from maskopt.instances.formats import save_problem
+from maskopt.instances.formats import load_problem, save_problem
 from maskopt.models.options.prune import BLOCKWISE, LEAST_SQUARES, NONE, PruneOptions
-from maskopt.protocol.solver import WritesInstances, make_solver
+from maskopt.protocol.solver import make_solver
 
 if TYPE_CHECKING:
     from maskopt.models.evaluation.bound import GapRecord
@@ -292,10 +292,10 @@ def export(
         chosen = np.arange(problem.n) if columns is None else _columns(columns, problem.n, seed)
         problem = problem.restrict(chosen, found.pattern)
     if form in PROGRAMS:
-        solver = make_solver("scip")
-        if not isinstance(solver, WritesInstances):
+        write = getattr(make_solver("scip"), "write_instance", None)
+        if write is None:
             raise SolverError("the solver registered as 'scip' cannot write instances")
-        solver.write_instance(problem, destination, form=form, formulation=formulation)
+        write(problem, destination, form=form, formulation=formulation)
     else:
         save_problem(problem, destination, form)
     screen.print(f"{destination}: {problem!r}", soft_wrap=True)
@@ -395,7 +395,7 @@ def _of_instances(
             raise OptionError(
                 f"`{name}` is for a model folder, and {value!r} says nothing of an instance"
             )
-    layers = load_instances(source, cardinality, maximize)
+    layers = [load_problem(path, cardinality, maximize).as_layer() for path in source]
     if pattern is not None:
         layers = [layer.under(pattern) for layer in layers]
     if given.get("update") == LEAST_SQUARES:

@@ -128,7 +128,7 @@ def check(
 
 def _trees(solution: Solution) -> str:
     """Number of rows that trees prove, and their size; empty for a solution without trees."""
-    trees = [tree for tree in (solution.proof.rows if solution.proof else ()) if tree is not None]
+    trees = [tree for tree in solution.proof or () if tree is not None]
     leaves, size = sum(tree.leaves for tree in trees), sum(tree.nbytes for tree in trees)
     proven = sum(status is Status.OPTIMAL for status in solution.status)
     if not trees:

@@ -17,8 +17,8 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
+from functools import cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -33,8 +33,6 @@ TEXT, CALIBRATION, RUNTIME, OUTPUT = "Text", "Calibration", "Runtime", "Output"
 RECORDED = SELECTION, UPDATE, TRAINING, CALIBRATION
 #: unit of a mapping that the command line reads from a file
 JSON_FILE = "JSON file"
-#: type hints by class: making them takes a tenth of the time of a small problem
-_HINTS: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -155,7 +153,12 @@ def option(default: Any, help: str, group: str = "", **facts: Any) -> Any:
 
 def options_of(kind: type) -> tuple[Option, ...]:
     """The options of a dataclass, in the order of its fields."""
-    return tuple(_option(f, _hints(kind)) for f in dataclasses.fields(kind) if "help" in f.metadata)
+    found = []
+    for f in dataclasses.fields(kind):
+        if "help" in f.metadata:
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            found.append(Option(f.name, _hints(kind)[f.name], default, **f.metadata))
+    return tuple(found)
 
 
 def parameters_of(function: Callable[..., Any]) -> tuple[Option, ...]:
@@ -164,11 +167,6 @@ def parameters_of(function: Callable[..., Any]) -> tuple[Option, ...]:
     fields = [(p.name, p.annotation, p.default) for p in found if p.kind is not p.VAR_KEYWORD]
     made = options_of(dataclasses.make_dataclass(function.__name__, fields, kw_only=True))
     return tuple(dataclasses.replace(known, shown=known.shown is not False) for known in made)
-
-
-def _option(f: Any, hints: Mapping[str, Any]) -> Option:
-    default = f.default if f.default_factory is MISSING else f.default_factory()
-    return Option(f.name, hints[f.name], default, **f.metadata)
 
 
 def check_options(value: Any, owner: str = "") -> None:
@@ -199,10 +197,9 @@ def build(
     return kind(**options)
 
 
+@cache  # making them takes a tenth of the time of a small problem
 def _hints(kind: type) -> dict[str, Any]:
-    if kind not in _HINTS:
-        _HINTS[kind] = typing.get_type_hints(kind)
-    return _HINTS[kind]
+    return typing.get_type_hints(kind)
 
 
 def alternatives(hint: Any) -> Iterator[Any]:
@@ -230,4 +227,4 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def holds_its_kinds(value: Any) -> bool:
     """Whether a dataclass's fields have the declared types; items of lists and mappings are not checked."""
-    return all(_fits(getattr(value, name), hint) for name, hint in _hints(type(value)).items())
+    return all(_fits(getattr(value, name), hint) for name, hint in _hints(value.__class__).items())

@@ -1,17 +1,18 @@
-"""Files appear whole or not at all, and hold no pickles."""
+"""Files appear whole or not at all, and hold no pickles; dataclasses as their parts, and as their rows."""
 
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -22,17 +23,16 @@ from torch import Tensor
 
 from maskopt.errors import OptionError, ProblemError
 
-FORMAT = "maskopt-2"
+FORMAT = "maskopt-3"
 Kind = TypeVar("Kind")
-_PROBLEM = re.compile("weight|gram|mean|variance|omega|correlation|constant")
+_PROBLEM = re.compile("weight|gram|moments|omega|correlation|constant")
 #: the arrays of each kind of file
 _ARRAYS = {
     "layer": _PROBLEM,
     "row": _PROBLEM,
     "solution": re.compile(
-        r"(mask|objective|lower_bound|weight|omega|trace\.\w+|certificate\.\w+(\.\d+\.\w+)?|proof\.rows\.\d+\.\w+)"
+        r"(mask|objective|lower_bound|weight|omega|trace\.\w+|certificate\.\w+(\.\d+\.\w+)?|proof\.\d+\.\w+)"
     ),
-    "certificate": re.compile(r"diagonal|penalty|point|product|cuts\.\d+\.\w+"),
 }
 #: truth values, whole and real numbers
 _NUMBERS = "biuf"
@@ -91,7 +91,9 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        umask = os.umask(0)  # nothing else tells it
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
@@ -272,7 +274,38 @@ def from_json(text: str) -> Any:
     return value
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def take_rows(value: Any, rows: Tensor | Sequence[int]) -> Any:
+    """Some rows, by their indices and in their order, of what holds one value a row: tensors, sequences and
+    dataclasses of these. None, words and numbers hold for all rows and stay."""
+    index = torch.as_tensor(rows, dtype=torch.int64)
+    if is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in fields(value)]
+        return replace(value, **{name: take_rows(getattr(value, name), index) for name in names})
+    if isinstance(value, Tensor):
+        return value[index.to(value.device)]
+    if isinstance(value, tuple | list) and value:
+        return type(value)(value[row] for row in index.tolist())
+    return value
+
+
+def join_rows(parts: Sequence[Any]) -> Any:
+    """The rows of several parts in order. Of tensors of different widths the last column is repeated."""
+    first = parts[0]
+    if is_dataclass(first) and not isinstance(first, type):
+        names = [field.name for field in fields(first)]
+        return replace(
+            first, **{name: join_rows([getattr(p, name) for p in parts]) for name in names}
+        )
+    if isinstance(first, Tensor):
+        if first.ndim > 1:
+            most = max(x.shape[1] for x in parts)
+            parts = [
+                torch.cat([x, x[:, -1:].expand(-1, most - x.shape[1])], 1)
+                if x.shape[1] < most
+                else x
+                for x in parts
+            ]
+        return torch.cat(list(parts))
+    if isinstance(first, tuple | list):
+        return type(first)(itertools.chain(*parts))
+    return first

@@ -35,18 +35,15 @@ class Gram:
 
     def add(self, inputs: Float[Tensor, "tokens n"]) -> None:
         """Add the tokens of one sequence; ProblemError for another shape, or NaN or infinite values."""
-        self.check(inputs)
-        if not bool(torch.isfinite(inputs).all()):
-            raise ProblemError("inputs hold NaN or infinite values")
-        for task in self.tasks(inputs):
-            task()
-
-    def check(self, inputs: Tensor) -> None:
         if inputs.ndim != 2 or inputs.shape[1] != self.n or not inputs.is_floating_point():
             raise ProblemError(
                 f"inputs must be floating point [tokens, {self.n}], not {list(inputs.shape)} "
                 f"of {inputs.dtype}"
             )
+        if not bool(torch.isfinite(inputs).all()):
+            raise ProblemError("inputs hold NaN or infinite values")
+        for task in self.tasks(inputs):
+            task()
 
     def tasks(
         self,
@@ -116,14 +113,11 @@ class Gram:
         gram.tokens = int(state["tokens"])
         return gram
 
-    def mean(self, *, dtype: torch.dtype = torch.float32) -> Float[Tensor, " n"]:
-        """The mean input over tokens; zeros where no token was seen."""
-        return (self._total / max(self.tokens, 1)).to(dtype)
-
-    def variance(self, *, dtype: torch.dtype = torch.float32) -> Float[Tensor, " n"]:
-        """The variance of every input about its mean in a sequence, averaged over tokens."""
-        within = self._sum.diagonal() - self._between
-        return (within.clamp(min=0.0) / max(self.tokens, 1)).to(dtype)
+    def moments(self, *, dtype: torch.dtype = torch.float32) -> Float[Tensor, "2 n"]:
+        """The mean input over tokens, and the variance of every input about its mean in a sequence, averaged
+        over tokens; zeros where no token was seen."""
+        within = (self._sum.diagonal() - self._between).clamp(min=0.0)
+        return (torch.stack([self._total, within]) / max(self.tokens, 1)).to(dtype)
 
     def value(
         self, *, shrinkage: float = 0.0, dtype: torch.dtype = torch.float32

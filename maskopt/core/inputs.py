@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskopt.core.linear_term import LinearTerm
 from maskopt.core.pattern import NM, Pattern, Unstructured
 from maskopt.core.units import MOST_WHOLE
 from maskopt.errors import MaskoptError, PatternError, ProblemError
@@ -121,18 +120,16 @@ def of_shape(array: ArrayLike | None, shape: tuple[int, ...], what: str) -> Tens
     return tensor
 
 
-def linear_part(linear: LinearTerm, weight: Tensor, label: str) -> LinearTerm:
-    """In float64, on the device of the weight."""
-    label = f"{label}linear: "
-    correlation = of_shape(linear.correlation, tuple(weight.shape), f"{label}correlation")
-    constant = of_shape(linear.constant, (len(weight),), f"{label}constant")
-    if correlation is None or constant is None:
-        raise ProblemError(f"{label}it needs a correlation and a constant")
-    if bool((constant < 0).any()):
-        raise ProblemError(f"{label}the constant is a mean of squares, and not below 0")
-    return LinearTerm(
-        correlation.to(weight.device, torch.float64), constant.to(weight.device, torch.float64)
-    )
+def moments_of(moments: ArrayLike | None, n: int, label: str) -> Tensor | None:
+    """The mean of the inputs, [1, n], or mean and variance, [2, n]; None stays None."""
+    if moments is None:
+        return None
+    found = torch.atleast_2d(as_tensor(moments, f"{label}moments"))
+    if found.shape not in ((1, n), (2, n)):
+        raise ProblemError(f"{label}moments must be [{n}] or [2, {n}], not {list(found.shape)}")
+    if bool((found[1:] < 0).any()):
+        raise ProblemError(f"{label}a variance is a mean of squares, and not below 0")
+    return found
 
 
 def shares_of_rows(omega: ArrayLike | None, weight: Tensor, label: str) -> Tensor | None:
@@ -212,9 +209,9 @@ def is_whole(index: Tensor) -> bool:
     return not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
 
 
-def check_integral(weight: Tensor, gram: Tensor, linear: LinearTerm | None, label: str) -> None:
+def check_integral(weight: Tensor, gram: Tensor, linear: bool, label: str) -> None:
     """Raise ProblemError where f need not be a whole number of every mask, or is one beyond float64."""
-    if linear is not None:
+    if linear:
         raise ProblemError(f"{label}integral: an objective with a linear part is no sum of wholes")
     parts = {
         "weight": weight.double(),

@@ -6,8 +6,13 @@ squared
 
     f(p) = (w⊙p)ᵀ G (w⊙p)                                          (SparseSwaps, arXiv 2512.10922)
 
-With a linear term the output missed its target before, and f is (w⊙p)ᵀG(w⊙p) + 2 gᵀ(w⊙p) + c (see
-`maskopt.core.linear_term`).
+A row whose output misses its target by r before anything is pruned, and by r + Σⱼ wⱼpⱼxⱼ afterwards, has a
+linear term:
+
+    f(p) = E[(r + Σⱼ wⱼpⱼxⱼ)²] = (w⊙p)ᵀG(w⊙p) + 2 gᵀ(w⊙p) + c,     g = E[r·x],  c = E[r²].
+
+So it is where a layer of a partly pruned model is to give what it gave in the dense model. [[G, g], [gᵀ, c]]
+is itself a Gram matrix, of (x, r): f ≥ 0, and every bound on the quadratic part has its counterpart here.
 
 With `update` a mask is judged by what it costs after least squares for the weights that it keeps: with
 P the pruned set, A = G + λD (see `LeastSquaresUpdate`) and H = A⁻¹,
@@ -20,22 +25,89 @@ the last without a linear term: the Optimal Brain Surgeon's price of a whole set
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from maskopt.core.inputs import as_mask
+from maskopt.core.inputs import PSD_TOLERANCE, as_mask, of_shape
 from maskopt.core.least_squares import LeastSquares, LeastSquaresUpdate
 from maskopt.core.limits import Limits
-from maskopt.core.linear_term import LinearTerm
+from maskopt.core.units import ObjectiveTransform
 from maskopt.errors import ProblemError
 
+#: part of c by which f may fall below 0 by the rounding of float32 sums
+_TOLERANCE = 1e-4
 #: bytes of the columns of G that are brought to float64 at a time
 _BLOCK_BYTES = 64 * 2**20
 #: relative error of updated weights that a solve in float64 may leave
 _SOLVED = 1e-8
+
+
+@dataclass(frozen=True)
+class LinearTerm:
+    """r of every row, by its moments g = E[r·x], float64 [rows, n], and c = E[r²], float64 [rows]."""
+
+    correlation: Float[Tensor, "rows n"]
+    constant: Float[Tensor, " rows"]
+
+    @classmethod
+    def of_inputs(
+        cls,
+        weight: Float[Tensor, "rows n"],
+        cross: Float[Tensor, "n n"],
+        moved: Float[Tensor, "n n"],
+    ) -> LinearTerm:
+        """For the target W·x′ of other inputs x′, from E[x(x′ − x)ᵀ] and E[(x′ − x)(x′ − x)ᵀ]."""
+        w = weight.double()
+        constant = ((w @ moved.double()) * w).sum(1).clamp(min=0.0)
+        return cls(w @ cross.double().T, constant)
+
+    def checked(self, weight: Float[Tensor, "rows n"], label: str) -> LinearTerm:
+        """In float64, on the device of the weight; ProblemError where it does not fit that."""
+        label = f"{label}linear: "
+        correlation = of_shape(self.correlation, tuple(weight.shape), f"{label}correlation")
+        constant = of_shape(self.constant, (len(weight),), f"{label}constant")
+        if correlation is None or constant is None:
+            raise ProblemError(f"{label}it needs a correlation and a constant")
+        if bool((constant < 0).any()):
+            raise ProblemError(f"{label}the constant is a mean of squares, and not below 0")
+        device = weight.device
+        return LinearTerm(correlation.to(device, torch.float64), constant.to(device, torch.float64))
+
+    def take(self, rows: Tensor | slice | Sequence[int]) -> LinearTerm:
+        """Of some rows only."""
+        index: Any = list(rows) if isinstance(rows, Sequence) else rows
+        return LinearTerm(self.correlation[index], self.constant[index])
+
+    def restrict(self, columns: Tensor) -> LinearTerm:
+        """Of some inputs only; the others are kept."""
+        return LinearTerm(self.correlation[:, columns].contiguous(), self.constant)
+
+    def value(self, dropped: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
+        """2 gᵀ(w⊙p) + c of w⊙p, float64."""
+        return 2 * (self.correlation * dropped).sum(1) + self.constant
+
+    def check_moments(self, gram: Float[Tensor, "n n"], label: str) -> None:
+        """Raise ProblemError unless [[G, g], [gᵀ, c]] is semidefinite, up to rounding."""
+        shifted = gram.double().clone()
+        shifted.diagonal().add_(PSD_TOLERANCE * float(shifted.trace()) or 1.0)
+        factor, broken = torch.linalg.cholesky_ex(shifted)
+        if int(broken):
+            return  # a G that was taken on trust; nothing can be said
+        solved = torch.linalg.solve_triangular(factor, self.correlation.T, upper=False)
+        needed = solved.square().sum(0)
+        bad = (needed > self.constant * (1 + _TOLERANCE)).nonzero()
+        if len(bad):
+            row = int(bad[0])
+            raise ProblemError(
+                f"{label}linear: the constant of row {row} is {float(self.constant[row]):.6g}, its "
+                f"correlation with the inputs needs {float(needed[row]):.6g} at least; they must be "
+                "E[r·x] and E[r²] of the same r and the same x as gram"
+            )
 
 
 class Objective:
@@ -45,6 +117,7 @@ class Objective:
     gram: Float[Tensor, "n n"]
     linear: LinearTerm | None
     update: LeastSquaresUpdate | None
+    units: ObjectiveTransform | None
     _squares: LeastSquares | None
 
     @property
@@ -59,6 +132,11 @@ class Objective:
     @property
     def device(self) -> torch.device:
         return self.weight.device
+
+    @property
+    def integral(self) -> bool:
+        """Whether f is a whole number of every mask."""
+        return self.units is not None and self.units.integral
 
     @property
     def correlation(self) -> Float[Tensor, "rows n"]:

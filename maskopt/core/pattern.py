@@ -48,11 +48,8 @@ class Unstructured:
                 "Unstructured takes either sparsity=… or keep=…, exactly one of them"
             )
         if self.sparsity is not None:
-            if not _is_share(self.sparsity):
-                raise PatternError(
-                    f"sparsity {self.sparsity} is outside [0, 1); 0.6 prunes 60% of every row"
-                )
-            object.__setattr__(self, "sparsity", _as_float(self.sparsity))
+            share = _share(self.sparsity, "sparsity", "0.6 prunes 60% of every row")
+            object.__setattr__(self, "sparsity", share)
         elif not _is_count(self.keep) or int(self.keep or 0) < 0:
             raise PatternError(f"keep must be a whole number of at least 0, not {self.keep!r}")
         else:
@@ -62,11 +59,8 @@ class Unstructured:
         if self.max_deviation is not None:
             if not self.shared_budget:
                 raise PatternError("max_deviation=… needs per='layer'")
-            if not _is_share(self.max_deviation):
-                raise PatternError(
-                    f"max_deviation {self.max_deviation} is outside [0, 1); 0.1 keeps rows within 10% of n"
-                )
-            object.__setattr__(self, "max_deviation", _as_float(self.max_deviation))
+            share = _share(self.max_deviation, "max_deviation", "0.1 keeps rows within 10% of n")
+            object.__setattr__(self, "max_deviation", share)
 
     @property
     def shared_budget(self) -> bool:
@@ -221,45 +215,16 @@ def parse_sparsity(given: Pattern | float | str) -> Pattern:
         raise PatternError(f"`sparsity` must be like 0.6, 60% or 2:4, not {given!r}") from None
 
 
-def pattern_to_dict(pattern: Pattern) -> dict[str, Any]:
-    """The JSON form of a pattern, read back by `pattern_from_dict`."""
-    if isinstance(pattern, NM):
-        return {"kind": "nm", "keep": pattern.keep, "of": pattern.of}
-    record: dict[str, Any] = {"kind": "unstructured"}
-    record |= {"sparsity": pattern.sparsity, "keep": pattern.keep}
-    if pattern.shared_budget:
-        record["per"] = pattern.per
-    if pattern.max_deviation is not None:
-        record["max_deviation"] = pattern.max_deviation
-    return record
-
-
-def pattern_from_dict(data: Any) -> Pattern:
-    """Inverse of `pattern_to_dict`; raises PatternError for anything else."""
-    if isinstance(data, dict):
-        rest = {key: value for key, value in data.items() if key != "kind"}
-        if data.get("kind") == "nm" and set(rest) == {"keep", "of"}:
-            return NM(**rest)
-        if data.get("kind") == "unstructured" and set(rest) - {"per", "max_deviation"} == {
-            "sparsity",
-            "keep",
-        }:
-            return Unstructured(**rest)
-    raise PatternError(f"{data!r} does not describe a pattern")
-
-
 def _is_count(number: Any) -> bool:
     return isinstance(number, Integral) and not isinstance(number, bool)
 
 
-def _is_share(number: Any) -> bool:
-    finite = number.is_finite() if isinstance(number, Decimal) else isinstance(number, Real)
-    return bool(finite and 0 <= number < 1)
-
-
-def _as_float(number: Any) -> float:
+def _share(number: Any, what: str, example: str) -> float:
     """The decimal number as written: 0.6 of numpy's float32 0.6. Of a fraction such as 1/3 the next float
-    above, which prunes as much of every layer; PatternError where no float does."""
+    above, which prunes as much of every layer; PatternError where no float does, or out of range."""
+    finite = number.is_finite() if isinstance(number, Decimal) else isinstance(number, Real)
+    if not (finite and 0 <= number < 1):
+        raise PatternError(f"{what} {number} is outside [0, 1); {example}")
     if not isinstance(number, Decimal | Rational):
         return float(str(number) if isinstance(number, np.floating) else number)
     exact = Fraction(number)

@@ -14,15 +14,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, fields
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from maskopt.core.files import pack, read_arrays, write_arrays
+from maskopt.core.files import pack, read_arrays, unpack, write_arrays
 from maskopt.core.inputs import (
-    PSD_TOLERANCE,
     ArrayLike,
     as_mask,
     as_tensor,
@@ -32,28 +31,22 @@ from maskopt.core.inputs import (
     check_rows,
     check_semidefinite,
     column_index,
-    linear_part,
-    of_shape,
+    moments_of,
     shares_of_rows,
     symmetric,
     weight_and_gram,
 )
 from maskopt.core.least_squares import LeastSquares, LeastSquaresUpdate
-from maskopt.core.linear_term import LinearTerm
-from maskopt.core.objective import Objective
+from maskopt.core.objective import LinearTerm, Objective
 from maskopt.core.pattern import (
     Counts,
     Pattern,
     Unstructured,
     parse_sparsity,
-    pattern_from_dict,
-    pattern_to_dict,
 )
 from maskopt.core.units import (
-    MOST_WHOLE,
     ObjectiveTransform,
     OriginalValues,
-    Real,
     Values,
     semidefinite,
     values_of,
@@ -72,13 +65,10 @@ class LayerProblem(Objective, Counts):
             and positive semidefinite up to rounding.
         pattern: `Unstructured` or `NM`.
         name: of the layer, in messages and reports.
-        mean: [n], of the inputs over tokens (for `dsnot`).
-        variance: [n], of the inputs within sequences, on average (for `dsnot`).
+        moments: of the inputs (for `dsnot`): [n], the mean over tokens; or [2, n], that and the variance
+            within sequences, on average.
         linear: correlation [rows, n] and constant [rows] of the dense error, brought to float64.
         update: the objective is F, of updated weights; None: f, of unchanged ones.
-        omega: [rows], above 0, the weight of a row in the sum of a shared budget; None: 1.
-        integral: weights, Gᵢᵢ and 2Gᵢⱼ are whole, so that a bound holds up to the next whole value of f.
-        units: the units of a quadratic objective (`RowProblem.from_quadratic`).
         assume_psd: skip the check of definiteness (n³/3 operations), for a G accumulated as XᵀX.
 
     Raises:
@@ -93,40 +83,26 @@ class LayerProblem(Objective, Counts):
         pattern: Pattern,
         *,
         name: str = "",
-        mean: ArrayLike | None = None,
-        variance: ArrayLike | None = None,
+        moments: ArrayLike | None = None,
         linear: LinearTerm | None = None,
         update: LeastSquaresUpdate | None = None,
-        omega: ArrayLike | None = None,
-        integral: bool = False,
-        units: ObjectiveTransform | None = None,
         assume_psd: bool = False,
     ) -> None:
-        self.name = name
-        label = self._label
+        self.name, label = name, _label(name)
         self.weight, gram_tensor = weight_and_gram(weight, gram, label)
-        n = self.n
-        check_pattern(pattern, n, label)
+        check_pattern(pattern, self.n, label)
         self.pattern = pattern
         self.gram: Float[Tensor, "n n"] = symmetric(gram_tensor, label)
-        self.mean = of_shape(mean, (n,), f"{label}mean")
-        self.variance = of_shape(variance, (n,), f"{label}variance")
-        if self.variance is not None and bool((self.variance < 0).any()):
-            raise ProblemError(f"{label}variance is a mean of squares, and not below 0")
+        self.moments = moments_of(moments, self.n, label)
         check_costs(self.weight, self.gram, label)
-        self.linear = linear and linear_part(linear, self.weight, label)
-        self.omega = shares_of_rows(omega, self.weight, label)
-        self.integral, self.units = integral, units
-        if integral:
-            check_integral(self.weight, self.gram, self.linear, label)
+        self.linear = linear and linear.checked(self.weight, label)
         if not assume_psd:
             check_semidefinite(self.gram, label)
             if self.linear is not None:
-                ridge = PSD_TOLERANCE * float(self.gram.double().trace())
-                self.linear.check_moments(self.gram, ridge or 1.0, label)
-        self.update = update
+                self.linear.check_moments(self.gram, label)
+        self.omega, self.units, self.update = None, None, update
         self._squares: LeastSquares | None = None
-        self._check_update()
+        _check_update(self)
 
     @classmethod
     def from_inputs(
@@ -137,27 +113,12 @@ class LayerProblem(Objective, Counts):
         x = as_tensor(inputs, "inputs").double()
         if x.ndim != 2 or 0 in x.shape:
             raise ProblemError(f"inputs must be [tokens, n], both at least 1, not {list(x.shape)}")
-        more = {"mean": x.mean(0), "assume_psd": True, **more}
+        more = {"moments": x.mean(0), "assume_psd": True, **more}
         return cls(weight, x.T @ x / len(x), parse_sparsity(sparsity), **more)
-
-    @property
-    def _label(self) -> str:
-        return f"layer {self.name!r}: " if self.name else ""
 
     def as_layer(self) -> LayerProblem:
         """Itself; of a `RowProblem` the layer of that one row."""
         return self
-
-    def raised(self, bounds: list[Real]) -> list[Real]:
-        """Bounds of f, raised to its next values for an integral problem without a shared budget."""
-        if not self.integral or self.shared_budget:
-            return bounds
-        values = [self.row(row).values() for row in range(self.rows)]
-        return [v.at_least(b) for v, b in zip(values, bounds, strict=True) if v]
-
-    def next_value(self, bound: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-        """`raised` of a tensor."""
-        return bound.new_tensor(self.raised(bound.tolist()))
 
     def check_mask(self, mask: Any, what: str = "mask") -> Bool[Tensor, "rows n"]:
         """The mask as a bool tensor on the problem's device, or WarmStartError with the reason."""
@@ -171,32 +132,29 @@ class LayerProblem(Objective, Counts):
         """One row as a problem, without a copy; under a shared budget it prunes the layer's share."""
         if not -self.rows <= index < self.rows:
             raise ProblemError(f"row {index} of a layer with {self.rows} rows")
+        index %= self.rows
         # what was a row before is that row
         same = self.rows == 1 and re.search(r"\[\d+\]$", self.name)
-        name = self.name if same else f"{self.name}[{index % self.rows}]"
-        rows = slice(index % self.rows, index % self.rows + 1)
-        return RowProblem._of(self._like(rows, name))
-
-    def at_count_of(self, mask: Bool[Tensor, "rows n"], index: int) -> RowProblem:
-        """One row of a shared budget, with the count that a mask [rows, n] gives it."""
-        kept = Unstructured(keep=int(mask[index].sum()))
-        return RowProblem._of(self.take([index]).under(kept))
+        name = self.name if same else f"{self.name}[{index}]"
+        return RowProblem._of(self.take(slice(index, index + 1))._with(name=name))
 
     def take(self, rows: Tensor | slice | list[int]) -> LayerProblem:
         """The problem of some rows: a slice, or a list or tensor of indices, or a bool tensor [rows];
         ProblemError for anything else, an empty list or an index out of range."""
         check_rows(rows, self.rows)
-        return self._like(rows, self.name)
+        linear = self.linear and self.linear.take(rows)
+        omega = None if self.omega is None else self.omega[rows]
+        return self._with(weight=self.weight[rows], linear=linear, omega=omega)
 
     def tiles(self, size: int) -> Iterator[tuple[slice, LayerProblem]]:
         """The slice and the problem of every `size` consecutive rows; the last tile may be smaller."""
         for first in range(0, self.rows, size):
             rows = slice(first, min(first + size, self.rows))
-            yield rows, self._like(rows, self.name)
+            yield rows, self.take(rows)
 
     def under(self, pattern: Pattern) -> LayerProblem:
         """The same rows under another pattern; PatternError where it does not fit n."""
-        check_pattern(pattern, self.n, self._label)
+        check_pattern(pattern, self.n, _label(self.name))
         return self._with(pattern=pattern)
 
     def with_update(self, update: LeastSquaresUpdate | None) -> LayerProblem:
@@ -204,66 +162,40 @@ class LayerProblem(Objective, Counts):
         if update == self.update:
             return self
         problem = self._with(update=update, _squares=None)
-        problem._check_update()
+        _check_update(problem)
         return problem
 
-    def _check_update(self) -> None:
-        if self.update is None:
-            return
-        if self.units is not None:
-            raise ProblemError("a quadratic objective has no weights to update; take `update` none")
-        if self.integral:
-            raise ProblemError(
-                f"{self._label}integral: what updated weights cost is no sum of wholes"
-            )
-        self.least_squares.check(self._label)
+    def with_units(self, units: ObjectiveTransform | None) -> LayerProblem:
+        """The same rows with f in the units of another objective; ProblemError with `update`, or where f is
+        not `integral` as the units say."""
+        problem = self._with(units=units)
+        _check_update(problem)
+        if problem.integral:
+            check_integral(self.weight, self.gram, self.linear is not None, _label(self.name))
+        return problem
 
-    def counting(self, omega: ArrayLike | None) -> LayerProblem:
-        """The same rows with other ω, None being 1; ProblemError unless one positive number for each row."""
-        return self._with(omega=shares_of_rows(omega, self.weight, self._label))
+    def with_omega(self, omega: ArrayLike | None) -> LayerProblem:
+        """The same rows with other weights ω [rows] in the sum of a shared budget, None being 1; ProblemError
+        unless one positive number for each row."""
+        return self._with(omega=shares_of_rows(omega, self.weight, _label(self.name)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .npz (atomically; no pickle inside). bf16 weights are widened to float32."""
-        self._save(path, "layer")
-
-    def _save(self, path: str | os.PathLike[str], kind: Literal["layer", "row"]) -> None:
-        header = {
-            "name": self.name,
-            "pattern": pattern_to_dict(self.pattern),
-            "update": self.update and asdict(self.update),
-            "integral": self.integral,
-            "units": self.units and asdict(self.units),
-        }
-        names = ("weight", "gram", "mean", "variance", "omega")
-        values = {name: getattr(self, name) for name in names}
-        if self.linear is not None:
-            values |= {"correlation": self.correlation, "constant": self.constant}
-        arrays = [pack(value, name)[1] for name, value in values.items()]
-        write_arrays(path, kind, header, {k: v for part in arrays for k, v in part.items()})
+        _save(self, path, "layer")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LayerProblem:
         """Read what `save` wrote, with all checks of the constructor; ProblemError for another file."""
         return load_npz(path, "layer").as_layer()
 
-    def _like(self, rows: Tensor | slice | list[int], name: str) -> LayerProblem:
-        """Some rows of the same layer: nothing is checked again."""
-        linear = self.linear and self.linear.take(rows)
-        omega = None if self.omega is None else self.omega[rows]
-        return self._with(weight=self.weight[rows], name=name, linear=linear, omega=omega)
-
     def _with(self, **changes: Any) -> LayerProblem:
+        """With some attributes changed: nothing is checked again."""
         problem = copy.copy(self)
         vars(problem).update(changes)
         return problem
 
     def __repr__(self) -> str:
-        return self._shown("LayerProblem", f"rows={self.rows}, ")
-
-    def _shown(self, kind: str, sizes: str = "") -> str:
-        name = f"{self.name!r}, " if self.name else ""
-        update = "" if self.update is None else f", {self.update}"
-        return f"{kind}({name}{sizes}n={self.n}, pattern={self.pattern}{update})"
+        return _shown(self, "LayerProblem", f"rows={self.rows}, ")
 
 
 class RowProblem:
@@ -293,13 +225,13 @@ class RowProblem:
         `value` subtracts the shift. A U of whole numbers makes an `integral` problem. ProblemError: no square
         matrix of finite numbers, or a cardinality beyond 0 … n.
         """
-        gram, units, whole = semidefinite(quadratic, maximize, constant)
+        gram, units = semidefinite(quadratic, maximize, constant)
         n = len(gram)
         if not isinstance(cardinality, Integral) or not 0 <= cardinality <= n:
             raise ProblemError(f"cardinality must be a whole number, 0 … {n}, not {cardinality!r}")
         pattern = Unstructured(keep=n - int(cardinality))
-        integral = whole and float(np.abs(gram).sum()) < MOST_WHOLE  # beyond, sums are not exact
-        return cls(np.ones(n), gram, pattern, name=name, units=units, integral=integral)
+        problem = LayerProblem(np.ones((1, n)), gram, pattern, name=name)
+        return cls._of(problem.with_units(units))
 
     def quadratic(self) -> tuple[Float[np.ndarray, "n n"], float]:
         """U [n, n] and the constant in the problem's own units; without units Q and 0."""
@@ -386,21 +318,20 @@ class RowProblem:
         index = column_index(columns, self.n).to(self.weight.device)
         new, old = pattern or self.pattern, self._layer
         new.check(len(index))
-        kept = {name: getattr(old, name) for name in ("mean", "variance")}
         layer = old._with(
             weight=old.weight[:, index].contiguous(),
             linear=old.linear and old.linear.restrict(index),
             gram=old.gram[index][:, index].contiguous(),
+            moments=None if old.moments is None else old.moments[:, index],
             pattern=new,
             _squares=None,
-            **{name: None if x is None else x[index] for name, x in kept.items()},
         )
-        layer._check_update()
+        _check_update(layer)
         return RowProblem._of(layer)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .npz (atomically; no pickle inside). bf16 weights are widened to float32."""
-        self._layer._save(path, "row")
+        _save(self._layer, path, "row")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> RowProblem:
@@ -410,7 +341,7 @@ class RowProblem:
         return found
 
     def __repr__(self) -> str:
-        return self._layer._shown("RowProblem")
+        return _shown(self._layer, "RowProblem")
 
 
 def load_npz(path: str | os.PathLike[str], *kinds: str) -> LayerProblem | RowProblem:
@@ -418,27 +349,40 @@ def load_npz(path: str | os.PathLike[str], *kinds: str) -> LayerProblem | RowPro
     header, arrays = read_arrays(path, *(kinds or ("layer", "row")))
     if not {"weight", "gram"} <= set(arrays):
         raise ProblemError(f"{path}: not a maskopt instance (it lacks weight or gram)")
-    correlation, constant = (arrays.get(name) for name in ("correlation", "constant"))
-    if (correlation is None) != (constant is None):
+    linear = {"correlation", "constant"} & set(arrays)
+    if len(linear) == 1:
         raise ProblemError(f"{path}: half a linear part (correlation or constant is missing)")
-    pattern = pattern_from_dict(header.get("pattern"))
-    more: dict[str, Any] = {
-        "name": str(header.get("name", "")) or Path(path).stem,
-        "mean": arrays.get("mean"),
-        "variance": arrays.get("variance"),
-        "linear": None if correlation is None else LinearTerm(correlation, constant),  # type: ignore[arg-type]
-        "update": _described(
-            LeastSquaresUpdate, header.get("update"), "how kept weights are updated"
-        ),
-        "integral": header.get("integral", False) is True,
-        "units": _described(ObjectiveTransform, header.get("units"), "units"),
-    }
-    weight, gram = arrays["weight"], arrays["gram"]
+    update, units = header.get("update"), header.get("units")
+    problem = LayerProblem(
+        arrays["weight"],
+        arrays["gram"],
+        parse_sparsity(header.get("pattern", "")),
+        name=str(header.get("name", "")) or Path(path).stem,
+        moments=arrays.get("moments"),
+        linear=unpack(LinearTerm, {}, arrays) if linear else None,
+        update=_described(LeastSquaresUpdate, update, "how kept weights are updated"),
+    )
+    problem = problem.with_units(_described(ObjectiveTransform, units, "units"))
+    problem = problem.with_omega(arrays.get("omega"))
     if header["kind"] == "layer":
-        return LayerProblem(weight, gram, pattern, omega=arrays.get("omega"), **more)
-    if weight.ndim != 2 or weight.shape[0] != 1:
-        raise ProblemError(f"{path}: a row's weight must be [1, n], not {list(weight.shape)}")
-    return RowProblem(weight[0], gram, pattern, **more)
+        return problem
+    if problem.rows != 1:
+        shape = list(problem.weight.shape)
+        raise ProblemError(f"{path}: a row's weight must be [1, n], not {shape}")
+    return RowProblem._of(problem)
+
+
+def _save(problem: LayerProblem, path: str | os.PathLike[str], kind: str) -> None:
+    header = {
+        "name": problem.name,
+        "pattern": str(problem.pattern),
+        "update": problem.update and asdict(problem.update),
+        "units": problem.units and asdict(problem.units),
+    }
+    _, arrays = pack(problem.linear)
+    for name in ("weight", "gram", "moments", "omega"):
+        arrays |= pack(getattr(problem, name), name)[1]
+    write_arrays(path, kind, header, arrays)
 
 
 def _described(kind: type[Any], data: Any, what: str) -> Any:
@@ -448,3 +392,21 @@ def _described(kind: type[Any], data: Any, what: str) -> Any:
     if not isinstance(data, dict) or set(data) != {field.name for field in fields(kind)}:
         raise ProblemError(f"{data!r} does not describe {what}")
     return kind(**data)
+
+
+def _check_update(problem: LayerProblem) -> None:
+    if problem.update is None:
+        return
+    if problem.units is not None:
+        raise ProblemError("a quadratic objective has no weights to update; take `update` none")
+    problem.least_squares.check(_label(problem.name))
+
+
+def _label(name: str) -> str:
+    return f"layer {name!r}: " if name else ""
+
+
+def _shown(problem: LayerProblem, kind: str, sizes: str = "") -> str:
+    name = f"{problem.name!r}, " if problem.name else ""
+    update = "" if problem.update is None else f", {problem.update}"
+    return f"{kind}({name}{sizes}n={problem.n}, pattern={problem.pattern}{update})"

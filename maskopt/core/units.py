@@ -38,18 +38,21 @@ class ObjectiveTransform:
 
     Attributes:
         sign: 1 where the value is minimised, −1 where it is maximized.
+        integral: weights, Gᵢᵢ and 2Gᵢⱼ are whole, so that a bound holds up to the next whole value of f.
 
     Raises:
         ProblemError: another sign, or numbers that are not finite.
     """
 
-    sign: int
-    shift: float
-    constant: float
+    sign: int = 1
+    shift: float = 0.0
+    constant: float = 0.0
+    integral: bool = False
 
     def __post_init__(self) -> None:
         try:
             sound = self.sign in (-1, 1) and math.isfinite(self.shift + self.constant)
+            sound &= isinstance(self.integral, bool)
         except (TypeError, OverflowError):
             sound = False
         if not sound:
@@ -79,11 +82,6 @@ class OriginalValues(NamedTuple):
         return cls(value, bound, abs(value - bound) / abs(value) if value else math.inf)
 
 
-def excess_of(value: float, best: float) -> float:
-    """How much worse a value is than the best one, as part of that; the difference itself where that is 0."""
-    return abs(value - best) / (abs(best) or 1.0)
-
-
 def check_size(n: int) -> None:
     """Raise ProblemError for a number of entries whose square nobody has memory for, or none."""
     if not 1 <= n <= MOST_ENTRIES:
@@ -92,9 +90,9 @@ def check_size(n: int) -> None:
 
 def semidefinite(
     quadratic: Any, maximize: bool, constant: float
-) -> tuple[np.ndarray, ObjectiveTransform, bool]:
-    """G [n, n] float64, what its costs mean, and whether all of them are whole numbers; ProblemError for no
-    square matrix of finite numbers, or sizes that float64 does not hold together."""
+) -> tuple[np.ndarray, ObjectiveTransform]:
+    """G [n, n] float64, and what its costs mean; ProblemError for no square matrix of finite numbers, or
+    sizes that float64 does not hold together."""
     u = _real(quadratic, "a quadratic objective")
     given = _real(constant, "the constant")
     if given.size != 1:
@@ -118,7 +116,9 @@ def semidefinite(
         shift = float(np.ceil(shift))
     else:
         _check_shift(gram, shift)
-    return gram + shift * np.eye(len(gram)), ObjectiveTransform(sign, shift, float(constant)), whole
+    gram = gram + shift * np.eye(len(gram))
+    integral = whole and float(np.abs(gram).sum()) < MOST_WHOLE  # beyond, sums are not exact
+    return gram, ObjectiveTransform(sign, shift, float(constant), integral)
 
 
 def _check_shift(gram: np.ndarray, shift: float) -> None:

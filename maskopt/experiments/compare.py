@@ -1,4 +1,4 @@
-"""The same rows through several solvers; a job is one row through one solver, and is resumed (`store`)."""
+"""The same rows through several solvers; a job is one row through one solver, and is resumed (`jobs`)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,8 @@ from maskopt.checks.verification import Require
 from maskopt.core.limits import KEYWORDS, Limits
 from maskopt.core.pattern import Pattern
 from maskopt.core.problem import LayerProblem, RowProblem
-from maskopt.core.units import excess_of
 from maskopt.errors import MaskoptError, OptionError
-from maskopt.experiments.jobs import as_they_finish, job_key
-from maskopt.experiments.store import Store
-from maskopt.instances.formats import load_problem
+from maskopt.experiments.jobs import Store, as_they_finish, job_key
 from maskopt.protocol.solution import Solution, Status, is_bounded
 from maskopt.protocol.solver import Solver, make_solver, solve
 
@@ -31,7 +28,7 @@ class Record:
     Attributes:
         value, value_bound: objective and lower bound in original units (`RowProblem.to_original_units`).
         gap: from the value to the solver's own bound, relative to the value.
-        excess: over the optimum, relative, where a solver of the comparison proved it; else NaN.
+        excess: over the optimum, relative (absolute where that is 0), where a solver proved it; else NaN.
         trusted: the exact solver whose bound nothing proves.
         trace: the columns of `maskopt.protocol.trace`; a file has them as columns of its own.
     """
@@ -131,32 +128,31 @@ def compare(
         OptionError, SolverError: solvers, options or an `output` that will not do, before anything runs.
             DataError: an `output` that holds something else.
     """
-    jobs_by_name = _jobs_by_name(solvers, Limits(seconds=time_limit, seed=seed))
-    if not jobs_by_name:
+    chosen = _chosen(solvers, Limits(seconds=time_limit, seed=seed))
+    if not chosen:
         raise OptionError("name at least one solver")
     store = Store(output, Record)
-    wanted = {
-        (position, name): (job_key(row, name, job.solver, job.start, job.limits), row)
-        for position, row in enumerate(rows)
-        for name, job in jobs_by_name.items()
-    }
+    wanted = [
+        (job_key(row, job.solver, job.start, job.limits), row, job)
+        for row in rows
+        for job in chosen
+    ]
     finished: dict[str, Record] = {}
     missing, held = {}, store.records()
-    for (_, name), (key, row) in wanted.items():
-        job = jobs_by_name[name]
+    for key, row, job in wanted:
         # only exact solvers have bounds that nothing proves
         required: Require = "claims" if job.solver.capabilities.trusted else "checked"
         found = store.solution(key, row, required) if key in held else None
         if found is not None:
-            finished[key] = _record(row, name, job, key, found)
+            finished[key] = _record(row, job, key, found)
         else:
-            missing[key] = delayed(_solved)(row, name, job, key)
+            missing[key] = delayed(_solved)(row, job, key)
     count = len(finished) + len(missing)
     for record, solution in as_they_finish(list(missing.values()), jobs):
         finished[record.key] = record
         store.add(record.key, solution, record)
         on_progress(len(finished), count)
-    records = _with_excess([finished[key] for key, _ in wanted.values()], len(jobs_by_name))
+    records = _with_excess([finished[key] for key, *_ in wanted], len(chosen))
     store.finish(records)
     return records
 
@@ -170,44 +166,41 @@ class _Job:
     limits: Limits
 
 
-def _jobs_by_name(
+def _chosen(
     solvers: Sequence[str | Solver] | Mapping[str, Mapping[str, Any]], limits: Limits
-) -> dict[str, _Job]:
+) -> list[_Job]:
     """Every solver made, its options checked, before anything runs."""
-    if not isinstance(solvers, Mapping):
-        jobs: dict[str, _Job] = {}
-        for solver in map(make_solver, solvers):
-            if solver.name in jobs:  # records know their solver by its name alone
-                raise OptionError(
-                    f"solver {solver.name!r} is given twice; run compare once for each of its settings"
-                )
-            jobs[solver.name] = _Job(solver, None, limits)
-        return jobs
-    jobs = {}
-    for name, options in solvers.items():
+    given: Iterable[Any] = (
+        solvers.items() if isinstance(solvers, Mapping) else [(x, {}) for x in solvers]
+    )
+    chosen: dict[str, _Job] = {}
+    for one, options in given:
         own = {k: v for k, v in options.items() if k not in KEYWORDS and k != "start"}
         shared = {KEYWORDS[k]: v for k, v in options.items() if k in KEYWORDS}
-        jobs[name] = _Job(make_solver(name, **own), options.get("start"), replace(limits, **shared))
-    return jobs
+        solver = make_solver(one, **own)
+        if solver.name in chosen:  # records know their solver by its name alone
+            raise OptionError(
+                f"solver {solver.name!r} is given twice; run compare once for each of its settings"
+            )
+        chosen[solver.name] = _Job(solver, options.get("start"), replace(limits, **shared))
+    return list(chosen.values())
 
 
-def _solved(row: RowProblem, name: str, job: _Job, key: str) -> tuple[Record, Solution | None]:
+def _solved(row: RowProblem, job: _Job, key: str) -> tuple[Record, Solution | None]:
     try:
         solution = solve(row, job.solver, start=job.start, limits=job.limits).raise_if_interrupted()
     except MaskoptError as error:
-        return _record(row, name, job, key, error), None
-    return _record(row, name, job, key, solution), solution
+        return _record(row, job, key, error), None
+    return _record(row, job, key, solution), solution
 
 
-def _record(
-    row: RowProblem, name: str, job: _Job, key: str, answer: Solution | MaskoptError
-) -> Record:
+def _record(row: RowProblem, job: _Job, key: str, answer: Solution | MaskoptError) -> Record:
     """The record of a solution, or of the error in place of one."""
     base: dict[str, Any] = {
         "instance": row.name,
         "n": row.n,
         "pattern": str(row.pattern),
-        "solver": name,
+        "solver": job.solver.name,
         "excess": math.nan,
         "seed": job.limits.seed,
         "key": key,
@@ -235,14 +228,7 @@ def _with_excess(found: list[Record], solvers: int) -> list[Record]:
         for record in group:
             excess = math.nan
             if proven and not math.isnan(record.value):
-                best = min(proven, key=lambda r: r.objective)
-                excess = excess_of(record.value, best.value)
+                best = min(proven, key=lambda r: r.objective).value
+                excess = abs(record.value - best) / (abs(best) or 1.0)
             records.append(replace(record, excess=excess))
     return records
-
-
-def load_instances(
-    paths: Iterable[str | os.PathLike[str]], cardinality: int | None = None, maximize: bool = False
-) -> list[LayerProblem]:
-    """Files of `maskopt.instances.formats`, layers or rows, as layers."""
-    return [load_problem(path, cardinality, maximize).as_layer() for path in paths]

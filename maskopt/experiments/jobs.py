@@ -1,30 +1,52 @@
-"""Rows as jobs of their own, under the configured backend of joblib, and their keys."""
+"""Rows as jobs of their own: under the configured backend of joblib, and kept on disk, where an interrupted
+run finds those that are finished."""
 
 from __future__ import annotations
 
+import csv
 import functools
 import hashlib
+import io
 import json
+import logging
+import math
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
 from multiprocessing import current_process
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from joblib import Parallel, effective_n_jobs
 from joblib.parallel import get_active_backend
 
+from maskopt.checks.verification import Require, verify
+from maskopt.core.fields import holds_its_kinds
+from maskopt.core.files import atomic_write, check_writable, from_json
 from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem, RowProblem
-from maskopt.errors import OptionError, SolverError
+from maskopt.core.units import OriginalValues
+from maskopt.errors import DataError, MaskoptError, OptionError, SolverError, printable
+from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Solver
+
+_log = logging.getLogger("maskopt.experiments.jobs")
 
 #: jobs at a time of a backend that gives no result before all are there
 BATCH = 64
+#: of a table of records
+FORMATS = (".jsonl", ".csv", ".parquet")
+#: what tables of records begin with
+_BEGIN = {".csv": b"instance,", ".parquet": b"PAR1"}
+#: seconds between two looks at a lock that another run has for some milliseconds
+_POLL = 0.005
 
 
 def workers(jobs: int | None) -> int:
@@ -72,11 +94,11 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def job_key(row: RowProblem, name: str, solver: Solver, start: Any, limits: Limits) -> str:
-    """Of a job: its row, the solver under its name, its start (a name, a value or a mask) and its limits."""
+def job_key(row: RowProblem, solver: Solver, start: Any, limits: Limits) -> str:
+    """Of a job: its row, its solver, its start (a name, a value or a mask) and its limits."""
     digest = digest_of(row.as_layer(), 0)
     of_limits = [limits.seconds, limits.memory, limits.seed]
-    text = [str(row.pattern), row.name, name, repr(solver), of_limits, _start_text(start)]
+    text = [str(row.pattern), row.name, solver.name, repr(solver), of_limits, _start_text(start)]
     digest.update(json.dumps(text).encode())
     return digest.hexdigest()[:20]
 
@@ -89,13 +111,12 @@ def digest_of(problem: LayerProblem, row: int) -> hashlib._Hash:
         "gram": problem.gram.double(),
         "correlation": problem.correlation[row],
         "constant": problem.constant[row],
-        "mean": problem.mean,
-        "variance": problem.variance,
+        "moments": problem.moments,
     }
     for name, tensor in tensors.items():
         if tensor is not None:
             digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-    digest.update(repr([problem.update, problem.integral, problem.units]).encode())
+    digest.update(repr([problem.update, problem.units]).encode())
     return digest
 
 
@@ -106,3 +127,179 @@ def _start_text(start: Any) -> str:
     if not isinstance(start, np.ndarray):
         return str(start)
     return f"{start.dtype} {start.shape} {hashlib.sha256(start.tobytes()).hexdigest()}"
+
+
+class Store:
+    """Finished jobs: records in the file `output`, solutions in the folder `<output>.rows`.
+
+    A `.jsonl` gets a line for each finished job and may be shared by several runs; its jobs are resumed from
+    their solutions. A `.csv` or `.parquet` is written at the end. A job whose solution `verify` refuses runs
+    again. Without an output nothing is kept. `kind` is the dataclass of the records, with `key`, `value`,
+    `value_bound` and `gap`; None: the caller writes the output. OptionError: as of `check_format`.
+    """
+
+    def __init__(self, output: str | os.PathLike[str] | None, kind: type[Any] | None) -> None:
+        self.path = None if output is None else Path(output)
+        self.kind, self.grows = kind, self.path is not None and self.path.suffix == ".jsonl"
+        self.folder: Path | None = None
+        if self.path is None:
+            return
+        if kind is None:
+            check_writable(self.path, overwrite=True)
+        else:
+            check_format(self.path, overwrite=True)
+        if self.grows or kind is None:
+            self.folder = self.path.with_name(self.path.name + ".rows")
+
+    def records(self) -> dict[str, Any]:
+        """The records of a `.jsonl` by key, as `read_records`; a last line that was cut off is removed."""
+        if self.path is None or self.kind is None or not self.grows or not self.path.exists():
+            return {}
+        with _alone(self.path):
+            found = read_records(self.path, self.kind)
+            write_records(self.path, list(found.values()))
+        return found
+
+    def solution(
+        self, key: str, problem: LayerProblem | RowProblem, require: Require = "checked"
+    ) -> Solution | None:
+        """The solution of a job, verified against its problem; None where there is none that holds."""
+        path = self.folder and self.folder / f"{key}.npz"
+        if path is None or not path.exists():
+            return None
+        try:
+            solution = Solution.load(path)
+            verify(problem, solution, require=require)
+        except MaskoptError as error:
+            _log.warning("%s", printable(f"{path}: dropped and solved again: {error}"))
+            return None
+        return solution
+
+    def add(self, key: str, solution: Solution | None, *records: Any) -> None:
+        """Keep a finished job: its solution, and a line for each record, flushed to disk."""
+        if self.folder is not None and solution is not None:
+            self.folder.mkdir(exist_ok=True)
+            solution.save(self.folder / f"{key}.npz")
+        if self.path is None or not self.grows or not records:
+            return
+        with _alone(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(_flat(record)) + "\n" for record in records))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self, records: Sequence[Any]) -> None:
+        """Write all records of a run: a table, or what follows the lines of other runs."""
+        if self.path is None or self.kind is None:
+            return
+        if not self.grows:
+            write_records(self.path, records)
+            return
+        own = {record.key for record in records}
+        with _alone(self.path):
+            held = read_records(self.path, self.kind)
+            others = [record for key, record in held.items() if key not in own]
+            write_records(self.path, [*others, *records])
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """No other run reads or writes the records meanwhile."""
+    lock = path.with_name(f".{path.name}.lock")
+    with FileLock(lock, poll_interval=_POLL):
+        try:
+            yield
+        finally:
+            # elsewhere filelock removes it; who waits for a lock that is gone makes another one
+            if os.name == "posix":
+                lock.unlink(missing_ok=True)
+
+
+def check_format(path: Path | None, *, overwrite: bool) -> None:
+    """Raise OptionError for an ending that is no table format, a missing package, or a file in the way."""
+    if path is None:
+        return
+    if path.suffix not in FORMATS:
+        raise OptionError(f"{path.name}: write one of: {', '.join(FORMATS)}")
+    begin = _BEGIN.get(path.suffix, b"")
+    if path.is_file() and path.stat().st_size:
+        with open(path, "rb") as file:
+            if file.read(len(begin)) != begin:
+                raise OptionError(
+                    f"{path}: is there, and no table of this command; name another file"
+                )
+    check_writable(path, overwrite=None if path.suffix == ".jsonl" else overwrite)
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow  # noqa: F401
+        except ImportError:
+            raise OptionError(
+                "Parquet needs the package pyarrow: pip install pyarrow, or name a .csv or .jsonl"
+            ) from None
+
+
+def read_records(path: Path, kind: type[Any]) -> dict[str, Any]:
+    """Records of a JSONL file by key, without a last line that was cut off; DataError for any other line."""
+    if not path.exists():
+        return {}
+    names = {field.name for field in fields(kind)}
+    found, begin = {}, f'{{"{fields(kind)[0].name}": '
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: holds no text; remove the file") from None
+    for number, line in enumerate(lines):
+        try:
+            data = from_json(line)
+        except ValueError as error:
+            cut = number == len(lines) - 1 and isinstance(error, json.JSONDecodeError)
+            if cut and (line.startswith(begin) or begin.startswith(line)):
+                continue  # while it was written
+            raise DataError(
+                f"{path}: line {number + 1} is not JSON ({error}); remove the file"
+            ) from None
+        data = data if isinstance(data, dict) else {}
+        own = {k: v for k, v in data.items() if k in names}
+        extra = {k: v for k, v in data.items() if k not in names}
+        sound = set(own) == names - {"trace"} and isinstance(own["key"], str)
+        if not sound or (extra and "trace" not in names):
+            raise DataError(
+                f"{path}: line {number + 1} is no record of this command; choose another file"
+            )
+        if extra:
+            own["trace"] = extra
+        record = kind(**{k: math.nan if v is None else v for k, v in own.items()})
+        if not holds_its_kinds(record):
+            raise DataError(f"{path}: line {number + 1} has a value of another kind; remove it")
+        if math.isnan(record.gap):  # infinite ones were written so, too
+            record = replace(record, gap=OriginalValues.of(record.value, record.value_bound).gap)
+        found[record.key] = record
+    return found
+
+
+def write_records(path: Path, records: Sequence[Any]) -> None:
+    """The table as a whole, in the format that the ending of the name says."""
+    rows = [_flat(record) for record in records]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with atomic_write(path) as file:
+        if path.suffix == ".jsonl":
+            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        elif path.suffix == ".csv":
+            text = io.StringIO()
+            writer = csv.DictWriter(text, fieldnames=columns)
+            writer.writeheader()
+            writer.writerows(rows)
+            file.write(text.getvalue().encode())
+        else:
+            import pyarrow
+            import pyarrow.parquet
+
+            whole = [{name: row.get(name) for name in columns} for row in rows]
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(whole), file)
+
+
+def _flat(record: Any) -> dict[str, Any]:
+    """A record as one flat line: what its trace holds are columns; NaN and infinity are null."""
+    data = asdict(record)
+    data |= data.pop("trace", {})
+    odd = [k for k, v in data.items() if isinstance(v, float) and not math.isfinite(v)]
+    return {**data, **dict.fromkeys(odd)}

@@ -21,8 +21,7 @@ from maskopt.certificates.certificate import Certificate
 from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import OptionError
-from maskopt.experiments.jobs import as_they_finish, job_key, workers
-from maskopt.experiments.store import Store
+from maskopt.experiments.jobs import Store, as_they_finish, job_key, workers
 from maskopt.protocol.solution import Solution, Status, optimal_slack
 from maskopt.protocol.solver import Solver, limits_of, make_solver, solve
 
@@ -145,7 +144,7 @@ def prove(
     missing: dict[str, Any] = {}
     for index in range(layer.rows):
         row, begin = layer.row(index), start[index, None] if isinstance(start, Tensor) else start
-        keys.append(key := job_key(row, BRANCH, backend, begin, untimed))
+        keys.append(key := job_key(row, backend, begin, untimed))
         solution = store.solution(key, row)
         if solution is not None and solution.status[0] is Status.OPTIMAL:
             found[key] = solution

@@ -26,7 +26,6 @@ from maskopt.core.pattern import Unstructured
 from maskopt.core.problem import LayerProblem, RowProblem, load_npz
 from maskopt.core.units import MOST_ENTRIES, check_size
 from maskopt.errors import ProblemError
-from maskopt.instances.qplib import read_qplib, write_qplib
 
 #: weights of an edge list: their decimals are enough to get the same float64 back
 _DIGITS = ".17g"
@@ -42,11 +41,10 @@ def load_problem(
     greatest xᵀQx of a matrix. Raises ProblemError: no such file, or no instance that chooses a set of given
     size."""
     ending = Path(path).suffix.lower()
-    if ending in _MATRICES or (ending == ".npz" and not has_header(path)):
-        return _of_matrix(path, cardinality, maximize)
-    if maximize:
+    matrix = ending in _MATRICES or (ending == ".npz" and not has_header(path))
+    if maximize and not matrix:
         raise ProblemError(f"{path}: `maximize` is for matrices; the file says what is sought")
-    if ending not in _TEXTS:
+    if not matrix and ending not in _TEXTS:
         if cardinality is not None:
             raise ProblemError(
                 f"{path}: `cardinality` is for matrices and graphs that name no number (.mc, .rudy)"
@@ -55,53 +53,47 @@ def load_problem(
             known = ", ".join((".npz", *_MATRICES, *_TEXTS))
             raise ProblemError(f"{path}: no known format by its ending; one of: {known}")
         return load_npz(path)
-    if cardinality is not None and ending not in (".mc", ".rudy"):
-        raise ProblemError(f"{path}: the file says how many are chosen; leave `cardinality` out")
-    try:
-        # with a byte order mark or without
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ProblemError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ProblemError(f"{path}: not a text file ({error})") from None
-    try:
-        name = Path(path).stem
-        if ending == _QPLIB:
-            return read_qplib(text, name)
-        return _read_graph(ending, text, name, cardinality)
-    except ProblemError as error:
-        raise ProblemError(f"{path}: {error}") from None
-
-
-def _of_matrix(path: str | os.PathLike[str], cardinality: int | None, maximize: bool) -> RowProblem:
     try:
         if not Path(path).is_file():
             raise ProblemError("no such file")
-        if cardinality is None:
-            raise ProblemError("a matrix does not say how many are chosen; give `cardinality`")
-        matrix = _MATRICES.get(Path(path).suffix.lower(), read_array)(path)
-        matrix = matrix.astype(np.result_type(matrix, np.float64))
-        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-            raise ProblemError(
-                f"the array is {list(matrix.shape)}, not square; of inputs X, save X.T @ X / len(X)"
-            )
-        check_size(len(matrix))
-        if len(bad := np.argwhere(~np.isfinite(matrix))):
-            raise ProblemError(
-                f"{len(bad)} entries are NaN or infinite, the first at {bad[0].tolist()}; replace them"
-            )
-        skew = np.abs(matrix - matrix.T)
-        if skew.max() > _SKEW * np.abs(matrix).max():
-            i, j = divmod(int(skew.argmax()), len(matrix))
-            raise ProblemError(
-                f"not symmetric: {matrix[i, j]:g} at [{i}, {j}], {matrix[j, i]:g} at [{j}, {i}]; "
-                "(Q + Q.T) / 2 has the same values xᵀQx"
-            )
-        return RowProblem.from_quadratic(
-            matrix, cardinality=cardinality, maximize=maximize, name=Path(path).stem
-        )
+        if matrix:
+            return _of_matrix(path, cardinality, maximize)
+        if cardinality is not None and ending not in (".mc", ".rudy"):
+            raise ProblemError("the file says how many are chosen; leave `cardinality` out")
+        text = Path(path).read_text(encoding="utf-8-sig")  # with a byte order mark or without
+        if ending == _QPLIB:
+            return _read_qplib(text, Path(path).stem)
+        return _read_graph(ending, text, Path(path).stem, cardinality)
     except ProblemError as error:
         raise ProblemError(f"{path}: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProblemError(f"{path}: not a text file ({error})") from None
+
+
+def _of_matrix(path: str | os.PathLike[str], cardinality: int | None, maximize: bool) -> RowProblem:
+    if cardinality is None:
+        raise ProblemError("a matrix does not say how many are chosen; give `cardinality`")
+    matrix = _MATRICES.get(Path(path).suffix.lower(), read_array)(path)
+    matrix = matrix.astype(np.result_type(matrix, np.float64))
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ProblemError(
+            f"the array is {list(matrix.shape)}, not square; of inputs X, save X.T @ X / len(X)"
+        )
+    check_size(len(matrix))
+    if len(bad := np.argwhere(~np.isfinite(matrix))):
+        raise ProblemError(
+            f"{len(bad)} entries are NaN or infinite, the first at {bad[0].tolist()}; replace them"
+        )
+    skew = np.abs(matrix - matrix.T)
+    if skew.max() > _SKEW * np.abs(matrix).max():
+        i, j = divmod(int(skew.argmax()), len(matrix))
+        raise ProblemError(
+            f"not symmetric: {matrix[i, j]:g} at [{i}, {j}], {matrix[j, i]:g} at [{j}, {i}]; "
+            "(Q + Q.T) / 2 has the same values xᵀQx"
+        )
+    return RowProblem.from_quadratic(
+        matrix, cardinality=cardinality, maximize=maximize, name=Path(path).stem
+    )
 
 
 def _read_csv(path: str | os.PathLike[str]) -> np.ndarray:
@@ -136,7 +128,7 @@ def save_problem(
     pattern = problem.pattern
     if not isinstance(pattern, Unstructured) or problem.update is not None:
         raise ProblemError(f"{path}: {ending} holds one set of a given size, and unchanged weights")
-    text = write_qplib(problem) if ending == _QPLIB else _write_graph(ending, problem)
+    text = _write_qplib(problem) if ending == _QPLIB else _write_graph(ending, problem)
     with atomic_write(Path(path)) as file:
         # a name out of a file name may be no text
         file.write(text.encode(errors="replace"))
@@ -246,3 +238,135 @@ _MATRICES: dict[str, Callable[[str | os.PathLike[str]], np.ndarray]] = {
 }
 _QPLIB = ".qplib"
 _TEXTS = (".dat", ".mc", ".rudy", ".mdp", ".txt", _QPLIB)
+
+
+def _read_qplib(text: str, name: str) -> RowProblem:
+    """A problem of type ?BL whose only constraint is a number of ones; ProblemError, with the reason, for
+    others. ½xᵀHx + bᵀx + c has H by its lower triangle: an entry off the diagonal is the coefficient of
+    x_i x_j, one on it twice that of x_i²."""
+    words = _Words(text)
+    title, kind, sense = (words.next() for _ in range(3))
+    if len(kind) != 3 or kind[0] not in "LDCQ" or kind[1:] != "BL":
+        raise ProblemError(
+            f"a problem of type {kind}; only binary variables under one linear constraint (QBL) are a choice "
+            "of a set of given size"
+        )
+    if sense.lower() not in ("minimize", "maximize"):
+        raise ProblemError(f"{sense!r} is no sense of an objective")
+    n, constraints = words.whole(), words.whole()
+    if constraints != 1:
+        raise ProblemError(
+            f"{constraints} constraints; only one, on the sum of all variables, maps"
+        )
+    check_size(n)
+    quadratic, given = np.zeros((n, n)), np.zeros((n, n), dtype=bool)
+    for _ in range(0 if kind[0] == "L" else words.whole()):
+        i, j = sorted((words.place(n), words.place(n)))
+        _once(given[i], j, f"the quadratic term {i + 1} {j + 1}")
+        quadratic[i, j] = words.number() / (2 if i == j else 1)
+    linear = words.vector(n)
+    constant = words.number()
+    row, summed = np.zeros(n), np.zeros(n, dtype=bool)
+    for _ in range(words.whole()):
+        words.place(1)
+        i = words.place(n)
+        _once(summed, i, f"variable {i + 1} of the constraint")
+        row[i] = words.number()
+    words.number()  # what stands for infinity
+    low, high = words.vector(1)[0], words.vector(1)[0]
+    chosen = low / row[0] if row[0] else np.nan
+    if (row != row[0]).any() or low != high or chosen != np.round(chosen) or not 0 <= chosen <= n:
+        raise ProblemError("its constraint is not that a given number of all variables are 1")
+    return RowProblem.from_quadratic(
+        quadratic + np.diag(linear),
+        cardinality=int(chosen),
+        maximize=sense.lower() == "maximize",
+        constant=constant,
+        name=title or name,
+    )
+
+
+def _write_qplib(problem: RowProblem) -> str:
+    """The text of a problem of type QBL (http://qplib.zib.de/doc.html)."""
+    quadratic, constant = problem.quadratic()
+    n = problem.n
+    sense = "maximize" if problem.maximized else "minimize"
+    entries = [
+        f"{i + 1} {j + 1} {2 * quadratic[i, j]:.17g}"
+        for i in range(n)
+        for j in range(i + 1)
+        if quadratic[i, j]
+    ]
+    count = problem.as_layer().pruned
+    head = [
+        "".join(problem.name.split()).lstrip("#!%") or "maskopt",
+        f"QBL\n{sense}\n{n} # variables\n1 # constraint",
+    ]
+    sums = [f"1 {i + 1} 1" for i in range(n)]
+    return "\n".join(
+        [
+            *head,
+            f"{len(entries)} # quadratic terms in objective",
+            *entries,
+            "0 # default linear coefficient\n0 # others",
+            f"{constant:.17g} # constant",
+            f"{n} # linear terms in all constraints",
+            *sums,
+            "1e+30 # infinity",
+            f"{count} # default left-hand side\n0 # others",
+            f"{count} # default right-hand side\n0 # others",
+            "0 # default start of a variable\n0 # others",
+            "0 # default start of a dual\n0 # others",
+            "0 # default start of a bound's dual\n0 # others",
+            "0 # names of variables\n0 # names of constraints\n",
+        ]
+    )
+
+
+class _Words:
+    """The words of a file, comments left out."""
+
+    def __init__(self, text: str) -> None:
+        lines = (x for x in text.splitlines() if not x.lstrip().startswith(("!", "%")))
+        self._words = (word for line in lines for word in line.partition("#")[0].split())
+
+    def next(self) -> str:
+        word = next(self._words, None)
+        if word is None:
+            raise ProblemError("it ends early")
+        return word
+
+    def number(self) -> float:
+        word = self.next()
+        try:
+            return float(word)
+        except ValueError:
+            raise ProblemError(f"expected a number, not {word!r}") from None
+
+    def whole(self) -> int:
+        number = self.number()
+        if not np.isfinite(number) or number != int(number) or number < 0:
+            raise ProblemError(f"expected a count, not {number:g}")
+        return int(number)
+
+    def place(self, n: int) -> int:
+        number = self.whole()
+        if not 1 <= number <= n:
+            raise ProblemError(f"{number} is none of 1 … {n}")
+        return number - 1
+
+    def vector(self, n: int) -> np.ndarray:
+        """A default and the entries that are not it."""
+        found, given = np.full(n, self.number()), np.zeros(n, dtype=bool)
+        for _ in range(self.whole()):
+            i = self.place(n)
+            _once(given, i, f"entry {i + 1}")
+            found[i] = self.number()
+        return found
+
+
+def _once(given: np.ndarray, place: int, what: str) -> None:
+    """Note what is given; raise where it has been."""
+    if given[place]:
+        raise ProblemError(f"{what} is given twice; of a symmetric matrix list one triangle")
+    given[place] = True

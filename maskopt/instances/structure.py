@@ -57,7 +57,8 @@ def structure_problem(
     scale = torch.where(norms > 0, norms, 1.0)  # where there is no weight, Q is 0, too
     correlation = quadratic / scale / scale[:, None]
     correlation = (correlation + correlation.T) / 2
-    return RowProblem(norms, correlation, pattern, mean=mean if groups is None else None, name=name)
+    moments = mean if groups is None else None
+    return RowProblem(norms, correlation, pattern, moments=moments, name=name)
 
 
 def _summed(values: Tensor, groups: Tensor) -> Tensor:

@@ -15,9 +15,8 @@ from maskopt.core.fields import check_options
 from maskopt.core.limits import Limits, clock, torch_threads
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import SolverError
-from maskopt.protocol.registry import Registry
 from maskopt.protocol.solution import relative_gap
-from maskopt.protocol.solver import limits_of
+from maskopt.protocol.solver import Registered, Registry, limits_of
 from maskopt.protocol.trace import Trace
 
 ENTRY_POINT_GROUP = "maskopt.bounds"
@@ -91,16 +90,6 @@ class BoundMethod(Protocol):
 REGISTRY = Registry(ENTRY_POINT_GROUP, "bound", BoundMethod)
 
 
-@dataclass(frozen=True)
-class BoundInfo:
-    """One line of `available_bounds()`."""
-
-    name: str
-    largest_n: int | None
-    note: str
-    unavailable: str | None
-
-
 def lower_bound(
     problem: LayerProblem | RowProblem,
     method: BoundMethod | str = "sdp",
@@ -145,14 +134,11 @@ def lower_bound(
     began = clock()
     with torch_threads(limits.threads):
         certificate, trace = maker.certify(layer, limits.begin())
-        value = layer.next_value(certificate.check(layer))
+        value = certificate.check(layer)
     seconds, omega = clock() - began, layer.shares if layer.shared_budget else None
     return Bound(value, certificate, maker.name, seconds, trace, omega)
 
 
-def available_bounds() -> dict[str, BoundInfo]:
+def available_bounds() -> dict[str, Registered]:
     """Every registered method by name."""
-    return {
-        name: BoundInfo(name, getattr(kind, "largest_n", None), getattr(kind, "note", ""), reason)
-        for name, (kind, reason) in REGISTRY.reasons().items()
-    }
+    return REGISTRY.entries()

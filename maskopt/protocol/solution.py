@@ -16,12 +16,19 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from maskopt.certificates.certificate import Certificate
-from maskopt.certificates.proof import Proof, RowProof
-from maskopt.core.files import pack, read_arrays, unpack, unpack_rows, write_arrays
+from maskopt.certificates.proof import RowProof
+from maskopt.core.files import (
+    join_rows,
+    pack,
+    read_arrays,
+    take_rows,
+    unpack,
+    unpack_rows,
+    write_arrays,
+)
 from maskopt.core.inputs import ArrayLike, as_tensor
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.problem import LayerProblem, RowProblem
-from maskopt.core.rows import join_rows, take_rows
 from maskopt.core.units import ObjectiveTransform, OriginalValues
 from maskopt.errors import OptionError, ProblemError, printable
 from maskopt.protocol.trace import Trace
@@ -115,7 +122,8 @@ class Solution:
         solver: name of the solver that answered.
         seconds: wall-clock time of the solve, start included, compilation of loops not.
         trace: how the answer was found (`maskopt.protocol.trace`).
-        certificate, proof: prove lower bounds to `verify`; `proof` holds the trees of an exact search.
+        certificate, proof: prove lower bounds to `verify`; `proof` holds the tree of each row, None where it
+            has none, of an exact search.
         trusted: per row the exact solver whose bound nothing here proves, with its version, such as `SCIP
             10.0`; an empty text where the bound is proven. Empty altogether: all are.
         weight: float64 [rows, n], updated weights where the solver has them; saved only with `own`.
@@ -135,7 +143,7 @@ class Solution:
     trusted: tuple[str, ...] = ()
     weight: Float[Tensor, "rows n"] | None = None
     own: bool = False
-    proof: Proof | None = None
+    proof: Sequence[RowProof | None] | None = None
     units: ObjectiveTransform | None = None
     omega: Float[Tensor, " rows"] | None = None
 
@@ -163,7 +171,7 @@ class Solution:
 
     def _values(self) -> list[OriginalValues]:
         """Of every row, without ω."""
-        units, pruned = self.units or ObjectiveTransform(1, 0.0, 0.0), (~self.mask).sum(1).tolist()
+        units, pruned = self.units or ObjectiveTransform(), (~self.mask).sum(1).tolist()
         rows = zip(self.objective.tolist(), self.lower_bound.tolist(), pruned, strict=True)
         return [OriginalValues.of(units.value(f, s), units.value(b, s)) for f, b, s in rows]
 
@@ -196,7 +204,7 @@ class Solution:
         certificate: Certificate | None = None,
         trusted: Sequence[str] = (),
         weight: Float[Tensor, "rows n"] | None = None,
-        proof: Proof | None = None,
+        proof: Sequence[RowProof | None] | None = None,
     ) -> Solution:
         """A Solution with the float64 objective of the mask, or of a solver's own `weight` of a problem with
         `update`. A lower bound above the objective by rounding alone is cut back to it."""
@@ -242,17 +250,16 @@ class Solution:
                 certificate=None,
                 trusted=p.trusted or ("",) * len(p.status),
                 weight=p.weight if weighted else None,
-                proof=p.proof or Proof([None] * len(p.status)),
+                proof=p.proof or [None] * len(p.status),
             )
             for p in parts
         ]
         whole = join_rows(filled)
-        assert whole.proof is not None
         return replace(
             whole,
             seconds=sum(p.seconds for p in parts),
             certificate=certificate,
-            proof=whole.proof if any(whole.proof.rows) else None,
+            proof=whole.proof if any(whole.proof) else None,
         )
 
     def take(self, rows: Sequence[int]) -> Solution:
@@ -303,7 +310,6 @@ class Solution:
             if any(len(values) != rows for values in trace.columns(rows).values()):
                 raise ValueError("its trace is one of other rows")
             certified, posed = "certificate.diagonal" in arrays, "units.sign" in words
-            trees = unpack_rows(RowProof, words, arrays, "proof.rows", rows)
             return unpack(
                 cls,
                 words,
@@ -318,7 +324,7 @@ class Solution:
                 trusted=tuple(str(word) for word in words["trusted"]),
                 own="weight" in arrays,
                 units=unpack(ObjectiveTransform, words, arrays, "units") if posed else None,
-                proof=None if trees is None else Proof(trees),
+                proof=unpack_rows(RowProof, words, arrays, "proof", rows),
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ProblemError(f"{path}: not a sound solution ({error})") from None

@@ -11,26 +11,140 @@ nothing here imports one.
 
 from __future__ import annotations
 
-import os
+import importlib.util
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from maskopt.core.fields import check_options
+from maskopt.core.fields import build, check_options
 from maskopt.core.limits import KEYWORDS, Limits, clock, torch_threads
 from maskopt.core.pattern import NM, Pattern, Unstructured
 from maskopt.core.problem import LayerProblem, RowProblem
-from maskopt.errors import OptionError, SolverError, WarmStartError
-from maskopt.protocol.registry import Registry
+from maskopt.errors import (
+    OptionError,
+    SolverError,
+    SolverUnavailableError,
+    UnknownSolverError,
+    WarmStartError,
+    near,
+)
 from maskopt.protocol.solution import Solution
 
 ENTRY_POINT_GROUP = "maskopt.solvers"
 #: of a trusted solver, as its package states it
 _VERSION = re.compile(r"[0-9][0-9A-Za-z.+-]{0,39}")
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A member of a registry: its class, None where it cannot be loaded; why it cannot run here, or None."""
+
+    name: str
+    kind: type[Any] | None
+    unavailable: str | None
+
+    @property
+    def available(self) -> bool:
+        return self.unavailable is None
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Of a solver."""
+        return Capabilities() if self.kind is None else self.kind.capabilities
+
+
+class Registry:
+    """The classes of one entry-point group, whose instances satisfy a protocol; messages call them `what`."""
+
+    def __init__(self, group: str, what: str, protocol: type) -> None:
+        self.group, self.what, self.protocol = group, what, protocol
+        self._loaded: dict[EntryPoint, type[Any]] = {}
+
+    def names(self) -> list[str]:
+        return sorted(_points(self.group))
+
+    def find(self, name: str) -> type[Any]:
+        """The class of that name; UnknownSolverError, or SolverUnavailableError where it cannot be used."""
+        points = _points(self.group)
+        if name not in points:
+            raise UnknownSolverError(f"unknown {self.what} {name!r}{near(name, points)}")
+        point = points[name]
+        if point not in self._loaded:
+            self._loaded[point] = self._load(point)
+        return self._loaded[point]
+
+    def make(self, member: Any, options: Mapping[str, Any]) -> Any:
+        """A member ready to run, by name with options, or a value unchanged; errors as of `find`,
+        OptionError for an option that it does not have or a value that the option cannot take."""
+        if isinstance(member, str):
+            kind = self._available(self.find(member))
+            # a callback is nothing that anybody mistypes
+            return build(kind, member, options, self.what, KEYWORDS.keys() - {"on_progress"})
+        if not isinstance(member, self.protocol):
+            raise OptionError(
+                f"{member!r} is no {self.what}; give a name or a value such as Swap()"
+            )
+        if options:
+            first, name = next(iter(options)), getattr(member, "name", "")
+            raise OptionError(
+                f"{self.what} {name!r} is given as a value: {first!r} belongs among its fields"
+            )
+        return self._available(member)
+
+    def _available(self, member: Any) -> Any:
+        reason = member.unavailable()
+        if reason:
+            raise SolverUnavailableError(f"{self.what} {member.name!r} is unavailable: {reason}")
+        return member
+
+    def entries(self) -> dict[str, Registered]:
+        """Every member by name."""
+        return {name: self._entry(name) for name in self.names()}
+
+    def _entry(self, name: str) -> Registered:
+        try:
+            kind = self.find(name)
+        except SolverError as error:
+            return Registered(name, None, str(error))
+        try:
+            return Registered(name, kind, kind.unavailable())
+        except Exception as error:  # a third party's backend may fail in any way
+            return Registered(name, kind, f"{type(error).__name__}: {error}")
+
+    def _load(self, point: EntryPoint) -> type[Any]:
+        try:
+            kind = point.load()
+            sound = isinstance(kind(), self.protocol)
+        except Exception as error:  # a third party's backend may fail in any way
+            raise SolverUnavailableError(
+                f"{self.what} {point.name!r} ({point.value}) could not be loaded: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        if not sound:
+            raise SolverUnavailableError(
+                f"{self.what} {point.name!r} ({point.value}) is not a {self.protocol.__name__}"
+            )
+        loaded: type[Any] = kind
+        return loaded
+
+
+def missing_package(package: str) -> str | None:
+    """For `unavailable`: that a package is not installed, and what installs it; None: it is."""
+    if importlib.util.find_spec(package) is None:
+        return f"the package {package} is not installed; pip install {package}"
+    return None
+
+
+@cache
+def _points(group: str) -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=group)}
 
 
 @dataclass(frozen=True)
@@ -99,40 +213,12 @@ class Solver(Protocol):
         ...
 
 
-@runtime_checkable
-class WritesInstances(Protocol):
-    """A backend that also writes a row as an instance for other programs."""
-
-    def write_instance(
-        self, row: RowProblem, path: str | os.PathLike[str], *, form: str, formulation: str
-    ) -> None:
-        """Write one row, atomically; OptionError for a form (such as `lp`) or formulation that it lacks."""
-        ...
-
-
 REGISTRY = Registry(ENTRY_POINT_GROUP, "solver", Solver)
 
 
-@dataclass(frozen=True)
-class SolverInfo:
-    """An entry of `available_solvers()`; `kind` is the class, None where it cannot be loaded."""
-
-    name: str
-    kind: type[Any] | None
-    capabilities: Capabilities
-    unavailable: str | None
-
-    @property
-    def available(self) -> bool:
-        return self.unavailable is None
-
-
-def available_solvers() -> dict[str, SolverInfo]:
+def available_solvers() -> dict[str, Registered]:
     """Every registered backend by name."""
-    return {
-        name: SolverInfo(name, kind, kind.capabilities if kind else Capabilities(), reason)
-        for name, (kind, reason) in REGISTRY.reasons().items()
-    }
+    return REGISTRY.entries()
 
 
 def is_trusted(text: str) -> bool:
@@ -141,12 +227,9 @@ def is_trusted(text: str) -> bool:
     if not _VERSION.fullmatch(version):
         return False
     for member in REGISTRY.names():
-        try:
-            kind = REGISTRY.find(member)
-        except SolverError:  # one that cannot be loaded here
-            continue
-        if name in kind.capabilities.trusted:
-            return True
+        with suppress(SolverError):  # one that cannot be loaded here
+            if name in REGISTRY.find(member).capabilities.trusted:
+                return True
     return False
 
 

@@ -17,7 +17,7 @@ from maskopt.core.fields import option
 from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.bounds import BoundMethod
-from maskopt.protocol.registry import missing_package
+from maskopt.protocol.solver import missing_package
 from maskopt.protocol.trace import Trace
 from maskopt.solvers.convex.mixing import (
     ScaledRow,

@@ -34,9 +34,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from maskopt.certificates.certificate import Certificate, evenly
+from maskopt.core.files import join_rows
 from maskopt.core.limits import Limits, one_thread_each
 from maskopt.core.problem import LayerProblem
-from maskopt.core.rows import join_rows
 from maskopt.solvers.convex.box_step import CompiledStep, SharedBudgetStep, TorchStep
 from maskopt.solvers.greedy.select import keep_highest
 

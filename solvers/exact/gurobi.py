@@ -10,8 +10,7 @@ import numpy as np
 
 from maskopt.core.problem import LayerProblem
 from maskopt.errors import SolverError
-from maskopt.protocol.registry import missing_package
-from maskopt.protocol.solver import Capabilities
+from maskopt.protocol.solver import Capabilities, missing_package
 from maskopt.solvers.exact.program import CLOSED, Program, perspective, quadratic
 from maskopt.solvers.exact.rows import RowSolver, exact
 from maskopt.solvers.exact.tasks import UPDATED_CLOSED, RowAnswer, RowTask, UpdatedTask

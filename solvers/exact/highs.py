@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from maskopt.core.problem import LayerProblem
-from maskopt.protocol.registry import missing_package
-from maskopt.protocol.solver import Capabilities
+from maskopt.protocol.solver import Capabilities, missing_package
 from maskopt.solvers.exact.program import CLOSED, FEASIBILITY, Program, reformulated
 from maskopt.solvers.exact.rows import RowSolver, exact
 from maskopt.solvers.exact.tasks import RowAnswer, RowTask

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from maskopt.certificates.certificate import Certificate
-from maskopt.certificates.proof import Proof
-from maskopt.certificates.proof_check import check_proof
+from maskopt.certificates.proof import check_proof
 from maskopt.core.fields import option
 from maskopt.core.limits import Limits, clock
 from maskopt.core.problem import LayerProblem
@@ -164,8 +163,8 @@ def assemble(problem: LayerProblem, answers: list[RowAnswer], word: str) -> Solu
         for row, answer in enumerate(answers)
     ]
     certificate, proven = _certified(problem, answers)
-    proof = Proof([answer.proof for answer in answers])
-    if any(proof.rows):
+    proof = [answer.proof for answer in answers]
+    if any(proof):
         proven = proven.maximum(check_proof(problem, proof))
     bound, status, trusted = [], [], []
     for row, answer in enumerate(answers):
@@ -190,7 +189,7 @@ def assemble(problem: LayerProblem, answers: list[RowAnswer], word: str) -> Solu
         lower_bound=torch.tensor(bound, dtype=torch.float64),
         trace=_trace(answers),
         certificate=certificate,
-        proof=proof if any(proof.rows) else None,
+        proof=proof if any(proof) else None,
         trusted=trusted,
     )
 
@@ -224,7 +223,7 @@ def _certified(
         for row, answer in enumerate(answers)
     ]
     certificate = Certificate.stack(parts).of_linear(problem)
-    return certificate, problem.next_value(certificate.check(problem))
+    return certificate, certificate.check(problem)
 
 
 def _trace(answers: list[RowAnswer]) -> Trace:

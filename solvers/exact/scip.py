@@ -16,8 +16,7 @@ from maskopt.core.fields import option
 from maskopt.core.limits import torch_threads
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import OptionError, SolverError
-from maskopt.protocol.registry import missing_package
-from maskopt.protocol.solver import Capabilities
+from maskopt.protocol.solver import Capabilities, missing_package
 from maskopt.solvers.exact.program import (
     ABOVE,
     FEASIBILITY,

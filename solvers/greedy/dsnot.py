@@ -26,13 +26,13 @@ from maskopt.protocol.trace import Trace
 
 @dataclass(frozen=True)
 class DSnoT(Solver):
-    """Needs the inputs' mean (`LayerProblem(…, mean=…)`); without a `variance` takes that over all tokens."""
+    """Needs the inputs' means (`LayerProblem(…, moments=…)`); without variances takes those of all tokens."""
 
     name: ClassVar[str] = "dsnot"
     capabilities: ClassVar[Capabilities] = Capabilities(
         start="needed",
         default_start="wanda",
-        note="mean-output correction; needs LayerProblem(mean=…)",
+        note="mean-output correction; needs LayerProblem(moments=…)",
     )
 
     cycles: int = option(50, "swaps of a row at most", unit="swaps a row", least=0)
@@ -50,23 +50,24 @@ class DSnoT(Solver):
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
         """Raises ProblemError for a problem without a mean."""
         assert start is not None
-        if problem.mean is None:
+        if problem.moments is None:
             raise ProblemError(
-                "dsnot needs the mean of the inputs: pass mean=… to LayerProblem, or gather it "
+                "dsnot needs the mean of the inputs: pass moments=… to LayerProblem, or gather it "
                 "with the Gram matrix"
             )
-        mask, swaps = self._correct(problem, problem.mean.double(), start, limits)
+        mask, swaps = self._correct(problem, problem.moments.double(), start, limits)
         return Solution.of(problem, mask, trace=Trace(swaps=swaps))
 
     def _correct(
-        self, problem: LayerProblem, mean: Tensor, start: Tensor, limits: Limits
+        self, problem: LayerProblem, moments: Tensor, start: Tensor, limits: Limits
     ) -> tuple[Tensor, Tensor]:
         threshold = self.threshold / self.sequence_length
         weight = problem.weight.double()
         square = problem.gram.diagonal().double().clamp(min=0.0)
+        mean = moments[0]
         c = weight * mean
         over_all = (square - mean.square()).clamp(min=0.0)
-        variance = over_all if problem.variance is None else problem.variance.double()
+        variance = over_all if len(moments) == 1 else moments[1]
         variance = variance**self.power
         # an input without variance is a constant: its return is free of noise, so it comes first
         regrow_score = c / variance.where(variance > 0, torch.finfo(torch.float64).tiny ** 0.5)

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from maskopt.core.files import join_rows
 from maskopt.core.limits import Limits, one_thread_each, threads_on
 from maskopt.core.problem import LayerProblem
-from maskopt.core.rows import join_rows
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.trace import Trace
 from maskopt.solvers.least_squares.block import one_sided

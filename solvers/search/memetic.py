@@ -21,10 +21,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from maskopt.core.fields import option
+from maskopt.core.files import join_rows, take_rows
 from maskopt.core.limits import Limits
 from maskopt.core.pattern import Pattern, Unstructured
 from maskopt.core.problem import LayerProblem
-from maskopt.core.rows import join_rows, take_rows
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver
 from maskopt.protocol.trace import Stopwatch, Trace

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from maskopt.core.linear_term import LinearTerm
+from maskopt.core.objective import LinearTerm
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import SWAP_TOLERANCE, swap_threshold
 

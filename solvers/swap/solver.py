@@ -13,9 +13,9 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from maskopt.core.fields import option
+from maskopt.core.files import join_rows
 from maskopt.core.limits import Limits, torch_threads
 from maskopt.core.problem import LayerProblem
-from maskopt.core.rows import join_rows
 from maskopt.errors import SolverError
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver

@@ -66,7 +66,10 @@ def random_layers() -> Iterator[tuple[str, LayerProblem]]:
         mean = torch.linspace(-1, 1, n, dtype=dtype) * gram.diagonal().sqrt() / 2
         for pattern in (Unstructured(sparsity=0.5), NM(keep=2, of=4)):
             weight = random_weight(3, n, number + 1, dtype)
-            yield f"{number} {kind} {n} {pattern}", LayerProblem(weight, gram, pattern, mean=mean)
+            yield (
+                f"{number} {kind} {n} {pattern}",
+                LayerProblem(weight, gram, pattern, moments=mean),
+            )
 
 
 def given_layers(paths: list[Path]) -> Iterator[tuple[str, LayerProblem]]:

@@ -34,7 +34,8 @@ from machine import machine_now
 
 from maskopt import LayerProblem, RowProblem, Status, lower_bound, solve
 from maskopt.core.pattern import parse_sparsity
-from maskopt.experiments.compare import draw_rows, load_instances, sample_rows
+from maskopt.experiments.compare import draw_rows, sample_rows
+from maskopt.instances.formats import load_problem
 from maskopt.models.checkpoints.bos import BOS
 from maskopt.protocol.trace import Trace
 from maskopt.solvers.convex.mixing import Mixing, ScaledRow, certify_row, default_rank, penalty_of
@@ -279,7 +280,7 @@ def main() -> None:
     if args.part == "collect":
         collect_layers(args)
         return
-    layers = load_instances(args.instances)
+    layers = [load_problem(path).as_layer() for path in args.instances]
     warm_up()
     parts = {"table": table, "bounds": bounds, "small": small, "layer": layer, "penalty": penalty}
     if args.part in parts:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from machine import machine
 
 from maskopt import RowProblem, Status, load_problem, solve, verify
-from maskopt.certificates.proof_check import check_proof
+from maskopt.certificates.proof import check_proof
 
 _NAME = re.compile(r"kcluster(\d+)_(\d+)_(\d+)_(\d+)")
 
@@ -92,7 +92,7 @@ def measure(path: Path, edges: float | None, limit: float, threads: int | None) 
         raise SystemExit(f"{path.stem}: {value} edges, published {edges}")
     bound = problem.value(float(solution.lower_bound[0]))
     nodes = int(solution.trace.columns(1)["nodes"][0])
-    megabytes = solution.proof.nbytes / 1e6
+    megabytes = solution.proof[0].nbytes / 1e6
     return Measured(proven, value, bound, solution.seconds, nodes, checking, megabytes)
 
 

@@ -96,7 +96,7 @@ def warm_up() -> None:
     factor = torch.randn(32, 40, generator=generator)
     weight = torch.randn(4, 32, generator=generator)
     for pattern in PATTERNS.values():
-        problem = LayerProblem(weight, factor @ factor.T / 40, pattern, mean=factor.mean(1))
+        problem = LayerProblem(weight, factor @ factor.T / 40, pattern, moments=factor.mean(1))
         for solver, start, options in METHODS.values():
             solve(problem, solver, start=start, **options)
 

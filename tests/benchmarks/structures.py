@@ -175,7 +175,7 @@ def watched(by_score: bool) -> Iterator[dict[str, float]]:
 
     def noting(problem: RowProblem, solver: str, *, limits: Limits, **options: Any) -> Solution:
         diagonal[problem.name] = float(solve(problem, "wanda", limits=limits).objective)
-        if by_score and problem.as_layer().mean is not None:
+        if by_score and problem.as_layer().moments is not None:
             return by_variance(problem)
         return solve(problem, solver, limits=limits, **options)
 
@@ -191,8 +191,8 @@ def by_variance(problem: RowProblem) -> Solution:
     the tokens times the squares of its weights. Its bias that makes up for the mean is left out, since these
     layers have none."""
     layer = problem.as_layer()
-    assert layer.mean is not None
-    variance = layer.gram.diagonal().double() - layer.mean.double().square()
+    assert layer.moments is not None
+    variance = layer.gram.diagonal().double() - layer.moments[0].double().square()
     score: Tensor = variance * layer.weight[0].double().square()
     mask = torch.zeros(1, problem.n, dtype=torch.bool)
     mask[0, score.argsort(descending=True)[: problem.n - layer.pruned]] = True

@@ -14,10 +14,10 @@ from forging import edit, fails, rewrite
 from strategies import TWO_FOUR, drawn, random_gram, random_weight
 
 from maskopt import LayerProblem, Solution, Status, Unstructured, lower_bound, solve, verify
-from maskopt.certificates.certificate import Certificate, _check_row, _shared_slacks, missing
+from maskopt.certificates.certificate import Certificate, _shared_slacks, missing
 from maskopt.certificates.cuts import Cuts
 from maskopt.certificates.exact_check import _form, exact_bounds, rational, semidefinite
-from maskopt.core.linear_term import LinearTerm
+from maskopt.core.objective import LinearTerm
 from maskopt.errors import OptionError, ProblemError, VerificationError
 
 U = 2.0**-53
@@ -181,7 +181,7 @@ def test_one_factorisation_for_all_rows_proves_what_one_for_each_does(pattern):
         assert shared is not None
         together = given.check(problem)
         for row in range(4):
-            value = float(_check_row(given, problem, problem.gram, row, shared))
+            value = unclamped(given, problem, row, shared)
             true = float(exact(given, problem, row))
             assert true >= value == pytest.approx(true, rel=1e-9)
             assert float(together[row]) == max(0.0, value)
@@ -214,7 +214,7 @@ def test_what_all_rows_lack_is_paid_for_by_their_weights():
     shared = _shared_slacks(given, problem)[0]
     assert 1e-9 <= shared <= 1e-7
     for row in range(3):
-        value = float(_check_row(given, problem, problem.gram, row, shared))
+        value = unclamped(given, problem, row, shared)
         paid = float(exact(given, problem, row) - Fraction(value))
         assert paid == pytest.approx(shared * float(weight[row].square().sum()) / 4, rel=1e-3)
 
@@ -402,20 +402,16 @@ def test_a_solution_and_its_certificate_are_read_as_written(kind, tmp_path):
 
 def test_files_that_are_damaged_or_lack_a_part_are_named(relaxed, tmp_path):
     path = tmp_path / "s.npz"
-    for kind, whole, other in (
-        (Solution, relaxed, relaxed.certificate),
-        (Certificate, relaxed.certificate, relaxed),
-    ):
-        whole.save(path)
-        other.save(tmp_path / "other.npz")
-        data = path.read_bytes()
-        flipped = bytes([*data[:-200], *(byte ^ 255 for byte in data[-200:])])
-        damaged = {"cut": data[: len(data) // 2], "empty": b"", "text": b"text", "flipped": flipped}
-        for name, content in damaged.items():
-            (tmp_path / name).write_bytes(content)
-            fails(ProblemError, name, kind.load, tmp_path / name)
-        fails(ProblemError, "no such file", kind.load, tmp_path / "nowhere.npz")
-        fails(ProblemError, f"not a {kind.__name__.lower()}", kind.load, tmp_path / "other.npz")
+    relaxed.save(path)
+    LAYER.save(tmp_path / "other.npz")
+    data = path.read_bytes()
+    flipped = bytes([*data[:-200], *(byte ^ 255 for byte in data[-200:])])
+    damaged = {"cut": data[: len(data) // 2], "empty": b"", "text": b"text", "flipped": flipped}
+    for name, content in damaged.items():
+        (tmp_path / name).write_bytes(content)
+        fails(ProblemError, name, Solution.load, tmp_path / name)
+    fails(ProblemError, "no such file", Solution.load, tmp_path / "nowhere.npz")
+    fails(ProblemError, "not a solution", Solution.load, tmp_path / "other.npz")
     for part in ("mask", "lower_bound", "certificate.point"):
         relaxed.save(path)
         rewrite(path, arrays=lambda arrays, part=part: arrays.pop(part))
@@ -442,10 +438,11 @@ def test_columns_and_frames_have_a_line_a_row(monkeypatch):
 
 def test_a_certificate_comes_back_from_disk_and_proves_the_same(tmp_path):
     problem, path = layer(rows=3), tmp_path / "c.npz"
+    solution = solve(problem, "wanda")
     for cuts in (None, [None] * 3, [None, triangles(), GOOD], [NO_CUTS] * 3):
         given = replace(certificate(problem, product=True), cuts=cuts)
-        given.save(path)
-        read = Certificate.load(path)
+        replace(solution, certificate=given).save(path)
+        read = Solution.load(path).certificate
         assert torch.equal(read.product, given.product)
         for row in range(3):
             assert unclamped(read, problem, row) == unclamped(given, problem, row)
@@ -455,6 +452,6 @@ def test_a_certificate_comes_back_from_disk_and_proves_the_same(tmp_path):
         *(("diagonal", x) for x in (np.array(["a"]), np.zeros((2, 8), ">f8"), np.array(1.0))),
         ("cuts.0.index", np.zeros((1, 3), int)),
     ):
-        certificate(layer()).save(path)
-        rewrite(path, arrays=edit(name, to=array), kind="certificate")
-        fails(ProblemError, r"c\.npz: not a sound (certificate|file)", Certificate.load, path)
+        replace(solution, certificate=certificate(problem)).save(path)
+        rewrite(path, arrays=edit(f"certificate.{name}", to=array))
+        fails(ProblemError, r"c\.npz: not a sound (solution|file)", Solution.load, path)

@@ -12,14 +12,21 @@ from certificates import layer as eight, proven, single, stating
 from commands import ended, run, shows
 from forging import edit, fails, rewrite
 from hypothesis import given, strategies as st
-from strategies import HALF, TWO_FOUR, drawn, graph, legal_masks, problems, random_gram, slow
+from strategies import HALF, TWO_FOUR, WHOLE, drawn, graph, legal_masks, problems, random_gram, slow
 
 import maskopt
-from maskopt import NM, LayerProblem, RowProblem, Solution, Status, Unstructured, solve, verify
+from maskopt import NM, LayerProblem, Solution, Status, Unstructured, solve, verify
 from maskopt.certificates.cuts import NO_INPUT, Cuts
 from maskopt.certificates.exact_check import exact_bounds, exact_cost, rational, semidefinite
-from maskopt.certificates.proof import AGAIN, KINDS, LEAF, NO_FORM, Proof, RowProof
-from maskopt.certificates.proof_check import TreeCheck, check_proof
+from maskopt.certificates.proof import (
+    AGAIN,
+    KINDS,
+    LEAF,
+    NO_FORM,
+    RowProof,
+    TreeCheck,
+    check_proof,
+)
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.units import values_of
 from maskopt.errors import OptionError, ProblemError, VerificationError
@@ -41,7 +48,7 @@ def costs(problem):
 
 
 def bound_of(problem, tree):
-    return float(check_proof(problem, Proof([tree])))
+    return float(check_proof(problem, [tree]))
 
 
 @given(problems(max_n=10, max_rows=2))
@@ -89,7 +96,7 @@ def test_rows_without_a_choice_have_a_tree_of_one_leaf(keep):
         assert found.status == (Status.OPTIMAL,) * 2
         assert torch.equal(found.lower_bound, found.objective)
         assert verify(problem, found, require="checked").checked
-        assert not proof or [len(tree.form) for tree in found.proof.rows] == [1, 1]
+        assert not proof or [len(tree.form) for tree in found.proof] == [1, 1]
     dead = LayerProblem(torch.zeros(1, 16), random_gram(16, "low-rank", 2), Unstructured(keep=15))
     assert proven(dead).status == (Status.OPTIMAL,)
     # of twins, which all inputs are here, the first is pruned
@@ -106,11 +113,11 @@ def test_a_tree_is_the_same_every_time_and_survives_a_file(tmp_path):
     solution.save(path)
     loaded, again = Solution.load(path), proven(problem, start=theirs.mask)
     for other, name in itertools.product((again, loaded), KINDS):
-        one, two = getattr(solution.proof.rows[0], name), getattr(other.proof.rows[0], name)
+        one, two = getattr(solution.proof[0], name), getattr(other.proof[0], name)
         assert one.dtype == two.dtype
         assert np.array_equal(one, two)
     assert verify(problem, loaded, require="checked").checked
-    rewrite(path, arrays=lambda arrays: arrays.pop("proof.rows.0.points"))
+    rewrite(path, arrays=lambda arrays: arrays.pop("proof.0.points"))
     fails(ProblemError, "not a sound solution", Solution.load, path)
 
 
@@ -215,7 +222,7 @@ DAMAGED = layer(12), layer(12, TWO_FOUR), layer(12, kind="outliers"), graph(12, 
 @functools.cache
 def sound(problem):
     solution = proven(problem)
-    return float(solution.objective), solution.proof.rows[0]
+    return float(solution.objective), solution.proof[0]
 
 
 def parts_of(tree):
@@ -342,7 +349,7 @@ def test_every_mask_has_one_of_the_values(seed):
     root = random.integers(-3, 4, (3, 8)) * random.choice([1, 2, 3])
     gram = (root.T @ root).astype(float) + np.diag(random.integers(0, 2, 8) * 6.0)
     weight = random.integers(-2, 3, 8).astype(float)
-    problem = RowProblem(weight, gram, Unstructured(keep=3), integral=True)
+    problem = LayerProblem(weight[None], gram, Unstructured(keep=3)).with_units(WHOLE).row(0)
     values = problem.values()
     _, every = costs(problem.as_layer())
     for cost in every.tolist():
@@ -367,13 +374,15 @@ def test_values_of_a_graph_are_two_apart_and_what_is_not_whole_is_refused(tmp_pa
         ((0.5 * torch.ones(1, 8), gram), {}, r"integral: weight holds 0\.5"),
         ((weight, quarter), {}, r"integral: twice gram holds 0\.5"),
         ((1e9 * weight, gram), {}, "not whole in float64"),
-        ((weight, gram), {"linear": drawn(1, 8, linear=1).linear}, "linear part"),
-        ((weight, gram), {"update": LeastSquaresUpdate()}, "updated weights"),
+        (
+            (weight, gram),
+            {"linear": drawn(1, 8, linear=1).linear, "assume_psd": True},
+            "linear part",
+        ),
+        ((weight, gram), {"update": LeastSquaresUpdate()}, "no weights to update"),
     ):
-        fails(ProblemError, message, LayerProblem, *arguments, HALF, integral=True, **more)
-    half, message = torch.full((8,), 0.5), r"integral: weight holds 0\.5"
-    fails(ProblemError, message, RowProblem, half, gram, HALF, integral=True)
-    fails(ProblemError, "updated weights", problem.with_update, LeastSquaresUpdate())
+        fails(ProblemError, message, LayerProblem(*arguments, HALF, **more).with_units, WHOLE)
+    fails(ProblemError, "no weights to update", problem.with_update, LeastSquaresUpdate())
     problem.save(tmp_path / "graph.npz")
     read = LayerProblem.load(tmp_path / "graph.npz")
     assert all(p.integral for p in (read, problem.take([0]), problem.row(0)))
@@ -428,7 +437,7 @@ def toy(n, seed):
 def test_rounding_of_many_cuts_proves_nothing(tmp_path):
     problem, honest, optimum, _ = toy(8, 4)
     tree = forged_tree(problem, honest, 2.0**41, 40_000)
-    assert Fraction(float(check_proof(problem, Proof([tree])))) <= optimum
+    assert Fraction(float(check_proof(problem, [tree]))) <= optimum
     problem, instance = one_of_two(32, seed=4), tmp_path / "row.npz"
     problem.save(instance)
     best = proven(problem)
@@ -468,7 +477,7 @@ def test_forged_certificates_and_trees_are_refused(first, monkeypatch):
         claim = replace(poor, lower_bound=poor.objective)
         for forged, judge in (
             (replace(claim, certificate=bad), exact_bounds(problem, bad)),
-            (replace(claim, proof=Proof([tree])), exact_bounds(problem, trees=[tree])),
+            (replace(claim, proof=[tree]), exact_bounds(problem, trees=[tree])),
         ):
             fails(VerificationError, STATES, verify, problem, forged, require="checked")
             proof = forged.proof
@@ -492,7 +501,7 @@ def test_trees_and_certificates_of_searches_hold_exactly(pattern, linear):
 
 def test_a_shared_budget_has_one_exact_bound():
     problem = layer(8, Unstructured(0.5, per="layer"), rows=3, seed=5)
-    problem = problem.counting(torch.tensor([1.0, 2.0, 0.5]))
+    problem = problem.with_omega(torch.tensor([1.0, 2.0, 0.5]))
     bound, mask = lower_bound(problem, "box"), solve(problem, "exhaustive").mask
     verify(problem, stating(problem, mask, bound), require="exact")
     (exactly,) = exact_bounds(problem, bound.certificate)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import math
 from decimal import Decimal
 from fractions import Fraction
@@ -14,12 +13,11 @@ from forging import fails
 from hypothesis import given, settings, strategies as st
 
 from maskopt import NM, Unstructured
-from maskopt.core.pattern import parse_sparsity, pattern_from_dict, pattern_to_dict
+from maskopt.core.pattern import parse_sparsity
 from maskopt.errors import PatternError, SolverError
 from maskopt.models.pruning.knapsack import choose_levels
 
 RANGE = r"outside \[0, 1\)"
-ROW = {"kind": "unstructured", "sparsity": 0.5, "keep": None}
 
 
 @given(
@@ -34,7 +32,7 @@ def test_a_share_prunes_the_floor_of_the_exact_product(mille, share, digits, n):
     pattern, below = Unstructured(share), share.denominator
     whole = n * below % 10**9 // below * below or below
     assert pattern.pruned_per_group(whole) == share * whole
-    assert pattern_from_dict(json.loads(json.dumps(pattern_to_dict(pattern)))) == pattern
+    assert parse_sparsity(str(pattern)) == pattern
     layer = Unstructured(share, per="layer", max_deviation=share)
     assert layer.pruned_in(3, 400) == math.floor(share * 1200)
 
@@ -97,9 +95,8 @@ def test_impossible_patterns(options, message):
           for more in ({}, {"per": "layer", "max_deviation": 1 / 7})),
     ],
 )  # fmt: skip
-def test_text_and_json_forms(text, pattern):
+def test_text_forms(text, pattern):
     assert (str(pattern), parse_sparsity(str(pattern))) == (text or str(pattern), pattern)
-    assert pattern_from_dict(pattern_to_dict(pattern)) == pattern
     assert str(Unstructured(keep=3)) == "keep 3"
 
 
@@ -107,15 +104,13 @@ def test_text_and_json_forms(text, pattern):
     "given",
     [
         "", "half", "2:4:8", "4:2", "1.0", "a:b", "0.5 per layer 0.1", "0.5 per layer ± 1",
-        None, [], {}, {"kind": "nm", "keep": 2}, {"kind": "x"}, {"kind": "x", "keep": 2, "of": 4},
-        {**ROW, "kind": "x"}, {"kind": "unstructured", "sparsity": 0.5},
-        {"kind": "nm", "keep": 2, "of": 4, "more": 1}, {**ROW, "max_deviation": 0.1},
-        {**ROW, "per": "layer", "max_deviation": "a"},
+        "keep x", "keep 2 ± 0.1", "2:4 per layer", "2:4 ± 0.1", "0.5 ± 0.1", "0.5 per layer ± a",
+        None, True, [], {}, {"sparsity": 0.5},
     ],
 )  # fmt: skip
-def test_text_and_json_that_is_no_pattern(given):
+def test_text_that_is_no_pattern(given):
     with pytest.raises(PatternError):
-        (parse_sparsity if isinstance(given, str) else pattern_from_dict)(given)
+        parse_sparsity(given)
 
 
 def test_patterns_are_values_and_numbers_of_other_kinds_are_numbers():

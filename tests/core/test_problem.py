@@ -19,7 +19,7 @@ from strategies import HALF, TWO_FOUR, drawn, problems, random_gram, random_weig
 from maskopt import NM, Certificate, LayerProblem, RowProblem, Unstructured, errors, solve, verify
 from maskopt.core import files
 from maskopt.core.least_squares import LeastSquaresUpdate
-from maskopt.core.linear_term import LinearTerm
+from maskopt.core.objective import LinearTerm
 from maskopt.errors import PatternError, ProblemError, SolverError, VerificationError
 from maskopt.instances.formats import load_problem
 from maskopt.protocol.bounds import available_bounds, lower_bound
@@ -74,10 +74,10 @@ def test_arrays_lists_and_half_precision_are_accepted():
 
 
 def test_a_problem_shows_its_name_and_is_the_same_under_another_pattern(monkeypatch):
-    problem = drawn(3, 40, seeds=(1, 0), name="up", mean=torch.arange(40.0))
+    problem = drawn(3, 40, seeds=(1, 0), name="up", moments=torch.arange(40.0))
     other = problem.under(TWO_FOUR)
     assert (other.pattern, other.name, problem.pattern) == (TWO_FOUR, "up", HALF)
-    for name in ("weight", "gram", "mean"):
+    for name in ("weight", "gram", "moments"):
         assert getattr(other, name).data_ptr() == getattr(problem, name).data_ptr()
     fails(PatternError, "layer 'up'", problem.under, NM(keep=1, of=3))
     assert repr(problem) == "LayerProblem('up', rows=3, n=40, pattern=0.5)"
@@ -134,9 +134,10 @@ def test_bad_input_names_the_thing(weight, gram, message):
 
 def test_bad_patterns_means_rows_and_columns_name_the_thing():
     fails(PatternError, "q_proj", LayerProblem, ONES, EYE, NM(keep=2, of=3), name="q_proj")
-    message = r"layer 'q': mean must be \[4\], not \[3\]"
-    fails(ProblemError, message, LayerProblem, ONES, EYE, HALF, name="q", mean=torch.ones(3))
-    fails(ProblemError, "variance", LayerProblem, ONES, EYE, HALF, variance=-torch.ones(4))
+    message = r"layer 'q': moments must be \[4\] or \[2, 4\], not \[1, 3\]"
+    fails(ProblemError, message, LayerProblem, ONES, EYE, HALF, name="q", moments=torch.ones(3))
+    moments = torch.tensor([[0.0] * 4, [-1.0] * 4])
+    fails(ProblemError, "variance", LayerProblem, ONES, EYE, HALF, moments=moments)
     message = r"a row's weight must be \[n\], not \[1, 4\]"
     fails(ProblemError, message, RowProblem, torch.ones(1, 4), EYE, HALF)
     layer = LayerProblem(torch.ones(3, 4), EYE, HALF)
@@ -161,13 +162,13 @@ def test_bad_patterns_means_rows_and_columns_name_the_thing():
 
 @pytest.mark.parametrize("pattern", [HALF, Unstructured(keep=3), TWO_FOUR])
 def test_save_and_load_round_trip(tmp_path, pattern):
-    more = {"mean": torch.arange(8.0), "variance": torch.arange(8.0), "linear": 1}
+    more = {"moments": torch.arange(16.0).view(2, 8), "linear": 1}
     more = {"name": "a.b", **(more if pattern is HALF else {})}
     problem = drawn(2, 8, pattern=pattern, seeds=(1, 0), **more)
     problem.save(tmp_path / "layer.npz")
     problem.row(1).save(tmp_path / "row.npz")
     back, row = LayerProblem.load(tmp_path / "layer.npz"), RowProblem.load(tmp_path / "row.npz")
-    names = ("weight", "gram", "mean", "variance")
+    names = ("weight", "gram", "moments")
     pairs = [(getattr(back, x), getattr(problem, x)) for x in names]
     pairs.append((row.weight, problem.weight[1]))
     if pattern is HALF:
@@ -274,7 +275,7 @@ def test_bad_masks(mask, message):
 
 def linear_layer(pattern, rows=3, kind="full", seed=1):
     mean = random_gram(8, kind, seed).diagonal().sqrt() / 2
-    return drawn(rows, 8, kind, pattern, (seed, seed), linear=seed, mean=mean)
+    return drawn(rows, 8, kind, pattern, (seed, seed), linear=seed, moments=mean)
 
 
 def test_the_objective_is_the_error_of_the_outputs_against_their_targets():

@@ -146,7 +146,7 @@ def test_starts_are_as_declared_and_a_view_with_other_strides_is_the_same_proble
     """Views are those of the transposed weights of GPT-2 and of fused experts."""
     gram, pattern = random_gram(8, "full", 2), Unstructured(keep=4)
     mean = gram.diagonal().sqrt() / 2
-    problem = drawn(3, 8, pattern=pattern, mean=mean)
+    problem = drawn(3, 8, pattern=pattern, moments=mean)
     can = AVAILABLE[name].capabilities
     assert (can.default_start is not None) == (can.start == "needed")
     start = solve(problem, "random", seed=1).mask
@@ -159,7 +159,7 @@ def test_starts_are_as_declared_and_a_view_with_other_strides_is_the_same_proble
         slack = 1e-12 * problem.diagonal_mass()
         assert bool((found.objective <= problem.objective(start) + slack).all())
     weight, wide = problem.weight.t().contiguous().t(), gram.repeat_interleave(2, 1)[:, ::2]
-    view = LayerProblem(weight, wide, pattern, mean=mean.repeat_interleave(2)[::2])
+    view = LayerProblem(weight, wide, pattern, moments=mean.repeat_interleave(2)[::2])
     strided = solve(view, name, start=start.t().contiguous().t(), **how)
     assert torch.equal(strided.mask, found.mask)
     assert torch.equal(strided.objective, found.objective)
@@ -267,7 +267,7 @@ def test_a_backend_is_asked_once_whether_it_runs_and_hides_no_other(monkeypatch)
 def biased(rows=5, n=12):
     size = random_gram(n, "low-rank", 2).diagonal().sqrt()
     mean = torch.linspace(-1, 1, n, dtype=torch.float64) * size / 2
-    return drawn(rows, n, "low-rank", mean=mean)
+    return drawn(rows, n, "low-rank", moments=mean)
 
 
 def test_the_clock_runs_from_begin_and_is_never_set_back(clock):

@@ -22,10 +22,10 @@ import maskopt
 import maskopt.errors as e
 from maskopt import NM, LayerProblem, LeastSquaresUpdate, Limits, RowProblem, Unstructured, verify
 from maskopt.core.files import check_writable
+from maskopt.core.units import ObjectiveTransform
 from maskopt.experiments.compare import Record, compare, sample_rows
-from maskopt.experiments.jobs import job_key
+from maskopt.experiments.jobs import Store, job_key, read_records, write_records
 from maskopt.experiments.prove import prove
-from maskopt.experiments.store import Store, read_records, write_records
 from maskopt.models.checkpoints.report import result_digest
 from maskopt.models.checkpoints.schema import read_manifest
 from maskopt.models.evaluation import bound as certify_module
@@ -116,7 +116,7 @@ def test_a_record_that_another_run_appends_while_the_file_is_rewritten_is_kept(p
         threads[-1].join(0.3)  # long enough to append, were it not to wait
         write_records(*args)
 
-    monkeypatch.setattr("maskopt.experiments.store.write_records", slowly)
+    monkeypatch.setattr("maskopt.experiments.jobs.write_records", slowly)
     for rewrite in (lambda file: file.records(), lambda file: file.finish([own])):
         path.unlink(missing_ok=True)
         file = Store(path, Record)
@@ -225,15 +225,16 @@ def test_the_same_jobs_have_the_same_keys_and_others_have_others():
     # patterns that differ by little, and all that a row may have besides weights and Gram matrix
     weight, gram = torch.arange(1.0, 25.0), torch.eye(24)
     updates = [{"update": LeastSquaresUpdate(damping)} for damping in (0.01, 0.5)]
-    more = ({"mean": ones}, {"variance": ones}, *updates, {"integral": True})
+    more = ({"moments": ones}, {"moments": torch.stack([ones, ones])}, *updates)
     rows = [RowProblem(weight, gram, Unstructured(s)) for s in (2 / 3, 0.6667, 0.6666)]
     rows += [RowProblem(weight, gram, Unstructured(0.6666), **part) for part in more]
-    posed = {"cardinality": 16}
-    rows += [RowProblem.from_quadratic(np.eye(24), **posed, constant=c) for c in (0.0, 1e2)]
+    layer = LayerProblem(weight[None], gram, Unstructured(0.6666))
+    kinds = {"integral": True}, {"integral": False}, {"constant": 1e2}
+    rows += [layer.with_units(ObjectiveTransform(**kind)).row(0) for kind in kinds]
     wanda, mask = make_solver("wanda"), torch.ones(24, dtype=torch.bool)
     sdp = certify_module._How("sdp", {}, 0)
     for keys in (
-        {job_key(row, "wanda", wanda, None, Limits()) for row in rows},
+        {job_key(row, wanda, None, Limits()) for row in rows},
         {certify_module._key(sdp, row.as_layer(), 0, mask, 0) for row in rows},
     ):
         assert len(keys) == len(rows)

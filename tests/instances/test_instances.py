@@ -360,8 +360,9 @@ def test_a_bound_of_whole_numbers_is_one_of_them_and_nothing_can_be_refitted(tmp
     fails(ProblemError, message, problem.with_update, LeastSquaresUpdate())
     assert problem.with_update(None).value(0.0) == problem.value(0.0)
     units = problem.as_layer().units
-    parts = problem.weight, problem.gram, problem.pattern
-    fails(ProblemError, message, RowProblem, *parts, update=LeastSquaresUpdate(), units=units)
+    parts = problem.weight[None], problem.gram, problem.pattern
+    updated = LayerProblem(*parts, update=LeastSquaresUpdate())
+    fails(ProblemError, message, updated.with_units, units)
     words = ("--update", "least-squares", "--solvers", "swap", "--output", tmp_path / "o.csv")
     assert message in run("compare", tmp_path / "a.dat", *words, fails=ProblemError)
 

@@ -134,7 +134,7 @@ def test_a_layer_of_inputs_is_pruned_by_its_solution():
     weight = RNG.normal(size=(3, 14)).astype(np.float32)
     problem = LayerProblem.from_inputs(weight, X, sparsity=0.5, name="up")
     assert np.allclose(problem.gram, Q)
-    assert np.allclose(problem.mean, X.mean(0))
+    assert np.allclose(problem.moments[0], X.mean(0))
     found = solve(problem)
     pruned = found.apply(weight)
     assert pruned.dtype == np.float32

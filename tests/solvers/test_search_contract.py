@@ -171,7 +171,7 @@ BAD_CALLS += [
 
 @pytest.mark.parametrize(("solver", "options", "error", "message"), BAD_CALLS)
 def test_what_is_bad_is_named(solver, options, error, message):
-    problem = LayerProblem(torch.ones(2, 8), torch.eye(8), NM(2, 4), mean=torch.ones(8))
+    problem = LayerProblem(torch.ones(2, 8), torch.eye(8), NM(2, 4), moments=torch.ones(8))
     fails(error, message, solve, problem, solver, **options)
 
 

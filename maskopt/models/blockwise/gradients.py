@@ -214,4 +214,4 @@ def counting(problem: LayerProblem, sensitivity: str, gradients: Gradients | Non
         return problem
     omega = row_sensitivity(problem, sensitivity, gradients, of_layer=False)
     mean = float(omega.mean())
-    return problem.counting((omega / mean).clamp(min=_LEAST) if mean > 0 else None)
+    return problem.with_omega((omega / mean).clamp(min=_LEAST) if mean > 0 else None)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from maskopt._version import __version__
-from maskopt.core.pattern import pattern_from_dict
 from maskopt.errors import OptionError
 from maskopt.models.checkpoints.bos import Beginning
 from maskopt.models.checkpoints.checkpoint import write_json
@@ -240,7 +239,7 @@ class PruneReport:
         return (
             f"{options['solver']}{start} pruned {self.sparsity:.1%} of {total:,} weights in "
             f"{len(self.layers)} layers of {blocks} blocks (pattern "
-            f"{pattern_from_dict(options['sparsity'])}{where}); {after}. {calibrated}"
+            f"{options['sparsity']}{where}); {after}. {calibrated}"
         )
 
     def records(self) -> list[dict[str, Any]]:

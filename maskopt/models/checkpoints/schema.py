@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from maskopt.core.pattern import pattern_from_dict
+from maskopt.core.pattern import parse_sparsity
 from maskopt.errors import ModelError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -296,7 +296,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         **_COMMON,
         "fingerprint": {
             "options": {
-                "sparsity": pattern_from_dict, "counts?": {...: is_count},
+                "sparsity": parse_sparsity, "counts?": {...: is_count},
                 "training?": dict, "distillation?": dict,
             },
             "dtype": str, "model?": str,

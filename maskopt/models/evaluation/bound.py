@@ -18,12 +18,11 @@ from joblib import delayed
 from torch import Tensor
 
 from maskopt.core.limits import torch_threads
-from maskopt.core.pattern import Unstructured, pattern_from_dict
+from maskopt.core.pattern import Unstructured, parse_sparsity
 from maskopt.core.problem import LayerProblem
 from maskopt.errors import DataError, ModelError
 from maskopt.experiments.compare import check_rows, draw_rows
-from maskopt.experiments.jobs import BATCH, as_they_finish, digest_of, workers
-from maskopt.experiments.store import Store
+from maskopt.experiments.jobs import BATCH, Store, as_they_finish, digest_of, workers
 from maskopt.models.architecture.blocks import Layer, choose
 from maskopt.models.checkpoints.checkpoint import open_checkpoint, resolve_model
 from maskopt.models.checkpoints.report import LayerReport, read_reports, result_digest
@@ -153,7 +152,7 @@ def certify_model(
     dense_model = open_checkpoint(home, trust_remote_code=trusted)
     if original is not None and dense_model.digest != original:
         raise ModelError(f"{pruned}: was pruned from another model than {model}; name the original")
-    pattern = pattern_from_dict(asked["sparsity"])
+    pattern = parse_sparsity(asked["sparsity"])
     if pattern.shared_budget or asked.get("allocation") == BOTH:
         raise ModelError(
             f"{pruned}: its rows share a budget, and bounds need an equal count in every row; prune with "
@@ -333,12 +332,8 @@ def _bounded(rows: _Rows) -> list[tuple[list[GapRecord], Solution]]:
     """Records and solution of each bound; rows of a shared budget have the layer's gap."""
     problem = rows.problem
     bound = lower_bound(problem, rows.how.method, **rows.how.options)
-    value = bound.value
-    if problem.shared_budget:
-        objective, counts = problem.objective(rows.mask), problem.shares
-        total = float((counts * objective).sum())
-        value = objective * (float((counts * value).sum()) / total if total else 0.0)
-    solution = Solution.of(problem, rows.mask, lower_bound=value, certificate=bound.certificate)
+    value, certificate = bound.value, bound.certificate
+    solution = Solution.of(problem, rows.mask, lower_bound=value, certificate=certificate)
     solution = replace(solution, seconds=bound.seconds / problem.rows)
     records = rows.records(solution)
     return [

@@ -24,7 +24,7 @@ from maskopt.core.fields import (
     options_of,
 )
 from maskopt.core.least_squares import LeastSquaresUpdate
-from maskopt.core.pattern import NM, Pattern, Unstructured, parse_sparsity, pattern_to_dict
+from maskopt.core.pattern import NM, Pattern, Unstructured, parse_sparsity
 from maskopt.errors import ModelError, OptionError, PatternError, SolverError
 from maskopt.models.options.distill import DISTILLATION, DistillOptions
 from maskopt.models.options.solver import check_size, check_solver, default_start
@@ -376,7 +376,7 @@ class PruneOptions(WalkOptions):
     def record(self) -> dict[str, Any]:
         return {
             **super().record(),
-            "sparsity": pattern_to_dict(self.pattern),
+            "sparsity": str(self.pattern),
             "start": self.start_solver,
             "solver_options": dict(sorted(self.solver_options.items())),
             "counts": dict(sorted(self.counts.items())),

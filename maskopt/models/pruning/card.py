@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from maskopt.core.files import atomic_write
-from maskopt.core.pattern import NM, pattern_from_dict
+from maskopt.core.pattern import NM, parse_sparsity
 from maskopt.models.checkpoints.checkpoint import names_hub_model
 from maskopt.models.checkpoints.report import (
     PruneReport,
@@ -119,7 +119,7 @@ def _free_name(there: Sequence[str]) -> str:
 def _made(report: PruneReport) -> str:
     if report.kind != PRUNE:
         return "made smaller"
-    pattern = pattern_from_dict(report.fingerprint["options"]["sparsity"])
+    pattern = parse_sparsity(report.fingerprint["options"]["sparsity"])
     return f"pruned to {pattern if isinstance(pattern, NM) else f'{report.sparsity:.0%} zeros'}"
 
 

@@ -139,7 +139,7 @@ def pruned(weight: Tensor, gram: Gram, options: PruneOptions) -> tuple[Tensor, f
     how: dict[str, Any] = {"update": options.least_squares, "assume_psd": True}
     if gram.tokens > 0:
         values = gram.value(shrinkage=float(options.gram_shrinkage))
-        how |= {"mean": gram.mean(), "variance": gram.variance()}
+        how["moments"] = gram.moments()
     else:
         values = torch.eye(weight.shape[1]).to(weight.device)
     problem = LayerProblem(weight.detach().float(), values, options.pattern, **how)

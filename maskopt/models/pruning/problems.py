@@ -120,5 +120,5 @@ def layer_problem(
     how: dict[str, Any] = {"name": layer.name, "assume_psd": True, "update": least_squares}
     if gram is None:
         return LayerProblem(weight, torch.eye(layer.n, device=weight.device), pattern, **how)
-    how |= {"mean": gram.mean(), "variance": gram.variance()}
-    return LayerProblem(weight, gram.value(shrinkage=gram_shrinkage), pattern, **how)
+    values = gram.value(shrinkage=gram_shrinkage)
+    return LayerProblem(weight, values, pattern, moments=gram.moments(), **how)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from maskopt.core.fields import RECORDED, options_of
-from maskopt.core.pattern import pattern_from_dict
-from maskopt.errors import OptionError
+from maskopt.core.pattern import parse_sparsity
+from maskopt.errors import OptionError, PatternError
 from maskopt.models.checkpoints.schema import BLOCKS, EXPERTS, MANIFEST, PRUNE
 from maskopt.models.options.prune import BOTH, ROWS, PruneOptions
 from maskopt.models.options.structured import ShrinkOptions
@@ -37,7 +37,10 @@ def options_again(kind: str, fingerprint: Mapping[str, Any], where: str | Path) 
     elif kind == EXPERTS:
         options.pop("update", None)
     elif kind == PRUNE:
-        options["sparsity"] = str(pattern_from_dict(options["sparsity"]))
+        try:
+            parse_sparsity(options["sparsity"])
+        except (KeyError, TypeError, PatternError):
+            raise OptionError(f"{where}: holds no sparsity") from None
         # rows without recorded limits have none, where the default would set some
         if options.get("allocation") in (ROWS, BOTH) and options.get("max_deviation") is None:
             options["max_deviation"] = 1.0

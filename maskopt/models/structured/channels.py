@@ -157,7 +157,7 @@ def _shrink(
         began = time.perf_counter()
         of_input = structures.groups.to(dense.device)
         groups = None if structures.count == layer.n else of_input
-        how: dict[str, Any] = {"groups": groups, "mean": gathered.mean(), "name": layer.name}
+        how: dict[str, Any] = {"groups": groups, "mean": gathered.moments()[0], "name": layer.name}
         problem = structure_problem(dense, gram, structures.pattern, **how)
         solution, bound = _chosen(problem, structures, options)
         kept = solution.mask[0][of_input]

@@ -1,7 +1,7 @@
 """What a manifest says: its options, how much of every layer they prune, and whether its layers and trained
 parts agree with each other, the options and the masks.
 
-Options and patterns have the schema that `PruneOptions` and `pattern_from_dict` declare. How much a pattern
+Options and patterns have the schema that `PruneOptions` and `parse_sparsity` declare. How much a pattern
 prunes is computed here. That training gave the stated losses is nothing that a folder shows.
 """
 
@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from maskopt.core.pattern import NM, Pattern, Unstructured, pattern_from_dict
+from maskopt.core.pattern import NM, Pattern, Unstructured, parse_sparsity
 from maskopt.errors import MaskoptError, VerificationError
 from maskopt.models.architecture.blocks import Blocks, choose
 from maskopt.models.checkpoints.schema import MANIFEST, PRUNE, check_link, read_manifest
@@ -117,7 +117,7 @@ def _options(path: Path, record: Mapping[str, Any]) -> PruneOptions:
     said = record["fingerprint"]["options"]
     given = {key: value for key, value in said.items() if key not in OF_SOLVER}
     allocation, training = given.get("allocation", UNIFORM), given.get("training")
-    pattern = pattern_from_dict(given["sparsity"])
+    pattern = parse_sparsity(given["sparsity"])
     if (allocation in (LAYERS, BOTH)) != bool(given.get("counts")):
         what = "has counts of its layers, or none, otherwise than its allocation says"
     elif (allocation == ROWS) != pattern.shared_budget:

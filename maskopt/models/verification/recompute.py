@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskopt.checks.costs import costs_of
-from maskopt.checks.swap_check import improving_swap, improving_swap_between_rows
+from maskopt.checks.swap_check import costs_of, improving_swap, improving_swap_between_rows
 from maskopt.core.least_squares import LeastSquaresUpdate
+from maskopt.core.pattern import Unstructured
 from maskopt.core.problem import LayerProblem
 from maskopt.errors import VerificationError
 from maskopt.models.architecture.blocks import Layer, choose, matrix
@@ -242,7 +242,8 @@ def _other_statuses(
         return
 
     def swap_of(row: int) -> Any:
-        one = problem.at_count_of(kept, row) if problem.shared_budget else problem.row(row)
+        own = Unstructured(keep=int(kept[row].sum()))
+        one = problem.take([row]).under(own) if problem.shared_budget else problem.row(row)
         return improving_swap(one, kept[row], tolerance)
 
     swaps = pool.run([lambda row=row: swap_of(row) for row in range(problem.rows)])  # type: ignore[misc]

@@ -101,7 +101,7 @@ def test_a_journal_of_another_run_is_refused(dense, stopped, tmp_path, monkeypat
     before = (stopped / JOURNAL).read_bytes()
     for change, message in (
         ({"seed": 1}, "options.seed was 0, is 1"),
-        ({"sparsity": 0.6}, r"options.sparsity.sparsity was 0.5, is 0.6"),
+        ({"sparsity": 0.6}, r"options.sparsity was '0.5', is '0.6'"),
         ({"solver": "wanda", "start": None}, "options.solver was 'elimination'"),
         ({"exclude": ["k_proj"]}, "options.exclude"),
         ({"dtype": "float64"}, "dtype was 'float32', is 'float64'"),

@@ -196,15 +196,14 @@ def no_masks(result, dense):
 
 def pattern_of_nothing(result, dense):
     nothing_pruned(result, dense)
-    pattern = {"kind": "unstructured", "sparsity": 0.0, "keep": None}
-    forge_manifest(result, pattern_of_all(pattern, "0", pruned=0, sparsity=0.0, error=0.0))
+    forge_manifest(result, pattern_of_all("0", pruned=0, sparsity=0.0, error=0.0))
     forge_manifest(result, edit("sparsity", to=0.0))
 
 
-def pattern_of_all(pattern, name, **more):
+def pattern_of_all(pattern, **more):
     def change(manifest):
         manifest["fingerprint"]["options"]["sparsity"] = pattern
-        every_layer(pattern=name, **more)(manifest)
+        every_layer(pattern=pattern, **more)(manifest)
 
     return change
 
@@ -328,7 +327,7 @@ SAYS = {
     "no pattern": (options(sparsity={}), "damaged or was changed"),
     "a sensitivity of no allocation": (options(sensitivity="uniform"), "damaged or was changed"),
     "a damping of no update": (options(damping=0.3), "damaged or was changed"),
-    "sevens": (pattern_of_all({"kind": "nm", "keep": 1, "of": 7}, "1:7"), "do not divide into groups of 7"),
+    "sevens": (pattern_of_all("1:7"), "do not divide into groups of 7"),
 }  # fmt: skip
 #: refused with one message or another
 UNSAID = {
@@ -338,7 +337,7 @@ UNSAID = {
     "pruned": layer(pruned=lambda x: x["pruned"] + 1), "pruned moved": moved("pruned"),
     "sparsity": lambda m: m.update(sparsity=31.5), "sparsity of a layer": layer(sparsity=0.9),
     "pattern of a layer": layer(pattern="2:4"),
-    "pattern of the options": edit("fingerprint", "options", "sparsity", "sparsity", to=0.51),
+    "pattern of the options": edit("fingerprint", "options", "sparsity", to="0.51"),
     "a layer left out": lambda m: m["layers"].pop(3),
     "a layer twice": lambda m: m["layers"].append(copy.deepcopy(m["layers"][3])),
     "a layer renamed": layer(name="model.layers.0.self_attn.x_proj"), "names exchanged": swap_names,

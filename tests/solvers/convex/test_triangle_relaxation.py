@@ -315,7 +315,7 @@ def optimal(problem, **options):
     """A solution whose proof was checked, and how many triangles the proof has."""
     solution = proven(problem, **options)
     assert solution.status == (Status.OPTIMAL,)
-    return solution, solution.proof.rows[0].cuts.sum()
+    return solution, solution.proof[0].cuts.sum()
 
 
 @pytest.mark.slow
@@ -328,7 +328,7 @@ def test_trees_of_graphs_are_small_and_smaller_with_pentagonal_inequalities(monk
     monkeypatch.setattr(quadratic, "CLOSE", Plans(*without))
     three, _ = optimal(problem)
     for solution, places in ((five, 5), (three, 3)):
-        assert solution.proof.rows[0].cut_index.shape[1] == places
+        assert solution.proof[0].cut_index.shape[1] == places
     assert float(five.objective) == float(three.objective)
     assert int(five.trace.nodes[0]) < int(three.trace.nodes[0])
     monkeypatch.setattr(QuadraticTree, "_due", lambda self, nodes, least_open: None)

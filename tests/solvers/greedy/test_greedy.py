@@ -101,19 +101,20 @@ def biased_problem(n, rows, seed, pattern):
     x += torch.randn(n, generator=generator, dtype=torch.float64)
     weight = random_weight(rows, n, seed + 1)
     within = x.view(4, n, n).var(1, unbiased=False).mean(0)  # four sequences
-    return LayerProblem(weight, x.T @ x / len(x), pattern, mean=x.mean(0), variance=within)
+    moments = torch.stack([x.mean(0), within])
+    return LayerProblem(weight, x.T @ x / len(x), pattern, moments=moments)
 
 
 def literal_dsnot(problem, start, threshold, cycles):
     """The reference's rules, weight by weight: lists sorted once, of which each entry is taken once."""
     group, n = problem.group_size, problem.n
     mask = start.clone()
-    c = problem.weight * problem.mean
+    c = problem.weight * problem.moments[0]
     wanda = problem.weight.abs() * problem.gram.diagonal().sqrt()
     for row in range(problem.rows):
         pruned = (~start[row]).nonzero()[:, 0].tolist()
         kept = sorted(start[row].nonzero()[:, 0].tolist(), key=lambda j: float(wanda[row, j]))
-        came = sorted(pruned, key=lambda j: float(c[row, j] / problem.variance[j]))
+        came = sorted(pruned, key=lambda j: float(c[row, j] / problem.moments[1, j]))
         error = float(c[row, pruned].sum())
         sign = error > 0
         for _ in range(cycles):
@@ -155,9 +156,9 @@ def test_dsnot_equals_the_literal_algorithm(pattern):
         assert (found.trace.swaps == (expected & ~start).sum(1)).all()
     assert not torch.equal(expected, start)
     # without a variance the tokens are one sequence
-    weight, gram, mean = problem.weight, problem.gram, problem.mean
-    given = ({"mean": mean, "variance": v} for v in (None, gram.diagonal() - mean.square()))
-    both = (LayerProblem(weight, gram, pattern, **more) for more in given)
+    weight, gram, mean = problem.weight, problem.gram, problem.moments[0]
+    given = mean, torch.stack([mean, gram.diagonal() - mean.square()])
+    both = (LayerProblem(weight, gram, pattern, moments=moments) for moments in given)
     assert torch.equal(*(solve(problem, "dsnot").mask for problem in both))
 
 
@@ -167,7 +168,7 @@ def test_the_first_swap_of_dsnot_is_the_one_of_the_paper_and_the_mean_error_shri
     weight = torch.tensor([[3.0, 1.0, -4.0, -2.0, 5.0]], dtype=torch.float64)
     mean = torch.ones(5, dtype=torch.float64)
     gram = torch.outer(mean, mean) + torch.eye(5, dtype=torch.float64) * 0.5
-    problem = LayerProblem(weight, gram, Unstructured(keep=3), mean=mean)
+    problem = LayerProblem(weight, gram, Unstructured(keep=3), moments=mean)
     start = torch.tensor([[False, False, True, True, True]])
     solution = solve(problem, "dsnot", start=start, cycles=1)
     found = solution.mask[0].tolist(), solution.trace.swaps.tolist()
@@ -175,7 +176,7 @@ def test_the_first_swap_of_dsnot_is_the_one_of_the_paper_and_the_mean_error_shri
     problem = biased_problem(64, 8, 3, SIXTY)
     start = solve(problem, "wanda").mask
     after = solve(problem, "dsnot", threshold=0.0, cycles=1).mask
-    lost = problem.weight * problem.mean
+    lost = problem.weight * problem.moments[0]
     before, now = (float(torch.where(m, 0.0, lost).sum(1).abs().mean()) for m in (start, after))
     assert now < before
 

@@ -15,13 +15,12 @@ from tiny_models import tiny, tokens
 from maskopt import NM, LayerProblem, LeastSquaresUpdate, Unstructured, prune_model, solve, verify
 from maskopt.checks.swap_check import improving_swap
 from maskopt.core.limits import Limits, Progress
-from maskopt.core.linear_term import LinearTerm
+from maskopt.core.objective import LinearTerm
 from maskopt.errors import MaskoptError, OptionError, VerificationError
 from maskopt.models.checkpoints.schema import MANIFEST, read_manifest
 from maskopt.models.verification.verify import verify_model
 from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.solver import make_solver
-from maskopt.protocol.update import update_weights
 from maskopt.solvers.least_squares.search import CANDIDATES, OF_GROUPS
 
 ROOT = REFITS[3]
@@ -126,8 +125,9 @@ def test_narrow_numbers_and_rows_without_anything_or_a_choice(pattern, solver):
     assert (solution.objective == 0).tolist() == [True, False, False, True, False, False]
     nothing = changed(problem, g=0.0)
     solution = verified(nothing, solver)
-    assert not torch.stack([solution.objective, update_weights(nothing, solution.mask).error]).any()
-    assert bool(nothing.weights(solution.mask).isfinite().all())
+    weight = nothing.weights(solution.mask)
+    assert not torch.stack([solution.objective, nothing.error(weight)]).any()
+    assert bool(weight.isfinite().all())
     assert solver != "swap" or not solution.trace.history.any()
     for keep in (0, 1, 31, 32):
         problem = layer(Unstructured(keep=keep), n=32, linear=pattern is HALF)

@@ -6,7 +6,7 @@ from hypothesis import given, strategies as st
 from strategies import HALF, KINDS, TWO_FOUR, patterns, problems, random_gram, refit_layer
 
 from maskopt import NM, LeastSquaresUpdate, Limits, Unstructured, improving_swap, solve
-from maskopt.checks.costs import costs_of
+from maskopt.checks.swap_check import costs_of
 from maskopt.core.limits import torch_threads
 from maskopt.solvers.least_squares import compiled_row, state
 from maskopt.solvers.least_squares.block import exchanged as searched, exchanges

@@ -13,7 +13,7 @@ from forging import fails
 from hypothesis import given, settings, strategies as st
 from pooled_layers import layer, pool, shared_budget, slack, total
 from scipy.optimize import LinearConstraint, minimize
-from strategies import ONE_PERCENT, drawn, slow, swap_optimal, verified
+from strategies import ONE_PERCENT, WHOLE, drawn, slow, swap_optimal, verified
 
 from maskopt import NM, LayerProblem, Limits, RowProblem, Unstructured, errors, lower_bound, verify
 from maskopt.certificates.certificate import Certificate
@@ -31,7 +31,7 @@ BOTH = pytest.mark.parametrize("update", [None, ONE_PERCENT])
 
 def scaled(problem, w, g, omega=None):
     weight, gram = w * problem.weight, g * problem.gram
-    return LayerProblem(weight, gram, problem.pattern, update=problem.update, omega=omega)
+    return LayerProblem(weight, gram, problem.pattern, update=problem.update).with_omega(omega)
 
 
 def test_the_count_is_that_of_the_layer():
@@ -48,9 +48,6 @@ def test_the_count_is_that_of_the_layer():
     problem = layer(rows=3, n=8)
     for row in (problem.row(1), RowProblem(problem.weight[0], problem.gram, pool())):
         assert row.pattern == Unstructured(sparsity=0.5)
-    mask = torch.ones(3, 8, dtype=torch.bool)
-    mask[1, :5] = False
-    assert problem.at_count_of(mask, 1).pattern == Unstructured(keep=3)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +146,8 @@ def test_an_instance_on_disk_keeps_its_count_and_its_rows_their_weights(tmp_path
     weights = problem.weights(found.mask)
     torch.testing.assert_close(weights, found.weight, rtol=1e-8, atol=1e-10)
     for row, mask in enumerate(found.mask):
-        torch.testing.assert_close(problem.at_count_of(found.mask, row).weights(mask), weights[row])
+        alone = problem.take([row]).under(Unstructured(keep=int(mask.sum())))
+        torch.testing.assert_close(alone.weights(mask)[0], weights[row])
 
 
 @pytest.mark.parametrize("omega", [None, torch.tensor([4.0, 1.0, 0.25])])
@@ -267,7 +265,7 @@ def test_a_bound_of_whole_numbers_bounds_the_layer(method, seeds):
         rows, n = (int(size) for size in rng.integers(2, 5, size=2))
         inputs = rng.integers(-2, 3, size=(n + 1, n)).astype(float)
         weight = rng.integers(-3, 4, size=(rows, n)).astype(float)
-        problem = LayerProblem(weight, inputs.T @ inputs, pool(), integral=True)
+        problem = LayerProblem(weight, inputs.T @ inputs, pool()).with_units(WHOLE)
         best, bound = solve(problem, "exhaustive"), lower_bound(problem, method)
         assert float(bound.value.sum()) <= float(best.objective.sum()) * (1 + 1e-9) + 1e-9, seed
         verify(problem, stating(problem, best.mask, bound))
