@@ -19,6 +19,7 @@ from maskopt.certificates.certificate import Certificate
 from maskopt.certificates.cuts import Cuts
 from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
+from maskopt.solvers.compiled import in_threads
 from maskopt.solvers.convex.duals import (
     RowDuals,
     ScaledRow,
@@ -29,7 +30,6 @@ from maskopt.solvers.convex.duals import (
 from maskopt.solvers.convex.mixing import Extra, Mixing
 from maskopt.solvers.convex.triangles import Incidence, Pool, dense, separate, steps_of
 from maskopt.solvers.convex.triangles_kernel import damp
-from maskopt.solvers.parallel import in_threads
 
 #: entries of the inner products of a tile of rows
 _TILE_ENTRIES = 2**24

@@ -25,6 +25,7 @@ from maskopt.core.rows import join_rows
 from maskopt.protocol.bounds import BoundMethod
 from maskopt.protocol.trace import Trace
 from maskopt.solvers.bounds.cuts import tighten
+from maskopt.solvers.compiled import in_threads
 from maskopt.solvers.convex.box import BoxPlan, relax_box
 from maskopt.solvers.convex.duals import (
     RowDuals,
@@ -36,7 +37,6 @@ from maskopt.solvers.convex.duals import (
 from maskopt.solvers.convex.interior_point import interior_point
 from maskopt.solvers.convex.linear_bound import linear_bound
 from maskopt.solvers.convex.mixing import Mixing, default_rank
-from maskopt.solvers.parallel import in_threads
 
 #: sweeps of the stages; a row leaves when its bound has settled
 _STAGES = (300, 300, 600, 1200, 2400)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from maskopt.certificates.certificate import Certificate, evenly
 from maskopt.core.problem import LayerProblem
-from maskopt.solvers.greedy.select import keep_highest
+from maskopt.solvers.greedy.scores import keep_highest
 
 #: how often θΣw² the bound is lowered by for θ = what G lacks to semidefiniteness: 9/4 suffice
 _SLACK = 3.0

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from maskopt.core.problem import LayerProblem
+from maskopt.solvers.compiled import RowThreads
 from maskopt.solvers.convex.mixing_kernel import LANES, couplings, sweep
-from maskopt.solvers.parallel import RowThreads
 
 #: up to this n the sweeps run in float64
 _DOUBLE_N = 256

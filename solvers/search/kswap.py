@@ -1,3 +1,4 @@
+# mypy: disallow-untyped-defs=False
 """Beyond one exchange: compounds of two 1-swaps, exact among candidates.
 
 Write a 1-swap of kept u against pruned q as the step d = e_u − e_q of p. Two steps on four different inputs,
@@ -15,8 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from maskopt.core.fields import option
@@ -25,10 +27,10 @@ from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver
 from maskopt.protocol.trace import Stopwatch, Trace
-from maskopt.solvers.parallel import RowThreads
-from maskopt.solvers.shared_budget.transfer import proven, statuses
+from maskopt.solvers.compiled import RowThreads, loop, part
+from maskopt.solvers.shared_budget import proven, statuses
 from maskopt.solvers.swap import Swap
-from maskopt.solvers.swap.batch import Batch
+from maskopt.solvers.swap.engine import Batch
 from maskopt.solvers.swap.literal import refresh
 
 #: compound moves of a row between two 1-swap searches
@@ -37,6 +39,8 @@ _MOVES_A_ROUND = 64
 _TILE = 128
 #: what c may take while it is computed
 _REFRESH_BYTES = 2**28
+# no reference is counted: arrays belong to the callers, and nothing is allocated
+_part = part(_nrt=False)
 
 
 @dataclass(frozen=True)
@@ -109,13 +113,18 @@ class _State:
     def compound(
         self, rows: Int[Tensor, " some"], candidates: int, threads: RowThreads
     ) -> Int[Tensor, " moved"]:
-        """Make one round of compound moves in some rows; returns the rows that changed."""
-        kept, made = compound_moves(self.problem.take(rows), self.mask[rows], candidates, threads)
-        self.mask[rows] = kept
+        """Make compounds that improve in some rows, until none is left or a round is full; returns the rows
+        that changed."""
+        batch, made = Batch.of(self.problem.take(rows), self.mask[rows]), torch.zeros_like(rows)
+        every = torch.arange(len(rows))
+        refresh(batch, every, _REFRESH_BYTES)
+        arrays = [x.numpy() for x in (batch.x, batch.gram, batch.kept, batch.c)]
+        plan = batch.group, candidates, batch.threshold().numpy(), _MOVES_A_ROUND
+        threads.run(search_rows, every.numpy(), *arrays, *plan, made.numpy())
+        self.mask[rows] = batch.kept
         self.moves[rows] += made
         self.rounds[rows] += 1
         self.settled[rows] = made == 0
-        self.proven[rows] &= made == 0
         self.search_seconds += self.watch.lap()
         return rows[made > 0]
 
@@ -134,17 +143,131 @@ class _State:
         return Solution.of(self.problem, self.mask, status=status, trace=trace)
 
 
-def compound_moves(
-    problem: LayerProblem, mask: Tensor, candidates: int, threads: RowThreads
-) -> tuple[Bool[Tensor, "rows n"], Int[Tensor, " rows"]]:
-    """Masks after compounds that improve, until none is left or a round is full; and the number of moves."""
-    from maskopt.solvers.search.kswap_kernel import search_rows
+def search_rows(x, gram, kept, c, group, candidates, threshold, most, made, rows):
+    """Make improving compounds in some rows until none is left or a row has made `most`; see `made`.
 
-    batch = Batch.of(problem, mask)
-    rows, made = torch.arange(batch.rows), torch.zeros(batch.rows, dtype=torch.int64)
-    refresh(batch, rows, _REFRESH_BYTES)
-    batch.add_linear(rows)
-    arrays = [x.numpy() for x in (batch.x, batch.gram, batch.kept, batch.c)]
-    plan = batch.group, candidates, batch.threshold().numpy(), _MOVES_A_ROUND
-    threads.run(search_rows, rows.numpy(), *arrays, *plan, made.numpy())
-    return batch.kept, made
+    Args:
+        x, c, threshold: float64, as in `maskopt.solvers.swap.engine`.
+        kept: bool [rows, n], changed in place.
+        candidates: K of unstructured rows; K² steps of grouped ones.
+        made: int64 [rows], how many compounds there were.
+        rows: int64.
+    """
+    work = (
+        np.empty((2, candidates), np.int64), np.empty((2, candidates)),  # chosen, prices
+        np.empty((2, candidates**2), np.int64), np.empty(candidates**2),  # steps, deltas
+    )  # fmt: skip
+    _search_rows(x, gram, kept, c, group, threshold, most, made, work, rows)
+
+
+@_part
+def _price(x, gram, c, j, kept):
+    """a of a kept input, b of a pruned one."""
+    own = x[j] * x[j] * gram[j, j]
+    return own + 2 * x[j] * c[j] if kept else own - 2 * x[j] * c[j]
+
+
+@_part
+def _least(x, gram, kept, c, side, chosen, values):
+    """The inputs of one side with the least price, ascending, ties by index; how many."""
+    count = 0
+    for j in range(x.shape[0]):
+        if kept[j] != side:
+            continue
+        value = _price(x, gram, c, j, side)
+        if count == len(chosen) and value >= values[count - 1]:
+            continue
+        at = count if count < len(chosen) else count - 1
+        while at > 0 and values[at - 1] > value:
+            chosen[at], values[at] = chosen[at - 1], values[at - 1]
+            at -= 1
+        chosen[at], values[at] = j, value
+        count = min(count + 1, len(chosen))
+    return count
+
+
+@_part
+def _exchanges(x, gram, kept, c, work):
+    """All exchanges of the kept of least a with the pruned of least b. → how many"""
+    chosen, values, steps, deltas = work
+    count = drop = keep = 0
+    for side in range(2):  # the pruned, then the kept
+        drop, keep = keep, _least(x, gram, kept, c, side == 1, chosen[side], values[side])
+    for i in range(keep):
+        for k in range(drop):
+            u, q = chosen[1, i], chosen[0, k]
+            steps[0, count], steps[1, count] = u, q
+            deltas[count] = values[1, i] + values[0, k] - 2 * x[u] * x[q] * gram[u, q]
+            count += 1
+    return count
+
+
+@_part
+def _group_steps(x, gram, kept, c, group, work):
+    """The legal steps of least Δ over all groups, ascending. → how many"""
+    steps, deltas = work[2], work[3]
+    count = 0
+    for i in range(x.shape[0]):
+        if not kept[i]:
+            continue
+        a = _price(x, gram, c, i, kept[i])
+        first = i // group * group
+        for q in range(first, first + group):
+            if kept[q]:
+                continue
+            delta = a + _price(x, gram, c, q, kept[q]) - 2 * x[i] * x[q] * gram[i, q]
+            if count == len(deltas) and delta >= deltas[count - 1]:
+                continue
+            at = count if count < len(deltas) else count - 1
+            while at > 0 and deltas[at - 1] > delta:
+                steps[0, at], steps[1, at] = steps[0, at - 1], steps[1, at - 1]
+                deltas[at] = deltas[at - 1]
+                at -= 1
+            steps[0, at], steps[1, at], deltas[at] = i, q, delta
+            count = min(count + 1, len(deltas))
+    return count
+
+
+@_part
+def _best_compound(x, gram, steps, deltas, count, threshold):
+    """The pair of steps on four different inputs that lowers f most, or (−1, −1)."""
+    best = -threshold
+    first = second = -1
+    for i in range(count):
+        u, q = steps[0, i], steps[1, i]
+        for k in range(i):
+            v, r = steps[0, k], steps[1, k]
+            if u == v or q == r:
+                continue
+            cross = x[u] * (x[v] * gram[u, v] - x[r] * gram[u, r])
+            cross -= x[q] * (x[v] * gram[q, v] - x[r] * gram[q, r])
+            delta = deltas[i] + deltas[k] + 2 * cross
+            if delta < best:
+                best, first, second = delta, i, k
+    return first, second
+
+
+@_part
+def _search_row(x, gram, kept, c, group, threshold, most, work):
+    """Compounds of one row. → how many"""
+    steps, deltas = work[2], work[3]
+    for move in range(most):
+        if group == x.shape[0]:
+            count = _exchanges(x, gram, kept, c, work)
+        else:
+            count = _group_steps(x, gram, kept, c, group, work)
+        first, second = _best_compound(x, gram, steps, deltas, count, threshold)
+        if first < 0:
+            return move
+        for step in (first, second):
+            u, q = steps[0, step], steps[1, step]
+            kept[u], kept[q] = False, True
+            for j in range(x.shape[0]):
+                c[j] += x[u] * gram[u, j] - x[q] * gram[q, j]
+    return most
+
+
+@loop(nogil=True, _nrt=False)
+def _search_rows(x, gram, kept, c, group, threshold, most, made, work, rows):
+    for row in rows:
+        made[row] = _search_row(x[row], gram, kept[row], c[row], group, threshold[row], most, work)

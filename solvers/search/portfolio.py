@@ -110,12 +110,17 @@ def merge(
     bound = torch.where(closed, bound.minimum(objective), bound)
     status = _either(better, one.status, other.status)
     trusted = _either(higher, _trusted(one), _trusted(other))
+    # where only one of the two has a certificate, that one throughout
+    certificates = [c for c in (one.certificate, other.certificate) if isinstance(c, Certificate)]
+    certificate = certificates[0] if certificates else None
+    if len(certificates) == 2:
+        certificate = Certificate.choose(higher, *certificates)
     merged = Solution(
         mask=mask,
         objective=objective,
         lower_bound=bound,
         status=tuple(_either(closed, status, [Status.OPTIMAL] * problem.rows)),
-        certificate=_certificate(one, other, higher),
+        certificate=certificate,
         trusted=tuple(trusted) if any(trusted) else (),
     )
     return merged, better
@@ -160,11 +165,3 @@ def _rather(one: Solution, other: Solution) -> Bool[Tensor, " rows"]:
     sounder = torch.tensor([bool(a) and not b for a, b in names], device=one.mask.device)
     equal = other.lower_bound == one.lower_bound
     return (other.lower_bound > one.lower_bound) | (equal & sounder)
-
-
-def _certificate(one: Solution, other: Solution, higher: Tensor) -> Certificate | None:
-    """Of every row that of its bound; where only one of the two has any, that one throughout."""
-    found = [c for c in (one.certificate, other.certificate) if isinstance(c, Certificate)]
-    if len(found) < 2:
-        return found[0] if found else None
-    return Certificate.choose(higher, *found)

@@ -22,12 +22,12 @@ import torch
 from scipy.optimize import brentq
 
 from maskopt.core.limits import clock
+from maskopt.solvers.compiled import RowThreads
 from maskopt.solvers.convex.triangles import ABSENT, Pool, dense, separate
 from maskopt.solvers.convex.triangles_kernel import gather, scatter
 from maskopt.solvers.exact.tree.convexify import LEAST_SHIFT, LEAST_WEIGHT, FreePart, definite
 from maskopt.solvers.exact.tree.pentagons import pentagons
 from maskopt.solvers.exact.tree.quasi_newton import QuasiNewton
-from maskopt.solvers.parallel import RowThreads
 
 #: steps that the quasi-Newton method remembers
 _MEMORY = 25
