@@ -114,11 +114,10 @@ class Relax(Solver):
 
 def _relaxed(watch: Stopwatch, iterations: Tensor, objective: Tensor, bound: Tensor) -> Trace:
     """The trace of a relaxation that has just ended."""
-    gap = relative_gap(objective, bound)
     return Trace(
         iterations=iterations,
         relaxed_objective=objective,
-        relaxed_gap=gap,
+        relaxed_gap=relative_gap(objective, bound),
         relax_seconds=watch.lap(),
     )
 

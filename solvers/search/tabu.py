@@ -111,7 +111,7 @@ def then_swapped(
 
 
 class _State(NamedTuple):
-    """Where the rows of a search stand, as the compiled loop takes them apart.
+    """Where the rows of a search stand.
 
     Attributes:
         square, slope: float32 [rows, n], x²G_jj, and 2xc (+ linear).

@@ -223,12 +223,10 @@ def _enter(now, x, gram, square, pruned, expiry, work):
 @_exact
 def _search_row(xs, gram, state, plan, work, row):
     """Up to `moves` moves of a row beyond the first descent, after the rest of that. How many there were."""
-    squares, linears, constants, now_pruned, at_best, expiries, randoms, clocks, slopes, both, _ = (
-        state
-    )
-    x, square, linear, constant = xs[row], squares[row], linears[row], constants[row]
-    pruned, best_pruned, expiry, random = now_pruned[row], at_best[row], expiries[row], randoms[row]
-    clock, slope, values = clocks[row], slopes[row], both[row]
+    x, square, linear, constant = xs[row], state.square[row], state.linear[row], state.constant[row]
+    pruned, best_pruned, expiry = state.pruned[row], state.best[row], state.expiry[row]
+    random, clock, slope = state.random[row], state.clock[row], state.slope[row]
+    values = state.values[row]
     group, moves, scratch, tenure, spread, patience, kick = plan
     bars, of_moves, cross, head, follow, twice = work
     bar_kept, bar_pruned = bars[0], bars[1]
@@ -308,11 +306,10 @@ def search_rows(x: np.ndarray, gram: np.ndarray, state: Any, plan: Any, rows: np
         np.empty(n, np.int32),  # follow
         np.empty(n, np.float32),  # twice x
     )
-    _search_rows(x, gram, tuple(state), plan, work, rows)
+    _search_rows(x, gram, state, plan, work, rows)
 
 
 @loop(nogil=True, _nrt=False)
 def _search_rows(x, gram, state, plan, work, rows):
-    made = state[-1]
     for row in rows:
-        made[row] += _search_row(x, gram, state, plan, work, row)
+        state.moves[row] += _search_row(x, gram, state, plan, work, row)

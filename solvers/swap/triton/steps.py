@@ -54,14 +54,13 @@ class TritonKernel:
         self._small = batch.group <= _SMALL_GROUP
         self._owner: Batch | None = None
         self._harvest = torch.empty(0)
-        device = batch.x.device
         self._reach = Reach.of(batch.gram)
         if self._small:
-            columns = torch.arange(batch.n, device=device).view(-1, batch.group)
+            columns = torch.arange(batch.n, device=batch.x.device).view(-1, batch.group)
             self._blocks = batch.gram[columns[:, :, None], columns[:, None, :]]
 
     def refresh(self, batch: Batch, rows: Int[Tensor, " some"]) -> None:
-        """c = G(x ⊙ pruned) and its quadratic form from scratch, in float64."""
+        """As in `Kernel`."""
         with _device(batch):
             for part in rows.split(self._chunk):
                 literal.refresh(batch, part, self._memory)
@@ -80,7 +79,7 @@ class TritonKernel:
         self._own(batch)
         with _device(batch):
             parts = [self._price(batch, part, self._proposing) for part in rows.split(self._chunk)]
-        return torch.cat(parts) if parts else torch.zeros_like(rows, dtype=torch.bool)
+        return torch.cat(parts)
 
     def _own(self, batch: Batch) -> None:
         """Forget what was harvested for another batch."""
