@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from maskopt.solvers.exact.highs import Highs as Highs
     from maskopt.solvers.exact.scip import Scip as Scip
     from maskopt.solvers.greedy.dsnot import DSnoT as DSnoT
-    from maskopt.solvers.greedy.elimination import Elimination as Elimination
     from maskopt.solvers.greedy.scores import (
+        Elimination as Elimination,
         Magnitude as Magnitude,
         Random as Random,
         Ria as Ria,
@@ -31,11 +31,12 @@ if TYPE_CHECKING:
         Worst as Worst,
     )
     from maskopt.solvers.greedy.sparsegpt import SparseGPT as SparseGPT
-    from maskopt.solvers.least_squares.admm import Admm as Admm
-    from maskopt.solvers.least_squares.obs import Obs as Obs
-    from maskopt.solvers.rounding.frank_wolfe import FrankWolfe as FrankWolfe
-    from maskopt.solvers.rounding.relax import Relax as Relax
-    from maskopt.solvers.rounding.sdp_round import SdpRound as SdpRound
+    from maskopt.solvers.least_squares.masks import Admm as Admm, Obs as Obs
+    from maskopt.solvers.rounding import (
+        FrankWolfe as FrankWolfe,
+        Relax as Relax,
+        SdpRound as SdpRound,
+    )
     from maskopt.solvers.search.memetic import Memetic as Memetic
     from maskopt.solvers.search.tabu import Tabu as Tabu
     from maskopt.solvers.swap import Swap as Swap

@@ -1,4 +1,4 @@
-"""How loops are compiled, and where the machine code is kept.
+"""Compiled loops: how they are compiled, where the machine code is kept, and rows in threads of their own.
 
 Numba keeps it next to the source, so that every installation compiles again, and looks at the one file that
 holds the loop, so that it is blind to changes of what the loop calls. Here it is kept in the user's cache
@@ -9,6 +9,11 @@ insides have changed, or the folder cannot be written to, Numba does what it doe
 
 The first compilation in a process is reported to the logger `maskopt.compile`, since it is worth some seconds
 of waiting; loading what is kept is not.
+
+A loop over rows takes its arrays, then the rows that it is to work on, and releases the interpreter's lock.
+Rows share nothing but what is read, so that no bit depends on how many threads there are. (Numba's own
+`prange` would share a threading runtime with torch, change torch's number of threads, and take several times
+as long to compile.)
 """
 
 from __future__ import annotations
@@ -18,15 +23,20 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numba
+import numpy as np
+import torch
 from numba.core import event
 from numba.core.registry import CPUDispatcher
 from platformdirs import user_cache_path
+from threadpoolctl import ThreadpoolController
 
 from maskopt.core.limits import clock
 
@@ -37,6 +47,11 @@ NOTICE = "compiling once …"
 _KNOWN = (0, 68)
 _ROOT = Path(__file__).parent
 _IMPORT = re.compile(r"^\s*from maskopt\.solvers\.([\w.]+) import", re.MULTILINE)
+#: rows of one piece at least, so that each tile of G that is brought in serves several
+_LEAST = 4
+#: pieces a thread at most: each costs the interpreter some time, and a slow row holds up little
+_PIECES = 3
+Result = TypeVar("Result")
 
 
 def loop(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -48,7 +63,10 @@ def loop(**options: Any) -> Callable[[Callable[..., Any]], Any]:
             compiled._cache = _kept_by_source(function)
         except Exception as error:  # what Numba does inside is its own affair, and may change
             _log.debug("%s: kept by Numba itself (%s)", function.__qualname__, error)
-            _keep_by_numba(compiled)
+            with suppress(
+                RuntimeError
+            ):  # no folder that can be written to: compile in every process
+                compiled.enable_caching()
         compiled.__class__ = _Loop
         return compiled
 
@@ -183,13 +201,6 @@ def _pipelines() -> dict[str, Any]:
     return {"loop": pipeline(Library), "part": pipeline(PartLibrary)}
 
 
-def _keep_by_numba(compiled: Any) -> None:
-    try:
-        compiled.enable_caching()
-    except RuntimeError as error:  # no folder that can be written to: compile in every process
-        _log.debug("%s", error)
-
-
 def _kept_by_source(function: Callable[..., Any]) -> Any:
     """A cache of Numba's whose place is the hash of the source.
 
@@ -271,3 +282,47 @@ class _Notice(event.Listener):
 
 
 event.register("numba:compile", _Notice())
+
+
+@cache
+def _libraries() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def one_blas_thread() -> AbstractContextManager[object]:
+    """The BLAS of NumPy and SciPy on one thread. On small matrices several spin and gain nothing, and their
+    last bits depend on how many there are."""
+    limited: AbstractContextManager[object] = _libraries().limit(limits=1, user_api="blas")
+    return limited
+
+
+def in_threads(work: Callable[[int], Result], rows: Iterable[int]) -> list[Result]:
+    """work(row) of all rows, in as many threads as torch has, each with one BLAS thread."""
+    with one_blas_thread(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(work, rows))
+
+
+class RowThreads:
+    """Threads for several loops, as many as torch has by default; `least`: rows of one piece at least."""
+
+    def __init__(self, threads: int | None = None, least: int = _LEAST) -> None:
+        self.threads = threads or torch.get_num_threads()
+        self._least = least
+        self._pool = ThreadPoolExecutor(self.threads)
+
+    def run(self, loop: Callable[..., None], rows: np.ndarray, *arguments: Any) -> None:
+        """loop(*arguments, piece) for pieces of `rows` (int64), until all are done."""
+        count = max(1, min(self.threads * _PIECES, -(-len(rows) // self._least)))
+        pieces = iter(np.array_split(rows, count))
+
+        def work() -> None:
+            for piece in pieces:
+                loop(*arguments, piece)
+
+        helpers = [self._pool.submit(work) for _ in range(min(self.threads, count) - 1)]
+        try:
+            work()
+        finally:
+            wait(helpers)
+        for helper in helpers:
+            helper.result()

@@ -25,7 +25,7 @@ from maskopt.protocol.bounds import BoundMethod
 from maskopt.protocol.trace import Trace
 from maskopt.solvers.bounds.box import diagonal_shift
 from maskopt.solvers.convex.perspective import OUT_SHARE, levels, shares
-from maskopt.solvers.least_squares.damped import Scaled
+from maskopt.solvers.least_squares.masks import Scaled
 
 #: B keeps this part of the room that d leaves to indefiniteness, and d is no less than this of its mean
 _ROOM, _LEAST = 1e-4, 1e-6

@@ -38,7 +38,7 @@ from maskopt.core.files import join_rows
 from maskopt.core.limits import Limits, one_thread_each
 from maskopt.core.problem import LayerProblem
 from maskopt.solvers.convex.box_step import CompiledStep, SharedBudgetStep, TorchStep
-from maskopt.solvers.greedy.select import keep_highest
+from maskopt.solvers.greedy.scores import keep_highest
 
 #: ρ in units of the mean eigenvalue of H, and the over-relaxation: the best of a grid on real layers
 _PENALTY = 0.8

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from maskopt.solvers.compiled import RowThreads
 from maskopt.solvers.convex.triangles_kernel import (
     ABREAST,
     BINS,
@@ -22,7 +23,6 @@ from maskopt.solvers.convex.triangles_kernel import (
     histogram,
     scatter,
 )
-from maskopt.solvers.parallel import RowThreads
 
 #: in place of an input, where an inequality has fewer than its pool has places
 ABSENT = -1

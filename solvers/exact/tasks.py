@@ -21,8 +21,8 @@ from maskopt.core.problem import LayerProblem
 from maskopt.core.units import Values
 from maskopt.protocol.bounds import lower_bound
 from maskopt.solvers.compiled import loop
-from maskopt.solvers.least_squares.damped import Scaled
-from maskopt.solvers.least_squares.rows import swap_refitted
+from maskopt.solvers.least_squares.masks import Scaled
+from maskopt.solvers.least_squares.search import swap_refitted
 
 #: the start's objective in the units of a backend's model: far above its absolute tolerances
 _MODEL_UNITS = 1000.0

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from maskopt.solvers.least_squares import row_kernel as kernel
-from maskopt.solvers.least_squares.scratch import part_of
-from maskopt.solvers.least_squares.state import CHUNK, SAFETY, Block, Pairs, Row
+from maskopt.solvers.least_squares.state import CHUNK, SAFETY, Block, Pairs, Row, part_of
 
 
 class CompiledRow(Row):
@@ -86,7 +85,7 @@ class CompiledRow(Row):
             b = torch.mm(lines, outer[:width].T, out=self.scratch("b", len(part), width))
             self.formed += b.numel()
             kernel.flag(b.numpy(), cost[first:], price[first:], square, twice, least, flagged)
-        return torch.from_numpy(kernel.chosen(p, flagged))
+        return torch.from_numpy(np.sort(p[flagged]))
 
     def _state(self) -> list[np.ndarray]:
         """M, v, r, and the inputs in the slots."""

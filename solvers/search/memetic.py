@@ -28,8 +28,9 @@ from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver
 from maskopt.protocol.trace import Stopwatch, Trace
-from maskopt.solvers.greedy.select import highest
+from maskopt.solvers.greedy.scores import highest
 from maskopt.solvers.search.tabu import SEARCH_SHARE, Scaled, Tabu, search, then_swapped
+from maskopt.solvers.shared_budget import by_count
 from maskopt.solvers.swap import Swap
 
 #: rows at a time: with their children enough for many threads
@@ -100,7 +101,7 @@ class Memetic(Solver):
         others = pool.completed(pool.masks[:, 1:] & ~shaken, shaken, keys)
         masks = torch.cat([pool.masks[:, :1], others], 1)
         for generation in range(self.generations + 1):
-            if pool.late:
+            if pool.limits.expired:
                 break
             pool.grow(masks)
             yield generation
@@ -117,11 +118,10 @@ def _tiles(problem: LayerProblem, start: Tensor, most: int) -> list[tuple[Tensor
     if not problem.shared_budget:
         rows = torch.arange(problem.rows)
         return [(tile, problem.pattern) for tile in rows.split(most)]
-    counts = start.sum(1).cpu()
     return [
-        (tile, Unstructured(keep=count))
-        for count in counts.unique().tolist()
-        for tile in (counts == count).nonzero()[:, 0].split(most)
+        (tile, Unstructured(keep=int(start[rows[0]].sum())))
+        for rows in by_count(start.cpu())
+        for tile in rows.split(most)
     ]
 
 
@@ -129,18 +129,13 @@ class _Pool:
     """The best masks of the rows of a tile, unlike each other: bool [rows, pool, n], the best first."""
 
     def __init__(self, problem: LayerProblem, start: Tensor, plan: Memetic, limits: Limits) -> None:
-        self._problem, self._plan, self._limits = problem, plan, limits
+        self._problem, self._plan, self.limits = problem, plan, limits
         self._scaled = None if problem.update else Scaled.of(problem)
         self.masks = start[:, None].expand(-1, plan.pool, -1)
         self._start_objective = problem.objective(start.to(problem.device)).cpu()
         self._values = self._start_objective[:, None].expand(-1, plan.pool)
         self._moves = torch.zeros(problem.rows, dtype=torch.int64)
         self._history = [self._start_objective]
-
-    @property
-    def late(self) -> bool:
-        """Whether the time is over."""
-        return self._limits.expired
 
     def completed(
         self,
@@ -158,7 +153,7 @@ class _Pool:
         """Search from these masks, and keep what is best of them and the pool."""
         (rows, count, n), generation = masks.shape, len(self._history)
         problem = self._problem.take(torch.arange(rows).repeat_interleave(count))
-        limits = replace(self._limits, seed=(self._limits.seed + generation - 1) % 2**63)
+        limits = replace(self.limits, seed=(self.limits.seed + generation - 1) % 2**63)
         start = masks.reshape(-1, n).to(problem.device)
         masks, values, moves = self._searched(problem, start, count, limits)
         masks, values = masks.view(rows, count, n), values.view(rows, count)
@@ -185,7 +180,7 @@ class _Pool:
         """The best that are far enough from each better one; where they are too few, the best of the rest."""
         count, size = values.shape[1], self._plan.pool
         order = values.argsort(dim=1, stable=True)
-        values, masks = values.gather(1, order), masks.gather(1, _wide(order, masks))
+        values, masks = values.gather(1, order), masks.take_along_dim(order[..., None], 1)
         each = masks.float()
         # inputs that the one keeps and the other does not
         apart = each.sum(-1)[..., None] - each @ each.transpose(1, 2)
@@ -195,7 +190,8 @@ class _Pool:
             room = chosen.sum(1) < size
             chosen[:, place] = room & ~(near[:, place] & chosen).any(1)
         best = (count * ~chosen + torch.arange(count)).argsort(dim=1)[:, :size].sort(1).values
-        self.masks, self._values = masks.gather(1, _wide(best, masks)), values.gather(1, best)
+        self.masks = masks.take_along_dim(best[..., None], 1)
+        self._values = values.gather(1, best)
 
     def trace(self) -> Trace:
         rows, generations = len(self.masks), max(0, len(self._history) - 2)
@@ -207,8 +203,3 @@ class _Pool:
             history=torch.stack(self._history, 1),
             stopped=(late,) * rows,
         )
-
-
-def _wide(index: Tensor, masks: Tensor) -> Tensor:
-    """Of masks, for `gather`."""
-    return index[..., None].expand(-1, -1, masks.shape[-1])

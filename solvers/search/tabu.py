@@ -22,7 +22,7 @@ from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver
 from maskopt.protocol.trace import Stopwatch, Trace
-from maskopt.solvers.parallel import RowThreads
+from maskopt.solvers.compiled import RowThreads
 from maskopt.solvers.swap import Swap
 
 #: moves between two entries of the history, and of a row between two looks at the clock
@@ -111,7 +111,7 @@ def then_swapped(
 
 
 class _State(NamedTuple):
-    """Where the rows of a search stand, in the order of the compiled loop's arguments.
+    """Where the rows of a search stand.
 
     Attributes:
         square, slope: float32 [rows, n], x²G_jj, and 2xc (+ linear).

@@ -194,15 +194,15 @@ def _open(now, pruned, expiry, head, follow, square, bar_kept, bar_pruned):
 
 
 @_exact
-def _hold(now, kick, tenure, spread, expiry, state, head, follow):
+def _hold(now, kick, tenure, spread, expiry, random, head, follow):
     """End every tabu, and hold up to `kick` random inputs for twice the tenure and more."""
     head[:] = -1
     for j in range(len(expiry)):
         expiry[j] = now
     for _ in range(kick):
-        j = int(_random(state) % np.uint64(len(expiry)))
+        j = int(_random(random) % np.uint64(len(expiry)))
         if expiry[j] <= now:
-            expiry[j] = now + 2 * tenure + np.int64(_random(state) % np.uint64(spread + 1))
+            expiry[j] = now + 2 * tenure + np.int64(_random(random) % np.uint64(spread + 1))
             _shut(j, expiry, head, follow)
 
 
@@ -220,13 +220,14 @@ def _enter(now, x, gram, square, pruned, expiry, work):
         _bar(j, pruned, expiry[j] <= now, square, bars[0], bars[1])
 
 
-# the arguments of a row are those of `_search_rows`, which says what they are
 @_exact
-def _search_row(
-    x, gram, square, linear, constant, pruned, best_pruned, expiry, state, clock, slope, values, group,
-    moves, scratch, tenure, spread, patience, kick, work,
-):  # fmt: skip
-    """Up to `moves` moves beyond the first descent, after the rest of that. How many there were."""
+def _search_row(xs, gram, state, plan, work, row):
+    """Up to `moves` moves of a row beyond the first descent, after the rest of that. How many there were."""
+    x, square, linear, constant = xs[row], state.square[row], state.linear[row], state.constant[row]
+    pruned, best_pruned, expiry = state.pruned[row], state.best[row], state.expiry[row]
+    random, clock, slope = state.random[row], state.clock[row], state.slope[row]
+    values = state.values[row]
+    group, moves, scratch, tenure, spread, patience, kick = plan
     bars, of_moves, cross, head, follow, twice = work
     bar_kept, bar_pruned = bars[0], bars[1]
     now, descending = clock[0], clock[2] == 0
@@ -267,7 +268,7 @@ def _search_row(
             made += 1
         for j in (u, p):
             if not descending:
-                expiry[j] = now + tenure + np.int64(_random(state) % np.uint64(spread + 1))
+                expiry[j] = now + tenure + np.int64(_random(random) % np.uint64(spread + 1))
                 _shut(j, expiry, head, follow)
             _bar(j, pruned, descending, square, bar_kept, bar_pruned)
         if value < best_value * BETTER:
@@ -278,7 +279,7 @@ def _search_row(
             _copy(best_pruned, pruned)
             value = best_value = _products(slope, x, gram, pruned, linear, constant)
             clock[1] = now
-            _hold(now, kick, tenure, spread, expiry, state, head, follow)
+            _hold(now, kick, tenure, spread, expiry, random, head, follow)
             for j in range(len(x)):
                 _bar(j, pruned, expiry[j] <= now, square, bar_kept, bar_pruned)
     clock[0] = now
@@ -305,54 +306,10 @@ def search_rows(x: np.ndarray, gram: np.ndarray, state: Any, plan: Any, rows: np
         np.empty(n, np.int32),  # follow
         np.empty(n, np.float32),  # twice x
     )
-    _search_rows(x, gram, *state, *plan, work, rows)
+    _search_rows(x, gram, state, plan, work, rows)
 
 
 @loop(nogil=True, _nrt=False)
-def _search_rows(
-    x,
-    gram,
-    square,
-    linear,
-    constant,
-    pruned,
-    best_pruned,
-    expiry,
-    state,
-    clock,
-    slope,
-    values,
-    made,
-    group,
-    moves,
-    scratch,
-    tenure,
-    spread,
-    patience,
-    kick,
-    work,
-    rows,
-):
+def _search_rows(x, gram, state, plan, work, rows):
     for row in rows:
-        made[row] += _search_row(
-            x[row],
-            gram,
-            square[row],
-            linear[row],
-            constant[row],
-            pruned[row],
-            best_pruned[row],
-            expiry[row],
-            state[row],
-            clock[row],
-            slope[row],
-            values[row],
-            group,
-            moves,
-            scratch,
-            tenure,
-            spread,
-            patience,
-            kick,
-            work,
-        )
+        state.moves[row] += _search_row(x, gram, state, plan, work, row)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from maskopt.core.limits import clock
-from maskopt.solvers.swap.batch import Batch, by_count
-from maskopt.solvers.swap.engine import Outcome
+from maskopt.solvers.shared_budget import by_count
+from maskopt.solvers.swap.engine import Batch
 
 #: bytes per pair that a scan holds at once: Δ, the gathered G, a temporary
 _PAIR_BYTES = 4
@@ -28,15 +28,12 @@ def refine_literally(
     deadline: float,
     memory: int,
     progress: Callable[[int], None] | None = None,
-) -> Outcome:
+) -> None:
     """As `engine.refine`, in `memory` bytes."""
     everything = torch.arange(batch.rows, device=batch.x.device)
     refresh(batch, everything, memory)
-    batch.add_linear(everything)
-    outcome = Outcome(proven=batch.swaps < 0, scans=batch.swaps.clone())
-    outcome.objectives.append(batch.objective * batch.scale)
-    proven = torch.zeros(batch.rows, dtype=torch.bool, device=batch.x.device)
-    double = torch.full_like(proven, not batch.single)
+    batch.history.append(batch.objective * batch.scale)
+    double = torch.full_like(batch.proven, not batch.single)
     active = batch.swaps < (math.inf if max_swaps is None else max_swaps)
     while bool(active.any()) and clock() < deadline:
         for exact in (False, True):
@@ -44,30 +41,28 @@ def refine_literally(
             if not len(rows):
                 continue
             kept, pruned, delta = best_swaps(batch, rows, exact, memory)
-            outcome.scans[rows] += 1
+            batch.scans[rows] += 1
             improving = delta < -batch.threshold(rows)
-            proven[rows[~improving]] = exact
+            batch.proven[rows[~improving]] = exact
             active[rows[~improving]] = not exact
             double[rows[~improving]] = True
             swap(batch, rows[improving], kept[improving], pruned[improving], delta[improving])
         active &= batch.swaps < (math.inf if max_swaps is None else max_swaps)
         if progress is not None:
             progress(batch.rows - int(active.sum()))
-    outcome.proven = proven
-    outcome.objectives.append(batch.objective * batch.scale)
+    batch.history.append(batch.objective * batch.scale)
     refresh(batch, everything, memory)
-    batch.add_linear(everything)
-    return outcome
 
 
 def refresh(batch: Batch, rows: Tensor, memory: int) -> None:
-    """c and f without a linear part of some rows from scratch, float64, G widened a few columns at a time."""
+    """c and f of some rows from scratch, float64, G widened a few columns at a time."""
     dropped = torch.where(batch.kept[rows], 0.0, batch.x[rows])
     step = max(1, memory // (2 * 8 * batch.n))
     for start in range(0, batch.n, step):
         block = slice(start, start + step)
         batch.c[rows, block] = dropped @ batch.gram[:, block].double()
     batch.objective[rows] = (batch.c[rows] * dropped).sum(1)
+    batch.add_linear(rows)
 
 
 def swap(batch: Batch, rows: Tensor, kept: Tensor, pruned: Tensor, delta: Tensor) -> None:
@@ -87,28 +82,17 @@ def best_swaps(
     pair exists; ties: the lowest kept, then the lowest pruned index. Pairs are compared in float64 where
     `exact`, else in float32."""
     kept, pruned = torch.zeros_like(rows), torch.zeros_like(rows)
-    delta = torch.zeros(rows.shape, dtype=torch.float64, device=rows.device)
-    for some in by_count(batch.kept[rows]):
-        found = _best_alike(batch, rows[some], exact, memory)
-        kept[some], pruned[some], delta[some] = found
-    return kept, pruned, delta
-
-
-def _best_alike(
-    batch: Batch, rows: Tensor, exact: bool, memory: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of rows that keep as many each."""
+    delta = torch.full(rows.shape, torch.inf, dtype=torch.float64, device=rows.device)
     groups = batch.n // batch.group
-    keep = int(batch.kept[rows[0]].sum()) // groups
-    pairs = groups * keep * (batch.group - keep)
-    if pairs == 0:
-        none = torch.zeros_like(rows)
-        return none, none, torch.full_like(none, torch.inf, dtype=torch.float64)
-    bytes_per_row = pairs * _PAIR_BYTES * (4 if exact else 2)
-    tile = max(1, memory // bytes_per_row)
-    slices = -(-bytes_per_row // memory) if tile == 1 else 1
-    found = [_best_of_tile(batch, part, exact, slices) for part in rows.split(tile)]
-    kept, pruned, delta = (torch.cat(parts) for parts in zip(*found, strict=True))
+    for some in by_count(batch.kept[rows]):
+        keep = int(batch.kept[rows[some[0]]].sum()) // groups
+        bytes_per_row = groups * keep * (batch.group - keep) * _PAIR_BYTES * (4 if exact else 2)
+        if bytes_per_row == 0:
+            continue
+        tile = max(1, memory // bytes_per_row)
+        slices = -(-bytes_per_row // memory) if tile == 1 else 1
+        for part in some.split(tile):
+            kept[part], pruned[part], delta[part] = _best_of_tile(batch, rows[part], exact, slices)
     return kept, pruned, delta
 
 

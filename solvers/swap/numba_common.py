@@ -1,7 +1,7 @@
 # mypy: disallow-untyped-defs=False
-"""What the compiled loops of 1-swap search on the CPU share. Importing them needs Numba.
+"""What the compiled loops of 1-swap search on the CPU share, and their products with G.
 
-Notation as in `batch.py`. Every loop works on a list of rows, one after the other, releases the
+Notation as in `engine.py`. Every loop works on a list of rows, one after the other, releases the
 interpreter lock, and touches nothing but its rows; `numba_kernel.py` runs several in threads. The
 order of all arithmetic in a row depends on the row alone, so that a mask never depends on the number
 of threads or on the rows beside it.
@@ -17,6 +17,7 @@ What Numba spends on a first run goes by the number of operations, so that
 
 from __future__ import annotations
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -27,6 +28,8 @@ from maskopt.solvers.compiled import loop, part
 BIG = 1e37
 #: N:M groups up to this size are priced whole in every round; it costs less than one update of c
 SMALL_GROUP = 64
+#: G is brought in tiles of so many rows and columns when c is computed: half a MiB, in L2
+TILE_J, TILE_I = 256, 512
 
 
 def _reduction(name):
@@ -98,3 +101,67 @@ def price_groups(gram, x, kept, score, group, threshold, partner, cross):
                         cross[u] = gram[u, p]
             found = found or partner[u] >= 0
     return found
+
+
+@fast_loop
+def reach_rows(gram, inverse, out, rows):
+    """out_i = max over j ≠ i of |G_ij|·inverse_i·inverse_j, for some rows of G."""
+    n = gram.shape[1]
+    for i in rows:
+        line = gram[i]
+        most = inverse.dtype.type(0)
+        for j in range(i):
+            most = maximum(most, abs(line[j]) * inverse[j])
+        for j in range(i + 1, n):
+            most = maximum(most, abs(line[j]) * inverse[j])
+        out[i] = most * inverse[i]
+
+
+def product_rows(gram, x, kept, c, objective, rows):
+    """c = G(x ⊙ pruned) and f = (x ⊙ pruned)ᵀc of some rows, float64."""
+    columns = np.empty((len(rows), TILE_J), np.int64)
+    weights = np.empty((len(rows), TILE_J), np.float64)
+    many = np.empty(len(rows), np.int64)
+    _product_rows(gram, x, kept, c, objective, columns, weights, many, rows)
+
+
+@fast_loop
+def _product_rows(gram, x, kept, c, objective, columns, weights, many, rows):
+    """The same, G tile by tile; a tile's pruned columns and their weights are listed first."""
+    n = x.shape[1]
+    count = len(rows)
+    for r in rows:
+        c[r, :] = 0.0
+    for j0 in range(0, n, TILE_J):
+        for k in range(count):
+            r = rows[k]
+            m = 0
+            for j in range(j0, min(n, j0 + TILE_J)):
+                if not kept[r, j] and x[r, j] != 0.0:
+                    columns[k, m] = j
+                    weights[k, m] = x[r, j]
+                    m += 1
+            while m % 4:  # a multiple of four, filled up with zero weights
+                columns[k, m] = j0
+                weights[k, m] = 0.0
+                m += 1
+            many[k] = m
+        for i0 in range(0, n, TILE_I):
+            i1 = min(n, i0 + TILE_I)
+            for k in range(count):
+                out = c[rows[k], i0:i1]
+                for m in range(0, many[k], 4):
+                    g0 = gram[columns[k, m], i0:i1]
+                    g1 = gram[columns[k, m + 1], i0:i1]
+                    g2 = gram[columns[k, m + 2], i0:i1]
+                    g3 = gram[columns[k, m + 3], i0:i1]
+                    w0, w1 = weights[k, m], weights[k, m + 1]
+                    w2, w3 = weights[k, m + 2], weights[k, m + 3]
+                    for i in range(i1 - i0):
+                        out[i] = w3 * g3[i] + (w2 * g2[i] + (w1 * g1[i] + (w0 * g0[i] + out[i])))
+    for r in rows:
+        total = 0.0
+        for j in range(n):
+            if not kept[r, j]:
+                total += x[r, j] * c[r, j]
+        objective[r] = total

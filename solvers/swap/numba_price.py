@@ -25,20 +25,25 @@ FLUSHED = 1e-24
 DENSE = 4
 
 
-def price_rows(gram, x, low, *others):
-    """Step 2 of some rows: the last of `others`; see `_price_rows` for the rest."""
-    n, single = x.shape[1], low.dtype
+def price_rows(gram, bounds, batch, improving, pairs, plan, rows):
+    """Step 2 of some rows.
+
+    Args:
+        bounds: G's diagonal, d and ρ (`NumbaKernel`).
+        batch: x, low, kept, c, partner, cross, objective and mass of all rows.
+        improving, pairs: of all rows, written: is there an improving swap, and pairs whose Δ was formed.
+        plan: group, the relative and the absolute part of a threshold, and the margin for rounding.
+    """
+    n, single = batch[1].shape[1], batch[1].dtype
     work = (
         np.empty(n), np.empty(n),  # score, bound
         np.empty((4, GRID)),  # lines
         np.empty((2, n), np.int64), np.empty(2, np.int64),  # sides, count
         np.empty((2, n), single), np.empty((2, n), single),  # height, slope
     )  # fmt: skip
-    wide = (
-        np.empty(n, single), np.empty(n, single),  # heights and slopes, then those of the far side
-        np.empty(n, single), np.empty(n, single), np.empty(n, single),  # heavy, thin, formed
-    )  # fmt: skip
-    _price_rows(gram, x, low, *others[:-1], *work, *wide, others[-1])
+    # heights and slopes, then those of the far side; heavy, thin, formed
+    wide = tuple(np.empty(n, single) for _ in range(5))
+    _price_rows(gram, bounds, batch, improving, pairs, plan, work, wide, rows)
 
 
 @fast
@@ -218,19 +223,18 @@ def _price_row(gram, x, low, partner, cross, threshold, work, wide):
 
 
 @fast_loop
-def _price_rows(
-    gram, x, low, diagonal, reach, rho, kept, c, partner, cross, objective, mass, improving, pairs, group,
-    relative, floor, margin, score, bound, lines, sides, count, height, slope, heights, slopes, heavy,
-    thin, formed, rows,
-):  # fmt: skip
+def _price_rows(gram, bounds, batch, improving, pairs, plan, work, wide, rows):
     """The exact scan: is there an improving swap? Every column's best partner goes to `partner`.
 
     A bound first (see docs): pairs that cannot improve by |G_up| ≤ ρ d_u d_p are not looked at. Then
     the rest in the proposing dtype with a and b lowered by more than rounding can add, so that what
     is passed over is proven; what is not passed over is decided in float64. `pairs` counts.
     """
-    work = score, bound, lines, sides, count, height, slope
-    wide = heights, slopes, heavy, thin, formed
+    diagonal, reach, rho = bounds
+    x, low, kept, c, partner, cross, objective, mass = batch
+    group, relative, floor, margin = plan
+    score, _, _, sides, count, height, slope = work
+    heights, slopes = wide[0], wide[1]
     for r in rows:
         threshold = relative * max(objective[r], 0.0) + floor * mass[r]
         scores(x[r], diagonal, c[r], kept[r], score)

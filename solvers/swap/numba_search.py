@@ -28,18 +28,25 @@ TOP, BOTTOM = np.int32(2**31 - 1), np.int32(-(2**31) + 1)
 STEP = 2**20
 
 
-def search_rows(gram, x, low, *others):
-    """Step 1 of some rows, the last of `others`; see `_search_rows` for the rest."""
-    n = x.shape[1]
+def search_rows(gram, diagonal, batch, counts, plan, rows):
+    """Step 1 of some rows.
+
+    Args:
+        batch: x, low, kept, c, partner, cross, objective and mass of all rows.
+        counts: the swaps made and rounds of all rows.
+        plan: group, the relative and the absolute part of a threshold, and swaps of a row at most.
+    """
+    low = batch[1]
+    n = low.shape[1]
     score, taken, keys = np.empty(n), np.zeros(n, np.uint8), np.empty((2, n), np.int32)
     guess, code = np.zeros(2, np.int64), np.empty(SLOTS, np.int32)
     ints = np.zeros((5, SLOTS), np.int64)  # columns, chosen, place, pruned, changed
     doubles = np.empty((4, SLOTS))  # linear, square, weight, heap
     singles = np.empty((7, SLOTS), low.dtype)  # light, bars of kept and pruned, a, b, lowest, sums
     block, cross = np.empty((SLOTS, SLOTS), gram.dtype), np.empty((SLOTS, SLOTS), low.dtype)
-    choice = (score, taken, keys[0].view(np.float32), keys, guess)
-    slots = (block, cross, code, ints, doubles, singles)
-    _search_rows(gram, x, low, *others[:-1], *choice, *slots, others[-1])
+    choice = score, taken, keys[0].view(np.float32), keys, guess, ints, doubles
+    slots = block, cross, code, ints, doubles, singles
+    _search_rows(gram, diagonal, batch, counts, plan, choice, slots, rows)
 
 
 @fast
@@ -315,14 +322,14 @@ def _store(kept, m, slots):
 
 
 @fast
-def _exchange(
-    many, grouped, group, objective, mass, relative, floor, most, slots
-):  # fmt: skip
+def _exchange(many, grouped, group, objective, rule, slots):
     """Best swaps between slots, `many` of them pruned, until none gains more than the threshold.
 
     Nothing outside the candidates' block of G is read, and nothing of the block moves: a swap changes
-    the bars that shut a slot for one of the two sides. → swaps, objective
+    the bars that shut a slot for one of the two sides. `rule`: the row's mass, the relative and the
+    absolute part of a threshold, swaps at most. → swaps, objective
     """
+    mass, relative, floor, most = rule
     block, cross, code, ints, doubles, singles = slots
     columns, pruned = ints[0], ints[3]
     linear, square, weight = doubles[0], doubles[1], doubles[2]
@@ -388,14 +395,12 @@ def _add_columns(gram, x, kept, c, changed, count):
 
 
 @fast_loop
-def _search_rows(
-    gram, x, low, diagonal, kept, c, partner, cross, objective, mass, swaps, rounds, group,
-    relative, floor, most, score, taken, rounded, keys, guess, block, cross_terms, code, ints, doubles,
-    singles, rows,
-):  # fmt: skip
+def _search_rows(gram, diagonal, batch, counts, plan, choice, slots, rows):
     """Rounds of candidates for some rows, until fresh candidates hold no improving pair."""
-    choice = score, taken, rounded, keys, guess, ints, doubles
-    slots = block, cross_terms, code, ints, doubles, singles
+    x, low, kept, c, partner, cross, objective, mass = batch
+    swaps, rounds = counts
+    group, relative, floor, most = plan
+    score, guess, ints = choice[0], choice[4], choice[5]
     changed = ints[4]
     grouped = group < len(score)
     most_pairs = WIDTH if grouped else WIDTH // 2
@@ -412,17 +417,8 @@ def _search_rows(
                 break
             rounds[r] += 1
             _load(gram, x[r], low[r], diagonal, c[r], k, m, group, slots)
-            made, objective[r] = _exchange(
-                m - k,
-                grouped,
-                group,
-                objective[r],
-                mass[r],
-                relative,
-                floor,
-                most - swaps[r],
-                slots,
-            )
+            rule = mass[r], relative, floor, most - swaps[r]
+            made, objective[r] = _exchange(m - k, grouped, group, objective[r], rule, slots)
             if made == 0 and total > 0:
                 made, objective[r] = 1, objective[r] + _swap_harvested(partner[r], k, m, slots)
             if made == 0:

@@ -20,11 +20,12 @@ from maskopt.errors import SolverError
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver
 from maskopt.protocol.trace import Trace
-from maskopt.solvers.least_squares.rows import swap_refitted
-from maskopt.solvers.shared_budget.transfer import OFFERED, Offers, searched, transfer
-from maskopt.solvers.swap.batch import Batch
-from maskopt.solvers.swap.engine import Kernel, Outcome, refine
+from maskopt.solvers.least_squares.search import swap_refitted
+from maskopt.solvers.shared_budget import OFFERED, Offers, searched, transfer
+from maskopt.solvers.swap.engine import Batch, Kernel, refine
 from maskopt.solvers.swap.literal import refine_literally
+from maskopt.solvers.swap.numba_kernel import NumbaKernel
+from maskopt.solvers.swap.torch_kernel import TorchKernel
 from maskopt.solvers.swap.triton import unavailable as triton_unavailable
 
 KERNELS = ("auto", "literal", "torch", "numba", "triton")
@@ -96,12 +97,12 @@ class Swap(Solver):
 
     def _parts(
         self, problem: LayerProblem, kept: Tensor, name: str, threads: int, limits: Limits
-    ) -> list[tuple[Batch, Outcome]]:
+    ) -> list[Batch]:
         """The rows in tiles that fit into the memory, each refined."""
         memory = max(2, limits.bytes(DEFAULT_MEMORY.get(problem.device.type, 2**30)))
         tile = max(1, min(problem.rows, memory // 2 // (_ROW_BYTES * problem.n)))
         built: Kernel | None = None
-        parts: list[tuple[Batch, Outcome]] = []
+        parts: list[Batch] = []
         start = 0
         while start < problem.rows:
             rows = slice(start, start + tile)
@@ -116,9 +117,9 @@ class Swap(Solver):
                 how: dict[str, Any] = {"max_swaps": self.max_swaps, "deadline": limits.deadline}
                 how["progress"] = limits.on_progress and progress
                 if built is None:  # to the letter of the paper
-                    outcome = refine_literally(batch, memory=memory // 2, **how)
+                    refine_literally(batch, memory=memory // 2, **how)
                 else:
-                    outcome = refine(batch, built, **how)
+                    refine(batch, built, **how)
             except torch.OutOfMemoryError:
                 if tile == 1 and memory <= _LEAST_MEMORY:
                     raise
@@ -126,37 +127,35 @@ class Swap(Solver):
                 torch.cuda.empty_cache()
                 _log.warning("swap: out of memory on the device; going on with %d rows", tile)
                 continue
-            parts.append((batch.result(), outcome))
+            parts.append(batch.result())
             start += tile
         return parts
 
 
-def _solution(kernel: str, parts: list[tuple[Batch, Outcome]]) -> Solution:
-    objective = torch.cat([b.objective.clamp(min=0.0) * b.scale for b, _ in parts])
+def _solution(kernel: str, parts: list[Batch]) -> Solution:
+    objective = torch.cat([b.objective.clamp(min=0.0) * b.scale for b in parts])
     traces = [
         Trace(
             kernel=kernel,
             swaps=batch.swaps.cpu(),
-            scans=outcome.scans.cpu(),
+            scans=batch.scans.cpu(),
             rounds=batch.rounds.cpu(),
             pairs=batch.priced.cpu(),
-            history=torch.stack(outcome.objectives, 1).cpu(),
+            history=torch.stack(batch.history, 1).cpu(),
         )
-        for batch, outcome in parts
+        for batch in parts
     ]
-    mask = torch.cat([batch.kept for batch, _ in parts])
-    return searched(mask, objective, torch.cat([o.proven for _, o in parts]), join_rows(traces))
+    mask = torch.cat([batch.kept for batch in parts])
+    return searched(
+        mask, objective, torch.cat([batch.proven for batch in parts]), join_rows(traces)
+    )
 
 
 def make_kernel(name: str, batch: Batch, memory: int, threads: int) -> Kernel:
     """The kernel of that name, for the layer of the batch; `threads` are those of numba."""
     if name == "numba":
-        from maskopt.solvers.swap.numba_kernel import NumbaKernel
-
         return NumbaKernel(batch, threads)
     if name == "torch":
-        from maskopt.solvers.swap.torch_kernel import TorchKernel
-
         return TorchKernel(batch, memory)
     if name == "triton":
         from maskopt.solvers.swap.triton.steps import TritonKernel

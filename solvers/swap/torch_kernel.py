@@ -2,35 +2,76 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from maskopt.solvers.swap.batch import Batch, by_count
+from maskopt.solvers.shared_budget import by_count
+from maskopt.solvers.swap.engine import Batch
 from maskopt.solvers.swap.literal import refresh
 
 #: kept and pruned candidates of a round
 CANDIDATES = 32
 #: N:M groups up to this size are priced whole in every round
 SMALL_GROUP = 64
+_SLACK = 1.0 + 2.0**-20
+_Tensors = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far G can couple two columns: |G_ij| ≤ d_i d_j, and |G_ij| ≤ ρ_i d_i d_j for all j ≠ i."""
+
+    d: Float[Tensor, " n"]
+    """float64; √G_jj, or √max_i|G_ij| for all j where G is not quite positive semidefinite."""
+    rho: Float[Tensor, " n"]
+    """float64, rounded up, at most about 1."""
+
+    @classmethod
+    def of(cls, gram: Float[Tensor, "n n"], block_bytes: int = 2**26) -> Reach:
+        """One pass over G, blockwise (two where G is indefinite)."""
+        step = max(1, block_bytes // (8 * len(gram)))
+        reach = cls._with(gram, gram.diagonal().double().clamp(min=0.0).sqrt(), step)
+        if bool(reach.rho.max() <= 1.0 + 1e-3):
+            return reach
+        return cls._with(gram, gram.abs().amax(1).double().sqrt(), step)
+
+    @classmethod
+    def _with(cls, gram: Tensor, d: Tensor, step: int) -> Reach:
+        n = len(d)
+        rho = torch.zeros(n, dtype=torch.float64, device=gram.device)
+        for start in range(0, n, step):
+            block = gram[start : start + step].double().abs()
+            ratio = block / (d[start : start + step, None] * d)
+            ratio = torch.where(block == 0, 0.0, ratio)
+            ratio.diagonal(start).zero_()
+            rho[start : start + step] = ratio.amax(1)
+        return cls(d=d, rho=rho * _SLACK)
 
 
 class TorchKernel:
     """Batched tensor operations; what is held at a time stays below `memory` bytes."""
 
-    name = "torch"
     patience = 256
 
-    def __init__(self, batch: Batch, memory: int, candidates: int = CANDIDATES) -> None:
+    def __init__(self, batch: Batch, memory: int) -> None:
         self.single = batch.single
         self._memory = memory
-        self._width = candidates
+        self._gram = batch.gram
+
+    @cached_property
+    def _reach(self) -> Tensor:
+        return Reach.of(self._gram, self._memory // 4).d
 
     def refresh(self, batch: Batch, rows: Tensor) -> None:
         refresh(batch, rows, self._memory)
 
     def search(self, batch: Batch, rows: Tensor, most: int) -> None:
         """As in `Kernel`: a round for all rows that still swap, again and again."""
-        per_row = 8 * (8 * batch.n + 4 * (2 * self._width) ** 2)
+        per_row = 8 * (8 * batch.n + 4 * (2 * CANDIDATES) ** 2)
         rows = rows[batch.swaps[rows] < most]
         while len(rows):
             made = []
@@ -61,12 +102,12 @@ class TorchKernel:
         gain = gain.masked_fill_(stale, torch.inf)
         gain = torch.where(gain < -batch.threshold(rows)[:, None], gain, torch.inf)
         fill = batch.group == batch.n
-        half = self._width // 2 if fill else self._width
-        own = _least(gain, half)
+        half = CANDIDATES // 2 if fill else CANDIDATES
+        own = least(gain, half)
         harvest = torch.cat([own, partner.gather(1, own.clamp(min=0)).masked_fill(own < 0, -1)], 1)
         if not fill:
             return distinct(harvest)
-        columns = torch.cat([harvest, _least(a, half), _least(b, half)], 1)
+        columns = torch.cat([harvest, least(a, half), least(b, half)], 1)
         return distinct(columns)
 
     def _exchange(self, batch: Batch, rows: Tensor, columns: Tensor, most: int) -> Tensor:
@@ -104,19 +145,16 @@ class TorchKernel:
             objective += torch.where(go, best, 0.0)
             batch.objective[rows] = objective
         change = torch.where(live & (kept != before), x * (before.double() - kept.double()), 0.0)
-        self._move(batch, rows, at, change)
-        where, slot = (live & (kept != before)).nonzero(as_tuple=True)
-        batch.kept[rows[where], at[where, slot]] = kept[where, slot]
-        batch.swaps[rows] = swaps
-        return swaps - started
-
-    def _move(self, batch: Batch, rows: Tensor, at: Tensor, change: Tensor) -> None:
-        """c ← c + Σ_k change_k G[at_k, :], in one fixed order."""
-        for k in range(at.shape[1]):
+        # c ← c + Σ_k change_k G[at_k, :], in one fixed order
+        for k in range(width):
             some = (change[:, k] != 0).nonzero()[:, 0]
             if len(some):
                 moved = change[some, k, None] * batch.gram[at[some, k]].double()
                 batch.c[rows[some]] += moved
+        where, slot = (live & (kept != before)).nonzero(as_tuple=True)
+        batch.kept[rows[where], at[where, slot]] = kept[where, slot]
+        batch.swaps[rows] = swaps
+        return swaps - started
 
     def _price_all(self, batch: Batch, rows: Tensor) -> Tensor:
         """Every kept column against all pruned ones: which rows are not optimal."""
@@ -136,7 +174,7 @@ class TorchKernel:
         x = batch.x[rows]
         dtype = torch.float32 if batch.single else torch.float64
         margin = 4 * torch.finfo(dtype).eps
-        reach = (x.abs() * self._reach(batch)).square()
+        reach = (x.abs() * self._reach).square()
         low_a, low_b = (
             (side - margin * (side.abs() + reach) - 1e-24).nan_to_num(nan=torch.inf).to(dtype)
             for side in (a, b)
@@ -155,21 +193,14 @@ class TorchKernel:
             if not len(line):
                 continue
             batch.priced[rows] += flagged.sum(1) * batch.n
-            self._settle(batch, rows, line, u[line, slot], p[line, slot], a, b, improving)
+            found = line, u[line, slot], p[line, slot]
+            improving[self._settled(batch, rows, (a, b), found)] = True
         return improving
 
-    def _settle(
-        self,
-        batch: Batch,
-        rows: Tensor,
-        line: Tensor,
-        u: Tensor,
-        p: Tensor,
-        a: Tensor,
-        b: Tensor,
-        improving: Tensor,
-    ) -> None:
-        """Decide flagged pairs in float64; where rounding flagged one, its whole kept column."""
+    def _settled(self, batch: Batch, rows: Tensor, sides: _Tensors, found: _Tensors) -> Tensor:
+        """Decide flagged pairs in float64; where rounding flagged one, its whole kept column. Returns the
+        lines that improve."""
+        (a, b), (line, u, p) = sides, found
         x, limit = batch.x[rows], -batch.threshold(rows)[line]
         cross = batch.gram[u, p]
         delta = a[line, u] + b[line, p] - 2 * x[line, u] * x[line, p] * cross.double()
@@ -183,9 +214,9 @@ class TorchKernel:
             p[part] = place
             cross[part] = batch.gram[u[part], place]
         good = delta < limit
-        improving[line[good]] = True
         batch.partner[rows[line[good]], u[good]] = p[good].to(torch.int32)
         batch.cross[rows[line[good]], u[good]] = cross[good]
+        return line[good]
 
     def _price_groups(self, batch: Batch, rows: Tensor) -> Tensor:
         """N:M: all pairs inside groups, float64; some groups at a time."""
@@ -211,19 +242,6 @@ class TorchKernel:
             batch.cross[rows[line], start + u] = gram[group, u, p]
         return improving
 
-    def _reach(self, batch: Batch) -> Tensor:
-        """d with |G_ij| ≤ d_i d_j: √G_jj, unless G is indefinite by more than rounding allows."""
-        if not hasattr(self, "_d"):
-            root = batch.diagonal.clamp(min=0).sqrt()
-            step = max(1, self._memory // (8 * 2 * batch.n))
-            most = torch.cat([part.abs().amax(1).double() for part in batch.gram.split(step)])
-            fits = all(
-                bool((part.double().abs() <= 1.001 * root[start : start + step, None] * root).all())
-                for start, part in zip(range(0, batch.n, step), batch.gram.split(step), strict=True)
-            )
-            self._d = root if fits else most.sqrt()
-        return self._d
-
 
 def _sides(batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor]:
     """a, +inf where not kept, and b, +inf where not pruned; float64."""
@@ -233,11 +251,18 @@ def _sides(batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(kept, a, torch.inf), torch.where(kept, torch.inf, b)
 
 
-def _least(values: Tensor, many: int) -> Tensor:
-    """Columns of the least finite values of each row, ties by lowest index; −1 where no more."""
-    found = values.sort(dim=1, stable=True)
-    most = min(many, values.shape[1])
-    return found.indices[:, :most].masked_fill(found.values[:, :most] == torch.inf, -1)
+def least(values: Float[Tensor, "rows m"], many: int) -> Int[Tensor, "rows many"]:
+    """Positions of the least finite values of each row, in no order; ties: the lowest; −1 where there are no
+    more."""
+    many = min(many, values.shape[1])
+    found, position = values.topk(many, dim=1, largest=False, sorted=True)
+    # topk leaves open which of the values equal to the last one it takes
+    edge = found[:, -1:]
+    tied = (values == edge).sum(1) > (found == edge).sum(1)
+    if bool((tied & (edge[:, 0] < torch.inf)).any()):
+        order = values[tied].sort(dim=1, stable=True)
+        found[tied], position[tied] = order.values[:, :many], order.indices[:, :many]
+    return position.masked_fill(found == torch.inf, -1)
 
 
 def distinct(columns: Tensor) -> Tensor:

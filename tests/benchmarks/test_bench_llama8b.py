@@ -3,7 +3,7 @@
     pytest tests/benchmarks -k llama8b --device cuda
 
 Layers are synthetic (power-law spectrum, outlier features), made one after the other on the device.
-Prints the card, the floors by bytes and by operations, the time of every stage and the peak memory;
+Prints the card, the floors by bytes and by operations, the time of every step and the peak memory;
 without a CUDA device the floors alone, for a card whose data-sheet figures are stated.
 """
 
@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import datetime
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import torch
 
 from maskopt import LayerProblem, Status, Unstructured
 from maskopt.protocol.solver import solve
+from maskopt.solvers.shared_budget import statuses
 from maskopt.solvers.swap import engine, triton as triton_kernels
-from maskopt.solvers.swap.batch import Batch
+from maskopt.solvers.swap.engine import Batch
 
 BLOCKS, SPARSITY = 32, 0.6
 #: rows × n of the linear layers of one block
@@ -122,7 +125,7 @@ class Totals:
     seconds: float = 0.0
     wanda: float = 0.0
     sparsegpt: dict[str, float] = field(default_factory=dict)
-    stages: dict[str, float] = field(default_factory=dict)
+    steps: dict[str, float] = field(default_factory=dict)
     rows: int = 0
     swaps: int = 0
     scans: int = 0
@@ -144,35 +147,36 @@ def refine_layer(problem: LayerProblem, totals: Totals) -> list[Status]:
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
+    def timed(name: str, step: Callable[..., object], *arguments: object) -> object:
+        before = now()
+        result = step(*arguments)
+        totals.steps[name] = totals.steps.get(name, 0.0) + now() - before
+        return result
+
     if on_gpu:
         resident = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
     began = now()
     start = solve(problem, "wanda")
     middle = now()
-    statuses: list[Status] = []
+    found: list[Status] = []
     tile = max(1, _STATE // (_STATE_BYTES * problem.n))
     masks = []
     kernel: TritonKernel | None = None
-    kernels: list[TritonKernel] = []
     for first in range(0, problem.rows, tile):
         part = slice(first, first + tile)
         batch = Batch.of(problem.take(part), start.mask[part])
         if kernel is None or kernel.single != batch.single:
-            kernel = TritonKernel(batch, memory=MEMORY - _STATE, timed=True)
-            kernels.append(kernel)
-        record = engine.refine(batch, kernel)
-        statuses += [
-            Status.SWAP_OPTIMAL if one else Status.FEASIBLE for one in record.proven.tolist()
-        ]
+            kernel = TritonKernel(batch, memory=MEMORY - _STATE)
+            for step in ("refresh", "search", "price"):
+                setattr(kernel, step, partial(timed, step, getattr(kernel, step)))
+        engine.refine(batch, kernel)
+        found += statuses(batch.proven)
         masks.append(batch.kept)
         totals.swaps += int(batch.swaps.sum())
-        totals.scans += int(record.scans.sum())
+        totals.scans += int(batch.scans.sum())
         totals.rounds += int(batch.rounds.sum())
     end = now()
-    for kernel in kernels:
-        for stage, seconds in kernel.seconds.items():
-            totals.stages[stage] = totals.stages.get(stage, 0.0) + seconds
     if on_gpu:
         totals.peak = max(totals.peak, torch.cuda.max_memory_allocated(device) - resident)
     totals.wanda += middle - began
@@ -180,14 +184,14 @@ def refine_layer(problem: LayerProblem, totals: Totals) -> list[Status]:
     totals.rows += problem.rows
     totals.before += float(start.objective.sum())
     totals.after += float(problem.objective(torch.cat(masks)).sum())
-    return statuses
+    return found
 
 
 def print_totals(totals: Totals, layers: int) -> None:
     print(f"{layers} layers, {totals.rows} rows, every row proven 1-swap optimal:")
-    print(f"  solving {totals.seconds:.2f} s (waiting for the device after every stage)")
-    for stage, seconds in sorted(totals.stages.items(), key=lambda item: -item[1]):
-        print(f"    {stage:20}{seconds:9.2f} s  {seconds / totals.seconds:6.1%}")
+    print(f"  solving {totals.seconds:.2f} s (waiting for the device after every step)")
+    for step, seconds in sorted(totals.steps.items(), key=lambda item: -item[1]):
+        print(f"    {step:20}{seconds:9.2f} s  {seconds / totals.seconds:6.1%}")
     print(
         f"  {totals.swaps / totals.rows:.1f} swaps, {totals.rounds / totals.rows:.1f} rounds of "
         f"candidates and {totals.scans / totals.rows:.2f} full scans a row; "

@@ -23,11 +23,10 @@ import torch
 from scipy.optimize import brentq
 
 from maskopt.core.limits import clock
-from maskopt.solvers.compiled import loop
+from maskopt.solvers.compiled import RowThreads, loop
 from maskopt.solvers.convex.triangles import ABSENT, Pool, dense, pentagons, separate
 from maskopt.solvers.convex.triangles_kernel import gather, scatter
 from maskopt.solvers.exact.tree.node import LEAST_SHIFT, LEAST_WEIGHT, FreePart, definite
-from maskopt.solvers.parallel import RowThreads
 
 #: steps that the quasi-Newton method remembers
 _MEMORY = 25

@@ -1,9 +1,6 @@
 """The Triton programs of 1-swap search. Importing this module needs the package `triton`.
 
-Notation (see `maskopt.solvers.swap.batch`): x is a row's scaled weights, c = G(x ⊙ pruned),
-D_j = x_j²G_jj, e_j = √D_j, and exchanging a kept u for a pruned p changes the objective by
-
-    Δ(u, p) = a_u + b_p − 2 x_u x_p G_up,   a_u = D_u + 2 x_u c_u,   b_p = D_p − 2 x_p c_p.
+Notation as in `maskopt.solvers.swap.engine`, with D_j = x_j²G_jj and e_j = √D_j.
 
 All kernels take x, a and b in one floating dtype (float32, or float64) and read G in whichever of
 the two it has. In the scans a is +inf where u is not kept, b is +inf where p is not pruned, so that

@@ -13,13 +13,12 @@ themselves in float64, so c too.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from maskopt.solvers.swap.torch_kernel import Reach
 from maskopt.solvers.swap.triton import kernels
 
 #: values of the grid of `discard`: grid_k = top · 2^(−k/8), over a range of 2¹⁶
@@ -28,39 +27,7 @@ GRID = 128
 BLOCK_U, BLOCK_P = 16, 64
 #: columns a program of the row-wise kernels handles at a time
 STRIP = 1024
-_BLOCK_BYTES = 64 * 2**20
 _SLACK = 1.0 + 2.0**-20
-
-
-@dataclass(frozen=True)
-class Reach:
-    """How far G can couple two columns: |G_ij| ≤ d_i d_j, and |G_ij| ≤ ρ_i d_i d_j for all j ≠ i."""
-
-    d: Float[Tensor, " n"]
-    """float64; √G_jj, or √max_i|G_ij| for all j where G is not quite positive semidefinite."""
-    rho: Float[Tensor, " n"]
-    """float64, rounded up, at most about 1."""
-
-    @classmethod
-    def of(cls, gram: Float[Tensor, "n n"]) -> Reach:
-        """One pass over G, blockwise (two where G is indefinite)."""
-        reach = cls._with(gram, gram.diagonal().double().clamp(min=0.0).sqrt())
-        if bool(reach.rho.max() <= 1.0 + 1e-3):
-            return reach
-        return cls._with(gram, gram.abs().amax(1).double().sqrt())
-
-    @classmethod
-    def _with(cls, gram: Tensor, d: Tensor) -> Reach:
-        n = len(d)
-        rho = torch.zeros(n, dtype=torch.float64, device=gram.device)
-        step = max(1, _BLOCK_BYTES // (8 * n))
-        for start in range(0, n, step):
-            block = gram[start : start + step].double().abs()
-            ratio = block / (d[start : start + step, None] * d)
-            ratio = torch.where(block == 0, 0.0, ratio)
-            ratio.diagonal(start).zero_()
-            rho[start : start + step] = ratio.amax(1)
-        return cls(d=d, rho=rho * _SLACK)
 
 
 def column_terms(
@@ -70,30 +37,19 @@ def column_terms(
     diagonal: Float[Tensor, " n"],
     reach: Reach,
     dtype: torch.dtype,
+    rows: Int[Tensor, " rows"],
     *,
-    rows: Int[Tensor, " rows"] | None = None,
-    lowered: bool = True,
+    lowered: bool,
 ) -> tuple[Float[Tensor, "rows n"], Float[Tensor, "rows n"], Float[Tensor, "rows n"]]:
     """a and b of some rows, made pessimistic if `lowered`, +inf where a column is not kept (a) or not pruned
     (b), and e = |x_j| d_j, rounded up, in one launch."""
-    rows = _all_rows(x) if rows is None else rows
     shape = (len(rows), x.shape[1])
     a, b, e = (torch.empty(shape, dtype=dtype, device=x.device) for _ in range(3))
     if len(rows):
+        state = x, c, kept.view(torch.int8), rows, diagonal.double().contiguous(), reach.d
+        margin = 4.0 * torch.finfo(dtype).eps if lowered else 0.0
         kernels.column_terms[(len(rows), triton.cdiv(x.shape[1], STRIP))](
-            x,
-            c,
-            kept.view(torch.int8),
-            rows,
-            diagonal.double().contiguous(),
-            reach.d,
-            a,
-            b,
-            e,
-            x.shape[1],
-            4.0 * torch.finfo(dtype).eps if lowered else 0.0,
-            BLOCK=STRIP,
-            num_warps=4,
+            *state, a, b, e, x.shape[1], margin, BLOCK=STRIP, num_warps=4
         )
     return a, b, e
 
@@ -105,8 +61,8 @@ def swap_block(
     kept: Bool[Tensor, "all n"],
     columns: Int[Tensor, "rows N"],
     limit: Float[Tensor, " rows"],
+    rows: Int[Tensor, " rows"],
     *,
-    rows: Int[Tensor, " rows"] | None = None,
     group: int | None = None,
     room: Int[Tensor, " rows"] | None = None,
     dtype: torch.dtype | None = None,
@@ -118,12 +74,11 @@ def swap_block(
     Args:
         c: G(x ⊙ pruned); not changed, nor is kept.
         columns: int32, ascending, −1 pads (anywhere); N a power of two from 16 to 128.
-        rows: the rows of x, c and kept to work on (None: all of them).
+        rows: the rows of x, c and kept to work on.
         group: swaps stay inside groups of so many consecutive columns (None: everywhere).
         room: a row stops after so many swaps; after 2N at the latest.
         dtype: float32 or float64, which the search is done in (None: that of x).
     """
-    rows = _all_rows(x) if rows is None else rows
     dtype = x.dtype if dtype is None else dtype
     many, width = columns.shape
     if width & (width - 1) or not 16 <= width <= 128:
@@ -136,30 +91,15 @@ def swap_block(
     made = torch.zeros(many, dtype=torch.int32, device=x.device)
     after = torch.zeros((many, width), dtype=torch.int8, device=x.device)
     if many:
+        state = gram, x, c, kept.view(torch.int8), rows, columns.to(torch.int32).contiguous()
+        plan = limit.to(dtype).contiguous(), room
+        sizes = x.shape[1], most, group or x.shape[1]
+        grouped = group is not None and group < x.shape[1]
+        warps = swap_block_warps(width, dtype)
         kernels.swap_block[(many,)](
-            gram,
-            x,
-            c,
-            kept.view(torch.int8),
-            rows,
-            columns.to(torch.int32).contiguous(),
-            limit.to(dtype).contiguous(),
-            room,
-            pairs,
-            made,
-            after,
-            x.shape[1],
-            most,
-            group or x.shape[1],
-            N=width,
-            GROUPED=group is not None and group < x.shape[1],
-            num_warps=swap_block_warps(width, dtype),
+            *state, *plan, pairs, made, after, *sizes, N=width, GROUPED=grouped, num_warps=warps
         )
     return pairs, made, after.bool()
-
-
-def _all_rows(x: Tensor) -> Int[Tensor, " rows"]:
-    return torch.arange(len(x), device=x.device)
 
 
 def swap_block_warps(width: int, dtype: torch.dtype) -> int:
@@ -178,22 +118,15 @@ def move_correlation(
     c: Float[Tensor, "all n"],
     columns: Int[Tensor, "rows N"],
     change: Float[Tensor, "rows N"],
-    *,
-    rows: Int[Tensor, " rows"] | None = None,
+    rows: Int[Tensor, " rows"],
 ) -> None:
     """In place, for some rows: c_r ← c_r + Σ_k change_rk G[columns_rk, :], summed in c's dtype."""
-    rows = _all_rows(c) if rows is None else rows
     if len(rows):
-        kernels.move_correlation[(len(rows), triton.cdiv(c.shape[1], STRIP))](
-            gram,
-            c,
-            rows,
-            columns.clamp(min=0).to(torch.int32).contiguous(),
-            change.to(c.dtype).contiguous(),
-            c.shape[1],
-            N=columns.shape[1],
-            BLOCK=STRIP,
-            num_warps=4,
+        n, width = c.shape[1], columns.shape[1]
+        columns = columns.clamp(min=0).to(torch.int32).contiguous()
+        change = change.to(c.dtype).contiguous()
+        kernels.move_correlation[(len(rows), triton.cdiv(n, STRIP))](
+            gram, c, rows, columns, change, n, N=width, BLOCK=STRIP, num_warps=4
         )
 
 
@@ -271,23 +204,10 @@ def scan(
     longest = int(lists[1].max())
     if longest == 0:
         return value, partner
+    state = gram, x, a.contiguous(), b.contiguous(), e, rho, limit
+    sizes = {"GROUPED": group is not None and group < n, "BU": BLOCK_U, "BP": BLOCK_P}
     kernels.scan_survivors[(rows, triton.cdiv(longest, BLOCK_U))](
-        gram,
-        x,
-        a.contiguous(),
-        b.contiguous(),
-        e,
-        rho,
-        limit,
-        *lists,
-        value,
-        partner,
-        n,
-        group or n,
-        GROUPED=group is not None and group < n,
-        BU=BLOCK_U,
-        BP=BLOCK_P,
-        num_warps=4,
+        *state, *lists, value, partner, n, group or n, **sizes, num_warps=4
     )
     return value, partner
 
@@ -310,19 +230,9 @@ def scan_groups(
     width = max(2, triton.next_power_of_2(size))
     together = groups_together(width, x.dtype)
     if rows:
+        state = (values.contiguous() for values in (blocks, x, a, b))
+        found = value, kept_best, pruned_best
         kernels.scan_groups[(rows, triton.cdiv(groups, together))](
-            blocks.contiguous(),
-            x.contiguous(),
-            a.contiguous(),
-            b.contiguous(),
-            value,
-            kept_best,
-            pruned_best,
-            n,
-            size,
-            groups,
-            MP=width,
-            BG=together,
-            num_warps=4,
+            *state, *found, n, size, groups, MP=width, BG=together, num_warps=4
         )
     return value, kept_best, pruned_best

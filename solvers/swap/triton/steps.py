@@ -13,20 +13,18 @@ this module needs the package `triton`.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from maskopt.solvers.swap import literal
-from maskopt.solvers.swap.batch import Batch
-from maskopt.solvers.swap.torch_kernel import distinct
+from maskopt.solvers.swap.engine import Batch
+from maskopt.solvers.swap.torch_kernel import Reach, distinct, least
 from maskopt.solvers.swap.triton import launch
 
-#: candidate columns of a block: half of them kept, half pruned
+#: candidate columns of a block, a power of two from 16 to 128: half of them kept, half pruned
 WIDTH = 64
 #: bytes that a step takes per row and column, for temporaries
 _STEP_BYTES = 128
@@ -43,38 +41,27 @@ class TritonKernel:
     Args:
         batch: rows of the layer; later calls may be about other rows of it.
         memory: bytes for temporaries.
-        width: candidates of a block, a power of two from 16 to 128.
-        timed: add up the seconds of every stage in `seconds`; waits for the device after each.
     """
 
-    name = "triton"
     #: rows in one call at most, where a deadline or a listener waits: a GPU wants them all
     patience = 2**31
 
-    def __init__(
-        self, batch: Batch, *, memory: int = 2**30, width: int = WIDTH, timed: bool = False
-    ) -> None:
-        self.seconds: dict[str, float] = {}
-        self._timed = timed
+    def __init__(self, batch: Batch, *, memory: int) -> None:
         self._memory = memory
-        self._width = width
         self._chunk = max(1, memory // (_STEP_BYTES * batch.n))
         self.single = batch.single
         self._proposing = torch.float32 if batch.single else torch.float64
-        self._group = batch.group if batch.group < batch.n else None
         self._small = batch.group <= _SMALL_GROUP
         self._owner: Batch | None = None
         self._harvest = torch.empty(0)
-        device = batch.x.device
-        with self._stage("reach of G", device):
-            self._reach = launch.Reach.of(batch.gram)
+        self._reach = Reach.of(batch.gram)
         if self._small:
-            columns = torch.arange(batch.n, device=device).view(-1, batch.group)
+            columns = torch.arange(batch.n, device=batch.x.device).view(-1, batch.group)
             self._blocks = batch.gram[columns[:, :, None], columns[:, None, :]]
 
     def refresh(self, batch: Batch, rows: Int[Tensor, " some"]) -> None:
-        """c = G(x ⊙ pruned) and its quadratic form from scratch, in float64."""
-        with _device(batch), self._stage("correlation", rows.device):
+        """As in `Kernel`."""
+        with _device(batch):
             for part in rows.split(self._chunk):
                 literal.refresh(batch, part, self._memory)
 
@@ -92,25 +79,24 @@ class TritonKernel:
         self._own(batch)
         with _device(batch):
             parts = [self._price(batch, part, self._proposing) for part in rows.split(self._chunk)]
-        return torch.cat(parts) if parts else torch.zeros_like(rows, dtype=torch.bool)
+        return torch.cat(parts)
 
     def _own(self, batch: Batch) -> None:
         """Forget what was harvested for another batch."""
         if self._owner is not batch:
-            shape = (batch.rows, self._width)
+            shape = (batch.rows, WIDTH)
             self._harvest = torch.full(shape, -1, dtype=torch.int32, device=batch.x.device)
             self._owner = batch
 
     def _round(self, batch: Batch, rows: Int[Tensor, " some"], most: int) -> Tensor:
         """One block of candidates for each row; returns the swaps made."""
-        with self._stage("candidates", rows.device):
-            columns = self._harvest[rows]
-            harvested = (columns >= 0).any(1)
-            bare = (~harvested).nonzero()[:, 0]
-            if len(bare):
-                columns[bare] = self._candidates(batch, rows[bare])
-            self._harvest[rows] = -1
-            batch.rounds[rows] += 1
+        columns = self._harvest[rows]
+        harvested = (columns >= 0).any(1)
+        bare = (~harvested).nonzero()[:, 0]
+        if len(bare):
+            columns[bare] = self._candidates(batch, rows[bare])
+        self._harvest[rows] = -1
+        batch.rounds[rows] += 1
         made, undone = self._swap(batch, rows, columns, self._proposing, most)
         again = undone | (harvested & (made == 0))
         if self._proposing == torch.float32 and bool(again.any()):
@@ -122,19 +108,19 @@ class TritonKernel:
         if self._small:
             x = batch.x[rows].to(self._proposing)
             return self._columns_of_groups(batch, launch.scan_groups(self._blocks, x, a, b)[0])
-        half = self._width // 2
-        columns = torch.cat([_least(a, half), _least(b, half)], 1).sort(1).values
+        half = WIDTH // 2
+        columns = torch.cat([least(a, half), least(b, half)], 1).sort(1).values
         return self._padded(columns)
 
     def _columns_of_groups(self, batch: Batch, value: Tensor) -> Int[Tensor, "rows N"]:
         """All columns of the groups of least value."""
-        groups = _least(value, self._width // batch.group).sort(1).values
+        groups = least(value, WIDTH // batch.group).sort(1).values
         inside = torch.arange(batch.group, device=groups.device)
         columns = groups[..., None] * batch.group + inside
         return self._padded(torch.where(groups[..., None] < 0, -1, columns).flatten(1))
 
     def _padded(self, columns: Tensor) -> Int[Tensor, "rows N"]:
-        missing = self._width - columns.shape[1]
+        missing = WIDTH - columns.shape[1]
         return torch.nn.functional.pad(columns.to(torch.int32), (0, missing), value=-1)
 
     def _swap(
@@ -148,72 +134,60 @@ class TritonKernel:
         """Swap among the candidates; returns the swaps made, and whether a block was undone because its
         objective did not fall. kept, c, objective and counts follow."""
         threshold = batch.threshold(rows)
-        with self._stage("swaps", rows.device):
-            _, made, after = launch.swap_block(
-                batch.gram,
-                batch.x,
-                batch.c,
-                batch.kept,
-                columns,
-                threshold,
-                rows=rows,
-                group=self._group,
-                room=(most - batch.swaps[rows]).clamp(max=2 * self._width),
-                dtype=dtype,
-            )
-        with self._stage("update", rows.device):
-            at = columns.clamp(min=0).long()
-            line = rows[:, None]
-            change = batch.x[line, at] * (batch.kept[line, at].double() - after.double())
-            change.masked_fill_(columns < 0, 0.0)
-            # v → v + d moves f = vᵀGv by dᵀ(c before + c after)
-            before = batch.c[line, at]
-            launch.move_correlation(batch.gram, batch.c, columns, change, rows=rows)
-            step = (change * (before + batch.c[line, at])).sum(1)
-            undone = (made > 0) & ~(step < -0.5 * threshold)
-            back = undone.nonzero()[:, 0]
-            if len(back):
-                there, by = columns[back], -change[back]
-                launch.move_correlation(batch.gram, batch.c, there, by, rows=rows[back])
-            made = made.masked_fill(undone, 0)
-            flip = (columns >= 0) & (made > 0)[:, None]
-            batch.kept[line.expand_as(at)[flip], at[flip]] = after[flip]
-            batch.objective[rows] += torch.where(made > 0, step, 0.0)
-            batch.swaps[rows] += made
+        state = batch.gram, batch.x, batch.c, batch.kept, columns, threshold, rows
+        room = (most - batch.swaps[rows]).clamp(max=2 * WIDTH)
+        _, made, after = launch.swap_block(*state, group=batch.group, room=room, dtype=dtype)
+        at = columns.clamp(min=0).long()
+        line = rows[:, None]
+        change = batch.x[line, at] * (batch.kept[line, at].double() - after.double())
+        change.masked_fill_(columns < 0, 0.0)
+        # v → v + d moves f = vᵀGv by dᵀ(c before + c after)
+        before = batch.c[line, at]
+        launch.move_correlation(batch.gram, batch.c, columns, change, rows)
+        step = (change * (before + batch.c[line, at])).sum(1)
+        undone = (made > 0) & ~(step < -0.5 * threshold)
+        back = undone.nonzero()[:, 0]
+        if len(back):
+            there, by = columns[back], -change[back]
+            launch.move_correlation(batch.gram, batch.c, there, by, rows[back])
+        made = made.masked_fill(undone, 0)
+        flip = (columns >= 0) & (made > 0)[:, None]
+        batch.kept[line.expand_as(at)[flip], at[flip]] = after[flip]
+        batch.objective[rows] += torch.where(made > 0, step, 0.0)
+        batch.swaps[rows] += made
         return made, undone
 
     def _price(
         self, batch: Batch, rows: Int[Tensor, " some"], dtype: torch.dtype
     ) -> Bool[Tensor, " some"]:
-        with self._stage("pricing", rows.device):
-            threshold = batch.threshold(rows)
-            x = batch.x[rows].to(dtype)
-            a, b, e = self._terms(batch, rows, dtype, lowered=True)
-            if self._small:
-                value, u, p = launch.scan_groups(self._blocks, x, a, b)
-                value = torch.where(value < -threshold[:, None], value, torch.inf)
-                columns = self._columns_of_groups(batch, value)
-            else:
-                looked = torch.zeros_like(rows)
-                value, partner = launch.scan(
-                    batch.gram, x, a, b, e, self._reach, threshold,
-                    group=self._group, pairs=looked,
-                )  # fmt: skip
-                batch.priced[rows] += looked
-                u = _least(value, self._width // 2)
-                value = value.gather(1, u.clamp(min=0)).masked_fill(u < 0, torch.inf)
-                p = partner.gather(1, u.clamp(min=0))
-                columns = self._padded(distinct(torch.cat([u, p.masked_fill(u < 0, -1)], 1)))
-            found = (value < torch.inf).any(1)
-            # what was found, in float64
-            line, u, p = rows[:, None], u.clamp(min=0).long(), p.clamp(min=0).long()
-            x_u, x_p = batch.x[line, u], batch.x[line, p]
-            delta = x_u * (x_u * batch.diagonal[u] + 2 * batch.c[line, u])
-            delta += x_p * (x_p * batch.diagonal[p] - 2 * batch.c[line, p])
-            delta -= 2 * x_u * x_p * batch.gram[u, p].double()
-            delta.masked_fill_(value == torch.inf, torch.inf)
-            sure = (delta < -_CLEARLY * threshold[:, None]).any(1)
-            self._harvest[rows] = torch.where(sure[:, None], columns, -1)
+        threshold = batch.threshold(rows)
+        x = batch.x[rows].to(dtype)
+        a, b, e = self._terms(batch, rows, dtype, lowered=True)
+        if self._small:
+            value, u, p = launch.scan_groups(self._blocks, x, a, b)
+            value = torch.where(value < -threshold[:, None], value, torch.inf)
+            columns = self._columns_of_groups(batch, value)
+        else:
+            looked = torch.zeros_like(rows)
+            value, partner = launch.scan(
+                batch.gram, x, a, b, e, self._reach, threshold,
+                group=batch.group, pairs=looked,
+            )  # fmt: skip
+            batch.priced[rows] += looked
+            u = least(value, WIDTH // 2)
+            value = value.gather(1, u.clamp(min=0)).masked_fill(u < 0, torch.inf)
+            p = partner.gather(1, u.clamp(min=0))
+            columns = self._padded(distinct(torch.cat([u, p.masked_fill(u < 0, -1)], 1)))
+        found = (value < torch.inf).any(1)
+        # what was found, in float64
+        line, u, p = rows[:, None], u.clamp(min=0).long(), p.clamp(min=0).long()
+        x_u, x_p = batch.x[line, u], batch.x[line, p]
+        delta = x_u * (x_u * batch.diagonal[u] + 2 * batch.c[line, u])
+        delta += x_p * (x_p * batch.diagonal[p] - 2 * batch.c[line, p])
+        delta -= 2 * x_u * x_p * batch.gram[u, p].double()
+        delta.masked_fill_(value == torch.inf, torch.inf)
+        sure = (delta < -_CLEARLY * threshold[:, None]).any(1)
+        self._harvest[rows] = torch.where(sure[:, None], columns, -1)
         doubtful = (found & ~sure).nonzero()[:, 0]
         if dtype == torch.float32 and len(doubtful):
             sure[doubtful] = self._price(batch, rows[doubtful], torch.float64)
@@ -222,41 +196,10 @@ class TritonKernel:
     def _terms(
         self, batch: Batch, rows: Int[Tensor, " some"], dtype: torch.dtype, lowered: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return launch.column_terms(
-            batch.x, batch.c, batch.kept, batch.diagonal, self._reach, dtype,
-            rows=rows, lowered=lowered,
-        )  # fmt: skip
-
-    @contextmanager
-    def _stage(self, name: str, device: torch.device) -> Iterator[None]:
-        if not self._timed:
-            yield
-            return
-        began = _now(device)
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + _now(device) - began
+        state = batch.x, batch.c, batch.kept, batch.diagonal
+        return launch.column_terms(*state, self._reach, dtype, rows, lowered=lowered)
 
 
 def _device(batch: Batch) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be that of the problem."""
     return torch.cuda.device(batch.x.device) if batch.x.is_cuda else nullcontext()
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def _least(values: Float[Tensor, "rows m"], many: int) -> Int[Tensor, "rows many"]:
-    """Positions of the least finite values of each row, in no order; ties: the lowest; −1 where there are no
-    more."""
-    many = min(many, values.shape[1])
-    found, position = values.topk(many, dim=1, largest=False, sorted=True)
-    # topk leaves open which of the values equal to the last one it takes
-    edge = found[:, -1:]
-    tied = (values == edge).sum(1) > (found == edge).sum(1)
-    if bool((tied & (edge[:, 0] < torch.inf)).any()):
-        order = values[tied].sort(dim=1, stable=True)
-        found[tied], position[tied] = order.values[:, :many], order.indices[:, :many]
-    return position.masked_fill(found == torch.inf, -1)

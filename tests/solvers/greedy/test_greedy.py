@@ -12,7 +12,7 @@ from strategies import HALF, TWO_FOUR, alone, drawn, patterns, problems, random_
 from maskopt import NM, LayerProblem, Solution, Status, Unstructured, solve, verify
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.errors import ProblemError, SolverError, VerificationError
-from maskopt.solvers.greedy.select import keep_highest
+from maskopt.solvers.greedy.scores import keep_highest
 from maskopt.solvers.greedy.sparsegpt import SparseGPT
 
 SIXTY = Unstructured(sparsity=0.6)
@@ -91,7 +91,7 @@ def test_what_elimination_sees_and_what_it_misses(gram, found, cost, monkeypatch
     assert masks == [[False, True, False], [False, False, True]]
     problem = drawn(7, 12, pattern=TWO_FOUR)
     whole = solve(problem, "elimination").mask
-    monkeypatch.setattr("maskopt.solvers.greedy.elimination._TILE_BYTES", 1)
+    monkeypatch.setattr("maskopt.solvers.greedy.scores._TILE_BYTES", 1)
     assert torch.equal(solve(problem, "elimination").mask, whole)
 
 

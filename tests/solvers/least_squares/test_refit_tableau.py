@@ -9,11 +9,10 @@ from maskopt import NM, LeastSquaresUpdate, Limits, Unstructured, improving_swap
 from maskopt.checks.swap_check import costs_of
 from maskopt.core.limits import torch_threads
 from maskopt.solvers.least_squares import compiled_row, state
-from maskopt.solvers.least_squares.block import exchanged as searched, exchanges
 from maskopt.solvers.least_squares.compiled_row import CompiledRow
-from maskopt.solvers.least_squares.scratch import Scratch, inverse, part_of
+from maskopt.solvers.least_squares.row_kernel import exchanged as searched, exchanges
 from maskopt.solvers.least_squares.search import refine
-from maskopt.solvers.least_squares.state import Metric, Pairs, Row
+from maskopt.solvers.least_squares.state import Metric, Pairs, Row, Scratch, inverse, part_of
 
 DAMPINGS = (0.0, 0.01, 0.3)
 BOTH = pytest.mark.parametrize("kind_of_row", [Row, CompiledRow])

@@ -22,7 +22,7 @@ from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.errors import PatternError, ProblemError, SolverError, VerificationError
 from maskopt.protocol.solution import Solution, Status, relative_gap
 from maskopt.protocol.solver import available_solvers, solve
-from maskopt.solvers.greedy.select import keep_highest
+from maskopt.solvers.greedy.scores import keep_highest
 
 AVAILABLE = {name: info for name, info in available_solvers().items() if info.available}
 EQUAL = sorted(x for x, info in AVAILABLE.items() if not info.capabilities.shared_budget)

@@ -14,7 +14,7 @@ Both steps only lower the layer's sum, and keep its count.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -52,71 +52,50 @@ class Offers(NamedTuple):
     def joined(cls, parts: list[Offers]) -> Offers:
         return cls(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
-    def put(self, rows: Int[Tensor, " some"], other: Offers) -> None:
-        """Some rows offer something else now."""
-        for mine, new in zip(self, other, strict=True):
-            mine[rows] = new
-
 
 #: (some rows, their masks) → 1-swap optima at the masks' own counts, and what makes the rows' offers then
 Search = Callable[[LayerProblem, Tensor, Limits], tuple[Solution, Callable[[], Offers]]]
 
 
-@dataclass
-class _State:
-    """Where every row stands."""
-
-    mask: Bool[Tensor, "rows n"]
-    objective: Float[Tensor, " rows"]
-    proven: Bool[Tensor, " rows"]
-    offers: Offers
-    weight: Float[Tensor, "rows n"] | None
-
-    def put(self, rows: Tensor, found: Solution, offers: Offers) -> None:
-        self.mask[rows], self.objective[rows] = found.mask, found.objective
-        self.proven[rows] = proven(found)
-        self.offers.put(rows, offers)
-        if self.weight is not None:
-            assert found.weight is not None
-            self.weight[rows] = found.weight
-
-    def copy(self) -> _State:
-        """Without the offers, which are made anew."""
-        weight = None if self.weight is None else self.weight.clone()
-        parts = self.mask.clone(), self.objective.clone(), self.proven.clone()
-        return _State(*parts, self.offers, weight)
-
-
 def transfer(problem: LayerProblem, start: Tensor, search: Search, limits: Limits) -> Solution:
     """From a legal mask to a proven 1-swap optimum of the layer, or to a limit."""
-    found, offers = search(problem, start, limits)
+    found, offers_of = search(problem, start, limits)
     if not problem.shared_budget:
         return found
-    state = _State(found.mask, found.objective, proven(found), offers(), found.weight)
-    trace = found.trace
-    history = [trace.history[:, 0].to(state.objective), state.objective.clone()]
+    # mask, objective and, where they are updated, weights of every row
+    now = _answers(found)
+    optimal, offers, trace = proven(found), offers_of(), found.trace
+    history = [trace.history[:, 0].to(found.objective), found.objective.clone()]
     given = torch.zeros_like(trace.swaps)
     done = False
-    while bool(state.proven.all()) and not limits.expired:
-        changed = transfers(state.offers, problem, state.objective, state.mask)
+    while bool(optimal.all()) and not limits.expired:
+        mask, objective = now[:2]
+        changed = transfers(offers, problem, objective, mask)
         done = changed is None
         if changed is None:
             break
-        before, total = state.copy(), problem.shares @ state.objective
-        state.mask ^= changed
         given += changed.sum(1).cpu()
         rows = changed.any(1).nonzero()[:, 0]
-        found, offers = search(problem.take(rows), state.mask[rows], limits.quiet())
-        state.put(rows, found, offers())
-        _add(trace, rows, found.trace)
-        if not problem.shares @ state.objective < total:  # rounding promised too much
-            state = before
-            state.proven[:] = False
-        history.append(state.objective.clone())
+        found, offers_of = search(problem.take(rows), (mask ^ changed)[rows], limits.quiet())
+        optimal[rows] = proven(found)
+        for mine, new in zip(offers, offers_of(), strict=True):
+            mine[rows] = new
+        for name in ("swaps", "scans", "rounds", "pairs"):
+            getattr(trace, name)[rows.cpu()] += getattr(found.trace, name)
+        after = [x.index_copy(0, rows, new) for x, new in zip(now, _answers(found), strict=True)]
+        if problem.shares @ after[1] < problem.shares @ objective:
+            now = after
+        else:  # rounding promised too much
+            optimal[:] = False
+        history.append(now[1].clone())
     limits.report(problem.rows, problem.rows)
     trace = replace(trace, history=torch.stack(history, 1).cpu(), transfers=given)
-    state.proven[:] = done
-    return searched(state.mask, state.objective, state.proven, trace, state.weight)
+    optimal[:] = done
+    return searched(now[0], now[1], optimal, trace, *now[2:])
+
+
+def _answers(found: Solution) -> list[Tensor]:
+    return [x for x in (found.mask, found.objective, found.weight) if x is not None]
 
 
 def searched(
@@ -136,6 +115,12 @@ def proven(found: Solution) -> Bool[Tensor, " rows"]:
     """Inverse of `statuses`."""
     flags = [status is Status.SWAP_OPTIMAL for status in found.status]
     return torch.tensor(flags, device=found.mask.device)
+
+
+def by_count(kept: Bool[Tensor, "rows n"]) -> list[Int[Tensor, " some"]]:
+    """Places of the rows that keep as many each; without a shared budget all in one."""
+    counts = kept.sum(1)
+    return [(counts == count).nonzero()[:, 0] for count in counts.unique()]
 
 
 def transfers(
@@ -206,9 +191,3 @@ def _single(share: Tensor, slack: Tensor, offers: Offers) -> tuple[Tensor, Tenso
         return None
     giver, taker = (torch.tensor([row * some], device=cost.device) for row in best[1:])
     return giver, taker
-
-
-def _add(trace: Trace, rows: Tensor, more: Trace) -> None:
-    """Add the trace of a search of some rows to what they have."""
-    for name in ("swaps", "scans", "rounds", "pairs"):
-        getattr(trace, name)[rows.cpu()] += getattr(more, name)

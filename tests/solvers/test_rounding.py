@@ -9,10 +9,9 @@ from strategies import HALF, TWO_FOUR, drawn, floor, problems, random_gram, rand
 from maskopt import LayerProblem, Limits, Status, Unstructured, solve, verify
 from maskopt.core.limits import clock, torch_threads
 from maskopt.protocol.solution import relative_gap
+from maskopt.solvers import rounding as module
 from maskopt.solvers.convex.box import BoxPlan, linear_bound, relax_box
 from maskopt.solvers.convex.box_step import CompiledStep, TorchStep
-from maskopt.solvers.rounding import relax as module
-from maskopt.solvers.rounding.frank_wolfe import FrankWolfe
 
 SINGLE = torch.float32
 SIXTY = Unstructured(sparsity=0.6)
@@ -164,7 +163,7 @@ def test_the_swaps_have_what_the_relaxation_leaves(monkeypatch):
     assert began + 50 <= seen[0] <= clock() + 50
 
 
-@pytest.mark.parametrize("solver", ["relax", FrankWolfe(iterations=500)], ids=str)
+@pytest.mark.parametrize("solver", ["relax", module.FrankWolfe(iterations=500)], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_no_claim_on_a_float32_gram_is_above_its_certificate(solver, scale):
     """Low rank in float32: G is semidefinite only up to its rounding; and one weight may dominate."""
@@ -248,7 +247,7 @@ def test_it_converges_to_the_relaxations_optimum(pattern):
 def test_alpha_keeps_the_top_wanda_weights():
     problem = drawn(3, 20, seeds=(1, 4))
     score = problem.weight.abs() * problem.gram.diagonal().sqrt()
-    plans = (FrankWolfe(alpha=alpha, iterations=50) for alpha in (0.5, 1.0))
+    plans = (module.FrankWolfe(alpha=alpha, iterations=50) for alpha in (0.5, 1.0))
     half, whole = (solve(problem, plan, start="worst") for plan in plans)
     verify(problem, half)
     assert bool((half.objective < solve(problem, "worst").objective).all())

@@ -1,1 +1,0 @@
-"""A relaxation solved, then rounded to a mask: relax, frank_wolfe, the rounded SDP."""
