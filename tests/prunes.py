@@ -10,7 +10,7 @@ from strategies import slow
 from tiny_models import tokens
 
 from maskopt import prune_model, remove_blocks, remove_experts, shrink_model
-from maskopt.models.blockwise.progress import BlockProgress
+from maskopt.models.blockwise.forward import BlockProgress
 from maskopt.models.checkpoints.mask_file import MaskFile, TensorMask
 from maskopt.models.checkpoints.report import PruneReport, read_manifest
 from maskopt.models.checkpoints.workspace import HIDDEN, MANIFEST

@@ -26,7 +26,7 @@ from maskopt.models.checkpoints.report import (
 )
 from maskopt.models.checkpoints.schema import PRUNE
 from maskopt.models.checkpoints.workspace import MANIFEST, MASKS, plain_errors
-from maskopt.models.pruning.rerun import command_again
+from maskopt.models.pruning.card import command_again
 from maskopt.report.page import (
     COLOURS,
     MARKERS,
@@ -35,11 +35,12 @@ from maskopt.report.page import (
     Heading,
     MaskPicture,
     Section,
+    Table,
     legend,
+    number,
     plain,
     write_page,
 )
-from maskopt.report.table import Table, number
 
 #: a report and its name on the page
 Named = tuple[str, PruneReport]

@@ -16,7 +16,7 @@ from hypothesis import given, settings, strategies as st
 from maskopt import NM, Unstructured
 from maskopt.core.pattern import parse_sparsity, pattern_from_dict, pattern_to_dict
 from maskopt.errors import PatternError, SolverError
-from maskopt.models.pruning.knapsack import choose_levels
+from maskopt.models.pruning.allocate import choose_levels
 
 RANGE = r"outside \[0, 1\)"
 ROW = {"kind": "unstructured", "sparsity": 0.5, "keep": None}

@@ -25,8 +25,8 @@ from maskopt.errors import ModelError, OptionError
 from maskopt.models.architecture.source import FolderSource
 from maskopt.models.architecture.structures import BLOCK_INDICES, DEPTHS
 from maskopt.models.blockwise.divergence import Variant, Variants, divergences, place, through
+from maskopt.models.blockwise.forward import OnBlockProgress
 from maskopt.models.blockwise.job import Block, Job
-from maskopt.models.blockwise.progress import OnBlockProgress
 from maskopt.models.checkpoints.checkpoint import read_json
 from maskopt.models.checkpoints.report import PruneReport
 from maskopt.models.checkpoints.schema import BLOCKS

@@ -28,8 +28,8 @@ from maskopt.errors import ModelError, OptionError
 from maskopt.models.architecture.blocks import Blocks, is_experts
 from maskopt.models.architecture.source import FolderSource
 from maskopt.models.architecture.structures import EXPERT_COUNTS, ROUTERS, Cut
+from maskopt.models.blockwise.forward import OnBlockProgress
 from maskopt.models.blockwise.job import Block, Job
-from maskopt.models.blockwise.progress import OnBlockProgress
 from maskopt.models.blockwise.watch import takes_routing
 from maskopt.models.checkpoints.checkpoint import read_json
 from maskopt.models.checkpoints.report import LayerReport, PruneReport

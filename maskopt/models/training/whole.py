@@ -24,7 +24,7 @@ from maskopt.models.checkpoints.mask_file import Edits, MaskFile
 from maskopt.models.checkpoints.safefile import write_tensors
 from maskopt.models.checkpoints.workspace import MASKS, Workspace
 from maskopt.models.checkpoints.write import write_shard
-from maskopt.models.options.distill import DistillOptions
+from maskopt.models.options.training import DistillOptions
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.training.trainer import BYTES, FolderKeeper, Task, Trained, train
 

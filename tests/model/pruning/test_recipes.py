@@ -19,8 +19,8 @@ from maskopt.core.fields import RECORDED, options_of
 from maskopt.errors import DataError, ModelError, OptionError, VerificationError
 from maskopt.models.checkpoints.workspace import HIDDEN, MANIFEST, Workspace
 from maskopt.models.options.prune import RECIPES, prune_options
+from maskopt.models.pruning.card import options_again
 from maskopt.models.pruning.plan import plan_prune
-from maskopt.models.pruning.rerun import options_again
 from maskopt.models.training import whole as stage
 from maskopt.models.training.trainer import FolderKeeper
 from maskopt.models.verification.verify import verify_model

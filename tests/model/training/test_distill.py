@@ -24,8 +24,8 @@ from maskopt.models.blockwise.memory import autograd_memory
 from maskopt.models.checkpoints.journal import Journal
 from maskopt.models.checkpoints.mask_file import MaskFile
 from maskopt.models.checkpoints.workspace import CARD, HIDDEN, JOURNAL, MASKS, earlier_files
-from maskopt.models.distillation.distill import RECORD
-from maskopt.models.options.distill import DistillOptions
+from maskopt.models.distillation import RECORD
+from maskopt.models.options.training import DistillOptions
 from maskopt.models.pruning import run as running
 from maskopt.models.training import trainer as training
 from maskopt.models.training.trainer import FolderKeeper

@@ -21,7 +21,7 @@ from maskopt.models.checkpoints.mask_file import MaskFile
 from maskopt.models.checkpoints.safefile import write_file
 from maskopt.models.checkpoints.workspace import CARD, MASKS, Workspace
 from maskopt.models.checkpoints.write import check_masks, copy_file, copy_side_files, disk_needed
-from maskopt.models.options.distill import DistillOptions
+from maskopt.models.options.training import DistillOptions
 from maskopt.models.options.walk import options_by_name
 from maskopt.models.pruning.run import Run, fingerprint_of
 from maskopt.models.structured.change import folder_source
