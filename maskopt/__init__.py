@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from maskopt.instances.structure import structure_problem as structure_problem
     from maskopt.models.blockwise.job import open_job as open_job
     from maskopt.models.checkpoints.pack import load_packed as load_packed
-    from maskopt.models.distillation.distill import distill_model as distill_model
+    from maskopt.models.distillation import distill_model as distill_model
     from maskopt.models.evaluation.evaluate import perplexity as perplexity
     from maskopt.models.options.prune import PruneOptions as PruneOptions
     from maskopt.models.pruning.gram_store import collect_grams as collect_grams
@@ -60,7 +60,7 @@ _MODULES = {
     "maskopt.instances.formats": ("load_problem", "save_problem"),
     "maskopt.models.blockwise.job": ("open_job",),
     "maskopt.models.checkpoints.pack": ("load_packed",),
-    "maskopt.models.distillation.distill": ("distill_model",),
+    "maskopt.models.distillation": ("distill_model",),
     "maskopt.models.evaluation.evaluate": ("perplexity",),
     "maskopt.models.options.prune": ("PruneOptions",),
     "maskopt.models.pruning.gram_store": ("collect_grams",),

@@ -10,7 +10,7 @@ from strategies import slow
 from tiny_models import tokens
 
 from maskopt import prune_model, remove_blocks, remove_experts, shrink_model
-from maskopt.models.blockwise.progress import BlockProgress
+from maskopt.models.blockwise.forward import BlockProgress
 from maskopt.models.checkpoints.report import PruneReport
 from maskopt.models.checkpoints.result import MaskFile, TensorMask
 from maskopt.models.checkpoints.schema import MANIFEST, read_manifest

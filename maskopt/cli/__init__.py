@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 PANELS = {
     "Models": {
         "prune": "prune:prune",
-        "prune-structured": "prune_structured:prune_structured",
+        "prune-structured": "models:prune_structured",
         "distill": "models:distill",
-        "sweep": "sweep:sweep",
+        "sweep": "prune:sweep",
         "eval": "models:evaluate",
     },
     "Matrices": {

@@ -434,7 +434,7 @@ def _of_toml(path: Path) -> dict[str, Any]:
 def _of_manifest(path: Path) -> dict[str, Any]:
     """The options that repeat a run, without its text, of which a manifest has only the name."""
     from maskopt.models.checkpoints.schema import read_manifest
-    from maskopt.models.pruning.rerun import options_again
+    from maskopt.models.pruning.card import options_again
 
     manifest = read_manifest(path, smaller=True)
     try:

@@ -1,4 +1,5 @@
-"""`maskopt distill`: kept weights trained to match the dense model; `maskopt eval`: perplexity of models."""
+"""`maskopt distill`: kept weights trained to match the dense model; `maskopt eval`: perplexity of models;
+`maskopt prune-structured`: a model folder in, a smaller model folder out."""
 
 from __future__ import annotations
 
@@ -10,16 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from maskopt.cli.command import CALIBRATION_TEXT, OVERWRITE, RESUME, SOURCES, command
+from maskopt.cli.command import CALIBRATION_TEXT, MODEL, OVERWRITE, RESUME, SOURCES, command
 from maskopt.cli.console import make_table, screen, written
 from maskopt.cli.prune import naming_resume
-from maskopt.cli.view import view
-from maskopt.core.fields import OUTPUT, REQUIRED, option, options_of
+from maskopt.cli.view import PruneView, view
+from maskopt.core.fields import OUTPUT, REQUIRED, SELECTION, TEXT, option, options_of
 from maskopt.core.files import atomic_write, check_writable
-from maskopt.models.options.distill import DistillOptions
+from maskopt.errors import OptionError
+from maskopt.models.options.structured import ShrinkOptions
+from maskopt.models.options.training import DistillOptions
 from maskopt.models.options.walk import EVALUATION, WalkOptions
 
 if TYPE_CHECKING:
+    from maskopt.models.checkpoints.report import LayerReport, PruneReport
     from maskopt.models.evaluation.evaluate import Evaluation
 
 
@@ -45,7 +49,7 @@ def distill(
     The pruned model is in memory as a whole, the dense model one block at a time. Held-out windows evaluate
     every epoch. `maskopt verify OUT --masks PRUNED` checks that every zero was kept.
     """
-    from maskopt.models.distillation.distill import distill_model
+    from maskopt.models.distillation import distill_model
 
     with naming_resume(output, "what was saved last is", "nothing was saved"), view() as shown:
         found = distill_model(
@@ -132,3 +136,144 @@ def _comparison(found: Sequence[Evaluation]) -> Table:
             compared = (ratio, kl, f"{c.agreement:.1%}")
         table.add_row(one.model, f"{one.perplexity.value:.2f}", *compared)
     return table
+
+
+_WALK = {one.name for one in options_of(WalkOptions)}
+
+
+@command(
+    *(one for one in options_of(ShrinkOptions) if one.name not in ShrinkOptions.absent),
+    example="maskopt prune-structured MODEL --channels 0.25 --calibration t.txt --output SMALLER",
+    config=True,
+)
+def prune_structured(
+    model: str = MODEL,
+    calibration: str = CALIBRATION_TEXT,
+    blocks: int = option(
+        0,
+        "Number of decoder blocks to remove, scored by the change of the model output without each block and "
+        "each pair.",
+        SELECTION,
+        least=0,
+    ),
+    windows: int | None = option(
+        None, "With --blocks: number of calibration windows that score. Default: 4.", TEXT, least=1
+    ),
+    experts: float = option(
+        0.0,
+        "Share of experts to remove in each mixture-of-experts layer.",
+        SELECTION,
+        least=0,
+        most=1,
+    ),
+    output: Path = option(REQUIRED, "Folder for the smaller model.", OUTPUT),
+    overwrite: bool = OVERWRITE,
+    resume: bool = RESUME,
+    **options: Any,
+) -> None:
+    """Remove whole MLP channels, attention heads, experts or blocks.
+
+    The result is a smaller dense model, which `maskopt prune` accepts. Heads are proven to
+    be the best to remove for the layer output. `maskopt verify OUT --original MODEL` checks the result.
+    """
+    from maskopt.models.structured.channels import shrink_model
+    from maskopt.models.structured.experts import remove_experts
+
+    if windows is not None and not blocks:
+        raise OptionError("`windows` need `blocks`")
+    inputs: dict[str, Any] = {"calibration": calibration, "output": output, "overwrite": overwrite}
+    if blocks or experts:
+        _check_alone("blocks" if blocks else "experts", resume, options, bool(blocks and experts))
+        inputs["options"] = WalkOptions(**options)
+        if blocks:
+            _remove_blocks(model, blocks, windows, inputs)
+        else:
+            with view() as shown:
+                report = remove_experts(
+                    model, share=experts, on_progress=PruneView(shown), **inputs
+                )
+            show_report(report, before="routing unchanged")
+    else:
+        with naming_resume(output), view() as shown:
+            report = shrink_model(
+                model, resume=resume, on_progress=PruneView(shown), **inputs, **options
+            )
+        show_report(report)
+    written(output, "smaller model and manifest")
+
+
+def _check_alone(what: str, resume: bool, options: dict[str, Any], both: bool) -> None:
+    """Raise OptionError for an option that cannot be combined with whole blocks, or with experts."""
+    if resume:
+        raise OptionError(f"`{what}` are measured in one go; leave out `resume`")
+    if both or options.get("channels") or options.get("heads"):
+        raise OptionError(
+            f"`{what}` are removed by themselves; cut other structures by a second `maskopt prune-structured`"
+        )
+    for name in options:
+        if name not in _WALK:
+            raise OptionError(f"`{name}` says nothing of `{what}`; leave it out")
+
+
+def _remove_blocks(model: str, count: int, windows: int | None, given: dict[str, Any]) -> None:
+    from maskopt.models.structured.blocks import WINDOWS, remove_blocks
+
+    with view() as shown:
+        report = remove_blocks(
+            model, count=count, windows=windows or WINDOWS, on_progress=PruneView(shown), **given
+        )
+    effects = report.effects
+    headings = ("choice", "blocks", "by pairs", "as a whole", "")
+    table = make_table(*headings, left=2, caption="KL to the dense model, nats a token")
+    table.columns[-1].justify = "left"
+    best = (~report.solution.mask[0]).nonzero()[:, 0].tolist()
+    for label, chosen, note in (
+        ("removed", report.removed, ""),
+        ("of least cost by pairs", best, f"{report.solution.status[0]}"),
+        ("changing their input least", effects.most_alike(count), ""),
+        ("the last ones", effects.last(count), ""),
+    ):
+        row = [f"{cost:.4f}" for cost in (effects.cost(chosen), report.measured[frozenset(chosen)])]
+        table.add_row(label, ", ".join(map(str, chosen)), *row, note)
+    screen.print(table)
+    screen.print(f"{report.seconds:.1f} s")
+
+
+def show_report(report: PruneReport, before: str = "before update") -> None:
+    """One line per kind of layer; errors relative to the energy of the layers' outputs."""
+    least_squares = any(layer.error_kept is not None for layer in report.layers)
+    held = any(layer.relative_held is not None for layer in report.layers)
+    errors = (*([before] if least_squares else []), "error", *(["held out"] if held else []))
+    table = make_table(
+        *("what stays", "inputs of", "layers", "proven best", "gap at most", *errors, "s"),
+        left=2,
+        caption="mean errors, relative to the energy of the layers' outputs",
+    )
+    for kind, layers in report.by_kind().items():
+        kept = [x.error if x.error_kept is None else x.error_kept for x in layers]
+        first = [e / x.energy for e, x in zip(kept, layers, strict=True) if x.energy]
+        best = sum("optimal" in layer.statuses for layer in layers)
+        table.add_row(
+            layers[0].pattern,
+            kind,
+            str(len(layers)),
+            f"{best}",
+            _gap(kept, layers),
+            *([f"{_mean(first):.4f}"] if least_squares else []),
+            f"{_mean([layer.relative for layer in layers]):.4f}",
+            *([f"{_mean([layer.relative_held or 0.0 for layer in layers]):.4f}"] if held else []),
+            f"{sum(layer.seconds for layer in layers):.1f}",
+        )
+    screen.print(table)
+    screen.print(report.sentence(), soft_wrap=True)
+    screen.print(f"{report.sparsity:.1%} of the weights of these layers, in {report.seconds:.1f} s")
+
+
+def _gap(errors: list[float], layers: list[LayerReport]) -> str:
+    """The largest gap of a choice to its bound; nothing where a layer has none."""
+    gaps = [1 - x.lower_bound / e if e else 0.0 for e, x in zip(errors, layers, strict=True)]
+    return "–" if any(layer.lower_bound <= 0 for layer in layers) else f"{max(0.0, *gaps):.1%}"
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

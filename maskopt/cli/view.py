@@ -19,7 +19,7 @@ from maskopt.core.limits import clock
 from maskopt.errors import OptionError, printable
 
 if TYPE_CHECKING:
-    from maskopt.models.blockwise.progress import BlockProgress
+    from maskopt.models.blockwise.forward import BlockProgress
 
 #: seconds before plain lines begin, and between two of them; where nothing is finished meanwhile, more
 _FIRST, _BETWEEN = 3.0, 30.0

@@ -19,15 +19,14 @@ from maskopt.experiments.compare import Record, compare, sample_rows
 from maskopt.models.architecture.blocks import Layer, short
 from maskopt.models.architecture.source import load_tokenizer
 from maskopt.models.architecture.transformers_adapter import quietly
-from maskopt.models.blockwise.progress import BlockProgress
+from maskopt.models.blockwise.forward import BlockProgress
 from maskopt.models.checkpoints.report import PruneReport, proven_share, ratio_to_wanda
 from maskopt.models.checkpoints.workspace import check_output
 from maskopt.models.evaluation.evaluate import perplexity
 from maskopt.models.pruning.problems import layer_problems
 from maskopt.models.pruning.prune import prune_model
-from maskopt.report.page import write_page
+from maskopt.report.page import Table, number, write_page
 from maskopt.report.prune_page import DENSE, WANDA, Named, comparison, report_parts
-from maskopt.report.table import Table, number
 
 #: layers whose rows are solved to proven optimality
 TOY_LAYERS = (

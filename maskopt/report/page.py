@@ -1,6 +1,7 @@
 """One self-contained HTML page: no script, no font, no request to anywhere.
 
-Figures are drawn by matplotlib as SVG in the page's colours, with a table of their numbers.
+Figures are drawn by matplotlib as SVG in the page's colours, with a table of their numbers. A `Table` is
+shown the same way in a terminal.
 """
 
 from __future__ import annotations
@@ -11,20 +12,84 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import rich.table
 from jaxtyping import Bool
+from rich.text import Text
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from maskopt.core.files import atomic_write
-from maskopt.errors import OptionError
-from maskopt.report.table import Table
+from maskopt.errors import OptionError, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """`12.35`, `0.004021`, `1.2e+05`; `–` where there is nothing to say."""
+    if value is None or math.isnan(value):
+        return "–"
+    if value != 0 and not 1e-4 <= abs(value) < 1e6:
+        return f"{value:.{digits - 1}g}"
+    return f"{value:.{digits}g}" if abs(value) < 10 ** (digits - 1) else f"{value:,.0f}"
+
+
+@dataclass
+class Table:
+    """Cells are text already; columns after the first `text_columns` are figures, right-aligned."""
+
+    title: str
+    headings: Sequence[str]
+    rows: list[Sequence[str]] = field(default_factory=list)
+    text_columns: int = 1
+    note: str = ""
+
+    def add(self, *cells: str) -> None:
+        if len(cells) != len(self.headings):
+            raise ValueError(f"{len(cells)} cells for {len(self.headings)} columns")
+        self.rows.append(cells)
+
+    def rich(self) -> rich.table.Table:
+        """For `rich.print`: no markup, and no control characters."""
+
+        def text(cell: str) -> Text:
+            return Text(printable(cell))
+
+        caption = text(self.note) if self.note else None
+        table = rich.table.Table(title=text(self.title), title_justify="left", caption=caption)
+        for index, heading in enumerate(self.headings):
+            justify = "left" if index < self.text_columns else "right"
+            table.add_column(text(heading), justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        for row in self.rows:
+            table.add_row(*map(text, row))
+        return table
+
+    def html(self) -> str:
+        """Its heading, and an escaped `<table>`."""
+        return f"<h2>{html.escape(self.title)}</h2>\n{self.grid()}"
+
+    def grid(self) -> str:
+        """An escaped `<table>` with its note."""
+
+        def cells(tag: str, row: Sequence[str]) -> str:
+            return "".join(
+                f'<{tag}{" scope=col" * (tag == "th")} class="'
+                f'{"text" if i < self.text_columns else "figure"}">'
+                f"{html.escape(cell)}</{tag}>"
+                for i, cell in enumerate(row)
+            )
+
+        body = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in self.rows)
+        note = f'<p class="note">{html.escape(self.note)}</p>' if self.note else ""
+        return (
+            f"<table>\n<thead><tr>{cells('th', self.headings)}</tr></thead>\n"
+            f"<tbody>\n{body}\n</tbody></table>\n{note}"
+        )
+
 
 #: readable on white and on the page's dark ground; markers distinguish series without colour
 COLOURS = ("#2f7ed8", "#d0692b", "#2f9158", "#b0527a", "#8064c8", "#7a7a2a", "#3a8f9e")

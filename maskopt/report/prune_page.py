@@ -25,7 +25,7 @@ from maskopt.models.checkpoints.report import (
 from maskopt.models.checkpoints.result import MaskFile
 from maskopt.models.checkpoints.schema import MANIFEST, MASKS, PRUNE, read_manifest
 from maskopt.models.checkpoints.workspace import plain_errors
-from maskopt.models.pruning.rerun import command_again
+from maskopt.models.pruning.card import command_again
 from maskopt.report.page import (
     COLOURS,
     MARKERS,
@@ -34,11 +34,12 @@ from maskopt.report.page import (
     Heading,
     MaskPicture,
     Section,
+    Table,
     legend,
+    number,
     plain,
     write_page,
 )
-from maskopt.report.table import Table, number
 
 #: a report and its name on the page
 Named = tuple[str, PruneReport]

@@ -28,7 +28,7 @@ from yardsticks import shared_out
 from maskopt.demo.model import MODELS, demo_model
 from maskopt.models.checkpoints.report import PruneReport
 from maskopt.models.checkpoints.schema import MASKS
-from maskopt.models.distillation.distill import distill_model
+from maskopt.models.distillation import distill_model
 from maskopt.models.evaluation.evaluate import Evaluation, evaluate
 from maskopt.models.options.prune import prune_options
 from maskopt.models.options.walk import WalkOptions

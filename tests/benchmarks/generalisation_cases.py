@@ -9,7 +9,7 @@ from book import PATTERNS
 
 from maskopt import NM, Unstructured
 from maskopt.core.pattern import Pattern
-from maskopt.models.calibration.token_weights import TOKEN_WEIGHTS
+from maskopt.models.calibration.tokens import TOKEN_WEIGHTS
 
 #: label → solver, start
 METHODS = {

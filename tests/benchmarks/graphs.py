@@ -92,7 +92,7 @@ def measure(path: Path, edges: float | None, limit: float, threads: int | None) 
         raise SystemExit(f"{path.stem}: {value} edges, published {edges}")
     bound = problem.value(float(solution.lower_bound[0]))
     nodes = int(solution.trace.columns(1)["nodes"][0])
-    megabytes = solution.proof[0].nbytes / 1e6
+    megabytes = sum(tree.nbytes for tree in solution.proof if tree is not None) / 1e6
     return Measured(proven, value, bound, solution.seconds, nodes, checking, megabytes)
 
 

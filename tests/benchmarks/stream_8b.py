@@ -109,7 +109,7 @@ def main() -> None:
     print(f"{shape[0]} windows of {shape[1]} random tokens", flush=True)
 
     def prune() -> str:
-        from maskopt.models.blockwise.progress import BlockProgress
+        from maskopt.models.blockwise.forward import BlockProgress
         from maskopt.models.pruning.prune import prune_model
 
         seen = -1

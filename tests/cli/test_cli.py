@@ -27,14 +27,14 @@ from maskopt.cli.console import errors
 from maskopt.cli.view import JsonView, LiveView, PlainView, PruneView, View, duration
 from maskopt.core.fields import JSON_FILE, RECORDED, REQUIRED, options_of
 from maskopt.errors import OptionError
-from maskopt.models.blockwise.progress import BlockProgress
+from maskopt.models.blockwise.forward import BlockProgress
 from maskopt.models.checkpoints.report import LayerReport
-from maskopt.models.options.distill import DistillOptions
 from maskopt.models.options.prune import RECIPE, PruneOptions
 from maskopt.models.options.structured import ShrinkOptions
+from maskopt.models.options.training import DistillOptions
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.pruning import plan
-from maskopt.report.table import Table
+from maskopt.report.page import Table
 from maskopt.solvers import Swap
 
 TRUST = "trust_remote_code"

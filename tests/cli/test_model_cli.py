@@ -36,8 +36,8 @@ from maskopt.errors import (
 from maskopt.models.checkpoints.schema import MANIFEST
 from maskopt.models.checkpoints.workspace import HIDDEN, JOURNAL, Journal
 from maskopt.models.pruning import plan as planning
+from maskopt.models.pruning.card import command_again, options_again
 from maskopt.models.pruning.plan import plan_prune
-from maskopt.models.pruning.rerun import command_again, options_again
 
 TEXT = "Pack my box with five dozen liquor jugs. "
 WANDA, DRY = ["--sparsity", 0.5, "--solver", "wanda"], ["prune", "--dry-run"]

@@ -11,7 +11,7 @@ from maskopt.core import limits as products
 from maskopt.core.gram import CHUNK, TILE, Gram
 from maskopt.core.limits import fast_products
 from maskopt.errors import ProblemError
-from maskopt.models.blockwise.threads import Threads
+from maskopt.models.blockwise.forward import Threads
 
 close, setting = torch.testing.assert_close, torch.get_float32_matmul_precision
 

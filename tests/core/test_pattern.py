@@ -15,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 from maskopt import NM, Unstructured
 from maskopt.core.pattern import parse_sparsity
 from maskopt.errors import PatternError, SolverError
-from maskopt.models.pruning.knapsack import choose_levels
+from maskopt.models.pruning.allocate import choose_levels
 
 RANGE = r"outside \[0, 1\)"
 

@@ -25,9 +25,8 @@ from maskopt.demo.run import error_table, run_demo, toy_table
 from maskopt.errors import ModelError, OptionError
 from maskopt.experiments.compare import Record
 from maskopt.models.checkpoints.report import LayerReport, PruneReport
-from maskopt.report.page import MaskPicture, write_page
+from maskopt.report.page import MaskPicture, Table, number, write_page
 from maskopt.report.prune_page import DENSE, WANDA, comparison, open_reports, runs
-from maskopt.report.table import Table, number
 
 OPTIONS = {"sparsity": 0.5, "min_tokens": 1, "holdout": 0.25}
 TRAINED = {"update": "blockwise", "training": {"epochs": 1, "begin": "least-squares"}}

@@ -18,8 +18,7 @@ from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Layer
 from maskopt.models.blockwise.activations import Activations, States
 from maskopt.models.blockwise.distributed import ALONE, Ranks
-from maskopt.models.blockwise.forward import Call
-from maskopt.models.blockwise.threads import Threads
+from maskopt.models.blockwise.forward import Call, Threads
 from maskopt.models.blockwise.watch import Seen, Watch, WatchedWeights, experts_see_all
 
 #: after a block's name: seen in its output in the dense model

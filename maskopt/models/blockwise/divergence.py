@@ -18,9 +18,9 @@ from torch import Tensor
 
 from maskopt.errors import ModelError
 from maskopt.models.blockwise.activations import Activations, States
+from maskopt.models.blockwise.forward import ticker
 from maskopt.models.blockwise.job import Block, Job
 from maskopt.models.blockwise.memory import POSITIONS, check_memory, hidden_size
-from maskopt.models.blockwise.progress import ticker
 
 #: positions at a time whose logits stay in a processor's cache, with a vocabulary of 262,144
 CACHED = 4

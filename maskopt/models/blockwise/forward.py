@@ -1,26 +1,124 @@
 """Run a causal LM block by block: what every block is called with, and samples through one block.
 
-Samples run one at a time; on the CPU each on one thread of its own, several at once. All sums are taken in
-the order of the samples, so the result does not depend on the number of threads.
+Samples run one at a time; on the CPU each on one thread of its own (`Threads`), several at once. All sums are
+taken in the order of the samples, so the result does not depend on the number of threads.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from maskopt.core.limits import fast_products, one_thread_pool, torch_threads
 from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Blocks
 from maskopt.models.blockwise.activations import Activations, lanes_to
-from maskopt.models.blockwise.threads import Threads
+from maskopt.models.checkpoints.report import LayerReport
+
+
+@dataclass(frozen=True)
+class BlockProgress:
+    """`done` of `total` samples or layers of a stage of a block; `layer`: one that is done."""
+
+    block: int
+    blocks: int
+    stage: str
+    done: int
+    total: int
+    layer: LayerReport | None = None
+
+
+OnBlockProgress = Callable[[BlockProgress], None]
+
+
+#: called with a number of samples or layers that are done, and the report of a layer
+Tick = Callable[..., None]
+
+
+def ticker(report: OnBlockProgress, block: int, blocks: int, stage: str, total: int) -> Tick:
+    """Report that a stage begins; the result is called with what is done of it."""
+    done = 0
+
+    def tick(count: int, layer: LayerReport | None = None, /) -> None:
+        nonlocal done
+        done += count
+        report(BlockProgress(block, blocks, stage, done, total, layer))
+
+    report(BlockProgress(block, blocks, stage, 0, total))
+    return tick
+
+
+T = TypeVar("T")
+Item = TypeVar("Item")
+
+
+class Threads:
+    """Runs pieces of work in order: on the CPU on `count` threads, on a GPU one by one."""
+
+    def __init__(self, device: torch.device, count: int) -> None:
+        self.count = count if device.type == "cpu" else 1
+        self._pool: ThreadPoolExecutor | None = None
+        self._torch = ExitStack()
+        if device.type == "cpu":
+            self._torch.enter_context(torch_threads(self.count))
+            self._pool = one_thread_pool(self.count)
+
+    def run(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
+        if self._pool is None:
+            return [_without_grad(piece) for piece in pieces]
+        with fast_products(), ExitStack() as at_the_end:
+            try:
+                futures = [self._pool.submit(_without_grad, piece) for piece in pieces]
+            except RuntimeError as error:  # "can't start new thread"
+                raise ModelError(
+                    f"the system does not start {self.count} threads ({error}); ask for fewer `threads`"
+                ) from error
+            for future in futures:
+                at_the_end.callback(future.cancel)
+            return [future.result() for future in futures]
+
+    def each(
+        self, function: Callable[[Item], T], items: Sequence[Item]
+    ) -> Iterator[tuple[Item, T]]:
+        """The items with their results, several at a time; a result that was taken is freed."""
+        for wave in self.waves(items):
+            results = self.run([partial(function, item) for item in wave])[::-1]
+            for item in wave:
+                yield item, results.pop()
+
+    def waves(self, items: Sequence[T]) -> Iterator[Sequence[T]]:
+        """The items, as many at a time as run at once."""
+        for start in range(0, len(items), self.count):
+            yield items[start : start + self.count]
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            # new threads inherit the last value that any thread set: the pool's 1
+            torch.set_num_threads(self.count)
+        self._torch.close()
+
+    def __enter__(self) -> Threads:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+
+def _without_grad(piece: Callable[[], T]) -> T:
+    with torch.no_grad():
+        return piece()
+
 
 #: values that a block returns at most: hidden state, attention weights, router logits
 MOST_OUTPUTS = 3

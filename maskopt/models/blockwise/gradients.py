@@ -25,8 +25,7 @@ from maskopt.models.architecture.blocks import Layer
 from maskopt.models.architecture.source import Source
 from maskopt.models.blockwise.activations import Activations
 from maskopt.models.blockwise.distributed import ALONE, Ranks
-from maskopt.models.blockwise.forward import Captured, ending
-from maskopt.models.blockwise.threads import Threads
+from maskopt.models.blockwise.forward import Captured, Threads, ending
 from maskopt.models.blockwise.watch import WatchedWeights, WatchGradients
 from maskopt.models.calibration.tokens import Windows
 from maskopt.models.options.prune import FISHER, RELATIVE

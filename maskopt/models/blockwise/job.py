@@ -28,19 +28,27 @@ from maskopt.models.architecture.source import Source, capped_length, open_sourc
 from maskopt.models.blockwise.activations import Activations, lanes_to
 from maskopt.models.blockwise.collect import BadSample, Grams, OpenBlock, Samples, collect, pass_on
 from maskopt.models.blockwise.distributed import ALONE, Ranks
-from maskopt.models.blockwise.forward import Captured, capture, ending
+from maskopt.models.blockwise.forward import (
+    BlockProgress,
+    Captured,
+    OnBlockProgress,
+    Threads,
+    Tick,
+    capture,
+    ending,
+    ticker,
+)
 from maskopt.models.blockwise.gradients import DenseModel, Gradients
 from maskopt.models.blockwise.memory import Load, check_memory
-from maskopt.models.blockwise.progress import BlockProgress, OnBlockProgress, Tick, ticker
-from maskopt.models.blockwise.threads import Threads
 from maskopt.models.blockwise.windows import held_out, windows_of
-from maskopt.models.calibration.token_weights import (
+from maskopt.models.calibration.tokens import (
     GRADIENT,
     SKIP_FIRST,
     UNIFORM,
+    Windows,
+    check_vocabulary,
     weights_of_tokens,
 )
-from maskopt.models.calibration.tokens import Windows, check_vocabulary
 from maskopt.models.checkpoints.report import FinishedBlock, grouped
 from maskopt.models.options.walk import GRADIENT_WINDOWS, WalkOptions
 

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from maskopt.errors import DataError
-from maskopt.models.calibration.text import json_records
-from maskopt.models.calibration.tokens import Windows, are_tokens
+from maskopt.models.calibration.tokens import Windows, are_tokens, json_records
 from maskopt.models.checkpoints.bos import TEMPLATE, no_panic
 
 MESSAGES = "messages"

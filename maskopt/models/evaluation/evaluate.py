@@ -100,7 +100,7 @@ def perplexity(
     Args:
         model: a module, or a folder (or a name on the hub).
         tokenizer_or_tokens: a tokenizer for `text`, or token windows int64 [windows, length].
-        text: see `maskopt.models.calibration.text.read_documents`; a list of strings is taken as documents.
+        text: see `maskopt.models.calibration.tokens.read_documents`; a list of strings is taken as documents.
             With `chat`, see `maskopt.models.calibration.chat.read_conversations`.
         windows: take only the first so many.
         on_progress: called with (window passes done, all of them: one a block, and one at the end).

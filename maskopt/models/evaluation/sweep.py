@@ -11,8 +11,8 @@ from typing import Any
 from maskopt.core.pattern import Pattern, parse_sparsity
 from maskopt.errors import ModelError, OptionError
 from maskopt.models.blockwise.distributed import ALONE, Ranks
+from maskopt.models.blockwise.forward import OnBlockProgress
 from maskopt.models.blockwise.job import Job, open_job
-from maskopt.models.blockwise.progress import OnBlockProgress
 from maskopt.models.blockwise.windows import check_targets
 from maskopt.models.checkpoints.report import PruneReport
 from maskopt.models.checkpoints.schema import MANIFEST

@@ -26,10 +26,16 @@ from maskopt.core.fields import (
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.pattern import NM, Pattern, Unstructured, parse_sparsity
 from maskopt.errors import ModelError, OptionError, PatternError, SolverError
-from maskopt.models.options.distill import DISTILLATION, DistillOptions
-from maskopt.models.options.solver import check_size, check_solver, default_start
-from maskopt.models.options.training import Reconstruction
-from maskopt.models.options.walk import WalkOptions, check_names, described, options_by_name
+from maskopt.models.options.training import DISTILLATION, DistillOptions, Reconstruction
+from maskopt.models.options.walk import (
+    WalkOptions,
+    check_names,
+    check_size,
+    check_solver,
+    default_start,
+    described,
+    options_by_name,
+)
 
 if TYPE_CHECKING:
     from maskopt.models.architecture.blocks import Layer

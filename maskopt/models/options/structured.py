@@ -10,8 +10,7 @@ from maskopt.core.fields import SELECTION, UPDATE, check_needs, option
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.errors import OptionError
 from maskopt.models.options.prune import LEAST_SQUARES, NONE
-from maskopt.models.options.solver import check_solver
-from maskopt.models.options.walk import WalkOptions, described
+from maskopt.models.options.walk import WalkOptions, check_solver, described
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from maskopt.errors import ModelError, OptionError, ProblemError
 from maskopt.models.architecture.blocks import Layer
 from maskopt.models.blockwise.collect import BadSample, Grams
 from maskopt.models.blockwise.distributed import ALONE, Ranks
+from maskopt.models.blockwise.forward import OnBlockProgress, Tick, ticker
 from maskopt.models.blockwise.job import Job, open_job
-from maskopt.models.blockwise.progress import OnBlockProgress, Tick, ticker
 from maskopt.models.blockwise.windows import tokens_or_tokenizer
 from maskopt.models.checkpoints.checkpoint import file_digest, open_safe, write_json, write_tensors
 from maskopt.models.checkpoints.report import FinishedBlock, grouped

@@ -29,7 +29,7 @@ from maskopt.core.pattern import NM, Pattern, Unstructured
 from maskopt.core.problem import LayerProblem
 from maskopt.errors import OptionError
 from maskopt.models.options.prune import LEAST_SQUARES, NONE, PruneOptions, prune_options
-from maskopt.models.options.solver import check_solver
+from maskopt.models.options.walk import check_solver
 from maskopt.models.pruning.prune_layer import solve_layer
 
 

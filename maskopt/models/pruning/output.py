@@ -17,8 +17,8 @@ from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Layer
 from maskopt.models.architecture.source import FolderSource
 from maskopt.models.blockwise.collect import Grams
+from maskopt.models.blockwise.forward import BlockProgress
 from maskopt.models.blockwise.job import Block, Job, open_job
-from maskopt.models.blockwise.progress import BlockProgress
 from maskopt.models.calibration.tokens import Windows
 from maskopt.models.checkpoints.checkpoint import file_digest, open_checkpoint, write_tensors
 from maskopt.models.checkpoints.report import (

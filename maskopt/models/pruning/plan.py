@@ -31,9 +31,8 @@ from maskopt.models.checkpoints.checkpoint import Checkpoint, resolve_model
 from maskopt.models.checkpoints.report import grouped
 from maskopt.models.checkpoints.result import disk_needed
 from maskopt.models.checkpoints.workspace import check_dense, check_inputs
-from maskopt.models.options.distill import DistillOptions
 from maskopt.models.options.prune import KL, NONE, VARIANT_WINDOWS, PruneOptions, prune_options
-from maskopt.models.options.training import Reconstruction
+from maskopt.models.options.training import DistillOptions, Reconstruction
 from maskopt.models.options.walk import GRADIENT_WINDOWS
 from maskopt.models.pruning.allocate import check_moves
 from maskopt.models.pruning.gram_store import GramStore

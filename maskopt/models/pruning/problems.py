@@ -16,9 +16,9 @@ from maskopt.core.problem import LayerProblem
 from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Layer, matrix
 from maskopt.models.blockwise.collect import Grams
+from maskopt.models.blockwise.forward import OnBlockProgress
 from maskopt.models.blockwise.gradients import counting
 from maskopt.models.blockwise.job import Job, open_job
-from maskopt.models.blockwise.progress import OnBlockProgress
 from maskopt.models.blockwise.windows import tokens_or_tokenizer
 from maskopt.models.options.prune import AUTO, PruneOptions, prune_options
 from maskopt.models.options.walk import name_patterns

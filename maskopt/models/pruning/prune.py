@@ -22,9 +22,9 @@ from maskopt.errors import ModelError, OptionError
 from maskopt.models.architecture.blocks import Layer, matrix
 from maskopt.models.architecture.source import FolderSource, as_stored
 from maskopt.models.blockwise.distributed import ALONE, Ranks
+from maskopt.models.blockwise.forward import OnBlockProgress
 from maskopt.models.blockwise.job import Block, Job, open_job
 from maskopt.models.blockwise.memory import check_memory
-from maskopt.models.blockwise.progress import OnBlockProgress
 from maskopt.models.blockwise.windows import (
     check_targets,
     held_out,
@@ -34,8 +34,8 @@ from maskopt.models.blockwise.windows import (
 from maskopt.models.calibration.tokens import Windows
 from maskopt.models.checkpoints.report import PruneReport
 from maskopt.models.checkpoints.workspace import check_dense, differences
-from maskopt.models.options.distill import DistillOptions
 from maskopt.models.options.prune import BLOCKWISE, KL, PruneOptions, prune_options
+from maskopt.models.options.training import DistillOptions
 from maskopt.models.pruning.allocate import allocate
 from maskopt.models.pruning.gram_store import GramStore, StoredBlock, stored_blocks
 from maskopt.models.pruning.output import BlockResult, FolderResults, MemoryResults, results_of

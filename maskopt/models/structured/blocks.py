@@ -24,8 +24,8 @@ from maskopt.errors import ModelError, OptionError
 from maskopt.models.architecture.source import FolderSource
 from maskopt.models.architecture.structures import block_settings, renumbered, without_blocks
 from maskopt.models.blockwise.divergence import Variant, Variants, divergences, place, through
+from maskopt.models.blockwise.forward import OnBlockProgress
 from maskopt.models.blockwise.job import Block, Job
-from maskopt.models.blockwise.progress import OnBlockProgress
 from maskopt.models.checkpoints.report import PruneReport
 from maskopt.models.checkpoints.result import disk_needed
 from maskopt.models.checkpoints.schema import BLOCKS, CONFIG, read_json

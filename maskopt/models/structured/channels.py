@@ -38,14 +38,13 @@ from maskopt.models.architecture.structures import (
     structures_of,
 )
 from maskopt.models.blockwise.collect import Grams
+from maskopt.models.blockwise.forward import OnBlockProgress
 from maskopt.models.blockwise.job import Block, Job
-from maskopt.models.blockwise.progress import OnBlockProgress
 from maskopt.models.checkpoints.report import LayerReport, PruneReport
 from maskopt.models.checkpoints.result import MaskFile, unpack
 from maskopt.models.checkpoints.schema import MASKS, STRUCTURES
-from maskopt.models.options.solver import check_size, default_start
 from maskopt.models.options.structured import ShrinkOptions
-from maskopt.models.options.walk import options_by_name
+from maskopt.models.options.walk import check_size, default_start, options_by_name
 from maskopt.models.pruning.output import BlockResult, FolderResults, LayerResult
 from maskopt.models.pruning.run import Run, fingerprint_of
 from maskopt.models.structured.change import (

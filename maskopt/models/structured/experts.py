@@ -25,8 +25,8 @@ from maskopt.errors import ModelError, OptionError
 from maskopt.models.architecture.blocks import Mixture, mixtures_of
 from maskopt.models.architecture.source import FolderSource
 from maskopt.models.architecture.structures import expert_settings, experts_left, without_experts
+from maskopt.models.blockwise.forward import OnBlockProgress
 from maskopt.models.blockwise.job import Block, Job
-from maskopt.models.blockwise.progress import OnBlockProgress
 from maskopt.models.checkpoints.report import LayerReport, PruneReport
 from maskopt.models.checkpoints.result import disk_needed
 from maskopt.models.checkpoints.schema import CONFIG, EXPERTS, read_json

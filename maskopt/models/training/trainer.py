@@ -22,11 +22,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from maskopt.errors import ModelError
-from maskopt.models.blockwise.threads import Threads
+from maskopt.models.blockwise.forward import Threads
 from maskopt.models.checkpoints.checkpoint import file_digest, open_safe, write_tensors
 from maskopt.models.checkpoints.workspace import Journal, Workspace
-from maskopt.models.options.distill import DistillOptions
-from maskopt.models.options.training import Reconstruction
+from maskopt.models.options.training import DistillOptions, Reconstruction
 
 #: share of the steps in which the learning rate rises
 _WARM_UP = 0.05

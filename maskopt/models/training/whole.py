@@ -23,7 +23,7 @@ from maskopt.models.checkpoints.checkpoint import write_tensors
 from maskopt.models.checkpoints.result import Edits, write_shard
 from maskopt.models.checkpoints.schema import MASKS
 from maskopt.models.checkpoints.workspace import Journal, Workspace
-from maskopt.models.options.distill import DistillOptions
+from maskopt.models.options.training import DistillOptions
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.training.trainer import BYTES, FolderKeeper, Task, Trained, train
 

@@ -25,9 +25,9 @@ from maskopt.errors import VerificationError
 from maskopt.models.architecture.blocks import Layer, choose, matrix
 from maskopt.models.architecture.source import FolderSource, masks_as_model
 from maskopt.models.blockwise.collect import IN_DENSE, Grams
+from maskopt.models.blockwise.forward import Threads
 from maskopt.models.blockwise.gradients import counting
 from maskopt.models.blockwise.job import Job, open_job
-from maskopt.models.blockwise.threads import Threads
 from maskopt.models.calibration.tokens import are_tokens
 from maskopt.models.checkpoints.bos import BOS, GIVEN, TEMPLATE
 from maskopt.models.checkpoints.checkpoint import open_checkpoint

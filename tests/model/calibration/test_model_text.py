@@ -24,8 +24,12 @@ from maskopt.demo.text import demo_text
 from maskopt.errors import DataError, MaskoptError, ModelError, VerificationError
 from maskopt.models.calibration import chat, tokens
 from maskopt.models.calibration.chat import read_conversations
-from maskopt.models.calibration.text import read_documents
-from maskopt.models.calibration.tokens import calibration_windows, evaluation_windows, token_windows
+from maskopt.models.calibration.tokens import (
+    calibration_windows,
+    evaluation_windows,
+    read_documents,
+    token_windows,
+)
 from maskopt.models.checkpoints.bos import Beginning, beginning_of
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.verification.verify import verify_model

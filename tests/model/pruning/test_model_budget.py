@@ -25,8 +25,8 @@ from maskopt.models.options.prune import VARIANT_WINDOWS, VARIANTS, PruneOptions
 from maskopt.models.options.walk import GRADIENT_WINDOWS
 from maskopt.models.pruning import plan as planning, prune as pruning
 from maskopt.models.pruning.allocate import Curve, Moves, allocate, measured_curves, share_out
+from maskopt.models.pruning.card import options_again
 from maskopt.models.pruning.plan import plan_prune
-from maskopt.models.pruning.rerun import options_again
 from maskopt.models.verification.verify import verify_model
 
 EQUAL = {"sparsity": 0.5, "min_tokens": 1}

@@ -26,7 +26,7 @@ from maskopt.models.checkpoints.result import (
 )
 from maskopt.models.checkpoints.schema import MASKS
 from maskopt.models.checkpoints.workspace import CARD, Workspace
-from maskopt.models.options.distill import DistillOptions
+from maskopt.models.options.training import DistillOptions
 from maskopt.models.options.walk import options_by_name
 from maskopt.models.pruning.run import Run, fingerprint_of
 from maskopt.models.structured.change import folder_source

@@ -1,1 +1,0 @@
-"""A pruned model trained as a whole to predict what the dense model predicts."""
