@@ -78,8 +78,8 @@ def read_json(path: Path, why: str = "", **how: Any) -> dict[str, Any]:
 def check_link(file: Path) -> None:
     """Raise ModelError for a link to no file, or out of the folder and the hub's blob store."""
     real, home = Path(os.path.realpath(file)), Path(os.path.realpath(file.parent))
-    in_cache = home.parent.name == "snapshots" and home.parent.parent / "blobs" in real.parents
-    if not (home in real.parents or in_cache):
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if real.parent not in (home, blobs):
         raise ModelError(
             f"{file}: is a link out of the model folder, to {real}; put the file itself there"
         )

@@ -128,9 +128,10 @@ def planted(name, listed):
     return plant, rf"(?=.*(loader|is not there)).*{re.escape(name.split('/')[0])}"
 
 
-def link_out(name):
+def link_out(name, to="../elsewhere"):
     def link(result, _):
-        elsewhere = result.parent / "elsewhere"
+        elsewhere = result / to
+        elsewhere.parent.mkdir(exist_ok=True)
         elsewhere.mkdir() if name == "sub" else shutil.move(result / name, elsewhere)
         (result / name).symlink_to(elsewhere)
 
@@ -277,6 +278,9 @@ FILES = {
 }  # fmt: skip
 if os.name == "posix":
     FILES |= {f"link for {x}": link_out(x) for x in (MASKS, MANIFEST, INDEX, "config.json", "sub")}
+    FILES["link to masks in a folder of transformers"] = link_out(
+        MASKS, "additional_chat_templates/m"
+    )
     first_link = lambda r, d: link_out(shards(r)[0].name)[0](r, d)  # noqa: E731
     FILES["link for weights"] = (first_link, "link|loader")
     FILES["pipe"] = (lambda r, _: os.mkfifo(r / "tokenizer.json"), "link|loader")
