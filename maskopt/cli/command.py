@@ -52,6 +52,8 @@ OVERWRITE = option(False, "Replace existing output.", OUTPUT)
 RESUME = option(False, "Continue an interrupted run of the same options.", OUTPUT)
 CARDINALITY = option(None, "Number to choose (a matrix, .mc, .rudy).", least=0)
 MAXIMIZE = option(False, "The greatest xᵀQx of a matrix, not the least.")
+JOBS = option(1, "Number of rows at a time; −1: one per core.")
+DRY_RUN = option(False, "Estimate memory, disk and time; write nothing.", OUTPUT)
 RECORDS = option(None, "File of results: .jsonl (resumable), .csv or .parquet.", OUTPUT)
 #: heading of options of a source that may also be an instance
 FOR_A_MODEL = "If the source is a model"

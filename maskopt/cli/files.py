@@ -26,9 +26,7 @@ _OPTIONS = ("include", "text_field", "threads", "trust_remote_code")
 )
 def verify(
     model_or_instance: Path = option(
-        REQUIRED,
-        "Pruned model folder, instance or matrix.",
-        argument=True,
+        REQUIRED, "Pruned model folder, instance or matrix.", argument=True
     ),
     solution: Path | None = option(
         None, "Solution or proof of the instance, as `maskopt solve` wrote it.", argument=True
@@ -68,8 +66,6 @@ def verify(
     A solution: objectives, statuses, lower bounds, every leaf of a proof. Bounds that rest on a solver are
     listed as trusted. The exit status is 1 if a check fails.
     """
-    from maskopt.models.verification.manifest import is_smaller
-
     path = model_or_instance
     known = {**options, "original": original, "calibration": calibration, "solution": solution}
     known |= {"semi_structured": semi_structured, "cardinality": cardinality}
@@ -84,21 +80,26 @@ def verify(
         check(path, solution, require, cardinality, maximize)
     elif path.suffix in (".npz", ".npy", ".csv", ".mtx"):
         raise OptionError(f"{path} is an instance: name its solution, too")
-    elif is_smaller(path):
-        _refuse("a smaller model", given, "original")
-        _print_smaller(path, original, _verify(path, original, options))
     else:
-        _refuse("a pruned model", given, "original", "calibration", "semi_structured", *_OPTIONS)
-        _verify_pruned(path, original, calibration, semi_structured, options)
+        _verify_folder(path, original, calibration, semi_structured, options, given)
 
 
-def _verify_pruned(
+def _verify_folder(
     path: Path,
     original: str | None,
     calibration: str | None,
     semi_structured: bool | None,
     options: dict[str, Any],
+    given: set[str],
 ) -> None:
+    """A folder that `maskopt prune` or `prune-structured` wrote."""
+    from maskopt.models.verification.manifest import is_smaller
+
+    if is_smaller(path):
+        _refuse("a smaller model", given, "original")
+        _print_smaller(path, original, _verify(path, original, options))
+        return
+    _refuse("a pruned model", given, "original", "calibration", "semi_structured", *_OPTIONS)
     if "include" in options and calibration is None:
         raise VerificationError("`include` chooses what `calibration` computes again; give both")
     result = _verify(path, original, options, calibration=calibration)

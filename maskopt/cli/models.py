@@ -11,9 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from maskopt.cli.command import CALIBRATION_TEXT, MODEL, OVERWRITE, RESUME, SOURCES, command
+from maskopt.cli.command import (
+    CALIBRATION_TEXT,
+    DRY_RUN,
+    MODEL,
+    OVERWRITE,
+    RESUME,
+    SOURCES,
+    command,
+)
 from maskopt.cli.console import make_table, screen, written
-from maskopt.cli.prune import naming_resume
+from maskopt.cli.prune import distilled_words, naming_resume, show_needs, tokens_file
 from maskopt.cli.view import PruneView, view
 from maskopt.core.fields import OUTPUT, REQUIRED, SELECTION, TEXT, option, options_of
 from maskopt.core.files import atomic_write, check_writable
@@ -39,9 +47,10 @@ def distill(
         REQUIRED, "The dense model that was pruned: a folder, or a name on the hub."
     ),
     calibration: str = CALIBRATION_TEXT,
-    output: Path = option(REQUIRED, "Folder for the trained model.", OUTPUT),
+    output: Path | None = option(None, "Folder for the trained model.", OUTPUT),
     overwrite: bool = OVERWRITE,
     resume: bool = RESUME,
+    dry_run: bool = DRY_RUN,
     **options: Any,
 ) -> None:
     """Train all kept weights of a pruned model together until it predicts what the dense model predicts.
@@ -50,7 +59,15 @@ def distill(
     every epoch. `maskopt verify OUT --masks PRUNED` checks that every zero was kept.
     """
     from maskopt.models.distillation import distill_model
+    from maskopt.models.pruning.plan import plan_distill
 
+    if dry_run:
+        plan = plan_distill(pruned, tokens_file(calibration), **options)
+        show_needs(plan.memory, plan.disk)
+        screen.print(f"time, estimated: about {plan.seconds:.0f} s")
+        return
+    if output is None:
+        raise OptionError("`output` is missing: name a folder for the trained model")
     with naming_resume(output, "what was saved last is", "nothing was saved"), view() as shown:
         found = distill_model(
             pruned,
@@ -62,14 +79,7 @@ def distill(
             on_progress=shown.show,
             **options,
         )
-    if found.diverged:
-        screen.print("training diverged and was ended; give a smaller --learning-rate")
-    before, after = found.before, found.after
-    screen.print(
-        f"KL to {teacher}, nats: {before.fitted:.4f} → {after.fitted:.4f}; on held-out windows "
-        f"{before.held:.4f} → {after.held:.4f} (epoch {found.epoch}), {found.seconds:.0f} s",
-        soft_wrap=True,
-    )
+    screen.print(f"{distilled_words(found.record())}; {found.seconds:.0f} s", soft_wrap=True)
     written(output, "trained model")
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from maskopt.cli.command import MODEL, OVERWRITE, RESUME, SOURCES, command, option_list
+from maskopt.cli.command import DRY_RUN, MODEL, OVERWRITE, RESUME, SOURCES, command, option_list
 from maskopt.cli.console import again, errors, make_table, ranks, screen, speaks, written
 from maskopt.cli.view import PruneView, View, duration, view
 from maskopt.core.fields import OUTPUT, REQUIRED, SELECTION, TEXT, UPDATE, option, options_of
@@ -20,6 +20,7 @@ from maskopt.models.options.prune import RECIPE, PruneOptions, with_recipe
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from maskopt.models.blockwise.memory import Memory
     from maskopt.models.checkpoints.report import PruneReport, TrainedBlock
     from maskopt.models.evaluation.evaluate import Evaluation
     from maskopt.models.evaluation.sweep import Swept
@@ -43,11 +44,7 @@ def prune(
     output: Path | None = option(None, "Folder for the pruned model.", OUTPUT),
     overwrite: bool = OVERWRITE,
     resume: bool = RESUME,
-    dry_run: bool = option(
-        False,
-        "Estimate memory, disk and time; write nothing.",
-        OUTPUT,
-    ),
+    dry_run: bool = DRY_RUN,
     **options: Any,
 ) -> None:
     """Prune every linear layer in the decoder blocks of a causal language model.
@@ -96,7 +93,7 @@ def _say_next(model: str, output: Path) -> None:
         screen.print("  " + shlex.join(("maskopt", *words)), soft_wrap=True)
 
 
-def _tokens_file(calibration: str | None) -> str | None:
+def tokens_file(calibration: str | None) -> str | None:
     """The source of text if it is read at no cost: tokens."""
     return calibration if calibration is not None and calibration.endswith(".npy") else None
 
@@ -113,12 +110,10 @@ def _show_plan(
     """
     from maskopt.models.pruning.plan import START, plan_prune
 
-    tokens = _tokens_file(calibration) if grams is None else calibration
+    tokens = tokens_file(calibration) if grams is None else calibration
     result = plan_prune(model, tokens, grams=grams, output=out, **options)
     screen.print(_layer_table(result))
-    memory = result.memory
-    screen.print(f"memory at the peak, estimated: {memory.gib:.2f} GiB ({memory})", soft_wrap=True)
-    screen.print(f"disk: {result.disk / 2**30:.2f} GiB")
+    show_needs(result.memory, result.disk)
     if (last := result.distillation) is not None:
         takes = f"{last.memory.gib:.2f} GiB, disk {last.disk / 2**30:.2f} GiB"
         screen.print(f"the distillation in this: memory {takes}, about {last.seconds:.0f} s")
@@ -132,6 +127,12 @@ def _show_plan(
     )
     if result.refusal is not None:
         raise result.refusal
+
+
+def show_needs(memory: Memory, disk: int) -> None:
+    """Print the estimates of memory, by part, and of disk."""
+    screen.print(f"memory at the peak, estimated: {memory.gib:.2f} GiB ({memory})", soft_wrap=True)
+    screen.print(f"disk: {disk / 2**30:.2f} GiB")
 
 
 def _layer_table(plan: Plan) -> Table:
@@ -160,7 +161,7 @@ def _say_beforehand(
     )
     if is_small(model) or missing:  # of which the prune says more
         return None
-    plan = plan_prune(model, _tokens_file(calibration), **options)
+    plan = plan_prune(model, tokens_file(calibration), **options)
     time = "unknown" if plan.seconds is None else f"about {duration(plan.seconds)}"
     shown.say(
         f"time, estimated: {time}; memory at the peak: {plan.memory.gib:.2f} GiB",
@@ -291,26 +292,24 @@ def sweep(
 
     if sparsity is None and calibration is not None:
         with view() as shown:
-            shown_as = PruneView(shown)
-            open_store(model, grams, calibration, options, on_progress=shown_as, ranks=ranks())
+            how: dict[str, Any] = {"on_progress": PruneView(shown), "ranks": ranks()}
+            open_store(model, grams, calibration, options, **how)
         written(grams, "Gram matrices")
         return
     if output is None:
         raise OptionError("`output` is missing: name a folder for the pruned models")
+    how = {"calibration": calibration, "text": text, "windows": windows, "overwrite": overwrite}
     with view() as shown:
         found, dense = library(
             model,
             grams,
             output,
-            calibration=calibration,
             sparsity=option_list(sparsity),
-            solvers=option_list(solver),
+            solver=option_list(solver),
             update=option_list(update),
-            text=text,
-            windows=windows,
-            overwrite=overwrite,
             on_progress=lambda label: PruneView(shown),
             ranks=ranks(),
+            **how,
             **options,
         )
     screen.print(swept_table(found, dense))

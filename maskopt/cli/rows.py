@@ -15,6 +15,7 @@ from rich.table import Table
 from maskopt.cli.command import (
     CARDINALITY,
     FOR_A_MODEL,
+    JOBS,
     MAXIMIZE,
     OVERWRITE,
     RECORDS,
@@ -83,7 +84,7 @@ def compare(
     rows: int = option(4, "Rows sampled from every layer.", least=1),
     columns: int | None = COLUMNS,
     row_time_limit: float | None = option(None, "Seconds per row.", least=0),
-    jobs: int = option(1, "Number of rows at a time; −1: one per core."),
+    jobs: int = JOBS,
     seed: int = option(0, "Random seed of the sample and of the solvers.", least=0),
     cardinality: int | None = CARDINALITY,
     maximize: bool = MAXIMIZE,
@@ -175,7 +176,7 @@ def bound(
         f"Seconds for the rows of a layer. Default: none; {SDP_SECONDS:.0f} for sdp with --original.",
         least=0,
     ),
-    jobs: int = option(1, "Number of rows at a time; −1: one per core."),
+    jobs: int = JOBS,
     seed: int = option(0, "Random seed of the sampled rows and inputs.", least=0),
     cardinality: int | None = CARDINALITY,
     maximize: bool = MAXIMIZE,
@@ -202,12 +203,12 @@ def bound(
         if layer_time_limit is None and method == "sdp":
             layer_time_limit = SDP_SECONDS
     limits = {"cuts": cuts, "time_limit": layer_time_limit}
+    shared: dict[str, Any] = {"method": method, "seed": seed, "jobs": jobs, "output": output}
+    shared["method_options"] = {name: x for name, x in limits.items() if x is not None}
     with view() as shown:
-        shared: dict[str, Any] = {"method": method, "seed": seed, "jobs": jobs, "output": output}
-        shared |= {
-            "method_options": {name: x for name, x in limits.items() if x is not None},
-            "on_rows": lambda done, name: shown.show(f"{name}, rows bounded: {done}", done, None),
-        }
+        shared["on_rows"] = lambda done, name: shown.show(
+            f"{name}, rows bounded: {done}", done, None
+        )
         if layers is not None:
             shared |= {"rows": rows, "columns": columns, "solver": solver or "swap"}
             records = bound_layers(layers.problems, kinds=layers.kinds, **shared)

@@ -12,9 +12,9 @@ from typing import Any
 import typer
 
 from maskopt.checks.verification import CHECKED, CLAIMS, EXACT, Require, verify
-from maskopt.cli.command import CARDINALITY, MAXIMIZE, OVERWRITE, command
+from maskopt.cli.command import CARDINALITY, JOBS, MAXIMIZE, OVERWRITE, command
 from maskopt.cli.console import INTERRUPTED, screen, written
-from maskopt.cli.view import view
+from maskopt.cli.view import View, view
 from maskopt.core.fields import OUTPUT, REQUIRED, option
 from maskopt.core.files import atomic_write, check_writable
 from maskopt.core.limits import Limits, clock
@@ -48,7 +48,7 @@ def solve(
         "Prove the optimum of every row by branch and bound, and store the proof trees. Finished rows are "
         "kept: after Ctrl-C the same command continues. The exit status is 1 if a row is not proven.",
     ),
-    jobs: int = option(-1, "Number of rows at a time; −1: one per core.", needs=("prove",)),
+    jobs: int = JOBS,
     time_limit: float | None = option(
         None, f"Seconds for all rows. Default: {SECONDS:.0f} without --solver and --prove.", least=0
     ),
@@ -69,28 +69,16 @@ def solve(
     """
     if output is not None:
         check_writable(output, overwrite=overwrite, instance=instance, start=start)
-    if prove and solver not in (None, BRANCH):
-        raise OptionError(f"`prove` takes the solver {BRANCH}, not {solver}")
-    if jobs != -1 and not prove:
-        raise OptionError("`jobs` is for `prove`")
+    _check_prove(prove, solver, jobs)
     problem = load_problem(instance, cardinality, maximize)
-    if output is not None and output.suffix == _JSON and (prove or problem.as_layer().rows > 1):
-        raise OptionError(f"{output}: proofs and several rows are written as .npz")
-    shared, own = limits_of(None, solver_options)
+    _check_format(output, prove or problem.as_layer().rows > 1)
     begin = Solution.load(Path(start)).mask if start and Path(start).is_file() else start
     with view() as shown:
-        limits = Limits(
-            shared.seconds if time_limit is None else time_limit,
-            shared.memory if memory_limit is None else memory_limit,
-            shared.threads,
-            seed or shared.seed,
-            lambda event: shown.show(event.step or "rows", event.done, event.total),
-        )
+        limits, own = _limits(solver_options, time_limit, memory_limit, seed, shown)
         how: dict[str, Any] = {"start": begin, "limits": limits}
         if prove:
-            how |= {"jobs": jobs, **own}
-            report = partial(shown.show, "rows proven")
-            solution = prove_rows(problem, output, on_progress=report, **how)
+            how |= {"jobs": jobs, "on_progress": partial(shown.show, "rows proven")}
+            solution = prove_rows(problem, output, **how, **own)
         else:
             solution = search(problem, solver, **how, **own)
             _write(solution, output)
@@ -99,10 +87,37 @@ def solve(
     if not (solver or prove or proven or limits.seconds) and solution.solver == BRANCH:
         screen.print(f"not proven within {SECONDS:.0f} s; --time-limit or --prove gives it more")
     written(output and f"{output}{_trees(solution)}")
-    if solution.trace.interrupted:
-        raise typer.Exit(INTERRUPTED)
-    if prove and not proven:
-        raise typer.Exit(1)
+    if solution.trace.interrupted or (prove and not proven):
+        raise typer.Exit(INTERRUPTED if solution.trace.interrupted else 1)
+
+
+def _limits(
+    options: Mapping[str, Any], seconds: float | None, memory: str | None, seed: int, shown: View
+) -> tuple[Limits, dict[str, Any]]:
+    """The limits of the command, or of `options` where it has none; and the solver's own options."""
+    shared, own = limits_of(None, options)
+    limits = Limits(
+        shared.seconds if seconds is None else seconds,
+        shared.memory if memory is None else memory,
+        shared.threads,
+        seed or shared.seed,
+        lambda event: shown.show(event.step or "rows", event.done, event.total),
+    )
+    return limits, own
+
+
+def _check_prove(prove: bool, solver: str | None, jobs: int) -> None:
+    """Raise OptionError for options that go with a proof only, or not with one."""
+    if prove and solver not in (None, BRANCH):
+        raise OptionError(f"`prove` takes the solver {BRANCH}, not {solver}")
+    if jobs != 1 and not prove:
+        raise OptionError("`jobs` is for `prove`")
+
+
+def _check_format(output: Path | None, large: bool) -> None:
+    """Raise OptionError for a result that JSON does not hold."""
+    if output is not None and output.suffix == _JSON and large:
+        raise OptionError(f"{output}: proofs and several rows are written as .npz")
 
 
 def check(

@@ -87,11 +87,7 @@ def distill_model(
     """
     began = time.perf_counter()
     options = options_by_name(DistillOptions, options, shorthand)
-    for given in (pruned, teacher):
-        if not isinstance(given, str | Path):
-            raise ModelError(
-                f"distillation is of folders, not of a {type(given).__name__} in memory; save it first"
-            )
+    _check_folders(pruned, teacher)
     inputs: dict[str, Any] = {"model": pruned, "teacher": teacher, "calibration": calibration}
     run = Run(output, overwrite=overwrite, resume=resume, complete=RECORD, **inputs)
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
@@ -117,6 +113,15 @@ def distill_model(
         trained, files = train_whole(student, dense, options, *how)
         _write(source.checkpoint, masks, files, trained, fingerprint, work)
     return Distilled(**vars(trained), seconds=time.perf_counter() - began, output=run.output)
+
+
+def _check_folders(*given: Any) -> None:
+    """Raise ModelError for a model in memory."""
+    for model in given:
+        if not isinstance(model, str | Path):
+            raise ModelError(
+                f"distillation is of folders, not of a {type(model).__name__} in memory; save it first"
+            )
 
 
 def _trained(run: Run, record: Mapping[str, Any]) -> Trained:

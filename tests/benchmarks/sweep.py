@@ -55,7 +55,7 @@ def main() -> None:
         collected = time.perf_counter() - began
         size = sum(file.stat().st_size for file in (folder / "grams").iterdir())
         sweep(
-            model, folder / "grams", folder / "sweep", solvers=[args.solver],
+            model, folder / "grams", folder / "sweep", solver=[args.solver],
             sparsity=SPARSITIES, **some,
         )  # fmt: skip
         swept = time.perf_counter() - began

@@ -532,7 +532,7 @@ def test_semidefinite_is_decided_without_rounding():
 def test_solve_with_proof_and_verify(tmp_path):
     instance, out, again = (tmp_path / name for name in ("row.npz", "proof.npz", "again.npz"))
     layer(24, rows=2).save(instance)
-    words = ("solve", "--prove", instance, "--jobs", 1, "--output")
+    words = ("solve", "--prove", instance, "--output")
     assert "2 of 2 rows proven optimal" in run(*words, out)
     text = run("verify", instance, out)
     shows(text, "holds: 2 rows checked", "2 of 2 rows proven optimal; 2 trees", "leaves")

@@ -18,7 +18,7 @@ from joblib import delayed
 from torch import Tensor
 
 from maskopt.core.limits import torch_threads
-from maskopt.core.pattern import Unstructured, parse_sparsity
+from maskopt.core.pattern import Pattern, Unstructured
 from maskopt.core.problem import LayerProblem
 from maskopt.errors import DataError, ModelError
 from maskopt.experiments.compare import check_rows, draw_rows
@@ -143,21 +143,12 @@ def certify_model(
     check_rows(rows_per_layer)
     manifest = read_manifest(Path(pruned) / MANIFEST)
     asked, original = manifest["fingerprint"]["options"], manifest["fingerprint"].get("model")
-    if asked.get("update", NONE) != NONE:
-        raise ModelError(
-            f"{pruned}: its weights were updated, and bounds are for unchanged ones; prune with `update` none"
-        )
+    pattern = _bounded_pattern(pruned, asked)
     trusted = bool(shorthand.get("trust_remote_code"))
     home = resolve_model(model, trust_remote_code=trusted)
     dense_model = open_checkpoint(home, trust_remote_code=trusted)
     if original is not None and dense_model.digest != original:
         raise ModelError(f"{pruned}: was pruned from another model than {model}; name the original")
-    pattern = parse_sparsity(asked["sparsity"])
-    if pattern.shared_budget or asked.get("allocation") == BOTH:
-        raise ModelError(
-            f"{pruned}: its rows share a budget, and bounds need an equal count in every row; prune with "
-            "`allocation` uniform or layers"
-        )
     wanted = (*name_patterns(layers), *name_patterns(shorthand.get("include")))
     reports = read_reports(LayerReport, manifest["layers"])
     done = choose(reports, wanted)
@@ -174,6 +165,21 @@ def certify_model(
         how = _How(method, dict(method_options or {}), seed, result_digest(manifest))
         parts = _model_rows(how, dense, sparse, asked.get("counts", {}), rows_per_layer)
         return _certify(parts, how, jobs, output, on_rows)
+
+
+def _bounded_pattern(pruned: str | Path, asked: Mapping[str, Any]) -> Pattern:
+    """The sparsity of a prune; ModelError where its rows have no bounds."""
+    if asked.get("update", NONE) != NONE:
+        raise ModelError(
+            f"{pruned}: its weights were updated, and bounds are for unchanged ones; prune with `update` none"
+        )
+    pattern = parse_sparsity(asked["sparsity"])
+    if pattern.shared_budget or asked.get("allocation") == BOTH:
+        raise ModelError(
+            f"{pruned}: its rows share a budget, and bounds need an equal count in every row; prune with "
+            "`allocation` uniform or layers"
+        )
+    return pattern
 
 
 def by_kind(records: Sequence[GapRecord]) -> dict[str, tuple[int, float, float, float]]:

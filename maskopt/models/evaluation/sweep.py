@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from maskopt.core.pattern import Pattern, parse_sparsity
+from maskopt.core.pattern import parse_sparsity
 from maskopt.errors import ModelError, OptionError
 from maskopt.models.blockwise.distributed import ALONE, Ranks
 from maskopt.models.blockwise.forward import OnBlockProgress
@@ -20,10 +20,12 @@ from maskopt.models.checkpoints.workspace import check_dense, check_place, unfin
 from maskopt.models.evaluation.evaluate import Evaluation, evaluate
 from maskopt.models.options.prune import NONE, PruneOptions, prune_options
 from maskopt.models.options.walk import WalkOptions
-from maskopt.models.pruning.gram_store import OF_TEXT, GramStore, open_store
+from maskopt.models.pruning.gram_store import OF_TEXT, GramStore, check_prunable, open_store
 from maskopt.models.pruning.prune import prune_model
 from maskopt.models.pruning.run import Run
 
+#: options of which a sweep takes several, and their defaults
+_SWEPT: dict[str, Sequence[Any]] = {"sparsity": (), "solver": ("swap",), "update": (NONE,)}
 #: options of a prune that hold for its evaluation, too
 _OF_JUDGING = ("device", "threads", "activation_memory", "trust_remote_code")
 
@@ -43,10 +45,7 @@ def sweep(
     grams: str | Path,
     output: str | Path,
     *,
-    sparsity: Sequence[Pattern | float | str],
     calibration: Any = None,
-    solvers: Sequence[str] = ("swap",),
-    update: Sequence[str] = (NONE,),
     text: Any = None,
     windows: int | None = None,
     overwrite: bool = False,
@@ -56,17 +55,20 @@ def sweep(
 ) -> tuple[list[Swept], Evaluation | None]:
     """Prune a model in every combination of sparsities, solvers and updates, or go on with a sweep.
 
+        sweep(model, grams, output, sparsity=[0.5, "2:4"], solver=["swap", "wanda"], samples=64)
+
     Args:
         grams: folder of its Gram matrices, which are collected from `calibration` if it does not exist.
         calibration: text, as for `prune_model`; None: the folder exists.
         text: to evaluate all prunes and the dense model on, in windows of 512 tokens; None: none.
         on_progress: takes a prune's label, and returns a callback for its progress.
+        shorthand: options of the prunes by name; `sparsity`, `solver` and `update` are several each.
 
     Returns:
         The prunes in their order, and the dense model's evaluation; None without text.
     """
     check_dense(Path(model))
-    asked = dict(_cases(sparsity, solvers, update, shorthand))
+    asked = dict(_cases(shorthand))
     if text is not None and ranks.size > 1:
         raise OptionError(
             "`text` is evaluated by one process; leave it out, and use `maskopt eval`"
@@ -76,8 +78,7 @@ def sweep(
         for how in asked.values():  # which may be refused before anything is collected
             prune_options(None, how)
         asked = {x: {k: v for k, v in y.items() if k not in OF_TEXT} for x, y in asked.items()}
-        names = WalkOptions.__dataclass_fields__
-        of_walk = {name: value for name, value in shorthand.items() if name in names}
+        of_walk = {k: v for k, v in shorthand.items() if k in WalkOptions.__dataclass_fields__}
         store = open_store(
             model, grams, calibration, of_walk, on_progress=on_progress("grams"), ranks=ranks
         )
@@ -113,8 +114,7 @@ def _check_cases(
         raise OptionError("nothing is swept; give at least one `sparsity`")
     first = next(iter(cases.values()))
     job = open_job(model, None, first)
-    job.source.blocks.check_unshared(job.layers)
-    store.check_model(job)
+    check_prunable(job, store)
     for options in cases.values():
         options.check_layers(job.layers)
     walk = WalkOptions(seq_len=512, **{name: getattr(first, name) for name in _OF_JUDGING})
@@ -135,15 +135,13 @@ def _check_judging(job: Job) -> None:
     check_targets(job.windows)
 
 
-def _cases(
-    sparsity: Sequence[Pattern | float | str],
-    solvers: Sequence[str],
-    update: Sequence[str],
-    shorthand: dict[str, Any],
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    for pattern, solver, after in itertools.product(map(parse_sparsity, sparsity), solvers, update):
-        how = {"sparsity": pattern, "solver": solver, "update": after, **shorthand}
-        if after == NONE and len(set(update)) > 1:
+def _cases(options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The options of each prune by its label."""
+    several = {name: options.get(name, usual) for name, usual in _SWEPT.items()}
+    for sparsity, solver, after in itertools.product(*several.values()):
+        pattern = parse_sparsity(sparsity)
+        how = {**options, "sparsity": pattern, "solver": solver, "update": after}
+        if after == NONE and len(set(several["update"])) > 1:
             for name in ("damping", "damping_exponent"):  # they are of the others
                 how.pop(name, None)
         yield f"{str(pattern).replace(':', 'of')}-{solver}-{after}", how

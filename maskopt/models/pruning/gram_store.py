@@ -27,7 +27,7 @@ from maskopt.models.blockwise.windows import tokens_or_tokenizer
 from maskopt.models.checkpoints.checkpoint import file_digest, open_safe, write_json, write_tensors
 from maskopt.models.checkpoints.report import FinishedBlock, grouped
 from maskopt.models.checkpoints.schema import fits, read_json
-from maskopt.models.checkpoints.workspace import check_inputs
+from maskopt.models.checkpoints.workspace import check_dense, check_inputs
 from maskopt.models.options.prune import AUTO, BLOCKWISE, PruneOptions, prune_options, with_recipe
 from maskopt.models.options.walk import WalkOptions, options_by_name
 from maskopt.models.pruning.run import Run, fingerprint_of
@@ -198,6 +198,16 @@ class GramStore:
     def bad(self, block: int) -> list[BadSample]:
         """The samples that were left out in a block."""
         return [BadSample(x["sample"], x["layer"]) for x in self._bad if x["block"] == block]
+
+
+def check_prunable(job: Job, store: GramStore | None) -> None:
+    """Raise MaskoptError for a pruned model, a weight that several layers share, or Gram matrices of another
+    model."""
+    if job.source.checkpoint is not None:
+        check_dense(job.source.checkpoint.folder)
+    job.source.blocks.check_unshared(job.layers)
+    if store is not None:
+        store.check_model(job)
 
 
 def open_store(

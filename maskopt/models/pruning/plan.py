@@ -30,12 +30,12 @@ from maskopt.models.blockwise.memory import (
 from maskopt.models.checkpoints.checkpoint import Checkpoint, resolve_model
 from maskopt.models.checkpoints.report import grouped
 from maskopt.models.checkpoints.result import disk_needed
-from maskopt.models.checkpoints.workspace import check_dense, check_inputs
+from maskopt.models.checkpoints.workspace import check_inputs
 from maskopt.models.options.prune import KL, NONE, VARIANT_WINDOWS, PruneOptions, prune_options
 from maskopt.models.options.training import DistillOptions, Reconstruction
-from maskopt.models.options.walk import GRADIENT_WINDOWS
+from maskopt.models.options.walk import GRADIENT_WINDOWS, options_by_name
 from maskopt.models.pruning.allocate import check_moves
-from maskopt.models.pruning.gram_store import GramStore
+from maskopt.models.pruning.gram_store import GramStore, check_prunable
 from maskopt.models.pruning.prune_layer import solve_layer
 from maskopt.models.training.whole import disk_of_training
 
@@ -55,7 +55,7 @@ SHARE, TRAINED_SHARE, START = 0.6, 0.8, 5.0
 
 
 class Distillation(NamedTuple):
-    """What the distillation of a plan takes."""
+    """What a distillation takes."""
 
     memory: Memory
     seconds: float
@@ -115,17 +115,16 @@ def plan_prune(
             "pruning needs `calibration` text or tokens, or `grams`; name one of the two"
         )
     job = open_job(model, tokens, replace(options, max_memory=None))
-    if job.source.checkpoint is not None:
-        check_dense(job.source.checkpoint.folder)
-    job.source.blocks.check_unshared(job.layers)
+    check_prunable(job, store)
     if options.layers_differ and options.sensitivity == KL and not options.counts:
         check_moves(job, options)
     if output is not None and job.source.checkpoint is not None:
         check_inputs(Path(output), model=job.source.checkpoint.folder, grams=grams)
     refusal = distillation = None
     source, layers, checkpoint = job.source, job.layers, job.source.checkpoint
-    whole = replace(job.load, together=True)
-    loads = [job.load] if options.distilled is None else [job.load, whole]
+    loads = [job.load]
+    if options.distilled is not None:
+        loads.append(replace(job.load, together=True))
     if options.max_memory is not None:
         try:
             for load in loads:
@@ -135,12 +134,7 @@ def plan_prune(
     disk = 0 if checkpoint is None else disk_needed(checkpoint, options.update != NONE)
     with torch_threads(job.threads):
         if (how := options.distilled) is not None:
-            operations = _distilled_operations(job, how)
-            distillation = Distillation(
-                estimate_memory(whole),
-                operations / (TRAINED_SHARE * _speed(source, torch.float32)),
-                disk_of_training(sum(x.rows * x.n for x in layers), how),
-            )
+            distillation = _distillation(job, how)
             disk += distillation.disk
         seconds = 0.0 if store is not None else _pass_seconds(job, options)
         return Plan(
@@ -154,6 +148,25 @@ def plan_prune(
             refusal=refusal,
             distillation=distillation,
         )
+
+
+def plan_distill(pruned: str | Path, tokens: Any = None, **shorthand: Any) -> Distillation:
+    """Memory, disk and time of `distill_model` with the same arguments, as `plan_prune`."""
+    options = options_by_name(DistillOptions, None, shorthand)
+    job = open_job(pruned, tokens, replace(options, max_memory=None))
+    assert job.source.checkpoint is not None
+    with torch_threads(job.threads):
+        found = _distillation(job, options)
+    return found._replace(disk=found.disk + disk_needed(job.source.checkpoint))
+
+
+def _distillation(job: Job, how: DistillOptions) -> Distillation:
+    """What training all layers together takes, on the windows of the job."""
+    return Distillation(
+        estimate_memory(replace(job.load, together=True, recompute=how.recompute)),
+        _distilled_operations(job, how) / (TRAINED_SHARE * _speed(job.source, torch.float32)),
+        disk_of_training(sum(x.rows * x.n for x in job.layers), how),
+    )
 
 
 def _pass_seconds(job: Job, options: PruneOptions) -> float:

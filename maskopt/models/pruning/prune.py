@@ -33,11 +33,11 @@ from maskopt.models.blockwise.windows import (
 )
 from maskopt.models.calibration.tokens import Windows
 from maskopt.models.checkpoints.report import PruneReport
-from maskopt.models.checkpoints.workspace import check_dense, differences
+from maskopt.models.checkpoints.workspace import differences
 from maskopt.models.options.prune import BLOCKWISE, KL, PruneOptions, prune_options
 from maskopt.models.options.training import DistillOptions
 from maskopt.models.pruning.allocate import allocate
-from maskopt.models.pruning.gram_store import GramStore, StoredBlock, stored_blocks
+from maskopt.models.pruning.gram_store import GramStore, StoredBlock, check_prunable, stored_blocks
 from maskopt.models.pruning.output import BlockResult, FolderResults, MemoryResults, results_of
 from maskopt.models.pruning.prune_layer import prune_layers
 from maskopt.models.pruning.run import Run, fingerprint_of, text_record
@@ -81,11 +81,7 @@ def prune_model(
     inputs: Any = {"model": model, "calibration": calibration, "grams": grams, "ranks": ranks}
     run = None if output is None else Run(output, overwrite=overwrite, resume=resume, **inputs)
     job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress, ranks=ranks)
-    if job.source.checkpoint is not None:
-        check_dense(job.source.checkpoint.folder)
-    job.source.blocks.check_unshared(job.layers)
-    if store is not None:
-        store.check_model(job)
+    check_prunable(job, store)
     results = results_of(job, run, tokenizer)
     if options.layers_differ and not options.counts:
         known = None if run is None else run.recorded_counts(options.record())

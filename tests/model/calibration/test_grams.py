@@ -281,7 +281,7 @@ def test_sweeps_that_are_refused_and_models_with_own_code(home, tmp_path, monkey
         ({"text": tokens(3)[:, :1]}, "at least two tokens"),
         ({"sparsity": [NM(keep=2, of=4), NM(keep=3, of=5)]}, "do not divide into groups of 5"),
         ({"sparsity": [*HALF, Unstructured(0.5, per="layer")]}, "need the text"),
-        ({"solvers": ["swap", "nothing"]}, "unknown solver"),
+        ({"solver": ["swap", "nothing"]}, "unknown solver"),
         ({"holdout": 0.3}, "`holdout`"),
     ):
         how = {"sparsity": HALF, "min_tokens": 1, **more}
@@ -297,7 +297,7 @@ def test_sweeps_that_are_refused_and_models_with_own_code(home, tmp_path, monkey
         return evaluate(models, text, walk, **more)
 
     monkeypatch.setattr("maskopt.models.evaluation.sweep.evaluate", recorded)
-    how = {"sparsity": HALF, "solvers": ["wanda"], "min_tokens": 1, **here}
+    how = {"sparsity": HALF, "solver": ["wanda"], "min_tokens": 1, **here}
     found, _ = sweep(model, grams, out, text=tokens(3), **how)
     assert [one.evaluation is not None for one in found] == [True]
     assert {name: getattr(walks[0], name) for name in here} == here

@@ -191,7 +191,9 @@ def test_the_command_the_record_and_the_card(pairs, tmp_path):
     out, text, again = tmp_path / "out", tmp_path / "tokens.npy", tmp_path / "again"
     np.save(text, WINDOWS.numpy())
     how = ["--calibration", text, *WORDS, "--output", out]
-    said = run("distill", pruned, "--teacher", dense, *how)
+    words = ("distill", pruned, "--teacher", dense, *how)
+    shows(run(*words, "--dry-run"), "memory at the peak", "disk: ", "time, estimated: about")
+    said = run(*words)  # the output does not exist yet
     shows(said, "on held-out windows", "trained model")
     shows(run("verify", out, "--masks", pruned), "holds", "without a mask, 0 changed")
     fingerprint = json.loads((out / RECORD).read_text())["fingerprint"]
