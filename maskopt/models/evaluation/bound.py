@@ -18,7 +18,7 @@ from joblib import delayed
 from torch import Tensor
 
 from maskopt.core.limits import torch_threads
-from maskopt.core.pattern import Pattern, Unstructured
+from maskopt.core.pattern import Pattern, Unstructured, parse_sparsity
 from maskopt.core.problem import LayerProblem
 from maskopt.errors import DataError, ModelError
 from maskopt.experiments.compare import check_rows, draw_rows
