@@ -1,5 +1,5 @@
-"""Rows as jobs of their own: under the configured backend of joblib, and kept on disk, where an interrupted
-run finds those that are finished."""
+"""Rows as jobs of their own under the configured backend of joblib. Finished rows are kept on disk, so that
+an interrupted run continues with the others."""
 
 from __future__ import annotations
 

@@ -248,8 +248,8 @@ def _check_budget(manifest: Manifest) -> None:
 
 
 def check_trained(manifest: Manifest) -> None:
-    """Every block with a layer that was trained is listed once, no other is, and epochs, that of a
-    distillation too, are those that can be."""
+    """Every block with a trained layer is listed once, and no other block; epochs, also of a distillation,
+    are within those of the options."""
     trained, how = manifest.record["trained"], manifest.options.reconstruction
     losses, distilled = manifest.record["distillation"], manifest.options.distilled
     if distilled is not None:
