@@ -155,7 +155,7 @@ def _finished(
 def swapped(
     problem: LayerProblem, mask: Tensor, start: Tensor | None, limits: Limits
 ) -> tuple[Tensor, tuple[Status, ...], Tensor]:
-    """1-swap optima of the rounded masks, and of the start where that alone costs less already."""
+    """1-swap optima reached from the rounded masks, or from the start where that already costs less."""
     refined = Swap().run(problem, mask, limits)
     if problem.shared_budget and start is not None:  # all rows or none
         other = Swap().run(problem, start, limits.quiet())

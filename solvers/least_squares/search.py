@@ -189,7 +189,7 @@ def _alike(start: Tensor, threads: int) -> list[Tensor]:
 
 
 def _as_begun(problem: LayerProblem, start: Tensor, rows: list[int], limits: Limits) -> list[Found]:
-    """Some rows with the masks of the start."""
+    """The start's masks of some rows, with their weights and costs: no search."""
     some, mask = problem.take(rows), start[rows]
     weight = some.weights(mask, limits)
     costs = some.cost(weight).tolist()
