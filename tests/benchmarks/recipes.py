@@ -143,7 +143,7 @@ def section(book: Book) -> str:
         "Ratio of perplexity to the dense model, 95% interval": lambda one: (
             "{:.3f} ({:.3f} to {:.3f})".format(*one["ratio"])
         ),
-        "CPU minutes; peak memory, GiB": lambda one: (
+        "CPU minutes, one thread; peak memory, GiB": lambda one: (
             f"{one['minutes']:.1f}; {one['peak'] / 2**30:.2f}"
         ),
     }
