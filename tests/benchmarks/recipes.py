@@ -48,6 +48,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--calibration", required=True, help="text of the command")
     parser.add_argument("--text", required=True, help="text that models are evaluated on")
+    parser.add_argument(
+        "--other", help="another text, that nothing was chosen on, to evaluate on, too"
+    )
     parser.add_argument("--corpus", help="where the two texts are from, for the page")
     parser.add_argument("--windows", type=int, default=32, help="of 512 tokens, to evaluate")
     parser.add_argument("--cells", nargs="*", choices=CELLS, default=CELLS, metavar="CELL")
@@ -90,16 +93,10 @@ def measure(args: argparse.Namespace, cell: str) -> dict[str, Any]:
         used.write_text(json.dumps(spent))
         if status:
             raise SystemExit(f"{cell}: the command failed or was interrupted; start again")
-    walk = WalkOptions(seq_len=512)
-    first, other = evaluate([dense, out], args.text, walk, windows=args.windows)
     manifest = read_manifest(out / MANIFEST)
-    change, pruned = other.change, PruneReport.of(manifest, out)
-    assert change is not None
+    pruned = PruneReport.of(manifest, out)
     found = {
-        "perplexity": other.perplexity.value,
-        "dense": first.perplexity.value,
-        "ratio": [change.ratio, change.ratio_low, change.ratio_high],
-        "kl": change.kl,
+        **compared(dense, out, args.text, args.windows),
         "wanda": ratio_to_wanda(pruned.solved),
         "proven": proven_share(pruned.solved),
         "minutes": spent["cpu"] / 60,
@@ -108,15 +105,32 @@ def measure(args: argparse.Namespace, cell: str) -> dict[str, Any]:
         "digest": result_digest(manifest),
         "machine": machine(),
     }
+    if args.other:
+        found["other"] = compared(dense, out, args.other, args.windows)
     shutil.rmtree(out)
     used.unlink(missing_ok=True)
     return found
+
+
+def compared(dense: Path, out: Path, text: str, windows: int) -> dict[str, Any]:
+    """Perplexities of the two models on a text, their ratio with its interval, and the divergence."""
+    first, second = evaluate([dense, out], text, WalkOptions(seq_len=512), windows=windows)
+    change = second.change
+    assert change is not None
+    return {
+        "text": Path(text).name,
+        "perplexity": second.perplexity.value,
+        "dense": first.perplexity.value,
+        "ratio": [change.ratio, change.ratio_low, change.ratio_high],
+        "kl": change.kl,
+    }
 
 
 def row(cell: str, one: Record) -> dict[str, Any]:
     """A line of the CSV file."""
     model, recipe, sparsity = cell.split("/")
     ratio, low, high = one["ratio"]
+    other = one.get("other", {"text": None, "ratio": [None] * 3, "kl": None})
     return {
         "model": TITLES[model],
         "recipe": recipe,
@@ -127,6 +141,11 @@ def row(cell: str, one: Record) -> dict[str, Any]:
         "ratio_low": low,
         "ratio_high": high,
         "kl_to_dense_nats": one["kl"],
+        "other_text": other["text"],
+        "other_text_ratio_to_dense": other["ratio"][0],
+        "other_text_ratio_low": other["ratio"][1],
+        "other_text_ratio_high": other["ratio"][2],
+        "other_text_kl_to_dense_nats": other["kl"],
         "error_ratio_to_wanda": one["wanda"],
         "rows_proven_1_swap_optimal_share": one["proven"],
         "cpu_minutes": one["minutes"],
@@ -136,12 +155,17 @@ def row(cell: str, one: Record) -> dict[str, Any]:
     }
 
 
+def interval(one: Record) -> str:
+    return "{:.3f} ({:.3f} to {:.3f})".format(*one["ratio"])
+
+
 def section(book: Book) -> str:
     """The section of the page."""
     about, head = book.about, ("model", "recipe", *SPARSITIES)
     cells = {
-        "Ratio of perplexity to the dense model, 95% interval": lambda one: (
-            "{:.3f} ({:.3f} to {:.3f})".format(*one["ratio"])
+        "Ratio of perplexity to the dense model, 95% interval": interval,
+        "The same on a text on which nothing was chosen": lambda one: (
+            interval(one["other"]) if "other" in one else "–"
         ),
         "CPU minutes, one thread; peak memory, GiB": lambda one: (
             f"{one['minutes']:.1f}; {one['peak'] / 2**30:.2f}"
