@@ -25,13 +25,6 @@ class SolverError(MaskoptError, RuntimeError):
     """A solver could not do what was asked of it."""
 
 
-class UnknownSolverError(SolverError, KeyError):
-    """No backend of that name is registered."""
-
-    def __str__(self) -> str:  # KeyError would print the repr
-        return str(self.args[0])
-
-
 class SolverUnavailableError(SolverError):
     """The backend is registered, but something that it needs is missing."""
 

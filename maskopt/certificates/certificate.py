@@ -108,12 +108,6 @@ class Certificate:
         return cls(zero.expand(problem.rows, problem.n), penalty, point.double())
 
     @classmethod
-    def choose(cls, other: Tensor, first: Certificate, second: Certificate) -> Certificate:
-        """Row by row: the second where `other` (bool [rows]) holds, else the first."""
-        rows = [(second if o else first).take([i]) for i, o in enumerate(other.tolist())]
-        return cls.stack(rows)
-
-    @classmethod
     def unpacked(
         cls, words: Mapping[str, Any], arrays: Mapping[str, np.ndarray], name: str
     ) -> Certificate:
@@ -121,6 +115,16 @@ class Certificate:
         rows = len(arrays[f"{name}.diagonal"])
         cuts = unpack_rows(Cuts, words, arrays, f"{name}.cuts", rows)
         return unpack(cls, words, arrays, name, cuts=cuts)
+
+    @classmethod
+    def of_rows(
+        cls, problem: LayerProblem, rows: Sequence[Certificate | None]
+    ) -> Certificate | None:
+        """Those of single rows as one, which proves f ≥ 0 of a row without; None where no row has one."""
+        if not any(rows):
+            return None
+        nothing = cls.box(problem, torch.zeros_like(problem.weight, dtype=torch.float64))
+        return cls.stack(part or nothing.take([row]) for row, part in enumerate(rows))
 
     @classmethod
     def stack(cls, parts: Iterable[Certificate]) -> Certificate:

@@ -54,7 +54,7 @@ CARDINALITY = option(None, "Number to choose (a matrix, .mc, .rudy).", least=0)
 MAXIMIZE = option(False, "The greatest xᵀQx of a matrix, not the least.")
 JOBS = option(1, "Number of rows at a time; −1: one per core.")
 DRY_RUN = option(False, "Estimate memory, disk and time; write nothing.", OUTPUT)
-RECORDS = option(None, "File of results: .jsonl (resumable), .csv or .parquet.", OUTPUT)
+RECORDS = option(None, "File of results: .jsonl (resumable) or .csv.", OUTPUT)
 #: heading of options of a source that may also be an instance
 FOR_A_MODEL = "If the source is a model"
 TEXT_OF_A_MODEL = option(None, "Calibration text, as for `maskopt prune`; required.", FOR_A_MODEL)

@@ -65,7 +65,7 @@ SDP_SECONDS, ROWS = 60.0, 4
 FEW = 24
 #: of `export`: formats of solvers of integer programs, and all
 PROGRAMS = ("cip", "lp", "mps")
-FORMATS = ("npz", *PROGRAMS, "qplib", "dat", "mc", "rudy", "mdp", "txt")
+FORMATS = ("npz", *PROGRAMS, "qplib")
 
 
 @command(*OF_A_MODEL, example="maskopt compare row.npz --solvers swap,branch,scip --columns 48")
@@ -309,7 +309,7 @@ def _print_units(problem: RowProblem) -> None:
     units = problem.as_layer().units
     if units is None:
         return
-    sign, shift = ("−" if problem.maximized else ""), units.shift * problem.as_layer().pruned
+    sign, shift = ("−" if units.sign < 0 else ""), units.shift * problem.as_layer().pruned
     value = f"value = {sign}(objective − {shift:.17g}) + {units.constant:.17g}"
     screen.print(f"it is minimised, shifted to be convex: {value}", soft_wrap=True)
 

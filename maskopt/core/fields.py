@@ -96,9 +96,7 @@ class Option:
 
     @property
     def condition(self) -> str:
-        """`update` blockwise; empty if the option needs no other."""
-        if not self.needs:
-            return ""
+        """Of an option that needs another one: `update` blockwise."""
         name, *values = self.needs
         *most, last = values or [""]
         return f"`{name}` {' or '.join(filter(None, (', '.join(most), last)))}".rstrip()

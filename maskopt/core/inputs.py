@@ -110,10 +110,8 @@ def column_index(columns: Any, n: int) -> Tensor:
     return index.long()
 
 
-def of_shape(array: ArrayLike | None, shape: tuple[int, ...], what: str) -> Tensor | None:
-    """An array of this shape; None stays None."""
-    if array is None:
-        return None
+def of_shape(array: ArrayLike, shape: tuple[int, ...], what: str) -> Tensor:
+    """An array of this shape."""
     tensor = as_tensor(array, what)
     if tensor.shape != shape:
         raise ProblemError(f"{what} must be {list(shape)}, not {list(tensor.shape)}")
@@ -134,9 +132,9 @@ def moments_of(moments: ArrayLike | None, n: int, label: str) -> Tensor | None:
 
 def shares_of_rows(omega: ArrayLike | None, weight: Tensor, label: str) -> Tensor | None:
     """ω in float64, on the device of the weight; None stays None."""
-    shares = of_shape(omega, (len(weight),), f"{label}omega")
-    if shares is None:
+    if omega is None:
         return None
+    shares = of_shape(omega, (len(weight),), f"{label}omega")
     if not bool((shares > 0).all()):
         raise ProblemError(f"{label}omega must be more than 0; leave out rows that do not count")
     return shares.to(weight.device, torch.float64)

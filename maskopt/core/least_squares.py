@@ -118,17 +118,6 @@ class LeastSquares:
         """b = Aw + g, float64."""
         return weight.double() @ self.damped + correlation
 
-    def residual(
-        self,
-        weight: Float[Tensor, "rows n"],
-        target: Float[Tensor, "rows n"],
-        mask: Bool[Tensor, "rows n"],
-    ) -> Float[Tensor, " rows"]:
-        """‖b − Av‖/‖b‖ of the kept inputs, float64."""
-        rest = target - weight @ self.damped
-        wanted, rest = (torch.where(mask, x, 0.0) for x in (target, rest))
-        return _relative(rest, wanted)
-
     def solve(
         self,
         target: Float[Tensor, "rows n"],
@@ -154,8 +143,13 @@ class LeastSquares:
             if not hasattr(own, "pages"):
                 own.pages = _Pages(tile, most_kept, n)
             rows = parts[part]
-            kept = _Kept.of(mask[rows], int(sizes[rows[0]]))
-            return self._some(target[rows], kept, own.pages)
+            kept, wanted = _Kept.of(mask[rows], int(sizes[rows[0]])), target[rows]
+            weight, residual = self._refined(wanted, kept, self.gram.dtype, own.pages)
+            poor = (~(residual <= _DONE)).nonzero()[:, 0]
+            if len(poor) and self.gram.dtype != torch.float64:
+                again = self._refined(wanted[poor], kept.take(poor), torch.float64, own.pages)
+                weight[poor] = again[0]
+            return weight
 
         with fast_products():
             found = torch.cat(one_thread_each(some, len(parts), threads))
@@ -164,20 +158,12 @@ class LeastSquares:
     def settled(
         self, weight: Float[Tensor, "rows n"], target: Float[Tensor, "rows n"], mask: Tensor
     ) -> Float[Tensor, "rows n"]:
-        """The same weights where their residual is small enough, solved again elsewhere."""
-        poor = (~(self.residual(weight, target, mask) <= _DONE)).nonzero()[:, 0]
+        """The same weights where ‖b − Av‖/‖b‖ of the kept inputs is small enough, solved again elsewhere."""
+        rest = target - weight @ self.damped
+        wanted, rest = (torch.where(mask, x, 0.0) for x in (target, rest))
+        poor = (~(_relative(rest, wanted) <= _DONE)).nonzero()[:, 0]
         if len(poor):
             weight = weight.index_copy(0, poor, self.solve(target[poor], mask[poor]))
-        return weight
-
-    def _some(self, target: Tensor, kept: _Kept, pages: _Pages) -> Tensor:
-        """v of some rows."""
-        weight, residual = self._refined(target, kept, self.gram.dtype, pages)
-        poor = (~(residual <= _DONE)).nonzero()[:, 0]
-        if len(poor) and self.gram.dtype != torch.float64:
-            weight[poor], residual[poor] = self._refined(
-                target[poor], kept.take(poor), torch.float64, pages
-            )
         return weight
 
     def _refined(

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
+from maskopt.core.fields import option, options_of
 from maskopt.errors import OptionError
 
 #: more threads than any machine has cores for only exhaust the system
@@ -88,50 +88,36 @@ OnProgress = Callable[[Progress], None]
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one solve, start, search and bound together.
+    """Limits of one solve, start, search and bound together; `begin` sets the deadline, of `clock()`.
+    OptionError: a value outside its range."""
 
-    Attributes:
-        seconds: of wall-clock time, after which a solver ends its step and returns its best; None: no limit.
-        memory: bytes beyond weight and G, or `"2GiB"`, by the number of rows at a time; None: a default.
-        threads: on the CPU; None: as many as torch uses. Results do not depend on it.
-        seed: of everything random.
-        on_progress: called with a `Progress`.
-        deadline: of `clock()`; set by `begin`.
-
-    Raises:
-        OptionError: a value outside its range.
-    """
-
-    seconds: float | None = None
-    memory: int | str | None = None
-    threads: int | None = None
-    seed: int = 0
-    on_progress: OnProgress | None = None
+    seconds: float | None = option(
+        None, "wall-clock time, after which a solver ends its step and returns its best", least=0
+    )
+    memory: int | str | None = option(
+        None,
+        'bytes beyond weight and G, or "2GiB", by the number of rows at a time; None: a default',
+        least=1,
+    )
+    threads: int | None = option(
+        None,
+        "on the CPU; None: as many as torch uses. Results do not depend on it",
+        least=1,
+        most=MOST_THREADS,
+    )
+    seed: int = option(0, "of everything random", least=0, most=2**63 - 1)
+    on_progress: OnProgress | None = option(None, "called with a `Progress`")
     deadline: float = math.inf
 
     def __post_init__(self) -> None:
-        for name in ("seconds", "memory", "threads", "seed"):
-            value = getattr(self, name)
-            if isinstance(value, np.generic):
-                object.__setattr__(self, name, value.item())
-        number = isinstance(self.seconds, int | float) and not isinstance(self.seconds, bool)
-        if self.seconds is not None and not (number and self.seconds >= 0):
-            raise OptionError(f"`time_limit` must be at least 0 seconds, not {self.seconds!r}")
         if isinstance(self.memory, str):
             object.__setattr__(self, "memory", parse_bytes(self.memory))
-        if self.memory is not None and (not _is_whole(self.memory) or self.memory <= 0):  # type: ignore[operator]
-            raise OptionError(
-                f"`memory_limit` must be a positive number of bytes, not {self.memory!r}"
-            )
-        threads = 1 if self.threads is None else self.threads
-        if not _is_whole(threads) or not 1 <= threads <= MOST_THREADS:
-            raise OptionError(
-                f"`threads` must be a whole number from 1 to {MOST_THREADS}, not {threads!r}"
-            )
-        if self.on_progress is not None and not callable(self.on_progress):
-            raise OptionError(f"`on_progress` is a function of Progress, not {self.on_progress!r}")
-        if not _is_whole(self.seed) or not 0 <= self.seed < 2**63:
-            raise OptionError(f"`seed` must be a whole number from 0 to 2⁶³ − 1, not {self.seed!r}")
+        if self.seconds == math.inf:
+            object.__setattr__(self, "seconds", None)
+        called = {name: f"`{keyword}`" for keyword, name in KEYWORDS.items()}
+        for known in options_of(Limits):
+            value = known.checked(getattr(self, known.name), called[known.name])
+            object.__setattr__(self, known.name, value)
 
     def begin(self) -> Limits:
         """The same with the clock running. A clock that runs already is never set back."""
@@ -293,7 +279,3 @@ def parse_bytes(text: str) -> int:
     if not 0 <= value < 2**62:
         raise OptionError(f"{text!r} is no amount of memory; write 8GiB or 500MB")
     return int(value)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

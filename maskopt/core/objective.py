@@ -25,9 +25,8 @@ the last without a linear term: the Optimal Brain Surgeon's price of a whole set
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -36,6 +35,7 @@ from torch import Tensor
 from maskopt.core.inputs import PSD_TOLERANCE, as_mask, of_shape
 from maskopt.core.least_squares import LeastSquares, LeastSquaresUpdate
 from maskopt.core.limits import Limits
+from maskopt.core.pattern import Counts
 from maskopt.core.units import ObjectiveTransform
 from maskopt.errors import ProblemError
 
@@ -49,39 +49,28 @@ _SOLVED = 1e-8
 
 @dataclass(frozen=True)
 class LinearTerm:
-    """r of every row, by its moments g = E[r·x], float64 [rows, n], and c = E[r²], float64 [rows]."""
+    """r of every row, by its moments g = E[r·x], float64 [rows, n], and c = E[r²], float64 [rows].
+
+    For the target W·x′ of other inputs x′, r = W(x′ − x): g = W·E[(x′ − x)xᵀ], c = diag(W·E[(x′ − x)(x′ −
+    x)ᵀ]·Wᵀ).
+    """
 
     correlation: Float[Tensor, "rows n"]
     constant: Float[Tensor, " rows"]
-
-    @classmethod
-    def of_inputs(
-        cls,
-        weight: Float[Tensor, "rows n"],
-        cross: Float[Tensor, "n n"],
-        moved: Float[Tensor, "n n"],
-    ) -> LinearTerm:
-        """For the target W·x′ of other inputs x′, from E[x(x′ − x)ᵀ] and E[(x′ − x)(x′ − x)ᵀ]."""
-        w = weight.double()
-        constant = ((w @ moved.double()) * w).sum(1).clamp(min=0.0)
-        return cls(w @ cross.double().T, constant)
 
     def checked(self, weight: Float[Tensor, "rows n"], label: str) -> LinearTerm:
         """In float64, on the device of the weight; ProblemError where it does not fit that."""
         label = f"{label}linear: "
         correlation = of_shape(self.correlation, tuple(weight.shape), f"{label}correlation")
         constant = of_shape(self.constant, (len(weight),), f"{label}constant")
-        if correlation is None or constant is None:
-            raise ProblemError(f"{label}it needs a correlation and a constant")
         if bool((constant < 0).any()):
             raise ProblemError(f"{label}the constant is a mean of squares, and not below 0")
         device = weight.device
         return LinearTerm(correlation.to(device, torch.float64), constant.to(device, torch.float64))
 
-    def take(self, rows: Tensor | slice | Sequence[int]) -> LinearTerm:
+    def take(self, rows: Tensor | slice | list[int]) -> LinearTerm:
         """Of some rows only."""
-        index: Any = list(rows) if isinstance(rows, Sequence) else rows
-        return LinearTerm(self.correlation[index], self.constant[index])
+        return LinearTerm(self.correlation[rows], self.constant[rows])
 
     def restrict(self, columns: Tensor) -> LinearTerm:
         """Of some inputs only; the others are kept."""
@@ -110,28 +99,14 @@ class LinearTerm:
             )
 
 
-class Objective:
+class Objective(Counts):
     """The cost of every row: f, or F with `update`. Its attributes are those of `LayerProblem`."""
 
-    weight: Float[Tensor, "rows n"]
     gram: Float[Tensor, "n n"]
     linear: LinearTerm | None
     update: LeastSquaresUpdate | None
     units: ObjectiveTransform | None
     _squares: LeastSquares | None
-
-    @property
-    def rows(self) -> int:
-        return self.weight.shape[0]
-
-    @property
-    def n(self) -> int:
-        """Number of inputs."""
-        return self.weight.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.weight.device
 
     @property
     def integral(self) -> bool:
@@ -222,17 +197,18 @@ class Objective:
         order (Higham, *Accuracy and Stability of Numerical Algorithms*, section 3.1); n·2⁻¹⁰⁷⁴(1 + Σ|xᵢ|)
         covers underflow. Only terms of the sum count: for v = w⊙m the pruned weights.
         """
+
+        def size(lost: Tensor) -> Tensor:
+            """The sum of the absolute values of all terms of the cost."""
+            linear = 2 * (self.correlation.abs() * lost).sum(1) + self.constant
+            return self._form(lost, torch.abs) + linear + lost.square() @ self.ridge
+
         lost = (self.weight.double() - weight).abs()
-        found = 4 * (self.n + 8) * 2.0**-53 * self._size(lost)
+        found = 4 * (self.n + 8) * 2.0**-53 * size(lost)
         if self.update is not None:  # F is least there, so what the solve is off by counts squared
-            found += _SOLVED**2 * self._size(self.weight.double().abs())
+            found += _SOLVED**2 * size(self.weight.double().abs())
         # where the sizes leave float64, nothing is excused
         return found.nan_to_num(posinf=0.0) + self.n * 2.0**-1074 * (1 + lost.sum(1))
-
-    def _size(self, lost: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
-        """The sum of the absolute values of all terms of the cost, of |w − v|."""
-        linear = 2 * (self.correlation.abs() * lost).sum(1) + self.constant
-        return self._form(lost, torch.abs) + linear + lost.square() @ self.ridge
 
     def _form(
         self, x: Float[Tensor, "rows n"], of: Callable[[Tensor], Tensor] = lambda gram: gram

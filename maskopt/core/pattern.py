@@ -262,12 +262,25 @@ class Counts:
     omega: Float[Tensor, " rows"] | None
 
     @property
+    def rows(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def n(self) -> int:
+        """Number of inputs."""
+        return self.weight.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
     def group_size(self) -> int:
-        return self.pattern.group_size(self.weight.shape[1])
+        return self.pattern.group_size(self.n)
 
     @property
     def pruned_per_group(self) -> int:
-        return self.pattern.pruned_per_group(self.weight.shape[1])
+        return self.pattern.pruned_per_group(self.n)
 
     @property
     def shared_budget(self) -> bool:
@@ -277,17 +290,17 @@ class Counts:
     @property
     def rows_per_budget(self) -> int:
         """Rows that have one count together: all with a shared budget, else 1."""
-        return len(self.weight) if self.shared_budget else 1
+        return self.rows if self.shared_budget else 1
 
     @property
     def pruned(self) -> int:
         """Entries of the layer that are pruned."""
-        return self.pattern.pruned_in(*self.weight.shape)
+        return self.pattern.pruned_in(self.rows, self.n)
 
     @property
     def row_limits(self) -> tuple[int, int]:
         """The least and the most entries that a row may prune."""
-        return self.pattern.row_limits(*self.weight.shape)
+        return self.pattern.row_limits(self.rows, self.n)
 
     @property
     def one_mask(self) -> bool:
@@ -298,7 +311,7 @@ class Counts:
     def shares(self) -> Float[Tensor, " rows"]:
         """ω, float64 [rows]: the weight of every row's objective in the layer's sum."""
         if self.omega is None:
-            return torch.ones(len(self.weight), dtype=torch.float64, device=self.weight.device)
+            return torch.ones(self.rows, dtype=torch.float64, device=self.device)
         return self.omega
 
     def totals(self, values: Float[Tensor, " rows"]) -> Float[Tensor, " budgets"]:

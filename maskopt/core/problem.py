@@ -38,12 +38,7 @@ from maskopt.core.inputs import (
 )
 from maskopt.core.least_squares import LeastSquares, LeastSquaresUpdate
 from maskopt.core.objective import LinearTerm, Objective
-from maskopt.core.pattern import (
-    Counts,
-    Pattern,
-    Unstructured,
-    parse_sparsity,
-)
+from maskopt.core.pattern import Pattern, Unstructured, parse_sparsity
 from maskopt.core.units import (
     ObjectiveTransform,
     OriginalValues,
@@ -54,7 +49,7 @@ from maskopt.core.units import (
 from maskopt.errors import ProblemError, WarmStartError
 
 
-class LayerProblem(Objective, Counts):
+class LayerProblem(Objective):
     """Mask selection for every row of one linear layer. The objective of a row is f, or F with `update`.
 
     Zero rows, zero or duplicate columns and a rank-deficient G are ordinary input.
@@ -180,13 +175,8 @@ class LayerProblem(Objective, Counts):
         return self._with(omega=shares_of_rows(omega, self.weight, _label(self.name)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write an .npz (atomically; no pickle inside). bf16 weights are widened to float32."""
+        """Write an .npz for `load_problem`, atomically and without a pickle. bf16 is widened to float32."""
         _save(self, path, "layer")
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> LayerProblem:
-        """Read what `save` wrote, with all checks of the constructor; ProblemError for another file."""
-        return load_npz(path, "layer").as_layer()
 
     def _with(self, **changes: Any) -> LayerProblem:
         """With some attributes changed: nothing is checked again."""
@@ -241,14 +231,9 @@ class RowProblem:
             return q, 0.0 if self._layer.pruned else float(self._layer.constant[0])
         return units.sign * (q - units.shift * np.eye(self.n)), units.constant
 
-    @property
-    def maximized(self) -> bool:
-        """Whether `value` is to be maximized; bounds of it are from above, then."""
-        units = self._layer.units
-        return units is not None and units.sign < 0
-
     def value(self, cost: float) -> float:
-        """An objective, or a bound of it, in the problem's own units."""
+        """An objective, or a bound of it, in the problem's own units; where these are maximized (`sign` −1),
+        bounds are from above."""
         units = self._layer.units
         return cost if units is None else units.value(cost, self._layer.pruned)
 
@@ -304,10 +289,6 @@ class RowProblem:
         """f, or F with `update`, of one mask [n] (True = kept), float64."""
         return float(self._layer.objective(mask.reshape(1, -1)))
 
-    def weights(self, mask: Bool[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """The weights that one mask [n] leaves, float64; see `LayerProblem.weights`."""
-        return self._layer.weights(mask.reshape(1, -1))[0]
-
     def with_update(self, update: LeastSquaresUpdate | None) -> RowProblem:
         """The same row under the other objective; see `LayerProblem.with_update`."""
         return RowProblem._of(self._layer.with_update(update))
@@ -330,23 +311,17 @@ class RowProblem:
         return RowProblem._of(layer)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write an .npz (atomically; no pickle inside). bf16 weights are widened to float32."""
+        """See `LayerProblem.save`."""
         _save(self._layer, path, "row")
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> RowProblem:
-        """As `LayerProblem.load`, of a row."""
-        found = load_npz(path, "row")
-        assert isinstance(found, RowProblem)
-        return found
 
     def __repr__(self) -> str:
         return _shown(self._layer, "RowProblem")
 
 
-def load_npz(path: str | os.PathLike[str], *kinds: str) -> LayerProblem | RowProblem:
-    """What `save` of a layer or a row wrote, of some `kinds` or any; errors as of `LayerProblem.load`."""
-    header, arrays = read_arrays(path, *(kinds or ("layer", "row")))
+def load_npz(path: str | os.PathLike[str]) -> LayerProblem | RowProblem:
+    """What `save` of a layer or a row wrote, with all checks of the constructor; ProblemError for another
+    file."""
+    header, arrays = read_arrays(path, "layer", "row")
     if not {"weight", "gram"} <= set(arrays):
         raise ProblemError(f"{path}: not a maskopt instance (it lacks weight or gram)")
     linear = {"correlation", "constant"} & set(arrays)

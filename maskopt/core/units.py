@@ -24,8 +24,6 @@ from maskopt.errors import ProblemError
 
 #: whole numbers below it, and their sums, are exact in float64
 MOST_WHOLE = 2.0**52
-#: of what a file may make a dense matrix
-MOST_ENTRIES = 2**14
 #: part of the entries that shifting may round off, of the least that count
 _LOST = 1e-6
 
@@ -80,12 +78,6 @@ class OriginalValues(NamedTuple):
         if value == bound:
             return cls(value, bound, 0.0)
         return cls(value, bound, abs(value - bound) / abs(value) if value else math.inf)
-
-
-def check_size(n: int) -> None:
-    """Raise ProblemError for a number of entries whose square nobody has memory for, or none."""
-    if not 1 <= n <= MOST_ENTRIES:
-        raise ProblemError(f"{n} vertices or variables; a dense matrix holds 1 to {MOST_ENTRIES}")
 
 
 def semidefinite(

@@ -118,7 +118,7 @@ def compare(
         time_limit: seconds per row, its start included.
         jobs: joblib's n_jobs: rows at a time. None: as a `joblib.parallel_config` around the call says, which
             may name a cluster's backend (Dask, Ray); else one.
-        output: a `.jsonl` makes the run resumable; `.csv` and `.parquet` are written at the end.
+        output: a `.jsonl` makes the run resumable; a `.csv` is written at the end.
         on_progress: called with (finished jobs, jobs).
 
     Returns:

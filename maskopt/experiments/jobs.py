@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import csv
 import functools
-import hashlib
 import io
 import json
 import logging
@@ -21,11 +20,12 @@ from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
-import torch
 from filelock import FileLock
 from joblib import Parallel, effective_n_jobs
 from joblib.parallel import get_active_backend
+from torch import Tensor
 
 from maskopt.checks.verification import Require, verify
 from maskopt.core.fields import holds_its_kinds
@@ -42,9 +42,9 @@ _log = logging.getLogger("maskopt.experiments.jobs")
 #: jobs at a time of a backend that gives no result before all are there
 BATCH = 64
 #: of a table of records
-FORMATS = (".jsonl", ".csv", ".parquet")
-#: what tables of records begin with
-_BEGIN = {".csv": b"instance,", ".parquet": b"PAR1"}
+FORMATS = (".jsonl", ".csv")
+#: what a .csv of records begins with
+_BEGIN = b"instance,"
 #: seconds between two looks at a lock that another run has for some milliseconds
 _POLL = 0.005
 
@@ -96,44 +96,26 @@ def _end_with(parent: int) -> None:
 
 def job_key(row: RowProblem, solver: Solver, start: Any, limits: Limits) -> str:
     """Of a job: its row, its solver, its start (a name, a value or a mask) and its limits."""
-    digest = digest_of(row.as_layer(), 0)
+    if not isinstance(start, Tensor | np.ndarray):
+        start = str(start)
     of_limits = [limits.seconds, limits.memory, limits.seed]
-    text = [str(row.pattern), row.name, solver.name, repr(solver), of_limits, _start_text(start)]
-    digest.update(json.dumps(text).encode())
-    return digest.hexdigest()[:20]
+    return digest_of(row.as_layer(), 0, solver.name, repr(solver), of_limits, start)
 
 
-def digest_of(problem: LayerProblem, row: int) -> hashlib._Hash:
-    """Of everything that a row's problem is but its pattern and its name."""
-    digest = hashlib.sha256()
-    tensors = {
-        "weight": problem.weight[row].double(),
-        "gram": problem.gram.double(),
-        "correlation": problem.correlation[row],
-        "constant": problem.constant[row],
-        "moments": problem.moments,
-    }
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-    digest.update(repr([problem.update, problem.units]).encode())
-    return digest
-
-
-def _start_text(start: Any) -> str:
-    """A start in a job's key; a mask by all of its entries, most of which str() leaves out."""
-    if isinstance(start, torch.Tensor) and start.dtype == torch.bool:
-        start = start.cpu().numpy()
-    if not isinstance(start, np.ndarray):
-        return str(start)
-    return f"{start.dtype} {start.shape} {hashlib.sha256(start.tobytes()).hexdigest()}"
+def digest_of(problem: LayerProblem, row: int, *more: Any) -> str:
+    """Of everything that a row's problem is, and of what is done with it."""
+    parts = [problem.weight[row].double(), problem.gram.double(), problem.moments]
+    parts += [problem.correlation[row], problem.constant[row], *more]
+    arrays = [part.cpu().numpy() if isinstance(part, Tensor) else part for part in parts]
+    text = str([problem.pattern, problem.name, problem.update, problem.units])
+    return str(joblib.hash([text, *arrays]))
 
 
 class Store:
     """Finished jobs: records in the file `output`, solutions in the folder `<output>.rows`.
 
     A `.jsonl` gets a line for each finished job and may be shared by several runs; its jobs are resumed from
-    their solutions. A `.csv` or `.parquet` is written at the end. A job whose solution `verify` refuses runs
+    their solutions. A `.csv` is written at the end. A job whose solution `verify` refuses runs
     again. Without an output nothing is kept. `kind` is the dataclass of the records, with `key`, `value`,
     `value_bound` and `gap`; None: the caller writes the output. OptionError: as of `check_format`.
     """
@@ -183,7 +165,7 @@ class Store:
         if self.path is None or not self.grows or not records:
             return
         with _alone(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(_flat(record)) + "\n" for record in records))
+            file.write(_lines(records))
             file.flush()
             os.fsync(file.fileno())
 
@@ -215,26 +197,20 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 def check_format(path: Path | None, *, overwrite: bool) -> None:
-    """Raise OptionError for an ending that is no table format, a missing package, or a file in the way."""
+    """Raise OptionError for an ending that is no table format, or a file in the way."""
     if path is None:
         return
     if path.suffix not in FORMATS:
         raise OptionError(f"{path.name}: write one of: {', '.join(FORMATS)}")
-    begin = _BEGIN.get(path.suffix, b"")
+    if path.suffix == ".jsonl":
+        return check_writable(path, overwrite=None)
     if path.is_file() and path.stat().st_size:
         with open(path, "rb") as file:
-            if file.read(len(begin)) != begin:
+            if file.read(len(_BEGIN)) != _BEGIN:
                 raise OptionError(
                     f"{path}: is there, and no table of this command; name another file"
                 )
-    check_writable(path, overwrite=None if path.suffix == ".jsonl" else overwrite)
-    if path.suffix == ".parquet":
-        try:
-            import pyarrow  # noqa: F401
-        except ImportError:
-            raise OptionError(
-                "Parquet needs the package pyarrow: pip install pyarrow, or name a .csv or .jsonl"
-            ) from None
+    return check_writable(path, overwrite=overwrite)
 
 
 def read_records(path: Path, kind: type[Any]) -> dict[str, Any]:
@@ -278,23 +254,21 @@ def read_records(path: Path, kind: type[Any]) -> dict[str, Any]:
 
 def write_records(path: Path, records: Sequence[Any]) -> None:
     """The table as a whole, in the format that the ending of the name says."""
-    rows = [_flat(record) for record in records]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    if path.suffix == ".jsonl":
+        text.write(_lines(records))
+    else:
+        rows = [_flat(record) for record in records]
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        writer = csv.DictWriter(text, fieldnames=columns)
+        writer.writeheader()
+        writer.writerows(rows)
     with atomic_write(path) as file:
-        if path.suffix == ".jsonl":
-            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-        elif path.suffix == ".csv":
-            text = io.StringIO()
-            writer = csv.DictWriter(text, fieldnames=columns)
-            writer.writeheader()
-            writer.writerows(rows)
-            file.write(text.getvalue().encode())
-        else:
-            import pyarrow
-            import pyarrow.parquet
+        file.write(text.getvalue().encode())
 
-            whole = [{name: row.get(name) for name in columns} for row in rows]
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(whole), file)
+
+def _lines(records: Sequence[Any]) -> str:
+    return "".join(json.dumps(_flat(record)) + "\n" for record in records)
 
 
 def _flat(record: Any) -> dict[str, Any]:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from joblib import delayed
 from torch import Tensor
 
@@ -117,7 +116,7 @@ def prove(
     closed in time has the bound of its tree.
 
         with joblib.parallel_config(backend="dask", n_jobs=-1):
-            prove(LayerProblem.load("layer.npz"), "proof.npz")
+            prove(load_problem("layer.npz"), "proof.npz")
 
     Args:
         output: .npz for masks and trees; the folder `<output>.rows` holds finished rows until all are done.
@@ -155,7 +154,8 @@ def prove(
         if solution.status[0] is Status.OPTIMAL:
             store.add(key, solution)
         on_progress(len(found), len(set(keys)))
-    joined = _joined(layer, [found[key] for key in keys])
+    rows = [found[key] for key in keys]
+    joined = Solution.joined(rows, Certificate.of_rows(layer, [row.certificate for row in rows]))
     if output is not None:
         joined.save(output)
     if store.folder is not None:
@@ -169,15 +169,6 @@ def _of_a_row(limits: Limits, rows: int, jobs: int | None) -> Limits:
     if limits.seconds is None:
         return limits
     return replace(limits, seconds=limits.seconds * min(1.0, workers(jobs) / rows))
-
-
-def _joined(layer: LayerProblem, rows: Sequence[Solution]) -> Solution:
-    """The certificate of a row without one proves f ≥ 0."""
-    if all(row.certificate is None for row in rows):
-        return Solution.joined(rows)
-    nothing = Certificate.box(layer, torch.zeros_like(layer.weight, dtype=torch.float64))
-    parts = [row.certificate or nothing.take([at]) for at, row in enumerate(rows)]
-    return Solution.joined(rows, Certificate.stack(parts))
 
 
 def _proven(

@@ -1,4 +1,4 @@
-"""Instances of other libraries, read and written: one set of a given size, by a quadratic objective.
+"""Instances of other libraries, read, and written as QPLIB: a set of given size, by a quadratic objective.
 
 | ending | library | what is chosen |
 |---|---|---|
@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.io
@@ -24,13 +24,12 @@ import scipy.io
 from maskopt.core.files import atomic_write, has_header, read_array
 from maskopt.core.pattern import Unstructured
 from maskopt.core.problem import LayerProblem, RowProblem, load_npz
-from maskopt.core.units import MOST_ENTRIES, check_size
 from maskopt.errors import ProblemError
 
-#: weights of an edge list: their decimals are enough to get the same float64 back
-_DIGITS = ".17g"
 #: difference of mirrored entries that is taken for rounding, as part of the largest entry
 _SKEW = 1e-6
+#: of what a file may make a dense matrix
+_MOST_ENTRIES = 2**14
 
 
 def load_problem(
@@ -62,7 +61,7 @@ def load_problem(
             raise ProblemError("the file says how many are chosen; leave `cardinality` out")
         text = Path(path).read_text(encoding="utf-8-sig")  # with a byte order mark or without
         if ending == _QPLIB:
-            return _read_qplib(text, Path(path).stem)
+            return _read_qplib(text)
         return _read_graph(ending, text, Path(path).stem, cardinality)
     except ProblemError as error:
         raise ProblemError(f"{path}: {error}") from None
@@ -79,7 +78,7 @@ def _of_matrix(path: str | os.PathLike[str], cardinality: int | None, maximize: 
         raise ProblemError(
             f"the array is {list(matrix.shape)}, not square; of inputs X, save X.T @ X / len(X)"
         )
-    check_size(len(matrix))
+    _check_size(len(matrix))
     if len(bad := np.argwhere(~np.isfinite(matrix))):
         raise ProblemError(
             f"{len(bad)} entries are NaN or infinite, the first at {bad[0].tolist()}; replace them"
@@ -96,6 +95,12 @@ def _of_matrix(path: str | os.PathLike[str], cardinality: int | None, maximize: 
     )
 
 
+def _check_size(n: int) -> None:
+    """Raise ProblemError for a number of entries whose square nobody has memory for, or none."""
+    if not 1 <= n <= _MOST_ENTRIES:
+        raise ProblemError(f"{n} vertices or variables; a dense matrix holds 1 to {_MOST_ENTRIES}")
+
+
 def _read_csv(path: str | os.PathLike[str]) -> np.ndarray:
     try:
         return np.loadtxt(path, delimiter=",", ndmin=2, encoding="utf-8-sig")
@@ -107,7 +112,7 @@ def _read_market(path: str | os.PathLike[str]) -> np.ndarray:
     try:
         rows, columns, count, *_ = scipy.io.mminfo(path)
         # a first line is believed if the file is as long as it says
-        if rows == columns <= MOST_ENTRIES and count <= os.path.getsize(path):
+        if rows == columns <= _MOST_ENTRIES and count <= os.path.getsize(path):
             matrix = scipy.io.mmread(path)
             return np.asarray(matrix if isinstance(matrix, np.ndarray) else matrix.toarray())
     except (OSError, ValueError, OverflowError) as error:
@@ -118,20 +123,18 @@ def _read_market(path: str | os.PathLike[str]) -> np.ndarray:
 def save_problem(
     problem: RowProblem, path: str | os.PathLike[str], form: str | None = None
 ) -> None:
-    """Write a row in the format of the ending, or `form`, atomically; ProblemError: the format cannot hold
-    it."""
+    """Write a row as .npz or .qplib, by the ending or `form`, atomically; ProblemError: the format does not
+    hold it."""
     ending = f".{form}" if form else Path(path).suffix.lower()
     if ending == ".npz":
         return problem.save(path)
-    if ending not in _TEXTS:
-        raise ProblemError(f"{path}: no known format; one of: .npz, {', '.join(_TEXTS)}")
-    pattern = problem.pattern
-    if not isinstance(pattern, Unstructured) or problem.update is not None:
+    if ending != _QPLIB:
+        raise ProblemError(f"{path}: no known format; one of: .npz, {_QPLIB}")
+    if not isinstance(problem.pattern, Unstructured) or problem.update is not None:
         raise ProblemError(f"{path}: {ending} holds one set of a given size, and unchanged weights")
-    text = _write_qplib(problem) if ending == _QPLIB else _write_graph(ending, problem)
     with atomic_write(Path(path)) as file:
         # a name out of a file name may be no text
-        file.write(text.encode(errors="replace"))
+        file.write(_write_qplib(problem).encode(errors="replace"))
     return None
 
 
@@ -141,7 +144,7 @@ class _Line(NamedTuple):
     number: int
     words: list[str]
 
-    def numbers(self, kinds: str) -> list[float]:
+    def numbers(self, kinds: str) -> list[Any]:
         """Whole numbers (i) and others (f); the rest of the line is left."""
         given = zip(self.words, kinds, strict=False)
         try:
@@ -160,18 +163,24 @@ class _Line(NamedTuple):
         return ProblemError(f"line {self.number}: {what}")
 
 
-def _lines(text: str) -> Iterator[_Line]:
+def _lines(text: str, comments: tuple[str, ...] = ("#", "%", "c ")) -> Iterator[_Line]:
     for number, line in enumerate(text.splitlines(), 1):
-        if line.strip() and not line.lstrip().startswith(("#", "%", "c ")):
+        if line.strip() and not line.lstrip().startswith(comments):
             yield _Line(number, line.split())
+
+
+def _next(lines: Iterator[_Line]) -> _Line:
+    for line in lines:
+        return line
+    raise ProblemError("it ends early")
 
 
 def _edges(lines: Iterator[_Line], n: int, first: int, count: int) -> np.ndarray:
     """Symmetric [n, n] of the lines `i j weight`, numbered from `first`."""
-    check_size(n)
+    _check_size(n)
     weight, seen, found = np.zeros((n, n)), np.zeros((n, n), dtype=bool), 0
     for line in lines:
-        i, j = (int(x) - first for x in line.numbers("ii"))
+        i, j = (x - first for x in line.numbers("ii"))
         w = line.numbers("iif")[2] if len(line.words) > 2 else 1.0
         if not (0 <= i < n and 0 <= j < n) or i == j or seen[i, j]:
             raise line.error(f"{line.text!r} is no new pair of two of {n}")
@@ -183,52 +192,22 @@ def _edges(lines: Iterator[_Line], n: int, first: int, count: int) -> np.ndarray
     return weight
 
 
-def _first(lines: Iterator[_Line]) -> _Line:
-    return next(lines, _Line(1, []))
-
-
 def _read_graph(ending: str, text: str, name: str, cardinality: int | None) -> RowProblem:
     """Σ over chosen pairs of their weight, each once, is maximized."""
     lines = _lines(text)
     if ending == ".dat":
-        n, chosen, count = (int(x) for x in _first(lines).numbers("iii"))
+        n, chosen, count = _next(lines).numbers("iii")
         # an edge is given by the entry ½ of a symmetric matrix: it counts 1
         weight = 2 * _edges(lines, n, 1, count)
     elif ending in (".mdp", ".txt"):
-        n, chosen = (int(x) for x in _first(lines).numbers("ii"))
+        n, chosen = _next(lines).numbers("ii")
         weight = _edges(lines, n, 0, n * (n - 1) // 2)
     elif cardinality is None:
         raise ProblemError("a graph does not say how many vertices are chosen; pass cardinality")
     else:
-        n, count = (int(x) for x in _first(lines).numbers("ii"))
+        n, count = _next(lines).numbers("ii")
         chosen, weight = cardinality, _edges(lines, n, 1, count)
     return RowProblem.from_quadratic(weight / 2, cardinality=chosen, maximize=True, name=name)
-
-
-def _pairs(problem: RowProblem) -> tuple[np.ndarray, int]:
-    """The weights of the pairs, where these are all that is maximized, and how many are chosen."""
-    quadratic, constant = problem.quadratic()
-    n, chosen = problem.n, problem.as_layer().pruned
-    if not problem.maximized:
-        raise ProblemError("the format maximises, and the problem is to be minimised; take .qplib")
-    diagonal = quadratic.diagonal()
-    rest = constant + chosen * float(diagonal[0])
-    if (diagonal != diagonal[0]).any() or abs(rest) > 1e-9 * np.abs(quadratic).sum():
-        raise ProblemError(f"the format has weights of pairs of {n} alone; take .qplib")
-    return 2 * (quadratic - np.diag(diagonal)), chosen
-
-
-def _write_graph(ending: str, problem: RowProblem) -> str:
-    weight, chosen = _pairs(problem)
-    n, head = problem.n, f"{problem.n} {chosen}"
-    first = 0 if ending in (".mdp", ".txt") else 1
-    pairs = np.nonzero(np.triu(weight)) if first else np.triu_indices(n, 1)
-    if first:
-        head = f"{head if ending == '.dat' else n} {len(pairs[0])}"
-    weight = weight / 2 if ending == ".dat" else weight
-    edges = zip(*pairs, strict=True)
-    lines = [f"{a + first} {b + first} {weight[a, b]:{_DIGITS}}" for a, b in edges]
-    return "\n".join([head, *lines, ""])
 
 
 _MATRICES: dict[str, Callable[[str | os.PathLike[str]], np.ndarray]] = {
@@ -240,12 +219,12 @@ _QPLIB = ".qplib"
 _TEXTS = (".dat", ".mc", ".rudy", ".mdp", ".txt", _QPLIB)
 
 
-def _read_qplib(text: str, name: str) -> RowProblem:
+def _read_qplib(text: str) -> RowProblem:
     """A problem of type ?BL whose only constraint is a number of ones; ProblemError, with the reason, for
     others. ½xᵀHx + bᵀx + c has H by its lower triangle: an entry off the diagonal is the coefficient of
     x_i x_j, one on it twice that of x_i²."""
-    words = _Words(text)
-    title, kind, sense = (words.next() for _ in range(3))
+    lines = _lines(text, ("!", "%", "#"))
+    name, kind, sense = (_next(lines).words[0] for _ in range(3))
     if len(kind) != 3 or kind[0] not in "LDCQ" or kind[1:] != "BL":
         raise ProblemError(
             f"a problem of type {kind}; only binary variables under one linear constraint (QBL) are a choice "
@@ -253,27 +232,19 @@ def _read_qplib(text: str, name: str) -> RowProblem:
         )
     if sense.lower() not in ("minimize", "maximize"):
         raise ProblemError(f"{sense!r} is no sense of an objective")
-    n, constraints = words.whole(), words.whole()
+    n, constraints = (_next(lines).numbers("i")[0] for _ in range(2))
     if constraints != 1:
         raise ProblemError(
             f"{constraints} constraints; only one, on the sum of all variables, maps"
         )
-    check_size(n)
-    quadratic, given = np.zeros((n, n)), np.zeros((n, n), dtype=bool)
-    for _ in range(0 if kind[0] == "L" else words.whole()):
-        i, j = sorted((words.place(n), words.place(n)))
-        _once(given[i], j, f"the quadratic term {i + 1} {j + 1}")
-        quadratic[i, j] = words.number() / (2 if i == j else 1)
-    linear = words.vector(n)
-    constant = words.number()
-    row, summed = np.zeros(n), np.zeros(n, dtype=bool)
-    for _ in range(words.whole()):
-        words.place(1)
-        i = words.place(n)
-        _once(summed, i, f"variable {i + 1} of the constraint")
-        row[i] = words.number()
-    words.number()  # what stands for infinity
-    low, high = words.vector(1)[0], words.vector(1)[0]
+    _check_size(n)
+    quadratic = np.zeros((n, n)) if kind[0] == "L" else _entries(lines, (n, n))
+    quadratic[np.diag_indices(n)] /= 2
+    linear = _vector(lines, n)
+    constant = _next(lines).numbers("f")[0]
+    row = _entries(lines, (1, n))[0]
+    _next(lines)  # what stands for infinity
+    low, high = _vector(lines, 1)[0], _vector(lines, 1)[0]
     chosen = low / row[0] if row[0] else np.nan
     if (row != row[0]).any() or low != high or chosen != np.round(chosen) or not 0 <= chosen <= n:
         raise ProblemError("its constraint is not that a given number of all variables are 1")
@@ -282,15 +253,37 @@ def _read_qplib(text: str, name: str) -> RowProblem:
         cardinality=int(chosen),
         maximize=sense.lower() == "maximize",
         constant=constant,
-        name=title or name,
+        name=name,
     )
+
+
+def _vector(lines: Iterator[_Line], n: int) -> np.ndarray:
+    """A default, and the entries that are not it."""
+    return _entries(lines, (n,), _next(lines).numbers("f")[0])
+
+
+def _entries(lines: Iterator[_Line], shape: tuple[int, ...], default: float = 0.0) -> np.ndarray:
+    """An array by the number of its entries that are listed, and a line for each; of a square one a
+    triangle."""
+    found, given = np.full(shape, default), np.zeros(shape, dtype=bool)
+    for _ in range(_next(lines).numbers("i")[0]):
+        line = _next(lines)
+        *place, value = line.numbers("i" * len(shape) + "f")
+        at = tuple(i - 1 for i in (sorted(place) if shape[0] == shape[-1] else place))
+        if not all(0 <= i < size for i, size in zip(at, shape, strict=True)) or given[at]:
+            raise line.error(
+                f"{line.text!r} is no new entry of {shape[-1]}; of a symmetric matrix list one triangle"
+            )
+        found[at], given[at] = value, True
+    return found
 
 
 def _write_qplib(problem: RowProblem) -> str:
     """The text of a problem of type QBL (http://qplib.zib.de/doc.html)."""
     quadratic, constant = problem.quadratic()
     n = problem.n
-    sense = "maximize" if problem.maximized else "minimize"
+    units = problem.as_layer().units
+    sense = "maximize" if units and units.sign < 0 else "minimize"
     entries = [
         f"{i + 1} {j + 1} {2 * quadratic[i, j]:.17g}"
         for i in range(n)
@@ -321,52 +314,3 @@ def _write_qplib(problem: RowProblem) -> str:
             "0 # names of variables\n0 # names of constraints\n",
         ]
     )
-
-
-class _Words:
-    """The words of a file, comments left out."""
-
-    def __init__(self, text: str) -> None:
-        lines = (x for x in text.splitlines() if not x.lstrip().startswith(("!", "%")))
-        self._words = (word for line in lines for word in line.partition("#")[0].split())
-
-    def next(self) -> str:
-        word = next(self._words, None)
-        if word is None:
-            raise ProblemError("it ends early")
-        return word
-
-    def number(self) -> float:
-        word = self.next()
-        try:
-            return float(word)
-        except ValueError:
-            raise ProblemError(f"expected a number, not {word!r}") from None
-
-    def whole(self) -> int:
-        number = self.number()
-        if not np.isfinite(number) or number != int(number) or number < 0:
-            raise ProblemError(f"expected a count, not {number:g}")
-        return int(number)
-
-    def place(self, n: int) -> int:
-        number = self.whole()
-        if not 1 <= number <= n:
-            raise ProblemError(f"{number} is none of 1 … {n}")
-        return number - 1
-
-    def vector(self, n: int) -> np.ndarray:
-        """A default and the entries that are not it."""
-        found, given = np.full(n, self.number()), np.zeros(n, dtype=bool)
-        for _ in range(self.whole()):
-            i = self.place(n)
-            _once(given, i, f"entry {i + 1}")
-            found[i] = self.number()
-        return found
-
-
-def _once(given: np.ndarray, place: int, what: str) -> None:
-    """Note what is given; raise where it has been."""
-    if given[place]:
-        raise ProblemError(f"{what} is given twice; of a symmetric matrix list one triangle")
-    given[place] = True

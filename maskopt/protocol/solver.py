@@ -31,7 +31,6 @@ from maskopt.errors import (
     OptionError,
     SolverError,
     SolverUnavailableError,
-    UnknownSolverError,
     WarmStartError,
     near,
 )
@@ -71,10 +70,10 @@ class Registry:
         return sorted(_points(self.group))
 
     def find(self, name: str) -> type[Any]:
-        """The class of that name; UnknownSolverError, or SolverUnavailableError where it cannot be used."""
+        """The class of that name; SolverError for no such, or SolverUnavailableError if it cannot be used."""
         points = _points(self.group)
         if name not in points:
-            raise UnknownSolverError(f"unknown {self.what} {name!r}{near(name, points)}")
+            raise SolverError(f"unknown {self.what} {name!r}{near(name, points)}")
         point = points[name]
         if point not in self._loaded:
             self._loaded[point] = self._load(point)

@@ -215,14 +215,11 @@ def _certified(
     problem: LayerProblem, answers: list[RowAnswer]
 ) -> tuple[Certificate | None, Tensor]:
     """The certificates of the rows that rest on them, and what they prove; other rows have f ≥ 0."""
-    if not any(_rests_on_certificate(answer) for answer in answers):
+    parts = [answer.certificate if _rests_on_certificate(answer) else None for answer in answers]
+    certificate = Certificate.of_rows(problem, parts)
+    if certificate is None:
         return None, torch.zeros(problem.rows, dtype=torch.float64)
-    nothing = Certificate.box(problem, torch.zeros_like(problem.weight, dtype=torch.float64))
-    parts = [
-        (_rests_on_certificate(answer) and answer.certificate) or nothing.take([row])
-        for row, answer in enumerate(answers)
-    ]
-    certificate = Certificate.stack(parts).of_linear(problem)
+    certificate = certificate.of_linear(problem)
     return certificate, certificate.check(problem)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from maskopt import LayerProblem
+from maskopt import LayerProblem, load_problem
 from maskopt.demo.model import demo_model
 from maskopt.demo.text import demo_text
 from maskopt.models.pruning.problems import collect_problems
@@ -71,4 +71,4 @@ def loaded(args: argparse.Namespace, layers: tuple[str, ...]) -> Iterator[tuple[
         for name, problem in collect(args, list(missing), 0.6):
             problem.save(missing[name])
     for layer, file in files.items():
-        yield layer, LayerProblem.load(file)
+        yield layer, load_problem(file).as_layer()

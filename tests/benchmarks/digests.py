@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from strategies import KINDS, random_gram, random_weight
 
-from maskopt import NM, LayerProblem, Solution, Unstructured, solve
+from maskopt import NM, LayerProblem, Solution, Unstructured, load_problem, solve
 from maskopt.errors import MaskoptError
 from maskopt.models.pruning.prune import prune_model
 
@@ -74,7 +74,7 @@ def random_layers() -> Iterator[tuple[str, LayerProblem]]:
 
 def given_layers(paths: list[Path]) -> Iterator[tuple[str, LayerProblem]]:
     for path in paths:
-        layer = LayerProblem.load(path)
+        layer = load_problem(path).as_layer()
         for pattern in (Unstructured(sparsity=0.5), NM(keep=2, of=4)):
             yield f"{path.stem} {pattern}", layer.under(pattern)
 

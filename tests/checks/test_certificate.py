@@ -193,7 +193,7 @@ def test_rows_that_add_nothing_negative_share_a_factorisation(parts, monkeypatch
     own = certificate(problem, **parts)
     negative = replace(own, diagonal=own.diagonal - 0.1 * problem.weight.square())
     box = lower_bound(problem, "box").certificate
-    given = Certificate.choose(torch.arange(6) < 2, box, negative)
+    given = Certificate.stack([negative.take([0, 1]), box.take([2, 3, 4, 5])])
     assert [slack is None for slack in _shared_slacks(given, problem)] == [True] * 2 + [False] * 4
     counted = []
     name = "maskopt.certificates.certificate.missing"
@@ -244,7 +244,7 @@ def same(a, b):
     assert list(a.cuts or [None] * 3) == list(b.cuts or [None] * 3)
 
 
-def test_rows_are_taken_stacked_chosen_and_widened():
+def test_rows_are_taken_stacked_and_widened():
     problem = layer(rows=3)
     narrow = LayerProblem(problem.weight.float(), problem.gram.float(), problem.pattern)
     problem = LayerProblem(narrow.weight.double(), narrow.gram.double(), problem.pattern)
@@ -268,7 +268,7 @@ def test_rows_are_taken_stacked_chosen_and_widened():
     twice = Certificate.stack([plain, plain])
     assert (twice.product, twice.cuts) == (None, None)
     for one, two in itertools.permutations((full, plain, cut), 2):
-        mixed = Certificate.choose(torch.tensor([True, False, True]), one, two)
+        mixed = Certificate.stack([two.take([0]), one.take([1]), two.take([2])])
         for row, source in enumerate((two, one, two)):
             assert torch.equal(mixed.point[row], source.point[row])
             known = unclamped(source, problem, row)

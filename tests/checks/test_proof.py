@@ -15,7 +15,7 @@ from hypothesis import given, strategies as st
 from strategies import HALF, TWO_FOUR, WHOLE, drawn, graph, legal_masks, problems, random_gram, slow
 
 import maskopt
-from maskopt import NM, LayerProblem, Solution, Status, Unstructured, solve, verify
+from maskopt import NM, LayerProblem, Solution, Status, Unstructured, load_problem, solve, verify
 from maskopt.certificates.cuts import NO_INPUT, Cuts
 from maskopt.certificates.exact_check import exact_bounds, exact_cost, rational, semidefinite
 from maskopt.certificates.proof import (
@@ -384,7 +384,7 @@ def test_values_of_a_graph_are_two_apart_and_what_is_not_whole_is_refused(tmp_pa
         fails(ProblemError, message, LayerProblem(*arguments, HALF, **more).with_units, WHOLE)
     fails(ProblemError, "no weights to update", problem.with_update, LeastSquaresUpdate())
     problem.save(tmp_path / "graph.npz")
-    read = LayerProblem.load(tmp_path / "graph.npz")
+    read = load_problem(tmp_path / "graph.npz")
     assert all(p.integral for p in (read, problem.take([0]), problem.row(0)))
     assert not layer().integral
     assert layer().row(0).values() is None

@@ -20,6 +20,7 @@ from maskopt.certificates.certificate import Certificate
 from maskopt.checks.swap_check import improving_swap
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.errors import PatternError, ProblemError, SolverError, VerificationError
+from maskopt.instances.formats import load_problem
 from maskopt.protocol.solution import Solution, Status, relative_gap
 from maskopt.protocol.solver import available_solvers, solve
 from maskopt.solvers.greedy.scores import keep_highest
@@ -138,7 +139,7 @@ def test_what_a_pattern_and_its_masks_and_shares_cannot_be():
 def test_an_instance_on_disk_keeps_its_count_and_its_rows_their_weights(tmp_path):
     problem = layer(omega=torch.arange(1.0, 7.0), update=LeastSquaresUpdate(0.02))
     problem.save(tmp_path / "layer.npz")
-    loaded = LayerProblem.load(tmp_path / "layer.npz")
+    loaded = load_problem(tmp_path / "layer.npz")
     assert (loaded.pattern, loaded.shared_budget) == (problem.pattern, True)
     assert torch.equal(loaded.shares, problem.shares)
     found = solve(problem)

@@ -4,8 +4,6 @@ its certificate before it is reported, and once more where a later run reads it 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import statistics
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -13,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import joblib
 import torch
 from joblib import delayed
 from torch import Tensor
@@ -95,7 +94,7 @@ def bound_layers(
             itself, with its share of a layer's time limit.
         output: `.jsonl` grows as layers finish and makes the run resumable (other records in the file stay).
             Certificates lie in the folder `<output>.rows`, and only a row whose certificate holds is skipped.
-            `.csv` and `.parquet` are written at the end.
+            `.csv` is written at the end.
     """
     check_rows(rows)
     how = _How(method, dict(method_options or {}), seed)
@@ -290,7 +289,7 @@ def _rows(
     keys = [_key(how, problem, i, mask[i], chosen[i]) for i in range(problem.rows)]
     if problem.shared_budget:
         counts = problem.shares.tolist()
-        keys = [_short(json.dumps([at, keys, counts])) for at in range(len(keys))]
+        keys = [joblib.hash([at, keys, counts]) for at in range(len(keys))]
     return _Rows(how, problem, kind, chosen, mask, keys)
 
 
@@ -404,11 +403,5 @@ def _mask_of(problem: LayerProblem, nonzero: Tensor) -> Tensor:
 
 
 def _key(how: _How, problem: LayerProblem, row: int, mask: Tensor, chosen: int) -> str:
-    digest, options = digest_of(problem, row), sorted(how.options.items())
-    digest.update(mask.cpu().numpy().tobytes())
-    text = [str(problem.pattern), problem.name, int(chosen), how.method, options]
-    return _short(digest.hexdigest() + json.dumps(text, default=str))
-
-
-def _short(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:20]
+    options = sorted(how.options.items())
+    return digest_of(problem, row, mask, int(chosen), how.method, options)

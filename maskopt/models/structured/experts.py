@@ -130,8 +130,6 @@ def _choose(
                 gone, name = len(quadratic) - left, mixture.name
                 problem = RowProblem.from_quadratic(quadratic.numpy(), cardinality=gone, name=name)
                 solution = solve(problem, "branch", time_limit=_SECONDS).raise_if_interrupted()
-                found = float(solution.objective), float(solution.lower_bound)
-                values = problem.to_original_units(*found)
                 kept[name] = solution.mask[0]
                 model = job.source.model
                 dense = copy.deepcopy(model.get_submodule(mixture.parent))
@@ -146,13 +144,13 @@ def _choose(
                     pattern=f"{left} of {mixture.count} experts",
                     pruned=mixture.count - left,
                     error=error,
-                    lower_bound=max(values.bound, 0.0),
+                    lower_bound=max(solution.bound, 0.0),
                     statuses={str(solution.status[0]): 1},
                     tokens=tokens,
                     fallback=False,
                     seconds=time.perf_counter() - began,
                     energy=energy,
-                    error_kept=max(values.value, 0.0),
+                    error_kept=max(solution.value, 0.0),
                 )
                 layers.append(report)
                 tick(1, report)

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import chat_tokenizer, edit_json, save, save_with_own_code, tiny
 
 import maskopt
-from maskopt import LayerProblem, RowProblem, Unstructured
+from maskopt import LayerProblem, Unstructured, load_problem
 from maskopt.errors import DataError, MaskoptError, ModelError
 from maskopt.models.architecture.source import load_tokenizer, open_source
 from maskopt.models.blockwise.activations import Activations
@@ -358,8 +358,8 @@ LOADERS: dict[str, Callable[[Path], object]] = {
     "forged journal": lambda path: [layers(x["layers"]) for x in Journal(path).blocks.values()],
     "forged manifest": lambda path: layers(read_manifest(path)["layers"]),
     "shard": lambda path: [open_safe(path).read(name) for name in open_safe(path).entries],
-    "layer": LayerProblem.load,
-    "row": RowProblem.load,
+    "layer": load_problem,
+    "row": load_problem,
 }
 
 

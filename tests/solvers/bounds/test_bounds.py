@@ -14,7 +14,7 @@ from strategies import HALF, KINDS, TWO_FOUR, drawn, problems, random_gram, rand
 from maskopt import NM, Certificate, LayerProblem, Unstructured, lower_bound, solve
 from maskopt.certificates.cuts import Cuts
 from maskopt.core.limits import torch_threads
-from maskopt.errors import OptionError, SolverError, UnknownSolverError, VerificationError
+from maskopt.errors import OptionError, SolverError, VerificationError
 from maskopt.protocol.bounds import ENTRY_POINT_GROUP, available_bounds
 from maskopt.solvers.bounds import sdp
 from maskopt.solvers.convex.mixing import Extra, Mixing, ScaledRow, certify_row
@@ -203,7 +203,7 @@ def test_out_of_time(monkeypatch):
 
 def test_bad_input_is_named():
     for method, options, kind, message in (
-        ("bx", {}, UnknownSolverError, "did you mean 'box'"),
+        ("bx", {}, SolverError, "did you mean 'box'"),
         ("sdp", {"sweps": 3}, OptionError, "did you mean 'sweeps'"),
         ("sdp", {"sweeps": 0}, OptionError, "sweeps"),
         ("sdp", {"cuts": -1}, OptionError, "cuts must be a whole number ≥ 0"),

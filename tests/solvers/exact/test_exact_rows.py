@@ -302,12 +302,12 @@ def test_workers_end_with_their_parent_however_that_ended(monkeypatch):
 def test_ctrl_c_returns_the_incumbent(tmp_path):
     layer(80, 1, pattern=SIXTY).save(tmp_path / "hard.npz")
     code = (
-        "import os, signal, sys, threading; from maskopt import LayerProblem, solve, verify\n"
+        "import os, signal, sys, threading; from maskopt import load_problem, solve, verify\n"
         "from maskopt.solvers.exact.scip import ScipModel; run = ScipModel.optimize\n"
         "def begun(*given):\n"
         "    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
         "    return run(*given)\n"
-        "ScipModel.optimize = begun; problem = LayerProblem.load(sys.argv[1])\n"
+        "ScipModel.optimize = begun; problem = load_problem(sys.argv[1])\n"
         "solution = solve(problem, 'scip', formulation='epigraph', time_limit=100)\n"
         "verify(problem, solution); print(solution.trace.ended, solution.status)\n"
     )

@@ -77,6 +77,11 @@ def rounding(problem):
     return 1e-12 * float(problem.diagonal_mass().max()) + 1e-300
 
 
+def residual(squares, weight, target, mask):
+    off = torch.where(mask, target - weight @ squares.damped, 0.0)
+    return off.norm(dim=1) / torch.where(mask, target, 0.0).norm(dim=1).clamp(min=1e-300)
+
+
 def random_mask(problem, seed=0):
     return solve(problem.with_update(None), "random", seed=seed).mask
 

@@ -17,6 +17,7 @@ from maskopt.checks.swap_check import improving_swap
 from maskopt.core.limits import Limits, Progress
 from maskopt.core.objective import LinearTerm
 from maskopt.errors import MaskoptError, OptionError, VerificationError
+from maskopt.instances.formats import load_problem
 from maskopt.models.checkpoints.schema import MANIFEST, read_manifest
 from maskopt.models.verification.verify import verify_model
 from maskopt.protocol.solution import Solution, Status
@@ -327,7 +328,7 @@ def test_the_trace_and_the_progress_say_what_was_done(tmp_path):
     solution.save(tmp_path / "solution.npz")
     problem.save(tmp_path / "problem.npz")
     read = Solution.load(tmp_path / "solution.npz")
-    verify(LayerProblem.load(tmp_path / "problem.npz"), read)
+    verify(load_problem(tmp_path / "problem.npz"), read)
     assert torch.equal(read.trace.history, trace.history)
 
 
