@@ -15,7 +15,7 @@ from commands import ROOT, TESTS
 from forging import fails
 
 import maskopt
-from maskopt.demo.model import MODELS
+from maskopt.demo import MODELS
 from maskopt.errors import ModelError
 from maskopt.models.architecture.transformers_adapter import SUPPORTED, check_version
 from maskopt.protocol.solver import ENTRY_POINT_GROUP, Solver

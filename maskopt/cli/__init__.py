@@ -44,7 +44,7 @@ PANELS = {
         "export": "rows:export",
     },
     "Files": {"verify": "files:verify", "report": "files:report", "masks": ""},
-    "Information": {"demo": "information:demo", "solvers": "information:solvers"},
+    "Information": {"demo": "models:demo", "solvers": "solve:solvers"},
 }
 _MASKS = {"Commands": {name: f"files:{name}" for name in ("apply", "export", "pack", "unpack")}}
 _OF_MASKS = "Apply, export, pack and unpack masks."

@@ -404,24 +404,18 @@ def config_text(values: Mapping[str, Any]) -> str:
     for name, value in values.items():
         if name in _NOT_KEPT or value is REQUIRED or value in (None, {}, [], ()):
             continue
-        if isinstance(value, Mapping):
-            _check_no_null(name, value)
+        for key, word in value.items() if isinstance(value, Mapping) else ():
+            try:
+                tomli_w.dumps({key: word})
+            except TypeError:
+                raise OptionError(
+                    f"`{name}` {key}: null cannot be said in TOML; leave it out where that is the default"
+                ) from None
         value = list(value) if isinstance(value, tuple) else value
         plain = isinstance(value, Mapping | list | bool | int | float)
         table[name] = value if plain else str(value)
     # tables come last: a key after a table would belong to it
     return tomli_w.dumps(dict(sorted(table.items(), key=lambda x: isinstance(x[1], Mapping))))
-
-
-def _check_no_null(key: str, given: Mapping[str, Any]) -> None:
-    """Raise OptionError for a value, read from JSON, that TOML cannot hold."""
-    for name, value in given.items():
-        try:
-            tomli_w.dumps({name: value})
-        except TypeError:
-            raise OptionError(
-                f"`{key}` {name}: null cannot be said in TOML; leave it out where that is the default"
-            ) from None
 
 
 def _of_toml(path: Path) -> dict[str, Any]:
@@ -439,9 +433,4 @@ def _of_manifest(path: Path) -> dict[str, Any]:
     from maskopt.models.pruning.card import options_again
 
     manifest = read_manifest(path, smaller=True)
-    try:
-        return options_again(manifest["kind"], manifest["fingerprint"], path)
-    except OptionError:  # which is a TypeError, too
-        raise
-    except (KeyError, TypeError, AttributeError):
-        raise OptionError(f"{path}: holds no options of a prune") from None
+    return options_again(manifest["kind"], manifest["fingerprint"], path)

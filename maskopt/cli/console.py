@@ -36,8 +36,6 @@ _RUN, _SIZE, _ON_THIS_MACHINE = "TORCHELASTIC_RUN_ID", "WORLD_SIZE", "LOCAL_WORL
 #: the processes of this run, and whether its end is being reported
 _ranks: Any = None
 _ending = False
-#: nothing in a name or a path is markup
-_PLAIN = {"markup": False, "emoji": False}
 
 
 class _Printable(Console):
@@ -48,9 +46,9 @@ class _Printable(Console):
         return super().render_str(printable(text), **given)
 
 
-#: a pipe or a file has no width: wide enough there for every table
+#: a pipe or a file has no width: wide enough there for every table. No name or path is markup
 _at_terminal = sys.stdout is not None and sys.stdout.isatty()  # None: it was closed
-screen = _Printable(width=None if _at_terminal else 120, **_PLAIN)  # type: ignore[arg-type]
+screen = _Printable(width=None if _at_terminal else 120, markup=False, emoji=False)
 errors = _Printable(stderr=True, highlight=False)
 
 
@@ -98,11 +96,6 @@ def show_compiling() -> None:
     log = logging.getLogger("maskopt.compile")
     log.setLevel(logging.INFO)
     log.addHandler(_Notice())
-
-
-def hush_compiling() -> None:
-    """Nothing of it, where stderr is to hold JSON alone, or nothing."""
-    logging.getLogger("maskopt.compile").setLevel(logging.WARNING)
 
 
 def insist_on_interrupts() -> None:

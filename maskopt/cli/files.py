@@ -12,6 +12,7 @@ from maskopt.cli.solve import check
 from maskopt.cli.view import View, view
 from maskopt.core.fields import OUTPUT, REQUIRED, option, options_of
 from maskopt.errors import OptionError, VerificationError
+from maskopt.models.checkpoints.schema import PRUNE
 from maskopt.models.options.walk import WalkOptions
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def verify(
     given = {name for name, value in known.items() if value is not None}
     if masks is not None:
         _refuse("a model with --masks", given, "trust_remote_code")
-        _print_fine_tuned(path, masks, _verify(path, None, options, masks=masks))
+        _print(path, _fine_tuned(masks, _verify(path, None, options, masks=masks)))
     elif solution is not None:
         _refuse("a solution", given, "solution", "strict", "exact", "cardinality", "maximize")
         require: Require = EXACT if exact else CHECKED if strict else CLAIMS
@@ -93,17 +94,17 @@ def _verify_folder(
     given: set[str],
 ) -> None:
     """A folder that `maskopt prune` or `prune-structured` wrote."""
-    from maskopt.models.verification.manifest import is_smaller
+    from maskopt.models.verification.manifest import read_record
 
-    if is_smaller(path):
+    if read_record(path)["kind"] != PRUNE:
         _refuse("a smaller model", given, "original")
-        _print_smaller(path, original, _verify(path, original, options))
+        _print(path, _smaller(original, _verify(path, original, options)))
         return
     _refuse("a pruned model", given, "original", "calibration", "semi_structured", *_OPTIONS)
     if "include" in options and calibration is None:
         raise VerificationError("`include` chooses what `calibration` computes again; give both")
     result = _verify(path, original, options, calibration=calibration)
-    _print_pruned(path, original, result)
+    _print(path, _pruned(original, result))
     _convert(path, result, semi_structured)
 
 
@@ -120,30 +121,32 @@ def _verify(folder: Path, original: str | None, options: dict[str, Any], **more:
         )
 
 
-def _print_smaller(folder: Path, original: str | None, result: Verified) -> None:
+def _print(folder: Path, what: str) -> None:
+    screen.print(f"{folder}: holds. {what}", soft_wrap=True)
+
+
+def _smaller(original: str | None, result: Verified) -> str:
     """What `maskopt prune-structured` wrote."""
     same = cut = ""
     if original is not None:
         same, cut = f", every other weight is that of {original}", f" {result.cut} are smaller and"
-    screen.print(
-        f"{folder}: holds. {result.tensors} tensors, of which{cut} {result.updated} updated, "
+    return (
+        f"{result.tensors} tensors, of which{cut} {result.updated} updated, "
         f"{result.files} files, {result.weights:,} weights{same} "
-        f"(checked: {', '.join(result.checked)}); {', '.join(result.claimed)}: claimed",
-        soft_wrap=True,
+        f"(checked: {', '.join(result.checked)}); {', '.join(result.claimed)}: claimed"
     )
 
 
-def _print_pruned(folder: Path, original: str | None, result: Verified) -> None:
+def _pruned(original: str | None, result: Verified) -> str:
     """What `maskopt prune` wrote."""
     changed = "trained" if "trained weights" in result.claimed else "updated"
     every = "kept weight"
     if "kept weights" not in result.checked:
         every = f"weight that is neither pruned nor {changed}"
     same = f", every {every} is that of {original}" if original is not None else ""
-    screen.print(
-        f"{folder}: holds. {result.layers} layers, {result.rows} rows, {result.files} files, "
-        f"sparsity {result.sparsity:.4f}{same} (checked); {_claims(result)}: claimed",
-        soft_wrap=True,
+    return (
+        f"{result.layers} layers, {result.rows} rows, {result.files} files, "
+        f"sparsity {result.sparsity:.4f}{same} (checked); {_claims(result)}: claimed"
     )
 
 
@@ -176,13 +179,12 @@ def _convert(folder: Path, result: Verified, semi_structured: bool | None) -> No
         screen.print(f"PyTorch accepts all {len(converted)} layers as semi-structured 2:4")
 
 
-def _print_fine_tuned(folder: Path, pruned: Path, result: Verified) -> None:
+def _fine_tuned(pruned: Path, result: Verified) -> str:
     """A model that was trained further after a prune."""
     others = f". Of {result.others} tensors without a mask, {result.changed} changed"
-    screen.print(
-        f"{folder}: holds. All {result.pruned} weights that {pruned} prunes are zero, in {result.tensors} "
-        f"tensors; sparsity {result.sparsity:.4f}{others if result.others else ''}",
-        soft_wrap=True,
+    return (
+        f"All {result.pruned} weights that {pruned} prunes are zero, in {result.tensors} tensors; sparsity "
+        f"{result.sparsity:.4f}{others if result.others else ''}"
     )
 
 

@@ -1,5 +1,5 @@
 """`maskopt distill`: kept weights trained to match the dense model; `maskopt eval`: perplexity of models;
-`maskopt prune-structured`: a model folder in, a smaller model folder out."""
+`maskopt prune-structured`: a model folder in, a smaller model folder out; `maskopt demo`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from maskopt.cli.command import (
     command,
 )
 from maskopt.cli.console import make_table, screen, written
-from maskopt.cli.prune import distilled_words, naming_resume, show_needs, tokens_file
+from maskopt.cli.prune import naming_resume, show_needs, show_report, tokens_file
 from maskopt.cli.view import PruneView, view
 from maskopt.core.fields import OUTPUT, REQUIRED, SELECTION, TEXT, option, options_of
 from maskopt.core.files import atomic_write, check_writable
@@ -31,7 +31,6 @@ from maskopt.models.options.training import DistillOptions
 from maskopt.models.options.walk import EVALUATION, WalkOptions
 
 if TYPE_CHECKING:
-    from maskopt.models.checkpoints.report import LayerReport, PruneReport
     from maskopt.models.evaluation.evaluate import Evaluation
 
 
@@ -58,6 +57,7 @@ def distill(
     The pruned model is in memory as a whole, the dense model one block at a time. Held-out windows evaluate
     every epoch. `maskopt verify OUT --masks PRUNED` checks that every zero was kept.
     """
+    from maskopt.models.checkpoints.report import distilled_words
     from maskopt.models.distillation import distill_model
     from maskopt.models.pruning.plan import plan_distill
 
@@ -199,15 +199,13 @@ def prune_structured(
             _remove_blocks(model, blocks, windows, inputs)
         else:
             with view() as shown:
-                report = remove_experts(
-                    model, share=experts, on_progress=PruneView(shown), **inputs
-                )
-            show_report(report, before="routing unchanged")
+                show = PruneView(shown)
+                report = remove_experts(model, share=experts, on_progress=show, **inputs)
+            show_report(report)
     else:
         with naming_resume(output), view() as shown:
-            report = shrink_model(
-                model, resume=resume, on_progress=PruneView(shown), **inputs, **options
-            )
+            how = {"resume": resume, "on_progress": PruneView(shown), **options}
+            report = shrink_model(model, **inputs, **how)
         show_report(report)
     written(output, "smaller model and manifest")
 
@@ -249,41 +247,40 @@ def _remove_blocks(model: str, count: int, windows: int | None, given: dict[str,
     screen.print(f"{report.seconds:.1f} s")
 
 
-def show_report(report: PruneReport, before: str = "before update") -> None:
-    """One line per kind of layer; errors relative to the energy of the layers' outputs."""
-    least_squares = any(layer.error_kept is not None for layer in report.layers)
-    held = any(layer.relative_held is not None for layer in report.layers)
-    errors = (*([before] if least_squares else []), "error", *(["held out"] if held else []))
-    table = make_table(
-        *("what stays", "inputs of", "layers", "proven best", "gap at most", *errors, "s"),
-        left=2,
-        caption="mean errors, relative to the energy of the layers' outputs",
-    )
-    for kind, layers in report.by_kind().items():
-        kept = [x.error if x.error_kept is None else x.error_kept for x in layers]
-        first = [e / x.energy for e, x in zip(kept, layers, strict=True) if x.energy]
-        best = sum("optimal" in layer.statuses for layer in layers)
-        table.add_row(
-            layers[0].pattern,
-            kind,
-            str(len(layers)),
-            f"{best}",
-            _gap(kept, layers),
-            *([f"{_mean(first):.4f}"] if least_squares else []),
-            f"{_mean([layer.relative for layer in layers]):.4f}",
-            *([f"{_mean([layer.relative_held or 0.0 for layer in layers]):.4f}"] if held else []),
-            f"{sum(layer.seconds for layer in layers):.1f}",
+@command(example="maskopt demo --model smollm2")
+def demo(
+    model: str = option("gemma3", "Language model.", choices=("gemma3", "smollm2")),
+    sparsity: float | str = option(0.5, "As for `maskopt prune`: 0.5, 50% or 2:4."),
+    samples: int = option(8, "Number of calibration windows.", least=1),
+    windows: int = option(4, "Number of evaluation windows.", least=1),
+    output: Path = option(
+        Path("maskopt-demo"), "Folder for the report and the pruned model.", OUTPUT
+    ),
+    overwrite: bool = OVERWRITE,
+) -> None:
+    """Compare solvers with proven optima on small rows, then prune all of a small real model."""
+    with view() as shown:
+        shown.show("loading the libraries", 0, None)
+        from maskopt.demo import run_demo
+
+        result = run_demo(
+            output,
+            model=model,
+            sparsity=sparsity,
+            samples=samples,
+            windows=windows,
+            overwrite=overwrite,
+            on_stage=shown.show,
         )
-    screen.print(table)
-    screen.print(report.sentence(), soft_wrap=True)
-    screen.print(f"{report.sparsity:.1%} of the weights of these layers, in {report.seconds:.1f} s")
-
-
-def _gap(errors: list[float], layers: list[LayerReport]) -> str:
-    """The largest gap of a choice to its bound; nothing where a layer has none."""
-    gaps = [1 - x.lower_bound / e if e else 0.0 for e, x in zip(errors, layers, strict=True)]
-    return "–" if any(layer.lower_bound <= 0 for layer in layers) else f"{max(0.0, *gaps):.1%}"
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+    for table in result.tables:
+        how = {"title": table.title, "title_justify": "left", "caption": table.note or None}
+        printed = make_table(*table.headings, left=table.text_columns, no_wrap=True, **how)
+        for row in table.rows:
+            printed.add_row(*row)
+        screen.print(printed)
+        screen.print()
+    screen.print(f"report: {result.report}", highlight=False)
+    for what, folder in (("pruned model", result.model), ("dense model", result.dense)):
+        size = sum(file.stat().st_size for file in folder.iterdir()) / 1e9
+        screen.print(f"{what}: {folder}, {size:.2f} GB kept on the disk", highlight=False)
+    screen.print(f"{result.seconds:.0f} s in all", highlight=False)

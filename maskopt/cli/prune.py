@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from maskopt.models.blockwise.memory import Memory
-    from maskopt.models.checkpoints.report import PruneReport, TrainedBlock
+    from maskopt.models.checkpoints.report import PruneReport
     from maskopt.models.evaluation.evaluate import Evaluation
     from maskopt.models.evaluation.sweep import Swept
     from maskopt.models.pruning.plan import Plan
@@ -194,19 +194,15 @@ def naming_resume(
 
 def show_report(report: PruneReport) -> None:
     """One line per kind of layer; errors relative to the energy of the layers' outputs."""
-    from maskopt.models.checkpoints.report import CAPTION
-
     headings, *lines = report.table()
-    table = make_table(*headings, caption=CAPTION)
+    table = make_table(*headings, caption=report.caption)
     for index, line in enumerate(lines, 1):
         table.add_row(*line, end_section=index == len(lines) - 1)
     screen.print(table)
     screen.print(report.sentence(), soft_wrap=True)
     screen.print(f"sparsity of these layers: {report.sparsity:.4f}; {report.seconds:.1f} s")
-    if report.trained:
-        screen.print(trained_words(report.trained))
-    if report.distillation is not None:
-        screen.print(distilled_words(report.distillation), soft_wrap=True)
+    for trained in report.training():
+        screen.print(trained, soft_wrap=True)
     if report.fallbacks:
         names = ", ".join(report.fallbacks[:5]) + (" …" if len(report.fallbacks) > 5 else "")
         screen.print(
@@ -215,30 +211,6 @@ def show_report(report: PruneReport) -> None:
         )
     if report.bad_samples:
         screen.print(f"left out for NaN or infinity: {len(report.bad_samples)} samples")
-
-
-def trained_words(blocks: Sequence[TrainedBlock]) -> str:
-    """What training made of the blocks, in a line."""
-
-    def mean(name: str) -> float:
-        return sum(getattr(block, name) for block in blocks) / len(blocks)
-
-    stayed = sum(block.epoch == 0 for block in blocks)
-    return (
-        f"trained: loss {mean('fitted_before'):.4f} → {mean('fitted_after'):.4f} on its windows, "
-        f"{mean('held_before'):.4f} → {mean('held_after'):.4f} on held-out windows, mean of "
-        f"{len(blocks)} blocks" + (f"; {stayed} unchanged" if stayed else "")
-    )
-
-
-def distilled_words(losses: Mapping[str, Any]) -> str:
-    """What training all kept weights together made of the model, in a line."""
-    before, after = losses["before"], losses["after"]
-    end = "; it diverged and was ended: take a smaller learning_rate" * losses["diverged"]
-    return (
-        f"distilled: KL to the dense model, nats: {before['fitted']:.4f} → {after['fitted']:.4f}; on "
-        f"held-out windows {before['held']:.4f} → {after['held']:.4f} (epoch {losses['epoch']}){end}"
-    )
 
 
 #: options that are swept, or that need more than Gram matrices of the dense model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,8 +96,8 @@ def compare(
     """Solve the same rows with several solvers: objective, bound, gap, status, time."""
     check_format(output, overwrite=overwrite)
     chosen = with_options(option_list(solvers or "wanda,swap,branch,tabu"), solver_options)
-    layers = load_layers(source, options, calibration, seed, cardinality, maximize)
-    sampled = sample_rows(layers.problems, rows, columns=columns, pattern=layers.pattern, seed=seed)
+    layers, pattern, _ = load_layers(source, options, calibration, seed, cardinality, maximize)
+    sampled = sample_rows(layers, rows, columns=columns, pattern=pattern, seed=seed)
     if solvers is None:
         chosen.pop("tabu" if all(row.n <= SMALL for row in sampled) else "branch")
         row_time_limit = SECONDS if row_time_limit is None else row_time_limit
@@ -112,7 +112,7 @@ def compare(
             on_progress=lambda done, total: shown.show("solving", done, total),
         )
     screen.print(comparison_table(records))
-    if layers.shared_budget:
+    if any(layer.shared_budget for layer in layers):
         said = "each row is solved alone, at the sparsity of its layer: no budget is shared"
         screen.print(said, soft_wrap=True)
     for record in records:
@@ -193,9 +193,9 @@ def bound(
     from maskopt.models.evaluation.bound import bound_layers, certify_model
 
     check_format(output, overwrite=overwrite)
-    layers = None
+    layers: list[LayerProblem] = []
     if original is None:
-        layers = load_layers(source, options, calibration, seed, cardinality, maximize)
+        layers, _, kinds = load_layers(source, options, calibration, seed, cardinality, maximize)
     else:
         searched = {"solver": solver, "columns": columns, "cardinality": cardinality}
         searched["maximize"] = maximize or None
@@ -209,15 +209,15 @@ def bound(
         shared["on_rows"] = lambda done, name: shown.show(
             f"{name}, rows bounded: {done}", done, None
         )
-        if layers is not None:
+        if original is None:
             shared |= {"rows": rows, "columns": columns, "solver": solver or "swap"}
-            records = bound_layers(layers.problems, kinds=layers.kinds, **shared)
+            records = bound_layers(layers, kinds=kinds, **shared)
         else:
             shared |= {"calibration": calibration, "rows_per_layer": rows or ROWS}
-            records = certify_model(str(original), source[0], **shared, **options)
-    few = layers is not None and len(records) <= FEW
+            records = certify_model(original, source[0], **shared, **options)
+    few = original is None and len(records) <= FEW
     screen.print(_rows_table(records) if few else _kinds_table(records))
-    if layers is not None and layers.shared_budget:
+    if any(layer.shared_budget for layer in layers):
         screen.print("rows of a shared budget: the bound is of their sum, weighted by ω")
     written(output)
 
@@ -284,14 +284,14 @@ def export(
     if form not in FORMATS:
         raise OptionError(f"unknown format {form!r}; one of: {', '.join(FORMATS)}")
     check_writable(destination, overwrite=overwrite, instance=source)
-    found = load_layers([source], options, calibration, seed, cardinality, maximize)
-    if len(found.problems) != 1:
-        names = ", ".join(problem.name for problem in found.problems[:8])
-        raise OptionError(f"--include must name one layer; {len(found.problems)} match: {names}")
-    problem = found.problems[0].row(row)
-    if columns is not None or found.pattern is not None:
+    layers, pattern, _ = load_layers([source], options, calibration, seed, cardinality, maximize)
+    if len(layers) != 1:
+        names = ", ".join(layer.name for layer in layers[:8])
+        raise OptionError(f"--include must name one layer; {len(layers)} match: {names}")
+    problem = layers[0].row(row)
+    if columns is not None or pattern is not None:
         chosen = np.arange(problem.n) if columns is None else _columns(columns, problem.n, seed)
-        problem = problem.restrict(chosen, found.pattern)
+        problem = problem.restrict(chosen, pattern)
     if form in PROGRAMS:
         write = getattr(make_solver("scip"), "write_instance", None)
         if write is None:
@@ -328,24 +328,6 @@ def _columns(text: str, n: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(n, size=numbers[0], replace=False))
 
 
-@dataclass(frozen=True)
-class Layers:
-    """The layers of a source.
-
-    Attributes:
-        pattern: the requested sparsity, or None.
-        kinds: kinds of a model's layers, by name.
-    """
-
-    problems: list[LayerProblem]
-    pattern: Pattern | None
-    kinds: dict[str, str]
-
-    @property
-    def shared_budget(self) -> bool:
-        return any(problem.shared_budget for problem in self.problems)
-
-
 def load_layers(
     source: list[Path],
     options: Mapping[str, Any],
@@ -353,9 +335,9 @@ def load_layers(
     seed: int,
     cardinality: int | None,
     maximize: bool,
-) -> Layers:
-    """Layers of instances, or of one model folder by running text through it; with an update of kept weights
-    if `options` ask for it.
+) -> tuple[list[LayerProblem], Pattern | None, dict[str, str]]:
+    """Layers of instances, or of one model folder by running text through it, with an update of kept weights
+    if `options` ask for it; the requested sparsity, or None; and kinds of a model's layers, by name.
 
     Raises:
         OptionError: a model without calibration text or sparsity, or among other sources.
@@ -367,8 +349,7 @@ def load_layers(
     model = next((path for path in source if path.is_dir()), None)
     if model is None:
         given = {**options, **({} if calibration is None else {"calibration": calibration})}
-        layers = _of_instances(source, pattern, given, cardinality, maximize)
-        return Layers(layers, pattern, {})
+        return _of_instances(source, pattern, given, cardinality, maximize), pattern, {}
     if len(source) > 1:
         raise OptionError(f"{model} is a model folder: name it alone, or .npz instances")
     if calibration is None:
@@ -381,7 +362,7 @@ def load_layers(
         how: dict[str, Any] = {"calibration": calibration, "seed": seed, **options}
         found = list(layer_problems(model, on_progress=PruneView(shown), **how))
     kinds = {layer.name: layer.kind for layer, _ in found}
-    return Layers([problem for _, problem in found], pattern, kinds)
+    return [problem for _, problem in found], pattern, kinds
 
 
 def _of_instances(

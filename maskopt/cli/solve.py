@@ -1,4 +1,5 @@
-"""`maskopt solve`: masks of an instance or a matrix in a file, with a proof of optimality on request."""
+"""`maskopt solve`: masks of an instance or a matrix in a file, with a proof of optimality on request;
+`maskopt solvers`: the registered backends and bounds."""
 
 from __future__ import annotations
 
@@ -10,20 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich.table import Table
 
 from maskopt.checks.verification import CHECKED, CLAIMS, EXACT, Require, verify
 from maskopt.cli.command import CARDINALITY, JOBS, MAXIMIZE, OVERWRITE, command
 from maskopt.cli.console import INTERRUPTED, screen, written
 from maskopt.cli.view import View, view
-from maskopt.core.fields import OUTPUT, REQUIRED, option
+from maskopt.core.fields import OUTPUT, REQUIRED, option, options_of
 from maskopt.core.files import atomic_write, check_writable
 from maskopt.core.limits import Limits, clock
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import OptionError
 from maskopt.experiments.prove import BRANCH, SECONDS, SMALL, prove as prove_rows, search
 from maskopt.instances.formats import load_problem
+from maskopt.protocol.bounds import available_bounds
 from maskopt.protocol.solution import Solution, Status
-from maskopt.protocol.solver import limits_of
+from maskopt.protocol.solver import REGISTRY, available_solvers, limits_of
 
 _JSON = ".json"
 
@@ -171,3 +174,66 @@ def _write(solution: Solution, output: Path | None) -> None:
     text = json.dumps({"selected": solution.selected.tolist(), **known, **words}) + "\n"
     with atomic_write(output) as file:
         file.write(text.encode())
+
+
+_HEADINGS = ("solver", "patterns", "device", "start", "proves", "n up to", "also", "note")
+#: terminal columns that the whole table needs; columns that a narrower one leaves out
+_WIDE, _LEFT_OUT = 110, ("patterns", "device", "start", "also")
+
+
+@command(example="maskopt solvers swap")
+def solvers(
+    name: str | None = option(None, "Solver whose options are listed.", argument=True),
+) -> None:
+    """List solvers and bounds with what each supports; or the options of one solver."""
+    if name is not None:
+        screen.print(_options(name))
+        return
+    screen.print(_solvers())
+    screen.print(_bounds())
+
+
+def _solvers() -> Table:
+    """In a narrow terminal without the columns in which most solvers agree."""
+    narrow = screen.width < _WIDE
+    shown = [heading for heading in _HEADINGS if not (narrow and heading in _LEFT_OUT)]
+    table = Table()
+    for heading in shown[:-1]:
+        table.add_column(heading, no_wrap=heading == "solver" or not narrow, overflow="fold")
+    table.add_column("note")
+    for info in available_solvers().values():
+        can = info.capabilities
+        also = (("update", can.update), ("shared budget", can.shared_budget))
+        cells = {
+            "solver": info.name,
+            "patterns": "all" if len(can.patterns) == 2 else can.patterns[0],
+            "device": ", ".join(can.devices),
+            "start": f"{can.start}, {can.default_start}" if can.default_start else can.start,
+            "proves": can.proves,
+            "n up to": "any" if can.largest_n is None else str(can.largest_n),
+            "also": ", ".join(word for word, has in also if has),
+            "note": can.note if info.available else f"unavailable: {info.unavailable}",
+        }
+        table.add_row(*(cells[heading] for heading in shown))
+    return table
+
+
+def _bounds() -> Table:
+    table = Table()
+    for heading in ("bound", "n up to", "note"):
+        table.add_column(heading, no_wrap=heading != "note")
+    for info in available_bounds().values():
+        n, note = (getattr(info.kind, name, "") for name in ("largest_n", "note"))
+        note = note if info.available else f"unavailable: {info.unavailable}"
+        table.add_row(info.name, str(n or "any"), note)
+    return table
+
+
+def _options(name: str) -> Table:
+    table = Table(title=f"{name}: options", title_justify="left")
+    for heading in ("option", "default", "may be", "unit", "meaning"):
+        table.add_column(heading, no_wrap=heading == "option")
+    for one in options_of(REGISTRY.find(name)):
+        may = " ".join(part for part in (one.type, one.range) if part)
+        table.add_row(one.name, str(one.default), may, one.unit, one.help)
+    return table

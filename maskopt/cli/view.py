@@ -4,6 +4,7 @@ none, JSON lines where asked for, or nothing."""
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column
 from rich.text import Text
 
-from maskopt.cli.console import errors, hush_compiling
+from maskopt.cli.console import errors
 from maskopt.core.limits import clock
 from maskopt.errors import OptionError, printable
 
@@ -213,7 +214,11 @@ class PruneView:
 
     def __call__(self, event: BlockProgress) -> None:
         if event.block != self._block:
-            self._next(event.block)
+            now = clock()
+            # what comes before the first block (gradients, budgets) is none of its time
+            if self._block >= 0 and event.block > self._block:
+                self._times.append(now - self._began)
+            self._block, self._began = event.block, now
         facts: dict[str, Any] = {}
         if event.layer is not None:
             self._count(event)
@@ -228,13 +233,6 @@ class PruneView:
             note=self._note(),
             **facts,
         )
-
-    def _next(self, block: int) -> None:
-        now = clock()
-        # what comes before the first block (gradients, budgets) is none of its time
-        if self._block >= 0 and block > self._block:
-            self._times.append(now - self._began)
-        self._block, self._began = block, now
 
     def _part(self, event: BlockProgress) -> float | None:
         """Of all blocks, what is done."""
@@ -284,5 +282,5 @@ def show_as(*, quiet: bool, log_json: bool) -> None:
     if quiet and log_json:
         raise OptionError("`quiet` and `log_json` exclude each other; choose one")
     _asked = View if quiet else JsonView if log_json else None
-    if _asked:
-        hush_compiling()
+    if _asked:  # stderr is to hold JSON alone, or nothing
+        logging.getLogger("maskopt.compile").setLevel(logging.WARNING)

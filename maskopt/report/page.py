@@ -1,7 +1,6 @@
 """One self-contained HTML page: no script, no font, no request to anywhere.
 
-Figures are drawn by matplotlib as SVG in the page's colours, with a table of their numbers. A `Table` is
-shown the same way in a terminal.
+Figures are drawn by matplotlib as SVG in the page's colours, with a table of their numbers.
 """
 
 from __future__ import annotations
@@ -16,14 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import rich.table
 from jaxtyping import Bool
-from rich.text import Text
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from maskopt.core.files import atomic_write
-from maskopt.errors import OptionError, printable
+from maskopt.errors import OptionError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,21 +49,6 @@ class Table:
         if len(cells) != len(self.headings):
             raise ValueError(f"{len(cells)} cells for {len(self.headings)} columns")
         self.rows.append(cells)
-
-    def rich(self) -> rich.table.Table:
-        """For `rich.print`: no markup, and no control characters."""
-
-        def text(cell: str) -> Text:
-            return Text(printable(cell))
-
-        caption = text(self.note) if self.note else None
-        table = rich.table.Table(title=text(self.title), title_justify="left", caption=caption)
-        for index, heading in enumerate(self.headings):
-            justify = "left" if index < self.text_columns else "right"
-            table.add_column(text(heading), justify=justify, no_wrap=True)  # type: ignore[arg-type]
-        for row in self.rows:
-            table.add_row(*map(text, row))
-        return table
 
     def html(self) -> str:
         """Its heading, and an escaped `<table>`."""
@@ -99,7 +81,6 @@ _TEXT = "#0a0b0c"
 #: so wide that the text of a figure, at the width of the page, is no larger than the page's
 _INCHES = (7.6, 4.2)
 
-Draw = Callable[["Axes"], None]
 #: dots of the picture of a mask in each direction at most: one of a large layer would be megabytes
 MOST = 1024
 _STYLE = """
@@ -125,21 +106,16 @@ pre { overflow-x: auto; padding: .6rem .8rem; background: #eef2f6 }
 """
 
 
-class Command:
-    """A shell command."""
+@dataclass(frozen=True)
+class Commands:
+    """Shell commands, each of one or several lines."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
-
-    def html(self) -> str:
-        return f"<pre><code>{html.escape(self.text)}</code></pre>"
-
-
-class Heading(Command):
-    """The heading of a part of the page."""
+    title: str
+    texts: Sequence[str]
 
     def html(self) -> str:
-        return f"<h2>{html.escape(self.text)}</h2>"
+        shown = (f"<pre><code>{html.escape(text)}</code></pre>" for text in self.texts)
+        return "\n".join([f"<h2>{html.escape(self.title)}</h2>", *shown])
 
 
 @dataclass(frozen=True)
@@ -202,7 +178,7 @@ class Figure:
     name: str
     title: str
     words: str
-    draw: Draw
+    draw: Callable[[Axes], None]
     numbers: Table
 
     def svg(self) -> str:
@@ -211,8 +187,6 @@ class Figure:
         self._save(text, "svg", transparent=True)
         whole = text.getvalue()
         svg = whole[whole.index("<svg") :]
-        svg = re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"|<svg height="[^"]*" width="[^"]*"',
-                     r"<svg \1", svg, count=1)  # fmt: skip
         # elements have the same names in every drawing of a page
         svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{self.name}-", svg)
         return svg.replace(_TEXT, "currentColor")
@@ -239,9 +213,13 @@ class Figure:
         return paths
 
     def _save(self, target: Any, kind: str, *, transparent: bool) -> None:
-        matplotlib = _matplotlib()
+        try:
+            import matplotlib
+            import matplotlib.figure
+        except ImportError:
+            raise OptionError("figures need matplotlib: pip install matplotlib") from None
         text = _TEXT if transparent else "black"
-        style = {
+        style: dict[Any, Any] = {
             "font.size": 11, "svg.fonttype": "none", "svg.hashsalt": "maskopt", "text.color": text,
             "axes.labelcolor": text, "axes.edgecolor": text, "xtick.color": text, "ytick.color": text,
             "legend.framealpha": 0, "axes.spines.top": False, "axes.spines.right": False,
@@ -255,26 +233,14 @@ class Figure:
 
 
 #: a part of a page that writes itself
-Section = Table | Command | MaskPicture | Figure
+Section = Table | Commands | MaskPicture | Figure
 
 
 def plain(text: str) -> str:
-    """A name as matplotlib shows it: no dollar sign begins mathematics."""
-    return text.replace("$", r"\$")
-
-
-def legend(text: str) -> str:
-    """A name for a legend: matplotlib leaves out those that begin with an underscore."""
-    return plain(f"\u200b{text}" if text.startswith("_") else text)
-
-
-def _matplotlib() -> Any:
-    try:
-        import matplotlib
-        import matplotlib.figure
-    except ImportError:
-        raise OptionError("figures need matplotlib: pip install matplotlib") from None
-    return matplotlib
+    """A name as matplotlib shows it: no dollar sign begins mathematics, and a legend leaves out those that
+    begin with an underscore."""
+    shown = f"\u200b{text}" if text.startswith("_") else text
+    return shown.replace("$", r"\$")
 
 
 def write_page(path: Path, title: str, parts: Sequence[str | Section]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from maskopt.core.files import check_writable, from_json
 from maskopt.errors import OptionError
+from maskopt.experiments.jobs import read_records
 from maskopt.models.architecture.blocks import short
 from maskopt.models.checkpoints.report import (
     LayerReport,
@@ -25,17 +25,16 @@ from maskopt.models.checkpoints.report import (
 from maskopt.models.checkpoints.result import MaskFile
 from maskopt.models.checkpoints.schema import MANIFEST, MASKS, PRUNE, read_manifest
 from maskopt.models.checkpoints.workspace import plain_errors
+from maskopt.models.evaluation.bound import GapRecord, by_kind
 from maskopt.models.pruning.card import command_again
 from maskopt.report.page import (
     COLOURS,
     MARKERS,
-    Command,
+    Commands,
     Figure,
-    Heading,
     MaskPicture,
     Section,
     Table,
-    legend,
     number,
     plain,
     write_page,
@@ -76,7 +75,7 @@ def write_report(
     pruned, tables = open_reports(outs), []
     values: dict[str | Path, float] = {}
     if evaluation is not None:
-        table, values = _perplexities(_records(evaluation, whole=True), outs)
+        table, values = _perplexities(evaluation, outs)
         tables = [table]
     last = [] if gaps is None else [_gaps(gaps, outs[0])]
     parts = report_parts(pruned, perplexity=values, tables=tables, after=last, picture=picture)
@@ -110,11 +109,11 @@ def report_parts(
     """
     reports = [report for _, report in pruned]
     solved = [(name, report) for name, report in pruned if report.solved]
-    again = [command_again(x.kind, x.fingerprint, x.output or "OUT") for x in reports]
+    again = ["\n".join(command_again(x.kind, x.fingerprint, x.output or "OUT")) for x in reports]
     return [
         *(verdict(*one, perplexity) for one in pruned),
         comparison(pruned, perplexity),
-        *(f"{x.output}: {x.sentence()}" for x in reports),
+        *(f"{x.output}: {line}" for x in reports for line in (x.sentence(), *x.training())),
         *tables,
         runs(pruned),
         *([errors_by_block(pruned)] if solved else []),
@@ -124,11 +123,9 @@ def report_parts(
             for i, one in enumerate(pruned, 1)
             if any(layer.improvement_quantiles is not None for layer in one[1].solved)
         ),
-        *(trained_table(*one) for one in pruned if one[1].trained or one[1].distillation),
         *after,
         *([mask_picture(reports[0], picture)] if reports[0].kind == PRUNE or picture else []),
-        Heading("The same once more"),
-        *(Command("\n".join(lines)) for lines in again),
+        Commands("The same once more", again),
     ]
 
 
@@ -225,7 +222,9 @@ def errors_by_block(pruned: Sequence[Named]) -> Figure:
         lines = {
             "Wanda's masks": {} if several else {b: _wanda(x) for b, x in blocks.items()},
             name: {b: mean_error(layers) for b, layers in blocks.items()},
-            f"{name}, held-out text": {b: _held(layers) for b, layers in blocks.items()},
+            f"{name}, held-out text": {
+                b: _mean([x.relative_held for x in y]) for b, y in blocks.items()
+            },
         }
         for label, values in lines.items():
             known = {block: value for block, value in values.items() if value is not None}
@@ -238,7 +237,7 @@ def errors_by_block(pruned: Sequence[Named]) -> Figure:
     def draw(axes: Any) -> None:
         for index, (name, values) in enumerate(series.items()):
             axes.plot(
-                list(values), list(values.values()), label=legend(name), markersize=4,
+                list(values), list(values.values()), label=plain(name), markersize=4,
                 color=COLOURS[index % len(COLOURS)], marker=MARKERS[index % len(MARKERS)],
             )  # fmt: skip
         positive = all(value > 0 for values in series.values() for value in values.values())
@@ -291,30 +290,6 @@ def improvements(title: str, one: PruneReport, index: int) -> Figure:
     return Figure(f"improvements-{index}", name, words, draw, numbers)
 
 
-def trained_table(name: str, one: PruneReport) -> Table:
-    """Losses of trained blocks, before and after."""
-    losses = "fitted before", "after", "held out before", "after"
-    table = Table(
-        f"Trained weights, {name}",
-        ("trained", "count", *losses, "unchanged", "time"),
-        note="Mean losses towards the dense model, on training and on held-out windows; of the whole model "
-        "the KL divergence of its predictions, nats.",
-    )
-    names = ("fitted_before", "fitted_after", "held_before", "held_after")
-    if blocks := one.trained:
-        table.add(
-            "block",
-            str(len(blocks)),
-            *(number(statistics.fmean(getattr(block, loss) for block in blocks)) for loss in names),
-            str(sum(block.epoch == 0 for block in blocks)),
-            _time(sum(block.seconds for block in blocks)),
-        )
-    if (whole := one.distillation) is not None:
-        values = [whole[when][on] for on in ("fitted", "held") for when in ("before", "after")]
-        table.add("whole model", "1", *map(number, values), "–" if whole["epoch"] else "1", "–")
-    return table
-
-
 def mask_picture(one: PruneReport, tensor: str | None) -> MaskPicture:
     """Raises OptionError: no mask is called so."""
     assert one.output is not None
@@ -335,16 +310,15 @@ def _distinct_names(paths: Sequence[Path]) -> list[str]:
     ]
 
 
-def _perplexities(
-    records: Sequence[Mapping[str, Any]], folders: Sequence[Path]
-) -> tuple[Table, dict[str | Path, float]]:
-    """A table of the records, and the values for `report_parts`."""
+def _perplexities(path: Path, folders: Sequence[Path]) -> tuple[Table, dict[str | Path, float]]:
+    """A table of what `maskopt eval` wrote, and the values for `report_parts`."""
     found: dict[Any, float] = {}
     table = Table(
         "The models on text",
         ("model", "perplexity", "compared with the first", "KL, nats", "same top token"),
     )
     try:
+        records = from_json(path.read_text(encoding="utf-8"))
         names = _distinct_names([Path(record["model"]) for record in records])
         for name, record in zip(names, records, strict=True):
             p, c = record["perplexity"], record.get("change")
@@ -364,69 +338,46 @@ def _perplexities(
                 f"{p['windows']} windows of {p['length']} tokens of {p['source']}, {p['beginning']}; "
                 "intervals of 95%, paired by window."
             )
+    except OSError as error:
+        raise OptionError(f"{path}: cannot be read: {error.strerror}") from None
     except (KeyError, TypeError, ValueError, AttributeError):
         raise OptionError(
-            "`evaluation`: is not what `maskopt eval --text … --json` writes"
+            f"`evaluation` {path}: is not what `maskopt eval --text … --json` writes"
         ) from None
     return table, found
 
 
 def _gaps(path: Path, folder: Path) -> Table:
-    """Raises OptionError: no records of gaps, or those of another model."""
+    """Raises MaskoptError: no records of gaps, or those of another model."""
     table = Table(
         "How far from the best possible",
         ("layers", "rows", "median gap", "worst gap"),
         note=f"As {path.name} states of sampled rows: no mask can lower a row's error by more than its gap.",
     )
-    kinds: dict[str, list[float]] = {}
-    records, models = _records(path, whole=False), set()
-    try:
-        for record in records:
-            models.add(record["model"])
-            gap = math.inf if record["gap"] is None else float(record["gap"])
-            kinds.setdefault(str(record["kind"]), []).append(gap)
-    except (KeyError, TypeError, ValueError):
-        raise OptionError(
-            "`gaps`: is not what `maskopt bound --output FILE.jsonl` writes"
-        ) from None
-    if models - {result_digest(read_manifest(folder / MANIFEST, smaller=True))}:
+    records = list(read_records(path, GapRecord).values())
+    if not records:
+        raise OptionError(f"`gaps` {path}: holds no records of `maskopt bound --output FILE.jsonl`")
+    if {x.model for x in records} != {
+        result_digest(read_manifest(folder / MANIFEST, smaller=True))
+    }:
         raise OptionError(
             f"`gaps`: {path} is of another model than {folder}; run `maskopt bound` on that folder"
         )
-    for kind, found in kinds.items():
-        median, worst = statistics.median(found), max(found)
-        table.add(short(kind), str(len(found)), f"{median:.1%}", f"{worst:.1%}")
+    for kind, (rows, median, worst, _) in by_kind(records).items():
+        table.add(short(kind), str(rows), f"{median:.1%}", f"{worst:.1%}")
     return table
-
-
-def _records(path: Path, *, whole: bool) -> list[Mapping[str, Any]]:
-    """A JSON list, or one JSON value a line.
-
-    Raises:
-        OptionError: neither.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        found = from_json(text) if whole else [from_json(line) for line in text.splitlines()]
-    except OSError as error:
-        raise OptionError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError:
-        found = None
-    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
-        raise OptionError(f"{path}: holds no records")
-    return found
 
 
 def _wanda(layers: Sequence[LayerReport]) -> float | None:
     """Mean relative error of Wanda's masks, where all are known."""
-    known = [x.error_wanda / x.energy for x in layers if x.error_wanda is not None and x.energy]
-    return statistics.fmean(known) if known and len(known) == len(layers) else None
+    errors = ((x.error_wanda, x.energy) for x in layers)
+    return _mean([a / b if a is not None and b else None for a, b in errors])
 
 
-def _held(layers: Sequence[LayerReport]) -> float | None:
-    """Mean relative error on held-out windows, where all layers have one."""
-    known = all(layer.relative_held is not None for layer in layers)
-    return mean_held_error(layers) if known else None
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None where one is not known."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known and len(known) == len(values) else None
 
 
 def _time(seconds: float) -> str:

@@ -24,7 +24,7 @@ import numpy as np
 from book import table
 from machine import machine_now
 
-from maskopt.demo.model import demo_model
+from maskopt.demo import demo_model
 
 VERTICES, DENSITY, CARDINALITY = 120, 0.5, 30
 HOG = "import numpy; a = numpy.ones((500, 500))\nwhile True: a @ a"

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from maskopt import LayerProblem, load_problem
-from maskopt.demo.model import demo_model
-from maskopt.demo.text import demo_text
+from maskopt.demo import demo_model, demo_text
 from maskopt.models.pruning.problems import collect_problems
 
 #: layers of the comparison of masks

@@ -15,7 +15,7 @@ from typing import Any
 from machine import machine_now
 
 from maskopt import prune_model
-from maskopt.demo.model import MODELS, demo_model
+from maskopt.demo import MODELS, demo_model
 from maskopt.models.pruning.plan import plan_prune
 
 #: label → options of a prune

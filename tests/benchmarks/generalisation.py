@@ -25,7 +25,7 @@ from machine import machine
 from tables import write
 from yardsticks import shared_out
 
-from maskopt.demo.model import MODELS, demo_model
+from maskopt.demo import MODELS, demo_model
 from maskopt.models.checkpoints.report import PruneReport
 from maskopt.models.checkpoints.schema import MASKS
 from maskopt.models.distillation import distill_model

@@ -27,7 +27,7 @@ from machine import machine_now
 def start(
     out: Path, text: Path, arguments: argparse.Namespace, threads: int, *more: str
 ) -> subprocess.Popen[bytes]:
-    from maskopt.demo.model import demo_model
+    from maskopt.demo import demo_model
 
     include = [x for i in range(arguments.blocks) for x in ("--include", f"layers.{i}.*")]
     command = [
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--solver", default="swap")
     parser.add_argument("--start", default="wanda", help="of a solver that takes one")
     arguments = parser.parse_args()
-    from maskopt.demo.text import demo_text
+    from maskopt.demo import demo_text
 
     print(machine_now(), flush=True)
     print(

@@ -67,8 +67,7 @@ def timed(place: Any, names: Iterable[str]) -> list[float]:
 def child(arguments: argparse.Namespace) -> None:
     import transformers
 
-    from maskopt.demo.model import demo_model
-    from maskopt.demo.text import demo_text
+    from maskopt.demo import demo_model, demo_text
     from maskopt.models.checkpoints.report import ratio_to_wanda
     from maskopt.models.pruning.prune import prune_model
     from maskopt.protocol.solver import available_solvers

@@ -26,7 +26,7 @@ from quality_layers import METHODS, interaction, masks, model, moves, sixteen, s
 from tables import write
 
 from maskopt import LayerProblem, solve
-from maskopt.demo.model import cache_directory
+from maskopt.demo import cache_directory
 from maskopt.models.checkpoints.bos import BOS
 
 Study = Callable[[Book, argparse.Namespace], None]

@@ -10,7 +10,7 @@ from book import PATTERNS, Book
 from demo_layers import LAYERS, SIXTEEN, collect, loaded, name_of, ratio, sample
 
 from maskopt import LayerProblem, Solution, solve
-from maskopt.demo.model import demo_model
+from maskopt.demo import demo_model
 
 STEPS = (1, 2, 5, 10, 25, 50, 100)
 #: label → solver, warm start, options

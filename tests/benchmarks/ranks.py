@@ -24,7 +24,7 @@ from torch import Tensor
 
 from maskopt import prune_model
 from maskopt.core.gram import TILE, Gram
-from maskopt.demo.model import MODELS, demo_model
+from maskopt.demo import MODELS, demo_model
 from maskopt.models.architecture.blocks import Layer
 from maskopt.models.blockwise.collect import Grams
 from maskopt.models.blockwise.distributed import Ranks, joined

@@ -27,7 +27,7 @@ from book import FIGURES, RESULTS, TABLES, TITLES, Book, Record, table
 from machine import machine
 from tables import write_csv
 
-from maskopt.demo.model import MODELS, demo_model
+from maskopt.demo import MODELS, demo_model
 from maskopt.models.checkpoints.report import (
     PruneReport,
     proven_share,

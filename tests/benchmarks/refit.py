@@ -30,7 +30,7 @@ from maskopt import (
     make_solver,
     solve,
 )
-from maskopt.demo.model import demo_model
+from maskopt.demo import demo_model
 from maskopt.models.pruning.problems import collect_problems
 from maskopt.protocol.solution import Status
 

@@ -28,7 +28,7 @@ from tables import write
 from torch import Tensor
 
 from maskopt import Limits, RowProblem, Solution
-from maskopt.demo.model import MODELS, demo_model
+from maskopt.demo import MODELS, demo_model
 from maskopt.models.blockwise.job import Job
 from maskopt.models.checkpoints.report import PruneReport
 from maskopt.models.evaluation.evaluate import evaluate

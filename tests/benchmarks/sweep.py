@@ -18,7 +18,7 @@ from typing import Any
 from machine import machine_now
 
 from maskopt import collect_grams, prune_model
-from maskopt.demo.model import MODELS, demo_model
+from maskopt.demo import MODELS, demo_model
 from maskopt.models.evaluation.sweep import sweep
 
 SPARSITIES = (0.4, 0.5, 0.6, 0.7)

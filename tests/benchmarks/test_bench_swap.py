@@ -25,8 +25,7 @@ from best_swap_loops import best_swaps, best_swaps_simd
 from machine import machine_now
 
 from maskopt import LayerProblem, Solution, Status, Unstructured, solve
-from maskopt.demo.model import demo_model
-from maskopt.demo.text import demo_text
+from maskopt.demo import demo_model, demo_text
 from maskopt.errors import ModelError
 from maskopt.models.pruning.problems import collect_problems
 

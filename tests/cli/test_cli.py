@@ -21,9 +21,9 @@ from rich.console import Console
 
 import maskopt
 from maskopt import RowProblem, Unstructured, available_solvers
-from maskopt.cli import PANELS, all_commands, app, information, prune, view as views
+from maskopt.cli import PANELS, all_commands, app, prune, solve, view as views
 from maskopt.cli.command import flag
-from maskopt.cli.console import errors
+from maskopt.cli.console import errors, make_table
 from maskopt.cli.view import JsonView, LiveView, PlainView, PruneView, View, duration
 from maskopt.core.fields import JSON_FILE, RECORDED, REQUIRED, options_of
 from maskopt.errors import OptionError
@@ -34,7 +34,6 @@ from maskopt.models.options.structured import ShrinkOptions
 from maskopt.models.options.training import DistillOptions
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.pruning import plan
-from maskopt.report.page import Table
 from maskopt.solvers import Swap
 
 TRUST = "trust_remote_code"
@@ -45,8 +44,8 @@ ODD = ESCAPED.encode().decode("unicode_escape")
 
 def test_solvers_and_their_options_are_listed(monkeypatch):
     listed = run("solvers")
-    monkeypatch.setattr(information, "screen", Console(width=80, markup=False))
-    Console(width=80, markup=False, file=(shown := io.StringIO())).print(information._solvers())
+    monkeypatch.setattr(solve, "screen", Console(width=80, markup=False))
+    Console(width=80, markup=False, file=(shown := io.StringIO())).print(solve._solvers())
     words = "".join(shown.getvalue().replace("│", " ").split())
     for name, info in available_solvers().items():
         assert f" {name} " in listed
@@ -370,8 +369,9 @@ def test_nothing_is_printed_with_control_characters_and_markup(tmp_path, screen,
             view.say(ODD)
         assert ESCAPED in stream.getvalue()
         assert not re.search("\x1b\\[2J|\nspoof", stream.getvalue())
-    stream = io.StringIO()
-    Console(file=stream, width=300).print(Table(ODD, (ODD,), [(ODD,)], note=ODD).rich())
+    table = make_table(ODD, title=ODD, caption=ODD)
+    table.add_row(ODD)
+    type(errors)(file=(stream := io.StringIO()), width=300, markup=False).print(table)
     assert stream.getvalue().count(ESCAPED) == 4
 
 

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from maskopt import prune_model
 from maskopt.cli import all_commands, console
 from maskopt.cli.console import insist_on_interrupts
-from maskopt.demo.model import MODELS, cache_directory, demo_model
+from maskopt.demo import MODELS, cache_directory, demo_model
 from maskopt.errors import (
     DataError,
     MaskoptError,
@@ -144,19 +144,20 @@ def test_what_goes_wrong(dense, data, tmp_path):
 
 
 def test_ctrl_c_says_how_to_go_on(dense, data, tmp_path, monkeypatch):
-    out, plain = tmp_path / "out", Journal.add_block
+    out, plain = tmp_path / "out", Journal.add
 
-    def stopped(*given):
-        plain(*given)
-        raise KeyboardInterrupt
+    def stopped(journal, kind, **given):
+        plain(journal, kind, **given)
+        if kind == "block":
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(Journal, "add_block", stopped)
+    monkeypatch.setattr(Journal, "add", stopped)
     result = ended(*(command := words_of(dense, data, out)))
     assert (result.returncode, "Traceback" in result.stderr) == (130, False), result.stderr
     kept, again, last = result.stderr.splitlines()[-3:]
     assert (kept, last) == (f"{out}: finished blocks are kept; go on with", "stopped")
     assert shlex.split(again) == ["maskopt", *map(str, command), "--resume"]
-    monkeypatch.setattr(Journal, "add_block", plain)
+    monkeypatch.setattr(Journal, "add", plain)
     again = shlex.split(again)[1:]
     for _ in range(2):  # for the second one there is nothing left to do
         run(*again)
@@ -468,7 +469,7 @@ CHANGES = [
     *((option(name, to=value), f"sets `{name}`") for name, value in SETS.items()),
     (option("overwrite", to=True), "sets `overwrite`"),
     (option("counts", to="/etc/passwd"), "the manifest is damaged or was changed"),
-    (lambda m: m["fingerprint"].pop("calibration"), "holds no options of a prune"),
+    (lambda m: m["fingerprint"].pop("calibration"), "the manifest is damaged or was changed"),
     (edit("fingerprint", to=[]), "the manifest is damaged or was changed"),
     (edit("fingerprint", "calibration", "source", to="hf:../private"), "name of a data set"),
 ]

@@ -16,13 +16,12 @@ from commands import run, shows
 from forging import copied, fails, forge_manifest
 from PIL import Image
 from prunes import prune
-from rich.console import Console
 from safetensors.torch import load_file
 from tiny_models import save, save_tokenizer, tiny, tokens
 
 from maskopt import prune_model
-from maskopt.demo.run import error_table, run_demo, toy_table
-from maskopt.errors import ModelError, OptionError
+from maskopt.demo import error_table, run_demo, toy_table
+from maskopt.errors import DataError, ModelError, OptionError
 from maskopt.experiments.compare import Record
 from maskopt.models.checkpoints.report import LayerReport, PruneReport
 from maskopt.report.page import MaskPicture, Table, number, write_page
@@ -32,18 +31,17 @@ OPTIONS = {"sparsity": 0.5, "min_tokens": 1, "holdout": 0.25}
 TRAINED = {"update": "blockwise", "training": {"epochs": 1, "begin": "least-squares"}}
 
 
-def test_numbers_are_short_and_cells_the_same_in_terminal_and_page(tmp_path):
+def test_numbers_are_short_and_cells_are_escaped(tmp_path):
     values = 12.3456, 0.00402134, 123456.0, 1.2e9, 0.0, 1e-7, 999.96, None, math.nan
     expected = ["12.35", "0.004021", "123,456", "1.2e+09", "0", "1e-07", "1000", "–", "–"]
     assert [number(value) for value in values] == expected
     table = Table("A [bold]title[/bold] <b>", ("solver", "objective"), note="see <here>")
     table.add("swap", "1.5")
     fails(ValueError, "1 cells for 2", table.add, "swap")
-    Console(file=(stream := io.StringIO()), width=60).print(table.rich())
-    shows(stream.getvalue(), "[bold]title[/bold]", "swap", "1.5", "objective", "see <here>")
     write_page(tmp_path / "r.html", "T & U", ["a < b", table])
     found = (tmp_path / "r.html").read_text()
-    shows(found, "a &lt; b", "T &amp; U", '<td class="figure">1.5</td>', "see &lt;here&gt;")
+    shows(found, "a &lt; b", "T &amp; U", "[bold]title[/bold]", ">objective<")
+    shows(found, '<td class="figure">1.5</td>', "see &lt;here&gt;")
     assert "<b>" not in found
     assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
 
@@ -121,7 +119,7 @@ def test_nothing_is_asked_for_elsewhere_and_all_pictures_are_in_words_too(home, 
     for selector, rule in (("figure svg", "width: 100%"), ("table", "overflow-x: auto")):
         assert re.search(rf"^{selector} {{[^}}]*{rule}", found, re.M)
     assert not any(word in found for word in ("#0a0b0c", "<script"))
-    shows(found, "currentColor", "Trained weights, TRAINED")
+    shows(found, "currentColor", "TRAINED: trained: loss ")
     # 46rem: the widest figure; its text is no larger than the page's 16 px
     sizes = [float(x) for x in re.findall(r"font-size: ([\d.]+)px", found)]
     widths = {float(x) for x in re.findall(r'viewBox="0 0 ([\d.]+) ', found)}
@@ -184,10 +182,11 @@ def test_a_picture_shows_all_rows_of_a_large_mask():
 REFUSED = {
     "dense": (ModelError, "the folder was not written by maskopt prune"),
     "OUT --picture nothing": (OptionError, "has no mask of such a tensor"),
-    "OUT --evaluation gaps.jsonl": (OptionError, "holds no records"),
-    "OUT --gaps eval.json": (OptionError, "holds no records"),
+    "OUT --evaluation gaps.jsonl": (OptionError, "is not what `maskopt eval"),
+    "OUT --gaps eval.json": (DataError, "line 1 is not JSON"),
+    "OUT --gaps missing": (OptionError, "holds no records"),
     "OUT --evaluation missing": (OptionError, "cannot be read"),
-    "OUT --evaluation half.json": (OptionError, "holds no records"),
+    "OUT --evaluation half.json": (OptionError, "is not what `maskopt eval"),
     "OUT --output no/page.html": (OptionError, "no such folder"),
     "OUT --figures eval.json/figures": (ModelError, "Not a directory"),
     "TRAINED OUT --gaps gaps.jsonl": (OptionError, "is of another model than TRAINED"),
@@ -262,10 +261,10 @@ def test_tables_name_a_row_once_and_sum_errors_per_kind():
 def test_the_demo_from_end_to_end_on_a_tiny_model(tmp_path, monkeypatch):
     model = save(tiny("llama"), tmp_path / "model")
     save_tokenizer(model)
-    monkeypatch.setattr("maskopt.demo.run.demo_model", lambda name: model)
+    monkeypatch.setattr("maskopt.demo.demo_model", lambda name: model)
     names = ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj")
-    monkeypatch.setattr("maskopt.demo.run.TOY_LAYERS", names)
-    monkeypatch.setattr("maskopt.demo.run.TOY_COLUMNS", 8)
+    monkeypatch.setattr("maskopt.demo.TOY_LAYERS", names)
+    monkeypatch.setattr("maskopt.demo.TOY_COLUMNS", 8)
     stages, size = [], {"samples": 2, "seq_len": 32, "windows": 2, "sparsity": "50%"}
     result = run_demo(tmp_path / "out", **size, on_stage=lambda *stage: stages.append(stage[0]))
     toy, errors, values = result.tables

@@ -5,7 +5,7 @@ A model that was trained on texts with a beginning token (BOS) has never seen cr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +41,6 @@ class Beginning:
     def record(self) -> dict[str, Any]:
         """As JSON values: for the manifest."""
         return {"bos": self.bos, "ids": list(self.ids)}
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Beginning:
-        return cls(record["bos"], tuple(record["ids"]))
 
     def __str__(self) -> str:
         if self.bos == "given":

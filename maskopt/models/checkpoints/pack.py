@@ -15,10 +15,10 @@ import numpy as np
 
 from maskopt.errors import ModelError
 from maskopt.models.checkpoints.checkpoint import (
-    CHUNK,
     SafeFile,
     TensorEntry,
-    file_digest,
+    bytes_of,
+    damage,
     open_checkpoint,
     open_safe,
     safe_header,
@@ -30,7 +30,6 @@ from maskopt.models.checkpoints.result import (
     copy_file,
     is_side_file,
     side_files,
-    unpack,
 )
 from maskopt.models.checkpoints.schema import MANIFEST, MASKS, read_manifest
 from maskopt.models.checkpoints.workspace import check_output, open_workspace
@@ -43,8 +42,6 @@ PACKED = "maskopt-pack.json"
 #: tokenizers that were saved from memory may have these, too
 _SAVED = (".bpe", ".codes", ".spm", ".vocab")
 _HEADER, _WHOLE, _KEPT = "header", "=", "~"
-#: elements at a time; a multiple of 8, so that masks are cut between bytes
-_STEP = CHUNK // 8
 
 
 def pack(
@@ -60,10 +57,8 @@ def pack(
     masks = MaskFile(checkpoint.folder / MASKS)
     digests = read_manifest(checkpoint.folder / MANIFEST)["files"]
     check_masks(checkpoint, masks)
-    for name, digest in checkpoint.shard_digests.items():
-        if digests.get(name) != digest:
-            raise _changed(checkpoint.folder / name)
     others = _others(checkpoint.folder, digests, checkpoint.shards)
+    _check_unchanged(checkpoint.folder, {**dict.fromkeys(checkpoint.shards, ""), **digests})
     with open_workspace(target, overwrite=overwrite) as work:
         for name, shard in checkpoint.shards.items():
             write_file(work.staging / _packed_name(name), _packed(shard, masks, tick))
@@ -86,18 +81,16 @@ def unpack_folder(
     check_output(target, overwrite=overwrite, model=folder)
     masks, digests = MaskFile(folder / MASKS), read_manifest(folder / MANIFEST)["files"]
     packed_shards = {_packed_name(n): n for n in digests if n.endswith(".safetensors")}
-    missing = [name for name in packed_shards if not (folder / name).is_file()]
-    if len(missing) == len(packed_shards):
+    if not any((folder / name).is_file() for name in packed_shards):
         raise ModelError(f"{folder}: holds no file that `maskopt masks pack` wrote")
-    if missing:
-        raise ModelError(f"{folder / missing[0]}: is missing")
     others = _others(folder, digests, packed_shards.values())
+    _check_unchanged(folder, {name: x for name, x in digests.items() if name in others})
     with open_workspace(target, overwrite=overwrite) as work:
         for packed_name, name in packed_shards.items():
             path = folder / packed_name
             digest = write_file(work.staging / name, _unpacked(_open_packed(path), masks, tick))
             open_safe(work.staging / name)
-            if digest != digests.get(name):
+            if digest != digests[name]:
                 raise ModelError(f"{path}: does not give the file of the manifest: it was changed")
         for name in others:
             copy_file(folder / name, work.staging / name)
@@ -117,28 +110,21 @@ def load_packed(packed: str | Path, **options: Any) -> Any:
 
 
 def _others(folder: Path, digests: dict[str, str], shards: Collection[str]) -> list[str]:
-    """Names of all files but shards; ModelError for a missing, changed or unknown one."""
+    """Names of all files but shards; ModelError for one that is no part of a model."""
     for name in digests:
         known = is_side_file(name) or name == MASKS or name.endswith((".safetensors", *_SAVED))
         if name.startswith(".") or not known:
             raise ModelError(
                 f"{folder / MANIFEST}: lists {name!r}, and packed folders hold no hidden files and no code"
             )
-    listed = [name for name in {**digests, MASKS: ""} if name not in shards]
-    for name in listed:
-        path = folder / name
-        if not path.is_file():
-            raise ModelError(f"{path}: is missing")
-        if digests.get(name, "") not in ("", file_digest(path)):
-            raise _changed(path)
-    return sorted({*listed, MANIFEST, *side_files(folder, shards)})
+    return sorted({*digests, MASKS, MANIFEST, *side_files(folder, shards)} - {*shards})
 
 
-def _changed(path: Path) -> ModelError:
-    return ModelError(
-        f"{path}: was changed since the prune, and could not be packed and unpacked; take what "
-        "`maskopt prune` wrote"
-    )
+def _check_unchanged(folder: Path, digests: dict[str, str]) -> None:
+    if what := damage(folder, digests):
+        raise ModelError(
+            f"{folder}: {what}, and could not be packed and unpacked; take what `maskopt prune` wrote"
+        )
 
 
 def _packed(shard: SafeFile, masks: MaskFile, tick: Callable[[int], None]) -> Iterator[Any]:
@@ -147,31 +133,23 @@ def _packed(shard: SafeFile, masks: MaskFile, tick: Callable[[int], None]) -> It
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {_HEADER: ("U8", (len(head),))}
     for entry in shard.entries.values():
         if entry.name in masks:
-            kept = sum(int(part.sum()) for part in _parts(masks, entry.name))
-            shapes[_KEPT + entry.name] = entry.dtype, (kept,)
+            shapes[_KEPT + entry.name] = entry.dtype, (int(_kept(masks, entry.name).sum()),)
         else:
             shapes[_WHOLE + entry.name] = "U8", (entry.size,)
     yield safe_header(shapes, {"format": FORMAT})
     yield head
     for entry in shard.entries.values():
-        yield from _packed_chunks(shard, entry, masks)
+        if entry.name in masks:
+            words, kept = _words(shard, entry), _kept(masks, entry.name)
+            if words[~kept].any():
+                raise ModelError(
+                    f"{shard.path}: {entry.name!r} holds weights that its mask prunes; pack what `maskopt "
+                    "prune` wrote"
+                )
+            yield words[kept].view(np.uint8)
+        else:
+            yield from shard.chunks(entry)
         tick(entry.size)
-
-
-def _packed_chunks(shard: SafeFile, entry: TensorEntry, masks: MaskFile) -> Iterator[np.ndarray]:
-    if entry.name not in masks:
-        yield from shard.chunks(entry, CHUNK)
-        return
-    size = entry.torch_dtype.itemsize
-    chunks = shard.chunks(entry, _STEP * size)
-    for chunk, kept in zip(chunks, _parts(masks, entry.name), strict=True):
-        words = chunk.view(f"u{size}")
-        if words[~kept].any():
-            raise ModelError(
-                f"{shard.path}: {entry.name!r} holds weights that its mask prunes; pack what `maskopt prune` "
-                "wrote"
-            )
-        yield words[kept].view(np.uint8)
 
 
 def _unpacked(
@@ -179,32 +157,30 @@ def _unpacked(
 ) -> Iterator[np.ndarray]:
     """The bytes of a shard out of a packed one."""
     for entry in packed.entries.values():
-        kept = entry.name.startswith(_KEPT)
-        yield from _whole_chunks(packed, entry, masks) if kept else packed.chunks(entry, CHUNK)
+        if entry.name.startswith(_KEPT):
+            name, values = entry.name.removeprefix(_KEPT), _words(packed, entry)
+            if name not in masks:
+                raise ModelError(f"{packed.path}: {name!r} has no mask")
+            kept = _kept(masks, name)
+            if len(values) != kept.sum():
+                raise ModelError(
+                    f"{packed.path}: {name!r} holds another number of values than its mask"
+                )
+            words = np.zeros(len(kept), values.dtype)
+            words[kept] = values
+            yield words.view(np.uint8)
+        else:
+            yield from packed.chunks(entry)
         tick(entry.size)
 
 
-def _whole_chunks(packed: SafeFile, entry: TensorEntry, masks: MaskFile) -> Iterator[np.ndarray]:
-    """A tensor with its zeros, out of its kept values."""
-    name, size = entry.name.removeprefix(_KEPT), entry.torch_dtype.itemsize
-    if name not in masks:
-        raise ModelError(f"{packed.path}: {name!r} has no mask")
-    done = 0
-    for kept in _parts(masks, name):
-        count = int(kept.sum())
-        words = np.zeros(len(kept), f"u{size}")
-        words[kept] = packed.part(entry, done * size, count * size).view(f"u{size}")
-        done += count
-        yield words.view(np.uint8)
-    if done * size != entry.size:
-        raise ModelError(f"{packed.path}: {name!r} holds another number of values than its mask")
+def _words(file: SafeFile, entry: TensorEntry) -> np.ndarray:
+    """A tensor's elements, as whole numbers of their size."""
+    return bytes_of(file.read(entry.name)).view(f"u{entry.torch_dtype.itemsize}")
 
 
-def _parts(masks: MaskFile, name: str) -> Iterator[np.ndarray]:
-    """A tensor's mask, _STEP elements at a time, True = kept."""
-    bits, count = masks.packed(name), int(np.prod(masks.shape(name)))
-    for start in range(0, count, _STEP):
-        yield unpack(bits, start, min(_STEP, count - start)).numpy()
+def _kept(masks: MaskFile, name: str) -> np.ndarray:
+    return masks.read(name).kept.view(-1).numpy()
 
 
 def _open_packed(path: Path) -> SafeFile:

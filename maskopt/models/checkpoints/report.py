@@ -13,14 +13,15 @@ from maskopt.errors import OptionError
 from maskopt.models.checkpoints.bos import Beginning
 from maskopt.models.checkpoints.checkpoint import write_json
 from maskopt.models.checkpoints.result import Edits
-from maskopt.models.checkpoints.schema import BLOCKS, MANIFEST_FORMAT, PRUNE, manifest_digest
+from maskopt.models.checkpoints.schema import (
+    BLOCKS,
+    EXPERTS,
+    MANIFEST_FORMAT,
+    PRUNE,
+    manifest_digest,
+)
 
 Kind = TypeVar("Kind")
-#: of `PruneReport.table`
-CAPTION = (
-    "errors relative to the energy of the layers' outputs; Wanda: its masks at the same sparsity, with "
-    "unchanged weights; proven: rows proven optimal or 1-swap optimal"
-)
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,14 @@ def _errors(layers: Sequence[LayerReport]) -> dict[str, str]:
         return f"{error / whole:.4f}" if whole else "–"
 
     ratio, proven = ratio_to_wanda(layers), proven_share(layers)
+    first = [layer.error if layer.error_kept is None else layer.error_kept for layer in layers]
+    gaps = [1 - x.lower_bound / e if e else 0.0 for x, e in zip(layers, first, strict=True)]
+    bounded = all(layer.lower_bound > 0 for layer in layers)
     return {
         "Wanda": part("error_wanda"),
         "before update": part("error_kept"),
+        "routing unchanged": part("error_kept"),
+        "gap at most": f"{max(0.0, *gaps):.1%}" if bounded else "–",
         "error": part("error"),
         "error/Wanda": "–" if ratio is None else f"{ratio:.3f}",
         "held-out error": part("error_held", "energy_held"),
@@ -212,7 +218,7 @@ class PruneReport:
         options, text = self.fingerprint["options"], self.fingerprint["calibration"]
         calibrated = (
             f"Calibrated on {text['samples']} windows of {text['length']} tokens of {text['source']}, "
-            f"{Beginning.from_record(text['beginning'])}."
+            f"{Beginning(**text['beginning'])}."
         )
         if self.kind == BLOCKS:
             gone = ", ".join(map(str, options["removed"]))
@@ -242,6 +248,22 @@ class PruneReport:
             f"{options['sparsity']}{where}); {after}. {calibrated}"
         )
 
+    def training(self) -> list[str]:
+        """What training made of the blocks, and of the whole model: a line each, if there was any."""
+
+        def mean(name: str) -> str:
+            return f"{sum(getattr(x, name) for x in self.trained) / len(self.trained):.4f}"
+
+        lines = []
+        if self.trained:
+            stayed = sum(block.epoch == 0 for block in self.trained)
+            lines.append(
+                f"trained: loss {mean('fitted_before')} → {mean('fitted_after')} on its windows, "
+                f"{mean('held_before')} → {mean('held_after')} on held-out windows, mean of "
+                f"{len(self.trained)} blocks" + (f"; {stayed} unchanged" if stayed else "")
+            )
+        return lines + ([] if self.distillation is None else [distilled_words(self.distillation)])
+
     def records(self) -> list[dict[str, Any]]:
         """The fields of every layer."""
         return [{**asdict(layer), "sparsity": layer.sparsity} for layer in self.layers]
@@ -254,16 +276,29 @@ class PruneReport:
             raise OptionError("to_frame needs the package pandas: pip install pandas") from None
         return pandas.DataFrame(self.records())
 
+    @property
+    def caption(self) -> str:
+        """What the columns of `table` mean."""
+        wanda = "Wanda: its masks at the same sparsity, with unchanged weights; "
+        return (
+            f"errors relative to the energy of the layers' outputs; {wanda * (self.kind == PRUNE)}"
+            "proven: rows proven optimal or 1-swap optimal"
+        )
+
     def table(self) -> list[list[str]]:
-        """Headings, and a line for every kind of layer and for all; see `CAPTION`."""
+        """Headings, and a line for every kind of layer and for all; explained by `caption`."""
+        whole, updated = self.kind == PRUNE, any(x.error_kept is not None for x in self.layers)
         shown = {
-            "pruned": len({layer.pattern for layer in self.layers}) > 1,
-            "Wanda": True,
-            "before update": any(layer.error_kept is not None for layer in self.layers),
+            "kept": not whole,
+            "pruned": whole and len({layer.pattern for layer in self.layers}) > 1,
+            "Wanda": whole,
+            "before update": updated and self.kind != EXPERTS,
+            "routing unchanged": self.kind == EXPERTS,
             "error": True,
-            "error/Wanda": True,
+            "error/Wanda": whole,
             "held-out error": any(layer.relative_held is not None for layer in self.layers),
             "proven": True,
+            "gap at most": not whole,
         }
         names = [name for name, has in shown.items() if has]
         lines = [["layer kind", "layers", *names, "seconds"]]
@@ -271,6 +306,7 @@ class PruneReport:
             # errors of layers pruned by magnitude are other ones
             cells = _errors([layer for layer in layers if not layer.fallback])
             ends = [f"{100 * end(x.sparsity for x in layers):.0f}" for end in (min, max)]
+            cells["kept"] = ", ".join(dict.fromkeys(layer.pattern for layer in layers))
             cells["pruned"] = "–".join(dict.fromkeys(ends)) + "%"
             seconds = sum(layer.seconds for layer in layers)
             lines.append([kind, str(len(layers)), *(cells[x] for x in names), f"{seconds:.1f}"])
@@ -284,13 +320,23 @@ class PruneReport:
             first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
             for kind, *cells in lines:
                 parts.append("  ".join([kind.ljust(first), *map(str.rjust, cells, others)]))
-            parts.append(CAPTION)
+            parts.append(self.caption)
         if self.output is not None:
             parts.append(f"written: {self.output}")
         return "\n".join(parts)
 
     def __repr__(self) -> str:
         return self.summary()
+
+
+def distilled_words(losses: Mapping[str, Any]) -> str:
+    """What training all kept weights together made of the model, in a line; as `distillation`."""
+    before, after = losses["before"], losses["after"]
+    end = "; it diverged and was ended: take a smaller learning_rate" * losses["diverged"]
+    return (
+        f"distilled: KL to the dense model, nats: {before['fitted']:.4f} → {after['fitted']:.4f}; on "
+        f"held-out windows {before['held']:.4f} → {after['held']:.4f} (epoch {losses['epoch']}){end}"
+    )
 
 
 def grouped(layers: Sequence[Kind], name: str) -> dict[Any, list[Kind]]:

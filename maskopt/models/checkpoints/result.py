@@ -180,38 +180,18 @@ class Edits:
         kept = {name: file for file in map(MaskFile, masks) for name in file.names}
         return cls(kept, {name: file for file in map(open_safe, values) for name in file.entries})
 
-    def _packed(self, name: str) -> np.ndarray | None:
-        return self.masks[name].packed(name) if name in self.masks else None
-
     def apply(self, name: str, tensor: Tensor) -> None:
-        """To a tensor of the checkpoint, in its stored layout; in place."""
+        """To a tensor of the checkpoint, in its stored layout; in place, a part at a time."""
+        words = tensor.view(-1).view(WORDS[tensor.dtype.itemsize])  # not all dtypes can be filled
         new = self.values[name].read(name).view(-1) if name in self.values else None
-        packed = self._packed(name)
-        kept = None if packed is None else unpack(packed, 0, tensor.numel())
-        _edit(tensor.view(-1), new, kept)
-
-    def chunks(self, entry: TensorEntry, source: SafeFile, step: int) -> Iterator[np.ndarray]:
-        """The new bytes of a tensor of `source`, `step` at a time."""
-        packed = self._packed(entry.name)
-        there = self.values.get(entry.name)
-        new = None if there is None else there.chunks(there.entries[entry.name], step)
-        dtype, position = entry.torch_dtype, 0
-        for chunk in source.chunks(entry, step):
-            elements = torch.from_numpy(chunk).view(dtype)
-            values = None if new is None else torch.from_numpy(next(new)).view(dtype)
-            kept = None if packed is None else unpack(packed, position, len(elements))
-            _edit(elements, values, kept)
-            position += len(elements)
-            yield chunk
-
-
-def _edit(elements: Tensor, new: Tensor | None, kept: Tensor | None) -> None:
-    """Update elements [count] in place where `new` is a number, and set pruned ones to zero."""
-    words = elements.view(WORDS[elements.dtype.itemsize])  # not all dtypes can be filled
-    if new is not None:
-        words.copy_(torch.where(new.float().isnan(), words, new.view(words.dtype)))
-    if kept is not None:
-        words.masked_fill_(kept.logical_not_(), 0)
+        packed = self.masks[name].packed(name) if name in self.masks else None
+        for start in range(0, len(words), CHUNK):
+            part = words[start : start + CHUNK]
+            if new is not None:
+                values = new[start : start + CHUNK]
+                part.copy_(torch.where(values.float().isnan(), part, values.view(part.dtype)))
+            if packed is not None:
+                part.masked_fill_(~unpack(packed, start, len(part)), 0)
 
 
 # --- shards and copies
@@ -261,12 +241,12 @@ def write_shard(
             shapes = {str(named[e.name]): (e.dtype, shape(e)) for e in entries}
             yield safe_header(shapes, source.metadata)
         for entry in entries:
-            if entry.name not in cuts:
-                yield from edits.chunks(entry, source, CHUNK)
+            if not (entry.name in cuts or entry.name in edits.masks or entry.name in edits.values):
+                yield from source.chunks(entry)
                 continue
             tensor = source.read(entry.name)
             edits.apply(entry.name, tensor)
-            for axis, indices in cuts[entry.name].items():
+            for axis, indices in cuts.get(entry.name, {}).items():
                 tensor = tensor.index_select(axis, indices)
             yield bytes_of(tensor)
 

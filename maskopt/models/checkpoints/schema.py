@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from maskopt.core.pattern import parse_sparsity
 from maskopt.errors import ModelError
+from maskopt.models.checkpoints.bos import BOS, GIVEN, TEMPLATE
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, MANIFEST = "config.json", "maskopt-manifest.json"
@@ -282,6 +283,14 @@ _COMMON = {
     "bad_samples": [{"sample": is_count, "layer": str}],
     "files": {...: str},
 }  # fmt: skip
+#: of a fingerprint of any kind
+_RUN = {
+    "dtype": ("float64", "float32", "float16", "bfloat16"), "device": str,
+    "calibration": {
+        "samples": is_size, "length": is_size, "source": str, "sha256": str,
+        "beginning": {"bos": (*BOS, GIVEN.bos, TEMPLATE.bos), "ids": [is_count]},
+    },
+}  # fmt: skip
 _SMALLER = {
     **_COMMON, "shrunk": {"kept": {...: _is_choice}, "updated": [str]},
 }  # fmt: skip
@@ -299,11 +308,11 @@ SHAPES: dict[str, dict[str, Any]] = {
                 "sparsity": parse_sparsity, "counts?": {...: is_count},
                 "training?": dict, "distillation?": dict,
             },
-            "dtype": str, "model?": str,
+            "model?": str, **_RUN,
         },
     },
     **{
-        kind: {**_SMALLER, "fingerprint": {"model": str, "options": options}}
+        kind: {**_SMALLER, "fingerprint": {"model": str, "options": options, **_RUN}}
         for kind, options in _REMOVED.items()
     },
 }  # fmt: skip

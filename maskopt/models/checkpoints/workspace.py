@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -31,6 +30,7 @@ from maskopt.models.checkpoints.schema import (
     TRAINED,
     fits,
     is_count,
+    manifest_digest,
     plain_name,
 )
 
@@ -365,19 +365,6 @@ class Journal:
                     raise ModelError(f"{path}, line {number}: not a journal of maskopt")
                 self._take(record)
 
-    def begin(self, header: dict[str, Any]) -> None:
-        """Write the header of a new journal."""
-        self._add("header", header=header)
-
-    def add_block(self, index: int, record: dict[str, Any]) -> None:
-        self._add("block", index=index, **record)
-
-    def add_shard(self, name: str, digest: str) -> None:
-        self._add("shard", name=name, digest=digest)
-
-    def set_progress(self, record: dict[str, Any]) -> None:
-        self._add("progress", **record)
-
     def _take(self, record: dict[str, Any]) -> None:
         if record["kind"] == "header":
             self.header = record["header"]
@@ -388,10 +375,11 @@ class Journal:
         else:
             self.progress = record
 
-    def _add(self, kind: str, **record: Any) -> None:
-        """Append a record with its digest, in place of a last line that a crash cut off."""
+    def add(self, kind: str, **record: Any) -> None:
+        """Append a record of a kind in `_SHAPES` with its digest, in place of a last line that a crash cut
+        off."""
         record = {"kind": kind, **record}
-        line = json.dumps({**record, "sha256": _digest(record)}, sort_keys=True) + "\n"
+        line = json.dumps({**record, "sha256": manifest_digest(record)}, sort_keys=True) + "\n"
         with open(self.path, "ab") as file:
             complete = self.path.read_bytes().rfind(b"\n") + 1
             if file.tell() != complete:
@@ -416,7 +404,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
             digest = record.pop("sha256")
             # other bytes may mean the same: 1E-05, a 17th digit
             same = json.dumps({**record, "sha256": digest}, sort_keys=True).encode() == line
-            sound = same and digest == _digest(record)
+            sound = same and digest == manifest_digest(record)
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             sound = False
         if not sound:
@@ -440,7 +428,3 @@ def _apart(old: Any, new: Any, path: str) -> Iterator[str]:
             yield from _apart(old.get(key), new.get(key), f"{path}.{key}" if path else key)
     elif old != new:
         yield f"{path} was {old!r}, is {new!r}"
-
-
-def _digest(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

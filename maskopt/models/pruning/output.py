@@ -199,7 +199,7 @@ class FolderResults(Results):
             digests["weights"] = write_tensors(self._path(index, "weights"), values)
         self._run.work.keep = True  # from the moment that the journal may hold the block
         reports = {name: list(map(asdict, getattr(done, name))) for name in ("layers", "trained")}
-        self._run.journal.add_block(index, {**digests, **reports, "bad": list(done.bad)})
+        self._run.journal.add("block", index=index, **digests, **reports, bad=list(done.bad))
         self.write_shards()
 
     def write_shards(self) -> Mapping[str, str]:
@@ -213,7 +213,7 @@ class FolderResults(Results):
                 path = self._run.work.staging / name
                 digest = write_shard(checkpoint, name, path, edits, left=left)
                 self._run.check_models()
-                journal.add_shard(name, digest)
+                journal.add("shard", name=name, digest=digest)
         return journal.shards
 
     def join_masks(self) -> str:

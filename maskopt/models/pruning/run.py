@@ -143,7 +143,7 @@ class Run:
             if fingerprint is not None:
                 journal = Journal(self.work.journal)
                 if journal.header is None:
-                    journal.begin(dict(fingerprint))
+                    journal.add("header", header=dict(fingerprint))
                 elif apart := differences(journal.header, dict(fingerprint)):
                     raise self._another("the unfinished part", apart)
 

@@ -369,7 +369,7 @@ class FolderKeeper:
         record: dict[str, Any] = {"file": path.name, "digest": digest, "step": at.step}
         record |= {"before": list(at.before), "held": at.held, "epoch": at.epoch}
         self._work.keep = True  # from the moment that the journal may hold it
-        self._journal.set_progress(record)
+        self._journal.add("progress", **record)
         for other in self._work.blocks.glob("step-*.safetensors"):
             if other.name != path.name:
                 other.unlink()

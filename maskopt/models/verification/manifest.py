@@ -18,7 +18,7 @@ from typing import Any
 from maskopt.core.pattern import NM, Pattern, Unstructured, parse_sparsity
 from maskopt.errors import MaskoptError, VerificationError
 from maskopt.models.architecture.blocks import Blocks, choose
-from maskopt.models.checkpoints.schema import MANIFEST, PRUNE, check_link, read_manifest
+from maskopt.models.checkpoints.schema import MANIFEST, check_link, read_manifest
 from maskopt.models.options.prune import (
     BLOCKWISE,
     BOTH,
@@ -47,14 +47,6 @@ def read_record(folder: Path) -> dict[str, Any]:
     with refusing():
         check_link(folder / MANIFEST)
         return read_manifest(folder / MANIFEST, smaller=True)
-
-
-def is_smaller(folder: Path) -> bool:
-    """Does a manifest say that `maskopt prune-structured` wrote the folder?"""
-    try:
-        return bool(read_record(folder)["kind"] != PRUNE)
-    except VerificationError:
-        return False  # what is wrong is found where the folder is verified
 
 
 def numbers(name: str) -> tuple[int, ...]:

@@ -31,9 +31,6 @@ from maskopt.models.verification.manifest import (
     updated_vectors,
 )
 
-#: elements compared at a time
-SLAB = 2**24
-
 OnTensor = Callable[[int, int], None]
 
 
@@ -122,10 +119,7 @@ def _check_rows(manifest: Manifest, part: Slice, kept: Tensor) -> None:
 
 def _measure(manifest: Manifest, part: Slice, kept: Tensor, weight: Tensor) -> None:
     """What pruning by magnitude takes of the original's weights, and whether it takes the least."""
-    said = manifest.record["fingerprint"]["dtype"]
-    if not isinstance(dtype := getattr(torch, said, None), torch.dtype):
-        raise manifest.wrong(f"says that its run worked in {said[:50]!r}, which is no dtype")
-    weight = weight.to(dtype).double()
+    weight = weight.to(getattr(torch, manifest.record["fingerprint"]["dtype"])).double()
     part.square = float(weight.masked_fill(kept, 0).square().sum())
     group = kept.numel() if manifest.unlimited else part.n
     if not manifest.options.rows_differ:
@@ -178,10 +172,6 @@ def _check_same(
     name: str, found: Tensor, original: Tensor, where: Tensor | None, what: str
 ) -> None:
     """Raise VerificationError where two tensors differ: at places of a bool tensor, or anywhere."""
-    a, b = bytes_of(found), bytes_of(original)
-    flat = None if where is None else where.reshape(-1)
-    for start in range(0, len(a), SLAB):
-        slab = slice(start, start + SLAB)
-        differs = (a[slab] != b[slab]).any(1)
-        if bool((differs if flat is None else differs & flat[slab]).any()):
-            raise VerificationError(f"{name!r}: {what} differs from the original")
+    differs = (bytes_of(found) != bytes_of(original)).any(1)
+    if bool((differs if where is None else differs & where.reshape(-1)).any()):
+        raise VerificationError(f"{name!r}: {what} differs from the original")

@@ -20,7 +20,7 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskopt import PruneOptions, Unstructured, open_job, perplexity
-from maskopt.demo.text import demo_text
+from maskopt.demo import demo_text
 from maskopt.errors import DataError, MaskoptError, ModelError, VerificationError
 from maskopt.models.calibration import chat, tokens
 from maskopt.models.calibration.chat import read_conversations
@@ -232,7 +232,7 @@ def test_a_beginning_is_that_of_the_tokenizer():
             assert begin == Beginning(bos, ids)
             assert begin.first_target == max(1, len(ids))
             assert ("token" in str(begin)) or not ids
-            assert Beginning.from_record(json.loads(json.dumps(begin.record()))) == begin
+            assert str(Beginning(**json.loads(json.dumps(begin.record())))) == str(begin)
     for tokenizer, bos, message in (
         (QWEN, "always", "no beginning-of-sequence token; use `bos` auto or never"),
         (QWEN, "sometimes", "`bos` must be one of: auto, always, never; not"),

@@ -12,7 +12,7 @@ from forging import copied, fails
 from prunes import contents, files, prune, smaller
 from tiny_models import chat_tokenizer, save, tiny, tokens
 
-from maskopt.demo.run import run_demo
+from maskopt.demo import run_demo
 from maskopt.errors import MaskoptError, ModelError
 from maskopt.models.checkpoints import workspace
 from maskopt.models.checkpoints.pack import pack, unpack_folder

@@ -172,9 +172,9 @@ def test_an_unfinished_run_that_was_changed_is_refused(name, dense, stopped, tmp
 
 def test_what_is_lost_or_was_put_right_goes_on(dense, whole, stopped, tmp_path):
     torn = Journal(tmp_path / "journal.jsonl")
-    torn.begin({"a": 1})
+    torn.add("header", header={"a": 1})
     torn.path.write_bytes(torn.path.read_bytes() + b"torn")
-    Journal(torn.path).add_block(0, {"layers": []})
+    Journal(torn.path).add("block", index=0, layers=[])
     assert [record["kind"] for record in read_journal(torn.path)] == ["header", "block"]
     # shards are written as they are done, and again if lost or changed
     first, second, *_ = written = sorted((stopped / HIDDEN / "out").glob("model-*.safetensors"))

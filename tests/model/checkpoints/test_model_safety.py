@@ -384,10 +384,10 @@ def try_loaders(kind: str, data: bytes, folder: Path) -> str | None:
 def examples(pruned_folder: Path, folder: Path) -> dict[str, bytes]:
     """One sound file of each kind; in `folder` stays a result for the manifests."""
     made = Journal(folder / "journal")
-    made.begin({"seed": 1})
+    made.add("header", header={"seed": 1})
     whole = json.loads((pruned_folder / MANIFEST).read_text())
-    made.add_block(0, {"layers": whole["layers"][:2], "masks": "0", "bad": [{"sample": 1}]})
-    made.add_shard("a.safetensors", "0")
+    made.add("block", index=0, layers=whole["layers"][:2], masks="0", bad=[{"sample": 1}])
+    made.add("shard", name="a.safetensors", digest="0")
     write_masks(folder / "masks", {"a": TensorMask(torch.ones(3, 5, dtype=torch.bool), 1)})
     save_file({"a": torch.ones(3, 2), "b": torch.ones(4)}, folder / "shard")
     problem = LayerProblem(torch.ones(2, 4), torch.eye(4), Unstructured(0.5))

@@ -238,7 +238,7 @@ def test_it_is_verified_and_shown_as_one_folder(home, dense, tmp_path):
     run("report", whole, "--output", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "ratio to Wanda" in page
-    assert "whole model" in page
+    assert "distilled: KL to the dense model" in page
     assert "KL to the original" in (whole / "README.md").read_text()
     run("prune", dense, "--config", whole / MANIFEST, *text, "--output", tmp_path / "again")
     assert contents(tmp_path / "again") == contents(whole)

@@ -245,8 +245,9 @@ EDITS = [
     ("layers", 5, "error", lambda x: x * (1 + 3e-5)), ("layers", 5, "energy", lambda x: 2 * x),
     ("layers", 5, "energy_held", 1.0), ("layers", 5, "tokens", 97),
 ]  # fmt: skip
-#: how to forge, and what is said when errors are computed again
-FORGED = [(says(edit(*x[:-1], to=x[-1])), "was on a GPU" if "cuda" in x else "") for x in EDITS]
+#: how to forge, and what is said when errors are computed again; values of no kind are refused at once
+SAID = {"cuda": "was on a GPU", "float31": "damaged or was changed", "x": "damaged or was changed"}
+FORGED = [(says(edit(*x[:-1], to=x[-1])), SAID.get(str(x[-1]), "")) for x in EDITS]
 FORGED.append((lambda out, dense: prune_by(out, dense, shuffled), "states an error of"))
 
 
@@ -255,7 +256,8 @@ def test_a_forged_run_is_refused(forge, said, swapped, dense_folder, tmp_path):
     if "GPU" in said and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     forge(result := copied(swapped, tmp_path), dense_folder)
-    assert "errors" in verify_model(result, dense_folder).claimed
+    if "damaged" not in said:
+        assert "errors" in verify_model(result, dense_folder).claimed
     refused(result, dense_folder, said)
 
 

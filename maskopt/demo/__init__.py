@@ -1,1 +1,0 @@
-"""The whole job on a small real model: what `maskopt demo` runs."""
