@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from maskopt.models.evaluation.evaluate import perplexity as perplexity
     from maskopt.models.options.prune import PruneOptions as PruneOptions
     from maskopt.models.pruning.gram_store import collect_grams as collect_grams
-    from maskopt.models.pruning.problems import collect_problems as collect_problems
-    from maskopt.models.pruning.prune import prune_model as prune_model
+    from maskopt.models.pruning.prune import (
+        collect_problems as collect_problems,
+        prune_model as prune_model,
+    )
     from maskopt.models.structured.blocks import remove_blocks as remove_blocks
     from maskopt.models.structured.channels import shrink_model as shrink_model
     from maskopt.models.structured.experts import remove_experts as remove_experts
@@ -64,8 +66,7 @@ _MODULES = {
     "maskopt.models.evaluation.evaluate": ("perplexity",),
     "maskopt.models.options.prune": ("PruneOptions",),
     "maskopt.models.pruning.gram_store": ("collect_grams",),
-    "maskopt.models.pruning.problems": ("collect_problems",),
-    "maskopt.models.pruning.prune": ("prune_model",),
+    "maskopt.models.pruning.prune": ("collect_problems", "prune_model"),
     "maskopt.models.structured.blocks": ("remove_blocks",),
     "maskopt.models.structured.channels": ("shrink_model",),
     "maskopt.models.structured.experts": ("remove_experts",),

@@ -36,8 +36,7 @@ from maskopt.models.blockwise.forward import BlockProgress
 from maskopt.models.checkpoints.report import PruneReport, proven_share, ratio_to_wanda
 from maskopt.models.checkpoints.workspace import check_output
 from maskopt.models.evaluation.evaluate import perplexity
-from maskopt.models.pruning.problems import layer_problems
-from maskopt.models.pruning.prune import prune_model
+from maskopt.models.pruning.prune import layer_problems, prune_model
 from maskopt.report.page import Table, number, write_page
 from maskopt.report.prune_page import DENSE, WANDA, Named, comparison, report_parts
 

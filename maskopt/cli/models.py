@@ -27,8 +27,7 @@ from maskopt.core.fields import OUTPUT, REQUIRED, SELECTION, TEXT, option, optio
 from maskopt.core.files import atomic_write, check_writable
 from maskopt.errors import OptionError
 from maskopt.models.options.structured import ShrinkOptions
-from maskopt.models.options.training import DistillOptions
-from maskopt.models.options.walk import EVALUATION, WalkOptions
+from maskopt.models.options.walk import EVALUATION, DistillOptions, WalkOptions
 
 if TYPE_CHECKING:
     from maskopt.models.evaluation.evaluate import Evaluation

@@ -356,7 +356,7 @@ def load_layers(
         raise OptionError(f"{model} is a model: name text for its Gram matrices, --calibration")
     if pattern is None:
         raise OptionError(f"{model} is a model: say what to prune, --sparsity 0.6 or 2:4")
-    from maskopt.models.pruning.problems import layer_problems
+    from maskopt.models.pruning.prune import layer_problems
 
     with view() as shown:
         how: dict[str, Any] = {"calibration": calibration, "seed": seed, **options}

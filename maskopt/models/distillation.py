@@ -26,8 +26,7 @@ from maskopt.models.checkpoints.result import (
 )
 from maskopt.models.checkpoints.schema import MASKS
 from maskopt.models.checkpoints.workspace import CARD, Workspace
-from maskopt.models.options.training import DistillOptions
-from maskopt.models.options.walk import options_by_name
+from maskopt.models.options.walk import DistillOptions, options_by_name
 from maskopt.models.pruning.run import Run, fingerprint_of
 from maskopt.models.structured.change import folder_source
 from maskopt.models.training.trainer import Losses, Trained
@@ -87,7 +86,11 @@ def distill_model(
     """
     began = time.perf_counter()
     options = options_by_name(DistillOptions, options, shorthand)
-    _check_folders(pruned, teacher)
+    for model in (pruned, teacher):
+        if not isinstance(model, str | Path):
+            raise ModelError(
+                f"distillation is of folders, not of a {type(model).__name__} in memory; save it first"
+            )
     inputs: dict[str, Any] = {"model": pruned, "teacher": teacher, "calibration": calibration}
     run = Run(output, overwrite=overwrite, resume=resume, complete=RECORD, **inputs)
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
@@ -113,15 +116,6 @@ def distill_model(
         trained, files = train_whole(student, dense, options, *how)
         _write(source.checkpoint, masks, files, trained, fingerprint, work)
     return Distilled(**vars(trained), seconds=time.perf_counter() - began, output=run.output)
-
-
-def _check_folders(*given: Any) -> None:
-    """Raise ModelError for a model in memory."""
-    for model in given:
-        if not isinstance(model, str | Path):
-            raise ModelError(
-                f"distillation is of folders, not of a {type(model).__name__} in memory; save it first"
-            )
 
 
 def _trained(run: Run, record: Mapping[str, Any]) -> Trained:

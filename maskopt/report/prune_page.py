@@ -109,7 +109,6 @@ def report_parts(
     """
     reports = [report for _, report in pruned]
     solved = [(name, report) for name, report in pruned if report.solved]
-    again = ["\n".join(command_again(x.kind, x.fingerprint, x.output or "OUT")) for x in reports]
     return [
         *(verdict(*one, perplexity) for one in pruned),
         comparison(pruned, perplexity),
@@ -125,7 +124,7 @@ def report_parts(
         ),
         *after,
         *([mask_picture(reports[0], picture)] if reports[0].kind == PRUNE or picture else []),
-        Commands("The same once more", again),
+        Commands("The same once more", [command_again(x.kind, x.output or "OUT") for x in reports]),
     ]
 
 

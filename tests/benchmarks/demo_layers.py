@@ -9,7 +9,7 @@ import torch
 
 from maskopt import LayerProblem, load_problem
 from maskopt.demo import demo_model, demo_text
-from maskopt.models.pruning.problems import collect_problems
+from maskopt.models.pruning.prune import collect_problems
 
 #: layers of the comparison of masks
 LAYERS = ("0.q", "0.o", "2.gate", "2.down", "4.q", "4.o")

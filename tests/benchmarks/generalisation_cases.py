@@ -130,7 +130,6 @@ ALLOCATIONS: dict[str, dict[str, Any]] = {
     "rows, fisher, ± 0.1": {"allocation": "rows", "sensitivity": "fisher", "max_deviation": 0.1},
     "rows, fisher, ± 0.2": {"allocation": "rows", "sensitivity": "fisher", "max_deviation": 0.2},
     "layers and rows, fisher": {"allocation": "both", "sensitivity": "fisher"},
-    "blocks, kl": {"allocation": "layers", "sensitivity": "kl"},
 }
 #: other methods that choose the sparsity of blocks
 SHARES = ("OWL", "DLP")
@@ -138,7 +137,7 @@ SHARES = ("OWL", "DLP")
 ALLOCATED: dict[str, tuple[str, ...]] = {
     "50%": (
         *("uniform", "rows, fisher", "rows, fisher, ± 0.1"),
-        *("layers, fisher", "layers and rows, fisher", "blocks, kl"),
+        *("layers, fisher", "layers and rows, fisher"),
     ),
     "60%": ("uniform", "layers, fisher"),
     "70%": tuple(ALLOCATIONS),

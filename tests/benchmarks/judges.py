@@ -18,7 +18,7 @@ from maskopt.models.architecture.blocks import Layer, matrix
 from maskopt.models.blockwise.gradients import row_sensitivity
 from maskopt.models.blockwise.job import Job, open_job
 from maskopt.models.options.prune import FISHER
-from maskopt.models.pruning.problems import layer_problem
+from maskopt.models.pruning.prune_layer import layer_problem
 
 #: of calibration text, cut with another seed than those that masks are fitted to
 WINDOWS = 8
@@ -52,7 +52,9 @@ def judging_layers(dense: Path, calibration: str) -> Mapping[str, Judge]:
             grams = block.grams()
             for layer in block.layers:
                 weight = matrix(job.source.model, layer).detach().float().clone()
-                problem = layer_problem(layer, weight, grams.of(layer.name), _options().pattern)
+                problem = layer_problem(
+                    layer.name, weight, grams.of(layer.name), _options().pattern
+                )
                 loss = row_sensitivity(problem, FISHER, job.gradients, of_layer=True)
                 energy = problem.output_energy()
                 found[layer.name] = Judge(layer.block, problem, energy, loss)

@@ -31,7 +31,7 @@ from maskopt import (
     solve,
 )
 from maskopt.demo import demo_model
-from maskopt.models.pruning.problems import collect_problems
+from maskopt.models.pruning.prune import collect_problems
 from maskopt.protocol.solution import Status
 
 LAYERS = ("2.q", "8.q", "14.q", "2.down", "8.down", "14.down")

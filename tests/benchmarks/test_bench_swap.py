@@ -27,7 +27,7 @@ from machine import machine_now
 from maskopt import LayerProblem, Solution, Status, Unstructured, solve
 from maskopt.demo import demo_model, demo_text
 from maskopt.errors import ModelError
-from maskopt.models.pruning.problems import collect_problems
+from maskopt.models.pruning.prune import collect_problems
 
 ROWS = 128
 #: rows and swaps a row of the literal algorithm at n = 2048 (MASKOPT_LITERAL_ROWS: fewer rows)

@@ -41,8 +41,7 @@ def shared_out(method: str, judges: Mapping[str, Judge], pattern: Unstructured) 
         levels.append(some)
         sizes.append(rows * some)
         costs.append(rows * (some - wanted) ** 2 / n)
-    choice = choose_levels(sizes, costs, total)
-    chosen = zip(names, levels, choice.levels, strict=True)
+    chosen = zip(names, levels, choose_levels(sizes, costs, total), strict=True)
     return {name: int(some[level]) for name, some, level in chosen}
 
 

@@ -31,8 +31,7 @@ from maskopt.models.blockwise.forward import BlockProgress
 from maskopt.models.checkpoints.report import LayerReport
 from maskopt.models.options.prune import RECIPE, PruneOptions
 from maskopt.models.options.structured import ShrinkOptions
-from maskopt.models.options.training import DistillOptions
-from maskopt.models.options.walk import WalkOptions
+from maskopt.models.options.walk import DistillOptions, WalkOptions
 from maskopt.models.pruning import plan
 from maskopt.solvers import Swap
 

@@ -9,12 +9,13 @@ mixture is the experts of a block that tokens are routed to.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any, Protocol, TypeVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -125,6 +126,23 @@ def matrix(model: nn.Module, layer: Layer) -> Float[Tensor, "rows n"]:
     if layer.expert is not None:
         parameter = parameter[layer.expert]
     return parameter if layer.input_axis == 1 else parameter.T
+
+
+def merged(
+    model: nn.Module, parts: Mapping[str, tuple[Layer, Tensor]], rest: bool | float
+) -> dict[str, Tensor]:
+    """Matrices of layers [rows, n] as parameters in the model's layout; `rest` for experts without one."""
+    merged: dict[str, Tensor] = {}
+    for layer, part in parts.values():
+        oriented = part if layer.input_axis == 1 else part.T
+        if layer.expert is None:
+            merged[layer.parameter] = oriented.contiguous()
+            continue
+        if layer.parameter not in merged:
+            shape = model.get_parameter(layer.parameter).shape
+            merged[layer.parameter] = torch.full(shape, rest, dtype=part.dtype)
+        merged[layer.parameter][layer.expert] = oriented
+    return merged
 
 
 def choose(

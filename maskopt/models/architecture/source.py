@@ -15,23 +15,19 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from maskopt.errors import DataError, ModelError, first_line
-from maskopt.models.architecture.blocks import Blocks, Layer, matrix
-from maskopt.models.architecture.loading import (
+from maskopt.models.architecture.blocks import Blocks, Layer, matrix, merged
+from maskopt.models.architecture.transformers_adapter import (
+    Conversion,
     check_buffers,
     check_finite,
-    merged,
+    empty_model,
+    quietly,
     real_buffers,
     release,
     return_memory,
-    share_equal,
-    stored_masks,
-)
-from maskopt.models.architecture.transformers_adapter import (
-    Conversion,
-    empty_model,
-    quietly,
     revert,
     set_eager_experts,
+    share_equal,
     tie,
 )
 from maskopt.models.checkpoints.bos import no_panic
@@ -78,14 +74,6 @@ class Source:
 
     def drop(self) -> None:
         """Hold nothing in memory until `head` or `load_outside`; a model that came in memory stays."""
-
-    def stored(self, masks: Mapping[str, tuple[Layer, Tensor]]) -> dict[str, TensorMask]:
-        """Masks of layers [rows, n] as masks of the tensors that the checkpoint stores."""
-        return stored_masks(self.model, masks, self._as_stored)
-
-    def _as_stored(self, name: str, whole: Tensor) -> dict[str, Tensor]:
-        """A parameter as the tensors that a checkpoint stores, by transformers' conversion for saving."""
-        return revert(self.model, {name: whole})
 
     def stored_dtype(self, layer: Layer) -> torch.dtype:
         """In which the layer's weights are kept."""
@@ -201,9 +189,23 @@ class FolderSource(Source):
     def _without_data(self, names: Iterable[str]) -> set[str]:
         return {name for name in names if self.model.get_parameter(name).is_meta}
 
+    def stored(self, masks: Mapping[str, tuple[Layer, Tensor]]) -> dict[str, TensorMask]:
+        """Masks of layers [rows, n] as masks of the tensors that the checkpoint stores."""
+        result: dict[str, TensorMask] = {}
+        axes = {x.parameter: x.input_axis + (x.expert is not None) for x, _ in masks.values()}
+        for name, kept in merged(self.model, masks, True).items():
+            from_end = axes[name] - kept.ndim
+            for key, part in self._as_stored(name, kept).items():
+                axis = part.ndim + from_end
+                if part.shape[axis] != kept.shape[from_end]:  # the conversion exchanged both
+                    axis = part.ndim - 2 if axis == part.ndim - 1 else part.ndim - 1
+                result[key] = TensorMask(part.contiguous(), axis)
+        return result
+
     def _as_stored(self, name: str, whole: Tensor) -> dict[str, Tensor]:
+        """A parameter as the tensors that the checkpoint stores, by transformers' conversion for saving."""
         tensor, sources = self.conversion.stored_as_is(name), self.conversion.sources(name)
-        stored = super()._as_stored(name, whole) if tensor is None else {tensor: whole}
+        stored = revert(self.model, {name: whole}) if tensor is None else {tensor: whole}
         if set(stored) != set(sources):
             raise ModelError(
                 f"parameter {name!r} is stored as {', '.join(sources[:3])}, which cannot be matched"

@@ -1,13 +1,17 @@
 """What a streamed model needs of transformers beyond its documented interface; nothing else may use it. These
-parts change without notice; the oldest and the newest tested release are named here."""
+parts change without notice; the oldest and the newest tested release are named here. And its parameters and
+buffers, which come and go."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import inspect
+import math
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -158,11 +162,6 @@ def tie(model: Any, missing: set[str]) -> None:
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
 
 
-def initialise(owner: Any, module: nn.Module) -> None:
-    """Give the buffers of `module`, a part of the pretrained model `owner`, their initial values."""
-    owner._init_weights(module)
-
-
 def set_eager_experts(model: nn.Module) -> None:
     """Experts one after the other, each as a matrix product that can be observed."""
     config = getattr(model, "config", None)
@@ -221,3 +220,85 @@ def forget_quantisation(model: Any) -> None:
     model.config.quantization_config = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+
+
+# --- parameters and buffers
+
+
+def check_finite(name: str, parameter: Tensor) -> None:
+    """Raise ModelError for NaN or infinity, slab by slab: a mask of all of an embedding takes much memory."""
+    if parameter.is_floating_point():
+        for slab in parameter.detach().split(4096):
+            if not bool(torch.isfinite(slab).all()):
+                raise ModelError(f"parameter {name!r} holds NaN or infinite weights")
+
+
+def share_equal(module: nn.Module, other: nn.Module) -> None:
+    """Let parameters whose data equal those of `other` by the same name be held once, as the other's."""
+    theirs = dict(other.named_parameters())
+    for name, own in module.named_parameters():
+        same = theirs.get(name)
+        if same is None or own.is_meta or same.is_meta:
+            continue
+        if (own.dtype, own.device) == (same.dtype, same.device) and torch.equal(own, same):
+            own.data = same.data
+    return_memory()
+
+
+def release(module: nn.Module) -> None:
+    """Leave the module's parameters without data; shared ones stay shared."""
+    _drop_data(module)
+    return_memory()
+
+
+def _drop_data(module: nn.Module) -> None:
+    places = [
+        (part, name, parameter)
+        for part in module.modules()
+        for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False)
+    ]
+    bare = {id(p): torch.empty_like(p, device="meta") for _, _, p in places if not p.is_meta}
+    empty = {key: nn.Parameter(tensor, requires_grad=False) for key, tensor in bare.items()}
+    for part, name, parameter in places:
+        if id(parameter) in empty:
+            setattr(part, name, empty[id(parameter)])
+
+
+def return_memory() -> None:
+    """Ask the C library to give freed memory back to the system, where it can be asked (glibc)."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def real_buffers(model: Any, device: torch.device) -> None:
+    """Give every buffer memory and its initial value (position frequencies and the like)."""
+    from transformers import PreTrainedModel
+
+    owners = [(name, m) for name, m in model.named_modules() if isinstance(m, PreTrainedModel)]
+    with torch.no_grad():
+        for path, module in model.named_modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                real = torch.empty_like(buffer, device=device)
+                module._buffers[name] = real.fill_(_unset(real.dtype))
+            if any(True for _ in module.named_buffers(recurse=False)):
+                inside = [o for o in owners if not o[0] or (path + ".").startswith(o[0] + ".")]
+                owner: Any = max(inside, key=lambda owner: len(owner[0]))[1]
+                owner._init_weights(module)
+
+
+def check_buffers(model: nn.Module) -> None:
+    for name, buffer in model.named_buffers():
+        unset = _unset(buffer.dtype)
+        same = torch.isnan(buffer) if isinstance(unset, float) else buffer == unset
+        if buffer.numel() and buffer.dtype != torch.bool and bool(same.all()):
+            raise ModelError(
+                f"buffer {name!r} is neither stored nor computed by transformers; "
+                "load the model in memory and give it to prune_model"
+            )
+
+
+def _unset(dtype: torch.dtype) -> float | int | bool:
+    if dtype.is_floating_point:
+        return math.nan
+    return False if dtype == torch.bool else torch.iinfo(dtype).min if dtype.is_signed else 255

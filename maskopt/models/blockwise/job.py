@@ -160,7 +160,7 @@ class Job:
     @property
     def load(self) -> Load:
         """What the memory of the walk depends on."""
-        options, blocks = self.options, len(self.source.blocks)
+        options = self.options
         return Load(
             self.source,
             self.layers,
@@ -172,7 +172,6 @@ class Job:
             least_squares=options.least_squares is not None,
             trained=options.reconstruction is not None,
             gradients=0 if self.whole else options.gradient_windows(self.count),
-            variants=0 if self.whole else options.variant_windows(self.count, blocks),
         )
 
     def blocks(

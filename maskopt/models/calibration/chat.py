@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +37,8 @@ _DAY = (
 _LONGEST_REASON = 200
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """Messages with a role and a text each, and their place in words."""
-
-    messages: list[dict[str, Any]]
-    where: str
+#: messages with a role and a text each, and their place in words
+Conversation = tuple[list[dict[str, Any]], str]
 
 
 def chat_calibration_windows(
@@ -108,7 +103,7 @@ def read_conversations(source: str | Path | Sequence[Any]) -> list[Conversation]
         records: Iterable[tuple[str, Any]] = json_records(Path(source))
     else:
         records = ((f"given conversation {i}", r) for i, r in enumerate(source, start=1))
-    conversations = [Conversation(_messages(r, where), where) for where, r in records]
+    conversations = [(_messages(r, where), where) for where, r in records]
     if not conversations:
         raise DataError(f"{_name(source)}: there is no conversation in it")
     return conversations
@@ -177,11 +172,11 @@ class _Chats:
         """Of a conversation, by the template alone: the tokenizer puts nothing before it."""
         if index in self._known:
             return self._known[index]
-        conversation = self.conversations[index]
+        messages, where = self.conversations[index]
         try:
             with no_panic(getattr(self._tokenizer, "name_or_path", "")):
                 ids = self._tokenizer.apply_chat_template(
-                    conversation.messages,
+                    messages,
                     chat_template=self._template,
                     add_generation_prompt=False,
                     tokenize=True,
@@ -192,7 +187,7 @@ class _Chats:
             raise
         except Exception as error:  # a template is a program of the model's: it may raise anything
             raise DataError(
-                f"{conversation.where}: the model's chat template refuses it ({_reason(error)})"
+                f"{where}: the model's chat template refuses it ({_reason(error)})"
             ) from error
         self._known[index] = [int(token) for token in ids]
         return self._known[index]

@@ -308,7 +308,7 @@ SHAPES: dict[str, dict[str, Any]] = {
                 "sparsity": parse_sparsity, "counts?": {...: is_count},
                 "training?": dict, "distillation?": dict,
             },
-            "model?": str, **_RUN,
+            "model": str, **_RUN,
         },
     },
     **{

@@ -28,7 +28,7 @@ from maskopt.models.checkpoints.report import LayerReport, read_reports, result_
 from maskopt.models.checkpoints.schema import MANIFEST, read_manifest
 from maskopt.models.options.prune import BOTH, NONE
 from maskopt.models.options.walk import name_patterns
-from maskopt.models.pruning.problems import layer_problems
+from maskopt.models.pruning.prune import layer_problems
 from maskopt.protocol.bounds import REGISTRY, lower_bound
 from maskopt.protocol.solution import Solution, is_bounded
 from maskopt.protocol.solver import limits_of, solve
@@ -141,12 +141,12 @@ def certify_model(
     """
     check_rows(rows_per_layer)
     manifest = read_manifest(Path(pruned) / MANIFEST)
-    asked, original = manifest["fingerprint"]["options"], manifest["fingerprint"].get("model")
+    asked = manifest["fingerprint"]["options"]
     pattern = _bounded_pattern(pruned, asked)
     trusted = bool(shorthand.get("trust_remote_code"))
     home = resolve_model(model, trust_remote_code=trusted)
     dense_model = open_checkpoint(home, trust_remote_code=trusted)
-    if original is not None and dense_model.digest != original:
+    if dense_model.digest != manifest["fingerprint"]["model"]:
         raise ModelError(f"{pruned}: was pruned from another model than {model}; name the original")
     wanted = (*name_patterns(layers), *name_patterns(shorthand.get("include")))
     reports = read_reports(LayerReport, manifest["layers"])

@@ -20,8 +20,8 @@ from maskopt.models.checkpoints.workspace import check_dense, check_place, unfin
 from maskopt.models.evaluation.evaluate import Evaluation, evaluate
 from maskopt.models.options.prune import NONE, PruneOptions, prune_options
 from maskopt.models.options.walk import WalkOptions
-from maskopt.models.pruning.gram_store import OF_TEXT, GramStore, check_prunable, open_store
-from maskopt.models.pruning.prune import prune_model
+from maskopt.models.pruning.gram_store import OF_TEXT, GramStore, open_store
+from maskopt.models.pruning.prune import check_prunable, prune_model
 from maskopt.models.pruning.run import Run
 
 #: options of which a sweep takes several, and their defaults

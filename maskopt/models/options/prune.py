@@ -26,8 +26,10 @@ from maskopt.core.fields import (
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.pattern import NM, Pattern, Unstructured, parse_sparsity
 from maskopt.errors import ModelError, OptionError, PatternError, SolverError
-from maskopt.models.options.training import DISTILLATION, DistillOptions, Reconstruction
 from maskopt.models.options.walk import (
+    DISTILLATION,
+    DistillOptions,
+    Reconstruction,
     WalkOptions,
     check_names,
     check_size,
@@ -47,10 +49,7 @@ NONE, LEAST_SQUARES, BLOCKWISE = UPDATES = ("none", "least-squares", "blockwise"
 #: of `allocation`
 UNIFORM, ROWS, LAYERS, BOTH = ALLOCATIONS = ("uniform", "rows", "layers", "both")
 #: of `sensitivity`
-RELATIVE, FISHER, KL = "relative", "fisher", "kl"
-SENSITIVITIES = (UNIFORM, RELATIVE, FISHER, KL)
-#: sparsities of a block at which it is measured (the least, the model's, the most), and on how many windows
-VARIANTS, VARIANT_WINDOWS = 3, 4
+RELATIVE, FISHER = "relative", "fisher"
 #: defaults of `max_deviation`: of rows, the best of ± 0.05, 0.1, 0.2 and any on both demo models at 70%
 #: (tests/benchmarks/generalisation.py); of layers, with `allocation` layers and both
 ROW_DEVIATION, LAYER_DEVIATION = 0.1, 0.2
@@ -111,10 +110,9 @@ class PruneOptions(WalkOptions):
     sensitivity: str = option(
         FISHER,
         "How errors of rows or layers are weighted. uniform: equally; relative: by the inverse of the output "
-        "energy; fisher: by the squared gradient of the loss of the dense model by each output; kl: one "
-        "measurement per block of the KL divergence of the model output (`allocation` layers).",
+        "energy; fisher: by the squared gradient of the loss of the dense model by each output.",
         SELECTION,
-        choices=SENSITIVITIES,
+        choices=(UNIFORM, RELATIVE, FISHER),
         needs=("allocation", ROWS, LAYERS, BOTH),
     )
     max_deviation: float | None = option(
@@ -210,10 +208,6 @@ class PruneOptions(WalkOptions):
                 object.__setattr__(self, "sparsity", self._pattern_of(self.pattern))
         if self.sensitive:
             self._check_every_window("`sensitivity` fisher")
-        if self.sensitivity == KL and self.rows_differ:
-            raise OptionError(
-                "`sensitivity` kl is of whole blocks, not of rows: take fisher, or `allocation` layers"
-            )
 
     def _budget_as(self, pattern: Unstructured) -> None:
         """Rows differ as this pattern says; its `max_deviation` and the option's are one."""
@@ -306,10 +300,6 @@ class PruneOptions(WalkOptions):
     def sensitive(self) -> bool:
         differ = self.rows_differ or (self.layers_differ and not self.counts)
         return differ and self.sensitivity == FISHER
-
-    def variant_windows(self, windows: int, blocks: int) -> int:
-        measured = self.layers_differ and self.sensitivity == KL and not self.counts
-        return VARIANTS * blocks * min(VARIANT_WINDOWS, windows) if measured else 0
 
     @property
     def rows_differ(self) -> bool:

@@ -4,7 +4,6 @@ gives the same bytes, which is rebuilt from the manifest."""
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -194,8 +193,7 @@ def _origin(
     lines = []
     if base is not None:
         lines.append(f"- The original: [{base}]({HUB}/{base}).")
-    if "model" in found:
-        lines.append(f"- SHA-256 of its configuration and weights: `{found['model']}`.")
+    lines.append(f"- SHA-256 of its configuration and weights: `{found['model']}`.")
     if kept is not None:
         lines.append(f"- Its card: [{kept}]({kept}).")
     licence = inherited.get("license_name") or inherited.get("license")
@@ -209,8 +207,7 @@ def _origin(
         "## Origin\n\n"
         + "\n".join(lines)
         + "\n\nThe same once more, from the same model and text:\n\n```console\n"
-        + "\n".join(f"$ {line}" for line in command_again(report.kind, found, "FOLDER"))
-        + "\n```"
+        + f"$ {command_again(report.kind, 'FOLDER')}\n```"
     )
 
 
@@ -257,35 +254,9 @@ def options_again(kind: str, fingerprint: Mapping[str, Any], where: str | Path) 
     return {key: value for key, value in options.items() if value not in (None, {}, [])}
 
 
-def command_again(kind: str, fingerprint: Mapping[str, Any], folder: str | Path) -> list[str]:
-    """Commands that give the same bytes from the same model and text, whose paths a manifest does not have:
-    one that reads the manifest in `folder`, and one with all options that are not at their default (not if it
-    has no sparsity, or counts of all layers)."""
+def command_again(kind: str, folder: str | Path) -> str:
+    """The command that gives the same bytes from the same model and text, whose paths a manifest does not
+    have."""
     command = "prune" if kind == PRUNE else "prune-structured"
-    begin, end = f"maskopt {command} MODEL", "--calibration TEXT --output AGAIN"
-    lines = [f"{begin} --config {shlex.quote(str(Path(folder) / MANIFEST))} {end}"]
-    try:
-        options = options_again(kind, fingerprint, folder)
-    except OptionError:
-        return lines
-    if "counts" in options:
-        return lines
-    usual = {
-        one.name: one.default
-        for one in options_of(PruneOptions if kind == PRUNE else ShrinkOptions)
-    }
-    words = [
-        word
-        for name, value in options.items()
-        if name != "calibration" and value != usual.get(name)
-        for word in _words("--" + name.replace("_", "-"), value)
-    ]
-    return [*lines, f"{begin} {shlex.join(words)} {end}"]
-
-
-def _words(flag: str, value: Any) -> list[str]:
-    if isinstance(value, Mapping):
-        return [word for k, v in value.items() for word in (flag, f"{k}={json.dumps(v)}")]
-    if isinstance(value, bool):  # no switch is on by default
-        return [flag] if value else []
-    return [flag, ",".join(value) if isinstance(value, list) else str(value)]
+    config = shlex.quote(str(Path(folder) / MANIFEST))
+    return f"maskopt {command} MODEL --config {config} --calibration TEXT --output AGAIN"

@@ -27,7 +27,7 @@ from maskopt.models.blockwise.windows import tokens_or_tokenizer
 from maskopt.models.checkpoints.checkpoint import file_digest, open_safe, write_json, write_tensors
 from maskopt.models.checkpoints.report import FinishedBlock, grouped
 from maskopt.models.checkpoints.schema import fits, read_json
-from maskopt.models.checkpoints.workspace import check_dense, check_inputs
+from maskopt.models.checkpoints.workspace import check_inputs
 from maskopt.models.options.prune import AUTO, BLOCKWISE, PruneOptions, prune_options, with_recipe
 from maskopt.models.options.walk import WalkOptions, options_by_name
 from maskopt.models.pruning.run import Run, fingerprint_of
@@ -46,6 +46,7 @@ _INDEX = {
         "calibration": {"samples": int, "length": int},
         "options": dict.fromkeys(OF_STORE, lambda _: True),
         "dtype": str,
+        "model": str,
     },
     "files": dict,
     "layers": [str],
@@ -162,7 +163,7 @@ class GramStore:
     def check_model(self, job: Job) -> None:
         """Raise ModelError for another model, or a layer without a Gram matrix."""
         assert job.source.checkpoint is not None
-        if job.source.checkpoint.digest != self.fingerprint.get("model"):
+        if job.source.checkpoint.digest != self.fingerprint["model"]:
             raise ModelError(f"{self.folder}: holds Gram matrices of another model")
         known = set(self._layers)
         for layer in job.layers:
@@ -198,16 +199,6 @@ class GramStore:
     def bad(self, block: int) -> list[BadSample]:
         """The samples that were left out in a block."""
         return [BadSample(x["sample"], x["layer"]) for x in self._bad if x["block"] == block]
-
-
-def check_prunable(job: Job, store: GramStore | None) -> None:
-    """Raise MaskoptError for a pruned model, a weight that several layers share, or Gram matrices of another
-    model."""
-    if job.source.checkpoint is not None:
-        check_dense(job.source.checkpoint.folder)
-    job.source.blocks.check_unshared(job.layers)
-    if store is not None:
-        store.check_model(job)
 
 
 def open_store(
@@ -279,13 +270,8 @@ def _write(path: Path, grams: Grams) -> str:
         f"{kind}/{leader}/{part}": value
         for kind, some in kinds.items()
         for leader in dict.fromkeys(some.leaders.values())
-        for part, value in _gram(some, leader).state().items()
+        if (gram := some.of(leader)) is not None
+        for part, value in gram.state().items()
     }
     leaders = {kind: dict(some.leaders) for kind, some in kinds.items()}
     return write_tensors(path, states, {"leaders": json.dumps(leaders)})
-
-
-def _gram(grams: Grams, layer: str) -> Gram:
-    found = grams.of(layer)
-    assert found is not None
-    return found

@@ -26,11 +26,10 @@ from torch import Tensor, nn
 
 from maskopt.core.gram import Gram
 from maskopt.core.pattern import NM, Pattern, Unstructured
-from maskopt.core.problem import LayerProblem
 from maskopt.errors import OptionError
 from maskopt.models.options.prune import LEAST_SQUARES, NONE, PruneOptions, prune_options
 from maskopt.models.options.walk import check_solver
-from maskopt.models.pruning.prune_layer import solve_layer
+from maskopt.models.pruning.prune_layer import layer_problem, solve_layer
 
 
 class SparseSwapsModifier(SparsityModifierBase):
@@ -136,14 +135,9 @@ class SparseSwapsModifier(SparsityModifierBase):
 
 def pruned(weight: Tensor, gram: Gram, options: PruneOptions) -> tuple[Tensor, float]:
     """The pruned weight [rows, n] in its own dtype, and its error summed over rows."""
-    how: dict[str, Any] = {"update": options.least_squares, "assume_psd": True}
-    if gram.tokens > 0:
-        values = gram.value(shrinkage=float(options.gram_shrinkage))
-        how["moments"] = gram.moments()
-    else:
-        values = torch.eye(weight.shape[1]).to(weight.device)
-    problem = LayerProblem(weight.detach().float(), values, options.pattern, **how)
-    found = solve_layer(problem, options).solution
+    how = options.pattern, float(options.gram_shrinkage), options.least_squares
+    problem = layer_problem("", weight.detach().float(), gram, *how)
+    found, _ = solve_layer(problem, options)
     mask, own = found.mask, None if options.least_squares is None else found.weight
     left = problem.weights(mask) if own is None else own
     return torch.where(mask, left.to(weight.dtype), 0), float(problem.error(left).sum())

@@ -1,4 +1,4 @@
-"""Where the result of a prune goes: into the model in memory, or block by block into a folder."""
+"""Where the result of a prune goes: into memory, or block by block into a folder."""
 
 from __future__ import annotations
 
@@ -41,9 +41,8 @@ from maskopt.models.checkpoints.result import (
     write_shard,
 )
 from maskopt.models.checkpoints.schema import MASKS, PRUNE
-from maskopt.models.checkpoints.workspace import CARD, plain_errors
+from maskopt.models.checkpoints.workspace import plain_errors
 from maskopt.models.options.prune import NONE, PruneOptions
-from maskopt.models.pruning.card import hub_name, write_card
 from maskopt.models.pruning.gram_store import StoredBlock
 from maskopt.models.pruning.run import Run, peaks
 from maskopt.models.training.whole import disk_of_training, open_teacher, train_whole
@@ -92,11 +91,17 @@ class BlockResult:
 class Results:
     """The results of a run by block; `masks` are bool [rows, n] by layer, of a model in memory."""
 
-    def __init__(self, job: Job, run: Run | None) -> None:
-        self.job, self.run = job, run
+    def __init__(self, job: Job) -> None:
+        self.job = job
         self.blocks: dict[int, FinishedBlock] = {}
         self.masks: dict[str, Tensor] = {}
         self.losses: dict[str, Any] | None = None
+        self.output: Path | None = None
+
+    @contextmanager
+    def opened(self, _fingerprint: Mapping[str, Any]) -> Iterator[Path]:
+        """Begin the run or go on with it; yields the folder for hidden states."""
+        yield Path(tempfile.gettempdir())
 
     def keep(self, block: Block | StoredBlock, found: BlockResult) -> None:
         """Send the samples through the block as it is now, and record what was found of it."""
@@ -108,8 +113,11 @@ class Results:
         found.masks = {name: found.masks[name] for name in names}
         self.job.ranks.agreed(lambda: self._add(block.index, done, found))
 
-    def _add(self, index: int, done: FinishedBlock, found: BlockResult) -> None:
-        raise NotImplementedError
+    def _add(self, _index: int, _done: FinishedBlock, found: BlockResult) -> None:
+        self.masks |= {name: mask for name, (_, mask) in found.masks.items()}
+
+    def finish(self, report: PruneReport) -> None:
+        """Write the rest of the pruned folder, if it is one, and move it into view."""
 
     def report(self, fingerprint: Mapping[str, Any], kind: str = PRUNE) -> PruneReport:
         """The report of all blocks, in the order of the model."""
@@ -119,7 +127,7 @@ class Results:
             fingerprint,
             [sample for block in done for sample in block.bad],
             self.masks,
-            None if self.run is None else self.run.output,
+            self.output,
             trained=[one for block in done for one in block.trained],
             memory=peaks(self.job.source.device),
             distillation=self.losses,
@@ -139,12 +147,14 @@ class FolderResults(Results):
         self,
         job: Job,
         run: Run,
-        source: FolderSource,
         cuts: Mapping[str, int] | None = None,
         left: Callable[[Mapping[str, MaskFile]], Indices] | None = None,
     ) -> None:
-        super().__init__(job, run)
+        super().__init__(job)
+        source = job.source
+        assert isinstance(source, FolderSource)
         self._run, self._source, self._left = run, source, left
+        self.output = run.output
         self._distilled: dict[str, str] = {}
         self._block_of = {
             t: layer.block
@@ -158,7 +168,6 @@ class FolderResults(Results):
 
     @contextmanager
     def opened(self, fingerprint: Mapping[str, Any]) -> Iterator[Path]:
-        """Begin the run or go on with it; yields the folder for hidden states."""
         updated = fingerprint["options"]["update"] != NONE
         needed = disk_needed(self._source.checkpoint, updated)
         if isinstance(options := self.job.options, PruneOptions) and options.distilled is not None:
@@ -246,7 +255,6 @@ class FolderResults(Results):
         self.losses = trained.record()
 
     def finish(self, report: PruneReport) -> None:
-        """Write the rest of the pruned folder and move it into view."""
         files = {MASKS: self.join_masks(), **self.write_shards(), **self._distilled}
         self._run.finish(report, files)
 
@@ -275,61 +283,6 @@ class FolderResults(Results):
         """Of a block's `masks` or `weights`."""
         name = f"{index:05d}{'.weights' * (kind == 'weights')}.safetensors"
         return self._run.work.blocks / name
-
-
-class MemoryResults(Results):
-    """Masks are kept in memory; where a folder is asked for, the model is saved at the end."""
-
-    def __init__(self, job: Job, run: Run | None, tokenizer: Any) -> None:
-        super().__init__(job, run)
-        self._tokenizer = tokenizer
-        self._stored: dict[str, TensorMask] = {}
-
-    @contextmanager
-    def opened(self, fingerprint: Mapping[str, Any]) -> Iterator[Path]:
-        if self.run is None:
-            yield Path(tempfile.gettempdir())
-            return
-        with self.run.opened(0) as work:
-            yield work.hidden
-
-    def _add(self, index: int, done: FinishedBlock, found: BlockResult) -> None:
-        self.masks.update({name: mask for name, (_, mask) in found.masks.items()})
-        if self.run is not None:
-            self._stored.update(self.job.source.stored(found.masks))
-
-    def finish(self, report: PruneReport) -> None:
-        if self.run is None:
-            return
-        from maskopt.models.architecture.transformers_adapter import quietly
-
-        staging, tokenizer = self.run.work.staging, self._tokenizer
-        model = self.job.source.model
-        with quietly():
-            model.save_pretrained(staging)  # type: ignore[operator]
-            if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
-                # templates with names of their own would take a folder of their own
-                several = isinstance(getattr(tokenizer, "chat_template", None), dict)
-                tokenizer.save_pretrained(staging, save_jinja_files=not several)
-        write_masks(staging / MASKS, self._stored)
-        # of a model that runs already: nothing of its code is run here
-        check_masks(open_checkpoint(staging, trust_remote_code=True), MaskFile(staging / MASKS))
-        named = getattr(getattr(model, "config", None), "_name_or_path", "")
-        write_card(staging, report, hub_name(named), Path(named).name or "A model", [])
-        listed = [file.name for file in staging.iterdir() if file.name != CARD]
-        self.run.commit(report, self.run.digests(listed))
-
-
-def results_of(job: Job, run: Run | None, tokenizer: Any) -> FolderResults | MemoryResults:
-    """Where the masks of a prune go; ModelError where the model cannot be written there."""
-    source = job.source
-    if isinstance(source, FolderSource):
-        if run is None:
-            raise ModelError("pruning a model folder needs an output folder: name `output`")
-        return FolderResults(job, run, source)
-    if job.ranks.size > 1:
-        raise ModelError("several processes prune a model folder; save the model first")
-    return MemoryResults(job, run, tokenizer)
 
 
 def apply_masks(

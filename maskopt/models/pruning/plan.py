@@ -18,7 +18,6 @@ from maskopt.core.problem import LayerProblem
 from maskopt.errors import MaskoptError, ModelError
 from maskopt.models.architecture.blocks import Layer, vocabulary_size
 from maskopt.models.architecture.source import Source
-from maskopt.models.blockwise.divergence import EVERY
 from maskopt.models.blockwise.job import Job, open_job
 from maskopt.models.blockwise.memory import (
     Memory,
@@ -31,11 +30,15 @@ from maskopt.models.checkpoints.checkpoint import Checkpoint, resolve_model
 from maskopt.models.checkpoints.report import grouped
 from maskopt.models.checkpoints.result import disk_needed
 from maskopt.models.checkpoints.workspace import check_inputs
-from maskopt.models.options.prune import KL, NONE, VARIANT_WINDOWS, PruneOptions, prune_options
-from maskopt.models.options.training import DistillOptions, Reconstruction
-from maskopt.models.options.walk import GRADIENT_WINDOWS, options_by_name
-from maskopt.models.pruning.allocate import check_moves
-from maskopt.models.pruning.gram_store import GramStore, check_prunable
+from maskopt.models.options.prune import NONE, PruneOptions, prune_options
+from maskopt.models.options.walk import (
+    GRADIENT_WINDOWS,
+    DistillOptions,
+    Reconstruction,
+    options_by_name,
+)
+from maskopt.models.pruning.gram_store import GramStore
+from maskopt.models.pruning.prune import check_prunable
 from maskopt.models.pruning.prune_layer import solve_layer
 from maskopt.models.training.whole import disk_of_training
 
@@ -116,8 +119,6 @@ def plan_prune(
         )
     job = open_job(model, tokens, replace(options, max_memory=None))
     check_prunable(job, store)
-    if options.layers_differ and options.sensitivity == KL and not options.counts:
-        check_moves(job, options)
     if output is not None and job.source.checkpoint is not None:
         check_inputs(Path(output), model=job.source.checkpoint.folder, grams=grams)
     refusal = distillation = None
@@ -206,7 +207,6 @@ def _pass_operations(job: Job, block: nn.Module) -> float:
 
 def _forward_operations(job: Job, options: PruneOptions) -> float:
     """Operations of all forward passes and Gram matrices, n² a token each."""
-    tokens, width = job.count * job.length, hidden_size(job.source.model)
     chosen = grouped(job.layers, "block")
     total = 0.0
     for index, block in enumerate(list(job.source.blocks.modules)[: job.last + 1]):
@@ -217,15 +217,10 @@ def _forward_operations(job: Job, options: PruneOptions) -> float:
             passes += len(distinct) if options.true_sequential else 1
             if mine[-1].expert is None:  # its product is not needed once its inputs are seen
                 total -= 2 * mine[-1].rows * mine[-1].n
-        variants = options.variant_windows(job.count, 1)
-        if variants:  # those of all blocks so far, and twice the dense model
-            passes += (variants * (index + 1) + 2 * min(VARIANT_WINDOWS, job.count)) / job.count
-        elif options.layers_differ and not options.counts:  # once more through the dense model
+        if options.layers_differ and not options.counts:  # once more through the dense model
             passes += min(GRADIENT_WINDOWS, job.count) / job.count
         total += passes * _pass_operations(job, block) + sum(n * n for n in distinct)
-    judged = options.variant_windows(job.count, len(job.source.blocks)) * job.length / EVERY
-    head = 2.0 * judged * vocabulary_size(job.source.model) * width
-    return total * tokens + head + _gradient_operations(job, options)
+    return total * job.count * job.length + _gradient_operations(job, options)
 
 
 def _gradient_operations(job: Job, options: PruneOptions) -> float:
@@ -269,7 +264,7 @@ def _solve_seconds(source: Source, layers: Sequence[Layer], options: PruneOption
         problem = LayerProblem(
             weight, gram, options.pattern, update=options.least_squares, assume_psd=True
         )
-        return solve_layer(problem, probing).seconds
+        return sum(found.seconds for found in solve_layer(problem, probing) if found is not None)
 
     try:
         options.pattern.check(n)

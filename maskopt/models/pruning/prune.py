@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Generator, Iterator, Mapping, Sequence, Set
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from maskopt.core.limits import torch_threads
+from maskopt.core.problem import LayerProblem
 from maskopt.errors import ModelError, OptionError
 from maskopt.models.architecture.blocks import Layer, matrix
 from maskopt.models.architecture.source import FolderSource, as_stored
 from maskopt.models.blockwise.distributed import ALONE, Ranks
 from maskopt.models.blockwise.forward import OnBlockProgress
+from maskopt.models.blockwise.gradients import counting
 from maskopt.models.blockwise.job import Block, Job, open_job
 from maskopt.models.blockwise.memory import check_memory
 from maskopt.models.blockwise.windows import (
@@ -33,13 +35,13 @@ from maskopt.models.blockwise.windows import (
 )
 from maskopt.models.calibration.tokens import Windows
 from maskopt.models.checkpoints.report import PruneReport
-from maskopt.models.checkpoints.workspace import differences
-from maskopt.models.options.prune import BLOCKWISE, KL, PruneOptions, prune_options
-from maskopt.models.options.training import DistillOptions
+from maskopt.models.checkpoints.workspace import check_dense, differences
+from maskopt.models.options.prune import AUTO, BLOCKWISE, PruneOptions, prune_options
+from maskopt.models.options.walk import DistillOptions, name_patterns
 from maskopt.models.pruning.allocate import allocate
-from maskopt.models.pruning.gram_store import GramStore, StoredBlock, check_prunable, stored_blocks
-from maskopt.models.pruning.output import BlockResult, FolderResults, MemoryResults, results_of
-from maskopt.models.pruning.prune_layer import prune_layers
+from maskopt.models.pruning.gram_store import GramStore, StoredBlock, stored_blocks
+from maskopt.models.pruning.output import BlockResult, FolderResults, Results
+from maskopt.models.pruning.prune_layer import layer_problem, prune_layers
 from maskopt.models.pruning.run import Run, fingerprint_of, text_record
 from maskopt.models.training.blockwise import Targets
 
@@ -61,7 +63,7 @@ def prune_model(
     """Prune every linear layer in the decoder blocks of a causal language model.
 
     Args:
-        model: in memory, changed in place; or a folder (or a name on the hub), which needs an `output`.
+        model: in memory, changed in place; or a folder (or a name on the hub), with an `output`.
         tokenizer_or_tokens: a tokenizer for `calibration` (None: that of the model folder), or tokens int64
             [samples, length].
         calibration: a list of documents, or as for `read_documents`, with `chat` as `read_conversations`.
@@ -77,12 +79,12 @@ def prune_model(
     store = None if grams is None else GramStore(grams)
     options = (prune_options if store is None else store.options)(options, shorthand)
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
-    _check_given(model, text, options, ranks, grams=grams is not None, resume=resume)
+    _check_given(model, text, options, ranks, output=output, grams=grams, resume=resume)
     inputs: Any = {"model": model, "calibration": calibration, "grams": grams, "ranks": ranks}
     run = None if output is None else Run(output, overwrite=overwrite, resume=resume, **inputs)
     job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress, ranks=ranks)
     check_prunable(job, store)
-    results = results_of(job, run, tokenizer)
+    results = Results(job) if run is None else FolderResults(job, run)
     if options.layers_differ and not options.counts:
         known = None if run is None else run.recorded_counts(options.record())
         counts = allocate(job, options) if known is None else known
@@ -103,6 +105,16 @@ def prune_model(
         report = results.report(fingerprint)
         ranks.agreed(lambda: results.finish(report))
     return dataclasses.replace(report, seconds=time.perf_counter() - began)
+
+
+def check_prunable(job: Job, store: GramStore | None) -> None:
+    """Raise MaskoptError for a pruned model, a weight that several layers share, or Gram matrices of another
+    model."""
+    if job.source.checkpoint is not None:
+        check_dense(job.source.checkpoint.folder)
+    job.source.blocks.check_unshared(job.layers)
+    if store is not None:
+        store.check_model(job)
 
 
 def _distillation_windows(
@@ -128,18 +140,27 @@ def _distillation_windows(
 
 
 def _check_given(
-    model: Any, text: Any, options: PruneOptions, ranks: Ranks, *, grams: bool, resume: bool
+    model: Any,
+    text: Any,
+    options: PruneOptions,
+    ranks: Ranks,
+    *,
+    output: Any,
+    grams: Any,
+    resume: bool,
 ) -> None:
     """Raise MaskoptError for arguments that exclude each other, or what several processes cannot do."""
-    if (text is None) != grams:
+    if (text is None) == (grams is None):
         raise ModelError(
             "pruning needs `calibration` text or tokens, or `grams`; name a source of text, or one of the two"
         )
-    if isinstance(model, nn.Module) and (grams or resume):
+    if not isinstance(model, nn.Module):
+        if output is None:
+            raise ModelError("pruning a model folder needs an output folder: name `output`")
+    elif output is not None or grams is not None or resume or ranks.size > 1:
         raise ModelError(
-            "`resume` needs a model folder; a model in memory is pruned in one go"
-            if resume
-            else "`grams` are of model folders; name the folder that they were made of"
+            "a model in memory is pruned in place by one process, from text; for `output`, `grams`, `resume` "
+            "or several processes save it, and name its folder"
         )
     for name, trains in {
         "`update` blockwise": options.update == BLOCKWISE,
@@ -147,10 +168,6 @@ def _check_given(
     }.items():
         if ranks.size > 1 and trains:
             raise OptionError(f"{name} trains in one process: start it without torchrun")
-    if ranks.size > 1 and options.sensitivity == KL and not options.counts:
-        raise OptionError(
-            "`sensitivity` kl is measured in one process: start it without torchrun, or give its `counts`"
-        )
 
 
 def _check_uniform(ranks: Ranks, fingerprint: dict[str, Any]) -> None:
@@ -164,7 +181,7 @@ def _check_uniform(ranks: Ranks, fingerprint: dict[str, Any]) -> None:
 def _prune_blocks(
     job: Job,
     options: PruneOptions,
-    results: FolderResults | MemoryResults,
+    results: Results,
     store: GramStore | None,
     folder: Path,
 ) -> None:
@@ -223,3 +240,74 @@ def _stored_vectors(job: Job, index: int, names: Set[str]) -> dict[str, Tensor]:
             found[tensor] = parameter.detach().to("cpu", dtype)
             parameter.copy_(found[tensor])
     return found
+
+
+# --- layer problems, without pruning
+
+
+def collect_problems(
+    model: nn.Module | str | Path,
+    tokenizer_or_tokens: Any = None,
+    options: PruneOptions | None = None,
+    *,
+    layers: str | Sequence[str] = (),
+    calibration: str | Path | Sequence[Any] | None = None,
+    on_progress: OnBlockProgress | None = None,
+    **shorthand: Any,
+) -> Iterator[tuple[str, LayerProblem]]:
+    """The layer problems of a dense model, block by block: (name, problem).
+
+    Arguments are those of `prune_model`, with 32 samples of 512 tokens by default; `layers` adds to
+    `include`. Layers that saw no token are left out.
+    """
+    if layers:
+        shorthand["include"] = (*name_patterns(layers), *name_patterns(shorthand.get("include")))
+    shorthand |= {"calibration": calibration, "on_progress": on_progress}
+    found = layer_problems(model, tokenizer_or_tokens, options, **shorthand)
+    return ((layer.name, problem) for layer, problem in found)
+
+
+def layer_problems(
+    model: nn.Module | str | Path,
+    tokenizer_or_tokens: Any = None,
+    options: PruneOptions | None = None,
+    *,
+    calibration: str | Path | Sequence[Any] | None = None,
+    on_progress: OnBlockProgress | None = None,
+    unseen: bool = False,
+    **shorthand: Any,
+) -> Generator[tuple[Layer, LayerProblem], None, None]:
+    """As `collect_problems`, with the `Layer`; `unseen`: also layers without tokens, G the identity."""
+    if options is None:
+        shorthand = {"samples": 32, "seq_len": 512, **shorthand}
+    dense = {"calibrate_on": "dense", "true_sequential": False}
+    options = prune_options(options, {**shorthand, **dense})
+    for name in ("gram_shrinkage", "damping"):
+        if getattr(options, name) == AUTO:
+            raise ModelError(
+                f"`{name}` auto chooses by masks, and none are made here; give a number"
+            )
+    if options.layers_differ and not options.counts:
+        raise ModelError(
+            f"`allocation` {options.allocation} is computed by a prune; give its `counts`, or another one"
+        )
+    text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration, "Gram matrices need")
+    job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress)
+    return _walked(job, options, unseen=unseen)
+
+
+def _walked(
+    job: Job, options: PruneOptions, *, unseen: bool
+) -> Generator[tuple[Layer, LayerProblem], None, None]:
+    gram_shrinkage = float(options.gram_shrinkage)
+    with job:
+        for block in job.blocks():
+            grams = block.grams()
+            for layer in block.layers:
+                gram = grams.of(layer.name)
+                if gram is not None or unseen:
+                    weight = matrix(job.source.model, layer).detach().float().clone()
+                    how = options.pattern_of(layer), gram_shrinkage, options.least_squares
+                    problem = layer_problem(layer.name, weight, gram, *how)
+                    yield layer, counting(problem, options.sensitivity, job.gradients)
+            block.advance()

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskopt.core.gram import Gram
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.limits import Limits, clock
+from maskopt.core.pattern import Pattern
 from maskopt.core.problem import LayerProblem
 from maskopt.models.architecture.blocks import Layer, matrix
 from maskopt.models.architecture.source import as_stored
@@ -25,10 +27,11 @@ from maskopt.models.blockwise.gradients import counting
 from maskopt.models.blockwise.job import Job
 from maskopt.models.checkpoints.report import LayerReport
 from maskopt.models.options.prune import AUTO, PruneOptions
-from maskopt.models.pruning.problems import held_problem, layer_problem
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import limits_of, make_solver, make_start, solve
 
+#: a layer's solution, and its start
+Solved = tuple[Solution, Solution | None]
 #: of the rows' improvements
 _QUANTILES = (0, 0.1, 0.5, 0.9, 1)
 #: λ of `damping` auto
@@ -46,7 +49,7 @@ class SolvedRows:
     Attributes:
         mask: bool [rows, n], True = kept.
         weight: [rows, n] in the stored dtype, where weights were updated.
-        columns: float64 [rows] each: `error` and the other sums of a `LayerReport`; empty where not known.
+        columns: float64 [rows] each: `error` and the other sums of a `LayerReport`, as far as known.
         statuses: a word a row.
         facts: of the layer, the same for all of its rows.
     """
@@ -71,6 +74,31 @@ class SolvedRows:
             first.facts,
             max(part.seconds for part in parts),
         )
+
+
+def layer_problem(
+    name: str,
+    weight: Tensor,
+    gram: Gram | None,
+    pattern: Pattern,
+    gram_shrinkage: float = 0.0,
+    least_squares: LeastSquaresUpdate | None = None,
+) -> LayerProblem:
+    """The problem of a layer with `weight` [rows, n] and the Gram matrix of its inputs, shrunk by α; without
+    one, or without tokens, G is the identity. ProblemError for a damping that leaves it indefinite."""
+    how: dict[str, Any] = {"name": name, "assume_psd": True, "update": least_squares}
+    if gram is None or not gram.tokens:
+        return LayerProblem(weight, torch.eye(weight.shape[1]).to(weight.device), pattern, **how)
+    values = gram.value(shrinkage=gram_shrinkage)
+    return LayerProblem(weight, values, pattern, moments=gram.moments(), **how)
+
+
+def held_problem(
+    layer: Layer, weight: Tensor, grams: Grams, pattern: Pattern
+) -> LayerProblem | None:
+    """The layer's problem on the held-out windows; None where it saw no token of them."""
+    gram = None if grams.held is None else grams.held.of(layer.name)
+    return None if gram is None else layer_problem(layer.name, weight, gram, pattern)
 
 
 def prune_layers(
@@ -154,7 +182,7 @@ def solve_rows(
     pattern = options.pattern_of(layer)
 
     def at(alpha: float) -> LayerProblem:
-        problem = layer_problem(layer, dense, used, pattern, alpha, least_squares)
+        problem = layer_problem(layer.name, dense, used, pattern, alpha, least_squares)
         if not fallback:
             problem = counting(problem, options.sensitivity, job.gradients)
         return problem.take(rows)
@@ -173,12 +201,12 @@ def solve_rows(
         gram_shrinkage = 0.0 if fallback else _fixed(options.gram_shrinkage)
         fitted = at(gram_shrinkage)
         solved = (
-            Solved(solve(fitted, "magnitude")) if fallback else solve_layer(fitted, options, limits)
+            (solve(fitted, "magnitude"), None) if fallback else solve_layer(fitted, options, limits)
         )
+    solution, start = solved
     new = None
     if least_squares is not None:
-        found = solved.solution.weight
-        found = fitted.weights(solved.solution.mask) if found is None else found
+        found = fitted.weights(solution.mask) if solution.weight is None else solution.weight
         new = as_stored(job.source, layer, found)
     seconds = clock() - began
     facts: dict[str, Any] = {
@@ -186,14 +214,14 @@ def solve_rows(
         "fallback": fallback,
         "gram_shrinkage": gram_shrinkage,
         "pattern": str(fitted.pattern),
-        "objective": _chosen_for(solved, new, options),
+        "objective": _chosen_for(solution, new, options),
         "damping": None if fitted.update is None else fitted.update.damping,
     }
     return SolvedRows(
-        solved.solution.mask.cpu(),
+        solution.mask.cpu(),
         None if new is None else new.to("cpu", job.source.stored_dtype(layer)),
-        _columns(fitted, judge, solved, new, options),
-        tuple(map(str, solved.solution.status)),
+        _columns(fitted, judge, solution, start, new, options),
+        tuple(map(str, solution.status)),
         facts,
         seconds,
     )
@@ -204,21 +232,22 @@ def _fixed(gram_shrinkage: float | str) -> float:
     return 0.0 if gram_shrinkage == AUTO else float(gram_shrinkage)
 
 
-def _chosen_for(solved: Solved, new: Tensor | None, options: PruneOptions) -> str:
+def _chosen_for(solution: Solution, new: Tensor | None, options: PruneOptions) -> str:
     if new is None or not make_solver(options.solver).capabilities.update:
         return "kept"
-    return "updated" if solved.solution.own else "least-squares"
+    return "updated" if solution.own else "least-squares"
 
 
 def _columns(
     fitted: LayerProblem,
     judge: LayerProblem | None,
-    solved: Solved,
+    solution: Solution,
+    start: Solution | None,
     new: Tensor | None,
     options: PruneOptions,
 ) -> dict[str, Tensor]:
     """The columns of `SolvedRows`: `fitted` was solved, `judge` is the same layer on held-out windows."""
-    solution, start, kept = solved.solution, solved.start, fitted.with_update(None)
+    kept = fitted.with_update(None)
     wanda = make_start(kept.under(kept.pattern.uniform()), "wanda")
     if new is None:
         error, error_kept = solution.objective, None
@@ -227,7 +256,7 @@ def _columns(
         error, error_kept = fitted.error(new), kept.objective(solution.mask)
         held = None if judge is None else judge.error(new)
     bound = solution.lower_bound
-    if _chosen_for(solved, new, options) != "kept":
+    if _chosen_for(solution, new, options) != "kept":
         # the bound includes the penalty of the damping, which is not part of the error
         bound = torch.zeros_like(bound)
     known = {
@@ -244,8 +273,7 @@ def _columns(
         if fitted.shared_budget
         else _gained(solution, start, new is not None),
     }
-    nothing = torch.empty(0, dtype=torch.float64)
-    return {name: nothing if rows is None else rows.double().cpu() for name, rows in known.items()}
+    return {name: rows.double().cpu() for name, rows in known.items() if rows is not None}
 
 
 def _traced(solution: Solution, what: str) -> Tensor | None:
@@ -268,14 +296,12 @@ def _gained(solution: Solution, start: Solution | None, updated: bool) -> Tensor
 
 
 def _report(layer: Layer, solved: SolvedRows) -> LayerReport:
-    columns = {name: rows for name, rows in solved.columns.items() if len(rows)}
+    columns = dict(solved.columns)
+    gained, quantiles = columns.pop("improvement_quantiles", None), None
     sums: dict[str, Any] = {name: float(rows.sum()) for name, rows in columns.items()}
     sums |= {name: int(sums[name]) for name in ("swaps", "scans") if name in sums}
-    quantiles = None
-    if sums.pop("improvement_quantiles", None) is not None:
-        found = torch.quantile(
-            columns["improvement_quantiles"], torch.tensor(_QUANTILES).double()
-        ).tolist()
+    if gained is not None:
+        found = torch.quantile(gained, torch.tensor(_QUANTILES).double()).tolist()
         quantiles = [round(value, 9) + 0.0 for value in found]  # no -0.0
     return LayerReport(
         name=layer.name,
@@ -290,19 +316,6 @@ def _report(layer: Layer, solved: SolvedRows) -> LayerReport:
         **sums,
         **solved.facts,
     )
-
-
-@dataclass(frozen=True)
-class Solved:
-    """A layer's solution and its start."""
-
-    solution: Solution
-    start: Solution | None = None
-
-    @property
-    def seconds(self) -> float:
-        """Of the start and of the solver."""
-        return self.solution.seconds + (0.0 if self.start is None else self.start.seconds)
 
 
 def layer_limits(options: PruneOptions) -> Limits:
@@ -327,7 +340,7 @@ def solve_layer(
         limits=limits,
         **limits_of(None, options.solver_options)[1],
     )
-    return Solved(solution.raise_if_interrupted(), start)
+    return solution.raise_if_interrupted(), start
 
 
 def solve_by_held_error(
@@ -348,7 +361,7 @@ def solve_by_held_error(
     for position, alpha in enumerate(SHRINK_GRID):
         share = limits.share(1 / (len(SHRINK_GRID) - position))
         solved = solve_layer(at(alpha), options, share)
-        error = float(judge.error(at(alpha).weights(solved.solution.mask)).sum())
+        error = float(judge.error(at(alpha).weights(solved[0].mask)).sum())
         least = min(least, error)
         if best is None or error <= least * (1 + SHRINK_TOLERANCE):
             best = solved, alpha

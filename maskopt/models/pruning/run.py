@@ -4,7 +4,7 @@ or replaces an earlier result, and moves the finished files into view together."
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -169,14 +169,8 @@ class Run:
         folder = model.checkpoint.folder
         names = write_card(self.work.staging, report, hub_name(folder), folder.name, copied)
         self.check_models()
-        self.commit(report, {**files, **self.digests(names)}, **more)
-
-    def digests(self, names: Iterable[str]) -> dict[str, str]:
-        """SHA-256 of staged files."""
-        return {name: file_digest(self.work.staging / name) for name in names}
-
-    def commit(self, report: PruneReport, files: Mapping[str, str], **more: Any) -> None:
-        write_manifest(self.work.staging / MANIFEST, report, files, **more)
+        digests = {name: file_digest(self.work.staging / name) for name in names}
+        write_manifest(self.work.staging / MANIFEST, report, {**files, **digests}, **more)
         self.work.commit()
 
 

@@ -109,7 +109,7 @@ def shrink_model(
     job = Job(source, layers, whole.windows, options, on_progress=whole.tell)
     source.blocks.check_unshared(job.layers)
     cuts = StructureCuts(source, every)
-    results = FolderResults(job, run, source, cuts.blocks, cuts.left)
+    results = FolderResults(job, run, cuts.blocks, cuts.left)
     fingerprint = fingerprint_of(job, options.record())
     if (finished := run.finished_report(fingerprint)) is not None:
         return finished

@@ -15,13 +15,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from maskopt.errors import ModelError
-from maskopt.models.architecture.blocks import Layer
-from maskopt.models.architecture.loading import merged
+from maskopt.models.architecture.blocks import Layer, merged
 from maskopt.models.blockwise.activations import Activations
 from maskopt.models.blockwise.collect import IN_DENSE
 from maskopt.models.blockwise.job import Block
 from maskopt.models.checkpoints.report import TrainedBlock
-from maskopt.models.options.training import ALL, Reconstruction
+from maskopt.models.options.walk import ALL, Reconstruction
 from maskopt.models.training.trainer import Task, train
 
 #: lower limit of a token's mean square, relative to that of its window's targets

@@ -20,8 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.pytorch_utils import Conv1D
 
 from maskopt.errors import ModelError
-from maskopt.models.architecture.blocks import Blocks, Layer
-from maskopt.models.architecture.loading import merged
+from maskopt.models.architecture.blocks import Blocks, Layer, merged
 from maskopt.models.architecture.source import layer_masks
 from maskopt.models.checkpoints.checkpoint import open_checkpoint
 from maskopt.models.checkpoints.schema import MASKS

@@ -25,7 +25,7 @@ from maskopt.errors import ModelError
 from maskopt.models.blockwise.forward import Threads
 from maskopt.models.checkpoints.checkpoint import file_digest, open_safe, write_tensors
 from maskopt.models.checkpoints.workspace import Journal, Workspace
-from maskopt.models.options.training import DistillOptions, Reconstruction
+from maskopt.models.options.walk import DistillOptions, Reconstruction
 
 #: share of the steps in which the learning rate rises
 _WARM_UP = 0.05

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from maskopt.errors import ModelError
-from maskopt.models.architecture.blocks import Layer, matrix
-from maskopt.models.architecture.loading import merged
+from maskopt.models.architecture.blocks import Layer, matrix, merged
 from maskopt.models.architecture.source import FolderSource, layer_masks
 from maskopt.models.blockwise.divergence import divergence_loss
 from maskopt.models.blockwise.job import Job, open_job, walk_whole
@@ -23,8 +22,7 @@ from maskopt.models.checkpoints.checkpoint import write_tensors
 from maskopt.models.checkpoints.result import Edits, write_shard
 from maskopt.models.checkpoints.schema import MASKS
 from maskopt.models.checkpoints.workspace import Journal, Workspace
-from maskopt.models.options.training import DistillOptions
-from maskopt.models.options.walk import WalkOptions
+from maskopt.models.options.walk import DistillOptions, WalkOptions
 from maskopt.models.training.trainer import BYTES, FolderKeeper, Task, Trained, train
 
 #: called with the name of a stage, how much of it is done, and of how much

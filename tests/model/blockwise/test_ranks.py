@@ -241,7 +241,7 @@ def test_what_is_wrong_is_said_once(dense_folder, data, tmp_path):
         assert said.count(message) == 1, said
         assert not out.exists()
     # a model in memory is pruned by one process
-    said = "several processes prune a model folder"
+    said = "a model in memory is pruned in place by one process"
     fails(ModelError, said, prune, tiny("llama"), data=windows(), ranks=Ranks(0, 2), **COMMON)
 
 

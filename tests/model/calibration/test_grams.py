@@ -203,7 +203,7 @@ def test_what_does_not_go_with_a_store(home, tmp_path):
     ):
         how = {"grams": grams, "solver": "swap", **options}
         fails(e.OptionError, said, prune, model, out, **how)
-    fails(e.ModelError, "`grams` are of model folders", prune, tiny("llama"), grams=grams)
+    fails(e.ModelError, "for `output`, `grams`", prune, tiny("llama"), grams=grams)
     fails(e.ModelError, "one of the two", prune, model, out, grams=grams, calibration="here.txt")
     said = "no option is called 'sample'; did you mean 'samples'"
     fails(e.OptionError, said, collect_grams, tmp_path, tokens(), output=out, sample=4)

@@ -80,7 +80,7 @@ def test_what_no_run_has_written_is_never_deleted(given, tmp_path):
 
 def test_every_command_knows_all_files_of_its_result(given, tmp_path):
     a, b, c, d, e = out = [tmp_path / f"of-{name}" for name in "abcde"]
-    prune(tiny("llama"), a)
+    prune(given["dense"], a)
     smaller(given["chatty"], b, channels=0.5, solver="wanda")
     smaller(given["chatty"], c, count=1, windows=2)
     pack(given["talked"], d)

@@ -57,7 +57,11 @@ SWAP = {"solver": "swap", "start": "wanda"}
 #: options by pairs: for every family, and for one
 EVERY = {
     "layers and rows by the loss, refitted": {"allocation": "both", **REFIT},
-    "layers as measured": {"allocation": "layers", "sensitivity": "kl", "calibrate_on": "dense"},
+    "layers by errors": {
+        "allocation": "layers",
+        "sensitivity": "relative",
+        "calibrate_on": "dense",
+    },
 }
 #: two thirds are not 0.6667, to whoever prunes and to whoever checks
 THIRDS = {"sparsity": 2 / 3}
@@ -80,12 +84,9 @@ ONE = {
     },
     ("gpt2", "swapped"): {**THIRDS, **SWAP},
 }  # fmt: skip
-#: Mamba is refused; blocks of the others go through it in removals of whole blocks
-UNMEASURED = "mamba llama gpt2 qwen2 qwen3 opt phi3 gpt_neox bloom glm"
-BY_LOSS, BY_MEASURE = EVERY
-PAIRS = [(x, BY_LOSS) for x in FAMILIES]
-PAIRS += [(x, BY_MEASURE) for x in FAMILIES if x not in UNMEASURED.split()]
-PAIRS = [*ONE, *but_slow([("gpt2", BY_LOSS), ("mixtral", BY_MEASURE)], PAIRS)]
+BY_LOSS, BY_ERRORS = EVERY
+PAIRS = [(x, name) for name in EVERY for x in FAMILIES]
+PAIRS = [*ONE, *but_slow([("gpt2", BY_LOSS), ("mixtral", BY_ERRORS)], PAIRS)]
 
 
 @pytest.mark.parametrize(("family", "name"), PAIRS)

@@ -22,7 +22,7 @@ from maskopt.models.pruning.prune_layer import DAMPING_GRID
 from maskopt.models.verification.verify import verify_model
 
 
-def test_one_pass_judges_on_the_dense_model(tmp_path):
+def test_one_pass_judges_on_the_dense_model():
     model, data = tiny("llama", layers=2), tokens()
     one = prune_model(copy.deepcopy(model), data, calibrate_on="dense", **WANDA)
     problems = dict(maskopt.collect_problems(model, data, sparsity=0.5))
@@ -30,13 +30,8 @@ def test_one_pass_judges_on_the_dense_model(tmp_path):
         problem, mask = problems[layer.name], one.masks[layer.name]
         assert torch.equal(maskopt.solve(problem, "wanda").mask, mask)
         assert float(problem.objective(mask).sum()) == pytest.approx(layer.error, rel=1e-9)
-    two = prune_model(model, data, output=tmp_path / "out", **WANDA)
+    two = prune_model(model, data, **WANDA)
     assert one.layers[-1].error != two.layers[-1].error
-    # a model in memory is written
-    after, written = (m.state_dict() for m in (model, reload(tmp_path / "out")))
-    assert written.keys() == after.keys()
-    assert all(torch.equal(written[k], v) for k, v in after.items())
-    verify_model(tmp_path / "out")
 
 
 def test_swap_improves_on_its_start_in_every_layer():
@@ -102,7 +97,7 @@ def refusal(kind=e.MaskoptError, **options):
 
 
 NAME, EMBEDDING = "model.layers.0.mlp.up_proj", "model.embed_tokens.weight"
-MODEL, MEASURED, WIDTH = {"allocation": "layers"}, {"sensitivity": "kl"}, {"wide": True}
+MODEL, WIDTH = {"allocation": "layers"}, {"wide": True}
 WIDE, KEEP, POOL = ({"sparsity": x} for x in (NM(2, 4), Unstructured(keep=3), pool(0.5)))
 ROWS = {"allocation": "rows", "sensitivity": "uniform", "max_deviation": 1, "solver": "swap"}
 NEAR, OWN = {**ROWS, "max_deviation": 0.1}, {"solver_options": {"update": True}}
@@ -141,7 +136,8 @@ REFUSED = {
         ("no layer matches 'lm_head'", {"exclude": ["lm_head"]}),
         ("leave no layer", {"include": ["q_proj"], "exclude": ["q_proj"]}),
         ("`dtype` is for model folders", {"dtype": "float32"}),
-        ("`resume` needs a model folder", {"resume": True}),
+        ("a model in memory .* save it, and name its folder", {"resume": True}),
+        ("a model in memory .* save it, and name its folder", {"output": "out"}),
         ("exclude each other", {"calibrate_on": "dense", "true_sequential": True}),
         ("`damping` auto needs held-out windows", {**REFIT, "damping": "auto"}),
         ("no list of decoder blocks", {"model": torch.nn.Sequential(torch.nn.Linear(3, 3))}),
@@ -154,7 +150,7 @@ REFUSED = {
         ("`allocation` layers needs a share .*, not 2:4", {**MODEL, **WIDE}),
         (r"needs a share such as 0\.5, not 0\.5 per layer", {**MODEL, **POOL}),
         (r"needs a share such as 0\.5, not keep 3", {**MODEL, **KEEP}),
-        ("`sensitivity` must be one of: .*relative, fisher, kl; not", {**MODEL, "sensitivity": "size"}),
+        ("`sensitivity` must be one of: uniform, relative, fisher; not", {**MODEL, "sensitivity": "size"}),
         ("`max_deviation` must be", {**MODEL, "max_deviation": 1.5}),
         ("fisher needs every window's loss", {**MODEL, "skip_bad_samples": True}),
         ("`counts` needs `allocation` layers", {"allocation": "uniform", "counts": {"a": 1}}),
@@ -167,9 +163,6 @@ REFUSED = {
         ("`sensitivity` needs `allocation` rows", {"sensitivity": "uniform"}),
         ("`max_deviation` 0.1 is not that", {**NEAR, "sparsity": pool(0.5, 0.2)}),
         ("every window's loss", {**ROWS, "sensitivity": "fisher", "skip_bad_samples": True}),
-        ("^`sensitivity` kl is .*, not of rows", {**MEASURED, "allocation": "rows"}),
-        ("^`sensitivity` kl is .*, not of rows", {**MEASURED, **BOTH}),
-        ("2, 32, 64 inputs have no step", {**MODEL, **MEASURED, "model": "mamba"}),
         ("`update` must be one of: none, least-squares, blockwise; not", {"update": "both"}),
         ("`damping` must be at least 0, not -1.0", {**REFIT, "damping": -1.0}),
         ("`damping` must be a number of at least 0 or auto", {**REFIT, "damping": "some"}),
@@ -194,8 +187,9 @@ def test_bad_options(kind, message, options):
 
 def test_weights_activations_and_models_that_cannot_be_pruned(tmp_path):
     model = patched(tiny("llama"), f"{NAME}.weight", lambda p: p[0, 0].fill_(float("nan")))
-    for given in (save(model, tmp_path / "dense"), model):
-        said = refusal(e.ModelError, model=given, output=tmp_path / "out")
+    out = {"output": tmp_path / "out"}
+    for given, how in ((save(model, tmp_path / "dense"), out), (model, {})):
+        said = refusal(e.ModelError, model=given, **how)
         assert "up_proj.weight' holds NaN" in said
     assert not (tmp_path / "out").exists()
 
@@ -229,11 +223,10 @@ def test_weights_activations_and_models_that_cannot_be_pruned(tmp_path):
 
 # --- interrupted runs
 SWAPPED, HELD = {**REFIT, "solver": "swap"}, {"holdout": 0.4}
-MEASURES = {"allocation": "layers", "sensitivity": "kl", "token_weights": "gradient"}
 FREE = {"allocation": "rows", "sensitivity": "uniform", "max_deviation": 1}
 #: options, the stage of the second block that is the last to be done, and blocks
 RUNS = [
-    ({**MEASURES, "holdout": 0.25}, "solve", 3),
+    ({"allocation": "layers", "token_weights": "gradient", "holdout": 0.25}, "solve", 3),
     ({**REFIT, **HELD, "dtype": torch.bfloat16}, "calibrate", 3),
     slow({**FREE, **REFIT}, "solve", 2),
     slow({"allocation": "both", "sensitivity": "fisher"}, "solve", 2),

@@ -25,7 +25,7 @@ from maskopt.models.checkpoints.result import MaskFile
 from maskopt.models.checkpoints.schema import MASKS
 from maskopt.models.checkpoints.workspace import CARD, HIDDEN, JOURNAL, Journal, earlier_files
 from maskopt.models.distillation import RECORD
-from maskopt.models.options.training import DistillOptions
+from maskopt.models.options.walk import DistillOptions
 from maskopt.models.pruning import run as running
 from maskopt.models.training import trainer as training
 from maskopt.models.training.trainer import FolderKeeper
