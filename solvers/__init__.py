@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from maskopt.solvers.bounds.box import BoxBound as BoxBound, ShiftBound as ShiftBound
-    from maskopt.solvers.bounds.conic import ConicBound as ConicBound
     from maskopt.solvers.bounds.perspective import PerspectiveBound as PerspectiveBound
     from maskopt.solvers.bounds.sdp import SdpBound as SdpBound
     from maskopt.solvers.exact.branch import Branch as Branch

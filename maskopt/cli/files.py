@@ -96,11 +96,11 @@ def _verify_folder(
     """A folder that `maskopt prune` or `prune-structured` wrote."""
     from maskopt.models.verification.manifest import read_record
 
+    _refuse("a pruned model", given, "original", "calibration", "semi_structured", *_OPTIONS)
     if read_record(path)["kind"] != PRUNE:
         _refuse("a smaller model", given, "original")
         _print(path, _smaller(original, _verify(path, original, options)))
         return
-    _refuse("a pruned model", given, "original", "calibration", "semi_structured", *_OPTIONS)
     if "include" in options and calibration is None:
         raise VerificationError("`include` chooses what `calibration` computes again; give both")
     result = _verify(path, original, options, calibration=calibration)

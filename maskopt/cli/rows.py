@@ -271,7 +271,7 @@ def export(
     format: str | None = option(
         None, f"One of {', '.join(FORMATS)}. Default: the ending of the name."
     ),
-    formulation: str = option("factored", "factored, linear (mps holds no squares) or epigraph."),
+    formulation: str = option("factored", "factored or linear (mps holds no squares)."),
     seed: int = option(0, "Random seed of the sampled inputs.", least=0),
     cardinality: int | None = CARDINALITY,
     maximize: bool = MAXIMIZE,

@@ -101,8 +101,8 @@ def lower_bound(
 
     Args:
         problem: a layer or a row (then rows = 1).
-        method: a value such as `SdpBound(cuts=8)`, or a name: `box`, `shift`, `sdp`, `sdp-conic`, for updated
-            weights `perspective`, or another one of the entry-point group `maskopt.bounds`.
+        method: a value such as `SdpBound(cuts=8)`, or a name: `box`, `shift`, `sdp`, for updated weights
+            `perspective`, or another one of the entry-point group `maskopt.bounds`.
         limits: for all rows together; the state at the end of the time is certified.
         options: of a named method, and keywords in place of `limits`, as for `solve`.
 

@@ -51,7 +51,6 @@ class Trace:
         cuts: triangle inequalities in the certificate.
         cut_correction: the correction of the bound with cuts; NaN where the plain one is kept.
         shifted: `yes` where the row uses the common diagonal shift.
-        printed: float64, the value that a conic solver printed (not a bound); NaN where there is none.
         relaxed: float64 [rows, n], the relaxed point, 1 = pruned.
     """
 
@@ -82,7 +81,6 @@ class Trace:
     cuts: Any = None
     cut_correction: Any = None
     shifted: Any = None
-    printed: Any = None
     relaxed: Any = None
 
     @property

@@ -42,8 +42,7 @@ from maskopt.solvers.convex.mixing import (
     default_rank,
     penalty_of,
 )
-from maskopt.solvers.convex.triangles import Incidence, Pool, dense, separate, steps_of
-from maskopt.solvers.convex.triangles_kernel import damp
+from maskopt.solvers.convex.triangles import Incidence, Pool, damp, dense, separate, steps_of
 
 #: sweeps of the stages; a row leaves when its bound has settled
 _STAGES = (300, 300, 600, 1200, 2400)
@@ -248,23 +247,6 @@ class _Tile:
         return certificate, trace
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How the multipliers move between two separations: so many updates, each followed by `sweeps`; τ follows
-    τ' by the part `follow`, and `haste` is a factor of the triangles' steps."""
-
-    updates: int
-    sweeps: int
-    follow: float
-    haste: float = 1.0
-
-
-#: chosen on rows of block 8 q_proj, on 256 inputs and on all, and on row 544 of block 10 down_proj: many
-#: rounds of few updates find more triangles that count than few rounds, each to its end
-_ROUND = Schedule(updates=20, sweeps=2, follow=0.4, haste=2.0)
-_END = Schedule(updates=500, sweeps=8, follow=0.2)
-
-
 def tighten(
     problem: LayerProblem, plain: Certificate, rank: int, rounds: int, limits: Limits
 ) -> tuple[Certificate, Tensor, Tensor]:
@@ -309,14 +291,17 @@ def cut_certificate(
     _descend(state, _START, rho, limits)
     multipliers = _Multipliers(state, Pool.empty())
     early, new = limits.share(_ROUNDS_SHARE), min(_NEW * n, _MOST_NEW)
+    # chosen on rows of block 8 q_proj, on 256 inputs and on all, and on row 544 of block 10 down_proj: many
+    # rounds of few updates find more triangles that count than few rounds, each to its end
     for _ in range(rounds):
         binding = multipliers.pool.keep(multipliers.used > 0)
         index, sign, _ = separate(_gram(state), new, threads=state.threads)
         multipliers = _Multipliers(state, binding.join(index, sign, n))
-        multipliers.run(_ROUND, rho, early)
+        multipliers.run(rho, early, updates=20, sweeps=2, follow=0.4, haste=2.0)
         if early.expired:
             break
-    multipliers.run(_END, rho, limits.share(_END_SHARE))
+    end = limits.share(_END_SHARE)
+    multipliers.run(rho, end, updates=500, sweeps=8, follow=0.2, haste=1.0)
     multipliers.settle(rho, limits.share(_SETTLE_SHARE))
     return multipliers.certify(problem, rho)
 
@@ -355,12 +340,15 @@ class _Multipliers:
         self.value = np.zeros(len(partners), dtype)
         state.extra = Extra(self.incidence.starts[None], partners, self.value)
 
-    def run(self, schedule: Schedule, rho: float, limits: Limits) -> None:
-        """Move vectors and multipliers in turn, until the deadline; their mean is `mean`."""
+    def run(
+        self, rho: float, limits: Limits, updates: int, sweeps: int, follow: float, haste: float
+    ) -> None:
+        """Move vectors and multipliers in turn, until the deadline, so many sweeps after every update; τ
+        follows τ' by the part `follow`, and `haste` is a factor of the steps. Their mean is `mean`."""
         self.mean = self.used
-        for update in range(schedule.updates):
-            self._damp(schedule.haste * self.step, schedule.follow)
-            self.state.sweep(schedule.sweeps, rho)
+        for update in range(updates):
+            self._damp(haste * self.step, follow)
+            self.state.sweep(sweeps, rho)
             self.mean = self.mean + (_LATE + 1) / (_LATE + 1 + update) * (self.used - self.mean)
             if limits.expired:
                 break

@@ -192,18 +192,10 @@ def _step(a, gradient, label, left, size, p, low, high, nu, h, groups, work):
         _up(schur, dnu)
         _add_combination(w, dnu, dp)
         _up(lower, dp)
-        primal, dual = 1.0, 1.0
         for x in range(m):
             dlow[x] = (target - cross_low[x] - low[x] * dp[x]) / p[x] - low[x]
             dhigh[x] = (target - cross_high[x] + high[x] * dp[x]) / (1 - p[x]) - high[x]
-            if dp[x] < 0:
-                primal = min(primal, -_REACH * p[x] / dp[x])
-            elif dp[x] > 0:
-                primal = min(primal, _REACH * (1 - p[x]) / dp[x])
-            if dlow[x] < 0:
-                dual = min(dual, -_REACH * low[x] / dlow[x])
-            if dhigh[x] < 0:
-                dual = min(dual, -_REACH * high[x] / dhigh[x])
+        primal, dual = _lengths(p, low, high, dp, dlow, dhigh)
         if phase == 0:
             after = 0.0
             for x in range(m):
@@ -221,6 +213,22 @@ def _step(a, gradient, label, left, size, p, low, high, nu, h, groups, work):
     for g in range(count):
         nu[g] += dual * dnu[g]
     return True
+
+
+@part(_nrt=False, error_model="numpy")
+def _lengths(p, low, high, dp, dlow, dhigh):
+    """Of the steps of p and of the multipliers, at most 1: none reaches the boundary."""
+    primal, dual = 1.0, 1.0
+    for x in range(len(p)):
+        if dp[x] < 0:
+            primal = min(primal, -_REACH * p[x] / dp[x])
+        elif dp[x] > 0:
+            primal = min(primal, _REACH * (1 - p[x]) / dp[x])
+        if dlow[x] < 0:
+            dual = min(dual, -_REACH * low[x] / dlow[x])
+        if dhigh[x] < 0:
+            dual = min(dual, -_REACH * high[x] / dhigh[x])
+    return primal, dual
 
 
 @part(error_model="numpy")

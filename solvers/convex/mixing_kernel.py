@@ -94,26 +94,19 @@ class _Memory:
         return self.builder.sext(entry, self.whole)
 
 
-def _panel(height):
-    """out[h, :16] += Σ_j g[h, j]·u[j, :16] for h < height, j < count."""
+def _adding(terms):
+    """An intrinsic that adds Σ_{t < count} product(t) to vectors in memory. `terms`: a function of the memory
+    and the arguments between `like` and `count`, to the addresses of the vectors and `product`."""
 
     @intrinsic
-    def panel(typing_context, like, g, g_stride, u, stride, out, count):
+    def add(typing_context, like, first, second, third, stride, out, count):
         if like not in (types.float32, types.float64):
             return None
 
         def generate(context, builder, signature, arguments):
-            _, g, g_stride, u, stride, out, count = arguments
+            count = arguments[-1]
             memory = _Memory(builder, arguments[0].type, count.type)
-            starts = [builder.mul(stride, ir.Constant(count.type, h)) for h in range(height)]
-            outs = [memory.at(out, start) for start in starts]
-            starts = [builder.mul(g_stride, ir.Constant(count.type, h)) for h in range(height)]
-            rows = [memory.at(g, start) for start in starts]
-
-            def product(j):
-                word = memory.load(memory.at(u, builder.mul(j, stride)))
-                return [memory.times(memory.at(row, j), word) for row in rows]
-
+            outs, product = terms(memory, *arguments[1:-1])
             totals = _sums(builder, count, [memory.load(place) for place in outs], product)
             for total, place in zip(totals, outs, strict=True):
                 memory.store(total, place)
@@ -121,7 +114,28 @@ def _panel(height):
 
         return types.void(like, *[types.intp] * 6), generate
 
-    return panel
+    return add
+
+
+def _panel(height):
+    """out[h, :16] += Σ_j g[h, j]·u[j, :16] for h < height, j < count."""
+
+    def terms(memory, g, g_stride, u, stride, out):
+        outs, rows = (
+            [
+                memory.at(base, memory.builder.mul(step, ir.Constant(step.type, h)))
+                for h in range(height)
+            ]
+            for base, step in ((out, stride), (g, g_stride))
+        )
+
+        def product(j):
+            word = memory.load(memory.at(u, memory.builder.mul(j, stride)))
+            return [memory.times(memory.at(row, j), word) for row in rows]
+
+        return outs, product
+
+    return _adding(terms)
 
 
 _tall, _single = _panel(HEIGHT), _panel(1)
@@ -130,30 +144,16 @@ _tall, _single = _panel(HEIGHT), _panel(1)
 def _scattered(width):
     """out[:16·width] += Σ_t c[t]·v[index[t], :16·width] for t < count, index of int32."""
 
-    @intrinsic
-    def scattered(typing_context, like, c, index, v, stride, out, count):
-        if like not in (types.float32, types.float64):
-            return None
+    def terms(memory, c, index, v, stride, out):
+        def product(t):
+            j = memory.number(memory.at(index, t, size=4))
+            row = memory.at(v, memory.builder.mul(j, stride))
+            words = [memory.load(memory.at(row, lane * LANES)) for lane in range(width)]
+            return [memory.times(memory.at(c, t), word) for word in words]
 
-        def generate(context, builder, signature, arguments):
-            _, c, index, v, stride, out, count = arguments
-            memory = _Memory(builder, arguments[0].type, count.type)
-            outs = [memory.at(out, lane * LANES) for lane in range(width)]
+        return [memory.at(out, lane * LANES) for lane in range(width)], product
 
-            def product(t):
-                j = memory.number(memory.at(index, t, size=4))
-                row = memory.at(v, builder.mul(j, stride))
-                words = [memory.load(memory.at(row, lane * LANES)) for lane in range(width)]
-                return [memory.times(memory.at(c, t), word) for word in words]
-
-            totals = _sums(builder, count, [memory.load(place) for place in outs], product)
-            for total, place in zip(totals, outs, strict=True):
-                memory.store(total, place)
-            return context.get_dummy_value()
-
-        return types.void(like, *[types.intp] * 6), generate
-
-    return scattered
+    return _adding(terms)
 
 
 #: vectors of accumulators that are summed side by side

@@ -46,9 +46,6 @@ class Branch(RowSolver):
         "updated weights 64",
     )
 
-    candidates: int = option(
-        1, "inputs whose two children are both bounded before one is branched on", least=1
-    )
     proof: bool = option(
         False, "keep the tree of every row in the solution, as a proof that `verify` checks"
     )
@@ -85,7 +82,7 @@ class Branch(RowSolver):
         threads = task.limits.threads or torch.get_num_threads()
         with torch_threads(1):  # its matrices are small
             try:
-                tree = QuadraticTree(task, duals, candidates=self.candidates, proof=self.proof)
+                tree = QuadraticTree(task, duals, proof=self.proof)
             except KeyboardInterrupt:
                 return duals.answer(best, "userinterrupt")
             return tree.search(threads)

@@ -11,12 +11,13 @@ import numpy as np
 from maskopt.core.problem import LayerProblem
 from maskopt.errors import SolverError
 from maskopt.protocol.solver import Capabilities, missing_package
-from maskopt.solvers.exact.program import CLOSED, Program, perspective, quadratic
 from maskopt.solvers.exact.rows import RowSolver, exact
-from maskopt.solvers.exact.tasks import UPDATED_CLOSED, RowAnswer, RowTask, UpdatedTask
+from maskopt.solvers.exact.tasks import CLOSED, UPDATED_CLOSED, RowAnswer, RowTask, UpdatedTask
 
 #: Gurobi's tolerance on p being whole (IntFeasTol), absolute
 _INTEGRALITY = 1e-5
+#: part by which v may pass its bounds: what they are computed with rounds, too
+_WIDER = 1e-6
 #: seeds that Gurobi takes
 _SEEDS = 2_000_000_000
 
@@ -54,14 +55,11 @@ class Gurobi(RowSolver):
         """One row, one thread. SolverError where the row is too large for the licence, or Gurobi fails."""
         import gurobipy as gp
 
-        if isinstance(task, UpdatedTask):
-            program, closed = perspective(task, convex=True), UPDATED_CLOSED
-        else:
-            task = task.with_incumbent()
-            program, closed = quadratic(task, task.unit_scale, []), CLOSED
         with gp.Env(params={"OutputFlag": 0}) as environment, gp.Model(env=environment) as model:
             try:
-                return _solved(program, model, closed)
+                if isinstance(task, UpdatedTask):
+                    return _updated(task, model)
+                return _unchanged(task.with_incumbent(), model)
             except gp.GurobiError as error:
                 if error.errno == gp.GRB.Error.SIZE_LIMIT_EXCEEDED:
                     raise SolverError(
@@ -71,39 +69,70 @@ class Gurobi(RowSolver):
                 raise SolverError(f"gurobi: {error}") from None
 
 
-def _solved(program: Program, model: Any, closed: float) -> RowAnswer:
-    task = program.task
-    binaries = _translate(program, model)
-    binaries.Start = program.complete(task.start)[: len(task.q)]
-    ended = _ended(task, model, closed)
-    pruned = program.pruned(binaries.X) if model.SolCount > 0 else task.start
-    if isinstance(task, UpdatedTask):
-        slack = _INTEGRALITY * program.terms / program.scale
-    else:
-        # a p_i off by the tolerance moves f by that part of its slope, 2(Qp)_i
-        slack = _INTEGRALITY * 2 * float(np.abs(task.q).sum())
-    return program.answer(pruned, ended, float(model.ObjBound), slack, int(model.NodeCount))
+def _unchanged(task: RowTask, model: Any) -> RowAnswer:
+    """pᵀQp itself."""
+    p = _binaries(task, model, task.pruned)
+    model.setObjective(p @ (task.q * task.unit_scale) @ p)
+    p.Start = task.start.astype(float)
+    ended = _ended(task, model, CLOSED)
+    pruned = p.X > 0.5 if model.SolCount > 0 else task.start
+    # a p_i off by the tolerance moves f by that part of its slope, 2(Qp)_i
+    slack = _INTEGRALITY * 2 * float(np.abs(task.q).sum())
+    return task.answer(pruned, ended, model.ObjBound / task.unit_scale, slack, int(model.NodeCount))
 
 
-def _translate(program: Program, model: Any) -> Any:
-    """Fill in a gurobipy.Model; its binaries."""
+def _updated(task: UpdatedTask, model: Any) -> RowAnswer:
+    """Of updated weights, in units in which the start costs a thousand: v is √scale of what it was.
+
+    With A = B + diag(d) and z the kept inputs, min vᵀBv + dᵀu − 2bᵀv + C with vⱼ² ≤ uⱼzⱼ and as many z at 1
+    as are kept.
+    """
+    n, scale = len(task.target), task.unit_scale
+    root = np.sqrt(scale)
+    low, high = (root * side for side in _between(task))
+    z = _binaries(task, model, task.group - task.pruned)
+    v, u = model.addMVar(n, lb=low, ub=high), model.addMVar(n)
+    for j in range(n):
+        model.addConstr(v[j] - high[j] * z[j] <= 0)
+        model.addConstr(v[j] - low[j] * z[j] >= 0)
+    for j in range(n):
+        model.addConstr(v[j] * v[j] <= u[j] * z[j])
+    linear = task.split @ u - 2 * root * task.target @ v
+    model.setObjective(v @ (task.q - np.diag(task.split)) @ v + linear + scale * task.constant)
+    z.Start = (~task.start).astype(float)
+    ended = _ended(task, model, UPDATED_CLOSED)
+    pruned = z.X <= 0.5 if model.SolCount > 0 else task.start
+    slack = _INTEGRALITY * _reached(task, low, high) / scale
+    return task.answer(pruned, ended, model.ObjBound / scale, slack, int(model.NodeCount))
+
+
+def _binaries(task: RowTask, model: Any, count: int) -> Any:
+    """One of each input, `count` of them 1 in every group."""
     from gurobipy import GRB
 
-    n = len(program.binaries)
-    kinds = [GRB.BINARY] * n + [GRB.CONTINUOUS] * (len(program.names) - n)
-    x = model.addMVar(len(kinds), lb=program.low, ub=program.high, vtype=kinds)
-    for variables, coefficients, low, high in program.rows:
-        image = np.array(coefficients) @ x[variables]
-        if low == high:
-            model.addConstr(image == low)
-        else:
-            model.addConstr(image <= high if low == -np.inf else image >= low)
-    for (i,), u, z in program.cones:
-        model.addConstr(x[i] * x[i] <= x[u] * x[z])
-    assert program.square is not None
-    of, q = program.square
-    model.setObjective(x[of] @ q @ x[of] + np.array(program.cost) @ x + program.constant)
-    return x[:n]
+    x = model.addMVar(len(task.q), vtype=GRB.BINARY)
+    for first in range(0, len(task.q), task.group):
+        model.addConstr(x[first : first + task.group].sum() == count)
+    return x
+
+
+def _between(task: UpdatedTask) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of v, and 0, where F is at most that of the start: |v − v*|ⱼ ≤ √((F − F*)(A⁻¹)ⱼⱼ), v* = A⁻¹b."""
+    inverse = np.linalg.inv(task.q)
+    dense = inverse @ task.target
+    above = task.cost(task.start) - (task.constant - float(task.target @ dense))
+    half = np.sqrt(np.maximum(above, 0.0) * np.diagonal(inverse))
+    wider = _WIDER * (np.abs(dense) + half).max()
+    return np.minimum(dense - half - wider, 0.0), np.maximum(dense + half + wider, 0.0)
+
+
+def _reached(task: UpdatedTask, low: np.ndarray, high: np.ndarray) -> float:
+    """The sum of the sizes that tolerances are parts of, with v between `low` and `high`. A z that is off by
+    one pays for a vⱼ with ∂ⱼ²/dⱼ, ∂ being the slope of what d leaves."""
+    target = np.abs(task.target) * np.sqrt(task.unit_scale)
+    reach = np.maximum(-low, high)
+    slope = target + np.abs(task.q - np.diag(task.split)) @ reach
+    return float(reach @ reach + target @ reach + (slope**2 / task.split).sum())
 
 
 def _ended(task: RowTask, model: Any, closed: float) -> str:

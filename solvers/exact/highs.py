@@ -14,9 +14,9 @@ import numpy as np
 
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solver import Capabilities, missing_package
-from maskopt.solvers.exact.program import CLOSED, FEASIBILITY, Program, reformulated
+from maskopt.solvers.exact.program import FEASIBILITY, Program, reformulated
 from maskopt.solvers.exact.rows import RowSolver, exact
-from maskopt.solvers.exact.tasks import RowAnswer, RowTask
+from maskopt.solvers.exact.tasks import CLOSED, RowAnswer, RowTask
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,12 @@ class Highs(RowSolver):
         pruned = program.pruned(model.getSolution().col_value)
         # p_i and x_ij off by the tolerance move f by that part of their coefficients
         slack = FEASIBILITY * float(np.abs(task.q).sum())
-        nodes = int(info.mip_node_count)
-        return program.answer(pruned, ended, float(info.mip_dual_bound), slack, nodes)
+        bound, nodes = float(info.mip_dual_bound) / program.scale, int(info.mip_node_count)
+        return task.answer(pruned, ended, bound, slack, nodes)
 
 
 def _translate(program: Program) -> Any:
-    """A highspy.Highs of a program without cones."""
+    """A highspy.Highs of a program without a cone."""
     import highspy
 
     with _banner_on_stderr():

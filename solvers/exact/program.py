@@ -1,4 +1,4 @@
-"""A row as a mixed-integer program, which SCIP, Gurobi and HiGHS translate: its formulations.
+"""A row as a mixed-integer program of a linear objective, which SCIP and HiGHS translate: its formulations.
 
 With A = Q + diag(λ) + μΣ_g 1_g1_gᵀ ⪰ 0 (λ = μ = 0: A = Q), every legal p ∈ {0,1}ⁿ has
 
@@ -15,55 +15,44 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from maskopt.solvers.exact.tasks import RowAnswer, RowTask, UpdatedTask
+from maskopt.solvers.exact.tasks import RowTask
 from maskopt.solvers.exact.tree.node import FreePart
 
 #: feasibility tolerance of SCIP (numerics/feastol) and HiGHS, absolute in the units of the model
 FEASIBILITY = 1e-6
-#: relative gap up to which the `optimal` of Gurobi and HiGHS is one, and not the gap limit that was reached
-CLOSED = 1e-9
 #: part of the greatest eigenvalue of A below which one is rounding, and no variable is made for it
 _EIGENVALUE = 1e-12
 #: part by which a bound that is handed in stays below its value: a tolerance must not refuse the optimum
 _HANDED_IN = 1e-6
-#: part by which the left sides of cones lie below their right sides: the rounding of a solver's own sum
-ABOVE = 1e-12
-#: part by which v may pass its bounds: what they are computed with rounds, too
-_WIDER = 1e-6
+#: part by which t is above what it bounds: the rounding of a solver's own sum
+_ABOVE = 1e-12
 
 
 class Program:
-    """min costᵀx + x_SᵀQx_S + constant over n binaries, one of each input, and further variables.
+    """min costᵀx + constant over a binary p of each input, the first variables, and further ones.
 
     Attributes:
-        names, low, high, cost: of the variables; the binaries are the first.
-        of_kept: the binaries are 1 for kept inputs, not for pruned ones; `count` of them in every group.
+        names, low, high, cost: of the variables.
         rows: (variables, coefficients, low, high).
-        cones: (inside, u, z) for Σ x_i² ≤ x_u x_z; z None: Σ x_i² ≤ x_u.
-        square: (S, Q), S a slice of the variables; None: the objective is linear.
+        cone: (inside, t) for Σ x_i² ≤ x_t, or None.
         scale: units of the model in one of the objective.
         terms: Σ of the sizes of the terms that tolerances apply to, in units of the model.
         complete: the variables, float64, of a mask (p, bool [n]).
     """
 
-    def __init__(
-        self, task: RowTask, scale: float, twins: Iterable[np.ndarray], *, of_kept: bool = False
-    ) -> None:
-        self.task, self.scale, self.of_kept = task, scale, of_kept
+    def __init__(self, task: RowTask, scale: float, twins: Iterable[np.ndarray]) -> None:
+        self.task, self.scale = task, scale
         self.names: list[str] = []
         self.low: list[float] = []
         self.high: list[float] = []
         self.cost: list[float] = []
         self.rows: list[tuple[list[int], list[float], float, float]] = []
-        self.cones: list[tuple[list[int], int, int | None]] = []
-        self.square: tuple[slice, np.ndarray] | None = None
+        self.cone: tuple[list[int], int] | None = None
         self.constant, self.terms = 0.0, float(np.abs(task.q * scale).sum())
         self.complete: Callable[[np.ndarray], np.ndarray] = lambda pruned: pruned.astype(float)
-        n, letter = len(task.q), "z" if of_kept else "p"
-        self.binaries = self.variables([f"{letter}{i}" for i in range(n)], 0.0, 1.0)
-        self.count = task.group - task.pruned if of_kept else task.pruned
+        self.binaries = self.variables([f"p{i}" for i in range(len(task.q))], 0.0, 1.0)
         for members in self.groups():
-            self.row(members, np.ones(len(members)), self.count, self.count)
+            self.row(members, np.ones(len(members)), task.pruned, task.pruned)
         # of twins (identical and dead inputs among them) the first ones are pruned
         for known in twins:
             for i, j in itertools.pairwise(known.tolist()):
@@ -105,23 +94,7 @@ class Program:
 
     def pruned(self, values: Sequence[float]) -> np.ndarray:
         """The mask of a solution, p, bool [n]."""
-        return (np.asarray(values[: len(self.binaries)]) > 0.5) != self.of_kept
-
-    def answer(
-        self, pruned: np.ndarray, ended: str, bound: float, slack: float, nodes: int
-    ) -> RowAnswer:
-        """The answer of a solver: its mask, or the start where that is not legal. `bound`: the solver's lower
-        bound in units of the model, or −∞; `slack`: how far tolerances can raise it, in units of the
-        objective."""
-        task = self.task
-        known = task.raised(bound / self.scale, slack) if np.isfinite(bound) else 0.0
-        return RowAnswer(
-            pruned if task.is_legal(pruned) else task.start,
-            ended,
-            bound=max(task.certified, known),
-            slack=slack,
-            nodes=nodes,
-        )
+        return np.asarray(values[: len(self.binaries)]) > 0.5
 
 
 def factored(
@@ -141,9 +114,10 @@ def factored(
     # what is missing to A ⪰ 0 goes into λ: dropping it would push the bound above the truth
     missing = max(0.0, -float(value[0]))
     linear = part.linear - lam[part.free] - missing
-    half = _root(value + missing, vector)
-    root = np.zeros((n, half.shape[1]))
-    root[part.free] = half
+    value = value + missing
+    keep = value > _EIGENVALUE * max(float(value[-1]), 0.0)
+    root = np.zeros((n, int(keep.sum())))
+    root[part.free] = vector[:, keep] * np.sqrt(value[keep])
     columns = [root[part.free, k] for k in range(root.shape[1])]
     (t,) = program.variables(["t"])
     r = program.variables(
@@ -154,22 +128,15 @@ def factored(
     free = part.free.tolist()
     for variable, column in zip(r, columns, strict=True):
         program.row([*free, variable], [*column, -1.0], 0.0, 0.0)
-    program.cones.append((r, t, None))
+    program.cone = r, t
     program.minimise([(t, 1.0), *zip(free, linear, strict=True)], part.constant, certified)
     program.terms += float(np.abs(linear).sum()) + abs(part.constant)
 
     def complete(pruned: np.ndarray) -> np.ndarray:
         image = root.T @ pruned.astype(float)
-        return np.concatenate([pruned, [float(image @ image) * (1 + ABOVE)], image])
+        return np.concatenate([pruned, [float(image @ image) * (1 + _ABOVE)], image])
 
     program.complete = complete
-    return program
-
-
-def quadratic(task: RowTask, scale: float, twins: list[np.ndarray]) -> Program:
-    """The objective pᵀQp itself."""
-    program = Program(task, scale, twins)
-    program.square = slice(0, len(task.q)), task.q * scale
     return program
 
 
@@ -187,7 +154,7 @@ def linearised(task: RowTask, scale: float, twins: list[np.ndarray]) -> Program:
 
     def complete(pruned: np.ndarray) -> np.ndarray:
         p = pruned.astype(float)
-        cost = float(p @ task.q @ p) * scale * (1 + ABOVE)
+        cost = float(p @ task.q @ p) * scale * (1 + _ABOVE)
         return np.concatenate([p, [cost], [p[i] * p[j] for i, j in pairs]])
 
     program.complete = complete
@@ -223,87 +190,3 @@ def _products(
             program.row([x, i], [1.0, -1.0], -np.inf, 0.0)
             program.row([x, j], [1.0, -1.0], -np.inf, 0.0)
     return dict(zip(pairs, numbers, strict=True))
-
-
-def perspective(task: UpdatedTask, *, convex: bool) -> Program:
-    """Of updated weights, in units in which the start costs a thousand: v is √scale of what it was.
-
-    With A = B + diag(d), B = LLᵀ, z the kept inputs, v* = A⁻¹b the dense optimum, F* its cost and r = Lᵀ(v −
-    v*),
-
-        min  F* + t + Σ dⱼ(uⱼ − 2v*ⱼvⱼ + v*ⱼ²),     ‖r‖² ≤ t,   vⱼ² ≤ uⱼzⱼ,   Σ z = as many as are kept:
-
-    tolerances are parts of the numbers in a model, and these are of the order of F, not of C. `convex`: the
-    objective itself, vᵀBv + dᵀu − 2bᵀv + C, for a solver that takes convex ones.
-    """
-    n, scale = len(task.target), task.unit_scale
-    program, root = Program(task, scale, [], of_kept=True), np.sqrt(scale)
-    dense = np.linalg.solve(task.q, task.target)
-    least = task.constant - float(task.target @ dense)
-    dense *= root
-    low, high = (root * side for side in _between(task))
-    program.terms = _reached(task, low, high)
-    z, v = program.binaries, program.variables([f"v{j}" for j in range(n)], low, high)
-    u = program.variables([f"u{j}" for j in range(n)])
-    for j in range(n):
-        program.row([v[j], z[j]], [1.0, -high[j]], -np.inf, 0.0)
-        program.row([v[j], z[j]], [1.0, -low[j]], 0.0, np.inf)
-        program.cones.append(([v[j]], u[j], z[j]))
-    rest = task.q - np.diag(task.split)
-    if convex:
-        program.square = slice(n, 2 * n), rest
-        slope = -2 * root * task.target
-        program.minimise(
-            [*zip(u, task.split, strict=True), *zip(v, slope, strict=True)], scale * task.constant
-        )
-        program.complete = lambda pruned: (~pruned).astype(float)
-        return program
-    factor = _root(*np.linalg.eigh(rest))
-    reach = np.maximum(np.abs(low - dense), np.abs(high - dense))
-    columns = [factor[:, k] for k in range(factor.shape[1])]
-    most = np.array([float(np.abs(column) @ reach) + FEASIBILITY for column in columns])
-    r = program.variables([f"r{k}" for k in range(len(columns))], -most, most)
-    for variable, column in zip(r, columns, strict=True):
-        shift = float(column @ dense)
-        program.row([*v, variable], [*column, -1.0], shift, shift)
-    (t,) = program.variables(["t"])
-    program.cones.append((r, t, None))
-    terms = [(t, 1.0)]
-    for j in range(n):
-        terms += [(u[j], task.split[j]), (v[j], -2 * dense[j] * task.split[j])]
-    constant = float(task.split @ dense**2) + scale * least
-    program.minimise(terms, constant, task.certified)
-
-    def complete(pruned: np.ndarray) -> np.ndarray:
-        weights = task.weights(pruned) * root
-        image = factor.T @ (weights - dense)
-        norm = float(image @ image) * (1 + ABOVE)
-        return np.concatenate([~pruned, weights, weights**2 * (1 + ABOVE), image, [norm]])
-
-    program.complete = complete
-    return program
-
-
-def _root(value: np.ndarray, vector: np.ndarray) -> np.ndarray:
-    """L with LLᵀ = the matrix of these eigenvalues (ascending), but for what is rounding."""
-    keep = value > _EIGENVALUE * max(float(value[-1]), 0.0)
-    return np.asarray(vector[:, keep] * np.sqrt(value[keep]))
-
-
-def _between(task: UpdatedTask) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds of v, and 0, where F is at most that of the start: |v − v*|ⱼ ≤ √((F − F*)(A⁻¹)ⱼⱼ)."""
-    inverse = np.linalg.inv(task.q)
-    dense = inverse @ task.target
-    above = task.cost(task.start) - (task.constant - float(task.target @ dense))
-    half = np.sqrt(np.maximum(above, 0.0) * np.diagonal(inverse))
-    wider = _WIDER * (np.abs(dense) + half).max()
-    return np.minimum(dense - half - wider, 0.0), np.maximum(dense + half + wider, 0.0)
-
-
-def _reached(task: UpdatedTask, low: np.ndarray, high: np.ndarray) -> float:
-    """The sum of the sizes that tolerances are parts of, with v between `low` and `high`. A z that is off by
-    one pays for a vⱼ with ∂ⱼ²/dⱼ, ∂ being the slope of what d leaves."""
-    target = np.abs(task.target) * np.sqrt(task.unit_scale)
-    reach = np.maximum(-low, high)
-    slope = target + np.abs(task.q - np.diag(task.split)) @ reach
-    return float(reach @ reach + target @ reach + (slope**2 / task.split).sum())

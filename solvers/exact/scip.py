@@ -17,17 +17,9 @@ from maskopt.core.limits import torch_threads
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import OptionError, SolverError
 from maskopt.protocol.solver import Capabilities, missing_package
-from maskopt.solvers.exact.program import (
-    ABOVE,
-    FEASIBILITY,
-    Program,
-    factored,
-    linearised,
-    perspective,
-    quadratic,
-)
+from maskopt.solvers.exact.program import FEASIBILITY, Program, factored, linearised
 from maskopt.solvers.exact.rows import RowSolver, exact
-from maskopt.solvers.exact.tasks import UPDATED_CLOSED, RowAnswer, RowTask, UpdatedTask
+from maskopt.solvers.exact.tasks import RowAnswer, RowTask
 from maskopt.solvers.exact.tree.node import (
     Duals,
     free_part,
@@ -39,14 +31,10 @@ from maskopt.solvers.exact.tree.node import (
 from maskopt.solvers.exact.tree.quadratic import Probed, QuadraticTree, probe
 
 FORMATS = ("cip", "lp", "mps")
-#: convex by the duals of the semidefinite relaxation; Q = LLᵀ; a variable a product; pᵀQp ≤ t (hopeless)
-FORMULATIONS = ("qcr", "factored", "linear", "epigraph")
+#: convex by the duals of the semidefinite relaxation; Q = LLᵀ; a variable a product
+FORMULATIONS = ("qcr", "factored", "linear")
 #: an optimum below this part of the start is solved again in its own units
 _AGAIN_BELOW = 0.01
-#: SCIP's feasibility tolerance for updated weights: a z that is off by it lets a pruned weight in
-_TIGHTER = 1e-7
-#: nodes without a better mask after which SCIP's tolerances are what keeps it going
-_STALLED = 50_000
 #: SCIP's infinity is 1e20; before the root is solved its bounds are that
 _INFINITE = 1e19
 #: the greatest limits that SCIP takes
@@ -73,8 +61,7 @@ class Scip(RowSolver):
     capabilities: ClassVar[Capabilities] = exact(
         trusted=("SCIP", "presolve of maskopt and SCIP"),
         largest_n=512,
-        update=True,
-        note="integer programming; proves up to about 128 inputs, beyond that a gap; of updated weights 20",
+        note="integer programming; proves up to about 128 inputs, beyond that a gap",
     )
 
     formulation: str = option(
@@ -85,7 +72,6 @@ class Scip(RowSolver):
     presolve: bool = option(
         True, "with qcr: inputs that bounds of our own fix are fixed, and SCIP has the rest"
     )
-    verbose: bool = option(False, "let SCIP print (a worker process prints to stderr)")
 
     @classmethod
     def unavailable(cls) -> str | None:
@@ -94,13 +80,11 @@ class Scip(RowSolver):
     def trusted_name(self, problem: LayerProblem) -> str:
         from pyscipopt import Model
 
-        presolved = self.presolve and self.formulation == "qcr" and problem.update is None
+        presolved = self.presolve and self.formulation == "qcr"
         return f"{self.capabilities.trusted[presolved]} {Model().version()}"
 
     def search_row(self, task: RowTask) -> RowAnswer:
         """Incumbent, duals, tree; what the time leaves undone is left out."""
-        if isinstance(task, UpdatedTask):
-            return self._updated(task)
         if (separable := _separable(task)) is not None:
             return separable
         known = _Known(twins_of(task.q, task.group))
@@ -126,7 +110,7 @@ class Scip(RowSolver):
         """SCIP's incumbent and SCIP's bound, at the optimum or at whatever limit comes first."""
         duals, probed = known.duals, known.probed
         program = self._program(task, task.unit_scale, known)
-        row = ScipModel(program, verbose=self.verbose)
+        row = ScipModel(program)
         if probed is None or probed.allows(task.start):
             row.model.addSol(row.solution(task.start), free=True)
         else:  # what is fixed holds for better masks alone
@@ -166,8 +150,6 @@ class Scip(RowSolver):
         """A row in the formulation; `qcr` without duals is `factored`."""
         if self.formulation == "linear":
             return linearised(task, scale, known.twins)
-        if self.formulation == "epigraph":
-            return quadratic(task, scale, known.twins)
         n, mu, certified = len(task.q), 0.0, 0.0
         lam, state = np.zeros(n), np.full(n, -1, np.int8)
         if known.duals is not None:
@@ -177,38 +159,6 @@ class Scip(RowSolver):
             lam, state = known.probed.lam * scale, known.probed.state
         part = free_part(task.q * scale, mu, task.pruned, same_group(task), state)
         return factored(task, scale, known.twins, part, lam, certified)
-
-    def _updated(self, task: UpdatedTask) -> RowAnswer:
-        """SCIP looks only for masks that beat the start by more than the gap that is left open: tolerances
-        need not distinguish others, and where nothing is found, `infeasible`, that gap is closed."""
-        from pyscipopt import SCIP_PARAMSETTING
-
-        gap = max(task.gap_limit, UPDATED_CLOSED)
-        aim = task.cost(task.start) * (1 - gap)
-        program = perspective(task, convex=False)
-        row = ScipModel(program, verbose=self.verbose)
-        row.model.setObjlimit(aim * program.scale)
-        row.model.setParam("numerics/feastol", _TIGHTER)
-        row.model.setParam("limits/stallnodes", _STALLED)
-        row.model.setHeuristics(SCIP_PARAMSETTING.OFF)
-        # presolving fixes and joins variables, and such have no values of their own
-        row.model.setParam("presolving/maxrounds", 0)
-        row.add_rounding()
-        # beyond 1e-10 SoPlex only complains
-        row.model.setParam("constraints/nonlinear/tightenlpfeastol", False)
-        ended = row.optimize(gap)
-        if ended in ("gaplimit", "infeasible"):
-            ended = "optimal" if task.gap_limit <= UPDATED_CLOSED else "gaplimit"
-        # an infinite bound proves that nothing lies below `aim`
-        bound, root_bound = (max(task.certified, min(value, aim)) for value in row.bounds(aim))
-        return RowAnswer(
-            min((task.start, *row.found), key=task.cost),
-            ended,
-            bound=bound,
-            slack=_TIGHTER * program.terms / program.scale,
-            nodes=row.nodes,
-            root_bound=root_bound,
-        )
 
     def write_instance(
         self,
@@ -223,7 +173,7 @@ class Scip(RowSolver):
         if form not in FORMATS:
             raise OptionError(f"{self.name} writes {', '.join(FORMATS)}, not {form!r}")
         if formulation not in FORMULATIONS or formulation == "qcr":
-            raise OptionError("formulation of an instance must be factored, linear or epigraph")
+            raise OptionError("formulation of an instance must be factored or linear")
         if form == "mps" and formulation != "linear":
             raise OptionError("mps holds no quadratic constraint here: pass formulation linear")
         most = self.capabilities.largest_n
@@ -279,16 +229,14 @@ def _separable(task: RowTask) -> RowAnswer | None:
 
 
 class ScipModel:
-    """A program in SCIP: the pyscipopt.Model, its variables `x`, and masks that `rounding` came to (`found`).
-    A quadratic objective becomes a constraint, as SCIP's own is linear."""
+    """A program in SCIP: the pyscipopt.Model and its variables `x`."""
 
-    def __init__(self, program: Program, *, verbose: bool = False) -> None:
+    def __init__(self, program: Program) -> None:
         from pyscipopt import Model, quicksum
 
         self.program = program
-        self.found: list[np.ndarray] = []
         self.model = model = Model("maskopt")
-        model.hideOutput(not verbose)
+        model.hideOutput()
         binaries = len(program.binaries)
         self.x = x = [
             model.addVar(
@@ -304,34 +252,17 @@ class ScipModel:
                 model.addCons(image == low)
             else:
                 model.addCons(image <= high if low == -np.inf else image >= low)
-        for inside, u, z in program.cones:
-            most = x[u] if z is None else x[u] * x[z]
-            model.addCons(quicksum(x[i] * x[i] for i in inside) <= most)
+        if program.cone is not None:
+            inside, t = program.cone
+            model.addCons(quicksum(x[i] * x[i] for i in inside) <= x[t])
         objective = quicksum(cost * v for cost, v in zip(program.cost, x, strict=True) if cost)
-        if program.square is not None:
-            objective = self.t = model.addVar("t", lb=0.0)
-            model.addCons(self._quadratic(*program.square) <= objective)
         model.setObjective(objective + program.constant if program.constant else objective)
 
-    def _quadratic(self, of: slice, q: np.ndarray) -> Any:
-        from pyscipopt import quicksum
-
-        x = self.x[of]
-        return quicksum(
-            q[i, i] * x[i] * x[i] + quicksum(2 * q[i, j] * x[i] * x[j] for j in range(i) if q[i, j])
-            for i in range(len(q))
-        )
-
-    def solution(self, pruned: np.ndarray, heuristic: Any = None) -> Any:
+    def solution(self, pruned: np.ndarray) -> Any:
         """A mask as a complete solution."""
-        values = self.program.complete(pruned)
-        solution = self.model.createSol(heuristic)
-        for variable, value in zip(self.x, values, strict=True):
+        solution = self.model.createSol()
+        for variable, value in zip(self.x, self.program.complete(pruned), strict=True):
             self.model.setSolVal(solution, variable, float(value))
-        if self.program.square is not None:
-            of, q = self.program.square
-            value = float(values[of] @ q @ values[of]) * (1 + ABOVE)
-            self.model.setSolVal(solution, self.t, value)
         return solution
 
     def masks(self) -> list[np.ndarray]:
@@ -363,25 +294,9 @@ class ScipModel:
     def nodes(self) -> int:
         return int(self.model.getNTotalNodes())
 
-    def bounds(self, none: float = 0.0) -> list[float]:
-        """SCIP's bound, and that of its root, in units of the objective; `none` where it is +∞."""
+    def bounds(self) -> list[float]:
+        """SCIP's bound, and that of its root, in units of the objective; 0 where there is none."""
         return [
-            value / self.program.scale if abs(value) < _INFINITE else none * (value > 0)
+            value / self.program.scale if abs(value) < _INFINITE else 0.0
             for value in (self.model.getDualbound(), self.model.getDualboundRoot())
         ]
-
-    def add_rounding(self) -> None:
-        """A heuristic: the mask of the relaxation's greatest z, with exact updated weights, unlike SCIP's
-        own."""
-        from pyscipopt import SCIP_RESULT, Heur
-
-        row, task, program = self, self.program.task, self.program
-
-        class Rounding(Heur):
-            def heurexec(self, heurtiming: Any, nodeinfeasible: bool) -> dict[str, Any]:
-                z = np.array([self.model.getSolVal(None, row.x[i]) for i in program.binaries])
-                row.found.append(~task.first(-z, program.count))
-                taken = self.model.trySol(row.solution(row.found[-1], self))
-                return {"result": SCIP_RESULT.FOUNDSOL if taken else SCIP_RESULT.DIDNOTFIND}
-
-        self.model.includeHeur(Rounding(), "refitted", "the mask of the greatest z", "r", freq=1)

@@ -28,8 +28,10 @@ from maskopt.solvers.least_squares.search import swap_refitted
 _MODEL_UNITS = 1000.0
 #: part of Σ Q_ii below which an objective is rounding: no model is scaled by less
 _NOISE = 1e-10
-#: relative gap that a general solver closes with updated weights: half of what OPTIMAL allows. Below,
-#: it would branch on the tolerances of its cones
+#: relative gap up to which the `optimal` of Gurobi and HiGHS is one, and not the gap limit that was reached
+CLOSED = 1e-9
+#: the same with updated weights: half of what OPTIMAL allows. Below, Gurobi would branch on the tolerances of
+#: its cones
 UPDATED_CLOSED = 5e-7
 #: parts of the time that is left that the incumbent and the split of updated weights may take
 _SEARCH_SHARE, _SPLIT_SHARE = 0.2, 0.3
@@ -116,6 +118,20 @@ class RowTask:
         """The answer where there is nothing to search."""
         return None
 
+    def answer(
+        self, pruned: np.ndarray, ended: str, bound: float, slack: float, nodes: int
+    ) -> RowAnswer:
+        """The answer of another project's solver: its mask, or the start where that is not legal; its lower
+        bound, which may be −∞, and how far tolerances can raise it (`slack`)."""
+        known = self.raised(bound, slack) if math.isfinite(bound) else 0.0
+        return RowAnswer(
+            pruned if self.is_legal(pruned) else self.start,
+            ended,
+            bound=max(self.certified, known),
+            slack=slack,
+            nodes=nodes,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class UpdatedTask(RowTask):
@@ -125,16 +141,12 @@ class UpdatedTask(RowTask):
     constant: float
     split: np.ndarray
 
-    def weights(self, pruned: np.ndarray) -> np.ndarray:
-        """v of a mask, float64 [n]."""
-        kept, v = np.flatnonzero(~np.asarray(pruned, dtype=bool)), np.zeros(len(self.target))
-        v[kept] = np.linalg.solve(self.q[np.ix_(kept, kept)], self.target[kept])
-        return v
-
     def cost(self, pruned: np.ndarray) -> float:
         """F of a mask: min {vᵀAv − 2bᵀv + C : v is 0 outside S} = C − b_SᵀA_SS⁻¹b_S for kept S."""
-        kept = ~np.asarray(pruned, dtype=bool)
-        return max(self.constant - float(self.target[kept] @ self.weights(pruned)[kept]), 0.0)
+        kept = np.flatnonzero(~np.asarray(pruned, dtype=bool))
+        target = self.target[kept]
+        weights = np.linalg.solve(self.q[np.ix_(kept, kept)], target)
+        return max(self.constant - float(target @ weights), 0.0)
 
     @property
     def noise(self) -> float:

@@ -14,11 +14,11 @@ import pickle
 import queue
 import select
 import signal
-import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any
 
 from maskopt.core.limits import clock
@@ -56,15 +56,18 @@ def run_tasks(
         function: importable by its qualified name, takes one task.
         workers: processes at a time, of one thread each.
         recycle: tasks after which a process is replaced (SCIP leaks memory: PySCIPOpt issue 1200).
-        deadline: of `clock()`, after which no task is begun or yielded.
+        deadline: of `clock()`, after which no task is begun.
     """
-    crew = _Crew(function, tasks, recycle, deadline)
-    running, interrupted = min(workers, len(tasks)), False
+    crew, interrupted, left = _Crew(function, recycle, deadline), False, len(tasks)
+    done: queue.SimpleQueue[tuple[int, Future[Any]]] = queue.SimpleQueue()
+    pool = ThreadPoolExecutor(max(1, min(workers, left)))
     try:
-        crew.start(running)
-        while running:
+        for index, task in enumerate(tasks):
+            future = pool.submit(crew.answer, task)
+            future.add_done_callback(lambda future, index=index: done.put((index, future)))  # type: ignore[misc]
+        while left:
             try:
-                index, answer = crew.done.get(timeout=_PATIENCE if interrupted else _LOOK)
+                index, future = done.get(timeout=_PATIENCE if interrupted else _LOOK)
             except KeyboardInterrupt:
                 interrupted = True
                 crew.interrupt()
@@ -73,129 +76,93 @@ def run_tasks(
                 if interrupted:
                     break
                 continue
-            if index < 0:
-                running -= 1
-            elif isinstance(answer, Exception) and not isinstance(answer, WorkerCrash):
-                raise answer
-            else:
+            left -= 1
+            if (answer := future.result()) is not None:
                 yield index, answer
     finally:
-        crew.stop.set()
-        if running:
-            crew.kill()
+        crew.end()
+        pool.shutdown(wait=False, cancel_futures=True)
     if interrupted:
         raise KeyboardInterrupt
 
 
 class _Crew:
-    """One thread for each worker process, which hands it tasks and waits for its answers. `done`: (index,
-    answer) of finished tasks, and (−1, None) from each thread that ends; `stop`: when set, no further task is
-    begun."""
+    """One process for each thread that asks for answers. `stop`: when set, no further task is begun."""
 
-    def __init__(
-        self, function: Callable[[Any], Any], tasks: Sequence[Any], recycle: int, deadline: float
-    ) -> None:
-        self._function, self._tasks = function, tasks
-        self._recycle, self._deadline = recycle, deadline
-        self._todo: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for index in range(len(tasks)):
-            self._todo.put(index)
-        self._processes: dict[int, subprocess.Popen[bytes]] = {}
-        self.done: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+    def __init__(self, function: Callable[[Any], Any], recycle: int, deadline: float) -> None:
+        self._function, self._recycle, self._deadline = function, recycle, deadline
+        #: thread → its process, and the tasks that this has had
+        self._running: dict[int, tuple[subprocess.Popen[bytes], int]] = {}
         self.stop = threading.Event()
-
-    def start(self, count: int) -> None:
-        for slot in range(count):
-            threading.Thread(target=self._attend, args=(slot,), daemon=True).start()
 
     def interrupt(self) -> None:
         """Ctrl-C for every worker; what it answers still counts."""
         self.stop.set()
-        for process in list(self._processes.values()):
+        for process, _ in list(self._running.values()):
             process.send_signal(signal.SIGINT)
 
-    def kill(self) -> None:
-        for process in list(self._processes.values()):
+    def end(self) -> None:
+        self.stop.set()
+        for process, _ in list(self._running.values()):
             process.kill()
+            process.wait()
 
-    def _attend(self, slot: int) -> None:
-        process: subprocess.Popen[bytes] | None = None
-        served = 0
-        while not self.stop.is_set() and clock() < self._deadline:
-            try:
-                index = self._todo.get_nowait()
-            except queue.Empty:
-                break
-            if process is None or served >= self._recycle:
-                _close(process)
-                try:
-                    process, served = _start(), 0
-                except OSError as error:
-                    process = None
-                    message = (
-                        f"a worker process cannot be started: {error.strerror}; free some memory, or run "
-                        "fewer of them at a time (`workers`)"
-                    )
-                    self.done.put((index, SolverError(message)))
-                    break
-                self._processes[slot] = process
-                if self.stop.is_set():  # while it was being started: nobody has interrupted it
-                    break
-            try:
-                assert process.stdin is not None
-                assert process.stdout is not None
-                _send(process.stdin, (self._function, self._tasks[index]))
-                answer = _receive(process.stdout)
-                served += 1
-            except (EOFError, OSError):
-                code = process.wait()
-                if self.stop.is_set():  # interrupted before it had begun
-                    process = None
-                    break
-                answer = WorkerCrash(f"the worker process died with exit status {code}")
-                process = None
-            except Exception as error:  # what cannot be pickled, or read back
-                answer = error
-            self.done.put((index, answer))
-        _close(process)
-        self.done.put((-1, None))
+    def answer(self, task: Any) -> Any:
+        """By the process of this thread; None where the task is not begun any more."""
+        if self.stop.is_set() or clock() >= self._deadline:
+            return None
+        process = self._process()
+        if self.stop.is_set():  # while it was being started: nobody has interrupted it
+            process.kill()
+            return None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            _send(process.stdin, (self._function, task))
+            answer = pickle.load(process.stdout)
+        except (EOFError, OSError, pickle.UnpicklingError):
+            code = process.wait()
+            del self._running[threading.get_ident()]
+            if self.stop.is_set():  # interrupted before it had begun
+                return None
+            return WorkerCrash(f"the worker process died with exit status {code}")
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _process(self) -> subprocess.Popen[bytes]:
+        thread = threading.get_ident()
+        process, served = self._running.get(thread, (None, 0))
+        if process is not None and served >= self._recycle:
+            process.communicate()  # closes its stdin, which ends it
+            process, served = None, 0
+        process = process or _start()
+        self._running[thread] = process, served + 1
+        return process
 
 
 def _start() -> subprocess.Popen[bytes]:
     environment = dict(os.environ)
     for library in ("OMP", "OPENBLAS", "MKL", "NUMBA"):
         environment[f"{library}_NUM_THREADS"] = "1"  # rows are what runs side by side
-    return subprocess.Popen(
-        [sys.executable, "-c", _MAIN],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=environment,
-        start_new_session=True,  # Ctrl-C reaches the worker once, through its parent
-    )
-
-
-def _close(process: subprocess.Popen[bytes] | None) -> None:
-    if process is not None:
-        assert process.stdin is not None
-        process.stdin.close()
-        process.wait()
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-c", _MAIN],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches the worker once, through its parent
+        )
+    except OSError as error:
+        raise SolverError(
+            f"a worker process cannot be started: {error.strerror}; free some memory, or run fewer of them "
+            "at a time (`workers`)"
+        ) from error
 
 
 def _send(stream: IO[bytes], thing: Any) -> None:
-    data = pickle.dumps(thing)
-    stream.write(struct.pack("<Q", len(data)) + data)
+    stream.write(pickle.dumps(thing))
     stream.flush()
-
-
-def _receive(stream: IO[bytes]) -> Any:
-    head = stream.read(8)
-    if len(head) < 8:
-        raise EOFError
-    (size,) = struct.unpack("<Q", head)
-    data = stream.read(size)
-    if len(data) < size:
-        raise EOFError
-    return pickle.loads(data)
 
 
 def serve() -> None:
@@ -208,7 +175,7 @@ def serve() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     while True:
         try:
-            function, task = _receive(source)
+            function, task = pickle.load(source)
             answer = function(task)
         except (EOFError, KeyboardInterrupt):
             return

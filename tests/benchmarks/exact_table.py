@@ -9,8 +9,8 @@ tokens of --text, by default the demo's, which begin as --bos says; other layers
 `LayerProblem.save`. `table` runs PLAN, the whole comparison of exact solvers, and prints it as Markdown;
 --only and --sizes take a part of it, where no single run may last for hours. PART is one of
 
-- `branch`, `scip`, `gurobi`, `highs`, and SCIP's other formulations `factored`, `linear`,
-  `epigraph`: rows restricted to --n random inputs, --rows of each layer;
+- `branch`, `scip`, `gurobi`, `highs`, and SCIP's other formulations `factored` and `linear`:
+  rows restricted to --n random inputs, --rows of each layer;
 - `bounds`: box, sdp and sdp with --cuts rounds on full rows, those of a layer together, gaps of 1-swap from
   Wanda and of the mask of `memetic` after --generations;
 - `small`: the sdp bound, plain and with --cuts rounds, beside the proven optimum;
@@ -72,16 +72,10 @@ PLAN = (
     ("scip", (96, 128), "0.6", 1, 120.0),
     ("factored", (32, 64, 128), "0.6", 1, 20.0),
     ("linear", (32, 64, 128), "0.6", 1, 20.0),
-    ("epigraph", (32, 64, 128), "0.6", 1, 20.0),
     ("gurobi", (32, 64, 128), "0.6", 1, 20.0),
     ("highs", (32, 64, 128), "0.6", 1, 20.0),
 )
-SCIP_FORMULATIONS = {
-    "scip": "qcr",
-    "factored": "factored",
-    "linear": "linear",
-    "epigraph": "epigraph",
-}
+SCIP_FORMULATIONS = {"scip": "qcr", "factored": "factored", "linear": "linear"}
 
 
 def exact(

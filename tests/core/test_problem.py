@@ -26,7 +26,7 @@ from maskopt.protocol.bounds import available_bounds, lower_bound
 from maskopt.protocol.solution import Solution, Status, is_bounded, relative_gap
 from maskopt.protocol.solver import available_solvers
 from maskopt.solvers import Relax
-from maskopt.solvers.bounds.conic import ConicBound
+from maskopt.solvers.bounds.box import BoxBound
 
 EYE, ONES, ALL = torch.eye(4), torch.ones(2, 4), torch.ones(2, 4, dtype=torch.bool)
 PLAIN = LayerProblem(ONES, EYE, HALF)
@@ -541,14 +541,12 @@ def test_a_forged_file_is_named(changes, kinds, tmp_path):
 
 
 def test_a_bound_takes_as_many_inputs_as_it_says(monkeypatch):
-    monkeypatch.setattr(ConicBound, "unavailable", classmethod(lambda cls: None))
     box = lower_bound(LAYER, "box")
-    monkeypatch.setattr(ConicBound, "certify", lambda *_: (box.certificate, box.trace))
-    monkeypatch.setattr(ConicBound, "largest_n", 8)
-    assert torch.equal(lower_bound(LAYER, "sdp-conic").value, box.value)
+    monkeypatch.setattr(BoxBound, "largest_n", 8)
+    assert torch.equal(lower_bound(LAYER, "box").value, box.value)
     assert box.gap(solve(LAYER, "wanda").objective.float()).dtype == torch.float64
-    monkeypatch.setattr(ConicBound, "largest_n", 7)
-    fails(SolverError, "takes at most 7 inputs, the row has 8", lower_bound, LAYER, "sdp-conic")
+    monkeypatch.setattr(BoxBound, "largest_n", 7)
+    fails(SolverError, "takes at most 7 inputs, the row has 8", lower_bound, LAYER, "box")
 
 
 def test_parts_of_a_layer_are_joined_with_what_they_found():

@@ -346,7 +346,7 @@ def test_commands_compare_and_export_what_other_programs_read(saved, tmp_path):
     row = load_problem(tmp_path / "r.npz")
     assert row.n == 10
     best = compare([row], ["exhaustive"])[0].objective
-    for form, formulation in (("cip", "factored"), ("lp", "epigraph"), ("mps", "linear")):
+    for form, formulation in (("cip", "factored"), ("lp", "factored"), ("mps", "linear")):
         target = tmp_path / f"r.{form}"
         words = ("export", tmp_path / "r.npz", target, "--formulation", formulation)
         run(*words)

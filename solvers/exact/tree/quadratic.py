@@ -91,14 +91,11 @@ FAR = Plans(
 
 class QuadraticTree(BestFirst):
     """The tree of one row, from the duals at its root. `plans`: of relaxations with triangles; None: nodes
-    have none. `candidates`: inputs whose children are bounded before one is branched on; `proof`: keep the
-    tree."""
+    have none. `proof`: keep the tree."""
 
-    def __init__(
-        self, task: RowTask, duals: Duals, *, candidates: int = 1, proof: bool = False
-    ) -> None:
+    def __init__(self, task: RowTask, duals: Duals, *, proof: bool = False) -> None:
         super().__init__(task)
-        self.duals, self.mu, self.candidates, self.proof = duals, duals.penalty, candidates, proof
+        self.duals, self.mu, self.proof = duals, duals.penalty, proof
         n = len(task.q)
         self.same, self.twins = same_group(task), twins_of(task.q, task.group)
         self.base = np.ascontiguousarray(task.q + self.mu * self.same)
@@ -226,7 +223,7 @@ class QuadraticTree(BestFirst):
         size = np.linalg.norm(self.task.q[np.ix_(index, index)], axis=1)
         weight = size * (node.point * (1 - node.point))[index]
         chosen: list[Node] = []
-        best, most = -np.inf, max(self.candidates, self.plans.candidates if self.plans else 1)
+        best, most = -np.inf, self.plans.candidates if self.plans else 1
         for i in index[np.argsort(-weight, kind="stable")[:most]]:
             pair = []
             for side in (1, 0):

@@ -24,8 +24,15 @@ from scipy.optimize import brentq
 
 from maskopt.core.limits import clock
 from maskopt.solvers.compiled import RowThreads, loop
-from maskopt.solvers.convex.triangles import ABSENT, Pool, dense, pentagons, separate
-from maskopt.solvers.convex.triangles_kernel import gather, scatter
+from maskopt.solvers.convex.triangles import (
+    ABSENT,
+    Pool,
+    dense,
+    gather,
+    pentagons,
+    scatter,
+    separate,
+)
 from maskopt.solvers.exact.tree.node import LEAST_SHIFT, LEAST_WEIGHT, FreePart, definite
 
 #: steps that the quasi-Newton method remembers
