@@ -33,7 +33,6 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 import torch
-from numba.core import event
 from numba.core.registry import CPUDispatcher
 from platformdirs import user_cache_path
 from threadpoolctl import ThreadpoolController
@@ -129,25 +128,8 @@ def _pipelines() -> dict[str, Any]:
     known here."""
     if numba.version_info.short != _KNOWN:
         return {}
-    try:
-        from numba.core.codegen import JITCodeLibrary
-        from numba.core.compiler import Compiler, Flags
-
-        finalize = JITCodeLibrary._finalize_dynamic_globals, JITCodeLibrary._ensure_finalized
-    except (ImportError, AttributeError) as error:
-        _log.debug("loops are compiled by Numba's own pipeline (%s)", error)
-        return {}
-
-    class QuickFlags(Flags):
-        """Compared by what was set; typing looks every operation up under them."""
-
-        __slots__ = ()
-
-        def __hash__(self) -> int:
-            return hash(frozenset(self._values))
-
-        def __eq__(self, other: object) -> bool:
-            return isinstance(other, QuickFlags) and self._values == other._values
+    from numba.core.codegen import JITCodeLibrary
+    from numba.core.compiler import Compiler
 
     class Library(JITCodeLibrary):
         """One run of LLVM's passes, and only over what is new: parts are linked in behind it."""
@@ -177,19 +159,15 @@ def _pipelines() -> dict[str, Any]:
         codegen = NoEngine()
 
         def _finalize_final_module(self) -> None:
-            finalize[0](self)
+            self._finalize_dynamic_globals()
             self._finalized = True
 
         def get_pointer_to_function(self, name: str) -> int:
-            finalize[1](self)
+            self._ensure_finalized()
             return 0
 
     def pipeline(kind: Any) -> Any:
         class Pipeline(Compiler):
-            def __init__(self, *arguments: Any) -> None:
-                super().__init__(*arguments)
-                self.state.flags = QuickFlags(self.state.flags)
-
             def define_pipelines(self) -> Any:
                 state = self.state
                 state.library = kind(state.targetctx.codegen(), state.func_id.func_qualname)
@@ -207,42 +185,38 @@ def _kept_by_source(function: Callable[..., Any]) -> Any:
     Raises:
         Exception: of any kind, where Numba is not what it was or the folder cannot be written to.
     """
-    from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
+    from numba.core import caching
 
-    class Locator(_CacheLocator):
+    class Locator(caching._SourceFileBackedLocatorMixin, caching._CacheLocator):
         def __init__(self, function: Callable[..., Any], file: str) -> None:
-            self._py_file = file
-            self._lineno = function.__code__.co_firstlineno
-            self._stamp = source_key(Path(file))
-
-        def get_cache_path(self) -> str:
-            return str(kernel_folder() / f"{Path(self._py_file).stem}-{self._stamp[:16]}")
+            self._py_file, self._lineno = file, function.__code__.co_firstlineno
 
         def get_source_stamp(self) -> str:
-            return self._stamp
+            return source_key(Path(self._py_file))
 
-        def get_disambiguator(self) -> str:
-            return str(self._lineno)
+        def get_cache_path(self) -> str:
+            given = os.environ.get("NUMBA_CACHE_DIR")
+            root = Path(given) if given else user_cache_path("maskopt", appauthor=False) / "kernels"
+            return str(root / f"{Path(self._py_file).stem}-{self.get_source_stamp()[:16]}")
 
-        @classmethod
-        def from_function(cls, function: Callable[..., Any], file: str) -> Any:
-            locator = cls(function, file)
-            locator.ensure_cache_path()
-            return locator
-
-    class Impl(CompileResultCacheImpl):
+    class Impl(caching.CompileResultCacheImpl):
         _locator_classes = [Locator]  # noqa: RUF012
 
-    class Cache(FunctionCache):
+    class Cache(caching.FunctionCache):
         _impl_class = Impl
+
+        def load_overload(self, sig: Any, target_context: Any) -> Any:
+            found = super().load_overload(sig, target_context)
+            if found is None:
+                _report_once()
+            return found
 
     return Cache(function)
 
 
-def kernel_folder() -> Path:
-    """Where machine code is kept: NUMBA_CACHE_DIR, or the user's cache folder of maskopt."""
-    given = os.environ.get("NUMBA_CACHE_DIR")
-    return Path(given) if given else user_cache_path("maskopt", appauthor=False) / "kernels"
+@cache
+def _report_once() -> None:
+    _log.info(NOTICE)
 
 
 @cache
@@ -265,28 +239,7 @@ def source_key(file: Path) -> str:
     return sha.hexdigest()
 
 
-class _Notice(event.Listener):
-    """Reports the first compilation of a loop of this package in this process."""
-
-    reported = False
-
-    def on_start(self, happening: event.Event) -> None:
-        # of a function that `exec` made the module is None
-        module = happening.data["dispatcher"].py_func.__module__ or ""
-        if module.startswith("maskopt.solvers.") and not self.reported:
-            self.reported = True
-            _log.info(NOTICE)
-
-    def on_end(self, happening: event.Event) -> None:
-        """Nothing is reported."""
-
-
-event.register("numba:compile", _Notice())
-
-
-@cache
-def _libraries() -> ThreadpoolController:
-    return ThreadpoolController()
+_libraries = cache(ThreadpoolController)
 
 
 def one_blas_thread() -> AbstractContextManager[object]:

@@ -226,7 +226,9 @@ class FrankWolfe(Solver):
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
         assert start is not None
         watch = Stopwatch(problem.rows)
-        fixed = _top_wanda(problem, self.alpha)
+        count = math.floor(self.alpha * (problem.group_size - problem.pruned_per_group))
+        score = wanda_scores(problem).view(problem.rows, -1, problem.group_size)
+        fixed = highest(score, count).view(problem.rows, problem.n)
         x, done = _minimise(problem, start, fixed, self.iterations, limits)
         # what is fixed stays kept, and of the rest the largest x are pruned
         rounded = keep_highest(problem, torch.where(fixed, torch.inf, -x))
@@ -269,10 +271,3 @@ def _minimise(
 def _vertex(problem: LayerProblem, gradient: Tensor, fixed: Tensor) -> Tensor:
     """The legal p of least gradientᵀp that prunes nothing fixed."""
     return ~keep_highest(problem, gradient.where(~fixed, torch.inf))
-
-
-def _top_wanda(problem: LayerProblem, alpha: float) -> Bool[Tensor, "rows n"]:
-    """The ⌊α·keep⌋ highest Wanda scores of each group."""
-    count = math.floor(alpha * (problem.group_size - problem.pruned_per_group))
-    score = wanda_scores(problem).view(problem.rows, -1, problem.group_size)
-    return highest(score, count).view(problem.rows, problem.n)

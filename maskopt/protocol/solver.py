@@ -64,7 +64,6 @@ class Registry:
 
     def __init__(self, group: str, what: str, protocol: type) -> None:
         self.group, self.what, self.protocol = group, what, protocol
-        self._loaded: dict[EntryPoint, type[Any]] = {}
 
     def names(self) -> list[str]:
         return sorted(_points(self.group))
@@ -74,10 +73,7 @@ class Registry:
         points = _points(self.group)
         if name not in points:
             raise SolverError(f"unknown {self.what} {name!r}{near(name, points)}")
-        point = points[name]
-        if point not in self._loaded:
-            self._loaded[point] = self._load(point)
-        return self._loaded[point]
+        return _load(points[name], self.what, self.protocol)
 
     def make(self, member: Any, options: Mapping[str, Any]) -> Any:
         """A member ready to run, by name with options, or a value unchanged; errors as of `find`,
@@ -117,22 +113,6 @@ class Registry:
         except Exception as error:  # a third party's backend may fail in any way
             return Registered(name, kind, f"{type(error).__name__}: {error}")
 
-    def _load(self, point: EntryPoint) -> type[Any]:
-        try:
-            kind = point.load()
-            sound = isinstance(kind(), self.protocol)
-        except Exception as error:  # a third party's backend may fail in any way
-            raise SolverUnavailableError(
-                f"{self.what} {point.name!r} ({point.value}) could not be loaded: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        if not sound:
-            raise SolverUnavailableError(
-                f"{self.what} {point.name!r} ({point.value}) is not a {self.protocol.__name__}"
-            )
-        loaded: type[Any] = kind
-        return loaded
-
 
 def missing_package(package: str) -> str | None:
     """For `unavailable`: that a package is not installed, and what installs it; None: it is."""
@@ -144,6 +124,20 @@ def missing_package(package: str) -> str | None:
 @cache
 def _points(group: str) -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=group)}
+
+
+@cache
+def _load(point: EntryPoint, what: str, protocol: type) -> type[Any]:
+    try:
+        kind: type[Any] = point.load()
+        sound = isinstance(kind(), protocol)
+    except Exception as error:  # a third party's backend may fail in any way
+        fault = f"could not be loaded: {type(error).__name__}: {error}"
+        raise SolverUnavailableError(f"{what} {point.name!r} ({point.value}) {fault}") from error
+    if not sound:
+        fault = f"is not a {protocol.__name__}"
+        raise SolverUnavailableError(f"{what} {point.name!r} ({point.value}) {fault}")
+    return kind
 
 
 @dataclass(frozen=True)

@@ -55,13 +55,8 @@ class DSnoT(Solver):
                 "dsnot needs the mean of the inputs: pass moments=… to LayerProblem, or gather it "
                 "with the Gram matrix"
             )
-        mask, swaps = self._correct(problem, problem.moments.double(), start, limits)
-        return Solution.of(problem, mask, trace=Trace(swaps=swaps))
-
-    def _correct(
-        self, problem: LayerProblem, moments: Tensor, start: Tensor, limits: Limits
-    ) -> tuple[Tensor, Tensor]:
         threshold = self.threshold / self.sequence_length
+        moments = problem.moments.double()
         weight = problem.weight.double()
         square = problem.gram.diagonal().double().clamp(min=0.0)
         mean = moments[0]
@@ -100,4 +95,4 @@ class DSnoT(Solver):
             mask[active, incoming[go]] = True
             mask[active, outgoing[go]] = False
             swaps += go
-        return mask, swaps
+        return Solution.of(problem, mask, trace=Trace(swaps=swaps))

@@ -39,7 +39,7 @@ from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver
 from maskopt.protocol.trace import Trace
 from maskopt.solvers.greedy.scores import keep_highest
-from maskopt.solvers.least_squares.row_kernel import one_sided
+from maskopt.solvers.least_squares.compiled_row import one_sided
 
 #: rows of a tile; a constant, since the last bits of a product may depend on it
 _TILE = 64

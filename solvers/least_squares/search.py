@@ -26,8 +26,7 @@ from maskopt.core.limits import Limits, one_thread_each, threads_on
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import REFIT_FLOOR, SWAP_TOLERANCE, Solution
 from maskopt.protocol.trace import Trace
-from maskopt.solvers.least_squares.compiled_row import CompiledRow
-from maskopt.solvers.least_squares.row_kernel import exchanged, one_sided
+from maskopt.solvers.least_squares.compiled_row import CompiledRow, exchanges, one_sided
 from maskopt.solvers.least_squares.state import DRIFT, Metric, Pairs, Row, Scratch
 from maskopt.solvers.shared_budget import OFFERED, Offers, by_count, searched, transfer
 
@@ -73,7 +72,11 @@ def refine(row: Row, objective: float, mass: float, most: int, limits: Limits) -
         left, fresh = 0 if limits.expired else most - found.swaps, row.fresh
         made = _exchange(row, row.likely(count), threshold, left)
         if not made:
-            pairs = _scan(row, count, threshold, objective)
+            # all pairs; of an M and a v that are good enough for a claim
+            if not row.fresh and row.drift() > DRIFT:
+                row.renew(row.kept, row.pruned)
+            row.settle(_NOISE * threshold, objective)
+            pairs = row.improving(count, threshold)
             found.scans += 1
             found.proven = pairs is None
             made = 0 if pairs is None else _exchange(row, pairs, threshold, left)
@@ -97,14 +100,6 @@ def refine(row: Row, objective: float, mass: float, most: int, limits: Limits) -
     return found
 
 
-def _scan(row: Row, count: int, threshold: float, objective: float) -> Pairs | None:
-    """All pairs; of an M and a v that are good enough for a claim."""
-    if not row.fresh and row.drift() > DRIFT:
-        row.renew(row.kept, row.pruned)
-    row.settle(_NOISE * threshold, objective)
-    return row.improving(count, threshold)
-
-
 def _exchange(row: Row, pairs: Pairs, threshold: float, most: int) -> int:
     """Search among candidates, and exchange what pays; the number of swaps."""
     if most <= 0:
@@ -112,8 +107,11 @@ def _exchange(row: Row, pairs: Pairs, threshold: float, most: int) -> int:
     block = row.block(pairs)
     count = len(pairs.u)
     group = torch.cat([row.kept[pairs.u], row.pruned[pairs.p]]) // row.metric.group_size
-    arrays = (x.cpu().numpy() for x in (block.z, block.y, group))
-    made, left, came = exchanged(*arrays, count, threshold, min(most, 2**62))
+    z, y = (x.cpu().clone().numpy() for x in (block.z, block.y))
+    who, kept = np.arange(len(y)), np.zeros(len(y), np.bool_)
+    made = exchanges(z, y, who, group.cpu().numpy(), count, threshold, min(most, 2**62))
+    kept[who[:count]] = True
+    left, came = np.flatnonzero(~kept[:count]), np.flatnonzero(kept[count:])
     if len(left):
         gone, back = (torch.from_numpy(x).to(row.v.device) for x in (left, came))
         row.exchange(pairs.u[gone], pairs.p[back], block.of(torch.cat([gone, count + back])))
@@ -168,14 +166,9 @@ def _searched(
         return found
 
     rows: dict[int, Found] = {}
-    late: list[int] = []
     for batch, found in zip(batches, one_thread_each(search, len(batches), threads), strict=True):
-        if found is None:
-            late += batch.tolist()
-        else:
-            rows.update(zip(batch.tolist(), found, strict=True))
-    if late:
-        rows.update(zip(late, _as_begun(problem, start, late, limits), strict=True))
+        found = found or _as_begun(problem.take(batch), start[batch], limits)
+        rows.update(zip(batch.tolist(), found, strict=True))
     return [rows[index] for index in range(problem.rows)]
 
 
@@ -188,11 +181,10 @@ def _alike(start: Tensor, threads: int) -> list[Tensor]:
     return batches
 
 
-def _as_begun(problem: LayerProblem, start: Tensor, rows: list[int], limits: Limits) -> list[Found]:
-    """The start's masks of some rows, with their weights and costs: no search."""
-    some, mask = problem.take(rows), start[rows]
-    weight = some.weights(mask, limits)
-    costs = some.cost(weight).tolist()
+def _as_begun(problem: LayerProblem, mask: Tensor, limits: Limits) -> list[Found]:
+    """The start's masks, with their weights and costs: no search."""
+    weight = problem.weights(mask, limits)
+    costs = problem.cost(weight).tolist()
     return [Found(m, w, objectives=[c]) for m, w, c in zip(mask, weight, costs, strict=True)]
 
 
@@ -235,7 +227,8 @@ def _offers(row: Row) -> Offers:
 def _most_saving(row: Row) -> Tensor:
     """Slots of pruned inputs of largest r_p²/C_pp, the largest of all for certain: r_p²H_pp is no less, so
     that only what is above the best of the likely ones is priced."""
-    most, count = row.gains(), min(OFFERED, len(row.pruned))
+    most = row.r.square() * row.metric.spread[row.pruned]
+    count = min(OFFERED, len(row.pruned))
     slots = row.likely(count).p
     exact = _gains(row, slots)
     if len(slots) < len(row.pruned):

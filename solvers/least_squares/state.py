@@ -26,11 +26,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from maskopt.solvers.least_squares.row_kernel import gather
+from maskopt.solvers.compiled import loop
 
 #: size below which LAPACK inverts a matrix
 _LEAF = 96
@@ -72,8 +73,16 @@ def part_of(matrix: Tensor, lines: Tensor, columns: Tensor, out: Tensor) -> Tens
     """matrix[lines, columns], written to `out` [lines, columns]."""
     if matrix.device.type != "cpu":
         return out.copy_(matrix[lines[:, None], columns[None, :]])
-    gather(matrix.numpy(), lines.numpy(), columns.numpy(), out.numpy())
+    _gather(matrix.numpy(), lines.numpy(), columns.numpy(), out.numpy())
     return out
+
+
+@loop(nogil=True)
+def _gather(matrix: np.ndarray, lines: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
+    for i in range(len(lines)):
+        line = matrix[lines[i]]
+        for j in range(len(columns)):
+            out[i, j] = line[columns[j]]
 
 
 def inverse(matrix: Tensor, out: Tensor, work: Tensor) -> Tensor:
@@ -133,6 +142,9 @@ class Metric:
     @cached_property
     def stiffness(self) -> float:
         return float((self.alone * self.spread).max())
+
+    def group(self, inputs: Tensor) -> Tensor:
+        return inputs // self.group_size
 
 
 @dataclass
@@ -249,10 +261,6 @@ class Row:
         """v_u²/M_uu."""
         return self.v.square() / self.m.diagonal()
 
-    def gains(self) -> Float[Tensor, " s"]:
-        """r_p² H_pp ≥ r_p²/C_pp."""
-        return self.r.square() * self.metric.spread[self.pruned]
-
     def likely(self, count: int) -> Pairs:
         """Candidates by r_p²√(H_pp/A_pp) for r_p²/C_pp, at most `count` a side, or in whole groups."""
         gain = self.r.square() * (self.metric.spread / self.metric.alone).sqrt()[self.pruned]
@@ -260,15 +268,15 @@ class Row:
         if self.metric.group_size == len(self.target):
             return Pairs(_least(cost, count), _least(-gain, count))
         groups = len(self.target) // self.metric.group_size
-        of_u, of_p = self._group(self.kept), self._group(self.pruned)
+        of_u, of_p = self.metric.group(self.kept), self.metric.group(self.pruned)
         cheapest = cost.new_full((groups,), torch.inf).scatter_reduce_(0, of_u, cost, "amin")
         dearest = gain.new_zeros(groups).scatter_reduce_(0, of_p, gain, "amax")
         return self._whole(_least(cheapest - dearest, max(1, count // self.metric.group_size)))
 
     def _whole(self, groups: Tensor) -> Pairs:
         """All inputs of some groups."""
-        slots = self.kept, self.pruned
-        return Pairs(*(torch.isin(self._group(x), groups).nonzero()[:, 0] for x in slots))
+        slots = self.metric.group(self.kept), self.metric.group(self.pruned)
+        return Pairs(*(torch.isin(x, groups).nonzero()[:, 0] for x in slots))
 
     def improving(self, count: int, threshold: float) -> Pairs | None:
         """The exact scan: candidates out of all pairs of Δ < −threshold; None: there is none."""
@@ -282,7 +290,8 @@ class Row:
         delta /= (b.square_() / c).add_(self.m.diagonal()[:, None])
         delta -= r.square() / c
         if self.metric.group_size < len(self.target):
-            delta[self._group(self.kept)[:, None] != self._group(self.pruned[suspects])] = torch.inf
+            of_u, of_p = self.metric.group(self.kept), self.metric.group(self.pruned[suspects])
+            delta[of_u[:, None] != of_p] = torch.inf
         by_kept, by_pruned = delta.amin(1), delta.amin(0)
         if not bool((by_pruned < -threshold).any()):
             return None
@@ -290,7 +299,7 @@ class Row:
             best = by_pruned.topk(
                 min(len(by_pruned), max(1, count // self.metric.group_size)), largest=False
             )
-            return self._whole(self._group(self.pruned[suspects[best.indices]]))
+            return self._whole(of_p[best.indices])
         u, p = _least(by_kept, count), _least(by_pruned, count)
         return Pairs(u[by_kept[u] < 0], suspects[p[by_pruned[p] < 0]])
 
@@ -300,7 +309,7 @@ class Row:
         ratio = (spread[self.kept] / self.m.diagonal()).clamp(min=1.0)
         cost = self.costs()
         need = cost / (ratio.sqrt() + (ratio - 1.0).sqrt()).square()
-        gain = self.gains() * (1.0 + SAFETY)
+        gain = self.r.square() * spread[self.pruned] * (1.0 + SAFETY)
         price = self.v / self.m.diagonal()
         if self.metric.group_size < len(self.target):
             return self._suspects_of_groups(need, gain, cost, price)
@@ -324,7 +333,7 @@ class Row:
         self, need: Tensor, gain: Tensor, cost: Tensor, price: Tensor
     ) -> Int[Tensor, " some"]:
         """The same where only pairs inside a group count."""
-        same = self._group(self.kept)[:, None] == self._group(self.pruned)[None, :]
+        same = self.metric.group(self.kept)[:, None] == self.metric.group(self.pruned)[None, :]
         u, p = (same & (need[:, None] < gain[None, :])).nonzero().unbind(1)
         least = (1.0 - SAFETY) / self.metric.spread[self.pruned[p]]
         self.formed += len(p)
@@ -335,9 +344,6 @@ class Row:
             reach = self.r[two].square() + 2 * self.r[two] * price[one] * b
             flagged.append(two[reach > cost[one] * low])
         return torch.cat(flagged).unique() if flagged else p
-
-    def _group(self, inputs: Tensor) -> Tensor:
-        return inputs // self.metric.group_size
 
     def _outer(self, p: Tensor) -> Float[Tensor, "k some"]:
         """A_S,p of slots p: lines of the symmetric A, which lie together in memory."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from maskopt.core.fields import option
 from maskopt.core.files import join_rows, take_rows
 from maskopt.core.limits import Limits
-from maskopt.core.pattern import Pattern, Unstructured
+from maskopt.core.pattern import Unstructured
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver
@@ -75,10 +75,14 @@ class Memetic(Solver):
         watch = Stopwatch(problem.rows)
         masks = 2 * self.pool + max(self.children, self.pool)
         fit = limits.bytes(_MEMORY) // (_ENTRY_BYTES * problem.n * masks)
-        tiles = _tiles(problem, start, max(1, min(_TILE, fit)))
+        most = max(1, min(_TILE, fit))
+        tiles = [tile for rows in by_count(start.cpu()) for tile in rows.split(most)]
         share, pools, rows_done = limits.share(SEARCH_SHARE).quiet(), [], 0
-        for done, (tile, pattern) in enumerate(tiles):
+        for done, tile in enumerate(tiles):
             own = share.share(1 / (len(tiles) - done))
+            # rows of a shared budget prune as many here as in the start
+            alone = Unstructured(keep=int(start[tile[0]].sum()))
+            pattern = alone if problem.shared_budget else problem.pattern
             pool = _Pool(problem.take(tile).under(pattern), start[tile].cpu(), self, own)
             for generation in self._evolve(pool, own.seed):
                 step = "generations", generation, self.generations
@@ -86,7 +90,7 @@ class Memetic(Solver):
             rows_done += len(tile)
             pools.append(pool)
         limits.report(problem.rows, problem.rows)
-        order = torch.cat([tile for tile, _ in tiles]).argsort()
+        order = torch.cat(tiles).argsort()
         found = torch.cat([pool.masks[:, 0] for pool in pools])[order].to(problem.device)
         trace = take_rows(join_rows([pool.trace() for pool in pools]), order)
         return then_swapped(problem, found, start, limits, trace, watch)
@@ -111,18 +115,6 @@ class Memetic(Solver):
             one, two = pool.masks[:, first], pool.masks[:, (first + apart) % self.pool]
             chance = torch.rand(self.children, n, generator=generator) < _CHANCE
             masks = pool.completed(one & two & ~chance, (one ^ two) | chance, keys)
-
-
-def _tiles(problem: LayerProblem, start: Tensor, most: int) -> list[tuple[Tensor, Pattern]]:
-    """So many rows at most that prune as many, and the pattern of each alone."""
-    if not problem.shared_budget:
-        rows = torch.arange(problem.rows)
-        return [(tile, problem.pattern) for tile in rows.split(most)]
-    return [
-        (tile, Unstructured(keep=int(start[rows[0]].sum())))
-        for rows in by_count(start.cpu())
-        for tile in rows.split(most)
-    ]
 
 
 class _Pool:

@@ -84,14 +84,6 @@ class Tabu(Solver):
         refined = then_swapped(problem, mask, start, limits, trace, watch)
         return Solution.of(problem, refined.mask, status=refined.status, trace=refined.trace)
 
-    def tenure_of(self, problem: LayerProblem) -> int:
-        """The tenure in moves."""
-        if self.tenure is not None:
-            return self.tenure
-        grouped = problem.group_size < problem.n
-        tenure = _TENURE_NM if grouped else _TENURE_LEAST + problem.n // _INPUTS_PER_TENURE
-        return max(1, min(tenure, problem.n // _TENURE_SHARE))
-
 
 def then_swapped(
     problem: LayerProblem,
@@ -161,7 +153,10 @@ def search(
     """The best masks after `plan.moves` moves of every row, or the time limit, and their trace."""
     from maskopt.solvers.search.tabu_kernel import search_rows
 
-    rows, tenure = problem.rows, plan.tenure_of(problem)
+    rows, grouped, tenure = problem.rows, problem.group_size < problem.n, plan.tenure
+    if tenure is None:
+        tenure = _TENURE_NM if grouped else _TENURE_LEAST + problem.n // _INPUTS_PER_TENURE
+        tenure = max(1, min(tenure, problem.n // _TENURE_SHARE))
     scaled = Scaled.of(problem) if scaled is None else scaled
     x, gram, scale = scaled.x, scaled.gram, scaled.scale
     state = _State.of(scaled, ~start, limits.seed)

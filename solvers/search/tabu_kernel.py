@@ -104,15 +104,16 @@ def _random(state):
 
 
 @_exact
-def _bar(j, pruned, free, square, bar_kept, bar_pruned):
+def _bar(j, pruned, free, square, bars):
     """Open j for the role it plays now if it is free, and shut it for the other."""
-    bar_kept[j] = square[j] if free and not pruned[j] else FORBIDDEN
-    bar_pruned[j] = square[j] if free and pruned[j] else FORBIDDEN
+    bars[0, j] = square[j] if free and not pruned[j] else FORBIDDEN
+    bars[1, j] = square[j] if free and pruned[j] else FORBIDDEN
 
 
 @_fast
-def _best_move(x, twice, gram, slope, bar_kept, bar_pruned, of_moves):
+def _best_move(x, twice, gram, slope, bars, of_moves):
     """The best exchange of the least a with its partner, and of the least b with its, per group."""
+    bar_kept, bar_pruned = bars[0], bars[1]
     a, b, out = of_moves[0], of_moves[1], of_moves[2]
     best = BEYOND
     kept, pruned = -1, -1
@@ -137,8 +138,9 @@ def _best_move(x, twice, gram, slope, bar_kept, bar_pruned, of_moves):
 
 
 @_fast
-def _best_of_small(cross, slope, bar_kept, bar_pruned):
+def _best_of_small(cross, slope, bars):
     """All pairs of every group, where groups are small; cross[i, j] = −2 x_i x_j G_ij inside them."""
+    bar_kept, bar_pruned = bars[0], bars[1]
     best = BEYOND
     kept, pruned = -1, -1
     n, group = cross.shape
@@ -183,12 +185,12 @@ def _shut(j, expiry, head, follow):
 
 
 @_exact
-def _open(now, pruned, expiry, head, follow, square, bar_kept, bar_pruned):
+def _open(now, pruned, expiry, head, follow, square, bars):
     """Open the inputs whose tabu ends now."""
     slot = now % len(head)
     j = head[slot]
     while j >= 0:
-        _bar(j, pruned, expiry[j] <= now, square, bar_kept, bar_pruned)
+        _bar(j, pruned, expiry[j] <= now, square, bars)
         j = follow[j]
     head[slot] = -1
 
@@ -217,7 +219,7 @@ def _enter(now, x, gram, square, pruned, expiry, work):
     for j in range(len(x)):
         if expiry[j] > now:
             _shut(j, expiry, head, follow)
-        _bar(j, pruned, expiry[j] <= now, square, bars[0], bars[1])
+        _bar(j, pruned, expiry[j] <= now, square, bars)
 
 
 @_exact
@@ -229,9 +231,7 @@ def _search_row(xs, gram, state, plan, work, row):
     values = state.values[row]
     group, moves, scratch, tenure, spread, patience, kick = plan
     bars, of_moves, cross, head, follow, twice = work
-    bar_kept, bar_pruned = bars[0], bars[1]
     now, descending = clock[0], clock[2] == 0
-    begun = now
     _enter(now, x, gram, square, pruned, expiry, work)
     if scratch:
         values[0] = _products(slope, x, gram, pruned, linear, constant)
@@ -240,11 +240,11 @@ def _search_row(xs, gram, state, plan, work, row):
         best_value = value
     made = 0
     while made < moves:
-        _open(now, pruned, expiry, head, follow, square, bar_kept, bar_pruned)
+        _open(now, pruned, expiry, head, follow, square, bars)
         if group <= SMALL:
-            u, p, delta = _best_of_small(cross, slope, bar_kept, bar_pruned)
+            u, p, delta = _best_of_small(cross, slope, bars)
         else:
-            u, p, delta = _best_move(x, twice, gram, slope, bar_kept, bar_pruned, of_moves)
+            u, p, delta = _best_move(x, twice, gram, slope, bars, of_moves)
         if u < 0:
             if descending:
                 break
@@ -256,7 +256,7 @@ def _search_row(xs, gram, state, plan, work, row):
             value + delta >= best_value * BETTER
             # by float32's rounding alone values could fall on and on, below 0
             or value + delta <= 0.0
-            or now - begun >= DESCENT * len(x)
+            or now - clock[0] >= DESCENT * len(x)
         ):
             descending = False
             clock[2] = 1
@@ -270,7 +270,7 @@ def _search_row(xs, gram, state, plan, work, row):
             if not descending:
                 expiry[j] = now + tenure + np.int64(_random(random) % np.uint64(spread + 1))
                 _shut(j, expiry, head, follow)
-            _bar(j, pruned, descending, square, bar_kept, bar_pruned)
+            _bar(j, pruned, descending, square, bars)
         if value < best_value * BETTER:
             best_value = value
             _copy(pruned, best_pruned)
@@ -281,7 +281,7 @@ def _search_row(xs, gram, state, plan, work, row):
             clock[1] = now
             _hold(now, kick, tenure, spread, expiry, random, head, follow)
             for j in range(len(x)):
-                _bar(j, pruned, expiry[j] <= now, square, bar_kept, bar_pruned)
+                _bar(j, pruned, expiry[j] <= now, square, bars)
     clock[0] = now
     values[0], values[1] = value, best_value
     return made

@@ -93,7 +93,20 @@ class Swap(Solver):
         # would take the cores
         with torch_threads(1 if name == "numba" else None):
             parts = self._parts(problem, start, name, threads, limits)
-        return _solution(name, parts)
+        objective = torch.cat([b.objective.clamp(min=0.0) * b.scale for b in parts])
+        traces = [
+            Trace(
+                kernel=name,
+                swaps=batch.swaps.cpu(),
+                scans=batch.scans.cpu(),
+                rounds=batch.rounds.cpu(),
+                pairs=batch.priced.cpu(),
+                history=torch.stack(batch.history, 1).cpu(),
+            )
+            for batch in parts
+        ]
+        mask, optimal = (torch.cat([getattr(b, x) for b in parts]) for x in ("kept", "proven"))
+        return searched(mask, objective, optimal, join_rows(traces))
 
     def _parts(
         self, problem: LayerProblem, kept: Tensor, name: str, threads: int, limits: Limits
@@ -132,36 +145,15 @@ class Swap(Solver):
         return parts
 
 
-def _solution(kernel: str, parts: list[Batch]) -> Solution:
-    objective = torch.cat([b.objective.clamp(min=0.0) * b.scale for b in parts])
-    traces = [
-        Trace(
-            kernel=kernel,
-            swaps=batch.swaps.cpu(),
-            scans=batch.scans.cpu(),
-            rounds=batch.rounds.cpu(),
-            pairs=batch.priced.cpu(),
-            history=torch.stack(batch.history, 1).cpu(),
-        )
-        for batch in parts
-    ]
-    mask = torch.cat([batch.kept for batch in parts])
-    return searched(
-        mask, objective, torch.cat([batch.proven for batch in parts]), join_rows(traces)
-    )
-
-
 def make_kernel(name: str, batch: Batch, memory: int, threads: int) -> Kernel:
     """The kernel of that name, for the layer of the batch; `threads` are those of numba."""
     if name == "numba":
         return NumbaKernel(batch, threads)
     if name == "torch":
         return TorchKernel(batch, memory)
-    if name == "triton":
-        from maskopt.solvers.swap.triton.steps import TritonKernel
+    from maskopt.solvers.swap.triton.steps import TritonKernel
 
-        return TritonKernel(batch, memory=memory)
-    raise SolverError(f"swap: no kernel {name!r}")
+    return TritonKernel(batch, memory=memory)
 
 
 def _choose_kernel(kernel: str, problem: LayerProblem) -> str:

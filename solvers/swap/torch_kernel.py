@@ -157,14 +157,11 @@ class TorchKernel:
         return swaps - started
 
     def _price_all(self, batch: Batch, rows: Tensor) -> Tensor:
-        """Every kept column against all pruned ones: which rows are not optimal."""
-        improving = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-        for some in by_count(batch.kept[rows]):
-            improving[some] = self._price_alike(batch, rows[some])
-        return improving
-
-    def _price_alike(self, batch: Batch, rows: Tensor) -> Tensor:
-        """Of rows that keep as many each, some kept columns of each at a time."""
+        """Every kept column against all pruned ones, some at a time: which rows are not optimal."""
+        alike = by_count(batch.kept[rows])
+        if len(alike) > 1:
+            parts = torch.cat([self._price_all(batch, rows[some]) for some in alike])
+            return parts[torch.cat(alike).argsort()]
         a, b = _sides(batch, rows)
         count = int(batch.kept[rows[0]].sum())
         threshold = batch.threshold(rows)

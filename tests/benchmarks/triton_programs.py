@@ -97,7 +97,7 @@ def variants() -> Iterator[Variant]:
 
 
 #: arguments that are not pointers to the kernel's floating dtype
-_INTEGERS = {"n", "most", "group", "M", "groups"}
+_INTEGERS = {"n", "group", "M", "groups"}
 _POINTERS = {
     "gram": "*fp32",
     "blocks": "*fp32",
@@ -107,7 +107,7 @@ _POINTERS = {
     **dict.fromkeys(("c", "d", "diagonal"), "*fp64"),
     **dict.fromkeys(
         (
-            "columns", "room", "pairs", "made", "count", "partner", "kept_list", "kept_count",
+            "columns", "room", "made", "count", "partner", "kept_list", "kept_count",
             "pruned_list", "pruned_count", "kept_best", "pruned_best",
         ),
         "*i32",

@@ -28,11 +28,9 @@ def swap_block(
     columns,
     limit,
     room,
-    pairs,
     made,
     kept_after,
     n,
-    most,
     group,
     N: tl.constexpr,
     GROUPED: tl.constexpr,
@@ -40,11 +38,11 @@ def swap_block(
     """One program per row: best swaps among N candidate columns until none gains over the limit.
 
     Everything a swap touches (2 x_i x_j G_ij over the candidates, and 2 x_i c_i) is loaded once and
-    stays in registers; a swap writes its two column numbers and reads nothing from memory. All
-    reductions run along the first axis, p, which Triton lays along registers (the block of G is
-    symmetric), so that they need no shuffles and the vectors over u take one register each.
-    Candidates are in ascending order, so the lowest position is the lowest column; −1 pads. The
-    program's row of x, c and kept is index[program]; it computes in the dtype of limit.
+    stays in registers; a swap neither reads memory nor writes it. All reductions run along the first
+    axis, p, which Triton lays along registers (the block of G is symmetric), so that they need no
+    shuffles and the vectors over u take one register each. Candidates are in ascending order, so the
+    lowest position is the lowest column; −1 pads. The program's row of x, c and kept is
+    index[program]; it computes in the dtype of limit.
     """
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, N)
@@ -88,9 +86,6 @@ def swap_block(
             cross_p = tl.sum(tl.where(is_p[:, None], cross, 0.0), axis=0)
             linear += cross_u - cross_p
             inside = tl.where(is_u, 0, tl.where(is_p, 1, inside))
-            slot = pairs + (row * most + count) * 2
-            tl.store(slot, tl.sum(tl.where(is_u, column, 0), axis=0))
-            tl.store(slot + 1, tl.sum(tl.where(is_p, column, 0), axis=0))
             count += 1
             going = count < allowed
     tl.store(made + row, count)

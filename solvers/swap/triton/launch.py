@@ -45,12 +45,11 @@ def column_terms(
     (b), and e = |x_j| d_j, rounded up, in one launch."""
     shape = (len(rows), x.shape[1])
     a, b, e = (torch.empty(shape, dtype=dtype, device=x.device) for _ in range(3))
-    if len(rows):
-        state = x, c, kept.view(torch.int8), rows, diagonal.double().contiguous(), reach.d
-        margin = 4.0 * torch.finfo(dtype).eps if lowered else 0.0
-        kernels.column_terms[(len(rows), triton.cdiv(x.shape[1], STRIP))](
-            *state, a, b, e, x.shape[1], margin, BLOCK=STRIP, num_warps=4
-        )
+    state = x, c, kept.view(torch.int8), rows, diagonal.double().contiguous(), reach.d
+    margin = 4.0 * torch.finfo(dtype).eps if lowered else 0.0
+    kernels.column_terms[(len(rows), triton.cdiv(x.shape[1], STRIP))](
+        *state, a, b, e, x.shape[1], margin, BLOCK=STRIP, num_warps=4
+    )
     return a, b, e
 
 
@@ -63,43 +62,31 @@ def swap_block(
     limit: Float[Tensor, " rows"],
     rows: Int[Tensor, " rows"],
     *,
-    group: int | None = None,
-    room: Int[Tensor, " rows"] | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[Int[Tensor, "rows most 2"], Int[Tensor, " rows"], Bool[Tensor, "rows N"]]:
-    """Best swaps of each row among its candidate columns until none gains more than the limit: the swaps in
-    order (kept column, pruned column), of which the first `made` of a row count; how many were made; which
-    candidates are kept now (False where padded).
+    group: int,
+    room: Int[Tensor, " rows"],
+    dtype: torch.dtype,
+) -> tuple[Int[Tensor, " rows"], Bool[Tensor, "rows N"]]:
+    """Best swaps of each row among its candidate columns until none gains more than the limit: how many were
+    made, and which candidates are kept now (False where padded).
 
     Args:
         c: G(x ⊙ pruned); not changed, nor is kept.
         columns: int32, ascending, −1 pads (anywhere); N a power of two from 16 to 128.
         rows: the rows of x, c and kept to work on.
-        group: swaps stay inside groups of so many consecutive columns (None: everywhere).
-        room: a row stops after so many swaps; after 2N at the latest.
-        dtype: float32 or float64, which the search is done in (None: that of x).
+        group: swaps stay inside groups of so many consecutive columns.
+        room: a row stops after so many swaps.
+        dtype: float32 or float64, which the search is done in.
     """
-    dtype = x.dtype if dtype is None else dtype
     many, width = columns.shape
     if width & (width - 1) or not 16 <= width <= 128:
         raise ValueError(f"N must be a power of two from 16 to 128, not {width}")
-    most = 2 * width
-    if room is None:
-        room = torch.full((many,), most, dtype=torch.int32, device=x.device)
-    room = room.clamp(0, most).to(torch.int32).contiguous()
-    pairs = torch.full((many, most, 2), -1, dtype=torch.int32, device=x.device)
     made = torch.zeros(many, dtype=torch.int32, device=x.device)
     after = torch.zeros((many, width), dtype=torch.int8, device=x.device)
-    if many:
-        state = gram, x, c, kept.view(torch.int8), rows, columns.to(torch.int32).contiguous()
-        plan = limit.to(dtype).contiguous(), room
-        sizes = x.shape[1], most, group or x.shape[1]
-        grouped = group is not None and group < x.shape[1]
-        warps = swap_block_warps(width, dtype)
-        kernels.swap_block[(many,)](
-            *state, *plan, pairs, made, after, *sizes, N=width, GROUPED=grouped, num_warps=warps
-        )
-    return pairs, made, after.bool()
+    state = gram, x, c, kept.view(torch.int8), rows, columns.to(torch.int32).contiguous()
+    plan = limit.to(dtype).contiguous(), room.to(torch.int32).contiguous()
+    sizes = {"N": width, "GROUPED": group < x.shape[1], "num_warps": swap_block_warps(width, dtype)}
+    kernels.swap_block[(many,)](*state, *plan, made, after, x.shape[1], group, **sizes)
+    return made, after.bool()
 
 
 def swap_block_warps(width: int, dtype: torch.dtype) -> int:
@@ -121,13 +108,12 @@ def move_correlation(
     rows: Int[Tensor, " rows"],
 ) -> None:
     """In place, for some rows: c_r ← c_r + Σ_k change_rk G[columns_rk, :], summed in c's dtype."""
-    if len(rows):
-        n, width = c.shape[1], columns.shape[1]
-        columns = columns.clamp(min=0).to(torch.int32).contiguous()
-        change = change.to(c.dtype).contiguous()
-        kernels.move_correlation[(len(rows), triton.cdiv(n, STRIP))](
-            gram, c, rows, columns, change, n, N=width, BLOCK=STRIP, num_warps=4
-        )
+    n, width = c.shape[1], columns.shape[1]
+    columns = columns.clamp(min=0).to(torch.int32).contiguous()
+    change = change.to(c.dtype).contiguous()
+    kernels.move_correlation[(len(rows), triton.cdiv(n, STRIP))](
+        gram, c, rows, columns, change, n, N=width, BLOCK=STRIP, num_warps=4
+    )
 
 
 def discard(
@@ -172,29 +158,24 @@ def scan(
     e: Float[Tensor, "rows n"],
     reach: Reach,
     limit: Float[Tensor, " rows"],
-    *,
-    group: int | None = None,
-    pairs: Int[Tensor, " rows"] | None = None,
-) -> tuple[Float[Tensor, "rows n"], Int[Tensor, "rows n"]]:
+    group: int,
+) -> tuple[Float[Tensor, "rows n"], Int[Tensor, "rows n"], Int[Tensor, " rows"]]:
     """The best partner of every kept column, where the pair gains more than the limit: least Δ of the kept
-    column u (∞ where it is not below −limit), and int32 its p, the lowest if several; both [rows, n].
+    column u (∞ where it is not below −limit), and int32 its p, the lowest if several; both [rows, n]. And
+    the pairs of each row that `discard` leaves, groups not counted.
 
     Args:
         a, b, e: of `column_terms`, pessimistic where the outcome is to be a proof; in the dtype of x, +inf
             where a column is not kept (a) or not pruned (b).
         group: pairs stay inside groups of so many consecutive columns.
-        pairs: int64, written: the pairs of each row that `discard` leaves, groups not counted.
     """
     rows, n = x.shape
     value = torch.full_like(x, torch.inf)
     partner = torch.full(x.shape, -1, dtype=torch.int32, device=x.device)
     limit = limit.to(x.dtype)
-    if rows == 0:
-        return value, partner
     rho = reach.rho.to(x.dtype) * _SLACK
     fewer_a, fewer_b = discard(a, b, e, rho, limit)
-    if pairs is not None:
-        pairs.copy_((fewer_a < torch.inf).sum(1) * (fewer_b < torch.inf).sum(1))
+    pairs = (fewer_a < torch.inf).sum(1) * (fewer_b < torch.inf).sum(1)
     lists = []
     for values in (fewer_a, fewer_b):
         columns = torch.empty(x.shape, dtype=torch.int32, device=x.device)
@@ -203,13 +184,13 @@ def scan(
         lists += [columns, count]
     longest = int(lists[1].max())
     if longest == 0:
-        return value, partner
+        return value, partner, pairs
     state = gram, x, a.contiguous(), b.contiguous(), e, rho, limit
-    sizes = {"GROUPED": group is not None and group < n, "BU": BLOCK_U, "BP": BLOCK_P}
+    sizes = {"GROUPED": group < n, "BU": BLOCK_U, "BP": BLOCK_P}
     kernels.scan_survivors[(rows, triton.cdiv(longest, BLOCK_U))](
-        *state, *lists, value, partner, n, group or n, **sizes, num_warps=4
+        *state, *lists, value, partner, n, group, **sizes, num_warps=4
     )
-    return value, partner
+    return value, partner, pairs
 
 
 def scan_groups(
@@ -229,10 +210,9 @@ def scan_groups(
     pruned_best = torch.empty(shape, dtype=torch.int32, device=x.device)
     width = max(2, triton.next_power_of_2(size))
     together = groups_together(width, x.dtype)
-    if rows:
-        state = (values.contiguous() for values in (blocks, x, a, b))
-        found = value, kept_best, pruned_best
-        kernels.scan_groups[(rows, triton.cdiv(groups, together))](
-            *state, *found, n, size, groups, MP=width, BG=together, num_warps=4
-        )
+    state = (values.contiguous() for values in (blocks, x, a, b))
+    found = value, kept_best, pruned_best
+    kernels.scan_groups[(rows, triton.cdiv(groups, together))](
+        *state, *found, n, size, groups, MP=width, BG=together, num_warps=4
+    )
     return value, kept_best, pruned_best

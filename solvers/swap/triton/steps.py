@@ -69,10 +69,10 @@ class TritonKernel:
         """Swap each row until fresh candidates hold no improving pair, or it has `most` swaps."""
         self._own(batch)
         with _device(batch):
+            rows = rows[batch.swaps[rows] < most]
             while len(rows):
-                rows = rows[batch.swaps[rows] < most]
                 made = [self._round(batch, part, most) for part in rows.split(self._chunk)]
-                rows = rows[torch.cat(made) > 0]
+                rows = rows[(torch.cat(made) > 0) & (batch.swaps[rows] < most)]
 
     def price(self, batch: Batch, rows: Int[Tensor, " some"]) -> Bool[Tensor, " some"]:
         """Whether a row has an improving swap; False is a proof that it has none."""
@@ -104,7 +104,8 @@ class TritonKernel:
         return made
 
     def _candidates(self, batch: Batch, rows: Int[Tensor, " some"]) -> Int[Tensor, "some N"]:
-        a, b, _ = self._terms(batch, rows, self._proposing, lowered=False)
+        state = batch.x, batch.c, batch.kept, batch.diagonal, self._reach
+        a, b, _ = launch.column_terms(*state, self._proposing, rows, lowered=False)
         if self._small:
             x = batch.x[rows].to(self._proposing)
             return self._columns_of_groups(batch, launch.scan_groups(self._blocks, x, a, b)[0])
@@ -136,7 +137,7 @@ class TritonKernel:
         threshold = batch.threshold(rows)
         state = batch.gram, batch.x, batch.c, batch.kept, columns, threshold, rows
         room = (most - batch.swaps[rows]).clamp(max=2 * WIDTH)
-        _, made, after = launch.swap_block(*state, group=batch.group, room=room, dtype=dtype)
+        made, after = launch.swap_block(*state, group=batch.group, room=room, dtype=dtype)
         at = columns.clamp(min=0).long()
         line = rows[:, None]
         change = batch.x[line, at] * (batch.kept[line, at].double() - after.double())
@@ -162,18 +163,16 @@ class TritonKernel:
     ) -> Bool[Tensor, " some"]:
         threshold = batch.threshold(rows)
         x = batch.x[rows].to(dtype)
-        a, b, e = self._terms(batch, rows, dtype, lowered=True)
+        state = batch.x, batch.c, batch.kept, batch.diagonal, self._reach
+        a, b, e = launch.column_terms(*state, dtype, rows, lowered=True)
         if self._small:
             value, u, p = launch.scan_groups(self._blocks, x, a, b)
             value = torch.where(value < -threshold[:, None], value, torch.inf)
             columns = self._columns_of_groups(batch, value)
         else:
-            looked = torch.zeros_like(rows)
-            value, partner = launch.scan(
-                batch.gram, x, a, b, e, self._reach, threshold,
-                group=batch.group, pairs=looked,
-            )  # fmt: skip
-            batch.priced[rows] += looked
+            terms = x, a, b, e, self._reach, threshold
+            value, partner, pairs = launch.scan(batch.gram, *terms, batch.group)
+            batch.priced[rows] += pairs
             u = least(value, WIDTH // 2)
             value = value.gather(1, u.clamp(min=0)).masked_fill(u < 0, torch.inf)
             p = partner.gather(1, u.clamp(min=0))
@@ -192,12 +191,6 @@ class TritonKernel:
         if dtype == torch.float32 and len(doubtful):
             sure[doubtful] = self._price(batch, rows[doubtful], torch.float64)
         return sure
-
-    def _terms(
-        self, batch: Batch, rows: Int[Tensor, " some"], dtype: torch.dtype, lowered: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        state = batch.x, batch.c, batch.kept, batch.diagonal
-        return launch.column_terms(*state, self._reach, dtype, rows, lowered=lowered)
 
 
 def _device(batch: Batch) -> AbstractContextManager[object]:

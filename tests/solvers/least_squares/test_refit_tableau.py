@@ -9,8 +9,7 @@ from maskopt import NM, LeastSquaresUpdate, Limits, Unstructured, improving_swap
 from maskopt.checks.swap_check import costs_of
 from maskopt.core.limits import torch_threads
 from maskopt.solvers.least_squares import compiled_row, state
-from maskopt.solvers.least_squares.compiled_row import CompiledRow
-from maskopt.solvers.least_squares.row_kernel import exchanged as searched, exchanges
+from maskopt.solvers.least_squares.compiled_row import CompiledRow, exchanges
 from maskopt.solvers.least_squares.search import refine
 from maskopt.solvers.least_squares.state import Metric, Pairs, Row, Scratch, inverse, part_of
 
@@ -147,10 +146,6 @@ def test_exchanges_in_the_small_tableau_are_those_of_the_row(problem, damping):
     who, z, y = torch.arange(k + s), block.z.clone(), block.y.clone()
     group = inputs // problem.group_size
     swaps = exchanges(z.numpy(), y.numpy(), who.numpy(), group.numpy(), k, threshold, 10_000)
-    arrays = block.z.numpy(), block.y.numpy(), group.numpy()
-    made, left, came = searched(*arrays, k, threshold, 10_000)
-    assert (made, set(left.tolist())) == (swaps, set(range(k)) - set(who[:k].tolist()))
-    assert {k + slot for slot in came.tolist()} == set(who[:k].tolist()) - set(range(k))
     mask = torch.isin(torch.arange(problem.n), inputs[who[:k]])
     assert bool(problem.pattern.is_legal(mask[None]).all())
     after = float(problem.objective(mask[None]))

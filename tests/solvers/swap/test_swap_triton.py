@@ -80,21 +80,22 @@ class Rows:
         self.best = self.delta.min(2).values
         self.state = self.gram, self.x, self.c, self.kept
 
-    def scan(self, limit, **options):
-        """For every column the best value and partner; the same limit for every row."""
+    def scan(self, limit, group=None):
+        """For every column the best value and partner, and pairs; the same limit for every row."""
         limits = torch.full((len(self.x),), limit, device=DEVICE)
         sides = self.low_a, self.low_b, self.e
-        return launch.scan(self.gram, self.x, *sides, self.reach, limits, **options)
+        group = group or self.x.shape[1]
+        return launch.scan(self.gram, self.x, *sides, self.reach, limits, group)
 
     def proves(self, limit):
         """Whether no pair, found or not, is better in float64 than what a scan says of it."""
-        value, _ = self.scan(limit)
+        value, *_ = self.scan(limit)
         return bool((self.best >= torch.where(value < math.inf, value.double(), -limit)).all())
 
 
 def best_swaps_one_by_one(rows, row, columns, limit, most, group):
-    """The inner loop, by the objective of every mask: the pairs that it swaps, and the mask at the end."""
-    x, kept, made = rows.x[row].double().cpu(), rows.kept[row].cpu().clone(), []
+    """The inner loop, by the objective of every mask: how many it swaps, and the mask at the end."""
+    x, kept, made = rows.x[row].double().cpu(), rows.kept[row].cpu().clone(), 0
     q = x[:, None] * rows.gram.double().cpu() * x
 
     def cost(u, p):
@@ -102,14 +103,14 @@ def best_swaps_one_by_one(rows, row, columns, limit, most, group):
         pruned[u], pruned[p] = 1.0, 0.0
         return float(pruned @ q @ pruned)
 
-    while len(made) < most:
+    while made < most:
         inside = [(u, p) for u, p in product(columns, columns) if u // group == p // group]
         pairs = [(cost(*pair), *pair) for pair in inside if kept[pair[0]] and not kept[pair[1]]]
         least, u, p = min(pairs, default=(math.inf, 0, 0))
         if least - float((~kept).double() @ q @ (~kept).double()) >= -limit:
             break
         kept[u], kept[p] = False, True
-        made.append((u, p))
+        made += 1
     return made, kept
 
 
@@ -132,13 +133,13 @@ def test_candidate_block_makes_the_best_swaps(n, kind, keep, group):
         chosen.append(some.tolist())
     limit = torch.full((3,), 1e-9, device=DEVICE)
     before = rows.kept.clone(), rows.c.clone()
-    pairs, made, after = launch.swap_block(*rows.state, columns, limit, EVERY[:3], group=group)
+    how = {"group": group or n, "room": torch.full((3,), 32, device=DEVICE), "dtype": torch.float64}
+    made, after = launch.swap_block(*rows.state, columns, limit, EVERY[:3], **how)
     assert torch.equal(rows.kept, before[0])
     assert torch.equal(rows.c, before[1])
     for row, some in enumerate(chosen):
         expected, kept = best_swaps_one_by_one(rows, row, some, 1e-9, 2 * width, group or n)
-        assert [tuple(pair) for pair in pairs[row, : int(made[row])].tolist()] == expected
-        assert (pairs[row, int(made[row]) :] == -1).all()
+        assert int(made[row]) == expected
         assert torch.equal(after[row, : len(some)].cpu(), kept[some])
         assert not after[row, len(some) :].any()
 
@@ -155,28 +156,29 @@ def test_candidate_block_has_room_for_so_many_and_a_width():
     rows = Rows(3, 40, "full", seed=3)
     columns = torch.arange(32, dtype=torch.int32, device=DEVICE).repeat(3, 1)
     arguments = *rows.state, columns, torch.zeros(3, device=DEVICE), EVERY[:3]
-    free, many, _ = launch.swap_block(*arguments)
-    assert (many > 2).all()
-    room = torch.tensor([0, 1, 2], dtype=torch.int32, device=DEVICE)
-    some, made, after = launch.swap_block(*arguments, room=room)
+    how = {"group": 40, "room": torch.tensor([0, 1, 2], device=DEVICE), "dtype": torch.float32}
+    made, after = launch.swap_block(*arguments, **how)
     assert made.tolist() == [0, 1, 2]
     for row in range(3):
-        assert torch.equal(some[row, :row], free[row, :row])
-    assert torch.equal(after[0], rows.kept[0, :32])
+        inside = range(32), 0.0, row, 40
+        assert torch.equal(after[row].cpu(), best_swaps_one_by_one(rows, row, *inside)[1][:32])
     for width in (8, 48, 256):
         given_width = *rows.state, columns[:, :1].repeat(1, width), *arguments[-2:]
-        fails(ValueError, "power of two", launch.swap_block, *given_width)
+        fails(ValueError, "power of two", launch.swap_block, *given_width, **how)
 
 
 def test_ties_are_broken_by_lowest_index():
     limit = torch.zeros(1, device=DEVICE)
     columns = torch.arange(2, 18, dtype=torch.int32, device=DEVICE)[None]
-    pairs, made, _ = launch.swap_block(*tied(24, [3, 5, 9]), columns, limit, EVERY[:1])
-    assert pairs[0, : int(made[0])].tolist() == [[3, 2], [5, 4], [9, 6]]
+    how = {"group": 24, "dtype": torch.float32}
+    for room, kept in enumerate([{3, 5, 9}, {2, 5, 9}, {2, 4, 9}, {2, 4, 6}]):
+        how["room"] = torch.tensor([room], device=DEVICE)
+        made, after = launch.swap_block(*tied(24, [3, 5, 9]), columns, limit, EVERY[:1], **how)
+        assert (int(made), {*columns[after].tolist()}) == (room, kept)
     gram, x, c, kept = tied(150, [70, 80])
     a, b = (side.float() for side in linear_terms(x, gram.diagonal(), c, kept))
     reach = launch.Reach.of(gram)
-    value, partner = launch.scan(gram, x, a, b, spans(reach, x), reach, limit)
+    value, partner, _ = launch.scan(gram, x, a, b, spans(reach, x), reach, limit, 150)
     assert value[0, 70] == value[0, 80] == -0.75
     assert partner[0, 70] == partner[0, 80] == 0
 
@@ -224,8 +226,7 @@ def test_reach_bounds_every_entry():
 @DTYPES
 def test_scans_find_the_best_partner_of_every_kept_column(rows, n, kind, keep, dtype):
     data = Rows(rows, n, kind, seed=n, keep=keep, dtype=dtype)
-    pairs = torch.full((rows,), -1, device=DEVICE)
-    value, partner = data.scan(1e-3, pairs=pairs)
+    value, partner, pairs = data.scan(1e-3)
     assert ((pairs >= (data.delta < -1e-3).sum((1, 2))) & (pairs <= keep * (n - keep))).all()
     best, found = data.best, value < math.inf
     # never above the truth: what is not found is proven not to gain more than the limit
@@ -243,7 +244,7 @@ def test_scans_find_the_best_partner_of_every_kept_column(rows, n, kind, keep, d
 )
 def test_scans_of_groups_stay_inside_and_find_the_best_swap_of_each(n, group):
     data = Rows(3, n, "low-rank", seed=n, group=group)
-    value, partner = data.scan(0.0, group=group)
+    value, partner, _ = data.scan(0.0, group)
     found = value < math.inf
     assert found.any()
     torch.testing.assert_close(value[found].double(), data.best[found], rtol=1e-5, atol=1e-5)
