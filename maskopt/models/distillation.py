@@ -29,8 +29,8 @@ from maskopt.models.checkpoints.workspace import CARD, Workspace
 from maskopt.models.options.walk import DistillOptions, options_by_name
 from maskopt.models.pruning.run import Run, fingerprint_of
 from maskopt.models.structured.change import folder_source
+from maskopt.models.training.tasks import OnDistill, disk_of_training, open_teacher, train_whole
 from maskopt.models.training.trainer import Losses, Trained
-from maskopt.models.training.whole import OnDistill, disk_of_training, open_teacher, train_whole
 
 FORMAT = "maskopt-distill-1"
 #: fingerprint, losses and digests of a result

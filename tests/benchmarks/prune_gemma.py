@@ -33,7 +33,7 @@ from machine import machine_now
 from maskopt.cli.command import read_pairs
 from maskopt.models.checkpoints.bos import BOS
 from maskopt.models.training import trainer as training
-from maskopt.models.training.blockwise import Targets
+from maskopt.models.training.tasks import Targets
 
 
 def timed(place: Any, names: Iterable[str]) -> list[float]:

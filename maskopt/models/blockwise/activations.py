@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -73,18 +73,6 @@ def lanes_to(device: torch.device) -> Lanes | None:
     return Lanes(device) if device.type == "cuda" else None
 
 
-class States(Protocol):
-    """Hidden states [1, length, width] by sample."""
-
-    def __getitem__(self, sample: int, /) -> Tensor: ...
-
-    def __setitem__(self, sample: int, state: Tensor, /) -> None: ...
-
-    def on(self, device: torch.device, sample: int, /) -> Tensor:
-        """One of them on the device that computes."""
-        ...
-
-
 class Activations:
     """One hidden state per sample, all of one shape, read and overwritten sample by sample.
 
@@ -110,20 +98,10 @@ class Activations:
         self.bytes = shape.numel() * dtype.itemsize
         self._place = {sample: place for place, sample in enumerate(samples)}
         self._memory: dict[int, Tensor] = {}
-        self._file: int | None = None
-        self._name: Path | None = None
+        self._file: IO[bytes] | None = None
         if folder is not None:
             size = max(1, len(samples) * self.bytes)  # no file can be reserved without a byte
-            self._file, name = _reserved(folder, size)
-            if os.name == "posix":
-                os.unlink(name)  # the file lives as long as the process, whatever ends it
-            else:
-                self._name = Path(name)
-
-    @property
-    def in_file(self) -> bool:
-        """Whether they lie in a file."""
-        return self._file is not None
+            self._file = _reserved(folder, size)
 
     def __getitem__(self, sample: int) -> Float[Tensor, "1 length width"]:
         if self._file is not None:
@@ -168,19 +146,15 @@ class Activations:
         self._ahead.pop(sample, None)
         self._coming.pop(sample, None)
 
-    def _map(self, number: int, sample: int) -> np.memmap:
-        with os.fdopen(os.dup(number), "r+b") as file:
-            return np.memmap(
-                file, np.uint8, "r+", offset=self._place[sample] * self.bytes, shape=(self.bytes,)
-            )
+    def _map(self, file: IO[bytes], sample: int) -> np.memmap:
+        offset = self._place[sample] * self.bytes
+        return np.memmap(file, np.uint8, "r+", offset=offset, shape=(self.bytes,))
 
     def close(self) -> None:
         self._memory, self._ahead, self._coming = {}, {}, {}
         if self._file is not None:
-            os.close(self._file)
+            self._file.close()
             self._file = None
-            if self._name is not None:
-                self._name.unlink(missing_ok=True)
 
     def __enter__(self) -> Activations:
         return self
@@ -189,19 +163,19 @@ class Activations:
         self.close()
 
 
-def _reserved(folder: Path, size: int) -> tuple[int, str]:
-    """A file with room made at once: a disk that fills up under a mapped file would kill the process."""
+def _reserved(folder: Path, size: int) -> IO[bytes]:
+    """A file with room made at once: a disk that fills up under a mapped file would kill the process. It has
+    no name, so that it ends with the process, whatever ends that."""
     file = None
     try:
-        file, name = tempfile.mkstemp(dir=folder, prefix="activations.")
+        file = tempfile.TemporaryFile(dir=folder, prefix="activations.")  # noqa: SIM115
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file, 0, size)
+            os.posix_fallocate(file.fileno(), 0, size)
         else:
-            os.truncate(file, size)
+            file.truncate(size)
     except OSError as error:
         if file is not None:
-            os.close(file)
-            os.unlink(name)
+            file.close()
         gib, said = f"{size / 2**30:.2f} GiB of hidden states", error.strerror
         memory = "keep them in memory with a larger `activation_memory`"
         if error.errno in NO_SPACE:
@@ -209,4 +183,4 @@ def _reserved(folder: Path, size: int) -> tuple[int, str]:
                 f"{folder}: no room for {gib} ({said}); free some, or {memory}"
             ) from error
         raise ModelError(f"{folder}: {gib} cannot be written there ({said}); {memory}") from error
-    return file, name
+    return file

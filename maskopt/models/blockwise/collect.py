@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from maskopt.core.gram import Gram
 from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Layer
-from maskopt.models.blockwise.activations import Activations, States
+from maskopt.models.blockwise.activations import Activations
 from maskopt.models.blockwise.distributed import ALONE, Ranks
-from maskopt.models.blockwise.forward import Call, Threads
+from maskopt.models.blockwise.forward import Call, Threads, forwards
 from maskopt.models.blockwise.watch import Seen, Watch, WatchedWeights, experts_see_all
 
 #: after a block's name: seen in its output in the dense model
@@ -49,12 +49,11 @@ class Samples:
         count: int,
         source: str,
         *,
-        skip_bad: bool | None = None,
-        held: Set[int] = frozenset(),
-        dense: Activations | None = None,
+        skip_bad: bool | None,
+        held: Set[int],
+        dense: Activations | None,
     ) -> None:
         self.states, self.dense, self.source = states, dense, source
-        self.count = count
         self.active = list(range(count))
         self.bad: list[BadSample] = []
         self.skip_bad, self.held = skip_bad, held
@@ -85,39 +84,35 @@ class Given:
     Attributes:
         inputs: [tokens, n] each.
         of: by layer, the place of its input; layers with the very same tensors have the same place.
-        counts: [tokens], weights of the tokens; None: 1.
+        counts: at most one tensor [tokens], the weights of the tokens; none: 1.
+        bad: the first layer with NaN or infinite values; its sample has no inputs.
     """
 
     inputs: list[Tensor]
     of: dict[str, int]
-    counts: Tensor | None = None
+    counts: list[Tensor]
+    bad: str | None = None
 
     @classmethod
-    def seen(cls, watch: Watch, counts: Tensor | None) -> Given:
+    def seen(cls, watch: Watch, counts: list[Tensor]) -> Given:
         """By a watch of the pass."""
-        firsts: dict[Any, str] = {}
-        sharing = watch.sharing()
-        for layer, key in sharing.items():
-            firsts.setdefault(key, layer)
-        place = {key: number for number, key in enumerate(firsts)}
-
-        parts = [watch.inputs[layer] for layer in firsts.values()]
-        joined = [part[0] if len(part) == 1 else torch.cat(part) for part in parts]
-        return cls(joined, {layer: place[key] for layer, key in sharing.items()}, counts)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All of them, in a fixed order."""
-        return [*self.inputs, *([] if self.counts is None else [self.counts])]
+        places: dict[Any, int] = {}
+        inputs, of = [], {}
+        for layer, parts in watch.inputs.items():
+            key = tuple((x.data_ptr(), tuple(x.shape), x.stride()) for x in parts)
+            if key not in places:
+                places[key] = len(places)
+                inputs.append(parts[0] if len(parts) == 1 else torch.cat(parts))
+            of[layer] = places[key]
+        return cls(inputs, of, counts)
 
     def empty(self, device: torch.device | str) -> Given:
         """The same shapes without data."""
 
-        def like(x: Tensor) -> Tensor:
-            return torch.empty(x.shape, dtype=x.dtype, device=device)
+        def like(tensors: list[Tensor]) -> list[Tensor]:
+            return [torch.empty(x.shape, dtype=x.dtype, device=device) for x in tensors]
 
-        counts = None if self.counts is None else like(self.counts)
-        return Given([*map(like, self.inputs)], self.of, counts)
+        return replace(self, inputs=like(self.inputs), counts=like(self.counts))
 
 
 class Grams:
@@ -177,7 +172,7 @@ class Grams:
                     self._tiles[layer] = self._share_out(self._grams[layer])
             leader = self.leaders[layer]
             if leader == layer:
-                x, counts = given.inputs[key], given.counts
+                x, counts = given.inputs[key], next(iter(given.counts), None)
                 rank = self.ranks.rank
                 mine = {tile for tile, owner in self._tiles[layer].items() if owner == rank}
                 pieces.extend(self._grams[layer].tasks(x, counts, mine))
@@ -220,9 +215,9 @@ class OpenBlock:
     threads: Threads
     ranks: Ranks = ALONE
 
-    def run(self, sample: int, states: States) -> Tensor:
-        """The block's output for one sample, of which `states` holds the hidden state."""
-        return self.calls[sample](self.module, states.on(self.device, sample))
+    def run(self, sample: int, states: Activations, first: int = 0) -> Tensor:
+        """The block's output for one sample; `states` holds those of all from the place `first` on."""
+        return self.calls[sample](self.module, states.on(self.device, first + sample))
 
 
 class _Observed(NamedTuple):
@@ -231,27 +226,6 @@ class _Observed(NamedTuple):
     watch: Watch
     output: Tensor | None
     bad: str | None
-
-
-def _observe(
-    block: OpenBlock,
-    weights: WatchedWeights,
-    local: threading.local,
-    sample: int,
-    states: Activations,
-    advance: bool,
-    until: str | None = None,
-) -> _Observed:
-    """One pass of one sample under its own `local.watch`, up to the inputs of the layer `until`."""
-    output = None
-    for copy in (False, True):
-        watch = local.watch = Watch(weights, copy=copy, until=until)
-        with suppress(Seen), watch:
-            output = block.run(sample, states)
-        if not watch.overwritten:
-            break
-    output = output if advance else None
-    return _Observed(watch, output, _first_bad(watch, output, block.name))
 
 
 def collect(
@@ -275,31 +249,36 @@ def collect(
     samples, ranks = block.samples, block.ranks
     held = Grams(block.device, ranks=ranks) if samples.held else None
     grams = Grams(block.device, held, ranks)
-    local = threading.local()
-    observe = partial(_observe, block, WatchedWeights(block.model, layers), local)
+    local, watched = threading.local(), WatchedWeights(block.model, layers)
     until: str | None = None
 
     def one(sample: int) -> _Observed:
-        return observe(sample, samples.states, advance, until)
+        output = None
+        for copy in (False, True):
+            watch = local.watch = Watch(watched, copy=copy, until=until)
+            with suppress(Seen), watch:
+                output = block.run(sample, samples.states)
+            if not watch.overwritten:
+                break
+        output = output if advance else None
+        return _Observed(watch, output, _first_bad(watch, output, block.name))
 
     shown = experts_see_all(block.module, f"{block.name}.", layers, local)
-    with shown if all_experts else nullcontext():
+    with forwards(shown if all_experts else ()):
         for wave in ranks.waves(samples.active, block.threads.count):
             mine = ranks.own(wave)
             passed = block.threads.run([partial(one, sample) for sample in mine])
             observed = dict(zip(mine, passed, strict=True))
-            for sample, given, bad in _gathered(block, wave, observed, weights):
-                if bad is not None:
-                    samples.leave_out(sample, bad)
+            for sample, given in _gathered(block, wave, observed, weights):
+                if given.bad is not None:
+                    samples.leave_out(sample, given.bad)
                     continue
                 ours = held if held is not None and sample in samples.held else grams
                 block.threads.run(ours.tasks(given, sizes))
-                if sample not in observed:
-                    continue
-                seen = observed[sample]
-                if seen.output is not None:
+                seen = observed.get(sample)
+                if seen is not None and seen.output is not None:
                     samples.states[sample] = seen.output
-                elif until is None:
+                elif seen is not None and until is None:
                     until = _last_input(layers, seen.watch)
             tick(len(wave))
     grams.complete()
@@ -311,40 +290,44 @@ def _gathered(
     wave: Sequence[int],
     observed: Mapping[int, _Observed],
     weights: Callable[[int], Tensor] | None,
-) -> Iterator[tuple[int, Given, str | None]]:
-    """Every sample of a wave, the inputs of its layers, and the first layer with NaN."""
+) -> Iterator[tuple[int, Given]]:
+    """Every sample of a wave, and the inputs of its layers."""
     ranks = block.ranks
-    own: dict[int, tuple[Given, str | None]] = {}
+    own = {}
     for sample, seen in observed.items():
-        given = Given([], {})
         if seen.bad is None:
-            given = Given.seen(seen.watch, None if weights is None else weights(sample))
-        own[sample] = given, seen.bad
+            counts = [] if weights is None else [weights(sample)]
+            own[sample] = Given.seen(seen.watch, counts)
+        else:
+            own[sample] = Given([], {}, [], seen.bad)
     if ranks.size == 1:
-        yield from ((sample, *own[sample]) for sample in wave)
+        yield from own.items()
         return
-    everybody = ranks.gathered({s: (given.empty("meta"), bad) for s, (given, bad) in own.items()})
+    everybody = ranks.gathered({sample: given.empty("meta") for sample, given in own.items()})
     for sample in wave:
         rank = ranks.owner(sample)
-        shape, bad = everybody[rank][sample]
-        given = own[sample][0] if sample in own else shape.empty(block.device)
-        for tensor in given.tensors:
+        given = own.get(sample) or everybody[rank][sample].empty(block.device)
+        for tensor in (*given.inputs, *given.counts):
             ranks.send(tensor, rank)
-        yield sample, given, bad
+        yield sample, given
 
 
 def pass_on(
-    block: OpenBlock, states: Activations, tick: Callable[[int], None] = lambda _: None
+    block: OpenBlock,
+    states: Activations,
+    tick: Callable[[int], None] = lambda _: None,
+    *,
+    first: int = 0,
 ) -> None:
-    """Replace every sample's state in `states` by the block's output."""
+    """Replace every sample's state in `states`, from the place `first` on, by the block's output."""
     samples = block.samples
     bad: list[int] = []
     for wave in block.ranks.waves(samples.active, block.threads.count):
         mine = block.ranks.own(wave)
-        outputs = block.threads.run([partial(block.run, s, states) for s in mine])
+        outputs = block.threads.run([partial(block.run, s, states, first) for s in mine])
         for sample, output in zip(mine, outputs, strict=True):
             if bool(torch.isfinite(output).all()):
-                states[sample] = output
+                states[first + sample] = output
             else:
                 bad.append(sample)
         tick(len(wave))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from maskopt.errors import MaskoptError, ModelError
@@ -73,8 +74,6 @@ class Ranks:
         """The values of all ranks, in their order."""
         if self.size == 1:
             return [value]
-        import torch.distributed as dist
-
         found: list[Any] = [None] * self.size
         with _others_there():
             dist.all_gather_object(found, value)
@@ -84,8 +83,6 @@ class Ranks:
         """The value that rank 0 makes, on all of them; or the error that it raises."""
         if self.size == 1:
             return make()
-        import torch.distributed as dist
-
         message: list[Any] = [None, None]
         if self.leads:
             try:
@@ -103,8 +100,6 @@ class Ranks:
         """Fill the tensor with the data of `rank`."""
         if self.size == 1 or not tensor.numel():
             return
-        import torch.distributed as dist
-
         whole = tensor.contiguous()
         with _others_there():
             dist.broadcast(whole.view(-1).view(torch.uint8), rank)
@@ -118,8 +113,6 @@ ALONE = Ranks()
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """The ranks that torchrun started: NCCL between GPUs, gloo between processors."""
-    import torch.distributed as dist
-
     # Its functions have the world's group as a default: imported while there is one, as transformers does in
     # passing, it keeps the group and gloo's threads beyond the group's end, and one of them that lets go of a
     # tensor while the interpreter ends aborts the process.

@@ -6,20 +6,19 @@ variants go through the blocks together, so that each block is in memory once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from maskopt.errors import ModelError
-from maskopt.models.blockwise.activations import Activations, States
+from maskopt.models.blockwise.activations import Activations
 from maskopt.models.blockwise.forward import ticker
-from maskopt.models.blockwise.job import Block, Job
+from maskopt.models.blockwise.job import Job
 from maskopt.models.blockwise.memory import POSITIONS, check_memory, hidden_size
 
 #: positions at a time whose logits stay in a processor's cache, with a vocabulary of 262,144
@@ -81,24 +80,11 @@ def divergence_loss(
             total += divergence(wanted[0].float(), found[0].detach().float(), slope)
             if slope is not None:
                 gradient += torch.autograd.grad(found, leaf, slope[None].to(found.dtype))[0]
-        return _Known.apply(own, total, gradient) / (last - first)
+        # a value whose gradient is known already, so that logits need not be kept for it
+        return (total + ((own - own.detach()) * gradient).sum()) / (last - first)
 
     with dense.after_blocks(student) as end:
         yield of
-
-
-class _Known(torch.autograd.Function):
-    """A value whose gradient by a tensor is known already, so that logits need not be kept for it."""
-
-    @staticmethod
-    def forward(ctx: Any, at: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *onto: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return onto[0] * gradient, None, None
 
 
 def place(job: Job, variants: int, folder: Path) -> Path | None:
@@ -111,67 +97,47 @@ def place(job: Job, variants: int, folder: Path) -> Path | None:
     return folder if size > most else None
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One variant's hidden states, among those of all."""
+class Variants(dict[Key, int]):
+    """At most `most` variants: by key, the place of its first window in the hidden `states` of all of them,
+    which are in memory, or in one file in `folder`."""
 
     states: Activations
-    first: int
-
-    def __getitem__(self, window: int) -> Tensor:
-        return self.states[self.first + window]
-
-    def __setitem__(self, window: int, state: Tensor) -> None:
-        self.states[self.first + window] = state
-
-    def on(self, device: torch.device, window: int) -> Tensor:
-        return self[window].to(device)
-
-
-class Variants(dict[Key, Variant]):
-    """At most `most` variants by key; hidden states in memory, or in one file in `folder`."""
 
     def __init__(self, job: Job, most: int, folder: Path | None) -> None:
         super().__init__()
         self.windows = range(job.count)
         self._most, self._folder = most, folder
-        self._states: Activations | None = None
 
-    def begin(self, key: Key, states: States, like: Activations) -> Variant:
-        """Another one, which begins with these states."""
-        if self._states is None:
+    def begin(self, key: Key, entered: Activations, like: Key | None = None) -> int:
+        """Another one, which begins with what enters a block, or with the states of the one `like` it."""
+        first = len(self) * len(self.windows)
+        if not self:
             places = range(self._most * len(self.windows))
-            self._states = Activations(places, like.shape, like.dtype, self._folder)
-        variant = Variant(self._states, len(self) * len(self.windows))
+            self.states = Activations(places, entered.shape, entered.dtype, self._folder)
         for window in self.windows:
-            variant[window] = states[window]
-        self[key] = variant
-        return variant
+            state = entered[window] if like is None else self.states[self[like] + window]
+            self.states[first + window] = state
+        self[key] = first
+        return first
 
     def __enter__(self) -> Variants[Key]:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        if self._states is not None:
-            self._states.close()
+        if self:
+            self.states.close()
 
 
-def through(block: Block, states: States, windows: Sequence[int]) -> None:
-    """Send the windows of a variant through the block, in place; ModelError for NaN or infinity."""
-    for window, state in block.threads.each(lambda w: block.run(w, states), windows):
-        if not bool(torch.isfinite(state).all()):
-            raise ModelError(f"{block.name}: NaN or infinite activations in window {window}")
-        states[window] = state
-
-
-def divergences(job: Job, held: Mapping[Key, States], every: int = EVERY) -> dict[Key, float]:
+def divergences(
+    job: Job, held: Variants[Key], keys: Iterable[Key], every: int = EVERY
+) -> dict[Key, float]:
     """KL(model ‖ variant), nats per token, over each `every`th token, after the job's whole walk."""
     tokens, device = job.windows.tokens, job.source.device
+    total = dict.fromkeys(keys, 0.0)
     some = torch.arange(every - 1, job.windows.length, every)
     if not len(some):
         some = torch.tensor([job.windows.length - 1])
-    tick = ticker(job.tell, job.last, job.last + 1, "output", len(held) * len(tokens))
-    total = dict.fromkeys(held, 0.0)
+    tick = ticker(job.tell, job.last, job.last + 1, "output", len(total) * len(tokens))
     with job.after_blocks() as end:
 
         def logs(state: Tensor, window: int) -> Tensor:
@@ -181,8 +147,9 @@ def divergences(job: Job, held: Mapping[Key, States], every: int = EVERY) -> dic
         for window in range(len(tokens)):
             wanted = logs(job.last_state(window)[None], window)
             likely = wanted.exp()
-            for key, states in held.items():
-                of_tokens = (likely * (wanted - logs(states[window], window))).sum(1)
+            for key in total:
+                changed = logs(held.states[held[key] + window], window)
+                of_tokens = (likely * (wanted - changed)).sum(1)
                 total[key] += float(of_tokens.double().sum())  # what is allocated depends on it
                 tick(1)
     return {key: of_all / (len(tokens) * len(some)) for key, of_all in total.items()}

@@ -7,7 +7,7 @@ taken in the order of the samples, so the result does not depend on the number o
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from maskopt.core.limits import fast_products, one_thread_pool, torch_threads
 from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Blocks
+from maskopt.models.architecture.source import Source
 from maskopt.models.blockwise.activations import Activations, lanes_to
 from maskopt.models.checkpoints.report import LayerReport
 
@@ -91,28 +92,21 @@ class Threads:
         self, function: Callable[[Item], T], items: Sequence[Item]
     ) -> Iterator[tuple[Item, T]]:
         """The items with their results, several at a time; a result that was taken is freed."""
-        for wave in self.waves(items):
+        for start in range(0, len(items), self.count):
+            wave = items[start : start + self.count]
             results = self.run([partial(function, item) for item in wave])[::-1]
             for item in wave:
                 yield item, results.pop()
-
-    def waves(self, items: Sequence[T]) -> Iterator[Sequence[T]]:
-        """The items, as many at a time as run at once."""
-        for start in range(0, len(items), self.count):
-            yield items[start : start + self.count]
-
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-            # new threads inherit the last value that any thread set: the pool's 1
-            torch.set_num_threads(self.count)
-        self._torch.close()
 
     def __enter__(self) -> Threads:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self.close()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            # new threads inherit the last value that any thread set: the pool's 1
+            torch.set_num_threads(self.count)
+        self._torch.close()
 
 
 def _without_grad(piece: Callable[[], T]) -> T:
@@ -175,13 +169,11 @@ class Captured(NamedTuple):
 
 
 def capture(
-    model: nn.Module,
-    blocks: Blocks,
+    source: Source,
     tokens: Tensor,
     threads: Threads,
-    device: torch.device,
     samples: Sequence[int],
-    activation_folder: Callable[[int], Path | None] = lambda _: None,
+    activation_folder: Callable[[int], Path | None],
 ) -> Captured:
     """Run all before the blocks, and record how each block is called, without its weights.
 
@@ -189,123 +181,106 @@ def capture(
         tokens: int64 [all samples, length]; `samples` are those of this process.
         activation_folder: given the bytes of their hidden states, where to keep them (None: memory).
     """
-    recorders = _Recorders(model, blocks, device)
-    with _replaced(blocks, recorders.recorder):
-        [first] = threads.run([lambda: recorders.probe(tokens[:1])])
-        state = first[0][0]
-        size = state.nbytes * len(samples)
-        folder = activation_folder(size)
-        states = Activations(samples, state.shape, state.dtype, folder, lanes_to(device))
+    model, blocks, device = source.model, source.blocks, source.device
+    local = threading.local()
+
+    def records(last: bool, state: Any, args: Any, kwargs: Any) -> Any:
+        local.calls.append((state, args, kwargs))
+        if last:
+            raise _LastBlock
+        # a new tensor, so that no other argument is mistaken for the hidden state
+        return state.clone()
+
+    def record(sample: int, outputs: int) -> list[tuple[Tensor, Any, Any]]:
+        local.calls, local.outputs = [], outputs
+        with suppress(_LastBlock):
+            model(input_ids=tokens[sample : sample + 1].to(device), use_cache=False)
+        if len(local.calls) != len(blocks):
+            raise ModelError(
+                f"{len(local.calls)} of the {len(blocks)} blocks in {blocks.name} are called"
+            )
+        shape = getattr(local.calls[0][0], "shape", None)
+        for state, _, _ in local.calls:
+            if not isinstance(state, Tensor) or state.shape != shape:
+                raise ModelError("the blocks do not pass on one hidden state of one shape")
+        return local.calls
+
+    with _replaced(blocks, records, local):
+        probe = partial(_fitting, model, lambda outputs: (record(0, outputs)[0][0], outputs))
+        [(first, outputs)] = threads.run([probe])
+        folder = activation_folder(first.nbytes * len(samples))
+        states = Activations(samples, first.shape, first.dtype, folder, lanes_to(device))
         calls: list[dict[int, Call]] = [{} for _ in blocks.modules]
-        for sample, recorded in threads.each(
-            lambda s: recorders.record(tokens[s : s + 1]), samples
-        ):
+        for sample, recorded in threads.each(lambda s: record(s, outputs), samples):
             states[sample] = recorded[0][0]
             merge_calls(calls, recorded, sample)
-    return Captured(states, calls, recorders.outputs)
+    return Captured(states, calls, outputs)
 
 
 @contextmanager
-def ending(
-    model: nn.Module, blocks: Blocks, outputs: int
-) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+def ending(source: Source, outputs: int) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
     """What a model does after its blocks: a function of token ids [1, length] and the last block's output [1,
     length, width] that returns the logits [1, length, vocabulary]. The model itself is called, with blocks
     that return their input, and a last one that returns that output."""
+    model, blocks = source.model, source.blocks
     local = threading.local()
-    # `capture` stops in the last block: with a single one it cannot see what the model unpacks
-    counts = range(MOST_OUTPUTS + 1) if len(blocks) == 1 else (outputs,)
-
-    def stand_in(index: int) -> Callable[..., Any]:
-        def passes_on(*args: Any, **kwargs: Any) -> Any:
-            given = args[0] if args else kwargs.get("hidden_states")
-            passed = local.state if index == len(blocks) - 1 else given
-            return _returned(passed, local.outputs)
-
-        return passes_on
 
     def end(tokens: Tensor, state: Tensor) -> Tensor:
-        local.state, problem = state, ""
-        for local.outputs in counts:
-            try:
-                logits: Tensor = model(input_ids=tokens, use_cache=False).logits
-            except _MISFITS as error:
-                if len(counts) == 1:
-                    raise
-                problem = problem or f"{type(error).__name__}: {error}"
-            else:
-                if len(counts) == 1 or logits.shape[:-1] == tokens.shape:
-                    return logits
-        raise ModelError(f"{type(model).__name__} cannot be run block by block: {problem}")
+        def logits(outputs: int) -> Tensor:
+            local.state, local.outputs = state, outputs
+            found: Tensor = model(input_ids=tokens, use_cache=False).logits
+            if len(blocks) == 1 and found.shape[:-1] != tokens.shape:
+                raise ValueError(f"logits of shape {list(found.shape)}")
+            return found
 
-    with _replaced(blocks, stand_in):
+        # `capture` stops in the last block: with a single one it cannot see what the model unpacks
+        return _fitting(model, logits) if len(blocks) == 1 else logits(outputs)
+
+    with _replaced(blocks, lambda last, state, *_: local.state if last else state, local):
         yield end
 
 
+def _fitting(model: nn.Module, run: Callable[[int], T]) -> T:
+    """`run` with the number of values that the model unpacks from a block; 0: a bare tensor."""
+    problems = []
+    for outputs in range(MOST_OUTPUTS + 1):
+        try:
+            return run(outputs)
+        except ModelError as error:
+            problems.append(str(error))
+        except _MISFITS as error:
+            problems.append(f"{type(error).__name__}: {error}")
+    raise ModelError(f"{type(model).__name__} cannot be run block by block: {problems[0]}")
+
+
 @contextmanager
-def _replaced(blocks: Blocks, stand_in: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-    """Each block with another forward function, by its index."""
+def _replaced(
+    blocks: Blocks, stand_in: Callable[[bool, Any, Any, Any], Any], local: threading.local
+) -> Iterator[None]:
+    """Each block returns what `stand_in` makes of its call: whether it is the last one, its hidden state, and
+    all of its arguments; in a tuple of `local.outputs`, the others None, unless that is 0."""
+
+    def forward(index: int, *args: Any, **kwargs: Any) -> Any:
+        given = args[0] if args else kwargs.get("hidden_states")
+        state = stand_in(index == len(blocks) - 1, given, args, kwargs)
+        return (state, *[None] * (local.outputs - 1)) if local.outputs else state
+
+    with forwards((block, partial(forward, i)) for i, block in enumerate(blocks.modules)):
+        yield
+
+
+@contextmanager
+def forwards(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Context in which modules have other forward functions."""
+    changed = []
     try:
-        for index, block in enumerate(blocks.modules):
-            block.forward = stand_in(index)
+        for module, forward in pairs:
+            module.forward = forward
+            changed.append(module)
         yield
     finally:
-        for block in blocks.modules:
-            block.__dict__.pop("forward", None)
-
-
-class _Recorders:
-    """Stand-ins for the blocks, which record their calls."""
-
-    def __init__(self, model: nn.Module, blocks: Blocks, device: torch.device) -> None:
-        self.model, self.blocks, self.device = model, blocks, device
-        self.local = threading.local()
-        self.outputs = 0
-
-    def recorder(self, index: int) -> Callable[..., Any]:
-        def records(*args: Any, **kwargs: Any) -> Any:
-            state: Any = args[0] if args else kwargs.get("hidden_states")
-            self.local.calls.append((state, args, kwargs))
-            if index == len(self.blocks) - 1:
-                raise _LastBlock
-            # a new tensor, so that no other argument is mistaken for the hidden state
-            return _returned(state.clone(), self.outputs)
-
-        return records
-
-    def probe(self, tokens: Tensor) -> list[tuple[Tensor, Any, Any]]:
-        """Find out what the model expects blocks to return: a tensor, or a tuple that begins with it."""
-        problems = []
-        for self.outputs in range(MOST_OUTPUTS + 1):
-            try:
-                calls = self.record(tokens)
-            except ModelError as error:
-                problems.append(str(error))
-            except _MISFITS as error:
-                problems.append(f"{type(error).__name__}: {error}")
-            else:
-                return calls
-        raise ModelError(f"{type(self.model).__name__} cannot be run block by block: {problems[0]}")
-
-    def record(self, tokens: Tensor) -> list[tuple[Tensor, Any, Any]]:
-        self.local.calls = []
-        with suppress(_LastBlock):
-            self.model(input_ids=tokens.to(self.device), use_cache=False)
-        calls = self.local.calls
-        if len(calls) != len(self.blocks):
-            raise ModelError(
-                f"{len(calls)} of the {len(self.blocks)} blocks in {self.blocks.name} are called"
-            )
-        shape = getattr(calls[0][0], "shape", None)
-        for state, _, _ in calls:
-            if not isinstance(state, Tensor) or state.shape != shape:
-                raise ModelError("the blocks do not pass on one hidden state of one shape")
-        return calls
-
-
-def _returned(state: Any, outputs: int) -> Any:
-    """A block's return value; None for all but the hidden state (attention weights)."""
-    return (state, *[None] * (outputs - 1)) if outputs else state
+        for module in changed:
+            module.__dict__.pop("forward", None)
 
 
 def merge_calls(

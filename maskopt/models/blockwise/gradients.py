@@ -76,11 +76,6 @@ class DenseModel:
         """The chosen windows that go through here."""
         return self.ranks.own(self.chosen)
 
-    @staticmethod
-    def steps(blocks: int, *, of_layers: bool = False) -> int:
-        """Through every block, the head, and back through every block (but the first, without layers)."""
-        return 2 * blocks + of_layers
-
     def gradients(self, layers: Sequence[Layer] = (), held: Set[int] = frozenset()) -> Gradients:
         """Gradients of the loss by the outputs of the blocks, and by those of some layers; windows `held` do
         not count in the squares. Raises ModelError: NaN or infinite activations or gradients."""
@@ -146,7 +141,7 @@ class DenseModel:
             return nn.functional.cross_entropy(logits, ids[0, first:], reduction="sum")
 
         source = self.source
-        with source.head(), ending(source.model, source.blocks, self.captured.outputs) as end:
+        with source.head(), ending(source, self.captured.outputs) as end:
             self._each(lambda w: _gradient(states[w].to(device), lambda x: loss(w, x)), states)
         source.load_outside()  # the head leaves nothing in memory
 

@@ -100,7 +100,10 @@ class Job:
 
     Attributes:
         held: indices of the held-out windows.
+        few: the first fitted windows, enough to measure which layers and rows matter.
         last: the block that the walk ends with.
+        needed: blocks whose outputs are needed.
+        passes: of windows through blocks, in a whole walk.
         pool: the threads on the CPU, during the walk.
         gradients: of the dense model's loss, once a walk that needs them has begun.
     """
@@ -121,9 +124,12 @@ class Job:
         self._windows, self.whole = windows, whole
         self.count = options.samples if windows is None else len(windows)
         self.held = frozenset() if whole else held_out(self.count, options.holdout)
+        self.few = [w for w in range(self.count) if w not in self.held][:GRADIENT_WINDOWS]
         capped = capped_length(source.model, options.seq_len)
         self.length = capped if windows is None else windows.length
         self.last = len(source.blocks) - 1 if whole else max(layer.block for layer in layers)
+        self.needed = self.last + whole
+        self.passes = (self.last + 1) * self.count
         self.threads = options.threads or torch.get_num_threads()
         self.activation_memory = int(options.activation_memory)
         if options.max_memory is not None:
@@ -142,15 +148,6 @@ class Job:
             raise ModelError("there is no text to walk through the blocks; name some")
         return self._windows
 
-    @property
-    def passes(self) -> int:
-        """Passes of windows through blocks in a whole walk."""
-        return (self.last + 1) * self.count
-
-    def few(self) -> list[int]:
-        """The first fitted windows, enough to measure which layers and rows matter."""
-        return [w for w in range(self.count) if w not in self.held][:GRADIENT_WINDOWS]
-
     def again(self, options: WalkOptions) -> Job:
         """Another walk through the same model, with the same windows."""
         options.check_layers(self.layers)
@@ -164,13 +161,12 @@ class Job:
         return Load(
             self.source,
             self.layers,
+            options,
             self.count,
             self.length,
             self.threads,
             self.activation_memory,
             held=bool(self.held),
-            least_squares=options.least_squares is not None,
-            trained=options.reconstruction is not None,
             gradients=0 if self.whole else options.gradient_windows(self.count),
         )
 
@@ -203,7 +199,7 @@ class Job:
                 if done is not None:
                     samples.drop({bad["sample"] for bad in done.bad})
                     if samples.dense is not None:
-                        with self.source.open(index, None) as module:
+                        with self.source.open(index) as module:
                             Block(self, index, [], module, captured, samples).advance_dense()
                 with self.source.open(index, edits) as module:
                     layers = chosen.get(index, [])
@@ -213,20 +209,15 @@ class Job:
                         block.advance("replay")
                         continue
                     yield block
-                    if not block.advanced and self.goes_on(index):
+                    if not block.advanced and index < self.needed:
                         raise RuntimeError(f"block {index} was left without advance()")
-
-    def goes_on(self, index: int) -> bool:
-        """Does anything need the output of block `index`?"""
-        return self.whole or index < self.last
 
     @contextmanager
     def after_blocks(self, like: Job | None = None) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
         """Context of a function of ids [1, length] and the last output [1, length, width] to logits."""
         assert self._captured is not None
-        blocks, outputs = self.source.blocks, self._captured.outputs
         source = None if like is None else like.source
-        with self.source.head(source), ending(self.source.model, blocks, outputs) as end:
+        with self.source.head(source), ending(self.source, self._captured.outputs) as end:
             yield end
 
     def last_state(self, window: int) -> Tensor:
@@ -234,26 +225,25 @@ class Job:
         assert self._captured is not None
         return self._captured.states[window][0]
 
-    @contextmanager
-    def in_memory(self, *, recompute: bool = False) -> Iterator[Callable[[int], Tensor]]:
-        """Context of the whole model: a function of a window to the last block's output, differentiable."""
-        with ExitStack() as until_the_end:
-            captured = self._start(self._until_exit or until_the_end, Path(tempfile.gettempdir()))
-            self.source.load_whole()
-            modules = [self.source.blocks.modules[i] for i in range(len(self.source.blocks))]
+    def in_memory(self, *, recompute: bool = False) -> Callable[[int], Tensor]:
+        """Load the whole model, inside the job's `with`; a differentiable function of a window to the last
+        block's output."""
+        assert self._until_exit is not None
+        captured = self._start(self._until_exit, Path(tempfile.gettempdir()))
+        self.source.load_whole()
 
-            def of(window: int) -> Tensor:
-                # a block may change its input in place
-                state = captured.states[window].to(self.source.device, copy=True)
-                again = recompute and torch.is_grad_enabled()
-                for module, calls in zip(modules, captured.calls, strict=True):
-                    if again:
-                        state = checkpoint(calls[window], module, state, use_reentrant=False)
-                    else:
-                        state = calls[window](module, state)
-                return state
+        def of(window: int) -> Tensor:
+            # a block may change its input in place
+            state = captured.states[window].to(self.source.device, copy=True)
+            again = recompute and torch.is_grad_enabled()
+            for module, calls in zip(self.source.blocks.modules, captured.calls, strict=True):
+                if again:
+                    state = checkpoint(calls[window], module, state, use_reentrant=False)
+                else:
+                    state = calls[window](module, state)
+            return state
 
-            yield of
+        return of
 
     def __enter__(self) -> Job:
         self._until_exit = ExitStack()
@@ -262,10 +252,9 @@ class Job:
     def __exit__(self, *raised: object) -> None:
         if self._walk is not None:
             self._walk.close()
-        if self._until_exit is not None:
-            self._until_exit.close()
-            self._until_exit = None
-        self._captured = None
+        assert self._until_exit is not None
+        self._until_exit.close()
+        self._until_exit = self._captured = None
 
     def _start(self, stack: ExitStack, folder: Path) -> Captured:
         """Everything before the first block."""
@@ -273,11 +262,9 @@ class Job:
         self.source.load_outside()
         with torch.no_grad():
             captured = capture(
-                self.source.model,
-                self.source.blocks,
+                self.source,
                 self.windows.tokens,
                 self.pool,
-                self.source.device,
                 self.ranks.own(range(self.count)),
                 lambda size: folder if self._spills(size) else None,
             )
@@ -304,22 +291,15 @@ class Job:
         blocks = len(self.source.blocks)
         # where tokens are weighted by them, those of held-out windows are, too
         weighted = self.options.token_weights == GRADIENT
-        chosen = list(range(self.count)) if weighted else self.few()
+        chosen = list(range(self.count)) if weighted else self.few
         size = (blocks + 1) * len(self.ranks.own(chosen)) * captured.states.bytes
         place = folder if size > self.activation_memory else None
         layers = self.layers if self.options.sensitive else ()
-        steps = DenseModel.steps(blocks, of_layers=bool(layers)) * len(chosen)
+        # through every block, the head, and back through every block (but the first, without layers)
+        steps = (2 * blocks + bool(layers)) * len(chosen)
         tick = ticker(self.tell, 0, self.last + 1, "gradients", steps)
         what = (self.source, self.windows, chosen, captured, self.pool)
         return DenseModel(*what, place, tick, self.ranks).gradients(layers, self.held)
-
-    def weights_of_tokens(self, block: int, states: Activations) -> Callable[[int], Tensor] | None:
-        """Weights of a window's tokens, `states` entering the block; None: all of them 1."""
-        token_weights = self.options.token_weights
-        if token_weights == UNIFORM:
-            return None
-        every = [None] * self.count if self.gradients is None else self.gradients.norms[block]
-        return lambda window: weights_of_tokens(states[window], token_weights, every[window])
 
     def _spills(self, size: int) -> bool:
         """Whether hidden states of so many bytes, and those kept along with them, go to a file."""
@@ -361,14 +341,20 @@ class Block(OpenBlock):
         """Gram matrices of the layers' inputs; with `calibrate_on` dense, the samples advance, too."""
         if self.advanced:
             raise RuntimeError(f"the samples have left block {self.index}")
-        advance = self.job.options.one_pass and self.job.goes_on(self.index)
+        options, gradients = self.job.options, self.job.gradients
+        advance = options.one_pass and self.index < self.job.needed
+
+        def weights(window: int) -> Tensor:
+            gradient = None if gradients is None else gradients.norms[self.index, window]
+            return weights_of_tokens(self.samples.states[window], options.token_weights, gradient)
+
         with torch.no_grad():
             grams = collect(
                 self,
                 self.layers if layers is None else layers,
                 advance=advance,
-                all_experts=self.job.options.all_experts,
-                weights=self.job.weights_of_tokens(self.index, self.samples.states),
+                all_experts=options.all_experts,
+                weights=None if options.token_weights == UNIFORM else weights,
                 tick=self.ticker("calibrate", len(self.samples.active)),
             )
         self.advanced = advance
@@ -405,7 +391,7 @@ class Block(OpenBlock):
         """Send the samples on through the block as it is now, where a later block needs them."""
         if not self.dense_advanced:
             self.advance_dense()
-        if not self.advanced and self.job.goes_on(self.index):
+        if not self.advanced and self.index < self.job.needed:
             tick = self.ticker(stage, len(self.samples.active))
             pass_on(self, self.samples.states, tick)
         self.advanced = True
@@ -413,7 +399,7 @@ class Block(OpenBlock):
     def advance_dense(self) -> None:
         """Send the dense hidden states, where there are any, through the block with its dense weights."""
         dense = self.samples.dense
-        if dense is not None and self.job.goes_on(self.index):
+        if dense is not None and self.index < self.job.needed:
             pass_on(self, dense)
         self.dense_advanced = True
 

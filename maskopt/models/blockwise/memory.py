@@ -11,6 +11,7 @@ from maskopt.models.architecture.blocks import Layer, vocabulary_size
 from maskopt.models.architecture.source import Source, text_config
 from maskopt.models.blockwise.gradients import LOGITS
 from maskopt.models.checkpoints.report import grouped
+from maskopt.models.options.walk import WalkOptions
 
 GIB = 2**30
 #: the interpreter with torch, transformers and a compiled solver
@@ -61,32 +62,29 @@ class Load:
         samples, length: windows, and tokens in each.
         activation_memory: bytes of hidden states above which they go to a file.
         held: Gram matrices of held-out windows are summed, too.
-        least_squares: kept weights are updated by least squares: a system for every row.
         gradients: windows whose hidden states of every block are kept for gradients of the loss.
         variants: windows of all variants of the model that are measured before anything is pruned.
-        trained: blocks are trained, with the dense model's hidden states, and targets.
         together: all layers are trained together, towards the dense model's predictions.
         recompute: for gradients only the inputs of each block are kept.
     """
 
     source: Source
     layers: Sequence[Layer]
+    options: WalkOptions
     samples: int
     length: int
     threads: int
     activation_memory: int
-    held: bool = False
-    least_squares: bool = False
-    gradients: int = 0
+    held: bool
+    gradients: int
     variants: int = 0
-    trained: bool = False
     together: bool = False
     recompute: bool = False
 
     @property
     def copies(self) -> int:
-        """Hidden states of every token that are kept: of the pruned model, the dense one, and training."""
-        return 3 if self.trained else 1
+        """Hidden states of every token that are kept: of the pruned model; for training, of the dense one."""
+        return 1 if self.options.reconstruction is None else 2
 
 
 def estimate_memory(load: Load) -> Memory:
@@ -103,18 +101,19 @@ def estimate_memory(load: Load) -> Memory:
         distinct = distinct_inputs(mine)
         # in float64
         grams = max(grams, (16 if load.held else 8) * sum(n * n for n in distinct))
-        tokens = copies * threads * load.length
+        tokens = (1 if load.options.reconstruction is None else 3) * threads * load.length
         inputs = max(inputs, tokens * width * (sum(distinct) + 6 * hidden))
         # G in float32 (and that of the held-out windows) and two more matrices of its size (in the start's
         # relaxation float64 up to n = 4096), the weights in float32 a few times
         square = 16 if load.held else 12
         # damped G, its inverse and its eigenvectors, mostly float64; a thread's systems: one for a row
         # without pruned weights, or several smaller ones
-        systems, fixed = (40 + 24 * threads, SYSTEMS * threads) if load.least_squares else (0, 0)
+        solved = load.options.least_squares is not None
+        systems, fixed = (40 + 24 * threads, SYSTEMS * threads) if solved else (0, 0)
         for y in mine:
             matrices = (square + systems) * y.n**2 + 8 * min(y.n, 4096) ** 2 + fixed
             solving = max(solving, matrices + 24 * y.rows * y.n)
-        if load.trained:
+        if load.options.reconstruction is not None:
             # in float32: weights, the best of them, two moments, gradients, those of every thread
             weights = 4 * (5 + threads) * sum(y.rows * y.n for y in mine)
             solving = max(solving, weights + 2 * inputs)

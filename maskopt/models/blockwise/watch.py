@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -117,13 +117,6 @@ class Watch(TorchFunctionMode):
                 self._held.append((part, part._version))
             self.inputs.setdefault(layer.name, []).append(part.reshape(-1, layer.n))
 
-    def sharing(self) -> dict[str, tuple[Any, ...]]:
-        """Per layer, a key that is equal for layers that were given the very same tensors."""
-        return {
-            name: tuple((x.data_ptr(), tuple(x.shape), x.stride()) for x in tensors)
-            for name, tensors in self.inputs.items()
-        }
-
 
 class WatchGradients(TorchFunctionMode):
     """By layer, squares of the loss's gradient by each output, summed over tokens, float64 [rows]."""
@@ -155,34 +148,35 @@ class WatchGradients(TorchFunctionMode):
         return add
 
 
-@contextmanager
 def experts_see_all(
     block: nn.Module, prefix: str, layers: Sequence[Layer], local: threading.local
-) -> Iterator[None]:
-    """Before experts run as routed, run all of them on all tokens; `local.watch` of the thread observes only
-    that. Raises ModelError for experts that are not given a routing which could be replaced."""
-    handles = []
+) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+    """Modules of experts with forward functions that first run all experts on all tokens, then as routed;
+    `local.watch` of the thread observes only the first. Raises ModelError for experts that are not given a
+    routing which could be replaced."""
+
+    def forward(
+        module: nn.Module,
+        routed: Callable[..., Any],
+        inside: frozenset[str],
+        everything: Callable[..., None],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if getattr(local, "busy", False):
+            return routed(*args, **kwargs)
+        local.busy = True
+        try:
+            everything(module, args, kwargs)
+        finally:
+            local.busy = False
+        local.watch.muted = local.watch.muted | inside
+        output = routed(*args, **kwargs)
+        local.watch.muted = local.watch.muted - inside
+        return output
 
     def names(path: str) -> frozenset[str]:
         return frozenset(layer.name for layer in layers if layer.name.startswith(path))
-
-    def hook(module: nn.Module, inside: frozenset[str], everything: Callable[..., None]) -> None:
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if getattr(local, "busy", False) or not hasattr(local, "watch"):
-                return
-            local.busy = True
-            try:
-                everything(module, args, kwargs)
-            finally:
-                local.busy = False
-            local.watch.muted = local.watch.muted | inside
-
-        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not getattr(local, "busy", False) and hasattr(local, "watch"):
-                local.watch.muted = local.watch.muted - inside
-
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after))
 
     for name, module in block.named_modules():
         path = prefix + (f"{name}." if name else "")
@@ -192,14 +186,10 @@ def experts_see_all(
                     f"{path}: {type(module).__name__} is not given a routing that could be replaced; "
                     "leave out `all_experts`"
                 )
-            hook(module, names(path), _run_fused)
+            yield module, partial(forward, module, module.forward, names(path), _run_fused)
         elif (experts := _expert_list(module)) and names(path + experts):
-            hook(module, names(f"{path}{experts}."), _run_listed)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+            inside = names(f"{path}{experts}.")
+            yield module, partial(forward, module, module.forward, inside, _run_listed)
 
 
 def _run_fused(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

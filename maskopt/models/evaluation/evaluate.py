@@ -121,15 +121,11 @@ def perplexity(
     training = isinstance(model, nn.Module) and model.training
     try:
         job = open_job(model, given, walk, tokenizer=tokenizer, whole=True, limit=windows)
-        cut = job.windows
-        check_targets(cut)
-        with job:
-            walk_whole(job, tell)
-            sums = _sums([job], lambda done: tell(job.passes + done, job.passes + len(cut)))
+        [found] = _evaluated([""], [job], lambda _, done, total: tell(done, total))
     finally:
         if isinstance(model, nn.Module):
             model.train(training)
-    return _perplexity_of(sums[:, 0, 0], cut)
+    return found.perplexity
 
 
 def evaluate(
@@ -152,31 +148,37 @@ def evaluate(
     if not models:
         raise OptionError("name at least one model")
     tell = on_progress or (lambda model, done, total: None)
-    names = [str(model) for model in models]
     jobs = [open_job(model, text, options, whole=True, limit=windows) for model in models]
-    _check_same_windows(models, jobs)
+    return _evaluated([str(model) for model in models], jobs, tell)
+
+
+def _evaluated(
+    names: Sequence[str], jobs: Sequence[Job], tell: Callable[[str, int, int], None]
+) -> list[Evaluation]:
+    _check_same_windows(names, jobs)
     with ExitStack() as held:
         for name, job in zip(names, jobs, strict=True):
             held.enter_context(job)
             walk_whole(job, partial(tell, name))
-            job.source.drop()
+            if len(jobs) > 1:
+                job.source.drop()
 
         def judged(done: int) -> None:
             for name, job in zip(names, jobs, strict=True):
                 tell(name, job.passes + done, job.passes + job.count)
 
         sums = _sums(jobs, judged)
-        windows_of = jobs[0].windows
+        windows = jobs[0].windows
         found = []
         for number, (name, job) in enumerate(zip(names, jobs, strict=True)):
             losses = sums[:, number, 0]
             change = _change(jobs[0], job, sums[:, 0, 0], sums[:, number]) if number else None
-            means = tuple((losses / windows_of.targets).tolist())
-            found.append(Evaluation(name, _perplexity_of(losses, windows_of), means, change))
+            means = tuple((losses / windows.targets).tolist())
+            found.append(Evaluation(name, _perplexity_of(losses, windows), means, change))
     return found
 
 
-def _check_same_windows(models: Sequence[str | Path], jobs: Sequence[Job]) -> None:
+def _check_same_windows(models: Sequence[str], jobs: Sequence[Job]) -> None:
     first = jobs[0].windows
     check_targets(first)
     sizes: list[Any] = [text_config(job.source.model) for job in jobs]

@@ -12,7 +12,7 @@ from maskopt.core.pattern import parse_sparsity
 from maskopt.errors import ModelError, OptionError
 from maskopt.models.blockwise.distributed import ALONE, Ranks
 from maskopt.models.blockwise.forward import OnBlockProgress
-from maskopt.models.blockwise.job import Job, open_job
+from maskopt.models.blockwise.job import open_job
 from maskopt.models.blockwise.windows import check_targets
 from maskopt.models.checkpoints.report import PruneReport
 from maskopt.models.checkpoints.schema import MANIFEST
@@ -119,20 +119,17 @@ def _check_cases(
         options.check_layers(job.layers)
     walk = WalkOptions(seq_len=512, **{name: getattr(first, name) for name in _OF_JUDGING})
     if text is not None:
-        _check_judging(open_job(model, text, walk, whole=True, limit=windows))
+        job = open_job(model, text, walk, whole=True, limit=windows)
+        checkpoint = job.source.checkpoint
+        assert checkpoint is not None
+        if checkpoint.config.get("auto_map"):
+            raise ModelError(
+                f"{checkpoint.folder}: config.json asks to run code that comes with the model (auto_map), "
+                "which is not copied to the pruned folders; leave out `text`, copy it there and judge by "
+                "`maskopt eval`"
+            )
+        check_targets(job.windows)
     return walk
-
-
-def _check_judging(job: Job) -> None:
-    """Refuse a text without targets, or a model whose pruned folders cannot be opened."""
-    checkpoint = job.source.checkpoint
-    assert checkpoint is not None
-    if checkpoint.config.get("auto_map"):
-        raise ModelError(
-            f"{checkpoint.folder}: config.json asks to run code that comes with the model (auto_map), which "
-            "is not copied to the pruned folders; leave out `text`, copy it there and judge by `maskopt eval`"
-        )
-    check_targets(job.windows)
 
 
 def _cases(options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

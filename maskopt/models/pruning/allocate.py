@@ -60,7 +60,7 @@ def _curves(job: Job, block: Block, options: PruneOptions) -> list[Curve]:
     """Of the chosen layers of a block that see enough tokens."""
     found = []
     samples = block.samples
-    samples.drop(set(samples.active) - set(job.few()))
+    samples.drop(set(samples.active) - set(job.few))
     grams = block.grams()
     tick = block.ticker("allocation", len(block.layers))
     for layer in block.layers:

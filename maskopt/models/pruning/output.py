@@ -45,7 +45,7 @@ from maskopt.models.checkpoints.workspace import plain_errors
 from maskopt.models.options.prune import NONE, PruneOptions
 from maskopt.models.pruning.gram_store import StoredBlock
 from maskopt.models.pruning.run import Run, peaks
-from maskopt.models.training.whole import disk_of_training, open_teacher, train_whole
+from maskopt.models.training.tasks import disk_of_training, open_teacher, train_whole
 
 #: lists the files of a folder that `apply_masks` wrote
 APPLIED = "maskopt-apply.json"

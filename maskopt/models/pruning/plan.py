@@ -40,7 +40,7 @@ from maskopt.models.options.walk import (
 from maskopt.models.pruning.gram_store import GramStore
 from maskopt.models.pruning.prune import check_prunable
 from maskopt.models.pruning.prune_layer import solve_layer
-from maskopt.models.training.whole import disk_of_training
+from maskopt.models.training.tasks import disk_of_training
 
 #: inputs of the small problem that the solver's speed is measured on, and its rows, more while they are fast
 PROBE_N, PROBE_ROWS = 512, (2, 64, 256, 512)

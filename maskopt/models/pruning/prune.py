@@ -43,7 +43,7 @@ from maskopt.models.pruning.gram_store import GramStore, StoredBlock, stored_blo
 from maskopt.models.pruning.output import BlockResult, FolderResults, Results
 from maskopt.models.pruning.prune_layer import layer_problem, prune_layers
 from maskopt.models.pruning.run import Run, fingerprint_of, text_record
-from maskopt.models.training.blockwise import Targets
+from maskopt.models.training.tasks import Targets
 
 
 def prune_model(
@@ -193,7 +193,7 @@ def _prune_blocks(
     threads = nullcontext() if store is None else torch_threads(job.threads)
     with torch.no_grad(), job, threads:
         for block in blocks:
-            targets = _targets(block, options, folder)
+            targets = _targets(block, options)
             found = BlockResult.of(
                 block,
                 lambda layers, grams: prune_layers(job, grams.neighbours(layers), grams, options),
@@ -201,7 +201,6 @@ def _prune_blocks(
             if targets is not None:
                 some = {n: mask for n, mask in found.masks.items() if not found.reports[n].fallback}
                 found.trained = targets.train(some)
-                targets.close()
                 # a block that training did not improve stays as it was stored
                 trained = {name: some[name] for name in some if name in targets.trained_layers}
                 found.weights |= _stored_weights(job, trained)
@@ -209,11 +208,11 @@ def _prune_blocks(
             results.keep(block, found)
 
 
-def _targets(block: Block | StoredBlock, options: PruneOptions, folder: Path) -> Targets | None:
+def _targets(block: Block | StoredBlock, options: PruneOptions) -> Targets | None:
     """The outputs of the block in the dense model, where its weights are to be trained."""
     if options.reconstruction is None or isinstance(block, StoredBlock):
         return None
-    targets = Targets(block, options.reconstruction, options.seed, folder)
+    targets = Targets(block, options.reconstruction, options.seed)
     targets.record()
     return targets
 

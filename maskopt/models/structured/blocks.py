@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from maskopt.core.problem import RowProblem
 from maskopt.errors import ModelError, OptionError
 from maskopt.models.architecture.source import FolderSource
 from maskopt.models.architecture.structures import block_settings, renumbered, without_blocks
-from maskopt.models.blockwise.divergence import Variant, Variants, divergences, place, through
+from maskopt.models.blockwise.collect import pass_on
+from maskopt.models.blockwise.divergence import Variants, divergences, place
 from maskopt.models.blockwise.forward import OnBlockProgress
 from maskopt.models.blockwise.job import Block, Job
 from maskopt.models.checkpoints.report import PruneReport
@@ -105,7 +107,6 @@ def remove_blocks(
     if not 0 < count < len(source.blocks):
         raise OptionError(f"`blocks` must be 1 to {len(source.blocks) - 1}, not {count}")
     _check_family(source, list(range(len(source.blocks) - count, len(source.blocks))))
-    sayable = _sayable(source)
     run.reads(model=source.checkpoint)
     with run.opened(disk_needed(source.checkpoint)) as work:
         with job, torch.no_grad():
@@ -115,10 +116,9 @@ def remove_blocks(
 
             def measure(sets: Sequence[Left]) -> dict[Left, float]:
                 with job.again(options) as walk:
-                    folder = place(job, len(sets), work.hidden)
-                    return measure_sets(walk, sets, folder, judged=JUDGED)
+                    return measure_sets(walk, sets, place(job, len(sets), work.hidden))
 
-            measured = choose(effects, best, measure, sayable)
+            measured = choose(effects, best, measure, _sayable(source))
         least = min(measured, key=lambda left: measured[left])
         removed = sorted(least)
         settings = _check_family(source, removed)
@@ -252,7 +252,7 @@ class Effects:
         return sorted(order[:count])
 
 
-def measure_effects(job: Job, folder: Path | None = None) -> Effects:
+def measure_effects(job: Job, folder: Path | None) -> Effects:
     """The effects of one or two left-out blocks of a dense model; `job` is of a whole walk, entered; hidden
     states go to a file in `folder`."""
     windows, blocks = range(job.count), len(job.source.blocks)
@@ -260,53 +260,45 @@ def measure_effects(job: Job, folder: Path | None = None) -> Effects:
     with Variants[Left](job, blocks * (blocks + 1) // 2, folder) as held:
         for block in job.blocks(folder=folder):
             entered = block.samples.states
-            through_it = list(held.items())
-            held.begin(Left({block.index}), entered, entered)
-            for left, states in through_it:
+            through_it = list(held)
+            held.begin(Left({block.index}), entered)
+            for left in through_it:
                 if len(left) < 2:
-                    held.begin(left | {block.index}, states, entered)
+                    held.begin(left | {block.index}, entered, left)
             before = [entered[w] for w in windows]
-            _advance(block, [states for _, states in through_it])
-            similarity.append(_alike(before, [entered[w] for w in windows]))
-        return Effects(divergences(job, held), similarity)
+            _advance(block, held, through_it)
+            cosines = [
+                cosine_similarity(old.double(), entered[w].double(), dim=-1).mean()
+                for w, old in zip(windows, before, strict=True)
+            ]
+            similarity.append(float(torch.stack(cosines).mean()))
+        return Effects(divergences(job, held, held), similarity)
 
 
-def measure_sets(
-    job: Job, sets: Sequence[Left], folder: Path | None = None, *, judged: int
-) -> dict[Left, float]:
-    """KL(dense ‖ without), nats a token, on all tokens, of the `judged` best sets by some tokens."""
+def measure_sets(job: Job, sets: Sequence[Left], folder: Path | None) -> dict[Left, float]:
+    """KL(dense ‖ without), nats a token, on all tokens, of the `JUDGED` best sets by some tokens."""
     with Variants[Left](job, len(sets), folder) as held:
         for block in job.blocks(folder=folder):
             entered = block.samples.states
             for left in sets:
                 if min(left) == block.index:
-                    held.begin(left, entered, entered)
-            through_it = [states for left, states in held.items() if block.index not in left]
-            _advance(block, through_it)
-        best: Mapping[Left, Variant] = held
-        if judged < len(held):
-            some = divergences(job, held)
-            best = {left: held[left] for left in sorted(held, key=lambda s: some[s])[:judged]}
-        return divergences(job, best, every=1)
+                    held.begin(left, entered)
+            _advance(block, held, [left for left in held if block.index not in left])
+        best = list(held)
+        if len(held) > JUDGED:
+            some = divergences(job, held, held)
+            best = sorted(held, key=lambda s: some[s])[:JUDGED]
+        return divergences(job, held, best, every=1)
 
 
-def _advance(block: Block, variants: Sequence[Variant]) -> None:
-    """Send the dense model's samples and those of variants through a block."""
-    tick = block.ticker("without others", len(variants) + 1)
-    for states in variants:
-        through(block, states, range(block.job.count))
+def _advance(block: Block, held: Variants[Left], some: Sequence[Left]) -> None:
+    """Send the dense model's samples and those of some variants through a block."""
+    tick = block.ticker("without others", len(some) + 1)
+    for left in some:
+        pass_on(block, held.states, first=held[left])
         tick(1)
     block.advance()
     tick(1)
-
-
-def _alike(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """Mean cosine over the tokens."""
-    cosines = [
-        torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=-1).mean()
-        for a, b in zip(before, after, strict=True)
-    ]
-    return float(torch.stack(cosines).mean())
 
 
 def search_sets(measure: Measure, effects: Effects, first: Sequence[Left]) -> dict[Left, float]:

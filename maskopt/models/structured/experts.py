@@ -25,7 +25,7 @@ from maskopt.errors import ModelError, OptionError
 from maskopt.models.architecture.blocks import Mixture, mixtures_of
 from maskopt.models.architecture.source import FolderSource
 from maskopt.models.architecture.structures import expert_settings, experts_left, without_experts
-from maskopt.models.blockwise.forward import OnBlockProgress
+from maskopt.models.blockwise.forward import OnBlockProgress, forwards
 from maskopt.models.blockwise.job import Block, Job
 from maskopt.models.checkpoints.report import LayerReport, PruneReport
 from maskopt.models.checkpoints.result import disk_needed
@@ -213,41 +213,34 @@ def seen_by(
     """What `visit` returns for a module's call, window by window; ModelError unless it is one call."""
     seen: list[T] = []
     remedy = "and its experts cannot be removed"
-    heard = threading.local()
+    heard, forward = threading.local(), module.forward
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def recorded(*args: Any, **kwargs: Any) -> Any:
         state = args[0] if args else kwargs.get("hidden_states")
         if not isinstance(state, Tensor):
             raise ModelError(f"{type(module).__name__} is called without a hidden state, {remedy}")
         # the model may change its own input in place
         kept = state.clone()
-        args = tuple(kept if value is state else value for value in args)
-        kwargs = {name: kept if value is state else value for name, value in kwargs.items()}
-        heard.calls.append((args, kwargs))
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        heard.output = first(output).clone()
+        before = tuple(kept if value is state else value for value in args)
+        named = {name: kept if value is state else value for name, value in kwargs.items()}
+        output = forward(*args, **kwargs)
+        heard.calls.append((before, named, first(output).clone()))
+        return output
 
     def one(sample: int) -> tuple[T, bool]:
         heard.calls = []
         block.run(sample, block.samples.states)
         if len(heard.calls) != 1:
             raise ModelError(f"{name} is called {len(heard.calls)} times in a pass, {remedy}")
-        finite = bool(heard.output.isfinite().all())
-        args, kwargs = heard.calls[0]
-        return visit(args, kwargs, heard.output), finite
+        args, kwargs, output = heard.calls[0]
+        return visit(args, kwargs, output), bool(output.isfinite().all())
 
-    handles = [module.register_forward_pre_hook(before, with_kwargs=True)]
-    handles.append(module.register_forward_hook(after))
-    try:
+    with forwards([(module, recorded)]):
         for sample, (found, finite) in block.threads.each(one, list(block.samples.active)):
             if finite:
                 seen.append(found)
             else:
                 block.samples.leave_out(sample, name)
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen
 
 

@@ -39,7 +39,8 @@ _DIVERGED, _NOTHING = 10.0, 1e-4
 _MOST_RATE = 1e30
 #: per trained weight on disk: the weight, two moments, and the best epoch's weight
 BYTES = 16
-KINDS = ("weights", "first", "second", "best")
+#: what AdamW calls its moments
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Losses(NamedTuple):
@@ -49,9 +50,9 @@ class Losses(NamedTuple):
     held: float
 
 
-#: float32, of every trained parameter by its name: `weights`, AdamW's moments `first` and `second`, and
-#: `best`, the weights of the best epoch, none where that is the start
-Tensors = Mapping[str, Mapping[str, Tensor]]
+#: float32, by `kind/name` of every trained parameter: `weights`, AdamW's moments, and `best`, the weights of
+#: the best epoch, none where that is the start
+Tensors = Mapping[str, Tensor]
 
 
 @dataclass
@@ -165,7 +166,7 @@ def _epochs(
     else:
         at, tensors = saved
         _go_on(tensors, at.step, optimizer, named)
-        best = [tensors["best"][name] for name in named] if at.epoch else start
+        best = [tensors[f"best/{name}"] for name in named] if at.epoch else start
     done, diverged = at.step, False
     for number in range(1, how.epochs + 1):
         order = torch.randperm(count, generator=generator).tolist()
@@ -200,12 +201,20 @@ def _epochs(
 
 
 def _optimizer(task: Task, weights: Sequence[nn.Parameter]) -> torch.optim.AdamW:
-    """AdamW whose groups know their highest learning rate, `peak`."""
-    sizes = _sizes(list(zip(weights, task.free.values(), strict=True)))
+    """AdamW whose groups know their highest learning rate, `peak`: in parts of the root mean square of their
+    free entries; of vectors times `_OF_VECTORS`, or, where 0, of that of the matrices."""
+    sizes = [
+        float(weight.detach()[free].square().mean().sqrt()) if bool(free.any()) else 0.0
+        for weight, free in zip(weights, task.free.values(), strict=True)
+    ]
+    of_matrices = [size for size, w in zip(sizes, weights, strict=True) if w.ndim > 1]
+    usual = sum(of_matrices) / max(1, len(of_matrices))
     groups: list[dict[str, Any]] = []
     for weight, size in zip(weights, sizes, strict=True):
-        decay = task.how.weight_decay if weight.ndim > 1 else 0.0
-        peak = min(task.how.learning_rate * size, _MOST_RATE)
+        vector = weight.ndim == 1
+        scale = _OF_VECTORS * (size or usual) if vector else size
+        peak = min(task.how.learning_rate * scale, _MOST_RATE)
+        decay = 0.0 if vector else task.how.weight_decay
         groups.append({"params": [weight], "peak": peak, "weight_decay": decay})
     return torch.optim.AdamW(groups, betas=(0.9, 0.95))
 
@@ -231,26 +240,24 @@ def _losses_at_start(
 def _tensors(
     optimizer: torch.optim.AdamW, named: Mapping[str, nn.Parameter], best: Sequence[Tensor]
 ) -> Tensors:
-    moments = {name: optimizer.state[weight] for name, weight in named.items()}
-    return {
-        "weights": {name: weight.data for name, weight in named.items()},
-        "first": {name: of["exp_avg"] for name, of in moments.items()},
-        "second": {name: of["exp_avg_sq"] for name, of in moments.items()},
-        "best": dict(zip(named, best, strict=True)) if best else {},
-    }
+    found = {f"best/{name}": value for name, value in zip(named, best, strict=bool(best))}
+    for name, weight in named.items():
+        found[f"weights/{name}"] = weight.data
+        found |= {f"{kind}/{name}": optimizer.state[weight][kind] for kind in _MOMENTS}
+    return found
 
 
 def _go_on(
     tensors: Tensors, step: int, optimizer: torch.optim.AdamW, named: Mapping[str, nn.Parameter]
 ) -> None:
     """Restore the weights and moments of a training that was interrupted after so many steps."""
-    state = {}
-    for index, name in enumerate(named):
-        moments = {"exp_avg": tensors["first"][name], "exp_avg_sq": tensors["second"][name]}
-        state[index] = {"step": torch.tensor(float(step)), **moments}
+    state = {
+        index: {"step": torch.tensor(float(step))} | {k: tensors[f"{k}/{name}"] for k in _MOMENTS}
+        for index, name in enumerate(named)
+    }
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     for name, weight in named.items():
-        weight.data = tensors["weights"][name]
+        weight.data = tensors[f"weights/{name}"]
 
 
 def _rounded(
@@ -273,20 +280,6 @@ def _in_place(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iter
     finally:
         for weight, value in zip(weights, exact, strict=True):
             weight.data = value
-
-
-def _sizes(weights: Sequence[tuple[nn.Parameter, Tensor]]) -> list[float]:
-    """Root mean squares of free entries; of vectors times `_OF_VECTORS`, or, where 0, of the matrices'."""
-    found = [
-        float(weight.detach()[free].square().mean().sqrt()) if bool(free.any()) else 0.0
-        for weight, free in weights
-    ]
-    of_matrices = [size for size, (w, _) in zip(found, weights, strict=True) if w.ndim > 1]
-    usual = sum(of_matrices) / max(1, len(of_matrices))
-    return [
-        _OF_VECTORS * (size or usual) if w.ndim == 1 else size
-        for size, (w, _) in zip(found, weights, strict=True)
-    ]
 
 
 def _rate(step: int, steps: int) -> float:
@@ -351,10 +344,7 @@ class FolderKeeper:
                 f"{path}: does not match the journal: it was changed; start over with `overwrite`"
             )
         file = open_safe(path)
-        tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
-        for stored in file.entries:
-            kind, name = stored.split("/", 1)
-            tensors[kind][name] = file.read(stored).to(self._device)
+        tensors = {name: file.read(name).to(self._device) for name in file.entries}
         before = Losses(*record["before"])
         return Progress(record["step"], before, record["held"], record["epoch"]), tensors
 
@@ -364,8 +354,7 @@ class FolderKeeper:
 
     def keep(self, at: Progress, tensors: Tensors) -> None:
         path = self._work.blocks / f"step-{at.step:08d}.safetensors"
-        named = {f"{kind}/{name}": x for kind in KINDS for name, x in tensors[kind].items()}
-        digest = write_tensors(path, named)
+        digest = write_tensors(path, tensors)
         record: dict[str, Any] = {"file": path.name, "digest": digest, "step": at.step}
         record |= {"before": list(at.before), "held": at.held, "epoch": at.epoch}
         self._work.keep = True  # from the moment that the journal may hold it

@@ -234,7 +234,9 @@ def test_names_that_lead_elsewhere_and_options_that_errors_name(tmp_path, monkey
     states = (range(2), torch.Size((1, 3, 4)), torch.float32, tmp_path)
     numbers = {errno.ENOSPC: r"no room for 0\.00 GiB", errno.EACCES: "cannot be written"}
     for number, why in numbers.items():
-        monkeypatch.setattr("tempfile.mkstemp", Mock(side_effect=OSError(number, "because of x")))
+        monkeypatch.setattr(
+            "tempfile.TemporaryFile", Mock(side_effect=OSError(number, "because of x"))
+        )
         said = rf"\A{re.escape(str(tmp_path))}: (?=.*because of x)(?=.*`activation_memory`).*{why}"
         fails(ModelError, said, Activations, *states)
 

@@ -22,7 +22,7 @@ from maskopt.models.checkpoints.workspace import HIDDEN, Workspace
 from maskopt.models.options.prune import RECIPES, prune_options
 from maskopt.models.pruning.card import options_again
 from maskopt.models.pruning.plan import plan_prune
-from maskopt.models.training import whole as stage
+from maskopt.models.training import tasks as stage
 from maskopt.models.training.trainer import FolderKeeper
 from maskopt.models.verification.verify import verify_model
 

@@ -91,7 +91,8 @@ def test_what_autograd_keeps_is_estimated(family, pairs):
     """Of a window; what enters each block and nothing else where it is computed again."""
     job, kept = open_job(pairs(family)[1], WINDOWS, DistillOptions(threads=1)), []
     for recompute in (False, True):
-        with job, job.in_memory(recompute=recompute) as states:
+        with job:
+            states = job.in_memory(recompute=recompute)
             kept.append(kept_bytes(job.source.model, lambda states=states: states(0)))
     found, entered = kept
     blocks, width = len(job.source.blocks), job.source.model.config.hidden_size

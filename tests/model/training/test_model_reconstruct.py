@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from maskopt import open_job, prune_model
 from maskopt.errors import OptionError, VerificationError
+from maskopt.models.blockwise import forward, job as walk
+from maskopt.models.blockwise.activations import Activations
 from maskopt.models.checkpoints.schema import MASKS
 from maskopt.models.options.prune import prune_options
-from maskopt.models.training import blockwise as reconstruct, trainer as training
+from maskopt.models.training import tasks as reconstruct, trainer as training
 from maskopt.models.verification.verify import verify_model
 
 HOW = {"epochs": 6, "learning_rate": 0.1}
@@ -176,12 +178,13 @@ def test_weights_that_are_decayed_become_smaller(monkeypatch):
 def test_hidden_states_that_blocks_are_trained_by_are_counted(monkeypatch):
     made, data, most = [], tokens(12), 0
 
-    class Seen(reconstruct.Activations):
+    class Seen(Activations):
         def __init__(self, *given):
             super().__init__(*given)
             made.append(self)
 
-    monkeypatch.setattr(reconstruct, "Activations", Seen)
+    for module in (forward, walk):
+        monkeypatch.setattr(module, "Activations", Seen)
 
     def look(event):
         nonlocal most
@@ -189,12 +192,12 @@ def test_hidden_states_that_blocks_are_trained_by_are_counted(monkeypatch):
 
     trained(tiny("llama", layers=2), data, on_progress=look, how={"epochs": 1})
     job = open_job(tiny("llama", layers=2), data, prune_options(None, {**OPTIONS, "training": HOW}))
-    assert job.load.copies == 3  # of the pruned model, of the dense one, and the targets
-    assert most == data.numel() * 32 * 4
+    assert job.load.copies == 2  # of the pruned model and of the dense one
+    assert most == 2 * data.numel() * 32 * 4
 
 
 def recorded(states):
-    found = reconstruct.Activations(range(len(states)), states[0].shape, states.dtype)
+    found = Activations(range(len(states)), states[0].shape, states.dtype)
     for window, state in enumerate(states):
         found[window] = state
     return found

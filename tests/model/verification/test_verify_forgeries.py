@@ -22,7 +22,7 @@ from maskopt.models.checkpoints.checkpoint import open_safe
 from maskopt.models.checkpoints.result import TensorMask
 from maskopt.models.checkpoints.schema import INDEX, MANIFEST, MASKS
 from maskopt.models.structured import blocks as removal
-from maskopt.models.training import blockwise as reconstruct
+from maskopt.models.training import tasks as reconstruct
 from maskopt.models.verification.verify import verify_model
 
 TRAIN = {"epochs": 2, "learning_rate": 0.003, "train": "all"}

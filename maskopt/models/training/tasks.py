@@ -1,0 +1,251 @@
+"""The weights that are trained towards the dense model, with their masks fixed: those of one block, or of a
+whole model.
+
+Blockwise, the outputs of the dense block in the dense model are recorded as targets; once the block's layers
+are pruned, it is trained on its inputs in the pruned model. As a whole, the model is trained to predict what
+the dense model predicts: knowledge distillation (Hinton, Vinyals and Dean, arXiv 1503.02531) at temperature
+1, by one walk through the dense model, then all kept weights together by KL(dense ‖ pruned) of the next
+token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from maskopt.errors import ModelError
+from maskopt.models.architecture.blocks import Layer, matrix, merged
+from maskopt.models.architecture.source import FolderSource, layer_masks
+from maskopt.models.blockwise.activations import Activations
+from maskopt.models.blockwise.collect import IN_DENSE
+from maskopt.models.blockwise.divergence import divergence_loss
+from maskopt.models.blockwise.job import Block, Job, open_job, walk_whole
+from maskopt.models.blockwise.windows import held_out
+from maskopt.models.checkpoints.checkpoint import write_tensors
+from maskopt.models.checkpoints.report import TrainedBlock
+from maskopt.models.checkpoints.result import Edits, write_shard
+from maskopt.models.checkpoints.schema import MASKS
+from maskopt.models.checkpoints.workspace import Journal, Workspace
+from maskopt.models.options.walk import ALL, DistillOptions, Reconstruction, WalkOptions
+from maskopt.models.training.trainer import BYTES, FolderKeeper, Task, Trained, train
+
+#: called with the name of a stage, how much of it is done, and of how much
+OnDistill = Callable[[str, int, int], None]
+
+#: lower limit of a token's mean square, relative to that of its window's targets
+_LEAST = 1e-6
+#: lower limit of a channel's mean square, relative to that of all channels
+_LEAST_OF_CHANNEL = 1e-3
+
+
+class Targets:
+    """The outputs of an open block in the dense model: its samples' dense states, once they are recorded.
+
+    Attributes:
+        trained_layers, trained_vectors: names of the layers, and of the norms and biases, that were trained.
+    """
+
+    def __init__(self, block: Block, how: Reconstruction, seed: int) -> None:
+        self.block, self.how = block, how
+        assert block.samples.dense is not None
+        self._dense = block.samples.dense
+        source = block.job.source
+        #: norms and biases that may change: the stored tensor and its dtype by name
+        self._vectors = dict(source.vectors(block.index)) if how.train == ALL else {}
+        self._stored = source.stored_dtype
+        self.trained_layers: set[str] = set()
+        self.trained_vectors: set[str] = set()
+        self._seed = seed * 1_000_003 + block.index
+
+    def record(self) -> None:
+        """Replace the dense states by the outputs of the dense block."""
+        block = self.block
+        tick = block.ticker("targets", len(block.samples.active))
+
+        def one(window: int) -> Tensor:
+            return block.run(window, self._dense)
+
+        for window, output in block.threads.each(one, list(block.samples.active)):
+            if bool(torch.isfinite(output).all()):
+                self._dense[window] = output
+            else:
+                block.samples.leave_out(window, block.name + IN_DENSE)
+            tick(1)
+        block.dense_advanced = True
+
+    def train(self, masks: Mapping[str, tuple[Layer, Tensor]]) -> list[TrainedBlock]:
+        """Train the kept weights in place, if there are any; `masks` are of layers that may change, True =
+        kept."""
+        began, block, samples = time.perf_counter(), self.block, self.block.samples
+        fitted = [window for window in samples.active if window not in samples.held]
+        held = [window for window in samples.active if window in samples.held]
+        if not held:
+            raise ModelError(
+                f"{block.name}: no held-out window is left to judge the training; give a larger `holdout`"
+            )
+        free, stored = self._free(masks)
+        if not free:
+            return []
+        by = _scales(self._dense, fitted).to(block.device)
+        calls, states, device = block.calls, samples.states, block.device
+
+        def loss(window: int) -> Float[Tensor, ""]:
+            given = states[window].to(device, torch.float32)
+            wanted = self._dense[window].to(device, torch.float32)
+            return _distance(calls[window](block.module, given, cast=True) * by, wanted * by)
+
+        remedy = "leave its layers out with `exclude`"
+        task = Task(
+            "a block", remedy, block.module, free, stored, loss, fitted, held, fitted, self.how
+        )
+        generator = torch.Generator().manual_seed(self._seed % 2**63)
+        tick = block.ticker("train", self.how.epochs * len(fitted))
+        found = train(task, block.threads, generator, tick)
+        if found.epoch:
+            self.trained_layers |= masks.keys()
+            self.trained_vectors |= {f"{block.name}.{name}" for name in free} & {*self._vectors}
+        losses = (found.before.fitted, found.after.fitted, found.before.held, found.after.held)
+        seconds = time.perf_counter() - began
+        return [TrainedBlock(block.index, *losses, found.epoch, found.diverged, seconds)]
+
+    def _free(
+        self, masks: Mapping[str, tuple[Layer, Tensor]]
+    ) -> tuple[dict[str, Tensor], dict[str, torch.dtype]]:
+        """By parameter name inside the block: the entries that may change, and the dtypes of storage."""
+        free: dict[str, Tensor] = {}
+        stored: dict[str, torch.dtype] = {}
+        names = {id(p): name for name, p in self.block.module.named_parameters()}
+        dtypes = {layer.parameter: self._stored(layer) for layer, _ in masks.values()}
+        for place, mask in merged(self.block.model, dict(masks), False).items():
+            name = names[id(self.block.model.get_parameter(place))]
+            free[name], stored[name] = mask.to(self.block.device), dtypes[place]
+        for name, parameter in self.block.module.named_parameters():
+            vector = self._vectors.get(f"{self.block.name}.{name}")
+            if free and vector is not None:
+                free[name] = torch.ones_like(parameter, dtype=torch.bool)
+                stored[name] = vector[1]
+        return free, stored
+
+
+def _scales(recorded: Activations, windows: Sequence[int]) -> Float[Tensor, " width"]:
+    """One over the root mean square of every recorded channel, float32, on the CPU, every token taken with
+    length 1. A few channels of a hidden state may be many times larger than all others; where the next norm
+    has small entries there, as in Gemma, later layers see little of it."""
+    total: Tensor | float = 0.0
+    for window in windows:
+        square = recorded[window].double().square().flatten(0, -2)
+        total = total + (square / square.sum(-1, keepdim=True).clamp(min=1e-30)).sum(0).cpu()
+    assert isinstance(total, Tensor)
+    return (total / total.mean().clamp(min=1e-30)).clamp(min=_LEAST_OF_CHANNEL).rsqrt().float()
+
+
+def _distance(found: Tensor, wanted: Tensor) -> Float[Tensor, ""]:
+    """Squared error of a token relative to the square of its target, mean over the tokens; both are
+    [1, length, width]."""
+    error, size = (found - wanted).square().sum(-1), wanted.square().sum(-1)
+    return (error / size.clamp(min=_LEAST * float(size.mean()) or 1.0)).mean()
+
+
+def disk_of_training(weights: int, options: DistillOptions) -> int:
+    """Bytes of the new weights and, twice, of what an interrupted training goes on from."""
+    return weights * (4 + 2 * BYTES * bool(options.save_every))
+
+
+def open_teacher(model: str | Path, student: Job, options: DistillOptions) -> Job:
+    """The dense model with the same windows."""
+    same = ("device", "dtype", "threads", "trust_remote_code")
+    walk = WalkOptions(
+        activation_memory=student.activation_memory, **{n: getattr(options, n) for n in same}
+    )
+    return open_job(model, student.windows, walk, whole=True)
+
+
+def train_whole(
+    student: Job,
+    dense: Job,
+    options: DistillOptions,
+    work: Workspace,
+    journal: Journal,
+    check: Callable[[], None],
+    tell: OnDistill,
+) -> tuple[Trained, dict[str, str]]:
+    """Train all kept weights of a pruned folder, and stage its shards in a run's workspace, where the
+    progress is saved. `check` is called before a shard is written. Returns the losses, and the SHA-256 of the
+    shards; ModelError for pruned weights that are not zero, or NaN."""
+    source = student.source
+    assert isinstance(source, FolderSource)
+    keeper = FolderKeeper(work, journal, 60 * options.save_every, source.device)
+    # the dense model's threads begin first, so that they end last
+    with dense, student:
+        walk_whole(dense, lambda done, total: tell("dense model", done, total))
+        dense.source.drop()
+        trained, layers = _train(student, dense, options, keeper, tell)
+    new = {layer.name: (layer, matrix(source.model, layer).cpu()) for layer in layers}
+    values = work.blocks / "distilled.values"
+    write_tensors(values, source.stored_values(new))
+    checkpoint, files = source.checkpoint, dict[str, str]()
+    edits = Edits.of([checkpoint.folder / MASKS], [values])
+    for shard in checkpoint.shards:
+        check()
+        files[shard] = write_shard(checkpoint, shard, work.staging / shard, edits)
+    return trained, files
+
+
+def _train(
+    student: Job, dense: Job, options: DistillOptions, keeper: FolderKeeper, tell: OnDistill
+) -> tuple[Trained, list[Layer]]:
+    """Train the student in memory; also the layers that may have changed."""
+    source = student.source
+    assert isinstance(source, FolderSource)
+    held = held_out(student.count, options.holdout)
+    fitted = [window for window in range(student.count) if window not in held]
+    states = student.in_memory(recompute=options.recompute)
+    with divergence_loss(student, dense, states) as loss:
+        kept = _kept(source, options)
+        free = {
+            name: mask.to(source.device) for name, mask in merged(source.model, kept, False).items()
+        }
+        layers = [layer for layer, _ in kept.values()]
+        stored = {layer.parameter: source.stored_dtype(layer) for layer in layers}
+        task = Task(
+            str(source.checkpoint.folder),
+            "`maskopt eval` says whether it or the dense model does",
+            source.model,
+            free,
+            stored,
+            loss,
+            fitted,
+            sorted(held),
+            # passes of all windows would take nearly as long as an epoch
+            reported=fitted[: len(held)],
+            how=options,
+        )
+        done, total = 0, options.epochs * len(fitted)
+
+        def tick(windows: int) -> None:
+            nonlocal done
+            done += windows
+            tell("train", done, total)
+
+        generator = torch.Generator().manual_seed(options.seed)
+        return train(task, student.pool, generator, tick, keeper), layers
+
+
+def _kept(source: FolderSource, options: DistillOptions) -> dict[str, tuple[Layer, Tensor]]:
+    """Pruned layers and their masks [rows, n]; ModelError for pruned weights that are not zero."""
+    checkpoint, kept = source.checkpoint, {}
+    path, trust = checkpoint.folder / MASKS, options.trust_remote_code
+    for layer, mask in layer_masks(checkpoint, path, trust_remote_code=trust):
+        if bool((matrix(source.model, layer).cpu()[~mask] != 0).any()):
+            raise ModelError(
+                f"{checkpoint.folder}: layer {layer.name!r} holds weights that its mask prunes; "
+                "`maskopt masks apply` the masks to it first"
+            )
+        if not bool(mask.all()):
+            kept[layer.name] = layer, mask
+    return kept
