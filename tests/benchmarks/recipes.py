@@ -164,8 +164,8 @@ def section(book: Book) -> str:
     about, head = book.about, ("model", "recipe", *SPARSITIES)
     cells = {
         "Ratio of perplexity to the dense model, 95% interval": interval,
-        "The same on a text on which nothing was chosen": lambda one: (
-            interval(one["other"]) if "other" in one else "–"
+        "The same on Python's help topics, far from the calibration text, on which nothing was chosen": (
+            lambda one: interval(one["other"]) if "other" in one else "–"
         ),
         "CPU minutes, one thread; peak memory, GiB": lambda one: (
             f"{one['minutes']:.1f}; {one['peak'] / 2**30:.2f}"
@@ -177,8 +177,8 @@ def section(book: Book) -> str:
         for name in MODELS:
             for recipe in RECIPES:
                 keys = [f"{name}/{recipe}/{sparsity}" for sparsity in SPARSITIES]
-                if any(key in book for key in keys):
-                    shown = (cell(book.lines[key]) if key in book else "–" for key in keys)
+                shown = [cell(book.lines[key]) if key in book else "–" for key in keys]
+                if set(shown) != {"–"}:
                     rows.append([TITLES[name], recipe, *shown])
         tables.append(f"{title}:\n\n{table(head, rows)}")
     machines = sorted({one["machine"] for one in book.lines.values() if "machine" in one})
