@@ -217,6 +217,8 @@ def test_what_all_rows_lack_is_paid_for_by_their_weights():
         value = unclamped(given, problem, row, shared)
         paid = float(exact(given, problem, row) - Fraction(value))
         assert paid == pytest.approx(shared * float(weight[row].square().sum()) / 4, rel=1e-3)
+    nothing = LayerProblem(weight, torch.zeros(8, 8), PATTERNS[2])
+    assert given.check(nothing).tolist() == [0.0] * 3
 
 
 @pytest.mark.parametrize("part", ["one row's diagonal", "a penalty", "no weight", "a product"])

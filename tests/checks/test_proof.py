@@ -247,6 +247,11 @@ REFUSED = {
     "fixed to both sides": (
         steps(LEAF, fixes=[2], fixed=[0, 0], side=[0, 1]), "not free, or to no side",
     ),
+    **{
+        f"fixed again: {side}": (
+            steps(AGAIN, LEAF, fixes=[1, 1], fixed=[0, 0], side=[side, 1 - side]), "not free, or to no side",
+        ) for side in (0, 1)
+    },
     "fixed outside the row": (edit("fixed", 0, to=99), "not free, or to no side"),
     "fixed to no side": (edit("side", 0, to=2), "not free, or to no side"),
     "another form": (edit("form", 0, to=10_000), "a form that is not there"),

@@ -211,6 +211,10 @@ def test_load_refuses_rubbish_and_a_failed_save_leaves_nothing(tmp_path, monkeyp
             arrays = parts if isinstance(content, str) else {}
             np.savez(path, **{**arrays, "header": np.array(content)})
         fails(ProblemError, message, load_problem, path)
+    linear_layer(HALF).save(path)
+    for gone, message in (("constant", "half a linear part"), ("gram", "lacks weight or gram")):
+        rewrite(path, arrays=lambda held, gone=gone: held.pop(gone), kind="layer")
+        fails(ProblemError, message, load_problem, path)
 
 
 def forged(path, case):

@@ -136,6 +136,8 @@ def test_interrupted_prunes_go_on_and_only_chosen_layers_are_stored(home, tmp_pa
         said = f"no Gram matrix of layer {missing}"
         fails(e.ModelError, said, prune, model, grams=grams, output=out)
         assert not out.exists()
+    said = "save the model first"
+    fails(e.ModelError, said, collect_grams, tiny("llama"), tokens(), output=tmp_path / "memory")
 
 
 def other_model(home):

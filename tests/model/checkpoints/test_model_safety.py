@@ -26,7 +26,7 @@ from tiny_models import chat_tokenizer, edit_json, save, save_with_own_code, tin
 
 import maskopt
 from maskopt import LayerProblem, Unstructured, load_problem
-from maskopt.errors import DataError, MaskoptError, ModelError
+from maskopt.errors import DataError, MaskoptError, ModelError, VerificationError
 from maskopt.models.architecture.source import load_tokenizer, open_source
 from maskopt.models.blockwise.activations import Activations
 from maskopt.models.checkpoints.checkpoint import open_checkpoint, open_safe
@@ -37,12 +37,14 @@ from maskopt.models.checkpoints.schema import (
     INDEX,
     MANIFEST,
     MASKS,
+    MAX_JSON,
     manifest_digest,
     plain_name,
     read_manifest,
 )
 from maskopt.models.checkpoints.workspace import Journal, check_output
 from maskopt.models.pruning.output import apply_masks
+from maskopt.models.verification.tensors import Masks
 from maskopt.models.verification.verify import verify_model
 
 
@@ -82,15 +84,25 @@ def data(change):
     return lambda model: shards(model)[0].write_bytes(change(shards(model)[0].read_bytes()))
 
 
-def header(**given):
-    def change(data):
+def headers(change):
+    """Another header of the first shard; a value that is returned takes its place."""
+
+    def changed(data):
         (length,) = struct.unpack("<Q", data[:8])
         value = json.loads(data[8 : 8 + length])
-        next(v for k, v in value.items() if k != "__metadata__").update(given)
-        text = json.dumps(value).encode()
+        text = json.dumps(change(value) or value).encode()
         return struct.pack("<Q", len(text)) + text + data[8 + length :]
 
-    return data(change)
+    return data(changed)
+
+
+def header(**given):
+    return headers(lambda h: next(v for k, v in h.items() if k != "__metadata__").update(given))
+
+
+def first_dropped(head):
+    """Of the first tensor the bytes alone are left."""
+    del head[next(k for k, v in head.items() if v.get("data_offsets", [1])[0] == 0)]
 
 
 def written(name, text):
@@ -136,6 +148,11 @@ DAMAGES = {
     "missing shard": (in_place(lambda _: None), "no such file"),
     "huge header": (data(lambda _: struct.pack("<Q", 2**60) + b"{}"), "not a safetensors file"),
     "overlap": (header(data_offsets=[0, 4]), "takes|overlaps"),
+    "gap": (headers(first_dropped), "overlaps another or leaves a gap"),
+    "bytes at the end": (data(lambda d: d + b"0"), "too long: the header asks for"),
+    "list for a header": (headers(lambda _: [1]), "the header is no object"),
+    "metadata": (headers(lambda h: h.update(__metadata__={"format": 1})), "not a map of strings"),
+    "bare entry": (headers(lambda h: h.update(x={})), "does not give its dtype"),
     "negative": (header(shape=[-1]), "whole numbers"),
     "unknown type": (header(dtype="OBJ"), "unknown element type"),
     "remote code": (config(auto_map={"AutoModel": "x.Y"}), "not run unless `trust_remote_code`"),
@@ -152,6 +169,9 @@ DAMAGES = {
     "other shape": (config(intermediate_size=40), "in the shards"),
     "no config": (lambda m: (m / "config.json").unlink(), "no such file"),
     "broken config": (written("config.json", "{"), "not JSON"),
+    "huge config": (lambda m: os.truncate(m / "config.json", MAX_JSON + 1), "larger than 256 MiB"),
+    "list for a config": (written("config.json", "[1]"), "not a JSON object"),
+    "no weights": (lambda m: [x.unlink() for x in (*shards(m), m / INDEX)], "neither .* is there"),
     "deep config": (written("config.json", "[" * 100_000), "not JSON"),
     "broken index": (written(INDEX, '{"weight_map": 3}'), "no weight_map"),
     "no folder": (shutil.rmtree, "no such model folder"),
@@ -164,6 +184,41 @@ def test_a_damaged_model_is_refused_in_one_line(damage, model, tmp_path):
     change(model)
     fails(MaskoptError, rf"\A.*({message}).*\Z", prune, model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def layout(**given):
+    def change(metadata, _):
+        metadata["tensors"] = json.dumps({"a": json.loads(metadata["tensors"])["a"] | given})
+
+    return change
+
+
+MASK_DAMAGES = {
+    "format": (lambda m, _: m.update(format="maskopt-masks-0"), "not a mask file of format"),
+    "no layout": (lambda m, _: m.pop("tensors"), "the header of the masks is damaged"),
+    "another tensor": (
+        lambda _, t: t.update(b=t["a"].clone()),
+        "names other tensors than the file holds",
+    ),
+    "axis": (layout(input_axis=2), "the header of mask 'a' is damaged"),
+    "axis before": (layout(input_axis=-1), "the header of mask 'a' is damaged"),
+    "a further key": (layout(more=1), "the header of mask 'a' is damaged"),
+    "type": (lambda _, t: t.update(a=t["a"].to(torch.int8)), "header of mask 'a'|number of bits"),
+    "bits": (lambda _, t: t.update(a=t["a"][:1].clone()), "has the wrong number of bits"),
+    "shape": (layout(shape=[5, 3]), "digest|another shape"),
+    "digest": (layout(sha256="0" * 64), "digest"),
+}
+
+
+@pytest.mark.parametrize("damage", MASK_DAMAGES)
+def test_a_damaged_mask_file_is_refused_by_both_readers(damage, tmp_path):
+    change, said = MASK_DAMAGES[damage]
+    whole = torch.ones(3, 5, dtype=torch.bool)
+    write_masks(path := tmp_path / "masks", {"a": TensorMask(whole, 1)})
+    change(metadata := dict(open_safe(path).metadata), tensors := load_file(path))
+    save_file(tensors, path, metadata)
+    fails(ModelError, said, lambda: MaskFile(path).read("a"))
+    fails(VerificationError, said, lambda: Masks(path).kept("a", whole))
 
 
 def test_links_of_the_hubs_cache(dense, tmp_path):

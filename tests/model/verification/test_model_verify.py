@@ -1,5 +1,6 @@
 """What `maskopt verify` takes for right, what of it is claimed, and what the prune's text checks again."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from maskopt import NM
 from maskopt.errors import MaskoptError, ModelError, OptionError, VerificationError
 from maskopt.models.checkpoints.schema import INDEX
+from maskopt.models.verification import manifest
 from maskopt.models.verification.verify import semi_structured, verify_model
 
 SWAP, TWO_FOUR = {"solver": "swap", "start": "wanda"}, {"sparsity": NM(keep=2, of=4)}
@@ -167,7 +169,6 @@ def test_under_every_option(options, dense_folder, tmp_path):
     check(tmp_path / "out", dense_folder, threads=2)
 
 
-@pytest.mark.slow
 def test_training_that_began_from_the_weights_of_a_solver(small, tmp_path):
     given = {"solver": "sparsegpt", "solver_options": {"update": True}, "update": "blockwise"}
     given |= {"holdout": 0.3, "training": {"epochs": 1, "begin": "least-squares"}}
@@ -202,6 +203,17 @@ def test_experts_that_are_excluded_or_pruned_by_magnitude(tmp_path):
     first = next(i for i, x in enumerate(layers) if x["fallback"])
     forge_manifest(out, edit("layers", first, "error", to=lambda x: 0.99 * x))
     fails(VerificationError, "pruned by magnitude, states an error of", verify_model, out, dense)
+    # other masks, with the error that is theirs
+    prune_by(out, dense, shuffled)
+    with pytest.raises(VerificationError, match="add up to") as refusal:
+        verify_model(out, dense)
+    stated, true = re.findall(r"\d[\d.e-]*\d", str(refusal.value).partition("an error of")[2])
+    forge_manifest(
+        out, edit("layers", first, "error", to=lambda x: x + float(true) - float(stated))
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifest, "SUM_TOLERANCE", 1e-6)
+        fails(VerificationError, "is not pruned by magnitude as it says", verify_model, out, dense)
 
 
 def test_a_status_that_does_not_hold(dense_folder, pruned_folder, tmp_path):
@@ -252,7 +264,6 @@ def test_a_forged_run_is_refused(forge, said, swapped, dense_folder, tmp_path):
     refused(result, dense_folder, said)
 
 
-@pytest.mark.slow
 def test_bad_samples_are_left_out_again(tmp_path):
     """Gemma multiplies embeddings by the root of their width: token 7 becomes infinite."""
     huge = patched(tiny("gemma", layers=2), "model.embed_tokens.weight", lambda p: p[7].fill_(3e38))

@@ -17,10 +17,10 @@ from prunes import prune, slow, smaller
 from safetensors.torch import load_file, save_file
 from tiny_models import edit_json, loud, save, tiny, tiny_vision, tokens
 
-from maskopt.errors import VerificationError
+from maskopt.errors import ModelError, VerificationError
 from maskopt.models.checkpoints.checkpoint import open_safe
 from maskopt.models.checkpoints.result import TensorMask
-from maskopt.models.checkpoints.schema import INDEX, MANIFEST, MASKS
+from maskopt.models.checkpoints.schema import INDEX, MANIFEST, MASKS, read_manifest
 from maskopt.models.structured import blocks as removal
 from maskopt.models.training import tasks as reconstruct
 from maskopt.models.verification.verify import verify_model
@@ -231,6 +231,20 @@ def same_parameter(result, _):
     edit_json(result / INDEX, lambda i: i["weight_map"].update({name: path.name}))
 
 
+def masks_gone(result, _):
+    (result / MASKS).unlink()
+    forge_manifest(result, lambda m: m["files"].pop(MASKS))
+
+
+def listed_pipe(result, _):
+    os.mkfifo(result / "tokenizer.json")
+    forging.list_file(result, "tokenizer.json")
+
+
+def other_dtype(result, _):
+    change_tensors(forging.shard_of(result, NORM), lambda t: t.update({NORM: t[NORM].double()}))
+
+
 def mask_of_another_tensor(result, _):
     of, other = (f"model.layers.2.self_attn.{x}_proj.weight" for x in "vk")
     gone = ~forging.change_masks(result, lambda m: m.update({other: m.pop(of)}))[other].kept
@@ -272,6 +286,8 @@ FILES = {
     "no masks": (no_masks, "no layer|nothing is pruned"),
     "pattern of nothing": (pattern_of_nothing, "nothing is pruned"),
     "layer left out": (layer_left_out, "model.layers.1.mlp.up_proj"),
+    "masks that are not there": (masks_gone, "the manifest does not know this file"),
+    "a parameter without a tensor": (config(attention_bias=True), "bias', of which there is no tensor"),
     "broken index": (lambda r, _: (r / INDEX).write_text('{"weight_map": 3}'), "weight_map"),
     "broken config": (lambda r, _: (r / "config.json").write_text("{"), "config.json"),
     **{f"{name}, listed {listed}": planted(name, listed) for name in PLANTED for listed in (0, 1)},
@@ -283,6 +299,7 @@ if os.name == "posix":
     )
     first_link = lambda r, d: link_out(shards(r)[0].name)[0](r, d)  # noqa: E731
     FILES["link for weights"] = (first_link, "link|loader")
+    FILES["listed pipe"] = (listed_pipe, "a loader could hang on it")
     FILES["pipe"] = (lambda r, _: os.mkfifo(r / "tokenizer.json"), "link|loader")
 
 
@@ -484,6 +501,7 @@ UNTRAINED = [
 #: name → (folder, how to forge, what is said when the original is given)
 AGAINST = {
     "a kept weight": ("pruned", lambda r, _: forging.change_weight(r, "kept", 1.25), "kept weight differs"),
+    "another dtype": ("pruned", other_dtype, "has another dtype or shape than the original"),
     "config": edited("config.json", edit("rope_theta", to=1.0)),
     "config, a new key": edited("config.json", lambda c: c.update(note="x")),
     "generation config": edited("generation_config.json", edit("eos_token_id", to=7)),
@@ -562,6 +580,8 @@ SMALLER = {
         ("another model", says(edit("fingerprint", "model", to="0")), "another model"),
         ("a norm refitted", says(lambda m: m["shrunk"]["updated"].append(NORM)), REFITTED),
         ("a tensor of no name refitted", says(lambda m: m["shrunk"]["updated"].append("no")), REFITTED),
+        ("a norm of another dtype", other_dtype, "has another shape or type"),
+        ("nothing of a layer", says(lambda m: m["shrunk"]["kept"].pop(DOWN.format(0))), "what stays of"),
         ("one more in a layer", one_more(UP), "is not the original's"),
         ("one more in a norm", one_more(NORM), "is not the original's"),
     ],
@@ -632,6 +652,7 @@ def test_what_was_changed_without_its_digest(dense_folder, pruned_folder, folder
     fails(VerificationError, "only one of the two", verify_model, pruned_folder, other)
     # of a smaller folder, with the right digest of the manifest itself
     narrow, original = folders("narrow")
+    fails(ModelError, "is a dense model without masks", read_manifest, narrow / MANIFEST)
     out = forging.copied(narrow, tmp_path / "narrow")
     edit_json(out / MANIFEST, edit("files", "config.json", to="0" * 64))
     edit_json(out / MANIFEST, lambda m: m.update(forging.signed(m)))
