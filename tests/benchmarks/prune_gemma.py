@@ -80,7 +80,7 @@ def child(arguments: argparse.Namespace) -> None:
     text = arguments.text or demo_text().calibration
     # gradients of a batch, and losses; what parts are given and what they are to make
     passes = timed(training, ("_set_gradients", "_mean"))
-    recorded = timed(Targets, ("_passes",))
+    recorded = timed(Targets, ("_record",))
     began, cpu = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         report = prune_model(

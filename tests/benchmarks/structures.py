@@ -265,7 +265,7 @@ def chosen_by(
     """Removal by another rule, where there is one; effects are measured once, and kept in `known`."""
     own = removal.measure_effects, removal.choose
 
-    def measured(job: Job, folder: Path | None = None) -> Effects:
+    def measured(job: Job, folder: Path) -> Effects:
         if not known:
             known.append(own[0](job, folder))
         return known[0]

@@ -6,9 +6,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,30 +33,25 @@ class BadSample:
     layer: str
 
 
+@dataclass(eq=False)
 class Samples:
     """The windows on their way through the model.
 
     Attributes:
         states, dense: hidden states in the pruned and in the dense model (None: it does not run).
         active: indices still in use, ascending.
+        source: of the text, in words.
         skip_bad: whether bad ones may be left out; None: not, and no option allows it.
         held: held-out windows, whose inputs are summed separately.
     """
 
-    def __init__(
-        self,
-        states: Activations,
-        count: int,
-        source: str,
-        *,
-        skip_bad: bool | None,
-        held: Set[int],
-        dense: Activations | None,
-    ) -> None:
-        self.states, self.dense, self.source = states, dense, source
-        self.active = list(range(count))
-        self.bad: list[BadSample] = []
-        self.skip_bad, self.held = skip_bad, held
+    states: Activations
+    dense: Activations | None
+    active: list[int]
+    source: str
+    skip_bad: bool | None
+    held: Set[int]
+    bad: list[BadSample] = field(default_factory=list)
 
     def leave_out(self, sample: int, layer: str) -> None:
         """Raise ModelError for a bad sample, or go on without it."""
@@ -220,14 +215,6 @@ class OpenBlock:
         return self.calls[sample](self.module, states.on(self.device, first + sample))
 
 
-class _Observed(NamedTuple):
-    """One sample's pass: inputs of layers, the output where that is wanted, the first layer with NaN."""
-
-    watch: Watch
-    output: Tensor | None
-    bad: str | None
-
-
 def collect(
     block: OpenBlock,
     layers: Sequence[Layer],
@@ -252,7 +239,8 @@ def collect(
     local, watched = threading.local(), WatchedWeights(block.model, layers)
     until: str | None = None
 
-    def one(sample: int) -> _Observed:
+    def one(sample: int) -> tuple[Given, Tensor | None, str | None]:
+        """Inputs of layers, the output where that is wanted, and the layer whose input came last."""
         output = None
         for copy in (False, True):
             watch = local.watch = Watch(watched, copy=copy, until=until)
@@ -261,45 +249,39 @@ def collect(
             if not watch.overwritten:
                 break
         output = output if advance else None
-        return _Observed(watch, output, _first_bad(watch, output, block.name))
+        bad = _first_bad(watch, output, block.name)
+        if bad is not None:
+            return Given([], {}, [], bad), None, None
+        counts = [] if weights is None else [weights(sample)]
+        return Given.seen(watch, counts), output, None if advance else _last_input(layers, watch)
 
     shown = experts_see_all(block.module, f"{block.name}.", layers, local)
     with forwards(shown if all_experts else ()):
         for wave in ranks.waves(samples.active, block.threads.count):
             mine = ranks.own(wave)
-            passed = block.threads.run([partial(one, sample) for sample in mine])
-            observed = dict(zip(mine, passed, strict=True))
-            for sample, given in _gathered(block, wave, observed, weights):
+            found = block.threads.run([partial(one, sample) for sample in mine])
+            passed = dict(zip(mine, found, strict=True))
+            for sample, given in _gathered(block, wave, {s: x[0] for s, x in passed.items()}):
                 if given.bad is not None:
                     samples.leave_out(sample, given.bad)
                     continue
                 ours = held if held is not None and sample in samples.held else grams
                 block.threads.run(ours.tasks(given, sizes))
-                seen = observed.get(sample)
-                if seen is not None and seen.output is not None:
-                    samples.states[sample] = seen.output
-                elif seen is not None and until is None:
-                    until = _last_input(layers, seen.watch)
+                if sample in passed:
+                    _, output, last = passed[sample]
+                    until = until or last
+                    if output is not None:
+                        samples.states[sample] = output
             tick(len(wave))
     grams.complete()
     return grams
 
 
 def _gathered(
-    block: OpenBlock,
-    wave: Sequence[int],
-    observed: Mapping[int, _Observed],
-    weights: Callable[[int], Tensor] | None,
+    block: OpenBlock, wave: Sequence[int], own: Mapping[int, Given]
 ) -> Iterator[tuple[int, Given]]:
-    """Every sample of a wave, and the inputs of its layers."""
+    """Every sample of a wave, and the inputs of its layers; `own` are those that passed here."""
     ranks = block.ranks
-    own = {}
-    for sample, seen in observed.items():
-        if seen.bad is None:
-            counts = [] if weights is None else [weights(sample)]
-            own[sample] = Given.seen(seen.watch, counts)
-        else:
-            own[sample] = Given([], {}, [], seen.bad)
     if ranks.size == 1:
         yield from own.items()
         return
@@ -322,15 +304,13 @@ def pass_on(
     """Replace every sample's state in `states`, from the place `first` on, by the block's output."""
     samples = block.samples
     bad: list[int] = []
-    for wave in block.ranks.waves(samples.active, block.threads.count):
-        mine = block.ranks.own(wave)
-        outputs = block.threads.run([partial(block.run, s, states, first) for s in mine])
-        for sample, output in zip(mine, outputs, strict=True):
-            if bool(torch.isfinite(output).all()):
-                states[first + sample] = output
-            else:
-                bad.append(sample)
-        tick(len(wave))
+    mine = block.ranks.own(samples.active)
+    for sample, output in block.threads.each(lambda s: block.run(s, states, first), mine):
+        if bool(torch.isfinite(output).all()):
+            states[first + sample] = output
+        else:
+            bad.append(sample)
+        tick(block.ranks.size)
     for sample in sorted(sample for theirs in block.ranks.gathered(bad) for sample in theirs):
         samples.leave_out(sample, block.name)
 

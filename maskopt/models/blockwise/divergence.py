@@ -99,14 +99,14 @@ def place(job: Job, variants: int, folder: Path) -> Path | None:
 
 class Variants(dict[Key, int]):
     """At most `most` variants: by key, the place of its first window in the hidden `states` of all of them,
-    which are in memory, or in one file in `folder`."""
+    which are in memory, or where that is too small in one file in `folder`."""
 
     states: Activations
 
-    def __init__(self, job: Job, most: int, folder: Path | None) -> None:
+    def __init__(self, job: Job, most: int, folder: Path) -> None:
         super().__init__()
         self.windows = range(job.count)
-        self._most, self._folder = most, folder
+        self._most, self._folder = most, place(job, most, folder)
 
     def begin(self, key: Key, entered: Activations, like: Key | None = None) -> int:
         """Another one, which begins with what enters a block, or with the states of the one `like` it."""

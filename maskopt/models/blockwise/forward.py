@@ -52,7 +52,7 @@ def ticker(report: OnBlockProgress, block: int, blocks: int, stage: str, total: 
 
     def tick(count: int, layer: LayerReport | None = None, /) -> None:
         nonlocal done
-        done += count
+        done = min(done + count, total)  # other processes may have had fewer windows
         report(BlockProgress(block, blocks, stage, done, total, layer))
 
     report(BlockProgress(block, blocks, stage, 0, total))
@@ -116,12 +116,10 @@ def _without_grad(piece: Callable[[], T]) -> T:
 
 #: values that a block returns at most: hidden state, attention weights, router logits
 MOST_OUTPUTS = 3
+#: stands in a captured call for the hidden state
+HIDDEN_STATE = object()
 #: what a model raises that gets another number of values from a block than it unpacks
 _MISFITS = (TypeError, ValueError, IndexError, RuntimeError, AttributeError)
-
-
-class HiddenState:
-    """Stands in a captured call for the hidden state."""
 
 
 class _LastBlock(Exception):
@@ -139,7 +137,7 @@ class Call:
         """The block's output hidden state; `cast`: other arguments in the precision of the state."""
 
         def given(leaf: Any) -> Any:
-            if leaf is HiddenState:
+            if leaf is HIDDEN_STATE:
                 return state
             floating = cast and isinstance(leaf, Tensor) and leaf.is_floating_point()
             return leaf.to(state.dtype) if floating else leaf
@@ -288,19 +286,15 @@ def merge_calls(
 ) -> None:
     """Add one sample's calls; calls equal to those of the first sample are shared with it."""
     compared: dict[tuple[int, int], bool] = {}
-    for block, (state, args, kwargs) in enumerate(recorded):
-        kwargs = {k: None if _is_cache(v) else v for k, v in kwargs.items()}
-        args = tuple(None if _is_cache(v) else v for v in args)
-        leaves, spec = tree_flatten((args, kwargs))
-        leaves = [HiddenState if leaf is state else leaf for leaf in leaves]
-        if calls[block]:
-            first = next(iter(calls[block].values()))
-            if len(first.leaves) == len(leaves) and all(
-                _equal(a, b, compared) for a, b in zip(first.leaves, leaves, strict=True)
-            ):
-                calls[block][sample] = first
-                continue
-        calls[block][sample] = Call(leaves, spec)
+    for of_block, (state, args, kwargs) in zip(calls, recorded, strict=True):
+        leaves, spec = tree_flatten((args, kwargs), is_leaf=_is_cache)
+        leaves = [None if _is_cache(x) else HIDDEN_STATE if x is state else x for x in leaves]
+        call = Call(leaves, spec)
+        first = next(iter(of_block.values()), call)
+        same = len(first.leaves) == len(leaves) and all(
+            _equal(a, b, compared) for a, b in zip(first.leaves, leaves, strict=True)
+        )
+        of_block[sample] = first if same else call
 
 
 def _equal(a: Any, b: Any, compared: dict[tuple[int, int], bool]) -> bool:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +117,9 @@ class DenseModel:
 
     def _each(self, of: Callable[[int], Tensor], into: Activations) -> None:
         """Compute every window's state, several at once."""
-        for wave in self.ranks.waves(self.chosen, self.pool.count):
-            mine = self.ranks.own(wave)
-            found = self.pool.run([partial(of, window) for window in mine])
-            for window, state in zip(mine, found, strict=True):
-                into[window] = state
-            self.tick(len(wave))
+        for window, state in self.pool.each(of, self.mine):
+            into[window] = state
+            self.tick(self.ranks.size)
 
     def _forward(self, index: int, entered: Activations, left: Activations) -> None:
         calls, device = self.captured.calls[index], self.source.device

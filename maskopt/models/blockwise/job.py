@@ -283,8 +283,8 @@ class Job:
             stack.enter_context(dense)
             for sample in mine:
                 dense[sample] = states[sample]
-        words = self.windows.source
-        return Samples(states, self.count, words, skip_bad=skip, held=self.held, dense=dense)
+        active, words = list(range(self.count)), self.windows.source
+        return Samples(states, dense, active, words, skip, self.held)
 
     def _dense_gradients(self, captured: Captured, folder: Path) -> Gradients:
         """Of the dense model's loss, as options ask for them."""

@@ -228,22 +228,25 @@ def open_store(
     return store
 
 
+@dataclasses.dataclass(frozen=True)
 class StoredBlock:
     """One block of a model whose Gram matrices are stored: a `Block` without a walk."""
 
-    def __init__(self, job: Job, index: int, layers: Sequence[Layer], store: GramStore) -> None:
-        self.job, self.index, self.layers, self._store = job, index, layers, store
+    job: Job
+    index: int
+    layers: Sequence[Layer]
+    store: GramStore
 
     @property
     def bad(self) -> list[BadSample]:
-        return self._store.bad(self.index)
+        return self.store.bad(self.index)
 
     def ticker(self, stage: str, total: int) -> Tick:
         return ticker(self.job.tell, self.index, self.job.last + 1, stage, total)
 
     def rounds(self) -> Iterator[tuple[Sequence[Layer], Grams]]:
         """All layers in one."""
-        yield self.layers, self._store.grams(self.index, self.job.source.device)
+        yield self.layers, self.store.grams(self.index, self.job.source.device)
 
     def advance(self) -> None:
         """Nothing moves."""

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence, Set
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from maskopt.core.limits import torch_threads
 from maskopt.core.problem import LayerProblem
 from maskopt.errors import ModelError, OptionError
 from maskopt.models.architecture.blocks import Layer, matrix
-from maskopt.models.architecture.source import FolderSource, as_stored
+from maskopt.models.architecture.source import FolderSource
 from maskopt.models.blockwise.distributed import ALONE, Ranks
 from maskopt.models.blockwise.forward import OnBlockProgress
 from maskopt.models.blockwise.gradients import counting
@@ -193,52 +193,18 @@ def _prune_blocks(
     threads = nullcontext() if store is None else torch_threads(job.threads)
     with torch.no_grad(), job, threads:
         for block in blocks:
-            targets = _targets(block, options)
+            targets, how = None, options.reconstruction
+            if how is not None and isinstance(block, Block):
+                targets = Targets(block, how, options.seed)
             found = BlockResult.of(
                 block,
                 lambda layers, grams: prune_layers(job, grams.neighbours(layers), grams, options),
             )
             if targets is not None:
                 some = {n: mask for n, mask in found.masks.items() if not found.reports[n].fallback}
-                found.trained = targets.train(some)
-                # a block that training did not improve stays as it was stored
-                trained = {name: some[name] for name in some if name in targets.trained_layers}
-                found.weights |= _stored_weights(job, trained)
-                found.vectors = _stored_vectors(job, block.index, targets.trained_vectors)
+                found.trained, weights, found.vectors = targets.train(some)
+                found.weights |= weights
             results.keep(block, found)
-
-
-def _targets(block: Block | StoredBlock, options: PruneOptions) -> Targets | None:
-    """The outputs of the block in the dense model, where its weights are to be trained."""
-    if options.reconstruction is None or isinstance(block, StoredBlock):
-        return None
-    targets = Targets(block, options.reconstruction, options.seed)
-    targets.record()
-    return targets
-
-
-def _stored_weights(
-    job: Job, masks: Mapping[str, tuple[Layer, Tensor]]
-) -> dict[str, tuple[Layer, Tensor]]:
-    """The weights of trained layers, rounded to the stored dtype, in the model too."""
-    found = {}
-    for name, (layer, _) in masks.items():
-        weight = matrix(job.source.model, layer)
-        new = as_stored(job.source, layer, weight.double())
-        weight.copy_(new.to(weight.dtype))
-        found[name] = layer, new.cpu()
-    return found
-
-
-def _stored_vectors(job: Job, index: int, names: Set[str]) -> dict[str, Tensor]:
-    """Trained norms and biases of a block likewise, by stored tensor."""
-    found = {}
-    for name, (tensor, dtype) in job.source.vectors(index).items():
-        if name in names:
-            parameter = job.source.model.get_parameter(name)
-            found[tensor] = parameter.detach().to("cpu", dtype)
-            parameter.copy_(found[tensor])
-    return found
 
 
 # --- layer problems, without pruning

@@ -190,15 +190,14 @@ def solve_rows(
     judge = held_problem(layer, dense, grams, pattern)
     judge = None if judge is None else judge.take(rows)
     began, limits = clock(), layer_limits(options)
+    fixed = 0.0 if options.gram_shrinkage == AUTO else float(options.gram_shrinkage)
     if least_squares is not None and options.damping == AUTO and judge is not None:
-        least_squares = damping_by_held_error(
-            at(_fixed(options.gram_shrinkage)), judge, options, limits
-        )
+        least_squares = damping_by_held_error(at(fixed), judge, options, limits)
     if options.gram_shrinkage == AUTO and judge is not None and not fallback:
         solved, gram_shrinkage = solve_by_held_error(at, judge, options, limits)
         fitted = at(gram_shrinkage)
     else:
-        gram_shrinkage = 0.0 if fallback else _fixed(options.gram_shrinkage)
+        gram_shrinkage = 0.0 if fallback else fixed
         fitted = at(gram_shrinkage)
         solved = (
             (solve(fitted, "magnitude"), None) if fallback else solve_layer(fitted, options, limits)
@@ -225,11 +224,6 @@ def solve_rows(
         facts,
         seconds,
     )
-
-
-def _fixed(gram_shrinkage: float | str) -> float:
-    """α where it is a number, else 0."""
-    return 0.0 if gram_shrinkage == AUTO else float(gram_shrinkage)
 
 
 def _chosen_for(solution: Solution, new: Tensor | None, options: PruneOptions) -> str:

@@ -25,7 +25,7 @@ from maskopt.errors import ModelError, OptionError
 from maskopt.models.architecture.source import FolderSource
 from maskopt.models.architecture.structures import block_settings, renumbered, without_blocks
 from maskopt.models.blockwise.collect import pass_on
-from maskopt.models.blockwise.divergence import Variants, divergences, place
+from maskopt.models.blockwise.divergence import Variants, divergences
 from maskopt.models.blockwise.forward import OnBlockProgress
 from maskopt.models.blockwise.job import Block, Job
 from maskopt.models.checkpoints.report import PruneReport
@@ -110,13 +110,12 @@ def remove_blocks(
     run.reads(model=source.checkpoint)
     with run.opened(disk_needed(source.checkpoint)) as work:
         with job, torch.no_grad():
-            pairs = len(source.blocks) * (len(source.blocks) + 1) // 2
-            effects = measure_effects(job, place(job, pairs, work.hidden))
+            effects = measure_effects(job, work.hidden)
             best, solution = effects.best(count)
 
             def measure(sets: Sequence[Left]) -> dict[Left, float]:
                 with job.again(options) as walk:
-                    return measure_sets(walk, sets, place(job, len(sets), work.hidden))
+                    return measure_sets(walk, sets, work.hidden)
 
             measured = choose(effects, best, measure, _sayable(source))
         least = min(measured, key=lambda left: measured[left])
@@ -252,9 +251,9 @@ class Effects:
         return sorted(order[:count])
 
 
-def measure_effects(job: Job, folder: Path | None) -> Effects:
+def measure_effects(job: Job, folder: Path) -> Effects:
     """The effects of one or two left-out blocks of a dense model; `job` is of a whole walk, entered; hidden
-    states go to a file in `folder`."""
+    states that memory has no room for go to a file in `folder`."""
     windows, blocks = range(job.count), len(job.source.blocks)
     similarity: list[float] = []
     with Variants[Left](job, blocks * (blocks + 1) // 2, folder) as held:
@@ -275,7 +274,7 @@ def measure_effects(job: Job, folder: Path | None) -> Effects:
         return Effects(divergences(job, held, held), similarity)
 
 
-def measure_sets(job: Job, sets: Sequence[Left], folder: Path | None) -> dict[Left, float]:
+def measure_sets(job: Job, sets: Sequence[Left], folder: Path) -> dict[Left, float]:
     """KL(dense ‖ without), nats a token, on all tokens, of the `JUDGED` best sets by some tokens."""
     with Variants[Left](job, len(sets), folder) as held:
         for block in job.blocks(folder=folder):

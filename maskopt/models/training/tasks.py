@@ -20,7 +20,7 @@ from torch import Tensor
 
 from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Layer, matrix, merged
-from maskopt.models.architecture.source import FolderSource, layer_masks
+from maskopt.models.architecture.source import FolderSource, as_stored, layer_masks
 from maskopt.models.blockwise.activations import Activations
 from maskopt.models.blockwise.collect import IN_DENSE
 from maskopt.models.blockwise.divergence import divergence_loss
@@ -44,11 +44,7 @@ _LEAST_OF_CHANNEL = 1e-3
 
 
 class Targets:
-    """The outputs of an open block in the dense model: its samples' dense states, once they are recorded.
-
-    Attributes:
-        trained_layers, trained_vectors: names of the layers, and of the norms and biases, that were trained.
-    """
+    """The outputs of an open block in the dense model, which replace its samples' dense states."""
 
     def __init__(self, block: Block, how: Reconstruction, seed: int) -> None:
         self.block, self.how = block, how
@@ -58,12 +54,10 @@ class Targets:
         #: norms and biases that may change: the stored tensor and its dtype by name
         self._vectors = dict(source.vectors(block.index)) if how.train == ALL else {}
         self._stored = source.stored_dtype
-        self.trained_layers: set[str] = set()
-        self.trained_vectors: set[str] = set()
         self._seed = seed * 1_000_003 + block.index
+        self._record()
 
-    def record(self) -> None:
-        """Replace the dense states by the outputs of the dense block."""
+    def _record(self) -> None:
         block = self.block
         tick = block.ticker("targets", len(block.samples.active))
 
@@ -78,9 +72,12 @@ class Targets:
             tick(1)
         block.dense_advanced = True
 
-    def train(self, masks: Mapping[str, tuple[Layer, Tensor]]) -> list[TrainedBlock]:
+    def train(
+        self, masks: Mapping[str, tuple[Layer, Tensor]]
+    ) -> tuple[list[TrainedBlock], dict[str, tuple[Layer, Tensor]], dict[str, Tensor]]:
         """Train the kept weights in place, if there are any; `masks` are of layers that may change, True =
-        kept."""
+        kept. Returns the losses, and what changed, rounded to the stored dtypes, in the model too: weights
+        [rows, n] by layer, and norms and biases by stored tensor."""
         began, block, samples = time.perf_counter(), self.block, self.block.samples
         fitted = [window for window in samples.active if window not in samples.held]
         held = [window for window in samples.active if window in samples.held]
@@ -90,7 +87,7 @@ class Targets:
             )
         free, stored = self._free(masks)
         if not free:
-            return []
+            return [], {}, {}
         by = _scales(self._dense, fitted).to(block.device)
         calls, states, device = block.calls, samples.states, block.device
 
@@ -106,12 +103,23 @@ class Targets:
         generator = torch.Generator().manual_seed(self._seed % 2**63)
         tick = block.ticker("train", self.how.epochs * len(fitted))
         found = train(task, block.threads, generator, tick)
-        if found.epoch:
-            self.trained_layers |= masks.keys()
-            self.trained_vectors |= {f"{block.name}.{name}" for name in free} & {*self._vectors}
         losses = (found.before.fitted, found.after.fitted, found.before.held, found.after.held)
         seconds = time.perf_counter() - began
-        return [TrainedBlock(block.index, *losses, found.epoch, found.diverged, seconds)]
+        trained = [TrainedBlock(block.index, *losses, found.epoch, found.diverged, seconds)]
+        if not found.epoch:
+            return trained, {}, {}  # the block stays as it was stored
+        source = block.job.source
+        weights, vectors = {}, {}
+        for name, (layer, _) in masks.items():
+            weight = matrix(source.model, layer)
+            new = as_stored(source, layer, weight.double())
+            weight.copy_(new.to(weight.dtype))
+            weights[name] = layer, new.cpu()
+        for name, (tensor, dtype) in self._vectors.items():
+            parameter = source.model.get_parameter(name)
+            vectors[tensor] = parameter.detach().to("cpu", dtype)
+            parameter.copy_(vectors[tensor])
+        return trained, weights, vectors
 
     def _free(
         self, masks: Mapping[str, tuple[Layer, Tensor]]

@@ -251,12 +251,9 @@ def _go_on(
     tensors: Tensors, step: int, optimizer: torch.optim.AdamW, named: Mapping[str, nn.Parameter]
 ) -> None:
     """Restore the weights and moments of a training that was interrupted after so many steps."""
-    state = {
-        index: {"step": torch.tensor(float(step))} | {k: tensors[f"{k}/{name}"] for k in _MOMENTS}
-        for index, name in enumerate(named)
-    }
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     for name, weight in named.items():
+        moments = {kind: tensors[f"{kind}/{name}"] for kind in _MOMENTS}
+        optimizer.state[weight] = {"step": torch.tensor(float(step)), **moments}
         weight.data = tensors[f"weights/{name}"]
 
 
