@@ -41,8 +41,6 @@ _EXCHANGES = 8
 _BINS = 1024
 #: minima as vectors have them; the order of sums stays, so that loops agree on what is violated
 _FINITE = {"nnan", "nsz"}
-#: first inputs that are counted side by side, so that what is read of an inner product serves them all
-_ABREAST = 4
 
 
 class Pairs(NamedTuple):
@@ -115,7 +113,7 @@ def separate(
     inner = np.ascontiguousarray(inner, dtype=np.float32)
     threads = threads or RowThreads()
     n = len(inner)
-    order = _interleaved(n)
+    order = np.concatenate([np.arange(part, n, _INTERLEAVED) for part in range(_INTERLEAVED)])
     bins = np.zeros((n, _BINS), np.int32)
     stride = 1 if n <= _ALL else n // _SAMPLED
     threads.run(histogram, order, inner, np.float32(_FLOOR), stride, bins)
@@ -124,8 +122,7 @@ def separate(
     least = max(int(np.searchsorted(-above, -most, side="left")) - 1, 0)
     floor = np.float32(max(_FLOOR, least * 2 / _BINS - _ROUNDING))
     counts = np.zeros((n, n), np.int32)
-    blocks = _interleaved(-(-n // _ABREAST))
-    threads.run(count, blocks, inner, floor, counts)
+    threads.run(count, order, inner, floor, counts)
     per_input = counts.sum(1, dtype=np.int64)
     total = int(per_input.sum())
     starts = np.cumsum(per_input) - per_input
@@ -134,10 +131,6 @@ def separate(
     threads.run(collect, order, inner, floor, counts, starts, index, sign, violation)
     first = np.argsort(-violation, kind="stable")[:most]
     return index[first], sign[first], violation[first]
-
-
-def _interleaved(count: int) -> np.ndarray:
-    return np.concatenate([np.arange(part, count, _INTERLEAVED) for part in range(_INTERLEAVED)])
 
 
 def _keys(index: np.ndarray, sign: np.ndarray, n: int) -> np.ndarray:
@@ -263,37 +256,14 @@ def _violated(x, first, second, floor):
     return found
 
 
-@loop(nogil=True, fastmath=_FINITE)
-def count(inner, floor, counts, blocks):
-    """How many triangles i < j < k are violated by more than `floor`, into int32 [n, n] by i and j, for the
-    _ABREAST inputs i of every block. Without a branch inside, at the speed of vectors."""
+@loop(nogil=True)
+def count(inner, floor, counts, firsts):
+    """How many triangles i < j < k are violated by more than `floor`, into int32 [n, n] by i and j, for every
+    i of `firsts`."""
     n = len(inner)
-    for block in blocks:
-        low = block * _ABREAST
-        high = min(low + _ABREAST, n)
-        for j in range(low + 1, n):
-            second = inner[j, j + 1 :]
-            if j < high or high - low < _ABREAST:
-                for i in range(low, min(j, high)):
-                    counts[i, j] = _violated(inner[i, j], inner[i, j + 1 :], second, floor)
-                continue
-            a, b, c, d = low, low + 1, low + 2, low + 3
-            x, y, z, w = inner[a, j], inner[b, j], inner[c, j], inner[d, j]
-            of_a, of_b = inner[a, j + 1 :], inner[b, j + 1 :]
-            of_c, of_d = inner[c, j + 1 :], inner[d, j + 1 :]
-            found_a, found_b, found_c, found_d = np.int32(0), np.int32(0), np.int32(0), np.int32(0)
-            for k in range(n - j - 1):
-                s = second[k]
-                found_a += np.int32(-1 - _least(x, of_a[k], s) > floor)
-                found_b += np.int32(-1 - _least(y, of_b[k], s) > floor)
-                found_c += np.int32(-1 - _least(z, of_c[k], s) > floor)
-                found_d += np.int32(-1 - _least(w, of_d[k], s) > floor)
-            counts[a, j], counts[b, j], counts[c, j], counts[d, j] = (
-                found_a,
-                found_b,
-                found_c,
-                found_d,
-            )
+    for i in firsts:
+        for j in range(i + 1, n):
+            counts[i, j] = _violated(inner[i, j], inner[i, j + 1 :], inner[j, j + 1 :], floor)
 
 
 @loop(nogil=True)

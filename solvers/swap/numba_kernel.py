@@ -25,7 +25,7 @@ from maskopt.solvers.swap.numba_common import (
 from maskopt.solvers.swap.numba_search import search_rows
 
 _RELATIVE, _FLOOR = ACCEPT * SWAP_TOLERANCE, ACCEPT * SWAP_FLOOR
-#: points at which `_envelope` samples a lower envelope; a multiple of four
+#: points at which `_envelope` samples a lower envelope
 GRID = 24
 #: |x|·d is rounded up by this factor, ρ as well
 SLACK = 1.0 + 2.0**-20
@@ -64,15 +64,10 @@ def _envelope(height, slope, count, top, grid, out):
     for k in range(GRID):
         grid[k] = low(value) if k < GRID - 1 else 0.0
         value *= 2.0**-0.5
-    for k in range(0, GRID, 4):  # four at a time, for one pass over memory
-        t0, t1, t2, t3 = low(grid[k]), low(grid[k + 1]), low(grid[k + 2]), low(grid[k + 3])
-        least0 = least1 = least2 = least3 = low(BIG)
+        t, least = low(grid[k]), low(BIG)
         for i in range(count):
-            least0 = minimum(least0, height[i] - t0 * slope[i])
-            least1 = minimum(least1, height[i] - t1 * slope[i])
-            least2 = minimum(least2, height[i] - t2 * slope[i])
-            least3 = minimum(least3, height[i] - t3 * slope[i])
-        out[k], out[k + 1], out[k + 2], out[k + 3] = least0, least1, least2, least3
+            least = minimum(least, height[i] - t * slope[i])
+        out[k] = least
 
 
 @fast
@@ -94,15 +89,10 @@ def _bound(slope, count, lines, bound):
     """The least of the chords at the slopes of a side."""
     start, rise = lines[2], lines[3]
     for i in range(count):
-        bound[i] = BIG
-    for k in range(0, GRID, 4):
-        a0, a1, a2, a3 = start[k], start[k + 1], start[k + 2], start[k + 3]
-        b0, b1, b2, b3 = rise[k], rise[k + 1], rise[k + 2], rise[k + 3]
-        for i in range(count):
-            t = np.float64(slope[i])
-            one = minimum(a0 + b0 * t, a1 + b1 * t)
-            two = minimum(a2 + b2 * t, a3 + b3 * t)
-            bound[i] = minimum(bound[i], minimum(one, two))
+        t, least = np.float64(slope[i]), BIG
+        for k in range(GRID):
+            least = minimum(least, start[k] + rise[k] * t)
+        bound[i] = least
 
 
 @fast

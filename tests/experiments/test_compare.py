@@ -233,7 +233,7 @@ def test_the_same_jobs_have_the_same_keys_and_others_have_others():
     sdp = certify_module._How("sdp", {}, 0)
     for keys in (
         {job_key(row, wanda, None, Limits()) for row in rows},
-        {certify_module._key(sdp, row.as_layer(), 0, mask, 0) for row in rows},
+        {certify_module._rows(sdp, row.as_layer(), "", [0], mask[None]).keys[0] for row in rows},
     ):
         assert len(keys) == len(rows)
 

@@ -295,10 +295,7 @@ def open_source(
     target = choose_device(device)
     folder = resolve_model(model, trust_remote_code=trust_remote_code)
     checkpoint = open_checkpoint(folder, trust_remote_code=trust_remote_code)
-    if dtype == "auto":
-        working = torch.float32 if target.type == "cpu" else stored_dtype(checkpoint)
-    else:
-        working = DTYPES[dtype]
+    working = DTYPES.get(dtype, torch.float32 if target.type == "cpu" else None)
     return FolderSource(checkpoint, target, working, trust_remote_code=trust_remote_code)
 
 

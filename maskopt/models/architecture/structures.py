@@ -23,7 +23,8 @@ from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Blocks, Layer, Mixture
 from maskopt.models.architecture.transformers_adapter import Conversion
 
-CHANNELS, HEADS = "channels", "heads"
+#: what a channel is called in messages
+CHANNEL = "channel"
 #: what configurations call the number of blocks, of experts, and the channels of an MLP
 _DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -59,10 +60,6 @@ class Cut:
 
     axis: int
     parts: Sequence[tuple[int, int]]
-
-    @property
-    def size(self) -> int:
-        return sum(length for length, _ in self.parts)
 
     @property
     def structure(self) -> Int[Tensor, " size"]:
@@ -135,7 +132,6 @@ class Structures:
         cuts: by the parameter's name in the model.
     """
 
-    kind: str
     unit: str
     consumer: Layer
     count: int
@@ -167,7 +163,7 @@ def structure_settings(model: nn.Module, every: Sequence[Structures]) -> dict[st
     text: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     found: dict[str, set[int]] = {}
     for one in every:
-        if one.kind == CHANNELS:
+        if one.unit == CHANNEL:
             # where several words stand for the width, the first is what the family reads
             keys = [key for key in _WIDTHS if getattr(text, key, None) == one.count]
             if not keys:
@@ -206,7 +202,7 @@ def structure_cuts(conversion: Conversion, every: Sequence[Structures]) -> Tenso
 
 def _channels_of(blocks: Blocks, index: int, share: float, round_to: int) -> Structures:
     """The channels of a block's MLP; `share` goes, and a multiple of `round_to` stays."""
-    consumer, producers = _find(blocks, index, _MLPS, "MLP", CHANNELS)
+    consumer, producers = _find(blocks, index, _MLPS, "MLP", "channels")
     n = consumer.n
     kept = -(-(n - Unstructured(sparsity=share).pruned_in(1, n)) // round_to) * round_to
     if kept >= n:
@@ -218,12 +214,12 @@ def _channels_of(blocks: Blocks, index: int, share: float, round_to: int) -> Str
     for producer in producers:
         halves = 2 if producer.name.endswith(_FUSED_MLP) else 1
         cuts |= _rows_and_bias(blocks.model, producer, [(n, 1)] * halves)
-    return Structures(CHANNELS, "channel", consumer, n, Unstructured(keep=kept), cuts)
+    return Structures(CHANNEL, consumer, n, Unstructured(keep=kept), cuts)
 
 
 def _heads_of(blocks: Blocks, index: int, share: float) -> Structures:
     """The heads of a block: whole key–value groups if the share takes one, else heads of every group."""
-    consumer, producers = _find(blocks, index, _ATTENTIONS, "attention", HEADS)
+    consumer, producers = _find(blocks, index, _ATTENTIONS, "attention", "heads")
     heads, groups, width = _attention_of(blocks.model, consumer)
     each = heads // groups
     gone = Unstructured(sparsity=share).pruned_in(1, groups)
@@ -245,7 +241,7 @@ def _heads_of(blocks: Blocks, index: int, share: float) -> Structures:
         last = producer.name.rpartition(".")[2]
         rows = {"q_proj": [query], _FUSED_ATTENTION: [query, key, key]}.get(last, [key])
         cuts |= _rows_and_bias(blocks.model, producer, rows)
-    return Structures(HEADS, unit, consumer, count, pattern, cuts)
+    return Structures(unit, consumer, count, pattern, cuts)
 
 
 def _least(groups: int, each: int) -> str:
@@ -302,17 +298,17 @@ def _rows_and_bias(
     model: nn.Module, producer: Layer, parts: Sequence[tuple[int, int]]
 ) -> dict[str, Cut]:
     """The cuts of what produces structures; none where all of its rows stay."""
-    cut = Cut(0, parts)
-    if producer.rows != cut.size:
+    size = sum(length for length, _ in parts)
+    if producer.rows != size:
         raise ModelError(
-            f"layer {producer.name!r} has {producer.rows} outputs where {cut.size} were expected; it cannot "
+            f"layer {producer.name!r} has {producer.rows} outputs where {size} were expected; it cannot "
             "be cut"
         )
     if not any(width for _, width in parts):
         return {}
     bias = producer.parameter.removesuffix("weight") + "bias"
     there = [producer.parameter, *([bias] if bias in dict(model.named_parameters()) else [])]
-    return dict.fromkeys(there, cut)
+    return dict.fromkeys(there, Cut(0, parts))
 
 
 # --- experts and blocks

@@ -6,14 +6,15 @@ nothing but the messages and the special tokens; its errors are reported with th
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from maskopt.errors import DataError
+from maskopt.errors import DataError, first_line
 from maskopt.models.calibration.tokens import Windows, are_tokens, json_records
 from maskopt.models.checkpoints.bos import TEMPLATE, no_panic
 
@@ -57,16 +58,17 @@ def chat_calibration_windows(
     Raises:
         DataError: as `read_conversations`; no chat template, one that refuses, or less than one window.
     """
-    chats = _Chats(read_conversations(source), tokenizer)
+    conversations = read_conversations(source)
+    tokens = _tokeniser(conversations, tokenizer)
     words, generator = _name(source), random.Random(seed)
-    order = list(range(len(chats.conversations)))
+    order = list(range(len(conversations)))
     generator.shuffle(order)
-    rows = chats.packed(order, seq_len, samples)
+    rows = _packed(tokens, order, seq_len, samples)
     if len(rows) < samples:
         words += ", conversations used again"
     while len(rows) < samples:
         generator.shuffle(order)
-        rows += chats.packed(order, seq_len, samples - len(rows))
+        rows += _packed(tokens, order, seq_len, samples - len(rows))
     return Windows(torch.tensor(rows, dtype=torch.int64), words, TEMPLATE)
 
 
@@ -78,8 +80,9 @@ def chat_evaluation_windows(
     limit: int | None = None,
 ) -> Windows:
     """Windows of the conversations in their own order, each used once; at most `limit` windows."""
-    chats = _Chats(read_conversations(source), tokenizer)
-    rows = chats.packed(range(len(chats.conversations)), seq_len, limit)
+    conversations = read_conversations(source)
+    order = range(len(conversations))
+    rows = _packed(_tokeniser(conversations, tokenizer), order, seq_len, limit)
     return Windows(torch.tensor(rows, dtype=torch.int64), _name(source), TEMPLATE)
 
 
@@ -141,43 +144,41 @@ def _remedy(record: Any) -> str:
     return "; give objects with messages of role and content"
 
 
-class _Chats:
-    """Conversations, each tokenised when it is first needed."""
+def _packed(
+    tokens: Callable[[int], list[int]], order: Sequence[int], length: int, limit: int | None
+) -> list[list[int]]:
+    """The first windows that the conversations fill in this order; DataError where they fill none."""
+    rows: list[list[int]] = []
+    window: list[int] = []
+    for index in order:
+        if len(rows) == limit:
+            break
+        window += tokens(index)[: length - len(window)]
+        if len(window) == length:
+            rows.append(window)
+            window = []
+    if not rows:
+        total = sum(len(tokens(index)) for index in order)
+        raise DataError(
+            f"the conversations have {total} tokens, less than one window of {length}; give more "
+            "of them or a smaller `seq_len`"
+        )
+    return rows
 
-    def __init__(self, conversations: Sequence[Conversation], tokenizer: Any) -> None:
-        self.conversations = conversations
-        self._tokenizer, self._template = tokenizer, _template(tokenizer)
-        self._known: dict[int, list[int]] = {}
 
-    def packed(self, order: Sequence[int], length: int, limit: int | None) -> list[list[int]]:
-        """The first windows that the conversations fill in this order; DataError where they fill none."""
-        rows: list[list[int]] = []
-        window: list[int] = []
-        for index in order:
-            if len(rows) == limit:
-                break
-            window += self._tokens(index)[: length - len(window)]
-            if len(window) == length:
-                rows.append(window)
-                window = []
-        if not rows:
-            total = sum(len(self._tokens(index)) for index in order)
-            raise DataError(
-                f"the conversations have {total} tokens, less than one window of {length}; give more "
-                "of them or a smaller `seq_len`"
-            )
-        return rows
+def _tokeniser(conversations: Sequence[Conversation], tokenizer: Any) -> Callable[[int], list[int]]:
+    """The tokens of a conversation, made when they are first needed; by the template alone: the tokenizer
+    puts nothing before it."""
+    template = _template(tokenizer)
 
-    def _tokens(self, index: int) -> list[int]:
-        """Of a conversation, by the template alone: the tokenizer puts nothing before it."""
-        if index in self._known:
-            return self._known[index]
-        messages, where = self.conversations[index]
+    @functools.cache
+    def tokens(index: int) -> list[int]:
+        messages, where = conversations[index]
         try:
-            with no_panic(getattr(self._tokenizer, "name_or_path", "")):
-                ids = self._tokenizer.apply_chat_template(
+            with no_panic(getattr(tokenizer, "name_or_path", "")):
+                ids = tokenizer.apply_chat_template(
                     messages,
-                    chat_template=self._template,
+                    chat_template=template,
                     add_generation_prompt=False,
                     tokenize=True,
                     return_dict=False,
@@ -189,8 +190,9 @@ class _Chats:
             raise DataError(
                 f"{where}: the model's chat template refuses it ({_reason(error)})"
             ) from error
-        self._known[index] = [int(token) for token in ids]
-        return self._known[index]
+        return [int(token) for token in ids]
+
+    return tokens
 
 
 def _template(tokenizer: Any) -> str:
@@ -211,7 +213,7 @@ def _template(tokenizer: Any) -> str:
 
 def _reason(error: Exception) -> str:
     """In one printable line: the text of a template is untrusted."""
-    line = (str(error).splitlines() or [""])[0][:_LONGEST_REASON]
+    line = first_line(error)[:_LONGEST_REASON]
     return f"{type(error).__name__}: {''.join(c for c in line if c.isprintable())}"
 
 

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from maskopt.core.files import from_json
-from maskopt.errors import DataError, near
+from maskopt.errors import DataError, first_line, near
 from maskopt.models.checkpoints.bos import GIVEN, Beginning, beginning_of, tokens_of
 
 #: name → (dataset, configuration, data files by split, text column): the conventions of the field
@@ -147,8 +147,7 @@ def _hub_documents(name: str, field: str) -> list[str]:
         table = datasets.load_dataset(repository, configuration, **arguments)
         column: Sequence[Any] = table[field]
     except Exception as error:  # the hub client raises whatever its layers raise
-        line = (str(error).splitlines() or [""])[0]
-        raise DataError(f"{name}: {type(error).__name__}: {line}") from error
+        raise DataError(f"{name}: {type(error).__name__}: {first_line(error)}") from error
     documents = [document for document in column if isinstance(document, str)]
     if not documents:
         raise DataError(f"{name}: no value of the column {field!r} is text")

@@ -286,7 +286,8 @@ def _rows(
     how: _How, problem: LayerProblem, kind: str, chosen: Sequence[int], mask: Tensor
 ) -> _Rows:
     """Rows with their keys; of a shared budget each key is by all rows."""
-    keys = [_key(how, problem, i, mask[i], chosen[i]) for i in range(problem.rows)]
+    of_all = how.method, sorted(how.options.items())
+    keys = [digest_of(problem, i, mask[i], int(at), *of_all) for i, at in enumerate(chosen)]
     if problem.shared_budget:
         counts = problem.shares.tolist()
         keys = [joblib.hash([at, keys, counts]) for at in range(len(keys))]
@@ -400,8 +401,3 @@ def _mask_of(problem: LayerProblem, nonzero: Tensor) -> Tensor:
             f"{problem.name}: its rows do not have the sparsity that the manifest states"
         )
     return mask
-
-
-def _key(how: _How, problem: LayerProblem, row: int, mask: Tensor, chosen: int) -> str:
-    options = sorted(how.options.items())
-    return digest_of(problem, row, mask, int(chosen), how.method, options)

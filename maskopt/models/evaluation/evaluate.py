@@ -181,10 +181,10 @@ def _evaluated(
 def _check_same_windows(models: Sequence[str], jobs: Sequence[Job]) -> None:
     first = jobs[0].windows
     check_targets(first)
-    sizes: list[Any] = [text_config(job.source.model) for job in jobs]
-    for model, job, size in zip(models[1:], jobs[1:], sizes[1:], strict=True):
+    for model, job in zip(models[1:], jobs[1:], strict=True):
         for what in ("vocab_size", "hidden_size"):
-            one, two = (getattr(config, what, None) for config in (sizes[0], size))
+            both = (text_config(x.source.model) for x in (jobs[0], job))
+            one, two = (getattr(config, what, None) for config in both)
             if one != two:
                 raise DataError(
                     f"{models[0]} and {model} differ in {what} ({one} and {two}); evaluate them one by one"

@@ -4,7 +4,7 @@ model must compute what the original computes when it is changed in memory in th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +17,7 @@ from maskopt.models.architecture.source import FolderSource, Source
 from maskopt.models.architecture.structures import Change, Kept, TensorCuts, cannot_say, changed
 from maskopt.models.blockwise.job import Block, Job, open_job
 from maskopt.models.blockwise.windows import tokens_or_tokenizer
-from maskopt.models.checkpoints.checkpoint import Checkpoint, open_safe, write_file
+from maskopt.models.checkpoints.checkpoint import open_safe, write_file
 from maskopt.models.checkpoints.report import FinishedBlock, PruneReport
 from maskopt.models.checkpoints.result import Edits, write_shard
 from maskopt.models.checkpoints.schema import CONFIG, INDEX, SINGLE, read_json
@@ -97,7 +97,11 @@ def finish_smaller(
         stored = read_json(checkpoint.folder / CONFIG)
         _write_json(folder / CONFIG, changed(stored, change.settings))
         if SINGLE not in checkpoint.shards:
-            _write_json(folder / INDEX, _index(checkpoint, change, shards, folder))
+            files = {name: open_safe(folder / name).entries for name in shards}
+            total = sum(entry.size for entries in files.values() for entry in entries.values())
+            where = {tensor: name for name, entries in files.items() for tensor in entries}
+            index = {"metadata": {"total_size": total}, "weight_map": where}
+            _write_json(folder / INDEX, index)
         bad = {sample["sample"] for sample in report.bad_samples}
         _check_same_output(job, folder, why, bad, finished, prepare)
 
@@ -172,21 +176,6 @@ def check_shapes(
                 f"parameter {name!r} is {list(shapes.get(name, ()))} in the model that it describes and "
                 f"would be {list(wanted.get(name, ()))}",
             )
-
-
-def _index(
-    checkpoint: Checkpoint, change: Change, shards: Iterable[str], folder: Path
-) -> dict[str, Any]:
-    """The index of the written shards."""
-    files = {name: open_safe(folder / name).entries for name in shards}
-    total = sum(entry.size for entries in files.values() for entry in entries.values())
-    if change.names:
-        where = {tensor: name for name, entries in files.items() for tensor in entries}
-        return {"metadata": {"total_size": total}, "weight_map": where}
-    index = read_json(checkpoint.folder / INDEX)
-    index["metadata"] = {**index.get("metadata", {}), "total_size": total}
-    index["metadata"].pop("total_parameters", None)
-    return index
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -30,7 +30,7 @@ from maskopt.instances.structure import change, refit_inputs, structure_problem
 from maskopt.models.architecture.blocks import Layer, matrix
 from maskopt.models.architecture.source import FolderSource, as_stored
 from maskopt.models.architecture.structures import (
-    CHANNELS,
+    CHANNEL,
     Change,
     Structures,
     structure_cuts,
@@ -137,7 +137,7 @@ def _structures_of(source: FolderSource, options: ShrinkOptions) -> list[Structu
         )
     found = structures_of(source.blocks, options.channels, options.heads, options.round_to)
     start = default_start(options.solver)
-    for one in (x for x in found if x.kind == CHANNELS):
+    for one in (x for x in found if x.unit == CHANNEL):
         check_size(options.solver, options.solver_options, start, one.count, one.pattern)
     return found
 
@@ -198,7 +198,7 @@ def _chosen(
 ) -> tuple[Solution, float]:
     """The solution of the options' solver, for heads a proven one; and the best known bound."""
     limits = Limits(seed=options.seed, threads=options.threads)
-    if structures.kind != CHANNELS:
+    if structures.unit != CHANNEL:
         solution = solve(problem, _EXACT, limits=limits)
     else:
         start = default_start(options.solver)
