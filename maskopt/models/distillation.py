@@ -75,11 +75,9 @@ def distill_model(
     Args:
         pruned: what `maskopt prune` wrote.
         teacher: folder of the dense model, or its name on the hub.
-        tokenizer_or_tokens: as for `prune_model`.
-        calibration: as for `prune_model`.
+        tokenizer_or_tokens, calibration: as for `prune_model`.
         output: folder for a copy of `pruned` with updated kept weights and `maskopt-distill.json`.
         resume: go on with an interrupted run of the same options, from its last save (`save_every`).
-        on_progress: called with the name of a stage, how much of it is done, and of how much.
 
     Raises:
         MaskoptError: no masks, another teacher, unusable text or options, more than `max_memory` allows.

@@ -89,9 +89,7 @@ def remove_blocks(
     """Write a copy of a model folder without `count` of its blocks, which `from_pretrained` loads.
 
     Args:
-        model: as for `prune_model`.
-        tokenizer_or_tokens: as for `prune_model`.
-        calibration: as for `prune_model`.
+        model, tokenizer_or_tokens, calibration: as for `prune_model`.
         windows: number of windows, the first ones of the text, of `options.seq_len` tokens each.
 
     Raises:
