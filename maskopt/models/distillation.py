@@ -75,7 +75,7 @@ def distill_model(
     Args:
         pruned: what `maskopt prune` wrote.
         teacher: folder of the dense model, or its name on the hub.
-        tokenizer_or_tokens, calibration: as for `prune_model`.
+        tokenizer_or_tokens: as for `prune_model`, and so is `calibration`.
         output: folder for a copy of `pruned` with updated kept weights and `maskopt-distill.json`.
         resume: go on with an interrupted run of the same options, from its last save (`save_every`).
 

@@ -89,7 +89,7 @@ def remove_blocks(
     """Write a copy of a model folder without `count` of its blocks, which `from_pretrained` loads.
 
     Args:
-        model, tokenizer_or_tokens, calibration: as for `prune_model`.
+        model: as for `prune_model`, and so are `tokenizer_or_tokens` and `calibration`.
         windows: number of windows, the first ones of the text, of `options.seq_len` tokens each.
 
     Raises:
