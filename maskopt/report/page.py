@@ -237,8 +237,8 @@ Section = Table | Commands | MaskPicture | Figure
 
 
 def plain(text: str) -> str:
-    """A name as matplotlib shows it: no dollar sign begins mathematics, and a legend leaves out those that
-    begin with an underscore."""
+    """A name that matplotlib shows unchanged: it takes text between dollar signs for mathematics, and leaves
+    names that begin with an underscore out of the legend."""
     shown = f"\u200b{text}" if text.startswith("_") else text
     return shown.replace("$", r"\$")
 

@@ -117,7 +117,8 @@ def _binaries(task: RowTask, model: Any, count: int) -> Any:
 
 
 def _between(task: UpdatedTask) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds of v, and 0, where F is at most that of the start: |v − v*|ⱼ ≤ √((F − F*)(A⁻¹)ⱼⱼ), v* = A⁻¹b."""
+    """Bounds of v for all v that are no worse than the start: |v − v*|ⱼ ≤ √((F − F*)(A⁻¹)ⱼⱼ), v* = A⁻¹b.
+    The interval includes 0, the value of a pruned weight."""
     inverse = np.linalg.inv(task.q)
     dense = inverse @ task.target
     above = task.cost(task.start) - (task.constant - float(task.target @ dense))

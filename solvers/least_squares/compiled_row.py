@@ -74,7 +74,7 @@ def _in_groups(inputs, group_size, chosen):
 
 @part(nogil=True)
 def _whole_groups(value, kept, pruned, group_size, count):
-    """Slots of the groups of least value, of those that have one."""
+    """Slots of the groups with the least values; groups of infinite value are left out."""
     most = min(max(1, count // group_size), np.sum(value < np.inf))
     chosen = np.zeros(len(value), np.bool_)
     chosen[np.argsort(value)[:most]] = True

@@ -158,10 +158,10 @@ class TorchKernel:
 
     def _price_all(self, batch: Batch, rows: Tensor) -> Tensor:
         """Every kept column against all pruned ones, some at a time: which rows are not optimal."""
-        alike = by_count(batch.kept[rows])
-        if len(alike) > 1:
-            parts = torch.cat([self._price_all(batch, rows[some]) for some in alike])
-            return parts[torch.cat(alike).argsort()]
+        same_count = by_count(batch.kept[rows])
+        if len(same_count) > 1:
+            parts = torch.cat([self._price_all(batch, rows[some]) for some in same_count])
+            return parts[torch.cat(same_count).argsort()]
         a, b = _sides(batch, rows)
         count = int(batch.kept[rows[0]].sum())
         threshold = batch.threshold(rows)

@@ -280,7 +280,7 @@ def collect(
 def _gathered(
     block: OpenBlock, wave: Sequence[int], own: Mapping[int, Given]
 ) -> Iterator[tuple[int, Given]]:
-    """Every sample of a wave, and the inputs of its layers; `own` are those that passed here."""
+    """Every sample of a wave with the inputs of its layers; `own`: of the samples of this process."""
     ranks = block.ranks
     if ranks.size == 1:
         yield from own.items()

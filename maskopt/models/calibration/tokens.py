@@ -147,7 +147,8 @@ def _hub_documents(name: str, field: str) -> list[str]:
         table = datasets.load_dataset(repository, configuration, **arguments)
         column: Sequence[Any] = table[field]
     except Exception as error:  # the hub client raises whatever its layers raise
-        raise DataError(f"{name}: {type(error).__name__}: {first_line(error)}") from error
+        said = dict.fromkeys((name, type(error).__name__, first_line(error)))  # the type once
+        raise DataError(": ".join(said)) from error
     documents = [document for document in column if isinstance(document, str)]
     if not documents:
         raise DataError(f"{name}: no value of the column {field!r} is text")
