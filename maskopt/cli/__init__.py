@@ -82,30 +82,24 @@ class Group(TyperGroup):
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)
+        self.functions = {name: x for panel in self.panels.values() for name, x in panel.items()}
         # names only: typer suggests one of them after a typing error
-        self.commands = {
-            name: self.commands.get(name) or TyperCommand(name)
-            for panel in self.panels.values()
-            for name in panel
-        }
+        names = self.functions
+        self.commands = {name: self.commands.get(name) or TyperCommand(name) for name in names}
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        for panel in self.panels.values():
-            if panel.get(cmd_name):
-                return load(panel[cmd_name]).typed()
-        return self.commands.get(cmd_name)
+        function = self.functions.get(cmd_name)
+        return load(function).typed() if function else self.commands.get(cmd_name)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         formatter.write_usage(ctx.command_path, "[OPTIONS] COMMAND [ARGUMENTS]...")
         write_text(formatter, self.help)
         records = (one.get_help_record(ctx) for one in self.get_params(ctx))
         panels = {
-            **{
-                panel: [(name, summary(function)) for name, function in of.items()]
-                for panel, of in self.panels.items()
-            },
-            "Options": [record for record in records if record],
+            panel: [(name, summary(function)) for name, function in of.items()]
+            for panel, of in self.panels.items()
         }
+        panels["Options"] = [record for record in records if record]
         for panel, lines in panels.items():
             with formatter.section(panel):
                 formatter.write_dl(lines, col_max=26)
@@ -159,7 +153,7 @@ def main() -> None:
         with launched():
             _run()
     except MaskoptError as error:  # they did not find each other
-        _tell(error)
+        _tell(str(error))
         sys.exit(1)
 
 
@@ -172,7 +166,12 @@ def _run() -> None:
         if "--debug" in sys.argv or not (known or full):
             raise
         if speaks():
-            _tell(error if known else MaskoptError(_memory_words(error)))
+            line = (str(error).strip().splitlines() or [""])[0]
+            no_memory = (
+                f"there is not enough memory{f' ({line})' if line else ''}; free some, take fewer or shorter "
+                "windows, or run fewer processes at a time"
+            )
+            _tell(str(error) if known else no_memory)
         sys.exit(1)
     except SystemExit as end:
         if end.code == INTERRUPTED and speaks():
@@ -180,13 +179,5 @@ def _run() -> None:
         raise
 
 
-def _memory_words(error: Exception) -> str:
-    line = (str(error).strip().splitlines() or [""])[0]
-    return (
-        f"there is not enough memory{f' ({line})' if line else ''}; free some, take fewer or shorter "
-        "windows, or run fewer processes at a time"
-    )
-
-
-def _tell(error: Exception) -> None:
-    errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, emoji=False)
+def _tell(what: str) -> None:
+    errors.print(f"[red]error:[/red] {escape(what)}", soft_wrap=True, emoji=False)

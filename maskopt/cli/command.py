@@ -37,8 +37,8 @@ from maskopt.core.fields import (
     UPDATE,
     Option,
     alternatives,
+    argument,
     option,
-    options_of,
     parameters_of,
 )
 from maskopt.errors import MaskoptError, OptionError, near
@@ -46,7 +46,7 @@ from maskopt.models.options.walk import name_patterns
 
 SOURCES = "FILE.txt, FILE.jsonl, a folder, tokens .npy, hf:DATASET[:SPLIT]"
 #: options of several commands, as default values in their signatures
-MODEL = option(REQUIRED, "A model folder, or a name on the hub.", argument=True)
+MODEL = argument("A model folder, or a name on the hub.")
 CALIBRATION_TEXT = option(REQUIRED, f"Calibration text: {SOURCES}.", TEXT)
 OVERWRITE = option(False, "Replace existing output.", OUTPUT)
 RESUME = option(False, "Continue an interrupted run of the same options.", OUTPUT)
@@ -66,29 +66,19 @@ _ORDER = (
 _TRUST = "trust_remote_code"
 #: options that say how a run begins, not what it computes
 _NOT_KEPT = ("overwrite", "resume", "dry_run", _TRUST)
+_CONFIG = "Read options from a TOML file of --print-config or from a manifest; the command line overrides it."
+_PRINT_CONFIG = "Print all options as a file for --config and exit."
+#: options of commands whose options may come from a file, and of every command
+_OF_FILES = (
+    Option("config", Path | None, None, _CONFIG, group=OUTPUT, shown=True),
+    Option("print_config", bool, False, _PRINT_CONFIG, group=OUTPUT),
+)
+_OF_ALL = (
+    Option("quiet", bool, False, "Show no progress.", group=OUTPUT),
+    Option("log_json", bool, False, "Progress as JSON lines on stderr.", group=OUTPUT),
+    Option("help_all", bool, False, "Show all options and exit.", group=OUTPUT, shown=True),
+)
 _METAVARS = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
-
-
-@dataclass(frozen=True)
-class Every:
-    """Options of every command."""
-
-    quiet: bool = option(False, "Show no progress.", OUTPUT)
-    log_json: bool = option(False, "Progress as JSON lines on stderr.", OUTPUT)
-    help_all: bool = option(False, "Show all options and exit.", OUTPUT, shown=True)
-
-
-@dataclass(frozen=True)
-class Files:
-    """Options of commands whose options may come from a file."""
-
-    config: Path | None = option(
-        None,
-        "Read options from a TOML file of --print-config or from a manifest; the command line overrides it.",
-        OUTPUT,
-        shown=True,
-    )
-    print_config: bool = option(False, "Print all options as a file for --config and exit.", OUTPUT)
 
 
 @dataclass(frozen=True)
@@ -122,8 +112,7 @@ class Command:
     @property
     def options(self) -> tuple[Option, ...]:
         """All options, in the order of the help."""
-        files = options_of(Files) if self.config else ()
-        return (*self.own, *self.library, *files, *options_of(Every))
+        return (*self.own, *self.library, *(_OF_FILES if self.config else ()), *_OF_ALL)
 
     def __call__(self, words: Mapping[str, Any]) -> None:
         """Run with the words of the command line."""
@@ -144,14 +133,9 @@ class Command:
             raise
 
     def _stored(self, path: Path) -> dict[str, Any]:
-        """Values of a file of options.
-
-        Raises:
-            OptionError: no such file, not TOML, a key that is no option, `trust_remote_code`, or a bad value.
-            ModelError: a manifest that was changed.
-        """
-        known = self.of_run
-        given = _of_manifest(path) if path.suffix == ".json" else _of_toml(path)
+        """Values of a file of options. OptionError: no such file, not TOML, a key that is no option,
+        `trust_remote_code`, or a bad value; ModelError: a manifest that was changed."""
+        known, given = self.of_run, _options_in(path)
         if _TRUST in given:
             raise OptionError(
                 f"{path}: `{_TRUST}` cannot be set in a file; remove it, and give it on the command line"
@@ -222,8 +206,7 @@ def command(
     keywords. `name` is by default that of the function; other arguments are those of `Command`."""
 
     def made(run: Callable[..., None]) -> Command:
-        called = name or run.__name__.replace("_", "-")
-        own = parameters_of(run)
+        called, own = name or run.__name__.replace("_", "-"), parameters_of(run)
         return Command(called, run, own, library, example, config, shared, completed)
 
     return made
@@ -360,11 +343,7 @@ def option_list(text: str | None) -> list[str]:
 
 
 def read_pairs(items: Sequence[str]) -> dict[str, Any]:
-    """`NAME=VALUE`, the value as JSON if it is JSON, else as text.
-
-    Raises:
-        OptionError: no `=`.
-    """
+    """`NAME=VALUE`, the value as JSON if it is JSON, else as text; OptionError without `=`."""
     options: dict[str, Any] = {}
     for item in items:
         name, sign, value = item.partition("=")
@@ -377,11 +356,7 @@ def read_pairs(items: Sequence[str]) -> dict[str, Any]:
 
 
 def _read_counts(path: str) -> dict[str, Any]:
-    """Counts by layer name, from a JSON file or from JSON itself.
-
-    Raises:
-        OptionError: the file cannot be read, or holds something else.
-    """
+    """Counts by layer name, from a JSON file or from JSON itself; OptionError for anything else."""
     try:
         text = path if path.startswith("{") else Path(path).read_text(encoding="utf-8")
         counts = json.loads(text)
@@ -395,11 +370,7 @@ def _read_counts(path: str) -> dict[str, Any]:
 
 
 def config_text(values: Mapping[str, Any]) -> str:
-    """TOML of the values that are set.
-
-    Raises:
-        OptionError: a null in a mapping.
-    """
+    """TOML of the values that are set; OptionError for a null in a mapping."""
     table: dict[str, Any] = {}
     for name, value in values.items():
         if name in _NOT_KEPT or value is REQUIRED or value in (None, {}, [], ()):
@@ -418,19 +389,18 @@ def config_text(values: Mapping[str, Any]) -> str:
     return tomli_w.dumps(dict(sorted(table.items(), key=lambda x: isinstance(x[1], Mapping))))
 
 
-def _of_toml(path: Path) -> dict[str, Any]:
+def _options_in(path: Path) -> dict[str, Any]:
+    """Options of a TOML file; of a manifest those that repeat the run, without its text, of which it has only
+    the name."""
+    if path.suffix == ".json":
+        from maskopt.models.checkpoints.schema import read_manifest
+        from maskopt.models.pruning.card import options_again
+
+        manifest = read_manifest(path, smaller=True)
+        return options_again(manifest["kind"], manifest["fingerprint"], path)
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise OptionError(f"`config` {path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise OptionError(f"`config` {path}: is no TOML: {error}") from None
-
-
-def _of_manifest(path: Path) -> dict[str, Any]:
-    """The options that repeat a run, without its text, of which a manifest has only the name."""
-    from maskopt.models.checkpoints.schema import read_manifest
-    from maskopt.models.pruning.card import options_again
-
-    manifest = read_manifest(path, smaller=True)
-    return options_again(manifest["kind"], manifest["fingerprint"], path)

@@ -10,7 +10,7 @@ from maskopt.cli.command import CARDINALITY, MAXIMIZE, OVERWRITE, SOURCES, comma
 from maskopt.cli.console import screen, written
 from maskopt.cli.solve import check
 from maskopt.cli.view import View, view
-from maskopt.core.fields import OUTPUT, REQUIRED, option, options_of
+from maskopt.core.fields import OUTPUT, REQUIRED, argument, option, options_of
 from maskopt.errors import OptionError, VerificationError
 from maskopt.models.checkpoints.schema import PRUNE
 from maskopt.models.options.walk import WalkOptions
@@ -26,11 +26,9 @@ _OPTIONS = ("include", "text_field", "threads", "trust_remote_code")
     example="maskopt verify OUT --original MODEL",
 )
 def verify(
-    model_or_instance: Path = option(
-        REQUIRED, "Pruned model folder, instance or matrix.", argument=True
-    ),
-    solution: Path | None = option(
-        None, "Solution or proof of the instance, as `maskopt solve` wrote it.", argument=True
+    model_or_instance: Path = argument("Pruned model folder, instance or matrix."),
+    solution: Path | None = argument(
+        "Solution or proof of the instance, as `maskopt solve` wrote it.", None
     ),
     original: str | None = option(
         None,
@@ -196,9 +194,7 @@ def _refuse(what: str, given: set[str], *takes: str) -> None:
 
 @command(example="maskopt report OUT --output report.html")
 def report(
-    folders: list[Path] = option(
-        REQUIRED, "Folders that `maskopt prune` wrote; several are compared.", argument=True
-    ),
+    folders: list[Path] = argument("Folders that `maskopt prune` wrote; several are compared."),
     evaluation: Path | None = option(None, "File that `maskopt eval --json FILE` wrote."),
     gaps: Path | None = option(
         None, "File that `maskopt bound --output FILE.jsonl` wrote about the first folder."
@@ -233,8 +229,8 @@ def report(
     example="maskopt masks apply MODEL OUT/maskopt-masks.bits --output MASKED", name="masks apply"
 )
 def apply(
-    model: Path = option(REQUIRED, "Folder of the dense model.", argument=True),
-    masks: Path = option(REQUIRED, "A file of packed masks.", argument=True),
+    model: Path = argument("Folder of the dense model."),
+    masks: Path = argument("A file of packed masks."),
     output: Path = option(REQUIRED, "Folder for the masked model.", OUTPUT),
     overwrite: bool = OVERWRITE,
 ) -> None:
@@ -247,7 +243,7 @@ def apply(
 
 @command(example="maskopt masks export OUT --output masks.bits", name="masks export")
 def export(
-    model: Path = option(REQUIRED, "Folder of a pruned model.", argument=True),
+    model: Path = argument("Folder of a pruned model."),
     output: Path = option(REQUIRED, "File for the packed masks.", OUTPUT),
     overwrite: bool = OVERWRITE,
 ) -> None:
@@ -261,7 +257,7 @@ def export(
 
 @command(example="maskopt masks pack OUT --output PACKED", name="masks pack")
 def pack(
-    folder: Path = option(REQUIRED, "A pruned model; not changed.", argument=True),
+    folder: Path = argument("A pruned model; not changed."),
     output: Path = option(REQUIRED, "Folder for the packed model.", OUTPUT),
     overwrite: bool = OVERWRITE,
 ) -> None:
@@ -279,7 +275,7 @@ def pack(
 
 @command(example="maskopt masks unpack PACKED --output OUT", name="masks unpack")
 def unpack(
-    folder: Path = option(REQUIRED, "Folder that `maskopt masks pack` wrote.", argument=True),
+    folder: Path = argument("Folder that `maskopt masks pack` wrote."),
     output: Path = option(REQUIRED, "Folder for the model.", OUTPUT),
     overwrite: bool = OVERWRITE,
 ) -> None:

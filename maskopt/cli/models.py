@@ -23,7 +23,7 @@ from maskopt.cli.command import (
 from maskopt.cli.console import make_table, screen, written
 from maskopt.cli.prune import naming_resume, show_needs, show_report, tokens_file
 from maskopt.cli.view import PruneView, view
-from maskopt.core.fields import OUTPUT, REQUIRED, SELECTION, TEXT, option, options_of
+from maskopt.core.fields import OUTPUT, REQUIRED, SELECTION, TEXT, argument, option, options_of
 from maskopt.core.files import atomic_write, check_writable
 from maskopt.errors import OptionError
 from maskopt.models.options.structured import ShrinkOptions
@@ -38,9 +38,7 @@ if TYPE_CHECKING:
     example="maskopt distill OUT --teacher MODEL --calibration text.txt --output TRAINED",
 )
 def distill(
-    pruned: Path = option(
-        REQUIRED, "Folder that `maskopt prune` wrote; not changed.", argument=True
-    ),
+    pruned: Path = argument("Folder that `maskopt prune` wrote; not changed."),
     teacher: str = option(
         REQUIRED, "The dense model that was pruned: a folder, or a name on the hub."
     ),
@@ -88,10 +86,8 @@ def distill(
     name="eval",
 )
 def evaluate(
-    models: list[str] = option(
-        REQUIRED,
-        "Model folders, or names on the hub. The others are compared with the first.",
-        argument=True,
+    models: list[str] = argument(
+        "Model folders, or names on the hub. The others are compared with the first."
     ),
     text: str = option(REQUIRED, f"Text to evaluate on: {SOURCES}."),
     windows: int | None = option(None, "Number of windows. Default: all."),

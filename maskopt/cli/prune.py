@@ -101,13 +101,8 @@ def tokens_file(calibration: str | None) -> str | None:
 def _show_plan(
     model: str, calibration: str | None, grams: Any, out: Any, options: dict[str, Any]
 ) -> None:
-    """Print layers, shapes, pruned counts, memory, disk and time.
-
-    No weights are read except for a measurement of a few seconds.
-
-    Raises:
-        MaskoptError: what the prune would refuse.
-    """
+    """Print layers, shapes, pruned counts, memory, disk and time; MaskoptError: what the prune would refuse.
+    No weights are read except for a measurement of a few seconds."""
     from maskopt.models.pruning.plan import START, plan_prune
 
     tokens = tokens_file(calibration) if grams is None else calibration

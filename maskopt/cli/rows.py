@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from maskopt.cli.command import (
 )
 from maskopt.cli.console import bound_cells, errors, make_table, screen, written
 from maskopt.cli.view import PruneView, view
-from maskopt.core.fields import REQUIRED, option, options_of
+from maskopt.core.fields import argument, option, options_of
 from maskopt.core.files import check_writable
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.pattern import Pattern, parse_sparsity
@@ -70,9 +71,7 @@ FORMATS = ("npz", *PROGRAMS, "qplib")
 
 @command(*OF_A_MODEL, example="maskopt compare row.npz --solvers swap,branch,scip --columns 48")
 def compare(
-    source: list[Path] = option(
-        REQUIRED, "A model folder, or instances (.npz, .dat, …).", argument=True
-    ),
+    source: list[Path] = argument("A model folder, or instances (.npz, .dat, …)."),
     solvers: str | None = option(
         None,
         f"Names, separated by commas. Default: wanda, swap, and up to {SMALL} inputs branch "
@@ -160,9 +159,7 @@ def comparison_table(records: list[Record]) -> Table:
 
 @command(*OF_A_MODEL, example="maskopt bound OUT --original MODEL --calibration text.txt")
 def bound(
-    source: list[Path] = option(
-        REQUIRED, "A pruned folder (with --original), a model, or instances.", argument=True
-    ),
+    source: list[Path] = argument("A pruned folder (with --original), a model, or instances."),
     original: str | None = option(None, "Dense model of the pruned folder."),
     method: str = option("sdp", "sdp, box, shift, or another bound of `maskopt solvers`."),
     solver: str | None = option(None, "Solver of the masks without --original. Default: swap."),
@@ -194,27 +191,29 @@ def bound(
 
     check_format(output, overwrite=overwrite)
     layers: list[LayerProblem] = []
+    how: dict[str, Any] = {"solver": solver, "columns": columns}
     if original is None:
         layers, _, kinds = load_layers(source, options, calibration, seed, cardinality, maximize)
+        how |= {"rows": rows, "kinds": kinds, "solver": solver or "swap"}
+        bounded = partial(bound_layers, layers, **how)
     else:
-        searched = {"solver": solver, "columns": columns, "cardinality": cardinality}
-        searched["maximize"] = maximize or None
-        _check_pruned(source, calibration, {**options, **searched})
+        how |= {"cardinality": cardinality, "maximize": maximize or None}
+        _check_pruned(source, calibration, {**options, **how})
         if layer_time_limit is None and method == "sdp":
             layer_time_limit = SDP_SECONDS
+        how = {"calibration": calibration, "rows_per_layer": rows or ROWS}
+        bounded = partial(certify_model, original, source[0], **how, **options)
     limits = {"cuts": cuts, "time_limit": layer_time_limit}
-    shared: dict[str, Any] = {"method": method, "seed": seed, "jobs": jobs, "output": output}
-    shared["method_options"] = {name: x for name, x in limits.items() if x is not None}
+    limits = {name: x for name, x in limits.items() if x is not None}
     with view() as shown:
-        shared["on_rows"] = lambda done, name: shown.show(
-            f"{name}, rows bounded: {done}", done, None
+        records = bounded(
+            method=method,
+            method_options=limits,
+            seed=seed,
+            jobs=jobs,
+            output=output,
+            on_rows=lambda done, name: shown.show(f"{name}, rows bounded: {done}", done, None),
         )
-        if original is None:
-            shared |= {"rows": rows, "columns": columns, "solver": solver or "swap"}
-            records = bound_layers(layers, kinds=kinds, **shared)
-        else:
-            shared |= {"calibration": calibration, "rows_per_layer": rows or ROWS}
-            records = certify_model(original, source[0], **shared, **options)
     few = original is None and len(records) <= FEW
     screen.print(_rows_table(records) if few else _kinds_table(records))
     if any(layer.shared_budget for layer in layers):
@@ -262,8 +261,8 @@ def _kinds_table(records: Sequence[GapRecord]) -> Table:
     example="maskopt export MODEL row.npz --include up_proj --calibration text.txt --sparsity 0.6",
 )
 def export(
-    source: Path = option(REQUIRED, "A model folder, or an instance.", argument=True),
-    destination: Path = option(REQUIRED, "The file to write.", argument=True),
+    source: Path = argument("A model folder, or an instance."),
+    destination: Path = argument("The file to write."),
     row: int = option(0, "Index of the row in the layer.", least=0),
     columns: str | None = option(
         None, "Number of inputs to sample, or their indices separated by commas."
@@ -338,10 +337,7 @@ def load_layers(
 ) -> tuple[list[LayerProblem], Pattern | None, dict[str, str]]:
     """Layers of instances, or of one model folder by running text through it, with an update of kept weights
     if `options` ask for it; the requested sparsity, or None; and kinds of a model's layers, by name.
-
-    Raises:
-        OptionError: a model without calibration text or sparsity, or among other sources.
-    """
+    OptionError: a model without calibration text or sparsity, or among other sources."""
     (update,) = (one for one in OF_A_MODEL if one.name == "update")
     if update.checked(options.get("update", NONE)) == BLOCKWISE:
         raise OptionError("`update` blockwise trains whole blocks of a model; take `maskopt prune`")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from maskopt.checks.verification import CHECKED, CLAIMS, EXACT, Require, verify
 from maskopt.cli.command import CARDINALITY, JOBS, MAXIMIZE, OVERWRITE, command
 from maskopt.cli.console import INTERRUPTED, screen, written
 from maskopt.cli.view import View, view
-from maskopt.core.fields import OUTPUT, REQUIRED, option, options_of
+from maskopt.core.fields import OUTPUT, argument, option, options_of
 from maskopt.core.files import atomic_write, check_writable
-from maskopt.core.limits import Limits, clock
+from maskopt.core.limits import Limits, Progress, clock
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import OptionError
 from maskopt.experiments.prove import BRANCH, SECONDS, SMALL, prove as prove_rows, search
@@ -33,11 +33,9 @@ _JSON = ".json"
 
 @command(example="maskopt solve Q.npy --cardinality 20 --prove --output proof.npz")
 def solve(
-    instance: Path = option(
-        REQUIRED,
+    instance: Path = argument(
         "A matrix (.npy, .npz, .csv, .mtx; with --cardinality), another quadratic (.dat, .mc, .mdp, .qplib), "
-        "or a layer or row (.npz, see `maskopt export`).",
-        argument=True,
+        "or a layer or row (.npz, see `maskopt export`)."
     ),
     solver: str | None = option(
         None,
@@ -77,7 +75,8 @@ def solve(
     _check_format(output, prove or problem.as_layer().rows > 1)
     begin = Solution.load(Path(start)).mask if start and Path(start).is_file() else start
     with view() as shown:
-        limits, own = _limits(solver_options, time_limit, memory_limit, seed, shown)
+        asked = {"time_limit": time_limit, "memory_limit": memory_limit, "seed": seed or None}
+        limits, own = _limits(solver_options, asked, shown)
         how: dict[str, Any] = {"start": begin, "limits": limits}
         if prove:
             how |= {"jobs": jobs, "on_progress": partial(shown.show, "rows proven")}
@@ -95,18 +94,15 @@ def solve(
 
 
 def _limits(
-    options: Mapping[str, Any], seconds: float | None, memory: str | None, seed: int, shown: View
+    options: Mapping[str, Any], asked: Mapping[str, Any], shown: View
 ) -> tuple[Limits, dict[str, Any]]:
     """The limits of the command, or of `options` where it has none; and the solver's own options."""
-    shared, own = limits_of(None, options)
-    limits = Limits(
-        shared.seconds if seconds is None else seconds,
-        shared.memory if memory is None else memory,
-        shared.threads,
-        seed or shared.seed,
-        lambda event: shown.show(event.step or "rows", event.done, event.total),
-    )
-    return limits, own
+
+    def report(event: Progress) -> None:
+        shown.show(event.step or "rows", event.done, event.total)
+
+    given = {name: value for name, value in asked.items() if value is not None}
+    return limits_of(None, {"on_progress": report, **options, **given})
 
 
 def _check_prove(prove: bool, solver: str | None, jobs: int) -> None:
@@ -183,7 +179,7 @@ _WIDE, _LEFT_OUT = 110, ("patterns", "device", "start", "also")
 
 @command(example="maskopt solvers swap")
 def solvers(
-    name: str | None = option(None, "Solver whose options are listed.", argument=True),
+    name: str | None = argument("Solver whose options are listed.", None),
 ) -> None:
     """List solvers and bounds with what each supports; or the options of one solver."""
     if name is not None:
@@ -197,10 +193,7 @@ def _solvers() -> Table:
     """In a narrow terminal without the columns in which most solvers agree."""
     narrow = screen.width < _WIDE
     shown = [heading for heading in _HEADINGS if not (narrow and heading in _LEFT_OUT)]
-    table = Table()
-    for heading in shown[:-1]:
-        table.add_column(heading, no_wrap=heading == "solver" or not narrow, overflow="fold")
-    table.add_column("note")
+    table = _columns(shown, shown[1:] if narrow else ["note"])
     for info in available_solvers().values():
         can = info.capabilities
         also = (("update", can.update), ("shared budget", can.shared_budget))
@@ -218,10 +211,15 @@ def _solvers() -> Table:
     return table
 
 
+def _columns(headings: Sequence[str], wrapped: Sequence[str], **how: Any) -> Table:
+    table = Table(**how)
+    for heading in headings:
+        table.add_column(heading, no_wrap=heading not in wrapped, overflow="fold")
+    return table
+
+
 def _bounds() -> Table:
-    table = Table()
-    for heading in ("bound", "n up to", "note"):
-        table.add_column(heading, no_wrap=heading != "note")
+    table = _columns(("bound", "n up to", "note"), ["note"])
     for info in available_bounds().values():
         n, note = (getattr(info.kind, name, "") for name in ("largest_n", "note"))
         note = note if info.available else f"unavailable: {info.unavailable}"
@@ -230,9 +228,8 @@ def _bounds() -> Table:
 
 
 def _options(name: str) -> Table:
-    table = Table(title=f"{name}: options", title_justify="left")
-    for heading in ("option", "default", "may be", "unit", "meaning"):
-        table.add_column(heading, no_wrap=heading == "option")
+    headings = ("option", "default", "may be", "unit", "meaning")
+    table = _columns(headings, headings[1:], title=f"{name}: options", title_justify="left")
     for one in options_of(REGISTRY.find(name)):
         may = " ".join(part for part in (one.type, one.range) if part)
         table.add_row(one.name, str(one.default), may, one.unit, one.help)

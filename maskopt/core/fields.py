@@ -15,7 +15,7 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field
 from functools import cache
 from typing import Any
@@ -149,6 +149,11 @@ def option(default: Any, help: str, group: str = "", **facts: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def argument(help: str, default: Any = REQUIRED) -> Any:
+    """An option that is positional on the command line."""
+    return option(default, help, argument=True)
+
+
 def options_of(kind: type) -> tuple[Option, ...]:
     """The options of a dataclass, in the order of its fields."""
     found = []
@@ -200,12 +205,10 @@ def _hints(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
-def alternatives(hint: Any) -> Iterator[Any]:
+def alternatives(hint: Any) -> tuple[Any, ...]:
     """The members of a union, or the type itself."""
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        yield from typing.get_args(hint)
-    else:
-        yield hint
+    of_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if of_union else (hint,)
 
 
 def _fits(value: Any, hint: Any) -> bool:

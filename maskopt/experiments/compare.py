@@ -12,13 +12,13 @@ import numpy as np
 from joblib import delayed
 
 from maskopt.checks.verification import Require
-from maskopt.core.limits import KEYWORDS, Limits
+from maskopt.core.limits import Limits
 from maskopt.core.pattern import Pattern
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import MaskoptError, OptionError
 from maskopt.experiments.jobs import Store, as_they_finish, job_key
 from maskopt.protocol.solution import Solution, Status, is_bounded
-from maskopt.protocol.solver import Solver, make_solver, solve
+from maskopt.protocol.solver import Solver, limits_of, make_solver, solve
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def compare(
         OptionError, SolverError: solvers, options or an `output` that will not do, before anything runs.
             DataError: an `output` that holds something else.
     """
-    chosen = _chosen(solvers, Limits(seconds=time_limit, seed=seed))
+    chosen = _chosen(solvers, {"time_limit": time_limit, "seed": seed})
     if not chosen:
         raise OptionError("name at least one solver")
     store = Store(output, Record)
@@ -167,7 +167,7 @@ class _Job:
 
 
 def _chosen(
-    solvers: Sequence[str | Solver] | Mapping[str, Mapping[str, Any]], limits: Limits
+    solvers: Sequence[str | Solver] | Mapping[str, Mapping[str, Any]], shared: dict[str, Any]
 ) -> list[_Job]:
     """Every solver made, its options checked, before anything runs."""
     given: Iterable[Any] = (
@@ -175,14 +175,14 @@ def _chosen(
     )
     chosen: dict[str, _Job] = {}
     for one, options in given:
-        own = {k: v for k, v in options.items() if k not in KEYWORDS and k != "start"}
-        shared = {KEYWORDS[k]: v for k, v in options.items() if k in KEYWORDS}
+        limits, own = limits_of(None, {**shared, **options})
+        start = own.pop("start", None)
         solver = make_solver(one, **own)
         if solver.name in chosen:  # records know their solver by its name alone
             raise OptionError(
                 f"solver {solver.name!r} is given twice; run compare once for each of its settings"
             )
-        chosen[solver.name] = _Job(solver, options.get("start"), replace(limits, **shared))
+        chosen[solver.name] = _Job(solver, start, limits)
     return list(chosen.values())
 
 
@@ -225,10 +225,8 @@ def _with_excess(found: list[Record], solvers: int) -> list[Record]:
     for first in range(0, len(found), solvers):
         group = found[first : first + solvers]
         proven = [r for r in group if r.status == Status.OPTIMAL]
+        best = min(proven, key=lambda r: r.objective).value if proven else math.nan
         for record in group:
-            excess = math.nan
-            if proven and not math.isnan(record.value):
-                best = min(proven, key=lambda r: r.objective).value
-                excess = abs(record.value - best) / (abs(best) or 1.0)
-            records.append(replace(record, excess=excess))
+            excess = abs(record.value - best) / (abs(best) or 1.0)
+            records.append(record if math.isnan(excess) else replace(record, excess=excess))
     return records

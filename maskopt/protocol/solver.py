@@ -27,13 +27,7 @@ from maskopt.core.fields import build, check_options
 from maskopt.core.limits import KEYWORDS, Limits, clock, torch_threads
 from maskopt.core.pattern import NM, Pattern, Unstructured
 from maskopt.core.problem import LayerProblem, RowProblem
-from maskopt.errors import (
-    OptionError,
-    SolverError,
-    SolverUnavailableError,
-    WarmStartError,
-    near,
-)
+from maskopt.errors import OptionError, SolverError, SolverUnavailableError, WarmStartError, near
 from maskopt.protocol.solution import Solution
 
 ENTRY_POINT_GROUP = "maskopt.solvers"
@@ -101,17 +95,16 @@ class Registry:
 
     def entries(self) -> dict[str, Registered]:
         """Every member by name."""
-        return {name: self._entry(name) for name in self.names()}
-
-    def _entry(self, name: str) -> Registered:
-        try:
-            kind = self.find(name)
-        except SolverError as error:
-            return Registered(name, None, str(error))
-        try:
-            return Registered(name, kind, kind.unavailable())
-        except Exception as error:  # a third party's backend may fail in any way
-            return Registered(name, kind, f"{type(error).__name__}: {error}")
+        found = {}
+        for name in self.names():
+            kind = None
+            try:
+                kind = self.find(name)
+                reason = kind.unavailable()
+            except Exception as error:  # a third party's backend may fail in any way
+                reason = str(error) if kind is None else f"{type(error).__name__}: {error}"
+            found[name] = Registered(name, kind, reason)
+        return found
 
 
 def missing_package(package: str) -> str | None:

@@ -324,15 +324,11 @@ def _perplexities(path: Path, folders: Sequence[Path]) -> tuple[Table, dict[str 
             place = Path(record["model"]).resolve()
             same: list[Any] = [folder for folder in folders if folder.resolve() == place]
             found |= dict.fromkeys(same or [DENSE] * (c is None), float(p["value"]))
-            table.add(
-                name,
-                f"{p['value']:.2f} ({p['low']:.2f} to {p['high']:.2f})",
-                "–"
-                if c is None
-                else f"{c['ratio']:.3f} ({c['ratio_low']:.3f} to {c['ratio_high']:.3f})",
-                "–" if c is None else f"{c['kl']:.4f}",
-                "–" if c is None else f"{c['agreement']:.1%}",
-            )
+            cells = ["–"] * 3
+            if c is not None:
+                ratio = f"{c['ratio']:.3f} ({c['ratio_low']:.3f} to {c['ratio_high']:.3f})"
+                cells = [ratio, f"{c['kl']:.4f}", f"{c['agreement']:.1%}"]
+            table.add(name, f"{p['value']:.2f} ({p['low']:.2f} to {p['high']:.2f})", *cells)
             table.note = (
                 f"{p['windows']} windows of {p['length']} tokens of {p['source']}, {p['beginning']}; "
                 "intervals of 95%, paired by window."
