@@ -79,11 +79,6 @@ def prune(
         )
     show_report(report)
     written(output, "pruned model, masks and manifest")
-    _say_next(model, output)
-
-
-def _say_next(model: str, output: Path) -> None:
-    """Print the commands that check, evaluate and show the result."""
     screen.print("next, with a TEXT other than the calibration text:")
     for words in (
         ("verify", str(output), "--original", model),

@@ -31,7 +31,7 @@ from maskopt.core.fields import argument, option, options_of
 from maskopt.core.files import check_writable
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.pattern import Pattern, parse_sparsity
-from maskopt.core.problem import LayerProblem, RowProblem
+from maskopt.core.problem import LayerProblem
 from maskopt.errors import OptionError, SolverError
 from maskopt.experiments.compare import Record, compare as compare_rows, sample_rows
 from maskopt.experiments.jobs import check_format
@@ -299,18 +299,11 @@ def export(
     else:
         save_problem(problem, destination, form)
     screen.print(f"{destination}: {problem!r}", soft_wrap=True)
-    if form in PROGRAMS:
-        _print_units(problem)
-
-
-def _print_units(problem: RowProblem) -> None:
-    """Print how an objective that was shifted is converted to the value in the original units."""
     units = problem.as_layer().units
-    if units is None:
-        return
-    sign, shift = ("−" if units.sign < 0 else ""), units.shift * problem.as_layer().pruned
-    value = f"value = {sign}(objective − {shift:.17g}) + {units.constant:.17g}"
-    screen.print(f"it is minimised, shifted to be convex: {value}", soft_wrap=True)
+    if form in PROGRAMS and units is not None:
+        sign, shift = ("−" if units.sign < 0 else ""), units.shift * problem.as_layer().pruned
+        value = f"value = {sign}(objective − {shift:.17g}) + {units.constant:.17g}"
+        screen.print(f"it is minimised, shifted to be convex: {value}", soft_wrap=True)
 
 
 def _columns(text: str, n: int, seed: int) -> np.ndarray:

@@ -21,6 +21,7 @@ from maskopt.errors import OptionError, printable
 
 if TYPE_CHECKING:
     from maskopt.models.blockwise.forward import BlockProgress
+    from maskopt.models.checkpoints.report import LayerReport
 
 #: seconds before plain lines begin, and between two of them; where nothing is finished meanwhile, more
 _FIRST, _BETWEEN = 3.0, 30.0
@@ -100,7 +101,6 @@ class View:
         """Show a line that stays; its facts are for JSON lines."""
 
     def __enter__(self) -> View:
-        self.began = clock()
         return self
 
     def __exit__(self, *raised: object) -> None:
@@ -144,7 +144,6 @@ class LiveView(View):
         _print(line)
 
     def __enter__(self) -> LiveView:
-        super().__enter__()
         self._live.start()
         return self
 
@@ -209,8 +208,7 @@ class PruneView:
         self._block = -1
         self._times: list[float] = []
         self._began = clock()
-        self._error = self._wanda = 0.0
-        self._rows = self._proven = 0
+        self._solved: list[LayerReport] = []
 
     def __call__(self, event: BlockProgress) -> None:
         if event.block != self._block:
@@ -221,7 +219,7 @@ class PruneView:
             self._block, self._began = event.block, now
         facts: dict[str, Any] = {}
         if event.layer is not None:
-            self._count(event)
+            self._solved += [] if event.layer.fallback else [event.layer]
             facts = {"layer": asdict(event.layer)}
         after = event.block == event.blocks  # all blocks are done
         what = event.stage if after else f"block {event.block + 1} of {event.blocks}: {event.stage}"
@@ -243,24 +241,13 @@ class PruneView:
         inside = min((clock() - self._began) / usual if usual else 0.0, _ALMOST)
         return (event.block + inside) / event.blocks
 
-    def _count(self, event: BlockProgress) -> None:
-        layer = event.layer
-        assert layer is not None
-        if layer.fallback:
-            return
-        self._error += layer.error
-        self._wanda += layer.error_wanda or 0.0
-        self._rows += layer.rows
-        self._proven += sum(n for name, n in layer.statuses.items() if name != "feasible")
-
     def _note(self) -> str:
-        words = []
-        if self._wanda:
-            words.append(f"error {self._error / self._wanda:.3f} times that of Wanda")
-        if self._proven:
-            words.append(
-                f"{self._proven:,} of {self._rows:,} rows proven optimal or 1-swap optimal"
-            )
+        words, layers = [], self._solved
+        if wanda := sum(x.error_wanda or 0.0 for x in layers):
+            words.append(f"error {sum(x.error for x in layers) / wanda:.3f} times that of Wanda")
+        rows = sum(x.rows for x in layers)
+        if proven := rows - sum(x.statuses.get("feasible", 0) for x in layers):
+            words.append(f"{proven:,} of {rows:,} rows proven optimal or 1-swap optimal")
         return "; ".join(words)
 
 

@@ -51,7 +51,13 @@ def structure_problem(
     exact = weight.double()
     quadratic, norms = gram.double() * (exact.T @ exact), exact.square().sum(0)
     if groups is not None:
-        _check_groups(groups, weight.shape[1])
+        n = weight.shape[1]
+        if groups.shape != (n,) or not is_whole(groups) or int(groups.min()) < 0:
+            raise ProblemError(
+                f"groups must be whole numbers of at least 0 for each of the {n} inputs"
+            )
+        if int(torch.bincount(groups).min()) == 0:
+            raise ProblemError("groups must be numbered without a gap")
         quadratic, norms = _summed(_summed(quadratic, groups).T, groups), _summed(norms, groups)
     norms = norms.sqrt()
     scale = torch.where(norms > 0, norms, 1.0)  # where there is no weight, Q is 0, too
@@ -94,10 +100,3 @@ def change(
     """Mean squared change of every output, float64."""
     difference = new.double() - weight.double()
     return ((difference @ gram.double()) * difference).sum(1).clamp(min=0)
-
-
-def _check_groups(groups: Tensor, n: int) -> None:
-    if groups.shape != (n,) or not is_whole(groups) or int(groups.min()) < 0:
-        raise ProblemError(f"groups must be whole numbers of at least 0 for each of the {n} inputs")
-    if int(torch.bincount(groups).min()) == 0:
-        raise ProblemError("groups must be numbered without a gap")

@@ -157,29 +157,17 @@ class Solution:
     @property
     def value(self) -> float:
         """The objective in the caller's units, such as xᵀQx; of several rows their sum, weighted by ω."""
-        return self._total(range(len(self.mask))).value
+        return _total(self, range(len(self.mask))).value
 
     @property
     def bound(self) -> float:
         """No legal choice has a better `value`."""
-        return self._total(range(len(self.mask))).bound
+        return _total(self, range(len(self.mask))).bound
 
     @property
     def gap(self) -> float:
         """|value − bound| / |value|; 0 where they are equal. `columns` has the gap of every row."""
-        return self._total(range(len(self.mask))).gap
-
-    def _values(self) -> list[OriginalValues]:
-        """Of every row, without ω."""
-        units, pruned = self.units or ObjectiveTransform(), (~self.mask).sum(1).tolist()
-        rows = zip(self.objective.tolist(), self.lower_bound.tolist(), pruned, strict=True)
-        return [OriginalValues.of(units.value(f, s), units.value(b, s)) for f, b, s in rows]
-
-    def _total(self, rows: Iterable[int]) -> OriginalValues:
-        values = self._values()
-        omega = [1.0] * len(values) if self.omega is None else self.omega.tolist()
-        pairs = [(omega[row] * values[row].value, omega[row] * values[row].bound) for row in rows]
-        return OriginalValues.of(*map(sum, zip(*pairs, strict=True)))
+        return _total(self, range(len(self.mask))).gap
 
     def apply(self, weight: ArrayLike) -> Any:
         """`weight` [rows, n], or [n] of one row, with zeros for what is pruned and the updated weights where
@@ -278,7 +266,7 @@ class Solution:
         return {
             "objective": self.objective.tolist(),
             "lower_bound": self.lower_bound.tolist(),
-            "gap": [values.gap for values in self._values()],
+            "gap": [values.gap for values in _values(self)],
             "status": [str(status) for status in self.status],
             "trusted": list(self.trusted) or [""] * rows,
             **self.trace.columns(rows),
@@ -351,7 +339,7 @@ class Solution:
         lines.append(f"{'status':14}{'rows':>6}{'value':>18}{'bound':>18}{'gap':>10}")
         for status in dict.fromkeys(self.status):
             some = [row for row, word in enumerate(self.status) if word == status]
-            total, bound, gap = self._total(some), "–", "–"
+            total, bound, gap = _total(self, some), "–", "–"
             objective, lower = (float(x[some].sum()) for x in (self.objective, self.lower_bound))
             if is_bounded(objective, lower, status):
                 bound, gap = f"{total.bound:.{digits}g}", f"{total.gap:.2%}"
@@ -367,3 +355,17 @@ class Solution:
         return "\n".join(lines)
 
     __str__ = summary
+
+
+def _values(solution: Solution) -> list[OriginalValues]:
+    """Of every row, without ω."""
+    units, pruned = solution.units or ObjectiveTransform(), (~solution.mask).sum(1).tolist()
+    rows = zip(solution.objective.tolist(), solution.lower_bound.tolist(), pruned, strict=True)
+    return [OriginalValues.of(units.value(f, s), units.value(b, s)) for f, b, s in rows]
+
+
+def _total(solution: Solution, rows: Iterable[int]) -> OriginalValues:
+    values = _values(solution)
+    omega = [1.0] * len(values) if solution.omega is None else solution.omega.tolist()
+    pairs = [(omega[row] * values[row].value, omega[row] * values[row].bound) for row in rows]
+    return OriginalValues.of(*map(sum, zip(*pairs, strict=True)))
