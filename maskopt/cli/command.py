@@ -26,15 +26,10 @@ from typer.core import TyperCommand
 from maskopt.cli.console import several, write_text
 from maskopt.cli.view import show_as
 from maskopt.core.fields import (
-    CALIBRATION,
+    GROUPS,
     JSON_FILE,
     OUTPUT,
     REQUIRED,
-    RUNTIME,
-    SELECTION,
-    TEXT,
-    TRAINING,
-    UPDATE,
     Option,
     alternatives,
     argument,
@@ -47,21 +42,15 @@ from maskopt.models.options.walk import name_patterns
 SOURCES = "FILE.txt, FILE.jsonl, a folder, tokens .npy, hf:DATASET[:SPLIT]"
 #: options of several commands, as default values in their signatures
 MODEL = argument("A model folder, or a name on the hub.")
-CALIBRATION_TEXT = option(REQUIRED, f"Calibration text: {SOURCES}.", TEXT)
 OVERWRITE = option(False, "Replace existing output.", OUTPUT)
 RESUME = option(False, "Continue an interrupted run of the same options.", OUTPUT)
 CARDINALITY = option(None, "Number to choose (a matrix, .mc, .rudy).", least=0)
 MAXIMIZE = option(False, "The greatest xᵀQx of a matrix, not the least.")
 JOBS = option(1, "Number of rows at a time; −1: one per core.")
 DRY_RUN = option(False, "Estimate memory, disk and time; write nothing.", OUTPUT)
-RECORDS = option(None, "File of results: .jsonl (resumable) or .csv.", OUTPUT)
 #: heading of options of a source that may also be an instance
 FOR_A_MODEL = "If the source is a model"
-TEXT_OF_A_MODEL = option(None, "Calibration text, as for `maskopt prune`; required.", FOR_A_MODEL)
-_ORDER = (
-    *("Arguments", "Options", SELECTION, UPDATE, TRAINING, FOR_A_MODEL, TEXT, CALIBRATION),
-    *(RUNTIME, OUTPUT),
-)
+_ORDER = ("Arguments", "Options", FOR_A_MODEL, *GROUPS)
 #: not allowed in a file: it may come from a stranger
 _TRUST = "trust_remote_code"
 #: options that say how a run begins, not what it computes

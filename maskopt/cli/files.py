@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from maskopt.checks.verification import CHECKED, CLAIMS, EXACT, Require
 from maskopt.cli.command import CARDINALITY, MAXIMIZE, OVERWRITE, SOURCES, command
 from maskopt.cli.console import screen, written
 from maskopt.cli.solve import check
-from maskopt.cli.view import View, view
+from maskopt.cli.view import view
 from maskopt.core.fields import OUTPUT, REQUIRED, argument, option, options_of
 from maskopt.errors import OptionError, VerificationError
 from maskopt.models.checkpoints.schema import PRUNE
@@ -264,8 +265,7 @@ def pack(
     """Store a pruned folder without its zeros: kept values and one bit per weight."""
     from maskopt.models.checkpoints.pack import pack as library
 
-    with view() as shown:
-        library(folder, output, overwrite=overwrite, tick=Bytes(shown, folder))
+    _repack(library, folder, output, overwrite)
     before, after = _size(folder), _size(output)
     screen.print(
         f"packed: {output}, {after / 1e6:.1f} MB of {before / 1e6:.1f} MB ({after / before:.1%})",
@@ -282,20 +282,21 @@ def unpack(
     """Restore a packed folder bit for bit."""
     from maskopt.models.checkpoints.pack import unpack_folder
 
-    with view() as shown:
-        unpack_folder(folder, output, overwrite=overwrite, tick=Bytes(shown, folder))
+    _repack(unpack_folder, folder, output, overwrite)
     screen.print(f"unpacked: {output}, {_size(output) / 1e6:.1f} MB", soft_wrap=True)
 
 
-class Bytes:
-    """Counts bytes of the files in a folder, and shows how many are done."""
+def _repack(work: Callable[..., None], folder: Path, output: Path, overwrite: bool) -> None:
+    """Pack or unpack, and show how many bytes of the folder's files are done."""
+    done, total = 0, _size(folder)
 
-    def __init__(self, shown: View, folder: Path) -> None:
-        self._shown, self._done, self._total = shown, 0, _size(folder)
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        shown.show("files", min(done, total), total)
 
-    def __call__(self, count: int) -> None:
-        self._done += count
-        self._shown.show("files", min(self._done, self._total), self._total)
+    with view() as shown:
+        work(folder, output, overwrite=overwrite, tick=tick)
 
 
 def _size(folder: Path) -> int:

@@ -11,15 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from maskopt.cli.command import (
-    CALIBRATION_TEXT,
-    DRY_RUN,
-    MODEL,
-    OVERWRITE,
-    RESUME,
-    SOURCES,
-    command,
-)
+from maskopt.cli.command import DRY_RUN, MODEL, OVERWRITE, RESUME, SOURCES, command
 from maskopt.cli.console import make_table, screen, written
 from maskopt.cli.prune import naming_resume, show_needs, show_report, tokens_file
 from maskopt.cli.view import PruneView, view
@@ -32,6 +24,8 @@ from maskopt.models.options.walk import EVALUATION, DistillOptions, WalkOptions
 if TYPE_CHECKING:
     from maskopt.models.evaluation.evaluate import Evaluation
 
+CALIBRATION = option(REQUIRED, f"Calibration text: {SOURCES}.", TEXT)
+
 
 @command(
     *(one for one in options_of(DistillOptions) if one.name not in DistillOptions.absent),
@@ -42,7 +36,7 @@ def distill(
     teacher: str = option(
         REQUIRED, "The dense model that was pruned: a folder, or a name on the hub."
     ),
-    calibration: str = CALIBRATION_TEXT,
+    calibration: str = CALIBRATION,
     output: Path | None = option(None, "Folder for the trained model.", OUTPUT),
     overwrite: bool = OVERWRITE,
     resume: bool = RESUME,
@@ -153,7 +147,7 @@ _WALK = {one.name for one in options_of(WalkOptions)}
 )
 def prune_structured(
     model: str = MODEL,
-    calibration: str = CALIBRATION_TEXT,
+    calibration: str = CALIBRATION,
     blocks: int = option(
         0,
         "Number of decoder blocks to remove, scored by the change of the model output without each block and "

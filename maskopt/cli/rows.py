@@ -19,15 +19,13 @@ from maskopt.cli.command import (
     JOBS,
     MAXIMIZE,
     OVERWRITE,
-    RECORDS,
-    TEXT_OF_A_MODEL,
     command,
     option_list,
     read_pairs,
 )
 from maskopt.cli.console import bound_cells, errors, make_table, screen, written
 from maskopt.cli.view import PruneView, view
-from maskopt.core.fields import argument, option, options_of
+from maskopt.core.fields import OUTPUT, argument, option, options_of
 from maskopt.core.files import check_writable
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.pattern import Pattern, parse_sparsity
@@ -59,6 +57,8 @@ OF_A_MODEL = tuple(
 #: options of an update by the fields of `LeastSquaresUpdate`; options that also apply to instances
 _OF_UPDATE = {"damping": "damping", "damping_exponent": "power"}
 _OF_BOTH = ("sparsity", "update", *_OF_UPDATE, "activation_memory")
+RECORDS = option(None, "File of results: .jsonl (resumable) or .csv.", OUTPUT)
+TEXT_OF_A_MODEL = option(None, "Calibration text, as for `maskopt prune`; required.", FOR_A_MODEL)
 COLUMNS = option(None, "Number of inputs sampled per row. Default: all.", least=1)
 #: of `bound --original`: seconds of sdp for a layer, whose bounds are valid at any time, and rows of a layer
 SDP_SECONDS, ROWS = 60.0, 4

@@ -29,6 +29,7 @@ REQUIRED = MISSING
 #: groups of options, by what they are about: headings of a command's help
 SELECTION, UPDATE, TRAINING = "Selection", "Update of kept weights", "Training"
 TEXT, CALIBRATION, RUNTIME, OUTPUT = "Text", "Calibration", "Runtime", "Output"
+GROUPS = SELECTION, UPDATE, TRAINING, TEXT, CALIBRATION, RUNTIME, OUTPUT
 #: groups that decide a result: a manifest records their values, of the text only the tokens
 RECORDED = SELECTION, UPDATE, TRAINING, CALIBRATION
 #: unit of a mapping that the command line reads from a file

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeVar
@@ -217,8 +217,7 @@ def one_thread_each(work: Callable[[int], Part], count: int, threads: int) -> li
         torch.set_num_threads(before)
 
 
-@contextmanager
-def fast_products() -> Iterator[None]:
+def fast_products() -> AbstractContextManager[Any]:
     """Within it float32 products on the CPU take the faster of torch's libraries, if that is as precise.
 
     torch multiplies with MKL, which on an AMD EPYC with AVX-512 is less than half as fast as oneDNN, at the
@@ -227,8 +226,7 @@ def fast_products() -> Iterator[None]:
     setting is the process's, and is reset once all users are out. Nothing changes where there is an
     accelerator, whose products would be rounded, or where the setting was made by torch's newer means.
     """
-    with _allowed() if _precise() else nullcontext():
-        yield
+    return _allowed() if _precise() else nullcontext()
 
 
 @contextmanager

@@ -291,20 +291,16 @@ def _write_qplib(problem: RowProblem) -> str:
         if quadratic[i, j]
     ]
     count = problem.as_layer().pruned
-    head = [
-        "".join(problem.name.split()).lstrip("#!%") or "maskopt",
-        f"QBL\n{sense}\n{n} # variables\n1 # constraint",
-    ]
-    sums = [f"1 {i + 1} 1" for i in range(n)]
     return "\n".join(
         [
-            *head,
+            "".join(problem.name.split()).lstrip("#!%") or "maskopt",
+            f"QBL\n{sense}\n{n} # variables\n1 # constraint",
             f"{len(entries)} # quadratic terms in objective",
             *entries,
             "0 # default linear coefficient\n0 # others",
             f"{constant:.17g} # constant",
             f"{n} # linear terms in all constraints",
-            *sums,
+            *(f"1 {i + 1} 1" for i in range(n)),
             "1e+30 # infinity",
             f"{count} # default left-hand side\n0 # others",
             f"{count} # default right-hand side\n0 # others",

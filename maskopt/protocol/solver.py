@@ -1,12 +1,7 @@
 """The solver protocol, the registry of backends, and `solve`.
 
-A solver is a value, a frozen dataclass whose fields are its options:
-
-    solve(problem, Tabu(moves=1000), start=Relax(), limits=Limits(seconds=60))
-    solve(problem, "tabu", start="relax", moves=1000, time_limit=60)      # the same, by name
-
-Backends register a class under the entry-point group `maskopt.solvers`, also from other distributions;
-nothing here imports one.
+A solver is a value, a frozen dataclass whose fields are its options. Backends register a class under the
+entry-point group `maskopt.solvers`, also from other distributions; nothing here imports one.
 """
 
 from __future__ import annotations
@@ -250,6 +245,7 @@ def solve(
         problem = LayerProblem(weight, x.T @ x / len(x), Unstructured(sparsity=0.5))
         swapped = solve(problem)  # 1-swap search from Wanda's mask, proven 1-swap optimal
         best = solve(problem, "tabu", moves=500, start="relax", time_limit=60)
+        best = solve(problem, Tabu(moves=500), start=Relax(), limits=Limits(seconds=60))  # the same
         best.mask, best.objective, best.status  # bool [rows, n], float64 [rows], a word a row
 
     Args:

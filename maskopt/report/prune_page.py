@@ -81,12 +81,11 @@ def write_report(
     parts = report_parts(pruned, perplexity=values, tables=tables, after=last, picture=picture)
     files = []
     if figures is not None:
+        drawn = [part for part in parts if isinstance(part, Figure)]
         with plain_errors(figures):
             figures.mkdir(parents=True, exist_ok=True)
-        drawn = [part for part in parts if isinstance(part, Figure)]
-        for file in (file for part in drawn for file in part.files(figures)):
-            check_writable(file, overwrite=overwrite)
-        with plain_errors(figures):
+            for file in (file for part in drawn for file in part.files(figures)):
+                check_writable(file, overwrite=overwrite)
             files = [file for part in drawn for file in part.save(figures)]
     write_page(path, "What maskopt pruned: " + ", ".join(name for name, _ in pruned), parts)
     return [path, *files]
@@ -213,22 +212,17 @@ def kinds_table(name: str, one: PruneReport) -> Table:
 
 def errors_by_block(pruned: Sequence[Named]) -> Figure:
     """Mean error of a block's layers, along the model: Wanda's masks, result, and on held-out windows."""
-    series: dict[str, dict[int, float]] = {}
+    series: dict[str, dict[int, Any]] = {}
     several = len(pruned) > 1
     for title, one in pruned:
         name = title if several else "this model"
+        lines = {name: mean_error, f"{name}, held-out text": _held}
+        lines = lines if several else {"Wanda's masks": _wanda, **lines}
         blocks = grouped(one.solved, "block")
-        lines = {
-            "Wanda's masks": {} if several else {b: _wanda(x) for b, x in blocks.items()},
-            name: {b: mean_error(layers) for b, layers in blocks.items()},
-            f"{name}, held-out text": {
-                b: _mean([x.relative_held for x in y]) for b, y in blocks.items()
-            },
-        }
-        for label, values in lines.items():
-            known = {block: value for block, value in values.items() if value is not None}
-            if label == name or (values and len(known) == len(values)):
-                series[label] = known
+        for label, mean in lines.items():
+            values = {block: mean(layers) for block, layers in blocks.items()}
+            if label == name or (values and None not in values.values()):
+                series[label] = values
     numbers = Table("", ("block", *series))
     for block in sorted({b for values in series.values() for b in values}):
         numbers.add(str(block), *(number(values.get(block)) for values in series.values()))
@@ -367,6 +361,11 @@ def _wanda(layers: Sequence[LayerReport]) -> float | None:
     """Mean relative error of Wanda's masks, where all are known."""
     errors = ((x.error_wanda, x.energy) for x in layers)
     return _mean([a / b if a is not None and b else None for a, b in errors])
+
+
+def _held(layers: Sequence[LayerReport]) -> float | None:
+    """Mean relative error on held-out text, where all are known."""
+    return _mean([layer.relative_held for layer in layers])
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
