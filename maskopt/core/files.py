@@ -293,18 +293,12 @@ def join_rows(parts: Sequence[Any]) -> Any:
     first = parts[0]
     if is_dataclass(first) and not isinstance(first, type):
         names = [field.name for field in fields(first)]
-        return replace(
-            first, **{name: join_rows([getattr(p, name) for p in parts]) for name in names}
-        )
+        joined = {name: join_rows([getattr(p, name) for p in parts]) for name in names}
+        return replace(first, **joined)
     if isinstance(first, Tensor):
-        if first.ndim > 1:
+        if first.ndim == 2:
             most = max(x.shape[1] for x in parts)
-            parts = [
-                torch.cat([x, x[:, -1:].expand(-1, most - x.shape[1])], 1)
-                if x.shape[1] < most
-                else x
-                for x in parts
-            ]
+            parts = [torch.cat([x, x[:, -1:].expand(-1, most - x.shape[1])], 1) for x in parts]
         return torch.cat(list(parts))
     if isinstance(first, tuple | list):
         return type(first)(itertools.chain(*parts))
