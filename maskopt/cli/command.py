@@ -326,6 +326,11 @@ def read_value(one: Option, given: Any) -> Any:
     return Path(given) if Path in origins else given
 
 
+def given(**values: Any) -> dict[str, Any]:
+    """The values that are not None."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def option_list(text: str | None) -> list[str]:
     """`a, b` → ['a', 'b']."""
     return [part.strip() for part in (text or "").split(",") if part.strip()]

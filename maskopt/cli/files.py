@@ -286,7 +286,7 @@ def unpack(
     screen.print(f"unpacked: {output}, {_size(output) / 1e6:.1f} MB", soft_wrap=True)
 
 
-def _repack(work: Callable[..., None], folder: Path, output: Path, overwrite: bool) -> None:
+def _repack(work: Callable[..., Path], folder: Path, output: Path, overwrite: bool) -> None:
     """Pack or unpack, and show how many bytes of the folder's files are done."""
     done, total = 0, _size(folder)
 

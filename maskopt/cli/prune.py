@@ -56,14 +56,13 @@ def prune(
 
     here = ranks()
     inputs: dict[str, Any] = {"model": model, "calibration": calibration, "grams": grams}
-    if output is None and not dry_run:
-        raise OptionError("`output` is missing: name a folder for the pruned model")
     if output is not None:
         here.agreed(lambda: check_output(output, overwrite=overwrite, resume=resume, **inputs))
     if dry_run:
         _show_plan(model, calibration, grams, output, options)
         return
-    assert output is not None
+    if output is None:
+        raise OptionError("`output` is missing: name a folder for the pruned model")
     with naming_resume(output), view() as shown:
         # a part of it is done already, or several processes share it
         known = resume or grams is not None or here.size > 1

@@ -20,6 +20,7 @@ from maskopt.cli.command import (
     MAXIMIZE,
     OVERWRITE,
     command,
+    given,
     option_list,
     read_pairs,
 )
@@ -203,12 +204,10 @@ def bound(
             layer_time_limit = SDP_SECONDS
         how = {"calibration": calibration, "rows_per_layer": rows or ROWS}
         bounded = partial(certify_model, original, source[0], **how, **options)
-    limits = {"cuts": cuts, "time_limit": layer_time_limit}
-    limits = {name: x for name, x in limits.items() if x is not None}
     with view() as shown:
         records = bounded(
             method=method,
-            method_options=limits,
+            method_options=given(cuts=cuts, time_limit=layer_time_limit),
             seed=seed,
             jobs=jobs,
             output=output,
@@ -221,7 +220,7 @@ def bound(
     written(output)
 
 
-def _check_pruned(source: list[Path], calibration: str | None, given: dict[str, Any]) -> None:
+def _check_pruned(source: list[Path], calibration: str | None, asked: dict[str, Any]) -> None:
     """Raise OptionError for several sources, no text, or an option that a pruned folder decides."""
     if len(source) > 1:
         raise OptionError("`original` is of one pruned folder")
@@ -229,7 +228,7 @@ def _check_pruned(source: list[Path], calibration: str | None, given: dict[str, 
         raise OptionError("`calibration` is missing: name text for the Gram matrices")
     searched = ("sparsity", "update", "damping", "damping_exponent")
     for name in (*searched, "solver", "columns", "cardinality", "maximize"):
-        if given.get(name) is not None:
+        if asked.get(name) is not None:
             raise OptionError(f"`{name}` is of masks that are searched, not of a pruned folder")
 
 
@@ -337,8 +336,8 @@ def load_layers(
     pattern = parse_sparsity(options["sparsity"]) if "sparsity" in options else None
     model = next((path for path in source if path.is_dir()), None)
     if model is None:
-        given = {**options, **({} if calibration is None else {"calibration": calibration})}
-        return _of_instances(source, pattern, given, cardinality, maximize), pattern, {}
+        asked = {**options, **given(calibration=calibration)}
+        return _of_instances(source, pattern, asked, cardinality, maximize), pattern, {}
     if len(source) > 1:
         raise OptionError(f"{model} is a model folder: name it alone, or .npz instances")
     if calibration is None:
@@ -357,11 +356,11 @@ def load_layers(
 def _of_instances(
     source: list[Path],
     pattern: Pattern | None,
-    given: Mapping[str, Any],
+    asked: Mapping[str, Any],
     cardinality: int | None,
     maximize: bool,
 ) -> list[LayerProblem]:
-    for name, value in given.items():
+    for name, value in asked.items():
         if name not in _OF_BOTH:
             raise OptionError(
                 f"`{name}` is for a model folder, and {value!r} says nothing of an instance"
@@ -369,10 +368,10 @@ def _of_instances(
     layers = [load_problem(path, cardinality, maximize).as_layer() for path in source]
     if pattern is not None:
         layers = [layer.under(pattern) for layer in layers]
-    if given.get("update") == LEAST_SQUARES:
-        how = {field: given[name] for name, field in _OF_UPDATE.items() if name in given}
+    if asked.get("update") == LEAST_SQUARES:
+        how = {field: asked[name] for name, field in _OF_UPDATE.items() if name in asked}
         return [layer.with_update(LeastSquaresUpdate(**how)) for layer in layers]
     for name in _OF_UPDATE:
-        if name in given:
+        if name in asked:
             raise OptionError(f"`{name}` needs `update` least-squares")
     return layers

@@ -14,12 +14,12 @@ import typer
 from rich.table import Table
 
 from maskopt.checks.verification import CHECKED, CLAIMS, EXACT, Require, verify
-from maskopt.cli.command import CARDINALITY, JOBS, MAXIMIZE, OVERWRITE, command
+from maskopt.cli.command import CARDINALITY, JOBS, MAXIMIZE, OVERWRITE, command, given
 from maskopt.cli.console import INTERRUPTED, screen, written
-from maskopt.cli.view import View, view
+from maskopt.cli.view import view
 from maskopt.core.fields import OUTPUT, argument, option, options_of
 from maskopt.core.files import atomic_write, check_writable
-from maskopt.core.limits import Limits, Progress, clock
+from maskopt.core.limits import clock
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import OptionError
 from maskopt.experiments.prove import BRANCH, SECONDS, SMALL, prove as prove_rows, search
@@ -75,8 +75,9 @@ def solve(
     _check_format(output, prove or problem.as_layer().rows > 1)
     begin = Solution.load(Path(start)).mask if start and Path(start).is_file() else start
     with view() as shown:
-        asked = {"time_limit": time_limit, "memory_limit": memory_limit, "seed": seed or None}
-        limits, own = _limits(solver_options, asked, shown)
+        asked = given(time_limit=time_limit, memory_limit=memory_limit, seed=seed or None)
+        listener = {"on_progress": lambda x: shown.show(x.step or "rows", x.done, x.total)}
+        limits, own = limits_of(None, {**listener, **solver_options, **asked})
         how: dict[str, Any] = {"start": begin, "limits": limits}
         if prove:
             how |= {"jobs": jobs, "on_progress": partial(shown.show, "rows proven")}
@@ -91,18 +92,6 @@ def solve(
     written(output and f"{output}{_trees(solution)}")
     if solution.trace.interrupted or (prove and not proven):
         raise typer.Exit(INTERRUPTED if solution.trace.interrupted else 1)
-
-
-def _limits(
-    options: Mapping[str, Any], asked: Mapping[str, Any], shown: View
-) -> tuple[Limits, dict[str, Any]]:
-    """The limits of the command, or of `options` where it has none; and the solver's own options."""
-
-    def report(event: Progress) -> None:
-        shown.show(event.step or "rows", event.done, event.total)
-
-    given = {name: value for name, value in asked.items() if value is not None}
-    return limits_of(None, {"on_progress": report, **options, **given})
 
 
 def _check_prove(prove: bool, solver: str | None, jobs: int) -> None:

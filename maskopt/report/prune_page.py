@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from maskopt.core.files import check_writable, from_json
@@ -94,8 +93,8 @@ def write_report(
 def report_parts(
     pruned: Sequence[Named],
     *,
-    perplexity: Mapping[str | Path, float] = MappingProxyType({}),
-    tables: Sequence[Table] = (),
+    perplexity: Mapping[str | Path, float],
+    tables: Sequence[Table],
     after: Sequence[Table] = (),
     picture: str | None = None,
 ) -> list[str | Section]:
