@@ -89,9 +89,9 @@ class Command:
     own: tuple[Option, ...]
     library: tuple[Option, ...]
     example: str
-    config: bool
-    shared: bool
-    completed: Callable[[dict[str, Any]], dict[str, Any]]
+    config: bool = False
+    shared: bool = False
+    completed: Callable[[dict[str, Any]], dict[str, Any]] = dict
 
     @property
     def of_run(self) -> dict[str, Option]:
@@ -184,19 +184,14 @@ class Command:
 
 
 def command(
-    *library: Option,
-    example: str,
-    name: str = "",
-    config: bool = False,
-    shared: bool = False,
-    completed: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    *library: Option, example: str, name: str = "", **more: Any
 ) -> Callable[[Callable[..., None]], Command]:
     """Make a command of a function whose default values are options. It takes given values of `library` as
     keywords. `name` is by default that of the function; other arguments are those of `Command`."""
 
     def made(run: Callable[..., None]) -> Command:
         called, own = name or run.__name__.replace("_", "-"), parameters_of(run)
-        return Command(called, run, own, library, example, config, shared, completed)
+        return Command(called, run, own, library, example, **more)
 
     return made
 

@@ -290,18 +290,15 @@ def swept_table(found: list[Swept], dense: Evaluation | None) -> Table:
         table.add_row("dense", *["–"] * 5, f"{dense.perplexity.value:.2f}", "1")
     for one in found:
         layers = one.report.solved
-        error, held, proven = mean_error(layers), mean_held_error(layers), proven_share(layers)
-        change = None if one.evaluation is None else one.evaluation.change
-        cells = (
-            []
-            if one.evaluation is None or change is None
-            else [f"{one.evaluation.perplexity.value:.2f}", f"{change.ratio:.3f}"]
-        )
+        means, proven = (mean_error(layers), mean_held_error(layers)), proven_share(layers)
+        cells = []
+        if one.evaluation is not None and one.evaluation.change is not None:
+            perplexity, ratio = one.evaluation.perplexity, one.evaluation.change.ratio
+            cells = [f"{perplexity.value:.2f}", f"{ratio:.3f}"]
         table.add_row(
             one.label,
             f"{one.report.sparsity:.1%}",
-            "–" if error is None else f"{error:.4f}",
-            "–" if held is None else f"{held:.4f}",
+            *("–" if error is None else f"{error:.4f}" for error in means),
             "–" if proven is None else f"{proven:.0%}",
             f"{sum(x.seconds for x in one.report.layers):.1f}",
             *cells,

@@ -252,20 +252,20 @@ def errors_by_block(pruned: Sequence[Named]) -> Figure:
 
 def improvements(title: str, one: PruneReport, index: int) -> Figure:
     """Reduction of the rows' errors from the start, by kind of layer; `index` is for the figure's name."""
-    names, boxes = [], []
+    boxes = []
     for kind, layers in grouped(one.solved, "kind").items():
         known = [x.improvement_quantiles for x in layers if x.improvement_quantiles is not None]
         if known:
-            names.append(short(kind))
-            boxes.append([sum(column) / len(known) for column in zip(*known, strict=True)])
+            means = [sum(column) / len(known) for column in zip(*known, strict=True)]
+            boxes.append((short(kind), means))
     numbers = Table("", ("layers", "least", "a tenth", "median", "nine tenths", "most"))
-    for name, box in zip(names, boxes, strict=True):
+    for name, box in boxes:
         numbers.add(name, *(f"{value:.1%}" for value in box))
 
     def draw(axes: Any) -> None:
         axes.bxp(
             [{"whislo": a, "q1": b, "med": c, "q3": d, "whishi": e, "label": plain(name)}
-             for name, (a, b, c, d, e) in zip(names, boxes, strict=True)],
+             for name, (a, b, c, d, e) in boxes],
             showfliers=False, orientation="horizontal",
             boxprops={"color": COLOURS[0]}, medianprops={"color": COLOURS[1]},
             whiskerprops={"color": COLOURS[0]}, capprops={"color": COLOURS[0]},
