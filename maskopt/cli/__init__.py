@@ -17,7 +17,7 @@ from maskopt._version import __version__
 from maskopt.cli.console import (
     INTERRUPTED,
     errors,
-    insist_on_interrupts,
+    interrupt_again,
     launched,
     show_compiling,
     speaks,
@@ -148,7 +148,7 @@ def main() -> None:
     # read when torch loads OpenMP: threads that spin for the cores of other programs take ten times as long
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     show_compiling()
-    insist_on_interrupts()
+    sys.unraisablehook = interrupt_again
     try:
         with launched():
             _run()

@@ -98,18 +98,15 @@ def show_compiling() -> None:
     log.addHandler(_Notice())
 
 
-def insist_on_interrupts() -> None:
-    """Make a Ctrl-C count wherever it falls. Python drops what is raised inside a destructor or the
-    callback of a weak reference; a KeyboardInterrupt dropped there is raised again just after."""
-    sys.unraisablehook = _interrupt_again
-
-
-def _interrupt_again(dropped: UnraisableHookArgs) -> None:
+def interrupt_again(dropped: UnraisableHookArgs) -> None:
+    """As `sys.unraisablehook` it makes a Ctrl-C count wherever it falls. Python drops what is raised inside a
+    destructor or the callback of a weak reference; a KeyboardInterrupt dropped there is raised again just
+    after."""
     if isinstance(dropped.exc_value, KeyboardInterrupt):
         try:
             threading.Timer(0.01, _thread.interrupt_main).start()  # when the callback is through
         except KeyboardInterrupt:  # the timer ended before this call did
-            _interrupt_again(dropped)
+            interrupt_again(dropped)
     else:
         sys.__unraisablehook__(dropped)
 

@@ -11,12 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from maskopt.certificates.certificate import Certificate
-from maskopt.core.fields import check_options
 from maskopt.core.limits import Limits, clock, torch_threads
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import SolverError
 from maskopt.protocol.solution import relative_gap
-from maskopt.protocol.solver import Registered, Registry, limits_of
+from maskopt.protocol.solver import Member, Registered, Registry, limits_of
 from maskopt.protocol.trace import Trace
 
 ENTRY_POINT_GROUP = "maskopt.bounds"
@@ -57,30 +56,20 @@ class Bound:
 
 
 @runtime_checkable
-class BoundMethod(Protocol):
-    """Makes certificates: a frozen dataclass whose fields are its options (`maskopt.core.fields.option`).
+class BoundMethod(Member, Protocol):
+    """Makes certificates.
 
     Attributes:
-        name: in the registry.
         largest_n: rows of more inputs are refused; None: any.
         shared_budget: it bounds shared budgets, too.
         update: it bounds F, and nothing else.
         note: one line for lists.
     """
 
-    name: ClassVar[str]
     largest_n: ClassVar[int | None] = None
     shared_budget: ClassVar[bool] = False
     update: ClassVar[bool] = False
     note: ClassVar[str] = ""
-
-    def __post_init__(self) -> None:
-        check_options(self, self.name)
-
-    @classmethod
-    def unavailable(cls) -> str | None:
-        """Why the method cannot run here, or None."""
-        return None
 
     def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, Trace]:
         """A certificate for every row, and how it was found. The clock of `limits` is running."""

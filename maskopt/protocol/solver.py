@@ -158,20 +158,29 @@ class Capabilities:
     note: str = ""
 
 
-@runtime_checkable
-class Solver(Protocol):
-    """A backend: a frozen dataclass whose fields are its options, checked on construction."""
+class Member(Protocol):
+    """Of a registry: a frozen dataclass whose fields are its options, checked on construction.
+
+    Attributes:
+        name: in the registry.
+    """
 
     name: ClassVar[str]
-    capabilities: ClassVar[Capabilities]
 
     def __post_init__(self) -> None:
         check_options(self, self.name)
 
     @classmethod
     def unavailable(cls) -> str | None:
-        """Why the backend cannot run here (a package, a licence), or None."""
+        """Why it cannot run here (a package, a licence), or None."""
         return None
+
+
+@runtime_checkable
+class Solver(Member, Protocol):
+    """A backend."""
+
+    capabilities: ClassVar[Capabilities]
 
     def as_start(self, layer: LayerProblem) -> tuple[Solver, LayerProblem]:
         """The solver and the problem that make a start for another solver, which improves and proves it: with

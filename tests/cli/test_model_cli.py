@@ -22,8 +22,8 @@ from tiny_models import logits_of, patched, save, save_tokenizer, tiny, tokens
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskopt import prune_model
-from maskopt.cli import all_commands, console
-from maskopt.cli.console import insist_on_interrupts
+from maskopt.cli import all_commands
+from maskopt.cli.console import interrupt_again
 from maskopt.demo import MODELS, cache_directory, demo_model
 from maskopt.errors import (
     DataError,
@@ -194,7 +194,7 @@ def test_ctrl_c_counts_inside_a_callback_and_when_it_comes_too_early(monkeypatch
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        insist_on_interrupts()
+        sys.unraisablehook = interrupt_again
         things = [type("Thing", (), {})()]
         watch = weakref.ref(things[0], lambda _: signal.raise_signal(signal.SIGINT))
         things.clear()
@@ -211,7 +211,7 @@ def test_ctrl_c_counts_inside_a_callback_and_when_it_comes_too_early(monkeypatch
             raise KeyboardInterrupt
 
     monkeypatch.setattr(threading.Timer, "start", start)
-    console._interrupt_again(types.SimpleNamespace(exc_value=KeyboardInterrupt()))
+    interrupt_again(types.SimpleNamespace(exc_value=KeyboardInterrupt()))
     assert len(started) == 2
 
 
