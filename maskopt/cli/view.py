@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +36,12 @@ _ALMOST = 0.98
 _asked: type[View] | None = None
 
 
-def view() -> View:
-    """To be entered; `show` says what goes on."""
-    return (_asked or (LiveView if errors.is_terminal else PlainView))()
+@contextmanager
+def view() -> Iterator[View]:
+    """A view, whose `show` says what goes on."""
+    shown = (_asked or (LiveView if errors.is_terminal else PlainView))()
+    with shown.live:
+        yield shown
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,9 @@ class Step:
 
 
 class View:
-    """Shows nothing."""
+    """Shows nothing; `live` is what the terminal shows meanwhile."""
+
+    live: AbstractContextManager[Any] = nullcontext()
 
     def __init__(self) -> None:
         self.began = clock()
@@ -100,12 +106,6 @@ class View:
     def say(self, line: str, **facts: Any) -> None:
         """Show a line that stays; its facts are for JSON lines."""
 
-    def __enter__(self) -> View:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        """Nothing is left to do."""
-
 
 class LiveView(View):
     """One line that fits the terminal, and a note below it."""
@@ -127,7 +127,7 @@ class LiveView(View):
         )
         self._task = self._bars.add_task("", total=None, share="", left="")
         self._note = Text(no_wrap=True, overflow="ellipsis", style="dim")
-        self._live = Live(Group(self._bars, self._note), console=errors, refresh_per_second=4)
+        self.live = Live(Group(self._bars, self._note), console=errors, refresh_per_second=4)
 
     def take(self, step: Step) -> None:
         self._bars.update(
@@ -142,13 +142,6 @@ class LiveView(View):
 
     def say(self, line: str, **facts: Any) -> None:
         _print(line)
-
-    def __enter__(self) -> LiveView:
-        self._live.start()
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._live.stop()
 
 
 class PlainView(View):

@@ -265,7 +265,7 @@ def test_a_terminal_has_one_line_that_fits_and_no_number_is_cut(width, screen, s
     still.now += 7200
     live.show(what, 124_416, 124_416, part=0.66, note="error 0.512 of the whole")
     page = Console(width=width, file=io.StringIO(), record=True)
-    page.print(live._live.renderable)
+    page.print(live.live.renderable)
     line, note = page.export_text().splitlines()
     assert (len(line) <= width, note) == (True, "error 0.512 of the whole")
     assert re.fullmatch("block 152 of 152.*100%.*1:01:49 left", line)
@@ -273,19 +273,19 @@ def test_a_terminal_has_one_line_that_fits_and_no_number_is_cut(width, screen, s
 
 def test_lines_are_few_and_say_what_is_done(screen, still, tmp_path):
     stream = screen(80)
-    with PlainView() as plain:
-        for second in range(200):
-            still.now += 1
-            plain.show("rows", second, 200, note=f"{second // 100} blocks")
+    plain = PlainView()
+    for second in range(200):
+        still.now += 1
+        plain.show("rows", second, 200, note=f"{second // 100} blocks")
     lines = stream.getvalue().splitlines()
     assert lines[:2] == ["rows 1%; 0 blocks", "rows 16%; 0 blocks; 2:48 left"]
     assert next(line for line in lines if "1 blocks" in line).startswith("rows 50%")
     assert len(lines) == 8
     stream = screen(80)
-    with JsonView() as view:
-        for step in range(5):
-            still.now += 0.3
-            view.show("solve", step, 4, part=step / 8, layer={"name": "q"} if step == 2 else None)
+    view = JsonView()
+    for step in range(5):
+        still.now += 0.3
+        view.show("solve", step, 4, part=step / 8, layer={"name": "q"} if step == 2 else None)
     first, *_, last = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert (first["what"], last["done"], last["total"]) == ("solve", 4, 4)
     assert {"seconds", "left"} <= set(first)
@@ -362,7 +362,7 @@ def test_nothing_is_printed_with_control_characters_and_markup(tmp_path, screen,
     assert said == f"error: {tmp_path}/no\\x1b[2J\\nspoof.npz: no such file\n"
     for kind in (LiveView, PlainView):
         stream = screen(200)
-        with kind() as view:
+        with (view := kind()).live:
             still.now += 60
             view.show(ODD, 1, 2, note=ODD)
             view.say(ODD)
