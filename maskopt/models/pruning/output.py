@@ -50,8 +50,6 @@ from maskopt.models.training.tasks import disk_of_training, open_teacher, train_
 #: lists the files of a folder that `apply_masks` wrote
 APPLIED = "maskopt-apply.json"
 
-#: of tensors, by axis, the indices that stay
-Indices = Mapping[str, Mapping[int, Tensor]]
 #: tensors of layers, [rows, n], by their names
 LayerTensors = dict[str, tuple[Layer, Tensor]]
 #: report, mask [rows, n], and float64 [rows, n] of weights that were updated
@@ -136,24 +134,14 @@ class Results:
 
 
 class FolderResults(Results):
-    """Masks go to disk block by block, with a journal; a shard is written once all its masks are.
+    """Masks go to disk block by block, with a journal; a shard is written once all its masks are, unless the
+    caller writes `shards`."""
 
-    Args:
-        cuts: where structures are removed: by tensor, the block whose masks decide.
-        left: what stays of the tensors of finished blocks, see `write_shard`.
-    """
-
-    def __init__(
-        self,
-        job: Job,
-        run: Run,
-        cuts: Mapping[str, int] | None = None,
-        left: Callable[[Mapping[str, MaskFile]], Indices] | None = None,
-    ) -> None:
+    def __init__(self, job: Job, run: Run, *, shards: bool = True) -> None:
         super().__init__(job)
         source = job.source
         assert isinstance(source, FolderSource)
-        self._run, self._source, self._left = run, source, left
+        self._run, self._source, self._shards = run, source, shards
         self.output = run.output
         self._distilled: dict[str, str] = {}
         self._block_of = {
@@ -163,7 +151,6 @@ class FolderResults(Results):
         }
         for block in {layer.block for layer in job.layers}:
             self._block_of |= {name: block for name, _ in source.vectors(block).values()}
-        self._block_of |= cuts or {}
         run.reads(model=source.checkpoint)
 
     @contextmanager
@@ -209,18 +196,18 @@ class FolderResults(Results):
         self._run.work.keep = True  # from the moment that the journal may hold the block
         reports = {name: list(map(asdict, getattr(done, name))) for name in ("layers", "trained")}
         self._run.journal.add("block", index=index, **digests, **reports, bad=list(done.bad))
-        self.write_shards()
+        if self._shards:
+            self.write_shards()
 
     def write_shards(self) -> Mapping[str, str]:
         """Write the shards that only tensors of finished blocks lie in, once; SHA-256 of all written ones."""
         journal, checkpoint = self._run.journal, self._source.checkpoint
         edits = self.edits()
-        left = None if self._left is None else self._left(edits.masks)
         for name, shard in checkpoint.shards.items():
             blocks = {self._block_of[t] for t in shard.entries if t in self._block_of}
             if name not in journal.shards and blocks <= journal.blocks.keys():
                 path = self._run.work.staging / name
-                digest = write_shard(checkpoint, name, path, edits, left=left)
+                digest = write_shard(checkpoint, name, path, edits)
                 self._run.check_models()
                 journal.add("shard", name=name, digest=digest)
         return journal.shards

@@ -4,17 +4,16 @@ model must compute what the original computes when it is changed in memory in th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from maskopt.errors import ModelError
 from maskopt.models.architecture.source import FolderSource, Source
-from maskopt.models.architecture.structures import Change, Kept, TensorCuts, cannot_say, changed
+from maskopt.models.architecture.structures import Change, cannot_say, changed
 from maskopt.models.blockwise.job import Block, Job, open_job
 from maskopt.models.blockwise.windows import tokens_or_tokenizer
 from maskopt.models.checkpoints.checkpoint import open_safe, write_file
@@ -26,15 +25,6 @@ from maskopt.models.pruning.run import Run
 
 #: relative difference of the last hidden states
 _SAME = 1e-2
-
-
-def indices_left(cuts: TensorCuts, kept: Kept) -> dict[str, dict[int, Tensor]]:
-    """By tensor and axis, the indices that stay, of tensors whose structures are all decided."""
-    return {
-        name: {cut.axis: cut.inside(kept[by]) for by, cut in found}
-        for name, found in cuts.items()
-        if all(by in kept for by, _ in found)
-    }
 
 
 def folder_source(source: Source) -> FolderSource:
@@ -74,24 +64,26 @@ def finish_smaller(
     report: PruneReport,
     why: str,
     *,
-    updated: Sequence[str] = (),
-    shards: Mapping[str, str] | None = None,
+    edits: Edits | None = None,
     finished: Mapping[int, FinishedBlock] | None = None,
     prepare: Callable[[Block], None] = lambda _: None,
     **more: Any,
 ) -> None:
-    """Write the smaller model (its shards unless there are `shards` with their SHA-256), move it into view,
-    and record what stays with `more`: all else follows from the options. ModelError where it does not compute
-    what the changed original does; `why`: what that means."""
+    """Write the smaller model, after `edits`, move it into view, and record what stays with `more`: all else
+    follows from the options. ModelError where it does not compute what the changed original does; `why`: what
+    that means."""
     checkpoint, staging = folder_source(job.source).checkpoint, run.work.staging
-    if shards is None:
-        left = indices_left(change.cuts, change.kept)
-        how: Any = {"names": change.names, "left": left}
-        shards = {
-            name: write_shard(checkpoint, name, staging / name, Edits(), **how)
-            for name, file in checkpoint.shards.items()
-            if any(change.names[tensor] is not None for tensor in file.entries)
-        }
+    edits = edits or Edits()
+    left = {
+        name: {cut.axis: cut.inside(change.kept[by]) for by, cut in found}
+        for name, found in change.cuts.items()
+    }
+    how: Any = {"names": change.names or None, "left": left}
+    shards = {
+        name: write_shard(checkpoint, name, staging / name, edits, **how)
+        for name, file in checkpoint.shards.items()
+        if not change.names or any(change.names[tensor] is not None for tensor in file.entries)
+    }
 
     def rewrite(folder: Path) -> None:
         stored = read_json(checkpoint.folder / CONFIG)
@@ -106,7 +98,7 @@ def finish_smaller(
         _check_same_output(job, folder, why, bad, finished, prepare)
 
     kept = {name: stays.nonzero()[:, 0].tolist() for name, stays in change.kept.items()}
-    shrunk = {"kept": kept, "updated": sorted(updated), **more}
+    shrunk = {"kept": kept, "updated": sorted(edits.values), **more}
     run.finish(report, shards, rewrite, shrunk=shrunk)
 
 

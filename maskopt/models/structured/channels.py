@@ -47,12 +47,7 @@ from maskopt.models.options.structured import ShrinkOptions
 from maskopt.models.options.walk import check_size, default_start, options_by_name
 from maskopt.models.pruning.output import BlockResult, FolderResults, LayerResult
 from maskopt.models.pruning.run import Run, fingerprint_of
-from maskopt.models.structured.change import (
-    check_shapes,
-    finish_smaller,
-    indices_left,
-    open_original,
-)
+from maskopt.models.structured.change import check_shapes, finish_smaller, open_original
 from maskopt.protocol.bounds import lower_bound
 from maskopt.protocol.solution import Solution, Status
 from maskopt.protocol.solver import solve
@@ -108,22 +103,20 @@ def shrink_model(
     layers = [one.consumer for one in every]
     job = Job(source, layers, whole.windows, options, on_progress=whole.tell)
     source.blocks.check_unshared(job.layers)
-    cuts = StructureCuts(source, every)
-    results = FolderResults(job, run, cuts.blocks, cuts.left)
+    cuts = structure_cuts(source.conversion, every)
+    results = FolderResults(job, run, shards=False)
     fingerprint = fingerprint_of(job, options.record())
     if (finished := run.finished_report(fingerprint)) is not None:
         return finished
     with results.opened(fingerprint) as folder, torch.no_grad():
         with job:
             for block in job.blocks(dict(results.blocks), folder):
-                results.keep(block, BlockResult.of(block, partial(_shrink, block, cuts, options)))
-        report, shards = results.report(fingerprint, STRUCTURES), results.write_shards()
+                solve = partial(_shrink, block, {one.consumer.name: one for one in every}, options)
+                results.keep(block, BlockResult.of(block, solve))
+        report, edits = results.report(fingerprint, STRUCTURES), results.edits()
         done = {i: dataclasses.replace(one, bad=[]) for i, one in results.stored_blocks().items()}
-        updated = list(cuts.consumers) if any(one.edits.values for one in done.values()) else []
-        kept = cuts.kept(results.edits().masks)
-        change = Change(settings, cuts=cuts.stored, kept=kept)
-        more: Any = {"updated": updated, "shards": shards, "finished": done}
-        finish_smaller(job, run, change, report, _WHY, **more)
+        change = Change(settings, cuts=cuts, kept=_kept(source, every, edits.masks))
+        finish_smaller(job, run, change, report, _WHY, edits=edits, finished=done)
     return dataclasses.replace(report, seconds=time.perf_counter() - began)
 
 
@@ -143,12 +136,16 @@ def _structures_of(source: FolderSource, options: ShrinkOptions) -> list[Structu
 
 
 def _shrink(
-    block: Block, cuts: StructureCuts, options: ShrinkOptions, layers: Sequence[Layer], grams: Grams
+    block: Block,
+    by_consumer: Mapping[str, Structures],
+    options: ShrinkOptions,
+    layers: Sequence[Layer],
+    grams: Grams,
 ) -> Iterator[LayerResult]:
     """Choose the structures of consumers, and change their weights in the model accordingly."""
     source = block.job.source
     for layer in layers:
-        structures, gathered = cuts.by_consumer[layer.name], grams.of(layer.name)
+        structures, gathered = by_consumer[layer.name], grams.of(layer.name)
         if gathered is None:
             raise ModelError(f"layer {layer.name!r} saw no token")
         weight, gram = matrix(source.model, layer), gathered.value()
@@ -212,33 +209,18 @@ def _chosen(
     return solution, bound
 
 
-class StructureCuts:
-    """The cuts of the checkpoint's tensors (`stored`), the block whose masks decide them (`blocks`), and what
-    stays by stored masks; ModelError for a parameter that is not stored unchanged."""
-
-    def __init__(self, source: FolderSource, every: Sequence[Structures]) -> None:
-        self.by_consumer = {one.consumer.name: one for one in every}
-        self.consumers = {
-            source.conversion.sources(one.consumer.parameter)[0]: one for one in every
-        }
-        self.stored = structure_cuts(source.conversion, every)
-        by = self.by_consumer
-        self.blocks = {x: by[found[0][0]].consumer.block for x, found in self.stored.items()}
-
-    def kept(self, masks: Mapping[str, MaskFile]) -> dict[str, Bool[Tensor, " m"]]:
-        """The structures that stay, by consumer, of finished blocks: all rows of a mask are equal."""
-        found = {}
-        for tensor, one in self.consumers.items():
-            if tensor in masks:
-                columns = unpack(masks[tensor].packed(tensor), 0, one.consumer.n)
-                stays = torch.zeros(one.count, dtype=torch.bool)
-                stays[one.groups[columns]] = True
-                found[one.consumer.name] = stays
-        return found
-
-    def left(self, masks: Mapping[str, MaskFile]) -> dict[str, dict[int, Tensor]]:
-        """Of every tensor, by axis, the indices that stay; of the blocks that are done."""
-        return indices_left(self.stored, self.kept(masks))
+def _kept(
+    source: FolderSource, every: Sequence[Structures], masks: Mapping[str, MaskFile]
+) -> dict[str, Bool[Tensor, " m"]]:
+    """The structures that stay, by consumer: all rows of a mask are equal."""
+    found = {}
+    for one in every:
+        tensor = source.conversion.sources(one.consumer.parameter)[0]
+        columns = unpack(masks[tensor].packed(tensor), 0, one.consumer.n)
+        stays = torch.zeros(one.count, dtype=torch.bool)
+        stays[one.groups[columns]] = True
+        found[one.consumer.name] = stays
+    return found
 
 
 def _check_family(
