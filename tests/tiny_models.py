@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from maskopt.models.blockwise.divergence import EVERY
+from maskopt.models.structured.blocks import EVERY
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

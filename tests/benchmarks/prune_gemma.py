@@ -31,9 +31,9 @@ from typing import Any
 from machine import machine_now
 
 from maskopt.cli.command import read_pairs
+from maskopt.models.blockwise.job import Block
 from maskopt.models.checkpoints.bos import BOS
 from maskopt.models.training import trainer as training
-from maskopt.models.training.tasks import Targets
 
 
 def timed(place: Any, names: Iterable[str]) -> list[float]:
@@ -80,7 +80,7 @@ def child(arguments: argparse.Namespace) -> None:
     text = arguments.text or demo_text().calibration
     # gradients of a batch, and losses; what parts are given and what they are to make
     passes = timed(training, ("_set_gradients", "_mean"))
-    recorded = timed(Targets, ("_record",))
+    recorded = timed(Block, ("run_dense",))
     began, cpu = time.perf_counter(), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         report = prune_model(

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -52,18 +52,8 @@ class Layer:
     n: int
 
 
-class Named(Protocol):
-    """Something that patterns on names can choose."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def kind(self) -> str: ...
-
-
-#: layers, or their reports
-Found = TypeVar("Found", bound=Named)
+#: layers, or their reports, with `name` and `kind`
+Found = TypeVar("Found", bound=Any)
 
 
 class Blocks:

@@ -63,10 +63,6 @@ class Lanes:
             state.record_stream(self._down)
             return self._down.record_event()
 
-    def wait(self, event: Any) -> None:
-        """Until it has happened."""
-        event.synchronize()
-
 
 def lanes_to(device: torch.device) -> Lanes | None:
     """None where there is nothing to copy to."""
@@ -107,8 +103,8 @@ class Activations:
         if self._file is not None:
             mapped = self._map(self._file, sample)
             return torch.from_numpy(np.array(mapped)).view(self.dtype).view(self.shape)
-        if sample in self._coming and self._lanes is not None:
-            self._lanes.wait(self._coming[sample])
+        if (coming := self._coming.get(sample)) is not None:
+            coming.synchronize()
         return self._memory[sample].clone()  # a block may change its input in place
 
     def on(self, device: torch.device, sample: int) -> Float[Tensor, "1 length width"]:

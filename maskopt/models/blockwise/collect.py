@@ -300,8 +300,10 @@ def pass_on(
     tick: Callable[[int], None] = lambda _: None,
     *,
     first: int = 0,
+    where: str = "",
 ) -> None:
-    """Replace every sample's state in `states`, from the place `first` on, by the block's output."""
+    """Replace every sample's state in `states`, from the place `first` on, by the block's output. `where`: in
+    errors, in place of the block's name."""
     samples = block.samples
     bad: list[int] = []
     mine = block.ranks.own(samples.active)
@@ -312,7 +314,7 @@ def pass_on(
             bad.append(sample)
         tick(block.ranks.size)
     for sample in sorted(sample for theirs in block.ranks.gathered(bad) for sample in theirs):
-        samples.leave_out(sample, block.name)
+        samples.leave_out(sample, where or block.name)
 
 
 def _last_input(layers: Sequence[Layer], watch: Watch) -> str | None:

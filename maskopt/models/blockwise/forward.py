@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -270,15 +271,10 @@ def _replaced(
 @contextmanager
 def forwards(pairs: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
     """Context in which modules have other forward functions."""
-    changed = []
-    try:
+    with ExitStack() as changed:
         for module, forward in pairs:
-            module.forward = forward
-            changed.append(module)
+            changed.enter_context(patch.object(module, "forward", forward))
         yield
-    finally:
-        for module in changed:
-            module.__dict__.pop("forward", None)
 
 
 def merge_calls(

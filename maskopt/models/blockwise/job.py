@@ -26,7 +26,15 @@ from maskopt.errors import DataError, ModelError
 from maskopt.models.architecture.blocks import Layer, choose, vocabulary_size
 from maskopt.models.architecture.source import Source, capped_length, open_source
 from maskopt.models.blockwise.activations import Activations, lanes_to
-from maskopt.models.blockwise.collect import BadSample, Grams, OpenBlock, Samples, collect, pass_on
+from maskopt.models.blockwise.collect import (
+    IN_DENSE,
+    BadSample,
+    Grams,
+    OpenBlock,
+    Samples,
+    collect,
+    pass_on,
+)
 from maskopt.models.blockwise.distributed import ALONE, Ranks
 from maskopt.models.blockwise.forward import (
     BlockProgress,
@@ -157,18 +165,9 @@ class Job:
     @property
     def load(self) -> Load:
         """What the memory of the walk depends on."""
-        options = self.options
-        return Load(
-            self.source,
-            self.layers,
-            options,
-            self.count,
-            self.length,
-            self.threads,
-            self.activation_memory,
-            held=bool(self.held),
-            gradients=0 if self.whole else options.gradient_windows(self.count),
-        )
+        windows = self.count, self.length
+        how = self.threads, self.activation_memory
+        return Load(self.source, self.layers, self.options, *windows, *how)
 
     def blocks(
         self, finished: Mapping[int, FinishedBlock] | None = None, folder: Path | None = None
@@ -200,14 +199,14 @@ class Job:
                     samples.drop({bad["sample"] for bad in done.bad})
                     if samples.dense is not None:
                         with self.source.open(index) as module:
-                            Block(self, index, [], module, captured, samples).advance_dense()
+                            Block(self, index, [], module, captured, samples).run_dense()
                 with self.source.open(index, edits) as module:
                     layers = chosen.get(index, [])
                     block = Block(self, index, layers, module, captured, samples)
                     if done is not None:
-                        block.dense_advanced = True
                         block.advance("replay")
                         continue
+                    block.run_dense()
                     yield block
                     if not block.advanced and index < self.needed:
                         raise RuntimeError(f"block {index} was left without advance()")
@@ -320,7 +319,7 @@ class Block(OpenBlock):
         samples: Samples,
     ) -> None:
         self.job, self.index, self.layers = job, index, layers
-        self.advanced = self.dense_advanced = False
+        self.advanced = False
         source, name = job.source, job.source.blocks.prefix(index).rstrip(".")
         calls = captured.calls[index]
         super().__init__(
@@ -389,19 +388,17 @@ class Block(OpenBlock):
 
     def advance(self, stage: str = "forward") -> None:
         """Send the samples on through the block as it is now, where a later block needs them."""
-        if not self.dense_advanced:
-            self.advance_dense()
         if not self.advanced and self.index < self.job.needed:
             tick = self.ticker(stage, len(self.samples.active))
             pass_on(self, self.samples.states, tick)
         self.advanced = True
 
-    def advance_dense(self) -> None:
-        """Send the dense hidden states, where there are any, through the block with its dense weights."""
-        dense = self.samples.dense
-        if dense is not None and self.index < self.job.needed:
-            pass_on(self, dense)
-        self.dense_advanced = True
+    def run_dense(self) -> None:
+        """Send the dense hidden states, where there are any, through the block while its weights are dense:
+        its outputs are the targets of its training."""
+        if (dense := self.samples.dense) is not None:
+            tick = self.ticker("targets", len(self.samples.active))
+            pass_on(self, dense, tick, where=self.name + IN_DENSE)
 
 
 def walk_whole(job: Job, tell: Callable[[int, int], None]) -> None:

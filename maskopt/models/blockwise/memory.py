@@ -61,8 +61,6 @@ class Load:
     Attributes:
         samples, length: windows, and tokens in each.
         activation_memory: bytes of hidden states above which they go to a file.
-        held: Gram matrices of held-out windows are summed, too.
-        gradients: windows whose hidden states of every block are kept for gradients of the loss.
         variants: windows of all variants of the model that are measured before anything is pruned.
         together: all layers are trained together, towards the dense model's predictions.
         recompute: for gradients only the inputs of each block are kept.
@@ -75,8 +73,6 @@ class Load:
     length: int
     threads: int
     activation_memory: int
-    held: bool
-    gradients: int
     variants: int = 0
     together: bool = False
     recompute: bool = False
@@ -91,7 +87,9 @@ def estimate_memory(load: Load) -> Memory:
     """The parts of the peak."""
     if load.together:
         return _together(load)
-    source, copies, threads = load.source, load.copies, load.threads
+    source, copies, threads, held = load.source, load.copies, load.threads, load.options.holdout > 0
+    # windows whose hidden states of every block are kept for gradients of the loss
+    gradients = load.options.gradient_windows(load.samples)
     width = next(source.model.parameters()).dtype.itemsize
     hidden = hidden_size(source.model)
     state = load.length * hidden * width
@@ -100,12 +98,12 @@ def estimate_memory(load: Load) -> Memory:
     for mine in grouped(load.layers, "block").values():
         distinct = distinct_inputs(mine)
         # in float64
-        grams = max(grams, (16 if load.held else 8) * sum(n * n for n in distinct))
+        grams = max(grams, (16 if held else 8) * sum(n * n for n in distinct))
         tokens = (1 if load.options.reconstruction is None else 3) * threads * load.length
         inputs = max(inputs, tokens * width * (sum(distinct) + 6 * hidden))
         # G in float32 (and that of the held-out windows) and two more matrices of its size (in the start's
         # relaxation float64 up to n = 4096), the weights in float32 a few times
-        square = 16 if load.held else 12
+        square = 16 if held else 12
         # damped G, its inverse and its eigenvectors, mostly float64; a thread's systems: one for a row
         # without pruned weights, or several smaller ones
         solved = load.options.least_squares is not None
@@ -124,7 +122,7 @@ def estimate_memory(load: Load) -> Memory:
         grams,
         inputs,
         solving,
-        _of_gradients(load, load.gradients * state, inputs) if load.gradients else 0,
+        _of_gradients(load, gradients * state, inputs) if gradients else 0,
         copies * state if activations > load.activation_memory else activations,
     )
 

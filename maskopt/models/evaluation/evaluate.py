@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from maskopt.errors import DataError, ModelError, OptionError
 from maskopt.models.architecture.source import text_config
-from maskopt.models.blockwise.divergence import CACHED, kl
 from maskopt.models.blockwise.job import Job, open_job, walk_whole
 from maskopt.models.blockwise.windows import check_targets, tokens_or_tokenizer
 from maskopt.models.calibration.tokens import Windows
 from maskopt.models.options.walk import EVALUATION, WalkOptions, check_names
+from maskopt.models.training.tasks import CACHED, kl
 
 #: of the windows, for an interval
 RESAMPLES = 2000

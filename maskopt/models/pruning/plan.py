@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,12 +31,7 @@ from maskopt.models.checkpoints.report import grouped
 from maskopt.models.checkpoints.result import disk_needed
 from maskopt.models.checkpoints.workspace import check_inputs
 from maskopt.models.options.prune import NONE, PruneOptions, prune_options
-from maskopt.models.options.walk import (
-    GRADIENT_WINDOWS,
-    DistillOptions,
-    Reconstruction,
-    options_by_name,
-)
+from maskopt.models.options.walk import GRADIENT_WINDOWS, DistillOptions, options_by_name
 from maskopt.models.pruning.gram_store import GramStore
 from maskopt.models.pruning.prune import check_prunable
 from maskopt.models.pruning.prune_layer import solve_layer
@@ -162,54 +157,51 @@ def plan_distill(pruned: str | Path, tokens: Any = None, **shorthand: Any) -> Di
 
 
 def _distillation(job: Job, how: DistillOptions) -> Distillation:
-    """What training all layers together takes, on the windows of the job."""
+    """What training all layers together takes, on the windows of the job, with a pass through the dense
+    model."""
+    passes = how.epochs * (3 * (1 - how.holdout) + how.holdout) + 2 * how.holdout
+    blocks, head = _pass_operations(job), 2.0 * _head_operations(job)
+    operations = (1 + passes) * blocks + passes * head
     return Distillation(
         estimate_memory(replace(job.load, together=True, recompute=how.recompute)),
-        _distilled_operations(job, how) / (TRAINED_SHARE * _speed(job.source, torch.float32)),
+        operations * job.count * job.length / (TRAINED_SHARE * _speed(job.source, torch.float32)),
         disk_of_training(sum(x.rows * x.n for x in job.layers), how),
     )
 
 
 def _pass_seconds(job: Job, options: PruneOptions) -> float:
-    """Seconds of forward passes and Gram matrices, in the model's dtype, and of training, in float32."""
-    source = job.source
+    """Seconds of forward passes and Gram matrices, in the model's dtype; and of training, in float32: epochs,
+    targets, losses, and the inputs of parts."""
+    source, how = job.source, options.reconstruction
     dtype = next(source.model.parameters()).dtype
     seconds = _forward_operations(job, options) / (SHARE * _speed(source, dtype))
-    if options.reconstruction is not None:
-        trained = _trained_operations(job, options, options.reconstruction)
-        seconds += trained / (TRAINED_SHARE * _speed(source, torch.float32))
+    if how is not None:
+        passes = (3 * (1 - options.holdout) + options.holdout) * how.epochs + 3
+        trained = passes * _pass_operations(job, grouped(job.layers, "block"))
+        speed = TRAINED_SHARE * _speed(source, torch.float32)
+        seconds += trained * job.count * job.length / speed
     return seconds
 
 
-def _distilled_operations(job: Job, how: DistillOptions) -> float:
-    """Operations of training the whole model, with the pass through the dense one."""
-    model = job.source.model
-    passes = how.epochs * (3 * (1 - how.holdout) + how.holdout) + 2 * how.holdout
-    blocks = sum(_pass_operations(job, block) for block in job.source.blocks.modules)
-    head = 2.0 * vocabulary_size(model) * hidden_size(model)
-    return job.count * job.length * ((1 + passes) * blocks + 2 * passes * head)
-
-
-def _trained_operations(job: Job, options: PruneOptions, how: Reconstruction) -> float:
-    """Operations of training all blocks: epochs, targets, losses, and the inputs of parts."""
-    epoch = 3 * (1 - options.holdout) + options.holdout
-    passes = epoch * how.epochs + 3
+def _pass_operations(job: Job, indices: Iterable[int] | None = None) -> float:
+    """Operations of a forward pass through blocks (None: all), a token: two a weight, and attention's two
+    products."""
     blocks = job.source.blocks.modules
-    trained = sum(_pass_operations(job, blocks[index]) for index in grouped(job.layers, "block"))
-    return passes * trained * job.count * job.length
+    chosen = list(blocks) if indices is None else [blocks[index] for index in indices]
+    weights = sum(p.numel() for block in chosen for p in block.parameters())
+    return 2.0 * weights + len(chosen) * 4 * job.length * hidden_size(job.source.model)
 
 
-def _pass_operations(job: Job, block: nn.Module) -> float:
-    """Operations of a block's forward pass a token: two a weight, and attention's two products."""
-    weights = sum(p.numel() for p in block.parameters())
-    return 2.0 * weights + 4 * job.length * hidden_size(job.source.model)
+def _head_operations(job: Job) -> float:
+    """Operations of the logits of a token."""
+    return 2.0 * vocabulary_size(job.source.model) * hidden_size(job.source.model)
 
 
 def _forward_operations(job: Job, options: PruneOptions) -> float:
-    """Operations of all forward passes and Gram matrices, n² a token each."""
+    """Operations of all forward passes and Gram matrices, n² a token each, and of the loss's gradients."""
     chosen = grouped(job.layers, "block")
     total = 0.0
-    for index, block in enumerate(list(job.source.blocks.modules)[: job.last + 1]):
+    for index in range(job.last + 1):
         mine = chosen.get(index, [])
         distinct = distinct_inputs(mine)
         passes = 1.0 if options.reconstruction is None else 2.0
@@ -219,16 +211,9 @@ def _forward_operations(job: Job, options: PruneOptions) -> float:
                 total -= 2 * mine[-1].rows * mine[-1].n
         if options.layers_differ and not options.counts:  # once more through the dense model
             passes += min(GRADIENT_WINDOWS, job.count) / job.count
-        total += passes * _pass_operations(job, block) + sum(n * n for n in distinct)
-    return total * job.count * job.length + _gradient_operations(job, options)
-
-
-def _gradient_operations(job: Job, options: PruneOptions) -> float:
-    """Operations of the loss's gradients through all blocks and the head."""
-    model, width = job.source.model, hidden_size(job.source.model)
-    blocks = sum(_pass_operations(job, block) for block in job.source.blocks.modules)
-    windows = options.gradient_windows(job.count)
-    return windows * job.length * (4.0 * blocks + 4.0 * vocabulary_size(model) * width)
+        total += passes * _pass_operations(job, [index]) + sum(n * n for n in distinct)
+    gradients = 4.0 * _pass_operations(job) + 2 * _head_operations(job)
+    return (total * job.count + options.gradient_windows(job.count) * gradients) * job.length
 
 
 def _speed(source: Source, dtype: torch.dtype) -> float:

@@ -43,7 +43,7 @@ from maskopt.models.pruning.gram_store import GramStore, StoredBlock, stored_blo
 from maskopt.models.pruning.output import BlockResult, FolderResults, Results
 from maskopt.models.pruning.prune_layer import layer_problem, prune_layers
 from maskopt.models.pruning.run import Run, fingerprint_of, text_record
-from maskopt.models.training.tasks import Targets
+from maskopt.models.training.tasks import train_block
 
 
 def prune_model(
@@ -191,18 +191,17 @@ def _prune_blocks(
         job.blocks(finished, folder) if store is None else stored_blocks(job, store, finished)
     )
     threads = nullcontext() if store is None else torch_threads(job.threads)
+    how = options.reconstruction
     with torch.no_grad(), job, threads:
         for block in blocks:
-            targets, how = None, options.reconstruction
-            if how is not None and isinstance(block, Block):
-                targets = Targets(block, how, options.seed)
             found = BlockResult.of(
                 block,
                 lambda layers, grams: prune_layers(job, grams.neighbours(layers), grams, options),
             )
-            if targets is not None:
+            if how is not None and isinstance(block, Block):
                 some = {n: mask for n, mask in found.masks.items() if not found.reports[n].fallback}
-                found.trained, weights, found.vectors = targets.train(some)
+                trained = train_block(block, how, options.seed, some)
+                found.trained, weights, found.vectors = trained
                 found.weights |= weights
             results.keep(block, found)
 

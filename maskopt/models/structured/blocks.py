@@ -9,8 +9,8 @@ costs beyond its two. Larger sets are searched by exchanges, and measured as a w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,11 @@ from maskopt.core.problem import RowProblem
 from maskopt.errors import ModelError, OptionError
 from maskopt.models.architecture.source import FolderSource
 from maskopt.models.architecture.structures import block_settings, renumbered, without_blocks
+from maskopt.models.blockwise.activations import Activations
 from maskopt.models.blockwise.collect import pass_on
-from maskopt.models.blockwise.divergence import Variants, divergences
-from maskopt.models.blockwise.forward import OnBlockProgress
+from maskopt.models.blockwise.forward import OnBlockProgress, ticker
 from maskopt.models.blockwise.job import Block, Job
+from maskopt.models.blockwise.memory import check_memory, hidden_size
 from maskopt.models.checkpoints.report import PruneReport
 from maskopt.models.checkpoints.result import disk_needed
 from maskopt.models.checkpoints.schema import BLOCKS, CONFIG, read_json
@@ -40,6 +41,8 @@ from maskopt.protocol.solver import solve
 
 #: windows that score blocks, by default
 WINDOWS = 4
+#: every so many tokens of a window is judged: a large vocabulary costs more than the blocks
+EVERY = 8
 #: sets of a round of the search that are measured on all tokens
 JUDGED = 16
 #: options of the walk that do not apply to outputs of whole models
@@ -126,7 +129,7 @@ def remove_blocks(
 
         def leave_out(block: Block) -> None:
             if block.index in removed:
-                block.advanced = block.dense_advanced = True
+                block.advanced = True
 
         more = {**effects.record(removed, measured), "status": str(solution.status[0])}
         finish_smaller(job, run, change, report, _WHY, prepare=leave_out, effects=more)
@@ -254,7 +257,7 @@ def measure_effects(job: Job, folder: Path) -> Effects:
     states that memory has no room for go to a file in `folder`."""
     windows, blocks = range(job.count), len(job.source.blocks)
     similarity: list[float] = []
-    with Variants[Left](job, blocks * (blocks + 1) // 2, folder) as held:
+    with Variants(job, blocks * (blocks + 1) // 2, folder) as held:
         for block in job.blocks(folder=folder):
             entered = block.samples.states
             through_it = list(held)
@@ -274,7 +277,7 @@ def measure_effects(job: Job, folder: Path) -> Effects:
 
 def measure_sets(job: Job, sets: Sequence[Left], folder: Path) -> dict[Left, float]:
     """KL(dense ‖ without), nats a token, on all tokens, of the `JUDGED` best sets by some tokens."""
-    with Variants[Left](job, len(sets), folder) as held:
+    with Variants(job, len(sets), folder) as held:
         for block in job.blocks(folder=folder):
             entered = block.samples.states
             for left in sets:
@@ -288,7 +291,7 @@ def measure_sets(job: Job, sets: Sequence[Left], folder: Path) -> dict[Left, flo
         return divergences(job, held, best, every=1)
 
 
-def _advance(block: Block, held: Variants[Left], some: Sequence[Left]) -> None:
+def _advance(block: Block, held: Variants, some: Sequence[Left]) -> None:
     """Send the dense model's samples and those of some variants through a block."""
     tick = block.ticker("without others", len(some) + 1)
     for left in some:
@@ -296,6 +299,76 @@ def _advance(block: Block, held: Variants[Left], some: Sequence[Left]) -> None:
         tick(1)
     block.advance()
     tick(1)
+
+
+def place(job: Job, variants: int, folder: Path) -> Path | None:
+    """The folder, if hidden states of so many variants go to a file there; None: in memory."""
+    most = job.activation_memory
+    if job.options.max_memory is not None:
+        load = replace(job.load, variants=variants * job.count)
+        most = check_memory(load, int(job.options.max_memory))
+    size = job.count * job.length * hidden_size(job.source.model) * 4 * variants
+    return folder if size > most else None
+
+
+class Variants(dict[Left, int]):
+    """At most `most` variants of the model, each without some blocks, with hidden states alone of its own: by
+    what was left out, the place of its first window in the `states` of all of them, which are in memory, or
+    where that is too small in one file in `folder`. All go through the blocks together, so that each block is
+    in memory once."""
+
+    states: Activations
+
+    def __init__(self, job: Job, most: int, folder: Path) -> None:
+        super().__init__()
+        self.windows = range(job.count)
+        self._most, self._folder = most, place(job, most, folder)
+
+    def begin(self, left: Left, entered: Activations, like: Left | None = None) -> int:
+        """Another one, which begins with what enters a block, or with the states of the one `like` it."""
+        first = len(self) * len(self.windows)
+        if not self:
+            places = range(self._most * len(self.windows))
+            self.states = Activations(places, entered.shape, entered.dtype, self._folder)
+        for window in self.windows:
+            state = entered[window] if like is None else self.states[self[like] + window]
+            self.states[first + window] = state
+        self[left] = first
+        return first
+
+    def __enter__(self) -> Variants:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self:
+            self.states.close()
+
+
+def divergences(
+    job: Job, held: Variants, sets: Iterable[Left], every: int = EVERY
+) -> dict[Left, float]:
+    """KL(model ‖ variant), nats per token, over each `every`th token, after the job's whole walk."""
+    tokens, device = job.windows.tokens, job.source.device
+    total = dict.fromkeys(sets, 0.0)
+    some = torch.arange(every - 1, job.windows.length, every)
+    if not len(some):
+        some = torch.tensor([job.windows.length - 1])
+    tick = ticker(job.tell, job.last, job.last + 1, "output", len(total) * len(tokens))
+    with job.after_blocks() as end:
+
+        def logs(state: Tensor, window: int) -> Tensor:
+            ids = tokens[window : window + 1, some]
+            return end(ids.to(device), state[:, some].to(device))[0].float().log_softmax(1)
+
+        for window in range(len(tokens)):
+            wanted = logs(job.last_state(window)[None], window)
+            likely = wanted.exp()
+            for left in total:
+                changed = logs(held.states[held[left] + window], window)
+                of_tokens = (likely * (wanted - changed)).sum(1)
+                total[left] += float(of_tokens.double().sum())  # what is removed depends on it
+                tick(1)
+    return {left: of_all / (len(tokens) * len(some)) for left, of_all in total.items()}
 
 
 def search_sets(measure: Measure, effects: Effects, first: Sequence[Left]) -> dict[Left, float]:

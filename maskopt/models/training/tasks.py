@@ -1,17 +1,18 @@
 """The weights that are trained towards the dense model, with their masks fixed: those of one block, or of a
 whole model.
 
-Blockwise, the outputs of the dense block in the dense model are recorded as targets; once the block's layers
-are pruned, it is trained on its inputs in the pruned model. As a whole, the model is trained to predict what
-the dense model predicts: knowledge distillation (Hinton, Vinyals and Dean, arXiv 1503.02531) at temperature
-1, by one walk through the dense model, then all kept weights together by KL(dense ‖ pruned) of the next
-token.
+Blockwise, the targets are the outputs of the dense block in the dense model, which the walk leaves in
+`Samples.dense`; once the block's layers are pruned, it is trained on its inputs in the pruned model. As a
+whole, the model is trained to predict what the dense model predicts: knowledge distillation (Hinton, Vinyals
+and Dean, arXiv 1503.02531) at temperature 1, by one walk through the dense model, then all kept weights
+together by KL(dense ‖ pruned) of the next token.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,9 +23,8 @@ from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Layer, matrix, merged
 from maskopt.models.architecture.source import FolderSource, as_stored, layer_masks
 from maskopt.models.blockwise.activations import Activations
-from maskopt.models.blockwise.collect import IN_DENSE
-from maskopt.models.blockwise.divergence import divergence_loss
 from maskopt.models.blockwise.job import Block, Job, open_job, walk_whole
+from maskopt.models.blockwise.memory import POSITIONS
 from maskopt.models.blockwise.windows import held_out
 from maskopt.models.checkpoints.checkpoint import write_tensors
 from maskopt.models.checkpoints.report import TrainedBlock
@@ -39,105 +39,80 @@ OnDistill = Callable[[str, int, int], None]
 
 #: lower limit of a token's mean square, relative to that of its window's targets
 _LEAST = 1e-6
+#: positions at a time whose logits stay in a processor's cache, with a vocabulary of 262,144
+CACHED = 4
 #: lower limit of a channel's mean square, relative to that of all channels
 _LEAST_OF_CHANNEL = 1e-3
 
 
-class Targets:
-    """The outputs of an open block in the dense model, which replace its samples' dense states."""
-
-    def __init__(self, block: Block, how: Reconstruction, seed: int) -> None:
-        self.block, self.how = block, how
-        assert block.samples.dense is not None
-        self._dense = block.samples.dense
-        source = block.job.source
-        #: norms and biases that may change: the stored tensor and its dtype by name
-        self._vectors = dict(source.vectors(block.index)) if how.train == ALL else {}
-        self._stored = source.stored_dtype
-        self._seed = seed * 1_000_003 + block.index
-        self._record()
-
-    def _record(self) -> None:
-        block = self.block
-        tick = block.ticker("targets", len(block.samples.active))
-
-        def one(window: int) -> Tensor:
-            return block.run(window, self._dense)
-
-        for window, output in block.threads.each(one, list(block.samples.active)):
-            if bool(torch.isfinite(output).all()):
-                self._dense[window] = output
-            else:
-                block.samples.leave_out(window, block.name + IN_DENSE)
-            tick(1)
-        block.dense_advanced = True
-
-    def train(
-        self, masks: Mapping[str, tuple[Layer, Tensor]]
-    ) -> tuple[list[TrainedBlock], dict[str, tuple[Layer, Tensor]], dict[str, Tensor]]:
-        """Train the kept weights in place, if there are any; `masks` are of layers that may change, True =
-        kept. Returns the losses, and what changed, rounded to the stored dtypes, in the model too: weights
-        [rows, n] by layer, and norms and biases by stored tensor."""
-        began, block, samples = time.perf_counter(), self.block, self.block.samples
-        fitted = [window for window in samples.active if window not in samples.held]
-        held = [window for window in samples.active if window in samples.held]
-        if not held:
-            raise ModelError(
-                f"{block.name}: no held-out window is left to judge the training; give a larger `holdout`"
-            )
-        free, stored = self._free(masks)
-        if not free:
-            return [], {}, {}
-        by = _scales(self._dense, fitted).to(block.device)
-        calls, states, device = block.calls, samples.states, block.device
-
-        def loss(window: int) -> Float[Tensor, ""]:
-            given = states[window].to(device, torch.float32)
-            wanted = self._dense[window].to(device, torch.float32)
-            return _distance(calls[window](block.module, given, cast=True) * by, wanted * by)
-
-        remedy = "leave its layers out with `exclude`"
-        task = Task(
-            "a block", remedy, block.module, free, stored, loss, fitted, held, fitted, self.how
+def train_block(
+    block: Block, how: Reconstruction, seed: int, masks: Mapping[str, tuple[Layer, Tensor]]
+) -> tuple[list[TrainedBlock], dict[str, tuple[Layer, Tensor]], dict[str, Tensor]]:
+    """Train a pruned block's kept weights in place, if there are any, towards the outputs of the dense block;
+    `masks` are of layers that may change, True = kept. Returns the losses, and what changed, rounded to the
+    stored dtypes, in the model too: weights [rows, n] by layer, and norms and biases by stored tensor."""
+    began, samples, source = time.perf_counter(), block.samples, block.job.source
+    fitted = [window for window in samples.active if window not in samples.held]
+    held = [window for window in samples.active if window in samples.held]
+    if not held:
+        raise ModelError(
+            f"{block.name}: no held-out window is left to judge the training; give a larger `holdout`"
         )
-        generator = torch.Generator().manual_seed(self._seed % 2**63)
-        tick = block.ticker("train", self.how.epochs * len(fitted))
-        found = train(task, block.threads, generator, tick)
-        losses = (found.before.fitted, found.after.fitted, found.before.held, found.after.held)
-        seconds = time.perf_counter() - began
-        trained = [TrainedBlock(block.index, *losses, found.epoch, found.diverged, seconds)]
-        if not found.epoch:
-            return trained, {}, {}  # the block stays as it was stored
-        source = block.job.source
-        weights, vectors = {}, {}
-        for name, (layer, _) in masks.items():
-            weight = matrix(source.model, layer)
-            new = as_stored(source, layer, weight.double())
-            weight.copy_(new.to(weight.dtype))
-            weights[name] = layer, new.cpu()
-        for name, (tensor, dtype) in self._vectors.items():
-            parameter = source.model.get_parameter(name)
-            vectors[tensor] = parameter.detach().to("cpu", dtype)
-            parameter.copy_(vectors[tensor])
-        return trained, weights, vectors
+    # norms and biases that may change: the stored tensor and its dtype by name
+    vectors = source.vectors(block.index) if how.train == ALL else {}
+    free, stored = _free(block, masks, vectors)
+    if not free:
+        return [], {}, {}
+    assert samples.dense is not None
+    targets, states, calls, device = samples.dense, samples.states, block.calls, block.device
+    by = _scales(targets, fitted).to(device)
 
-    def _free(
-        self, masks: Mapping[str, tuple[Layer, Tensor]]
-    ) -> tuple[dict[str, Tensor], dict[str, torch.dtype]]:
-        """By parameter name inside the block: the entries that may change, and the dtypes of storage."""
-        free: dict[str, Tensor] = {}
-        stored: dict[str, torch.dtype] = {}
-        names = {id(p): name for name, p in self.block.module.named_parameters()}
-        dtypes = {layer.parameter: self._stored(layer) for layer, _ in masks.values()}
-        for place, mask in merged(self.block.model, dict(masks), False).items():
-            name = names[id(self.block.model.get_parameter(place))]
-            free[name], stored[name] = mask.to(self.block.device), dtypes[place]
-        for name, parameter in self.block.module.named_parameters():
-            vector = self._vectors.get(f"{self.block.name}.{name}")
-            if free and vector is not None:
-                free[name] = torch.ones_like(parameter, dtype=torch.bool)
-                stored[name] = vector[1]
-        return free, stored
+    def loss(window: int) -> Float[Tensor, ""]:
+        given = states[window].to(device, torch.float32)
+        wanted = targets[window].to(device, torch.float32)
+        return _distance(calls[window](block.module, given, cast=True) * by, wanted * by)
+
+    remedy = "leave its layers out with `exclude`"
+    task = Task("a block", remedy, block.module, free, stored, loss, fitted, held, fitted, how)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + block.index) % 2**63)
+    found = train(task, block.threads, generator, block.ticker("train", how.epochs * len(fitted)))
+    losses = (found.before.fitted, found.after.fitted, found.before.held, found.after.held)
+    seconds = time.perf_counter() - began
+    trained = [TrainedBlock(block.index, *losses, found.epoch, found.diverged, seconds)]
+    if not found.epoch:
+        return trained, {}, {}  # the block stays as it was stored
+    weights, changed = {}, {}
+    for name, (layer, _) in masks.items():
+        weight = matrix(source.model, layer)
+        new = as_stored(source, layer, weight.double())
+        weight.copy_(new.to(weight.dtype))
+        weights[name] = layer, new.cpu()
+    for name, (tensor, dtype) in vectors.items():
+        parameter = source.model.get_parameter(name)
+        changed[tensor] = parameter.detach().to("cpu", dtype)
+        parameter.copy_(changed[tensor])
+    return trained, weights, changed
+
+
+def _free(
+    block: Block,
+    masks: Mapping[str, tuple[Layer, Tensor]],
+    vectors: Mapping[str, tuple[str, torch.dtype]],
+) -> tuple[dict[str, Tensor], dict[str, torch.dtype]]:
+    """By parameter name inside the block: the entries that may change, and the dtypes of storage."""
+    free: dict[str, Tensor] = {}
+    stored: dict[str, torch.dtype] = {}
+    names = {id(p): name for name, p in block.module.named_parameters()}
+    dtypes = {layer.parameter: block.job.source.stored_dtype(layer) for layer, _ in masks.values()}
+    for place, mask in merged(block.model, dict(masks), False).items():
+        name = names[id(block.model.get_parameter(place))]
+        free[name], stored[name] = mask.to(block.device), dtypes[place]
+    for name, parameter in block.module.named_parameters():
+        vector = vectors.get(f"{block.name}.{name}")
+        if free and vector is not None:
+            free[name] = torch.ones_like(parameter, dtype=torch.bool)
+            stored[name] = vector[1]
+    return free, stored
 
 
 def _scales(recorded: Activations, windows: Sequence[int]) -> Float[Tensor, " width"]:
@@ -157,6 +132,68 @@ def _distance(found: Tensor, wanted: Tensor) -> Float[Tensor, ""]:
     [1, length, width]."""
     error, size = (found - wanted).square().sum(-1), wanted.square().sum(-1)
     return (error / size.clamp(min=_LEAST * float(size.mean()) or 1.0)).mean()
+
+
+# --- as a whole
+
+
+def kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Float[Tensor, ""]:
+    """KL(p ‖ q) of distributions [positions, vocabulary], summed over the positions, nats."""
+    return (log_p - log_q).mul_(p).sum()
+
+
+@torch.no_grad()
+def divergence(
+    wanted: Float[Tensor, "positions vocabulary"],
+    found: Float[Tensor, "positions vocabulary"],
+    slope: Float[Tensor, "positions vocabulary"] | None = None,
+) -> Float[Tensor, ""]:
+    """`kl` of the softmax of two logits; `slope` receives its derivative by `found`, q − p."""
+    step = CACHED if found.device.type == "cpu" else len(found)
+    total = found.new_zeros(())
+    for start in range(0, len(found), step):
+        part = slice(start, start + step)
+        log_p, log_q = wanted[part].log_softmax(1), found[part].log_softmax(1)
+        p = log_p.exp()
+        total += kl(p, log_p, log_q)
+        if slope is not None:
+            torch.sub(log_q.exp_(), p, out=slope[part])
+    return total
+
+
+@contextmanager
+def divergence_loss(
+    student: Job, dense: Job, states: Callable[[int], Tensor]
+) -> Iterator[Callable[[int], Float[Tensor, ""]]]:
+    """A function of a window: KL(dense ‖ student), mean over its targets, through the head of both in memory.
+
+    Args:
+        dense: after its whole walk.
+        states: of a window, the output of the student's last block, [1, length, width].
+    """
+    windows, device = student.windows, student.source.device
+    first, last = windows.beginning.first_target - 1, windows.length - 1
+
+    def of(window: int) -> Tensor:
+        own, tokens = states(window), windows.tokens[window : window + 1].to(device)
+        taught = dense.last_state(window)[None].to(device)
+        leaf = own.detach().requires_grad_(torch.is_grad_enabled())
+        gradient = torch.zeros_like(leaf)
+        total = torch.zeros((), device=device)
+        for start in range(first, last, POSITIONS):
+            part = slice(start, min(start + POSITIONS, last))
+            with torch.no_grad():
+                wanted = end(tokens[:, part], taught[:, part])
+            found = end(tokens[:, part], leaf[:, part])
+            slope = torch.empty_like(found[0], dtype=torch.float32) if found.requires_grad else None
+            total += divergence(wanted[0].float(), found[0].detach().float(), slope)
+            if slope is not None:
+                gradient += torch.autograd.grad(found, leaf, slope[None].to(found.dtype))[0]
+        # a value whose gradient is known already, so that logits need not be kept for it
+        return (total + ((own - own.detach()) * gradient).sum()) / (last - first)
+
+    with dense.after_blocks(student) as end:
+        yield of
 
 
 def disk_of_training(weights: int, options: DistillOptions) -> int:

@@ -234,11 +234,11 @@ class Event:
     def __init__(self, source, target, after):
         self.ahead = [(source, target, after)]
 
-    def wait(self):
+    def synchronize(self):
         while self.ahead:
             source, target, after = self.ahead.pop()
             if after is not None:
-                after.wait()
+                after.synchronize()
             target.copy_(source)
 
 
@@ -257,20 +257,17 @@ class Late(Lanes):
         return Upload(there, self.copy(host, there, after))
 
     def take(self, upload):
-        upload.arrived.wait()
+        upload.arrived.synchronize()
         return upload.there
 
     def down(self, state, host, after):
         # what is on the device is not changed before it has been read
         return self.copy(state.clone(), host, after)
 
-    def wait(self, event):
-        event.wait()
-
     def copy(self, source, target, after):
         event = Event(source, target, after)
         if self.at_once:
-            event.wait()
+            event.synchronize()
         return event
 
 

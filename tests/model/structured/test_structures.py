@@ -20,13 +20,12 @@ from maskopt.errors import MaskoptError, ModelError, OptionError, VerificationEr
 from maskopt.models.architecture.blocks import mixtures_of
 from maskopt.models.blockwise import activations
 from maskopt.models.blockwise.activations import _reserved
-from maskopt.models.blockwise.divergence import place
 from maskopt.models.checkpoints.checkpoint import open_checkpoint, open_safe
 from maskopt.models.checkpoints.schema import INDEX, MANIFEST
 from maskopt.models.checkpoints.workspace import HIDDEN
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.structured import blocks as removal
-from maskopt.models.structured.blocks import Effects, exchanges, search_sets
+from maskopt.models.structured.blocks import Effects, exchanges, place, search_sets
 from maskopt.models.structured.experts import costs
 from maskopt.models.verification.verify import verify_model
 

@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM
 
 from maskopt import PruneOptions, Unstructured, distill_model, open_job
 from maskopt.errors import DataError, ModelError, OptionError
-from maskopt.models.blockwise.divergence import divergence
 from maskopt.models.blockwise.memory import autograd_memory
 from maskopt.models.checkpoints.result import MaskFile
 from maskopt.models.checkpoints.schema import MASKS
@@ -28,6 +27,7 @@ from maskopt.models.distillation import RECORD
 from maskopt.models.options.walk import DistillOptions
 from maskopt.models.pruning import run as running
 from maskopt.models.training import trainer as training
+from maskopt.models.training.tasks import divergence
 from maskopt.models.training.trainer import FolderKeeper
 from maskopt.models.verification.verify import verify_model
 
