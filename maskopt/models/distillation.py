@@ -160,7 +160,6 @@ def _with_masks(student: Job) -> tuple[FolderSource, MaskFile]:
     check_masks(source.checkpoint, masks)
     if all(bool(masks.read(name).kept.all()) for name in masks.names):
         raise ModelError(f"{folder}: its masks prune nothing, so there is nothing to train")
-    assert student.windows is not None
     check_targets(student.windows)
     if not held_out(student.count, student.options.holdout):
         raise DataError("distillation needs windows that judge it: give a `holdout` such as 0.1")

@@ -53,9 +53,8 @@ class Source:
     def load_outside(self) -> None:
         """Bring everything outside the blocks into memory, but for an output head of its own."""
 
-    def load_whole(self) -> Any:
-        """The model with all its weights in memory."""
-        return self.model
+    def load_whole(self) -> None:
+        """Bring all weights into memory."""
 
     @contextmanager
     def open(self, index: int, edits: Edits | None = None) -> Iterator[nn.Module]:
@@ -120,10 +119,9 @@ class FolderSource(Source):
         self._load(self._outside)
         check_buffers(self.model)
 
-    def load_whole(self) -> Any:
+    def load_whole(self) -> None:
         self._load([name for name, _ in self.model.named_parameters()])
         check_buffers(self.model)
-        return self.model
 
     @contextmanager
     def open(self, index: int, edits: Edits | None = None) -> Iterator[nn.Module]:

@@ -282,9 +282,6 @@ def _gathered(
 ) -> Iterator[tuple[int, Given]]:
     """Every sample of a wave with the inputs of its layers; `own`: of the samples of this process."""
     ranks = block.ranks
-    if ranks.size == 1:
-        yield from own.items()
-        return
     everybody = ranks.gathered({sample: given.empty("meta") for sample, given in own.items()})
     for sample in wave:
         rank = ranks.owner(sample)

@@ -58,15 +58,15 @@ class Ranks:
         for start in range(0, len(windows), threads * self.size):
             yield windows[start : start + threads * self.size]
 
-    def parts(self, rows: int, order: Sequence[int] | None = None) -> list[slice]:
+    def parts(self, rows: int, order: Sequence[int] | None = None, tile: int = ROWS) -> list[slice]:
         """Rows of a layer by rank, in whole tiles; the first ranks in `order` get the tiles left over."""
-        tiles = -(-rows // ROWS)
+        tiles = -(-rows // tile)
         each, more = divmod(tiles, self.size)
         one_more = (order or range(self.size))[:more]
         found, first = [], 0
         for rank in range(self.size):
             last = first + each + (rank in one_more)
-            found.append(slice(min(first * ROWS, rows), min(last * ROWS, rows)))
+            found.append(slice(min(first * tile, rows), min(last * tile, rows)))
             first = last
         return found
 

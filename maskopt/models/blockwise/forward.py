@@ -77,10 +77,10 @@ class Threads:
 
     def run(self, pieces: Sequence[Callable[[], T]]) -> list[T]:
         if self._pool is None:
-            return [_without_grad(piece) for piece in pieces]
+            return [torch.no_grad()(piece)() for piece in pieces]
         with fast_products(), ExitStack() as at_the_end:
             try:
-                futures = [self._pool.submit(_without_grad, piece) for piece in pieces]
+                futures = [self._pool.submit(torch.no_grad()(piece)) for piece in pieces]
             except RuntimeError as error:  # "can't start new thread"
                 raise ModelError(
                     f"the system does not start {self.count} threads ({error}); ask for fewer `threads`"
@@ -108,11 +108,6 @@ class Threads:
             # new threads inherit the last value that any thread set: the pool's 1
             torch.set_num_threads(self.count)
         self._torch.close()
-
-
-def _without_grad(piece: Callable[[], T]) -> T:
-    with torch.no_grad():
-        return piece()
 
 
 #: values that a block returns at most: hidden state, attention weights, router logits

@@ -95,7 +95,8 @@ def open_job(
     if text is not None:
         windows = windows_of(source, text, tokenizer, options, whole, limit)
         check_vocabulary(windows, vocabulary_size(source.model))
-        if windows.length < 2 and (options.token_weights == SKIP_FIRST or options.backward):
+        backward = options.gradient_windows(len(windows)) > 0
+        if windows.length < 2 and (options.token_weights == SKIP_FIRST or backward):
             name = "sensitivity" if options.sensitive else "token_weights"
             raise DataError(
                 f"`{name}` {getattr(options, name)} leaves nothing of windows of a single token"
@@ -190,7 +191,7 @@ class Job:
             stack = self._until_exit or until_the_end
             captured = self._captured = self._start(stack, folder)
             samples = self._samples(captured.states, stack, folder)
-            if self.options.backward and not self.whole:
+            if self.options.gradient_windows(self.count) and not self.whole:
                 self.gradients = self._dense_gradients(captured, folder)
             for index in range(stop):
                 done = finished.get(index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -369,17 +370,8 @@ def read_reports(kind: type[Kind], records: Any) -> list[Kind]:
 
 def versions() -> dict[str, str]:
     """Versions that can change a result."""
-    import numpy
-    import torch
-    import transformers
-
-    return {
-        "maskopt": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": numpy.__version__,
-        "python": platform.python_version(),
-    }
+    packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
+    return {"maskopt": __version__, **packages, "python": platform.python_version()}
 
 
 def write_manifest(path: Path, report: PruneReport, files: Mapping[str, str], **more: Any) -> None:

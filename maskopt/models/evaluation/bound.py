@@ -24,7 +24,7 @@ from maskopt.experiments.compare import check_rows, draw_rows
 from maskopt.experiments.jobs import BATCH, Store, as_they_finish, digest_of, workers
 from maskopt.models.architecture.blocks import Layer, choose
 from maskopt.models.checkpoints.checkpoint import open_checkpoint, resolve_model
-from maskopt.models.checkpoints.report import LayerReport, read_reports, result_digest
+from maskopt.models.checkpoints.report import LayerReport, grouped, read_reports, result_digest
 from maskopt.models.checkpoints.schema import MANIFEST, read_manifest
 from maskopt.models.options.prune import BOTH, NONE
 from maskopt.models.options.walk import name_patterns
@@ -183,9 +183,6 @@ def _bounded_pattern(pruned: str | Path, asked: Mapping[str, Any]) -> Pattern:
 
 def by_kind(records: Sequence[GapRecord]) -> dict[str, tuple[int, float, float, float]]:
     """Per layer kind: rows, median gap, worst gap, median seconds."""
-    kinds: dict[str, list[GapRecord]] = {}
-    for record in records:
-        kinds.setdefault(record.kind, []).append(record)
     return {
         kind: (
             len(found),
@@ -193,7 +190,7 @@ def by_kind(records: Sequence[GapRecord]) -> dict[str, tuple[int, float, float, 
             max(r.gap for r in found),
             statistics.median(r.seconds for r in found),
         )
-        for kind, found in kinds.items()
+        for kind, found in grouped(records, "kind").items()
     }
 
 
@@ -209,8 +206,7 @@ class _How:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of one layer that are bounded together, with masks, indices in the layer, and keys of their
-    records."""
+    """Rows of one layer, with masks, indices in the layer, and keys of their records."""
 
     how: _How
     problem: LayerProblem
@@ -219,10 +215,10 @@ class _Rows:
     mask: Tensor
     keys: Sequence[str]
 
-    def parts(self) -> list[list[int]]:
-        """The rows by their bounds: one each, or one for all rows of a shared budget."""
-        every = list(range(self.problem.rows))
-        return [every] if self.problem.shared_budget else [[row] for row in every]
+    def parts(self) -> list[_Rows]:
+        """By their bounds: each row, or all rows of a shared budget."""
+        shared = self.problem.shared_budget
+        return [self.take([row]) for row in range(1 if shared else self.problem.rows)]
 
     def take(self, rows: list[int]) -> _Rows:
         """Some of them; of a shared budget all."""
@@ -230,29 +226,15 @@ class _Rows:
             return self
         chosen, keys = [self.chosen[row] for row in rows], [self.keys[row] for row in rows]
         problem = self.problem.take(rows)
-        return _Rows(self.how, problem, self.kind, chosen, self.mask[rows], keys)
+        return replace(self, problem=problem, chosen=chosen, mask=self.mask[rows], keys=keys)
 
-    def resumed(self, store: Store, held: Container[str]) -> Iterator[tuple[_Rows, Solution]]:
-        """The rows among `held` that an earlier run bounded, with a solution that holds."""
-        for rows in map(self.take, self.parts()):
-            if not all(key in held for key in rows.keys):
-                continue
-            solution = store.solution(rows.keys[0], rows.problem)
-            if solution is not None and torch.equal(solution.mask, rows.mask.cpu()):
-                yield rows, solution
-
-    def calls(self, finished: Container[str], *, apart: bool) -> list[Any]:
-        """Jobs for the rows that are not finished: one, or each row `apart` with its share of the time."""
-        missing = [row for row, key in enumerate(self.keys) if key not in finished]
-        if not missing:
-            return []
-        if not apart or self.problem.shared_budget:
-            return [delayed(_bounded)(self.take(missing))]
-        options = dict(self.how.options)
-        if options.get("time_limit") is not None:
-            options["time_limit"] /= len(self.keys)
-        rows = replace(self, how=replace(self.how, options=options))
-        return [delayed(_bounded)(rows.take([row])) for row in missing]
+    def resumed(self, store: Store, held: Container[str]) -> Solution | None:
+        """Of rows with one bound, the solution of an earlier run, if it holds and they are among `held`."""
+        if not all(key in held for key in self.keys):
+            return None
+        solution = store.solution(self.keys[0], self.problem)
+        same = solution is not None and torch.equal(solution.mask, self.mask.cpu())
+        return solution if same else None
 
     def records(self, solution: Solution) -> list[GapRecord]:
         """One for every row."""
@@ -306,9 +288,18 @@ def _certify(
     order: list[str] = []
     apart = workers(jobs) > 1
     for together in _batches(parts, BATCH if apart else 1):
-        for some, solution in (x for rows in together for x in rows.resumed(store, held)):
-            finished |= {record.key: record for record in some.records(solution)}
-        calls = [call for rows in together for call in rows.calls(finished, apart=apart)]
+        calls = []
+        for rows in together:
+            missing, parts_of = [], rows.parts()
+            for row, part in enumerate(parts_of):
+                if (solution := part.resumed(store, held)) is None:
+                    missing.append(row)
+                else:
+                    finished |= {record.key: record for record in part.records(solution)}
+            if missing and apart:
+                calls += [delayed(_bounded)(parts_of[row], len(parts_of)) for row in missing]
+            elif missing:
+                calls.append(delayed(_bounded)(rows.take(missing)))
         if calls:
             on_rows(len(order), together[0].problem.name)
         for bounded in as_they_finish(calls, jobs):
@@ -334,18 +325,20 @@ def _batches(parts: Iterable[_Rows], rows: int) -> Iterator[list[_Rows]]:
         yield batch
 
 
-def _bounded(rows: _Rows) -> list[tuple[list[GapRecord], Solution]]:
-    """Records and solution of each bound; rows of a shared budget have the layer's gap."""
-    problem = rows.problem
-    bound = lower_bound(problem, rows.how.method, **rows.how.options)
+def _bounded(rows: _Rows, among: int = 1) -> list[tuple[list[GapRecord], Solution]]:
+    """Records and solution of each bound; rows of a shared budget have the layer's gap. A time limit is
+    shared `among` so many calls."""
+    problem, options = rows.problem, dict(rows.how.options)
+    if options.get("time_limit") is not None:
+        options["time_limit"] /= among
+    bound = lower_bound(problem, rows.how.method, **options)
     value, certificate = bound.value, bound.certificate
     solution = Solution.of(problem, rows.mask, lower_bound=value, certificate=certificate)
     solution = replace(solution, seconds=bound.seconds / problem.rows)
     records = rows.records(solution)
-    return [
-        ([records[row] for row in part], solution if problem.shared_budget else solution.take(part))
-        for part in rows.parts()
-    ]
+    if problem.shared_budget:
+        return [(records, solution)]
+    return [([record], solution.take([row])) for row, record in enumerate(records)]
 
 
 def _sampled(

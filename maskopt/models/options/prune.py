@@ -180,74 +180,58 @@ class PruneOptions(WalkOptions):
         object.__setattr__(self, "counts", counts)
         self._set_allocation()
         check_needs(self)
-        self._set_reconstruction()
-        self._set_distillation()
-        self._check_automatic()
-        usual = LeastSquaresUpdate.damping, LeastSquaresUpdate.power
-        if self.least_squares is None and (self.damping, self.damping_exponent) != usual:
-            raise OptionError(
-                "`damping` needs kept weights solved by least squares: give `training` begin=least-squares"
-            )
-        pattern = self._pattern_of(self.pattern)
+        self._set_training()
+        self._check_damping()
+        pattern = _with_rows(self, self.pattern)
         check_solver(self.solver, self.solver_options, self.start_solver, pattern)
 
     def _set_allocation(self) -> None:
-        """Pattern and `allocation` say the same; either is enough."""
-        pattern, differ = self.pattern, self.layers_differ
-        if isinstance(pattern, Unstructured) and pattern.shared_budget and not differ:
-            self._budget_as(pattern)
+        """Pattern and `allocation` say the same, and so do the `max_deviation` of both; either is enough."""
+        pattern, given = self.pattern, self.max_deviation
+        if isinstance(pattern, Unstructured) and pattern.shared_budget and not self.layers_differ:
+            own = pattern.max_deviation
+            if own is None:
+                own = 1.0 if given is None else given
+            if given not in (None, own):
+                raise OptionError(f"`max_deviation` {given} is not that of the pattern ({pattern})")
+            object.__setattr__(self, "allocation", ROWS)
+            object.__setattr__(self, "max_deviation", own)
         elif self.allocation != UNIFORM:
-            if isinstance(pattern, NM) or (differ and not _is_share(pattern)):
+            if isinstance(pattern, NM) or (self.layers_differ and not _is_share(pattern)):
                 raise OptionError(
                     f"`allocation` {self.allocation} needs a share such as 0.5, not {pattern}"
                 )
-            if self.rows_differ and self.max_deviation is None:
+            if self.rows_differ and given is None:
                 usual = ROW_DEVIATION if self.allocation == ROWS else LAYER_DEVIATION
                 object.__setattr__(self, "max_deviation", usual)
-            if self.allocation == ROWS:
-                object.__setattr__(self, "sparsity", self._pattern_of(self.pattern))
+        if self.allocation == ROWS:
+            object.__setattr__(self, "sparsity", _with_rows(self, pattern))
         if self.sensitive:
             self._check_every_window("`sensitivity` fisher")
 
-    def _budget_as(self, pattern: Unstructured) -> None:
-        """Rows differ as this pattern says; its `max_deviation` and the option's are one."""
-        said = 1.0 if self.max_deviation is None else self.max_deviation
-        max_deviation = said if pattern.max_deviation is None else pattern.max_deviation
-        if self.max_deviation not in (None, max_deviation):
-            raise OptionError(
-                f"`max_deviation` {self.max_deviation} is not that of the pattern ({pattern})"
-            )
-        object.__setattr__(self, "allocation", ROWS)
-        object.__setattr__(self, "max_deviation", max_deviation)
-        object.__setattr__(self, "sparsity", self._pattern_of(pattern))
-
-    def _set_reconstruction(self) -> None:
-        if self.update != BLOCKWISE:
-            return
-        self._check_judged("`update` blockwise")
-        if self.one_pass:
+    def _set_training(self) -> None:
+        """All options of `training` and `distillation`; MaskoptError for what cannot be trained."""
+        check_names(self.distillation, DISTILLATION, "option of `distillation`")
+        if self.distillation.get("epochs") == 0:
+            object.__setattr__(self, "distillation", {})
+        blockwise, distilled = self.update == BLOCKWISE, bool(self.distillation)
+        for what, used in {"`update` blockwise": blockwise, "`distillation`": distilled}.items():
+            if used and not self.holdout:
+                raise OptionError(
+                    f"{what} needs windows that judge it: give a `holdout` such as 0.1"
+                )
+        if blockwise and self.one_pass:
             raise OptionError(
                 "`update` blockwise trains on inputs of the pruned model: not with `calibrate_on` dense"
             )
-        made = build(Reconstruction, "training", dict(self.training), "option")
-        object.__setattr__(self, "training", asdict(made))
+        if blockwise:
+            made = build(Reconstruction, "training", dict(self.training), "option")
+            object.__setattr__(self, "training", asdict(made))
+        if (how := self.distilled) is not None:
+            object.__setattr__(self, "distillation", {x: getattr(how, x) for x in DISTILLATION})
 
-    def _check_judged(self, what: str) -> None:
-        if not self.holdout:
-            raise OptionError(f"{what} needs windows that judge it: give a `holdout` such as 0.1")
-
-    def _set_distillation(self) -> None:
-        given = dict(self.distillation)
-        check_names(given, DISTILLATION, "option of `distillation`")
-        if not given or given.get("epochs") == 0:
-            object.__setattr__(self, "distillation", {})
-            return
-        self._check_judged("`distillation`")
-        how = self.distilled
-        object.__setattr__(self, "distillation", {n: getattr(how, n) for n in DISTILLATION})
-
-    def _check_automatic(self) -> None:
-        """Raise MaskoptError for a number out of range, or for auto without held-out windows."""
+    def _check_damping(self) -> None:
+        """Raise MaskoptError for a damping or shrinkage that cannot be, or auto without held-out windows."""
         for name in ("gram_shrinkage", "damping"):
             if getattr(self, name) == AUTO and not self.holdout:
                 raise ModelError(
@@ -258,7 +242,11 @@ class PruneOptions(WalkOptions):
             raise ModelError(f"`gram_shrinkage` must lie in [0, 1] or be auto, not {shrinkage!r}")
         if isinstance(damping, str) and damping != AUTO:
             raise OptionError(f"`damping` must be a number of at least 0 or auto, not {damping!r}")
-        LeastSquaresUpdate(self._damping)
+        usual = LeastSquaresUpdate.damping, LeastSquaresUpdate.power
+        if self.least_squares is None and (damping, self.damping_exponent) != usual:
+            raise OptionError(
+                "`damping` needs kept weights solved by least squares: give `training` begin=least-squares"
+            )
 
     @property
     def pattern(self) -> Pattern:
@@ -290,11 +278,8 @@ class PruneOptions(WalkOptions):
         """How kept weights are updated, `damping` auto counting as its default; None: they stay."""
         if self.update == NONE or self.training.get("begin") == NONE:
             return None
-        return LeastSquaresUpdate(self._damping, self.damping_exponent)
-
-    @property
-    def _damping(self) -> float:
-        return LeastSquaresUpdate.damping if self.damping == AUTO else float(self.damping)
+        damping = LeastSquaresUpdate.damping if self.damping == AUTO else float(self.damping)
+        return LeastSquaresUpdate(damping, self.damping_exponent)
 
     @property
     def sensitive(self) -> bool:
@@ -309,31 +294,20 @@ class PruneOptions(WalkOptions):
     def layers_differ(self) -> bool:
         return self.allocation in (LAYERS, BOTH)
 
-    @property
-    def layer_deviation(self) -> float:
-        return LAYER_DEVIATION if self.max_deviation is None else self.max_deviation
-
     def pattern_of(self, layer: Layer) -> Pattern:
         """The layer's own where layers may differ and their counts are known; else that of all."""
         if not self.counts:
             return self.pattern
-        return self._pattern_of(Unstructured(keep=layer.n - self.counts[layer.name]))
-
-    def _pattern_of(self, uniform: Pattern) -> Pattern:
-        """Of a layer, from its pattern with uniform rows."""
-        if not self.rows_differ or isinstance(uniform, NM):
-            return uniform
-        deviation = None if self.max_deviation == 1 else self.max_deviation
-        return replace(uniform, per="layer", max_deviation=deviation)
+        return _with_rows(self, Unstructured(keep=layer.n - self.counts[layer.name]))
 
     def check_layers(self, layers: Sequence[Layer]) -> None:
         super().check_layers(layers)
         if self.counts:
-            self._check_counts(layers)
+            _check_counts(self, layers)
         for layer in layers:
             try:
                 self.pattern.check(layer.n)
-                pattern = self._pattern_of(self.pattern_of(layer))
+                pattern = _with_rows(self, self.pattern_of(layer))
                 check_size(
                     self.solver, self.solver_options, self.start_solver, layer.n, pattern,
                     least_squares=self.least_squares is not None,
@@ -346,29 +320,6 @@ class PruneOptions(WalkOptions):
                 f"{self.pattern} prunes nothing: the rows of these layers have {widest} inputs at most"
             )
 
-    def _check_counts(self, layers: Sequence[Layer]) -> None:
-        """Raise OptionError where `counts` are of other layers, or prune another number in all."""
-        check_names(self.counts, [layer.name for layer in layers], "layer that is pruned")
-        total, most = 0, 1.0 if self.max_deviation is None else self.max_deviation
-        for layer in layers:
-            count = self.counts.get(layer.name)
-            if type(count) is not int or not 0 <= count < layer.n:
-                raise OptionError(
-                    f"`counts` of layer {layer.name!r} must be a whole number of at least 0 and less than "
-                    f"{layer.n}, not {count!r}"
-                )
-            if abs(count - self.pattern.pruned_in(1, layer.n)) > most * layer.n + 1:  # rounded
-                raise OptionError(
-                    f"`counts` of layer {layer.name!r} prune {count / layer.n:.1%}, further from "
-                    f"{self.pattern} than `max_deviation` {self.max_deviation:g}; give other counts"
-                )
-            total += layer.rows * count
-        wanted = sum(self.pattern.pruned_in(layer.rows, layer.n) for layer in layers)
-        if total != wanted:
-            raise OptionError(
-                f"`counts` prune {total} weights; at sparsity {self.pattern} it must be {wanted}"
-            )
-
     def record(self) -> dict[str, Any]:
         return {
             **super().record(),
@@ -377,6 +328,38 @@ class PruneOptions(WalkOptions):
             "solver_options": dict(sorted(self.solver_options.items())),
             "counts": dict(sorted(self.counts.items())),
         }
+
+
+def _with_rows(options: PruneOptions, uniform: Pattern) -> Pattern:
+    """The pattern of a layer, from that with uniform rows."""
+    if not options.rows_differ or isinstance(uniform, NM):
+        return uniform
+    deviation = None if options.max_deviation == 1 else options.max_deviation
+    return replace(uniform, per="layer", max_deviation=deviation)
+
+
+def _check_counts(options: PruneOptions, layers: Sequence[Layer]) -> None:
+    """Raise OptionError where `counts` are of other layers, or prune another number in all."""
+    check_names(options.counts, [layer.name for layer in layers], "layer that is pruned")
+    total, most = 0, 1.0 if options.max_deviation is None else options.max_deviation
+    for layer in layers:
+        count = options.counts.get(layer.name)
+        if type(count) is not int or not 0 <= count < layer.n:
+            raise OptionError(
+                f"`counts` of layer {layer.name!r} must be a whole number of at least 0 and less than "
+                f"{layer.n}, not {count!r}"
+            )
+        if abs(count - options.pattern.pruned_in(1, layer.n)) > most * layer.n + 1:  # rounded
+            raise OptionError(
+                f"`counts` of layer {layer.name!r} prune {count / layer.n:.1%}, further from "
+                f"{options.pattern} than `max_deviation` {options.max_deviation:g}; give other counts"
+            )
+        total += layer.rows * count
+    wanted = sum(options.pattern.pruned_in(layer.rows, layer.n) for layer in layers)
+    if total != wanted:
+        raise OptionError(
+            f"`counts` prune {total} weights; at sparsity {options.pattern} it must be {wanted}"
+        )
 
 
 def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:

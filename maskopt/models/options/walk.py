@@ -219,20 +219,15 @@ class WalkOptions:
         """Whether all Gram matrices are of the dense model's activations."""
         return self.calibrate_on == "dense"
 
-    @property
-    def backward(self) -> bool:
-        """Whether gradients of the dense model's loss are needed."""
-        return self.token_weights == GRADIENT or self.sensitive
-
     def gradient_windows(self, windows: int) -> int:
-        """Of how many they are."""
+        """Of how many windows gradients of the dense model's loss are needed."""
         if self.token_weights == GRADIENT:
             return windows
         return min(windows, GRADIENT_WINDOWS) if self.sensitive else 0
 
     @property
     def sensitive(self) -> bool:
-        """Whether those by the outputs of the layers are."""
+        """Whether gradients by the outputs of the layers are."""
         return False
 
     @property
@@ -247,16 +242,11 @@ class WalkOptions:
 
     def check_layers(self, layers: Sequence[Layer]) -> None:
         """Raise MaskoptError where these layers cannot be treated as the options say."""
-        if self.token_weights != UNIFORM:
-            self._check_in_order(layers, f"`token_weights` {self.token_weights}")
-
-    def _check_in_order(self, layers: Sequence[Layer], what: str) -> None:
-        """Raise OptionError for a layer that is not given the tokens of a window one after the other."""
         routed = [layer.name for layer in layers if layer.expert is not None or "*" in layer.kind]
-        if routed and not self.all_experts:
+        if routed and self.token_weights != UNIFORM and not self.all_experts:
             raise OptionError(
-                f"layer {routed[0]!r} is given the tokens that are routed to it; {what} needs "
-                "`all_experts` there"
+                f"layer {routed[0]!r} is given the tokens that are routed to it; `token_weights` "
+                f"{self.token_weights} needs `all_experts` there"
             )
 
 

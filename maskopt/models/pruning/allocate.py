@@ -26,7 +26,7 @@ from maskopt.errors import SolverError
 from maskopt.models.architecture.blocks import Layer, matrix
 from maskopt.models.blockwise.gradients import row_sensitivity
 from maskopt.models.blockwise.job import Block, Job
-from maskopt.models.options.prune import NONE, PruneOptions
+from maskopt.models.options.prune import LAYER_DEVIATION, NONE, PruneOptions
 from maskopt.models.pruning.prune_layer import layer_problem
 from maskopt.protocol.solver import solve
 
@@ -76,8 +76,7 @@ def _curves(job: Job, block: Block, options: PruneOptions) -> list[Curve]:
 
 
 def _curve(layer: Layer, problem: LayerProblem, counts: Tensor, options: PruneOptions) -> Curve:
-    middle = options.pattern.pruned_per_group(layer.n)
-    least, most = ends(layer.n, middle, options.layer_deviation)
+    least, middle, most = ends(layer, options)
     pruned = sorted({*np.linspace(least, most, _MEASURED).round().astype(int).tolist(), middle})
     costs = []
     for count in pruned:
@@ -108,17 +107,17 @@ class Curve:
 def levels_of(layer: Layer, options: PruneOptions) -> range:
     """What each row of a layer may prune, in even steps from the model's sparsity, so that the counts of
     layers have large common units."""
-    middle = options.pattern.pruned_per_group(layer.n)
+    low, middle, high = ends(layer, options)
     step = max(1, round(layer.n / _STEPS))
-    low, high = ends(layer.n, middle, options.layer_deviation)
     first, last = (middle - low) // step, (high - middle) // step
     return range(middle - first * step, middle + last * step + 1, step)
 
 
-def ends(n: int, middle: int, max_deviation: float) -> tuple[int, int]:
-    """The least and the largest count of a row; at least one input stays."""
-    reach = math.floor(max_deviation * n)
-    return max(0, middle - reach), min(n - 1, middle + reach)
+def ends(layer: Layer, options: PruneOptions) -> tuple[int, int, int]:
+    """The least count of a row, that of the model's sparsity, and the largest; at least one input stays."""
+    middle, most = options.pattern.pruned_per_group(layer.n), options.max_deviation
+    reach = math.floor((LAYER_DEVIATION if most is None else most) * layer.n)
+    return max(0, middle - reach), middle, min(layer.n - 1, middle + reach)
 
 
 def share_out(

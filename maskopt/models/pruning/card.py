@@ -129,24 +129,17 @@ def _made(report: PruneReport) -> str:
 
 
 def _use(smaller: bool, own_code: bool) -> str:
-    what = (
-        "An ordinary dense model of smaller sizes, as config.json says."
-        if smaller
-        else "Weights are plain safetensors in the original's data types; pruned ones are zeros."
-    )
-    zeros = (
-        ""
-        if smaller
-        else ", and `maskopt.keep_masks(model, FOLDER)` holds the zeros through fine-tuning"
-    )
-    code = (
-        " It asks for code of the original (`auto_map` in config.json), which is not copied: put those files "
-        "next to it, and load it with `trust_remote_code=True`."
-        if own_code
-        else ""
-    )
+    what, zeros = "An ordinary dense model of smaller sizes, as config.json says.", ""
+    if not smaller:
+        what = "Weights are plain safetensors in the original's data types; pruned ones are zeros."
+        zeros = ", and `maskopt.keep_masks(model, FOLDER)` holds the zeros through fine-tuning"
+    if own_code:
+        what += (
+            " It asks for code of the original (`auto_map` in config.json), which is not copied: put those "
+            "files next to it, and load it with `trust_remote_code=True`."
+        )
     return (
-        f"## Use\n\n{what}{code} Every program that loads the original loads this model:\n\n"
+        f"## Use\n\n{what} Every program that loads the original loads this model:\n\n"
         "```python\n"
         "from transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'

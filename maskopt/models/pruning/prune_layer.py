@@ -22,7 +22,7 @@ from maskopt.core.problem import LayerProblem
 from maskopt.models.architecture.blocks import Layer, matrix
 from maskopt.models.architecture.source import as_stored
 from maskopt.models.blockwise.collect import Grams
-from maskopt.models.blockwise.distributed import Ranks
+from maskopt.models.blockwise.distributed import ROWS, Ranks
 from maskopt.models.blockwise.gradients import counting
 from maskopt.models.blockwise.job import Job
 from maskopt.models.checkpoints.report import LayerReport
@@ -109,11 +109,7 @@ def prune_layers(
     Yields:
         (layer, report, mask, new weights float64 [rows, n] where they were updated).
     """
-
-    def solved(layer: Layer, rows: slice) -> SolvedRows:
-        return solve_rows(job, layer, grams, options, rows)
-
-    for layer, rows in _by_all(job.ranks, layers, options, solved):
+    for layer, rows in _by_all(job, layers, grams, options):
         weight = matrix(job.source.model, layer)
         new = None if rows.weight is None else rows.weight.double()
         if new is None:
@@ -124,19 +120,17 @@ def prune_layers(
 
 
 def _by_all(
-    ranks: Ranks,
-    layers: Sequence[Layer],
-    options: PruneOptions,
-    solved: Callable[[Layer, slice], SolvedRows],
+    job: Job, layers: Sequence[Layer], grams: Grams, options: PruneOptions
 ) -> Iterator[tuple[Layer, SolvedRows]]:
     """Every layer, its rows solved by the ranks that they are dealt to."""
+    ranks = job.ranks
     if ranks.size == 1:
         for layer in layers:
-            yield layer, solved(layer, slice(0, layer.rows))
+            yield layer, solve_rows(job, layer, grams, options, slice(0, layer.rows))
         return
     dealt = _deal(ranks, layers, apart=_apart(options))
     mine = {
-        layer.name: solved(layer, parts[ranks.rank])
+        layer.name: solve_rows(job, layer, grams, options, parts[ranks.rank])
         for layer, parts in zip(layers, dealt, strict=True)
         if parts[ranks.rank].stop > parts[ranks.rank].start
     }
@@ -151,10 +145,7 @@ def _deal(ranks: Ranks, layers: Sequence[Layer], *, apart: bool) -> list[list[sl
     dealt: dict[str, list[slice]] = {}
     for layer in sorted(layers, key=lambda layer: -(layer.n**2) * (1 if apart else layer.rows)):
         order = sorted(range(ranks.size), key=load.__getitem__)
-        if apart:
-            parts = ranks.parts(layer.rows, order)
-        else:
-            parts = [slice(0, layer.rows if rank == order[0] else 0) for rank in range(ranks.size)]
+        parts = ranks.parts(layer.rows, order, ROWS if apart else layer.rows)
         for rank, part in enumerate(parts):
             load[rank] += (part.stop - part.start) * layer.n**2
         dealt[layer.name] = parts

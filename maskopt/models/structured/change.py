@@ -111,7 +111,6 @@ def _check_same_output(
     prepare: Callable[[Block], None],
 ) -> None:
     """Raise ModelError where the changed original and the written model differ on a good window."""
-    assert job.windows is not None
     window = next((w for w in range(len(job.windows)) if w not in bad), None)
     if window is None:
         return

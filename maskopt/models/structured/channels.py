@@ -77,9 +77,7 @@ def shrink_model(
     `from_pretrained` loads. All blocks are cut to the same sizes, since configurations name one width.
 
     Args:
-        model: a folder, or a name on the hub.
-        tokenizer_or_tokens: as for `prune_model`.
-        calibration: as for `prune_model`.
+        model: a folder, or a name on the hub; `tokenizer_or_tokens` and `calibration` as for `prune_model`.
         shorthand: single options by name, with or without `options`: `channels=0.25, heads=0.25`.
         resume: go on with an interrupted run of the same options.
 

@@ -62,9 +62,7 @@ def remove_experts(
     loads.
 
     Args:
-        model: a folder, or a name on the hub.
-        tokenizer_or_tokens: as for `prune_model`.
-        calibration: as for `prune_model`.
+        model: a folder, or a name on the hub; `tokenizer_or_tokens` and `calibration` as for `prune_model`.
         share: of the experts to remove, rounded down to a whole number of them.
 
     Returns:
