@@ -10,7 +10,7 @@ from torch import Tensor
 from maskopt.core.pattern import as_written
 from maskopt.errors import DataError, ModelError, OptionError
 from maskopt.models.architecture.source import Source, capped_length, load_tokenizer
-from maskopt.models.calibration.chat import chat_calibration_windows, chat_evaluation_windows
+from maskopt.models.calibration.chat import chat_windows
 from maskopt.models.calibration.tokens import (
     Windows,
     calibration_windows,
@@ -52,12 +52,9 @@ def windows_of(
     length = capped_length(source.model, options.seq_len)
     if whole and length < 2:
         raise OptionError(f"`seq_len` must be a whole number of at least 2, not {length!r}")
-    if options.chat and whole:
-        return chat_evaluation_windows(text, tokenizer, seq_len=length, limit=limit)
     if options.chat:
-        return chat_calibration_windows(
-            text, tokenizer, samples=options.samples, seq_len=length, seed=options.seed
-        )
+        samples, seed = (limit, None) if whole else (options.samples, options.seed)
+        return chat_windows(text, tokenizer, samples=samples, seq_len=length, seed=seed)
     how: dict[str, Any] = {"seq_len": length, "field": options.text_field, "bos": options.bos}
     if whole:
         return evaluation_windows(text, tokenizer, limit=limit, **how)

@@ -42,15 +42,16 @@ _LONGEST_REASON = 200
 Conversation = tuple[list[dict[str, Any]], str]
 
 
-def chat_calibration_windows(
+def chat_windows(
     source: str | Path | Sequence[Any],
     tokenizer: Any,
     *,
-    samples: int = 128,
-    seq_len: int = 2048,
-    seed: int = 0,
+    samples: int | None,
+    seq_len: int,
+    seed: int | None,
 ) -> Windows:
     """`samples` windows of `seq_len` tokens of conversations in random order, the same for the same seed.
+    Without a seed they are in their own order, each used once, in at most `samples` windows (None: all).
 
     A window begins with a conversation, is filled with the next ones, and cuts the last. Once all have been
     used they are used again, in another order, as the windows' source says.
@@ -60,30 +61,19 @@ def chat_calibration_windows(
     """
     conversations = read_conversations(source)
     tokens = _tokeniser(conversations, tokenizer)
-    words, generator = _name(source), random.Random(seed)
-    order = list(range(len(conversations)))
-    generator.shuffle(order)
-    rows = _packed(tokens, order, seq_len, samples)
-    if len(rows) < samples:
-        words += ", conversations used again"
-    while len(rows) < samples:
+    words, order = _name(source), list(range(len(conversations)))
+    if seed is None or samples is None:
+        rows = _packed(tokens, order, seq_len, samples)
+    else:
+        generator = random.Random(seed)
         generator.shuffle(order)
-        rows += _packed(tokens, order, seq_len, samples - len(rows))
+        rows = _packed(tokens, order, seq_len, samples)
+        if len(rows) < samples:
+            words += ", conversations used again"
+        while len(rows) < samples:
+            generator.shuffle(order)
+            rows += _packed(tokens, order, seq_len, samples - len(rows))
     return Windows(torch.tensor(rows, dtype=torch.int64), words, TEMPLATE)
-
-
-def chat_evaluation_windows(
-    source: str | Path | Sequence[Any],
-    tokenizer: Any,
-    *,
-    seq_len: int = 2048,
-    limit: int | None = None,
-) -> Windows:
-    """Windows of the conversations in their own order, each used once; at most `limit` windows."""
-    conversations = read_conversations(source)
-    order = range(len(conversations))
-    rows = _packed(_tokeniser(conversations, tokenizer), order, seq_len, limit)
-    return Windows(torch.tensor(rows, dtype=torch.int64), _name(source), TEMPLATE)
 
 
 def read_conversations(source: str | Path | Sequence[Any]) -> list[Conversation]:

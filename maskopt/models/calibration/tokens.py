@@ -209,10 +209,9 @@ class Windows:
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
-    def take(self, chosen: slice | Sequence[int]) -> Windows:
+    def take(self, chosen: slice | list[int]) -> Windows:
         """Some of the windows."""
-        part = chosen if isinstance(chosen, slice) else list(chosen)
-        return Windows(self.tokens[part], self.source, self.beginning)
+        return Windows(self.tokens[chosen], self.source, self.beginning)
 
     @property
     def length(self) -> int:

@@ -318,12 +318,12 @@ def write(path, talks):
 
 
 def calibration(source, tokenizer=CHAT, **options):
-    how = {"samples": 3, "seq_len": 64, **options}
-    return chat.chat_calibration_windows(source, tokenizer, **how)
+    how = {"samples": 3, "seq_len": 64, "seed": 0, **options}
+    return chat.chat_windows(source, tokenizer, **how)
 
 
-def evaluation(source, tokenizer=CHAT, seq_len=30, **options):
-    return chat.chat_evaluation_windows(source, tokenizer, seq_len=seq_len, **options)
+def evaluation(source, tokenizer=CHAT, seq_len=30, limit=None):
+    return chat.chat_windows(source, tokenizer, samples=limit, seq_len=seq_len, seed=None)
 
 
 def parts(window):
