@@ -311,15 +311,10 @@ def mixtures_of(blocks: Blocks, index: int) -> list[Mixture]:
         each, parent = _each(blocks.model, full), block.get_submodule(name.rpartition(".")[0])
         count = next(p.shape[0] for _, p in module.named_parameters(recurse=False) if p.ndim == 3)
         parameters = [f"{full}.{n}" for n, p in module.named_parameters() if p.shape[0] == count]
-
-        def of_router(named: Iterable[tuple[str, Tensor]], count: int = count) -> list[str]:
-            return [
-                n
-                for n, x in named
-                if n.partition(".")[0] in _ROUTERS and x.ndim and x.shape[0] == count
-            ]
-
-        routers, kept = of_router(parent.named_parameters()), of_router(parent.named_buffers())
+        routers, kept = (
+            [n for n, x in some if n.split(".")[0] in _ROUTERS and x.shape[:1] == (count,)]
+            for some in (parent.named_parameters(), parent.named_buffers())
+        )
         if not routers or kept:
             what = "is of no known form"
             if kept:

@@ -130,6 +130,7 @@ class Structures:
         consumer: the layer whose inputs they are.
         pattern: which of them may stay.
         cuts: by the parameter's name in the model.
+        settings: what the configuration says of as many as stay, by key.
     """
 
     unit: str
@@ -137,6 +138,7 @@ class Structures:
     count: int
     pattern: Pattern
     cuts: Mapping[str, Cut]
+    settings: Mapping[str, int]
 
     @property
     def groups(self) -> Int[Tensor, " n"]:
@@ -162,21 +164,8 @@ def structure_settings(model: nn.Module, every: Sequence[Structures]) -> dict[st
     """New settings by key; ModelError where a configuration cannot describe these sizes."""
     text: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     found: dict[str, set[int]] = {}
-    for one in every:
-        if one.unit == CHANNEL:
-            # where several words stand for the width, the first is what the family reads
-            keys = [key for key in _WIDTHS if getattr(text, key, None) == one.count]
-            if not keys:
-                raise cannot_say(model, f"{one.count} channels")
-            new = {keys[0]: one.kept}
-        else:
-            every_head, groups, width = _attention_of(model, one.consumer)
-            heads = one.kept
-            if one.count == groups:
-                heads, groups = one.kept * (every_head // groups), one.kept
-            new = {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": width}
-        for key, value in new.items():
-            found.setdefault(key, set()).add(value)
+    for key, value in (item for one in every for item in one.settings.items()):
+        found.setdefault(key, set()).add(value)
     for key, values in found.items():
         if len(values) > 1:
             raise cannot_say(model, f"{key} of {', '.join(map(str, sorted(values)))}")
@@ -210,11 +199,16 @@ def _channels_of(blocks: Blocks, index: int, share: float, round_to: int) -> Str
             f"layer {consumer.name!r}: a share of {share:g} of its {n} channels, what stays being a multiple "
             f"of {round_to}, is none; take a larger `channels` or a smaller `round_to`"
         )
+    text: Any = blocks.model.config.get_text_config()  # type: ignore[operator, union-attr]
+    # where several words stand for the width, the first is what the family reads
+    keys = [key for key in _WIDTHS if getattr(text, key, None) == n]
+    if not keys:
+        raise cannot_say(blocks.model, f"{n} channels")
     cuts = {consumer.parameter: Cut(1, [(n, 1)])}
     for producer in producers:
         halves = 2 if producer.name.endswith(_FUSED_MLP) else 1
         cuts |= _rows_and_bias(blocks.model, producer, [(n, 1)] * halves)
-    return Structures(CHANNEL, consumer, n, Unstructured(keep=kept), cuts)
+    return Structures(CHANNEL, consumer, n, Unstructured(keep=kept), cuts, {keys[0]: kept})
 
 
 def _heads_of(blocks: Blocks, index: int, share: float) -> Structures:
@@ -225,6 +219,7 @@ def _heads_of(blocks: Blocks, index: int, share: float) -> Structures:
     gone = Unstructured(sparsity=share).pruned_in(1, groups)
     unit, size, count = "key–value group", each * width, groups
     pattern: Pattern = Unstructured(keep=groups - gone)
+    new = {"num_attention_heads": heads - gone * each, "num_key_value_heads": groups - gone}
     if not gone:
         gone = Unstructured(sparsity=share).pruned_in(1, each)
         unit, size, count = "head", width, heads
@@ -234,6 +229,7 @@ def _heads_of(blocks: Blocks, index: int, share: float) -> Structures:
                 f"{each} heads each is none; {_least(groups, each)}"
             )
         pattern = NM(keep=each - gone, of=each)
+        new = {"num_attention_heads": groups * (each - gone), "num_key_value_heads": groups}
     query = (consumer.n, size)
     key = (groups * width, width if unit != "head" else 0)
     cuts = {consumer.parameter: Cut(1, [query])}
@@ -241,7 +237,7 @@ def _heads_of(blocks: Blocks, index: int, share: float) -> Structures:
         last = producer.name.rpartition(".")[2]
         rows = {"q_proj": [query], _FUSED_ATTENTION: [query, key, key]}.get(last, [key])
         cuts |= _rows_and_bias(blocks.model, producer, rows)
-    return Structures(unit, consumer, count, pattern, cuts)
+    return Structures(unit, consumer, count, pattern, cuts, {**new, "head_dim": width})
 
 
 def _least(groups: int, each: int) -> str:

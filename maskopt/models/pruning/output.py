@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -252,19 +252,17 @@ class FolderResults(Results):
             if index <= self.job.last:
                 layers = read_reports(LayerReport, record["layers"])
                 trained = read_reports(TrainedBlock, record.get("trained", []))
-                edits = Edits.of([self._path(index, "masks")], self._values([index]))
+                edits = self.edits([index])
                 found[index] = FinishedBlock(layers, trained, record["bad"], edits)
         return found
 
-    def edits(self) -> Edits:
-        """Masks and new weights of all finished blocks."""
-        blocks = self._run.journal.blocks
-        return Edits.of((self._path(index, "masks") for index in blocks), self._values(blocks))
-
-    def _values(self, blocks: Iterable[int]) -> list[Path]:
-        """The files of new weights, of blocks that have any."""
+    def edits(self, indices: Sequence[int] | None = None) -> Edits:
+        """Masks and new weights of finished blocks; None: of all."""
         records = self._run.journal.blocks
-        return [self._path(index, "weights") for index in blocks if "weights" in records[index]]
+        blocks = list(records) if indices is None else indices
+        masks = [self._path(index, "masks") for index in blocks]
+        values = [self._path(index, "weights") for index in blocks if "weights" in records[index]]
+        return Edits.of(masks, values)
 
     def _path(self, index: int, kind: str) -> Path:
         """Of a block's `masks` or `weights`."""

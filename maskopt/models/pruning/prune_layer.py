@@ -198,29 +198,25 @@ def solve_rows(
     if least_squares is not None:
         found = fitted.weights(solution.mask) if solution.weight is None else solution.weight
         new = as_stored(job.source, layer, found)
-    seconds = clock() - began
+    seconds, objective = clock() - began, "kept"
+    if new is not None and make_solver(options.solver).capabilities.update:
+        objective = "updated" if solution.own else "least-squares"
     facts: dict[str, Any] = {
         "tokens": tokens,
         "fallback": fallback,
         "gram_shrinkage": gram_shrinkage,
         "pattern": str(fitted.pattern),
-        "objective": _chosen_for(solution, new, options),
+        "objective": objective,
         "damping": None if fitted.update is None else fitted.update.damping,
     }
     return SolvedRows(
         solution.mask.cpu(),
         None if new is None else new.to("cpu", job.source.stored_dtype(layer)),
-        _columns(fitted, judge, solution, start, new, options),
+        _columns(fitted, judge, solution, start, new, objective),
         tuple(map(str, solution.status)),
         facts,
         seconds,
     )
-
-
-def _chosen_for(solution: Solution, new: Tensor | None, options: PruneOptions) -> str:
-    if new is None or not make_solver(options.solver).capabilities.update:
-        return "kept"
-    return "updated" if solution.own else "least-squares"
 
 
 def _columns(
@@ -229,9 +225,10 @@ def _columns(
     solution: Solution,
     start: Solution | None,
     new: Tensor | None,
-    options: PruneOptions,
+    objective: str,
 ) -> dict[str, Tensor]:
-    """The columns of `SolvedRows`: `fitted` was solved, `judge` is the same layer on held-out windows."""
+    """The columns of `SolvedRows`: `fitted` was solved for this `objective`, `judge` is the same layer on
+    held-out windows."""
     kept = fitted.with_update(None)
     wanda = make_start(kept.under(kept.pattern.uniform()), "wanda")
     if new is None:
@@ -241,7 +238,7 @@ def _columns(
         error, error_kept = fitted.error(new), kept.objective(solution.mask)
         held = None if judge is None else judge.error(new)
     bound = solution.lower_bound
-    if _chosen_for(solution, new, options) != "kept":
+    if objective != "kept":
         # the bound includes the penalty of the damping, which is not part of the error
         bound = torch.zeros_like(bound)
     known = {

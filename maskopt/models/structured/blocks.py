@@ -324,7 +324,7 @@ class Variants(dict[Left, int]):
         self.windows = range(job.count)
         self._most, self._folder = most, place(job, most, folder)
 
-    def begin(self, left: Left, entered: Activations, like: Left | None = None) -> int:
+    def begin(self, left: Left, entered: Activations, like: Left | None = None) -> None:
         """Another one, which begins with what enters a block, or with the states of the one `like` it."""
         first = len(self) * len(self.windows)
         if not self:
@@ -334,7 +334,6 @@ class Variants(dict[Left, int]):
             state = entered[window] if like is None else self.states[self[like] + window]
             self.states[first + window] = state
         self[left] = first
-        return first
 
     def __enter__(self) -> Variants:
         return self
