@@ -113,6 +113,7 @@ def _best_of_tile(
     x_p, b_p = pick(x, pruned).to(dtype), pick(b, pruned).to(dtype)
     best = torch.full((len(rows),), torch.inf, dtype=dtype, device=rows.device)
     best_kept, best_pruned = torch.zeros_like(rows), torch.zeros_like(rows)
+    line = torch.arange(len(rows), device=rows.device)
     for part in kept.split(max(1, -(-kept.shape[2] // slices)), dim=2):
         delta = batch.gram[part[..., :, None], pruned[..., None, :]].to(dtype)
         delta *= (-2 * pick(x, part)).to(dtype)[..., :, None]
@@ -125,10 +126,8 @@ def _best_of_tile(
         u = position // size[2] % size[1]
         better = value < best
         best = torch.where(better, value, best)
-        line = torch.arange(len(rows), device=rows.device)
         best_kept = torch.where(better, part[line, group, u], best_kept)
         best_pruned = torch.where(better, pruned[line, group, position % size[2]], best_pruned)
-    line = torch.arange(len(rows), device=rows.device)
     exact_delta = a[line, best_kept] + b[line, best_pruned]
     cross = batch.gram[best_kept, best_pruned].double()
     exact_delta -= 2 * x[line, best_kept] * x[line, best_pruned] * cross

@@ -1,10 +1,8 @@
 # mypy: disallow-untyped-defs=False
 """What the compiled loops of 1-swap search on the CPU share, and their products with G.
 
-Notation as in `engine.py`. Every loop works on a list of rows, one after the other, releases the
-interpreter lock, and touches nothing but its rows; `numba_kernel.py` runs several in threads. The
-order of all arithmetic in a row depends on the row alone, so that a mask never depends on the number
-of threads or on the rows beside it.
+Notation as in `engine.py`. `numba_kernel.py` runs the loops over rows in threads. The order of all arithmetic
+in a row depends on the row alone, so that a mask never depends on the rows beside it.
 
 `x`, `c` and everything that decides is float64. `low` is x in the dtype that proposes: float32, or
 float64 where the range of the data asks for it. Inner loops run over contiguous memory, and are
@@ -26,8 +24,6 @@ from maskopt.solvers.compiled import loop, part
 
 #: +inf that survives fast-math and a few additions, in every dtype
 BIG = 1e37
-#: N:M groups up to this size are priced whole in every round; it costs less than one update of c
-SMALL_GROUP = 64
 #: G is brought in tiles of so many rows and columns when c is computed: half a MiB, in L2
 TILE_J, TILE_I = 256, 512
 
@@ -101,20 +97,6 @@ def price_groups(gram, x, kept, score, group, threshold, partner, cross):
                         cross[u] = gram[u, p]
             found = found or partner[u] >= 0
     return found
-
-
-@fast_loop
-def reach_rows(gram, inverse, out, rows):
-    """out_i = max over j ≠ i of |G_ij|·inverse_i·inverse_j, for some rows of G."""
-    n = gram.shape[1]
-    for i in rows:
-        line = gram[i]
-        most = inverse.dtype.type(0)
-        for j in range(i):
-            most = maximum(most, abs(line[j]) * inverse[j])
-        for j in range(i + 1, n):
-            most = maximum(most, abs(line[j]) * inverse[j])
-        out[i] = most * inverse[i]
 
 
 def product_rows(gram, x, kept, c, objective, rows):

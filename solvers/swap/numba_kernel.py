@@ -19,16 +19,14 @@ from maskopt.solvers.swap.numba_common import (
     minimum,
     price_groups,
     product_rows,
-    reach_rows,
     scores,
 )
 from maskopt.solvers.swap.numba_search import search_rows
+from maskopt.solvers.swap.torch_kernel import SLACK, Reach
 
 _RELATIVE, _FLOOR = ACCEPT * SWAP_TOLERANCE, ACCEPT * SWAP_FLOOR
 #: points at which `_envelope` samples a lower envelope
 GRID = 24
-#: |x|·d is rounded up by this factor, ρ as well
-SLACK = 1.0 + 2.0**-20
 #: every height is lowered by this too: more than products that float32 flushes to zero amount to
 FLUSHED = 1e-24
 #: the side with fewer survivors has its rows of G read in full where the other has more than n over this
@@ -39,7 +37,7 @@ def price_rows(gram, bounds, batch, improving, pairs, plan, rows):
     """Step 2 of some rows.
 
     Args:
-        bounds: G's diagonal, d and ρ (`NumbaKernel`).
+        bounds: G's diagonal, d and ρ (`Reach`).
         batch: x, low, kept, c, partner, cross, objective and mass of all rows.
         improving, pairs: of all rows, written: is there an improving swap, and pairs whose Δ was formed.
         plan: group, the relative and the absolute part of a threshold, and the margin for rounding.
@@ -267,9 +265,10 @@ class NumbaKernel:
         self.single = batch.single
         self._threads = RowThreads(threads)
         self._gram = batch.gram.numpy()
-        self._low = np.float32 if batch.single else np.float64
+        self._margin = 4.0 * torch.finfo(batch.low.dtype).eps
         self._diagonal = batch.diagonal.numpy()
-        self._reach, self._rho = self._couplings()
+        reach = Reach.of(batch.gram, single=batch.single)
+        self._bounds = self._diagonal, reach.d.numpy(), reach.rho.numpy()
 
     def refresh(self, batch: Batch, rows: Tensor) -> None:
         """As in `Kernel`; the sum over pruned columns in one fixed order."""
@@ -287,9 +286,8 @@ class NumbaKernel:
     def price(self, batch: Batch, rows: Tensor) -> Tensor:
         """As in `Kernel`."""
         improving = np.zeros(batch.rows, np.bool_)
-        bounds = self._diagonal, self._reach, self._rho
-        arrays = self._gram, bounds, self._arrays(batch), improving, batch.priced.numpy()
-        plan = batch.group, _RELATIVE, _FLOOR, 4.0 * float(np.finfo(self._low).eps)
+        arrays = self._gram, self._bounds, self._arrays(batch), improving, batch.priced.numpy()
+        plan = batch.group, _RELATIVE, _FLOOR, self._margin
         self._threads.run(price_rows, rows.numpy(), *arrays, plan)
         return torch.from_numpy(improving)[rows]
 
@@ -298,24 +296,3 @@ class NumbaKernel:
         rows = batch.x, batch.low, batch.kept, batch.c
         found = batch.partner, batch.cross, batch.objective, batch.mass
         return tuple(tensor.numpy() for tensor in rows + found)
-
-    def _couplings(self) -> tuple[np.ndarray, np.ndarray]:
-        """d and ρ with |G_ij| ≤ d_i d_j, and |G_ij| ≤ ρ_i d_i d_j for j ≠ i; ρ rounded up.
-
-        d is √G_jj; where G is indefinite by more than rounding, the root of its row's largest entry.
-        """
-        d = np.sqrt(np.maximum(self._diagonal, 0.0))
-        rho = self._strongest(d)
-        if rho.max(initial=0.0) > 1.0 + 1e-3:
-            d = np.sqrt(np.abs(self._gram).max(1).astype(np.float64))
-            rho = self._strongest(d)
-        return d, rho * SLACK
-
-    def _strongest(self, d: np.ndarray) -> np.ndarray:
-        scale = d.max(initial=0.0)
-        with np.errstate(divide="ignore"):
-            inverse = np.where(d > 1e-12 * scale, 1.0 / d, 1e12 / scale if scale > 0 else 0.0)
-        out = np.zeros(len(d), np.float64)
-        low = inverse.astype(self._low)
-        self._threads.run(reach_rows, np.arange(len(d)), self._gram, low, out)
-        return out

@@ -7,7 +7,6 @@ import numpy as np
 
 from maskopt.solvers.swap.numba_common import (
     BIG,
-    SMALL_GROUP,
     fast,
     fast_loop,
     minimum,
@@ -15,6 +14,7 @@ from maskopt.solvers.swap.numba_common import (
     scores,
     sort,
 )
+from maskopt.solvers.swap.torch_kernel import SMALL_GROUP
 
 #: kept candidates of a round at most, and pruned ones; a constant, so that loops over it unroll
 WIDTH = 48

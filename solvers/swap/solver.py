@@ -93,9 +93,9 @@ class Swap(Solver):
         # would take the cores
         with torch_threads(1 if name == "numba" else None):
             parts = self._parts(problem, start, name, threads, limits)
-        objective = torch.cat([b.objective.clamp(min=0.0) * b.scale for b in parts])
-        traces = [
-            Trace(
+        solutions = []
+        for batch in parts:
+            trace = Trace(
                 kernel=name,
                 swaps=batch.swaps.cpu(),
                 scans=batch.scans.cpu(),
@@ -103,10 +103,10 @@ class Swap(Solver):
                 pairs=batch.priced.cpu(),
                 history=torch.stack(batch.history, 1).cpu(),
             )
-            for batch in parts
-        ]
-        mask, optimal = (torch.cat([getattr(b, x) for b in parts]) for x in ("kept", "proven"))
-        return searched(mask, objective, optimal, join_rows(traces))
+            objective = batch.objective.clamp(min=0.0) * batch.scale
+            solutions.append(searched(batch.kept, objective, batch.proven, trace))
+        found: Solution = join_rows(solutions)
+        return found
 
     def _parts(
         self, problem: LayerProblem, kept: Tensor, name: str, threads: int, limits: Limits

@@ -15,9 +15,10 @@ from maskopt.solvers.swap.literal import refresh
 
 #: kept and pruned candidates of a round
 CANDIDATES = 32
-#: N:M groups up to this size are priced whole in every round
+#: N:M groups up to this size are priced whole in every round; it costs less than one update of c
 SMALL_GROUP = 64
-_SLACK = 1.0 + 2.0**-20
+#: |x|·d is rounded up by this factor, ρ as well
+SLACK = 1.0 + 2.0**-20
 _Tensors = tuple[Tensor, ...]
 
 
@@ -31,25 +32,29 @@ class Reach:
     """float64, rounded up, at most about 1."""
 
     @classmethod
-    def of(cls, gram: Float[Tensor, "n n"], block_bytes: int = 2**26) -> Reach:
-        """One pass over G, blockwise (two where G is indefinite)."""
+    def of(
+        cls, gram: Float[Tensor, "n n"], *, single: bool = False, block_bytes: int = 2**24
+    ) -> Reach:
+        """One pass over G, blockwise (two where G is indefinite), in float32 (`single`) or float64."""
+        dtype = torch.float32 if single else torch.float64
         step = max(1, block_bytes // (8 * len(gram)))
-        reach = cls._with(gram, gram.diagonal().double().clamp(min=0.0).sqrt(), step)
+        reach = cls._with(gram, gram.diagonal().double().clamp(min=0.0).sqrt(), dtype, step)
         if bool(reach.rho.max() <= 1.0 + 1e-3):
             return reach
-        return cls._with(gram, gram.abs().amax(1).double().sqrt(), step)
+        return cls._with(gram, gram.abs().amax(1).double().sqrt(), dtype, step)
 
     @classmethod
-    def _with(cls, gram: Tensor, d: Tensor, step: int) -> Reach:
-        n = len(d)
-        rho = torch.zeros(n, dtype=torch.float64, device=gram.device)
-        for start in range(0, n, step):
-            block = gram[start : start + step].double().abs()
-            ratio = block / (d[start : start + step, None] * d)
-            ratio = torch.where(block == 0, 0.0, ratio)
+    def _with(cls, gram: Tensor, d: Tensor, dtype: torch.dtype, step: int) -> Reach:
+        scale = float(d.max())
+        most = 1e12 / scale if scale > 0 else 0.0
+        inverse = torch.where(d > 1e-12 * scale, 1.0 / d, most).to(dtype)
+        rho = torch.empty_like(d)
+        for start in range(0, len(d), step):
+            part = slice(start, start + step)
+            ratio = gram[part].abs() * inverse
             ratio.diagonal(start).zero_()
-            rho[start : start + step] = ratio.amax(1)
-        return cls(d=d, rho=rho * _SLACK)
+            rho[part] = ratio.amax(1) * inverse[part]
+        return cls(d=d, rho=rho * SLACK)
 
 
 class TorchKernel:
@@ -64,7 +69,7 @@ class TorchKernel:
 
     @cached_property
     def _reach(self) -> Tensor:
-        return Reach.of(self._gram, self._memory // 4).d
+        return Reach.of(self._gram, single=self.single, block_bytes=self._memory // 4).d
 
     def refresh(self, batch: Batch, rows: Tensor) -> None:
         refresh(batch, rows, self._memory)

@@ -27,10 +27,10 @@ import io, json, logging, sys
 logging.getLogger("maskopt.compile").addHandler(logging.StreamHandler(said := io.StringIO()))
 logging.getLogger("maskopt.compile").setLevel(logging.INFO)
 import numpy as np
-from maskopt.solvers.swap.numba_common import reach_rows
+from maskopt.solvers.convex.mixing_kernel import couplings
 for dtype in sys.argv[1:]:
-    reach_rows(np.eye(4, dtype=dtype), np.ones(4, dtype), np.zeros(4), np.arange(4))
-print(json.dumps({"said": said.getvalue().splitlines(), "hits": sum(reach_rows.stats.cache_hits.values())}))
+    couplings(np.eye(4, dtype=dtype), np.ones((1, 4), dtype), np.zeros((1, 4)), np.arange(1))
+print(json.dumps({"said": said.getvalue().splitlines(), "hits": sum(couplings.stats.cache_hits.values())}))
 """
 
 

@@ -18,7 +18,7 @@ import triton
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from maskopt.solvers.swap.torch_kernel import Reach
+from maskopt.solvers.swap.torch_kernel import SLACK, Reach
 from maskopt.solvers.swap.triton import kernels
 
 #: values of the grid of `discard`: grid_k = top · 2^(−k/8), over a range of 2¹⁶
@@ -27,7 +27,6 @@ GRID = 128
 BLOCK_U, BLOCK_P = 16, 64
 #: columns a program of the row-wise kernels handles at a time
 STRIP = 1024
-_SLACK = 1.0 + 2.0**-20
 
 
 def column_terms(
@@ -129,7 +128,7 @@ def discard(
     φ(t) = min_p (b_p − 2t e_p) falls with t and is tabulated on a geometric grid, entered from
     above. The same for p against the u that are left, and once more for u.
     """
-    reach = rho.to(e.dtype) * e * _SLACK
+    reach = rho.to(e.dtype) * e * SLACK
     top = reach.amax(1, keepdim=True)
     steps = torch.arange(GRID, dtype=torch.float64, device=a.device)
     grid = (top.double() * torch.exp2(-steps / 8)).to(a.dtype)
@@ -173,7 +172,7 @@ def scan(
     value = torch.full_like(x, torch.inf)
     partner = torch.full(x.shape, -1, dtype=torch.int32, device=x.device)
     limit = limit.to(x.dtype)
-    rho = reach.rho.to(x.dtype) * _SLACK
+    rho = reach.rho.to(x.dtype) * SLACK
     fewer_a, fewer_b = discard(a, b, e, rho, limit)
     pairs = (fewer_a < torch.inf).sum(1) * (fewer_b < torch.inf).sum(1)
     lists = []

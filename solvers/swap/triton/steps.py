@@ -54,7 +54,7 @@ class TritonKernel:
         self._small = batch.group <= _SMALL_GROUP
         self._owner: Batch | None = None
         self._harvest = torch.empty(0)
-        self._reach = Reach.of(batch.gram)
+        self._reach = Reach.of(batch.gram, single=batch.single)
         if self._small:
             columns = torch.arange(batch.n, device=batch.x.device).view(-1, batch.group)
             self._blocks = batch.gram[columns[:, :, None], columns[:, None, :]]
