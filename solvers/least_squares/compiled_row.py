@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from maskopt.solvers.compiled import loop, part
-from maskopt.solvers.least_squares.state import CHUNK, SAFETY, Block, Pairs, Row, part_of
+from maskopt.solvers.least_squares.state import CHUNK, SAFETY, Block, Row, Slots
 
 
 @part(nogil=True)
@@ -46,18 +46,6 @@ def look(a, target, kept, pruned, v, rest, r, left):
     for i in range(len(pruned)):
         r[i] = rest[pruned[i]]
     return explained
-
-
-@loop(nogil=True)
-def apart(a, kept, solved, signs, rest):
-    """‖A_SS x − z‖ of x = Mz."""
-    rest[:] = 0.0
-    _take_away(a, kept, solved, rest)
-    total = 0.0
-    for i in range(len(kept)):
-        off = rest[kept[i]] + signs[i]
-        total += off * off
-    return np.sqrt(total)
 
 
 @part(nogil=True)
@@ -349,19 +337,18 @@ class CompiledRow(Row):
         slots = self.kept, self.pruned, self.v, rest, self.r, self.left
         self.explained = look(*_arrays(self.metric.damped, self.target, *slots))
 
-    def likely(self, count: int) -> Pairs:
+    def likely(self, count: int) -> Slots:
         diagonals = _arrays(self.metric.alone, self.metric.spread)
         u, p = likely(*self._state(), *diagonals, self.metric.group_size, count)
-        return Pairs(torch.from_numpy(u), torch.from_numpy(p))
+        return torch.from_numpy(u), torch.from_numpy(p)
 
-    def block(self, pairs: Pairs) -> Block:
-        u, p = pairs.u.numpy(), pairs.p.numpy()
-        outer = self._lines(p)
+    def block(self, u: Tensor, p: Tensor) -> Block:
+        outer = self.lines(p)
         columns = self.scratch("block", len(self.kept), len(u) + len(p))
         b = torch.mm(self.m, outer.T, out=columns[:, len(u) :])
         inner = torch.mm(outer, b, out=self.scratch("inner", len(p), len(p)))
-        state = _arrays(self.metric.damped, self.m, self.v, self.r, self.pruned)
-        z, y = tableau(*state, u, p, columns.numpy(), inner.numpy())
+        state = self.metric.damped, self.m, self.v, self.r, self.pruned
+        z, y = tableau(*_arrays(*state, u, p, columns, inner))
         return Block(columns, torch.from_numpy(z), torch.from_numpy(y))
 
     def exchange(self, u: Tensor, p: Tensor, block: Block) -> None:
@@ -373,24 +360,16 @@ class CompiledRow(Row):
         self.fresh = False
         self.look()
 
-    def drift(self) -> float:
-        signs = self.scratch.signs(len(self.v))
-        solved = torch.mv(self.m, signs, out=self.scratch("solved", len(self.v)))
-        rest = self.scratch("rest", len(self.target))
-        off = apart(*_arrays(self.metric.damped, self.kept, solved, signs, rest))
-        return off / max(1.0, len(self.v) ** 0.5)
-
-    def improving(self, count: int, threshold: float) -> Pairs | None:
-        p = self._suspects().numpy()
+    def improving(self, count: int, threshold: float) -> Slots | None:
+        p = self._suspects()
         if not len(p):
             return None
-        outer = self._lines(p)
+        outer = self.lines(p)
         b = torch.mm(outer, self.m, out=self.scratch("columns", *outer.shape))
         self.formed += b.numel()
-        alone, size = self.metric.alone.numpy(), self.metric.group_size
-        products = _arrays(b, outer)
-        u, p = best_pairs(*products, *self._state(), p, alone, size, threshold, count)
-        return Pairs(torch.from_numpy(u), torch.from_numpy(p)) if len(p) else None
+        state = *_arrays(b, outer), *self._state(), *_arrays(p, self.metric.alone)
+        u, best = best_pairs(*state, self.metric.group_size, threshold, count)
+        return (torch.from_numpy(u), torch.from_numpy(best)) if len(best) else None
 
     def _suspects(self) -> Tensor:
         metric, state = self.metric, self._state()
@@ -401,10 +380,7 @@ class CompiledRow(Row):
             return torch.from_numpy(flagged)
         left = screen(*state, metric.spread.numpy(), SAFETY)
         u, p, widths, cost, price, square, twice, least, flagged = left
-        if not len(u) or not len(p):
-            return torch.from_numpy(p[:0])
-        outer = self._lines(p)
-        slots = torch.from_numpy(u)
+        outer, slots = self.lines(torch.from_numpy(p)), torch.from_numpy(u)
         for first in range(0, len(u), CHUNK):
             part, width = slots[first : first + CHUNK], int(widths[first])
             lines = self.scratch("lines", len(part), len(self.kept))
@@ -417,12 +393,6 @@ class CompiledRow(Row):
     def _state(self) -> list[np.ndarray]:
         """M, v, r, and the inputs in the slots."""
         return _arrays(self.m, self.v, self.r, self.kept, self.pruned)
-
-    def _lines(self, p: np.ndarray) -> Tensor:
-        """A_p,S of slots p."""
-        inputs = torch.from_numpy(self.pruned.numpy()[p])
-        out = self.scratch("outer", len(inputs), len(self.kept))
-        return part_of(self.metric.damped, inputs, self.kept, out)
 
 
 def _arrays(*tensors: Tensor) -> list[np.ndarray]:

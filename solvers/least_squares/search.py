@@ -27,7 +27,7 @@ from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import REFIT_FLOOR, SWAP_TOLERANCE, Solution
 from maskopt.protocol.trace import Trace
 from maskopt.solvers.least_squares.compiled_row import CompiledRow, exchanges, one_sided
-from maskopt.solvers.least_squares.state import DRIFT, Metric, Pairs, Row, Scratch
+from maskopt.solvers.least_squares.state import DRIFT, Metric, Row, Scratch, Slots
 from maskopt.solvers.shared_budget import OFFERED, Offers, by_count, searched, transfer
 
 #: candidates on each side; on both together, where an input meets few others, those of its group
@@ -100,13 +100,13 @@ def refine(row: Row, objective: float, mass: float, most: int, limits: Limits) -
     return found
 
 
-def _exchange(row: Row, pairs: Pairs, threshold: float, most: int) -> int:
+def _exchange(row: Row, slots: Slots, threshold: float, most: int) -> int:
     """Search among candidates, and exchange what pays; the number of swaps."""
     if most <= 0:
         return 0
-    block = row.block(pairs)
-    count = len(pairs.u)
-    group = torch.cat([row.kept[pairs.u], row.pruned[pairs.p]]) // row.metric.group_size
+    (u, p), block = slots, row.block(*slots)
+    count = len(u)
+    group = torch.cat([row.kept[u], row.pruned[p]]) // row.metric.group_size
     z, y = (x.cpu().clone().numpy() for x in (block.z, block.y))
     who, kept = np.arange(len(y)), np.zeros(len(y), np.bool_)
     made = exchanges(z, y, who, group.cpu().numpy(), count, threshold, min(most, 2**62))
@@ -114,7 +114,7 @@ def _exchange(row: Row, pairs: Pairs, threshold: float, most: int) -> int:
     left, came = np.flatnonzero(~kept[:count]), np.flatnonzero(kept[count:])
     if len(left):
         gone, back = (torch.from_numpy(x).to(row.v.device) for x in (left, came))
-        row.exchange(pairs.u[gone], pairs.p[back], block.of(torch.cat([gone, count + back])))
+        row.exchange(u[gone], p[back], block.of(torch.cat([gone, count + back])))
     return made
 
 
@@ -208,13 +208,14 @@ def _offers(row: Row) -> Offers:
     C]] of some candidates, pruning u costs y_u²/M_uu, keeping p again saves y_p²/C_pp, and either is a pivot
     on one diagonal entry, after which the next is priced."""
     found = Offers.none(1, row.v.device)
-    cheapest = row.costs().topk(min(OFFERED, len(row.kept)), largest=False).indices
-    pairs = Pairs(cheapest, _most_saving(row))
-    block, count = row.block(pairs), len(pairs.u)
+    cost = row.v.square() / row.m.diagonal()
+    u = cost.topk(min(OFFERED, len(row.kept)), largest=False).indices
+    p, count = _most_saving(row), len(u)
+    block = row.block(u, p)
     z, y = block.z.cpu().clone().numpy(), block.y.cpu().clone().numpy()
     for part, inputs, into, prices in (
-        (slice(0, count), row.kept[pairs.u], found.removals, found.costs),
-        (slice(count, None), row.pruned[pairs.p], found.returns, found.gains),
+        (slice(0, count), row.kept[u], found.removals, found.costs),
+        (slice(count, None), row.pruned[p], found.returns, found.gains),
     ):
         size = len(inputs)
         alone = np.zeros(size, np.int64), np.full(1, size)
@@ -229,7 +230,7 @@ def _most_saving(row: Row) -> Tensor:
     that only what is above the best of the likely ones is priced."""
     most = row.r.square() * row.metric.spread[row.pruned]
     count = min(OFFERED, len(row.pruned))
-    slots = row.likely(count).p
+    _, slots = row.likely(count)
     exact = _gains(row, slots)
     if len(slots) < len(row.pruned):
         other = most > exact.max()
@@ -241,6 +242,4 @@ def _most_saving(row: Row) -> Tensor:
 
 def _gains(row: Row, slots: Tensor) -> Float[Tensor, " some"]:
     """r_p²/C_pp."""
-    if not len(slots):
-        return row.r[slots]
     return row.r[slots].square() / row.columns(slots)[1]

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Self
 
 import numpy as np
@@ -41,6 +41,8 @@ CHUNK, AT_ONCE = 64, 2**20
 DRIFT = 1e-9
 #: what rounding may add to a gain that is held against a cost
 SAFETY = 1e-6
+#: candidates for exchanges: slots of kept inputs, and of pruned ones
+Slots = tuple[Int[Tensor, " some"], Int[Tensor, " others"]]
 
 
 class Scratch:
@@ -49,7 +51,6 @@ class Scratch:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._buffers: dict[str, Tensor] = {}
-        self._signs: dict[int, Tensor] = {}
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         """An uninitialised tensor of this shape."""
@@ -60,13 +61,12 @@ class Scratch:
             self._buffers[name] = buffer
         return buffer[:size].view(shape)
 
-    def signs(self, size: int) -> Tensor:
-        """Random signs, the same for every row of this size."""
-        if size not in self._signs:
-            generator = torch.Generator().manual_seed(0)
-            drawn = torch.randint(0, 2, (size,), generator=generator)
-            self._signs[size] = (drawn * 2 - 1).to(self.device, torch.float64)
-        return self._signs[size]
+
+@cache
+def _signs(size: int, device: torch.device) -> Float[Tensor, " size"]:
+    """Random signs, the same for every row of this size."""
+    drawn = torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(0))
+    return (drawn * 2 - 1).to(device, torch.float64)
 
 
 def part_of(matrix: Tensor, lines: Tensor, columns: Tensor, out: Tensor) -> Tensor:
@@ -143,17 +143,6 @@ class Metric:
     def stiffness(self) -> float:
         return float((self.alone * self.spread).max())
 
-    def group(self, inputs: Tensor) -> Tensor:
-        return inputs // self.group_size
-
-
-@dataclass
-class Pairs:
-    """Candidates for exchanges: slots of kept inputs, and of pruned ones."""
-
-    u: Int[Tensor, " some"]
-    p: Int[Tensor, " others"]
-
 
 @dataclass
 class Block:
@@ -168,7 +157,6 @@ class Block:
         return Block(self.columns[:, some], self.z[some[:, None], some[None, :]], self.y[some])
 
 
-@dataclass
 class Row:
     """A row, changed in place by exchanges. Slots 0 … k−1 hold the kept inputs, 0 … s−1 the pruned ones.
 
@@ -180,18 +168,21 @@ class Row:
         formed: pairs of which the scans had to form B.
     """
 
-    metric: Metric
-    scratch: Scratch
-    target: Float[Tensor, " n"]
-    kept: Int[Tensor, " k"]
-    pruned: Int[Tensor, " s"]
-    m: Float[Tensor, "k k"]
-    v: Float[Tensor, " k"]
-    r: Float[Tensor, " s"]
-    left: Float[Tensor, " k"]
-    explained: float = 0.0
-    fresh: bool = True
-    formed: int = 0
+    explained, fresh, formed = 0.0, True, 0
+
+    def __init__(
+        self,
+        metric: Metric,
+        scratch: Scratch,
+        target: Float[Tensor, " n"],
+        kept: Int[Tensor, " k"],
+        pruned: Int[Tensor, " s"],
+        m: Float[Tensor, "k k"],
+    ) -> None:
+        self.metric, self.scratch, self.target = metric, scratch, target
+        self.kept, self.pruned, self.m = kept, pruned, m
+        self.v, self.r, self.left = (target.new_empty(len(x)) for x in (kept, pruned, kept))
+        self.inverted()
 
     @classmethod
     def several(
@@ -206,12 +197,8 @@ class Row:
         for one, inputs in zip(system, kept, strict=True):
             part_of(metric.damped, inputs, inputs, one)
         m = inverse(system, scratch("m", count, k, k), scratch("work", count * (k * k // 2 + 1)))
-        rows = []
-        for parts in zip(targets, kept, pruned, m, strict=True):
-            v, r, left = (targets.new_empty(len(x)) for x in (parts[1], parts[2], parts[1]))
-            rows.append(row := cls(metric, scratch, *parts, v, r, left))
-            row.inverted()
-        return rows
+        each = zip(targets, kept, pruned, m, strict=True)
+        return [cls(metric, scratch, *parts) for parts in each]
 
     def renew(self, kept: Int[Tensor, " k"], pruned: Int[Tensor, " s"]) -> None:
         """M, v and r from scratch, of a mask with as many kept."""
@@ -257,28 +244,23 @@ class Row:
         if 4 * objective * self.metric.stiffness * fall > noise * noise:
             self.look()
 
-    def costs(self) -> Float[Tensor, " k"]:
-        """v_u²/M_uu."""
-        return self.v.square() / self.m.diagonal()
-
-    def likely(self, count: int) -> Pairs:
+    def likely(self, count: int) -> Slots:
         """Candidates by r_p²√(H_pp/A_pp) for r_p²/C_pp, at most `count` a side, or in whole groups."""
         gain = self.r.square() * (self.metric.spread / self.metric.alone).sqrt()[self.pruned]
-        cost = self.costs()
-        if self.metric.group_size == len(self.target):
-            return Pairs(_least(cost, count), _least(-gain, count))
-        groups = len(self.target) // self.metric.group_size
-        of_u, of_p = self.metric.group(self.kept), self.metric.group(self.pruned)
-        cheapest = cost.new_full((groups,), torch.inf).scatter_reduce_(0, of_u, cost, "amin")
-        dearest = gain.new_zeros(groups).scatter_reduce_(0, of_p, gain, "amax")
-        return self._whole(_least(cheapest - dearest, max(1, count // self.metric.group_size)))
+        cost, size = self.v.square() / self.m.diagonal(), self.metric.group_size
+        if size == len(self.target):
+            return _least(cost, count), _least(-gain, count)
+        cheapest = cost.new_full((len(self.target) // size,), torch.inf)
+        cheapest.scatter_reduce_(0, self.kept // size, cost, "amin")
+        dearest = torch.zeros_like(cheapest).scatter_reduce_(0, self.pruned // size, gain, "amax")
+        return self._whole(_least(cheapest - dearest, max(1, count // size)))
 
-    def _whole(self, groups: Tensor) -> Pairs:
+    def _whole(self, groups: Tensor) -> Slots:
         """All inputs of some groups."""
-        slots = self.metric.group(self.kept), self.metric.group(self.pruned)
-        return Pairs(*(torch.isin(x, groups).nonzero()[:, 0] for x in slots))
+        of_u, of_p = (x // self.metric.group_size for x in (self.kept, self.pruned))
+        return torch.isin(of_u, groups).nonzero()[:, 0], torch.isin(of_p, groups).nonzero()[:, 0]
 
-    def improving(self, count: int, threshold: float) -> Pairs | None:
+    def improving(self, count: int, threshold: float) -> Slots | None:
         """The exact scan: candidates out of all pairs of Δ < −threshold; None: there is none."""
         suspects = self._suspects()
         if not len(suspects):
@@ -289,25 +271,21 @@ class Row:
         delta = (self.v[:, None] - b * (r / c)).square_()
         delta /= (b.square_() / c).add_(self.m.diagonal()[:, None])
         delta -= r.square() / c
-        if self.metric.group_size < len(self.target):
-            of_u, of_p = self.metric.group(self.kept), self.metric.group(self.pruned[suspects])
-            delta[of_u[:, None] != of_p] = torch.inf
+        size, of_p = self.metric.group_size, self.pruned[suspects] // self.metric.group_size
+        delta.masked_fill_((self.kept // size)[:, None] != of_p, torch.inf)
         by_kept, by_pruned = delta.amin(1), delta.amin(0)
         if not bool((by_pruned < -threshold).any()):
             return None
-        if self.metric.group_size < len(self.target):
-            best = by_pruned.topk(
-                min(len(by_pruned), max(1, count // self.metric.group_size)), largest=False
-            )
-            return self._whole(of_p[best.indices])
+        if size < len(self.target):
+            return self._whole(of_p[_least(by_pruned, max(1, count // size))])
         u, p = _least(by_kept, count), _least(by_pruned, count)
-        return Pairs(u[by_kept[u] < 0], suspects[p[by_pruned[p] < 0]])
+        return u[by_kept[u] < 0], suspects[p[by_pruned[p] < 0]]
 
     def _suspects(self) -> Int[Tensor, " some"]:
         """Slots of the pruned inputs that (2), and (1) with the least C_pp, leave an improving pair."""
         spread = self.metric.spread
         ratio = (spread[self.kept] / self.m.diagonal()).clamp(min=1.0)
-        cost = self.costs()
+        cost = self.v.square() / self.m.diagonal()
         need = cost / (ratio.sqrt() + (ratio - 1.0).sqrt()).square()
         gain = self.r.square() * spread[self.pruned] * (1.0 + SAFETY)
         price = self.v / self.m.diagonal()
@@ -318,7 +296,7 @@ class Row:
         if not len(u):
             return p[:0]
         flagged = torch.zeros_like(p, dtype=torch.bool)
-        outer = self._outer(p)
+        outer = self.lines(p).T
         square, twice = self.r[p].square(), 2 * self.r[p]
         least = (1.0 - SAFETY) / spread[self.pruned[p]]
         for part in u.split(CHUNK):
@@ -333,38 +311,36 @@ class Row:
         self, need: Tensor, gain: Tensor, cost: Tensor, price: Tensor
     ) -> Int[Tensor, " some"]:
         """The same where only pairs inside a group count."""
-        same = self.metric.group(self.kept)[:, None] == self.metric.group(self.pruned)[None, :]
-        u, p = (same & (need[:, None] < gain[None, :])).nonzero().unbind(1)
+        of_u, of_p = (x // self.metric.group_size for x in (self.kept, self.pruned))
+        u, p = ((of_u[:, None] == of_p) & (need[:, None] < gain[None, :])).nonzero().unbind(1)
         least = (1.0 - SAFETY) / self.metric.spread[self.pruned[p]]
         self.formed += len(p)
         flagged = []
         step = max(1, AT_ONCE // max(1, len(self.kept)))
         for one, two, low in zip(u.split(step), p.split(step), least.split(step), strict=True):
-            b = (self.m[one] * self._outer(two).T).sum(1)
+            b = (self.m[one] * self.lines(two)).sum(1)
             reach = self.r[two].square() + 2 * self.r[two] * price[one] * b
             flagged.append(two[reach > cost[one] * low])
         return torch.cat(flagged).unique() if flagged else p
 
-    def _outer(self, p: Tensor) -> Float[Tensor, "k some"]:
-        """A_S,p of slots p: lines of the symmetric A, which lie together in memory."""
+    def lines(self, p: Tensor) -> Float[Tensor, "some k"]:
+        """A_p,S of slots p."""
         out = self.scratch("outer", len(p), len(self.kept))
-        return part_of(self.metric.damped, self.pruned[p], self.kept, out).T
+        return part_of(self.metric.damped, self.pruned[p], self.kept, out)
 
     def columns(self, p: Tensor) -> tuple[Float[Tensor, "k some"], Float[Tensor, " some"]]:
         """B_S,p and C_pp of slots p."""
-        outer = self._outer(p)
+        outer = self.lines(p).T
         b = torch.mm(self.m, outer, out=self.scratch("columns", len(outer), len(p)))
         return b, self.metric.alone[self.pruned[p]] - (outer * b).sum(0)
 
-    def block(self, pairs: Pairs) -> Block:
+    def block(self, u: Tensor, p: Tensor) -> Block:
         """T of the candidates."""
-        u, p = pairs.u, pairs.p
-        outer = self._outer(p)
-        columns = self.scratch("block", len(outer), len(u) + len(p))
+        outer, inputs = self.lines(p), self.pruned[p]
+        columns = self.scratch("block", len(self.kept), len(u) + len(p))
         torch.neg(self.m[u].T, out=columns[:, : len(u)])
-        b = torch.mm(self.m, outer, out=columns[:, len(u) :])
-        inputs = self.pruned[p]
-        c = self.metric.damped[inputs[:, None], inputs[None, :]] - outer.T @ b
+        b = torch.mm(self.m, outer.T, out=columns[:, len(u) :])
+        c = self.metric.damped[inputs[:, None], inputs[None, :]] - outer @ b
         z = torch.cat([columns[u], torch.cat([b[u].T, c], 1)])
         return Block(columns, (z + z.T) / 2, torch.cat([self.v[u], self.r[p]]))
 
@@ -393,10 +369,10 @@ class Row:
     def drift(self) -> float:
         """How far M is from an inverse, relative: A_SS(M z) against random signs z (Freivalds). ‖b_S − A_SS
         v‖ would not show it, since b is large where A is, and M drifts where A is small."""
-        z = self.scratch.signs(len(self.v))
+        z = _signs(len(self.v), self.v.device)
         full = torch.zeros_like(self.target).index_copy_(0, self.kept, self.m @ z)
         rest = (full @ self.metric.damped)[self.kept] - z
-        return float(rest.norm() / z.norm().clamp(min=1.0))
+        return float(rest.norm()) / max(1.0, len(z) ** 0.5)
 
 
 def _least(values: Tensor, count: int) -> Tensor:

@@ -11,7 +11,7 @@ from maskopt.core.limits import torch_threads
 from maskopt.solvers.least_squares import compiled_row, state
 from maskopt.solvers.least_squares.compiled_row import CompiledRow, exchanges
 from maskopt.solvers.least_squares.search import refine
-from maskopt.solvers.least_squares.state import Metric, Pairs, Row, Scratch, inverse, part_of
+from maskopt.solvers.least_squares.state import Metric, Row, Scratch, inverse, part_of
 
 DAMPINGS = (0.0, 0.01, 0.3)
 BOTH = pytest.mark.parametrize("kind_of_row", [Row, CompiledRow])
@@ -107,8 +107,8 @@ def test_after_exchanges_the_state_is_that_from_scratch(kind, damping, kind_of_r
     row = random_row(made(kind=kind, damping=damping), kind=kind_of_row)
     # the small tableau is a part of the large one
     u, p = torch.tensor([3, 0, 8]), torch.tensor([10, 2])
-    block = row.block(Pairs(u, p))
-    assert_close(row.block(Pairs(u, p)).of(torch.tensor([4, 1])).z, block.z[[4, 1]][:, [4, 1]])
+    block = row.block(u, p)
+    assert_close(row.block(u, p).of(torch.tensor([4, 1])).z, block.z[[4, 1]][:, [4, 1]])
     m, b, c, v, r = tableau(row)
     assert_close(block.z, whole(m[u][:, u], b[u][:, p], c[p][:, p]))
     assert_close(block.columns, torch.cat([-m[:, u], b[:, p]], 1))
@@ -117,7 +117,7 @@ def test_after_exchanges_the_state_is_that_from_scratch(kind, damping, kind_of_r
     for count in (1, 2, 5, 11, 12, 1):
         u, p = (torch.randperm(12, generator=generator)[:count] for _ in range(2))
         gone, came = row.kept[u], row.pruned[p]
-        row.exchange(u, p, row.block(Pairs(u, p)))
+        row.exchange(u, p, row.block(u, p))
         assert not row.fresh
         row.settle(0.0, 1.0)
         mask = row.mask()
@@ -141,7 +141,7 @@ def test_exchanges_in_the_small_tableau_are_those_of_the_row(problem, damping):
         return
     before = float(problem.objective(row.mask()[None]))
     threshold = noise(problem, before)
-    block = row.block(Pairs(torch.arange(k), torch.arange(s)))
+    block = row.block(torch.arange(k), torch.arange(s))
     inputs = torch.cat([row.kept, row.pruned])
     who, z, y = torch.arange(k + s), block.z.clone(), block.y.clone()
     group = inputs // problem.group_size
@@ -181,7 +181,7 @@ def test_the_scan_of_a_row_finds_what_all_pairs_hold(kind_of_row, problem, dampi
     found, swap = row.improving(problem.n, slack), improving_swap(problem.row(0), mask[0])
     if least < -2 * slack:
         # of equals another may be named
-        assert any(delta[a, b] <= least + slack for a in found.u for b in found.p)
+        assert any(delta[a, b] <= least + slack for a in found[0] for b in found[1])
         assert swap.delta == pytest.approx(least, rel=1e-3, abs=slack)
         assert float(delta[row.kept == swap.kept][:, row.pruned == swap.pruned]) <= least + slack
     elif least > -slack / 2:
@@ -250,12 +250,12 @@ def test_candidates_are_distinct_and_of_whole_groups(pattern, kind_of_row):
     row = random_row(made(64, "outliers", 0.01, pattern), kind=kind_of_row)
     for count in (1, 8, 30, 500):
         for pairs in (row.likely(count), row.improving(count, 0.0)):
-            for slots in (pairs.u, pairs.p):
+            for slots in pairs:
                 assert 0 < len(slots) == len(slots.unique()) <= max(count, 2)
             if isinstance(pattern, NM):
-                groups = (row.kept[pairs.u] // 4).unique()
-                assert torch.equal(groups, (row.pruned[pairs.p] // 4).unique())
-                assert len(pairs.u) == len(pairs.p) == 2 * len(groups)
+                groups = (row.kept[pairs[0]] // 4).unique()
+                assert torch.equal(groups, (row.pruned[pairs[1]] // 4).unique())
+                assert len(pairs[0]) == len(pairs[1]) == 2 * len(groups)
 
 
 @pytest.mark.parametrize("factor", [1e-9, 1e3])
