@@ -23,12 +23,12 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numba
 import numpy as np
@@ -50,7 +50,6 @@ _IMPORT = re.compile(r"^\s*from maskopt\.solvers\.([\w.]+) import", re.MULTILINE
 _LEAST = 4
 #: pieces a thread at most: each costs the interpreter some time, and a slow row holds up little
 _PIECES = 3
-Result = TypeVar("Result")
 
 
 def loop(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -247,12 +246,6 @@ def one_blas_thread() -> AbstractContextManager[object]:
     last bits depend on how many there are."""
     limited: AbstractContextManager[object] = _libraries().limit(limits=1, user_api="blas")
     return limited
-
-
-def in_threads(work: Callable[[int], Result], rows: Iterable[int]) -> list[Result]:
-    """work(row) of all rows, in as many threads as torch has, each with one BLAS thread."""
-    with one_blas_thread(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        return list(pool.map(work, rows))
 
 
 class RowThreads:

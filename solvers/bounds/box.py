@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -83,14 +83,12 @@ class ShiftBound(BoundMethod):
         first = shifted.bound > plain.bound
         diagonal = torch.where(first[:, None], -d * w.square(), 0.0)
         point = torch.where(first[:, None], shifted.point, plain.point).double()
-        groups = problem.n // problem.group_size
-        penalty = torch.zeros(problem.rows, groups, dtype=torch.float64, device=problem.device)
         trace = Trace(
             iterations=iterations,
             shifted=tuple("yes" if used else "no" for used in first.tolist()),
             relaxed=point.cpu(),
         )
-        return Certificate(diagonal, penalty, point), trace
+        return replace(Certificate.box(problem, point), diagonal=diagonal), trace
 
 
 def diagonal_shift(gram: Tensor, worth: Tensor, limits: Limits) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -56,26 +56,21 @@ class PerspectiveBound(BoundMethod):
     def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, Trace]:
         of = Scaled.of(problem)
         room = float(torch.linalg.eigvalsh(of.a)[0])
-        kept = 1 - problem.pruned / problem.weight.numel()
         parts = zip(of.target, of.constant.tolist(), strict=True)
-        rows = [_Row(of.a, room, target, constant, kept) for target, constant in parts]
+        rows = [_Row(problem, of.a, room, target, constant) for target, constant in parts]
         threads = threads_on(problem.device)
         passes = _PRICES if problem.shared_budget else 1
         done = limits.counter(passes * problem.rows)
         rounds = torch.zeros(problem.rows, dtype=torch.int64)
+
+        def better(row: int) -> int:
+            made = rows[row].run(self.turns, self.splits, limits)
+            done()
+            return made
+
         for _ in range(passes):
-            choices: list[_Choice]
             if problem.shared_budget:
-                choices = _together(rows, problem, self.turns, limits, threads)
-            else:
-                group, pruned = problem.group_size, problem.pruned_per_group
-                choices = [_Counted(group, group - pruned)] * problem.rows
-
-            def better(row: int, choices: Sequence[_Choice] = choices) -> int:
-                made = rows[row].run(choices[row], self.turns, self.splits, limits)
-                done()
-                return made
-
+                _together(rows, problem, self.turns, limits, threads)
             rounds += torch.tensor(one_thread_each(better, problem.rows, threads))
         if problem.shared_budget:
             _together(rows, problem, _TURNS_AFTER, limits, threads)
@@ -83,42 +78,10 @@ class PerspectiveBound(BoundMethod):
         return Certificate(d * of.size.square(), d[:, :0], v / of.size), Trace(iterations=rounds)
 
 
-class _Counted(NamedTuple):
-    """A row keeps so many inputs of every group."""
-
-    group: int
-    kept: int
-
-    def shares(self, size: np.ndarray) -> np.ndarray:
-        """The best z for √dⱼ|vⱼ|."""
-        return shares(size, self.group, self.kept)
-
-    def dearest(self, price: Tensor) -> float:
-        """What counts of the prices (b − Bv)ⱼ²/dⱼ."""
-        return float(price.view(-1, self.group).topk(self.kept, dim=1).values.sum())
-
-
-class _Priced(NamedTuple):
-    """A row pays for every input that it keeps."""
-
-    each: float
-
-    def shares(self, size: np.ndarray) -> np.ndarray:
-        with np.errstate(divide="ignore", invalid="ignore"):  # where it is free
-            return np.clip(np.nan_to_num(size / np.sqrt(self.each), nan=1.0), OUT_SHARE, 1.0)
-
-    def dearest(self, price: Tensor) -> float:
-        """As of `_Counted`; less a part that does not depend on the row's d and v."""
-        return float((price - self.each).clamp(min=0.0).sum())
-
-
-_Choice = _Counted | _Priced
-
-
 def _together(
     rows: Sequence[_Row], problem: LayerProblem, turns: int, limits: Limits, threads: int
-) -> list[_Choice]:
-    """Turns of v and z of rows with a shared budget; the cost of an input for each row at the end."""
+) -> None:
+    """Turns of v and z of rows with a shared budget; at the end each row has its price of an input."""
     share = problem.shares.cpu().numpy()[:, None]
     every = problem.weight.numel()
     kept, level = every - problem.pruned, np.inf
@@ -126,45 +89,44 @@ def _together(
         if limits.expired:
             break
         one_thread_each(lambda row: rows[row].solve(), len(rows), threads)
-        size = np.stack([row.size for row in rows]) * np.sqrt(share)
+        size = np.stack([_size(row.d, row.v) for row in rows]) * np.sqrt(share)
         level = float(levels(size.ravel(), every, kept)[0])
         found = shares(size.ravel(), every, kept).reshape(size.shape)
         for row, z in zip(rows, found, strict=True):
             row.z = torch.from_numpy(z).to(row.v)
     with np.errstate(divide="ignore", over="ignore"):  # of rows that nothing is asked of
         each = 1 / (np.float64(level) ** 2 * share.ravel())
-    return [_Priced(float(price)) for price in each]
+    for row, price in zip(rows, each.tolist(), strict=True):
+        row.price = price
 
 
 class _Row:
-    """The relaxation of one row; inputs are scaled to A_jj = 1, `room` is the least eigenvalue of A, and
-    `kept` the part of its inputs that the first z keeps."""
+    """The relaxation of one row; inputs are scaled to A_jj = 1, and `room` is the least eigenvalue of A. The
+    row keeps so many inputs of every group, or, of a shared budget, pays `price` for every input."""
+
+    price = 0.0
 
     def __init__(
-        self, a: Tensor, room: float, target: Tensor, constant: float, kept: float
+        self, problem: LayerProblem, a: Tensor, room: float, target: Tensor, constant: float
     ) -> None:
-        self.a, self.target, self.constant = a, target, constant
+        self.problem, self.a, self.target, self.constant = problem, a, target, constant
+        kept = 1 - problem.pruned / problem.weight.numel()
         self.d = torch.full_like(target, (1 - _ROOM) * max(room, _TINIEST))
         self.z = torch.full_like(target, kept).clamp(min=OUT_SHARE)
         self.v = torch.zeros_like(target)
         self.none = kept == 0  # then v = 0, and nothing is left to split
-
-    @property
-    def size(self) -> np.ndarray:
-        """√dⱼ|vⱼ|."""
-        return (self.d.sqrt() * self.v.abs()).cpu().numpy()
 
     def solve(self) -> None:
         """v for d and z; as it was where its system is not definite."""
         found = self._solved(self.a - torch.diag(self.d), self.d, self.z)
         self.v = self.v if found is None else found
 
-    def run(self, choice: _Choice, turns: int, splits: int, limits: Limits) -> int:
+    def run(self, turns: int, splits: int, limits: Limits) -> int:
         """The rounds that bettered the split."""
         if self.none:
             return 0
-        self.v, self.z = self._turns(choice, self.d, self.z, turns)
-        best = self._value(choice, self.d, self.v)
+        self.v, self.z = self._turns(self.d, self.z, turns)
+        best = self._value(self.d, self.v)
         for done in range(splits):
             if limits.expired:
                 return done
@@ -175,8 +137,8 @@ class _Row:
             gained = 0.0
             for step in _STEPS:
                 d = self._safe(self.d + step * (aim - self.d))
-                v, z = self._turns(choice, d, self.z, _TURNS_AFTER)
-                value = self._value(choice, d, v)
+                v, z = self._turns(d, self.z, _TURNS_AFTER)
+                value = self._value(d, v)
                 if value > best + gained:
                     gained, found = value - best, (d, v, z)
                 elif gained:
@@ -198,19 +160,40 @@ class _Row:
         factor, broken = torch.linalg.cholesky_ex(b + torch.diag(d / z))
         return None if int(broken) else torch.cholesky_solve(self.target[:, None], factor)[:, 0]
 
-    def _turns(self, choice: _Choice, d: Tensor, z: Tensor, turns: int) -> tuple[Tensor, Tensor]:
+    def _turns(self, d: Tensor, z: Tensor, turns: int) -> tuple[Tensor, Tensor]:
         b, v = self.a - torch.diag(d), self.v
         for _ in range(turns):
             found = self._solved(b, d, z)
             if found is None:
                 break
             v = found
-            size = (d.sqrt() * v.abs()).cpu().numpy()
-            z = torch.from_numpy(choice.shares(size)).to(v.device)
+            z = torch.from_numpy(self._shares(_size(d, v))).to(v.device)
         return v, z
 
-    def _value(self, choice: _Choice, d: Tensor, v: Tensor) -> float:
+    def _shares(self, size: np.ndarray) -> np.ndarray:
+        """The best z for √dⱼ|vⱼ|."""
+        group = self.problem.group_size
+        if not self.problem.shared_budget:
+            return shares(size, group, group - self.problem.pruned_per_group)
+        with np.errstate(divide="ignore", invalid="ignore"):  # where it is free
+            return np.clip(np.nan_to_num(size / np.sqrt(self.price), nan=1.0), OUT_SHARE, 1.0)
+
+    def _counted(self, price: Tensor) -> float:
+        """What counts of the prices (b − Bv)ⱼ²/dⱼ; of a shared budget less a part that does not depend on the
+        row's d and v."""
+        if self.problem.shared_budget:
+            return float((price - self.price).clamp(min=0.0).sum())
+        group = self.problem.group_size
+        kept = group - self.problem.pruned_per_group
+        return float(price.view(-1, group).topk(kept, dim=1).values.sum())
+
+    def _value(self, d: Tensor, v: Tensor) -> float:
         """What (d, v) proves, but for rounding."""
         image = self.a @ v - d * v
         price = (self.target - image).square() / d
-        return self.constant - float(v @ image) - choice.dearest(price)
+        return self.constant - float(v @ image) - self._counted(price)
+
+
+def _size(d: Tensor, v: Tensor) -> np.ndarray:
+    """√dⱼ|vⱼ|."""
+    return (d.sqrt() * v.abs()).cpu().numpy()

@@ -29,7 +29,7 @@ from maskopt.core.limits import Limits, one_thread_each, threads_on
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.bounds import BoundMethod
 from maskopt.protocol.trace import Trace
-from maskopt.solvers.compiled import in_threads, one_blas_thread
+from maskopt.solvers.compiled import one_blas_thread
 from maskopt.solvers.convex.box import BoxPlan, linear_bound, relax_box
 from maskopt.solvers.convex.interior_point import interior_point
 from maskopt.solvers.convex.mixing import (
@@ -101,6 +101,10 @@ class SdpBound(BoundMethod):
     )
 
     def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, Trace]:
+        with one_blas_thread():
+            return self._certified(problem, limits)
+
+    def _certified(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, Trace]:
         plain = limits.share(_PLAIN_SHARE) if self.cuts else limits
         rank = self.rank or default_rank(problem.n)
         stages = (self.sweeps,) if self.sweeps is not None else _STAGES
@@ -179,7 +183,7 @@ class _Tile:
         """Keep what is better than before; the positions in `todo` of rows that have not settled."""
         duals, inner = self.state.duals.double().cpu().numpy(), self.state.inner()
 
-        def one(position: int) -> RowDuals | None:
+        def certified(position: int) -> RowDuals | None:
             row = self.todo[position]
             if not self.sweeps[row] or (position and self.limits.expired):
                 return None
@@ -187,8 +191,8 @@ class _Tile:
             return certify_row(self._scaled(row), y, start, self.rho)
 
         again = []
-        for position, found in enumerate(in_threads(one, range(len(self.todo)))):
-            row = self.todo[position]
+        parts = one_thread_each(certified, len(self.todo), torch.get_num_threads())
+        for position, (row, found) in enumerate(zip(self.todo, parts, strict=True)):
             if found is None:
                 again.append(position)
                 continue
@@ -222,11 +226,12 @@ class _Tile:
             if best is None or not best.loss <= part * best.value
         ]
 
-        def relaxed(row: int) -> np.ndarray:
-            of = self._scaled(row)
+        def relaxed(position: int) -> np.ndarray:
+            of = self._scaled(rows[position])
             return interior_point(of.q, 2 * of.linear, of.group, of.pruned, constant=of.constant)
 
-        for row, point in zip(rows, in_threads(relaxed, rows), strict=True):
+        points = one_thread_each(relaxed, len(rows), torch.get_num_threads())
+        for row, point in zip(rows, points, strict=True):
             alone = self.problem.take([row])
             value = float(linear_bound(alone, torch.as_tensor(point[None]).to(alone.device))[1])
             best = self.best[row]
@@ -270,10 +275,9 @@ def tighten(
                 return after, loss
         return before, math.nan
 
-    with one_blas_thread():
-        # triangles of a single row are looked for in several threads
-        alone = problem.rows == 1
-        found = [better(0)] if alone else one_thread_each(better, problem.rows, threads)
+    # triangles of a single row are looked for in several threads
+    alone = problem.rows == 1
+    found = [better(0)] if alone else one_thread_each(better, problem.rows, threads)
     parts, loss = zip(*found, strict=True)
     whole = Certificate.stack(parts)
     count = [len(one.multiplier) if one else 0 for one in whole.cuts or [None] * problem.rows]

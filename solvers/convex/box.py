@@ -121,9 +121,7 @@ def relax_box(
         waves = math.ceil((len(starts) - number) / threads)
         return _Tile(part, split, plan).run(limits.share(1 / waves))
 
-    count = len(starts)
-    parts = one_thread_each(work, count, threads) if on_cpu else [work(i) for i in range(count)]
-    return join_rows(parts)
+    return join_rows(one_thread_each(work, len(starts), threads))
 
 
 @dataclass(frozen=True)
@@ -179,9 +177,8 @@ def _cholesky(matrix: Tensor, rho: float) -> Tensor:
 
 def _half_is_fast(problem: LayerProblem) -> bool:
     """Whether bfloat16 products have hardware of their own; then they are 4 to 8 times faster."""
-    if problem.device.type != "cpu":
-        return False
-    if problem.n < _HALF_FROM or problem.gram.dtype != torch.float32:
+    on_cpu, single = problem.device.type == "cpu", problem.gram.dtype == torch.float32
+    if problem.n < _HALF_FROM or not (on_cpu and single):
         return False
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(kind) for kind in ("amx_bf16", "avx512_bf16"))

@@ -40,8 +40,8 @@ _LEAST = 1e-6
 @dataclass(frozen=True)
 class Extra:
     """A sparse symmetric E for every row, added to C: g_i += Σ_j E_ij v_j. Entries starts[r, i] … starts[r, i
-    + 1] (int64 [rows, n + 1]) belong to input i of row r: `index` j, int32, ascending, n for v_0, and `value`
-    E_ij of the scaled row; (i, j) and (j, i) are both listed."""
+    + 1] (int64 [rows, n + 1]; none: E = 0) belong to input i of row r: `index` j, int32, ascending, n for
+    v_0, and `value` E_ij of the scaled row; (i, j) and (j, i) are both listed."""
 
     starts: np.ndarray
     index: np.ndarray
@@ -55,7 +55,7 @@ class Mixing:
         scale: float64 [rows], what Q is multiplied by.
         v: [rows, n, k], k a multiple of 16, zeros beyond the rank; float64 for n ≤ 256, else float32.
         duals: [rows, n], y_i = ‖g_i‖ of the last sweep.
-        extra: an addition to C, or None.
+        extra: an addition to C.
     """
 
     def __init__(self, problem: LayerProblem, rank: int, seed: int) -> None:
@@ -79,7 +79,8 @@ class Mixing:
         self.v = torch.zeros(problem.rows, problem.n, wide).to(self.w)
         self.v[:, :, :rank] = start.to(self.w)
         self.duals = torch.zeros_like(self.w)
-        self.extra: Extra | None = None
+        none = np.zeros(0, np.int32)
+        self.extra = Extra(np.zeros((0, 0), np.int64), none, none)
 
     def _couplings(self, gram: Tensor, weight: Tensor) -> Tensor:
         """w_i(Gw)_i for every row."""
@@ -107,11 +108,9 @@ class Mixing:
                 self.sweep_torch(rho)
             return
         dtype = self.w.numpy().dtype
-        none = np.zeros(0, np.int32)
-        extra = self.extra or Extra(np.zeros((0, 0), np.int64), none, none)
         arrays = [x.numpy() for x in (self.gram, self.w, self.linear, self.v, self.duals)]
         plan = dtype.type(rho), self.group, self.pruned, count
-        added = extra.starts, extra.index, extra.value.astype(dtype, copy=False)
+        added = self.extra.starts, self.extra.index, self.extra.value.astype(dtype, copy=False)
         rows = np.arange(len(self.w)) if rows is None else rows
         self.threads.run(sweep, rows, *arrays, *plan, *added)
 
@@ -130,7 +129,7 @@ class Mixing:
             mine = torch.arange(inside.start, inside.stop, device=self.w.device) // self.group
             g += rho / 4 * (total[:, mine] - self.v[:, inside])
             g[..., 0] += self.linear[:, inside] + rho * (self.group / 2 - self.pruned) / 2
-            if self.extra is not None:
+            if len(self.extra.starts):
                 self._add_extra(g, inside)
             norm = g.norm(dim=-1)
             self.duals[:, inside] = norm
@@ -141,7 +140,6 @@ class Mixing:
             self.v[:, inside] = new
 
     def _add_extra(self, g: Tensor, inside: slice) -> None:
-        assert self.extra is not None
         n = self.v.shape[1]
         for row in range(len(g)):
             starts = self.extra.starts[row, inside.start : inside.stop + 1]

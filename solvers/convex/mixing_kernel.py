@@ -3,8 +3,7 @@
 
 Coordinates go in order, eight at a time: their g_i = Σ_j C_ij v_j over everything outside the eight is
 a small matrix product with the accumulators in registers, what is inside follows one after the other.
-This is the Gauss–Seidel order exactly, only summed differently. Rows share
-nothing but G, so no result depends on the number of threads or on the rows beside it.
+This is the Gauss–Seidel order exactly, only summed differently.
 """
 
 from __future__ import annotations

@@ -323,10 +323,9 @@ def damp(v, pairs, entries, member, sign, step, follow, tau, used, value):
     """τ_used = max(0, τ − step·(triangle + 1)), τ follows by the part `follow`, and E from τ_used.
 
     Args:
-        v: [n, k].
-        pairs, entries: int32 [pairs, 2], inputs i < j (n: v_0, the first unit vector), and where E_ij
-            and E_ji stand in `value` (−1: nowhere).
-        member, sign: int32, float [cuts, 3], the pairs of a cut, and their signs a, b, ab.
+        v: [n, k]; v_0 is the first unit vector.
+        pairs, entries, member: of `Incidence`.
+        sign: float [cuts, 3], the signs a, b, ab of the pairs of a cut.
         step, tau, used: float64 [cuts].
         value: float [entries].
     """
