@@ -17,8 +17,6 @@ budget within limits, in torch.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -187,13 +185,9 @@ def project(start: Tensor, inverse: Tensor, total: int, tau: Tensor) -> tuple[Te
     return (start - tau * inverse).clamp(0, 1), tau
 
 
-class Multipliers(NamedTuple):
-    """τ [1, 1] of a layer with a shared budget within limits; per row, [rows, 1], τ at which it has the most
-    that it may (`lowest`) and the least (`highest`)."""
-
-    tau: Tensor
-    lowest: Tensor
-    highest: Tensor
+#: τ [1, 1] of a layer with a shared budget within limits; per row, [rows, 1], the τ at which it has the most
+#: that it may, and the least
+Multipliers = tuple[Tensor, Tensor, Tensor]
 
 
 def project_within(
@@ -205,12 +199,12 @@ def project_within(
     All rows have one τ, except rows at a limit, whose own τ takes them there (Kuhn–Tucker conditions). So the
     sum is again one of τ alone, piecewise linear and falling.
     """
-    least, most = limits
-    lowest = project(start, inverse, most, warm.lowest)[1]
-    highest = project(start, inverse, least, warm.highest)[1].maximum(lowest)
+    (least, most), (tau, lowest, highest) = limits, warm
+    lowest = project(start, inverse, most, lowest)[1]
+    highest = project(start, inverse, least, highest)[1].maximum(lowest)
     enough = max(_TOLERANCE * len(start), _RELATIVE * total)
     low, high = lowest.amin(), highest.amax()
-    tau = warm.tau.clamp(min=low, max=high)
+    tau = tau.clamp(min=low, max=high)
     for _ in range(_NEWTON):
         each = tau.clamp(min=lowest, max=highest)
         moved = start - each * inverse
@@ -223,7 +217,7 @@ def project_within(
         newton = tau + excess / torch.where(inside, inverse, 0.0).sum().clamp(min=1e-30)
         tau = newton if low < newton < high else (low + high) / 2
     each = tau.clamp(min=lowest, max=highest)
-    return (start - each * inverse).clamp(0, 1), Multipliers(tau, lowest, highest)
+    return (start - each * inverse).clamp(0, 1), (tau, lowest, highest)
 
 
 class TorchStep:
@@ -260,7 +254,7 @@ class SharedBudgetStep(TorchStep):
         super().__init__(q, inverse, q.numel(), pruned)
         self.metric, self.limits = metric, limits
         each = q.new_zeros(len(q), 1)
-        self.multipliers = Multipliers(self.tau, each, each)
+        self.multipliers = self.tau, each, each
 
     def _projected(self, start: Tensor, less: float) -> Tensor:
         inverse = self.metric / less

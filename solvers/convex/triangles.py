@@ -43,16 +43,6 @@ _BINS = 1024
 _FINITE = {"nnan", "nsz"}
 
 
-class Pairs(NamedTuple):
-    """The terms b_ib_jz_iz_j of a pool: i < j int64 [p], b_ib_j float64 [p], and the inequality of each,
-    int64 [p]."""
-
-    i: np.ndarray
-    j: np.ndarray
-    sign: np.ndarray
-    of: np.ndarray
-
-
 @dataclass(frozen=True)
 class Pool:
     """The inequalities of one row: index int64 [m, k], ascending, at most n (n: z_0), ABSENT after an odd
@@ -72,13 +62,14 @@ class Pool:
         """−Σ_{i<j} b_ib_jz_iz_j at most, int64 [m]: 1 of a triangle."""
         return np.asarray((self.index != ABSENT).sum(1) // 2)
 
-    def pairs(self) -> Pairs:
-        """Inequality by inequality. Many times as large as the pool, and not kept."""
+    def pairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The terms b_ib_jz_iz_j, inequality by inequality: i < j int64 [p], b_ib_j float64 [p], and the
+        inequality of each, int64 [p]. Many times as large as the pool, and not kept."""
         x, y = np.triu_indices(self.index.shape[1], 1)
         of, pair = np.nonzero(self.index[:, y] != ABSENT)
         sign = np.column_stack([np.ones(len(self.tau)), self.sign])
         x, y = x[pair], y[pair]
-        return Pairs(self.index[of, x], self.index[of, y], sign[of, x] * sign[of, y], of)
+        return self.index[of, x], self.index[of, y], sign[of, x] * sign[of, y], of
 
     def keep(self, chosen: np.ndarray) -> Pool:
         return Pool(self.index[chosen], self.sign[chosen], self.tau[chosen])
@@ -296,7 +287,7 @@ def collect(inner, floor, counts, starts, index, sign, violations, firsts):
 
 @loop(nogil=True)
 def scatter(matrix, i, j, sign, of, tau):
-    """Subtract τ/2 times the sign of every pair (`Pairs`) from both of its entries of a matrix."""
+    """Subtract τ/2 times the sign of every pair (`Pool.pairs`) from both of its entries of a matrix."""
     for k in range(len(of)):
         w = tau[of[k]] / 2 * sign[k]
         matrix[i[k], j[k]] -= w

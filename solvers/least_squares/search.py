@@ -167,7 +167,11 @@ def _searched(
 
     rows: dict[int, Found] = {}
     for batch, found in zip(batches, one_thread_each(search, len(batches), threads), strict=True):
-        found = found or _as_begun(problem.take(batch), start[batch], limits)
+        if found is None:  # the start's masks, with their weights and costs
+            part, masks = problem.take(batch), start[batch]
+            weights = part.weights(masks, limits)
+            each = zip(masks, weights, part.cost(weights).tolist(), strict=True)
+            found = [Found(mask, weight, objectives=[cost]) for mask, weight, cost in each]
         rows.update(zip(batch.tolist(), found, strict=True))
     return [rows[index] for index in range(problem.rows)]
 
@@ -179,13 +183,6 @@ def _alike(start: Tensor, threads: int) -> list[Tensor]:
         fit = max(1, _TOGETHER_BYTES // (8 * max(1, int(start[rows[0]].sum())) ** 2))
         batches += rows.split(max(1, min(fit, _TOGETHER, -(-len(rows) // threads))))
     return batches
-
-
-def _as_begun(problem: LayerProblem, mask: Tensor, limits: Limits) -> list[Found]:
-    """The start's masks, with their weights and costs: no search."""
-    weight = problem.weights(mask, limits)
-    costs = problem.cost(weight).tolist()
-    return [Found(m, w, objectives=[c]) for m, w, c in zip(mask, weight, costs, strict=True)]
 
 
 def _solution(problem: LayerProblem, rows: list[Found]) -> Solution:

@@ -253,12 +253,7 @@ class Row:
         cheapest = cost.new_full((len(self.target) // size,), torch.inf)
         cheapest.scatter_reduce_(0, self.kept // size, cost, "amin")
         dearest = torch.zeros_like(cheapest).scatter_reduce_(0, self.pruned // size, gain, "amax")
-        return self._whole(_least(cheapest - dearest, max(1, count // size)))
-
-    def _whole(self, groups: Tensor) -> Slots:
-        """All inputs of some groups."""
-        of_u, of_p = (x // self.metric.group_size for x in (self.kept, self.pruned))
-        return torch.isin(of_u, groups).nonzero()[:, 0], torch.isin(of_p, groups).nonzero()[:, 0]
+        return _members(self, _least(cheapest - dearest, max(1, count // size)))
 
     def improving(self, count: int, threshold: float) -> Slots | None:
         """The exact scan: candidates out of all pairs of Δ < −threshold; None: there is none."""
@@ -277,7 +272,7 @@ class Row:
         if not bool((by_pruned < -threshold).any()):
             return None
         if size < len(self.target):
-            return self._whole(of_p[_least(by_pruned, max(1, count // size))])
+            return _members(self, of_p[_least(by_pruned, max(1, count // size))])
         u, p = _least(by_kept, count), _least(by_pruned, count)
         return u[by_kept[u] < 0], suspects[p[by_pruned[p] < 0]]
 
@@ -290,7 +285,7 @@ class Row:
         gain = self.r.square() * spread[self.pruned] * (1.0 + SAFETY)
         price = self.v / self.m.diagonal()
         if self.metric.group_size < len(self.target):
-            return self._suspects_of_groups(need, gain, cost, price)
+            return _suspects_of_groups(self, need, gain, cost, price)
         p = gain.argsort(descending=True)[: int((gain > need.min()).sum())]
         u = need.argsort()[: int((need < gain.max()).sum())]
         if not len(u):
@@ -306,22 +301,6 @@ class Row:
             reach = b.mul_(price[part, None]).mul_(twice[:width]).add_(square[:width])
             flagged[:width] |= (reach > cost[part, None] * least[:width]).any(0)
         return p[flagged].sort().values
-
-    def _suspects_of_groups(
-        self, need: Tensor, gain: Tensor, cost: Tensor, price: Tensor
-    ) -> Int[Tensor, " some"]:
-        """The same where only pairs inside a group count."""
-        of_u, of_p = (x // self.metric.group_size for x in (self.kept, self.pruned))
-        u, p = ((of_u[:, None] == of_p) & (need[:, None] < gain[None, :])).nonzero().unbind(1)
-        least = (1.0 - SAFETY) / self.metric.spread[self.pruned[p]]
-        self.formed += len(p)
-        flagged = []
-        step = max(1, AT_ONCE // max(1, len(self.kept)))
-        for one, two, low in zip(u.split(step), p.split(step), least.split(step), strict=True):
-            b = (self.m[one] * self.lines(two)).sum(1)
-            reach = self.r[two].square() + 2 * self.r[two] * price[one] * b
-            flagged.append(two[reach > cost[one] * low])
-        return torch.cat(flagged).unique() if flagged else p
 
     def lines(self, p: Tensor) -> Float[Tensor, "some k"]:
         """A_p,S of slots p."""
@@ -377,3 +356,26 @@ class Row:
 
 def _least(values: Tensor, count: int) -> Tensor:
     return values.topk(min(count, len(values)), largest=False).indices
+
+
+def _members(row: Row, groups: Tensor) -> Slots:
+    """All inputs of some groups."""
+    of_u, of_p = (x // row.metric.group_size for x in (row.kept, row.pruned))
+    return torch.isin(of_u, groups).nonzero()[:, 0], torch.isin(of_p, groups).nonzero()[:, 0]
+
+
+def _suspects_of_groups(
+    row: Row, need: Tensor, gain: Tensor, cost: Tensor, price: Tensor
+) -> Int[Tensor, " some"]:
+    """As `Row._suspects`, where only pairs inside a group count."""
+    of_u, of_p = (x // row.metric.group_size for x in (row.kept, row.pruned))
+    u, p = ((of_u[:, None] == of_p) & (need[:, None] < gain[None, :])).nonzero().unbind(1)
+    least = (1.0 - SAFETY) / row.metric.spread[row.pruned[p]]
+    row.formed += len(p)
+    flagged = []
+    step = max(1, AT_ONCE // max(1, len(row.kept)))
+    for one, two, low in zip(u.split(step), p.split(step), least.split(step), strict=True):
+        b = (row.m[one] * row.lines(two)).sum(1)
+        reach = row.r[two].square() + 2 * row.r[two] * price[one] * b
+        flagged.append(two[reach > cost[one] * low])
+    return torch.cat(flagged).unique() if flagged else p
