@@ -379,8 +379,8 @@ def config_text(values: Mapping[str, Any]) -> str:
 
 
 def _options_in(path: Path) -> dict[str, Any]:
-    """Options of a TOML file; of a manifest those that repeat the run, without its text, of which it has only
-    the name."""
+    """Options of a TOML file, or of the run that wrote a manifest, without `calibration`: a manifest holds no
+    text."""
     if path.suffix == ".json":
         from maskopt.models.checkpoints.schema import read_manifest
         from maskopt.models.pruning.card import options_again

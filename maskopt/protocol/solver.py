@@ -159,7 +159,7 @@ class Capabilities:
 
 
 class Member(Protocol):
-    """Of a registry: a frozen dataclass whose fields are its options, checked on construction.
+    """What a registry holds: a frozen dataclass whose fields are its options, checked on construction.
 
     Attributes:
         name: in the registry.
