@@ -118,7 +118,10 @@ class Command:
             }
             self._run(given, file, stored)
         except MaskoptError as error:
-            error.args = (self._with_flags(str(error)), *error.args[1:])
+            # flags in place of the command's options in backticks
+            flags = {f"`{one.name}`": flag(one.name) for one in self.options if not one.argument}
+            said = re.sub(r"`\w+`", lambda found: flags.get(found[0], found[0]), str(error))
+            error.args = (said, *error.args[1:])
             raise
 
     def _stored(self, path: Path) -> dict[str, Any]:
@@ -161,11 +164,6 @@ class Command:
 
             check_inputs(own["output"], config_file=file)
         self.run(**own, **values)
-
-    def _with_flags(self, message: str) -> str:
-        """The message, with flags in place of the command's options in backticks."""
-        flags = {f"`{one.name}`": flag(one.name) for one in self.options if not one.argument}
-        return re.sub(r"`\w+`", lambda found: flags.get(found[0], found[0]), message)
 
     def typed(self) -> Any:
         """The command for a group of typer."""

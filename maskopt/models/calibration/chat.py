@@ -65,12 +65,9 @@ def chat_windows(
     if seed is None or samples is None:
         rows = _packed(tokens, order, seq_len, samples)
     else:
-        generator = random.Random(seed)
-        generator.shuffle(order)
-        rows = _packed(tokens, order, seq_len, samples)
-        if len(rows) < samples:
-            words += ", conversations used again"
+        generator, rows = random.Random(seed), []
         while len(rows) < samples:
+            words = _name(source) + ", conversations used again" * bool(rows)
             generator.shuffle(order)
             rows += _packed(tokens, order, seq_len, samples - len(rows))
     return Windows(torch.tensor(rows, dtype=torch.int64), words, TEMPLATE)

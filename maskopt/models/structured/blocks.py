@@ -31,7 +31,7 @@ from maskopt.models.blockwise.job import Block, Job
 from maskopt.models.blockwise.memory import check_memory, hidden_size
 from maskopt.models.checkpoints.report import PruneReport
 from maskopt.models.checkpoints.result import disk_needed
-from maskopt.models.checkpoints.schema import BLOCKS, CONFIG, read_json
+from maskopt.models.checkpoints.schema import BLOCKS
 from maskopt.models.options.prune import NONE
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.pruning.run import Run, fingerprint_of, peaks
@@ -180,8 +180,8 @@ def _sayable(source: FolderSource) -> Callable[[Left], bool]:
 
 def _check_family(source: FolderSource, removed: list[int]) -> dict[str, Any]:
     """The settings without these blocks; ModelError where a configuration cannot describe what is left."""
-    config = read_json(source.checkpoint.folder / CONFIG)
-    settings, name = block_settings(source.blocks, config, removed), source.blocks.name
+    settings = block_settings(source.blocks, source.checkpoint.config, removed)
+    name = source.blocks.name
     check_shapes(source, settings, rename=lambda x: renumbered(x, name, removed))
     return settings
 

@@ -19,7 +19,7 @@ from maskopt.models.blockwise.windows import tokens_or_tokenizer
 from maskopt.models.checkpoints.checkpoint import open_safe, write_file
 from maskopt.models.checkpoints.report import FinishedBlock, PruneReport
 from maskopt.models.checkpoints.result import Edits, write_shard
-from maskopt.models.checkpoints.schema import CONFIG, INDEX, SINGLE, read_json
+from maskopt.models.checkpoints.schema import CONFIG, INDEX, SINGLE
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.pruning.run import Run
 
@@ -86,8 +86,7 @@ def finish_smaller(
     }
 
     def rewrite(folder: Path) -> None:
-        stored = read_json(checkpoint.folder / CONFIG)
-        _write_json(folder / CONFIG, changed(stored, change.settings))
+        _write_json(folder / CONFIG, changed(checkpoint.config, change.settings))
         if SINGLE not in checkpoint.shards:
             files = {name: open_safe(folder / name).entries for name in shards}
             total = sum(entry.size for entries in files.values() for entry in entries.values())

@@ -29,7 +29,7 @@ from maskopt.models.blockwise.forward import OnBlockProgress, forwards
 from maskopt.models.blockwise.job import Block, Job
 from maskopt.models.checkpoints.report import LayerReport, PruneReport
 from maskopt.models.checkpoints.result import disk_needed
-from maskopt.models.checkpoints.schema import CONFIG, EXPERTS, read_json
+from maskopt.models.checkpoints.schema import EXPERTS
 from maskopt.models.options.prune import NONE
 from maskopt.models.options.walk import WalkOptions
 from maskopt.models.pruning.run import Run, fingerprint_of, peaks
@@ -105,8 +105,7 @@ def remove_experts(
 
 def _check_family(source: FolderSource, mixtures: Sequence[Mixture], left: int) -> dict[str, int]:
     """What of the configuration changes; ModelError where it cannot describe the smaller model."""
-    config = read_json(source.checkpoint.folder / CONFIG)
-    settings = expert_settings(source.model, config, mixtures, left)
+    settings = expert_settings(source.model, source.checkpoint.config, mixtures, left)
     check_shapes(source, settings, {name: {0: left} for m in mixtures for name in m.parameters})
     return settings
 

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -161,8 +160,12 @@ def _epochs(
     optimizer, start = _optimizer(task, weights), _rounded(weights, rounding)
     saved = None if keeper is None else keeper.last()
     if saved is None:
-        before, best = _losses_at_start(task, weights, start, pool), start
-        at = Progress(0, before, before.held, 0)
+        before = Losses(*_losses_at(task, weights, start, pool, task.reported, task.held))
+        if not math.isfinite(before.held):
+            raise ModelError(
+                f"{task.name} gives NaN or infinite values where it is to be trained; {task.remedy}"
+            )
+        at, best = Progress(0, before, before.held, 0), start
     else:
         at, tensors = saved
         _go_on(tensors, at.step, optimizer, named)
@@ -187,8 +190,7 @@ def _epochs(
         if number * per_epoch < done:
             continue  # judged by the run that was interrupted
         now = _rounded(weights, rounding)
-        with _in_place(weights, now):
-            held = _mean(task, task.held, pool)
+        (held,) = _losses_at(task, weights, now, pool, task.held)
         diverged = not held <= _DIVERGED * max(at.before.held, _NOTHING)
         if diverged:
             break
@@ -225,18 +227,6 @@ def _give_back(task: Task, weights: Sequence[nn.Parameter], start: Sequence[Tens
         weight.data = torch.where(free, weight.data, value)
 
 
-def _losses_at_start(
-    task: Task, weights: Sequence[nn.Parameter], kept: Sequence[Tensor], pool: Threads
-) -> Losses:
-    with _in_place(weights, kept):
-        losses = Losses(_mean(task, task.reported, pool), _mean(task, task.held, pool))
-    if not math.isfinite(losses.held):
-        raise ModelError(
-            f"{task.name} gives NaN or infinite values where it is to be trained; {task.remedy}"
-        )
-    return losses
-
-
 def _tensors(
     optimizer: torch.optim.AdamW, named: Mapping[str, nn.Parameter], best: Sequence[Tensor]
 ) -> Tensors:
@@ -267,16 +257,21 @@ def _rounded(
     ]
 
 
-@contextmanager
-def _in_place(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> Iterator[None]:
+def _losses_at(
+    task: Task,
+    weights: Sequence[nn.Parameter],
+    values: Sequence[Tensor],
+    pool: Threads,
+    *windows: Sequence[int],
+) -> list[float]:
+    """Mean losses of lists of windows, with the weights at these values."""
     exact = [weight.data for weight in weights]
-    try:
-        for weight, value in zip(weights, values, strict=True):
-            weight.data = value
-        yield
-    finally:
-        for weight, value in zip(weights, exact, strict=True):
-            weight.data = value
+    for weight, value in zip(weights, values, strict=True):
+        weight.data = value
+    losses = [_mean(task, some, pool) for some in windows]
+    for weight, value in zip(weights, exact, strict=True):
+        weight.data = value
+    return losses
 
 
 def _rate(step: int, steps: int) -> float:
@@ -352,10 +347,8 @@ class FolderKeeper:
     def keep(self, at: Progress, tensors: Tensors) -> None:
         path = self._work.blocks / f"step-{at.step:08d}.safetensors"
         digest = write_tensors(path, tensors)
-        record: dict[str, Any] = {"file": path.name, "digest": digest, "step": at.step}
-        record |= {"before": list(at.before), "held": at.held, "epoch": at.epoch}
         self._work.keep = True  # from the moment that the journal may hold it
-        self._journal.add("progress", **record)
+        self._journal.add("progress", file=path.name, digest=digest, **asdict(at))
         for other in self._work.blocks.glob("step-*.safetensors"):
             if other.name != path.name:
                 other.unlink()
