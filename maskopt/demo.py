@@ -101,9 +101,8 @@ def run_demo(
         output, overwrite=overwrite, own=[place.name, report.name] if place.exists() else []
     )
     check_output(place, overwrite=overwrite)
-    about = find_demo_model(model)
-    on_stage(f"{about.title}: converted once, then read", 0, 1)
-    folder = demo_model(model)
+    on_stage(f"{model}: converted once, then read", 0, 1)
+    folder, about = demo_model(model), MODELS[model]
     tokenizer = load_tokenizer(folder)
     text = demo_text()
     how: dict[str, Any] = {"sparsity": sparsity, "samples": samples, "seq_len": seq_len}
@@ -266,7 +265,9 @@ def cache_directory() -> Path:
 def demo_model(name: str = "gemma3", cache: Path | None = None) -> Path:
     """The folder of a demo model, made on the first call (about 1.1 GB, up to a minute) by one rename;
     ModelError for no such model, missing packages, or a full disk."""
-    model = find_demo_model(name)
+    if name not in MODELS:
+        raise ModelError(f"no demo model is called {name!r}{near(name, MODELS)}")
+    model = MODELS[name]
     root = cache_directory() if cache is None else Path(cache)
     target = root / model.folder
     if (target / "config.json").is_file():
@@ -298,13 +299,6 @@ def demo_model(name: str = "gemma3", cache: Path | None = None) -> Path:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
-
-
-def find_demo_model(name: str) -> DemoModel:
-    """The model of that name; ModelError where there is none (near names are given)."""
-    if name not in MODELS:
-        raise ModelError(f"no demo model is called {name!r}{near(name, MODELS)}")
-    return MODELS[name]
 
 
 def _convert(gguf_folder: Path, output: Path) -> None:

@@ -133,8 +133,6 @@ def _finished(
 ) -> Solution:
     """From rounded masks to the answer: 1-swap optima with `refine`, and no worse than the start."""
     watch = Stopwatch(problem.rows)
-    # of a mask that is the answer the objective is computed anyway, and once is enough
-    rounded = problem.objective(mask) if refine or start is not None else None
     status: tuple[Status, ...] = (Status.FEASIBLE,) * problem.rows
     swaps = torch.zeros(problem.rows, dtype=torch.int64)
     if refine:
@@ -143,13 +141,7 @@ def _finished(
         cost, rest = (problem.totals(problem.objective(m)) for m in (mask, start))
         mask = torch.where((cost <= rest)[:, None], mask, start)
     solution = Solution.of(problem, mask, status=status, lower_bound=bound, certificate=certificate)
-    trace = replace(
-        trace,
-        rounded_objective=solution.objective if rounded is None else rounded,
-        swaps=swaps,
-        swap_seconds=watch.lap(),
-    )
-    return replace(solution, trace=trace)
+    return replace(solution, trace=replace(trace, swaps=swaps, swap_seconds=watch.lap()))
 
 
 def swapped(

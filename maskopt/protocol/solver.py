@@ -102,13 +102,6 @@ class Registry:
         return found
 
 
-def missing_package(package: str) -> str | None:
-    """For `unavailable`: that a package is not installed, and what installs it; None: it is."""
-    if importlib.util.find_spec(package) is None:
-        return f"the package {package} is not installed; pip install {package}"
-    return None
-
-
 @cache
 def _points(group: str) -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=group)}
@@ -163,9 +156,11 @@ class Member(Protocol):
 
     Attributes:
         name: in the registry.
+        package: that must be installed, as pip and Python call it; none where it is empty.
     """
 
     name: ClassVar[str]
+    package: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         check_options(self, self.name)
@@ -173,6 +168,8 @@ class Member(Protocol):
     @classmethod
     def unavailable(cls) -> str | None:
         """Why it cannot run here (a package, a licence), or None."""
+        if cls.package and importlib.util.find_spec(cls.package) is None:
+            return f"the package {cls.package} is not installed; pip install {cls.package}"
         return None
 
 

@@ -37,7 +37,6 @@ class Trace:
         iterations: steps or sweeps of a relaxation or of ADMM; −1 where unknown.
         relaxed_objective: float64, f of the relaxed point; relaxed_gap: of the bound to it, relative; NaN:
             none.
-        rounded_objective: float64, of the rounded point, before any swap.
         relax_seconds, swap_seconds, search_seconds: the row's share of the wall-clock time of each phase; of
             an exact search, of this row alone.
         ended: the word of an exact search for how it ended (`optimal`, `timelimit`, …).
@@ -49,7 +48,6 @@ class Trace:
         correction: float64, the cost of the correction that makes A ⪰ 0, as part of the bound; NaN without
             one.
         cuts: triangle inequalities in the certificate.
-        cut_correction: the correction of the bound with cuts; NaN where the plain one is kept.
         shifted: `yes` where the row uses the common diagonal shift.
         relaxed: float64 [rows, n], the relaxed point, 1 = pruned.
     """
@@ -67,7 +65,6 @@ class Trace:
     iterations: Any = None
     relaxed_objective: Any = None
     relaxed_gap: Any = None
-    rounded_objective: Any = None
     relax_seconds: Any = None
     swap_seconds: Any = None
     search_seconds: Any = None
@@ -79,7 +76,6 @@ class Trace:
     message: Any = None
     correction: Any = None
     cuts: Any = None
-    cut_correction: Any = None
     shifted: Any = None
     relaxed: Any = None
 

@@ -16,7 +16,6 @@ from maskopt.protocol.bounds import BoundMethod
 from maskopt.protocol.trace import Trace
 from maskopt.solvers.convex.box import BoxPlan, relax_box
 
-_TOLERANCE_HELP = "stop when the gap to the relaxation, averaged over the rows, is at most this"
 #: the barrier's part κ falls by this from round to round, of so many rounds and Newton steps in each
 _FALL, _ROUNDS, _NEWTON = 0.3, 12, 4
 #: a round ends where a Newton step gains less than this part of κ, all where κn is this part of the shift
@@ -36,8 +35,13 @@ class BoxBound(BoundMethod):
     shared_budget: ClassVar[bool] = True
     note: ClassVar[str] = "continuous relaxation; a whole layer in seconds"
 
-    steps: int = option(200, "steps at most; more tighten towards the relaxation", least=1)
-    tolerance: float = option(0.001, _TOLERANCE_HELP, unit="part of the bound", least=0)
+    steps: int = option(200, "steps of a relaxation at most; more tighten towards it", least=1)
+    tolerance: float = option(
+        0.001,
+        "stop when the gap to the relaxation, averaged over the rows, is at most this",
+        unit="part of the bound",
+        least=0,
+    )
 
     def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, Trace]:
         box = relax_box(problem, BoxPlan(self.tolerance, self.steps), limits)
@@ -48,7 +52,7 @@ class BoxBound(BoundMethod):
 
 
 @dataclass(frozen=True)
-class ShiftBound(BoundMethod):
+class ShiftBound(BoxBound):
     """λ = −d⊙w² with G − diag(d) ⪰ 0 and Σ c_i d_i large, by a barrier method; `kind="uniform"`: d =
     λ_min(G)·1.
 
@@ -57,12 +61,9 @@ class ShiftBound(BoundMethod):
     """
 
     name: ClassVar[str] = "shift"
-    shared_budget: ClassVar[bool] = True
     note: ClassVar[str] = "box after the best diagonal shift of G, one for all rows"
 
     kind: str = option("diagonal", "of the shift", choices=("diagonal", "uniform"))
-    steps: int = option(200, "steps of each relaxation at most", least=1)
-    tolerance: float = option(0.001, _TOLERANCE_HELP, unit="part of the bound", least=0)
 
     def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, Trace]:
         plan = BoxPlan(self.tolerance, self.steps)

@@ -119,8 +119,8 @@ class SdpBound(BoundMethod):
         trace = join_rows([part for _, part in parts])
         if not self.cuts:
             return certificate, trace
-        certificate, count, correction = tighten(problem, certificate, rank, self.cuts, limits)
-        return certificate, replace(trace, cuts=count, cut_correction=correction)
+        certificate, count = tighten(problem, certificate, rank, self.cuts, limits)
+        return certificate, replace(trace, cuts=count)
 
 
 def _boxed(problem: LayerProblem, limits: Limits) -> tuple[Certificate, Trace]:
@@ -254,9 +254,9 @@ class _Tile:
 
 def tighten(
     problem: LayerProblem, plain: Certificate, rank: int, rounds: int, limits: Limits
-) -> tuple[Certificate, Tensor, Tensor]:
+) -> tuple[Certificate, Tensor]:
     """The better of `plain` and a certificate with triangle cuts, for every row; and for every row the number
-    of triangles in it, and the loss to the correction as part of the bound (NaN where `plain` is kept).
+    of triangles in it.
 
     Args:
         plain: a certificate without ν and cuts.
@@ -266,22 +266,21 @@ def tighten(
     """
     threads = threads_on(problem.device)
 
-    def better(row: int) -> tuple[Certificate, float]:
+    def better(row: int) -> Certificate:
         part, before = problem.take([row]), plain.take([row])
         if not limits.expired:
             waves = math.ceil((problem.rows - row) / threads)
-            after, loss = cut_certificate(part, rank, rounds, limits.share(1 / waves))
+            after, _ = cut_certificate(part, rank, rounds, limits.share(1 / waves))
             if bool(after.check(part) > before.check(part)):
-                return after, loss
-        return before, math.nan
+                return after
+        return before
 
     # triangles of a single row are looked for in several threads
     alone = problem.rows == 1
-    found = [better(0)] if alone else one_thread_each(better, problem.rows, threads)
-    parts, loss = zip(*found, strict=True)
+    parts = [better(0)] if alone else one_thread_each(better, problem.rows, threads)
     whole = Certificate.stack(parts)
     count = [len(one.multiplier) if one else 0 for one in whole.cuts or [None] * problem.rows]
-    return whole, torch.tensor(count), torch.tensor(loss, dtype=torch.float64)
+    return whole, torch.tensor(count)
 
 
 def cut_certificate(

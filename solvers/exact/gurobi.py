@@ -10,7 +10,7 @@ import numpy as np
 
 from maskopt.core.problem import LayerProblem
 from maskopt.errors import SolverError
-from maskopt.protocol.solver import Capabilities, missing_package
+from maskopt.protocol.solver import Capabilities
 from maskopt.solvers.exact.rows import RowSolver, exact
 from maskopt.solvers.exact.tasks import CLOSED, UPDATED_CLOSED, RowAnswer, RowTask, UpdatedTask
 
@@ -27,6 +27,7 @@ class Gurobi(RowSolver):
     """min pᵀQp with p binary, for updated weights the perspective formulation. Reports a `Trace`."""
 
     name: ClassVar[str] = "gurobi"
+    package: ClassVar[str] = "gurobipy"
     capabilities: ClassVar[Capabilities] = exact(
         trusted=("Gurobi",),
         largest_n=512,
@@ -36,7 +37,7 @@ class Gurobi(RowSolver):
 
     @classmethod
     def unavailable(cls) -> str | None:
-        if reason := missing_package("gurobipy"):
+        if reason := super().unavailable():
             return reason
         import gurobipy
 

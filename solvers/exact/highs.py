@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from maskopt.core.problem import LayerProblem
-from maskopt.protocol.solver import Capabilities, missing_package
+from maskopt.protocol.solver import Capabilities
 from maskopt.solvers.exact.program import FEASIBILITY, Program, reformulated
 from maskopt.solvers.exact.rows import RowSolver, exact
 from maskopt.solvers.exact.tasks import CLOSED, RowAnswer, RowTask
@@ -24,16 +24,13 @@ class Highs(RowSolver):
     """The linearised program; OPTIMAL only where HiGHS says so. Reports a `Trace`."""
 
     name: ClassVar[str] = "highs"
+    package: ClassVar[str] = "highspy"
     capabilities: ClassVar[Capabilities] = exact(
         trusted=("HiGHS",),
         # the n²/2 products are too many for a simplex beyond
         largest_n=128,
         note="optional highspy, linearised; proves up to about 48 inputs",
     )
-
-    @classmethod
-    def unavailable(cls) -> str | None:
-        return missing_package("highspy")
 
     def trusted_name(self, problem: LayerProblem) -> str:
         import highspy

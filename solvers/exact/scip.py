@@ -15,8 +15,8 @@ from maskopt.certificates.certificate import Certificate
 from maskopt.core.fields import option
 from maskopt.core.limits import torch_threads
 from maskopt.core.problem import LayerProblem, RowProblem
-from maskopt.errors import OptionError, SolverError
-from maskopt.protocol.solver import Capabilities, missing_package
+from maskopt.errors import OptionError
+from maskopt.protocol.solver import Capabilities
 from maskopt.solvers.exact.program import FEASIBILITY, Program, factored, linearised
 from maskopt.solvers.exact.rows import RowSolver, exact
 from maskopt.solvers.exact.tasks import RowAnswer, RowTask
@@ -58,6 +58,7 @@ class Scip(RowSolver):
     """
 
     name: ClassVar[str] = "scip"
+    package: ClassVar[str] = "pyscipopt"
     capabilities: ClassVar[Capabilities] = exact(
         trusted=("SCIP", "presolve of maskopt and SCIP"),
         largest_n=512,
@@ -72,10 +73,6 @@ class Scip(RowSolver):
     presolve: bool = option(
         True, "with qcr: inputs that bounds of our own fix are fixed, and SCIP has the rest"
     )
-
-    @classmethod
-    def unavailable(cls) -> str | None:
-        return missing_package("pyscipopt")
 
     def trusted_name(self, problem: LayerProblem) -> str:
         from pyscipopt import Model
@@ -176,9 +173,7 @@ class Scip(RowSolver):
             raise OptionError("formulation of an instance must be factored or linear")
         if form == "mps" and formulation != "linear":
             raise OptionError("mps holds no quadratic constraint here: pass formulation linear")
-        most = self.capabilities.largest_n
-        if most is not None and row.n > most:
-            raise SolverError(f"{self.name}: a row of {row.n} inputs is beyond it (at most {most})")
+        self.check_size(row.n, row.pattern, update=False)
         layer = row.as_layer()
         first = np.arange(layer.n) % layer.group_size < layer.pruned_per_group
         task = RowTask(

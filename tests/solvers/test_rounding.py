@@ -214,7 +214,7 @@ def test_semidefinite_mask_and_certificate_in_one(pattern):
     assert bool((solution.lower_bound >= solve(problem, "relax").lower_bound).all())
     rounded = solve(problem, "sdp", refine=False)
     assert set(rounded.status) == {Status.FEASIBLE}
-    torch.testing.assert_close(rounded.objective, solution.trace.rounded_objective)
+    assert bool((rounded.objective >= solution.objective).all())
 
 
 @given(problems(max_n=9, max_rows=2), st.floats(0, 1))
