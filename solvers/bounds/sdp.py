@@ -102,25 +102,22 @@ class SdpBound(BoundMethod):
 
     def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, Trace]:
         with one_blas_thread():
-            return self._certified(problem, limits)
-
-    def _certified(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, Trace]:
-        plain = limits.share(_PLAIN_SHARE) if self.cuts else limits
-        rank = self.rank or default_rank(problem.n)
-        stages = (self.sweeps,) if self.sweeps is not None else _STAGES
-        tile = max(1, _TILE_ENTRIES // (problem.n * rank))
-        parts: list[tuple[Certificate, Trace]] = []
-        for rows, part in problem.tiles(tile):
-            if rows.start and plain.expired:
-                parts.append(_boxed(problem.take(slice(rows.start, problem.rows)), plain))
-                break
-            parts.append(_Tile(part, rank, plain).run(stages, self.tolerance))
-        certificate = Certificate.stack([part for part, _ in parts])
-        trace = join_rows([part for _, part in parts])
-        if not self.cuts:
-            return certificate, trace
-        certificate, count = tighten(problem, certificate, rank, self.cuts, limits)
-        return certificate, replace(trace, cuts=count)
+            plain = limits.share(_PLAIN_SHARE) if self.cuts else limits
+            rank = self.rank or default_rank(problem.n)
+            stages = (self.sweeps,) if self.sweeps is not None else _STAGES
+            tile = max(1, _TILE_ENTRIES // (problem.n * rank))
+            parts: list[tuple[Certificate, Trace]] = []
+            for rows, part in problem.tiles(tile):
+                if rows.start and plain.expired:
+                    parts.append(_boxed(problem.take(slice(rows.start, problem.rows)), plain))
+                    break
+                parts.append(_Tile(part, rank, plain).run(stages, self.tolerance))
+            certificate = Certificate.stack([part for part, _ in parts])
+            trace = join_rows([part for _, part in parts])
+            if not self.cuts:
+                return certificate, trace
+            certificate, count = tighten(problem, certificate, rank, self.cuts, limits)
+            return certificate, replace(trace, cuts=count)
 
 
 def _boxed(problem: LayerProblem, limits: Limits) -> tuple[Certificate, Trace]:
