@@ -1,9 +1,10 @@
-"""Limits of a solve, and its listener: one object for start, search and bound; threads and products."""
+"""Limits of a solve, and its listener: one object for start, search and bound; threads, processes, products."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -174,6 +175,18 @@ class Limits:
     def bytes(self, default: int) -> int:
         """`memory`, or the default."""
         return default if self.memory is None else int(self.memory)
+
+
+@cache
+def end_with(parent: int) -> None:
+    """End this process when its parent has ended, since a killed parent stops no worker."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager

@@ -4,14 +4,11 @@ an interrupted run continues with the others."""
 from __future__ import annotations
 
 import csv
-import functools
 import io
 import json
 import logging
 import math
 import os
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -30,7 +27,7 @@ from torch import Tensor
 from maskopt.checks.verification import Require, verify
 from maskopt.core.fields import holds_its_kinds
 from maskopt.core.files import atomic_write, check_writable, from_json
-from maskopt.core.limits import Limits
+from maskopt.core.limits import Limits, end_with
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.core.units import OriginalValues
 from maskopt.errors import DataError, MaskoptError, OptionError, SolverError, printable
@@ -78,20 +75,8 @@ def as_they_finish(calls: Sequence[Any], jobs: int | None) -> Iterator[Any]:
 def _job(asker: int, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
     """A call, in a process that ends with the one that asked for it."""
     if current_process().name.startswith("LokyProcess"):
-        _end_with(asker)
+        end_with(asker)
     return function(*given, **named)
-
-
-@functools.cache
-def _end_with(parent: int) -> None:
-    """End this process of joblib's when its parent has ended, since a killed parent stops no worker."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def job_key(row: RowProblem, solver: Solver, start: Any, limits: Limits) -> str:

@@ -8,13 +8,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solver import Capabilities
-from maskopt.solvers.exact.program import FEASIBILITY, Program, reformulated
+from maskopt.solvers.exact.program import FEASIBILITY, reformulated
 from maskopt.solvers.exact.rows import RowSolver, exact
 from maskopt.solvers.exact.tasks import CLOSED, RowAnswer, RowTask
 
@@ -50,7 +50,15 @@ class Highs(RowSolver):
             highspy.HighsModelStatus.kInterrupt: "userinterrupt",
         }
         program = reformulated(task, task.unit_scale)
-        model = _translate(program)
+        with _banner_on_stderr():
+            model = highspy.Highs()
+        model.setOptionValue("output_flag", False)
+        for cost, low, high in zip(program.cost, program.low, program.high, strict=True):
+            model.addCol(cost, low, high, 0, [], [])
+        for i in program.binaries:
+            model.changeColIntegrality(i, highspy.HighsVarType.kInteger)
+        for variables, coefficients, low, high in program.rows:
+            model.addRow(low, high, len(variables), variables, coefficients)
         options: dict[str, float] = {"random_seed": task.limits.seed % 2**31, "threads": 1}
         options |= {"mip_rel_gap": task.gap_limit, "mip_abs_gap": 0.0}
         options |= {"time_limit": task.limits.left} if task.limits.timed else {}
@@ -70,22 +78,6 @@ class Highs(RowSolver):
         slack = FEASIBILITY * float(np.abs(task.q).sum())
         bound, nodes = float(info.mip_dual_bound) / program.scale, int(info.mip_node_count)
         return task.answer(pruned, ended, bound, slack, nodes)
-
-
-def _translate(program: Program) -> Any:
-    """A highspy.Highs of a program without a cone."""
-    import highspy
-
-    with _banner_on_stderr():
-        model = highspy.Highs()
-    model.setOptionValue("output_flag", False)
-    for cost, low, high in zip(program.cost, program.low, program.high, strict=True):
-        model.addCol(cost, low, high, 0, [], [])
-    for i in program.binaries:
-        model.changeColIntegrality(i, highspy.HighsVarType.kInteger)
-    for variables, coefficients, low, high in program.rows:
-        model.addRow(low, high, len(variables), variables, coefficients)
-    return model
 
 
 @contextmanager

@@ -12,7 +12,6 @@ import math
 import os
 import pickle
 import queue
-import select
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any
 
-from maskopt.core.limits import clock
+from maskopt.core.limits import clock, end_with
 from maskopt.errors import SolverError
 
 #: until it can hand back an incumbent, an interrupt ends it at once and in silence
@@ -147,7 +146,7 @@ def _start() -> subprocess.Popen[bytes]:
         environment[f"{library}_NUM_THREADS"] = "1"  # rows are what runs side by side
     try:
         return subprocess.Popen(
-            [sys.executable, "-c", _MAIN],
+            [sys.executable, "-c", _MAIN, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -166,8 +165,8 @@ def _send(stream: IO[bytes], thing: Any) -> None:
 
 
 def serve() -> None:
-    """The loop of a worker process: ends when its stdin closes, in the middle of a task too."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    """The loop of a worker process, which ends when its stdin closes, or in a task with its parent."""
+    end_with(int(sys.argv[1]))
     source = sys.stdin.buffer
     # whatever a library prints must not end up among the answers
     sink = os.fdopen(os.dup(1), "wb")
@@ -182,13 +181,3 @@ def serve() -> None:
         except Exception as error:
             answer = error
         _send(sink, answer)
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent is gone, since a killed parent interrupts nothing."""
-    if not hasattr(select, "poll"):  # Windows
-        return
-    stdin = select.poll()
-    stdin.register(0, 0)  # of no event but the hang-up, which is always reported
-    stdin.poll()
-    os._exit(1)
