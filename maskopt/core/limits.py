@@ -1,4 +1,4 @@
-"""Limits of a solve, and its listener: one object for start, search and bound; threads, processes, products."""
+"""Limits of a solve, and its listener: of start, search and bound together; threads, products, processes."""
 
 from __future__ import annotations
 
