@@ -100,7 +100,7 @@ def run_demo(
         output, overwrite=overwrite, own=[place.name, report.name] if place.exists() else []
     )
     check_output(place, overwrite=overwrite)
-    on_stage(f"{model}: converted once, then read", 0, 1)
+    on_stage(f"demo model {model}: converted once, then read", 0, 1)
     folder, about = demo_model(model), MODELS[model]
     tokenizer = load_tokenizer(folder)
     text = demo_text()
