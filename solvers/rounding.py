@@ -1,10 +1,8 @@
 """Relax, round, swap: a convex relaxation, rounded to a mask, with a lower bound and its certificate.
 
-`Relax` takes the relaxation `convex.box`; its steps end under a growing concave term, which bends the relaxed
-solution towards a mask. Hardening from the first step on (`max_iterations=0`, as the start of another solver)
-gives masks as good as after a full relaxation, but no bound. The bound is that of Frank–Wolfe,
-f(x) + min_v ∇f(x)ᵀ(v − x), in float64 with a margin for rounding and for what a float32 G lacks to be
-semidefinite: valid at any x, which is the solution's certificate.
+`Relax` takes the relaxation, hardening and bound of `convex.box`; the x of the bound is the solution's
+certificate. Hardening from the first step on (`max_iterations=0`, as the start of another solver) gives masks
+as good as after a full relaxation, but no bound.
 
 `SdpRound` takes the bound `sdp`, which relaxes p = (1 + z)/2 to inner products ⟨vᵢ, v₀⟩. Pruning the s inputs
 of largest ⟨vᵢ, v₀⟩ in each group gives a start from which `swap` ends better than from scores; the bound is

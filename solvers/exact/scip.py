@@ -6,7 +6,7 @@ import os
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -39,14 +39,6 @@ _AGAIN_BELOW = 0.01
 _INFINITE = 1e19
 #: the greatest limits that SCIP takes
 _MOST_SECONDS, _MOST_NODES, _MOST_MEMORY = 1e20, 2**63 - 1, 2**43 - 1
-
-
-class _Known(NamedTuple):
-    """Of a row, before SCIP: its twins, the duals of `qcr`, and what the presolve has found."""
-
-    twins: list[np.ndarray]
-    duals: Duals | None = None
-    probed: Probed | None = None
 
 
 @dataclass(frozen=True)
@@ -84,42 +76,48 @@ class Scip(RowSolver):
         """Incumbent, duals, tree; what the time leaves undone is left out."""
         if (separable := _separable(task)) is not None:
             return separable
-        known = _Known(twins_of(task.q, task.group))
-        task = _in_order(task.with_incumbent(), known)
+        twins = twins_of(task.q, task.group)
+        task = _started(task, task.with_incumbent().start, twins)
         if task.limits.expired:
             return RowAnswer(task.start, "timelimit")
-        if self.formulation == "qcr":
-            duals = qcr_duals(task)
-            known = known._replace(duals=duals)
-            if task.limits.expired:
-                return duals.answer(task.start, "timelimit")
-            mixed = 0 < task.pruned < task.group
-            if self.presolve and mixed and task.cost(task.start) > task.noise:
-                with torch_threads(1):  # its matrices are small
-                    tree = QuadraticTree(task, duals)
-                    known = known._replace(probed=probe(tree))
-                task = _in_order(replace(task, start=tree.best), known)
-                if known.probed is not None and known.probed.closed:
-                    return _presolved(task, known)
-        return self._solved(task, known)
+        if self.formulation != "qcr":
+            return self._solved(task, twins)
+        duals = qcr_duals(task)
+        probed = None
+        if task.limits.expired:
+            return duals.answer(task.start, "timelimit")
+        mixed = 0 < task.pruned < task.group
+        if self.presolve and mixed and task.cost(task.start) > task.noise:
+            with torch_threads(1):  # its matrices are small
+                tree = QuadraticTree(task, duals)
+                probed = probe(tree)
+            task = _started(task, tree.best, twins)
+            if probed is not None and probed.closed:
+                return _presolved(task, duals, probed)
+        return self._solved(task, twins, duals, probed)
 
-    def _solved(self, task: RowTask, known: _Known) -> RowAnswer:
+    def _solved(
+        self,
+        task: RowTask,
+        twins: list[np.ndarray],
+        duals: Duals | None = None,
+        probed: Probed | None = None,
+    ) -> RowAnswer:
         """SCIP's incumbent and SCIP's bound, at the optimum or at whatever limit comes first."""
-        duals, probed = known.duals, known.probed
-        program = self._program(task, task.unit_scale, known)
+        program = self._program(task, task.unit_scale, twins, duals, probed)
         row = ScipModel(program)
         if probed is None or probed.allows(task.start):
             row.model.addSol(row.solution(task.start), free=True)
         else:  # what is fixed holds for better masks alone
             row.model.setObjlimit(task.cost(task.start) * program.scale)
         ended = row.optimize(task.gap_limit)
-        if probed is not None and ended == "infeasible":  # nothing is left below the cutoff
-            return _presolved(task, known)
+        if duals and probed and ended == "infeasible":  # nothing is left below the cutoff
+            return _presolved(task, duals, probed)
         best = min((task.start, *filter(task.is_legal, row.masks())), key=task.cost)
         before = task.cost(task.start)
         if ended == "optimal" and task.noise < before and task.cost(best) <= _AGAIN_BELOW * before:
             # SCIP's tolerances are absolute, in units of the start: again in units of this mask
-            again = self._solved(replace(task, start=best), known)
+            again = self._solved(replace(task, start=best), twins, duals, probed)
             return replace(again, nodes=again.nodes + row.nodes)
         slack = FEASIBILITY * program.terms / program.scale
         certified = 0.0 if duals is None else duals.certified
@@ -143,19 +141,25 @@ class Scip(RowSolver):
             certified=certified,
         )
 
-    def _program(self, task: RowTask, scale: float, known: _Known) -> Program:
+    def _program(
+        self,
+        task: RowTask,
+        scale: float,
+        twins: list[np.ndarray],
+        duals: Duals | None = None,
+        probed: Probed | None = None,
+    ) -> Program:
         """A row in the formulation; `qcr` without duals is `factored`."""
         if self.formulation == "linear":
-            return linearised(task, scale, known.twins)
+            return linearised(task, scale, twins)
         n, mu, certified = len(task.q), 0.0, 0.0
         lam, state = np.zeros(n), np.full(n, -1, np.int8)
-        if known.duals is not None:
-            lam, mu = known.duals.diagonal * scale, known.duals.penalty * scale
-            certified = known.duals.certified
-        if known.probed is not None:
-            lam, state = known.probed.lam * scale, known.probed.state
+        if duals is not None:
+            lam, mu, certified = duals.diagonal * scale, duals.penalty * scale, duals.certified
+        if probed is not None:
+            lam, state = probed.lam * scale, probed.state
         part = free_part(task.q * scale, mu, task.pruned, same_group(task), state)
-        return factored(task, scale, known.twins, part, lam, certified)
+        return factored(task, scale, twins, part, lam, certified)
 
     def write_instance(
         self,
@@ -182,7 +186,7 @@ class Scip(RowSolver):
             pruned=layer.pruned_per_group,
             start=first,
         )
-        program = replace(self, formulation=formulation)._program(task, 1.0, _Known([]))
+        program = replace(self, formulation=formulation)._program(task, 1.0, [])
         model = ScipModel(program).model
         if layer.pruned == 0:  # else Q has it in its entries
             model.addObjoffset(float(layer.constant[0]))
@@ -193,17 +197,15 @@ class Scip(RowSolver):
             os.replace(whole, target)
 
 
-def _in_order(task: RowTask, known: _Known) -> RowTask:
-    """With a start that prunes the first ones of twins, which loses no objective value."""
-    return replace(task, start=put_in_order(task.start, known.twins))
+def _started(task: RowTask, start: np.ndarray, twins: list[np.ndarray]) -> RowTask:
+    """From a start that prunes the first ones of twins, which loses no objective value."""
+    return replace(task, start=put_in_order(start, twins))
 
 
-def _presolved(task: RowTask, known: _Known) -> RowAnswer:
+def _presolved(task: RowTask, duals: Duals, probed: Probed) -> RowAnswer:
     """The start, below whose cutoff the presolve has left nothing."""
-    assert known.duals is not None
-    assert known.probed is not None
-    bound = max(known.duals.certified, task.raised(known.probed.cutoff))
-    return known.duals.answer(task.start, "presolved", bound)
+    bound = max(duals.certified, task.raised(probed.cutoff))
+    return duals.answer(task.start, "presolved", bound)
 
 
 def _separable(task: RowTask) -> RowAnswer | None:

@@ -107,7 +107,6 @@ class _State(NamedTuple):
 
     Attributes:
         square, slope: float32 [rows, n], x²G_jj, and 2xc (+ linear).
-        linear, constant: float32 [rows, n], float64 [rows], 2x⊙g and the constant of the linear part, or 0.
         pruned, best: uint8 [rows, n], now and at the best, 1 = pruned.
         expiry: int32 [rows, n], the move at which an input may be moved again.
         random: uint64 [rows, 1].
@@ -117,8 +116,6 @@ class _State(NamedTuple):
     """
 
     square: np.ndarray
-    linear: np.ndarray
-    constant: np.ndarray
     pruned: np.ndarray
     best: np.ndarray
     expiry: np.ndarray
@@ -134,8 +131,6 @@ class _State(NamedTuple):
         flags = pruned.cpu().numpy().astype(np.uint8)
         return cls(
             square=np.square(x) * np.diagonal(scaled.gram),
-            linear=scaled.linear,
-            constant=scaled.constant,
             pruned=flags,
             best=flags.copy(),
             expiry=np.zeros((rows, n), np.int32),
@@ -158,7 +153,6 @@ def search(
         tenure = _TENURE_NM if grouped else _TENURE_LEAST + problem.n // _INPUTS_PER_TENURE
         tenure = max(1, min(tenure, problem.n // _TENURE_SHARE))
     scaled = Scaled.of(problem) if scaled is None else scaled
-    x, gram, scale = scaled.x, scaled.gram, scaled.scale
     state = _State.of(scaled, ~start, limits.seed)
     threads = RowThreads()
     start_objective = problem.objective(start)
@@ -174,9 +168,9 @@ def search(
             if limits.expired:
                 break
             some = tile.numpy()
-            threads.run(search_rows, some, x, gram, state, settings)
+            threads.run(search_rows, some, scaled, state, settings)
             rounds[tile] += 1
-            best[tile] = torch.from_numpy(state.values[some, 1] * scale[some])
+            best[tile] = torch.from_numpy(state.values[some, 1] * scaled.scale[some])
         planned += step
         history.append(best.clone())
         limits.report(0, rows, "moves", planned, plan.moves)
@@ -192,8 +186,9 @@ def search(
 
 
 class Scaled(NamedTuple):
-    """A problem in units in which float32 does: Σ x²G_jj = 1 in every row. `scale`, float64 [rows], leads
-    back to objectives; for `linear` and `constant` see `_State`."""
+    """A problem in units in which float32 does: Σ x²G_jj = 1 in every row. `linear` and `constant`, float32
+    [rows, n] and float64 [rows]: 2x⊙g and the constant of the linear part, or 0; `scale`, float64 [rows],
+    leads back to objectives."""
 
     x: np.ndarray
     gram: np.ndarray

@@ -196,8 +196,10 @@ def _open(now, pruned, expiry, head, follow, square, bars):
 
 
 @_exact
-def _hold(now, kick, tenure, spread, expiry, random, head, follow):
+def _hold(now, plan, pruned, expiry, random, square, work):
     """End every tabu, and hold up to `kick` random inputs for twice the tenure and more."""
+    bars, _, _, head, follow, _ = work
+    _, _, _, tenure, spread, _, kick = plan
     head[:] = -1
     for j in range(len(expiry)):
         expiry[j] = now
@@ -206,6 +208,8 @@ def _hold(now, kick, tenure, spread, expiry, random, head, follow):
         if expiry[j] <= now:
             expiry[j] = now + 2 * tenure + np.int64(_random(random) % np.uint64(spread + 1))
             _shut(j, expiry, head, follow)
+    for j in range(len(expiry)):
+        _bar(j, pruned, expiry[j] <= now, square, bars)
 
 
 @_exact
@@ -223,13 +227,13 @@ def _enter(now, x, gram, square, pruned, expiry, work):
 
 
 @_exact
-def _search_row(xs, gram, state, plan, work, row):
+def _search_row(scaled, state, plan, work, row):
     """Up to `moves` moves of a row beyond the first descent, after the rest of that. How many there were."""
-    x, square, linear, constant = xs[row], state.square[row], state.linear[row], state.constant[row]
+    x, gram, linear, constant = scaled.x[row], scaled.gram, scaled.linear[row], scaled.constant[row]
     pruned, best_pruned, expiry = state.pruned[row], state.best[row], state.expiry[row]
     random, clock, slope = state.random[row], state.clock[row], state.slope[row]
-    values = state.values[row]
-    group, moves, scratch, tenure, spread, patience, kick = plan
+    square, values = state.square[row], state.values[row]
+    group, moves, scratch, tenure, spread, patience, _ = plan
     bars, of_moves, cross, head, follow, twice = work
     now, descending = clock[0], clock[2] == 0
     _enter(now, x, gram, square, pruned, expiry, work)
@@ -279,25 +283,23 @@ def _search_row(xs, gram, state, plan, work, row):
             _copy(best_pruned, pruned)
             value = best_value = _products(slope, x, gram, pruned, linear, constant)
             clock[1] = now
-            _hold(now, kick, tenure, spread, expiry, random, head, follow)
-            for j in range(len(x)):
-                _bar(j, pruned, expiry[j] <= now, square, bars)
+            _hold(now, plan, pruned, expiry, random, square, work)
     clock[0] = now
     values[0], values[1] = value, best_value
     return made
 
 
-def search_rows(x: np.ndarray, gram: np.ndarray, state: Any, plan: Any, rows: np.ndarray) -> None:
+def search_rows(scaled: Any, state: Any, plan: Any, rows: np.ndarray) -> None:
     """Moves of some rows.
 
     Args:
-        x, gram: float32, scaled so that Σ x²G_jj = 1.
+        scaled: the problem, a `tabu.Scaled`.
         state: where the rows stand, a `tabu._State`.
         plan: group, moves, whether to compute c from scratch first, tenure, how much longer it may be,
             patience, and how many inputs a restart holds.
         rows: int64.
     """
-    n, group, tenure, spread = x.shape[1], plan[0], plan[3], plan[4]
+    n, group, tenure, spread = scaled.x.shape[1], plan[0], plan[3], plan[4]
     work = (
         np.empty((2, n), np.float32),  # bars
         np.empty((3, group), np.float32),  # values of moves
@@ -306,10 +308,10 @@ def search_rows(x: np.ndarray, gram: np.ndarray, state: Any, plan: Any, rows: np
         np.empty(n, np.int32),  # follow
         np.empty(n, np.float32),  # twice x
     )
-    _search_rows(x, gram, state, plan, work, rows)
+    _search_rows(scaled, state, plan, work, rows)
 
 
 @loop(nogil=True, _nrt=False)
-def _search_rows(x, gram, state, plan, work, rows):
+def _search_rows(scaled, state, plan, work, rows):
     for row in rows:
-        state.moves[row] += _search_row(x, gram, state, plan, work, row)
+        state.moves[row] += _search_row(scaled, state, plan, work, row)
