@@ -333,13 +333,13 @@ def test_scip_has_what_is_left(monkeypatch, misleading):
     """The search sees the free inputs alone, also where the incumbent is not among what is allowed."""
     problem, seen, solved = layer(48), [], Scip._solved
 
-    def watched(solver, task, known):
+    def watched(solver, task, twins, duals, probed):
         if misleading:  # as of a mask below the incumbent, of which there is none
-            state = known.probed.state.copy()
+            state = probed.state.copy()
             state[np.flatnonzero(state >= 0)[0]] ^= 1
-            known = known._replace(probed=known.probed._replace(state=state))
-        seen.append((task, known.probed))
-        return solved(solver, task, known)
+            probed = probed._replace(state=state)
+        seen.append((task, probed))
+        return solved(solver, task, twins, duals, probed)
 
     monkeypatch.setattr(Scip, "_solved", watched)
     solution = solve(problem, "scip", workers=0)
