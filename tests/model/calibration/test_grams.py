@@ -209,6 +209,7 @@ def test_what_does_not_go_with_a_store(home, tmp_path):
     fails(e.ModelError, "one of the two", prune, model, out, grams=grams, calibration="here.txt")
     said = "no option is called 'sample'; did you mean 'samples'"
     fails(e.OptionError, said, collect_grams, tmp_path, tokens(), output=out, sample=4)
+    fails(e.ModelError, "Gram matrices need `calibration`", collect_grams, model, output=out)
     assert not out.exists()
     # what a store is of goes before what is asked
     collect_grams(model, tokens(), output=out, token_weights="skip-first")

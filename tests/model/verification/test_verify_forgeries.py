@@ -255,7 +255,7 @@ FILES = {
     "a pruned weight": (lambda r, _: forging.change_weight(r, "pruned", 1.25), "that its mask prunes"),
     "a pruned weight, -0": (lambda r, _: forging.change_weight(r, "pruned", -0.0), "that its mask prunes"),
     "a mask of another size": (
-        masks(lambda m: next(iter(m.values())).kept[0, 0].logical_not_()), r"row 0: 1[57] of 32 pruned",
+        masks(lambda m: next(iter(m.values())).kept[2, 0].logical_not_()), r"row 2: 1[57] of 32 pruned",
     ),
     "one file and shards": (  # the one file is loaded first
         lambda r, _: shutil.copy(forging.first_weight_shard(r), r / "model.safetensors"), "or the shards",
@@ -657,6 +657,10 @@ def test_what_was_changed_without_its_digest(dense_folder, pruned_folder, folder
     edit_json(out / MANIFEST, edit("files", "config.json", to="0" * 64))
     edit_json(out / MANIFEST, lambda m: m.update(forging.signed(m)))
     fails(VerificationError, "was changed", verify_model, out, original)
+    linked = forging.copied(pruned_folder, tmp_path / "linked")
+    manifest = shutil.move(linked / MANIFEST, tmp_path / "elsewhere.json")
+    (linked / MANIFEST).symlink_to(manifest)
+    fails(VerificationError, "link out of the model folder", verify_model, linked)
     # a link out of the original is no file of it
     dense = forging.copied(original, tmp_path / "dense")
     (tmp_path / "vocab.txt").write_text("elsewhere")
