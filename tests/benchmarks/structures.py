@@ -293,7 +293,7 @@ def measure_speed(args: argparse.Namespace, book: Book, name: str) -> None:
     dense = demo_model(name)
     with tempfile.TemporaryDirectory(prefix="maskopt-structures-") as home:
         out = Path(home) / "out"
-        options = {"channels": 0.25, "heads": HEADS[name], "solver": "wanda", "update": "none"}
+        options = {"channels": 0.25, "solver": "wanda", "update": "none"}
         smaller(dense, args.calibration, out, options)
         models = {"dense": load(dense), "smaller": load(out)}
         times: dict[str, dict[str, list[float]]] = {
