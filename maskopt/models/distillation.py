@@ -15,7 +15,7 @@ from maskopt.errors import DataError, ModelError
 from maskopt.models.architecture.source import FolderSource
 from maskopt.models.blockwise.job import Job, open_job
 from maskopt.models.blockwise.memory import check_memory
-from maskopt.models.blockwise.windows import check_targets, held_out, tokens_or_tokenizer
+from maskopt.models.calibration.tokens import tokens_or_tokenizer
 from maskopt.models.checkpoints.checkpoint import Checkpoint, file_digest, write_file, write_json
 from maskopt.models.checkpoints.result import (
     MaskFile,
@@ -160,8 +160,8 @@ def _with_masks(student: Job) -> tuple[FolderSource, MaskFile]:
     check_masks(source.checkpoint, masks)
     if all(bool(masks.read(name).kept.all()) for name in masks.names):
         raise ModelError(f"{folder}: its masks prune nothing, so there is nothing to train")
-    check_targets(student.windows)
-    if not held_out(student.count, student.options.holdout):
+    student.windows.check_targets()
+    if not student.held:
         raise DataError("distillation needs windows that judge it: give a `holdout` such as 0.1")
     return source, masks
 

@@ -151,6 +151,17 @@ class Grams:
         """The layers, those that share their inputs next to each other."""
         return sorted(layers, key=lambda layer: self.leader(layer.name))
 
+    def first_round(self, layers: Sequence[Layer]) -> tuple[list[Layer], list[Layer]]:
+        """The layers that are called first with the same inputs, and the rest."""
+        by_name = {layer.name: layer for layer in layers}
+        called = [by_name[name] for name in self.leaders if name in by_name]
+        if not called:
+            return list(layers), []
+        leader = self.leader(called[0].name)
+        kinds = {layer.kind for layer in called if self.leader(layer.name) == leader}
+        first = [layer for layer in layers if layer.kind in kinds]
+        return first, [layer for layer in layers if layer.kind not in kinds]
+
     def tasks(self, given: Given, sizes: dict[str, int]) -> list[Callable[[], None]]:
         """Pieces of work that add one sample's inputs to the tiles that are summed here."""
         by_inputs: dict[int, str] = {}

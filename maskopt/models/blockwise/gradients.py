@@ -32,7 +32,7 @@ from maskopt.models.options.prune import FISHER, RELATIVE
 #: matrices [length, vocabulary] of float32 that the loss of a window and its gradient take
 LOGITS = 4
 #: lower limit of a row's weight, relative to the layer's mean, so that no row is pruned away
-_LEAST = 1e-3
+LEAST = 1e-3
 
 
 @dataclass(frozen=True)
@@ -190,18 +190,9 @@ def row_sensitivity(
     ones = torch.ones_like(energy)
     if sensitivity == RELATIVE:
         whole = energy.sum().expand_as(energy) if of_layer else energy
-        return ones / whole.clamp(min=_LEAST * float(whole.mean()) or 1.0)
+        return ones / whole.clamp(min=LEAST * float(whole.mean()) or 1.0)
     if sensitivity == FISHER:
         assert gradients is not None
         squares = gradients.squares.get(problem.name)
         return 0 * ones if squares is None else squares.to(energy) / 2
     return ones
-
-
-def counting(problem: LayerProblem, sensitivity: str, gradients: Gradients | None) -> LayerProblem:
-    """The same problem, with weights of its rows, 1 on average, where they share a budget."""
-    if not problem.shared_budget:
-        return problem
-    omega = row_sensitivity(problem, sensitivity, gradients, of_layer=False)
-    mean = float(omega.mean())
-    return problem.with_omega((omega / mean).clamp(min=_LEAST) if mean > 0 else None)

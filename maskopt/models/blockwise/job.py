@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from maskopt.errors import DataError, ModelError
+from maskopt.errors import DataError, ModelError, OptionError
 from maskopt.models.architecture.blocks import Layer, choose, vocabulary_size
-from maskopt.models.architecture.source import Source, capped_length, open_source
+from maskopt.models.architecture.source import Source, capped_length, load_tokenizer, open_source
 from maskopt.models.blockwise.activations import Activations, lanes_to
 from maskopt.models.blockwise.collect import (
     IN_DENSE,
@@ -48,13 +48,17 @@ from maskopt.models.blockwise.forward import (
 )
 from maskopt.models.blockwise.gradients import DenseModel, Gradients
 from maskopt.models.blockwise.memory import Load, check_memory
-from maskopt.models.blockwise.windows import held_out, windows_of
+from maskopt.models.calibration.chat import chat_windows
 from maskopt.models.calibration.tokens import (
     GRADIENT,
     SKIP_FIRST,
     UNIFORM,
     Windows,
+    calibration_windows,
     check_vocabulary,
+    evaluation_windows,
+    held_out,
+    token_windows,
     weights_of_tokens,
 )
 from maskopt.models.checkpoints.report import FinishedBlock, grouped
@@ -102,6 +106,35 @@ def open_job(
                 f"`{name}` {getattr(options, name)} leaves nothing of windows of a single token"
             )
     return Job(source, layers, windows, options, whole=whole, on_progress=on_progress, ranks=ranks)
+
+
+def windows_of(
+    source: Source, text: Any, tokenizer: Any, options: WalkOptions, whole: bool, limit: int | None
+) -> Windows:
+    """The windows of `open_job`'s text; MaskoptError for text, tokenizer or numbers that cannot be used."""
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise OptionError(f"`windows` must be a whole number of at least 1, not {limit!r}")
+    if isinstance(text, Windows | Tensor) and not options.chat:
+        given = text if isinstance(text, Windows) else token_windows(text, "token tensor")
+        most = capped_length(source.model, given.length)
+        if given.length > most:
+            raise DataError(
+                f"windows of {given.length} tokens are longer than the model's {most} positions; cut them"
+            )
+        return given if limit is None else given.take(slice(limit))
+    if tokenizer is None and source.checkpoint is not None:
+        trust = options.trust_remote_code
+        tokenizer = load_tokenizer(source.checkpoint.folder, trust_remote_code=trust)
+    length = capped_length(source.model, options.seq_len)
+    if whole and length < 2:
+        raise OptionError(f"`seq_len` must be a whole number of at least 2, not {length!r}")
+    if options.chat:
+        samples, seed = (limit, None) if whole else (options.samples, options.seed)
+        return chat_windows(text, tokenizer, samples=samples, seq_len=length, seed=seed)
+    how: dict[str, Any] = {"seq_len": length, "field": options.text_field, "bos": options.bos}
+    if whole:
+        return evaluation_windows(text, tokenizer, limit=limit, **how)
+    return calibration_windows(text, tokenizer, samples=options.samples, seed=options.seed, **how)
 
 
 class Job:
@@ -303,7 +336,7 @@ class Job:
 
     def _spills(self, size: int) -> bool:
         """Whether hidden states of so many bytes, and those kept along with them, go to a file."""
-        return self.load.copies * size > self.activation_memory
+        return self.options.copies * size > self.activation_memory
 
 
 class Block(OpenBlock):
@@ -369,7 +402,7 @@ class Block(OpenBlock):
             grams = self.grams(waiting)
             layers, waiting = waiting, []
             if self.job.options.true_sequential:
-                layers, waiting = _first_round(layers, grams)
+                layers, waiting = grams.first_round(layers)
             self._check_multiplied(layers, grams)
             yield layers, grams
             del grams  # their memory is needed
@@ -412,15 +445,3 @@ def walk_whole(job: Job, tell: Callable[[int, int], None]) -> None:
     job.tell = report
     for block in job.blocks():
         block.advance()
-
-
-def _first_round(layers: Sequence[Layer], grams: Grams) -> tuple[list[Layer], list[Layer]]:
-    """The layers that are called first with the same inputs, and the rest."""
-    by_name = {layer.name: layer for layer in layers}
-    called = [by_name[name] for name in grams.leaders if name in by_name]
-    if not called:
-        return list(layers), []
-    leader = grams.leader(called[0].name)
-    kinds = {layer.kind for layer in called if grams.leader(layer.name) == leader}
-    first = [layer for layer in layers if layer.kind in kinds]
-    return first, [layer for layer in layers if layer.kind not in kinds]

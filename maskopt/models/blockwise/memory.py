@@ -77,17 +77,13 @@ class Load:
     together: bool = False
     recompute: bool = False
 
-    @property
-    def copies(self) -> int:
-        """Hidden states of every token that are kept: of the pruned model; for training, of the dense one."""
-        return 1 if self.options.reconstruction is None else 2
-
 
 def estimate_memory(load: Load) -> Memory:
     """The parts of the peak."""
     if load.together:
         return _together(load)
-    source, copies, threads, held = load.source, load.copies, load.threads, load.options.holdout > 0
+    source, options, threads = load.source, load.options, load.threads
+    copies, held = options.copies, options.holdout > 0
     # windows whose hidden states of every block are kept for gradients of the loss
     gradients = load.options.gradient_windows(load.samples)
     width = next(source.model.parameters()).dtype.itemsize

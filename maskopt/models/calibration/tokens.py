@@ -11,6 +11,7 @@ to first order the loss changes by its gradient by that state.
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from maskopt.core.files import from_json
-from maskopt.errors import DataError, first_line, near
+from maskopt.core.pattern import as_written
+from maskopt.errors import DataError, ModelError, first_line, near
 from maskopt.models.checkpoints.bos import GIVEN, Beginning, beginning_of, tokens_of
 
 #: name → (dataset, configuration, data files by split, text column): the conventions of the field
@@ -222,6 +224,13 @@ class Windows:
         """Predicted tokens of a window."""
         return self.length - self.beginning.first_target
 
+    def check_targets(self) -> None:
+        """Raise DataError where nothing in a window is predicted."""
+        if self.targets <= 0:
+            raise DataError(
+                "nothing is predicted in these windows; take windows of at least two tokens, and one of text"
+            )
+
 
 def calibration_windows(
     source: str | Path | Sequence[str],
@@ -360,6 +369,29 @@ def check_vocabulary(windows: Windows, size: int) -> None:
             f"{windows.source}: token id {largest} does not exist in the model's vocabulary of "
             f"{size}; tokenizer and model do not belong together"
         )
+
+
+def tokens_or_tokenizer(given: Any, text: Any, needs: str = "") -> tuple[Any, Any]:
+    """(text, tokenizer) from an argument that is either tokens, which are then the text, or a tokenizer.
+    Raises DataError for tokens and a text, and ModelError for neither where something `needs` a text."""
+    if isinstance(given, Tensor | Windows):
+        if text is not None:
+            raise DataError("there are both tokens and `calibration`; leave one of them out")
+        return given, None
+    if needs and text is None:
+        raise ModelError(f"{needs} `calibration` text or tokens; name a source of text")
+    return text, given
+
+
+def held_out(windows: int, share: float) -> frozenset[int]:
+    """The held-out windows: the last ⌊share·windows⌋; DataError where these would be none."""
+    count = math.floor(as_written(share) * windows)
+    if share and not count:
+        raise DataError(
+            f"`holdout` {share} of {windows} windows holds out none; take at least "
+            f"{math.ceil(1 / as_written(share))} windows (`samples`), or a larger `holdout`"
+        )
+    return frozenset(range(windows - count, windows))
 
 
 def are_tokens(source: Any) -> bool:

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from maskopt.errors import DataError, ModelError, OptionError
 from maskopt.models.architecture.source import text_config
 from maskopt.models.blockwise.job import Job, open_job, walk_whole
-from maskopt.models.blockwise.windows import check_targets, tokens_or_tokenizer
-from maskopt.models.calibration.tokens import Windows
+from maskopt.models.calibration.tokens import Windows, tokens_or_tokenizer
 from maskopt.models.options.walk import EVALUATION, WalkOptions, check_names
 from maskopt.models.training.tasks import CACHED, kl
 
@@ -180,7 +179,7 @@ def _evaluated(
 
 def _check_same_windows(models: Sequence[str], jobs: Sequence[Job]) -> None:
     first = jobs[0].windows
-    check_targets(first)
+    first.check_targets()
     for model, job in zip(models[1:], jobs[1:], strict=True):
         for what in ("vocab_size", "hidden_size"):
             both = (text_config(x.source.model) for x in (jobs[0], job))

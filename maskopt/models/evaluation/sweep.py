@@ -13,7 +13,6 @@ from maskopt.errors import ModelError, OptionError
 from maskopt.models.blockwise.distributed import ALONE, Ranks
 from maskopt.models.blockwise.forward import OnBlockProgress
 from maskopt.models.blockwise.job import open_job
-from maskopt.models.blockwise.windows import check_targets
 from maskopt.models.checkpoints.report import PruneReport
 from maskopt.models.checkpoints.schema import MANIFEST
 from maskopt.models.checkpoints.workspace import check_dense, check_place, unfinished
@@ -128,7 +127,7 @@ def _check_cases(
                 "which is not copied to the pruned folders; leave out `text`, copy it there and judge by "
                 "`maskopt eval`"
             )
-        check_targets(job.windows)
+        job.windows.check_targets()
     return walk
 
 

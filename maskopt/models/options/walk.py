@@ -236,6 +236,11 @@ class WalkOptions:
         return None
 
     @property
+    def copies(self) -> int:
+        """Hidden states of every token that are kept: of the pruned model; for training, of the dense one."""
+        return 1 if self.reconstruction is None else 2
+
+    @property
     def least_squares(self) -> LeastSquaresUpdate | None:
         """How kept weights are updated; None: they stay."""
         return None

@@ -23,7 +23,7 @@ from maskopt.models.blockwise.collect import BadSample, Grams
 from maskopt.models.blockwise.distributed import ALONE, Ranks
 from maskopt.models.blockwise.forward import OnBlockProgress, Tick, ticker
 from maskopt.models.blockwise.job import Job, open_job
-from maskopt.models.blockwise.windows import tokens_or_tokenizer
+from maskopt.models.calibration.tokens import tokens_or_tokenizer
 from maskopt.models.checkpoints.checkpoint import file_digest, open_safe, write_json, write_tensors
 from maskopt.models.checkpoints.report import FinishedBlock, grouped
 from maskopt.models.checkpoints.schema import fits, read_json

@@ -24,16 +24,9 @@ from maskopt.models.architecture.blocks import Layer, matrix
 from maskopt.models.architecture.source import FolderSource
 from maskopt.models.blockwise.distributed import ALONE, Ranks
 from maskopt.models.blockwise.forward import OnBlockProgress
-from maskopt.models.blockwise.gradients import counting
-from maskopt.models.blockwise.job import Block, Job, open_job
+from maskopt.models.blockwise.job import Block, Job, open_job, windows_of
 from maskopt.models.blockwise.memory import check_memory
-from maskopt.models.blockwise.windows import (
-    check_targets,
-    held_out,
-    tokens_or_tokenizer,
-    windows_of,
-)
-from maskopt.models.calibration.tokens import Windows
+from maskopt.models.calibration.tokens import Windows, held_out, tokens_or_tokenizer
 from maskopt.models.checkpoints.report import PruneReport
 from maskopt.models.checkpoints.workspace import check_dense, differences
 from maskopt.models.options.prune import AUTO, BLOCKWISE, PruneOptions, prune_options
@@ -41,7 +34,7 @@ from maskopt.models.options.walk import DistillOptions, name_patterns
 from maskopt.models.pruning.allocate import allocate
 from maskopt.models.pruning.gram_store import GramStore, StoredBlock, stored_blocks
 from maskopt.models.pruning.output import BlockResult, FolderResults, Results
-from maskopt.models.pruning.prune_layer import layer_problem, prune_layers
+from maskopt.models.pruning.prune_layer import counting, layer_problem, prune_layers
 from maskopt.models.pruning.run import Run, fingerprint_of, text_record
 from maskopt.models.training.tasks import train_block
 
@@ -132,7 +125,7 @@ def _distillation_windows(
             "which is not copied; leave out `distillation`, copy it to the result and run `maskopt distill`"
         )
     windows = windows_of(source, text, tokenizer, options, False, None)
-    check_targets(windows)
+    windows.check_targets()
     held_out(len(windows), options.holdout)
     if options.max_memory is not None:
         check_memory(dataclasses.replace(job.load, together=True), int(options.max_memory))

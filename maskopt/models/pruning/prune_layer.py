@@ -23,7 +23,7 @@ from maskopt.models.architecture.blocks import Layer, matrix
 from maskopt.models.architecture.source import as_stored
 from maskopt.models.blockwise.collect import Grams
 from maskopt.models.blockwise.distributed import ROWS, Ranks
-from maskopt.models.blockwise.gradients import counting
+from maskopt.models.blockwise.gradients import LEAST, Gradients, row_sensitivity
 from maskopt.models.blockwise.job import Job
 from maskopt.models.checkpoints.report import LayerReport
 from maskopt.models.options.prune import AUTO, PruneOptions
@@ -91,6 +91,15 @@ def layer_problem(
         return LayerProblem(weight, torch.eye(weight.shape[1]).to(weight.device), pattern, **how)
     values = gram.value(shrinkage=gram_shrinkage)
     return LayerProblem(weight, values, pattern, moments=gram.moments(), **how)
+
+
+def counting(problem: LayerProblem, sensitivity: str, gradients: Gradients | None) -> LayerProblem:
+    """The same problem, with weights of its rows, 1 on average, where they share a budget."""
+    if not problem.shared_budget:
+        return problem
+    omega = row_sensitivity(problem, sensitivity, gradients, of_layer=False)
+    mean = float(omega.mean())
+    return problem.with_omega((omega / mean).clamp(min=LEAST) if mean > 0 else None)
 
 
 def held_problem(

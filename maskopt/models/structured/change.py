@@ -15,7 +15,7 @@ from maskopt.errors import ModelError
 from maskopt.models.architecture.source import FolderSource, Source
 from maskopt.models.architecture.structures import Change, cannot_say, changed
 from maskopt.models.blockwise.job import Block, Job, open_job
-from maskopt.models.blockwise.windows import tokens_or_tokenizer
+from maskopt.models.calibration.tokens import tokens_or_tokenizer
 from maskopt.models.checkpoints.checkpoint import open_safe, write_file
 from maskopt.models.checkpoints.report import FinishedBlock, PruneReport
 from maskopt.models.checkpoints.result import Edits, write_shard

@@ -25,7 +25,6 @@ from maskopt.models.architecture.source import FolderSource, as_stored, layer_ma
 from maskopt.models.blockwise.activations import Activations
 from maskopt.models.blockwise.job import Block, Job, open_job, walk_whole
 from maskopt.models.blockwise.memory import POSITIONS
-from maskopt.models.blockwise.windows import held_out
 from maskopt.models.checkpoints.checkpoint import write_tensors
 from maskopt.models.checkpoints.report import TrainedBlock
 from maskopt.models.checkpoints.result import Edits, write_shard
@@ -247,8 +246,7 @@ def _train(
     """Train the student in memory; also the layers that may have changed."""
     source = student.source
     assert isinstance(source, FolderSource)
-    held = held_out(student.count, options.holdout)
-    fitted = [window for window in range(student.count) if window not in held]
+    fitted = [window for window in range(student.count) if window not in student.held]
     states = student.in_memory(recompute=options.recompute)
     with divergence_loss(student, dense, states) as loss:
         kept = _kept(source, options)
@@ -265,9 +263,9 @@ def _train(
             stored,
             loss,
             fitted,
-            sorted(held),
+            sorted(student.held),
             # passes of all windows would take nearly as long as an epoch
-            reported=fitted[: len(held)],
+            reported=fitted[: len(student.held)],
             how=options,
         )
         done, total = 0, options.epochs * len(fitted)

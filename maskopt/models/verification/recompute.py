@@ -26,13 +26,12 @@ from maskopt.models.architecture.blocks import Layer, choose, matrix
 from maskopt.models.architecture.source import FolderSource, masks_as_model
 from maskopt.models.blockwise.collect import IN_DENSE, Grams
 from maskopt.models.blockwise.forward import Threads
-from maskopt.models.blockwise.gradients import counting
 from maskopt.models.blockwise.job import Job, open_job
 from maskopt.models.calibration.tokens import are_tokens
 from maskopt.models.checkpoints.bos import BOS, TEMPLATE
 from maskopt.models.checkpoints.checkpoint import open_checkpoint
 from maskopt.models.options.prune import AUTO, BLOCKWISE, NONE, PruneOptions
-from maskopt.models.pruning.prune_layer import held_problem, layer_problem
+from maskopt.models.pruning.prune_layer import counting, held_problem, layer_problem
 from maskopt.models.verification.folder import MASKS
 from maskopt.models.verification.manifest import Manifest, groups
 from maskopt.protocol.solution import SWAP_TOLERANCE, Status

@@ -18,8 +18,7 @@ from maskopt import NM, LayerProblem, Unstructured, collect_grams, collect_probl
 from maskopt.cli.prune import swept_table
 from maskopt.core.gram import CHUNK, Gram
 from maskopt.models.blockwise.job import open_job
-from maskopt.models.blockwise.windows import held_out
-from maskopt.models.calibration.tokens import TOKEN_WEIGHTS, weights_of_tokens
+from maskopt.models.calibration.tokens import TOKEN_WEIGHTS, held_out, weights_of_tokens
 from maskopt.models.checkpoints.checkpoint import file_digest, open_safe
 from maskopt.models.checkpoints.schema import MANIFEST
 from maskopt.models.evaluation.evaluate import evaluate

@@ -18,7 +18,7 @@ from tiny_models import loud, save, tiny, tokens
 from maskopt import LayerProblem, Unstructured, collect_problems, open_job, prune_model
 from maskopt.errors import ModelError, OptionError, VerificationError
 from maskopt.models.architecture.blocks import Layer
-from maskopt.models.blockwise.windows import held_out
+from maskopt.models.calibration.tokens import held_out
 from maskopt.models.checkpoints.schema import MASKS
 from maskopt.models.evaluation.bound import certify_model
 from maskopt.models.options.prune import PruneOptions

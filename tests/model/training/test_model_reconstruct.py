@@ -192,7 +192,7 @@ def test_hidden_states_that_blocks_are_trained_by_are_counted(monkeypatch):
 
     trained(tiny("llama", layers=2), data, on_progress=look, how={"epochs": 1})
     job = open_job(tiny("llama", layers=2), data, prune_options(None, {**OPTIONS, "training": HOW}))
-    assert job.load.copies == 2  # of the pruned model and of the dense one
+    assert job.options.copies == 2  # of the pruned model and of the dense one
     assert most == 2 * data.numel() * 32 * 4
 
 
