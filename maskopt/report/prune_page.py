@@ -215,7 +215,7 @@ def errors_by_block(pruned: Sequence[Named]) -> Figure:
     several = len(pruned) > 1
     for title, one in pruned:
         name = title if several else "this model"
-        lines = {name: mean_error, f"{name}, held-out text": _held}
+        lines = {name: mean_error, f"{name}, held-out text": mean_held_error}
         lines = lines if several else {"Wanda's masks": _wanda, **lines}
         blocks = grouped(one.solved, "block")
         for label, mean in lines.items():
@@ -358,19 +358,8 @@ def _gaps(path: Path, folder: Path) -> Table:
 
 def _wanda(layers: Sequence[LayerReport]) -> float | None:
     """Mean relative error of Wanda's masks, where all are known."""
-    errors = ((x.error_wanda, x.energy) for x in layers)
-    return _mean([a / b if a is not None and b else None for a, b in errors])
-
-
-def _held(layers: Sequence[LayerReport]) -> float | None:
-    """Mean relative error on held-out text, where all are known."""
-    return _mean([layer.relative_held for layer in layers])
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    """None where one is not known."""
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known and len(known) == len(values) else None
+    known = [x.error_wanda / x.energy for x in layers if x.error_wanda is not None and x.energy]
+    return statistics.fmean(known) if known and len(known) == len(layers) else None
 
 
 def _time(seconds: float) -> str:

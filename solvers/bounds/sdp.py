@@ -267,7 +267,7 @@ def tighten(
         part, before = problem.take([row]), plain.take([row])
         if not limits.expired:
             waves = math.ceil((problem.rows - row) / threads)
-            after, _ = cut_certificate(part, rank, rounds, limits.share(1 / waves))
+            after = cut_certificate(part, rank, rounds, limits.share(1 / waves))
             if bool(after.check(part) > before.check(part)):
                 return after
         return before
@@ -280,11 +280,8 @@ def tighten(
     return whole, torch.tensor(count)
 
 
-def cut_certificate(
-    problem: LayerProblem, rank: int, rounds: int, limits: Limits
-) -> tuple[Certificate, float]:
-    """(λ, μ, τ, p̂) of a single row after `rounds` rounds, and the loss to the correction as part of the
-    bound."""
+def cut_certificate(problem: LayerProblem, rank: int, rounds: int, limits: Limits) -> Certificate:
+    """(λ, μ, τ, p̂) of a single row after `rounds` rounds."""
     n = problem.n
     state = Mixing(problem, rank, limits.seed)
     rho = penalty_of(problem.group_size)
@@ -364,8 +361,8 @@ class _Multipliers:
         cuts = of.member, self.signs, step, follow, self.pool.tau, self.used
         damp(v, of.pairs, of.entries, *cuts, self.value)
 
-    def certify(self, problem: LayerProblem, rho: float) -> tuple[Certificate, float]:
-        """Of the multipliers once they have settled; as of `certificate_of`."""
+    def certify(self, problem: LayerProblem, rho: float) -> Certificate:
+        """Of the multipliers once they have settled."""
         n, scale, y = problem.n, self.state.scale, self.state.duals[0].double().cpu().numpy()
         if np.isfinite(y).all():
             pool = Pool(self.pool.index, self.pool.sign, self.mean)
@@ -380,5 +377,4 @@ class _Multipliers:
             torch.as_tensor(pool.sign),
             torch.as_tensor(pool.tau / scale[0]),
         )
-        certificate, loss = certificate_of(problem, [duals], scale, [cuts])
-        return certificate, float(loss)
+        return certificate_of(problem, [duals], scale, [cuts])[0]

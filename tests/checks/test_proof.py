@@ -189,7 +189,7 @@ def test_fixings_are_held_to_their_other_side():
 @pytest.mark.parametrize("kind", ["full", "outliers"])
 def test_cuts_of_a_form_are_counted_as_in_a_certificate(kind):
     problem = layer(24, Unstructured(keep=12), kind)
-    certificate, _ = cut_certificate(problem, 8, 3, maskopt.Limits().begin())
+    certificate = cut_certificate(problem, 8, 3, maskopt.Limits().begin())
     # a certificate may be checked at a point outside of the box
     point, (cuts,) = certificate.point.clamp(0, 1), certificate.cuts
     assert len(cuts.multiplier) > 10

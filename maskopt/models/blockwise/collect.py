@@ -147,10 +147,6 @@ class Grams:
     def leader(self, layer: str) -> str:
         return self.leaders.get(layer, layer)
 
-    def neighbours(self, layers: Sequence[Layer]) -> list[Layer]:
-        """The layers, those that share their inputs next to each other."""
-        return sorted(layers, key=lambda layer: self.leader(layer.name))
-
     def first_round(self, layers: Sequence[Layer]) -> tuple[list[Layer], list[Layer]]:
         """The layers that are called first with the same inputs, and the rest."""
         by_name = {layer.name: layer for layer in layers}

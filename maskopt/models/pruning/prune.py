@@ -189,7 +189,7 @@ def _prune_blocks(
         for block in blocks:
             found = BlockResult.of(
                 block,
-                lambda layers, grams: prune_layers(job, grams.neighbours(layers), grams, options),
+                lambda layers, grams: prune_layers(job, layers, grams, options),
             )
             if how is not None and isinstance(block, Block):
                 some = {n: mask for n, mask in found.masks.items() if not found.reports[n].fallback}

@@ -118,6 +118,8 @@ def prune_layers(
     Yields:
         (layer, report, mask, new weights float64 [rows, n] where they were updated).
     """
+    # those that share their inputs next to each other
+    layers = sorted(layers, key=lambda layer: grams.leader(layer.name))
     for layer, rows in _by_all(job, layers, grams, options):
         weight = matrix(job.source.model, layer)
         new = None if rows.weight is None else rows.weight.double()

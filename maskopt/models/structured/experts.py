@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from maskopt.core.problem import RowProblem
 from maskopt.errors import ModelError, OptionError
 from maskopt.models.architecture.blocks import Mixture, mixtures_of
-from maskopt.models.architecture.source import FolderSource
 from maskopt.models.architecture.structures import expert_settings, experts_left, without_experts
 from maskopt.models.blockwise.forward import OnBlockProgress, forwards
 from maskopt.models.blockwise.job import Block, Job
@@ -83,7 +82,8 @@ def remove_experts(
     job, source = open_original(model, tokenizer_or_tokens, calibration, options, doing, **how)
     mixtures = [m for index in range(len(source.blocks)) for m in mixtures_of(source.blocks, index)]
     left = experts_left(mixtures, share)
-    settings = _check_family(source, mixtures, left)
+    settings = expert_settings(source.model, source.checkpoint.config, mixtures, left)
+    check_shapes(source, settings, {name: {0: left} for m in mixtures for name in m.parameters})
     run.reads(model=source.checkpoint)
     record = {"experts": share, "update": NONE, "seed": options.seed}
     record["skip_bad_samples"] = options.skip_bad_samples
@@ -101,13 +101,6 @@ def remove_experts(
 
         finish_smaller(job, run, change, report, _WHY, prepare=cut_block)
     return dataclasses.replace(report, seconds=time.perf_counter() - began)
-
-
-def _check_family(source: FolderSource, mixtures: Sequence[Mixture], left: int) -> dict[str, int]:
-    """What of the configuration changes; ModelError where it cannot describe the smaller model."""
-    settings = expert_settings(source.model, source.checkpoint.config, mixtures, left)
-    check_shapes(source, settings, {name: {0: left} for m in mixtures for name in m.parameters})
-    return settings
 
 
 def _choose(
