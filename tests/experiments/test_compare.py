@@ -581,7 +581,7 @@ def test_what_will_not_do_is_refused_before_anything_is_read(models, layer, tmp_
     began = {"on_rows": lambda *event: pytest.fail("it began")}
     fails(e.DataError, said, certified, models, output=path, **began)
     path.unlink()
-    records = certified(models, output=path, layers="layers.0.mlp")
+    records = certified(models, output=path, include="layers.0.mlp")
     manifest = read_manifest(models / "pruned" / "maskopt-manifest.json")
     assert {r.model for r in records} == {result_digest(manifest)}
     fails(e.DataError, "another model", bound_layers, [layer], method="box", output=path)
@@ -621,12 +621,12 @@ def test_the_masks_of_a_pruned_model_are_the_ones_judged(models, tmp_path):
     some = {"sparsity": NM(keep=2, of=4), "include": ("layers.0",), "output": tmp_path / "some"}
     text = {"calibration": models / "text.txt", "samples": 4, "seq_len": 32}
     maskopt.prune_model(models / "dense", **some, **text)
-    records = certified(models, pruned=tmp_path / "some", layers="q_proj", rows_per_layer=1)
+    records = certified(models, pruned=tmp_path / "some", include="q_proj", rows_per_layer=1)
     assert [r.instance for r in records] == ["model.layers.0.self_attn.q_proj"]
-    wrong = {"pruned": tmp_path / "some", "layers": "layers.1"}
+    wrong = {"pruned": tmp_path / "some", "include": "layers.1"}
     fails(e.ModelError, r"no layer matches 'layers\.1'", certified, models, **wrong)
     before = torch.get_num_threads()
-    some = {"rows_per_layer": 1, "samples": 2, "layers": "layers.0.mlp", "threads": before + 1}
+    some = {"rows_per_layer": 1, "samples": 2, "include": "layers.0.mlp", "threads": before + 1}
     certified(models, **some)
     assert torch.get_num_threads() == before
     fails(ZeroDivisionError, None, certified, models, **some, on_rows=lambda *event: 1 / 0)

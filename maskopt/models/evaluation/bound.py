@@ -114,7 +114,6 @@ def certify_model(
     *,
     calibration: str | Path | Sequence[Any],
     rows_per_layer: int = 4,
-    layers: str | Sequence[str] = (),
     method: str = "sdp",
     method_options: Mapping[str, Any] | None = None,
     jobs: int | None = None,
@@ -127,12 +126,11 @@ def certify_model(
 
     Args:
         rows_per_layer: sampled from each layer, by the `seed`.
-        layers: the same as `include`, among the pruned layers; all of them by default.
         method: of the bound, as for `lower_bound`.
         method_options: of this method.
         jobs: as for `bound_layers`.
-        shorthand: options of the walk by name, as for `collect_problems`: `bos`, `seed`, …; `samples`,
-            `seq_len` and `holdout` are by default those of the prune.
+        shorthand: options of the walk by name, as for `collect_problems`: `bos`, `seed`, …; `include` is
+            among the pruned layers; `samples`, `seq_len` and `holdout` are by default those of the prune.
 
     Raises:
         ModelError: the folders do not belong together, weights were updated, or rows share a budget.
@@ -148,9 +146,8 @@ def certify_model(
     dense_model = open_checkpoint(home, trust_remote_code=trusted)
     if dense_model.digest != manifest["fingerprint"]["model"]:
         raise ModelError(f"{pruned}: was pruned from another model than {model}; name the original")
-    wanted = (*name_patterns(layers), *name_patterns(shorthand.get("include")))
     reports = read_reports(LayerReport, manifest["layers"])
-    done = choose(reports, wanted)
+    done = choose(reports, name_patterns(shorthand.get("include")))
     text = manifest["fingerprint"]["calibration"]
     windows = {"samples": text["samples"], "seq_len": text["length"], "holdout": asked["holdout"]}
     common: dict[str, Any] = {"sparsity": pattern, "calibration": calibration}
