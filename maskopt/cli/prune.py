@@ -18,8 +18,6 @@ from maskopt.errors import OptionError
 from maskopt.models.options.prune import RECIPE, PruneOptions, with_recipe
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from maskopt.models.blockwise.memory import Memory
     from maskopt.models.checkpoints.report import PruneReport
     from maskopt.models.evaluation.evaluate import Evaluation

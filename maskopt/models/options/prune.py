@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from maskopt.core.fields import (
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.pattern import NM, Pattern, Unstructured, parse_sparsity
 from maskopt.errors import ModelError, OptionError, PatternError, SolverError
+from maskopt.models.architecture.blocks import Layer
 from maskopt.models.options.walk import (
     DISTILLATION,
     DistillOptions,
@@ -38,9 +39,6 @@ from maskopt.models.options.walk import (
     described,
     options_by_name,
 )
-
-if TYPE_CHECKING:
-    from maskopt.models.architecture.blocks import Layer
 
 #: of `gram_shrinkage`
 AUTO = "auto"

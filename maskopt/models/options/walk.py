@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from maskopt.core.fields import (
     CALIBRATION,
@@ -23,13 +23,10 @@ from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.limits import Limits, parse_bytes
 from maskopt.core.pattern import Pattern
 from maskopt.errors import DataError, ModelError, OptionError, SolverError, near
+from maskopt.models.architecture.blocks import Layer
 from maskopt.models.calibration.tokens import GRADIENT, TOKEN_WEIGHTS, UNIFORM
 from maskopt.models.checkpoints.bos import BOS
 from maskopt.protocol.solver import holds_budget, limits_of, make_solver
-
-if TYPE_CHECKING:
-    from maskopt.models.architecture.blocks import Layer
-
 
 #: starts that serve whole layers better than the solvers' own, which also have to serve single rows
 DEFAULT_STARTS = {"swap": "relax"}
