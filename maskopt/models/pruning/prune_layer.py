@@ -241,7 +241,9 @@ def _columns(
     """The columns of `SolvedRows`: `fitted` was solved for this `objective`, `judge` is the same layer on
     held-out windows."""
     kept = fitted.with_update(None)
-    wanda = make_start(kept.under(kept.pattern.uniform()), "wanda")
+    made = [] if kept.shared_budget or fitted.update else [start, solution]
+    wanda = next((x for x in made if x is not None and x.solver == "wanda"), None)
+    wanda = wanda or make_start(kept.under(kept.pattern.uniform()), "wanda")
     if new is None:
         error, error_kept = solution.objective, None
         held = None if judge is None else judge.objective(solution.mask)

@@ -77,6 +77,8 @@ def swap_block(
         dtype: float32 or float64, which the search is done in.
     """
     many, width = columns.shape
+    if width & (width - 1) or not 16 <= width <= 128:
+        raise ValueError(f"N must be a power of two from 16 to 128, not {width}")
     made = torch.zeros(many, dtype=torch.int32, device=x.device)
     after = torch.zeros((many, width), dtype=torch.int8, device=x.device)
     state = gram, x, c, kept.view(torch.int8), rows, columns.to(torch.int32).contiguous()
