@@ -37,6 +37,8 @@ from maskopt.core.fields import (
     parameters_of,
 )
 from maskopt.errors import MaskoptError, OptionError, near
+from maskopt.models.checkpoints.schema import read_manifest
+from maskopt.models.checkpoints.workspace import check_inputs
 from maskopt.models.options.walk import name_patterns
 
 SOURCES = "FILE.txt, FILE.jsonl, a folder, tokens .npy, hf:DATASET[:SPLIT]"
@@ -160,8 +162,6 @@ class Command:
                 raise OptionError(f"`{one.name}` is missing: {one.help}")
             own[one.name] = one.checked(value)
         if file is not None and own["output"] is not None:
-            from maskopt.models.checkpoints.workspace import check_inputs
-
             check_inputs(own["output"], config_file=file)
         self.run(**own, **values)
 
@@ -380,7 +380,6 @@ def _options_in(path: Path) -> dict[str, Any]:
     """Options of a TOML file, or of the run that wrote a manifest, without `calibration`: a manifest holds no
     text."""
     if path.suffix == ".json":
-        from maskopt.models.checkpoints.schema import read_manifest
         from maskopt.models.pruning.card import options_again
 
         manifest = read_manifest(path, smaller=True)

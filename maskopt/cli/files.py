@@ -13,6 +13,7 @@ from maskopt.cli.solve import check
 from maskopt.cli.view import view
 from maskopt.core.fields import OUTPUT, REQUIRED, argument, option, options_of
 from maskopt.errors import OptionError, VerificationError
+from maskopt.models.checkpoints.pack import pack as pack_folder, unpack_folder
 from maskopt.models.checkpoints.schema import PRUNE
 from maskopt.models.options.walk import WalkOptions
 
@@ -263,9 +264,7 @@ def pack(
     overwrite: bool = OVERWRITE,
 ) -> None:
     """Store a pruned folder without its zeros: kept values and one bit per weight."""
-    from maskopt.models.checkpoints.pack import pack as library
-
-    _repack(library, folder, output, overwrite)
+    _repack(pack_folder, folder, output, overwrite)
     before, after = _size(folder), _size(output)
     screen.print(
         f"packed: {output}, {after / 1e6:.1f} MB of {before / 1e6:.1f} MB ({after / before:.1%})",
@@ -280,8 +279,6 @@ def unpack(
     overwrite: bool = OVERWRITE,
 ) -> None:
     """Restore a packed folder bit for bit."""
-    from maskopt.models.checkpoints.pack import unpack_folder
-
     _repack(unpack_folder, folder, output, overwrite)
     screen.print(f"unpacked: {output}, {_size(output) / 1e6:.1f} MB", soft_wrap=True)
 

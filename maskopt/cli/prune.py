@@ -15,11 +15,18 @@ from maskopt.cli.console import again, errors, make_table, ranks, screen, speaks
 from maskopt.cli.view import PruneView, View, duration, view
 from maskopt.core.fields import OUTPUT, REQUIRED, SELECTION, TEXT, UPDATE, option, options_of
 from maskopt.errors import OptionError
+from maskopt.models.blockwise.distributed import LostRankError
+from maskopt.models.checkpoints.report import (
+    PruneReport,
+    mean_error,
+    mean_held_error,
+    proven_share,
+)
+from maskopt.models.checkpoints.workspace import check_output, unfinished
 from maskopt.models.options.prune import RECIPE, PruneOptions, with_recipe
 
 if TYPE_CHECKING:
     from maskopt.models.blockwise.memory import Memory
-    from maskopt.models.checkpoints.report import PruneReport
     from maskopt.models.evaluation.evaluate import Evaluation
     from maskopt.models.evaluation.sweep import Swept
     from maskopt.models.pruning.plan import Plan
@@ -49,7 +56,6 @@ def prune(
 
     MODEL is not changed. `maskopt verify OUT --original MODEL` checks the result.
     """
-    from maskopt.models.checkpoints.workspace import check_output
     from maskopt.models.pruning.prune import prune_model
 
     here = ranks()
@@ -163,9 +169,6 @@ def naming_resume(
     out: Path, kept: str = "finished blocks are", none: str = "no block was finished"
 ) -> Iterator[None]:
     """Of an interrupted run, what is `kept` or that there is `none`, and the command that goes on."""
-    from maskopt.models.blockwise.distributed import LostRankError
-    from maskopt.models.checkpoints.workspace import unfinished
-
     try:
         yield
     except (KeyboardInterrupt, LostRankError):
@@ -277,8 +280,6 @@ def sweep(
 
 def swept_table(found: list[Swept], dense: Evaluation | None) -> Table:
     """One line per prune; errors are means over its layers, relative to the energy of their outputs."""
-    from maskopt.models.checkpoints.report import mean_error, mean_held_error, proven_share
-
     table = make_table(
         *("prune", "pruned", "error", "held out", "rows proven", "solving, s"),
         *([] if dense is None else ["perplexity", "× dense"]),

@@ -7,6 +7,7 @@ one bit a weight: 1 − s + 1/16 of the size of bfloat16 weights at sparsity s.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,6 @@ def unpack_folder(
 
 def load_packed(packed: str | Path, **options: Any) -> Any:
     """The model of a packed folder; `options` as for `AutoModelForCausalLM.from_pretrained`."""
-    import tempfile
-
     from transformers import AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory(prefix="maskopt-packed-") as home:
