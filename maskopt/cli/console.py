@@ -25,8 +25,6 @@ from rich.text import Text
 from maskopt.errors import printable
 
 if TYPE_CHECKING:
-    from sys import UnraisableHookArgs
-
     from maskopt.models.blockwise.distributed import Ranks
 
 #: status after Ctrl-C
@@ -98,7 +96,7 @@ def show_compiling() -> None:
     log.addHandler(_Notice())
 
 
-def interrupt_again(dropped: UnraisableHookArgs) -> None:
+def interrupt_again(dropped: sys.UnraisableHookArgs) -> None:
     """As `sys.unraisablehook` it makes a Ctrl-C count wherever it falls. Python drops what is raised inside a
     destructor or the callback of a weak reference; a KeyboardInterrupt dropped there is raised again just
     after."""

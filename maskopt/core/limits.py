@@ -84,9 +84,6 @@ class Progress:
     step_total: int = 0
 
 
-OnProgress = Callable[[Progress], None]
-
-
 @dataclass(frozen=True)
 class Limits:
     """Limits of one solve, start, search and bound together; `begin` sets the deadline, of `clock()`.
@@ -107,7 +104,7 @@ class Limits:
         most=MOST_THREADS,
     )
     seed: int = option(0, "of everything random", least=0, most=2**63 - 1)
-    on_progress: OnProgress | None = option(None, "called with a `Progress`")
+    on_progress: Callable[[Progress], None] | None = option(None, "called with a `Progress`")
     deadline: float = math.inf
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver
 from maskopt.protocol.trace import Stopwatch, Trace
 from maskopt.solvers.compiled import RowThreads
+from maskopt.solvers.search.tabu_kernel import search_rows
 from maskopt.solvers.swap import Swap
 
 #: moves between two entries of the history, and of a row between two looks at the clock
@@ -146,8 +147,6 @@ def search(
     problem: LayerProblem, start: Tensor, plan: Tabu, limits: Limits, scaled: Scaled | None = None
 ) -> tuple[Bool[Tensor, "rows n"], Trace]:
     """The best masks after `plan.moves` moves of every row, or the time limit, and their trace."""
-    from maskopt.solvers.search.tabu_kernel import search_rows
-
     rows, grouped, tenure = problem.rows, problem.group_size < problem.n, plan.tenure
     if tenure is None:
         tenure = _TENURE_NM if grouped else _TENURE_LEAST + problem.n // _INPUTS_PER_TENURE
