@@ -137,9 +137,6 @@ def _comparison(found: Sequence[Evaluation]) -> Table:
     return table
 
 
-_WALK = {one.name for one in options_of(WalkOptions)}
-
-
 @command(
     *(one for one in options_of(ShrinkOptions) if one.name not in ShrinkOptions.absent),
     example="maskopt prune-structured MODEL --channels 0.25 --calibration t.txt --output SMALLER",
@@ -208,7 +205,7 @@ def _check_alone(what: str, resume: bool, options: dict[str, Any], both: bool) -
             f"`{what}` are removed by themselves; cut other structures by a second `maskopt prune-structured`"
         )
     for name in options:
-        if name not in _WALK:
+        if name not in WalkOptions.__dataclass_fields__:
             raise OptionError(f"`{name}` says nothing of `{what}`; leave it out")
 
 

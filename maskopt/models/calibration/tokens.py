@@ -189,9 +189,6 @@ def weights_of_tokens(
     return (weights * (len(weights) / float(weights.sum()))).to(state.device)
 
 
-JOIN = "\n\n"
-
-
 @dataclass(frozen=True)
 class Windows:
     """Token windows of equal length, int64 [samples, length], without padding; `source`: from where, in
@@ -309,7 +306,7 @@ class _Text:
 
     def joined(self) -> list[int]:
         """All documents with blank lines between, at least one window."""
-        ids = self.encoded(JOIN.join(self.documents))
+        ids = self.encoded("\n\n".join(self.documents))
         if len(ids) < self.length:
             raise DataError(
                 f"{self.use} text ({self.words}) has {len(ids)} tokens, less than one window of "

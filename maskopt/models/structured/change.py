@@ -144,8 +144,6 @@ def check_shapes(
 ) -> None:
     """Raise ModelError where the new configuration describes other parameters than are left: by new names,
     None for one that is removed, with new `sizes` by axis."""
-    from transformers import AutoModelForCausalLM
-
     wanted: dict[str, tuple[int, ...]] = {}
     for name, parameter in source.model.named_parameters():
         if (new := rename(name)) is not None:
@@ -155,7 +153,7 @@ def check_shapes(
     record = changed(before.to_dict(), settings)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(type(before).from_dict(record))
+            model = type(source.model)(type(before).from_dict(record))
     except Exception as error:  # configurations fail in as many ways as there are models
         raise cannot_say(source.model, str(error).splitlines()[-1].strip()) from error
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
