@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxtyping import Bool
 from torch import Tensor
@@ -21,9 +21,6 @@ from torch.nn.functional import avg_pool2d
 
 from maskopt.core.files import atomic_write
 from maskopt.errors import OptionError
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 def number(value: float | None) -> str:
@@ -178,7 +175,7 @@ class Figure:
     name: str
     title: str
     words: str
-    draw: Callable[[Axes], None]
+    draw: Callable[[Any], None]
     numbers: Table
 
     def svg(self) -> str:

@@ -131,21 +131,18 @@ class WatchGradients(TorchFunctionMode):
         for _, weight, transposed in _products(func, args):
             layers = self.weights.find(weight)
             if layers and output.requires_grad and output.numel():
-                output.register_hook(self._adder(layers, transposed))
+                output.register_hook(partial(self._add, layers, transposed))
         return output
 
-    def _adder(
-        self, layers: Sequence[tuple[int | None, Layer]], transposed: bool
-    ) -> Callable[[Tensor], None]:
-        def add(gradient: Tensor) -> None:
-            gradient = gradient.mT if transposed else gradient
-            for expert, layer in layers:
-                part = gradient if expert is None else gradient[expert]
-                squares = part.reshape(-1, layer.rows).double().square().sum(0)
-                known = self.squares.get(layer.name)
-                self.squares[layer.name] = squares if known is None else known + squares
-
-        return add
+    def _add(
+        self, layers: Sequence[tuple[int | None, Layer]], transposed: bool, gradient: Tensor
+    ) -> None:
+        gradient = gradient.mT if transposed else gradient
+        for expert, layer in layers:
+            part = gradient if expert is None else gradient[expert]
+            squares = part.reshape(-1, layer.rows).double().square().sum(0)
+            known = self.squares.get(layer.name)
+            self.squares[layer.name] = squares if known is None else known + squares
 
 
 def experts_see_all(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -311,7 +312,7 @@ def place(job: Job, variants: int, folder: Path) -> Path | None:
     return folder if size > most else None
 
 
-class Variants(dict[Left, int]):
+class Variants(dict[Left, int], AbstractContextManager["Variants"]):
     """At most `most` variants of the model, each without some blocks, with hidden states alone of its own: by
     what was left out, the place of its first window in the `states` of all of them, which are in memory, or
     where that is too small in one file in `folder`. All go through the blocks together, so that each block is
@@ -334,9 +335,6 @@ class Variants(dict[Left, int]):
             state = entered[window] if like is None else self.states[self[like] + window]
             self.states[first + window] = state
         self[left] = first
-
-    def __enter__(self) -> Variants:
-        return self
 
     def __exit__(self, *raised: object) -> None:
         if self:
