@@ -42,13 +42,11 @@ _MLPS: Mapping[str, Sequence[tuple[str, ...]]] = {
     "fc2": (("fc1",),),
     "dense_4h_to_h": (("dense_h_to_4h",),),
 }
-_FUSED_MLP = "gate_up_proj"
 _ATTENTIONS: Mapping[str, Sequence[tuple[str, ...]]] = {
     "o_proj": (("q_proj", "k_proj", "v_proj"), ("qkv_proj",)),
     "out_proj": (("q_proj", "k_proj", "v_proj"),),
     "dense": (("q_proj", "k_proj", "v_proj"),),
 }
-_FUSED_ATTENTION = "qkv_proj"
 #: of an index that belongs to no structure
 NONE = -1
 
@@ -206,7 +204,7 @@ def _channels_of(blocks: Blocks, index: int, share: float, round_to: int) -> Str
         raise cannot_say(blocks.model, f"{n} channels")
     cuts = {consumer.parameter: Cut(1, [(n, 1)])}
     for producer in producers:
-        halves = 2 if producer.name.endswith(_FUSED_MLP) else 1
+        halves = 2 if producer.name.endswith("gate_up_proj") else 1
         cuts |= _rows_and_bias(blocks.model, producer, [(n, 1)] * halves)
     return Structures(CHANNEL, consumer, n, Unstructured(keep=kept), cuts, {keys[0]: kept})
 
@@ -235,7 +233,7 @@ def _heads_of(blocks: Blocks, index: int, share: float) -> Structures:
     cuts = {consumer.parameter: Cut(1, [query])}
     for producer in producers:
         last = producer.name.rpartition(".")[2]
-        rows = {"q_proj": [query], _FUSED_ATTENTION: [query, key, key]}.get(last, [key])
+        rows = {"q_proj": [query], "qkv_proj": [query, key, key]}.get(last, [key])
         cuts |= _rows_and_bias(blocks.model, producer, rows)
     return Structures(unit, consumer, count, pattern, cuts, {**new, "head_dim": width})
 

@@ -203,7 +203,6 @@ class Grams:
             self.held.complete()
 
 
-@dataclass(eq=False)
 class OpenBlock:
     """A block (`module`, called `name`) whose weights are in memory, and the arguments of its `calls` by
     sample."""
@@ -215,7 +214,7 @@ class OpenBlock:
     calls: Mapping[int, Call]
     samples: Samples
     threads: Threads
-    ranks: Ranks = ALONE
+    ranks: Ranks
 
     def run(self, sample: int, states: Activations, first: int = 0) -> Tensor:
         """The block's output for one sample; `states` holds those of all from the place `first` on."""

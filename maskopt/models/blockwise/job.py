@@ -353,13 +353,11 @@ class Block(OpenBlock):
         samples: Samples,
     ) -> None:
         self.job, self.index, self.layers = job, index, layers
-        self.advanced = False
-        source, name = job.source, job.source.blocks.prefix(index).rstrip(".")
-        calls = captured.calls[index]
-        super().__init__(
-            source.model, module, name, source.device, calls, samples, job.pool, job.ranks
-        )
-        self._before = len(samples.bad)
+        self.model, self.device = job.source.model, job.source.device
+        self.name = job.source.blocks.prefix(index).rstrip(".")
+        self.module, self.calls, self.samples = module, captured.calls[index], samples
+        self.threads, self.ranks = job.pool, job.ranks
+        self.advanced, self._before = False, len(samples.bad)
 
     @property
     def bad(self) -> list[BadSample]:
