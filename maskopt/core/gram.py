@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from maskopt.core.inputs import all_finite
 from maskopt.errors import ProblemError
 
 #: tokens whose products are summed in float32 before they go to float64
@@ -40,7 +41,7 @@ class Gram:
                 f"inputs must be floating point [tokens, {self.n}], not {list(inputs.shape)} "
                 f"of {inputs.dtype}"
             )
-        if not bool(torch.isfinite(inputs).all()):
+        if not all_finite(inputs):
             raise ProblemError("inputs hold NaN or infinite values")
         for task in self.tasks(inputs):
             task()

@@ -23,6 +23,11 @@ _ASYMMETRY_TOLERANCE = 1e-3
 ArrayLike = Tensor | np.ndarray | Sequence[Any]
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite. A finite sum shows it sooner; any other may be an overflow."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
 def as_tensor(array: ArrayLike, what: str) -> Tensor:
     """As a tensor with contiguous rows, whatever view is given: kernels read and write them in place."""
     if isinstance(array, list | tuple):
@@ -44,7 +49,7 @@ def as_tensor(array: ArrayLike, what: str) -> Tensor:
     tensor = array.detach().contiguous()
     if tensor.dtype.itemsize < 2:  # float8, in which torch does not calculate
         tensor = tensor.float()
-    if not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         count = int((~torch.isfinite(tensor)).sum())
         raise ProblemError(f"{what} holds {count} NaN or infinite values; mend the input first")
     return tensor

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from maskopt.core.inputs import all_finite
 from maskopt.errors import DataError, ModelError, first_line
 from maskopt.models.architecture.blocks import Blocks, Layer, matrix, merged
 from maskopt.models.architecture.transformers_adapter import (
@@ -245,7 +246,7 @@ def as_stored(source: Source, layer: Layer, weight: Tensor) -> Tensor:
     """New weights of a layer [rows, n] rounded to the stored dtype, float64; ModelError beyond its range."""
     dtype = source.stored_dtype(layer)
     rounded = weight.to(dtype).double()
-    if not bool(torch.isfinite(rounded).all()):
+    if not all_finite(rounded):
         raise ModelError(
             f"layer {layer.name!r}: a new weight is beyond the range of {dtype}; take a larger `damping`"
         )

@@ -21,6 +21,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from maskopt.core.inputs import all_finite
 from maskopt.errors import ModelError, first_line
 from maskopt.models.checkpoints.schema import CONFIG
 
@@ -229,7 +230,7 @@ def check_finite(name: str, parameter: Tensor) -> None:
     """Raise ModelError for NaN or infinity, slab by slab: a mask of all of an embedding takes much memory."""
     if parameter.is_floating_point():
         for slab in parameter.detach().split(4096):
-            if not bool(torch.isfinite(slab).all()):
+            if not all_finite(slab):
                 raise ModelError(f"parameter {name!r} holds NaN or infinite weights")
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from maskopt.core.gram import Gram
+from maskopt.core.inputs import all_finite
 from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Layer
 from maskopt.models.blockwise.activations import Activations
@@ -311,7 +312,7 @@ def pass_on(
     bad: list[int] = []
     mine = block.ranks.own(samples.active)
     for sample, output in block.threads.each(lambda s: block.run(s, states, first), mine):
-        if bool(torch.isfinite(output).all()):
+        if all_finite(output):
             states[first + sample] = output
         else:
             bad.append(sample)
@@ -329,7 +330,7 @@ def _last_input(layers: Sequence[Layer], watch: Watch) -> str | None:
 
 def _first_bad(watch: Watch, output: Tensor | None, block: str) -> str | None:
     for layer, tensors in watch.inputs.items():
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        if not all(map(all_finite, tensors)):
             return layer
-    good = output is None or bool(torch.isfinite(output).all())
+    good = output is None or all_finite(output)
     return None if good else block

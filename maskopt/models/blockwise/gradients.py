@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from maskopt.core.inputs import all_finite
 from maskopt.core.problem import LayerProblem
 from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Layer
@@ -101,7 +102,7 @@ class DenseModel:
         # the others' windows are zero in each
         norms = torch.stack(self.ranks.gathered(norms)).sum(0)
         everything = (norms, *squares.values())
-        if not all(bool(torch.isfinite(values).all()) for values in everything):
+        if not all(map(all_finite, everything)):
             raise ModelError("the loss has NaN or infinite gradients; try `dtype` float32")
         return Gradients(norms, squares)
 
