@@ -118,7 +118,7 @@ def prune_layers(
     Yields:
         (layer, report, mask, new weights float64 [rows, n] where they were updated).
     """
-    # those that share their inputs next to each other
+    # layers with the same inputs follow each other
     layers = sorted(layers, key=lambda layer: grams.leader(layer.name))
     for layer, rows in _by_all(job, layers, grams, options):
         weight = matrix(job.source.model, layer)
