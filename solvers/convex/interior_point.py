@@ -21,9 +21,6 @@ _ITERATIONS = 30
 _REACH = 0.995
 #: how near a point may come to 0 and 1, and its multipliers to 0
 _EDGE, _LEAST_MULTIPLIER = 1e-15, 1e-300
-#: up to so many groups W is found row by row; more share matrix products, in blocks of inputs
-_FEW_GROUPS = 8
-_BLOCK = 64
 #: of the gap that `interior_point` leaves, as part of the objective
 _TOLERANCE = 1e-4
 
@@ -68,7 +65,7 @@ def minimise(
     value, here, slope = _evaluate(a, c, offset, left, size, p, gradient, work)
     low = np.full(len(c), slope + _LEAST_MULTIPLIER)
     high, nu = low.copy(), np.zeros(len(left))
-    steps = np.empty((len(c), len(c))), np.empty((2, len(left))), np.empty((5, len(c)))
+    steps = 2 * a, np.empty((2, len(left))), np.empty((5, len(c)))
     bound, value_there = -np.inf, np.inf
     point, gradient_there = p.copy(), gradient.copy()
     for _ in range(_ITERATIONS):
@@ -158,23 +155,22 @@ def least_first(values, count):
 
 @loop(nogil=True, error_model="numpy")
 def _step(a, gradient, label, left, size, p, low, high, nu, h, groups, work):
-    """Predictor and corrector; p, the multipliers low, high of p ≥ 0, p ≤ 1 and ν move. False: broken."""
+    """Predictor and corrector; p, the multipliers low, high of p ≥ 0, p ≤ 1 and ν move. False: broken. `h` is
+    2A but for its diagonal."""
     m, count = len(p), len(left)
     mu = 0.0
     miss, dnu = groups[0], groups[1]
     for g in range(count):
         miss[g] = left[g]
     for x in range(m):
-        for y in range(m):
-            h[x, y] = 2 * a[x, y]
         mu += (low[x] * p[x] + high[x] * (1 - p[x])) / (2 * m)
-        h[x, x] += low[x] / p[x] + high[x] / (1 - p[x])
+        h[x, x] = 2 * a[x, x] + (low[x] / p[x] + high[x] / (1 - p[x]))
         miss[label[x]] -= p[x]
     sound, lower = _cholesky(h)
     if not sound:
         return False
-    w = _groups_through(lower, size)
-    sound, schur = _cholesky(np.dot(w, w.T))
+    w, schur = _groups_through(lower, size)
+    sound, schur = _cholesky(schur)
     if not sound:
         return False
     cross_low, cross_high, dp, dlow, dhigh = work[0], work[1], work[2], work[3], work[4]
@@ -242,33 +238,28 @@ def _cholesky(h):
 
 @part(error_model="numpy", fastmath=True)
 def _groups_through(lower, size):
-    """W = (L⁻¹E)ᵀ [groups, m]. Row g is zero before its group, so that only what follows is worked on."""
+    """W = (L⁻¹E)ᵀ [groups, m], and WWᵀ. Row g is zero before its group, so that only what follows is worked
+    on. (Plain loops: matrix products would take as long again to compile.)"""
     m, count = len(lower), len(size)
-    w = np.zeros((count, m))
-    # matrix products pay where groups are many; else one block is all
-    width = m if count <= _FEW_GROUPS else _BLOCK
-    begun, first = 0, 0
-    for low in range(0, m, width):
-        high = min(low + width, m)
-        while begun < count and first < high:
-            for x in range(first, first + size[begun]):
-                w[begun, x] = 1
-            first += size[begun]
-            begun += 1
-        if low > 0:
-            solved = w[:begun, :low].copy()
-            beside = lower[low:high, :low].copy()
-            product = np.dot(solved, beside.T)
-            for g in range(begun):
-                for x in range(low, high):
-                    w[g, x] -= product[g, x - low]
-        for g in range(begun):
-            for x in range(low, high):
-                total = w[g, x]
-                for y in range(low, x):
-                    total -= lower[x, y] * w[g, y]
-                w[g, x] = total / lower[x, x]
-    return w
+    w, schur = np.zeros((count, m)), np.empty((count, count))
+    first, last = np.empty(count, np.int64), 0
+    for g in range(count):
+        first[g], last = last, last + size[g]
+    for x in range(m):
+        for g in range(count):
+            if x < first[g]:
+                break
+            total = 1.0 if x < first[g] + size[g] else 0.0
+            for y in range(first[g], x):
+                total -= lower[x, y] * w[g, y]
+            w[g, x] = total / lower[x, x]
+    for g in range(count):
+        for k in range(g + 1):
+            total = 0.0
+            for x in range(first[g], m):
+                total += w[g, x] * w[k, x]
+            schur[g, k] = schur[k, g] = total
+    return w, schur
 
 
 @part(_nrt=False, error_model="numpy", fastmath=True)

@@ -253,27 +253,24 @@ def tabu_row(
     best, c = p.copy(), q @ p.astype(np.float64)
     costs = np.full(2, c[p].sum())
     until = np.zeros(len(p), np.int64)
+    least, drawn = max(4, len(p) // 8), np.random.RandomState(seed % 2**31)
     for first in range(1, moves + 1, _CHUNK):
-        last = min(first + _CHUNK - 1, moves)
-        more = _moves(q, p, c, best, costs, until, group, first, last, seed % 2**31)
+        tenures = least + drawn.randint(0, least, (min(_CHUNK, moves - first + 1), 2))
+        more = _moves(q, p, c, best, costs, until, tenures, group, first)
         if not more or clock() >= deadline:
             break
     return best
 
 
-@loop(nogil=True)
-def _moves(q, p, c, best, costs, until, group, first, last, seed):  # type: ignore[no-untyped-def]
-    """Moves first … last; False where every move is tabu.
+@loop(nogil=True, _nrt=False)
+def _moves(q, p, c, best, costs, until, tenures, group, first):  # type: ignore[no-untyped-def]
+    """Moves from the number `first` on, one for each of `tenures`; False where every move is tabu.
 
-    All arrays are changed: c = Qp, costs = f of p and of `best`. The generator of random numbers is
-    that of the thread; the first move seeds it.
+    The arrays before `tenures` are changed: c = Qp, costs = f of p and of `best`.
     """
-    if first == 1:
-        np.random.seed(seed)  # noqa: NPY002
     n = len(p)
     current, best_cost = costs[0], costs[1]
-    tenure = max(4, n // 8)
-    for move in range(first, last + 1):
+    for move in range(first, first + len(tenures)):
         least, kept, pruned = np.inf, -1, -1
         for low in range(0, n, group):
             for i in range(low, low + group):
@@ -293,8 +290,8 @@ def _moves(q, p, c, best, costs, until, group, first, last, seed):  # type: igno
         for i in range(n):
             c[i] += q[i, kept] - q[i, pruned]
         current += least
-        until[kept] = move + tenure + np.random.randint(0, tenure)  # noqa: NPY002
-        until[pruned] = move + tenure + np.random.randint(0, tenure)  # noqa: NPY002
+        until[kept] = move + tenures[move - first, 0]
+        until[pruned] = move + tenures[move - first, 1]
         if current < best_cost * (1 - _BETTER):
             for i in range(n):  # compiles in a tenth of the time of best[:] = p
                 best[i] = p[i]
