@@ -21,10 +21,9 @@ from platformdirs import user_cache_path
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from maskopt.core.problem import LayerProblem
 from maskopt.errors import DataError, ModelError, near
 from maskopt.experiments.compare import Record, compare, sample_rows
-from maskopt.models.architecture.blocks import Layer, short
+from maskopt.models.architecture.blocks import short
 from maskopt.models.architecture.source import load_tokenizer
 from maskopt.models.architecture.transformers_adapter import (
     forget_quantisation,
@@ -76,8 +75,8 @@ def run_demo(
     *,
     model: str = "gemma3",
     sparsity: float | str = 0.5,
-    samples: int = 8,
-    windows: int = 4,
+    samples: int = 6,
+    windows: int = 3,
     seq_len: int = 512,
     overwrite: bool = False,
     on_stage: OnStage = lambda stage, done, total: None,
@@ -96,9 +95,8 @@ def run_demo(
     """
     began = time.perf_counter()
     place, report = output / "model", output / "report.html"
-    check_output(
-        output, overwrite=overwrite, own=[place.name, report.name] if place.exists() else []
-    )
+    own = [place.name, report.name] if place.exists() else []
+    check_output(output, overwrite=overwrite, own=own)
     check_output(place, overwrite=overwrite)
     on_stage(f"demo model {model}: converted once, then read", 0, 1)
     folder, about = demo_model(model), MODELS[model]
@@ -106,40 +104,39 @@ def run_demo(
     text = demo_text()
     how: dict[str, Any] = {"sparsity": sparsity, "samples": samples, "seq_len": seq_len}
     how["calibration"] = text.calibration
-    progress = _shown(on_stage, "toy rows")
-    layers = layer_problems(folder, tokenizer, include=TOY_LAYERS, on_progress=progress, **how)
-    toy = _toy_rows(list(layers), on_stage)
-
-    def judged(name: str, what: Path | nn.Module) -> float:
-        progress = partial(on_stage, f"perplexity: {name}")
-        size = {"windows": windows, "seq_len": seq_len}
-        return perplexity(what, tokenizer, text=text.evaluation, on_progress=progress, **size).value
-
-    def pruned_with(solver: str, what: Path | nn.Module, **more: Any) -> PruneReport:
-        progress = _shown(on_stage, f"pruning with {solver}")
-        return prune_model(what, tokenizer, solver=solver, on_progress=progress, **how, **more)
-
     with quietly():
         in_memory = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    tables = [_toy_rows(in_memory, tokenizer, on_stage, how)]
+
+    def judged(name: str, what: Path | nn.Module) -> float:
+        size = {"windows": windows, "seq_len": seq_len}
+        shown = partial(on_stage, f"perplexity: {name}")
+        return perplexity(what, tokenizer, text=text.evaluation, on_progress=shown, **size).value
+
+    def pruned_with(solver: str, what: Path | nn.Module, **more: Any) -> PruneReport:
+        shown = _shown(on_stage, f"pruning with {solver}")
+        return prune_model(what, tokenizer, solver=solver, on_progress=shown, **how, **more)
+
     known: dict[Any, float] = {DENSE: judged("dense", in_memory)}
     pruned_with("wanda", in_memory)
     known[WANDA] = judged("wanda", in_memory)
     del in_memory
     swapped = pruned_with("swap", folder, start="wanda", output=place, overwrite=overwrite)
     known[place] = judged("swap", place)
-    tables = [toy, error_table(swapped)]
+    tables.append(error_table(swapped))
     pruned: list[Named] = [("Wanda → 1-swap", swapped)]
-    parts = [
-        *report_parts(pruned, perplexity=known, tables=tables),
-        _ABOUT.format(windows=windows, seq_len=seq_len, terms=about.terms),
-    ]
-    write_page(report, f"maskopt demo: {about.title}", parts)
+    parts = report_parts(pruned, perplexity=known, tables=tables)
+    footer = _ABOUT.format(windows=windows, seq_len=seq_len, terms=about.terms)
+    write_page(report, f"maskopt demo: {about.title}", [*parts, footer])
     tables.append(comparison(pruned, known))
     return DemoResult(tables, report, place, folder, time.perf_counter() - began)
 
 
-def _toy_rows(layers: Sequence[tuple[Layer, LayerProblem]], on_stage: OnStage) -> Table:
+def _toy_rows(model: nn.Module, tokenizer: Any, on_stage: OnStage, how: Mapping[str, Any]) -> Table:
     """Rows of real layers, restricted to few inputs, through solvers of which one proves the optimum."""
+    shown = _shown(on_stage, "toy rows")
+    found = layer_problems(model, tokenizer, include=TOY_LAYERS, on_progress=shown, **how)
+    layers = list(found)
     rows = sample_rows((problem for _, problem in layers), 1, columns=TOY_COLUMNS)
     labels = {
         row.name: f"{layer.block} {short(layer.kind)}{row.name.removeprefix(layer.name)}"
