@@ -65,7 +65,12 @@ def minimise(
     value, here, slope = _evaluate(a, c, offset, left, size, p, gradient, work)
     low = np.full(len(c), slope + _LEAST_MULTIPLIER)
     high, nu = low.copy(), np.zeros(len(left))
-    steps = 2 * a, np.empty((2, len(left))), np.empty((5, len(c)))
+    groups = (
+        np.empty((len(left), len(left))),
+        np.zeros((len(left), len(c))),
+        np.empty((2, len(left))),
+    )
+    steps = 2 * a, *groups, np.empty((5, len(c)))
     bound, value_there = -np.inf, np.inf
     point, gradient_there = p.copy(), gradient.copy()
     for _ in range(_ITERATIONS):
@@ -129,7 +134,7 @@ def _least(parts, left, size):
     return total
 
 
-@loop(nogil=True, _nrt=False, error_model="numpy")
+@part(_nrt=False, error_model="numpy")
 def least_first(values, count):
     """Reorder so that none of the first `count` is above any other (Hoare's selection)."""
     low, high = 0, len(values) - 1
@@ -153,26 +158,39 @@ def least_first(values, count):
             break
 
 
-@loop(nogil=True, error_model="numpy")
-def _step(a, gradient, label, left, size, p, low, high, nu, h, groups, work):
+def _step(a, gradient, label, left, size, p, low, high, nu, h, schur, w, groups, work):
     """Predictor and corrector; p, the multipliers low, high of p ≥ 0, p ≤ 1 and ν move. False: broken. `h` is
-    2A but for its diagonal."""
-    m, count = len(p), len(left)
+    2A but for its diagonal. (NumPy's factorisations: Numba's take as long to compile as all else here.)"""
+    miss = groups[0]
+    mu = _barrier(a, label, left, p, low, high, h, miss)
+    try:
+        lower = np.linalg.cholesky(h)
+        _groups_through(lower, size, w, schur)
+        factor = np.linalg.cholesky(schur)
+    except np.linalg.LinAlgError:
+        return False
+    return _move(gradient, label, p, low, high, nu, mu, lower, factor, w, groups, work)
+
+
+@loop(nogil=True, _nrt=False, error_model="numpy")
+def _barrier(a, label, left, p, low, high, h, miss):
+    """The mean complementarity; H, and what each group misses, in place."""
+    m = len(p)
     mu = 0.0
-    miss, dnu = groups[0], groups[1]
-    for g in range(count):
+    for g in range(len(left)):
         miss[g] = left[g]
     for x in range(m):
         mu += (low[x] * p[x] + high[x] * (1 - p[x])) / (2 * m)
         h[x, x] = 2 * a[x, x] + (low[x] / p[x] + high[x] / (1 - p[x]))
         miss[label[x]] -= p[x]
-    sound, lower = _cholesky(h)
-    if not sound:
-        return False
-    w, schur = _groups_through(lower, size)
-    sound, schur = _cholesky(schur)
-    if not sound:
-        return False
+    return mu
+
+
+@loop(nogil=True, _nrt=False, error_model="numpy")
+def _move(gradient, label, p, low, high, nu, mu, lower, schur, w, groups, work):
+    """The two steps, by the factors of H and of the groups' system."""
+    m, count = len(p), len(nu)
+    miss, dnu = groups[0], groups[1]
     cross_low, cross_high, dp, dlow, dhigh = work[0], work[1], work[2], work[3], work[4]
     for x in range(m):
         cross_low[x] = cross_high[x] = 0.0
@@ -227,39 +245,29 @@ def _lengths(p, low, high, dp, dlow, dhigh):
     return primal, dual
 
 
-@part(error_model="numpy")
-def _cholesky(h):
-    """Whether H is definite, and its factor L."""
-    try:
-        return True, np.linalg.cholesky(h)
-    except Exception:  # the only kind that Numba can catch
-        return False, h
-
-
-@part(error_model="numpy", fastmath=True)
-def _groups_through(lower, size):
+@loop(nogil=True, _nrt=False, error_model="numpy", fastmath=True)
+def _groups_through(lower, size, w, schur):
     """W = (L⁻¹E)ᵀ [groups, m], and WWᵀ. Row g is zero before its group, so that only what follows is worked
     on. (Plain loops: matrix products would take as long again to compile.)"""
-    m, count = len(lower), len(size)
-    w, schur = np.zeros((count, m)), np.empty((count, count))
-    first, last = np.empty(count, np.int64), 0
-    for g in range(count):
-        first[g], last = last, last + size[g]
+    m = len(lower)
     for x in range(m):
-        for g in range(count):
-            if x < first[g]:
+        first = 0
+        for g in range(len(size)):
+            if x < first:
                 break
-            total = 1.0 if x < first[g] + size[g] else 0.0
-            for y in range(first[g], x):
+            total = 1.0 if x < first + size[g] else 0.0
+            for y in range(first, x):
                 total -= lower[x, y] * w[g, y]
             w[g, x] = total / lower[x, x]
-    for g in range(count):
+            first += size[g]
+    first = 0
+    for g in range(len(size)):
         for k in range(g + 1):
             total = 0.0
-            for x in range(first[g], m):
+            for x in range(first, m):
                 total += w[g, x] * w[k, x]
             schur[g, k] = schur[k, g] = total
-    return w, schur
+        first += size[g]
 
 
 @part(_nrt=False, error_model="numpy", fastmath=True)

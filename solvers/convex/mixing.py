@@ -30,7 +30,7 @@ from maskopt.solvers.convex.interior_point import interior_point
 from maskopt.solvers.convex.mixing_kernel import LANES, couplings, sweep
 
 #: up to this n the sweeps run in float64
-_DOUBLE_N = 256
+DOUBLE_N = 256
 #: part of λ_min, and of the unit of a scaled row, that the correction is larger than what was computed
 _RELATIVE, _ABSOLUTE = 1e-6, 1e-9
 #: least entry of D: an input without a dual gets a share of the correction all the same
@@ -46,6 +46,9 @@ class Extra:
     starts: np.ndarray
     index: np.ndarray
     value: np.ndarray
+
+
+NO_EXTRA = Extra(np.zeros((0, 0), np.int64), np.zeros(0, np.int32), np.zeros(0, np.int32))
 
 
 class Mixing:
@@ -65,7 +68,7 @@ class Mixing:
         self.scale = scales.cpu().numpy()
         scaled = problem.weight.double() * scales.sqrt()[:, None]
         # small rows are cheap: float64 there also carries extreme scales
-        dtype = torch.float64 if problem.n <= _DOUBLE_N else torch.float32
+        dtype = torch.float64 if problem.n <= DOUBLE_N else torch.float32
         linear = self._couplings(problem.gram.double(), scaled) / 4
         linear += scaled * problem.correlation * scales.sqrt()[:, None] / 2
         self.linear = linear.to(dtype)
@@ -79,8 +82,7 @@ class Mixing:
         self.v = torch.zeros(problem.rows, problem.n, wide).to(self.w)
         self.v[:, :, :rank] = start.to(self.w)
         self.duals = torch.zeros_like(self.w)
-        none = np.zeros(0, np.int32)
-        self.extra = Extra(np.zeros((0, 0), np.int64), none, none)
+        self.extra = NO_EXTRA
 
     def _couplings(self, gram: Tensor, weight: Tensor) -> Tensor:
         """w_i(Gw)_i for every row."""
@@ -153,6 +155,18 @@ class Mixing:
             g[row, :, 0].index_add_(0, at[fixed], value[fixed])
             others = self.v[row, index[~fixed]] * value[~fixed, None]
             g[row].index_add_(0, at[~fixed], others)
+
+
+def sweep_matrix(
+    c: np.ndarray, linear: np.ndarray, v: np.ndarray, y: np.ndarray, count: int
+) -> None:
+    """`count` passes with any symmetric C [n, n], whose diagonal is left out, and C_i0 = `linear` [n]; v [n,
+    k] and y [n], all of one type, are changed in place."""
+    n, kind = len(c), c.dtype.type
+    value = NO_EXTRA.value.astype(kind)
+    weight, none = np.ones((1, n), kind), (NO_EXTRA.starts, NO_EXTRA.index, value)
+    plan = kind(0), n, 0, count
+    sweep(4 * c, weight, linear[None], v[None], y[None], *plan, *none, np.zeros(1, np.int64))
 
 
 def scales_of(problem: LayerProblem) -> Tensor:

@@ -30,7 +30,8 @@ from maskopt.core.problem import LayerProblem
 from maskopt.protocol.bounds import lower_bound
 from maskopt.solvers.compiled import loop
 from maskopt.solvers.convex.interior_point import least_first, minimise
-from maskopt.solvers.convex.mixing import correction
+from maskopt.solvers.convex.mixing import DOUBLE_N, correction, sweep_matrix
+from maskopt.solvers.convex.mixing_kernel import LANES
 from maskopt.solvers.exact.tasks import RowAnswer, RowTask
 
 #: part of the bound that a stage of the semidefinite relaxation must gain for another one to follow
@@ -138,10 +139,11 @@ def definite(
 
 
 def start_vectors(n: int, seed: int) -> np.ndarray:
-    """Unit vectors float32 [n, k], k ≥ √(2n) + 1 in whole registers."""
-    k = -(-(int((2 * n) ** 0.5) + 2) // 8) * 8
+    """Unit vectors [n, k], k ≥ √(2n) + 1 in whole registers, of the type in which the root is swept."""
+    k = -(-(int((2 * n) ** 0.5) + 2) // LANES) * LANES
     v = np.random.default_rng(seed).standard_normal((n, k))
-    return (v / np.linalg.norm(v, axis=1, keepdims=True)).astype(np.float32)
+    v /= np.linalg.norm(v, axis=1, keepdims=True)
+    return v.astype(np.float64 if n <= DOUBLE_N else np.float32)
 
 
 def multipliers(
@@ -151,25 +153,24 @@ def multipliers(
 
     Args:
         part: is used up.
-        vectors: float32 [n, k], where the sweeps start.
+        vectors: [n, k], where the sweeps start.
         point: the relaxed point of the node, float64 [n], for `definite`.
         deadline: of `clock()`, after which no further sweeps are made.
     """
     free, b = part.free, part.b
     scale = len(free) / max(float(np.trace(b)), 1e-300)
+    dtype = vectors.dtype
     with np.errstate(over="ignore", invalid="ignore"):
-        c = (b * (scale / 4)).astype(np.float32)
-        first = ((b.sum(1) + part.linear) * (scale / 4)).astype(np.float32)
-    np.fill_diagonal(c, 0)
-    v = vectors[free]
-    y, g = np.empty(len(free), np.float32), np.empty(v.shape[1], np.float32)
+        c = (b * (scale / 4)).astype(dtype)
+        first = ((b.sum(1) + part.linear) * (scale / 4)).astype(dtype)
+    v, y = vectors[free], np.empty(len(free), dtype)
     for done in range(0, sweeps, _CHUNK):
-        _mix(c, first, v, y, g, min(_CHUNK, sweeps - done))
+        sweep_matrix(c, first, v, y, min(_CHUNK, sweeps - done))
         if clock() >= deadline:
             break
     whole = np.zeros(len(part.state))
     if not np.isfinite(y).all():
-        # what is fixed outweighs what is free beyond float32. Q alone is semidefinite
+        # what is fixed outweighs what is free beyond the type. Q alone is semidefinite
         return whole, vectors
     lam = 4 * y.astype(float) / scale - np.diag(b)
     b[np.diag_indices_from(b)] += lam
@@ -178,39 +179,6 @@ def multipliers(
     moved = vectors.copy()
     moved[free] = v
     return whole, moved
-
-
-@loop(nogil=True, _nrt=False, fastmath=True)
-def _mix(c, first, v, y, g, sweeps):  # type: ignore[no-untyped-def]
-    """v_i ← −g_i/‖g_i‖, g_i = Σ_j c_ij v_j + first_i e_0; y_i = ‖g_i‖."""
-    n, k = v.shape
-    whole = n // 8 * 8
-    for _ in range(sweeps):
-        for i in range(n):
-            g[:] = 0
-            # eight rows of V at a time: g passes through memory an eighth as often
-            for j in range(0, whole, 8):
-                w0, w1, w2, w3 = c[i, j], c[i, j + 1], c[i, j + 2], c[i, j + 3]
-                w4, w5, w6, w7 = c[i, j + 4], c[i, j + 5], c[i, j + 6], c[i, j + 7]
-                for a in range(k):
-                    g[a] += (
-                        (w0 * v[j, a] + w1 * v[j + 1, a])
-                        + (w2 * v[j + 2, a] + w3 * v[j + 3, a])
-                        + (w4 * v[j + 4, a] + w5 * v[j + 5, a])
-                        + (w6 * v[j + 6, a] + w7 * v[j + 7, a])
-                    )
-            for j in range(whole, n):
-                for a in range(k):
-                    g[a] += c[i, j] * v[j, a]
-            g[0] += first[i]
-            norm = np.float32(0)
-            for a in range(k):
-                norm += g[a] * g[a]
-            norm = np.sqrt(norm)
-            y[i] = norm
-            if norm > 0:
-                for a in range(k):
-                    v[i, a] = -g[a] / norm
 
 
 def bound_node(

@@ -69,7 +69,7 @@ class Plan(NamedTuple):
 
 class Relaxed(NamedTuple):
     """A convex form, where the relaxations below it start: λ, float64 [n]; vectors without triangles
-    (`node`), float32 [n, k]; triangles of inputs (n: z_0), τ in units of the objective."""
+    (`node`), [n, k]; triangles of inputs (n: z_0), τ in units of the objective."""
 
     lam: np.ndarray
     vectors: np.ndarray

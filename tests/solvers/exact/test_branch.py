@@ -61,8 +61,8 @@ def test_the_multipliers_of_a_node_are_semidefinite_and_tighten_it():
         values.append(value + least)
     assert values[0] < values[1] < values[2] <= float(solve(problem, "branch").objective) * 1.2
     assert lam[state >= 0].tolist() == [0, 0, 0]
-    # beyond float32 there are none: a fixed input can outweigh the free ones by more than sweeps can hold
-    n, vectors = 8, start_vectors(8, 0)
+    # none where a fixed input outweighs the free ones by more than the sweeps of a wide row, in float32, hold
+    n, vectors = 300, start_vectors(300, 0)
     first = np.arange(n) == 0
     w, state = np.where(first, 1e22, 1.0), np.where(first, 1, -1).astype(np.int8)
     part = free_part(np.outer(w, w) + np.diag(w**2), 1.0, 4, np.ones((n, n)), state)
