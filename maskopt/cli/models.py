@@ -237,8 +237,8 @@ def _remove_blocks(model: str, count: int, windows: int | None, given: dict[str,
 def demo(
     model: str = option("gemma3", "Language model.", choices=("gemma3", "smollm2")),
     sparsity: float | str = option(0.5, "As for `maskopt prune`: 0.5, 50% or 2:4."),
-    samples: int = option(6, "Number of calibration windows.", least=1),
-    windows: int = option(3, "Number of evaluation windows.", least=1),
+    samples: int = option(5, "Number of calibration windows.", least=1),
+    windows: int = option(2, "Number of evaluation windows.", least=1),
     output: Path = option(
         Path("maskopt-demo"), "Folder for the report and the pruned model.", OUTPUT
     ),

@@ -265,8 +265,9 @@ def test_the_demo_from_end_to_end_on_a_tiny_model(tmp_path, monkeypatch):
     names = ("model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj")
     monkeypatch.setattr("maskopt.demo.TOY_LAYERS", names)
     monkeypatch.setattr("maskopt.demo.TOY_COLUMNS", 8)
-    stages, size = [], {"samples": 2, "seq_len": 32, "windows": 2, "sparsity": "50%"}
-    result = run_demo(tmp_path / "out", **size, on_stage=lambda *stage: stages.append(stage[0]))
+    how = {"model": "gemma3", "sparsity": "50%", "samples": 2, "windows": 2, "seq_len": 32}
+    stages = []
+    result = run_demo(tmp_path / "out", **how, on_stage=lambda *stage: stages.append(stage[0]))
     toy, errors, values = result.tables
     assert [row[0].split("[")[0] for row in toy.rows if row[0]] == ["0 q_proj", "2 down_proj"]
     assert {row[0] for row in errors.rows} >= {"q_proj", "down_proj"}
@@ -280,7 +281,7 @@ def test_the_demo_from_end_to_end_on_a_tiny_model(tmp_path, monkeypatch):
     assert "toy rows: block 3/3, calibrate" in stages
     (tmp_path / "file").write_text("mine")
     listen = {"on_stage": lambda *stage: pytest.fail("it started")}
-    fails(ModelError, "is not empty", run_demo, tmp_path, **listen)
+    fails(ModelError, "is not empty", run_demo, tmp_path, **how, **listen)
     assert (tmp_path / "file").read_text() == "mine"
 
 

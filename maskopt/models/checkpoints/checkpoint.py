@@ -13,6 +13,7 @@ import math
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -161,10 +162,11 @@ def open_safe(path: Path) -> SafeFile:
 def write_file(path: Path, chunks: Iterable[Any]) -> str:
     """Write a file that appears whole or not at all, out of bytes or flat arrays of them; its SHA-256."""
     digest = hashlib.sha256()
-    with atomic_write(path) as file:
+    with atomic_write(path) as file, ThreadPoolExecutor(1) as other:
         for chunk in chunks:
+            hashed = other.submit(digest.update, chunk)
             file.write(chunk)
-            digest.update(chunk)
+            hashed.result()
     return digest.hexdigest()
 
 

@@ -169,7 +169,8 @@ def test_a_sweep_over_its_input_and_a_demo_over_other_files(given, tmp_path):
         mine.parent.mkdir(parents=True)
         mine.write_text("mine")
         said = f"does not list 1 of .*: {mine.name}"
-        fails(ModelError, said, run_demo, tmp_path / mine.stem, overwrite=True)
+        how = {"model": "gemma3", "sparsity": 0.5, "samples": 1, "windows": 1}
+        fails(ModelError, said, run_demo, tmp_path / mine.stem, overwrite=True, **how)
         assert mine.read_text() == "mine"
 
 
