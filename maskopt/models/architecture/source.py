@@ -75,6 +75,10 @@ class Source:
     def drop(self) -> None:
         """Hold nothing in memory until `head` or `load_outside`; a model that came in memory stays."""
 
+    def stored_as_is(self, name: str) -> str | None:
+        """The tensor that a parameter is stored as; None where it is stored in another form."""
+        return name
+
     def stored_dtype(self, layer: Layer) -> torch.dtype:
         """In which the layer's weights are kept."""
         return self.model.get_parameter(layer.parameter).dtype
@@ -213,6 +217,9 @@ class FolderSource(Source):
             if self.checkpoint.entry(key).shape != tuple(part.shape):
                 raise ModelError(f"tensor {key!r} is not stored in the shape of its parameter")
         return stored
+
+    def stored_as_is(self, name: str) -> str | None:
+        return self.conversion.stored_as_is(name)
 
     def stored_dtype(self, layer: Layer) -> torch.dtype:
         return self.checkpoint.entry(self.conversion.sources(layer.parameter)[0]).torch_dtype

@@ -238,6 +238,45 @@ def _heads_of(blocks: Blocks, index: int, share: float) -> Structures:
     return Structures(unit, consumer, count, pattern, cuts, {**new, "head_dim": width})
 
 
+@dataclass(frozen=True)
+class Inner:
+    """Values inside a block that could be in another basis: what makes them, and what takes them.
+
+    Attributes:
+        width: of a value head, in which any orthogonal basis may do; 0: channels, which have an order only.
+        axes: of the parameters that it would change, biases included, by name.
+    """
+
+    producer: Layer
+    consumer: Layer
+    width: int
+    groups: int
+    axes: Mapping[str, int]
+
+
+def inner_values(blocks: Blocks, index: int) -> list[Inner]:
+    """The value heads and the channels of a block whose layers have a form that is known. Whether the block
+    computes the same in another basis depends on what else is between the layers."""
+    found = []
+    for known, what in ((_ATTENTIONS, "attention"), (_MLPS, "MLP")):
+        try:
+            consumer, producers = _find(blocks, index, known, what, what)
+            groups, width = 1, 0
+            if known is _ATTENTIONS:
+                _, groups, width = _attention_of(blocks.model, consumer)
+                producers = [x for x in producers if x.name.endswith("v_proj")]
+            size = groups * width or consumer.n
+            axes = {consumer.parameter: 1}
+            for producer in producers:
+                rows = [(size, 1)] * (1 + producer.name.endswith("gate_up_proj"))
+                axes |= dict.fromkeys(_rows_and_bias(blocks.model, producer, rows), 0)
+        except ModelError:
+            continue
+        if producers and all(producer.input_axis == 1 for producer in producers):
+            found.append(Inner(producers[-1], consumer, width, groups, axes))
+    return found
+
+
 def _least(groups: int, each: int) -> str:
     """The smallest share that takes something."""
     parts = max(groups, each)

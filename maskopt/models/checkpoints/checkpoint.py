@@ -14,7 +14,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from maskopt.core.files import atomic_write
 from maskopt.errors import ModelError, first_line
+from maskopt.models.checkpoints.bases import Basis
 from maskopt.models.checkpoints.schema import (
     INDEX,
     SINGLE,
@@ -233,19 +234,22 @@ def _what_it_is(head: bytes) -> str:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The weights of a model folder: `shards` by file name, and `where`: tensor name → its file."""
+    """The weights of a model folder: `shards` by file name, and `where`: tensor name → its file. `bases`:
+    which tensors are read in another basis than their own."""
 
     folder: Path
     config: dict[str, Any]
     shards: dict[str, SafeFile]
     where: dict[str, str]
+    bases: dict[str, Basis] = field(default_factory=dict, kw_only=True)
 
     def entry(self, name: str) -> TensorEntry:
         return self.shards[self.where[name]].entries[name]
 
     def read(self, name: str) -> Tensor:
         """One tensor in its stored dtype."""
-        return self.shards[self.where[name]].read(name)
+        tensor = self.shards[self.where[name]].read(name)
+        return self.bases[name].apply(tensor) if name in self.bases else tensor
 
     @cached_property
     def shard_digests(self) -> dict[str, str]:

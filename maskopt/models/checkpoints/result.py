@@ -29,6 +29,7 @@ from torch import Tensor
 
 from maskopt.core.files import atomic_write
 from maskopt.errors import ModelError
+from maskopt.models.checkpoints.bases import Bases, Basis
 from maskopt.models.checkpoints.checkpoint import (
     CHUNK,
     Checkpoint,
@@ -39,8 +40,10 @@ from maskopt.models.checkpoints.checkpoint import (
     open_safe,
     safe_header,
     write_file,
+    write_tensors,
 )
 from maskopt.models.checkpoints.schema import (
+    BASES_FORMAT,
     COPIED,
     INDEX,
     LEGAL_NAMES,
@@ -98,6 +101,11 @@ class MaskFile:
     def names(self) -> list[str]:
         return list(self.layout)
 
+    @property
+    def bases(self) -> str | None:
+        """Digest of the bases in which the model was pruned; None: it was pruned as it is stored."""
+        return self.file.metadata.get("bases")
+
     def __contains__(self, name: object) -> bool:
         return name in self.layout
 
@@ -144,8 +152,9 @@ def write_masks(path: Path, masks: Mapping[str, TensorMask]) -> str:
     return _write(path, layout, packed.values())
 
 
-def join_masks(path: Path, parts: Iterable[Path]) -> str:
-    """One mask file out of several, tensor by tensor, without holding them in memory; its SHA-256."""
+def join_masks(path: Path, parts: Iterable[Path], bases: str | None = None) -> str:
+    """One mask file out of several, tensor by tensor, without holding them in memory; its SHA-256. `bases`:
+    digest of those in which the model was pruned."""
     files = [MaskFile(part) for part in parts]
     layout: dict[str, dict[str, Any]] = {}
     for part in files:
@@ -153,12 +162,18 @@ def join_masks(path: Path, parts: Iterable[Path]) -> str:
             raise ModelError(f"{part.path}: mask {min(both)!r} is in another part as well")
         layout.update(part.layout)
     bits = (part.file.read(name).numpy() for part in files for name in part.names)
-    return _write(path, layout, bits)
+    return _write(path, layout, bits, {} if bases is None else {"bases": bases})
 
 
-def _write(path: Path, layout: Mapping[str, Any], bits: Iterable[np.ndarray]) -> str:
+def _write(
+    path: Path,
+    layout: Mapping[str, Any],
+    bits: Iterable[np.ndarray],
+    more: Mapping[str, str] | None = None,
+) -> str:
     shapes = {name: ("U8", ((math.prod(item["shape"]) + 7) // 8,)) for name, item in layout.items()}
     about = {"format": MASK_FORMAT, "tensors": json.dumps(layout, separators=(",", ":"))}
+    about |= more or {}
     return write_file(path, chain([safe_header(shapes, about)], bits))
 
 
@@ -192,6 +207,38 @@ class Edits:
                 part.copy_(torch.where(values.float().isnan(), part, values.view(part.dtype)))
             if packed is not None:
                 part.masked_fill_(~unpack(packed, start, len(part)), 0)
+
+
+# --- bases, in a file of the form of safetensors: changes by name; the metadata says what they change
+
+
+def bases_digest(bases: Bases) -> str:
+    """SHA-256 over what the bases change, and how."""
+    sha = hashlib.sha256()
+    for name in sorted(bases):
+        basis = bases[name]
+        head = [BASES_FORMAT, name, basis.of, basis.axis, list(basis.change.shape)]
+        sha.update(json.dumps(head).encode() + b"\n" + bytes_of(basis.change).tobytes())
+    return sha.hexdigest()
+
+
+def write_bases(path: Path, bases: Bases) -> None:
+    changes = {basis.of: basis.change for basis in bases.values()}
+    tensors = {name: [basis.of, basis.axis] for name, basis in bases.items()}
+    write_tensors(path, changes, {"format": BASES_FORMAT, "tensors": json.dumps(tensors)})
+
+
+def read_bases(path: Path) -> Bases:
+    """The bases in a file; ModelError where it is none."""
+    file = open_safe(path)
+    try:
+        if file.metadata["format"] == BASES_FORMAT:
+            changes = {name: file.read(name) for name in file.entries}
+            tensors = json.loads(file.metadata["tensors"])
+            return {name: Basis(of, changes[of], axis) for name, (of, axis) in tensors.items()}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        pass
+    raise ModelError(f"{path}: is no file of bases; start over with `overwrite`")
 
 
 # --- shards and copies
@@ -241,10 +288,11 @@ def write_shard(
             shapes = {str(named[e.name]): (e.dtype, shape(e)) for e in entries}
             yield safe_header(shapes, source.metadata)
         for entry in entries:
-            if not (entry.name in cuts or entry.name in edits.masks or entry.name in edits.values):
+            changed = (cuts, edits.masks, edits.values, checkpoint.bases)
+            if not any(entry.name in some for some in changed):
                 yield from source.chunks(entry)
                 continue
-            tensor = source.read(entry.name)
+            tensor = checkpoint.read(entry.name)
             edits.apply(entry.name, tensor)
             for axis, indices in cuts.get(entry.name, {}).items():
                 tensor = tensor.index_select(axis, indices)

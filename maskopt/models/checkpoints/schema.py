@@ -25,12 +25,14 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, MANIFEST = "config.json", "maskopt-manifest.json"
 #: a safetensors file of another ending: servers load every *.safetensors of a folder
 MASKS = "maskopt-masks.bits"
+BASES = "maskopt-bases.bits"
 #: what is copied along with the weights: configuration, tokenizer, templates; and what no loader reads
 COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 LEGAL_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 LEGAL_SUFFIXES = ("", ".txt", ".md", ".rst", ".pdf", ".html")
 MAX_JSON = 256 * 2**20
 MANIFEST_FORMAT, MASK_FORMAT = "maskopt-manifest-1", "maskopt-masks-1"
+BASES_FORMAT = "maskopt-bases-1"
 #: of a manifest: weights are pruned; or channels and heads, experts, or blocks are removed
 PRUNE, STRUCTURES, EXPERTS, BLOCKS = KINDS = ("prune", "structures", "experts", "blocks")
 #: entries of config.json that count blocks or experts; so many are built in seconds
@@ -308,7 +310,7 @@ SHAPES: dict[str, dict[str, Any]] = {
                 "sparsity": parse_sparsity, "counts?": {...: is_count},
                 "training?": dict, "distillation?": dict,
             },
-            "model": str, **_RUN,
+            "model": str, "bases?": str, **_RUN,
         },
     },
     **{

@@ -165,10 +165,12 @@ def certify_model(
 
 def _bounded_pattern(pruned: str | Path, asked: Mapping[str, Any]) -> Pattern:
     """The sparsity of a prune; ModelError where its rows have no bounds."""
-    if asked.get("update", NONE) != NONE:
-        raise ModelError(
-            f"{pruned}: its weights were updated, and bounds are for unchanged ones; prune with `update` none"
-        )
+    for name in ("update", "transform"):
+        if asked.get(name, NONE) != NONE:
+            raise ModelError(
+                f"{pruned}: its weights were changed, and bounds are for unchanged ones; prune with `{name}` "
+                "none"
+            )
     pattern = parse_sparsity(asked["sparsity"])
     if pattern.shared_budget or asked.get("allocation") == BOTH:
         raise ModelError(

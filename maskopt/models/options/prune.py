@@ -46,6 +46,8 @@ AUTO = "auto"
 NONE, LEAST_SQUARES, BLOCKWISE = UPDATES = ("none", "least-squares", "blockwise")
 #: of `allocation`
 UNIFORM, ROWS, LAYERS, BOTH = ALLOCATIONS = ("uniform", "rows", "layers", "both")
+#: of `transform`
+ROTATION, PERMUTATION, FREE = "rotation", "permutation", "free"
 #: of `sensitivity`
 RELATIVE, FISHER = "relative", "fisher"
 #: defaults of `max_deviation`: of rows, the best of ± 0.05, 0.1, 0.2 and any on both demo models at 70%
@@ -98,6 +100,13 @@ class PruneOptions(WalkOptions):
         SELECTION,
     )
     solver_options: Mapping[str, Any] = option(dict, "Solver option; may be repeated.", SELECTION)
+    transform: str = option(
+        NONE,
+        "Whether weights are rewritten first so that pruning loses less and the dense model computes the "
+        "same. rotation: within value heads; permutation: of the channels of an MLP, for N:M; free: both.",
+        SELECTION,
+        choices=(NONE, ROTATION, PERMUTATION, FREE),
+    )
     allocation: str = option(
         UNIFORM,
         "Where sparsity may differ. uniform: nowhere; rows: between rows of a layer; layers: between layers; "

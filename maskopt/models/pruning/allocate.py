@@ -40,20 +40,26 @@ def allocate(job: Job, options: PruneOptions) -> dict[str, int]:
     """How many inputs each row of a layer prunes, on average over its rows, by the layer's name. Layers that
     see fewer tokens than `min_tokens` have the model's sparsity. The model is not changed: another job walks
     through it, with the layers and windows of `job`."""
-    dense = replace(
-        options,
-        calibrate_on="dense",
-        true_sequential=False,
-        update=NONE,
-        training={},
-        damping=LeastSquaresUpdate.damping,
-        damping_exponent=LeastSquaresUpdate.power,
-        gram_shrinkage=0.0,
-    )
-    walk = job.again(dense)
+    walk = dense_walk(job, options)
     with walk, torch.no_grad():
-        curves = [curve for block in walk.blocks() for curve in _curves(walk, block, dense)]
+        curves = [curve for block in walk.blocks() for curve in _curves(walk, block, options)]
     return share_out(job.layers, curves, options)
+
+
+def dense_walk(job: Job, options: PruneOptions) -> Job:
+    """Another walk through the same model, which computes the Gram matrices of a block in one pass."""
+    return job.again(
+        replace(
+            options,
+            calibrate_on="dense",
+            true_sequential=False,
+            update=NONE,
+            training={},
+            damping=LeastSquaresUpdate.damping,
+            damping_exponent=LeastSquaresUpdate.power,
+            gram_shrinkage=0.0,
+        )
+    )
 
 
 def _curves(job: Job, block: Block, options: PruneOptions) -> list[Curve]:

@@ -32,15 +32,17 @@ from maskopt.models.checkpoints.result import (
     Edits,
     MaskFile,
     TensorMask,
+    bases_digest,
     check_masks,
     copy_side_files,
     disk_needed,
     join_masks,
     side_files,
+    write_bases,
     write_masks,
     write_shard,
 )
-from maskopt.models.checkpoints.schema import MASKS, PRUNE
+from maskopt.models.checkpoints.schema import BASES, MASKS, PRUNE
 from maskopt.models.checkpoints.workspace import plain_errors
 from maskopt.models.options.prune import NONE, PruneOptions
 from maskopt.models.pruning.gram_store import StoredBlock
@@ -162,6 +164,8 @@ class FolderResults(Results):
             needed += disk_of_training(weights, options.distilled)
         with self._run.opened(needed, fingerprint) as work:
             self._run.ranks.agreed(self._check_blocks)
+            if (bases := self._source.checkpoint.bases) and self._run.ranks.leads:
+                write_bases(work.hidden / BASES, bases)
             self.blocks = self.stored_blocks()
             yield work.hidden
 
@@ -216,7 +220,8 @@ class FolderResults(Results):
         """Stage the masks of all blocks in one file; its SHA-256."""
         path = self._run.work.staging / MASKS
         parts = [self._path(i, "masks") for i in sorted(self._run.journal.blocks)]
-        digest = join_masks(path, parts)
+        bases = self._source.checkpoint.bases
+        digest = join_masks(path, parts, bases_digest(bases) if bases else None)
         check_masks(self._source.checkpoint, MaskFile(path))
         return digest
 
@@ -243,6 +248,9 @@ class FolderResults(Results):
 
     def finish(self, report: PruneReport) -> None:
         files = {MASKS: self.join_masks(), **self.write_shards(), **self._distilled}
+        if bases := self._source.checkpoint.bases:
+            write_bases(self._run.work.staging / BASES, bases)
+            files[BASES] = file_digest(self._run.work.staging / BASES)
         self._run.finish(report, files)
 
     def stored_blocks(self) -> dict[int, FinishedBlock]:
@@ -277,6 +285,11 @@ def apply_masks(
     checkpoint = open_checkpoint(model)
     run = Run(output, overwrite=overwrite, model=model, mask_file=masks)
     file = MaskFile(Path(masks))
+    if file.bases is not None:
+        raise ModelError(
+            f"{masks}: are masks of the model in other bases (`transform`), and would remove other "
+            "weights of this one; copy the pruned folder"
+        )
     check_masks(checkpoint, file)
     side_files(checkpoint.folder, checkpoint.shards)  # refuses links before anything is written
     with run.opened(disk_needed(checkpoint)) as work:

@@ -29,9 +29,10 @@ from maskopt.models.blockwise.memory import check_memory
 from maskopt.models.calibration.tokens import Windows, held_out, tokens_or_tokenizer
 from maskopt.models.checkpoints.report import PruneReport
 from maskopt.models.checkpoints.workspace import check_dense, differences
-from maskopt.models.options.prune import AUTO, BLOCKWISE, PruneOptions, prune_options
+from maskopt.models.options.prune import AUTO, BLOCKWISE, NONE, PruneOptions, prune_options
 from maskopt.models.options.walk import DistillOptions, name_patterns
 from maskopt.models.pruning.allocate import allocate
+from maskopt.models.pruning.bases import find_bases
 from maskopt.models.pruning.gram_store import GramStore, StoredBlock, stored_blocks
 from maskopt.models.pruning.output import BlockResult, FolderResults, Results
 from maskopt.models.pruning.prune_layer import counting, layer_problem, prune_layers
@@ -78,6 +79,11 @@ def prune_model(
     job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress, ranks=ranks)
     check_prunable(job, store)
     results = Results(job) if run is None else FolderResults(job, run)
+    if options.transform != NONE:
+        bases = None if run is None else run.recorded_bases()
+        bases = find_bases(job, options) if bases is None else bases
+        if job.source.checkpoint is not None:  # a model in memory is in them already
+            job.source.checkpoint.bases.update(bases)
     if options.layers_differ and not options.counts:
         known = None if run is None else run.recorded_counts(options.record())
         counts = allocate(job, options) if known is None else known
@@ -154,6 +160,10 @@ def _check_given(
         raise ModelError(
             "a model in memory is pruned in place by one process, from text; for `output`, `grams`, `resume` "
             "or several processes save it, and name its folder"
+        )
+    if options.transform != NONE and grams is not None:
+        raise OptionError(
+            "`transform` needs text: Gram matrices that were collected are of the model as it is stored"
         )
     for name, trains in {
         "`update` blockwise": options.update == BLOCKWISE,

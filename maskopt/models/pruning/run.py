@@ -15,10 +15,16 @@ from maskopt.errors import ModelError
 from maskopt.models.blockwise.distributed import ALONE, Ranks
 from maskopt.models.blockwise.job import Job
 from maskopt.models.calibration.tokens import Windows
+from maskopt.models.checkpoints.bases import Bases
 from maskopt.models.checkpoints.checkpoint import Checkpoint, damage, file_digest
 from maskopt.models.checkpoints.report import PruneReport, versions, write_manifest
-from maskopt.models.checkpoints.result import Unchanged, copy_side_files
-from maskopt.models.checkpoints.schema import MANIFEST, read_json, read_manifest
+from maskopt.models.checkpoints.result import (
+    Unchanged,
+    bases_digest,
+    copy_side_files,
+    read_bases,
+)
+from maskopt.models.checkpoints.schema import BASES, MANIFEST, read_json, read_manifest
 from maskopt.models.checkpoints.workspace import (
     CARD,
     GONE,
@@ -112,6 +118,12 @@ class Run:
             raise self._another(what, apart)
         return dict(recorded.get("counts", {}))
 
+    def recorded_bases(self) -> Bases | None:
+        """Those of the run to be resumed; None where it has none yet."""
+        places = [folder / BASES for folder in (self.output / HIDDEN, self.output)]
+        found = next((path for path in places if self.resume and path.is_file()), None)
+        return None if found is None else read_bases(found)
+
     def _another(self, what: str, apart: str) -> ModelError:
         return ModelError(
             f"{self.output}: holds {what} of another run: {apart}; `overwrite` replaces it"
@@ -189,6 +201,8 @@ def fingerprint_of(
     }
     if source.checkpoint is not None:
         fingerprint["model"] = source.checkpoint.digest
+        if source.checkpoint.bases:
+            fingerprint["bases"] = bases_digest(source.checkpoint.bases)
     return fingerprint
 
 

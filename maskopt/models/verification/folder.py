@@ -20,6 +20,7 @@ from torch import Tensor
 from maskopt.errors import MaskoptError, VerificationError, first_line
 from maskopt.models.architecture.transformers_adapter import Conversion, empty_model, quietly
 from maskopt.models.checkpoints.schema import (
+    BASES,
     CONFIG,
     COPIED,
     INDEX,
@@ -108,7 +109,8 @@ def check_entries(
     for name, digest in sorted(listed.items()):
         if not os.path.lexists(folder / name):
             raise weights.wrong(f"file {name[:200]!r} of the manifest is not there")
-        if not (name in weights.files or name == MASKS or is_copied(name) or _is_harmless(name)):
+        ours = name in weights.files or name in (MASKS, BASES)
+        if not (ours or is_copied(name) or _is_harmless(name)):
             raise _could_be_taken(folder / name)
         check_regular(folder / name)
         if sha256(folder / name) != digest:

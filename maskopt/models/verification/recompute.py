@@ -30,6 +30,8 @@ from maskopt.models.blockwise.job import Job, open_job
 from maskopt.models.calibration.tokens import are_tokens
 from maskopt.models.checkpoints.bos import BOS, TEMPLATE
 from maskopt.models.checkpoints.checkpoint import open_checkpoint
+from maskopt.models.checkpoints.result import read_bases
+from maskopt.models.checkpoints.schema import BASES
 from maskopt.models.options.prune import AUTO, BLOCKWISE, NONE, PruneOptions
 from maskopt.models.pruning.prune_layer import counting, held_problem, layer_problem
 from maskopt.models.verification.folder import MASKS
@@ -93,6 +95,9 @@ def recheck_layers(
             f"{job.windows.source}: is not what the model was calibrated on: its {len(job.windows)} "
             f"windows of {job.windows.length} tokens have another digest than those of the manifest"
         )
+    if (output / BASES).is_file():
+        assert job.source.checkpoint is not None
+        job.source.checkpoint.bases.update(read_bases(output / BASES))
     chosen = [layer.name for layer in choose(job.layers, layers)]
     assert job.source.checkpoint is not None
     masks = masks_as_model(job.source.checkpoint, output / MASKS, trust_remote_code=trust)

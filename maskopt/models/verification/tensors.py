@@ -12,6 +12,7 @@ from torch import Tensor
 
 from maskopt.errors import VerificationError
 from maskopt.models.checkpoints.schema import MASK_FORMAT, read_layout
+from maskopt.models.verification.bases import InBases
 from maskopt.models.verification.folder import (
     Weights,
     bytes_of,
@@ -39,6 +40,7 @@ def check_tensors(
     weights: Weights,
     masks: Masks,
     original: Weights | None,
+    bases: InBases,
     on_progress: OnTensor,
 ) -> list[Slice]:
     """Compare every tensor with its mask and the original, but what was updated; all matrices."""
@@ -50,6 +52,7 @@ def check_tensors(
         dense = None if original is None else original.read(name)
         if dense is not None and (found.dtype, found.shape) != (dense.dtype, dense.shape):
             raise VerificationError(f"{name!r} has another dtype or shape than the original")
+        dense, room = (None, None) if dense is None else bases.of(name, dense)
         same: Tensor | None = None
         if name in masks.layout:
             kept, changeable = masks.kept(name, found), bool(updated) or manifest.distilled
@@ -72,7 +75,7 @@ def check_tensors(
             if found.ndim == 1 and name.startswith(vectors):
                 same = torch.zeros_like(found, dtype=torch.bool)
         if dense is not None:
-            _check_same(name, found, dense, same, what)
+            _check_same(name, found, dense, same, what, room)
         if changeable:
             check_finite(weights, name, found)
         on_progress(done, len(weights.where))
@@ -169,9 +172,18 @@ class Masks:
 
 
 def _check_same(
-    name: str, found: Tensor, original: Tensor, where: Tensor | None, what: str
+    name: str,
+    found: Tensor,
+    original: Tensor,
+    where: Tensor | None,
+    what: str,
+    room: Tensor | None,
 ) -> None:
-    """Raise VerificationError where two tensors differ: at places of a bool tensor, or anywhere."""
-    differs = (bytes_of(found) != bytes_of(original)).any(1)
+    """Raise VerificationError where two tensors differ: at places of a bool tensor, or anywhere; by a bit, or
+    by more than `room`."""
+    if room is None:
+        differs = (bytes_of(found) != bytes_of(original)).any(1)
+    else:
+        differs = ~((found.double() - original).abs() <= room).reshape(-1)
     if bool((differs if where is None else differs & where.reshape(-1)).any()):
         raise VerificationError(f"{name!r}: {what} differs from the original")

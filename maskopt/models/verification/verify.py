@@ -17,8 +17,9 @@ import torch
 
 from maskopt.core.pattern import NM
 from maskopt.errors import VerificationError
-from maskopt.models.checkpoints.schema import PRUNE
+from maskopt.models.checkpoints.schema import BASES, PRUNE
 from maskopt.models.options.prune import BLOCKWISE
+from maskopt.models.verification.bases import InBases
 from maskopt.models.verification.folder import (
     CONFIG,
     INDEX,
@@ -56,7 +57,7 @@ from maskopt.models.verification.tensors import Masks, OnTensor, check_tensors
 _IN_DENSE = " (dense)"
 #: what `maskopt`, transformers' Trainer and tokenizers leave in a folder and no loader takes
 SAVED = re.compile(
-    rf"{re.escape(MASKS)}|{re.escape(MANIFEST)}|maskopt-distill\.json|"
+    rf"{re.escape(MASKS)}|{re.escape(BASES)}|{re.escape(MANIFEST)}|maskopt-distill\.json|"
     r"training_args\.bin|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|checkpoint-\d+|runs|"
     r"additional_chat_templates"
 )
@@ -184,12 +185,14 @@ def _verify_pruned(
     check_trained(manifest)
     trust = machine["trust_remote_code"]
     names_known = trust or not read_object(folder / CONFIG).get("auto_map")
+    loading = None
     if names_known:
         loading = Loading(dense or weights, trust_remote_code=trust)
         if dense is None:  # which has the same tensors and configuration
             check_loads(loading, None)
         check_names(manifest, loading)
-    slices = check_tensors(manifest, weights, stored, dense, on_progress)
+    bases = InBases(manifest, weights, loading)
+    slices = check_tensors(manifest, weights, stored, dense, bases, on_progress)
     rows, sparsity = check_masks(manifest, slices)
     known, tolerance = set[str](), None
     if original is not None:
@@ -202,6 +205,8 @@ def _verify_pruned(
         known.update(again)
     facts = _facts(manifest, len(known), original is not None, calibration is not None)
     facts["names"] = names_known
+    if bases:
+        facts["that bases leave the model's function as it is"] = False
     return Verified(
         layers=len(manifest.layers),
         tensors=len(stored.layout),

@@ -334,7 +334,7 @@ def test_refitted_rows_are_proven_for_what_they_cost_refitted(result, dense_fold
         assert all(gained)
         assert any(gain[-1] > 0 for gain in gained) is gains
         assert all(0 <= gain[0] <= gain[-1] < 0.9 for gain in gained)
-    said = "its weights were updated, and bounds are for unchanged"
+    said = "its weights were changed, and bounds are for unchanged"
     how = {"calibration": tokens(10), "rows_per_layer": 1}
     fails(e.ModelError, said, certify_model, dense_folder, result[0], **how)
 

@@ -1,0 +1,137 @@
+"""The bases of a result: read again, compared with the model's structure, and applied to the original's
+tensors by code of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskopt.errors import VerificationError
+from maskopt.models.architecture.blocks import Blocks
+from maskopt.models.architecture.structures import Inner, inner_values
+from maskopt.models.checkpoints.schema import BASES, BASES_FORMAT, fits, is_count
+from maskopt.models.options.prune import NONE
+from maskopt.models.verification.folder import Loading, Weights, opened, read_tensor, refusing
+from maskopt.models.verification.manifest import Manifest
+
+#: by how much an entry of RRᵀ may differ from that of the identity
+_ORTHOGONAL = 1e-9
+
+
+class InBases:
+    """The original's tensors as the prune met them; without bases, as they are. VerificationError where file,
+    manifest and model do not fit together."""
+
+    def __init__(self, manifest: Manifest, weights: Weights, loading: Loading | None) -> None:
+        self.path, self._changes = weights.folder / BASES, dict[str, tuple[int, Tensor]]()
+        said = manifest.record["fingerprint"].get("bases")
+        if (said is not None) != (BASES in manifest.record["files"]):
+            raise manifest.wrong("names bases without their file, or a file of bases without them")
+        if said is None:
+            return
+        if manifest.options.transform == NONE:
+            raise manifest.wrong("has bases, and its options change none")
+        if loading is None:
+            raise manifest.wrong(
+                "has bases, which cannot be compared with a model that needs its own code"
+            )
+        tensors, changes = self._read()
+        if self._digest(tensors, changes) != said:
+            raise self._wrong("are not those of the manifest")
+        expected = _expected(loading)
+        for of, change in changes.items():
+            inner, axes = expected.get(of, (None, {}))
+            if inner is None or {n: a for n, (o, a) in tensors.items() if o == of} != axes:
+                raise self._wrong(f"{of[:200]!r} changes other tensors than those that go together")
+            self._check(of, change, inner)
+            self._changes |= {name: (axis, change) for name, axis in axes.items()}
+
+    def _wrong(self, what: str) -> VerificationError:
+        return VerificationError(f"{self.path}: {what}")
+
+    def _read(self) -> tuple[dict[str, tuple[str, int]], dict[str, Tensor]]:
+        with opened(self.path) as file, refusing():
+            about, names = file.metadata() or {}, list(file.keys())
+        try:
+            tensors = json.loads(about["tensors"])
+            sound = about["format"] == BASES_FORMAT and fits(tensors, {...: _is_change})
+            sound = sound and {of for of, _ in tensors.values()} == set(names)
+        except (KeyError, ValueError, TypeError):
+            sound = False
+        if not sound:
+            raise self._wrong("is damaged")
+        changes = {name: read_tensor(self.path, name) for name in names}
+        return {name: (of, axis) for name, (of, axis) in tensors.items()}, changes
+
+    def _digest(self, tensors: Mapping[str, tuple[str, int]], changes: Mapping[str, Tensor]) -> str:
+        sha = hashlib.sha256()
+        for name, (of, axis) in sorted(tensors.items()):
+            head = json.dumps([BASES_FORMAT, name, of, axis, list(changes[of].shape)])
+            sha.update(head.encode() + b"\n" + changes[of].contiguous().numpy().tobytes())
+        return sha.hexdigest()
+
+    def _check(self, of: str, change: Tensor, inner: Inner) -> None:
+        """An order of all channels, or an orthogonal matrix for every group of heads."""
+        if inner.width:
+            shape: tuple[int, ...] = (inner.groups, inner.width, inner.width)
+            sound = change.dtype == torch.float64 and tuple(change.shape) == shape
+            one = torch.eye(inner.width, dtype=torch.float64)
+            apart = (change @ change.mT - one).abs().max() if sound else torch.inf
+            sound = bool(apart <= _ORTHOGONAL)  # not of NaN
+        else:
+            sound = change.dtype == torch.int64 and change.ndim == 1
+            sound = sound and change.sort().values.tolist() == list(range(inner.consumer.n))
+        if not sound:
+            raise self._wrong(f"{of[:200]!r} is neither an order nor orthogonal")
+
+    def __bool__(self) -> bool:
+        return bool(self._changes)
+
+    def of(self, name: str, original: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A tensor of the original; and where it is rounded, how far off any rounding of it may be."""
+        if name not in self._changes:
+            return original, None
+        axis, change = self._changes[name]
+        if change.ndim == 1:
+            parts = original.shape[axis] // len(change)
+            places = torch.cat([change + part * len(change) for part in range(parts)])
+            return original.index_select(axis, places), None
+        exact, size = torch.empty_like(original, dtype=torch.float64), change.shape[1]
+        bound = torch.empty_like(exact)
+        heads = original.shape[axis] // size
+        for head in range(heads):
+            rotation = change[head * len(change) // heads]
+            rows = original.narrow(axis, head * size, size).double()
+            for into, by, values in ((exact, rotation, rows), (bound, rotation.abs(), rows.abs())):
+                new = torch.tensordot(by, values, dims=([1], [axis])).movedim(0, axis)
+                into.narrow(axis, head * size, size).copy_(new)
+        # half a unit in the last place of what is stored, and sums of float64 in any order
+        last = torch.finfo(original.dtype)
+        room = exact.abs() * (last.eps / 2 * (1 + 2.0**-20)) + last.smallest_normal * last.eps
+        return exact, room + bound * (2 * size * 2.0**-53)
+
+
+def _is_change(value: Any) -> bool:
+    """Whether it is the name of a change, and an axis."""
+    pair = isinstance(value, list) and len(value) == 2
+    return pair and isinstance(value[0], str) and is_count(value[1])
+
+
+def _expected(loading: Loading) -> dict[str, tuple[Inner, dict[str, int]]]:
+    """By the stored name of what takes them, the values that could be in another basis, and the stored
+    tensors that go together, with their axes."""
+    found: dict[str, tuple[Inner, dict[str, int]]] = {}
+    with refusing():
+        blocks = Blocks(loading.model)
+        for index in range(len(blocks)):
+            for inner in inner_values(blocks, index):
+                stored = {name: loading.conversion.stored_as_is(name) for name in inner.axes}
+                names = {name: inner.axes[key] for key, name in stored.items() if name is not None}
+                if len(names) == len(stored):
+                    found[str(stored[inner.consumer.parameter])] = inner, names
+    return found
