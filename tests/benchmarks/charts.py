@@ -84,14 +84,16 @@ def masks() -> Any:
     return figure
 
 
-#: name in the chart → words of the lines of models.csv
+#: name in the chart → words of the lines of models.csv, or of recipes.csv
 MODELS = {
     "Wanda": {"study": "methods", "masks": "Wanda"},
     "SparseGPT": {"study": "updates", "masks": "SparseGPT"},
     "1-swap, weights unchanged": {"study": "combined", "masks": "1-swap", "update": "unchanged"},
     "ADMM, least squares": {"study": "combined", "masks": "ADMM", "update": "least squares"},
     "ADMM, blockwise": {"study": "combined", "masks": "ADMM", "update": "trained"},
+    "recipe best": {"recipe": "best"},
 }
+UNIFORM = {"allocation": "uniform"}
 SPARSITIES = ("50%", "60%", "70%", "2:4")
 
 
@@ -100,14 +102,17 @@ def models() -> Any:
     figure, axes = panels(2, figsize=(11, 4.5), sharey=True)
     for axis, model in zip(axes, TITLES.values(), strict=True):
         for number, (label, words) in enumerate(MODELS.items()):
-            found = rows("models", model=model, allocation="uniform", **words)
+            table, more = ("recipes", {}) if "recipe" in words else ("models", UNIFORM)
+            found = rows(table, model=model, **words, **more)
             by = {r["sparsity"]: ratio(r) for r in found}
             places = [p for p, s in enumerate(SPARSITIES) if s in by]
             x = [p + 0.06 * (number - 2) for p in places]
             draw_intervals(axis, x, [by[SPARSITIES[p]] for p in places], label, ls="none")
         axis.set_xticks(range(len(SPARSITIES)), SPARSITIES)
         axis.set(yscale="log", title=model, xlabel="sparsity")
-        axis.set_yticks([1, 1.2, 1.5, 2, 3, 4, 6], ["1", "1.2", "1.5", "2", "3", "4", "6"])
+        axis.set_yticks(
+            [1, 1.1, 1.2, 1.5, 2, 3, 4, 6], ["1", "1.1", "1.2", "1.5", "2", "3", "4", "6"]
+        )
         axis.minorticks_off()
     axes[0].set_ylabel("perplexity, ratio to the dense model")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
