@@ -31,6 +31,7 @@ TRAINED = {"update": "blockwise", "training": {"epochs": 2}, "holdout": 0.3}
 #: of every option another value than its default, with what it needs
 VALUES = {
     "sparsity": 0.7, "solver": "wanda", "start": "wanda", "solver_options": {"max_swaps": 3},
+    "transform": "rotation",
     "allocation": "both", "sensitivity": ("uniform", ALLOCATED), "max_deviation": (0.3, ALLOCATED),
     "counts": ({"a": 3}, ALLOCATED), "update": "least-squares",
     "training": ({"begin": "least-squares", "epochs": 2}, TRAINED),
