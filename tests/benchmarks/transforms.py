@@ -73,8 +73,8 @@ def measure(args: argparse.Namespace, group: str) -> dict[str, dict[str, Any]]:
             "none": against_none.get(folder),
             "machine": machine(),
         }
-    for folder in folders.values():
-        shutil.rmtree(folder)
+    for out in folders.values():
+        shutil.rmtree(out)
     return found
 
 
