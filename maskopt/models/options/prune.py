@@ -102,8 +102,8 @@ class PruneOptions(WalkOptions):
     solver_options: Mapping[str, Any] = option(dict, "Solver option; may be repeated.", SELECTION)
     transform: str = option(
         NONE,
-        "Whether weights are rewritten first so that pruning loses less and the dense model computes the "
-        "same. rotation: within value heads; permutation: of the channels of an MLP, for N:M; free: both.",
+        "How the dense model is rewritten first, without a change of its output, so that pruning loses less. "
+        "rotation: of value heads; permutation: of the channels of MLPs, with N:M only; free: both.",
         SELECTION,
         choices=(NONE, ROTATION, PERMUTATION, FREE),
     )
