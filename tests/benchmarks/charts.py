@@ -91,7 +91,7 @@ MODELS = {
     "1-swap, weights unchanged": {"study": "combined", "masks": "1-swap", "update": "unchanged"},
     "ADMM, least squares": {"study": "combined", "masks": "ADMM", "update": "least squares"},
     "ADMM, blockwise": {"study": "combined", "masks": "ADMM", "update": "trained"},
-    "recipe best": {"recipe": "best"},
+    "recipe best": {"recipe": "best", "transform": "none"},
 }
 UNIFORM = {"allocation": "uniform"}
 SPARSITIES = ("50%", "60%", "70%", "2:4")

@@ -1,18 +1,21 @@
-"""Recipe × sparsity × model, each cell by the one command that a user would give, with its defaults.
+"""Recipe × sparsity × model, and what `--transform` gains at 50% and 2:4: each cell by one command of a user.
 
     python tests/benchmarks/recipes.py --calibration valid.txt --text test.txt --corpus WikiText-2
-    python tests/benchmarks/recipes.py … --cells gemma3/fast/50% smollm2/best/2:4
+    python tests/benchmarks/recipes.py … --cells gemma3/fast/50% smollm2/best/2:4/rotation
 
 A cell runs `maskopt prune MODEL --recipe R --sparsity S --calibration TEXT --output OUT` in a process of its
 own, whose CPU minutes and peak memory are recorded, and then compares OUT with the dense model on the text,
 in another process: Linux counts what its parent once used as a new process's own peak.
 An interrupted cell is resumed. Every finished cell is a line of a JSONL file (`--data`), of which a CSV file
 (`--csv`) and the section Recipes of a page (`--page`) are made. The models are those of the demo.
+A transform is compared with the cell without one, window by window. At 50% a permutation changes no mask, so
+that only the rotation is measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -20,14 +23,15 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from book import FIGURES, RESULTS, TABLES, TITLES, Book, Record, table
+import torch
+from book import FIGURES, RESULTS, TABLES, TITLES, Book, table
 from machine import machine
 from tables import write_csv
 
@@ -40,12 +44,15 @@ from maskopt.models.checkpoints.report import (
 )
 from maskopt.models.checkpoints.schema import MANIFEST, read_manifest
 from maskopt.models.checkpoints.workspace import unfinished
-from maskopt.models.evaluation.evaluate import evaluate
-from maskopt.models.options.prune import RECIPES
+from maskopt.models.evaluation.evaluate import evaluate, exponential, interval
+from maskopt.models.options.prune import FREE, NONE, PERMUTATION, RECIPES, ROTATION
 from maskopt.models.options.walk import WalkOptions
 
 SPARSITIES = ("50%", "60%", "70%", "2:4")
+#: by sparsity, the transforms that change a mask
+TRANSFORMS = {"50%": (ROTATION,), "2:4": (ROTATION, PERMUTATION, FREE)}
 CELLS = [f"{m}/{recipe}/{s}" for m in MODELS for recipe in RECIPES for s in SPARSITIES]
+CELLS += [f"{cell}/{t}" for cell in CELLS for t in TRANSFORMS.get(cell.rpartition("/")[2], ())]
 
 
 def main() -> None:
@@ -72,20 +79,21 @@ def main() -> None:
     book.begin({**about, "date": time.strftime("%Y-%m-%d")})
     for cell in args.cells:
         book.measure(cell, partial(measure, args, cell))
-        write_csv(args.csv, (row(name, book.lines[name]) for name in CELLS if name in book))
+        write_csv(args.csv, (row(name, book) for name in CELLS if name in book))
         write_section(book, args.page)
     print(f"wrote {args.page}")
 
 
 def measure(args: argparse.Namespace, cell: str) -> dict[str, Any]:
     """One command, and an evaluation of what it wrote."""
-    name, recipe, sparsity = cell.split("/")
+    name, recipe, sparsity, transform = parts(cell)
     dense, out = demo_model(name), args.work / re.sub(r"\W", "-", cell)
     used, began = args.work / f"{out.name}.json", time.time()
     # of the runs that were interrupted
     spent = json.loads(used.read_text()) if used.exists() else {"cpu": 0.0, "wall": 0.0, "peak": 0}
     command = [sys.executable, "-m", "maskopt", "prune", str(dense), "--recipe", recipe]
-    command += ["--sparsity", sparsity, "--calibration", args.calibration, "--output", str(out)]
+    command += ["--sparsity", sparsity, "--transform", transform]
+    command += ["--calibration", args.calibration, "--output", str(out)]
     if not (out / MANIFEST).exists() or unfinished(out):
         args.work.mkdir(parents=True, exist_ok=True)
         resume = ["--resume"] if unfinished(out) else []
@@ -116,6 +124,12 @@ def measure(args: argparse.Namespace, cell: str) -> dict[str, Any]:
     return found
 
 
+def parts(cell: str) -> Sequence[str]:
+    """Model, recipe, sparsity and transform of a cell."""
+    found = cell.split("/")
+    return found if len(found) == 4 else [*found, NONE]
+
+
 def apart(call: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
     """The result of a call in a new process."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
@@ -133,24 +147,40 @@ def compared(dense: Path, out: Path, text: str, windows: int) -> dict[str, Any]:
         "dense": first.perplexity.value,
         "ratio": [change.ratio, change.ratio_low, change.ratio_high],
         "kl": change.kl,
+        "losses": second.losses,
     }
 
 
-def row(cell: str, one: Record) -> dict[str, Any]:
+def to_none(cell: str, book: Book) -> list[float]:
+    """Perplexity of a transformed model as a ratio to the one without, and its paired 95% interval; or []."""
+    both = [book.lines.get(key, {}).get("losses") for key in (cell, cell.rpartition("/")[0])]
+    if None in both:
+        return []
+    one, none = (torch.tensor(losses, dtype=torch.float64) for losses in both)
+    return [exponential(x) for x in (float((one - none).mean()), *interval(one - none))]
+
+
+def row(cell: str, book: Book) -> dict[str, Any]:
     """A line of the CSV file."""
-    model, recipe, sparsity = cell.split("/")
+    one = book.lines[cell]
+    model, recipe, sparsity, transform = parts(cell)
     ratio, low, high = one["ratio"]
+    ratio_to_none, none_low, none_high = to_none(cell, book) or (None,) * 3
     other = one.get("other", {"text": None, "ratio": [None] * 3, "kl": None})
     return {
         "model": TITLES[model],
         "recipe": recipe,
         "sparsity": sparsity,
+        "transform": transform,
         "perplexity_dense": one["dense"],
         "perplexity": one["perplexity"],
         "perplexity_ratio_to_dense": ratio,
         "ratio_low": low,
         "ratio_high": high,
         "kl_to_dense_nats": one["kl"],
+        "ratio_to_none": ratio_to_none,
+        "ratio_to_none_low": none_low,
+        "ratio_to_none_high": none_high,
         "other_text": other["text"],
         "other_text_ratio_to_dense": other["ratio"][0],
         "other_text_ratio_low": other["ratio"][1],
@@ -165,33 +195,48 @@ def row(cell: str, one: Record) -> dict[str, Any]:
     }
 
 
-def interval(one: Record) -> str:
-    return "{:.3f} ({:.3f} to {:.3f})".format(*one["ratio"])
+def with_interval(three: Sequence[float] | None) -> str:
+    return "{:.3f} ({:.3f} to {:.3f})".format(*three) if three else "–"
 
 
 def section(book: Book) -> str:
     """The section of the page."""
-    about, head = book.about, ("model", "recipe", *SPARSITIES)
-    cells = {
-        "Ratio of perplexity to the dense model, 95% interval": interval,
-        "The same on Python's help topics, far from the calibration text, on which nothing was chosen": (
-            lambda one: interval(one["other"]) if "other" in one else "–"
+    about = book.about
+    cells: dict[str, tuple[Sequence[str], Callable[[str], str]]] = {
+        "Ratio of perplexity to the dense model, 95% interval": (
+            SPARSITIES,
+            lambda cell: with_interval(book.lines[cell]["ratio"]),
         ),
-        "CPU minutes, one thread; peak memory, GiB": lambda one: "; ".join(
-            "–" if value is None else f"{value / unit:.{digits}f}"
-            for value, unit, digits in ((one["minutes"], 1, 1), (one["peak"], 2**30, 2))
+        "The same on Python's help topics, far from the calibration text, on which nothing was chosen": (
+            SPARSITIES,
+            lambda cell: with_interval(book.lines[cell].get("other", {}).get("ratio")),
+        ),
+        "CPU minutes, one thread; peak memory, GiB": (
+            SPARSITIES,
+            lambda cell: "; ".join(
+                "–" if value is None else f"{value / unit:.{digits}f}"
+                for value, unit, digits in (
+                    (book.lines[cell]["minutes"], 1, 1),
+                    (book.lines[cell]["peak"], 2**30, 2),
+                )
+            ),
+        ),
+        "`--transform`, ratio of perplexity to the same without one, 95% paired interval": (
+            [f"{s}/{t}" for s, transforms in TRANSFORMS.items() for t in transforms],
+            lambda cell: with_interval(to_none(cell, book)),
         ),
     }
     tables = []
-    for title, cell in cells.items():
+    for title, (columns, shown) in cells.items():
         rows = []
-        for name in MODELS:
-            for recipe in RECIPES:
-                keys = [f"{name}/{recipe}/{sparsity}" for sparsity in SPARSITIES]
-                shown = [cell(book.lines[key]) if key in book else "–" for key in keys]
-                if set(shown) != {"–"}:
-                    rows.append([TITLES[name], recipe, *shown])
-        tables.append(f"{title}:\n\n{table(head, rows)}")
+        for name, recipe in itertools.product(MODELS, RECIPES):
+            keys = [f"{name}/{recipe}/{column}" for column in columns]
+            line = [shown(key) if key in book else "–" for key in keys]
+            if set(line) != {"–"}:
+                rows.append([TITLES[name], recipe, *line])
+        if rows:
+            head = ("model", "recipe", *(column.replace("/", ", ") for column in columns))
+            tables.append(f"{title}:\n\n{table(head, rows)}")
     machines = sorted({one["machine"] for one in book.lines.values() if "machine" in one})
     corpus = f" of {about['corpus']}" if about.get("corpus") else ""
     more = "".join(f" {word}" for word in about["more"])

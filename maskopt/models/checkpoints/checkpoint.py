@@ -7,7 +7,6 @@ by position: nothing is unpickled or mapped, and only the requested tensors are 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -190,13 +189,20 @@ def safe_header(
     return struct.pack("<Q", len(text)) + text
 
 
+def safe_bytes(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Iterator[bytes | np.ndarray]:
+    """A safetensors file, part by part."""
+    shapes = {name: (NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()}
+    yield safe_header(shapes, metadata)
+    yield from map(bytes_of, tensors.values())
+
+
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> str:
     """Write a safetensors file; its SHA-256."""
-    shapes = {name: (NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()}
-    data = (bytes_of(value) for value in tensors.values())
-    return write_file(path, itertools.chain([safe_header(shapes, metadata)], data))
+    return write_file(path, safe_bytes(tensors, metadata))
 
 
 def bytes_of(tensor: Tensor) -> np.ndarray:

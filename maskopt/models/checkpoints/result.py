@@ -38,9 +38,9 @@ from maskopt.models.checkpoints.checkpoint import (
     bytes_of,
     file_digest,
     open_safe,
+    safe_bytes,
     safe_header,
     write_file,
-    write_tensors,
 )
 from maskopt.models.checkpoints.schema import (
     BASES_FORMAT,
@@ -212,20 +212,16 @@ class Edits:
 # --- bases, in a file of the form of safetensors: changes by name; the metadata says what they change
 
 
+def bases_file(bases: Bases) -> bytes:
+    """What the file holds: the same for the same bases."""
+    changes = {bases[name].of: bases[name].change for name in sorted(bases)}
+    tensors = {name: [bases[name].of, bases[name].axis] for name in sorted(bases)}
+    about = {"format": BASES_FORMAT, "tensors": json.dumps(tensors)}
+    return b"".join(map(bytes, safe_bytes(changes, about)))
+
+
 def bases_digest(bases: Bases) -> str:
-    """SHA-256 over what the bases change, and how."""
-    sha = hashlib.sha256()
-    for name in sorted(bases):
-        basis = bases[name]
-        head = [BASES_FORMAT, name, basis.of, basis.axis, list(basis.change.shape)]
-        sha.update(json.dumps(head).encode() + b"\n" + bytes_of(basis.change).tobytes())
-    return sha.hexdigest()
-
-
-def write_bases(path: Path, bases: Bases) -> None:
-    changes = {basis.of: basis.change for basis in bases.values()}
-    tensors = {name: [basis.of, basis.axis] for name, basis in bases.items()}
-    write_tensors(path, changes, {"format": BASES_FORMAT, "tensors": json.dumps(tensors)})
+    return hashlib.sha256(bases_file(bases)).hexdigest()
 
 
 def read_bases(path: Path) -> Bases:

@@ -20,7 +20,12 @@ from maskopt.models.blockwise.collect import Grams
 from maskopt.models.blockwise.forward import BlockProgress
 from maskopt.models.blockwise.job import Block, Job, open_job
 from maskopt.models.calibration.tokens import Windows
-from maskopt.models.checkpoints.checkpoint import file_digest, open_checkpoint, write_tensors
+from maskopt.models.checkpoints.checkpoint import (
+    file_digest,
+    open_checkpoint,
+    write_file,
+    write_tensors,
+)
 from maskopt.models.checkpoints.report import (
     FinishedBlock,
     LayerReport,
@@ -33,12 +38,12 @@ from maskopt.models.checkpoints.result import (
     MaskFile,
     TensorMask,
     bases_digest,
+    bases_file,
     check_masks,
     copy_side_files,
     disk_needed,
     join_masks,
     side_files,
-    write_bases,
     write_masks,
     write_shard,
 )
@@ -165,7 +170,7 @@ class FolderResults(Results):
         with self._run.opened(needed, fingerprint) as work:
             self._run.ranks.agreed(self._check_blocks)
             if (bases := self._source.checkpoint.bases) and self._run.ranks.leads:
-                write_bases(work.hidden / BASES, bases)
+                write_file(work.staging / BASES, [bases_file(bases)])
             self.blocks = self.stored_blocks()
             yield work.hidden
 
@@ -249,8 +254,7 @@ class FolderResults(Results):
     def finish(self, report: PruneReport) -> None:
         files = {MASKS: self.join_masks(), **self.write_shards(), **self._distilled}
         if bases := self._source.checkpoint.bases:
-            write_bases(self._run.work.staging / BASES, bases)
-            files[BASES] = file_digest(self._run.work.staging / BASES)
+            files[BASES] = bases_digest(bases)
         self._run.finish(report, files)
 
     def stored_blocks(self) -> dict[int, FinishedBlock]:

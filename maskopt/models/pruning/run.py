@@ -120,7 +120,7 @@ class Run:
 
     def recorded_bases(self) -> Bases | None:
         """Those of the run to be resumed; None where it has none yet."""
-        places = [folder / BASES for folder in (self.output / HIDDEN, self.output)]
+        places = [folder / BASES for folder in (Workspace(self.output).staging, self.output)]
         found = next((path for path in places if self.resume and path.is_file()), None)
         return None if found is None else read_bases(found)
 

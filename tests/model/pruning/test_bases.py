@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from maskopt import collect_grams, distill_model, keep_masks
 from maskopt.core.pattern import NM, Unstructured
 from maskopt.errors import ModelError, OptionError, VerificationError
+from maskopt.models.checkpoints.checkpoint import file_digest
 from maskopt.models.checkpoints.pack import pack, unpack_folder
 from maskopt.models.checkpoints.result import read_bases
 from maskopt.models.checkpoints.schema import BASES
@@ -174,10 +175,8 @@ def change_bases(out, change):
     changes = load_file(out / BASES)
     change(changes, about)
     save_file(changes, out / BASES, about)
-    bases = read_bases(out / BASES)
-    from maskopt.models.checkpoints.result import bases_digest
-
-    forge_manifest(out, lambda m: m["fingerprint"].update(bases=bases_digest(bases)))
+    digest = file_digest(out / BASES)
+    forge_manifest(out, lambda m: m["fingerprint"].update(bases=digest))
 
 
 def swapped(changes, _):
@@ -220,7 +219,7 @@ def test_forged_bases_are_refused(said, change, made, tmp_path):
 def test_forged_manifests_and_files_are_refused(made, tmp_path):
     for number, (said, change) in enumerate(
         {
-            "not those of the manifest": lambda m: m["fingerprint"].update(bases="0" * 64),
+            "a file of other bases": lambda m: m["fingerprint"].update(bases="0" * 64),
             "without their file, or": lambda m: m["fingerprint"].pop("bases"),
             "its options change none": lambda m: m["fingerprint"]["options"].update(
                 transform="none"
