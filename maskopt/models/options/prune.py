@@ -289,6 +289,12 @@ class PruneOptions(WalkOptions):
         return LeastSquaresUpdate(damping, self.damping_exponent)
 
     @property
+    def ordered(self) -> NM | None:
+        """What channels get another order for; None: they keep theirs."""
+        pattern, asked = self.pattern, self.transform in (PERMUTATION, FREE)
+        return pattern if asked and isinstance(pattern, NM) else None
+
+    @property
     def sensitive(self) -> bool:
         differ = self.rows_differ or (self.layers_differ and not self.counts)
         return differ and self.sensitivity == FISHER

@@ -21,7 +21,7 @@ from maskopt.core.fields import (
 )
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.limits import Limits, parse_bytes
-from maskopt.core.pattern import Pattern
+from maskopt.core.pattern import NM, Pattern
 from maskopt.errors import DataError, ModelError, OptionError, SolverError, near
 from maskopt.models.architecture.blocks import Layer
 from maskopt.models.calibration.tokens import GRADIENT, TOKEN_WEIGHTS, UNIFORM
@@ -240,6 +240,11 @@ class WalkOptions:
     @property
     def least_squares(self) -> LeastSquaresUpdate | None:
         """How kept weights are updated; None: they stay."""
+        return None
+
+    @property
+    def ordered(self) -> NM | None:
+        """What channels get another order for; None: they keep theirs."""
         return None
 
     def check_layers(self, layers: Sequence[Layer]) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -27,10 +28,12 @@ from maskopt.models.architecture.structures import Inner, inner_values
 from maskopt.models.blockwise.collect import Grams
 from maskopt.models.blockwise.job import Block, Job
 from maskopt.models.checkpoints.bases import Bases, Basis
-from maskopt.models.options.prune import FREE, PERMUTATION, ROTATION, PruneOptions
+from maskopt.models.options.prune import FREE, ROTATION, PruneOptions
 from maskopt.models.pruning.allocate import dense_walk
 from maskopt.solvers.grouping import group_inputs
 
+#: rows of the score that the speed of orders is measured on
+_PROBE = 128
 #: steps of Adam, and its rate in radians
 _STEPS, _RATE = 60, 0.05
 #: Adam's usual shares of the past
@@ -51,6 +54,21 @@ def find_bases(job: Job, options: PruneOptions) -> Bases:
             found |= _of_block(walk, block, options)
             block.advance()
     return found
+
+
+def order_seconds(job: Job, options: PruneOptions) -> float:
+    """Seconds that the orders of all channels take: those of a small random score, scaled by rows·n²."""
+    pattern, blocks = options.ordered, job.source.blocks
+    if pattern is None:
+        return 0.0
+    score, seconds = np.random.default_rng(0).random((_PROBE, _PROBE * pattern.of)), 0.0
+    for _ in range(2):  # the first one compiles
+        began = time.perf_counter()
+        group_inputs(score, pattern.keep, pattern.of)
+        seconds = time.perf_counter() - began
+    every = [x for index in range(len(blocks)) for x in inner_values(blocks, index) if not x.width]
+    work = sum(x.consumer.rows * x.consumer.n**2 for x in every)
+    return seconds * work / (score.shape[0] * score.shape[1] ** 2)
 
 
 def _of_block(job: Job, block: Block, options: PruneOptions) -> Bases:
@@ -95,13 +113,11 @@ def _change(job: Job, inner: Inner, grams: Grams, options: PruneOptions) -> Tens
             weights[layer.name] = matrix(job.source.model, layer).double().cpu()
             inputs[layer.name] = gram.value(dtype=torch.float64).cpu()
     pattern, of = options.pattern, inner.consumer.name
-    if options.transform not in (ROTATION if inner.width else PERMUTATION, FREE):
-        return None
-    if inner.width and weights:
+    if inner.width and weights and options.transform in (ROTATION, FREE):
         return job.ranks.agreed(lambda: _rotations(inner, weights, inputs, pattern))
-    if not inner.width and of in weights and isinstance(pattern, NM):
+    if not inner.width and of in weights and (ordered := options.ordered) is not None:
         score = (weights[of].square() * inputs[of].diagonal()).numpy()
-        order = partial(group_inputs, score, pattern.keep, pattern.of)
+        order = partial(group_inputs, score, ordered.keep, ordered.of)
         return job.ranks.agreed(lambda: torch.from_numpy(order().order))
     return None
 

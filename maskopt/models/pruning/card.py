@@ -102,23 +102,16 @@ def _inherited(card: ModelCard | None) -> dict[str, Any]:
     for key in (*INHERITED, "base_model"):
         value = card.data.get(key)
         every = value if isinstance(value, list) else [value]
-        if every and all(map(_is_plain, every)):
+        texts = [x for x in every if isinstance(x, str) and 0 < len(x) <= LONGEST_VALUE]
+        if every and texts == every and all(map(str.isprintable, texts)):
             found[key] = value
     return found
 
 
-def _is_plain(value: Any) -> bool:
-    """One short line of text."""
-    return isinstance(value, str) and 0 < len(value) <= LONGEST_VALUE and value.isprintable()
-
-
 def _free_name(there: Sequence[str]) -> str:
     """README-original.md, with a number where the original has one already."""
-    name, number = "README-original.md", 1
-    while name in there:
-        number += 1
-        name = f"README-original-{number}.md"
-    return name
+    numbered = (f"README-original-{i}.md" for i in range(2, len(there) + 2))
+    return next(name for name in ("README-original.md", *numbered) if name not in there)
 
 
 def _made(report: PruneReport) -> str:

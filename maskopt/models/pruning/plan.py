@@ -32,6 +32,7 @@ from maskopt.models.checkpoints.result import disk_needed
 from maskopt.models.checkpoints.workspace import check_inputs
 from maskopt.models.options.prune import NONE, PruneOptions, prune_options
 from maskopt.models.options.walk import GRADIENT_WINDOWS, DistillOptions, options_by_name
+from maskopt.models.pruning.bases import order_seconds
 from maskopt.models.pruning.gram_store import GramStore
 from maskopt.models.pruning.prune import check_prunable
 from maskopt.models.pruning.prune_layer import solve_layer
@@ -117,7 +118,7 @@ def plan_prune(
     if output is not None and job.source.checkpoint is not None:
         check_inputs(Path(output), model=job.source.checkpoint.folder, grams=grams)
     refusal = distillation = None
-    source, layers, checkpoint = job.source, job.layers, job.source.checkpoint
+    layers, checkpoint = job.layers, job.source.checkpoint
     loads = [job.load]
     if options.distilled is not None:
         loads.append(replace(job.load, together=True))
@@ -138,7 +139,7 @@ def plan_prune(
             pruned={x.name: options.pattern_of(x).pruned_in(x.rows, x.n) for x in layers},
             memory=max(map(estimate_memory, loads), key=lambda memory: memory.peak),
             forward_seconds=seconds + (distillation.seconds if distillation else 0.0),
-            solve_seconds=_solve_seconds(source, layers, options),
+            solve_seconds=_solve_seconds(job, options),
             file_seconds=0.0 if checkpoint is None else _file_seconds(checkpoint),
             disk=disk,
             refusal=refusal,
@@ -211,6 +212,7 @@ def _forward_operations(job: Job, options: PruneOptions) -> float:
                 total -= 2 * mine[-1].rows * mine[-1].n
         if options.layers_differ and not options.counts:  # once more through the dense model
             passes += min(GRADIENT_WINDOWS, job.count) / job.count
+        passes += options.transform != NONE  # through the dense model, too
         total += passes * _pass_operations(job, [index]) + sum(n * n for n in distinct)
     gradients = 4.0 * _pass_operations(job) + 2 * _head_operations(job)
     return (total * job.count + options.gradient_windows(job.count) * gradients) * job.length
@@ -235,10 +237,10 @@ def _speed(source: Source, dtype: torch.dtype) -> float:
     return count * 2 * 1024**3 / seconds
 
 
-def _solve_seconds(source: Source, layers: Sequence[Layer], options: PruneOptions) -> float | None:
+def _solve_seconds(job: Job, options: PruneOptions) -> float | None:
     """Seconds of a small random layer, scaled by rows·n²; None where it cannot be solved in time."""
-    generator = torch.Generator().manual_seed(0)
-    n, device = PROBE_N, source.device
+    generator, layers = torch.Generator().manual_seed(0), job.layers
+    n, device = PROBE_N, job.source.device
     given = options.solver_options.get("time_limit")
     longest = math.inf if given is None else float(given)
     patience = min(longest, PROBE_LIMIT)
@@ -274,7 +276,8 @@ def _solve_seconds(source: Source, layers: Sequence[Layer], options: PruneOption
 
     seconds, rows = measured
     unit = seconds / work(rows, n)
-    return sum(min(longest, unit * work(layer.rows, layer.n)) for layer in layers)
+    solving = sum(min(longest, unit * work(layer.rows, layer.n)) for layer in layers)
+    return solving + order_seconds(job, options)
 
 
 def _file_seconds(checkpoint: Checkpoint) -> float:

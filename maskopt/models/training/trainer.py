@@ -181,8 +181,9 @@ def _epochs(
                     group["lr"] = group["peak"] * _rate(step, how.epochs * per_epoch)
                 _set_gradients(task, weights, windows, pool)
                 optimizer.step()
-                if how.weight_decay:
-                    _give_back(task, weights, start)
+                if how.weight_decay:  # of whole parameters, of which some experts may not be free
+                    for weight, free, value in zip(weights, task.free.values(), start, strict=True):
+                        weight.data = torch.where(free, weight.data, value)
                 at.step = step + 1
                 if keeper is not None and keeper.due():
                     keeper.keep(at, _tensors(optimizer, named, best if at.epoch else []))
@@ -219,12 +220,6 @@ def _optimizer(task: Task, weights: Sequence[nn.Parameter]) -> torch.optim.AdamW
         decay = 0.0 if vector else task.how.weight_decay
         groups.append({"params": [weight], "peak": peak, "weight_decay": decay})
     return torch.optim.AdamW(groups, betas=(0.9, 0.95))
-
-
-def _give_back(task: Task, weights: Sequence[nn.Parameter], start: Sequence[Tensor]) -> None:
-    """Restore what is not free: the decay is of whole parameters, of which some experts may stay."""
-    for weight, free, value in zip(weights, task.free.values(), start, strict=True):
-        weight.data = torch.where(free, weight.data, value)
 
 
 def _tensors(

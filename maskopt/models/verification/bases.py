@@ -4,7 +4,6 @@ tensors by code of its own."""
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,14 +54,15 @@ class InBases:
             about, names = file.metadata() or {}, list(file.keys())
         try:
             tensors = json.loads(about["tensors"])
-            sound = about["format"] == BASES_FORMAT and fits(tensors, {...: _is_change})
-            sound = sound and {of for of, _ in tensors.values()} == set(names)
+            shape = {...: {"of": str, "axis": is_count}}
+            sound = about["format"] == BASES_FORMAT and fits(tensors, shape)
+            sound = sound and {one["of"] for one in tensors.values()} == set(names)
         except (KeyError, ValueError, TypeError):
             sound = False
         if not sound:
             raise self._wrong("is damaged")
         changes = {name: read_tensor(self.path, name) for name in names}
-        return {name: (of, axis) for name, (of, axis) in tensors.items()}, changes
+        return {name: (one["of"], one["axis"]) for name, one in tensors.items()}, changes
 
     def _check(self, of: str, change: Tensor, inner: Inner) -> None:
         """An order of all channels, or an orthogonal matrix for every group of heads."""
@@ -103,12 +103,6 @@ class InBases:
         last = torch.finfo(original.dtype)
         room = exact.abs() * (last.eps / 2 * (1 + 2.0**-20)) + last.smallest_normal * last.eps
         return exact, room + bound * (2 * size * 2.0**-53)
-
-
-def _is_change(value: Any) -> bool:
-    """Whether it is the name of a change, and an axis."""
-    pair = isinstance(value, list) and len(value) == 2
-    return pair and isinstance(value[0], str) and is_count(value[1])
 
 
 def _expected(loading: Loading) -> dict[str, tuple[Inner, dict[str, int]]]:

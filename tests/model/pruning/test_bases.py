@@ -1,6 +1,7 @@
 """The option `transform`: the same function in other bases, its check, and forgeries of it."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,17 +12,19 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, save, tiny, tokens
 from transformers import AutoModelForCausalLM
 
-from maskopt import collect_grams, distill_model, keep_masks
+from maskopt import PruneOptions, collect_grams, distill_model, keep_masks, open_job
 from maskopt.core.pattern import NM, Unstructured
 from maskopt.errors import ModelError, OptionError, VerificationError
+from maskopt.models.blockwise.memory import estimate_memory
 from maskopt.models.checkpoints.checkpoint import file_digest
 from maskopt.models.checkpoints.pack import pack, unpack_folder
 from maskopt.models.checkpoints.result import read_bases
 from maskopt.models.checkpoints.schema import BASES
 from maskopt.models.evaluation.bound import certify_model
 from maskopt.models.pruning import bases as finding
-from maskopt.models.pruning.bases import rotation
+from maskopt.models.pruning.bases import order_seconds, rotation
 from maskopt.models.pruning.output import apply_masks
+from maskopt.models.pruning.plan import _forward_operations
 from maskopt.models.verification.verify import verify_model
 
 FREE = {"transform": "free", "sparsity": "2:4"}
@@ -140,6 +143,24 @@ def test_a_block_that_would_compute_another_output_keeps_its_basis(tmp_path, mon
     prune(dense, tmp_path / "out", **FREE)
     assert {len(basis.change.shape) for basis in bases_of(tmp_path / "out").values()} == {1}
     assert "o_proj.weight keeps its basis" in caplog.text
+
+
+def test_a_plan_counts_the_search(tmp_path):
+    dense = save(tiny("llama"), tmp_path / "dense")
+
+    def planned(transform, sparsity="2:4"):
+        how = {"samples": 16, "seq_len": 16, "solver": "magnitude"}
+        options = PruneOptions(transform=transform, sparsity=sparsity, **how)
+        job = open_job(dense, tokens(16), options)
+        return order_seconds(job, options), job.load, _forward_operations(job, options)
+
+    none, rotated, ordered = map(planned, ("none", "rotation", "free"))
+    assert none[0] == rotated[0] == planned("free", 0.5)[0] == 0 < ordered[0]
+    assert none[2] < rotated[2] == ordered[2]
+    # as wide as in a model of 70B
+    wide = [replace(layer, rows=8192, n=28672) for layer in ordered[1].layers[-1:]]
+    one, two = (estimate_memory(replace(load, layers=wide)) for load in (none[1], ordered[1]))
+    assert one.solving < two.solving == 16 * 28672**2 + 32 * 8192 * 28672
 
 
 def test_what_does_not_go_together_is_refused(tmp_path):
