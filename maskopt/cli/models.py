@@ -32,7 +32,9 @@ CALIBRATION = option(REQUIRED, f"Calibration text: {SOURCES}.", TEXT)
     example="maskopt distill OUT --teacher MODEL --calibration text.txt --output TRAINED",
 )
 def distill(
-    pruned: Path = argument("Folder that `maskopt prune` wrote; not changed."),
+    pruned: Path = argument(
+        "Folder that `maskopt prune` or `prune-structured` wrote; not changed."
+    ),
     teacher: str = option(
         REQUIRED, "The dense model that was pruned: a folder, or a name on the hub."
     ),
@@ -43,10 +45,11 @@ def distill(
     dry_run: bool = DRY_RUN,
     **options: Any,
 ) -> None:
-    """Train all kept weights of a pruned model together until it predicts what the dense model predicts.
+    """Train a pruned or smaller model as a whole until it predicts what the dense model predicts.
 
-    The pruned model is in memory as a whole, the dense model one block at a time. Held-out windows evaluate
-    every epoch. `maskopt verify OUT --masks PRUNED` checks that every zero was kept.
+    Masks stay fixed; of a smaller model all weights of the blocks are trained. The trained model is in memory
+    as a whole, the dense model one block at a time. Held-out windows evaluate every epoch. `maskopt verify
+    OUT --masks PRUNED` checks that every zero was kept, and `--original MODEL` the sizes of a smaller model.
     """
     from maskopt.models.checkpoints.report import distilled_words
     from maskopt.models.distillation import distill_model

@@ -1,4 +1,4 @@
-"""`distill_model`: a folder that was pruned before, trained as a whole towards the dense model."""
+"""Training of a pruned or smaller model folder as a whole towards the dense model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,17 @@ import torch
 
 from maskopt.errors import DataError, ModelError
 from maskopt.models.architecture.source import FolderSource
-from maskopt.models.blockwise.job import Job, open_job
+from maskopt.models.blockwise.job import open_job
 from maskopt.models.blockwise.memory import check_memory
 from maskopt.models.calibration.tokens import tokens_or_tokenizer
-from maskopt.models.checkpoints.checkpoint import Checkpoint, file_digest, write_file, write_json
+from maskopt.models.checkpoints.checkpoint import (
+    Checkpoint,
+    damage,
+    file_digest,
+    write_file,
+    write_json,
+)
+from maskopt.models.checkpoints.report import PruneReport
 from maskopt.models.checkpoints.result import (
     MaskFile,
     check_masks,
@@ -24,10 +31,10 @@ from maskopt.models.checkpoints.result import (
     copy_side_files,
     disk_needed,
 )
-from maskopt.models.checkpoints.schema import MASKS
+from maskopt.models.checkpoints.schema import MANIFEST, MASKS, read_manifest
 from maskopt.models.checkpoints.workspace import CARD, Workspace
 from maskopt.models.options.walk import DistillOptions, options_by_name
-from maskopt.models.pruning.run import Run, fingerprint_of
+from maskopt.models.pruning.run import Run, fingerprint_of, peaks
 from maskopt.models.structured.change import folder_source
 from maskopt.models.training.tasks import OnDistill, disk_of_training, open_teacher, train_whole
 from maskopt.models.training.trainer import Losses, Trained
@@ -48,7 +55,7 @@ holds the zeros of both against each other.
 
 @dataclass(frozen=True)
 class Distilled(Trained):
-    """The result of `distill_model`; losses are KL(dense ‖ pruned) of the next token, nats."""
+    """The result of `distill_model`; losses are KL(dense ‖ student) of the next token, nats."""
 
     seconds: float
     output: Path
@@ -67,20 +74,24 @@ def distill_model(
     on_progress: OnDistill | None = None,
     **shorthand: Any,
 ) -> Distilled:
-    """Train a pruned folder's kept weights until the model predicts what the dense one predicts.
+    """Train a pruned or smaller folder until it predicts what the dense model predicts.
 
-    The pruned model is in memory as a whole: 33 bytes a weight of the layers with masks, 4 more per further
-    thread, and what autograd keeps of a window per thread. The dense model is read block by block.
+    Kept weights are trained if the folder has masks. All weights of the blocks are trained if
+    structures were removed. The student is in memory as a whole: 33 bytes a trained weight, 4 more
+    per further thread, and what autograd keeps of a window per thread. The dense model is read
+    block by block.
 
     Args:
-        pruned: what `maskopt prune` wrote.
+        pruned: what `maskopt prune` or `maskopt prune-structured` wrote.
         teacher: folder of the dense model, or its name on the hub.
         tokenizer_or_tokens: as for `prune_model`, and so is `calibration`.
-        output: folder for a copy of `pruned` with updated kept weights and `maskopt-distill.json`.
+        output: folder for a copy of `pruned` with updated weights. Beside masks it holds
+            `maskopt-distill.json`; the manifest of a smaller model holds the figures itself.
         resume: go on with an interrupted run of the same options, from its last save (`save_every`).
 
     Raises:
-        MaskoptError: no masks, another teacher, unusable text or options, more than `max_memory` allows.
+        MaskoptError: no masks and no smaller model, another teacher, unusable text or options, more
+            than `max_memory` allows.
     """
     began = time.perf_counter()
     options = options_by_name(DistillOptions, options, shorthand)
@@ -89,8 +100,10 @@ def distill_model(
             raise ModelError(
                 f"distillation is of folders, not of a {type(model).__name__} in memory; save it first"
             )
+    has_masks = (Path(pruned) / MASKS).is_file()
     inputs: dict[str, Any] = {"model": pruned, "teacher": teacher, "calibration": calibration}
-    run = Run(output, overwrite=overwrite, resume=resume, complete=RECORD, **inputs)
+    complete = RECORD if has_masks else MANIFEST
+    run = Run(output, overwrite=overwrite, resume=resume, complete=complete, **inputs)
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
     if text is None:
         raise DataError("distillation needs `calibration` text or tokens; name a source of text")
@@ -98,33 +111,74 @@ def distill_model(
     if options.max_memory is not None:
         load = replace(student.load, together=True, recompute=options.recompute)
         student.activation_memory = check_memory(load, int(options.max_memory))
-    source, masks = _with_masks(student)
+    source = folder_source(student.source)
+    checkpoint = source.checkpoint
+    student.windows.check_targets()
+    if not student.held:
+        raise DataError("distillation needs windows that judge it: give a `holdout` such as 0.1")
+    masks = _masks(checkpoint) if has_masks else None
+    manifest = None if has_masks else _smaller_manifest(checkpoint)
     dense = open_teacher(teacher, student, options)
-    _check_same_model(folder_source(dense.source), source.checkpoint)
+    _check_same_model(folder_source(dense.source), source, same_shapes=has_masks)
     taught_by = folder_source(dense.source).checkpoint
-    run.reads(model=source.checkpoint, teacher=taught_by)
+    run.reads(model=checkpoint, teacher=taught_by)
     fingerprint = {**fingerprint_of(student, options.record()), "teacher": taught_by.digest}
+    if manifest is not None:
+        fingerprint = {**manifest["fingerprint"], "distillation": fingerprint}
     if (record := run.finished(fingerprint)) is not None:
         return Distilled(**vars(_trained(run, record)), seconds=0.0, output=run.output)
-    weights = sum(math.prod(masks.shape(name)) for name in masks.names)
-    needed = disk_needed(source.checkpoint) + disk_of_training(weights, options)
+    needed = disk_needed(checkpoint) + disk_of_training(_trained_weights(source, masks), options)
     remedy = "; `save_every` 0 takes less, and cannot be resumed"
     with run.opened(needed, fingerprint, remedy) as work:
         how = (work, run.journal, run.check_models, on_progress or (lambda *_: None))
         trained, files = train_whole(student, dense, options, *how)
-        _write(source.checkpoint, masks, files, trained, fingerprint, work)
+        if masks is not None:
+            _write(checkpoint, masks, files, trained, fingerprint, work)
+        elif manifest is not None:
+            _write_smaller(run, source, manifest, files, trained, fingerprint)
     return Distilled(**vars(trained), seconds=time.perf_counter() - began, output=run.output)
 
 
+def _trained_weights(source: FolderSource, masks: MaskFile | None) -> int:
+    """Return an upper bound of the number of weights that are trained."""
+    if masks is not None:
+        return sum(math.prod(masks.shape(name)) for name in masks.names)
+    return sum(source.model.get_parameter(name).numel() for name in source.blocks.inside())
+
+
 def _trained(run: Run, record: Mapping[str, Any]) -> Trained:
-    """What a complete run recorded."""
+    """Return the losses that a complete run recorded."""
+    figures = record if run.complete == RECORD else record["distillation"]
     try:
-        before, after = (Losses(**record[name]) for name in ("before", "after"))
-        return Trained(before, after, record["epoch"], record["diverged"])
+        before, after = (Losses(**figures[name]) for name in ("before", "after"))
+        return Trained(before, after, figures["epoch"], figures["diverged"])
     except (KeyError, TypeError):
         raise ModelError(
-            f"{run.output / RECORD}: is damaged; start over with `overwrite`"
+            f"{run.output / run.complete}: is damaged; start over with `overwrite`"
         ) from None
+
+
+def _write_smaller(
+    run: Run,
+    source: FolderSource,
+    manifest: Mapping[str, Any],
+    files: Mapping[str, str],
+    trained: Trained,
+    fingerprint: Mapping[str, Any],
+) -> None:
+    """Write the rest of a smaller folder whose shards are `files`, and move it into view."""
+    shrunk = manifest["shrunk"]
+    if trained.epoch:
+        inside = source.conversion.needed(source.blocks.inside())
+        shrunk = {**shrunk, "updated": sorted({*shrunk["updated"], *inside})}
+    report = PruneReport.of(
+        manifest,
+        run.output,
+        fingerprint=fingerprint,
+        memory=peaks(source.device),
+        distillation=trained.record(),
+    )
+    run.finish(report, files, shrunk=shrunk)
 
 
 def _write(
@@ -135,7 +189,7 @@ def _write(
     fingerprint: Mapping[str, Any],
     work: Workspace,
 ) -> None:
-    """Write the rest of the folder whose shards are `files`, and move it into view."""
+    """Write the rest of a masked folder whose shards are `files`, and move it into view."""
     staging = work.staging
     copy_side_files(checkpoint, staging)
     copy_file(masks.path, staging / MASKS)
@@ -150,36 +204,49 @@ def _write(
     work.commit()
 
 
-def _with_masks(student: Job) -> tuple[FolderSource, MaskFile]:
-    """The pruned folder's source, and its masks."""
-    source = folder_source(student.source)
-    folder = source.checkpoint.folder
-    if not (folder / MASKS).is_file():
-        raise ModelError(f"{folder}: holds no {MASKS}; name a folder that `maskopt prune` wrote")
-    masks = MaskFile(folder / MASKS)
-    check_masks(source.checkpoint, masks)
+def _masks(checkpoint: Checkpoint) -> MaskFile:
+    """Return the masks of a pruned folder; ModelError where they do not fit or prune nothing."""
+    masks = MaskFile(checkpoint.folder / MASKS)
+    check_masks(checkpoint, masks)
     if all(bool(masks.read(name).kept.all()) for name in masks.names):
-        raise ModelError(f"{folder}: its masks prune nothing, so there is nothing to train")
-    student.windows.check_targets()
-    if not student.held:
-        raise DataError("distillation needs windows that judge it: give a `holdout` such as 0.1")
-    return source, masks
+        raise ModelError(
+            f"{checkpoint.folder}: its masks prune nothing, so there is nothing to train"
+        )
+    return masks
 
 
-def _check_same_model(source: FolderSource, pruned: Checkpoint) -> None:
-    """Raise ModelError unless both have the same tensors, and the same values of those outside the blocks."""
-    dense = source.checkpoint
-    why = f"{pruned.folder} was not made of {dense.folder}"
-    for name in sorted({*dense.where} | {*pruned.where}):
-        shapes = [c.entry(name).shape if name in c.where else None for c in (dense, pruned)]
+def _smaller_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the manifest of a smaller folder; ModelError where it is missing or does not match."""
+    folder = checkpoint.folder
+    if not (folder / MANIFEST).is_file():
+        raise ModelError(
+            f"{folder}: holds no {MASKS} and no {MANIFEST}; name a folder that `maskopt prune` or "
+            "`maskopt prune-structured` wrote"
+        )
+    manifest = read_manifest(folder / MANIFEST, smaller=True)
+    if what := damage(folder, manifest["files"]):
+        raise ModelError(f"{folder}: is not what its manifest describes: {what}")
+    return manifest
+
+
+def _check_same_model(teacher: FolderSource, student: FolderSource, *, same_shapes: bool) -> None:
+    """Raise ModelError unless both have the same tensors outside the blocks.
+
+    With `same_shapes` those of the blocks must have the same names and shapes, too.
+    """
+    dense, trained = teacher.checkpoint, student.checkpoint
+    why = f"{trained.folder} was not made of {dense.folder}"
+    inside: set[str] = set()
+    for source in (teacher, student):
+        # Blocks that are removed take their buffers along; a prune changes none.
+        named = dict(source.model.named_parameters()) if same_shapes else source.model.state_dict()
+        of_blocks = [name for name in named if name.startswith(f"{source.blocks.name}.")]
+        inside.update(source.conversion.needed(of_blocks))
+    for name in sorted({*dense.where} | {*trained.where}):
+        if name in inside and not same_shapes:
+            continue
+        shapes = [c.entry(name).shape if name in c.where else None for c in (dense, trained)]
         if shapes[0] != shapes[1]:
             raise ModelError(f"{why}: tensor {name!r} is in one of them only, or of other shapes")
-    inside = {
-        tensor
-        for index, block in enumerate(source.blocks.modules)
-        for name, _ in block.named_parameters()
-        for tensor in source.conversion.sources(source.blocks.prefix(index) + name)
-    }
-    for name in sorted({*dense.where} - inside):
-        if not torch.equal(dense.read(name), pruned.read(name)):
+        if name not in inside and not torch.equal(dense.read(name), trained.read(name)):
             raise ModelError(f"{why}: tensor {name!r} has other values, and no prune changes it")

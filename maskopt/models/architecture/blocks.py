@@ -83,6 +83,19 @@ class Blocks:
             if not name.startswith(self.name + ".") and name not in head:
                 yield name, parameter
 
+    def inside(self) -> list[str]:
+        """Return the names of the blocks' weights that no other part of the model shares."""
+        begins = self.name + "."
+        named = self.model.named_parameters(remove_duplicate=False)
+        shared = {id(p) for name, p in named if not name.startswith(begins)}
+        return [
+            name
+            for name, parameter in self.model.named_parameters()
+            if name.startswith(begins)
+            and parameter.is_floating_point()
+            and id(parameter) not in shared
+        ]
+
     @property
     def embedding(self) -> nn.Module:
         """The module that looks up the token ids."""

@@ -222,7 +222,20 @@ class FolderSource(Source):
         return self.conversion.stored_as_is(name)
 
     def stored_dtype(self, layer: Layer) -> torch.dtype:
-        return self.checkpoint.entry(self.conversion.sources(layer.parameter)[0]).torch_dtype
+        return self.parameter_dtype(layer.parameter)
+
+    def parameter_dtype(self, name: str) -> torch.dtype:
+        """Return the dtype that a parameter is stored in."""
+        return self.checkpoint.entry(self.conversion.sources(name)[0]).torch_dtype
+
+    def stored_parameters(self, free: Mapping[str, Bool[Tensor, ...]]) -> dict[str, Tensor]:
+        """Return parameters in memory as tensors of the checkpoint; NaN where `free` is False."""
+        result: dict[str, Tensor] = {}
+        for name, entries in free.items():
+            value = self.model.get_parameter(name).detach().to("cpu", self.parameter_dtype(name))
+            value = value.masked_fill(~entries.cpu(), torch.nan)
+            result |= {key: x.contiguous() for key, x in self._as_stored(name, value).items()}
+        return result
 
     def stored_values(self, values: Mapping[str, tuple[Layer, Tensor]]) -> dict[str, Tensor]:
         """New weights of layers [rows, n], float64, as tensors of the checkpoint; NaN elsewhere."""

@@ -224,14 +224,16 @@ class PruneReport:
         )
         if self.kind == BLOCKS:
             gone = ", ".join(map(str, options["removed"]))
-            return f"removed {len(options['removed'])} whole blocks, those of index {gone}. {calibrated}"
+            trained = "" if self.distillation is None else "; the others were trained afterwards"
+            count = len(options["removed"])
+            return f"removed {count} whole blocks, those of index {gone}{trained}. {calibrated}"
         blocks = len({layer.block for layer in self.layers})
         after = {
             "none": "kept weights are unchanged",
             "least-squares": "kept weights were updated by least squares",
             "blockwise": "kept weights were trained towards the dense model's outputs",
         }[options["update"]]
-        if options.get("distillation"):
+        if self.distillation is not None:
             after += "; then all of them were trained together towards its predictions"
         if self.kind != PRUNE:  # `kept 3 of 4 heads and 1536 of 2048 channels`
             what = "kept " + " and ".join(dict.fromkeys(layer.pattern for layer in self.layers))

@@ -293,6 +293,11 @@ _RUN = {
         "beginning": {"bos": (*BOS, GIVEN.bos, TEMPLATE.bos), "ids": [is_count]},
     },
 }  # fmt: skip
+#: of a smaller model that was trained afterwards: the run of `maskopt distill`
+_DISTILLED = {
+    "options": {"epochs": is_size, ...: lambda _: True}, "versions": {...: str},
+    "model": str, "teacher": str, **_RUN,
+}  # fmt: skip
 _SMALLER = {
     **_COMMON, "shrunk": {"kept": {...: _is_choice}, "updated": [str]},
 }  # fmt: skip
@@ -314,7 +319,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         },
     },
     **{
-        kind: {**_SMALLER, "fingerprint": {"model": str, "options": options, **_RUN}}
+        kind: {
+            **_SMALLER,
+            "fingerprint": {
+                "model": str, "options": options, "distillation?": _DISTILLED, **_RUN,
+            },
+        }
         for kind, options in _REMOVED.items()
     },
 }  # fmt: skip

@@ -193,8 +193,21 @@ def _origin(
         "## Origin\n\n"
         + "\n".join(lines)
         + "\n\nThe same once more, from the same model and text:\n\n```console\n"
-        + f"$ {command_again(report.kind, 'FOLDER')}\n```"
+        + f"$ {command_again(report.kind, 'FOLDER')}\n"
+        + ("" if report.kind == PRUNE else _trained_again(found))
+        + "```"
     )
+
+
+def _trained_again(fingerprint: Mapping[str, Any]) -> str:
+    """Return the command that trains the smaller model again; empty where it was not trained."""
+    if "distillation" not in fingerprint:
+        return ""
+    run = fingerprint["distillation"]
+    text, options = run["calibration"], dict(run["options"])
+    options |= {"samples": text["samples"], "seq_len": text["length"]}
+    flags = " ".join(f"--{name.replace('_', '-')} {options[name]}" for name in sorted(options))
+    return f"$ maskopt distill AGAIN --teacher MODEL --calibration TEXT {flags} --output TRAINED\n"
 
 
 #: keys that a fingerprint records. Anybody can write a manifest: it must not grant trust or name a path

@@ -175,7 +175,7 @@ class Run:
     ) -> None:
         """Copy side files, `rewrite` the staged folder, write card and manifest, and move the result into
         view. `files`: SHA-256 of the written ones by name; `more`: of the manifest."""
-        (model,) = self._read.values()
+        model = self._read["model"]
         copied = copy_side_files(model.checkpoint, self.work.staging)
         rewrite(self.work.staging)
         folder = model.checkpoint.folder

@@ -218,22 +218,29 @@ def train_whole(
     check: Callable[[], None],
     tell: OnDistill,
 ) -> tuple[Trained, dict[str, str]]:
-    """Train all kept weights of a pruned folder, and stage its shards in a run's workspace, where the
-    progress is saved. `check` is called before a shard is written. Returns the losses, and the SHA-256 of the
-    shards; ModelError for pruned weights that are not zero, or NaN."""
+    """Train the free weights of a folder, and stage its shards in a run's workspace.
+
+    The progress is saved in the workspace. `check` is called before a shard is written.
+
+    Returns:
+        The losses, and the SHA-256 of every shard by its name.
+
+    Raises:
+        ModelError: pruned weights that are not zero, or NaN.
+    """
     source = student.source
     assert isinstance(source, FolderSource)
     keeper = FolderKeeper(work, journal, 60 * options.save_every, source.device)
-    # the dense model's threads begin first, so that they end last
+    # The dense model's threads begin first, so that they end last.
     with dense, student:
         walk_whole(dense, lambda done, total: tell("dense model", done, total))
         dense.source.drop()
-        trained, layers = _train(student, dense, options, keeper, tell)
-    new = {layer.name: (layer, matrix(source.model, layer).cpu()) for layer in layers}
+        trained, free = _train(student, dense, options, keeper, tell)
     values = work.blocks / "distilled.values"
-    write_tensors(values, source.stored_values(new))
+    write_tensors(values, source.stored_parameters(free))
     checkpoint, files = source.checkpoint, dict[str, str]()
-    edits = Edits.of([checkpoint.folder / MASKS], [values])
+    masks = checkpoint.folder / MASKS
+    edits = Edits.of([masks] if masks.is_file() else [], [values])
     for shard in checkpoint.shards:
         check()
         files[shard] = write_shard(checkpoint, shard, work.staging / shard, edits)
@@ -242,25 +249,20 @@ def train_whole(
 
 def _train(
     student: Job, dense: Job, options: DistillOptions, keeper: FolderKeeper, tell: OnDistill
-) -> tuple[Trained, list[Layer]]:
-    """Train the student in memory; also the layers that may have changed."""
+) -> tuple[Trained, Mapping[str, Tensor]]:
+    """Train the student in memory; return the losses and the free entries."""
     source = student.source
     assert isinstance(source, FolderSource)
     fitted = [window for window in range(student.count) if window not in student.held]
     states = student.in_memory(recompute=options.recompute)
     with divergence_loss(student, dense, states) as loss:
-        kept = _kept(source, options)
-        free = {
-            name: mask.to(source.device) for name, mask in merged(source.model, kept, False).items()
-        }
-        layers = [layer for layer, _ in kept.values()]
-        stored = {layer.parameter: source.stored_dtype(layer) for layer in layers}
+        free = free_entries(source, options)
         task = Task(
             str(source.checkpoint.folder),
             "`maskopt eval` says whether it or the dense model does",
             source.model,
             free,
-            stored,
+            {name: source.parameter_dtype(name) for name in free},
             loss,
             fitted,
             sorted(student.held),
@@ -276,13 +278,30 @@ def _train(
             tell("train", done, total)
 
         generator = torch.Generator().manual_seed(options.seed)
-        return train(task, student.pool, generator, tick, keeper), layers
+        return train(task, student.pool, generator, tick, keeper), free
 
 
-def _kept(source: FolderSource, options: DistillOptions) -> dict[str, tuple[Layer, Tensor]]:
-    """Pruned layers and their masks [rows, n]; ModelError for pruned weights that are not zero."""
+def free_entries(source: FolderSource, options: DistillOptions) -> dict[str, Tensor]:
+    """Return the entries of the model in memory that distillation may change, by parameter.
+
+    They are those that the folder's masks keep; without masks all weights of the blocks.
+    """
+    path = source.checkpoint.folder / MASKS
+    if path.is_file():
+        entries = merged(source.model, _kept(source, path, options), False)
+        return {name: mask.to(source.device) for name, mask in entries.items()}
+    return {
+        name: torch.ones_like(source.model.get_parameter(name), dtype=torch.bool)
+        for name in source.blocks.inside()
+    }
+
+
+def _kept(
+    source: FolderSource, path: Path, options: DistillOptions
+) -> dict[str, tuple[Layer, Tensor]]:
+    """Return pruned layers with masks [rows, n]; ModelError for pruned weights that are not zero."""
     checkpoint, kept = source.checkpoint, {}
-    path, trust = checkpoint.folder / MASKS, options.trust_remote_code
+    trust = options.trust_remote_code
     for layer, mask in layer_masks(checkpoint, path, trust_remote_code=trust):
         if bool((matrix(source.model, layer).cpu()[~mask] != 0).any()):
             raise ModelError(

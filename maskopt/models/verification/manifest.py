@@ -245,7 +245,7 @@ def check_trained(manifest: Manifest) -> None:
     trained, how = manifest.record["trained"], manifest.options.reconstruction
     losses, distilled = manifest.record["distillation"], manifest.options.distilled
     if distilled is not None:
-        _check_epoch(manifest, "distillation", losses, distilled.epochs)
+        check_epoch(manifest.wrong, "distillation", losses, distilled.epochs)
     if how is None:
         return
     for one in trained:
@@ -253,18 +253,21 @@ def check_trained(manifest: Manifest) -> None:
             {x: one[f"{x}_{at}"] for x in ("fitted", "held")} for at in ("before", "after")
         )
         losses = {"before": before, "after": after, "epoch": one["epoch"]}
-        _check_epoch(manifest, f"block {one['block']}", losses, how.epochs)
+        check_epoch(manifest.wrong, f"block {one['block']}", losses, how.epochs)
     blocks = {layer["block"] for layer in manifest.layers if not layer["fallback"]}
     if sorted(one["block"] for one in trained) != sorted(blocks):
         raise manifest.wrong("lists other trained blocks than those of its layers, or one twice")
 
 
-def _check_epoch(manifest: Manifest, of: str, losses: Mapping[str, Any], epochs: int) -> None:
+def check_epoch(
+    wrong: Callable[[str], VerificationError], of: str, losses: Mapping[str, Any], epochs: int
+) -> None:
+    """Raise VerificationError where the best epoch does not fit the options or the losses."""
     before, after, epoch = (losses[x] for x in ("before", "after", "epoch"))
     if epoch > epochs:
-        raise manifest.wrong(f"{of}: was trained longer than the options say")
+        raise wrong(f"{of}: was trained longer than the options say")
     if not (after["held"] < before["held"] if epoch else after == before):
-        raise manifest.wrong(f"{of}: its epoch is not what its losses say")
+        raise wrong(f"{of}: its epoch is not what its losses say")
 
 
 def updated_layers(manifest: Manifest) -> set[Key]:

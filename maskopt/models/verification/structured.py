@@ -44,6 +44,7 @@ from maskopt.models.verification.folder import (
     refusing,
     same_files,
 )
+from maskopt.models.verification.manifest import check_epoch
 from maskopt.models.verification.tensors import OnTensor
 
 #: what takes the heads of an attention
@@ -83,15 +84,20 @@ def verify_smaller(
         check_finite(weights, name, found)
         count += found.numel()
         on_progress(done, len(weights.where))
-    may = set(weights.where) if theirs is None else set[str]()
-    if theirs is not None and kind == STRUCTURES:
+    trained = _was_trained(record, weights)
+    may = set[str]()
+    if trained:
+        may.update(ours.conversion.needed(Blocks(ours.model).inside()))
+    elif theirs is None:
+        may.update(weights.where)
+    elif kind == STRUCTURES:
         may.update(*(theirs.conversion.needed([f"{name}.weight"]) for name in change.kept))
-    if odd := updated - may or (may - updated if dense and updated else set()):
-        raise weights.wrong(
-            f"tensor {min(odd)!r} is updated, or not, unlike a least-squares update of all "
-            "layers that take channels or heads"
-        )
-    claimed = ["updated weights"] if updated else []
+    if odd := updated - may or (may - updated if (dense and updated) or trained else set()):
+        how = "a least-squares update of all layers that take channels or heads"
+        if trained:
+            how = "a training of all weights of the blocks"
+        raise weights.wrong(f"tensor {min(odd)!r} is updated, or not, unlike {how}")
+    claimed = ["trained weights" if trained else "updated weights"] if updated else []
     claimed += [] if dense else ["weights"]
     claimed += ["effects of blocks"] if kind == BLOCKS else ["errors", "bounds and statuses"]
     compared = ("kept weights", "other tensors", "configuration")
@@ -104,6 +110,17 @@ def verify_smaller(
         "checked": ("files", "sizes", *(compared if dense else ())),
         "claimed": (*claimed, "calibration"),
     }
+
+
+def _was_trained(record: Mapping[str, Any], weights: Weights) -> bool:
+    """Return whether training after the removal may have changed all weights of the blocks."""
+    losses, how = record["distillation"], record["fingerprint"].get("distillation")
+    if (losses is None) != (how is None):
+        raise weights.wrong("the manifest has losses of a distillation and no options, or reversed")
+    if losses is None or how is None:
+        return False
+    check_epoch(weights.wrong, "distillation", losses, how["options"]["epochs"])
+    return bool(losses["epoch"])
 
 
 def _check_kept(ours: Loading, kept: Mapping[str, Sequence[int]]) -> None:

@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import shutil
+from functools import partial
 
+import forging
 import pytest
 import tiny_models
 import torch
@@ -14,7 +17,7 @@ from safetensors.torch import load_file
 from tiny_models import edit_json, inputs_of, logits_of, logs, reload, save, tiny, tokens
 from transformers import AutoModelForCausalLM
 
-from maskopt import LayerProblem, Unstructured, open_job, verify
+from maskopt import LayerProblem, Unstructured, distill_model, open_job, verify
 from maskopt.core.gram import Gram
 from maskopt.errors import MaskoptError, ModelError, OptionError, VerificationError
 from maskopt.models.architecture.blocks import mixtures_of
@@ -124,6 +127,117 @@ def test_what_is_written_computes_what_is_left(kind, family, tmp_path):
         if "heads" in kind:
             assert 2 * config.num_attention_heads == model.config.num_attention_heads
     check_same(less, model, **close)
+
+
+TRAINING = {"epochs": 2, "learning_rate": 0.001, "holdout": 0.25}
+TRAINED = [("channels and heads", x) for x in ("llama", "phi3")] + [("experts", "mixtral")]
+TRAINED += [("blocks", "gpt2")]
+
+
+@pytest.mark.parametrize(("kind", "family"), but_slow(TRAINED, dict.fromkeys(ALL)))
+def test_a_smaller_model_is_trained_towards_the_dense_one(kind, family, tmp_path):
+    layers = 3 if kind in ("blocks", "experts") else 2
+    dense = save(tiny_models.loud(family, layers=layers), tmp_path / "dense", shard="30KB")
+    small, out = tmp_path / "small", tmp_path / "out"
+    smaller(dense, small, **KINDS[kind][0])
+    found = distill_model(small, dense, tokens(48), output=out, **TRAINING)
+    assert found.after.held < found.before.held or not found.epoch
+    assert found.epoch or family in ("llama4", "deepseek_v3")
+    shapes = [{n: p.shape for n, p in reload(x).named_parameters()} for x in (small, out)]
+    assert shapes[0] == shapes[1]
+    verified = verify_model(out, dense)
+    assert "trained weights" in verified.claimed
+    assert {"sizes", "files", "configuration"} <= set(verified.checked)
+    old, new = (
+        {n: open_checkpoint(x).read(n) for n in open_checkpoint(x).where} for x in (small, out)
+    )
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert changed <= set(record_of(out)["updated"])
+    assert len(changed) > 0.8 * verified.updated
+    assert not any("embed" in name or "lm_head" in name for name in changed)
+
+
+def test_training_of_a_smaller_model_resumes_to_the_same_bytes(tmp_path, data):
+    dense = save(tiny_models.loud("llama", layers=2), tmp_path / "dense")
+    small, whole, out = tmp_path / "small", tmp_path / "whole", tmp_path / "out"
+    smaller(dense, small, **CHANNELS)
+    words = ["distill", small, "--teacher", dense, "--calibration", data, "--learning-rate", 0.001]
+    words += ["--epochs", 2, "--holdout", 0.25, "--samples", 8, "--seq-len", 16]
+    assert "time, estimated" in run(*words, "--dry-run")
+    run(*words, "--output", whole)
+    train = partial(distill_model, small, dense, calibration=data, output=out, **TRAINING)
+    train = partial(train, samples=8, seq_len=16)
+
+    def halt(what, done, total):
+        if what == "train" and done == 10:
+            raise KeyboardInterrupt
+
+    fails(KeyboardInterrupt, None, train, on_progress=halt, save_every=1e-9)
+    found = train(resume=True)
+    assert contents(out) == contents(whole)
+    again = train(resume=True)
+    assert (again.before, again.after, again.epoch) == (found.before, found.after, found.epoch)
+    fails(ModelError, "another run: distillation.options.epochs", train, resume=True, epochs=3)
+    assert "trained weights" in run("verify", out, "--original", dense)
+    readme = (out / "README.md").read_text()
+    assert "trained together towards its predictions" in readme
+    assert "$ maskopt distill AGAIN --teacher MODEL" in readme
+    run("report", out, "--output", tmp_path / "page.html")
+    # trained once more
+    twice = tmp_path / "twice"
+    distill_model(out, dense, tokens(16), output=twice, **TRAINING)
+    assert "trained weights" in verify_model(twice, dense).claimed
+
+
+def test_forged_smaller_models_are_not_trained_and_forged_training_does_not_hold(tmp_path):
+    dense = save(tiny_models.loud("llama", layers=3), tmp_path / "dense")
+    small, out = tmp_path / "small", tmp_path / "out"
+    smaller(dense, small, **CHANNELS)
+
+    def refused(forge, said, folder=small):
+        given = shutil.copytree(folder, tmp_path / "forged", dirs_exist_ok=True)
+        forge(given)
+        if folder == small:
+            fails(ModelError, said, distill_model, given, dense, tokens(16), output=out, **TRAINING)
+            assert not out.exists()
+        else:
+            forging.forge_manifest(given)
+            fails(VerificationError, said, verify_model, given, dense)
+        shutil.rmtree(given)
+
+    def redrawn(name):
+        return lambda folder: forging.redraw(folder, name)
+
+    def moved_embedding(folder):
+        forging.redraw(folder, "model.embed_tokens.weight")
+        forging.forge_manifest(folder)
+
+    down = "model.layers.0.mlp.down_proj.weight"
+    refused(lambda x: (x / MANIFEST).unlink(), "holds no .* and no ")
+    refused(lambda x: edit_json(x / MANIFEST, lambda m: m.update(kind="blocks")), "damaged")
+    refused(redrawn(down), "not what its manifest describes: model.safetensors was changed")
+    refused(moved_embedding, "no prune changes it")
+    other = save(tiny_models.loud("gpt2"), tmp_path / "other")
+    fails(ModelError, "was not made of", distill_model, small, other, tokens(16), output=out)
+    distill_model(small, dense, tokens(48), output=out, **TRAINING)
+    trained = tmp_path / "trained"
+    out.rename(trained)
+    for change, said in (
+        (lambda m: m.update(distillation=None), "losses of a distillation and no options"),
+        (lambda m: m["distillation"].update(epoch=7), "longer than the options"),
+        (lambda m: m["distillation"].update(epoch=0), "its epoch is not what its losses say"),
+        (lambda m: m["fingerprint"].pop("distillation"), "losses of a distillation and no options"),
+        (lambda m: m["fingerprint"]["distillation"].pop("teacher"), "damaged"),
+        (lambda m: m["shrunk"]["updated"].remove(down), "is not the original"),
+        (lambda m: m["shrunk"]["updated"].append("model.norm.weight"), "unlike a training"),
+    ):
+        refused(lambda x, change=change: forging.forge_manifest(x, change), said, trained)
+    refused(redrawn("model.embed_tokens.weight"), "is not the original's", trained)
+    refused(redrawn("model.norm.weight"), "is not the original's", trained)
+    wide = {down: torch.zeros(32, 48)}
+    change = lambda x: forging.change_tensors(x / "model.safetensors", lambda t: t.update(wide))  # noqa: E731
+    refused(change, "in the shards", trained)
+    refused(forging.config(intermediate_size=48), "intermediate_size is not the", trained)
 
 
 def test_groups_that_are_too_few_lose_heads_and_blocks_keep_their_buffers(tmp_path, monkeypatch):
