@@ -6,9 +6,9 @@ rounding. Both are bounds by a convex quadratic
     g(p) = pᵀAp + aᵀp + α ≥ g(p̂) + ∇g(p̂)ᵀ(v − p̂),      A ⪰ 0,
 
 with v the vertex of least slope. A is written down from the definitions, by other formulas than in those
-modules: a cut with signs b is ((Σ bᵢzᵢ)² − Σ zᵢ²)/2 + (k − 1)/2, expanded as a whole. A ⪰ 0 is decided by
-Bareiss' fraction-free elimination (Math. Comp. 22, 1968). Where A lacks a little, θ is added to its diagonal
-and −θ to a, which changes g on no mask. θ comes from float64 eigenvalues, and is only a proposal.
+modules: a cut with signs b is ((Σ bᵢzᵢ)² − Σ zᵢ²)/2 + (k − 1)/2, expanded as a whole. A ⪰ 0 is decided
+without rounding (`exactly_semidefinite`). Where A lacks a little, θ is added to its diagonal and −θ to a,
+which changes g on no mask. θ comes from float64 eigenvalues, and is only a proposal.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from maskopt.certificates.certificate import Certificate, next_values
 from maskopt.certificates.cuts import NO_INPUT, OF_Z0, Cuts
 from maskopt.certificates.proof import RowProof, TreeCheck
 from maskopt.core.problem import LayerProblem
+from maskopt.core.units import exactly_semidefinite
 from maskopt.errors import VerificationError
 
 #: entries of a matrix up to which n³/3 operations on growing integers end within minutes
@@ -186,24 +187,11 @@ def _theta(a: np.ndarray) -> Fraction | None:
     size = float(np.linalg.norm(floats))
     for factor in _TRIES:
         theta = max(0.0, -least) + factor * 4 * len(a) * 2.0**-53 * size
-        if math.isfinite(theta) and semidefinite(a + Fraction(theta) * np.eye(len(a), dtype=int)):
+        if math.isfinite(theta) and exactly_semidefinite(
+            a + Fraction(theta) * np.eye(len(a), dtype=int)
+        ):
             return Fraction(theta)
     return None
-
-
-def semidefinite(a: np.ndarray) -> bool:
-    """Whether a symmetric matrix of Fractions is ⪰ 0: pivots are ≥ 0, and the column of a pivot 0 is 0."""
-    scale = math.lcm(*(x.denominator for x in a.ravel())) if a.size else 1
-    m = np.array([int(x * scale) for x in a.ravel()], dtype=object).reshape(a.shape)
-    previous = 1
-    while len(m):
-        pivot, column, rest = m[0, 0], m[1:, 0], m[1:, 1:]
-        if pivot < 0 or (pivot == 0 and column.any()):
-            return False
-        if pivot:
-            rest, previous = (rest * pivot - np.outer(column, column)) // previous, pivot
-        m = rest
-    return True
 
 
 def _least(slope: np.ndarray, group: int, count: Any) -> Fraction:

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from maskopt.errors import printable
+from maskopt.errors import printable, value_text
 
 if TYPE_CHECKING:
     from maskopt.models.blockwise.distributed import Ranks
@@ -68,7 +68,7 @@ def bound_cells(record: Any) -> tuple[str, str]:
     """Bound and gap of a record of `compare` or `bound`, in the original units of the row."""
     if not record.bounded or record.gap != record.gap:
         return "–", "–"
-    return f"{record.value_bound:.6g}", f"{record.gap:.2%}"
+    return value_text(record.value_bound, 6), f"{record.gap:.2%}"
 
 
 def written(path: Any, what: str = "written") -> None:

@@ -31,7 +31,7 @@ from maskopt.core.files import check_writable
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.pattern import Pattern, parse_sparsity
 from maskopt.core.problem import LayerProblem
-from maskopt.errors import OptionError, SolverError
+from maskopt.errors import OptionError, SolverError, value_text
 from maskopt.experiments.compare import Record, compare as compare_rows, sample_rows
 from maskopt.experiments.jobs import check_format
 from maskopt.experiments.prove import SECONDS, SMALL
@@ -152,7 +152,7 @@ def comparison_table(records: list[Record]) -> Table:
     for r in records:
         here = f"{r.instance}, {r.n}, {r.pattern}"
         excess = "–" if r.excess != r.excess else f"{r.excess:.2%}"
-        cells = (f"{r.value:.6g}", *bound_cells(r), excess, r.status, f"{r.seconds:.2f}")
+        cells = (value_text(r.value, 6), *bound_cells(r), excess, r.status, f"{r.seconds:.2f}")
         table.add_row("" if here == last else here, r.solver, *cells)
         last = here
     return table
@@ -240,7 +240,7 @@ def _rows_table(records: Sequence[GapRecord]) -> Table:
     headings = ("instance, n", "row", "objective", "bound", "gap", "seconds")
     table = make_table(*headings, no_wrap=True, caption=_CAPTION)
     for r in records:
-        cells = (f"{r.value:.6g}", *bound_cells(r), f"{r.seconds:.3f}")
+        cells = (value_text(r.value, 6), *bound_cells(r), f"{r.seconds:.3f}")
         table.add_row(f"{r.instance}, {r.n}, {r.pattern}", str(r.row), *cells)
     return table
 

@@ -78,7 +78,7 @@ def solve(
     with view() as shown:
         asked = given(time_limit=time_limit, memory_limit=memory_limit, seed=seed or None)
         asked["on_progress"] = lambda x: shown.show(x.step or "rows", x.done, x.total)
-        limits, own = limits_of(None, {**solver_options, **asked})
+        limits, own = limits_of(None, {**asked, **solver_options})
         how: dict[str, Any] = {"start": begin, "limits": limits}
         if prove:
             how |= {"jobs": jobs, "on_progress": partial(shown.show, "rows proven")}

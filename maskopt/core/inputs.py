@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from maskopt.core.pattern import NM, Pattern, Unstructured
-from maskopt.core.units import MOST_WHOLE
+from maskopt.core.units import MOST_WHOLE, surely_semidefinite
 from maskopt.errors import MaskoptError, PatternError, ProblemError
 
 #: least eigenvalue of a semidefinite G, as −part of tr(G): what float32 accumulation of xxᵀ leaves (2⁻²³)
 PSD_TOLERANCE = 2.0**-23
 #: largest |G − Gᵀ| relative to max|G| that is taken for rounding
 _ASYMMETRY_TOLERANCE = 1e-3
+#: inputs up to which an integral problem is decided in whole numbers, within half a minute
+_MOST_EXACT = 200
 
 #: nested lists become float64
 ArrayLike = Tensor | np.ndarray | Sequence[Any]
@@ -213,7 +215,7 @@ def is_whole(index: Tensor) -> bool:
 
 
 def check_integral(weight: Tensor, gram: Tensor, linear: bool, label: str) -> None:
-    """Raise ProblemError where f need not be a whole number of every mask, or is one beyond float64."""
+    """Raise ProblemError unless f is a whole number ≥ 0 of every mask, exact in float64."""
     if linear:
         raise ProblemError(f"{label}integral: an objective with a linear part is no sum of wholes")
     parts = {
@@ -231,3 +233,8 @@ def check_integral(weight: Tensor, gram: Tensor, linear: bool, label: str) -> No
     most = float((weight.double().abs() @ gram.double().abs() * weight.double().abs()).sum(1).max())
     if most >= MOST_WHOLE:
         raise ProblemError(f"{label}integral: sums of {most:.3g} are not whole in float64")
+    if not surely_semidefinite(gram.double().cpu().numpy(), _MOST_EXACT):
+        raise ProblemError(
+            f"{label}integral: gram is not positive semidefinite without tolerance, as whole numbers need; "
+            "build the problem by RowProblem.from_quadratic, which shifts the diagonal, or leave integral out"
+        )

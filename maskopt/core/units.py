@@ -24,6 +24,11 @@ from maskopt.errors import ProblemError
 
 #: whole numbers below it, and their sums, are exact in float64
 MOST_WHOLE = 2.0**52
+#: entries from which every float64 is a whole number, whatever its objective means
+MOST_EXACT_ENTRY = 2.0**53
+#: inputs up to which a matrix that is read is decided in whole numbers, within a second; larger ones are
+#: shifted where float64 leaves a doubt
+MOST_EXACT_READ = 64
 #: part of the entries that shifting may round off, of the least that count
 _LOST = 1e-6
 
@@ -97,20 +102,99 @@ def semidefinite(
     sign = -1 if maximize else 1
     with np.errstate(over="ignore", invalid="ignore"):
         gram = sign * (u + u.T) / 2
-        most = 2 * np.abs(gram).sum()
-    if not np.isfinite(most):
+        largest_sum = 2 * np.abs(gram).sum()
+    if not np.isfinite(largest_sum):
         raise ProblemError("a quadratic objective must have sums within float64; scale it down")
-    twice = 2 * gram
-    whole = bool((twice == twice.round()).all() and (twice.diagonal() % 2 == 0).all())
-    least, size = float(np.linalg.eigvalsh(gram)[0]), float(np.abs(gram).sum(1).max())
-    shift = max(0.0, -least + 1e-12 * size) if least < 0 else 0.0
+    whole = bool(np.abs(gram).max() < MOST_EXACT_ENTRY and _is_whole_quadratic(gram))
     if whole:
-        shift = float(np.ceil(shift))
+        shift = _whole_shift(gram, constant)
     else:
+        least, size = float(np.linalg.eigvalsh(gram)[0]), float(np.abs(gram).sum(1).max())
+        shift = -least + 1e-12 * size if least < 0 else 0.0
         _check_shift(gram, shift)
     gram = gram + shift * np.eye(len(gram))
-    integral = whole and float(np.abs(gram).sum()) < MOST_WHOLE  # beyond, sums are not exact
-    return gram, ObjectiveTransform(sign, shift, float(constant), integral)
+    return gram, ObjectiveTransform(sign, shift, float(constant), whole)
+
+
+def _is_whole_quadratic(gram: np.ndarray) -> bool:
+    """Return whether all Gᵢᵢ and 2Gᵢⱼ are whole numbers."""
+    twice = 2 * gram
+    return bool((twice == twice.round()).all() and (twice.diagonal() % 2 == 0).all())
+
+
+def _whole_shift(gram: np.ndarray, constant: float) -> float:
+    """Return a whole number ≥ 0 that makes G + shift·I semidefinite for certain.
+
+    Raises:
+        ProblemError: sums of the shifted matrix are not exact in float64.
+    """
+    n = len(gram)
+    shift = 0.0
+    while True:
+        sums = float(np.abs(gram).sum()) + 2 * n * shift + abs(constant)
+        if sums >= MOST_WHOLE:
+            raise ProblemError(
+                f"a quadratic objective of whole numbers whose sums reach {sums:.3g}: beyond 2⁵² they are "
+                "not exact; divide by a common factor, or scale penalties down to what they need"
+            )
+        shifted = gram + shift * np.eye(n)
+        if surely_semidefinite(shifted, MOST_EXACT_READ):
+            return shift
+        least = float(np.linalg.eigvalsh(shifted)[0])
+        shift += max(1.0, math.ceil(-least + _rounding_of_pivots(shifted)))
+
+
+def _rounding_of_pivots(gram: np.ndarray) -> float:
+    """Return c such that G ⪰ 0 if float64 Cholesky of G − c·I succeeds (Rump, BIT 46, 2006)."""
+    return 4 * (len(gram) + 2) * 2.0**-53 * float(np.abs(gram.diagonal()).sum())
+
+
+def surely_semidefinite(gram: np.ndarray, most_exact: int) -> bool:
+    """Decide without tolerance whether a symmetric matrix of whole Gᵢᵢ and 2Gᵢⱼ is positive semidefinite.
+
+    `gram` is [n, n] float64, with sums that are exact. Diagonal dominance, or a Cholesky factorisation with
+    a margin for its rounding, shows it for most matrices. The others are decided in whole numbers where
+    n ≤ `most_exact`; beyond, the answer is False.
+    """
+    diagonal = gram.diagonal()
+    if diagonal.min() < 0:
+        return False
+    others = np.abs(gram).sum(1) - np.abs(diagonal)
+    if (diagonal >= others).all():
+        return True
+    try:
+        np.linalg.cholesky(gram - _rounding_of_pivots(gram) * np.eye(len(gram)))
+    except np.linalg.LinAlgError:
+        pass
+    else:
+        return True
+    least = float(np.linalg.eigvalsh(gram)[0])
+    if least < -1e-10 * float(np.abs(gram).sum()) or len(gram) > most_exact:
+        return False
+    return exactly_semidefinite(
+        np.array([Fraction(x) for x in gram.ravel().tolist()]).reshape(gram.shape)
+    )
+
+
+def exactly_semidefinite(matrix: np.ndarray) -> bool:
+    """Decide whether a symmetric object array of Fractions is positive semidefinite.
+
+    Bareiss' fraction-free elimination (Math. Comp. 22, 1968): all pivots are ≥ 0, and the column of a
+    pivot 0 is 0.
+    """
+    scale = math.lcm(*(x.denominator for x in matrix.ravel())) if matrix.size else 1
+    remaining = np.array([int(x * scale) for x in matrix.ravel()], dtype=object).reshape(
+        matrix.shape
+    )
+    previous = 1
+    while len(remaining):
+        pivot, column, minor = remaining[0, 0], remaining[1:, 0], remaining[1:, 1:]
+        if pivot < 0 or (pivot == 0 and column.any()):
+            return False
+        if pivot:
+            minor, previous = (minor * pivot - np.outer(column, column)) // previous, pivot
+        remaining = minor
+    return True
 
 
 def _check_shift(gram: np.ndarray, shift: float) -> None:

@@ -30,7 +30,7 @@ from maskopt.core.inputs import ArrayLike, as_tensor
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.core.units import ObjectiveTransform, OriginalValues
-from maskopt.errors import OptionError, ProblemError, printable
+from maskopt.errors import OptionError, ProblemError, printable, value_text
 from maskopt.protocol.trace import Trace
 
 
@@ -342,8 +342,8 @@ class Solution:
             total, bound, gap = _total(self, some), "–", "–"
             objective, lower = (float(x[some].sum()) for x in (self.objective, self.lower_bound))
             if is_bounded(objective, lower, status):
-                bound, gap = f"{total.bound:.{digits}g}", f"{total.gap:.2%}"
-            value = f"{total.value:.{digits}g}"
+                bound, gap = value_text(total.bound, digits), f"{total.gap:.2%}"
+            value = value_text(total.value, digits)
             lines.append(f"{status:14}{len(some):>6}{value:>18}{bound:>18}{gap:>10}")
         if rows == 1:
             chosen, what = self.selected.tolist(), "selected" if self.units else "pruned"

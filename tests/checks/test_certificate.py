@@ -16,8 +16,9 @@ from strategies import TWO_FOUR, drawn, random_gram, random_weight
 from maskopt import LayerProblem, Solution, Status, Unstructured, lower_bound, solve, verify
 from maskopt.certificates.certificate import Certificate, _shared_slacks, missing
 from maskopt.certificates.cuts import Cuts
-from maskopt.certificates.exact_check import _form, exact_bounds, rational, semidefinite
+from maskopt.certificates.exact_check import _form, exact_bounds, rational
 from maskopt.core.objective import LinearTerm
+from maskopt.core.units import exactly_semidefinite
 from maskopt.errors import OptionError, ProblemError, VerificationError
 
 U = 2.0**-53
@@ -162,7 +163,7 @@ def test_what_is_missing_to_semidefinite_is_added_with_its_margin(n, kind):
     # the shifts that are tried lie a factor of 100 apart, up to where an eigenvalue takes over
     often = 100 if kind == "barely" else 1.01
     assert added <= often * max(0.0, -least) + 50 * n * U * (trace + norm) + 1e-250
-    assert n > 6 or semidefinite(rational(a + added * eye))
+    assert n > 6 or exactly_semidefinite(rational(a + added * eye))
 
 
 @GROUPS

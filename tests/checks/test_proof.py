@@ -17,7 +17,7 @@ from strategies import HALF, TWO_FOUR, WHOLE, drawn, graph, legal_masks, problem
 import maskopt
 from maskopt import NM, LayerProblem, Solution, Status, Unstructured, load_problem, solve, verify
 from maskopt.certificates.cuts import NO_INPUT, Cuts
-from maskopt.certificates.exact_check import exact_bounds, exact_cost, rational, semidefinite
+from maskopt.certificates.exact_check import exact_bounds, exact_cost, rational
 from maskopt.certificates.proof import (
     AGAIN,
     KINDS,
@@ -28,7 +28,7 @@ from maskopt.certificates.proof import (
     check_proof,
 )
 from maskopt.core.least_squares import LeastSquaresUpdate
-from maskopt.core.units import values_of
+from maskopt.core.units import exactly_semidefinite, values_of
 from maskopt.errors import OptionError, ProblemError, VerificationError
 from maskopt.protocol.bounds import lower_bound
 from maskopt.protocol.solution import relative_gap
@@ -521,17 +521,17 @@ def test_a_shared_budget_has_one_exact_bound():
 
 def test_semidefinite_is_decided_without_rounding():
     tiny, one = Fraction(1, 2**200), np.array([[Fraction(1)] * 3] * 3)
-    assert semidefinite(one)
+    assert exactly_semidefinite(one)
     for i, by in itertools.product(range(3), (tiny, -tiny)):
         other = one.copy()
         other[i, i] += by
-        assert semidefinite(other) == (by > 0)
-    assert semidefinite(rational(np.zeros((2, 2))))
-    assert not semidefinite(rational(np.array([[0.0, 1.0], [1.0, 5.0]])))
+        assert exactly_semidefinite(other) == (by > 0)
+    assert exactly_semidefinite(rational(np.zeros((2, 2))))
+    assert not exactly_semidefinite(rational(np.array([[0.0, 1.0], [1.0, 5.0]])))
     for seed in range(20):
         x = np.random.default_rng(seed).integers(-3, 4, (6, 4)).astype(float)
-        assert semidefinite(rational(x @ x.T))
-        assert not semidefinite(rational(x @ x.T - 2.0**-40 * np.eye(6)))
+        assert exactly_semidefinite(rational(x @ x.T))
+        assert not exactly_semidefinite(rational(x @ x.T - 2.0**-40 * np.eye(6)))
 
 
 def test_solve_with_proof_and_verify(tmp_path):
