@@ -148,16 +148,6 @@ def _comparison(found: Sequence[Evaluation]) -> Table:
 def prune_structured(
     model: str = MODEL,
     calibration: str = CALIBRATION,
-    blocks: int = option(
-        0,
-        "Number of decoder blocks to remove, scored by the change of the model output without each block and "
-        "each pair.",
-        SELECTION,
-        least=0,
-    ),
-    windows: int | None = option(
-        None, "With --blocks: number of calibration windows that score. Default: 4.", TEXT, least=1
-    ),
     experts: float = option(
         0.0,
         "Share of experts to remove in each mixture-of-experts layer.",
@@ -178,32 +168,32 @@ def prune_structured(
     from maskopt.models.structured.channels import shrink_model
     from maskopt.models.structured.experts import remove_experts
 
-    if windows is not None and not blocks:
-        raise OptionError("`windows` need `blocks`")
     inputs: dict[str, Any] = {"calibration": calibration, "output": output, "overwrite": overwrite}
-    if blocks or experts:
-        _check_alone("blocks" if blocks else "experts", resume, options, bool(blocks and experts))
+    blocks_alone = options.get("blocks") and not (options.get("channels") or options.get("heads"))
+    if experts:
+        _check_alone("experts", resume, options)
+        with view() as shown:
+            inputs |= {"options": WalkOptions(**options), "on_progress": PruneView(shown)}
+            report = remove_experts(model, share=experts, **inputs)
+        show_report(report)
+    elif blocks_alone:
+        count, windows = options.pop("blocks"), options.pop("windows", None)
+        _check_alone("blocks", resume, options)
         inputs["options"] = WalkOptions(**options)
-        if blocks:
-            _remove_blocks(model, blocks, windows, inputs)
-        else:
-            with view() as shown:
-                show = PruneView(shown)
-                report = remove_experts(model, share=experts, on_progress=show, **inputs)
-            show_report(report)
+        _remove_blocks(model, count, windows, inputs)
     else:
         with naming_resume(output), view() as shown:
-            how = {"resume": resume, "on_progress": PruneView(shown), **options}
-            report = shrink_model(model, **inputs, **how)
+            more = {"resume": resume, "on_progress": PruneView(shown), **options}
+            report = shrink_model(model, **inputs, **more)
         show_report(report)
     written(output, "smaller model and manifest")
 
 
-def _check_alone(what: str, resume: bool, options: dict[str, Any], both: bool) -> None:
-    """Raise OptionError for an option that cannot be combined with whole blocks, or with experts."""
+def _check_alone(what: str, resume: bool, options: dict[str, Any]) -> None:
+    """Raise OptionError for an option that does not apply to blocks, or experts, removed by themselves."""
     if resume:
         raise OptionError(f"`{what}` are measured in one go; leave out `resume`")
-    if both or options.get("channels") or options.get("heads"):
+    if any(options.get(name) for name in ("channels", "heads", "blocks")):
         raise OptionError(
             f"`{what}` are removed by themselves; cut other structures by a second `maskopt prune-structured`"
         )

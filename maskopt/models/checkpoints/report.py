@@ -237,6 +237,8 @@ class PruneReport:
             after += "; then all of them were trained together towards its predictions"
         if self.kind != PRUNE:  # `kept 3 of 4 heads and 1536 of 2048 channels`
             what = "kept " + " and ".join(dict.fromkeys(layer.pattern for layer in self.layers))
+            if gone := options.get("removed"):
+                what = f"removed whole blocks {', '.join(map(str, gone))}; {what}"
             return f"{what} of {blocks} blocks; {after}. {calibrated}"
         start = f" from {options['start']}" if options.get("start") else ""
         total = sum(layer.rows * layer.n for layer in self.layers)

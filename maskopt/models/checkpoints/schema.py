@@ -303,7 +303,10 @@ _SMALLER = {
 }  # fmt: skip
 #: options that say how much is removed
 _REMOVED = {
-    STRUCTURES: {"channels": is_amount, "heads": is_amount, "round_to": is_size},
+    STRUCTURES: {
+        "channels": is_amount, "heads": is_amount, "round_to": is_size,
+        "removed": lambda v: v == [] or _is_choice(v),
+    },
     EXPERTS: {"experts": is_amount}, BLOCKS: {"removed": _is_choice},
 }  # fmt: skip
 #: of a manifest, by its kind

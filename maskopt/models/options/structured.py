@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from maskopt.core.fields import SELECTION, UPDATE, check_needs, option
+from maskopt.core.fields import CALIBRATION, SELECTION, UPDATE, check_needs, option
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.errors import OptionError
 from maskopt.models.options.prune import LEAST_SQUARES, NONE
@@ -39,6 +39,21 @@ class ShrinkOptions(WalkOptions):
         least=0,
         below=1,
         shown=True,
+    )
+    blocks: int = option(
+        0,
+        "Number of decoder blocks to remove, scored by the change of the model output without each block and "
+        "each pair.",
+        SELECTION,
+        least=0,
+        shown=True,
+    )
+    windows: int = option(
+        4,
+        "Number of calibration windows that score the blocks.",
+        CALIBRATION,
+        least=1,
+        needs=("blocks",),
     )
     round_to: int = option(
         1,

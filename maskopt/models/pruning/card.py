@@ -24,7 +24,14 @@ from maskopt.models.checkpoints.report import (
     proven_share,
     ratio_to_wanda,
 )
-from maskopt.models.checkpoints.schema import BLOCKS, EXPERTS, MANIFEST, PRUNE, read_json
+from maskopt.models.checkpoints.schema import (
+    BLOCKS,
+    EXPERTS,
+    MANIFEST,
+    PRUNE,
+    STRUCTURES,
+    read_json,
+)
 from maskopt.models.checkpoints.workspace import CARD
 from maskopt.models.options.prune import BOTH, ROWS, PruneOptions
 from maskopt.models.options.structured import ShrinkOptions
@@ -231,6 +238,8 @@ def options_again(kind: str, fingerprint: Mapping[str, Any], where: str | Path) 
         options = {"blocks": len(options["removed"]), "windows": windows.pop("samples")}
     elif kind == EXPERTS:
         options.pop("update", None)
+    elif kind == STRUCTURES:
+        options.pop("removed", None)
     elif kind == PRUNE:
         try:
             parse_sparsity(options["sparsity"])

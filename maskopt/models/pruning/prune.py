@@ -85,7 +85,7 @@ def prune_model(
         if job.source.checkpoint is not None:  # a model in memory is in them already
             job.source.checkpoint.bases.update(bases)
     if options.layers_differ and not options.counts:
-        known = None if run is None else run.recorded_counts(options.record())
+        known = None if run is None else run.recorded("counts", options.record())
         counts = allocate(job, options) if known is None else known
         options = dataclasses.replace(options, counts=counts)
         job = results.job = job.again(options)

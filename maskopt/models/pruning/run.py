@@ -103,20 +103,24 @@ class Run:
         manifest = self.finished(fingerprint)
         return None if manifest is None else PruneReport.of(manifest, self.output, memory={})
 
-    def recorded_counts(self, options: Mapping[str, Any]) -> dict[str, int] | None:
-        """The counts of layers in the run to be resumed; ModelError for a run with other `options`."""
+    def recorded(self, name: str, options: Mapping[str, Any]) -> Any:
+        """Return what the run to be resumed records as option `name`; None where there is no such run.
+
+        Raises:
+            ModelError: a run with other `options` than these, `name` left out.
+        """
         journal, manifest = self.output / HIDDEN / JOURNAL, self.output / MANIFEST
         what, header = "the result", None
         if self.resume and journal.exists():
             what, header = "the unfinished part", Journal(journal).header
         elif self.resume and manifest.exists():
-            header = read_manifest(manifest)["fingerprint"]
+            header = read_manifest(manifest, smaller=True)["fingerprint"]
         if header is None:
             return None
-        recorded, none = header["options"], {"counts": None}
+        recorded, none = header["options"], {name: None}
         if apart := differences({**recorded, **none}, {**options, **none}, "options"):
             raise self._another(what, apart)
-        return dict(recorded.get("counts", {}))
+        return recorded.get(name)
 
     def recorded_bases(self) -> Bases | None:
         """Those of the run to be resumed; None where it has none yet."""

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -106,36 +106,67 @@ def remove_blocks(
     how: Any = {"whole": True, "limit": windows, "on_progress": on_progress}
     given = (model, tokenizer_or_tokens, calibration, options, "removing blocks")
     job, source = open_original(*given, **how)
-    if not 0 < count < len(source.blocks):
-        raise OptionError(f"`blocks` must be 1 to {len(source.blocks) - 1}, not {count}")
-    _check_family(source, list(range(len(source.blocks) - count, len(source.blocks))))
+    _check_count(source, count)
     run.reads(model=source.checkpoint)
     with run.opened(disk_needed(source.checkpoint)) as work:
-        with job, torch.no_grad():
-            effects = measure_effects(job, work.hidden)
-            best, solution = effects.best(count)
-
-            def measure(sets: Sequence[Left]) -> dict[Left, float]:
-                with job.again(options) as walk:
-                    return measure_sets(walk, sets, work.hidden)
-
-            measured = choose(effects, best, measure, _sayable(source))
-        least = min(measured, key=lambda left: measured[left])
-        removed = sorted(least)
+        removed, effects, solution, measured = choose_blocks(job, source, count, work.hidden)
         settings = _check_family(source, removed)
         change = without_blocks(source.conversion, source.blocks, settings, removed)
         record = {"removed": removed, "update": NONE, "seed": options.seed}
         fingerprint, memory = fingerprint_of(job, record), peaks(source.device)
         report = PruneReport([], fingerprint, output=run.output, memory=memory, kind=BLOCKS)
 
-        def leave_out(block: Block) -> None:
+        def skip_removed(block: Block) -> None:
             if block.index in removed:
-                block.advanced = True
+                leave_out(block)
 
         more = {**effects.record(removed, measured), "status": str(solution.status[0])}
-        finish_smaller(job, run, change, report, _WHY, prepare=leave_out, effects=more)
+        finish_smaller(job, run, change, report, _WHY, prepare=skip_removed, effects=more)
     seconds = time.perf_counter() - began
     return BlocksReport(removed, effects, solution, measured, run.output, seconds)
+
+
+def leave_out(block: Block) -> None:
+    """Let the samples pass a block without going through it."""
+    block.advanced = True
+
+
+class BlockChoice(NamedTuple):
+    """The blocks to remove, and what led to them; as in `BlocksReport`."""
+
+    removed: list[int]
+    effects: Effects
+    solution: Solution
+    measured: dict[Left, float]
+
+
+def choose_blocks(job: Job, source: FolderSource, count: int, folder: Path) -> BlockChoice:
+    """Return the `count` blocks whose removal changes the output least.
+
+    Args:
+        job: a whole walk through the dense model, not entered.
+        folder: for hidden states that memory has no room for.
+    """
+    _check_count(source, count)
+
+    def measure(sets: Sequence[Left]) -> dict[Left, float]:
+        with job.again(job.options) as walk:
+            return measure_sets(walk, sets, folder)
+
+    with job, torch.no_grad():
+        effects = measure_effects(job, folder)
+        best, solution = effects.best(count)
+        measured = choose(effects, best, measure, _sayable(source))
+    least = min(measured, key=lambda left: measured[left])
+    return BlockChoice(sorted(least), effects, solution, measured)
+
+
+def _check_count(source: FolderSource, count: int) -> None:
+    """Raise MaskoptError for a number of blocks that leaves no model."""
+    blocks = len(source.blocks)
+    if not 0 < count < blocks:
+        raise OptionError(f"`blocks` must be 1 to {blocks - 1}, not {count}")
+    _check_family(source, list(range(blocks - count, blocks)))
 
 
 def choose(

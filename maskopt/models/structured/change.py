@@ -97,7 +97,8 @@ def finish_smaller(
         _check_same_output(job, folder, why, bad, finished, prepare)
 
     kept = {name: stays.nonzero()[:, 0].tolist() for name, stays in change.kept.items()}
-    shrunk = {"kept": kept, "updated": sorted(edits.values), **more}
+    updated = sorted(change.names.get(name) or name for name in edits.values)
+    shrunk = {"kept": kept, "updated": updated, **more}
     run.finish(report, shards, rewrite, shrunk=shrunk)
 
 

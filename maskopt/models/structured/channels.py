@@ -1,6 +1,7 @@
-"""Make a model smaller: whole channels and attention heads are removed, block by block.
+"""Make a model smaller: whole blocks first, then channels and attention heads, block by block.
 
-    for every block:
+    choose  the blocks to remove, by the output of the dense model (`structured.blocks`)
+    for every block that stays:
         grams   of the inputs of the consumers (down_proj, o_proj), from the pruned blocks before
         choose  the structures whose removal changes the consumer's output least (`instances.structure`)
         update  the consumer's kept weights by least squares
@@ -13,6 +14,7 @@ smaller.
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -33,9 +35,12 @@ from maskopt.models.architecture.structures import (
     CHANNEL,
     Change,
     Structures,
+    block_settings,
+    renumbered,
     structure_cuts,
     structure_settings,
     structures_of,
+    without_blocks,
 )
 from maskopt.models.blockwise.collect import Grams
 from maskopt.models.blockwise.forward import OnBlockProgress
@@ -44,9 +49,16 @@ from maskopt.models.checkpoints.report import LayerReport, PruneReport
 from maskopt.models.checkpoints.result import MaskFile, unpack
 from maskopt.models.checkpoints.schema import MASKS, STRUCTURES
 from maskopt.models.options.structured import ShrinkOptions
-from maskopt.models.options.walk import check_size, default_start, options_by_name
+from maskopt.models.options.walk import (
+    EVALUATION,
+    WalkOptions,
+    check_size,
+    default_start,
+    options_by_name,
+)
 from maskopt.models.pruning.output import BlockResult, FolderResults, LayerResult
 from maskopt.models.pruning.run import Run, fingerprint_of
+from maskopt.models.structured.blocks import choose_blocks, leave_out
 from maskopt.models.structured.change import check_shapes, finish_smaller, open_original
 from maskopt.protocol.bounds import lower_bound
 from maskopt.protocol.solution import Solution, Status
@@ -57,6 +69,8 @@ _EXACT = "branch"
 #: of the bound of a choice that is not
 _BOUND = "sdp"
 _BOUND_SECONDS = 60.0
+#: options of the walk that scores blocks
+_SCORING = (*EVALUATION, "max_memory")
 #: what it means if the written model computes something else
 _WHY = "what was removed does more in this family than pass through the layer that takes it"
 
@@ -73,8 +87,10 @@ def shrink_model(
     on_progress: OnBlockProgress | None = None,
     **shorthand: Any,
 ) -> PruneReport:
-    """Write a smaller copy of a model folder, without some of its MLP channels and attention heads, which
-    `from_pretrained` loads. All blocks are cut to the same sizes, since configurations name one width.
+    """Write a smaller copy of a model folder, which `from_pretrained` loads.
+
+    Some MLP channels and attention heads are removed from every block, after `blocks` whole blocks. All
+    blocks are cut to the same sizes, since configurations name one width.
 
     Args:
         model: a folder, or a name on the hub; `tokenizer_or_tokens` and `calibration` as for `prune_model`.
@@ -96,26 +112,62 @@ def shrink_model(
         model, tokenizer_or_tokens, calibration, options, "shrinking", on_progress=on_progress
     )
     every = _structures_of(source, options)
-    settings = structure_settings(source.model, every)
-    _check_family(source, settings, every)
+    settings: dict[str, Any] = dict(structure_settings(source.model, every))
+    _check_family(source, settings, every, [])
+    record = options.record()
+    removed = run.recorded("removed", {**record, "removed": None}) if options.blocks else []
+    if removed is None:
+        removed = _choose_blocks(model, whole, tokenizer_or_tokens, calibration, options)
+    record["removed"] = removed
+    every = [one for one in every if one.consumer.block not in removed]
+    names: Mapping[str, str | None] = {}
+    if removed:
+        settings |= block_settings(source.blocks, source.checkpoint.config, removed)
+        _check_family(source, settings, every, removed)
+        names = without_blocks(source.conversion, source.blocks, settings, removed).names
     layers = [one.consumer for one in every]
     job = Job(source, layers, whole.windows, options, on_progress=whole.tell)
     source.blocks.check_unshared(job.layers)
     cuts = structure_cuts(source.conversion, every)
     results = FolderResults(job, run, shards=False)
-    fingerprint = fingerprint_of(job, options.record())
+    fingerprint = fingerprint_of(job, record)
     if (finished := run.finished_report(fingerprint)) is not None:
         return finished
     with results.opened(fingerprint) as folder, torch.no_grad():
         with job:
             for block in job.blocks(dict(results.blocks), folder):
+                if block.index in removed:
+                    leave_out(block)
+                    continue
                 solve = partial(_shrink, block, {one.consumer.name: one for one in every}, options)
                 results.keep(block, BlockResult.of(block, solve))
         report, edits = results.report(fingerprint, STRUCTURES), results.edits()
         done = {i: dataclasses.replace(one, bad=[]) for i, one in results.stored_blocks().items()}
-        change = Change(settings, cuts=cuts, kept=_kept(source, every, edits.masks))
-        finish_smaller(job, run, change, report, _WHY, edits=edits, finished=done)
+        change = Change(settings, names, cuts, _kept(source, every, edits.masks))
+
+        def skip_removed(block: Block) -> None:
+            if block.index in removed:
+                leave_out(block)
+
+        how: dict[str, Any] = {"edits": edits, "finished": done, "prepare": skip_removed}
+        finish_smaller(job, run, change, report, _WHY, **how)
     return dataclasses.replace(report, seconds=time.perf_counter() - began)
+
+
+def _choose_blocks(
+    model: str | Path,
+    walk: Job,
+    tokenizer_or_tokens: Any,
+    calibration: Any,
+    options: ShrinkOptions,
+) -> list[int]:
+    """Return the blocks to remove, chosen on the first windows of the text."""
+    scoring = WalkOptions(**{name: getattr(options, name) for name in _SCORING})
+    how: Any = {"whole": True, "limit": options.windows, "on_progress": walk.tell}
+    given = (model, tokenizer_or_tokens, calibration, scoring, "removing blocks")
+    job, source = open_original(*given, **how)
+    with tempfile.TemporaryDirectory(prefix="maskopt-") as folder:
+        return choose_blocks(job, source, options.blocks, Path(folder)).removed
 
 
 def _structures_of(source: FolderSource, options: ShrinkOptions) -> list[Structures]:
@@ -222,12 +274,15 @@ def _kept(
 
 
 def _check_family(
-    source: FolderSource, settings: Mapping[str, int], every: Sequence[Structures]
+    source: FolderSource,
+    settings: Mapping[str, Any],
+    every: Sequence[Structures],
+    removed: Sequence[int],
 ) -> None:
-    """Compare the model that the new configuration describes with what the cuts leave; as `check_shapes`."""
+    """Compare the model that the new configuration describes with what is left; as `check_shapes`."""
     sizes: dict[str, dict[int, int]] = {}
     for one in every:
         some = torch.arange(one.count) < one.kept  # the shapes depend on their number alone
         for name, cut in one.cuts.items():
             sizes.setdefault(name, {})[cut.axis] = len(cut.inside(some))
-    check_shapes(source, settings, sizes)
+    check_shapes(source, settings, sizes, lambda x: renumbered(x, source.blocks.name, removed))

@@ -23,6 +23,7 @@ from maskopt.models.architecture.structures import (
     changed,
     expert_settings,
     experts_left,
+    renumbered,
     structure_cuts,
     structure_settings,
     structures_of,
@@ -69,7 +70,8 @@ def verify_smaller(
         before = _names(change, weights, dense)
         _check_settings(change.settings, ours, theirs)
     check_loads(ours, theirs)
-    _check_kept(ours, shrunk["kept"])
+    removed, place = record["fingerprint"]["options"].get("removed", []), Blocks(ours.model).name
+    _check_kept(ours, {str(renumbered(x, place, removed)): k for x, k in shrunk["kept"].items()})
     count, updated = 0, set(shrunk["updated"])
     for done, name in enumerate(sorted(weights.where), 1):
         found = weights.read(name)
@@ -91,7 +93,8 @@ def verify_smaller(
     elif theirs is None:
         may.update(weights.where)
     elif kind == STRUCTURES:
-        may.update(*(theirs.conversion.needed([f"{name}.weight"]) for name in change.kept))
+        needed = theirs.conversion.needed([f"{name}.weight" for name in change.kept])
+        may.update(change.names.get(name) or name for name in needed)
     if odd := updated - may or (may - updated if (dense and updated) or trained else set()):
         how = "a least-squares update of all layers that take channels or heads"
         if trained:
@@ -151,12 +154,18 @@ def _change(record: Mapping[str, Any], theirs: Loading) -> Change:
             settings = expert_settings(theirs.model, config, mixtures, left)
             return without_experts(theirs.conversion, settings, mixtures, kept)
         every = structures_of(blocks, options["channels"], options["heads"], options["round_to"])
-        sizes = {}
+        removed, sizes = options["removed"], {}
+        every = [one for one in every if one.consumer.block not in removed]
         for one in every:
             group = one.pattern.of if isinstance(one.pattern, NM) else one.count
             sizes[one.consumer.name] = one.count, group, one.kept * group // one.count
         kept, cuts = _kept(theirs, chosen, sizes), structure_cuts(theirs.conversion, every)
-        return Change(structure_settings(theirs.model, every), cuts=cuts, kept=kept)
+        sizes_left: dict[str, Any] = dict(structure_settings(theirs.model, every))
+        names: Mapping[str, str | None] = {}
+        if removed:
+            sizes_left |= block_settings(blocks, config, removed)
+            names = without_blocks(theirs.conversion, blocks, sizes_left, removed).names
+        return Change(sizes_left, names, cuts, kept)
 
 
 def _kept(

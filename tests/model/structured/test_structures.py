@@ -27,7 +27,7 @@ from maskopt.models.checkpoints.checkpoint import open_checkpoint, open_safe
 from maskopt.models.checkpoints.schema import INDEX, MANIFEST
 from maskopt.models.checkpoints.workspace import HIDDEN
 from maskopt.models.options.walk import WalkOptions
-from maskopt.models.structured import blocks as removal
+from maskopt.models.structured import blocks as removal, channels as shrinking
 from maskopt.models.structured.blocks import Effects, exchanges, place, search_sets
 from maskopt.models.structured.experts import costs
 from maskopt.models.verification.verify import verify_model
@@ -127,6 +127,83 @@ def test_what_is_written_computes_what_is_left(kind, family, tmp_path):
         if "heads" in kind:
             assert 2 * config.num_attention_heads == model.config.num_attention_heads
     check_same(less, model, **close)
+
+
+#: blocks together with channels and heads, in one folder; the families of the default run, and others
+BOTH = ["llama", "gemma3"], ["phi3", "qwen2", "qwen3", "phi", "cohere", "glm"]
+
+
+@pytest.mark.parametrize("family", but_slow(BOTH[0], BOTH[0] + BOTH[1]))
+def test_several_kinds_of_cut_in_one_folder(family, tmp_path, monkeypatch):
+    if family == "llama":  # a block between others, so that those after it have new names
+        monkeypatch.setattr(shrinking, "_choose_blocks", lambda *_: [1])
+    dense, out = save(tiny(family, layers=3), tmp_path / "dense", shard="30KB"), tmp_path / "out"
+    report = smaller(dense, out, **CHANNELS, **HEADS, blocks=1, windows=2)
+    (gone,) = report.fingerprint["options"]["removed"]
+    model, less, record = reload(dense), reload(out), record_of(out)
+    assert less.config.num_hidden_layers == 2
+    assert len(report.layers) == len(record["kept"]) == 4
+    verified = verify_model(out, dense)
+    assert "kept weights" in verified.checked
+    assert verified.updated == 4
+    place = {old: old for old in record["kept"]}
+    for old in place:
+        index = int(old.split(".")[2])
+        assert index != gone
+        place[old] = old.replace(f".{index}.", f".{index - (index > gone)}.", 1)
+    for old, kept in record["kept"].items():
+        weight = model.get_submodule(old).weight.data
+        left = less.get_submodule(place[old]).weight.data
+        columns = torch.zeros(weight.shape[1] * len(kept) // left.shape[1], dtype=torch.bool)
+        columns[kept] = True
+        columns = columns.repeat_interleave(weight.shape[1] // len(columns))
+        weight.zero_()
+        weight[:, columns] = left
+    check_same(less, pass_on(model, {gone}), rtol=1e-3, atol=1e-4)
+    # and trained
+    distill_model(out, dense, tokens(16), output=tmp_path / "trained", **TRAINING)
+    assert verify_model(tmp_path / "trained", dense).checked == verified.checked
+    for change, said in (
+        (forging.options(removed=[]), "is only in the folder|what stays of"),
+        (
+            forging.options(removed=[(gone + 1) % 3]),
+            "is no layer|what stays of|is not the original's",
+        ),
+    ):
+        forged = shutil.copytree(out, tmp_path / "forged", dirs_exist_ok=True)
+        forging.forge_manifest(forged, change)
+        fails(VerificationError, said, verify_model, forged, dense)
+
+
+def test_several_kinds_of_cut_resume_to_the_same_bytes(dense_folder, data, tmp_path):
+    what = {**CHANNELS, **HEADS, "blocks": 1, "windows": 2}
+    smaller(dense_folder, tmp_path / "whole", **what)
+
+    solved = []
+
+    def halt(event):
+        if event.stage == "solve" and event.done == 2:
+            solved.append(event.block)
+            if len(solved) == 2:
+                raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    fails(KeyboardInterrupt, None, smaller, dense_folder, out, on_progress=halt, **what)
+    smaller(dense_folder, out, resume=True, **what)
+    assert contents(out) == contents(tmp_path / "whole")
+    smaller(dense_folder, out, resume=True, **what)
+    another = {**what, "channels": 0.5}
+    fails(ModelError, "another run", smaller, dense_folder, out, resume=True, **another)
+    # the command, and its manifest as the configuration of another run
+    words = ["--calibration", data, "--output"]
+    cut = ["--channels", 0.25, "--heads", 0.5, "--blocks", 1]
+    shows(
+        run("prune-structured", dense_folder, *cut, *words, tmp_path / "one"), "36 of 48 channels"
+    )
+    again = ["--config", tmp_path / "one" / MANIFEST]
+    run("prune-structured", dense_folder, *again, *words, tmp_path / "two")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert "removed whole blocks" in (tmp_path / "one" / "README.md").read_text()
 
 
 TRAINING = {"epochs": 2, "learning_rate": 0.001, "holdout": 0.25}
@@ -346,9 +423,9 @@ def test_options_that_cannot_be(dense_folder, data, tmp_path):
         assert not out.exists()
         assert before == files(dense_folder)
     for options, said in {
-        "--channels 0.25 --blocks 1": "second `maskopt prune-structured`",
+        "--channels 0.25 --experts 0.25": "second `maskopt prune-structured`",
         "--experts 0.25 --blocks 1": "second `maskopt prune-structured`",
-        "--windows 2 --channels 0.25": "--windows need --blocks",
+        "--windows 2 --channels 0.25": "--windows needs --blocks",
         "--blocks 1 --solver tabu": "says nothing of --blocks",
         "--blocks 1 --certify": "says nothing of --blocks",
         "--blocks 1 --solver-options seed=1": "says nothing of --blocks",
