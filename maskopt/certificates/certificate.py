@@ -65,7 +65,7 @@ _LEAST_SQUARE = 1e-300
 
 @dataclass(frozen=True)
 class Certificate:
-    """What proves the lower bounds of a layer's rows, of f or of F.
+    """A proof of the lower bounds of a layer's rows, of f or of F.
 
     Attributes:
         diagonal: float64 [rows, n], λ; of F d ≥ 0.
@@ -82,8 +82,10 @@ class Certificate:
     cuts: Sequence[Cuts | None] | None = None
 
     def check(self, problem: LayerProblem | RowProblem) -> Float[Tensor, " rows"]:
-        """The lower bound of every row that this certificate proves, float64, at least 0; of an integral
-        problem the next value of f. With a shared budget one bound of the sum, divided into equal parts.
+        """Return the lower bound of every row that this certificate proves, float64, at least 0.
+
+        Of an integral problem it is the next value of f. With a shared budget it is one bound of the sum,
+        divided into equal parts.
 
         Raises:
             VerificationError: a certificate of the other objective, shapes that do not fit, values that are
@@ -97,12 +99,12 @@ class Certificate:
         return value.new_tensor(next_values(layer, value.tolist()))
 
     def take(self, rows: Sequence[int]) -> Certificate:
-        """The certificate of some rows only."""
+        """Return the certificate of some rows only."""
         return take_rows(self, rows)
 
     @classmethod
     def box(cls, problem: LayerProblem, point: Float[Tensor, "rows n"]) -> Certificate:
-        """λ = μ = ν = 0 at a point: what the convex relaxation of Q itself proves."""
+        """Return λ = μ = ν = 0 at a point: what the convex relaxation of Q itself proves."""
         zero = torch.zeros((), dtype=torch.float64, device=point.device)
         penalty = zero.expand(problem.rows, problem.n // problem.group_size)
         return cls(zero.expand(problem.rows, problem.n), penalty, point.double())
@@ -111,7 +113,7 @@ class Certificate:
     def unpacked(
         cls, words: Mapping[str, Any], arrays: Mapping[str, np.ndarray], name: str
     ) -> Certificate:
-        """Inverse of `maskopt.core.files.pack`; errors as of `unpack`, KeyError without a diagonal."""
+        """Invert `maskopt.core.files.pack`; errors as of `unpack`, KeyError without a diagonal."""
         rows = len(arrays[f"{name}.diagonal"])
         cuts = unpack_rows(Cuts, words, arrays, f"{name}.cuts", rows)
         return unpack(cls, words, arrays, name, cuts=cuts)
@@ -120,7 +122,7 @@ class Certificate:
     def of_rows(
         cls, problem: LayerProblem, rows: Sequence[Certificate | None]
     ) -> Certificate | None:
-        """Those of single rows as one, which proves f ≥ 0 of a row without; None where no row has one."""
+        """Join those of single rows; a row without proves f ≥ 0. None where no row has one."""
         if not any(rows):
             return None
         nothing = cls.box(problem, torch.zeros_like(problem.weight, dtype=torch.float64))
@@ -128,7 +130,7 @@ class Certificate:
 
     @classmethod
     def stack(cls, parts: Iterable[Certificate]) -> Certificate:
-        """The certificates of consecutive rows as one."""
+        """Join the certificates of consecutive rows."""
         parts = list(parts)
         if any(part.product is not None for part in parts):
             parts = [part._with_product() for part in parts]
@@ -137,9 +139,11 @@ class Certificate:
         return join_rows([replace(p, cuts=c) for p, c in zip(parts, lists, strict=True)])
 
     def of_linear(self, problem: LayerProblem) -> Certificate:
-        """The certificate of a problem with a linear part from one of its rows' forms `RowProblem.q`, which
-        differ from f by (2lᵀp/S + c/S²·1ᵀp)(1ᵀp − S), a part of ν with S pruned inputs, and a multiple of
-        1ᵀp − S, which changes no bound."""
+        """Return the certificate of a problem with a linear part from one of its rows' forms `RowProblem.q`.
+
+        The forms differ from f by (2lᵀp/S + c/S²·1ᵀp)(1ᵀp − S), a part of ν with S pruned inputs, and a
+        multiple of 1ᵀp − S, which changes no bound.
+        """
         if problem.linear is None or not problem.pruned:
             return self
         pruned = problem.pruned // problem.rows
@@ -150,7 +154,7 @@ class Certificate:
         return replace(self, product=product + extra[:, None, :].expand_as(product))
 
     def _with_product(self) -> Certificate:
-        """The same with ν = 0 spelled out."""
+        """Return the same with an array of zeros for ν where there is none."""
         if self.product is not None:
             return self
         zeros = self.diagonal.new_zeros(*self.penalty.shape, self.diagonal.shape[1])
@@ -192,7 +196,7 @@ def _refused(reason: str) -> VerificationError:
 
 
 def next_values(layer: LayerProblem, bounds: list[Real]) -> list[Real]:
-    """Bounds of f, raised to its next values for an integral problem without a shared budget."""
+    """Raise bounds of f to its next values for an integral problem without a shared budget."""
     if not layer.integral or layer.shared_budget:
         return bounds
     values = [layer.row(row).values() for row in range(layer.rows)]
@@ -200,14 +204,14 @@ def next_values(layer: LayerProblem, bounds: list[Real]) -> list[Real]:
 
 
 def evenly(total: Tensor, layer: LayerProblem) -> Float[Tensor, " rows"]:
-    """A number as Σ ωᵣ xᵣ of equal parts ωᵣ xᵣ."""
+    """Divide a number into equal parts ωᵣ xᵣ, and return x."""
     return total / layer.rows / layer.shares
 
 
 def least_total(
     values: Float[Tensor, "rows n"], count: int, limits: tuple[int, int]
 ) -> Float[Tensor, ""]:
-    """The least sum of `count` of the values, of every row between so many and so many."""
+    """Return the least sum of `count` of the values; `limits`: least and most of every row."""
     least, most = limits
     ordered = values.sort(1).values
     free = ordered[:, least:most].flatten().sort().values
@@ -215,7 +219,7 @@ def least_total(
 
 
 def _bounds(certificate: Certificate, layer: LayerProblem) -> Float[Tensor, " rows"]:
-    """Of f."""
+    """Return the bounds of f."""
     slacks = _shared_slacks(certificate, layer)
     gram = layer.gram.double()
     parts = [_at_point(certificate, layer, gram, row, slacks[row]) for row in range(layer.rows)]
@@ -231,7 +235,7 @@ def _bounds(certificate: Certificate, layer: LayerProblem) -> Float[Tensor, " ro
 def _at_point(
     certificate: Certificate, layer: LayerProblem, gram: Tensor, row: int, shared: float | None
 ) -> tuple[Tensor, Tensor]:
-    """g(p̂) − ∇g(p̂)ᵀp̂, less what rounding may add to the row's bound, and ∇g(p̂)."""
+    """Return g(p̂) − ∇g(p̂)ᵀp̂, less what rounding may add to the row's bound, and ∇g(p̂)."""
     w = layer.weight[row].double()
     n, group = layer.n, layer.group_size
     parts = certificate.point, certificate.diagonal, certificate.penalty
@@ -282,7 +286,7 @@ def _at_point(
 def _lacking(
     a: Tensor, diagonal: Tensor, penalty: Tensor, product: Tensor | None, cut: CutForm
 ) -> float:
-    """θ with A + θI ⪰ 0 for certain. `a` is Q, and becomes A."""
+    """Return θ with A + θI ⪰ 0 for certain. `a` is Q, and becomes A."""
     n, groups, size = len(a), len(penalty), _size(a)
     group = n // groups
     a.diagonal().add_(diagonal)
@@ -299,7 +303,7 @@ def _lacking(
 
 
 def missing(a: Tensor) -> float:
-    """θ ≥ 0 with A + θI ⪰ 0 for certain."""
+    """Return θ ≥ 0 with A + θI ⪰ 0 for certain."""
     n, rump = len(a), _rump(a)
     for factor in (2.0, 1e2, 1e4):
         shift = factor * rump
@@ -316,14 +320,14 @@ def missing(a: Tensor) -> float:
 
 
 def _rump(a: Float[Tensor, "n n"]) -> float:
-    """What rounding may hide from a Cholesky factorisation that succeeds."""
+    """Return what rounding may hide from a Cholesky factorisation that succeeds."""
     n, trace = len(a), float(a.diagonal().abs().sum())
     gamma = (n + 2) * _U
     return 2 * gamma / (1 - gamma) * trace + n * 1e-300
 
 
 def _size(a: Float[Tensor, "n n"]) -> float:
-    """‖A‖ in Frobenius' norm, also where squares of its entries leave float64's range."""
+    """Return ‖A‖ in Frobenius' norm, also where squares of its entries leave float64's range."""
     norm, largest = float(torch.linalg.matrix_norm(a)), float(a.abs().max())
     if 1e-140 < norm < 1e300 or largest in (0.0, torch.inf):
         return norm
@@ -331,8 +335,10 @@ def _size(a: Float[Tensor, "n n"]) -> float:
 
 
 def _shared_slacks(certificate: Certificate, layer: LayerProblem) -> list[float | None]:
-    """For every row a slack with A ⪰ −slack·diag(w²) where one factorisation of G serves several rows: all
-    that have μ ≥ 0, ν = 0 and no cuts, or else those of them with λ ≥ 0."""
+    """Return for every row a slack with A ⪰ −slack·diag(w²) where one factorisation of G serves several rows.
+
+    These are all rows that have μ ≥ 0, ν = 0 and no cuts, or else those of them with λ ≥ 0.
+    """
     plain = (certificate.penalty >= 0).all(1)
     if certificate.product is not None:
         plain &= (certificate.product == 0).all(2).all(1)
@@ -348,9 +354,11 @@ def _shared_slacks(certificate: Certificate, layer: LayerProblem) -> list[float 
 
 
 def _slack_of(lam: Tensor, layer: LayerProblem, rows: Tensor) -> float | None:
-    """A ⪰ diag(w)(G + diag(d))diag(w) with d_i the least λ_i/w_i² over the rows: what that lacks, in units
-    of w², if it is little more than rounding and what G itself lacks; else None, since no single row may
-    lack it."""
+    """Return what diag(w)(G + diag(d))diag(w) ⪯ A lacks to semidefiniteness, in units of w².
+
+    d_i is the least λ_i/w_i² over the rows. None where it is more than rounding and what G itself lacks,
+    since no single row may lack it.
+    """
     square = layer.weight[rows].double().square()
     lam = lam.to(square)
     if bool((lam[square < _LEAST_SQUARE] < 0).any()):
@@ -370,7 +378,7 @@ def _slack_of(lam: Tensor, layer: LayerProblem, rows: Tensor) -> float | None:
 
 
 def _bounds_of_update(certificate: Certificate, layer: LayerProblem) -> Float[Tensor, " rows"]:
-    """Of F."""
+    """Return the bounds of F."""
     if layer.least_squares.flat:  # a G of 0: A is the identity that stands in for it
         return torch.zeros(layer.rows, dtype=torch.float64, device=layer.device)
     parts = [_update_at_point(certificate, layer, row) for row in range(layer.rows)]
@@ -391,7 +399,7 @@ def _bounds_of_update(certificate: Certificate, layer: LayerProblem) -> Float[Te
 def _update_at_point(
     certificate: Certificate, layer: LayerProblem, row: int
 ) -> tuple[Tensor, Tensor]:
-    """C − v̂ᵀBv̂, less what rounding may add, and (b − Bv̂)ⱼ²/dⱼ, plus what rounding may take off it."""
+    """Return C − v̂ᵀBv̂, less what rounding may add, and (b − Bv̂)ⱼ²/dⱼ, plus what it may take off."""
     w = layer.weight[row].double()
     a, n = layer.least_squares.damped, layer.n
     v = certificate.point[row].to(w)

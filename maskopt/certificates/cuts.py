@@ -1,6 +1,8 @@
-"""Triangle and pentagonal inequalities, which hold for every mask: on z = 2p − 1 (with z_0 = 1 as index −1)
-an odd sum of signs has a square of at least 1, so that of three inputs a·z_iz_j + b·z_iz_k + ab·z_jz_k + 1 ≥
-0, and likewise of five."""
+"""Triangle and pentagonal inequalities, which hold for every mask.
+
+On z = 2p − 1 (with z_0 = 1 as index −1) an odd sum of signs has a square of at least 1, so that of three
+inputs a·z_iz_j + b·z_iz_k + ab·z_jz_k + 1 ≥ 0, and likewise of five.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,9 @@ _WHOLE = (torch.int8, torch.int16, torch.int32, torch.int64)
 
 @dataclass(frozen=True)
 class Cuts:
-    """Triangle and pentagonal inequalities of one row: for an odd number k ≥ 3 of inputs and signs b,
-    Σ_{i<j} b_ib_jz_iz_j + (k − 1)/2 ≥ 0.
+    """Triangle and pentagonal inequalities of one row.
+
+    For an odd number k ≥ 3 of inputs and signs b, Σ_{i<j} b_ib_jz_iz_j + (k − 1)/2 ≥ 0.
 
     Attributes:
         index: int64 [m, places], distinct inputs of a row; OF_Z0 (−1): z_0 = 1; NO_INPUT (−2) in places that
@@ -71,8 +74,12 @@ def _fault(index: Tensor, sign: Tensor, tau: Tensor, n: int) -> str:
 
 
 class CutForm(NamedTuple):
-    """Σ τ c_t(p) as pᵀKp + kᵀp + κ, with K None where there are no cuts; a bound of the size of its terms,
-    and what all entries of K, k and κ together may be off by rounding."""
+    """The form Σ τ c_t(p) = pᵀKp + kᵀp + κ, with K None where there are no cuts.
+
+    Attributes:
+        size: a bound of the size of its terms.
+        error: what rounding may change in all entries of K, k and κ together.
+    """
 
     matrix: Tensor | None
     linear: Tensor
@@ -82,7 +89,7 @@ class CutForm(NamedTuple):
 
 
 def cut_form(cuts: Cuts | None, n: int, like: Tensor) -> CutForm:
-    """The quadratic form of the cuts of a row of n inputs, on the device of `like`."""
+    """Return the quadratic form of the cuts of a row of n inputs, on the device of `like`."""
     linear = torch.zeros(n, dtype=torch.float64, device=like.device)
     if cuts is None or len(cuts.multiplier) == 0:
         return CutForm(None, linear, 0.0, 0.0, 0.0)

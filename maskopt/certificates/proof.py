@@ -1,5 +1,6 @@
-"""Proofs of optimality: the closed tree of a row's branch and bound as data, and its independent check, which
-computes each bound in float64.
+"""Proofs of optimality: the closed tree of a row's branch and bound as data, and its independent check.
+
+The check computes each bound in float64.
 
 A row's masks are the p ∈ {0,1}ⁿ with s entries of every group pruned (p = 1). A tree of *steps* splits them.
 A step stands at a node, where some entries are fixed and F are free, and has a *form* (λ, μ, τ) and a point
@@ -98,21 +99,24 @@ class RowProof:
 
     @property
     def leaves(self) -> int:
-        """Where the tree ends, the other sides of fixed entries among them."""
+        """The number of ends of the tree, the other sides of fixed entries among them."""
         return int((self.branch == LEAF).sum()) + len(self.fixed)
 
     @property
     def nbytes(self) -> int:
-        """In memory and in a file."""
+        """The size in memory and in a file."""
         return sum(getattr(self, name).nbytes for name in KINDS)
 
 
 def check_proof(
     problem: LayerProblem | RowProblem, proof: Sequence[RowProof | None]
 ) -> Float[Tensor, " rows"]:
-    """The lower bound of every row that its tree proves, float64, at least 0; 0 without a tree.
-    VerificationError: a tree that does not cover all masks, or is no tree; numbers that are not finite;
-    updated weights; a shared budget."""
+    """Return the lower bound of every row that its tree proves, float64, at least 0; 0 without a tree.
+
+    Raises:
+        VerificationError: a tree that does not cover all masks, or is no tree; numbers that are not finite;
+            updated weights; a shared budget.
+    """
     layer = problem.as_layer()
     if layer.update is not None or layer.shared_budget:
         raise VerificationError(
@@ -130,8 +134,14 @@ def check_proof(
 
 
 class _Form(NamedTuple):
-    """A form at a node and below: q's matrix [n, n], linear part and constant; λ [n] with A ⪰ 0, 0 where it
-    is fixed; the sum of the sizes of all terms; the error of the form's own sums."""
+    """A form at a node and below it.
+
+    Attributes:
+        matrix, linear, constant: q, its matrix [n, n].
+        lam: λ [n] with A ⪰ 0, 0 where an input is fixed.
+        size: the sum of the sizes of all terms.
+        off: the rounding error of the form's own sums.
+    """
 
     number: int
     matrix: np.ndarray
@@ -143,7 +153,7 @@ class _Form(NamedTuple):
 
 
 class _Node(NamedTuple):
-    """Its state, int8 [n]: 1 pruned, 0 kept, −1 free; its proven bound; the form of the step above."""
+    """A node: its state, int8 [n]: 1 pruned, 0 kept, −1 free; its bound; the form of the step above."""
 
     state: np.ndarray
     value: float
@@ -163,7 +173,7 @@ class TreeCheck:
         self.first_cut = np.cumsum([0, *tree.cuts.tolist()])
 
     def bound(self) -> float:
-        """The least bound of a leaf."""
+        """Return the least bound of a leaf."""
         tree, least = self.tree, math.inf
         nodes = [_Node(np.full(self.n, -1, dtype=np.int8), 0.0, None)]
         first = taken = 0
@@ -204,7 +214,7 @@ class TreeCheck:
         return max(least, 0.0)
 
     def _settle(self, state: np.ndarray) -> bool:
-        """Counts that are reached and the order of twins fix others, in place; False: no mask is left."""
+        """Fix what reached counts and the order of twins imply, in place; False: no mask is left."""
         groups, before = state.reshape(-1, self.group), -1
         while before != (before := int((state < 0).sum())):
             for twins in self.twins:
@@ -221,7 +231,7 @@ class TreeCheck:
         return True
 
     def _form(self, number: int, above: Any, free: np.ndarray) -> Any:
-        """A form where `free` are free. What is semidefinite at a node is so below it."""
+        """Return a form where `free` are free. What is semidefinite at a node is so below it."""
         if number == NO_FORM or len(free) == 0:
             return None
         if above is not None and above.number == number:
@@ -232,7 +242,7 @@ class TreeCheck:
         return self._made(number, free, cuts)
 
     def _made(self, number: int, free: np.ndarray, cuts: Cuts) -> Any:
-        """The form, in this checker's arithmetic."""
+        """Return the form, in this checker's arithmetic."""
         cut = cut_form(cuts, self.n, torch.zeros(1).double())
         q = self.q if cut.matrix is None else self.q - cut.matrix.numpy()
         own, penalty, group = self.tree.forms[number][free], self.tree.penalty, free // self.group
@@ -251,7 +261,7 @@ class TreeCheck:
     def _step(
         self, form: _Form | None, state: np.ndarray, free: np.ndarray, point: np.ndarray
     ) -> tuple[float, np.ndarray]:
-        """(1), less its rounding; by how much it rises where a free input is pruned ([0]) or kept ([1])."""
+        """Return (1), less its rounding, and its rise where a free input is pruned ([0]) or kept ([1])."""
         p = (state == 1).astype(float)
         if len(free) == 0:  # a single mask
             return self._rounded(float(p @ (self.q @ p)), self.size), np.zeros((2, 0))
@@ -291,7 +301,7 @@ class TreeCheck:
         inputs: np.ndarray,
         side: np.ndarray,
     ) -> float:
-        """Fix inputs in place; by how much the bound rises at least where one has its other side."""
+        """Fix inputs in place; return the least rise of the bound where one of them has its other side."""
         known = ((inputs >= 0) & (inputs < self.n)).all() and ((side == 0) | (side == 1)).all()
         if not known or (state[inputs] >= 0).any() or len(np.unique(inputs)) < len(inputs):
             raise self._refused("it fixes an input that is not free, or to no side")
@@ -300,11 +310,11 @@ class TreeCheck:
         return rise[side, np.searchsorted(free, inputs)].min()
 
     def _rounded(self, value: float, size: float) -> float:
-        """Less all that rounding may have added to a sum of terms of this size."""
+        """Subtract all that rounding may have added to a sum of terms of this size."""
         return value - (2 * self.n + 16) * _U * 6 * size
 
     def _raised(self, value: float) -> float:
-        """To the next value that f can take, where these are known."""
+        """Raise a bound to the next value that f can take, where these are known."""
         return value if self.values is None else self.values.at_least(value)
 
     def _check_arrays(self) -> None:
@@ -336,7 +346,7 @@ class TreeCheck:
 
 
 def _twins(q: np.ndarray, group: int) -> list[np.ndarray]:
-    """All sets of at least two twins, ascending."""
+    """Return all sets of at least two twins, ascending."""
     same: dict[bytes, list[list[int]]] = {}  # by the entries of their rows, in any order
     for i, line in enumerate(q + 0.0):
         sets = same.setdefault(np.sort(line).tobytes(), [])
@@ -352,7 +362,7 @@ def _twins(q: np.ndarray, group: int) -> list[np.ndarray]:
 
 
 def _size_of_terms(layer: LayerProblem, row: int) -> float:
-    """Σ |Qᵢⱼ|, of the terms that Qᵢⱼ is summed from where there is a linear part."""
+    """Return Σ |Qᵢⱼ|, of the terms that Qᵢⱼ is summed from where there is a linear part."""
     weight = layer.weight[row].double().abs()
     size = float(weight @ (layer.gram.double().abs() @ weight))
     if pruned := layer.pruned // layer.rows:

@@ -1,5 +1,6 @@
-"""What masks and changes of masks cost, by definition in float64, and the check of 1-swap optimality. Nothing
-here is shared with any solver.
+"""The costs of masks and of changes of masks, by definition in float64, and the check of 1-swap optimality.
+
+Nothing here is shared with any solver.
 
 Of unchanged weights, with Q = diag(w)·G·diag(w) and c = G(w ⊙ p) + g,
 
@@ -37,8 +38,13 @@ AT_ONCE = 2**22
 
 
 class Prices(NamedTuple):
-    """Float64 [rows, n]: the cost of pruning a kept input (∞ for others) and the saving of keeping a pruned
-    one again (−∞ for others); and the objective of the mask, [rows]."""
+    """The prices of single removals and returns, float64.
+
+    Attributes:
+        prune: [rows, n], the cost of pruning a kept input; ∞ for others.
+        keep: [rows, n], the saving of keeping a pruned input again; −∞ for others.
+        objective: [rows], of the mask.
+    """
 
     prune: Tensor
     keep: Tensor
@@ -46,9 +52,14 @@ class Prices(NamedTuple):
 
 
 class Swaps(NamedTuple):
-    """The swaps of one row, float64, for weights times `scale`, a power of two that keeps squares within
-    range: the changes [kept, pruned] of the objective, the mask's objective, and the scale of rounding
-    (`LayerProblem.diagonal_mass`)."""
+    """The swaps of one row, float64, for weights times `scale`, a power of two.
+
+    Attributes:
+        delta: from kept and pruned inputs, the changes [kept, pruned] of the objective.
+        objective: of the mask.
+        mass: the scale of rounding (`LayerProblem.diagonal_mass`).
+        scale: keeps squares within range.
+    """
 
     delta: Callable[[Tensor, Tensor], Tensor]
     objective: Tensor
@@ -63,7 +74,7 @@ class UnchangedCosts:
         self.layer = layer
 
     def cost(self, mask: Bool[Tensor, "rows n"], row: int) -> Tensor:
-        """Of one row, by its pruned columns alone."""
+        """Return f of one row, by its pruned columns alone."""
         layer, pruned = self.layer, (~mask[row]).nonzero()[:, 0]
         w = layer.weight[row, pruned].double()
         step = max(1, AT_ONCE // max(1, len(pruned)))
@@ -73,7 +84,7 @@ class UnchangedCosts:
         return total.clamp(min=0.0)
 
     def costs(self, row: int, p: Float[Tensor, "masks n"]) -> Float[Tensor, " masks"]:
-        """Of one row with many masks, 1 = pruned, on the CPU."""
+        """Return f of one row under many masks, 1 = pruned, on the CPU."""
         layer = self.layer
         dropped = p * layer.weight[row].double().cpu()
         costs = ((dropped @ layer.gram.double().cpu()) * dropped).sum(1)
@@ -81,7 +92,7 @@ class UnchangedCosts:
         return costs.clamp(min=0.0)
 
     def prices(self, mask: Bool[Tensor, "rows n"]) -> Prices:
-        """Of all rows."""
+        """Return the prices of all rows."""
         layer = self.layer
         w = layer.weight.double()
         dropped = w * ~mask
@@ -92,7 +103,7 @@ class UnchangedCosts:
         return Prices(prune, keep, objective)
 
     def swaps(self, mask: Bool[Tensor, "rows n"], row: int) -> Swaps:
-        """Of one row."""
+        """Return the swaps of one row."""
         layer, scale = self.layer, within_range(self.layer.weight[row])
         w, gram = layer.weight[row].double() * scale, layer.gram
         constant = layer.constant[row] * scale * scale
@@ -110,7 +121,7 @@ class UnchangedCosts:
     def _products(
         self, dropped: Float[Tensor, "rows n"], correlation: Tensor, constant: Tensor
     ) -> tuple[Float[Tensor, "rows n"], Float[Tensor, " rows"]]:
-        """c = G(w ⊙ p) + g, and f."""
+        """Return c = G(w ⊙ p) + g, and f."""
         parts = self.layer.gram.split(max(1, AT_ONCE // self.layer.n))
         c = torch.cat([dropped @ part.double().T for part in parts], 1)
         objective = (dropped * (c + 2 * correlation)).sum(1) + constant
@@ -138,7 +149,7 @@ class UpdatedCosts:
         self.layer, self.squares = layer, layer.least_squares
 
     def cost(self, mask: Bool[Tensor, "rows n"], row: int) -> Tensor:
-        """Of one row, by LU of A_SS."""
+        """Return F of one row, by LU of A_SS."""
         damped, w = self.squares.damped, self.layer.weight[row].double()
         g = self.layer.correlation[row]
         kept, lost = mask[row].nonzero()[:, 0], w.clone()
@@ -149,7 +160,7 @@ class UpdatedCosts:
         return (total + 2 * lost @ g + self.layer.constant[row]).clamp(min=0.0)
 
     def costs(self, row: int, p: Float[Tensor, "masks n"]) -> Float[Tensor, " masks"]:
-        """Of one row with many masks, 1 = pruned and as many in each, on the CPU."""
+        """Return F of one row under many masks, 1 = pruned and equally many in each, on the CPU."""
         b, constant, scale = self._scaled(row)
         inverse, b, constant = self.squares.inverse.cpu(), b.cpu(), constant.cpu()
         free = inverse @ b
@@ -165,7 +176,7 @@ class UpdatedCosts:
         return (torch.cat(costs) + constant).clamp(min=0.0) / scale / scale
 
     def prices(self, mask: Bool[Tensor, "rows n"]) -> Prices:
-        """Of all rows."""
+        """Return the prices of all rows."""
         prune = torch.full(mask.shape, torch.inf, dtype=torch.float64, device=mask.device)
         keep, objective = -prune, prune[:, 0].clone()
         for row in range(len(mask)):
@@ -179,7 +190,7 @@ class UpdatedCosts:
         return Prices(prune, keep, objective)
 
     def swaps(self, mask: Bool[Tensor, "rows n"], row: int) -> Swaps:
-        """Of one row."""
+        """Return the swaps of one row."""
         s, n = self._solved(mask, row), self.layer.n
         mass = self.layer.take([row]).diagonal_mass()[0] * s.scale * s.scale
         # roots before squares: of a G of 1e-165 the squares would be 0
@@ -215,7 +226,7 @@ class UpdatedCosts:
         return _Solved(kept, pruned, k, r, free[kept] - cross @ r, own, pull, objective, scale)
 
     def _scaled(self, row: int) -> tuple[Tensor, Tensor, float]:
-        """b and c₀ − gᵀHg of one row for weights times a power of two, and that power."""
+        """Return b and c₀ − gᵀHg of one row for weights times a power of two, and that power."""
         scale = within_range(self.layer.weight[row])
         g = (self.layer.correlation[row] * scale)[:, None]
         b = self.squares.damped @ (self.layer.weight[row].double() * scale) + g[:, 0]
@@ -224,18 +235,20 @@ class UpdatedCosts:
 
 
 def costs_of(layer: LayerProblem) -> UnchangedCosts | UpdatedCosts:
-    """The costs of the layer's own objective."""
+    """Return the costs under the objective of the layer."""
     return UnchangedCosts(layer) if layer.update is None else UpdatedCosts(layer)
 
 
 def within_range(weight: Tensor) -> float:
-    """A power of two that brings extreme weights within range without changing any comparison."""
+    """Return a power of two that brings extreme weights within range without changing any comparison."""
     return 2.0 ** min(1000, -math.frexp(float(weight.abs().max()) or 1.0)[1])
 
 
 class SwapMove(NamedTuple):
-    """Prune input `kept` of row `row`, and keep input `pruned` of row `other`, which the mask prunes: the
-    objective, of a shared budget the sum Σ ωᵣ fᵣ, changes by `delta` (< 0)."""
+    """Prune input `kept` of row `row`, and keep input `pruned` of row `other`, which the mask prunes.
+
+    The objective, of a shared budget the sum Σ ωᵣ fᵣ, changes by `delta` (< 0).
+    """
 
     kept: int
     pruned: int
@@ -247,8 +260,9 @@ class SwapMove(NamedTuple):
 def improving_swap(
     problem: RowProblem | LayerProblem, mask: Tensor, tolerance: float = SWAP_TOLERANCE
 ) -> SwapMove | None:
-    """The best legal swap of one row, or of a layer with a shared budget, in float64; ties: the lowest kept,
-    then the lowest pruned index; None: none improves.
+    """Return the best legal swap of one row, or of a layer with a shared budget; None: none improves.
+
+    It is computed in float64. Ties go to the lowest kept, then the lowest pruned index.
 
     Args:
         problem: a row, a layer of one row, or a layer with a shared budget; VerificationError for others.
@@ -268,7 +282,7 @@ def improving_swap(
 def _inside(
     layer: LayerProblem, mask: Bool[Tensor, "rows n"], row: int, tolerance: float
 ) -> SwapMove | None:
-    """The best swap of one row at its own count."""
+    """Return the best swap inside one row, which keeps its count."""
     swaps = costs_of(layer).swaps(mask, row)
     share = float(layer.shares[row]) if layer.shared_budget else 1.0
     least = -float(swap_threshold(swaps.objective, swaps.mass, tolerance, update=layer.update))
@@ -288,8 +302,10 @@ def _inside(
 def improving_swap_between_rows(
     layer: LayerProblem, mask: Bool[Tensor, "rows n"], tolerance: float
 ) -> SwapMove | None:
-    """The best swap between two rows of a shared budget that lowers the sum by more than `swap_threshold` of
-    both."""
+    """Return the best swap between two rows of a shared budget.
+
+    It must lower the sum by more than `swap_threshold` of both rows.
+    """
     prices, share = costs_of(layer).prices(mask), layer.shares
     mass = layer.diagonal_mass()
     slack = swap_threshold(prices.objective, mass, tolerance, update=layer.update)

@@ -38,7 +38,7 @@ Require = Literal["claims", "checked", "exact"]
 
 @dataclass(frozen=True)
 class Verification:
-    """What the claims, which all hold, rest on per row: `checked`, or `trusted: SCIP 10.0` for a bound."""
+    """The basis of each row's claims, which all hold: `checked`, or `trusted: SCIP 10.0` for a bound."""
 
     basis: tuple[str, ...]
 
@@ -108,7 +108,7 @@ def verify(
 
 
 def _rounding(layer: LayerProblem, mask: Tensor, solution: Solution) -> Tensor:
-    """The most that float64 can lose of every row's objective, float64 [rows]."""
+    """Return the most that float64 can lose of every row's objective, float64 [rows]."""
     weight = solution.weight
     if solution.own and weight is not None and weight.shape == mask.shape:
         return layer.rounding(weight.to(layer.device, torch.float64))
@@ -116,7 +116,7 @@ def _rounding(layer: LayerProblem, mask: Tensor, solution: Solution) -> Tensor:
 
 
 def _verify_claims(layer: LayerProblem, mask: Tensor, solution: Solution, rounding: Tensor) -> bool:
-    """Statuses and bounds of each row, or of a shared budget; returns whether by enumeration, too."""
+    """Check statuses and bounds of each row, or of a shared budget; return whether masks were enumerated."""
     slack = optimal_slack(layer, mask, solution.objective)
     optimum_of = _enumeration(layer, rounding)
     claims = solution.objective, solution.lower_bound, slack
@@ -162,8 +162,10 @@ def _verify_claims(layer: LayerProblem, mask: Tensor, solution: Solution, roundi
 def _enumeration(
     layer: LayerProblem, rounding: Tensor
 ) -> Callable[[int], tuple[float, float]] | None:
-    """The least objective of a row, or the least sum of a shared budget, and what it may be off by; None:
-    there are too many masks. `rounding`: of the masks that are claimed."""
+    """Return a function from a row to its least objective and the error of that; None: too many masks.
+
+    With a shared budget it gives the least sum. `rounding`: of the masks that are claimed.
+    """
     if layer.shared_budget:
         if layer.rows * 2**layer.n > ENUMERATION_LIMIT:
             return None
@@ -186,7 +188,7 @@ def _enumeration(
 
 
 def _least_sum(layer: LayerProblem) -> float:
-    """min Σ ωᵣ fᵣ over all legal masks, float64: all 2ⁿ masks of every row, then counts row by row."""
+    """Return min Σ ωᵣ fᵣ over all legal masks, float64: all 2ⁿ masks of every row, then counts row by row."""
     best, (least, most) = torch.zeros(1, dtype=torch.float64), layer.row_limits
     costs = costs_of(layer)
     masks = ((torch.arange(2**layer.n)[:, None] >> torch.arange(layer.n)) & 1).double()
@@ -203,7 +205,7 @@ def _least_sum(layer: LayerProblem) -> float:
 
 
 def _verify_exactly(layer: LayerProblem, mask: Tensor, solution: Solution) -> None:
-    """Lower bounds and OPTIMAL without any rounding; of rows that share a budget those of their sum."""
+    """Check lower bounds and OPTIMAL without rounding; of rows that share a budget those of their sum."""
     proven = exact_bounds(layer, solution.certificate, solution.proof)
     costs = [exact_cost(layer, mask[row], row) for row in range(layer.rows)]
     stated = [Fraction(bound) for bound in solution.lower_bound.tolist()]
@@ -261,7 +263,7 @@ def _legal_mask(layer: LayerProblem, solution: Solution) -> Tensor:
 
 
 def _proven(layer: LayerProblem, mask: Tensor, solution: Solution) -> Tensor:
-    """The bounds of tree and certificate by their checks, else 0; the objective of a single mask."""
+    """Return the bounds that tree and certificate prove, else 0; of a single mask its objective."""
     if layer.one_mask:
         return layer.objective(mask).cpu()
     proven = torch.zeros(layer.rows, dtype=torch.float64)
@@ -278,7 +280,7 @@ def _proven(layer: LayerProblem, mask: Tensor, solution: Solution) -> Tensor:
 
 
 def _trusted(solution: Solution, row: int, proven: float) -> str:
-    """The exact solver that is trusted with a bound which no certificate proves."""
+    """Return the exact solver that is trusted with a bound which no certificate proves."""
     if solution.trusted and solution.trusted[row]:
         return solution.trusted[row]
     bound = f"lower bound: row {row} states {float(solution.lower_bound[row]):.12g}"
@@ -327,7 +329,7 @@ def _verify_objective(
 
 
 def _costs_of_weights(layer: LayerProblem, mask: Tensor, weight: Tensor | None) -> Tensor:
-    """What updated weights cost, after a check of their type, shape and zeros."""
+    """Return the costs of updated weights, after a check of their type, shape and zeros."""
     if weight is None or weight.shape != mask.shape or weight.dtype != torch.float64:
         raise VerificationError(f"weights: they must be float64 {list(mask.shape)}")
     weight = weight.to(layer.device)
@@ -355,7 +357,7 @@ def _verify_bound(layer: LayerProblem, solution: Solution, rounding: Tensor) -> 
 
 
 def _every_mask(layer: LayerProblem) -> Tensor | None:
-    """All sets of pruned entries, 1 = pruned, float64 [masks, n]; None: too many to enumerate."""
+    """Return all sets of pruned entries, 1 = pruned, float64 [masks, n]; None: too many to enumerate."""
     group, pruned = layer.group_size, layer.pruned_per_group
     count = math.comb(group, pruned) ** (layer.n // group)
     operations = count * (pruned * layer.n // group) ** 3
