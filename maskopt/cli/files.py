@@ -24,7 +24,7 @@ _OPTIONS = ("include", "text_field", "threads", "trust_remote_code")
 
 
 @command(
-    *(one for one in options_of(WalkOptions) if one.name in _OPTIONS),
+    *options_of(WalkOptions, *_OPTIONS),
     example="maskopt verify OUT --original MODEL",
 )
 def verify(

@@ -28,7 +28,7 @@ CALIBRATION = option(REQUIRED, f"Calibration text: {SOURCES}.", TEXT)
 
 
 @command(
-    *(one for one in options_of(DistillOptions) if one.name not in DistillOptions.absent),
+    *options_of(DistillOptions),
     example="maskopt distill OUT --teacher MODEL --calibration text.txt --output TRAINED",
 )
 def distill(
@@ -78,7 +78,7 @@ def distill(
 
 
 @command(
-    *(one for one in options_of(WalkOptions) if one.name in EVALUATION),
+    *options_of(WalkOptions, *EVALUATION),
     example="maskopt eval MODEL OUT --text test.txt --windows 64",
     name="eval",
 )
@@ -141,7 +141,7 @@ def _comparison(found: Sequence[Evaluation]) -> Table:
 
 
 @command(
-    *(one for one in options_of(ShrinkOptions) if one.name not in ShrinkOptions.absent),
+    *options_of(ShrinkOptions),
     example="maskopt prune-structured MODEL --channels 0.25 --calibration t.txt --output SMALLER",
     config=True,
 )

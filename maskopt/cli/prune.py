@@ -23,7 +23,14 @@ from maskopt.models.checkpoints.report import (
     proven_share,
 )
 from maskopt.models.checkpoints.workspace import check_output, unfinished
-from maskopt.models.options.prune import RECIPE, PruneOptions, with_recipe
+from maskopt.models.options.prune import DAMPING, RECIPE, PruneOptions, with_recipe
+from maskopt.models.options.walk import (
+    LayerOptions,
+    PassOptions,
+    RuntimeOptions,
+    TextOptions,
+    WindowOptions,
+)
 
 if TYPE_CHECKING:
     from maskopt.models.blockwise.memory import Memory
@@ -203,15 +210,18 @@ def show_report(report: PruneReport) -> None:
         screen.print(f"left out for NaN or infinity: {len(report.bad_samples)} samples")
 
 
-#: options that are swept, or that need more than Gram matrices of the dense model
-_NOT_HERE = (
-    *("sparsity", "solver", "update", "training", "distillation", "calibrate_on"),
-    *("true_sequential", "allocation", "sensitivity", "max_deviation", "counts"),
-)
+#: options of a prune from Gram matrices of the dense model that are not swept
+_OF_A_PRUNE = ("start", "solver_options", "min_tokens", "gram_shrinkage")
 
 
 @command(
-    *(one for one in options_of(PruneOptions) if one.name not in _NOT_HERE),
+    *options_of(LayerOptions),
+    *options_of(PassOptions, "skip_bad_samples", "dtype"),
+    *options_of(WindowOptions),
+    *options_of(TextOptions),
+    *options_of(RuntimeOptions),
+    *options_of(PruneOptions, *_OF_A_PRUNE),
+    *DAMPING,
     example="maskopt sweep MODEL --calibration text.txt --grams GRAMS --sparsity 0.5,0.6 --output OUT",
     config=True,
     shared=True,

@@ -36,24 +36,34 @@ from maskopt.experiments.compare import Record, compare as compare_rows, sample_
 from maskopt.experiments.jobs import check_format
 from maskopt.experiments.prove import SECONDS, SMALL
 from maskopt.instances.formats import load_problem, save_problem
-from maskopt.models.options.prune import BLOCKWISE, LEAST_SQUARES, NONE, PruneOptions
+from maskopt.models.options.prune import DAMPING, LEAST_SQUARES, NONE, PruneOptions
+from maskopt.models.options.walk import LayerOptions, PassOptions, RuntimeOptions, TextOptions
 from maskopt.protocol.solver import make_solver
 
 if TYPE_CHECKING:
     from maskopt.models.evaluation.bound import GapRecord
 
-#: options of a prune that have no effect on Gram matrices and patterns, or that each command has itself
-_NOT_HERE = (
-    *("solver", "start", "solver_options", "allocation", "sensitivity", "max_deviation", "counts"),
-    *("training", "seed", "calibrate_on", "true_sequential", "holdout", "min_tokens"),
+_UPDATE = replace(
+    *options_of(PruneOptions, "update"),
+    choices=(NONE, LEAST_SQUARES),
+    help="How kept weights are updated. none: unchanged; least-squares: solved per row.",
+)
+#: options of Gram matrices of the dense model, and of the problems that are made of them
+_OF_PROBLEMS = (
+    *options_of(LayerOptions),
+    *options_of(PassOptions, "skip_bad_samples", "dtype"),
+    *options_of(TextOptions),
+    *options_of(RuntimeOptions),
+    *options_of(PruneOptions, "sparsity", "gram_shrinkage"),
+    _UPDATE,
+    *DAMPING,
 )
 #: fewer and shorter windows than a prune has: defaults of `collect_problems`
 _DEFAULTS = {"samples": 32, "seq_len": 512, "sparsity": None}
 #: options of a command whose source may be a model
 OF_A_MODEL = tuple(
     replace(one, group=FOR_A_MODEL, default=_DEFAULTS.get(one.name, one.default))
-    for one in options_of(PruneOptions)
-    if one.name not in _NOT_HERE
+    for one in _OF_PROBLEMS
 )
 #: options of an update by the fields of `LeastSquaresUpdate`; options that also apply to instances
 _OF_UPDATE = {"damping": "damping", "damping_exponent": "power"}
@@ -330,9 +340,7 @@ def load_layers(
     """Layers of instances, or of one model folder by running text through it, with an update of kept weights
     if `options` ask for it; the requested sparsity, or None; and kinds of a model's layers, by name.
     OptionError: a model without calibration text or sparsity, or among other sources."""
-    (update,) = (one for one in OF_A_MODEL if one.name == "update")
-    if update.checked(options.get("update", NONE)) == BLOCKWISE:
-        raise OptionError("`update` blockwise trains whole blocks of a model; take `maskopt prune`")
+    _UPDATE.checked(options.get("update", NONE))
     pattern = parse_sparsity(options["sparsity"]) if "sparsity" in options else None
     model = next((path for path in source if path.is_dir()), None)
     if model is None:

@@ -30,8 +30,6 @@ REQUIRED = MISSING
 SELECTION, UPDATE, TRAINING = "Selection", "Update of kept weights", "Training"
 TEXT, CALIBRATION, RUNTIME, OUTPUT = "Text", "Calibration", "Runtime", "Output"
 GROUPS = SELECTION, UPDATE, TRAINING, TEXT, CALIBRATION, RUNTIME, OUTPUT
-#: groups that decide a result: a manifest records their values, of the text only the tokens
-RECORDED = SELECTION, UPDATE, TRAINING, CALIBRATION
 #: unit of a mapping that the command line reads from a file
 JSON_FILE = "JSON file"
 
@@ -53,6 +51,7 @@ class Option:
         needs: another option, and its values with which this one has an effect (none: any that is given).
         shown: in `--help`; all options are in `--help-all`.
         argument: positional on the command line.
+        recorded: a manifest records its value, since it decides the result.
     """
 
     name: str
@@ -68,6 +67,7 @@ class Option:
     needs: tuple[str, ...] = ()
     shown: bool | None = None
     argument: bool = False
+    recorded: bool = True
 
     @property
     def type(self) -> str:
@@ -155,14 +155,14 @@ def argument(help: str, default: Any = REQUIRED) -> Any:
     return option(default, help, argument=True)
 
 
-def options_of(kind: type) -> tuple[Option, ...]:
-    """The options of a dataclass, in the order of its fields."""
-    found = []
+def options_of(kind: type, *names: str) -> tuple[Option, ...]:
+    """Return the options of a dataclass in the order of its fields, or only those with the given names."""
+    known = {}
     for f in dataclasses.fields(kind):
         if "help" in f.metadata:
             default = f.default if f.default_factory is MISSING else f.default_factory()
-            found.append(Option(f.name, _hints(kind)[f.name], default, **f.metadata))
-    return tuple(found)
+            known[f.name] = Option(f.name, _hints(kind)[f.name], default, **f.metadata)
+    return tuple(known[name] for name in names or known)
 
 
 def parameters_of(function: Callable[..., Any]) -> tuple[Option, ...]:

@@ -107,7 +107,7 @@ def distill_model(
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
     if text is None:
         raise DataError("distillation needs `calibration` text or tokens; name a source of text")
-    student = open_job(pruned, text, replace(options, max_memory=None), tokenizer=tokenizer)
+    student = open_job(pruned, text, replace(options.walk, max_memory=None), tokenizer=tokenizer)
     if options.max_memory is not None:
         load = replace(student.load, together=True, recompute=options.recompute)
         student.activation_memory = check_memory(load, int(options.max_memory))

@@ -13,9 +13,7 @@ from maskopt.core.fields import (
     CALIBRATION,
     JSON_FILE,
     REQUIRED,
-    RUNTIME,
     SELECTION,
-    TEXT,
     UPDATE,
     Option,
     build,
@@ -31,6 +29,8 @@ from maskopt.models.options.walk import (
     DISTILLATION,
     DistillOptions,
     Reconstruction,
+    RuntimeOptions,
+    TextOptions,
     WalkOptions,
     check_names,
     check_size,
@@ -193,14 +193,15 @@ class PruneOptions(WalkOptions):
         check_solver(self.solver, self.solver_options, self.start_solver, pattern)
 
     def _set_allocation(self) -> None:
-        """Pattern and `allocation` say the same, and so do the `max_deviation` of both; either is enough."""
-        pattern, given = self.pattern, self.max_deviation
+        """Move a budget that rows share from the sparsity to `allocation`; set the usual `max_deviation`."""
+        pattern, given = parse_sparsity(self.sparsity), self.max_deviation
         if isinstance(pattern, Unstructured) and pattern.shared_budget and not self.layers_differ:
             own = pattern.max_deviation
             if own is None:
                 own = 1.0 if given is None else given
             if given not in (None, own):
                 raise OptionError(f"`max_deviation` {given} is not that of the pattern ({pattern})")
+            object.__setattr__(self, "sparsity", pattern.uniform())
             object.__setattr__(self, "allocation", ROWS)
             object.__setattr__(self, "max_deviation", own)
         elif self.allocation != UNIFORM:
@@ -211,8 +212,6 @@ class PruneOptions(WalkOptions):
             if self.rows_differ and given is None:
                 usual = ROW_DEVIATION if self.allocation == ROWS else LAYER_DEVIATION
                 object.__setattr__(self, "max_deviation", usual)
-        if self.allocation == ROWS:
-            object.__setattr__(self, "sparsity", _with_rows(self, pattern))
         if self.sensitive:
             self._check_every_window("`sensitivity` fisher")
 
@@ -257,8 +256,9 @@ class PruneOptions(WalkOptions):
 
     @property
     def pattern(self) -> Pattern:
-        """The sparsity as a pattern."""
-        return parse_sparsity(self.sparsity)
+        """The sparsity as a pattern; with `allocation` rows, one whose budget the rows of a layer share."""
+        uniform = parse_sparsity(self.sparsity)
+        return _with_rows(self, uniform) if self.allocation == ROWS else uniform
 
     @property
     def reconstruction(self) -> Reconstruction | None:
@@ -270,8 +270,8 @@ class PruneOptions(WalkOptions):
         """How kept weights are trained together at the end; None: they are not."""
         if not self.distillation:
             return None
-        names = [one.name for one in options_of(WalkOptions) if one.group in (TEXT, RUNTIME)]
-        shared = {name: getattr(self, name) for name in (*names, "holdout") if name != "dtype"}
+        names = [one.name for one in (*options_of(TextOptions), *options_of(RuntimeOptions))]
+        shared = {name: getattr(self, name) for name in (*names, "holdout")}
         return DistillOptions(**shared, **self.distillation)
 
     @property
@@ -415,3 +415,8 @@ def prune_options(options: PruneOptions | None, shorthand: Mapping[str, Any]) ->
 
 
 PruneOptions.__doc__ = described(PruneOptions)
+#: options of an update where no block is trained
+DAMPING = tuple(
+    replace(one, needs=("update", LEAST_SQUARES))
+    for one in options_of(PruneOptions, "damping", "damping_exponent")
+)

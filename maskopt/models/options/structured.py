@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from maskopt.core.fields import CALIBRATION, SELECTION, UPDATE, check_needs, option
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.errors import OptionError
 from maskopt.models.options.prune import LEAST_SQUARES, NONE
-from maskopt.models.options.walk import WalkOptions, check_solver, described
+from maskopt.models.options.walk import (
+    PassOptions,
+    RunOptions,
+    check_solver,
+    described,
+)
 
 
 @dataclass(frozen=True)
-class ShrinkOptions(WalkOptions):
+class ShrinkOptions(RunOptions, PassOptions):
     """All options of `shrink_model` but model, text and output.
 
     Raises:
         MaskoptError: a value that is not allowed, nothing to remove, an unknown solver or solver option.
     """
-
-    absent: ClassVar[tuple[str, ...]] = ("include", "exclude", "token_weights", "all_experts")
-    absent_because: ClassVar[str] = "all blocks are pruned in the same way, on all tokens"
 
     channels: float = option(
         0.0,
@@ -95,6 +97,7 @@ class ShrinkOptions(WalkOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_passes()
         object.__setattr__(self, "solver_options", dict(self.solver_options))
         if not self.channels and not self.heads:
             raise OptionError("nothing is to be removed; give `channels` or `heads`, such as 0.25")

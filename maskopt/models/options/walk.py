@@ -6,11 +6,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from maskopt.core.fields import (
     CALIBRATION,
-    RECORDED,
     RUNTIME,
     SELECTION,
     TEXT,
@@ -83,18 +82,32 @@ GRADIENT_WINDOWS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class WalkOptions:
-    """How a model is opened, and how calibration windows pass through its blocks."""
-
-    #: options that have no effect in a class, and the reason
-    absent: ClassVar[tuple[str, ...]] = ()
-    absent_because: ClassVar[str] = ""
+class LayerOptions:
+    """Layers that are pruned, and tokens that count in their Gram matrices."""
 
     include: tuple[str, ...] = option(
         (), "Only these layers, e.g. q_proj,'layers.0.*'.", SELECTION, shown=True
     )
     exclude: tuple[str, ...] = option((), "Not these layers.", SELECTION)
-    seed: int = option(0, "Random seed of calibration windows and solvers.", CALIBRATION)
+    token_weights: str = option(
+        UNIFORM,
+        "How tokens of a window are weighted. uniform; skip-first: all but the first; relative: by "
+        "the inverse mean square of the hidden state; gradient: by the norm of the loss gradient of "
+        "the dense model.",
+        CALIBRATION,
+        choices=TOKEN_WEIGHTS,
+    )
+    all_experts: bool = option(
+        False,
+        "Collect each expert's Gram matrix from all tokens, not only from those routed to it.",
+        CALIBRATION,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassOptions:
+    """Order and precision of the passes through the blocks."""
+
     calibrate_on: str = option(
         "pruned",
         "Model whose activations are collected. dense: one pass for all layers; pruned: the model pruned so "
@@ -107,24 +120,36 @@ class WalkOptions:
         "Inside a block as well, layers see the output of the layers that were pruned before them.",
         CALIBRATION,
     )
-    all_experts: bool = option(
-        False,
-        "Collect each expert's Gram matrix from all tokens, not only from those routed to it.",
-        CALIBRATION,
-    )
     skip_bad_samples: bool = option(
         False,
         "Leave out windows with NaN or infinite activations instead of stopping.",
         CALIBRATION,
     )
-    token_weights: str = option(
-        UNIFORM,
-        "How tokens of a window are weighted. uniform; skip-first: all but the first; relative: by "
-        "the inverse mean square of the hidden state; gradient: by the norm of the loss gradient of "
-        "the dense model.",
-        CALIBRATION,
-        choices=TOKEN_WEIGHTS,
+    dtype: str = option(
+        "auto",
+        "Precision of the forward passes; auto: as stored, float32 on the CPU.",
+        RUNTIME,
+        recorded=False,
     )
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether all Gram matrices are of the dense model's activations."""
+        return self.calibrate_on == "dense"
+
+    def check_passes(self) -> None:
+        """Raise ModelError for an order of the passes that cannot be."""
+        if self.one_pass and self.true_sequential:
+            raise ModelError(
+                "`calibrate_on` dense and `true_sequential` exclude each other; choose one"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowOptions:
+    """Choice of the calibration windows."""
+
+    seed: int = option(0, "Random seed of calibration windows and solvers.", CALIBRATION)
     holdout: float = option(
         0.0,
         "Share of the calibration windows that are held out; errors are also reported on them.",
@@ -132,27 +157,47 @@ class WalkOptions:
         least=0,
         below=1,
     )
-    samples: int = option(128, "Number of calibration windows.", TEXT, least=1, shown=True)
-    seq_len: int = option(2048, "Maximum number of tokens in a window.", TEXT, least=1, shown=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """Text and its windows. A manifest records the tokens instead of these options."""
+
+    samples: int = option(
+        128, "Number of calibration windows.", TEXT, least=1, shown=True, recorded=False
+    )
+    seq_len: int = option(
+        2048, "Maximum number of tokens in a window.", TEXT, least=1, shown=True, recorded=False
+    )
     bos: str = option(
         "auto",
         "First token of a window. auto: what the tokenizer puts before a text; always: its BOS token;"
         " never: none, as in published results of LLaMA 1 and 2.",
         TEXT,
         choices=BOS,
+        recorded=False,
     )
-    text_field: str = option("text", "Key of the text in JSON lines.", TEXT)
+    text_field: str = option("text", "Key of the text in JSON lines.", TEXT, recorded=False)
     chat: bool = option(
         False,
         "The text is JSON lines of messages, to which the model's chat template is applied.",
         TEXT,
+        recorded=False,
     )
-    device: str = option("auto", "cpu, cuda, or auto: CUDA if available.", RUNTIME, shown=True)
-    dtype: str = option(
-        "auto", "Precision of the forward passes; auto: as stored, float32 on the CPU.", RUNTIME
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeOptions:
+    """Device, threads and memory. They do not decide the result, or a manifest records the device itself."""
+
+    device: str = option(
+        "auto", "cpu, cuda, or auto: CUDA if available.", RUNTIME, shown=True, recorded=False
     )
     threads: int | None = option(
-        None, "Number of CPU threads; does not affect the result. Default: all cores.", RUNTIME
+        None,
+        "Number of CPU threads; does not affect the result. Default: all cores.",
+        RUNTIME,
+        recorded=False,
     )
     activation_memory: int | str = option(
         4 * 2**30,
@@ -160,6 +205,7 @@ class WalkOptions:
         RUNTIME,
         unit="bytes",
         least=0,
+        recorded=False,
     )
     max_memory: int | str | None = option(
         None,
@@ -167,21 +213,23 @@ class WalkOptions:
         RUNTIME,
         unit="bytes",
         least=0,
+        recorded=False,
     )
-    trust_remote_code: bool = option(False, "Run code that comes with the model.", RUNTIME)
+    trust_remote_code: bool = option(
+        False, "Run code that comes with the model.", RUNTIME, recorded=False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(RuntimeOptions, TextOptions, WindowOptions):
+    """Options of every run over a model folder."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "include", name_patterns(self.include))
-        object.__setattr__(self, "exclude", name_patterns(self.exclude))
         for name in ("activation_memory", "max_memory"):
             if isinstance(given := getattr(self, name), str):
                 object.__setattr__(self, name, parse_bytes(given))
         Limits(threads=self.threads, seed=self.seed)  # refuses what a solver would
         check_options(self)
-        if self.one_pass and self.true_sequential:
-            raise ModelError(
-                "`calibrate_on` dense and `true_sequential` exclude each other; choose one"
-            )
         if self.chat and (self.bos, self.text_field) != ("auto", "text"):
             name = "bos" if self.bos != "auto" else "text_field"
             raise DataError(
@@ -189,32 +237,44 @@ class WalkOptions:
                 "the template says: choose one"
             )
 
-        self.refuse(self.absent, self.absent_because)
+    def record(self) -> dict[str, Any]:
+        """Return the options that decide the result, as JSON values for the manifest."""
+        values = {
+            one.name: getattr(self, one.name) for one in options_of(type(self)) if one.recorded
+        }
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @property
+    def walk(self) -> WalkOptions:
+        """The options of the walk, with the values that this run has of them."""
+        names = {one.name for one in options_of(type(self))}
+        shared = [one.name for one in options_of(WalkOptions) if one.name in names]
+        return WalkOptions(**{name: getattr(self, name) for name in shared})
+
+
+@dataclass(frozen=True, kw_only=True)
+class WalkOptions(RunOptions, PassOptions, LayerOptions):
+    """How a model is opened, and how calibration windows pass through its blocks."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "include", name_patterns(self.include))
+        object.__setattr__(self, "exclude", name_patterns(self.exclude))
+        super().__post_init__()
+        self.check_passes()
         if self.token_weights == GRADIENT:
             self._check_every_window("`token_weights` gradient")
 
-    def refuse(self, names: Iterable[str], why: str) -> None:
-        """Raise OptionError for one of these options that is not at its default."""
-        for name in names:
-            if getattr(self, name) != getattr(type(self), name):
-                raise OptionError(f"{why}; leave out `{name}`")
-
-    def record(self) -> dict[str, Any]:
-        """The options that decide the result, as JSON values for the manifest."""
-        found = [known.name for known in options_of(type(self)) if known.group in RECORDED]
-        values = {name: getattr(self, name) for name in found if name not in self.absent}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    def refuse_all_but(self, names: Iterable[str], why: str) -> None:
+        """Raise OptionError for an option of other names that is not at its default."""
+        for one in options_of(WalkOptions):
+            if one.name not in names and getattr(self, one.name) != one.default:
+                raise OptionError(f"{why}; leave out `{one.name}`")
 
     def _check_every_window(self, what: str) -> None:
         if self.skip_bad_samples:
             raise OptionError(
                 f"{what} needs every window's loss, `skip_bad_samples` leaves windows out: choose one"
             )
-
-    @property
-    def one_pass(self) -> bool:
-        """Whether all Gram matrices are of the dense model's activations."""
-        return self.calibrate_on == "dense"
 
     def gradient_windows(self, windows: int) -> int:
         """Of how many windows gradients of the dense model's loss are needed."""
@@ -257,12 +317,11 @@ class WalkOptions:
             )
 
 
-_Options = TypeVar("_Options", bound=WalkOptions)
+_Options = TypeVar("_Options", bound=RunOptions)
 #: options of an evaluation
-EVALUATION = tuple(
-    known.name
-    for known in options_of(WalkOptions)
-    if known.group in (TEXT, RUNTIME) and known.name not in ("samples", "max_memory")
+EVALUATION = (
+    *("seq_len", "bos", "text_field", "chat"),
+    *("device", "dtype", "threads", "activation_memory", "trust_remote_code"),
 )
 
 
@@ -295,7 +354,7 @@ def name_patterns(given: str | Sequence[str] | None) -> tuple[str, ...]:
     return found
 
 
-def described(options: type[WalkOptions]) -> str:
+def described(options: type[RunOptions]) -> str:
     """The docstring with a line for every option."""
     lines = [f"    {known.name}: {known.sentence}" for known in options_of(options)]
     return f"{(options.__doc__ or '').rstrip()}\n\nAttributes:\n" + "\n".join(lines) + "\n"
@@ -337,18 +396,12 @@ class Reconstruction:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillOptions(WalkOptions):
+class DistillOptions(RunOptions):
     """All options of `distill_model` but models, text and output.
 
     Raises:
         MaskoptError: a value that is not allowed.
     """
-
-    absent: ClassVar[tuple[str, ...]] = (
-        *("include", "exclude", "calibrate_on", "true_sequential", "all_experts"),
-        *("skip_bad_samples", "token_weights", "dtype"),
-    )
-    absent_because: ClassVar[str] = "all kept weights are trained, in float32"
 
     # windows on which a prune trained its blocks have a low loss already, and teach less
     seed: int = option(
@@ -374,23 +427,29 @@ class DistillOptions(WalkOptions):
         below=1,
         shown=True,
     )
-    samples: int = option(64, "Number of windows of text.", TEXT, least=1, shown=True)
-    seq_len: int = option(512, "Maximum number of tokens in a window.", TEXT, least=2, shown=True)
-    # trained weights are float32, whatever their stored precision
-    dtype: str = option(
-        "float32", "Precision of the passes.", RUNTIME, choices=("float32",), shown=True
+    samples: int = option(
+        64, "Number of windows of text.", TEXT, least=1, shown=True, recorded=False
+    )
+    seq_len: int = option(
+        512, "Maximum number of tokens in a window.", TEXT, least=2, shown=True, recorded=False
     )
     recompute: bool = option(
         False,
         "Keep only the input of each block for the gradients and compute the rest again: less memory, more "
         "time.",
         RUNTIME,
+        recorded=False,
     )
     save_every: float = option(
-        10.0, "Minutes between saves, for `resume`; 0: none.", RUNTIME, least=0
+        10.0, "Minutes between saves, for `resume`; 0: none.", RUNTIME, least=0, recorded=False
     )
 
+    @property
+    def walk(self) -> WalkOptions:
+        """The options of the walk; trained weights are float32, whatever their stored precision."""
+        return dataclasses.replace(super().walk, dtype="float32")
 
-#: of these, what `distillation` of a prune sets; windows and machine are those of the prune
-DISTILLATION = (*(one.name for one in options_of(DistillOptions) if one.group == TRAINING), "seed")
+
+#: options that `distillation` of a prune sets; windows and machine are those of the prune
+DISTILLATION = ("epochs", "batch", "learning_rate", "weight_decay", "seed")
 DistillOptions.__doc__ = described(DistillOptions)

@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from maskopt.core.fields import RECORDED, options_of
+from maskopt.core.fields import options_of
 from maskopt.core.files import atomic_write
 from maskopt.core.pattern import NM, parse_sparsity
 from maskopt.errors import OptionError, PatternError
@@ -219,10 +219,7 @@ def _trained_again(fingerprint: Mapping[str, Any]) -> str:
 
 #: keys that a fingerprint records. Anybody can write a manifest: it must not grant trust or name a path
 _RECORDED = {"removed", "experts"} | {
-    one.name
-    for kind in (PruneOptions, ShrinkOptions)
-    for one in options_of(kind)
-    if one.group in RECORDED
+    one.name for kind in (PruneOptions, ShrinkOptions) for one in options_of(kind) if one.recorded
 }
 
 

@@ -245,7 +245,7 @@ class FolderResults(Results):
         def on_stage(what: str, done: int, total: int) -> None:
             tell(BlockProgress(blocks, blocks, f"distillation, {what}", done, total))
 
-        student = open_job(run.work.staging, windows, replace(options, max_memory=None))
+        student = open_job(run.work.staging, windows, replace(options.walk, max_memory=None))
         dense = open_teacher(self._source.checkpoint.folder, student, options)
         how = (run.work, run.journal, run.check_models, on_stage)
         trained, self._distilled = train_whole(student, dense, options, *how)

@@ -107,8 +107,12 @@ def plan_prune(
     Nothing is written. Times come from three short measurements: a matrix product, the solver on a small
     layer, and reading a piece of the weights. Raises what the prune itself would refuse, but for want of
     memory."""
-    store = None if grams is None else GramStore(grams)
-    options = (prune_options if store is None else store.options)(options, shorthand)
+    store: GramStore | None = None
+    if grams is None:
+        options = prune_options(options, shorthand)
+    else:
+        store = GramStore(grams)
+        options = store.options(options, shorthand)
     if store is not None and tokens is not None:
         raise ModelError(
             "pruning needs `calibration` text or tokens, or `grams`; name one of the two"
@@ -150,7 +154,7 @@ def plan_prune(
 def plan_distill(pruned: str | Path, tokens: Any = None, **shorthand: Any) -> Distillation:
     """Memory, disk and time of `distill_model` with the same arguments, as `plan_prune`."""
     options = options_by_name(DistillOptions, None, shorthand)
-    job = open_job(pruned, tokens, replace(options, max_memory=None))
+    job = open_job(pruned, tokens, replace(options.walk, max_memory=None))
     assert job.source.checkpoint is not None
     with torch_threads(job.threads):
         found = _distillation(job, options)

@@ -70,8 +70,12 @@ def prune_model(
     Raises MaskoptError, one line with cause and remedy; a model in memory keeps the blocks pruned before.
     """
     began = time.perf_counter()
-    store = None if grams is None else GramStore(grams)
-    options = (prune_options if store is None else store.options)(options, shorthand)
+    store: GramStore | None = None
+    if grams is None:
+        options = prune_options(options, shorthand)
+    else:
+        store = GramStore(grams)
+        options = store.options(options, shorthand)
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
     _check_given(model, text, options, ranks, output=output, grams=grams, resume=resume)
     inputs: Any = {"model": model, "calibration": calibration, "grams": grams, "ranks": ranks}
@@ -130,7 +134,7 @@ def _distillation_windows(
             f"{source.checkpoint.folder}: config.json asks to run code that comes with the model (auto_map), "
             "which is not copied; leave out `distillation`, copy it to the result and run `maskopt distill`"
         )
-    windows = windows_of(source, text, tokenizer, options, False, None)
+    windows = windows_of(source, text, tokenizer, options.walk, False, None)
     windows.check_targets()
     held_out(len(windows), options.holdout)
     if options.max_memory is not None:

@@ -46,11 +46,11 @@ WINDOWS = 4
 EVERY = 8
 #: sets of a round of the search that are measured on all tokens
 JUDGED = 16
-#: options of the walk that do not apply to outputs of whole models
-_NOT_HERE = (
-    "include", "exclude", "token_weights", "all_experts", "holdout", "calibrate_on", "true_sequential",
-    "skip_bad_samples", "samples", "seed",
-)  # fmt: skip
+#: options of the walk that apply to outputs of whole models
+OPTIONS = (
+    *("seq_len", "bos", "text_field", "chat"),
+    *("device", "dtype", "threads", "activation_memory", "max_memory", "trust_remote_code"),
+)
 #: exchanges measured in a round of the search, those of least cost by pairs
 EXCHANGES = 128
 
@@ -101,7 +101,7 @@ def remove_blocks(
     """
     began = time.perf_counter()
     options = options or WalkOptions()
-    options.refuse(_NOT_HERE, "`blocks` are chosen by the model's output on all tokens")
+    options.refuse_all_but(OPTIONS, "`blocks` are chosen by the model's output on all tokens")
     run = Run(output, overwrite=overwrite, model=model, calibration=calibration)
     how: Any = {"whole": True, "limit": windows, "on_progress": on_progress}
     given = (model, tokenizer_or_tokens, calibration, options, "removing blocks")

@@ -109,7 +109,7 @@ def shrink_model(
     inputs = {"model": model, "calibration": calibration}
     run = Run(output, overwrite=overwrite, resume=resume, **inputs)
     whole, source = open_original(
-        model, tokenizer_or_tokens, calibration, options, "shrinking", on_progress=on_progress
+        model, tokenizer_or_tokens, calibration, options.walk, "shrinking", on_progress=on_progress
     )
     every = _structures_of(source, options)
     settings: dict[str, Any] = dict(structure_settings(source.model, every))
@@ -126,7 +126,7 @@ def shrink_model(
         _check_family(source, settings, every, removed)
         names = without_blocks(source.conversion, source.blocks, settings, removed).names
     layers = [one.consumer for one in every]
-    job = Job(source, layers, whole.windows, options, on_progress=whole.tell)
+    job = Job(source, layers, whole.windows, options.walk, on_progress=whole.tell)
     source.blocks.check_unshared(job.layers)
     cuts = structure_cuts(source.conversion, every)
     results = FolderResults(job, run, shards=False)

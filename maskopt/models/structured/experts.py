@@ -39,10 +39,11 @@ from maskopt.protocol.solver import solve
 _WHY = "its experts are routed to otherwise"
 #: seconds to prove a choice
 _SECONDS = 60.0
-#: options of the walk that do not apply where all tokens of all windows count
-_NOT_HERE = (
-    "include", "exclude", "token_weights", "all_experts", "holdout", "calibrate_on", "true_sequential",
-)  # fmt: skip
+#: options of the walk that apply where all tokens of all windows count
+OPTIONS = (
+    *("seed", "skip_bad_samples", "samples", "seq_len", "bos", "text_field", "chat"),
+    *("device", "dtype", "threads", "activation_memory", "max_memory", "trust_remote_code"),
+)
 T = TypeVar("T")
 
 
@@ -76,7 +77,7 @@ def remove_experts(
     if not 0 < share < 1:
         raise OptionError(f"`experts` is the share that goes, between 0 and 1, not {share}")
     options = options or WalkOptions()
-    options.refuse(_NOT_HERE, "`experts` are chosen block by block, by all windows")
+    options.refuse_all_but(OPTIONS, "`experts` are chosen block by block, by all windows")
     run = Run(output, overwrite=overwrite, model=model, calibration=calibration)
     doing, how = "removing experts", {"on_progress": on_progress}
     job, source = open_original(model, tokenizer_or_tokens, calibration, options, doing, **how)

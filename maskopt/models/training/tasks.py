@@ -204,7 +204,7 @@ def open_teacher(model: str | Path, student: Job, options: DistillOptions) -> Jo
     """The dense model with the same windows."""
     same = ("device", "dtype", "threads", "trust_remote_code")
     walk = WalkOptions(
-        activation_memory=student.activation_memory, **{n: getattr(options, n) for n in same}
+        activation_memory=student.activation_memory, **{n: getattr(options.walk, n) for n in same}
     )
     return open_job(model, student.windows, walk, whole=True)
 

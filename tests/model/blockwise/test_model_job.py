@@ -13,7 +13,7 @@ from tiny_models import WordTokenizer, inputs_of, tiny, tokens
 
 import maskopt
 from maskopt import NM, MaskoptError, PruneOptions, Unstructured, open_job, prune_model
-from maskopt.core.fields import RECORDED, options_of
+from maskopt.core.fields import options_of
 from maskopt.errors import ModelError, OptionError, PatternError
 from maskopt.models.architecture.blocks import Blocks, choose, matrix
 from maskopt.models.blockwise import forward, job
@@ -159,8 +159,8 @@ def test_options_and_shorthand_are_the_same():
     assert (options.pattern, options.samples) == (Unstructured(0.25), 7)
     # what decides the masks is recorded, and nothing else
     record = PruneOptions(Unstructured(0.5), "wanda").record()
-    decides = {one.name: one.group for one in options_of(PruneOptions)}
-    assert set(record) == {name for name, group in decides.items() if group in RECORDED}
+    decides = {one.name: one.recorded for one in options_of(PruneOptions)}
+    assert set(record) == {name for name, recorded in decides.items() if recorded}
     assert set(decides) - set(record) == {
         "samples", "seq_len", "bos", "text_field", "chat", "device", "dtype", "threads", "activation_memory",
         "max_memory", "trust_remote_code",
