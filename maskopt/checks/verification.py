@@ -169,7 +169,7 @@ def _enumeration(
     if layer.shared_budget:
         if layer.rows * 2**layer.n > ENUMERATION_LIMIT:
             return None
-        least = _least_sum(layer)
+        least = _least_shared_objective(layer)
         off = OPTIMAL_TOLERANCE * least + float(layer.shares @ rounding)
         return lambda _: (least, off)
     every, costs = _every_mask(layer), costs_of(layer)
@@ -187,7 +187,7 @@ def _enumeration(
     return optimum
 
 
-def _least_sum(layer: LayerProblem) -> float:
+def _least_shared_objective(layer: LayerProblem) -> float:
     """Return min Σ ωᵣ fᵣ over all legal masks, float64: all 2ⁿ masks of every row, then counts row by row."""
     best, (least, most) = torch.zeros(1, dtype=torch.float64), layer.row_limits
     costs = costs_of(layer)

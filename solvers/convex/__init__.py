@@ -1,1 +1,1 @@
-"""What several families need of convex optimisation: relaxations of a row, their duals and bounds."""
+"""Convex optimisation that several families share: relaxations of a row, their duals and bounds."""

@@ -69,9 +69,12 @@ _UNIT = 2.0**-53
 
 @dataclass(frozen=True)
 class BoxPlan:
-    """Steps until the Frank–Wolfe gap, averaged over the rows, is at most `tolerance` of f (measured every 20
-    steps, from the 40th on), or `max_iterations` (0: no bound); then `harden` steps, whose θ ends at
-    `hardness`."""
+    """The steps to make.
+
+    The first end where the Frank–Wolfe gap, averaged over the rows, is at most `tolerance` of f (measured
+    every 20 steps, from the 40th on), or after `max_iterations` (0: no bound). Then follow `harden` steps,
+    whose θ ends at `hardness`.
+    """
 
     tolerance: float
     max_iterations: int
@@ -81,7 +84,7 @@ class BoxPlan:
 
 @dataclass(frozen=True)
 class BoxPoint:
-    """What was found for every row.
+    """The relaxed points and bounds of all rows.
 
     Attributes:
         value: float64 [rows], the least f(x) that was measured; ∞ where none was.
@@ -100,8 +103,10 @@ class BoxPoint:
 def relax_box(
     problem: LayerProblem, plan: BoxPlan, limits: Limits, shift: Float[Tensor, " n"] | None = None
 ) -> BoxPoint:
-    """Relax all rows, tile by tile, in at least one step; value and bound are those of the form with `shift`
-    d."""
+    """Relax all rows, tile by tile, in at least one step.
+
+    Value and bound are those of the form with `shift` d.
+    """
     # an inexact A moves the point at which the steps settle, and nothing that hardening would notice
     exact = plan.max_iterations > 0 and problem.n <= _DOUBLE_UP_TO
     dtype = torch.float64 if exact else problem.gram.dtype
@@ -126,7 +131,7 @@ def relax_box(
 
 @dataclass(frozen=True)
 class _Split:
-    """What the rows of a layer share. G is scaled to a mean diagonal of 1 throughout.
+    """The data that all rows of a layer share. G is scaled to a mean diagonal of 1 throughout.
 
     Attributes:
         factor, half: A [n, n] in G's dtype; in bfloat16 for hardening, None where that is not faster.
@@ -145,7 +150,7 @@ class _Split:
 
     @classmethod
     def of(cls, problem: LayerProblem, dtype: torch.dtype, shift: Tensor | None) -> _Split:
-        """Factorised in `dtype`."""
+        """Factorise in `dtype`."""
         gram = problem.gram.to(dtype)
         if shift is not None:
             gram = gram - torch.diag(shift.to(dtype))
@@ -167,7 +172,7 @@ class _Split:
 
 
 def _cholesky(matrix: Tensor, rho: float) -> Tensor:
-    """The factor; of a matrix that is nearer, where a G that nobody checked is far from semidefinite."""
+    """Factorise; of a G that nobody checked and that is far from semidefinite, a nearer matrix."""
     factor, info = torch.linalg.cholesky_ex(matrix)
     if int(info) == 0:
         return factor
@@ -176,7 +181,7 @@ def _cholesky(matrix: Tensor, rho: float) -> Tensor:
 
 
 def _half_is_fast(problem: LayerProblem) -> bool:
-    """Whether bfloat16 products have hardware of their own; then they are 4 to 8 times faster."""
+    """Return whether bfloat16 products have hardware of their own; then they are 4 to 8 times faster."""
     on_cpu, single = problem.device.type == "cpu", problem.gram.dtype == torch.float32
     if problem.n < _HALF_FROM or not (on_cpu and single):
         return False
@@ -233,7 +238,7 @@ class _Tile:
         )
 
     def _relax(self, product: Tensor, limits: Limits) -> tuple[Tensor, int]:
-        """The next product, in the working dtype for the bound's sake, and the steps made."""
+        """Return the next product, in the working dtype for the bound's sake, and the steps made."""
         for done in range(1, self.plan.max_iterations + 1):
             self.step.advance(product, _OVER_RELAXATION, 0.0)
             product = self.step.target @ self.split.factor - self.drift
@@ -273,11 +278,11 @@ def linear_bound(
     x: Float[Tensor, "rows n"],
     diagonal: Float[Tensor, "rows n"] | None = None,
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
-    """f(x) and the bound, float64, of f(x) = xᵀQx with its linear part, plus Σ λᵢ(xᵢ² − xᵢ), 0 on every mask;
-    `diagonal`: λ, float64.
+    """Return f(x) and its Frank–Wolfe bound, float64.
 
-    Valid at every x where Q + diag(λ) is positive semidefinite. The bound is lowered by a margin for the
-    rounding of float64 sums, n·2⁻⁵² of the terms' sizes.
+    f(x) is xᵀQx with its linear part, plus Σ λᵢ(xᵢ² − xᵢ), 0 on every mask; `diagonal`: λ, float64. The bound
+    is valid at every x where Q + diag(λ) is positive semidefinite. It is lowered by a margin for the rounding
+    of float64 sums, n·2⁻⁵² of the terms' sizes.
     """
     x = x.double()
     weight = problem.weight.double()
@@ -311,9 +316,11 @@ def linear_bound(
 def provable(
     problem: LayerProblem, bound: Float[Tensor, " rows"], certificate: Certificate
 ) -> Float[Tensor, " rows"]:
-    """Bounds of f lowered to what the check of their certificate can find: of several rows by θw² for what G
-    lacks; for a single row, or a G far from semidefinite, where one large weight can cost more, by that check
-    itself."""
+    """Lower bounds of f to what the check of their certificate can find.
+
+    Of several rows it takes off θw² for what G lacks. For a single row, or a G far from semidefinite, one
+    large weight can cost more, and the check itself is made.
+    """
     if problem.rows > 1 and not problem.shared_budget:
         lack = _lack(problem)
         if lack <= _SHARED * float(problem.gram.diagonal().double().abs().mean()):
@@ -323,7 +330,7 @@ def provable(
 
 
 def _lack(problem: LayerProblem) -> float:
-    """θ with G + θI ⪰ 0, with room for the rounding of whoever checks that."""
+    """Return θ with G + θI ⪰ 0, with room for the rounding of its check."""
     gram = problem.gram.double()
     trace = float(gram.diagonal().abs().sum())
     if trace == 0:

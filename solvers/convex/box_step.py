@@ -35,7 +35,7 @@ FAST = {"nnan", "ninf", "nsz", "reassoc", "contract", "arcp"}
 
 @part(fastmath=FAST, error_model="numpy")
 def _sums(start, inverse, tau):
-    """Σ clip(start − τ·inverse, 0, 1), and Σ inverse over what is strictly inside."""
+    """Return Σ clip(start − τ·inverse, 0, 1), and Σ inverse over what is strictly inside."""
     zero = start[0] * 0
     one = zero + 1
     total = zero
@@ -80,8 +80,10 @@ def _multiplier(start, inverse, total, tau):
 
 @part(fastmath=FAST, error_model="numpy")
 def _multipliers(start, inverse, total, tau, excess, slope):
-    """Newton steps on τ of all groups, unguarded, from start and inverse [group, groups]. Where the slope is
-    0, τ goes to where the first x of the group has moved far enough."""
+    """Make Newton steps on τ of all groups, unguarded, from start and inverse [group, groups].
+
+    Where the slope is 0, τ goes to where the first x of the group has moved far enough.
+    """
     zero = total * 0
     one = zero + 1
     groups = len(tau)
@@ -109,7 +111,7 @@ def _multipliers(start, inverse, total, tau, excess, slope):
 
 @part(fastmath=FAST, error_model="numpy")
 def _first_to_move(start, inverse, tau, excess):
-    """The τ nearest to `tau` at which one x alone has made good the excess, or all that it can."""
+    """Return the τ nearest to `tau` at which one x alone has made good the excess, or all that it can."""
     zero = excess * 0
     one = zero + 1
     part = min(max(excess, -one), one)
@@ -126,7 +128,7 @@ def _first_to_move(start, inverse, tau, excess):
 
 @part(fastmath=FAST, error_model="numpy")
 def project_row(start, inverse, total, tau):
-    """start ← clip(start − τ·inverse, 0, 1) of the wanted sum; returns τ, with the factor 1/(1 − θ) in it."""
+    """Set start ← clip(start − τ·inverse, 0, 1) of the wanted sum; return τ, with its factor 1/(1 − θ)."""
     zero = start[0] * 0
     one = zero + 1
     tau = _multiplier(start, inverse, total, tau)
@@ -139,7 +141,7 @@ def project_row(start, inverse, total, tau):
 
 @part(fastmath=FAST, error_model="numpy")
 def project_side_by_side(start, inverse, across, total, tau, turned, excess, slope):
-    """The same for all groups of a row; `across` is inverse as [group, groups]."""
+    """Project all groups of a row likewise; `across` is inverse as [group, groups]."""
     group, groups = turned.shape
     zero = start[0] * 0
     one = zero + 1
@@ -163,8 +165,10 @@ def project_side_by_side(start, inverse, across, total, tau, turned, excess, slo
 
 
 def project(start: Tensor, inverse: Tensor, total: int, tau: Tensor) -> tuple[Tensor, Tensor]:
-    """clip(start − τ·inverse, 0, 1) of row sums `total`, and τ [rows, 1]; bracketed Newton, warm. `start`,
-    `inverse`: [rows, n]; a row is one group."""
+    """Return clip(start − τ·inverse, 0, 1) of row sums `total`, and τ [rows, 1], by bracketed Newton steps.
+
+    `start`, `inverse`: [rows, n], a row is one group; `tau`: where to begin.
+    """
     enough = max(_TOLERANCE, _RELATIVE * total)
     low = ((start - 1) / inverse).amin(1, keepdim=True)
     high = (start / inverse).amax(1, keepdim=True)
@@ -193,8 +197,7 @@ Multipliers = tuple[Tensor, Tensor, Tensor]
 def project_within(
     start: Tensor, inverse: Tensor, total: int, limits: tuple[int, int], warm: Multipliers
 ) -> tuple[Tensor, Multipliers]:
-    """clip(start − τᵣ·inverse, 0, 1) of sum `total`, whose row sums are within `limits`; start, inverse
-    [rows, n].
+    """Return clip(start − τᵣ·inverse, 0, 1) of sum `total`, whose row sums are within `limits`.
 
     All rows have one τ, except rows at a limit, whose own τ takes them there (Kuhn–Tucker conditions). So the
     sum is again one of τ alone, piecewise linear and falling.
@@ -221,7 +224,7 @@ def project_within(
 
 
 class TorchStep:
-    """On any device."""
+    """The step on any device."""
 
     def __init__(self, q: Tensor, inverse: Tensor, group: int, pruned: int) -> None:
         self.q, self.inverse, self.group, self.pruned = q, inverse, group, pruned
@@ -245,8 +248,10 @@ class TorchStep:
 
 
 class SharedBudgetStep(TorchStep):
-    """With a shared budget the layer is one group, in a metric of what its rows count in the sum (`metric`: 1
-    over that, [rows, n]); `limits`: least and most of a row."""
+    """The step for a shared budget, under which the layer is one group.
+
+    `metric` [rows, n] is 1 over what a row counts in the sum; `limits`: least and most of a row.
+    """
 
     def __init__(
         self, q: Tensor, inverse: Tensor, pruned: int, metric: Tensor, limits: tuple[int, int]
@@ -268,7 +273,7 @@ class SharedBudgetStep(TorchStep):
 
 
 class CompiledStep:
-    """The same on the CPU."""
+    """The step on the CPU, compiled."""
 
     def __init__(self, q: Tensor, inverse: Tensor, group: int, pruned: int) -> None:
         self.x = torch.full_like(q, pruned / group)
@@ -289,8 +294,10 @@ class CompiledStep:
 
 @loop(nogil=True, fastmath=FAST, error_model="numpy")
 def _advance(product, arrays, group, total, relaxation, theta):
-    """One step. `arrays`: q, inverse, x, u, target as above, and scratch, [rows, n]; `across`: D⁻¹ with a
-    row's groups side by side [rows, group, groups], empty with one group; `tau`: multipliers [rows, groups].
+    """Make one step.
+
+    `arrays`: q, inverse, x, u, target as above, and scratch, [rows, n]; `across`: D⁻¹ with a row's groups
+    side by side [rows, group, groups], empty with one group; `tau`: multipliers [rows, groups].
     """
     q, inverse, across, x, u, target, tau, scratch = arrays
     rows, n = q.shape

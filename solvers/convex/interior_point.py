@@ -28,7 +28,7 @@ _TOLERANCE = 1e-4
 def interior_point(
     a: np.ndarray, c: np.ndarray, group: int, pruned: int, *, constant: float = 0.0
 ) -> np.ndarray:
-    """A point whose Frank–Wolfe gap is below _TOLERANCE·|objective + constant|, if all goes well."""
+    """Return a point whose Frank–Wolfe gap is below _TOLERANCE·|objective + constant|, if all goes well."""
     n = len(a)
     if pruned in (0, group):
         return np.full(n, float(pruned > 0))
@@ -47,13 +47,12 @@ def minimise(
     tolerance: float,
     enough: float,
 ) -> tuple[float, float, np.ndarray, np.ndarray]:
-    """The best Frank–Wolfe bound on the way to the minimum of pᵀAp + cᵀp + offset, and value, point and
-    gradient there; where rounding breaks a factorisation, the best before.
+    """Return the best Frank–Wolfe bound of pᵀAp + cᵀp + offset, and value, point and gradient there.
 
-    Ends where the bound is at least `cutoff` (∞: none), where the gap is at most `tolerance` of the value (or
-    of the cutoff, where that is less), or where the value shows that the cutoff cannot be reached and the gap
-    is at most `enough` of what is missing. (Not compiled, which would take as long again as compiling what it
-    calls.)
+    Where rounding breaks a factorisation, it is the best before. Ends where the bound is at least `cutoff`
+    (∞: none), where the gap is at most `tolerance` of the value (or of the cutoff, where that is less), or
+    where the value shows that the cutoff cannot be reached and the gap is at most `enough` of what is
+    missing. (Not compiled, which would take as long again as compiling what it calls.)
 
     Args:
         a, c: float64 [m, m] contiguous and symmetric, [m].
@@ -90,7 +89,7 @@ def minimise(
 
 @loop(nogil=True, _nrt=False, error_model="numpy")
 def _evaluate(a, c, offset, left, size, p, gradient, work):
-    """Value and Frank–Wolfe bound at p, and the mean size of the gradient, which is left in `gradient`."""
+    """Return value and Frank–Wolfe bound at p, and the mean size of the gradient, written to `gradient`."""
     product, parts = work[0], work[1]
     _multiply(a, p, product)
     value, slope = offset, 0.0
@@ -99,7 +98,7 @@ def _evaluate(a, c, offset, left, size, p, gradient, work):
         gradient[x] = 2 * product[x] + c[x]
         slope += abs(gradient[x]) / len(p)
         parts[x] = gradient[x]
-    return value, value + _least(parts, left, size) - _dot(gradient, p), slope
+    return value, value + _least_slope(parts, left, size) - _dot(gradient, p), slope
 
 
 @part(_nrt=False, error_model="numpy", fastmath=True)
@@ -112,7 +111,7 @@ def _dot(x, y):
 
 @part(_nrt=False, error_model="numpy", fastmath=True)
 def _multiply(a, x, product):
-    """product = A·x; without the threads of a BLAS, which cost a small matrix more than they gain."""
+    """Write A·x, without the threads of a BLAS, which cost a small matrix more than they gain."""
     for i in range(len(x)):
         total = 0.0
         for j in range(len(x)):
@@ -121,9 +120,11 @@ def _multiply(a, x, product):
 
 
 @part(_nrt=False, error_model="numpy")
-def _least(parts, left, size):
-    """min gradientᵀv over the polytope: of every group the `left` least entries. `parts`, a copy of the
-    gradient, is reordered."""
+def _least_slope(parts, left, size):
+    """Return min gradientᵀv over the polytope: of every group the `left` least entries.
+
+    `parts`, a copy of the gradient, is reordered.
+    """
     total, first = 0.0, 0
     for g in range(len(left)):
         part = parts[first : first + size[g]]
@@ -159,8 +160,11 @@ def least_first(values, count):
 
 
 def _step(a, gradient, label, left, size, p, low, high, nu, h, schur, w, groups, work):
-    """Predictor and corrector; p, the multipliers low, high of p ≥ 0, p ≤ 1 and ν move. False: broken. `h` is
-    2A but for its diagonal. (NumPy's factorisations: Numba's take as long to compile as all else here.)"""
+    """Move p, the multipliers low, high of p ≥ 0, p ≤ 1 and ν by predictor and corrector; False: broken.
+
+    `h` is 2A but for its diagonal. (NumPy's factorisations: Numba's take as long to compile as all else
+    here.)
+    """
     miss = groups[0]
     mu = _barrier(a, label, left, p, low, high, h, miss)
     try:
@@ -174,7 +178,7 @@ def _step(a, gradient, label, left, size, p, low, high, nu, h, schur, w, groups,
 
 @loop(nogil=True, _nrt=False, error_model="numpy")
 def _barrier(a, label, left, p, low, high, h, miss):
-    """The mean complementarity; H, and what each group misses, in place."""
+    """Return the mean complementarity; write the diagonal of H, and what each group misses."""
     m = len(p)
     mu = 0.0
     for g in range(len(left)):
@@ -188,7 +192,7 @@ def _barrier(a, label, left, p, low, high, h, miss):
 
 @loop(nogil=True, _nrt=False, error_model="numpy")
 def _move(gradient, label, p, low, high, nu, mu, lower, schur, w, groups, work):
-    """The two steps, by the factors of H and of the groups' system."""
+    """Make the two steps, by the factors of H and of the groups' system."""
     m, count = len(p), len(nu)
     miss, dnu = groups[0], groups[1]
     cross_low, cross_high, dp, dlow, dhigh = work[0], work[1], work[2], work[3], work[4]
@@ -231,7 +235,7 @@ def _move(gradient, label, p, low, high, nu, mu, lower, schur, w, groups, work):
 
 @part(_nrt=False, error_model="numpy")
 def _lengths(p, low, high, dp, dlow, dhigh):
-    """Of the steps of p and of the multipliers, at most 1: none reaches the boundary."""
+    """Return the lengths of the steps of p and of the multipliers, at most 1: none reaches the boundary."""
     primal, dual = 1.0, 1.0
     for x in range(len(p)):
         if dp[x] < 0:
@@ -247,8 +251,11 @@ def _lengths(p, low, high, dp, dlow, dhigh):
 
 @loop(nogil=True, _nrt=False, error_model="numpy", fastmath=True)
 def _groups_through(lower, size, w, schur):
-    """W = (L⁻¹E)ᵀ [groups, m], and WWᵀ. Row g is zero before its group, so that only what follows is worked
-    on. (Plain loops: matrix products would take as long again to compile.)"""
+    """Write W = (L⁻¹E)ᵀ [groups, m], and WWᵀ.
+
+    Row g is zero before its group, so that only what follows is worked on. (Plain loops: matrix products
+    would take as long again to compile.)
+    """
     m = len(lower)
     for x in range(m):
         first = 0
@@ -272,7 +279,7 @@ def _groups_through(lower, size, w, schur):
 
 @part(_nrt=False, error_model="numpy", fastmath=True)
 def _down(lower, x):
-    """x ← L⁻¹x in place."""
+    """Set x ← L⁻¹x in place."""
     for i in range(len(x)):
         total = x[i]
         for j in range(i):
@@ -282,7 +289,7 @@ def _down(lower, x):
 
 @part(_nrt=False, error_model="numpy", fastmath=True)
 def _up(lower, x):
-    """x ← L⁻ᵀx in place, along the rows of L too."""
+    """Set x ← L⁻ᵀx in place, along the rows of L too."""
     for i in range(len(x) - 1, -1, -1):
         value = x[i] / lower[i, i]
         x[i] = value
@@ -292,7 +299,7 @@ def _up(lower, x):
 
 @part(_nrt=False, error_model="numpy", fastmath=True)
 def _add_combination(w, factor, x):
-    """x += Wᵀ·factor."""
+    """Add Wᵀ·factor to x."""
     for g in range(len(factor)):
         for i in range(len(x)):
             x[i] += w[g, i] * factor[g]

@@ -39,9 +39,12 @@ _LEAST = 1e-6
 
 @dataclass(frozen=True)
 class Extra:
-    """A sparse symmetric E for every row, added to C: g_i += Σ_j E_ij v_j. Entries starts[r, i] … starts[r, i
-    + 1] (int64 [rows, n + 1]; none: E = 0) belong to input i of row r: `index` j, int32, ascending, n for
-    v_0, and `value` E_ij of the scaled row; (i, j) and (j, i) are both listed."""
+    """A sparse symmetric E for every row, added to C: g_i += Σ_j E_ij v_j.
+
+    Entries starts[r, i] … starts[r, i + 1] (int64 [rows, n + 1]; none: E = 0) belong to input i of row r:
+    `index` j, int32, ascending, n for v_0, and `value` E_ij of the scaled row; (i, j) and (j, i) are both
+    listed.
+    """
 
     starts: np.ndarray
     index: np.ndarray
@@ -85,7 +88,7 @@ class Mixing:
         self.extra = NO_EXTRA
 
     def _couplings(self, gram: Tensor, weight: Tensor) -> Tensor:
-        """w_i(Gw)_i for every row."""
+        """Return w_i(Gw)_i for every row."""
         if weight.device.type != "cpu":
             return weight * (weight @ gram)
         out = torch.empty_like(weight)
@@ -94,7 +97,7 @@ class Mixing:
         return out
 
     def inner(self) -> np.ndarray:
-        """⟨v_i, v_0⟩, float64 [rows, n]."""
+        """Return ⟨v_i, v_0⟩, float64 [rows, n]."""
         return self.v[:, :, 0].double().cpu().numpy()
 
     def keep(self, positions: list[int]) -> None:
@@ -104,7 +107,7 @@ class Mixing:
         self.v, self.duals = self.v[positions], self.duals[positions]
 
     def sweep(self, count: int, rho: float, rows: np.ndarray | None = None) -> None:
-        """`count` passes over all coordinates with the penalty ρ, on the CPU of some rows (int64), or all."""
+        """Make `count` passes over all coordinates with the penalty ρ; on the CPU of `rows` only, int64."""
         if self.v.device.type != "cpu":
             for _ in range(count):
                 self.sweep_torch(rho)
@@ -117,8 +120,10 @@ class Mixing:
         self.threads.run(sweep, rows, *arrays, *plan, *added)
 
     def sweep_torch(self, rho: float) -> None:
-        """One pass on any device, all rows at once; a block moves together, damped by half, as one matrix
-        product."""
+        """Make one pass on any device, all rows at once.
+
+        A block moves together, damped by half, as one matrix product.
+        """
         rows, n, rank = self.v.shape
         block = max(1, min(32, n // 8))
         for low in range(0, n, block):
@@ -160,8 +165,10 @@ class Mixing:
 def sweep_matrix(
     c: np.ndarray, linear: np.ndarray, v: np.ndarray, y: np.ndarray, count: int
 ) -> None:
-    """`count` passes with any symmetric C [n, n], whose diagonal is left out, and C_i0 = `linear` [n]; v [n,
-    k] and y [n], all of one type, are changed in place."""
+    """Make `count` passes with any symmetric C [n, n], whose diagonal is left out, and C_i0 = `linear` [n].
+
+    v [n, k] and y [n], all of one type, are changed in place.
+    """
     n, kind = len(c), c.dtype.type
     value = NO_EXTRA.value.astype(kind)
     weight, none = np.ones((1, n), kind), (NO_EXTRA.starts, NO_EXTRA.index, value)
@@ -170,8 +177,11 @@ def sweep_matrix(
 
 
 def scales_of(problem: LayerProblem) -> Tensor:
-    """What makes one of the cost that the cheapest input to be kept has by itself (its w²G, the mean over
-    the groups): outlier inputs, which are kept anyway, do not count. 1 where Q = 0. Float64 [rows]."""
+    """Return the factors that scale rows, float64 [rows]; 1 where Q = 0.
+
+    They make one of the cost that the cheapest input to be kept has by itself (its w²G, the mean over the
+    groups). Outlier inputs, which are kept anyway, do not count.
+    """
     # not `diagonal_mass`: a matrix product sums in an order that depends on the rows beside
     cost = problem.weight.double().square() * problem.gram.diagonal().double().clamp(min=0.0)
     cheapest = cost.view(problem.rows, -1, problem.group_size).sort(-1).values
@@ -182,12 +192,12 @@ def scales_of(problem: LayerProblem) -> Tensor:
 
 
 def default_rank(n: int) -> int:
-    """About √(2n), the rank that always has a solution, to whole vectors of the CPU."""
+    """Return about √(2n), the rank that always has a solution, in whole vectors of the CPU."""
     return max(LANES, LANES * round((2 * n) ** 0.5 / LANES))
 
 
 class ScaledRow(NamedTuple):
-    """f(p) = pᵀQp + 2lᵀp + c of a scaled row, Q [n, n] and l [n] float64; `pruned` inputs of each group."""
+    """The objective f(p) = pᵀQp + 2lᵀp + c of a scaled row, float64; `pruned` inputs of each group."""
 
     q: np.ndarray
     linear: np.ndarray
@@ -197,7 +207,7 @@ class ScaledRow(NamedTuple):
 
     @classmethod
     def of(cls, problem: LayerProblem, gram: np.ndarray, row: int, scale: float) -> ScaledRow:
-        """One row of a layer, whose G is given in float64."""
+        """Return one row of a layer, whose G is given in float64."""
         w = problem.weight[row].double().cpu().numpy() * np.sqrt(scale)
         linear = w * problem.correlation[row].cpu().numpy() * np.sqrt(scale)
         constant = float(problem.constant[row]) * scale
@@ -206,8 +216,15 @@ class ScaledRow(NamedTuple):
 
 
 class RowDuals(NamedTuple):
-    """Of a scaled row's certificate: λ [n] with A ⪰ 0, p̂ [n], the loss θΣD_i p̂_i(1 − p̂_i) to the correction,
-    g(p̂), ρ."""
+    """The parts of a scaled row's certificate.
+
+    Attributes:
+        lam: λ [n] with A ⪰ 0.
+        point: p̂ [n].
+        loss: θΣD_i p̂_i(1 − p̂_i), to the correction.
+        value: g(p̂).
+        penalty: ρ.
+    """
 
     lam: np.ndarray
     point: np.ndarray
@@ -222,8 +239,10 @@ def certificate_of(
     scale: np.ndarray,
     cuts: Sequence[Cuts] | None = None,
 ) -> tuple[Certificate, Tensor]:
-    """The certificate of all rows, and the loss to the correction as part of the bound, float64 [rows].
-    `scale`: the factor of each Q, float64 [rows]; `cuts`: in the units of the objective."""
+    """Return the certificate of all rows, and the loss to the correction as part of the bound, [rows].
+
+    `scale`: the factor of each Q, float64 [rows]; `cuts`: in the units of the objective.
+    """
     like: dict[str, Any] = {"dtype": torch.float64, "device": problem.device}
     groups = problem.n // problem.group_size
     penalty = np.array([row.penalty for row in rows])
@@ -239,7 +258,7 @@ def certificate_of(
 
 
 def penalty_of(group: int) -> float:
-    """ρ for a scaled row: chosen at n = 64 … 2048 so that 400 sweeps come within 0.5% of ρ → ∞."""
+    """Return ρ for a scaled row: chosen at n = 64 … 2048 so that 400 sweeps come within 0.5% of ρ → ∞."""
     return min(7.0, 450.0 / group**1.2)
 
 
@@ -250,8 +269,11 @@ def certify_row(
     rho: float,
     extra: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> RowDuals:
-    """λ with A ⪰ 0 and p̂ from approximate duals y and inner products ⟨v_i, v_0⟩. `extra`: E [n, n] without a
-    diagonal, and its column of v_0, in the sweeps' C; then g has zᵀEz + 2e_0ᵀz, too."""
+    """Return λ with A ⪰ 0 and p̂ from approximate duals y and inner products ⟨v_i, v_0⟩.
+
+    `extra`: E [n, n] without a diagonal, and its column of v_0, in the sweeps' C; then g has zᵀEz + 2e_0ᵀz,
+    too.
+    """
     q, group, pruned = row.q, row.group, row.pruned
     n = len(q)
     lam = 4 * y - np.diag(q) - rho
@@ -286,8 +308,11 @@ def correction(
     point: np.ndarray,
     enough: Callable[[float, np.ndarray], float],
 ) -> tuple[np.ndarray, float]:
-    """θd with A + diag(θd) ⪰ 0, and its cost θΣ dᵢxᵢ(1 − xᵢ) at a point: of d = 1 and d = `weights` the
-    cheaper one. `enough`: θ by the least eigenvalue of A, scaled by d, and that matrix."""
+    """Return θd with A + diag(θd) ⪰ 0, and its cost θΣ dᵢxᵢ(1 − xᵢ) at a point.
+
+    Of d = 1 and d = `weights` it takes the cheaper one. `enough`: θ by the least eigenvalue of A, scaled by
+    d, and that matrix.
+    """
     loss, found = np.inf, np.zeros(len(a))
     for d in (np.ones(len(a)), weights):
         root = 1 / np.sqrt(d)

@@ -61,14 +61,14 @@ class _Memory:
         self.vector = ir.VectorType(kind, LANES)
 
     def at(self, base, count, size=None):
-        """The address `count` (a number or a value) entries beyond `base`."""
+        """Return the address `count` (a number or a value) entries beyond `base`."""
         if isinstance(count, int):
             count = ir.Constant(self.whole, count)
         size = ir.Constant(self.whole, size or self.size)
         return self.builder.add(base, self.builder.mul(size, count))
 
     def load(self, address):
-        """A vector of LANES entries."""
+        """Load a vector of LANES entries."""
         word = self.builder.load(self.builder.inttoptr(address, self.vector.as_pointer()))
         word.align = self.size
         return word
@@ -78,7 +78,7 @@ class _Memory:
         self.builder.store(word, place).align = self.size
 
     def times(self, address, word):
-        """The entry at an address times a vector."""
+        """Multiply a vector by the entry at an address."""
         entry = self.builder.load(self.builder.inttoptr(address, self.kind.as_pointer()))
         short, nothing = ir.IntType(32), ir.Constant(self.vector, ir.Undefined)
         spread = self.builder.insert_element(nothing, entry, ir.Constant(short, 0))
@@ -87,15 +87,18 @@ class _Memory:
         return self.builder.fmul(spread, word, flags=("contract",))
 
     def number(self, address):
-        """An int32 as a whole number."""
+        """Load an int32 as a whole number."""
         short = ir.IntType(32)
         entry = self.builder.load(self.builder.inttoptr(address, short.as_pointer()))
         return self.builder.sext(entry, self.whole)
 
 
 def _adding(terms):
-    """An intrinsic that adds Σ_{t < count} product(t) to vectors in memory. `terms`: a function of the memory
-    and the arguments between `like` and `count`, to the addresses of the vectors and `product`."""
+    """Return an intrinsic that adds Σ_{t < count} product(t) to vectors in memory.
+
+    `terms`: a function of the memory and the arguments between `like` and `count`, to the addresses of the
+    vectors and `product`.
+    """
 
     @intrinsic
     def add(typing_context, like, first, second, third, stride, out, count):
@@ -117,7 +120,7 @@ def _adding(terms):
 
 
 def _panel(height):
-    """out[h, :16] += Σ_j g[h, j]·u[j, :16] for h < height, j < count."""
+    """Return the intrinsic of out[h, :16] += Σ_j g[h, j]·u[j, :16] for h < height, j < count."""
 
     def terms(memory, g, g_stride, u, stride, out):
         outs, rows = (
@@ -141,7 +144,7 @@ _tall, _single = _panel(HEIGHT), _panel(1)
 
 
 def _scattered(width):
-    """out[:16·width] += Σ_t c[t]·v[index[t], :16·width] for t < count, index of int32."""
+    """Return the intrinsic of out[:16·width] += Σ_t c[t]·v[index[t], :16·width], t < count, index int32."""
 
     def terms(memory, c, index, v, stride, out):
         def product(t):
@@ -162,7 +165,7 @@ _wide, _narrow = _scattered(WIDTH), _scattered(1)
 
 @part(_nrt=False)
 def _add_entries(value, index, v, g, first, last):
-    """g += Σ_t value[t]·v[index[t]] for first ≤ t < last; index of int32."""
+    """Add Σ_t value[t]·v[index[t]] to g for first ≤ t < last; index of int32."""
     k = v.shape[1]
     like, size = v[0, 0], v.itemsize
     values, places = value.ctypes.data + first * size, index.ctypes.data + first * index.itemsize
@@ -177,7 +180,7 @@ def _add_entries(value, index, v, g, first, last):
 
 
 def _aligned(rows, columns, dtype):
-    """Zeros [rows, columns] at a multiple of 64 bytes: vectors that straddle cache lines are slow."""
+    """Return zeros [rows, columns] at a multiple of 64 bytes: vectors that straddle cache lines are slow."""
     raw = np.zeros(rows * columns + 64, dtype)
     shift = ((-raw.ctypes.data) % 64) // raw.itemsize
     return raw[shift : shift + rows * columns].reshape(rows, columns)
@@ -185,7 +188,7 @@ def _aligned(rows, columns, dtype):
 
 @part(_nrt=False)
 def _outside(gram, u, out, low, high):
-    """out[h, :] = Σ over j outside low … high of G[low + h, j]·u[j, :]."""
+    """Set out[h, :] to Σ over j outside low … high of G[low + h, j]·u[j, :]."""
     n, k = u.shape
     like = u[0, 0]
     size = u.itemsize
@@ -206,7 +209,7 @@ def _outside(gram, u, out, low, high):
 
 @loop(nogil=True, _nrt=False)
 def couplings(gram, w, out, pieces):
-    """out = w_i(Gw)_i, for the rows of `pieces`; a BLAS would sum as it suits all rows together."""
+    """Set out to w_i(Gw)_i, for the rows of `pieces`; a BLAS would sum as it suits all rows together."""
     n = w.shape[1]
     for row in pieces:
         for i in range(n):
@@ -217,7 +220,7 @@ def couplings(gram, w, out, pieces):
 
 
 def sweep(gram, w, linear, v, *others):
-    """`sweeps` passes over the rows of `pieces`; v [rows, n, k] and y [rows, n] are changed in place.
+    """Make `sweeps` passes over the rows of `pieces`; v [rows, n, k] and y [rows, n] change in place.
 
     Args:
         gram, w, linear: [n, n], [rows, n], [rows, n]: C_ij = w_i G_ij w_j/4, C_i0 = linear_i.

@@ -25,7 +25,7 @@ Vector = Float[np.ndarray, " n"]
 
 
 def shares(size: Vector, group: int, kept: int) -> Vector:
-    """min(1, θ·size) with the sum `kept` in every group; of infinite size 1."""
+    """Return min(1, θ·size) with the sum `kept` in every group; of infinite size 1."""
     grouped = size.reshape(-1, group)
     with np.errstate(invalid="ignore"):  # 0·∞
         share = levels(size, group, kept)[:, None] * grouped
@@ -34,7 +34,7 @@ def shares(size: Vector, group: int, kept: int) -> Vector:
 
 
 def levels(size: Vector, group: int, kept: int) -> Vector:
-    """θ of every group."""
+    """Return θ of every group."""
     grouped = size.reshape(-1, group)
     down = -np.sort(-grouped, axis=1)
     rest = np.maximum(np.cumsum(down[:, ::-1], axis=1)[:, ::-1], 1e-300)  # from each on
@@ -47,7 +47,7 @@ def levels(size: Vector, group: int, kept: int) -> Vector:
 
 
 def greatest(price: Vector, group: int, kept: int, first: Shaped[np.ndarray, " n"]) -> float:
-    """The sum of the `kept` greatest prices of every group, those of `first` (bool) among them."""
+    """Return the sum of the `kept` greatest prices of every group, those of `first` (bool) among them."""
     order = np.argsort(np.where(first, -np.inf, -price).reshape(-1, group), axis=1, kind="stable")
     counted = np.take_along_axis(price.reshape(-1, group), order[:, :kept], axis=1)
     return float(counted.sum())

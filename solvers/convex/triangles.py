@@ -45,8 +45,13 @@ _FINITE = {"nnan", "nsz"}
 
 @dataclass(frozen=True)
 class Pool:
-    """The inequalities of one row: index int64 [m, k], ascending, at most n (n: z_0), ABSENT after an odd
-    number of them; sign int8 [m, k − 1] of all but the first, whose sign is 1; τ [m]."""
+    """The inequalities of one row.
+
+    Attributes:
+        index: int64 [m, k], ascending, at most n (n: z_0), ABSENT after an odd number of them.
+        sign: int8 [m, k − 1], of all but the first, whose sign is 1.
+        tau: τ, float64 [m].
+    """
 
     index: np.ndarray
     sign: np.ndarray
@@ -59,12 +64,14 @@ class Pool:
 
     @property
     def least(self) -> np.ndarray:
-        """−Σ_{i<j} b_ib_jz_iz_j at most, int64 [m]: 1 of a triangle."""
+        """The most that −Σ_{i<j} b_ib_jz_iz_j may be, int64 [m]: 1 of a triangle."""
         return np.asarray((self.index != ABSENT).sum(1) // 2)
 
     def pairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """The terms b_ib_jz_iz_j, inequality by inequality: i < j int64 [p], b_ib_j float64 [p], and the
-        inequality of each, int64 [p]. Many times as large as the pool, and not kept."""
+        """Return the terms b_ib_jz_iz_j: i < j int64 [p], b_ib_j float64 [p], and the inequality of each [p].
+
+        They are many times as large as the pool, and not kept.
+        """
         x, y = np.triu_indices(self.index.shape[1], 1)
         of, pair = np.nonzero(self.index[:, y] != ABSENT)
         sign = np.column_stack([np.ones(len(self.tau)), self.sign])
@@ -75,7 +82,7 @@ class Pool:
         return Pool(self.index[chosen], self.sign[chosen], self.tau[chosen])
 
     def merged(self, n: int) -> Pool:
-        """The same inequality once, with all of its multipliers."""
+        """Join equal inequalities, and add up their multipliers."""
         keys, first, which = np.unique(
             _keys(self.index, self.sign, n), return_index=True, return_inverse=True
         )
@@ -83,7 +90,7 @@ class Pool:
         return Pool(self.index[first], self.sign[first], tau)
 
     def join(self, index: np.ndarray, sign: np.ndarray, n: int) -> Pool:
-        """With the inequalities that are not here yet, at τ = 0; of as many places, or fewer."""
+        """Add the inequalities that are not here yet, at τ = 0; of as many places, or fewer."""
         lacking = self.index.shape[1] - index.shape[1]
         index = np.pad(index, ((0, 0), (0, lacking)), constant_values=ABSENT)
         sign = np.pad(sign, ((0, 0), (0, lacking)))
@@ -98,9 +105,11 @@ class Pool:
 def separate(
     inner: np.ndarray, most: int, threads: RowThreads | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The `most` most violated triangles, the most violated first: index int64 [m, 3] with i < j < k, sign
-    int8 [m, 2], violation float64 [m]. Beyond _ALL inputs about so many, by a sample. `inner`: ⟨v_i, v_j⟩ [n
-    + 1, n + 1] with v_0 last."""
+    """Return the `most` most violated triangles, the most violated first; beyond _ALL inputs about so many.
+
+    These are index int64 [m, 3] with i < j < k, sign int8 [m, 2] and violation float64 [m]. `inner`:
+    ⟨v_i, v_j⟩ [n + 1, n + 1] with v_0 last.
+    """
     inner = np.ascontiguousarray(inner, dtype=np.float32)
     threads = threads or RowThreads()
     n = len(inner)
@@ -151,7 +160,7 @@ class Incidence(NamedTuple):
 
     @classmethod
     def of(cls, index: np.ndarray, n: int) -> Incidence:
-        """Of triangles i < j < k, int64 [m, 3]."""
+        """Return the pairs of triangles i < j < k, int64 [m, 3]."""
         one, other = index[:, [0, 0, 1]], index[:, [1, 2, 2]]
         used = np.zeros((n + 1, n + 1), bool)
         used[one, other] = True
@@ -171,7 +180,7 @@ class Incidence(NamedTuple):
 
 
 def steps_of(index: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """A step is small where an input bends easily (small y) or is in many triangles."""
+    """Return the steps of τ: small where an input bends easily (small y) or is in many triangles."""
     n = len(y)
     # v_0 is fixed: it does not bend, in however many triangles it is
     stiff = np.append(np.maximum(y, _SOFTEST * y.mean()), np.inf)
@@ -185,15 +194,17 @@ def steps_of(index: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def dense(pool: Pool, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """E [n, n] and its column of v_0."""
+    """Return E [n, n] and its column of v_0."""
     e = np.zeros((n + 1, n + 1))
     scatter(e, *pool.pairs(), pool.tau)
     return e[:n, :n], e[:n, n]
 
 
 def pentagons(z: np.ndarray, pool: Pool, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """At most so many of five inputs that Z (float64 [N, N], z_0 last) violates, the most violated first:
-    index int64 [m, 5], ascending, sign int8 [m, 4] of all but the first. `pool`: inequalities of five places.
+    """Return at most `most` inequalities of five inputs that Z violates, the most violated first.
+
+    These are index int64 [m, 5], ascending, and sign int8 [m, 4] of all but the first. `z`: float64 [N, N],
+    z_0 last; `pool`: inequalities of five places.
 
     There are too many to look at all of them: each triangle with a multiplier gets the two inputs that lower
     its sum most, one after the other, and then single inputs are exchanged while that lowers it.
@@ -217,14 +228,14 @@ def pentagons(z: np.ndarray, pool: Pool, most: int) -> tuple[np.ndarray, np.ndar
 
 
 @part(fastmath=_FINITE)
-def _least(x, y, z):
-    """min over signs of a·x + b·y + ab·z; at most one of the four is below −1 for a Gram matrix."""
+def _least_signed_sum(x, y, z):
+    """Return min over signs of a·x + b·y + ab·z; at most one of the four is below −1 for a Gram matrix."""
     return min(x - abs(y + z), -x - abs(y - z))
 
 
 @loop(nogil=True)
 def histogram(inner, floor, stride, counts, firsts):
-    """How many triangles of `inner` [n, n] are violated by more than `floor`, by size.
+    """Count the triangles of `inner` [n, n] that are violated by more than `floor`, by size.
 
     Into counts, int32 [n, _BINS], for the least index of the triangle, those of `firsts` only, with one of
     `stride` second indices; a bin is 2/_BINS wide.
@@ -233,24 +244,23 @@ def histogram(inner, floor, stride, counts, firsts):
     for i in firsts:
         for j in range(i + 1 + i % stride, n, stride):
             for k in range(j + 1, n):
-                violation = -1 - _least(inner[i, j], inner[i, k], inner[j, k])
+                violation = -1 - _least_signed_sum(inner[i, j], inner[i, k], inner[j, k])
                 if violation > floor:
                     counts[i, min(int(violation * (_BINS / 2)), _BINS - 1)] += 1
 
 
 @part(nogil=True, fastmath=_FINITE)
 def _violated(x, first, second, floor):
-    """Over all k, how many triangles of ⟨v_i, v_j⟩ = x, ⟨v_i, v_k⟩ and ⟨v_j, v_k⟩ are violated."""
+    """Count, over all k, the violated triangles of ⟨v_i, v_j⟩ = x, ⟨v_i, v_k⟩ and ⟨v_j, v_k⟩."""
     found = np.int32(0)
     for k in range(len(second)):
-        found += np.int32(-1 - _least(x, first[k], second[k]) > floor)
+        found += np.int32(-1 - _least_signed_sum(x, first[k], second[k]) > floor)
     return found
 
 
 @loop(nogil=True)
 def count(inner, floor, counts, firsts):
-    """How many triangles i < j < k are violated by more than `floor`, into int32 [n, n] by i and j, for every
-    i of `firsts`."""
+    """Count triangles i < j < k violated by more than `floor`, in int32 [n, n] by i and j, i of `firsts`."""
     n = len(inner)
     for i in firsts:
         for j in range(i + 1, n):
@@ -259,8 +269,7 @@ def count(inner, floor, counts, firsts):
 
 @loop(nogil=True)
 def collect(inner, floor, counts, starts, index, sign, violations, firsts):
-    """Write the triangles that `count` has counted, those of least index i from starts[i] on, for every i
-    of `firsts`."""
+    """Write the triangles that `count` has counted, those of least index i of `firsts` from starts[i] on."""
     n = len(inner)
     for i in firsts:
         at = starts[i]
@@ -270,7 +279,7 @@ def collect(inner, floor, counts, starts, index, sign, violations, firsts):
                 if at == last:
                     break
                 x, y, z = inner[i, j], inner[i, k], inner[j, k]
-                violation = -1 - _least(x, y, z)
+                violation = -1 - _least_signed_sum(x, y, z)
                 if violation > floor:
                     index[at, 0], index[at, 1], index[at, 2] = i, j, k
                     a, b = 1, 1
@@ -296,7 +305,7 @@ def scatter(matrix, i, j, sign, of, tau):
 
 @loop(nogil=True)
 def gather(matrix, i, j, sign, of, inner):
-    """⟨T_t, Z⟩ of every inequality: add the signed entries of its pairs to `inner` [m]."""
+    """Add the signed entries of the pairs of every inequality, ⟨T_t, Z⟩, to `inner` [m]."""
     for k in range(len(of)):
         inner[of[k]] += matrix[i[k], j[k]] * sign[k]
 
@@ -311,7 +320,7 @@ def _dot(x, y):
 
 @loop(nogil=True)
 def damp(v, pairs, entries, member, sign, step, follow, tau, used, value):
-    """τ_used = max(0, τ − step·(triangle + 1)), τ follows by the part `follow`, and E from τ_used.
+    """Set τ_used = max(0, τ − step·(triangle + 1)), τ by the part `follow` of the way, and E from τ_used.
 
     Args:
         v: [n, k]; v_0 is the first unit vector.
@@ -342,7 +351,7 @@ def damp(v, pairs, entries, member, sign, step, follow, tau, used, value):
 
 @loop(nogil=True)
 def extend(z, index, sign, violation, exchanges):
-    """Of three inputs each make five, and write by how much that is violated."""
+    """Extend three inputs each to five, and write by how much that is violated."""
     n = len(z)
     s = np.zeros(n)
     for t in range(len(index)):
