@@ -1,27 +1,21 @@
 # mypy: disallow-untyped-defs=False
-"""A row of updated weights on the CPU: what `Row` does with vectors, in one compiled call each.
+"""Compiled loops of `Row`, on its vectors, and the search among candidates on their small tableau.
 
-Products are torch's. Each call of torch releases Python's lock and waits for it again: with a hundred small
-calls a row, two threads are no faster than one.
-
-First the loops; u and p are slots of kept and of pruned inputs, `kept` and `pruned` the inputs in them, `a`
-is A. Then the search among candidates, by loops alone: their small tableau, exchanged pair by pair, or one
-side of it alone. Then `CompiledRow`.
+u and p are slots of kept and of pruned inputs, `kept` and `pruned` the inputs in them, `a` is A, `own` the
+diagonal of M. Each call of torch releases Python's lock and waits for it again: with a hundred small calls a
+row, two threads are no faster than one.
 """
 
 from __future__ import annotations
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from maskopt.solvers.compiled import loop, part
-from maskopt.solvers.least_squares.state import CHUNK, SAFETY, Block, Row, Slots
 
 
 @part(nogil=True)
 def _take_away(a, lines, x, out):
-    """out − Σ_j x_j a[lines_j], four lines at a time."""
+    """Subtract Σ_j x_j a[lines_j] from `out`, four lines at a time."""
     n, whole = len(out), len(lines) - len(lines) % 4
     for j in range(0, whole, 4):
         one, two, three, four = a[lines[j]], a[lines[j + 1]], a[lines[j + 2]], a[lines[j + 3]]
@@ -36,7 +30,7 @@ def _take_away(a, lines, x, out):
 
 @loop(nogil=True)
 def look(a, target, kept, pruned, v, rest, r, left):
-    """r and what is left, written; returns what v explains. `rest` [n] is used."""
+    """Write r and what is left, and return what v explains; `rest` [n] is scratch memory."""
     rest[:] = target
     _take_away(a, kept, v, rest)
     explained = 0.0
@@ -50,7 +44,7 @@ def look(a, target, kept, pruned, v, rest, r, left):
 
 @part(nogil=True)
 def _in_groups(inputs, group_size, chosen):
-    """Slots of inputs whose group is chosen."""
+    """Return slots of inputs whose group is chosen."""
     slots = np.empty(len(inputs), np.int64)
     count = 0
     for i in range(len(inputs)):
@@ -62,7 +56,7 @@ def _in_groups(inputs, group_size, chosen):
 
 @part(nogil=True)
 def _whole_groups(value, kept, pruned, group_size, count):
-    """Slots of the groups with the least values; groups of infinite value are left out."""
+    """Return slots of the groups with the least values; groups of infinite value are left out."""
     most = min(max(1, count // group_size), np.sum(value < np.inf))
     chosen = np.zeros(len(value), np.bool_)
     chosen[np.argsort(value)[:most]] = True
@@ -70,11 +64,11 @@ def _whole_groups(value, kept, pruned, group_size, count):
 
 
 @loop(nogil=True)
-def likely(m, v, r, kept, pruned, alone, spread, group_size, count):
-    """Slots u and p of candidates; see `Row.likely`."""
+def likely(own, v, r, kept, pruned, alone, spread, group_size, count):
+    """Return slots u and p of candidates; `own` is the diagonal of M. See `Row.likely`."""
     cost, gain = np.empty(len(kept)), np.empty(len(pruned))
     for i in range(len(kept)):
-        cost[i] = v[i] * v[i] / m[i, i]
+        cost[i] = v[i] * v[i] / own[i]
     for i in range(len(pruned)):
         gain[i] = r[i] * r[i] * np.sqrt(spread[pruned[i]] / alone[pruned[i]])
     if group_size == len(alone):
@@ -89,59 +83,29 @@ def likely(m, v, r, kept, pruned, alone, spread, group_size, count):
 
 
 @loop(nogil=True)
-def tableau(a, m, v, r, pruned, u, p, columns, inner):
-    """z and y of candidates, and −M of u in `columns`, where B of p is already; `inner` is A_pS B."""
-    few, size = len(u), len(u) + len(p)
-    for i in range(len(v)):
-        for j in range(few):
-            columns[i, j] = -m[i, u[j]]
-    z, y = np.empty((size, size)), np.empty(size)
-    for i in range(few):
-        y[i] = v[u[i]]
-        for j in range(few):
-            z[i, j] = (columns[u[i], j] + columns[u[j], i]) / 2
-        for j in range(few, size):
-            z[i, j] = z[j, i] = columns[u[i], j]
-    for i in range(len(p)):
-        y[few + i] = r[p[i]]
-        line = a[pruned[p[i]]]
-        for j in range(len(p)):
-            z[few + i, few + j] = line[pruned[p[j]]] - (inner[i, j] + inner[j, i]) / 2
-    return z, y
-
-
-@loop(nogil=True)
-def settle_in(m, v, kept, pruned, u, p, scaled, w, y):
-    """After M's product: the lines of what came, v, and who is in which slot; see `Row.exchange`."""
-    pairs = len(u)
+def move_weights(v, u, scaled, w, y):
+    """Change v by the exchanges of a block, in place; see `Row.exchange`."""
+    count = len(u)
     for i in range(len(v)):
         moved = 0.0
-        for j in range(2 * pairs):
+        for j in range(2 * count):
             moved += scaled[i, j] * y[j]
         v[i] -= moved
-        for j in range(pairs):
-            m[i, u[j]] = -scaled[i, pairs + j]
-    for j in range(pairs):
-        for i in range(len(v)):
-            m[u[j], i] = -scaled[i, pairs + j]
-    for i in range(pairs):
+    for i in range(count):
         value = 0.0
-        for j in range(2 * pairs):
-            value += w[pairs + i, j] * y[j]
+        for j in range(2 * count):
+            value += w[count + i, j] * y[j]
         v[u[i]] = value
-        for j in range(pairs):
-            m[u[i], u[j]] = w[pairs + i, pairs + j]
-        kept[u[i]], pruned[p[i]] = pruned[p[i]], kept[u[i]]
 
 
 @part(nogil=True)
-def _priced(m, v, r, pruned, kept, spread, safety):
-    """Per kept input its cost, what (2) asks of a gain, and v_u/M_uu; per pruned input the gain."""
+def _priced(own, v, r, pruned, kept, spread, safety):
+    """Return per kept input its cost, what (2) asks of a gain, and v_u/M_uu; per pruned input the gain."""
     cost, need, price = np.empty(len(v)), np.empty(len(v)), np.empty(len(v))
     gain = np.empty(len(r))
     for i in range(len(v)):
-        cost[i], price[i] = v[i] * v[i] / m[i, i], v[i] / m[i, i]
-        ratio = max(1.0, spread[kept[i]] / m[i, i])
+        cost[i], price[i] = v[i] * v[i] / own[i], v[i] / own[i]
+        ratio = max(1.0, spread[kept[i]] / own[i])
         root = np.sqrt(ratio) + np.sqrt(ratio - 1.0)
         need[i] = cost[i] / (root * root)
     for i in range(len(r)):
@@ -150,10 +114,13 @@ def _priced(m, v, r, pruned, kept, spread, safety):
 
 
 @loop(nogil=True)
-def screen(m, v, r, kept, pruned, spread, safety):
-    """What (2) leaves, and what (1) takes: u by what they need, the least first, p by their gains, the
-    largest first; how many of p a u needs; cost and price of u, and of p r², 2r and the least C; no flags."""
-    cost, need, price, gain = _priced(m, v, r, pruned, kept, spread, safety)
+def screen(own, v, r, kept, pruned, spread, safety):
+    """Return the slots that (2) leaves, and what (1) takes.
+
+    These are u by what they need, the least first; p by their gains, the largest first; how many of p a u
+    needs; cost and price of u; r², 2r and the least C of p; and no flags.
+    """
+    cost, need, price, gain = _priced(own, v, r, pruned, kept, spread, safety)
     low, high = need.min(), gain.max()
     u, p = np.argsort(need), np.argsort(-gain)
     few, some = 0, 0
@@ -177,16 +144,16 @@ def screen(m, v, r, kept, pruned, spread, safety):
 
 @loop(nogil=True)
 def flag(b, cost, price, square, twice, least, flagged):
-    """(1) for some u (lines of b) and the first of p."""
+    """Flag the first of p by (1) for some u, the lines of b."""
     for i in range(b.shape[0]):
         for j in range(b.shape[1]):
             flagged[j] |= square[j] + twice[j] * (price[i] * b[i, j]) > cost[i] * least[j]
 
 
 @loop(nogil=True)
-def suspects_of_groups(m, v, r, kept, pruned, a, spread, group_size, safety):
-    """Slots of pruned inputs that (2) and (1) leave inside groups, and how many pairs (1) looked at."""
-    cost, need, price, gain = _priced(m, v, r, pruned, kept, spread, safety)
+def suspects_of_groups(own, v, r, kept, pruned, m, a, spread, group_size, safety):
+    """Return the pruned slots that (2) and (1) leave inside groups, and how many pairs (1) looked at."""
+    cost, need, price, gain = _priced(own, v, r, pruned, kept, spread, safety)
     slot = np.full(len(spread), -1)
     for i in range(len(kept)):
         slot[kept[i]] = i
@@ -208,13 +175,12 @@ def suspects_of_groups(m, v, r, kept, pruned, a, spread, group_size, safety):
 
 
 @loop(nogil=True)
-def best_pairs(b, outer, m, v, r, kept, pruned, p, alone, group_size, threshold, count):
-    """Slots u and p out of all pairs with the suspects p (one a line of b, B, and outer, A_pS) of Δ <
-    −threshold."""
+def best_pairs(b, outer, own, v, r, kept, pruned, p, alone, group_size, threshold, count):
+    """Return slots u and p out of all pairs of Δ < −threshold with the suspects p.
+
+    Each suspect has a line of `b`, B, and of `outer`, A_pS.
+    """
     k, some = len(kept), len(p)
-    own = np.empty(k)
-    for i in range(k):
-        own[i] = m[i, i]
     by_kept, by_pruned = np.full(k, np.inf), np.full(some, np.inf)
     for j in range(some):
         inside = 0.0
@@ -244,7 +210,7 @@ def best_pairs(b, outer, m, v, r, kept, pruned, p, alone, group_size, threshold,
 
 @part(nogil=True)
 def _pivot(z, y, i, j, lines):
-    """Slots i (kept) and j (pruned) change places: `Row.exchange` of a single pair."""
+    """Exchange slots i (kept) and j (pruned): `Row.exchange` of a single pair."""
     size = len(y)
     scale = 1.0 / (z[i, i] * z[j, j] - z[i, j] * z[i, j])
     w_ii, w_ij, w_jj = z[j, j] * scale, -z[i, j] * scale, z[i, i] * scale
@@ -270,10 +236,12 @@ def _pivot(z, y, i, j, lines):
 
 @loop(nogil=True)
 def exchanges(z, y, who, group, count, threshold, most):
-    """The best exchange among the candidates, again and again, until none is below −threshold; the number
-    made. z [size, size] is T of the candidates, the first `count` kept; y [size] their v and r; who, int64
-    [size], the candidate in each slot: all changed in place. Exchanges stay inside a `group`, int64 [size] of
-    each candidate; `most`: exchanges at most."""
+    """Make the best exchange among the candidates until none is below −threshold; return how many were made.
+
+    z [size, size] is T of the candidates, the first `count` kept; y [size] their v and r; who, int64 [size],
+    the candidate in each slot: all changed in place. Exchanges stay inside a `group`, int64 [size] of each
+    candidate; `most`: exchanges at most.
+    """
     size = len(y)
     made = 0
     lines = np.empty((4, size))
@@ -285,12 +253,12 @@ def exchanges(z, y, who, group, count, threshold, most):
             saved[j] = y[j] * lone[j]
         best, u, p = -threshold, -1, -1
         for i in range(count):
-            own, v, mine = -z[i, i], y[i], group[who[i]]
+            inverse_i, v, group_i = -z[i, i], y[i], group[who[i]]
             for j in range(count, size):
                 b = z[i, j]
                 left = v - b * lone[j]
-                delta = left * left / (own + b * b * inverse[j]) - saved[j]
-                if delta < best and group[who[j]] == mine:
+                delta = left * left / (inverse_i + b * b * inverse[j]) - saved[j]
+                if delta < best and group[who[j]] == group_i:
                     best, u, p = delta, i, j
         if u < 0:
             break
@@ -302,10 +270,12 @@ def exchanges(z, y, who, group, count, threshold, most):
 
 @loop(nogil=True)
 def one_sided(z, y, group, room, most):
-    """Prune the kept candidate of least y²/|z_ii|, or keep the pruned one of greatest again; and so on, each
-    priced after the ones before it. Returns the order, and the cost or saving of each in its turn. z [size,
-    size] is −M of kept candidates, or C of pruned ones, y [size] their v or r, `room` int64, how many of each
-    group may go: all changed in place; `group`: int64 [size]; `most`: how many at most."""
+    """Prune the kept candidate of least y²/|z_ii|, or keep the pruned one of greatest again; and so on.
+
+    Each is priced after the ones before it. Returns the order, and the cost or saving of each in its turn. z
+    [size, size] is −M of kept candidates, or C of pruned ones, y [size] their v or r, `room` int64, how many
+    of each group may go: all changed in place; `group`: int64 [size]; `most`: how many at most.
+    """
     size = len(y)
     order, prices = np.empty(min(most, size), np.int64), np.empty(min(most, size))
     left = np.ones(size, np.bool_)
@@ -327,73 +297,3 @@ def one_sided(z, y, group, room, most):
                 for j in range(size):
                     z[i, j] -= line[i] * scale * line[j]
     return order, prices
-
-
-class CompiledRow(Row):
-    """See `Row`; the same to within rounding."""
-
-    def look(self) -> None:
-        rest = self.scratch("rest", len(self.target))
-        slots = self.kept, self.pruned, self.v, rest, self.r, self.left
-        self.explained = look(*_arrays(self.metric.damped, self.target, *slots))
-
-    def likely(self, count: int) -> Slots:
-        diagonals = _arrays(self.metric.alone, self.metric.spread)
-        u, p = likely(*self._state(), *diagonals, self.metric.group_size, count)
-        return torch.from_numpy(u), torch.from_numpy(p)
-
-    def block(self, u: Tensor, p: Tensor) -> Block:
-        outer = self.lines(p)
-        columns = self.scratch("block", len(self.kept), len(u) + len(p))
-        b = torch.mm(self.m, outer.T, out=columns[:, len(u) :])
-        inner = torch.mm(outer, b, out=self.scratch("inner", len(p), len(p)))
-        state = self.metric.damped, self.m, self.v, self.r, self.pruned
-        z, y = tableau(*_arrays(*state, u, p, columns, inner))
-        return Block(columns, torch.from_numpy(z), torch.from_numpy(y))
-
-    def exchange(self, u: Tensor, p: Tensor, block: Block) -> None:
-        w = torch.linalg.inv(block.z)
-        scaled = torch.mm(block.columns, w, out=self.scratch("scaled", *block.columns.shape))
-        self.m.addmm_(scaled, block.columns.T)
-        state = self.m, self.v, self.kept, self.pruned
-        settle_in(*_arrays(*state, u, p, scaled, w, block.y))
-        self.fresh = False
-        self.look()
-
-    def improving(self, count: int, threshold: float) -> Slots | None:
-        p = self._suspects()
-        if not len(p):
-            return None
-        outer = self.lines(p)
-        b = torch.mm(outer, self.m, out=self.scratch("columns", *outer.shape))
-        self.formed += b.numel()
-        state = *_arrays(b, outer), *self._state(), *_arrays(p, self.metric.alone)
-        u, best = best_pairs(*state, self.metric.group_size, threshold, count)
-        return (torch.from_numpy(u), torch.from_numpy(best)) if len(best) else None
-
-    def _suspects(self) -> Tensor:
-        metric, state = self.metric, self._state()
-        if metric.group_size < len(self.target):
-            shared = _arrays(metric.damped, metric.spread)
-            flagged, formed = suspects_of_groups(*state, *shared, metric.group_size, SAFETY)
-            self.formed += formed
-            return torch.from_numpy(flagged)
-        left = screen(*state, metric.spread.numpy(), SAFETY)
-        u, p, widths, cost, price, square, twice, least, flagged = left
-        outer, slots = self.lines(torch.from_numpy(p)), torch.from_numpy(u)
-        for first in range(0, len(u), CHUNK):
-            part, width = slots[first : first + CHUNK], int(widths[first])
-            lines = self.scratch("lines", len(part), len(self.kept))
-            torch.index_select(self.m, 0, part, out=lines)
-            b = torch.mm(lines, outer[:width].T, out=self.scratch("b", len(part), width))
-            self.formed += b.numel()
-            flag(b.numpy(), cost[first:], price[first:], square, twice, least, flagged)
-        return torch.from_numpy(np.sort(p[flagged]))
-
-    def _state(self) -> list[np.ndarray]:
-        """M, v, r, and the inputs in the slots."""
-        return _arrays(self.m, self.v, self.r, self.kept, self.pruned)
-
-
-def _arrays(*tensors: Tensor) -> list[np.ndarray]:
-    return [tensor.numpy() for tensor in tensors]

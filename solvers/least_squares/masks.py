@@ -55,8 +55,10 @@ _CANDIDATES = 4
 
 @dataclass(frozen=True)
 class Scaled:
-    """A problem of updated weights with its inputs scaled to A_jj = 1: F = min {vᵀAv − 2bᵀv + C}. √A_jj
-    before (`size` [n]), A [n, n], b (`target` [rows, n]) and C [rows], float64."""
+    """A problem of updated weights with its inputs scaled to A_jj = 1: F = min {vᵀAv − 2bᵀv + C}.
+
+    √A_jj before (`size` [n]), A [n, n], b (`target` [rows, n]) and C [rows], float64.
+    """
 
     size: Float[Tensor, " n"]
     a: Float[Tensor, "n n"]
@@ -90,7 +92,7 @@ class Damped(Solver):
     )
 
     def refitted(self, problem: LayerProblem) -> LayerProblem:
-        """The problem that the mask is chosen for."""
+        """Return the problem that the mask is chosen for."""
         if problem.update is not None:
             return problem
         return problem.with_update(LeastSquaresUpdate(self.damping, self.power))
@@ -105,8 +107,10 @@ class Damped(Solver):
 
 @dataclass(frozen=True)
 class Admm(Damped):
-    """A mask for updated weights, in float32 iterations; a row (or the layer, with a shared budget) stops
-    when its support stands still. Reports a `Trace`."""
+    """A mask for updated weights, by ADMM in float32; reports a `Trace`.
+
+    A row (or the layer, with a shared budget) stops when its support no longer changes.
+    """
 
     name: ClassVar[str] = "admm"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -146,7 +150,7 @@ class Admm(Damped):
         vectors: Float[Tensor, "n n"],
         limits: Limits,
     ) -> tuple[Tensor, Tensor]:
-        """The masks of some rows, and their iterations; all in the scaled inputs."""
+        """Return the masks of some rows, and their iterations; all in the scaled inputs."""
         d = problem.weight.double() * size
         largest = d.abs().amax(1, keepdim=True), target.abs().amax(1, keepdim=True)
         # where the weights are next to nothing, what is wanted would be beyond float32 in their units
@@ -196,7 +200,7 @@ class Admm(Damped):
 def _regressed(
     x: Float[Tensor, "rows n"], rho: Tensor, values: Tensor, vectors: Tensor
 ) -> Float[Tensor, "rows n"]:
-    """(A + ρI)⁻¹x of every row."""
+    """Return (A + ρI)⁻¹x of every row."""
 
     def some(x: Tensor, rho: Tensor) -> Tensor:
         return ((x @ vectors) / (values + rho)) @ vectors.T
@@ -209,8 +213,10 @@ def _regressed(
 
 @dataclass(frozen=True)
 class Obs(Damped):
-    """A mask for updated weights, by the price of each removal after the ones before it. Rows that are left
-    when the time is over prune by the first prices."""
+    """A mask for updated weights, by the price of each removal after the ones before it.
+
+    Rows that are left when the time is over prune by the first prices.
+    """
 
     name: ClassVar[str] = "obs"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -245,7 +251,7 @@ class Obs(Damped):
 def _eliminated(
     inverse: Tensor, target: Tensor, group: int, quota: int, panel: int
 ) -> tuple[Tensor, int]:
-    """The mask [n] of one row, and its panels."""
+    """Return the mask [n] of one row, and how many panels it took."""
     n, rounds = len(target), 0
     left = torch.arange(n, device=target.device)
     room = np.full(n // group, quota)

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from maskopt.core.files import join_rows
@@ -26,7 +25,7 @@ from maskopt.core.limits import Limits, one_thread_each, threads_on
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import REFIT_FLOOR, SWAP_TOLERANCE, Solution
 from maskopt.protocol.trace import Trace
-from maskopt.solvers.least_squares.compiled_row import CompiledRow, exchanges, one_sided
+from maskopt.solvers.least_squares.compiled_row import exchanges, one_sided
 from maskopt.solvers.least_squares.state import DRIFT, Metric, Row, Scratch, Slots
 from maskopt.solvers.shared_budget import OFFERED, Offers, by_count, searched, transfer
 
@@ -44,8 +43,15 @@ _TOGETHER, _TOGETHER_BYTES = 16, 2**25
 
 @dataclass
 class Found:
-    """The result of a row: mask bool [n] and updated weights float64 [n], whether the last scan found no
-    improving pair, F at the start and after every round, and offers to other rows of a shared budget."""
+    """The result of a row, on the CPU.
+
+    Attributes:
+        mask: bool [n], True = kept.
+        weight: updated weights, float64 [n].
+        proven: whether the last scan found no improving pair.
+        objectives: F at the start and after every round.
+        offers: inputs for exchanges with other rows of a shared budget.
+    """
 
     mask: Tensor
     weight: Tensor
@@ -59,7 +65,7 @@ class Found:
 
 
 def refine(row: Row, objective: float, mass: float, most: int, limits: Limits) -> Found:
-    """Swap a row, which is used up, at most so often; `objective`: F of its mask, `mass`: Σⱼ wⱼ²Gⱼⱼ."""
+    """Swap inputs of a row in place, at most `most` times; `objective`: F of its mask, `mass`: Σⱼ wⱼ²Gⱼⱼ."""
     found = Found(row.mask(), row.weights(), objectives=[objective])
     if not len(row.kept) or not len(row.pruned):
         found.proven = True
@@ -101,19 +107,19 @@ def refine(row: Row, objective: float, mass: float, most: int, limits: Limits) -
 
 
 def _exchange(row: Row, slots: Slots, threshold: float, most: int) -> int:
-    """Search among candidates, and exchange what pays; the number of swaps."""
+    """Search among candidates, and exchange what pays; return the number of swaps."""
     if most <= 0:
         return 0
     (u, p), block = slots, row.block(*slots)
     count = len(u)
     group = torch.cat([row.kept[u], row.pruned[p]]) // row.metric.group_size
-    z, y = (x.cpu().clone().numpy() for x in (block.z, block.y))
+    z, y = block.z.clone().numpy(), block.y.clone().numpy()
     who, kept = np.arange(len(y)), np.zeros(len(y), np.bool_)
-    made = exchanges(z, y, who, group.cpu().numpy(), count, threshold, min(most, 2**62))
+    made = exchanges(z, y, who, group.numpy(), count, threshold, min(most, 2**62))
     kept[who[:count]] = True
     left, came = np.flatnonzero(~kept[:count]), np.flatnonzero(kept[count:])
     if len(left):
-        gone, back = (torch.from_numpy(x).to(row.v.device) for x in (left, came))
+        gone, back = torch.from_numpy(left), torch.from_numpy(came)
         row.exchange(u[gone], p[back], block.of(torch.cat([gone, count + back])))
     return made
 
@@ -121,7 +127,7 @@ def _exchange(row: Row, slots: Slots, threshold: float, most: int) -> int:
 def swap_refitted(
     problem: LayerProblem, start: Tensor, max_swaps: int | None, limits: Limits
 ) -> Solution:
-    """1-swap search on F from a legal mask, to proven optima or a limit; a shared budget as a whole."""
+    """Swap from a legal mask to proven 1-swap optima of F, or to a limit; a shared budget as a whole."""
     nothing = Offers.none(1, problem.device)
 
     def search(
@@ -136,27 +142,28 @@ def swap_refitted(
 def _searched(
     problem: LayerProblem, start: Tensor, max_swaps: int | None, limits: Limits
 ) -> list[Found]:
-    """Every row at the count of its own mask."""
+    """Search every row at the count of its own mask."""
     squares = problem.least_squares
-    metric = Metric(squares.damped, squares.inverse.diagonal().clone(), problem.group_size)
-    target = squares.target(problem.weight, problem.correlation)
+    spread = squares.inverse.diagonal().cpu().clone()
+    metric = Metric(squares.damped, spread, problem.group_size)
+    target = squares.target(problem.weight, problem.correlation).cpu()
     if squares.flat:
         target.zero_()  # G is 0: every mask costs the same, whatever A says
-    kind, threads = CompiledRow if target.is_cpu else Row, threads_on(problem.device)
+    start, threads = start.cpu(), threads_on(problem.device)
     most = torch.iinfo(torch.int64).max if max_swaps is None else max_swaps
-    own, done = threading.local(), limits.counter(problem.rows)
+    of_thread, done = threading.local(), limits.counter(problem.rows)
     mass = problem.diagonal_mass().tolist()
-    batches = _alike(start, threads)
+    batches = _batches(start, threads)
 
     def search(number: int) -> list[Found] | None:
         """None: the time was over before the turn of these rows."""
         if limits.expired:
             return None
-        if not hasattr(own, "scratch"):
-            own.scratch = Scratch(problem.device)
+        if not hasattr(of_thread, "scratch"):
+            of_thread.scratch = Scratch(problem.device)
         batch, found = batches[number], []
-        rows = kind.several(metric, own.scratch, target[batch], start[batch])
-        weights = torch.stack([row.weights() for row in rows])
+        rows = Row.several(metric, of_thread.scratch, target[batch], start[batch])
+        weights = torch.stack([row.weights() for row in rows]).to(problem.device)
         objective = problem.take(batch).cost(weights).tolist()
         for index, row, cost in zip(batch.tolist(), rows, objective, strict=True):
             found.append(refine(row, cost, mass[index], most, limits))
@@ -169,15 +176,15 @@ def _searched(
     for batch, found in zip(batches, one_thread_each(search, len(batches), threads), strict=True):
         if found is None:  # the start's masks, with their weights and costs
             part, masks = problem.take(batch), start[batch]
-            weights = part.weights(masks, limits)
+            weights = part.weights(masks.to(problem.device), limits)
             each = zip(masks, weights, part.cost(weights).tolist(), strict=True)
-            found = [Found(mask, weight, objectives=[cost]) for mask, weight, cost in each]
+            found = [Found(mask, weight.cpu(), objectives=[cost]) for mask, weight, cost in each]
         rows.update(zip(batch.tolist(), found, strict=True))
     return [rows[index] for index in range(problem.rows)]
 
 
-def _alike(start: Tensor, threads: int) -> list[Tensor]:
-    """Rows that keep as many, some at a time: their inverses are made together."""
+def _batches(start: Tensor, threads: int) -> list[Tensor]:
+    """Batch rows that keep equally many, whose inverses are computed together."""
     batches: list[Tensor] = []
     for rows in by_count(start):
         fit = max(1, _TOGETHER_BYTES // (8 * max(1, int(start[rows[0]].sum())) ** 2))
@@ -191,7 +198,8 @@ def _solution(problem: LayerProblem, rows: list[Found]) -> Solution:
     history = join_rows([torch.tensor([row.objectives], dtype=torch.float64) for row in rows])
     trace = Trace(kernel="least squares", history=history, **counts)
     optimal = torch.tensor([row.proven for row in rows])
-    mask, weight = (torch.stack(one) for one in ([r.mask for r in rows], [r.weight for r in rows]))
+    mask = torch.stack([row.mask for row in rows]).to(problem.device)
+    weight = torch.stack([row.weight for row in rows]).to(problem.device)
     squares = problem.least_squares
     if not squares.flat:
         target = squares.target(problem.weight, problem.correlation)
@@ -201,15 +209,17 @@ def _solution(problem: LayerProblem, rows: list[Found]) -> Solution:
 
 
 def _offers(row: Row) -> Offers:
-    """What a row whose M is good enough for a claim offers to others, in F, float64: on T = [[−M, B], [Bᵀ,
-    C]] of some candidates, pruning u costs y_u²/M_uu, keeping p again saves y_p²/C_pp, and either is a pivot
-    on one diagonal entry, after which the next is priced."""
-    found = Offers.none(1, row.v.device)
-    cost = row.v.square() / row.m.diagonal()
+    """Return what a row whose M is good enough for a claim offers to others, in F, float64.
+
+    On T = [[−M, B], [Bᵀ, C]] of some candidates, pruning u costs y_u²/M_uu, keeping p again saves y_p²/C_pp,
+    and either is a pivot on one diagonal entry, after which the next is priced.
+    """
+    found = Offers.none(1, row.m.device)
+    cost = row.v.square() / row.m.diagonal().cpu()
     u = cost.topk(min(OFFERED, len(row.kept)), largest=False).indices
     p, count = _most_saving(row), len(u)
     block = row.block(u, p)
-    z, y = block.z.cpu().clone().numpy(), block.y.cpu().clone().numpy()
+    z, y = block.z.numpy(), block.y.numpy()
     for part, inputs, into, prices in (
         (slice(0, count), row.kept[u], found.removals, found.costs),
         (slice(count, None), row.pruned[p], found.returns, found.gains),
@@ -217,26 +227,23 @@ def _offers(row: Row) -> Offers:
         size = len(inputs)
         alone = np.zeros(size, np.int64), np.full(1, size)
         which, values = one_sided(z[part, part].copy(), y[part].copy(), *alone, size)
-        into[0, : len(which)] = inputs[torch.from_numpy(which).to(inputs.device)]
+        into[0, : len(which)] = inputs[torch.from_numpy(which)]
         prices[0, : len(which)] = torch.from_numpy(values)
     return found
 
 
 def _most_saving(row: Row) -> Tensor:
-    """Slots of pruned inputs of largest r_p²/C_pp, the largest of all for certain: r_p²H_pp is no less, so
-    that only what is above the best of the likely ones is priced."""
+    """Return slots of pruned inputs of largest r_p²/C_pp, the largest of all for certain.
+
+    r_p²H_pp is no less, so that only what is above the best of the likely ones is priced.
+    """
     most = row.r.square() * row.metric.spread[row.pruned]
     count = min(OFFERED, len(row.pruned))
     _, slots = row.likely(count)
-    exact = _gains(row, slots)
+    exact = row.gains(slots)
     if len(slots) < len(row.pruned):
         other = most > exact.max()
         other[slots] = False
         rest = other.nonzero()[:, 0]
-        slots, exact = torch.cat([slots, rest]), torch.cat([exact, _gains(row, rest)])
+        slots, exact = torch.cat([slots, rest]), torch.cat([exact, row.gains(rest)])
     return slots[exact.topk(count).indices]
-
-
-def _gains(row: Row, slots: Tensor) -> Float[Tensor, " some"]:
-    """r_p²/C_pp."""
-    return row.r[slots].square() / row.columns(slots)[1]

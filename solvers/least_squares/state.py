@@ -32,11 +32,20 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from maskopt.solvers.compiled import loop
+from maskopt.solvers.least_squares.compiled_row import (
+    best_pairs,
+    flag,
+    likely,
+    look,
+    move_weights,
+    screen,
+    suspects_of_groups,
+)
 
 #: size below which LAPACK inverts a matrix
 _LEAF = 96
-#: kept inputs whose pairs are screened at a time; numbers of a product over pairs at a time
-CHUNK, AT_ONCE = 64, 2**20
+#: kept inputs whose pairs are screened at a time
+CHUNK = 64
 #: relative error of M at which it is made anew
 DRIFT = 1e-9
 #: what rounding may add to a gain that is held against a cost
@@ -53,7 +62,7 @@ class Scratch:
         self._buffers: dict[str, Tensor] = {}
 
     def __call__(self, name: str, *shape: int) -> Tensor:
-        """An uninitialised tensor of this shape."""
+        """Return an uninitialised tensor of this shape."""
         size = math.prod(shape)
         buffer = self._buffers.get(name)
         if buffer is None or len(buffer) < size:
@@ -63,14 +72,14 @@ class Scratch:
 
 
 @cache
-def _signs(size: int, device: torch.device) -> Float[Tensor, " size"]:
-    """Random signs, the same for every row of this size."""
+def _signs(size: int) -> Float[Tensor, " size"]:
+    """Return random signs, the same for every row of this size."""
     drawn = torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(0))
-    return (drawn * 2 - 1).to(device, torch.float64)
+    return (drawn * 2 - 1).double()
 
 
 def part_of(matrix: Tensor, lines: Tensor, columns: Tensor, out: Tensor) -> Tensor:
-    """matrix[lines, columns], written to `out` [lines, columns]."""
+    """Write matrix[lines, columns] to `out` [lines, columns], and return it."""
     if matrix.device.type != "cpu":
         return out.copy_(matrix[lines[:, None], columns[None, :]])
     _gather(matrix.numpy(), lines.numpy(), columns.numpy(), out.numpy())
@@ -86,8 +95,9 @@ def _gather(matrix: np.ndarray, lines: np.ndarray, columns: np.ndarray, out: np.
 
 
 def inverse(matrix: Tensor, out: Tensor, work: Tensor) -> Tensor:
-    """Of definite matrices [rows, k, k], by halves: 4k³/3 operations a row, nearly all of them products. NaN
-    where rounding left something that is not definite.
+    """Invert definite matrices [rows, k, k] by halves: 4k³/3 operations a row, nearly all of them products.
+
+    A matrix that is not definite after rounding becomes NaN.
 
     Args:
         matrix: is used up.
@@ -120,7 +130,7 @@ def inverse(matrix: Tensor, out: Tensor, work: Tensor) -> Tensor:
 
 
 def _add_upper(matrix: Tensor, left: Tensor, right: Tensor, alpha: int) -> None:
-    """alpha · left · right, which is symmetric, onto all of a matrix but the lower left quarter."""
+    """Add alpha · left · right, which is symmetric, to all of a matrix but the lower left quarter."""
     quarter = matrix.shape[1] // 2
     matrix[:, :quarter].baddbmm_(left[:, :quarter], right, alpha=alpha)
     matrix[:, quarter:, quarter:].baddbmm_(left[:, quarter:], right[:, :, quarter:], alpha=alpha)
@@ -128,8 +138,13 @@ def _add_upper(matrix: Tensor, left: Tensor, right: Tensor, alpha: int) -> None:
 
 @dataclass(frozen=True)
 class Metric:
-    """What the rows of a layer share: A, the diagonal of H = A⁻¹ (`spread`), and the size of the groups that
-    exchanges stay inside; the diagonal of A (`alone`) and the largest A_jj H_jj (`stiffness`)."""
+    """The data that all rows of a layer share.
+
+    Attributes:
+        damped: A, float64 [n, n], on the device of the products.
+        spread: the diagonal of H = A⁻¹, float64 [n], on the CPU.
+        group_size: inputs of a group, inside which exchanges stay.
+    """
 
     damped: Float[Tensor, "n n"]
     spread: Float[Tensor, " n"]
@@ -137,28 +152,45 @@ class Metric:
 
     @cached_property
     def alone(self) -> Float[Tensor, " n"]:
-        return self.damped.diagonal().clone()
+        """The diagonal of A, on the CPU."""
+        return self.damped.diagonal().cpu().clone()
+
+    @cached_property
+    def damped_on_cpu(self) -> Float[Tensor, "n n"]:
+        """A on the CPU; without a copy where it is there already."""
+        return self.damped.cpu()
 
     @cached_property
     def stiffness(self) -> float:
+        """The largest A_jj H_jj."""
         return float((self.alone * self.spread).max())
 
 
 @dataclass
 class Block:
-    """The tableau T = [[−M, B], [Bᵀ, C]] of candidates: T_SZ, the symmetric T_ZZ, and v and r."""
+    """The tableau T = [[−M, B], [Bᵀ, C]] of candidates Z = (u, p).
+
+    Attributes:
+        columns: T_SZ, on the device of M.
+        z: T_ZZ, symmetric, on the CPU.
+        y: v of u and r of p, on the CPU.
+    """
 
     columns: Float[Tensor, "k size"]
     z: Float[Tensor, "size size"]
     y: Float[Tensor, " size"]
 
-    def of(self, some: Int[Tensor, " some"]) -> Block:
-        """Of some of the candidates."""
-        return Block(self.columns[:, some], self.z[some[:, None], some[None, :]], self.y[some])
+    def of(self, chosen: Int[Tensor, " chosen"]) -> Block:
+        """Return the tableau of some of the candidates."""
+        square = self.z[chosen[:, None], chosen[None, :]]
+        return Block(self.columns[:, chosen], square, self.y[chosen])
 
 
 class Row:
     """A row, changed in place by exchanges. Slots 0 … k−1 hold the kept inputs, 0 … s−1 the pruned ones.
+
+    Matrices and their products are on the device of the problem, vectors on the CPU, where compiled loops
+    price pairs.
 
     Attributes:
         target: b, float64 [n].
@@ -181,27 +213,30 @@ class Row:
     ) -> None:
         self.metric, self.scratch, self.target = metric, scratch, target
         self.kept, self.pruned, self.m = kept, pruned, m
-        self.v, self.r, self.left = (target.new_empty(len(x)) for x in (kept, pruned, kept))
+        self.r, self.left = target.new_empty(len(pruned)), target.new_empty(len(kept))
         self.inverted()
 
     @classmethod
     def several(
         cls, metric: Metric, scratch: Scratch, targets: Tensor, masks: Tensor
     ) -> list[Self]:
-        """Of masks [rows, n], True = kept, that all keep the same number; 4k³/3 operations a row."""
+        """Return the rows of masks [rows, n], True = kept, that all keep the same number.
+
+        Takes 4k³/3 operations a row.
+        """
         count = len(masks)
         kept = masks.nonzero()[:, 1].view(count, int(masks[0].sum()))
         pruned = (~masks).nonzero()[:, 1].view(count, masks.shape[1] - kept.shape[1])
         k = kept.shape[1]
         system = scratch("system", count, k, k)
-        for one, inputs in zip(system, kept, strict=True):
-            part_of(metric.damped, inputs, inputs, one)
+        for matrix, inputs in zip(system, kept, strict=True):
+            part_of(metric.damped, inputs, inputs, matrix)
         m = inverse(system, scratch("m", count, k, k), scratch("work", count * (k * k // 2 + 1)))
         each = zip(targets, kept, pruned, m, strict=True)
         return [cls(metric, scratch, *parts) for parts in each]
 
     def renew(self, kept: Int[Tensor, " k"], pruned: Int[Tensor, " s"]) -> None:
-        """M, v and r from scratch, of a mask with as many kept."""
+        """Compute M, v and r from scratch, of a mask with as many kept."""
         self.kept.copy_(kept)
         self.pruned.copy_(pruned)
         k, new = len(self.kept), self.scratch
@@ -210,11 +245,14 @@ class Row:
         self.inverted()
 
     def inverted(self) -> None:
-        """v and r of a new M; by Cholesky of the whole where the inverse by halves is too inexact."""
+        """Compute v and r of a new M.
+
+        Where the inverse by halves is too inexact, M is inverted again by Cholesky of the whole.
+        """
         if not self.drift() <= DRIFT:
             system = part_of(self.metric.damped, self.kept, self.kept, torch.empty_like(self.m))
             torch.cholesky_inverse(torch.linalg.cholesky(system), out=self.m)
-        torch.mv(self.m, self.target[self.kept], out=self.v)
+        self.v = self._times_m(self.target[self.kept])
         self.fresh = True
         self.look()
 
@@ -222,22 +260,27 @@ class Row:
         return torch.zeros_like(self.target, dtype=torch.bool).index_fill_(0, self.kept, True)
 
     def weights(self) -> Float[Tensor, " n"]:
-        """v, zero on what is pruned."""
-        return torch.zeros_like(self.target).index_copy_(0, self.kept, self.v)
+        """Return v in its inputs, zero where the row prunes."""
+        return self._spread_out(self.v)
 
     def look(self) -> None:
-        """r, and what is left, of v."""
-        rest = self.target - self.weights() @ self.metric.damped
+        """Compute r, and what v leaves of the kept inputs' target."""
+        if self.m.is_cpu:
+            buffer = self.scratch("rest", len(self.target))
+            slots = self.kept, self.pruned, self.v, buffer, self.r, self.left
+            self.explained = look(*_arrays(self.metric.damped, self.target, *slots))
+            return
+        rest = self.target - self._times_a(self.weights())
         self.r, self.left = rest[self.pruned], rest[self.kept]
         self.explained = float((self.target[self.kept] + self.left) @ self.v)
 
     def settle(self, noise: float, objective: float) -> None:
-        """A step of refinement for v; and r again where that could change a gain by more than `noise`.
+        """Refine v by one step, and compute r again where that could change a gain by more than `noise`.
 
         With δ = M(b_S − A_SS v), F falls by e = δᵀA_SS δ. r_p moves by (Aδ)_p, its square no more than A_pp e
         (Cauchy); so a gain g = r_p²/C_pp ≤ F by 2√(g·A_pp H_pp e) at most.
         """
-        step = self.m @ self.left
+        step = self._times_m(self.left)
         fall = float(step @ self.left)
         self.v += step
         self.left.zero_()
@@ -245,137 +288,112 @@ class Row:
             self.look()
 
     def likely(self, count: int) -> Slots:
-        """Candidates by r_p²√(H_pp/A_pp) for r_p²/C_pp, at most `count` a side, or in whole groups."""
-        gain = self.r.square() * (self.metric.spread / self.metric.alone).sqrt()[self.pruned]
-        cost, size = self.v.square() / self.m.diagonal(), self.metric.group_size
-        if size == len(self.target):
-            return _least(cost, count), _least(-gain, count)
-        cheapest = cost.new_full((len(self.target) // size,), torch.inf)
-        cheapest.scatter_reduce_(0, self.kept // size, cost, "amin")
-        dearest = torch.zeros_like(cheapest).scatter_reduce_(0, self.pruned // size, gain, "amax")
-        return _members(self, _least(cheapest - dearest, max(1, count // size)))
+        """Return candidates by r_p²√(H_pp/A_pp) for r_p²/C_pp, at most `count` a side, or in whole groups."""
+        diagonals = _arrays(self.metric.alone, self.metric.spread)
+        u, p = likely(*self._state(), *diagonals, self.metric.group_size, count)
+        return torch.from_numpy(u), torch.from_numpy(p)
 
     def improving(self, count: int, threshold: float) -> Slots | None:
-        """The exact scan: candidates out of all pairs of Δ < −threshold; None: there is none."""
-        suspects = self._suspects()
-        if not len(suspects):
+        """Scan all pairs exactly: candidates out of those of Δ < −threshold; None: there is no such pair."""
+        p = self._suspects()
+        if not len(p):
             return None
-        b, c = self.columns(suspects)
+        outer = self.lines(p)
+        b = torch.mm(outer, self.m, out=self.scratch("columns", *outer.shape))
         self.formed += b.numel()
-        r = self.r[suspects]
-        delta = (self.v[:, None] - b * (r / c)).square_()
-        delta /= (b.square_() / c).add_(self.m.diagonal()[:, None])
-        delta -= r.square() / c
-        size, of_p = self.metric.group_size, self.pruned[suspects] // self.metric.group_size
-        delta.masked_fill_((self.kept // size)[:, None] != of_p, torch.inf)
-        by_kept, by_pruned = delta.amin(1), delta.amin(0)
-        if not bool((by_pruned < -threshold).any()):
-            return None
-        if size < len(self.target):
-            return _members(self, of_p[_least(by_pruned, max(1, count // size))])
-        u, p = _least(by_kept, count), _least(by_pruned, count)
-        return u[by_kept[u] < 0], suspects[p[by_pruned[p] < 0]]
+        state = *_arrays(b, outer), *self._state(), *_arrays(p, self.metric.alone)
+        u, best = best_pairs(*state, self.metric.group_size, threshold, count)
+        return (torch.from_numpy(u), torch.from_numpy(best)) if len(best) else None
 
-    def _suspects(self) -> Int[Tensor, " some"]:
-        """Slots of the pruned inputs that (2), and (1) with the least C_pp, leave an improving pair."""
-        spread = self.metric.spread
-        ratio = (spread[self.kept] / self.m.diagonal()).clamp(min=1.0)
-        cost = self.v.square() / self.m.diagonal()
-        need = cost / (ratio.sqrt() + (ratio - 1.0).sqrt()).square()
-        gain = self.r.square() * spread[self.pruned] * (1.0 + SAFETY)
-        price = self.v / self.m.diagonal()
-        if self.metric.group_size < len(self.target):
-            return _suspects_of_groups(self, need, gain, cost, price)
-        p = gain.argsort(descending=True)[: int((gain > need.min()).sum())]
-        u = need.argsort()[: int((need < gain.max()).sum())]
-        if not len(u):
-            return p[:0]
-        flagged = torch.zeros_like(p, dtype=torch.bool)
-        outer = self.lines(p).T
-        square, twice = self.r[p].square(), 2 * self.r[p]
-        least = (1.0 - SAFETY) / spread[self.pruned[p]]
-        for part in u.split(CHUNK):
-            width = int((gain[p] > need[part[0]]).sum())
-            b = torch.mm(self.m[part], outer[:, :width], out=self.scratch("b", len(part), width))
+    def _suspects(self) -> Int[Tensor, " suspects"]:
+        """Return the pruned slots to which (2), and (1) with the least C_pp, leave an improving pair."""
+        metric, state = self.metric, self._state()
+        if metric.group_size < len(self.target):
+            matrices = _arrays(self.m, metric.damped_on_cpu, metric.spread)
+            flagged, formed = suspects_of_groups(*state, *matrices, metric.group_size, SAFETY)
+            self.formed += formed
+            return torch.from_numpy(flagged)
+        screened = screen(*state, metric.spread.numpy(), SAFETY)
+        u, p, widths, cost, price, square, twice, least, flagged = screened
+        outer, slots = self.lines(torch.from_numpy(p)), torch.from_numpy(u).to(self.m.device)
+        for first in range(0, len(u), CHUNK):
+            part, width = slots[first : first + CHUNK], int(widths[first])
+            lines = self.scratch("lines", len(part), len(self.kept))
+            torch.index_select(self.m, 0, part, out=lines)
+            b = torch.mm(lines, outer[:width].T, out=self.scratch("b", len(part), width))
             self.formed += b.numel()
-            reach = b.mul_(price[part, None]).mul_(twice[:width]).add_(square[:width])
-            flagged[:width] |= (reach > cost[part, None] * least[:width]).any(0)
-        return p[flagged].sort().values
+            flag(*_arrays(b), cost[first:], price[first:], square, twice, least, flagged)
+        return torch.from_numpy(np.sort(p[flagged]))
 
-    def lines(self, p: Tensor) -> Float[Tensor, "some k"]:
-        """A_p,S of slots p."""
+    def lines(self, p: Tensor) -> Float[Tensor, "slots k"]:
+        """Return A_p,S of slots p."""
         out = self.scratch("outer", len(p), len(self.kept))
         return part_of(self.metric.damped, self.pruned[p], self.kept, out)
 
-    def columns(self, p: Tensor) -> tuple[Float[Tensor, "k some"], Float[Tensor, " some"]]:
-        """B_S,p and C_pp of slots p."""
+    def gains(self, p: Tensor) -> Float[Tensor, " slots"]:
+        """Return r_p²/C_pp, what keeping the inputs of slots p again saves."""
         outer = self.lines(p).T
         b = torch.mm(self.m, outer, out=self.scratch("columns", len(outer), len(p)))
-        return b, self.metric.alone[self.pruned[p]] - (outer * b).sum(0)
+        return self.r[p].square() / (self.metric.alone[self.pruned[p]] - (outer * b).sum(0).cpu())
 
     def block(self, u: Tensor, p: Tensor) -> Block:
-        """T of the candidates."""
-        outer, inputs = self.lines(p), self.pruned[p]
-        columns = self.scratch("block", len(self.kept), len(u) + len(p))
-        torch.neg(self.m[u].T, out=columns[:, : len(u)])
-        b = torch.mm(self.m, outer.T, out=columns[:, len(u) :])
-        c = self.metric.damped[inputs[:, None], inputs[None, :]] - outer @ b
-        z = torch.cat([columns[u], torch.cat([b[u].T, c], 1)])
-        return Block(columns, (z + z.T) / 2, torch.cat([self.v[u], self.r[p]]))
+        """Return T of the candidates."""
+        outer, inputs, count = self.lines(p), self.pruned[p], len(u)
+        columns = self.scratch("block", len(self.kept), count + len(p))
+        torch.neg(self.m[:, u], out=columns[:, :count])
+        b = torch.mm(self.m, outer.T, out=columns[:, count:])
+        inner = torch.mm(outer, b, out=self.scratch("inner", len(p), len(p)))
+        corner = part_of(self.metric.damped, inputs, inputs, self.scratch("corner", *inner.shape))
+        top, inner, corner = (x.cpu() for x in (columns[u], inner, corner))
+        z = top.new_empty(len(u) + len(p), len(u) + len(p))
+        z[:count, :count] = (top[:, :count] + top[:, :count].T) / 2
+        z[:count, count:] = top[:, count:]
+        z[count:, :count] = top[:, count:].T
+        z[count:, count:] = corner - (inner + inner.T) / 2
+        return Block(columns, z, torch.cat([self.v[u], self.r[p]]))
 
     def exchange(self, u: Tensor, p: Tensor, block: Block) -> None:
-        """The inputs of slots u and p change places, pair by pair; `block` is that of u and p, in this order.
+        """Exchange the inputs of slots u and p, pair by pair; `block` is that of u and p, in this order.
 
         A principal pivot on Z = (u, p): with W = T_ZZ⁻¹ and E = diag(−1 on u, +1 on p), T_oo ← T_oo − T_oZ W
         T_Zo, T_oZ ← T_oZ W E, T_ZZ ← −E W E, and what was in p is in u then.
         """
-        q = len(u)
+        count = len(u)
         w = torch.linalg.inv(block.z)
-        sign = torch.ones(2 * q, dtype=w.dtype, device=w.device)
-        sign[:q] = -1.0
-        scaled = torch.mm(block.columns, w, out=self.scratch("scaled", len(self.kept), 2 * q))
-        self.v -= scaled @ block.y
+        scaled = self.scratch("scaled", *block.columns.shape)
+        torch.mm(block.columns, w.to(scaled.device), out=scaled)
         self.m.addmm_(scaled, block.columns.T)
-        scaled *= sign
-        self.m[:, u] = -scaled[:, q:]
-        self.m[u] = -scaled[:, q:].T
-        self.m[u[:, None], u[None, :]] = (sign[:, None] * w * sign)[q:, q:]
-        self.v[u] = (sign * (w @ block.y))[q:]
+        came = -scaled[:, count:]
+        self.m[:, u], self.m[u] = came, came.T
+        self.m[u[:, None], u[None, :]] = w[count:, count:].to(came.device)
+        move_weights(*_arrays(self.v, u, scaled, w, block.y))
         self.kept[u], self.pruned[p] = self.pruned[p], self.kept[u]
         self.fresh = False
         self.look()
 
     def drift(self) -> float:
-        """How far M is from an inverse, relative: A_SS(M z) against random signs z (Freivalds). ‖b_S − A_SS
-        v‖ would not show it, since b is large where A is, and M drifts where A is small."""
-        z = _signs(len(self.v), self.v.device)
-        full = torch.zeros_like(self.target).index_copy_(0, self.kept, self.m @ z)
-        rest = (full @ self.metric.damped)[self.kept] - z
+        """Return the relative error of M as an inverse: A_SS(M z) against random signs z (Freivalds).
+
+        ‖b_S − A_SS v‖ would not show it, since b is large where A is, and M drifts where A is small.
+        """
+        z = _signs(len(self.kept))
+        rest = self._times_a(self._spread_out(self._times_m(z)))[self.kept] - z
         return float(rest.norm()) / max(1.0, len(z) ** 0.5)
 
+    def _times_m(self, x: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
+        return (self.m @ x.to(self.m.device)).cpu()
 
-def _least(values: Tensor, count: int) -> Tensor:
-    return values.topk(min(count, len(values)), largest=False).indices
+    def _times_a(self, x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        return (x.to(self.m.device) @ self.metric.damped).cpu()
+
+    def _spread_out(self, x: Float[Tensor, " k"]) -> Float[Tensor, " n"]:
+        return torch.zeros_like(self.target).index_copy_(0, self.kept, x)
+
+    def _state(self) -> list[np.ndarray]:
+        """Return the diagonal of M, v, r, and the inputs in the slots."""
+        diagonal = self.m.diagonal().contiguous()
+        return _arrays(diagonal, self.v, self.r, self.kept, self.pruned)
 
 
-def _members(row: Row, groups: Tensor) -> Slots:
-    """All inputs of some groups."""
-    of_u, of_p = (x // row.metric.group_size for x in (row.kept, row.pruned))
-    return torch.isin(of_u, groups).nonzero()[:, 0], torch.isin(of_p, groups).nonzero()[:, 0]
-
-
-def _suspects_of_groups(
-    row: Row, need: Tensor, gain: Tensor, cost: Tensor, price: Tensor
-) -> Int[Tensor, " some"]:
-    """As `Row._suspects`, where only pairs inside a group count."""
-    of_u, of_p = (x // row.metric.group_size for x in (row.kept, row.pruned))
-    u, p = ((of_u[:, None] == of_p) & (need[:, None] < gain[None, :])).nonzero().unbind(1)
-    least = (1.0 - SAFETY) / row.metric.spread[row.pruned[p]]
-    row.formed += len(p)
-    flagged = []
-    step = max(1, AT_ONCE // max(1, len(row.kept)))
-    for one, two, low in zip(u.split(step), p.split(step), least.split(step), strict=True):
-        b = (row.m[one] * row.lines(two)).sum(1)
-        reach = row.r[two].square() + 2 * row.r[two] * price[one] * b
-        flagged.append(two[reach > cost[one] * low])
-    return torch.cat(flagged).unique() if flagged else p
+def _arrays(*tensors: Tensor) -> list[np.ndarray]:
+    return [tensor.cpu().numpy() for tensor in tensors]

@@ -8,32 +8,31 @@ from strategies import HALF, KINDS, TWO_FOUR, patterns, problems, random_gram, r
 from maskopt import NM, LeastSquaresUpdate, Limits, Unstructured, improving_swap, solve
 from maskopt.checks.swap_check import costs_of
 from maskopt.core.limits import torch_threads
-from maskopt.solvers.least_squares import compiled_row, state
-from maskopt.solvers.least_squares.compiled_row import CompiledRow, exchanges
+from maskopt.solvers.least_squares import state
+from maskopt.solvers.least_squares.compiled_row import exchanges
 from maskopt.solvers.least_squares.search import refine
 from maskopt.solvers.least_squares.state import Metric, Row, Scratch, inverse, part_of
 
 DAMPINGS = (0.0, 0.01, 0.3)
-BOTH = pytest.mark.parametrize("kind_of_row", [Row, CompiledRow])
 
 
 def made(n=24, kind="full", damping=0.01, pattern=HALF, seed=1, rows=1):
     return refit_layer(pattern, rows, n, kind, damping, seed)
 
 
-def rows_of(problem, masks, kind=CompiledRow):
+def rows_of(problem, masks):
     squares = problem.least_squares
     metric = Metric(squares.damped, squares.inverse.diagonal().clone(), problem.group_size)
     target = squares.target(problem.weight, problem.correlation)
-    return kind.several(metric, Scratch(problem.device), target, masks)
+    return Row.several(metric, Scratch(problem.device), target, masks)
 
 
-def row_of(problem, mask, kind=CompiledRow):
-    return rows_of(problem, mask[None], kind)[0]
+def row_of(problem, mask):
+    return rows_of(problem, mask[None])[0]
 
 
-def random_row(problem, seed=0, kind=CompiledRow):
-    return row_of(problem, solve(problem, "random", seed=seed).mask[0], kind)
+def random_row(problem, seed=0):
+    return row_of(problem, solve(problem, "random", seed=seed).mask[0])
 
 
 def tableau(row):
@@ -102,9 +101,8 @@ def test_the_inverse_by_halves_is_that_of_lapack(size):
 
 @pytest.mark.parametrize("damping", DAMPINGS[1:])
 @pytest.mark.parametrize("kind", KINDS)
-@BOTH
-def test_after_exchanges_the_state_is_that_from_scratch(kind, damping, kind_of_row):
-    row = random_row(made(kind=kind, damping=damping), kind=kind_of_row)
+def test_after_exchanges_the_state_is_that_from_scratch(kind, damping):
+    row = random_row(made(kind=kind, damping=damping))
     # the small tableau is a part of the large one
     u, p = torch.tensor([3, 0, 8]), torch.tensor([10, 2])
     block = row.block(u, p)
@@ -158,13 +156,12 @@ def test_exchanges_in_the_small_tableau_are_those_of_the_row(problem, damping):
     assert_close(y[order], torch.cat([v, r]), 1e-6)
 
 
-@BOTH
 @given(problems(max_n=20, max_rows=1), st.sampled_from(DAMPINGS), st.integers(0, 9))
-def test_the_scan_of_a_row_finds_what_all_pairs_hold(kind_of_row, problem, damping, seed):
+def test_the_scan_of_a_row_finds_what_all_pairs_hold(problem, damping, seed):
     """None where no pair improves; else the best pair is among the candidates. So does the check."""
     problem = problem.with_update(LeastSquaresUpdate(damping))
     mask = solve(problem, "random", seed=seed).mask
-    row = row_of(problem, mask[0], kind_of_row)
+    row = row_of(problem, mask[0])
     assert torch.equal(row.mask(), mask[0])
     if damping:
         torch.testing.assert_close(row.weights(), problem.weights(mask)[0], rtol=1e-7, atol=1e-9)
@@ -175,7 +172,6 @@ def test_the_scan_of_a_row_finds_what_all_pairs_hold(kind_of_row, problem, dampi
         return
     delta, cost = exchanged(problem, mask[0])
     slack, least, suspects = noise(problem, cost), float(delta.min()), row._suspects()
-    assert torch.equal(random_row(problem, seed, Row)._suspects(), suspects)
     left_out = torch.ones(len(row.pruned), dtype=torch.bool).index_fill(0, suspects, False)
     assert not left_out.any() or float(delta[:, left_out].min()) >= -slack / 2
     found, swap = row.improving(problem.n, slack), improving_swap(problem.row(0), mask[0])
@@ -215,15 +211,12 @@ def test_no_pair_that_improves_by_little_is_screened_out(n, kind, damping, seed,
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pattern", [HALF, NM(keep=4, of=8)], ids=str)
-@BOTH
-def test_screening_in_parts_leaves_what_it_leaves_at_once(monkeypatch, kind, pattern, kind_of_row):
-    row = random_row(made(160, kind, 0.01, pattern), kind=kind_of_row)
+def test_screening_in_parts_leaves_what_it_leaves_at_once(monkeypatch, kind, pattern):
+    row = random_row(made(160, kind, 0.01, pattern))
     at_once = row._suspects()
     assert 0 < len(at_once) <= 80
-    for chunk, most in ((1, 80), (7, 1000), (1000, 2**20)):
-        for module in (state, compiled_row):
-            monkeypatch.setattr(module, "CHUNK", chunk)
-        monkeypatch.setattr(state, "AT_ONCE", most)
+    for chunk in (1, 7, 1000):
+        monkeypatch.setattr(state, "CHUNK", chunk)
         assert torch.equal(row._suspects(), at_once)
 
 
@@ -245,9 +238,8 @@ def test_at_an_optimum_of_a_layer_screening_leaves_little():
 
 
 @pytest.mark.parametrize("pattern", [HALF, TWO_FOUR], ids=str)
-@BOTH
-def test_candidates_are_distinct_and_of_whole_groups(pattern, kind_of_row):
-    row = random_row(made(64, "outliers", 0.01, pattern), kind=kind_of_row)
+def test_candidates_are_distinct_and_of_whole_groups(pattern):
+    row = random_row(made(64, "outliers", 0.01, pattern))
     for count in (1, 8, 30, 500):
         for pairs in (row.likely(count), row.improving(count, 0.0)):
             for slots in pairs:
@@ -259,11 +251,10 @@ def test_candidates_are_distinct_and_of_whole_groups(pattern, kind_of_row):
 
 
 @pytest.mark.parametrize("factor", [1e-9, 1e3])
-@BOTH
-def test_nothing_is_claimed_on_an_inverse_that_is_none(factor, kind_of_row):
+def test_nothing_is_claimed_on_an_inverse_that_is_none(factor):
     """Where M is too small all kept inputs look dear, and where it is too large pruned ones look poor."""
     problem = made()
-    row = row_of(problem, mask := solve(problem, "worst").mask[0], kind_of_row)
+    row = row_of(problem, mask := solve(problem, "worst").mask[0])
     cost, mass = float(problem.objective(mask[None])), float(problem.diagonal_mass())
     row.m *= factor
     row.fresh = False
@@ -272,17 +263,3 @@ def test_nothing_is_claimed_on_an_inverse_that_is_none(factor, kind_of_row):
     assert (found.proven, improving_swap(problem.row(0), found.mask)) == (True, None)
     now = float(problem.objective(found.mask[None]))
     assert cost > found.objectives[-1] == pytest.approx(now, rel=1e-9)
-
-
-@pytest.mark.parametrize("pattern", [Unstructured(sparsity=0.6), TWO_FOUR], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_both_kinds_of_row_end_at_the_same_mask(kind, pattern):
-    problem = made(96, kind, 0.01, pattern)
-    start = solve(problem, "wanda").mask[0]
-    cost, mass = float(problem.objective(start[None])), float(problem.diagonal_mass())
-    begun = [row_of(problem, start, which) for which in (Row, CompiledRow)]
-    one, other = (refine(row, cost, mass, 10_000, Limits()) for row in begun)
-    assert torch.equal(one.mask, other.mask)
-    counts = [(found.swaps, found.scans, found.proven, found.pairs) for found in (one, other)]
-    assert counts[0] == counts[1]
-    torch.testing.assert_close(one.weight, other.weight, rtol=1e-8, atol=1e-10)
