@@ -53,7 +53,8 @@ def check_cuts(cuts: Cuts, n: int, row: int) -> None:
         raise VerificationError(
             f"certificate: the cuts of row {row} have inputs or signs that are not whole numbers"
         )
-    if m and (fault := _fault(index.long(), sign, tau, n)):
+    fault = _fault(index.long(), sign, tau, n) if m else ""
+    if fault:
         raise VerificationError(f"certificate: a cut of row {row} {fault}")
 
 

@@ -216,7 +216,8 @@ class TreeCheck:
     def _settle(self, state: np.ndarray) -> bool:
         """Fix what reached counts and the order of twins imply, in place; False: no mask is left."""
         groups, before = state.reshape(-1, self.group), -1
-        while before != (before := int((state < 0).sum())):
+        while before != np.count_nonzero(state < 0):
+            before = np.count_nonzero(state < 0)
             for twins in self.twins:
                 ones, zeros = (np.flatnonzero(state[twins] == side) for side in (1, 0))
                 last, first = ones.max(initial=-1), zeros.min(initial=len(twins))
@@ -320,10 +321,8 @@ class TreeCheck:
     def _check_arrays(self) -> None:
         tree = self.tree
         for name, kind in KINDS.items():
-            array, dimensions = (
-                getattr(tree, name),
-                1 + (name in ("forms", "cut_index", "cut_sign")),
-            )
+            array = getattr(tree, name)
+            dimensions = 2 if name in ("forms", "cut_index", "cut_sign") else 1
             if array.dtype != kind or array.ndim != dimensions:
                 raise self._refused(f"{name} must be {np.dtype(kind)} of {dimensions} dimensions")
         steps = len(tree.form)
@@ -365,7 +364,8 @@ def _size_of_terms(layer: LayerProblem, row: int) -> float:
     """Return Σ |Qᵢⱼ|, of the terms that Qᵢⱼ is summed from where there is a linear part."""
     weight = layer.weight[row].double().abs()
     size = float(weight @ (layer.gram.double().abs() @ weight))
-    if pruned := layer.pruned // layer.rows:
+    pruned = layer.pruned // layer.rows
+    if pruned:
         pull = float(weight @ layer.correlation[row].abs())
         constant = float(layer.constant[row].abs())
         size += 2 * layer.n * pull / pruned + layer.n**2 * constant / pruned**2

@@ -294,9 +294,12 @@ def _inside(
         for part in kept.split(max(1, AT_ONCE // len(pruned))):
             delta = swaps.delta(part, pruned)
             i, j = divmod(int(delta.argmin()), len(pruned))
-            if (value := float(delta[i, j])) < least:
+            value = float(delta[i, j])
+            if value < least:
                 best, least = SwapMove(int(part[i]), int(pruned[j]), value, row, row), value
-    return best and best._replace(delta=share * (best.delta / swaps.scale / swaps.scale))
+    if best is None:
+        return None
+    return best._replace(delta=share * (best.delta / swaps.scale / swaps.scale))
 
 
 def improving_swap_between_rows(

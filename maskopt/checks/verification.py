@@ -89,8 +89,10 @@ def verify(
     enumerated = _verify_claims(layer, mask, solution, rounding)
     size = size_of(layer, proven)
     slack = OBJECTIVE_TOLERANCE * size + rounding.cpu()
-    if layer.integral:  # the next value is reached, or it is not; a shared bound has been divided
-        slack = 4 * (layer.rows + 8) * 2.0**-53 * size * layer.shared_budget
+    if layer.integral and layer.shared_budget:  # the bound of the sum has been divided
+        slack = 4 * (layer.rows + 8) * 2.0**-53 * size
+    elif layer.integral:  # the next value is reached, or it is not
+        slack = torch.zeros_like(size)
     basis = []
     for row, bound in enumerate(solution.lower_bound.tolist()):
         if bound <= float(proven[row]) + float(slack[row]):
@@ -130,18 +132,25 @@ def _verify_claims(layer: LayerProblem, mask: Tensor, solution: Solution, roundi
                 "status: rows of a shared budget are proven together, yet some claim "
                 f"{' and some '.join((status, *others))}"
             )
-        who, s, what = (
-            ("the rows", "", "sum") if layer.shared_budget else (f"row {first}", "s", "objective")
-        )
-        claim = f"status: {who} claim{s} {status}"
+        if layer.shared_budget:
+            claim, bounded, what = f"the rows claim {status}", "the rows state", "sum"
+        else:
+            claim, bounded, what = (
+                f"row {first} claims {status}",
+                f"row {first} states",
+                "objective",
+            )
+        claim = f"status: {claim}"
         if status is not Status.FEASIBLE:
             # an optimum within OPTIMAL_TOLERANCE can leave swaps of that size
             swap = improving_swap(layer.take(rows), mask[rows])
             if swap is not None:
-                of, other = (f" of row {r}" * layer.shared_budget for r in (swap.other, swap.row))
+                gained, lost = f"input {swap.pruned}", str(swap.kept)
+                if layer.shared_budget:
+                    gained, lost = f"{gained} of row {swap.other}", f"{lost} of row {swap.row}"
                 raise VerificationError(
-                    f"{claim}, yet keeping input {swap.pruned}{of} instead of {swap.kept}{other} changes the "
-                    f"{what} by {swap.delta:.6g}"
+                    f"{claim}, yet keeping {gained} instead of {lost} changes the {what} by "
+                    f"{swap.delta:.6g}"
                 )
         if status is Status.OPTIMAL and objective - bound > room:
             raise VerificationError(
@@ -149,12 +158,13 @@ def _verify_claims(layer: LayerProblem, mask: Tensor, solution: Solution, roundi
             )
         if optimum_of is None:
             continue
-        optimum, off = optimum_of(first)
-        off = 0.0 if layer.integral else off
+        optimum, error = optimum_of(first)
+        if layer.integral:
+            error = 0.0
         exists = f"but a mask of {what} {optimum:.12g} exists"
-        if bound > optimum + off:
-            raise VerificationError(f"lower bound: {who} state{s} {bound:.12g}, {exists}")
-        if status is Status.OPTIMAL and objective > optimum + off:
+        if bound > optimum + error:
+            raise VerificationError(f"lower bound: {bounded} {bound:.12g}, {exists}")
+        if status is Status.OPTIMAL and objective > optimum + error:
             raise VerificationError(f"{claim}, {exists}")
     return optimum_of is not None
 
@@ -217,9 +227,10 @@ def _verify_exactly(layer: LayerProblem, mask: Tensor, solution: Solution) -> No
     zero = None if layer.units is None else Fraction(layer.units.zero(layer.pruned // layer.rows))
     for row, (cost, bound, least) in enumerate(zip(costs, stated, proven, strict=True)):
         size = cost if zero is None else min(cost, abs(cost - zero))
-        part = 0 if layer.integral else 1
-        slack = Fraction(OPTIMAL_TOLERANCE) * size * part
-        if bound > least + Fraction(OBJECTIVE_TOLERANCE) * least * part:
+        slack, rounding = Fraction(OPTIMAL_TOLERANCE) * size, Fraction(OBJECTIVE_TOLERANCE) * least
+        if layer.integral:
+            slack = rounding = Fraction(0)
+        if bound > least + rounding:
             raise VerificationError(
                 f"lower bound: row {row} states {float(bound):.12g}; in exact arithmetic its proof gives "
                 f"{float(least):.12g}"
