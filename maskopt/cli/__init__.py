@@ -51,7 +51,7 @@ _OF_MASKS = "Apply, export, pack and unpack masks."
 
 
 def summary(function: str) -> str:
-    """The first sentence of the docstring of `module:function`, read from its source: see `load`."""
+    """Return the first sentence of the docstring of `module:function`, read from its source: see `load`."""
     if not function:
         return _OF_MASKS
     module, _, name = function.partition(":")
@@ -61,15 +61,17 @@ def summary(function: str) -> str:
 
 
 def load(function: str) -> Command:
-    """The command of `module:function` in this package. Its modules import torch, which takes seconds: a help
-    page of all commands does without them."""
+    """Return the command of `module:function` in this package.
+
+    Its modules import torch, which takes seconds: the help page of all commands does not load them.
+    """
     module, _, name = function.partition(":")
     found: Command = getattr(importlib.import_module(f"maskopt.cli.{module}"), name)
     return found
 
 
 def all_commands() -> dict[str, Command]:
-    """Every command by its name."""
+    """Return every command by its name."""
     panels = (*PANELS.values(), *_MASKS.values())
     loaded = [load(function) for panel in panels for function in panel.values() if function]
     return {one.name: one for one in loaded}

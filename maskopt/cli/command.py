@@ -45,9 +45,9 @@ SOURCES = "FILE.txt, FILE.jsonl, a folder, tokens .npy, hf:DATASET[:SPLIT]"
 #: options of several commands, as default values in their signatures
 MODEL = argument("A model folder, or a name on the hub.")
 OVERWRITE = option(False, "Replace existing output.", OUTPUT)
-RESUME = option(False, "Continue an interrupted run of the same options.", OUTPUT)
-CARDINALITY = option(None, "Number to choose (a matrix, .mc, .rudy).", least=0)
-MAXIMIZE = option(False, "The greatest xᵀQx of a matrix, not the least.")
+RESUME = option(False, "Continue an interrupted run with the same options.", OUTPUT)
+CARDINALITY = option(None, "Number of elements to select (matrix, .mc, .rudy).", least=0)
+MAXIMIZE = option(False, "Maximize xᵀQx of a matrix instead of minimizing it.")
 JOBS = option(1, "Number of rows at a time; −1: one per core.")
 DRY_RUN = option(False, "Estimate memory, disk and time; write nothing.", OUTPUT)
 #: heading of options of a source that may also be an instance
@@ -127,8 +127,11 @@ class Command:
             raise
 
     def _stored(self, path: Path) -> dict[str, Any]:
-        """Values of a file of options. OptionError: no such file, not TOML, a key that is no option,
-        `trust_remote_code`, or a bad value; ModelError: a manifest that was changed."""
+        """Return the values of a file of options.
+
+        OptionError: no such file, not TOML, a key that is no option, `trust_remote_code`, or a bad value;
+        ModelError: a manifest that was changed.
+        """
         known, given = self.of_run, _options_in(path)
         if _TRUST in given:
             raise OptionError(
@@ -166,7 +169,7 @@ class Command:
         self.run(**own, **values)
 
     def typed(self) -> Any:
-        """The command for a group of typer."""
+        """Return the command for a group of typer."""
 
         def run(**words: Any) -> None:
             self(words)
@@ -184,8 +187,11 @@ class Command:
 def command(
     *library: Option, example: str, name: str = "", **more: Any
 ) -> Callable[[Callable[..., None]], Command]:
-    """Make a command of a function whose default values are options. It takes given values of `library` as
-    keywords. `name` is by default that of the function; other arguments are those of `Command`."""
+    """Make a command of a function whose default values are options.
+
+    The function takes given values of `library` as keywords. `name` is by default that of the function; other
+    arguments are those of `Command`.
+    """
 
     def made(run: Callable[..., None]) -> Command:
         called, own = name or run.__name__.replace("_", "-"), parameters_of(run)
@@ -219,12 +225,12 @@ def _heading(one: Option) -> str:
 
 
 def flag(name: str) -> str:
-    """`seq_len` → --seq-len."""
+    """Return the flag of an option: `seq_len` → --seq-len."""
     return "--" + name.replace("_", "-")
 
 
 def described(one: Option) -> str:
-    """The help of an option on the command line, with its default."""
+    """Return the help of an option on the command line, with its default."""
     text = re.sub(r"`([a-z]+(?:_[a-z]+)*)`", lambda found: flag(found[1]), one.sentence)
     if one.default is REQUIRED:
         return text if one.argument else f"{text} [required]"
@@ -240,7 +246,7 @@ def _argument(one: Option) -> str:
 
 
 def left(one: Option) -> str:
-    """`--allocation [uniform|rows|layers|both]`."""
+    """Return flag and value of an option: `--allocation [uniform|rows|layers|both]`."""
     if one.argument:
         return _argument(one)
     names = ("-o, " if one.name == "output" else "") + _flags(one)[0]
@@ -259,7 +265,7 @@ def _origins(one: Option) -> list[Any]:
 
 
 def _kind(one: Option) -> Any:
-    """The type of an option's word, or words, on the command line."""
+    """Return the type of an option's word, or words, on the command line."""
     kinds = [kind for kind in alternatives(one.hint) if kind is not types.NoneType]
     if str in kinds or one.unit == JSON_FILE:
         return str
@@ -276,7 +282,7 @@ def _flags(one: Option) -> list[str]:
 
 
 def _parameter(one: Option, *, required: bool) -> inspect.Parameter:
-    """The parameter of which typer makes the option; without a default, to find what was given."""
+    """Return the parameter of which typer makes the option; without a default, to find given values."""
     needed = required and one.default is REQUIRED
     if one.argument:
         facts = typer.Argument(help=described(one))
@@ -300,7 +306,7 @@ def _show_all(ctx: typer.Context, asked: bool | None) -> None:
 
 
 def read_value(one: Option, given: Any) -> Any:
-    """A word of the command line or a value of a file, as the library takes it."""
+    """Convert a word of the command line or a value of a file to what the library takes."""
     origins = _origins(one)
     if Mapping in origins:
         if one.unit == JSON_FILE and isinstance(given, str):
@@ -320,17 +326,17 @@ def read_value(one: Option, given: Any) -> Any:
 
 
 def given(**values: Any) -> dict[str, Any]:
-    """The values that are not None."""
+    """Return the values that are not None."""
     return {name: value for name, value in values.items() if value is not None}
 
 
 def option_list(text: str | None) -> list[str]:
-    """`a, b` → ['a', 'b']."""
+    """Split a list of names: `a, b` → ['a', 'b']."""
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
 def read_pairs(items: Sequence[str]) -> dict[str, Any]:
-    """`NAME=VALUE`, the value as JSON if it is JSON, else as text; OptionError without `=`."""
+    """Read `NAME=VALUE`, the value as JSON if it is JSON, else as text; OptionError without `=`."""
     options: dict[str, Any] = {}
     for item in items:
         name, sign, value = item.partition("=")
@@ -343,7 +349,7 @@ def read_pairs(items: Sequence[str]) -> dict[str, Any]:
 
 
 def _read_counts(path: str) -> dict[str, Any]:
-    """Counts by layer name, from a JSON file or from JSON itself; OptionError for anything else."""
+    """Read counts by layer name from a JSON file or from JSON itself; OptionError for anything else."""
     try:
         text = path if path.startswith("{") else Path(path).read_text(encoding="utf-8")
         counts = json.loads(text)
@@ -357,7 +363,7 @@ def _read_counts(path: str) -> dict[str, Any]:
 
 
 def config_text(values: Mapping[str, Any]) -> str:
-    """TOML of the values that are set; OptionError for a null in a mapping."""
+    """Return TOML of the values that are set; OptionError for a null in a mapping."""
     table: dict[str, Any] = {}
     for name, value in values.items():
         if name in _NOT_KEPT or value is REQUIRED or value in (None, {}, [], ()):
@@ -377,8 +383,10 @@ def config_text(values: Mapping[str, Any]) -> str:
 
 
 def _options_in(path: Path) -> dict[str, Any]:
-    """Options of a TOML file, or of the run that wrote a manifest, without `calibration`: a manifest holds no
-    text."""
+    """Read options of a TOML file, or of the run that wrote a manifest.
+
+    A manifest holds no text, so `calibration` is missing.
+    """
     if path.suffix == ".json":
         from maskopt.models.pruning.card import options_again
 

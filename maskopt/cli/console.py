@@ -37,8 +37,10 @@ _ending = False
 
 
 class _Printable(Console):
-    """A console that escapes control characters and line breaks in every text and cell that it prints: these
-    hold names, paths and messages out of files."""
+    """A console that escapes control characters and line breaks in every text and cell that it prints.
+
+    Texts hold names, paths and messages out of files.
+    """
 
     def render_str(self, text: str, **given: Any) -> Text:
         return super().render_str(printable(text), **given)
@@ -51,7 +53,7 @@ errors = _Printable(stderr=True, highlight=False)
 
 
 def make_table(*headings: str, left: int = 1, no_wrap: bool = False, **how: Any) -> Table:
-    """A table whose columns after the first `left` are right-aligned and, with `no_wrap`, not wrapped."""
+    """Return a table whose columns after the first `left` are right-aligned, with `no_wrap` on one line."""
     table = Table(**how)
     for index, heading in enumerate(headings):
         text = index < left
@@ -65,7 +67,7 @@ def make_table(*headings: str, left: int = 1, no_wrap: bool = False, **how: Any)
 
 
 def bound_cells(record: Any) -> tuple[str, str]:
-    """Bound and gap of a record of `compare` or `bound`, in the original units of the row."""
+    """Return bound and gap of a record of `compare` or `bound`, in the original units of the row."""
     if not record.bounded or record.gap != record.gap:
         return "–", "–"
     return value_text(record.value_bound, 6), f"{record.gap:.2%}"
@@ -90,16 +92,17 @@ class _Notice(logging.Handler):
 
 
 def show_compiling() -> None:
-    """Say on stderr when loops are compiled for the first time, which takes some seconds."""
+    """Report on stderr when loops are compiled for the first time, which takes some seconds."""
     log = logging.getLogger("maskopt.compile")
     log.setLevel(logging.INFO)
     log.addHandler(_Notice())
 
 
 def interrupt_again(dropped: sys.UnraisableHookArgs) -> None:
-    """As `sys.unraisablehook` it makes a Ctrl-C count wherever it falls. Python drops what is raised inside a
-    destructor or the callback of a weak reference; a KeyboardInterrupt dropped there is raised again just
-    after."""
+    """Raise a dropped KeyboardInterrupt again, as `sys.unraisablehook`.
+
+    Python drops exceptions inside a destructor or the callback of a weak reference, also that of Ctrl-C.
+    """
     if isinstance(dropped.exc_value, KeyboardInterrupt):
         try:
             threading.Timer(0.01, _thread.interrupt_main).start()  # when the callback is through
@@ -110,20 +113,20 @@ def interrupt_again(dropped: sys.UnraisableHookArgs) -> None:
 
 
 def ranks() -> Ranks:
-    """The processes of this run."""
+    """Return the processes of this run."""
     from maskopt.models.blockwise.distributed import ALONE
 
     return _ranks or ALONE
 
 
 def several() -> bool:
-    """Did torchrun start more than one process?"""
+    """Return whether torchrun started more than one process."""
     return _RUN in os.environ and int(os.environ.get(_SIZE, "1")) > 1
 
 
 @contextmanager
 def launched() -> Iterator[None]:
-    """Take one's place among the processes, where there are several."""
+    """Join the other processes, where there are several."""
     global _ranks
     if not several():
         yield
@@ -146,8 +149,10 @@ def launched() -> Iterator[None]:
 
 
 def speaks() -> bool:
-    """May this process say that, and why, the run ends? The first that asks may, and from then on no other;
-    its words go to where they can be read."""
+    """Return whether this process reports the end of the run and its reason: only the first that asks.
+
+    Its stderr is restored, so that the report can be read.
+    """
     global _ending
     _ending = True
     if _ranks is None or _ranks.size == 1:
@@ -166,7 +171,7 @@ def speaks() -> bool:
 
 
 def again(*more: str) -> str:
-    """The command line as it was typed, and some words."""
+    """Return the command line as it was typed, with more words at its end."""
     typed = [word for word in sys.argv[1:] if word not in ("--resume", "--overwrite")]
     words = ["maskopt", *typed, *more]
     if several():

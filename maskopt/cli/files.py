@@ -44,10 +44,10 @@ def verify(
     masks: Path | None = option(
         None, "Folder of the prune: check that a fine-tuned model kept its zeros."
     ),
-    strict: bool = option(False, "Of an instance: fail if a lower bound is trusted, not checked."),
+    strict: bool = option(False, "Fail if a lower bound is trusted, not checked."),
     exact: bool = option(
         False,
-        "Of an instance: repeat the checks of lower bounds and optima in rational arithmetic. Needs "
+        "Repeat the checks of lower bounds and optima in rational arithmetic. Needs "
         "certificates or trees, unchanged weights and at most 200 inputs per row.",
     ),
     cardinality: int | None = CARDINALITY,
@@ -93,7 +93,7 @@ def _verify_folder(
     options: dict[str, Any],
     given: set[str],
 ) -> None:
-    """A folder that `maskopt prune` or `prune-structured` wrote."""
+    """Check a folder that `maskopt prune` or `prune-structured` wrote."""
     from maskopt.models.verification.manifest import read_record
 
     _refuse("a pruned model", given, "original", "calibration", "semi_structured", *_OPTIONS)
@@ -126,7 +126,7 @@ def _print(folder: Path, what: str) -> None:
 
 
 def _smaller(original: str | None, result: Verified) -> str:
-    """What `maskopt prune-structured` wrote."""
+    """Describe a checked folder of `maskopt prune-structured`."""
     same = cut = ""
     if original is not None:
         same, cut = f", every other weight is that of {original}", f" {result.cut} are smaller and"
@@ -138,7 +138,7 @@ def _smaller(original: str | None, result: Verified) -> str:
 
 
 def _pruned(original: str | None, result: Verified) -> str:
-    """What `maskopt prune` wrote."""
+    """Describe a checked folder of `maskopt prune`."""
     changed = "trained" if "trained weights" in result.claimed else "updated"
     every = "kept weight"
     if "kept weights" not in result.checked:
@@ -151,7 +151,7 @@ def _pruned(original: str | None, result: Verified) -> str:
 
 
 def _claims(result: Verified) -> str:
-    """The layers whose errors were computed again, and what is claimed."""
+    """List the layers whose errors were computed again, and all claims."""
     count, claimed = len(result.checked_layers), list(result.claimed)
     if not count:
         return ", ".join(claimed)
@@ -166,7 +166,7 @@ def _claims(result: Verified) -> str:
 
 
 def _convert(folder: Path, result: Verified, semi_structured: bool | None) -> None:
-    """Conversion of 2:4 layers by PyTorch, where it is asked for or there is a CUDA device."""
+    """Convert 2:4 layers by PyTorch, if this is requested or there is a CUDA device."""
     from maskopt.models.architecture.source import choose_device
     from maskopt.models.verification import verify
 
@@ -180,7 +180,7 @@ def _convert(folder: Path, result: Verified, semi_structured: bool | None) -> No
 
 
 def _fine_tuned(pruned: Path, result: Verified) -> str:
-    """A model that was trained further after a prune."""
+    """Describe a checked model that was trained further after a prune."""
     others = f". Of {result.others} tensors without a mask, {result.changed} changed"
     return (
         f"All {result.pruned} weights that {pruned} prunes are zero, in {result.tensors} tensors; sparsity "
@@ -206,9 +206,9 @@ def report(
     output: Path = option(Path("report.html"), "The page, .html.", OUTPUT),
     overwrite: bool = OVERWRITE,
 ) -> None:
-    """One self-contained HTML page: the options, errors, improvements, a mask, and how to repeat it.
+    """Write an HTML page with options, errors, improvements, a mask, and the command to repeat the run.
 
-    It needs no network and holds no script.
+    The page is self-contained: it needs no network and holds no script.
     """
     from maskopt.report.prune_page import write_report
 

@@ -1,5 +1,4 @@
-"""`maskopt distill`: kept weights trained to match the dense model; `maskopt eval`: perplexity of models;
-`maskopt prune-structured`: a model folder in, a smaller model folder out; `maskopt demo`."""
+"""`maskopt distill`, `eval`, `prune-structured` and `demo`: commands that train, shrink and evaluate."""
 
 from __future__ import annotations
 
@@ -92,7 +91,7 @@ def evaluate(
     overwrite: bool = OVERWRITE,
     **options: Any,
 ) -> None:
-    """Perplexity of one or several models on the same consecutive windows.
+    """Evaluate the perplexity of one or several models on the same consecutive windows.
 
     One block of one model is in memory at a time; at the end the output heads of all models, equal ones once.
     """

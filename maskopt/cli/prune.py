@@ -99,15 +99,17 @@ def prune(
 
 
 def tokens_file(calibration: str | None) -> str | None:
-    """The source of text if it is read at no cost: tokens."""
+    """Return the source of text if reading it costs nothing, as for tokens; else None."""
     return calibration if calibration is not None and calibration.endswith(".npy") else None
 
 
 def _show_plan(
     model: str, calibration: str | None, grams: Any, out: Any, options: dict[str, Any]
 ) -> None:
-    """Print layers, shapes, pruned counts, memory, disk and time; MaskoptError: what the prune would refuse.
-    No weights are read except for a measurement of a few seconds."""
+    """Print layers, shapes, pruned counts, memory, disk and time of a prune.
+
+    No weights are read except for a measurement of a few seconds. MaskoptError: what the prune would refuse.
+    """
     from maskopt.models.pruning.plan import START, plan_prune
 
     tokens = tokens_file(calibration) if grams is None else calibration
@@ -136,7 +138,7 @@ def show_needs(memory: Memory, disk: int) -> None:
 
 
 def _layer_table(plan: Plan) -> Table:
-    """Counts by kind and shape."""
+    """Return a table of layers by kind and shape."""
     table = make_table("layer", "count", "rows", "inputs", "pruned", "of")
     kinds: dict[tuple[str, int, int], list[str]] = {}
     for layer in plan.layers:
@@ -152,8 +154,10 @@ def _layer_table(plan: Plan) -> Table:
 def _say_beforehand(
     shown: View, model: str, calibration: str | None, options: dict[str, Any]
 ) -> float | None:
-    """Say how long the prune will take and how much memory, where that is worth the seconds of finding out;
-    the time, in seconds."""
+    """Report the estimated time and memory of a prune, and return the time in seconds.
+
+    Small models are left out: their estimate would take as long as the prune.
+    """
     from maskopt.models.pruning.plan import is_small, plan_prune
 
     missing = calibration is not None and not (
@@ -175,7 +179,7 @@ def _say_beforehand(
 def naming_resume(
     out: Path, kept: str = "finished blocks are", none: str = "no block was finished"
 ) -> Iterator[None]:
-    """Of an interrupted run, what is `kept` or that there is `none`, and the command that goes on."""
+    """Report after an interrupt which work is `kept`, or `none`, and the command that resumes the run."""
     try:
         yield
     except (KeyboardInterrupt, LostRankError):
@@ -190,7 +194,7 @@ def naming_resume(
 
 
 def show_report(report: PruneReport) -> None:
-    """One line per kind of layer; errors relative to the energy of the layers' outputs."""
+    """Print a line per kind of layer, with errors relative to the energy of the layers' outputs."""
     headings, *lines = report.table()
     table = make_table(*headings, caption=report.caption)
     for index, line in enumerate(lines, 1):
@@ -289,7 +293,7 @@ def sweep(
 
 
 def swept_table(found: list[Swept], dense: Evaluation | None) -> Table:
-    """One line per prune; errors are means over its layers, relative to the energy of their outputs."""
+    """Return a table with a line per prune; errors are means of the relative errors of its layers."""
     table = make_table(
         *("prune", "pruned", "error", "held out", "rows proven", "solving, s"),
         *([] if dense is None else ["perplexity", "× dense"]),

@@ -135,7 +135,7 @@ def compare(
 
 
 def with_options(names: list[str], items: list[str] | None) -> dict[str, dict[str, Any]]:
-    """The solvers, each with its options; OptionError for a solver twice, or an option of another one."""
+    """Return each solver's options; OptionError for a solver named twice, or an option of another one."""
     options: dict[str, dict[str, Any]] = {name: {} for name in names}
     if len(options) < len(names):
         raise OptionError(f"a solver is given twice in {', '.join(names)}; name each once")
@@ -152,7 +152,7 @@ def with_options(names: list[str], items: list[str] | None) -> dict[str, dict[st
 
 
 def comparison_table(records: list[Record]) -> Table:
-    """One line per row and solver, in the original units of the rows."""
+    """Return a table with a line per row and solver, in the original units of the rows."""
     headings = ("objective", "bound", "gap", "excess", "status", "seconds")
     narrow: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": 0}
     table = make_table("instance, n", "solver", *headings, left=2, no_wrap=True, **narrow)
@@ -193,7 +193,7 @@ def bound(
     overwrite: bool = OVERWRITE,
     **options: Any,
 ) -> None:
-    """Certified lower bounds of rows, and how far masks are from them.
+    """Compute certified lower bounds of rows, and the gaps of masks to them.
 
     With --original, SOURCE is a pruned folder whose masks are bounded, by default on as many windows of the
     same length as the prune.
@@ -246,7 +246,7 @@ _CAPTION = "gap: from objective to bound; no mask is better by more"
 
 
 def _rows_table(records: Sequence[GapRecord]) -> Table:
-    """One line per row, in the original units of the instance."""
+    """Return a table with a line per row, in the original units of the instance."""
     headings = ("instance, n", "row", "objective", "bound", "gap", "seconds")
     table = make_table(*headings, no_wrap=True, caption=_CAPTION)
     for r in records:
@@ -287,7 +287,7 @@ def export(
     overwrite: bool = OVERWRITE,
     **options: Any,
 ) -> None:
-    """Write one row, or a toy instance out of it, for this program or for any other IP solver."""
+    """Write one row, or a sample of its inputs, as an instance for maskopt or another IP solver."""
     form = format or destination.suffix.lstrip(".").lower()
     if form not in FORMATS:
         raise OptionError(f"unknown format {form!r}; one of: {', '.join(FORMATS)}")
@@ -337,9 +337,15 @@ def load_layers(
     cardinality: int | None,
     maximize: bool,
 ) -> tuple[list[LayerProblem], Pattern | None, dict[str, str]]:
-    """Layers of instances, or of one model folder by running text through it, with an update of kept weights
-    if `options` ask for it; the requested sparsity, or None; and kinds of a model's layers, by name.
-    OptionError: a model without calibration text or sparsity, or among other sources."""
+    """Load the layers of instances, or of one model folder by running text through it.
+
+    Returns:
+        The layers, with the update of kept weights that `options` name; the requested sparsity, or None; the
+        kinds of a model's layers, by name.
+
+    Raises:
+        OptionError: a model without calibration text or sparsity, or among other sources.
+    """
     _UPDATE.checked(options.get("update", NONE))
     pattern = parse_sparsity(options["sparsity"]) if "sparsity" in options else None
     model = next((path for path in source if path.is_dir()), None)

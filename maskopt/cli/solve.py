@@ -1,5 +1,4 @@
-"""`maskopt solve`: masks of an instance or a matrix in a file, with a proof of optimality on request;
-`maskopt solvers`: the registered backends and bounds."""
+"""`maskopt solve`: masks of an instance, and proofs of optimality; `maskopt solvers`: registered solvers."""
 
 from __future__ import annotations
 
@@ -64,7 +63,7 @@ def solve(
     ),
     overwrite: bool = OVERWRITE,
 ) -> None:
-    """The least xᵀQx over sets of a given size, or the masks of every row of an instance.
+    """Minimize xᵀQx over sets of a given size, or choose the masks of every row of an instance.
 
     `maskopt verify INSTANCE SOLUTION` checks the result, including every leaf of each proof tree.
     """
@@ -106,9 +105,11 @@ def _check_prove(prove: bool, solver: str | None, jobs: int) -> None:
 def check(
     instance: Path, solution: Path, require: Require, cardinality: int | None, maximize: bool
 ) -> None:
-    """Check a solution and print the result; every leaf of a proof is checked in float64, by code that
-    no search shares. Raises VerificationError: a claim does not hold, or is of a trusted solver where only
-    checked ones are allowed."""
+    """Check a solution and print the result.
+
+    Every leaf of a proof is checked in float64, by code that no search shares. VerificationError: a claim
+    does not hold, or is of a trusted solver where only checked ones are allowed.
+    """
     problem, found = load_problem(instance, cardinality, maximize), Solution.load(solution)
     if found.proof is not None and require == CLAIMS:
         require = CHECKED
@@ -125,7 +126,7 @@ def check(
 
 
 def _trees(solution: Solution) -> str:
-    """Number of rows that trees prove, and their size; empty for a solution without trees."""
+    """Describe the number of rows that trees prove, and their size; empty for a solution without trees."""
     trees = [tree for tree in solution.proof or () if tree is not None]
     leaves, size = sum(tree.leaves for tree in trees), sum(tree.nbytes for tree in trees)
     proven = sum(status is Status.OPTIMAL for status in solution.status)
@@ -143,7 +144,7 @@ def _show(problem: LayerProblem | RowProblem, solution: Solution) -> None:
 
 
 def _write(solution: Solution, output: Path | None) -> None:
-    """As JSON one row in the caller's units, with null for what is not finite."""
+    """Write a solution; as JSON one row in the caller's units, with null for numbers that are not finite."""
     if output is None:
         return
     if output.suffix != _JSON:
@@ -174,7 +175,7 @@ def solvers(
 
 
 def _solvers() -> Table:
-    """In a narrow terminal without the columns in which most solvers agree."""
+    """Return the table of solvers; a narrow terminal leaves out columns in which most solvers agree."""
     narrow = screen.width < _WIDE
     shown = [heading for heading in _HEADINGS if not (narrow and heading in _LEFT_OUT)]
     table = _columns(shown, shown[1:] if narrow else ["note"])

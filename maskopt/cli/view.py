@@ -1,5 +1,4 @@
-"""What a command shows while it works, on stderr: a view that lives in a terminal, plain lines where there is
-none, JSON lines where asked for, or nothing."""
+"""Progress of a command on stderr: a live view, plain lines, JSON lines, or nothing."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ _asked: type[View] | None = None
 
 @contextmanager
 def view() -> Iterator[View]:
-    """A view, whose `show` says what goes on."""
+    """Open the view that the options of the command chose."""
     shown = (_asked or (LiveView if errors.is_terminal else PlainView))()
     with shown.live:
         yield shown
@@ -84,12 +83,12 @@ class View:
         note: str = "",
         **facts: Any,
     ) -> None:
-        """Say where the work is, as in `Step`; `part`: the share of everything that is done."""
+        """Show the current step, as in `Step`; `part`: the finished share of everything."""
         share = part if part is not None else (done / total if total else 0.0)
         self.take(Step(what, done, total, self._left(share), note, facts))
 
     def _left(self, share: float) -> float | None:
-        """Seconds to the end, at the pace since the first step that was shown."""
+        """Return the seconds to the end, at the pace since the first step that was shown."""
         now = clock()
         begins_anew = share < self._last_share  # and has a pace of its own
         if self._first is None or begins_anew:
@@ -166,8 +165,7 @@ class PlainView(View):
 
 
 class JsonView(View):
-    """A JSON object a line: what, done, total, seconds since the beginning and to the end, and facts; of what
-    is said, the facts."""
+    """A JSON object per line: what, done, total, seconds since the beginning and to the end, and facts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,8 +187,9 @@ class JsonView(View):
 
 
 class PruneView:
-    """Takes a prune's events and shows them; the time left is by the blocks that are done, before that by
-    what was expected.
+    """A callback that shows the events of a prune.
+
+    The time left is extrapolated from finished blocks, before the first one from the expected time.
 
     Args:
         expected: seconds that all of it will take; None: nobody knows.
@@ -226,7 +225,7 @@ class PruneView:
         )
 
     def _part(self, event: BlockProgress) -> float | None:
-        """Of all blocks, what is done."""
+        """Return the finished share of all blocks."""
         if not self._times:
             gone = clock() - self._view.began
             return min(gone / self._expected, _ALMOST) if self._expected else 0.0
@@ -245,12 +244,12 @@ class PruneView:
 
 
 def _print(line: str) -> None:
-    """As it is: nothing in it is markup."""
+    """Print a line without interpreting markup."""
     errors.print(line, soft_wrap=True, markup=False, emoji=False)
 
 
 def duration(seconds: float) -> str:
-    """`0:07`, `3:20`, `1:02:03`."""
+    """Format seconds as `0:07`, `3:20` or `1:02:03`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

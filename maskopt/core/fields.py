@@ -71,7 +71,7 @@ class Option:
 
     @property
     def type(self) -> str:
-        """In words."""
+        """Type in words."""
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         names |= {types.NoneType: "None"}
         lists = 'a list of names (on the command line NAME=["one","two"])'
@@ -84,7 +84,7 @@ class Option:
 
     @property
     def range(self) -> str:
-        """In words: `≥ 1`, `[0, 1)`, `a or b`; empty if any value of the type is allowed."""
+        """Range in words: `≥ 1`, `[0, 1)`, `a or b`; empty if any value of the type is allowed."""
         if self.choices:
             return " or ".join(self.choices)
         end = self.most if self.most is not None else self.below
@@ -97,13 +97,13 @@ class Option:
 
     @property
     def condition(self) -> str:
-        """Of an option that needs another one: `update` blockwise."""
+        """Needed value of another option: `update` blockwise."""
         name, *values = self.needs
         *most, last = values or [""]
         return f"`{name}` {' or '.join(filter(None, (', '.join(most), last)))}".rstrip()
 
     def has_effect(self, other: Any) -> bool:
-        """Whether the option has an effect with this value of the one that it needs."""
+        """Return whether the option has an effect with this value of the one that it needs."""
         return other in self.needs[1:] if self.needs[1:] else bool(other)
 
     @property
@@ -114,8 +114,10 @@ class Option:
         return f"With {self.condition}: {self.help[0].lower()}{self.help[1:]}"
 
     def checked(self, given: Any, called: str = "") -> Any:
-        """The value; a list becomes a tuple, and a NumPy number a Python number. OptionError names the option
-        (`called`, or its name in backticks), what is allowed, and what was given."""
+        """Return the value; a list becomes a tuple, and a NumPy number a Python number.
+
+        OptionError names the option (`called`, or its name in backticks), the allowed and the given value.
+        """
         kinds = [typing.get_origin(kind) for kind in alternatives(self.hint)]
         if isinstance(given, list) and tuple in kinds:
             given = tuple(given)
@@ -143,7 +145,7 @@ class Option:
 
 
 def option(default: Any, help: str, group: str = "", **facts: Any) -> Any:
-    """A dataclass field that is an option, by attributes of `Option`; the default `dict` is an empty one."""
+    """Declare a dataclass field as an option, by attributes of `Option`; `dict`: an empty default."""
     metadata = {"help": help, "group": group, **facts}
     if default is dict:
         return field(default_factory=dict, metadata=metadata)
@@ -151,7 +153,7 @@ def option(default: Any, help: str, group: str = "", **facts: Any) -> Any:
 
 
 def argument(help: str, default: Any = REQUIRED) -> Any:
-    """An option that is positional on the command line."""
+    """Declare an option that is positional on the command line."""
     return option(default, help, argument=True)
 
 
@@ -166,7 +168,7 @@ def options_of(kind: type, *names: str) -> tuple[Option, ...]:
 
 
 def parameters_of(function: Callable[..., Any]) -> tuple[Option, ...]:
-    """The options that are default values in a function's signature; `--help` shows them all."""
+    """Return the options that are default values in a function's signature; `--help` shows them all."""
     found = inspect.signature(function, eval_str=True).parameters.values()
     fields = [(p.name, p.annotation, p.default) for p in found if p.kind is not p.VAR_KEYWORD]
     made = options_of(dataclasses.make_dataclass(function.__name__, fields, kw_only=True))
@@ -191,8 +193,10 @@ def check_needs(value: Any) -> None:
 def build(
     kind: type, name: str, options: Mapping[str, Any], what: str, others: Iterable[str] = ()
 ) -> Any:
-    """An instance with the given options. OptionError for a bad value, or an option that the class does not
-    have; `others` are further names that its hint may give."""
+    """Make an instance with the given options.
+
+    OptionError for a bad value, or an option that the class does not have; its hint may name `others`, too.
+    """
     names = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
     for given in options:
         if given not in names:
@@ -207,7 +211,7 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, or the type itself."""
+    """Return the members of a union, or the type itself."""
     of_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     return typing.get_args(hint) if of_union else (hint,)
 
@@ -228,5 +232,5 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def holds_its_kinds(value: Any) -> bool:
-    """Whether a dataclass's fields have the declared types; items of lists and mappings are not checked."""
+    """Return whether fields have the declared types; items of lists and mappings are not checked."""
     return all(_fits(getattr(value, name), hint) for name, hint in _hints(value.__class__).items())

@@ -83,8 +83,10 @@ RECIPE = Option(
 
 @dataclass(frozen=True)
 class PruneOptions(WalkOptions):
-    """All options of a prune but model, text and output: `PruneOptions("2:4", "wanda", samples=64)`. Raises
-    MaskoptError for a value that is not allowed, an unknown solver or solver option."""
+    """All options of a prune but model, text and output: `PruneOptions("2:4", "wanda", samples=64)`.
+
+    Raises MaskoptError for a value that is not allowed, an unknown solver or solver option.
+    """
 
     sparsity: Pattern | float | str = option(
         REQUIRED,
@@ -92,7 +94,7 @@ class PruneOptions(WalkOptions):
         SELECTION,
         shown=True,
     )
-    solver: str = option("swap", "See `maskopt solvers`.", SELECTION, shown=True)
+    solver: str = option("swap", "Solver; see `maskopt solvers`.", SELECTION, shown=True)
     start: str | None = option(
         None,
         "Solver of the initial mask. Default with swap: relax (admm with `update` least-squares); other "
@@ -102,8 +104,8 @@ class PruneOptions(WalkOptions):
     solver_options: Mapping[str, Any] = option(dict, "Solver option; may be repeated.", SELECTION)
     transform: str = option(
         NONE,
-        "How the dense model is rewritten first, without a change of its output, so that pruning loses less. "
-        "rotation: of value heads; permutation: of the channels of MLPs, with N:M only; free: both.",
+        "Equivalent rewriting of the dense model before pruning, which lowers the error. rotation: of value "
+        "heads; permutation: of the channels of MLPs, with N:M only; free: both.",
         SELECTION,
         choices=(NONE, ROTATION, PERMUTATION, FREE),
     )
@@ -124,8 +126,8 @@ class PruneOptions(WalkOptions):
     )
     max_deviation: float | None = option(
         None,
-        "How far a layer's sparsity may be from the model's, a row's from its layer's. 1: any. Default: 0.1 "
-        "for rows alone, else 0.2.",
+        "Maximum difference of a layer's sparsity from the model's, and of a row's from its layer's. 1: no "
+        "limit. Default: 0.1 for rows alone, else 0.2.",
         SELECTION,
         least=0,
         most=1,
@@ -147,35 +149,39 @@ class PruneOptions(WalkOptions):
         shown=True,
     )
     training: Mapping[str, Any] = option(
-        dict, "How to train; may be repeated.", UPDATE, needs=("update", BLOCKWISE)
+        dict,
+        "Training option, e.g. epochs=8; may be repeated.",
+        UPDATE,
+        needs=("update", BLOCKWISE),
     )
     distillation: Mapping[str, Any] = option(
         dict,
-        "How to train all kept weights together afterwards, as `maskopt distill` does, on other windows of "
-        "the text, e.g. epochs=2; epochs=0: not at all; may be repeated.",
+        "Option of a final training of all kept weights, as by `maskopt distill`, on other windows of the "
+        "text, e.g. epochs=2; epochs=0: no training; may be repeated.",
         UPDATE,
     )
     damping: float | str = option(
         LeastSquaresUpdate.damping,
-        "Penalty that keeps weights near their values, relative to the mean of diag(G); auto: per layer by "
-        "the error on held-out windows.",
+        "Strength of the penalty on changes of kept weights, relative to the mean of diag(G); auto: chosen "
+        "per layer by the error on held-out windows.",
         UPDATE,
         needs=("update", LEAST_SQUARES, BLOCKWISE),
     )
     damping_exponent: float = option(
         LeastSquaresUpdate.power,
-        "Exponent p: the damping of input i is scaled by G[i,i]^p. 0: the same for all inputs.",
+        "Scale the damping of input i by this power of G[i,i]. 0: equal damping of all inputs.",
         UPDATE,
         least=0,
         most=1,
         needs=("update", LEAST_SQUARES, BLOCKWISE),
     )
     min_tokens: int = option(
-        32, "Layers that saw fewer tokens are pruned by magnitude.", CALIBRATION, least=1
+        32, "Layers with fewer calibration tokens are pruned by magnitude.", CALIBRATION, least=1
     )
     gram_shrinkage: float | str = option(
         0.0,
-        "α of G ← (1−α)G + α·diag(G); auto: per layer by the error on held-out windows.",
+        "Shrinkage α of Gram matrices, (1−α)G + α·diag(G); auto: chosen per layer by the error on "
+        "held-out windows.",
         CALIBRATION,
     )
 
@@ -308,7 +314,7 @@ class PruneOptions(WalkOptions):
         return self.allocation in (LAYERS, BOTH)
 
     def pattern_of(self, layer: Layer) -> Pattern:
-        """The layer's own where layers may differ and their counts are known; else that of all."""
+        """Return the layer's own pattern where counts are known; else that of all layers."""
         if not self.counts:
             return self.pattern
         return _with_rows(self, Unstructured(keep=layer.n - self.counts[layer.name]))
@@ -344,7 +350,7 @@ class PruneOptions(WalkOptions):
 
 
 def _with_rows(options: PruneOptions, uniform: Pattern) -> Pattern:
-    """The pattern of a layer, from that with uniform rows."""
+    """Return the pattern of a layer, from that with uniform rows."""
     if not options.rows_differ or isinstance(uniform, NM):
         return uniform
     deviation = None if options.max_deviation == 1 else options.max_deviation
@@ -376,9 +382,11 @@ def _check_counts(options: PruneOptions, layers: Sequence[Layer]) -> None:
 
 
 def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Single options completed by those of their `recipe`, mappings key by key; without `allocation` where
-    the sparsity is no share, and without what needs an option that was changed. OptionError for an unknown
-    recipe."""
+    """Complete single options by those of their `recipe`, mappings key by key.
+
+    A recipe sets no `allocation` where the sparsity is no share, and nothing that needs an option that was
+    changed. OptionError for an unknown recipe.
+    """
     found = dict(given)
     name = found.pop("recipe", None) or "fast"
     if name not in RECIPES:
@@ -402,8 +410,10 @@ def _is_share(sparsity: Pattern | float | str | None) -> bool:
 
 
 def prune_options(options: PruneOptions | None, shorthand: Mapping[str, Any]) -> PruneOptions:
-    """The options, with single ones set by name; a `recipe` completes single ones alone. Raises OptionError
-    for an unknown name or recipe, and PatternError without a sparsity."""
+    """Return the options with single ones set by name; a `recipe` completes single ones alone.
+
+    OptionError for an unknown name or recipe, PatternError without a sparsity.
+    """
     if options is None:
         shorthand = with_recipe(shorthand)
         if shorthand.get("sparsity") is None:

@@ -76,21 +76,21 @@ class ShrinkOptions(RunOptions, PassOptions):
     )
     update: str = option(
         LEAST_SQUARES,
-        "How kept columns are updated, if they are.",
+        "How kept columns are updated. none: unchanged; least-squares: solved together.",
         UPDATE,
         choices=(NONE, LEAST_SQUARES),
         shown=True,
     )
     damping: float = option(
         LeastSquaresUpdate.damping,
-        "Penalty that keeps weights near their values, relative to the mean of diag(G).",
+        "Strength of the penalty on changes of kept weights, relative to the mean of diag(G).",
         UPDATE,
         least=0,
         needs=("update", LEAST_SQUARES),
     )
     certify: bool = option(
         False,
-        "Bound how far each choice of channels is from the best; up to a minute each.",
+        "Compute a lower bound for each choice of channels; up to a minute each.",
         SELECTION,
         needs=("channels",),
     )

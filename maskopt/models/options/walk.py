@@ -1,5 +1,4 @@
-"""The options of a walk through a model's blocks: of every run that prunes, shrinks, trains or evaluates; of
-training; and the checks of a solver: its default start, and whether both exist and fit."""
+"""Groups of options of which every run over a model is composed, and the checks of a solver and its start."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ UPDATE_STARTS = {"swap": "admm", "memetic": "admm"}
 
 
 def default_start(solver: str, *, least_squares: bool = False) -> str | None:
-    """What `solver` starts from in a prune where nothing is named."""
+    """Return the solver of the initial mask in a prune where none is named."""
     starts = UPDATE_STARTS if least_squares else DEFAULT_STARTS
     return starts.get(solver) or make_solver(solver).capabilities.default_start
 
@@ -117,7 +116,7 @@ class PassOptions:
     )
     true_sequential: bool = option(
         False,
-        "Inside a block as well, layers see the output of the layers that were pruned before them.",
+        "Within a block, too, collect activations after the preceding layers are pruned.",
         CALIBRATION,
     )
     skip_bad_samples: bool = option(
@@ -209,7 +208,7 @@ class RuntimeOptions:
     )
     max_memory: int | str | None = option(
         None,
-        "Stop before the computation if the estimated memory exceeds this, e.g. 16GiB.",
+        "Stop before the computation if the estimated memory is higher, e.g. 16GiB.",
         RUNTIME,
         unit="bytes",
         least=0,
@@ -336,14 +335,13 @@ def check_names(given: Iterable[str], known: Iterable[str], what: str = "option"
 def options_by_name(
     kind: type[_Options], options: _Options | None, shorthand: Mapping[str, Any]
 ) -> _Options:
-    """The options, with single ones set by name; OptionError for a name that is none."""
+    """Return the options with single ones set by name; OptionError for an unknown name."""
     check_names(shorthand, [f.name for f in dataclasses.fields(options or kind)])
     return kind(**shorthand) if options is None else dataclasses.replace(options, **shorthand)
 
 
 def name_patterns(given: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Patterns on layer names; a text may hold several, separated by commas. OptionError where it holds
-    none."""
+    """Split patterns on layer names, separated by commas; OptionError where a text holds none."""
     texts = [given] if isinstance(given, str) else given or ()
     found = tuple(part.strip() for text in texts for part in text.split(",") if part.strip())
     if texts and not found:
@@ -355,7 +353,7 @@ def name_patterns(given: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def described(options: type[RunOptions]) -> str:
-    """The docstring with a line for every option."""
+    """Return the docstring with a line for every option."""
     lines = [f"    {known.name}: {known.sentence}" for known in options_of(options)]
     return f"{(options.__doc__ or '').rstrip()}\n\nAttributes:\n" + "\n".join(lines) + "\n"
 
@@ -435,8 +433,7 @@ class DistillOptions(RunOptions):
     )
     recompute: bool = option(
         False,
-        "Keep only the input of each block for the gradients and compute the rest again: less memory, more "
-        "time.",
+        "Gradient checkpointing: store only the inputs of blocks; less memory, more time.",
         RUNTIME,
         recorded=False,
     )
