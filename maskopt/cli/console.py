@@ -1,4 +1,4 @@
-"""Where a command prints: results on stdout, progress and errors on stderr.
+"""Consoles of a command: results on stdout, progress and errors on stderr.
 
 Torchrun may start a command several times: `torchrun --nproc-per-node N -m maskopt prune …`. Rank 0 prints;
 an error is printed by the first process that meets it.

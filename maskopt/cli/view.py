@@ -45,7 +45,7 @@ def view() -> Iterator[View]:
 
 @dataclass(frozen=True)
 class Step:
-    """Where the work is.
+    """A step of the work that is shown.
 
     Attributes:
         what: is being done.

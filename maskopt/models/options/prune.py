@@ -268,12 +268,12 @@ class PruneOptions(WalkOptions):
 
     @property
     def reconstruction(self) -> Reconstruction | None:
-        """How kept weights are trained; None: they are not."""
+        """Training of kept weights block by block; None: no training."""
         return Reconstruction(**self.training) if self.training else None
 
     @property
     def distilled(self) -> DistillOptions | None:
-        """How kept weights are trained together at the end; None: they are not."""
+        """Training of all kept weights together at the end; None: no training."""
         if not self.distillation:
             return None
         names = [one.name for one in (*options_of(TextOptions), *options_of(RuntimeOptions))]
@@ -288,7 +288,7 @@ class PruneOptions(WalkOptions):
 
     @property
     def least_squares(self) -> LeastSquaresUpdate | None:
-        """How kept weights are updated, `damping` auto counting as its default; None: they stay."""
+        """Update of kept weights, with the default for `damping` auto; None: unchanged weights."""
         if self.update == NONE or self.training.get("begin") == NONE:
             return None
         damping = LeastSquaresUpdate.damping if self.damping == AUTO else float(self.damping)
@@ -296,7 +296,7 @@ class PruneOptions(WalkOptions):
 
     @property
     def ordered(self) -> NM | None:
-        """What channels get another order for; None: they keep theirs."""
+        """Pattern for which channels are permuted; None: they keep their order."""
         pattern, asked = self.pattern, self.transform in (PERMUTATION, FREE)
         return pattern if asked and isinstance(pattern, NM) else None
 

@@ -106,7 +106,7 @@ class ShrinkOptions(RunOptions, PassOptions):
 
     @property
     def how(self) -> LeastSquaresUpdate | None:
-        """How kept columns are updated, in one system for all rows; None: they stay."""
+        """Update of kept columns, in one system for all rows; None: unchanged columns."""
         return LeastSquaresUpdate(self.damping) if self.update == LEAST_SQUARES else None
 
 

@@ -253,7 +253,7 @@ class RunOptions(RuntimeOptions, TextOptions, WindowOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class WalkOptions(RunOptions, PassOptions, LayerOptions):
-    """How a model is opened, and how calibration windows pass through its blocks."""
+    """Options of a walk: a model is opened, and calibration windows pass through its blocks."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "include", name_patterns(self.include))
@@ -276,19 +276,19 @@ class WalkOptions(RunOptions, PassOptions, LayerOptions):
             )
 
     def gradient_windows(self, windows: int) -> int:
-        """Of how many windows gradients of the dense model's loss are needed."""
+        """Return the number of windows whose gradients of the dense model's loss are needed."""
         if self.token_weights == GRADIENT:
             return windows
         return min(windows, GRADIENT_WINDOWS) if self.sensitive else 0
 
     @property
     def sensitive(self) -> bool:
-        """Whether gradients by the outputs of the layers are."""
+        """Whether gradients by the outputs of the layers are needed."""
         return False
 
     @property
     def reconstruction(self) -> Reconstruction | None:
-        """How kept weights are trained; None: they are not."""
+        """Training of kept weights; None: no training."""
         return None
 
     @property
@@ -298,12 +298,12 @@ class WalkOptions(RunOptions, PassOptions, LayerOptions):
 
     @property
     def least_squares(self) -> LeastSquaresUpdate | None:
-        """How kept weights are updated; None: they stay."""
+        """Update of kept weights; None: unchanged weights."""
         return None
 
     @property
     def ordered(self) -> NM | None:
-        """What channels get another order for; None: they keep theirs."""
+        """Pattern for which channels are permuted; None: they keep their order."""
         return None
 
     def check_layers(self, layers: Sequence[Layer]) -> None:
@@ -367,7 +367,7 @@ WEIGHTS, ALL = TRAINED = ("weights", "all")
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How kept weights are trained; OptionError for a value that cannot be."""
+    """Training of kept weights block by block; OptionError for a value that is not allowed."""
 
     train: str = option(
         WEIGHTS,
