@@ -171,13 +171,13 @@ class Certificate:
         shapes["penalty"] = rows, 0 if of_update else groups
         if self.product is not None:
             shapes["product"] = rows, groups, n
-        for what, shape in shapes.items():
-            tensor = getattr(self, what)
+        for name, shape in shapes.items():
+            tensor = getattr(self, name)
             if tensor.shape != shape or tensor.dtype != torch.float64:
-                given = f"{tensor.dtype} {list(tensor.shape)}"
-                raise _refused(f"{what} must be float64 {list(shape)}, not {given}")
+                actual = f"{tensor.dtype} {list(tensor.shape)}"
+                raise _refused(f"{name} must be float64 {list(shape)}, not {actual}")
             if not bool(torch.isfinite(tensor).all()):
-                raise _refused(f"{what} holds NaN or infinite values")
+                raise _refused(f"{name} holds NaN or infinite values")
         if of_update and bool((self.diagonal < 0).any()):
             raise _refused("the split of the diagonal is negative")
         if layer.shared_budget and (bool(self.penalty.any()) or self.product is not None):

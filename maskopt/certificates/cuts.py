@@ -102,9 +102,9 @@ def cut_form(cuts: Cuts | None, n: int, like: Tensor) -> CutForm:
     matrix = torch.zeros(n, n, dtype=torch.float64, device=like.device)
     constant = (tau * (inputs // 2)).sum()
     for left, right in itertools.combinations(range(index.shape[1]), 2):
-        here = used[:, left] & used[:, right]
-        weight = (tau * signs[:, left] * signs[:, right])[here]
-        i, j = index[here, left], index[here, right]
+        present = used[:, left] & used[:, right]
+        weight = (tau * signs[:, left] * signs[:, right])[present]
+        i, j = index[present, left], index[present, right]
         both = (i >= 0) & (j >= 0)
         # z_iz_j = 4p_ip_j − 2p_i − 2p_j + 1
         for x, y in ((i, j), (j, i)):

@@ -189,12 +189,12 @@ class TreeCheck:
             free = np.flatnonzero(state < 0)
             form = self._form(int(tree.form[step]), form, free)
             count = 0 if form is None else len(free)
-            own, rise = self._step(form, state, free, tree.points[first : first + count])
-            value = max(value, self._raised(own))
+            at_step, rise = self._step(form, state, free, tree.points[first : first + count])
+            value = max(value, self._raised(at_step))
             if fixes:
                 chosen = slice(taken, taken + fixes)
                 rises = self._fix(state, free, rise, tree.fixed[chosen], tree.side[chosen])
-                least = min(least, max(value, self._raised(own + rises)))
+                least = min(least, max(value, self._raised(at_step + rises)))
             first, taken = first + count, taken + fixes
             if branch == LEAF:
                 least = min(least, value)
@@ -217,7 +217,7 @@ class TreeCheck:
         """Fix what reached counts and the order of twins imply, in place; False: no mask is left."""
         groups, before = state.reshape(-1, self.group), -1
         while before != np.count_nonzero(state < 0):
-            before = np.count_nonzero(state < 0)
+            before = int(np.count_nonzero(state < 0))
             for twins in self.twins:
                 ones, zeros = (np.flatnonzero(state[twins] == side) for side in (1, 0))
                 last, first = ones.max(initial=-1), zeros.min(initial=len(twins))
@@ -246,13 +246,14 @@ class TreeCheck:
         """Return the form, in this checker's arithmetic."""
         cut = cut_form(cuts, self.n, torch.zeros(1).double())
         q = self.q if cut.matrix is None else self.q - cut.matrix.numpy()
-        own, penalty, group = self.tree.forms[number][free], self.tree.penalty, free // self.group
+        lam_free = self.tree.forms[number][free]
+        penalty, group = self.tree.penalty, free // self.group
         a = q[np.ix_(free, free)] + penalty * (group[:, None] == group)
-        a[np.diag_indices_from(a)] += own
-        size = self.size + cut.size * self.n + float(np.abs(own).sum())
+        a[np.diag_indices_from(a)] += lam_free
+        size = self.size + cut.size * self.n + float(np.abs(lam_free).sum())
         lack = missing(torch.from_numpy(a)) + 8 * _U * (size + len(free) * abs(penalty)) + cut.error
         lam = np.zeros(self.n)
-        lam[free] = own + lack
+        lam[free] = lam_free + lack
         size += len(free) * lack
         return _Form(number, q, cut.linear.numpy(), cut.constant, lam, size, 8 * cut.error)
 

@@ -274,9 +274,9 @@ def improving_swap(
     if layer.rows != layer.rows_per_budget:
         raise VerificationError("improving_swap takes one row; use problem.row(i)")
     mask = layer.check_mask(mask)
-    found = [improving_swap_between_rows(layer, mask, tolerance)] if layer.rows > 1 else []
-    found += [_inside(layer, mask, row, tolerance) for row in range(layer.rows)]
-    return min((move for move in found if move), key=lambda move: move.delta, default=None)
+    moves = [improving_swap_between_rows(layer, mask, tolerance)] if layer.rows > 1 else []
+    moves += [_inside(layer, mask, row, tolerance) for row in range(layer.rows)]
+    return min((move for move in moves if move), key=lambda move: move.delta, default=None)
 
 
 def _inside(

@@ -135,11 +135,8 @@ def _verify_claims(layer: LayerProblem, mask: Tensor, solution: Solution, roundi
         if layer.shared_budget:
             claim, bounded, what = f"the rows claim {status}", "the rows state", "sum"
         else:
-            claim, bounded, what = (
-                f"row {first} claims {status}",
-                f"row {first} states",
-                "objective",
-            )
+            claim, bounded = f"row {first} claims {status}", f"row {first} states"
+            what = "objective"
         claim = f"status: {claim}"
         if status is not Status.FEASIBLE:
             # an optimum within OPTIMAL_TOLERANCE can leave swaps of that size
@@ -204,10 +201,11 @@ def _least_shared_objective(layer: LayerProblem) -> float:
     masks = ((torch.arange(2**layer.n)[:, None] >> torch.arange(layer.n)) & 1).double()
     by_count = [masks[masks.sum(1) == count] for count in range(layer.n + 1)]
     for row in range(layer.rows):
-        own = torch.stack([costs.costs(row, p).min() for p in by_count]) * float(layer.shares[row])
-        own[:least], own[most + 1 :] = torch.inf, torch.inf
+        least_by_count = torch.stack([costs.costs(row, p).min() for p in by_count])
+        least_by_count *= float(layer.shares[row])
+        least_by_count[:least], least_by_count[most + 1 :] = torch.inf, torch.inf
         longer = torch.full((len(best) + layer.n,), torch.inf, dtype=torch.float64)
-        for count, value in enumerate(own):
+        for count, value in enumerate(least_by_count):
             end = count + len(best)
             longer[count:end] = torch.minimum(longer[count:end], best + value)
         best = longer

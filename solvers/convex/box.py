@@ -251,9 +251,9 @@ class _Tile:
         return product, self.plan.max_iterations
 
     def _measure(self) -> None:
-        value, here = linear_bound(self.problem, self.step.x, self.diagonal)
-        self.point = torch.where((here >= self.bound)[:, None], self.step.x, self.point)
-        self.value, self.bound = self.value.minimum(value), self.bound.maximum(here)
+        value, bound = linear_bound(self.problem, self.step.x, self.diagonal)
+        self.point = torch.where((bound >= self.bound)[:, None], self.step.x, self.point)
+        self.value, self.bound = self.value.minimum(value), self.bound.maximum(bound)
 
     def _settled(self) -> bool:
         missing = float(self.problem.shares @ (self.value - self.bound))

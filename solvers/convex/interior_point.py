@@ -61,7 +61,7 @@ def minimise(
     label = np.repeat(np.arange(len(left)), size)
     p = (left / size)[label]
     gradient, work = np.empty(len(c)), np.empty((2, len(c)))
-    value, here, slope = _evaluate(a, c, offset, left, size, p, gradient, work)
+    value, bound_here, slope = _evaluate(a, c, offset, left, size, p, gradient, work)
     low = np.full(len(c), slope + _LEAST_MULTIPLIER)
     high, nu = low.copy(), np.zeros(len(left))
     groups = (
@@ -73,8 +73,8 @@ def minimise(
     bound, value_there = -np.inf, np.inf
     point, gradient_there = p.copy(), gradient.copy()
     for _ in range(_ITERATIONS):
-        if here > bound:
-            bound, value_there = here, value
+        if bound_here > bound:
+            bound, value_there = bound_here, value
             point, gradient_there = p.copy(), gradient.copy()
         gap = value - bound
         if bound >= cutoff or gap <= tolerance * min(abs(value), abs(cutoff)):
@@ -83,7 +83,7 @@ def minimise(
             break
         if not _step(a, gradient, label, left, size, p, low, high, nu, *steps):
             break
-        value, here, _ = _evaluate(a, c, offset, left, size, p, gradient, work)
+        value, bound_here, _ = _evaluate(a, c, offset, left, size, p, gradient, work)
     return bound, value_there, point, gradient_there
 
 

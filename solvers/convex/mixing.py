@@ -128,13 +128,13 @@ class Mixing:
         block = max(1, min(32, n // 8))
         for low in range(0, n, block):
             inside = slice(low, min(low + block, n))
-            own = self.gram.diagonal()[inside, None]
+            diagonal = self.gram.diagonal()[inside, None]
             u = self.w[..., None] * self.v / 4
             g = torch.einsum("ij,rjk->rik", self.gram[inside], u)
-            g = self.w[:, inside, None] * (g - own * u[:, inside])
+            g = self.w[:, inside, None] * (g - diagonal * u[:, inside])
             total = self.v.view(rows, n // self.group, self.group, rank).sum(2)
-            mine = torch.arange(inside.start, inside.stop, device=self.w.device) // self.group
-            g += rho / 4 * (total[:, mine] - self.v[:, inside])
+            group = torch.arange(inside.start, inside.stop, device=self.w.device) // self.group
+            g += rho / 4 * (total[:, group] - self.v[:, inside])
             g[..., 0] += self.linear[:, inside] + rho * (self.group / 2 - self.pruned) / 2
             if len(self.extra.starts):
                 self._add_extra(g, inside)
@@ -313,7 +313,7 @@ def correction(
     Of d = 1 and d = `weights` it takes the cheaper one. `enough`: θ by the least eigenvalue of A, scaled by
     d, and that matrix.
     """
-    loss, found = np.inf, np.zeros(len(a))
+    loss, cheapest = np.inf, np.zeros(len(a))
     for d in (np.ones(len(a)), weights):
         root = 1 / np.sqrt(d)
         scaled = root[:, None] * a * root
@@ -321,5 +321,5 @@ def correction(
         theta = enough(least, scaled)
         cost = theta * float(d @ (point * (1 - point)))
         if cost < loss:
-            loss, found = cost, theta * d
-    return found, loss
+            loss, cheapest = cost, theta * d
+    return cheapest, loss

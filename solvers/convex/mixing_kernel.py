@@ -196,15 +196,15 @@ def _outside(gram, u, out, low, high):
     for lane in range(0, k, LANES):
         row, vectors, target = gram.ctypes.data + low * n * size, u.ctypes.data, out.ctypes.data
         vectors, target = vectors + lane * size, target + lane * size
-        rest, vectors_after = row + high * size, vectors + high * k * size
+        row_after, vectors_after = row + high * size, vectors + high * k * size
         if high - low == HEIGHT:
             _tall(like, row, n, vectors, k, target, low)
-            _tall(like, rest, n, vectors_after, k, target, n - high)
+            _tall(like, row_after, n, vectors_after, k, target, n - high)
         else:
             for h in range(high - low):
                 below, sums = h * n * size, target + h * k * size
                 _single(like, row + below, n, vectors, k, sums, low)
-                _single(like, rest + below, n, vectors_after, k, sums, n - high)
+                _single(like, row_after + below, n, vectors_after, k, sums, n - high)
 
 
 @loop(nogil=True, _nrt=False)

@@ -37,11 +37,11 @@ def levels(size: Vector, group: int, kept: int) -> Vector:
     """Return θ of every group."""
     grouped = size.reshape(-1, group)
     down = -np.sort(-grouped, axis=1)
-    rest = np.maximum(np.cumsum(down[:, ::-1], axis=1)[:, ::-1], 1e-300)  # from each on
+    remaining = np.maximum(np.cumsum(down[:, ::-1], axis=1)[:, ::-1], 1e-300)  # from each on
     # with m of them at 1, θ makes the others what is left; right where the next stays below 1
     m = np.arange(group)
     with np.errstate(invalid="ignore"):  # 0·∞, where it is not yet right
-        theta = np.where(m < kept, (kept - m) / rest, np.inf)
+        theta = np.where(m < kept, (kept - m) / remaining, np.inf)
         right = (theta * down <= 1).argmax(axis=1)
     return theta[np.arange(len(grouped)), right]
 

@@ -161,13 +161,13 @@ class Incidence(NamedTuple):
     @classmethod
     def of(cls, index: np.ndarray, n: int) -> Incidence:
         """Return the pairs of triangles i < j < k, int64 [m, 3]."""
-        one, other = index[:, [0, 0, 1]], index[:, [1, 2, 2]]
+        first, second = index[:, [0, 0, 1]], index[:, [1, 2, 2]]
         used = np.zeros((n + 1, n + 1), bool)
-        used[one, other] = True
+        used[first, second] = True
         i, j = np.nonzero(used)
         place = np.full(used.shape, -1, np.int32)
         place[i, j] = np.arange(len(i))
-        member = place[one, other]
+        member = place[first, second]
         owner, partners = np.nonzero((used | used.T)[:n])
         place[owner, partners] = np.arange(len(owner))
         return cls(
@@ -216,8 +216,8 @@ def pentagons(z: np.ndarray, pool: Pool, most: int) -> tuple[np.ndarray, np.ndar
     violation = np.zeros(len(index))
     if len(z) >= 5:
         extend(z, index, sign, violation, _EXCHANGES)
-    found = violation > _FLOOR_OF_FIVE
-    index, sign, violation = index[found], sign[found], violation[found]
+    large = violation > _FLOOR_OF_FIVE
+    index, sign, violation = index[large], sign[large], violation[large]
     order = np.argsort(index, axis=1)
     index, sign = np.take_along_axis(index, order, 1), np.take_along_axis(sign, order, 1)
     sign *= sign[:, :1]
@@ -252,10 +252,10 @@ def histogram(inner, floor, stride, counts, firsts):
 @part(nogil=True, fastmath=_FINITE)
 def _violated(x, first, second, floor):
     """Count, over all k, the violated triangles of ⟨v_i, v_j⟩ = x, ⟨v_i, v_k⟩ and ⟨v_j, v_k⟩."""
-    found = np.int32(0)
+    violated = np.int32(0)
     for k in range(len(second)):
-        found += np.int32(-1 - _least_signed_sum(x, first[k], second[k]) > floor)
-    return found
+        violated += np.int32(-1 - _least_signed_sum(x, first[k], second[k]) > floor)
+    return violated
 
 
 @loop(nogil=True)

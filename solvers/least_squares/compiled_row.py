@@ -1,9 +1,9 @@
 # mypy: disallow-untyped-defs=False
 """Compiled loops of `Row`, on its vectors, and the search among candidates on their small tableau.
 
-u and p are slots of kept and of pruned inputs, `kept` and `pruned` the inputs in them, `a` is A, `own` the
-diagonal of M. Each call of torch releases Python's lock and waits for it again: with a hundred small calls a
-row, two threads are no faster than one.
+u and p are slots of kept and of pruned inputs, `kept` and `pruned` the inputs in them, `a` is A, and
+`inverse_diagonal` the diagonal of M. Each call of torch releases Python's lock and waits for it again: with a
+hundred small calls a row, two threads are no faster than one.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ def _take_away(a, lines, x, out):
 
 
 @loop(nogil=True)
-def look(a, target, kept, pruned, v, rest, r, left):
+def look(a, target, kept, pruned, v, residual, r, left):
     """Write r and what is left, and return what v explains; `rest` [n] is scratch memory."""
-    rest[:] = target
-    _take_away(a, kept, v, rest)
+    residual[:] = target
+    _take_away(a, kept, v, residual)
     explained = 0.0
     for i in range(len(kept)):
-        left[i] = rest[kept[i]]
+        left[i] = residual[kept[i]]
         explained += (target[kept[i]] + left[i]) * v[i]
     for i in range(len(pruned)):
-        r[i] = rest[pruned[i]]
+        r[i] = residual[pruned[i]]
     return explained
 
 
@@ -64,11 +64,11 @@ def _whole_groups(value, kept, pruned, group_size, count):
 
 
 @loop(nogil=True)
-def likely(own, v, r, kept, pruned, alone, spread, group_size, count):
-    """Return slots u and p of candidates; `own` is the diagonal of M. See `Row.likely`."""
+def likely(inverse_diagonal, v, r, kept, pruned, alone, spread, group_size, count):
+    """Return slots u and p of candidates; See `Row.likely`."""
     cost, gain = np.empty(len(kept)), np.empty(len(pruned))
     for i in range(len(kept)):
-        cost[i] = v[i] * v[i] / own[i]
+        cost[i] = v[i] * v[i] / inverse_diagonal[i]
     for i in range(len(pruned)):
         gain[i] = r[i] * r[i] * np.sqrt(spread[pruned[i]] / alone[pruned[i]])
     if group_size == len(alone):
@@ -99,13 +99,13 @@ def move_weights(v, u, scaled, w, y):
 
 
 @part(nogil=True)
-def _priced(own, v, r, pruned, kept, spread, safety):
+def _priced(inverse_diagonal, v, r, pruned, kept, spread, safety):
     """Return per kept input its cost, what (2) asks of a gain, and v_u/M_uu; per pruned input the gain."""
     cost, need, price = np.empty(len(v)), np.empty(len(v)), np.empty(len(v))
     gain = np.empty(len(r))
     for i in range(len(v)):
-        cost[i], price[i] = v[i] * v[i] / own[i], v[i] / own[i]
-        ratio = max(1.0, spread[kept[i]] / own[i])
+        cost[i], price[i] = v[i] * v[i] / inverse_diagonal[i], v[i] / inverse_diagonal[i]
+        ratio = max(1.0, spread[kept[i]] / inverse_diagonal[i])
         root = np.sqrt(ratio) + np.sqrt(ratio - 1.0)
         need[i] = cost[i] / (root * root)
     for i in range(len(r)):
@@ -114,32 +114,32 @@ def _priced(own, v, r, pruned, kept, spread, safety):
 
 
 @loop(nogil=True)
-def screen(own, v, r, kept, pruned, spread, safety):
+def screen(inverse_diagonal, v, r, kept, pruned, spread, safety):
     """Return the slots that (2) leaves, and what (1) takes.
 
     These are u by what they need, the least first; p by their gains, the largest first; how many of p a u
     needs; cost and price of u; r², 2r and the least C of p; and no flags.
     """
-    cost, need, price, gain = _priced(own, v, r, pruned, kept, spread, safety)
+    cost, need, price, gain = _priced(inverse_diagonal, v, r, pruned, kept, spread, safety)
     low, high = need.min(), gain.max()
     u, p = np.argsort(need), np.argsort(-gain)
-    few, some = 0, 0
-    while few < len(u) and need[u[few]] < high:
-        few += 1
-    while some < len(p) and gain[p[some]] > low:
-        some += 1
-    u, p = u[:few].copy(), p[:some].copy()
-    widths = np.empty(few, np.int64)
-    width = some
-    for i in range(few):
+    kept_count, pruned_count = 0, 0
+    while kept_count < len(u) and need[u[kept_count]] < high:
+        kept_count += 1
+    while pruned_count < len(p) and gain[p[pruned_count]] > low:
+        pruned_count += 1
+    u, p = u[:kept_count].copy(), p[:pruned_count].copy()
+    widths = np.empty(kept_count, np.int64)
+    width = pruned_count
+    for i in range(kept_count):
         while width > 0 and not gain[p[width - 1]] > need[u[i]]:
             width -= 1
         widths[i] = width
-    square, twice, least = np.empty(some), np.empty(some), np.empty(some)
-    for j in range(some):
+    square, twice, least = np.empty(pruned_count), np.empty(pruned_count), np.empty(pruned_count)
+    for j in range(pruned_count):
         square[j], twice[j] = r[p[j]] * r[p[j]], 2.0 * r[p[j]]
         least[j] = (1.0 - safety) / spread[pruned[p[j]]]
-    return u, p, widths, cost[u], price[u], square, twice, least, np.zeros(some, np.bool_)
+    return u, p, widths, cost[u], price[u], square, twice, least, np.zeros(pruned_count, np.bool_)
 
 
 @loop(nogil=True)
@@ -151,9 +151,9 @@ def flag(b, cost, price, square, twice, least, flagged):
 
 
 @loop(nogil=True)
-def suspects_of_groups(own, v, r, kept, pruned, m, a, spread, group_size, safety):
+def suspects_of_groups(inverse_diagonal, v, r, kept, pruned, m, a, spread, group_size, safety):
     """Return the pruned slots that (2) and (1) leave inside groups, and how many pairs (1) looked at."""
-    cost, need, price, gain = _priced(own, v, r, pruned, kept, spread, safety)
+    cost, need, price, gain = _priced(inverse_diagonal, v, r, pruned, kept, spread, safety)
     slot = np.full(len(spread), -1)
     for i in range(len(kept)):
         slot[kept[i]] = i
@@ -175,14 +175,16 @@ def suspects_of_groups(own, v, r, kept, pruned, m, a, spread, group_size, safety
 
 
 @loop(nogil=True)
-def best_pairs(b, outer, own, v, r, kept, pruned, p, alone, group_size, threshold, count):
+def best_pairs(
+    b, outer, inverse_diagonal, v, r, kept, pruned, p, alone, group_size, threshold, count
+):
     """Return slots u and p out of all pairs of Δ < −threshold with the suspects p.
 
     Each suspect has a line of `b`, B, and of `outer`, A_pS.
     """
-    k, some = len(kept), len(p)
-    by_kept, by_pruned = np.full(k, np.inf), np.full(some, np.inf)
-    for j in range(some):
+    k, suspects = len(kept), len(p)
+    by_kept, by_pruned = np.full(k, np.inf), np.full(suspects, np.inf)
+    for j in range(suspects):
         inside = 0.0
         for i in range(k):
             inside += outer[j, i] * b[j, i]
@@ -193,14 +195,14 @@ def best_pairs(b, outer, own, v, r, kept, pruned, p, alone, group_size, threshol
             if kept[i] // group_size != group:
                 continue
             miss = v[i] - b[j, i] * lone
-            delta = miss * miss / (own[i] + b[j, i] * b[j, i] * inverse) - saved
+            delta = miss * miss / (inverse_diagonal[i] + b[j, i] * b[j, i] * inverse) - saved
             by_kept[i] = min(by_kept[i], delta)
             by_pruned[j] = min(by_pruned[j], delta)
     if not by_pruned.min() < -threshold:
         return p[:0].copy(), p[:0].copy()
     if group_size < len(alone):
         value = np.full(len(alone) // group_size, np.inf)
-        for j in range(some):
+        for j in range(suspects):
             group = pruned[p[j]] // group_size
             value[group] = min(value[group], by_pruned[j])
         return _whole_groups(value, kept, pruned, group_size, count)

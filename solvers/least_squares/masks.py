@@ -101,8 +101,8 @@ class Damped(Solver):
         """F of its mask is not asked for."""
         if layer.update is None:
             return self, layer
-        how = {"damping": layer.update.damping, "power": layer.update.power}
-        return replace(self, **how), layer.with_update(None)
+        options = {"damping": layer.update.damping, "power": layer.update.power}
+        return replace(self, **options), layer.with_update(None)
 
 
 @dataclass(frozen=True)

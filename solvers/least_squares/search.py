@@ -66,16 +66,16 @@ class Found:
 
 def refine(row: Row, objective: float, mass: float, most: int, limits: Limits) -> Found:
     """Swap inputs of a row in place, at most `most` times; `objective`: F of its mask, `mass`: Σⱼ wⱼ²Gⱼⱼ."""
-    found = Found(row.mask(), row.weights(), objectives=[objective])
+    result = Found(row.mask(), row.weights(), objectives=[objective])
     if not len(row.kept) or not len(row.pruned):
-        found.proven = True
-        return found
+        result.proven = True
+        return result
     count = CANDIDATES if row.metric.group_size == len(row.target) else OF_GROUPS
     nothing_kept = objective + row.explained
     best = row.kept.clone(), row.pruned.clone(), row.v.clone()
     while True:
         threshold = _PART * SWAP_TOLERANCE * max(objective, 0.0) + REFIT_FLOOR * mass
-        left, fresh = 0 if limits.expired else most - found.swaps, row.fresh
+        left, fresh = 0 if limits.expired else most - result.swaps, row.fresh
         made = _exchange(row, row.likely(count), threshold, left)
         if not made:
             # all pairs; of an M and a v that are good enough for a claim
@@ -83,8 +83,8 @@ def refine(row: Row, objective: float, mass: float, most: int, limits: Limits) -
                 row.renew(row.kept, row.pruned)
             row.settle(_NOISE * threshold, objective)
             pairs = row.improving(count, threshold)
-            found.scans += 1
-            found.proven = pairs is None
+            result.scans += 1
+            result.proven = pairs is None
             made = 0 if pairs is None else _exchange(row, pairs, threshold, left)
         if not made:
             best = row.kept, row.pruned, row.v
@@ -97,13 +97,13 @@ def refine(row: Row, objective: float, mass: float, most: int, limits: Limits) -
             break
         objective = now
         best = row.kept.clone(), row.pruned.clone(), row.v.clone()
-        found.swaps += made
-        found.rounds += 1
-        found.objectives.append(objective)
-    found.mask.zero_()[best[0]] = True
-    found.weight.zero_()[best[0]] = best[2]
-    found.pairs = row.formed
-    return found
+        result.swaps += made
+        result.rounds += 1
+        result.objectives.append(objective)
+    result.mask.zero_()[best[0]] = True
+    result.weight.zero_()[best[0]] = best[2]
+    result.pairs = row.formed
+    return result
 
 
 def _exchange(row: Row, slots: Slots, threshold: float, most: int) -> int:
@@ -131,10 +131,12 @@ def swap_refitted(
     nothing = Offers.none(1, problem.device)
 
     def search(
-        some: LayerProblem, mask: Tensor, limits: Limits
+        layer: LayerProblem, mask: Tensor, limits: Limits
     ) -> tuple[Solution, Callable[[], Offers]]:
-        found = _searched(some, mask, max_swaps, limits)
-        return _solution(some, found), lambda: Offers.joined([r.offers or nothing for r in found])
+        results = _searched(layer, mask, max_swaps, limits)
+        return _solution(layer, results), lambda: Offers.joined(
+            [r.offers or nothing for r in results]
+        )
 
     return transfer(problem, start, search, limits)
 
@@ -214,22 +216,22 @@ def _offers(row: Row) -> Offers:
     On T = [[−M, B], [Bᵀ, C]] of some candidates, pruning u costs y_u²/M_uu, keeping p again saves y_p²/C_pp,
     and either is a pivot on one diagonal entry, after which the next is priced.
     """
-    found = Offers.none(1, row.m.device)
+    offers = Offers.none(1, row.m.device)
     cost = row.v.square() / row.m.diagonal().cpu()
     u = cost.topk(min(OFFERED, len(row.kept)), largest=False).indices
     p, count = _most_saving(row), len(u)
     block = row.block(u, p)
     z, y = block.z.numpy(), block.y.numpy()
     for part, inputs, into, prices in (
-        (slice(0, count), row.kept[u], found.removals, found.costs),
-        (slice(count, None), row.pruned[p], found.returns, found.gains),
+        (slice(0, count), row.kept[u], offers.removals, offers.costs),
+        (slice(count, None), row.pruned[p], offers.returns, offers.gains),
     ):
         size = len(inputs)
         alone = np.zeros(size, np.int64), np.full(1, size)
         which, values = one_sided(z[part, part].copy(), y[part].copy(), *alone, size)
         into[0, : len(which)] = inputs[torch.from_numpy(which)]
         prices[0, : len(which)] = torch.from_numpy(values)
-    return found
+    return offers
 
 
 def _most_saving(row: Row) -> Tensor:
@@ -244,6 +246,6 @@ def _most_saving(row: Row) -> Tensor:
     if len(slots) < len(row.pruned):
         other = most > exact.max()
         other[slots] = False
-        rest = other.nonzero()[:, 0]
-        slots, exact = torch.cat([slots, rest]), torch.cat([exact, row.gains(rest)])
+        dearer = other.nonzero()[:, 0]
+        slots, exact = torch.cat([slots, dearer]), torch.cat([exact, row.gains(dearer)])
     return slots[exact.topk(count).indices]

@@ -112,20 +112,21 @@ def inverse(matrix: Tensor, out: Tensor, work: Tensor) -> Tensor:
         upper = torch.where(lost, torch.eye(size, dtype=upper.dtype, device=upper.device), upper)
         return out.copy_(torch.cholesky_inverse(upper, upper=True)).masked_fill_(lost, torch.nan)
     half = size // 2
-    one, two, corner = out[:, :half, :half], out[:, half:, half:], out[:, :half, half:]
+    upper_left, lower_right = out[:, :half, :half], out[:, half:, half:]
+    corner = out[:, :half, half:]
     cross = matrix[:, :half, half:]
     needed = count * half * (size - half)
-    moved, rest = work[:needed].view(count, half, -1), work[needed:]
-    inverse(matrix[:, :half, :half], one, rest)
-    torch.bmm(one, cross, out=moved)
+    moved, rest_of_work = work[:needed].view(count, half, -1), work[needed:]
+    inverse(matrix[:, :half, :half], upper_left, rest_of_work)
+    torch.bmm(upper_left, cross, out=moved)
     _add_upper(matrix[:, half:, half:], cross.mT, moved, -1)
-    inverse(matrix[:, half:, half:], two, rest)
-    torch.bmm(moved, two, out=corner)
+    inverse(matrix[:, half:, half:], lower_right, rest_of_work)
+    torch.bmm(moved, lower_right, out=corner)
     corner.neg_()
     out[:, half:, :half] = corner.mT
-    _add_upper(one, corner, moved.mT, -1)
+    _add_upper(upper_left, corner, moved.mT, -1)
     quarter = half // 2
-    one[:, quarter:, :quarter] = one[:, :quarter, quarter:].mT
+    upper_left[:, quarter:, :quarter] = upper_left[:, :quarter, quarter:].mT
     return out
 
 
@@ -270,8 +271,8 @@ class Row:
             slots = self.kept, self.pruned, self.v, buffer, self.r, self.left
             self.explained = look(*_arrays(self.metric.damped, self.target, *slots))
             return
-        rest = self.target - self._times_a(self.weights())
-        self.r, self.left = rest[self.pruned], rest[self.kept]
+        residual = self.target - self._times_a(self.weights())
+        self.r, self.left = residual[self.pruned], residual[self.kept]
         self.explained = float((self.target[self.kept] + self.left) @ self.v)
 
     def settle(self, noise: float, objective: float) -> None:
@@ -377,8 +378,8 @@ class Row:
         ‖b_S − A_SS v‖ would not show it, since b is large where A is, and M drifts where A is small.
         """
         z = _signs(len(self.kept))
-        rest = self._times_a(self._spread_out(self._times_m(z)))[self.kept] - z
-        return float(rest.norm()) / max(1.0, len(z) ** 0.5)
+        residual = self._times_a(self._spread_out(self._times_m(z)))[self.kept] - z
+        return float(residual.norm()) / max(1.0, len(z) ** 0.5)
 
     def _times_m(self, x: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
         return (self.m @ x.to(self.m.device)).cpu()
