@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from maskopt.errors import PatternError
-from maskopt.solvers.compiled import RowThreads, loop, part
+from maskopt.solvers.kernels import RowThreads, njit
 
 #: an exchange is made where it gains more than this part of the mean cost of a group
 _LEAST_GAIN = 1e-9
@@ -59,7 +59,7 @@ def group_inputs(score: Float[np.ndarray, "rows n"], keep: int, of: int) -> Grou
     return Grouping(order, cost, before, exchanges)
 
 
-@loop(nogil=True, _nrt=False, fastmath=True)
+@njit(fastmath=True)
 def _lines(scores, order, place, of, small, base, limit, p, inputs):
     """base, t and the lines of P of some inputs, side by side: the scores pass through memory once."""
     n, rows = scores.shape
@@ -73,7 +73,7 @@ def _lines(scores, order, place, of, small, base, limit, p, inputs):
             p[x, y] = total
 
 
-@part(_nrt=False, fastmath=True)
+@njit(fastmath=True)
 def _limits(scores, order, first, of, least, limit, x):
     """base and t of an input; `least` is scratch."""
     total = 0.0
@@ -95,7 +95,7 @@ def _limits(scores, order, first, of, least, limit, x):
     return total
 
 
-@loop(nogil=True, _nrt=False)
+@njit
 def _exchange(order, place, of, p, state, least):
     """Make the best exchange of the next input that has one, and return what it gains; 0: none is left.
     `state`: that input, how many before it had none one after the other, and the two groups."""

@@ -6,7 +6,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +90,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """`time.monotonic`, which every limit reads, is one that looks alone advance, compilation or not."""
     monkeypatch.setattr(time, "monotonic", found := Clock())
     monkeypatch.setattr(limits.clock, "_compiled", (0.0, None))
-    monkeypatch.setattr(limits.clock, "stopped", nullcontext)
+    monkeypatch.setattr(limits.clock, "stop", lambda: None)
+    monkeypatch.setattr(limits.clock, "resume", lambda: None)
     return found
 
 

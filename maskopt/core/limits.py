@@ -41,8 +41,8 @@ KEYWORDS = {
 
 
 class _Clock:
-    """Seconds of `time.monotonic()`, those apart in which loops are compiled or loaded: neither `seconds` of
-    a solution nor a time limit counts them."""
+    """Seconds of `time.monotonic()` without compilation, which counts neither as `seconds` of a solution nor
+    towards a time limit."""
 
     def __init__(self) -> None:
         self._lock, self._depth = threading.Lock(), 0
@@ -53,21 +53,20 @@ class _Clock:
         before, since = self._compiled
         return (time.monotonic() if since is None else since) - before
 
-    @contextmanager
-    def stopped(self) -> Iterator[None]:
-        """Let it stand still, until the last of several threads and nested calls ends."""
+    def stop(self) -> None:
+        """Stop the clock until `resume` was called as often as `stop`, in any thread."""
         with self._lock:
             self._depth += 1
             if self._depth == 1:
                 self._compiled = self._compiled[0], time.monotonic()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._depth -= 1
-                before, since = self._compiled
-                if not self._depth and since is not None:
-                    self._compiled = before + time.monotonic() - since, None
+
+    def resume(self) -> None:
+        """Let the clock run again."""
+        with self._lock:
+            self._depth -= 1
+            before, since = self._compiled
+            if self._depth == 0 and since is not None:
+                self._compiled = before + time.monotonic() - since, None
 
 
 clock = _Clock()

@@ -29,7 +29,6 @@ from maskopt.core.limits import Limits, one_thread_each, threads_on
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.bounds import BoundMethod
 from maskopt.protocol.trace import Trace
-from maskopt.solvers.compiled import one_blas_thread
 from maskopt.solvers.convex.box import BoxPlan, linear_bound, relax_box
 from maskopt.solvers.convex.interior_point import interior_point
 from maskopt.solvers.convex.mixing import (
@@ -43,6 +42,7 @@ from maskopt.solvers.convex.mixing import (
     penalty_of,
 )
 from maskopt.solvers.convex.triangles import Incidence, Pool, damp, dense, separate, steps_of
+from maskopt.solvers.kernels import one_blas_thread
 
 #: sweeps of the stages; a row leaves when its bound has settled
 _STAGES = (300, 300, 600, 1200, 2400)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskopt.solvers.compiled import loop, part
+from maskopt.solvers.kernels import njit
 
 #: |Σ x − s| at which τ is good enough, per group; and as a part of s, of groups whose sum float32 rounds
 _TOLERANCE, _RELATIVE = 1e-4, 1e-6
@@ -33,7 +33,7 @@ _UNGUARDED = 6
 FAST = {"nnan", "ninf", "nsz", "reassoc", "contract", "arcp"}
 
 
-@part(fastmath=FAST, error_model="numpy")
+@njit(fastmath=FAST, error_model="numpy")
 def _sums(start, inverse, tau):
     """Return Σ clip(start − τ·inverse, 0, 1), and Σ inverse over what is strictly inside."""
     zero = start[0] * 0
@@ -48,7 +48,7 @@ def _sums(start, inverse, tau):
     return total, slope
 
 
-@part(fastmath=FAST, error_model="numpy")
+@njit(fastmath=FAST, error_model="numpy")
 def _multiplier(start, inverse, total, tau):
     for _ in range(_UNGUARDED):
         value, slope = _sums(start, inverse, tau)
@@ -78,7 +78,7 @@ def _multiplier(start, inverse, total, tau):
     return tau
 
 
-@part(fastmath=FAST, error_model="numpy")
+@njit(fastmath=FAST, error_model="numpy")
 def _multipliers(start, inverse, total, tau, excess, slope):
     """Make Newton steps on τ of all groups, unguarded, from start and inverse [group, groups].
 
@@ -109,7 +109,7 @@ def _multipliers(start, inverse, total, tau, excess, slope):
                 tau[g] = _first_to_move(start[:, g], inverse[:, g], tau[g], excess[g])
 
 
-@part(fastmath=FAST, error_model="numpy")
+@njit(fastmath=FAST, error_model="numpy")
 def _first_to_move(start, inverse, tau, excess):
     """Return the τ nearest to `tau` at which one x alone has made good the excess, or all that it can."""
     zero = excess * 0
@@ -126,7 +126,7 @@ def _first_to_move(start, inverse, tau, excess):
     return best
 
 
-@part(fastmath=FAST, error_model="numpy")
+@njit(fastmath=FAST, error_model="numpy")
 def project_row(start, inverse, total, tau):
     """Set start ← clip(start − τ·inverse, 0, 1) of the wanted sum; return τ, with its factor 1/(1 − θ)."""
     zero = start[0] * 0
@@ -139,7 +139,7 @@ def project_row(start, inverse, total, tau):
     return tau
 
 
-@part(fastmath=FAST, error_model="numpy")
+@njit(fastmath=FAST, error_model="numpy")
 def project_side_by_side(start, inverse, across, total, tau, turned, excess, slope):
     """Project all groups of a row likewise; `across` is inverse as [group, groups]."""
     group, groups = turned.shape
@@ -292,7 +292,7 @@ class CompiledStep:
         _advance(product.contiguous().numpy(), self._arrays, self._group, *numbers)
 
 
-@loop(nogil=True, fastmath=FAST, error_model="numpy")
+@njit(fastmath=FAST, error_model="numpy")
 def _advance(product, arrays, group, total, relaxation, theta):
     """Make one step.
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from maskopt.solvers.compiled import loop, part
+from maskopt.solvers.kernels import njit
 
 #: iterations at most; ten are the rule
 _ITERATIONS = 30
@@ -87,7 +87,7 @@ def minimise(
     return bound, value_there, point, gradient_there
 
 
-@loop(nogil=True, _nrt=False, error_model="numpy")
+@njit(error_model="numpy")
 def _evaluate(a, c, offset, left, size, p, gradient, work):
     """Return value and Frank–Wolfe bound at p, and the mean size of the gradient, written to `gradient`."""
     product, parts = work[0], work[1]
@@ -101,7 +101,7 @@ def _evaluate(a, c, offset, left, size, p, gradient, work):
     return value, value + _least_slope(parts, left, size) - _dot(gradient, p), slope
 
 
-@part(_nrt=False, error_model="numpy", fastmath=True)
+@njit(error_model="numpy", fastmath=True)
 def _dot(x, y):
     total = 0.0
     for i in range(len(x)):
@@ -109,7 +109,7 @@ def _dot(x, y):
     return total
 
 
-@part(_nrt=False, error_model="numpy", fastmath=True)
+@njit(error_model="numpy", fastmath=True)
 def _multiply(a, x, product):
     """Write A·x, without the threads of a BLAS, which cost a small matrix more than they gain."""
     for i in range(len(x)):
@@ -119,7 +119,7 @@ def _multiply(a, x, product):
         product[i] = total
 
 
-@part(_nrt=False, error_model="numpy")
+@njit(error_model="numpy")
 def _least_slope(parts, left, size):
     """Return min gradientᵀv over the polytope: of every group the `left` least entries.
 
@@ -135,7 +135,7 @@ def _least_slope(parts, left, size):
     return total
 
 
-@part(_nrt=False, error_model="numpy")
+@njit(error_model="numpy")
 def least_first(values, count):
     """Reorder so that none of the first `count` is above any other (Hoare's selection)."""
     low, high = 0, len(values) - 1
@@ -176,7 +176,7 @@ def _step(a, gradient, label, left, size, p, low, high, nu, h, schur, w, groups,
     return _move(gradient, label, p, low, high, nu, mu, lower, factor, w, groups, work)
 
 
-@loop(nogil=True, _nrt=False, error_model="numpy")
+@njit(error_model="numpy")
 def _barrier(a, label, left, p, low, high, h, miss):
     """Return the mean complementarity; write the diagonal of H, and what each group misses."""
     m = len(p)
@@ -190,7 +190,7 @@ def _barrier(a, label, left, p, low, high, h, miss):
     return mu
 
 
-@loop(nogil=True, _nrt=False, error_model="numpy")
+@njit(error_model="numpy")
 def _move(gradient, label, p, low, high, nu, mu, lower, schur, w, groups, work):
     """Make the two steps, by the factors of H and of the groups' system."""
     m, count = len(p), len(nu)
@@ -233,7 +233,7 @@ def _move(gradient, label, p, low, high, nu, mu, lower, schur, w, groups, work):
     return True
 
 
-@part(_nrt=False, error_model="numpy")
+@njit(error_model="numpy")
 def _lengths(p, low, high, dp, dlow, dhigh):
     """Return the lengths of the steps of p and of the multipliers, at most 1: none reaches the boundary."""
     primal, dual = 1.0, 1.0
@@ -249,7 +249,7 @@ def _lengths(p, low, high, dp, dlow, dhigh):
     return primal, dual
 
 
-@loop(nogil=True, _nrt=False, error_model="numpy", fastmath=True)
+@njit(error_model="numpy", fastmath=True)
 def _groups_through(lower, size, w, schur):
     """Write W = (L⁻¹E)ᵀ [groups, m], and WWᵀ.
 
@@ -277,7 +277,7 @@ def _groups_through(lower, size, w, schur):
         first += size[g]
 
 
-@part(_nrt=False, error_model="numpy", fastmath=True)
+@njit(error_model="numpy", fastmath=True)
 def _down(lower, x):
     """Set x ← L⁻¹x in place."""
     for i in range(len(x)):
@@ -287,7 +287,7 @@ def _down(lower, x):
         x[i] = total / lower[i, i]
 
 
-@part(_nrt=False, error_model="numpy", fastmath=True)
+@njit(error_model="numpy", fastmath=True)
 def _up(lower, x):
     """Set x ← L⁻ᵀx in place, along the rows of L too."""
     for i in range(len(x) - 1, -1, -1):
@@ -297,7 +297,7 @@ def _up(lower, x):
             x[j] -= lower[i, j] * value
 
 
-@part(_nrt=False, error_model="numpy", fastmath=True)
+@njit(error_model="numpy", fastmath=True)
 def _add_combination(w, factor, x):
     """Add Wᵀ·factor to x."""
     for g in range(len(factor)):

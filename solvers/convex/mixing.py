@@ -25,9 +25,9 @@ from torch import Tensor
 from maskopt.certificates.certificate import Certificate
 from maskopt.certificates.cuts import Cuts
 from maskopt.core.problem import LayerProblem
-from maskopt.solvers.compiled import RowThreads
 from maskopt.solvers.convex.interior_point import interior_point
 from maskopt.solvers.convex.mixing_kernel import LANES, couplings, sweep
+from maskopt.solvers.kernels import RowThreads
 
 #: up to this n the sweeps run in float64
 DOUBLE_N = 256

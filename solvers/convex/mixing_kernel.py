@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from maskopt.solvers.compiled import loop, part
+from maskopt.solvers.kernels import njit
 
 #: lanes of one vector of accumulators; ranks are padded to a multiple of it
 LANES = 16
@@ -163,7 +163,7 @@ WIDTH = 4
 _wide, _narrow = _scattered(WIDTH), _scattered(1)
 
 
-@part(_nrt=False)
+@njit
 def _add_entries(value, index, v, g, first, last):
     """Add Σ_t value[t]·v[index[t]] to g for first ≤ t < last; index of int32."""
     k = v.shape[1]
@@ -186,7 +186,7 @@ def _aligned(rows, columns, dtype):
     return raw[shift : shift + rows * columns].reshape(rows, columns)
 
 
-@part(_nrt=False)
+@njit
 def _outside(gram, u, out, low, high):
     """Set out[h, :] to Σ over j outside low … high of G[low + h, j]·u[j, :]."""
     n, k = u.shape
@@ -207,7 +207,7 @@ def _outside(gram, u, out, low, high):
                 _single(like, row_after + below, n, vectors_after, k, sums, n - high)
 
 
-@loop(nogil=True, _nrt=False)
+@njit
 def couplings(gram, w, out, pieces):
     """Set out to w_i(Gw)_i, for the rows of `pieces`; a BLAS would sum as it suits all rows together."""
     n = w.shape[1]
@@ -233,7 +233,7 @@ def sweep(gram, w, linear, v, *others):
     _sweep(gram, w, linear, v, *others[:-1], *work, others[-1])
 
 
-@loop(nogil=True, _nrt=False, fastmath={"nnan", "ninf", "nsz", "contract", "reassoc"})
+@njit(fastmath={"nnan", "ninf", "nsz", "contract", "reassoc"})
 def _sweep(
     gram, w, linear, v, y, rho, group, pruned, sweeps, starts, index, value, u, out, total, pieces
 ):  # fmt: skip

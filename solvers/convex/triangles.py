@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maskopt.solvers.compiled import RowThreads, loop, part
+from maskopt.solvers.kernels import RowThreads, njit
 
 #: in place of an input, where an inequality has fewer than its pool has places
 ABSENT = -1
@@ -227,13 +227,13 @@ def pentagons(z: np.ndarray, pool: Pool, most: int) -> tuple[np.ndarray, np.ndar
     return index[best][distinct], sign[best][distinct, 1:]
 
 
-@part(fastmath=_FINITE)
+@njit(fastmath=_FINITE)
 def _least_signed_sum(x, y, z):
     """Return min over signs of a·x + b·y + ab·z; at most one of the four is below −1 for a Gram matrix."""
     return min(x - abs(y + z), -x - abs(y - z))
 
 
-@loop(nogil=True)
+@njit
 def histogram(inner, floor, stride, counts, firsts):
     """Count the triangles of `inner` [n, n] that are violated by more than `floor`, by size.
 
@@ -249,7 +249,7 @@ def histogram(inner, floor, stride, counts, firsts):
                     counts[i, min(int(violation * (_BINS / 2)), _BINS - 1)] += 1
 
 
-@part(nogil=True, fastmath=_FINITE)
+@njit(fastmath=_FINITE)
 def _violated(x, first, second, floor):
     """Count, over all k, the violated triangles of ⟨v_i, v_j⟩ = x, ⟨v_i, v_k⟩ and ⟨v_j, v_k⟩."""
     violated = np.int32(0)
@@ -258,7 +258,7 @@ def _violated(x, first, second, floor):
     return violated
 
 
-@loop(nogil=True)
+@njit
 def count(inner, floor, counts, firsts):
     """Count triangles i < j < k violated by more than `floor`, in int32 [n, n] by i and j, i of `firsts`."""
     n = len(inner)
@@ -267,7 +267,7 @@ def count(inner, floor, counts, firsts):
             counts[i, j] = _violated(inner[i, j], inner[i, j + 1 :], inner[j, j + 1 :], floor)
 
 
-@loop(nogil=True)
+@njit
 def collect(inner, floor, counts, starts, index, sign, violations, firsts):
     """Write the triangles that `count` has counted, those of least index i of `firsts` from starts[i] on."""
     n = len(inner)
@@ -294,7 +294,7 @@ def collect(inner, floor, counts, starts, index, sign, violations, firsts):
                     at += 1
 
 
-@loop(nogil=True)
+@njit
 def scatter(matrix, i, j, sign, of, tau):
     """Subtract τ/2 times the sign of every pair (`Pool.pairs`) from both of its entries of a matrix."""
     for k in range(len(of)):
@@ -303,14 +303,14 @@ def scatter(matrix, i, j, sign, of, tau):
         matrix[j[k], i[k]] -= w
 
 
-@loop(nogil=True)
+@njit
 def gather(matrix, i, j, sign, of, inner):
     """Add the signed entries of the pairs of every inequality, ⟨T_t, Z⟩, to `inner` [m]."""
     for k in range(len(of)):
         inner[of[k]] += matrix[i[k], j[k]] * sign[k]
 
 
-@part(nogil=True, fastmath={"contract", "reassoc"})
+@njit(fastmath={"contract", "reassoc"})
 def _dot(x, y):
     total = x.dtype.type(0)
     for a in range(len(x)):
@@ -318,7 +318,7 @@ def _dot(x, y):
     return total
 
 
-@loop(nogil=True)
+@njit
 def damp(v, pairs, entries, member, sign, step, follow, tau, used, value):
     """Set τ_used = max(0, τ − step·(triangle + 1)), τ by the part `follow` of the way, and E from τ_used.
 
@@ -349,7 +349,7 @@ def damp(v, pairs, entries, member, sign, step, follow, tau, used, value):
             value[entries[p, 1]] = weight[p]
 
 
-@loop(nogil=True)
+@njit
 def extend(z, index, sign, violation, exchanges):
     """Extend three inputs each to five, and write by how much that is violated."""
     n = len(z)

@@ -22,9 +22,9 @@ from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import OPTIMAL_TOLERANCE, SWAP_FLOOR, Solution, Status, optimal_slack
 from maskopt.protocol.solver import Capabilities, Solver
 from maskopt.protocol.trace import Trace
-from maskopt.solvers.compiled import one_blas_thread
 from maskopt.solvers.exact.tasks import RowAnswer, RowTask, tasks_of
 from maskopt.solvers.exact.workers import WorkerCrash, run_tasks
+from maskopt.solvers.kernels import one_blas_thread
 
 #: relative difference of two float64 sums of the same terms in another order, with room
 _SUM_ORDER = 1e-9

@@ -20,7 +20,7 @@ from maskopt.core.limits import Limits, clock
 from maskopt.core.problem import LayerProblem
 from maskopt.core.units import Values
 from maskopt.protocol.bounds import lower_bound
-from maskopt.solvers.compiled import loop
+from maskopt.solvers.kernels import njit
 from maskopt.solvers.least_squares.masks import Scaled
 from maskopt.solvers.least_squares.search import swap_refitted
 
@@ -262,7 +262,7 @@ def tabu_row(
     return best
 
 
-@loop(nogil=True, _nrt=False)
+@njit
 def _moves(q, p, c, best, costs, until, tenures, group, first):  # type: ignore[no-untyped-def]
     """Moves from the number `first` on, one for each of `tenures`; False where every move is tabu.
 

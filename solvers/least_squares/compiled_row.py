@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from maskopt.solvers.compiled import loop, part
+from maskopt.solvers.kernels import njit
 
 
-@part(nogil=True)
+@njit
 def _take_away(a, lines, x, out):
     """Subtract Σ_j x_j a[lines_j] from `out`, four lines at a time."""
     n, whole = len(out), len(lines) - len(lines) % 4
@@ -28,7 +28,7 @@ def _take_away(a, lines, x, out):
             out[i] -= x1 * line[i]
 
 
-@loop(nogil=True)
+@njit
 def look(a, target, kept, pruned, v, residual, r, left):
     """Write r and what is left, and return what v explains; `rest` [n] is scratch memory."""
     residual[:] = target
@@ -42,7 +42,7 @@ def look(a, target, kept, pruned, v, residual, r, left):
     return explained
 
 
-@part(nogil=True)
+@njit
 def _in_groups(inputs, group_size, chosen):
     """Return slots of inputs whose group is chosen."""
     slots = np.empty(len(inputs), np.int64)
@@ -54,7 +54,7 @@ def _in_groups(inputs, group_size, chosen):
     return slots[:count].copy()
 
 
-@part(nogil=True)
+@njit
 def _whole_groups(value, kept, pruned, group_size, count):
     """Return slots of the groups with the least values; groups of infinite value are left out."""
     most = min(max(1, count // group_size), np.sum(value < np.inf))
@@ -63,7 +63,7 @@ def _whole_groups(value, kept, pruned, group_size, count):
     return _in_groups(kept, group_size, chosen), _in_groups(pruned, group_size, chosen)
 
 
-@loop(nogil=True)
+@njit
 def likely(inverse_diagonal, v, r, kept, pruned, alone, spread, group_size, count):
     """Return slots u and p of candidates; See `Row.likely`."""
     cost, gain = np.empty(len(kept)), np.empty(len(pruned))
@@ -82,7 +82,7 @@ def likely(inverse_diagonal, v, r, kept, pruned, alone, spread, group_size, coun
     return _whole_groups(cheapest - dearest, kept, pruned, group_size, count)
 
 
-@loop(nogil=True)
+@njit
 def move_weights(v, u, scaled, w, y):
     """Change v by the exchanges of a block, in place; see `Row.exchange`."""
     count = len(u)
@@ -98,7 +98,7 @@ def move_weights(v, u, scaled, w, y):
         v[u[i]] = value
 
 
-@part(nogil=True)
+@njit
 def _priced(inverse_diagonal, v, r, pruned, kept, spread, safety):
     """Return per kept input its cost, what (2) asks of a gain, and v_u/M_uu; per pruned input the gain."""
     cost, need, price = np.empty(len(v)), np.empty(len(v)), np.empty(len(v))
@@ -113,7 +113,7 @@ def _priced(inverse_diagonal, v, r, pruned, kept, spread, safety):
     return cost, need, price, gain
 
 
-@loop(nogil=True)
+@njit
 def screen(inverse_diagonal, v, r, kept, pruned, spread, safety):
     """Return the slots that (2) leaves, and what (1) takes.
 
@@ -142,7 +142,7 @@ def screen(inverse_diagonal, v, r, kept, pruned, spread, safety):
     return u, p, widths, cost[u], price[u], square, twice, least, np.zeros(pruned_count, np.bool_)
 
 
-@loop(nogil=True)
+@njit
 def flag(b, cost, price, square, twice, least, flagged):
     """Flag the first of p by (1) for some u, the lines of b."""
     for i in range(b.shape[0]):
@@ -150,7 +150,7 @@ def flag(b, cost, price, square, twice, least, flagged):
             flagged[j] |= square[j] + twice[j] * (price[i] * b[i, j]) > cost[i] * least[j]
 
 
-@loop(nogil=True)
+@njit
 def suspects_of_groups(inverse_diagonal, v, r, kept, pruned, m, a, spread, group_size, safety):
     """Return the pruned slots that (2) and (1) leave inside groups, and how many pairs (1) looked at."""
     cost, need, price, gain = _priced(inverse_diagonal, v, r, pruned, kept, spread, safety)
@@ -174,7 +174,7 @@ def suspects_of_groups(inverse_diagonal, v, r, kept, pruned, m, a, spread, group
     return np.flatnonzero(flagged), formed
 
 
-@loop(nogil=True)
+@njit
 def best_pairs(
     b, outer, inverse_diagonal, v, r, kept, pruned, p, alone, group_size, threshold, count
 ):
@@ -210,7 +210,7 @@ def best_pairs(
     return u[by_kept[u] < 0].copy(), p[best[by_pruned[best] < 0]].copy()
 
 
-@part(nogil=True)
+@njit
 def _pivot(z, y, i, j, lines):
     """Exchange slots i (kept) and j (pruned): `Row.exchange` of a single pair."""
     size = len(y)
@@ -236,7 +236,7 @@ def _pivot(z, y, i, j, lines):
     y[j] = -(w_ii * y_i + w_ij * y_j)
 
 
-@loop(nogil=True)
+@njit
 def exchanges(z, y, who, group, count, threshold, most):
     """Make the best exchange among the candidates until none is below −threshold; return how many were made.
 
@@ -270,7 +270,7 @@ def exchanges(z, y, who, group, count, threshold, most):
     return made
 
 
-@loop(nogil=True)
+@njit
 def one_sided(z, y, group, room, most):
     """Prune the kept candidate of least y²/|z_ii|, or keep the pruned one of greatest again; and so on.
 

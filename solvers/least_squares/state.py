@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from maskopt.solvers.compiled import loop
+from maskopt.solvers.kernels import njit
 from maskopt.solvers.least_squares.compiled_row import (
     best_pairs,
     flag,
@@ -86,7 +86,7 @@ def part_of(matrix: Tensor, lines: Tensor, columns: Tensor, out: Tensor) -> Tens
     return out
 
 
-@loop(nogil=True)
+@njit
 def _gather(matrix: np.ndarray, lines: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:
     for i in range(len(lines)):
         line = matrix[lines[i]]

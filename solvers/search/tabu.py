@@ -22,7 +22,7 @@ from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver
 from maskopt.protocol.trace import Stopwatch, Trace
-from maskopt.solvers.compiled import RowThreads
+from maskopt.solvers.kernels import RowThreads
 from maskopt.solvers.search.tabu_kernel import search_rows
 from maskopt.solvers.swap import Swap
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from maskopt.solvers.compiled import loop, part
+from maskopt.solvers.kernels import njit
 from maskopt.solvers.swap.numba_common import minimum
 
 #: stands for "not allowed"; far above any Δ of a row scaled to Σ x²G_jj ≈ 1
@@ -32,10 +32,10 @@ BETTER = 1 - 1e-6
 #: moves of a descent, for each input: many times as many as one has
 DESCENT = 8
 # no reference is counted: arrays belong to the callers, and nothing is allocated
-_exact = part(_nrt=False)
+_exact = njit()
 # every flag but `afn`: FORBIDDEN is finite, and reductions may be vectorised
 _FLAGS = {"nnan", "ninf", "nsz", "reassoc", "contract", "arcp"}
-_fast = part(fastmath=_FLAGS, error_model="numpy", _nrt=False)
+_fast = njit(fastmath=_FLAGS, error_model="numpy")
 
 
 @_fast
@@ -311,7 +311,7 @@ def search_rows(scaled: Any, state: Any, plan: Any, rows: np.ndarray) -> None:
     _search_rows(scaled, state, plan, work, rows)
 
 
-@loop(nogil=True, _nrt=False)
+@njit
 def _search_rows(scaled, state, plan, work, rows):
     for row in rows:
         state.moves[row] += _search_row(scaled, state, plan, work, row)

@@ -16,11 +16,10 @@ What Numba spends on a first run goes by the number of operations, so that
 from __future__ import annotations
 
 import numpy as np
-from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from maskopt.solvers.compiled import loop, part
+from maskopt.solvers.kernels import njit
 
 #: +inf that survives fast-math and a few additions, in every dtype
 BIG = 1e37
@@ -28,11 +27,11 @@ BIG = 1e37
 TILE_J, TILE_I = 256, 512
 
 
-def _reduction(name):
-    """min or max of two floats of one dtype, as the LLVM intrinsic.
+def _selection(comparison):
+    """Return the lesser ("<") or greater (">") of two floats of one dtype, in fast-math.
 
-    A loop around it becomes SIMD; around Python's min, or a comparison, it does not, since Numba's
-    selects do not carry the fast-math flags that LLVM asks for. Measured: 15 times.
+    A loop around it becomes SIMD; around Python's min, or a comparison, it does not, since Numba's selects
+    do not carry the fast-math flags that LLVM asks for. Measured: 15 times.
     """
 
     @intrinsic
@@ -41,19 +40,16 @@ def _reduction(name):
             return None
 
         def generate(context, builder, signature, arguments):
-            kind = arguments[0].type
-            call = builder.module.declare_intrinsic(name, [kind], ir.FunctionType(kind, [kind] * 2))
-            return builder.call(call, arguments, fastmath=("fast",))
+            first = builder.fcmp_ordered(comparison, *arguments, flags=("fast",))
+            return builder.select(first, *arguments, flags=("fast",))
 
         return a(a, b), generate
 
     return function
 
 
-minimum, maximum = _reduction("llvm.minnum"), _reduction("llvm.maxnum")
-# no reference is counted: arrays belong to the callers, and nothing is allocated
-_OPTIONS = {"fastmath": {"nnan", "ninf", "nsz", "contract", "reassoc"}, "_nrt": False}
-fast, fast_loop = part(**_OPTIONS), loop(nogil=True, **_OPTIONS)
+minimum, maximum = _selection("<"), _selection(">")
+fast = njit(fastmath={"nnan", "ninf", "nsz", "contract", "reassoc"})
 
 
 @fast
@@ -107,7 +103,7 @@ def product_rows(gram, x, kept, c, objective, rows):
     _product_rows(gram, x, kept, c, objective, columns, weights, many, rows)
 
 
-@fast_loop
+@fast
 def _product_rows(gram, x, kept, c, objective, columns, weights, many, rows):
     """The same, G tile by tile; a tile's pruned columns and their weights are listed first."""
     n = x.shape[1]

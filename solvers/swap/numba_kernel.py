@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from maskopt.protocol.solution import SWAP_FLOOR, SWAP_TOLERANCE
-from maskopt.solvers.compiled import RowThreads
+from maskopt.solvers.kernels import RowThreads
 from maskopt.solvers.swap.engine import ACCEPT, Batch
 from maskopt.solvers.swap.numba_common import (
     BIG,
     fast,
-    fast_loop,
     maximum,
     minimum,
     price_groups,
@@ -220,7 +219,7 @@ def _price_row(gram, x, low, partner, cross, threshold, work, wide):
     return improving
 
 
-@fast_loop
+@fast
 def _price_rows(gram, bounds, batch, improving, pairs, plan, work, wide, rows):
     """The exact scan: is there an improving swap? Every column's best partner goes to `partner`.
 

@@ -8,7 +8,6 @@ import numpy as np
 from maskopt.solvers.swap.numba_common import (
     BIG,
     fast,
-    fast_loop,
     minimum,
     price_groups,
     scores,
@@ -394,7 +393,7 @@ def _add_columns(gram, x, kept, c, changed, count):
             c[i] += w * line[i]
 
 
-@fast_loop
+@fast
 def _search_rows(gram, diagonal, batch, counts, plan, choice, slots, rows):
     """Rounds of candidates for some rows, until fresh candidates hold no improving pair."""
     x, low, kept, c, partner, cross, objective, mass = batch

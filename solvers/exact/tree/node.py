@@ -28,11 +28,11 @@ from maskopt.core.limits import clock
 from maskopt.core.pattern import NM, Unstructured
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.bounds import lower_bound
-from maskopt.solvers.compiled import loop
 from maskopt.solvers.convex.interior_point import least_first, minimise
 from maskopt.solvers.convex.mixing import DOUBLE_N, correction, sweep_matrix
 from maskopt.solvers.convex.mixing_kernel import LANES
 from maskopt.solvers.exact.tasks import RowAnswer, RowTask
+from maskopt.solvers.kernels import njit
 
 #: part of the bound that a stage of the semidefinite relaxation must gain for another one to follow
 _TOLERANCE, _ROUGH = 1e-3, 0.05
@@ -269,7 +269,7 @@ def in_order(state: np.ndarray, twins: list[np.ndarray]) -> bool:
     return True
 
 
-@loop(nogil=True, _nrt=False)
+@njit
 def _gather(base, lam, c, constant, state, index, product, q, linear):  # type: ignore[no-untyped-def]
     """The program in the free inputs alone: its offset, returned, and `q` and `linear`; `product` is 0."""
     n, m = len(c), len(index)
@@ -292,7 +292,7 @@ def _gather(base, lam, c, constant, state, index, product, q, linear):  # type: 
     return offset
 
 
-@loop(nogil=True, _nrt=False)
+@njit
 def _fix(state, index, gradient, parts, left, size, bound, cutoff):  # type: ignore[no-untyped-def]
     """Reduced costs: the same linear form with one input on its other side reaches the cutoff. `parts`, a
     copy of the gradient, is reordered."""

@@ -23,7 +23,6 @@ import torch
 from scipy.optimize import brentq
 
 from maskopt.core.limits import clock
-from maskopt.solvers.compiled import RowThreads, loop
 from maskopt.solvers.convex.triangles import (
     ABSENT,
     Pool,
@@ -34,6 +33,7 @@ from maskopt.solvers.convex.triangles import (
     separate,
 )
 from maskopt.solvers.exact.tree.node import LEAST_SHIFT, LEAST_WEIGHT, FreePart, definite
+from maskopt.solvers.kernels import RowThreads, njit
 
 #: steps that the quasi-Newton method remembers
 _MEMORY = 25
@@ -316,7 +316,7 @@ class QuasiNewton:
         return None
 
 
-@loop(nogil=True, fastmath={"reassoc", "contract"})
+@njit(fastmath={"reassoc", "contract"})
 def _downhill(x, slope, free, steps, changes, known, direction):  # type: ignore[no-untyped-def]
     """The two-loop recursion (Nocedal and Wright, *Numerical Optimization*, algorithm 7.4) among the
     variables that may move, into `direction`."""
