@@ -1,5 +1,5 @@
 # mypy: disallow-untyped-defs=False
-"""What the compiled loops of 1-swap search on the CPU share, and their products with G.
+"""The kernels that both steps of 1-swap search on the CPU share, and their products with G.
 
 Notation as in `engine.py`. `numba_kernel.py` runs the loops over rows in threads. The order of all arithmetic
 in a row depends on the row alone, so that a mask never depends on the rows beside it.
@@ -14,6 +14,8 @@ What Numba spends on a first run goes by the number of operations, so that
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 from numba import types
@@ -49,12 +51,35 @@ def _selection(comparison):
 
 
 minimum, maximum = _selection("<"), _selection(">")
+
+
+class Rows(NamedTuple):
+    """The arrays of a `Batch` that kernels read and write, all rows of it."""
+
+    x: np.ndarray
+    low: np.ndarray
+    kept: np.ndarray
+    c: np.ndarray
+    partner: np.ndarray
+    cross: np.ndarray
+    objective: np.ndarray
+    mass: np.ndarray
+
+
+class Rule(NamedTuple):
+    """The size of a group, and the relative and the absolute part of the least gain of a swap."""
+
+    group: int
+    relative: float
+    floor: float
+
+
 fast = njit(fastmath={"nnan", "ninf", "nsz", "contract", "reassoc"})
 
 
 @fast
 def sort(values, first, last):
-    """Ascending, in place, values[first:last]: few, and for the most part in order."""
+    """Sort values[first:last] in place: few, and for the most part in order."""
     for i in range(first + 1, last):
         value = values[i]
         at = i
@@ -66,7 +91,7 @@ def sort(values, first, last):
 
 @fast
 def scores(x, diagonal, c, kept, out):
-    """a_u for kept u, b_p for pruned p, float64."""
+    """Write a_u for kept u, b_p for pruned p, float64."""
     for j in range(len(out)):
         square = x[j] * x[j] * diagonal[j]
         linear = 2.0 * x[j] * c[j]
@@ -75,7 +100,7 @@ def scores(x, diagonal, c, kept, out):
 
 @fast
 def price_groups(gram, x, kept, score, group, threshold, partner, cross):
-    """Best partner of every kept column inside its group, where it improves; float64. → whether"""
+    """Write each kept column's best partner inside its group, where it improves; return whether one does."""
     n = len(x)
     found = False
     for first in range(0, n, group):
@@ -96,7 +121,7 @@ def price_groups(gram, x, kept, score, group, threshold, partner, cross):
 
 
 def product_rows(gram, x, kept, c, objective, rows):
-    """c = G(x ⊙ pruned) and f = (x ⊙ pruned)ᵀc of some rows, float64."""
+    """Write c = G(x ⊙ pruned) and f = (x ⊙ pruned)ᵀc of some rows, float64."""
     columns = np.empty((len(rows), TILE_J), np.int64)
     weights = np.empty((len(rows), TILE_J), np.float64)
     many = np.empty(len(rows), np.int64)
@@ -105,7 +130,7 @@ def product_rows(gram, x, kept, c, objective, rows):
 
 @fast
 def _product_rows(gram, x, kept, c, objective, columns, weights, many, rows):
-    """The same, G tile by tile; a tile's pruned columns and their weights are listed first."""
+    """Do the same, G tile by tile; a tile's pruned columns and their weights are listed first."""
     n = x.shape[1]
     count = len(rows)
     for r in rows:

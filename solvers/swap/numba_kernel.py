@@ -1,8 +1,12 @@
 # mypy: disallow-untyped-defs=False
-"""The CPU kernel: step 2 of 1-swap search, the exact scan over all pairs, compiled; and the class that runs
-the loops of both steps in threads."""
+"""The CPU kernel: step 2 of 1-swap search, the exact scan over all pairs.
+
+`NumbaKernel` runs the compiled loops of both steps in threads.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +17,8 @@ from maskopt.solvers.kernels import RowThreads
 from maskopt.solvers.swap.engine import ACCEPT, Batch
 from maskopt.solvers.swap.numba_common import (
     BIG,
+    Rows,
+    Rule,
     fast,
     maximum,
     minimum,
@@ -32,30 +38,52 @@ FLUSHED = 1e-24
 DENSE = 4
 
 
-def price_rows(gram, bounds, batch, improving, pairs, plan, rows):
-    """Step 2 of some rows.
+class _Scan(NamedTuple):
+    """The workspace of a scan. `columns`, `height` and `slope`: of the pruned side, then of the kept one."""
+
+    score: np.ndarray
+    bound: np.ndarray
+    grid: np.ndarray
+    envelope: np.ndarray
+    start: np.ndarray
+    rise: np.ndarray
+    columns: np.ndarray
+    count: np.ndarray
+    height: np.ndarray
+    slope: np.ndarray
+    full: np.ndarray
+    factor: np.ndarray
+    heavy: np.ndarray
+    thin: np.ndarray
+    formed: np.ndarray
+
+    @classmethod
+    def of(cls, n, single):
+        lines = [np.empty(GRID) for _ in range(4)]
+        sides = np.empty((2, n), np.int64), np.empty(2, np.int64)
+        wide = [np.empty(n, single) for _ in range(5)]
+        heights, slopes = np.empty((2, n), single), np.empty((2, n), single)
+        return cls(np.empty(n), np.empty(n), *lines, *sides, heights, slopes, *wide)
+
+
+def price_rows(gram, reach, batch, improving, pairs, rule, margin, rows):
+    """Scan all pairs of some rows, step 2 of the search.
 
     Args:
-        bounds: G's diagonal, d and ρ (`Reach`).
-        batch: x, low, kept, c, partner, cross, objective and mass of all rows.
+        reach: G's diagonal, d and ρ (`Reach`).
+        batch: `Rows`.
         improving, pairs: of all rows, written: is there an improving swap, and pairs whose Δ was formed.
-        plan: group, the relative and the absolute part of a threshold, and the margin for rounding.
+        rule: `Rule`.
+        margin: the margin for rounding.
+        rows: int64.
     """
-    n, single = batch[1].shape[1], batch[1].dtype
-    work = (
-        np.empty(n), np.empty(n),  # score, bound
-        np.empty((4, GRID)),  # lines
-        np.empty((2, n), np.int64), np.empty(2, np.int64),  # sides, count
-        np.empty((2, n), single), np.empty((2, n), single),  # height, slope
-    )  # fmt: skip
-    # heights and slopes, then those of the far side; heavy, thin, formed
-    wide = tuple(np.empty(n, single) for _ in range(5))
-    _price_rows(gram, bounds, batch, improving, pairs, plan, work, wide, rows)
+    scan = _Scan.of(batch.low.shape[1], batch.low.dtype)
+    _price_rows(gram, *reach, batch, improving, pairs, rule, margin, scan, rows)
 
 
 @fast
 def _envelope(height, slope, count, top, grid, out):
-    """out_k = min over i of (height_i − grid_k·slope_i), on a grid that falls from top to 0."""
+    """Write min over i of (height_i − grid_k·slope_i) to out_k, on a grid that falls from top to 0."""
     low = height.dtype.type
     value = top
     for k in range(GRID):
@@ -69,7 +97,10 @@ def _envelope(height, slope, count, top, grid, out):
 
 @fast
 def _chords(grid, values, start, rise):
-    """The chords between samples as start_k + rise_k·t; a concave envelope is above the least of them."""
+    """Write the chords between samples as start_k + rise_k·t.
+
+    A concave envelope is above the least of them.
+    """
     for k in range(GRID - 1):
         span = grid[k] - grid[k + 1]
         if span > 0.0:
@@ -82,9 +113,8 @@ def _chords(grid, values, start, rise):
 
 
 @fast
-def _bound(slope, count, lines, bound):
-    """The least of the chords at the slopes of a side."""
-    start, rise = lines[2], lines[3]
+def _bound(slope, count, start, rise, bound):
+    """Write the least of the chords at the slopes of a side."""
     for i in range(count):
         t, least = np.float64(slope[i]), BIG
         for k in range(GRID):
@@ -94,7 +124,7 @@ def _bound(slope, count, lines, bound):
 
 @fast
 def _lower(x, score, kept, reach, rho, margin, heights, slopes):
-    """Scores lowered by more than all rounding can add to a pair, and |x|d (for the kept: 2ρ|x|d)."""
+    """Write scores lowered by more than rounding can add to a pair, and |x|d (for the kept: 2ρ|x|d)."""
     for j in range(len(score)):
         e = abs(x[j]) * reach[j] * SLACK
         heights[j] = score[j] - margin * (abs(score[j]) + e * e) - FLUSHED
@@ -102,33 +132,34 @@ def _lower(x, score, kept, reach, rho, margin, heights, slopes):
 
 
 @fast
-def _split(kept, heights, slopes, sides, height, slope, count):
-    """The columns of each side (0: pruned, 1: kept) one after the other."""
+def _split(kept, heights, slopes, columns, height, slope, count):
+    """List the columns of each side (0: pruned, 1: kept)."""
     count[:] = 0
     for j in range(len(kept)):
         side = np.int64(kept[j])
         i = count[side]
-        sides[side, i] = j
+        columns[side, i] = j
         height[side, i] = heights[j]
         slope[side, i] = slopes[j]
         count[side] = i + 1
 
 
 @fast
-def _survivors(side, threshold, work):
-    """Keep the columns of a side that may be in an improving pair: height_i + height_j − slope_i·slope_j.
+def _survivors(side, threshold, scan):
+    """Keep the columns of a side that may be in an improving pair, and return their number.
 
-    → how many
+    A pair may improve by height_i + height_j − slope_i·slope_j.
     """
-    _, bound, lines, sides, count, height, slope = work
+    bound, count = scan.bound, scan.count
     other, many = 1 - side, count[side]
-    columns, heights, slopes = sides[side], height[side], slope[side]
+    columns, heights, slopes = scan.columns[side], scan.height[side], scan.slope[side]
     top = slopes.dtype.type(0)
     for i in range(many):
         top = maximum(top, slopes[i])
-    _envelope(height[other], slope[other], count[other], float(top), lines[0], lines[1])
-    _chords(lines[0], lines[1], lines[2], lines[3])
-    _bound(slopes, many, lines, bound)
+    heights_far, slopes_far = scan.height[other], scan.slope[other]
+    _envelope(heights_far, slopes_far, count[other], float(top), scan.grid, scan.envelope)
+    _chords(scan.grid, scan.envelope, scan.start, scan.rise)
+    _bound(slopes, many, scan.start, scan.rise, bound)
     m = 0
     for i in range(many):
         if heights[i] + bound[i] < -threshold:
@@ -141,9 +172,9 @@ def _survivors(side, threshold, work):
 
 
 @fast
-def _spread(low, columns, height, many, dense, wide):
-    """The far side's heights and weights in a row, and where `dense` at their columns as well."""
-    full, factor, heavy, thin, _ = wide
+def _spread(low, columns, height, many, dense, scan):
+    """Write the far side's heights and weights in a row, and where `dense` at their columns as well."""
+    full, factor, heavy, thin = scan.full, scan.factor, scan.heavy, scan.thin
     if dense:
         full[:] = full.dtype.type(BIG)
         factor[:] = full.dtype.type(0)
@@ -158,7 +189,7 @@ def _spread(low, columns, height, many, dense, wide):
 
 @fast
 def _where(formed, least):
-    """The first place of a value that is there."""
+    """Return the first place of a value that is there."""
     at = 0
     while formed[at] > least:
         at += 1
@@ -167,27 +198,27 @@ def _where(formed, least):
 
 @fast
 def _decide(line, x, score, s, columns, many, threshold):
-    """The partner of s that lowers the objective most by float64, or −1."""
+    """Return the partner of s that lowers the objective most by float64, or −1."""
     best = -threshold
-    found = np.int64(-1)
+    partner = np.int64(-1)
     for k in range(many):
         j = columns[k]
         value = (score[s] + score[j]) - 2.0 * x[s] * x[j] * line[j]
         if value < best:
             best = value
-            found = j
-    return found
+            partner = j
+    return partner
 
 
 @fast
-def _price_row(gram, x, low, partner, cross, threshold, work, wide):
-    """The best partner of every surviving column of the side with fewer. → how many of them improve"""
-    score, sides, count, height = work[0], work[3], work[4], work[5]
+def _price_row(gram, x, low, partner, cross, threshold, scan):
+    """Write the best partner of every survivor of the side with fewer, and count those that improve."""
+    score, sides, count, height = scan.score, scan.columns, scan.count, scan.height
+    full, factor, heavy, thin, formed = scan.full, scan.factor, scan.heavy, scan.thin, scan.formed
     near = 0 if count[0] < count[1] else 1  # the side whose rows of G are read
     far, many = sides[1 - near], count[1 - near]
     dense = many * DENSE > len(x)
-    _spread(low, far, height[1 - near], many, dense, wide)
-    full, factor, heavy, thin, formed = wide
+    _spread(low, far, height[1 - near], many, dense, scan)
     improving = 0
     for i in range(count[near]):
         s = sides[near, i]
@@ -220,39 +251,35 @@ def _price_row(gram, x, low, partner, cross, threshold, work, wide):
 
 
 @fast
-def _price_rows(gram, bounds, batch, improving, pairs, plan, work, wide, rows):
-    """The exact scan: is there an improving swap? Every column's best partner goes to `partner`.
+def _price_rows(gram, diagonal, d, rho, batch, improving, pairs, rule, margin, scan, rows):
+    """Find out which rows have an improving swap; every column's best partner goes to `partner`.
 
     A bound first (see docs): pairs that cannot improve by |G_up| ≤ ρ d_u d_p are not looked at. Then
     the rest in the proposing dtype with a and b lowered by more than rounding can add, so that what
     is passed over is proven; what is not passed over is decided in float64. `pairs` counts.
     """
-    diagonal, reach, rho = bounds
-    x, low, kept, c, partner, cross, objective, mass = batch
-    group, relative, floor, margin = plan
-    score, _, _, sides, count, height, slope = work
-    heights, slopes = wide[0], wide[1]
+    x, low, kept, score, count = batch.x, batch.low, batch.kept, scan.score, scan.count
+    partner, cross = batch.partner, batch.cross
+    heights, slopes = scan.full, scan.factor
     for r in rows:
-        threshold = relative * max(objective[r], 0.0) + floor * mass[r]
-        scores(x[r], diagonal, c[r], kept[r], score)
-        if group < len(score):
+        threshold = rule.relative * max(batch.objective[r], 0.0) + rule.floor * batch.mass[r]
+        scores(x[r], diagonal, batch.c[r], kept[r], score)
+        if rule.group < len(score):
             improving[r] = price_groups(
-                gram, x[r], kept[r], score, group, threshold, partner[r], cross[r]
+                gram, x[r], kept[r], score, rule.group, threshold, partner[r], cross[r]
             )
             continue
         partner[r, :] = -1
-        _lower(x[r], score, kept[r], reach, rho, margin, heights, slopes)
-        _split(kept[r], heights, slopes, sides, height, slope, count)
+        _lower(x[r], score, kept[r], d, rho, margin, heights, slopes)
+        _split(kept[r], heights, slopes, scan.columns, scan.height, scan.slope, count)
         if not count[0] or not count[1]:
             continue
         left = 1
         for side in (1, 0):
-            left = left and _survivors(side, threshold, work)
+            left = left and _survivors(side, threshold, scan)
         if left:
             pairs[r] += count[0] * count[1]
-            improving[r] = (
-                _price_row(gram, x[r], low[r], partner[r], cross[r], threshold, work, wide) > 0
-            )
+            improving[r] = _price_row(gram, x[r], low[r], partner[r], cross[r], threshold, scan) > 0
 
 
 class NumbaKernel:
@@ -267,7 +294,8 @@ class NumbaKernel:
         self._margin = 4.0 * torch.finfo(batch.low.dtype).eps
         self._diagonal = batch.diagonal.numpy()
         reach = Reach.of(batch.gram, single=batch.single)
-        self._bounds = self._diagonal, reach.d.numpy(), reach.rho.numpy()
+        self._reach = self._diagonal, reach.d.numpy(), reach.rho.numpy()
+        self._rule = Rule(batch.group, _RELATIVE, _FLOOR)
 
     def refresh(self, batch: Batch, rows: Tensor) -> None:
         """As in `Kernel`; the sum over pruned columns in one fixed order."""
@@ -278,20 +306,16 @@ class NumbaKernel:
     def search(self, batch: Batch, rows: Tensor, most: int) -> None:
         """As in `Kernel`; a row runs through all its rounds in one go."""
         counts = batch.swaps.numpy(), batch.rounds.numpy()
-        plan = batch.group, _RELATIVE, _FLOOR, most
-        arrays = self._gram, self._diagonal, self._arrays(batch)
-        self._threads.run(search_rows, rows.numpy(), *arrays, counts, plan)
+        arrays = self._gram, self._diagonal, _rows_of(batch)
+        self._threads.run(search_rows, rows.numpy(), *arrays, *counts, self._rule, most)
 
     def price(self, batch: Batch, rows: Tensor) -> Tensor:
         """As in `Kernel`."""
         improving = np.zeros(batch.rows, np.bool_)
-        arrays = self._gram, self._bounds, self._arrays(batch), improving, batch.priced.numpy()
-        plan = batch.group, _RELATIVE, _FLOOR, self._margin
-        self._threads.run(price_rows, rows.numpy(), *arrays, plan)
+        arrays = self._gram, self._reach, _rows_of(batch), improving, batch.priced.numpy()
+        self._threads.run(price_rows, rows.numpy(), *arrays, self._rule, self._margin)
         return torch.from_numpy(improving)[rows]
 
-    def _arrays(self, batch: Batch) -> tuple[np.ndarray, ...]:
-        """The rows as the loops of both steps take them."""
-        rows = batch.x, batch.low, batch.kept, batch.c
-        found = batch.partner, batch.cross, batch.objective, batch.mass
-        return tuple(tensor.numpy() for tensor in rows + found)
+
+def _rows_of(batch: Batch) -> Rows:
+    return Rows(*(getattr(batch, name).numpy() for name in Rows._fields))

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from maskopt.solvers.swap.numba_common import (
@@ -27,33 +29,91 @@ TOP, BOTTOM = np.int32(2**31 - 1), np.int32(-(2**31) + 1)
 STEP = 2**20
 
 
-def search_rows(gram, diagonal, batch, counts, plan, rows):
-    """Step 1 of some rows.
+class _Choice(NamedTuple):
+    """The workspace of a choice of candidates. `columns`: those chosen, shared with `_Slots`."""
+
+    columns: np.ndarray
+    score: np.ndarray
+    taken: np.ndarray
+    rounded: np.ndarray
+    bits: np.ndarray
+    keys: np.ndarray
+    guess: np.ndarray
+    chosen: np.ndarray
+    place: np.ndarray
+    heap: np.ndarray
+
+    @classmethod
+    def of(cls, columns, n):
+        bits, keys = np.empty(n, np.int32), np.empty(n, np.int32)
+        return cls(
+            columns,
+            score=np.empty(n),
+            taken=np.zeros(n, np.uint8),
+            rounded=bits.view(np.float32),
+            bits=bits,
+            keys=keys,
+            guess=np.zeros(2, np.int64),
+            chosen=np.zeros(SLOTS, np.int64),
+            place=np.zeros(SLOTS, np.int64),
+            heap=np.empty(SLOTS),
+        )
+
+
+class _Slots(NamedTuple):
+    """Candidates of a row, one a slot: their columns, block of G, scores, and bars that shut a side."""
+
+    columns: np.ndarray
+    block: np.ndarray
+    cross: np.ndarray
+    code: np.ndarray
+    pruned: np.ndarray
+    changed: np.ndarray
+    linear: np.ndarray
+    square: np.ndarray
+    weight: np.ndarray
+    light: np.ndarray
+    bar_kept: np.ndarray
+    bar_pruned: np.ndarray
+    a: np.ndarray
+    b: np.ndarray
+    lowest: np.ndarray
+    sums: np.ndarray
+
+    @classmethod
+    def of(cls, columns, gram, single):
+        block, cross = np.empty((SLOTS, SLOTS), gram.dtype), np.empty((SLOTS, SLOTS), single)
+        pruned, changed = np.zeros(SLOTS, np.int64), np.zeros(SLOTS, np.int64)
+        doubles = [np.empty(SLOTS) for _ in range(3)]
+        singles = [np.empty(SLOTS, single) for _ in range(7)]
+        code = np.empty(SLOTS, np.int32)
+        return cls(columns, block, cross, code, pruned, changed, *doubles, *singles)
+
+
+def search_rows(gram, diagonal, batch, swaps, rounds, rule, most, rows):
+    """Swap among candidates of some rows, step 1 of the search.
 
     Args:
-        batch: x, low, kept, c, partner, cross, objective and mass of all rows.
-        counts: the swaps made and rounds of all rows.
-        plan: group, the relative and the absolute part of a threshold, and swaps of a row at most.
+        batch: `Rows`.
+        swaps, rounds: of all rows, changed.
+        rule: `Rule`.
+        most: swaps of a row at most.
+        rows: int64.
     """
-    low = batch[1]
-    n = low.shape[1]
-    score, taken, keys = np.empty(n), np.zeros(n, np.uint8), np.empty((2, n), np.int32)
-    guess, code = np.zeros(2, np.int64), np.empty(SLOTS, np.int32)
-    ints = np.zeros((5, SLOTS), np.int64)  # columns, chosen, place, pruned, changed
-    doubles = np.empty((4, SLOTS))  # linear, square, weight, heap
-    singles = np.empty((7, SLOTS), low.dtype)  # light, bars of kept and pruned, a, b, lowest, sums
-    block, cross = np.empty((SLOTS, SLOTS), gram.dtype), np.empty((SLOTS, SLOTS), low.dtype)
-    choice = score, taken, keys[0].view(np.float32), keys, guess, ints, doubles
-    slots = block, cross, code, ints, doubles, singles
-    _search_rows(gram, diagonal, batch, counts, plan, choice, slots, rows)
+    columns = np.zeros(SLOTS, np.int64)
+    choice = _Choice.of(columns, batch.low.shape[1])
+    slots = _Slots.of(columns, gram, batch.low.dtype)
+    _search_rows(gram, diagonal, batch, swaps, rounds, rule, most, choice, slots, rows)
 
 
 @fast
-def _order(score, kept, wanted, taken, rounded, bits, keys):
-    """Integers that order as the float32 scores of one side's free columns do; TOP for all others.
+def _order(kept, wanted, choice):
+    """Write keys that order as the float32 scores of one side's free columns do; TOP for all others.
 
-    → the least key, and the largest below TOP (BOTTOM where there is none)
+    Returns the least key, and the largest below TOP (BOTTOM where there is none).
     """
+    score, taken, rounded = choice.score, choice.taken, choice.rounded
+    bits, keys = choice.bits, choice.keys
     n = len(score)
     for j in range(n):
         rounded[j] = score[j] if (kept[j] == wanted) & (taken[j] == 0) else BIG
@@ -70,7 +130,7 @@ def _order(score, kept, wanted, taken, rounded, bits, keys):
 
 @fast
 def _count(keys, cut):
-    """How many keys are at most the cut."""
+    """Count the keys up to the cut."""
     count = np.int32(0)
     limit = np.int32(cut)
     for j in range(len(keys)):
@@ -80,17 +140,16 @@ def _count(keys, cut):
 
 @fast
 def _least(kept, side, most, at, choice):
-    """Write up to `most` columns of least score of one side, none taken, from place `at` on. → how many
+    """Write up to `most` columns of least score of one side, none taken, from place `at` on; return how many.
 
-    By a cut through the bits of the float32 scores, which needs no branch a column: bisection, from the
-    last cut on, to a key with `most`, or up to a quarter less, of the keys at or below it. Columns come
-    out ascending; of equal scores the lowest columns are in.
+    They are found by a cut through the bits of the float32 scores, which needs no branch a column:
+    bisection, from the last cut on, to a key with `most`, or up to a quarter less, of the keys at or
+    below it. Columns come out ascending; of equal scores the lowest columns are in.
     """
-    score, taken, rounded, integers, guess, ints, _ = choice
-    bits, keys, columns = integers[0], integers[1], ints[0]
+    keys, guess, columns = choice.keys, choice.guess, choice.columns
     if most <= 0:
         return 0
-    least, largest = _order(score, kept, side == 1, taken, rounded, bits, keys)
+    least, largest = _order(kept, side == 1, choice)
     if largest == BOTTOM:
         return 0
     low, high = np.int64(least) - 1, np.int64(largest)
@@ -133,12 +192,12 @@ def _least(kept, side, most, at, choice):
 
 @fast
 def _harvest(x, kept, partner, cross, threshold, most, choice):
-    """The columns of the up to `most` best pairs of the harvest that still improve: chosen. → how many
+    """Choose the columns of the up to `most` best pairs of the harvest that still improve; return how many.
 
     What is no pair any more, since both are on one side, is forgotten.
     """
-    score, taken, _, _, _, ints, doubles = choice
-    chosen, place, heap = ints[1], ints[2], doubles[3]
+    score, taken, chosen = choice.score, choice.taken, choice.chosen
+    place, heap = choice.place, choice.heap
     size = 0
     for j in range(len(score)):
         i = partner[j]
@@ -173,13 +232,12 @@ def _harvest(x, kept, partner, cross, threshold, most, choice):
 
 @fast
 def _choose(kept, total, fill, choice):
-    """Candidates of one row: columns up to k are kept, up to m pruned, each ascending. → k, m
+    """Choose candidates of one row and return k, m: columns up to k are kept, up to m pruned, each ascending.
 
     First those of the harvest, `total` in number; the rest (where `fill`) are the kept of least a and
     the pruned of least b.
     """
-    taken, ints = choice[1], choice[5]
-    columns, chosen = ints[0], ints[1]
+    taken, columns, chosen = choice.taken, choice.columns, choice.chosen
     k = at = np.int64(0)
     for side in (1, 0):
         first = at
@@ -204,7 +262,7 @@ def _choose(kept, total, fill, choice):
 
 @fast
 def _gather(gram, at, block):
-    """The block of G of some columns. Half of it is read, for what it costs to bring G in."""
+    """Copy the block of G of some columns. Half of it is read, for what it costs to bring G in."""
     for s in range(SLOTS):
         line = gram[at[s]]
         for t in range(s + 1):
@@ -215,7 +273,7 @@ def _gather(gram, at, block):
 
 @fast
 def _cross(t, light, block, cross):
-    """−2 x_s x_t G_st of one slot with all."""
+    """Write −2 x_s x_t G_st of one slot with all."""
     line, twice, out = block[t], light.dtype.type(-2) * light[t], cross[t]
     for s in range(SLOTS):
         out[s] = twice * (light[s] * line[s])
@@ -223,7 +281,7 @@ def _cross(t, light, block, cross):
 
 @fast
 def _forbid(t, columns, group, cross):
-    """BIG where another slot belongs to another group."""
+    """Write BIG where another slot belongs to another group."""
     team = columns[t] // group
     for s in range(SLOTS):
         if columns[s] // group != team:
@@ -232,7 +290,7 @@ def _forbid(t, columns, group, cross):
 
 @fast
 def _candidate_scores(square, linear, bar_kept, bar_pruned, a, b):
-    """a of kept slots and b of pruned ones in the dtype that proposes, BIG on the other side."""
+    """Write a of kept slots and b of pruned ones in the proposing dtype, BIG on the other side."""
     for s in range(SLOTS):
         a[s] = (square[s] + linear[s]) + bar_kept[s]
     for s in range(SLOTS):
@@ -241,7 +299,7 @@ def _candidate_scores(square, linear, bar_kept, bar_pruned, a, b):
 
 @fast
 def _least_over_pruned(b, cross, pruned, count, lowest):
-    """For every slot the least b_t + cross over the pruned slots t, four of them at a time."""
+    """Write for every slot the least b_t + cross over the pruned slots t, four of them at a time."""
     for s in range(SLOTS):
         lowest[s] = BIG
     for i in range(0, count, 4):
@@ -256,9 +314,9 @@ def _least_over_pruned(b, cross, pruned, count, lowest):
 
 @fast
 def _least_sum(one, two, code, sums):
-    """The slot s of the least one_s + two_s, of equal ones that of the lowest column.
+    """Return the slot s of the least one_s + two_s, of equal ones that of the lowest column.
 
-    −1 where all are BIG.
+    It is −1 where all are BIG.
     """
     best = one.dtype.type(BIG)
     for s in range(SLOTS):
@@ -274,7 +332,7 @@ def _least_sum(one, two, code, sums):
 
 @fast
 def _move_linear(u, q, weight, block, linear):
-    """2 x c of all slots after u and q changed sides."""
+    """Update 2 x c of all slots after u and q changed sides."""
     line_u, line_q, w_u, w_q = block[u], block[q], weight[u], weight[q]
     for s in range(SLOTS):
         linear[s] += 2.0 * weight[s] * (w_u * line_u[s] - w_q * line_q[s])
@@ -283,10 +341,10 @@ def _move_linear(u, q, weight, block, linear):
 @fast
 def _load(gram, x, low, diagonal, c, k, m, group, slots):
     """Bring candidates into their slots: k kept ones, then pruned ones up to m, then fillers."""
-    block, cross, code, ints, doubles, singles = slots
-    columns, pruned = ints[0], ints[3]
-    linear, square, weight = doubles[0], doubles[1], doubles[2]
-    light, bar_kept, bar_pruned = singles[0], singles[1], singles[2]
+    columns, pruned, code = slots.columns, slots.pruned, slots.code
+    block, cross = slots.block, slots.cross
+    linear, square, weight, light = slots.linear, slots.square, slots.weight, slots.light
+    bar_kept, bar_pruned = slots.bar_kept, slots.bar_pruned
     columns[m:] = columns[0]
     _gather(gram, columns, block)
     for s in range(SLOTS):
@@ -306,9 +364,8 @@ def _load(gram, x, low, diagonal, c, k, m, group, slots):
 
 @fast
 def _store(kept, m, slots):
-    """The sides of the slots into the mask; what changed, ascending. → how many"""
-    ints, bar_kept = slots[3], slots[5][1]
-    columns, changed = ints[0], ints[4]
+    """Write the sides of the slots into the mask, list what changed, ascending, and return how many."""
+    columns, changed, bar_kept = slots.columns, slots.changed, slots.bar_kept
     count = first = np.int64(0)
     for s in range(m):
         j = columns[s]
@@ -321,19 +378,17 @@ def _store(kept, m, slots):
 
 
 @fast
-def _exchange(many, grouped, group, objective, rule, slots):
-    """Best swaps between slots, `many` of them pruned, until none gains more than the threshold.
+def _exchange(many, grouped, objective, mass, rule, most, slots):
+    """Make best swaps between slots, `many` of them pruned, until none gains more than the threshold.
 
     Nothing outside the candidates' block of G is read, and nothing of the block moves: a swap changes
-    the bars that shut a slot for one of the two sides. `rule`: the row's mass, the relative and the
-    absolute part of a threshold, swaps at most. → swaps, objective
+    the bars that shut a slot for one of the two sides. Returns the number of swaps, `most` at most, and
+    the objective.
     """
-    mass, relative, floor, most = rule
-    block, cross, code, ints, doubles, singles = slots
-    columns, pruned = ints[0], ints[3]
-    linear, square, weight = doubles[0], doubles[1], doubles[2]
-    light, bar_kept, bar_pruned, a, b = singles[0], singles[1], singles[2], singles[3], singles[4]
-    lowest, sums = singles[5], singles[6]
+    columns, pruned, code = slots.columns, slots.pruned, slots.code
+    block, cross, lowest, sums = slots.block, slots.cross, slots.lowest, slots.sums
+    linear, square, weight, light = slots.linear, slots.square, slots.weight, slots.light
+    bar_kept, bar_pruned, a, b = slots.bar_kept, slots.bar_pruned, slots.a, slots.b
     made = 0
     while made < most:
         _candidate_scores(square, linear, bar_kept, bar_pruned, a, b)
@@ -343,11 +398,11 @@ def _exchange(many, grouped, group, objective, rule, slots):
             break
         _cross(u, light, block, cross)  # and if u is pruned below, its row is there already
         if grouped:
-            _forbid(u, columns, group, cross)
+            _forbid(u, columns, rule.group, cross)
         q = _least_sum(b, cross[u], code, sums)
         delta = (square[u] + linear[u]) + (square[q] - linear[q])
         delta -= 2.0 * weight[u] * weight[q] * block[u, q]
-        if delta >= -(relative * max(objective, 0.0) + floor * mass):
+        if delta >= -(rule.relative * max(objective, 0.0) + rule.floor * mass):
             break
         objective += delta
         made += 1
@@ -360,21 +415,22 @@ def _exchange(many, grouped, group, objective, rule, slots):
 
 
 @fast
-def _swap_harvested(partner, k, m, slots):
-    """Swap the best pair of the harvest, which improves by float64, where the lower precision proposed none
-    that does. → how the objective changes"""
-    ints, heap = slots[3], slots[4][3]
-    bar_kept, bar_pruned = slots[5][1], slots[5][2]
-    columns, j = ints[0], ints[2][0]
+def _swap_harvested(partner, k, m, choice, slots):
+    """Swap the best pair of the harvest and return how the objective changes.
+
+    It improves by float64, where the lower precision proposed no pair that does.
+    """
+    bar_kept, bar_pruned = slots.bar_kept, slots.bar_pruned
+    columns, j = slots.columns, choice.place[0]
     for s in range(m):
         if columns[s] == j or columns[s] == partner[j]:
             bar_kept[s], bar_pruned[s] = (BIG, 0.0) if s < k else (0.0, BIG)
-    return heap[0]
+    return choice.heap[0]
 
 
 @fast
 def _add_columns(gram, x, kept, c, changed, count):
-    """c after the named columns changed sides: ± x_j G_j,: for each, four at a time."""
+    """Update c after the named columns changed sides: ± x_j G_j,: for each, four at a time."""
     n = len(c)
     for s in range(0, count - count % 4, 4):
         j0, j1, j2, j3 = changed[s], changed[s + 1], changed[s + 2], changed[s + 3]
@@ -394,19 +450,17 @@ def _add_columns(gram, x, kept, c, changed, count):
 
 
 @fast
-def _search_rows(gram, diagonal, batch, counts, plan, choice, slots, rows):
-    """Rounds of candidates for some rows, until fresh candidates hold no improving pair."""
-    x, low, kept, c, partner, cross, objective, mass = batch
-    swaps, rounds = counts
-    group, relative, floor, most = plan
-    score, guess, ints = choice[0], choice[4], choice[5]
-    changed = ints[4]
+def _search_rows(gram, diagonal, batch, swaps, rounds, rule, most, choice, slots, rows):
+    """Swap in rounds of candidates, until fresh candidates hold no improving pair."""
+    x, low, kept, c = batch.x, batch.low, batch.kept, batch.c
+    partner, cross, objective, mass = batch.partner, batch.cross, batch.objective, batch.mass
+    score, group = choice.score, rule.group
     grouped = group < len(score)
     most_pairs = WIDTH if grouped else WIDTH // 2
     for r in rows:
-        guess[:] = 0
+        choice.guess[:] = 0
         while swaps[r] < most:
-            threshold = relative * max(objective[r], 0.0) + floor * mass[r]
+            threshold = rule.relative * max(objective[r], 0.0) + rule.floor * mass[r]
             scores(x[r], diagonal, c[r], kept[r], score)
             if grouped and group <= SMALL_GROUP:
                 price_groups(gram, x[r], kept[r], score, group, threshold, partner[r], cross[r])
@@ -416,11 +470,13 @@ def _search_rows(gram, diagonal, batch, counts, plan, choice, slots, rows):
                 break
             rounds[r] += 1
             _load(gram, x[r], low[r], diagonal, c[r], k, m, group, slots)
-            rule = mass[r], relative, floor, most - swaps[r]
-            made, objective[r] = _exchange(m - k, grouped, group, objective[r], rule, slots)
+            left = most - swaps[r]
+            made, objective[r] = _exchange(m - k, grouped, objective[r], mass[r], rule, left, slots)
             if made == 0 and total > 0:
-                made, objective[r] = 1, objective[r] + _swap_harvested(partner[r], k, m, slots)
+                change = _swap_harvested(partner[r], k, m, choice, slots)
+                made, objective[r] = 1, objective[r] + change
             if made == 0:
                 break
             swaps[r] += made
-            _add_columns(gram, x[r], kept[r], c[r], changed, _store(kept[r], m, slots))
+            count = _store(kept[r], m, slots)
+            _add_columns(gram, x[r], kept[r], c[r], slots.changed, count)
