@@ -23,7 +23,7 @@ from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver
 from maskopt.protocol.trace import Stopwatch, Trace
 from maskopt.solvers.kernels import RowThreads
-from maskopt.solvers.search.tabu_kernel import search_rows
+from maskopt.solvers.search.tabu_kernel import Plan, search_rows
 from maskopt.solvers.swap import Swap
 
 #: moves between two entries of the history, and of a row between two looks at the clock
@@ -162,12 +162,13 @@ def search(
     while planned < plan.moves and not limits.expired:
         step = min(ROUND, plan.moves - planned)
         scratch, held = planned % SCRATCH == 0, max(1, problem.n // _HELD)
-        settings = problem.group_size, step, scratch, tenure, tenure // 2, plan.patience, held
+        spread = tenure // 2
+        moves = Plan(problem.group_size, step, scratch, tenure, spread, plan.patience, held)
         for tile in torch.arange(rows).split(_TILE):
             if limits.expired:
                 break
             some = tile.numpy()
-            threads.run(search_rows, some, scaled, state, settings)
+            threads.run(search_rows, some, scaled, state, moves)
             rounds[tile] += 1
             best[tile] = torch.from_numpy(state.values[some, 1] * scaled.scale[some])
         planned += step

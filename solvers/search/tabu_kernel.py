@@ -14,7 +14,7 @@ mostly worse: the narrow list is a diversification of its own.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,16 +31,54 @@ BEYOND = FORBIDDEN * np.float32(0.1)
 BETTER = 1 - 1e-6
 #: moves of a descent, for each input: many times as many as one has
 DESCENT = 8
-# no reference is counted: arrays belong to the callers, and nothing is allocated
-_exact = njit()
 # every flag but `afn`: FORBIDDEN is finite, and reductions may be vectorised
 _FLAGS = {"nnan", "ninf", "nsz", "reassoc", "contract", "arcp"}
 _fast = njit(fastmath=_FLAGS, error_model="numpy")
 
 
+class Plan(NamedTuple):
+    """A round of moves: how many, and the rules of tenures and restarts.
+
+    Attributes:
+        scratch: whether c is computed from scratch first.
+        spread: how much longer than `tenure` a tenure may be.
+        held: inputs that a restart holds.
+    """
+
+    group: int
+    moves: int
+    scratch: bool
+    tenure: int
+    spread: int
+    patience: int
+    held: int
+
+
+class _Workspace(NamedTuple):
+    """Arrays of one row.
+
+    Attributes:
+        bars: the price of an input for each role, FORBIDDEN where it may not move.
+        of_moves: values of the moves of a group.
+        cross: see `_pairs`; empty where groups are large.
+        head, follow: the lists of inputs whose tabu ends at the same move.
+        twice: 2x.
+    """
+
+    bars: np.ndarray
+    of_moves: np.ndarray
+    cross: np.ndarray
+    head: np.ndarray
+    follow: np.ndarray
+    twice: np.ndarray
+
+
 @_fast
 def _where(values, least):
-    """The lowest index of that value. No early exit: a reduction is vectorised, a search is not."""
+    """Return the lowest index of that value.
+
+    There is no early exit: a reduction is vectorised, a search is not.
+    """
     first = np.int32(len(values))
     for j in range(len(values)):
         first = min(first, np.int32(j) if values[j] == least else np.int32(len(values)))
@@ -49,7 +87,7 @@ def _where(values, least):
 
 @_fast
 def _price(bar, slope, sign, out):
-    """out ← a or b; the lowest index of the least."""
+    """Write a or b to out, and return the lowest index of the least."""
     least = FORBIDDEN
     for j in range(len(out)):
         value = bar[j] + sign * slope[j]
@@ -60,7 +98,7 @@ def _price(bar, slope, sign, out):
 
 @_fast
 def _partner(own, twice, line, weight, out):
-    """The j of least own_j − 2·weight·x_j·line_j; the values are left in out."""
+    """Return the j of least own_j − 2·weight·x_j·line_j; the values are left in out."""
     least = FORBIDDEN
     for j in range(len(out)):
         value = own[j] - weight * (twice[j] * line[j])
@@ -71,7 +109,7 @@ def _partner(own, twice, line, weight, out):
 
 @_fast
 def _products(slope, x, gram, pruned, linear, constant):
-    """slope ← 2x⊙G(x ⊙ pruned) + linear from scratch; returns the objective."""
+    """Compute slope = 2x⊙G(x ⊙ pruned) + linear from scratch, and return the objective."""
     slope[:] = 0
     for j in range(len(slope)):
         if pruned[j]:
@@ -93,9 +131,9 @@ def _exchange(slope, twice, added, plus, gone, minus):
         slope[j] += twice[j] * (plus * added[j] - minus * gone[j])
 
 
-@_exact
+@njit
 def _random(state):
-    """SplitMix64."""
+    """Return the next number of SplitMix64."""
     state[0] += np.uint64(0x9E3779B97F4A7C15)
     z = state[0]
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -103,7 +141,7 @@ def _random(state):
     return z ^ (z >> np.uint64(31))
 
 
-@_exact
+@njit
 def _bar(j, pruned, free, square, bars):
     """Open j for the role it plays now if it is free, and shut it for the other."""
     bars[0, j] = square[j] if free and not pruned[j] else FORBIDDEN
@@ -112,7 +150,7 @@ def _bar(j, pruned, free, square, bars):
 
 @_fast
 def _best_move(x, twice, gram, slope, bars, of_moves):
-    """The best exchange of the least a with its partner, and of the least b with its, per group."""
+    """Return the best exchange of the least a with its partner, or of the least b with its, of all groups."""
     bar_kept, bar_pruned = bars[0], bars[1]
     a, b, out = of_moves[0], of_moves[1], of_moves[2]
     best = BEYOND
@@ -139,7 +177,7 @@ def _best_move(x, twice, gram, slope, bars, of_moves):
 
 @_fast
 def _best_of_small(cross, slope, bars):
-    """All pairs of every group, where groups are small; cross[i, j] = −2 x_i x_j G_ij inside them."""
+    """Return the best of all pairs of small groups; cross[i, j] = −2 x_i x_j G_ij inside them."""
     bar_kept, bar_pruned = bars[0], bars[1]
     best = BEYOND
     kept, pruned = -1, -1
@@ -156,15 +194,15 @@ def _best_of_small(cross, slope, bars):
     return kept, pruned, best
 
 
-@_exact
+@njit
 def _copy(source, target):
     for j in range(len(target)):
         target[j] = source[j]
 
 
-@_exact
+@njit
 def _pairs(x, gram, cross):
-    """cross[i, j] = −2 x_i x_j G_ij for the j-th input of i's group."""
+    """Write cross[i, j] = −2 x_i x_j G_ij for the j-th input of i's group."""
     group = cross.shape[1]
     for i in range(len(cross)):
         first = i // group * group
@@ -176,15 +214,15 @@ def _pairs(x, gram, cross):
 # `follow` by input. No input is in two of them, since none is moved while it is tabu.
 
 
-@_exact
+@njit
 def _shut(j, expiry, head, follow):
-    """Into the list of the move at which the tabu of j ends."""
+    """Enter j into the list of the move at which its tabu ends."""
     slot = expiry[j] % len(head)
     follow[j] = head[slot]
     head[slot] = j
 
 
-@_exact
+@njit
 def _open(now, pruned, expiry, head, follow, square, bars):
     """Open the inputs whose tabu ends now."""
     slot = now % len(head)
@@ -195,30 +233,30 @@ def _open(now, pruned, expiry, head, follow, square, bars):
     head[slot] = -1
 
 
-@_exact
+@njit
 def _hold(now, plan, pruned, expiry, random, square, work):
-    """End every tabu, and hold up to `kick` random inputs for twice the tenure and more."""
-    bars, _, _, head, follow, _ = work
-    _, _, _, tenure, spread, _, kick = plan
+    """End every tabu, and hold up to `held` random inputs for twice the tenure and more."""
+    bars, head, follow = work.bars, work.head, work.follow
     head[:] = -1
     for j in range(len(expiry)):
         expiry[j] = now
-    for _ in range(kick):
+    for _ in range(plan.held):
         j = int(_random(random) % np.uint64(len(expiry)))
         if expiry[j] <= now:
-            expiry[j] = now + 2 * tenure + np.int64(_random(random) % np.uint64(spread + 1))
+            longer = np.int64(_random(random) % np.uint64(plan.spread + 1))
+            expiry[j] = now + 2 * plan.tenure + longer
             _shut(j, expiry, head, follow)
     for j in range(len(expiry)):
         _bar(j, pruned, expiry[j] <= now, square, bars)
 
 
-@_exact
+@njit
 def _enter(now, x, gram, square, pruned, expiry, work):
-    """The workspace of a row, from where it stands at move `now`."""
-    bars, _, cross, head, follow, twice = work
+    """Fill the workspace of a row, from its state at move `now`."""
+    bars, head, follow, twice = work.bars, work.head, work.follow, work.twice
     for j in range(len(x)):
         twice[j] = np.float32(2) * x[j]
-    _pairs(x, gram, cross)
+    _pairs(x, gram, work.cross)
     head[:] = -1
     for j in range(len(x)):
         if expiry[j] > now:
@@ -226,29 +264,28 @@ def _enter(now, x, gram, square, pruned, expiry, work):
         _bar(j, pruned, expiry[j] <= now, square, bars)
 
 
-@_exact
+@njit
 def _search_row(scaled, state, plan, work, row):
-    """Up to `moves` moves of a row beyond the first descent, after the rest of that. How many there were."""
+    """Make the rest of a row's first descent, then up to `moves` moves, and return the number of these."""
     x, gram, linear, constant = scaled.x[row], scaled.gram, scaled.linear[row], scaled.constant[row]
     pruned, best_pruned, expiry = state.pruned[row], state.best[row], state.expiry[row]
     random, clock, slope = state.random[row], state.clock[row], state.slope[row]
     square, values = state.square[row], state.values[row]
-    group, moves, scratch, tenure, spread, patience, _ = plan
-    bars, of_moves, cross, head, follow, twice = work
+    bars, head, follow, twice = work.bars, work.head, work.follow, work.twice
     now, descending = clock[0], clock[2] == 0
     _enter(now, x, gram, square, pruned, expiry, work)
-    if scratch:
+    if plan.scratch:
         values[0] = _products(slope, x, gram, pruned, linear, constant)
     value, best_value = values
     if descending:
         best_value = value
     made = 0
-    while made < moves:
+    while made < plan.moves:
         _open(now, pruned, expiry, head, follow, square, bars)
-        if group <= SMALL:
-            u, p, delta = _best_of_small(cross, slope, bars)
+        if plan.group <= SMALL:
+            u, p, delta = _best_of_small(work.cross, slope, bars)
         else:
-            u, p, delta = _best_move(x, twice, gram, slope, bars, of_moves)
+            u, p, delta = _best_move(x, twice, gram, slope, bars, work.of_moves)
         if u < 0:
             if descending:
                 break
@@ -272,14 +309,15 @@ def _search_row(scaled, state, plan, work, row):
             made += 1
         for j in (u, p):
             if not descending:
-                expiry[j] = now + tenure + np.int64(_random(random) % np.uint64(spread + 1))
+                longer = np.int64(_random(random) % np.uint64(plan.spread + 1))
+                expiry[j] = now + plan.tenure + longer
                 _shut(j, expiry, head, follow)
             _bar(j, pruned, descending, square, bars)
         if value < best_value * BETTER:
             best_value = value
             _copy(pruned, best_pruned)
             clock[1] = now
-        elif not descending and patience > 0 and now - clock[1] >= patience:
+        elif not descending and 0 < plan.patience <= now - clock[1]:
             _copy(best_pruned, pruned)
             value = best_value = _products(slope, x, gram, pruned, linear, constant)
             clock[1] = now
@@ -289,24 +327,23 @@ def _search_row(scaled, state, plan, work, row):
     return made
 
 
-def search_rows(scaled: Any, state: Any, plan: Any, rows: np.ndarray) -> None:
-    """Moves of some rows.
+def search_rows(scaled: Any, state: Any, plan: Plan, rows: np.ndarray) -> None:
+    """Move inputs of some rows.
 
     Args:
         scaled: the problem, a `tabu.Scaled`.
         state: where the rows stand, a `tabu._State`.
-        plan: group, moves, whether to compute c from scratch first, tenure, how much longer it may be,
-            patience, and how many inputs a restart holds.
+        plan: of this round.
         rows: int64.
     """
-    n, group, tenure, spread = scaled.x.shape[1], plan[0], plan[3], plan[4]
-    work = (
-        np.empty((2, n), np.float32),  # bars
-        np.empty((3, group), np.float32),  # values of moves
-        np.empty((n, group) if group <= SMALL else (0, 1), np.float32),  # cross
-        np.empty(2 * (tenure + spread) + 2, np.int32),  # head
-        np.empty(n, np.int32),  # follow
-        np.empty(n, np.float32),  # twice x
+    n = scaled.x.shape[1]
+    work = _Workspace(
+        bars=np.empty((2, n), np.float32),
+        of_moves=np.empty((3, plan.group), np.float32),
+        cross=np.empty((n, plan.group) if plan.group <= SMALL else (0, 1), np.float32),
+        head=np.empty(2 * (plan.tenure + plan.spread) + 2, np.int32),
+        follow=np.empty(n, np.int32),
+        twice=np.empty(n, np.float32),
     )
     _search_rows(scaled, state, plan, work, rows)
 
