@@ -29,7 +29,7 @@ _LEAST_ROWS = 4
 _PIECES = 3
 
 #: the decorator of all kernels; Numba keeps their machine code beside the source, or in NUMBA_CACHE_DIR
-njit: Any = partial(numba.njit, cache=True, nogil=True)
+njit: Any = partial(numba.njit, cache=True, nogil=True, no_cfunc_wrapper=True)
 
 
 class _Compilation(event.Listener):

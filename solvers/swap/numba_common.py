@@ -74,7 +74,10 @@ class Rule(NamedTuple):
     floor: float
 
 
-fast = njit(fastmath={"nnan", "ninf", "nsz", "contract", "reassoc"})
+_FASTMATH = {"nnan", "ninf", "nsz", "contract", "reassoc"}
+# a kernel is called from Python and cached with the functions that it calls, which need no more
+kernel = njit(fastmath=_FASTMATH)
+fast = njit(fastmath=_FASTMATH, cache=False, no_cpython_wrapper=True)
 
 
 @fast
@@ -128,7 +131,7 @@ def product_rows(gram, x, kept, c, objective, rows):
     _product_rows(gram, x, kept, c, objective, columns, weights, many, rows)
 
 
-@fast
+@kernel
 def _product_rows(gram, x, kept, c, objective, columns, weights, many, rows):
     """Do the same, G tile by tile; a tile's pruned columns and their weights are listed first."""
     n = x.shape[1]

@@ -20,6 +20,7 @@ from maskopt.solvers.swap.numba_common import (
     Rows,
     Rule,
     fast,
+    kernel,
     maximum,
     minimum,
     price_groups,
@@ -250,7 +251,7 @@ def _price_row(gram, x, low, partner, cross, threshold, scan):
     return improving
 
 
-@fast
+@kernel
 def _price_rows(gram, diagonal, d, rho, batch, improving, pairs, rule, margin, scan, rows):
     """Find out which rows have an improving swap; every column's best partner goes to `partner`.
 

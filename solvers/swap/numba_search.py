@@ -10,6 +10,7 @@ import numpy as np
 from maskopt.solvers.swap.numba_common import (
     BIG,
     fast,
+    kernel,
     minimum,
     price_groups,
     scores,
@@ -449,7 +450,7 @@ def _add_columns(gram, x, kept, c, changed, count):
             c[i] += w * line[i]
 
 
-@fast
+@kernel
 def _search_rows(gram, diagonal, batch, swaps, rounds, rule, most, choice, slots, rows):
     """Swap in rounds of candidates, until fresh candidates hold no improving pair."""
     x, low, kept, c = batch.x, batch.low, batch.kept, batch.c
