@@ -49,7 +49,7 @@ class _Scan(NamedTuple):
     start: np.ndarray
     rise: np.ndarray
     columns: np.ndarray
-    count: np.ndarray
+    sizes: np.ndarray
     height: np.ndarray
     slope: np.ndarray
     full: np.ndarray
@@ -151,7 +151,7 @@ def _survivors(side, threshold, scan):
 
     A pair may improve by height_i + height_j − slope_i·slope_j.
     """
-    bound, count = scan.bound, scan.count
+    bound, count = scan.bound, scan.sizes
     other, many = 1 - side, count[side]
     columns, heights, slopes = scan.columns[side], scan.height[side], scan.slope[side]
     top = slopes.dtype.type(0)
@@ -214,7 +214,7 @@ def _decide(line, x, score, s, columns, many, threshold):
 @fast
 def _price_row(gram, x, low, partner, cross, threshold, scan):
     """Write the best partner of every survivor of the side with fewer, and count those that improve."""
-    score, sides, count, height = scan.score, scan.columns, scan.count, scan.height
+    score, sides, count, height = scan.score, scan.columns, scan.sizes, scan.height
     full, factor, heavy, thin, formed = scan.full, scan.factor, scan.heavy, scan.thin, scan.formed
     near = 0 if count[0] < count[1] else 1  # the side whose rows of G are read
     far, many = sides[1 - near], count[1 - near]
@@ -259,7 +259,7 @@ def _price_rows(gram, diagonal, d, rho, batch, improving, pairs, rule, margin, s
     the rest in the proposing dtype with a and b lowered by more than rounding can add, so that what
     is passed over is proven; what is not passed over is decided in float64. `pairs` counts.
     """
-    x, low, kept, score, count = batch.x, batch.low, batch.kept, scan.score, scan.count
+    x, low, kept, score, count = batch.x, batch.low, batch.kept, scan.score, scan.sizes
     partner, cross = batch.partner, batch.cross
     heights, slopes = scan.full, scan.factor
     for r in rows:
