@@ -20,7 +20,7 @@ import torch
 from numba.core import event
 from threadpoolctl import ThreadpoolController
 
-from maskopt.core.limits import clock
+from maskopt.core.clock import clock
 
 _log = logging.getLogger("maskopt.compile")
 #: fewest rows of one piece, so that each tile of G that is read serves several

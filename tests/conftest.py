@@ -23,7 +23,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from maskopt.core import limits
+from maskopt.core import clock as clocks
 
 # Read at MKL's first product: on processors of other makers than Intel the last bit of a product otherwise
 # depends on where its matrices lie in memory, and what is claimed of threads and of single rows is bits.
@@ -89,9 +89,9 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """`time.monotonic`, which every limit reads, is one that looks alone advance, compilation or not."""
     monkeypatch.setattr(time, "monotonic", found := Clock())
-    monkeypatch.setattr(limits.clock, "_compiled", (0.0, None))
-    monkeypatch.setattr(limits.clock, "stop", lambda: None)
-    monkeypatch.setattr(limits.clock, "resume", lambda: None)
+    monkeypatch.setattr(clocks.clock, "_compiled", (0.0, None))
+    monkeypatch.setattr(clocks.clock, "stop", lambda: None)
+    monkeypatch.setattr(clocks.clock, "resume", lambda: None)
     return found
 
 

@@ -16,9 +16,9 @@ from maskopt.checks.verification import CHECKED, CLAIMS, EXACT, Require, verify
 from maskopt.cli.command import CARDINALITY, JOBS, MAXIMIZE, OVERWRITE, command, given
 from maskopt.cli.console import INTERRUPTED, screen, written
 from maskopt.cli.view import view
+from maskopt.core.clock import clock
 from maskopt.core.fields import OUTPUT, argument, option, options_of
 from maskopt.core.files import atomic_write, check_writable
-from maskopt.core.limits import clock
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import OptionError
 from maskopt.experiments.prove import BRANCH, SECONDS, SMALL, prove as prove_rows, search

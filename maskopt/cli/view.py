@@ -16,7 +16,7 @@ from rich.table import Column
 from rich.text import Text
 
 from maskopt.cli.console import errors
-from maskopt.core.limits import clock
+from maskopt.core.clock import clock
 from maskopt.errors import OptionError, printable
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from maskopt.core.limits import Limits, fast_products, one_thread_each
+from maskopt.core.limits import Limits
+from maskopt.core.threads import fast_products, one_thread_each
 from maskopt.errors import OptionError, ProblemError
 
 #: least damping: below it float64 could not tell one kept set from another where G is singular

@@ -27,8 +27,9 @@ from torch import Tensor
 from maskopt.checks.verification import Require, verify
 from maskopt.core.fields import holds_its_kinds
 from maskopt.core.files import atomic_write, check_writable, from_json
-from maskopt.core.limits import Limits, end_with
+from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem, RowProblem
+from maskopt.core.threads import end_with
 from maskopt.core.units import OriginalValues
 from maskopt.errors import DataError, MaskoptError, OptionError, SolverError, printable
 from maskopt.protocol.solution import Solution

@@ -11,8 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from maskopt.certificates.certificate import Certificate
-from maskopt.core.limits import Limits, clock, torch_threads
+from maskopt.core.clock import clock
+from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem, RowProblem
+from maskopt.core.threads import torch_threads
 from maskopt.errors import SolverError
 from maskopt.protocol.solution import relative_gap
 from maskopt.protocol.solver import Member, Registered, Registry, limits_of

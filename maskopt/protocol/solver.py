@@ -18,10 +18,12 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from maskopt.core.clock import clock
 from maskopt.core.fields import build, check_options
-from maskopt.core.limits import KEYWORDS, Limits, clock, torch_threads
+from maskopt.core.limits import KEYWORDS, Limits
 from maskopt.core.pattern import NM, Pattern, Unstructured
 from maskopt.core.problem import LayerProblem, RowProblem
+from maskopt.core.threads import torch_threads
 from maskopt.errors import OptionError, SolverError, SolverUnavailableError, WarmStartError, near
 from maskopt.protocol.solution import Solution
 

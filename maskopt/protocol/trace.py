@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from maskopt.core.limits import clock
+from maskopt.core.clock import clock
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from maskopt.certificates.certificate import Certificate
 from maskopt.core.fields import option
-from maskopt.core.limits import Limits, one_thread_each, threads_on
+from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
+from maskopt.core.threads import one_thread_each, threads_on
 from maskopt.protocol.bounds import BoundMethod
 from maskopt.protocol.trace import Trace
 from maskopt.solvers.bounds.box import diagonal_shift

@@ -25,8 +25,9 @@ from maskopt.certificates.certificate import Certificate
 from maskopt.certificates.cuts import OF_Z0, Cuts
 from maskopt.core.fields import option
 from maskopt.core.files import join_rows
-from maskopt.core.limits import Limits, one_thread_each, threads_on
+from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
+from maskopt.core.threads import one_thread_each, threads_on
 from maskopt.protocol.bounds import BoundMethod
 from maskopt.protocol.trace import Trace
 from maskopt.solvers.convex.box import BoxPlan, linear_bound, relax_box

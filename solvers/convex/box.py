@@ -35,8 +35,9 @@ from torch import Tensor
 
 from maskopt.certificates.certificate import Certificate, evenly
 from maskopt.core.files import join_rows
-from maskopt.core.limits import Limits, one_thread_each
+from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
+from maskopt.core.threads import one_thread_each
 from maskopt.solvers.convex.box_step import CompiledStep, SharedBudgetStep, TorchStep
 from maskopt.solvers.greedy.scores import keep_highest
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from maskopt.certificates.certificate import Certificate
 from maskopt.certificates.proof import check_proof
+from maskopt.core.clock import clock
 from maskopt.core.fields import option
-from maskopt.core.limits import Limits, clock
+from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import OPTIMAL_TOLERANCE, SWAP_FLOOR, Solution, Status, optimal_slack
 from maskopt.protocol.solver import Capabilities, Solver

@@ -13,8 +13,8 @@ import torch
 
 from maskopt.certificates.certificate import Certificate
 from maskopt.core.fields import option
-from maskopt.core.limits import torch_threads
 from maskopt.core.problem import LayerProblem, RowProblem
+from maskopt.core.threads import torch_threads
 from maskopt.errors import OptionError
 from maskopt.protocol.solver import Capabilities
 from maskopt.solvers.exact.program import FEASIBILITY, Program, factored, linearised

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from maskopt.certificates.certificate import Certificate, missing
 from maskopt.certificates.proof import RowProof
-from maskopt.core.limits import Limits, clock
+from maskopt.core.clock import clock
+from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
 from maskopt.core.units import Values
 from maskopt.protocol.bounds import lower_bound

@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any
 
-from maskopt.core.limits import clock, end_with
+from maskopt.core.clock import clock
+from maskopt.core.threads import end_with
 from maskopt.errors import SolverError
 
 #: until it can hand back an incumbent, an interrupt ends it at once and in silence

@@ -33,8 +33,9 @@ from torch import Tensor
 
 from maskopt.core.fields import option
 from maskopt.core.least_squares import LeastSquaresUpdate
-from maskopt.core.limits import Limits, fast_products, one_thread_each, threads_on
+from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
+from maskopt.core.threads import fast_products, one_thread_each, threads_on
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver
 from maskopt.protocol.trace import Trace

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from maskopt.core.files import join_rows
-from maskopt.core.limits import Limits, one_thread_each, threads_on
+from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
+from maskopt.core.threads import one_thread_each, threads_on
 from maskopt.protocol.solution import REFIT_FLOOR, SWAP_TOLERANCE, Solution
 from maskopt.protocol.trace import Trace
 from maskopt.solvers.least_squares.compiled_row import exchanges, one_sided

@@ -36,7 +36,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from maskopt.core.limits import clock
+from maskopt.core.clock import clock
 from maskopt.core.objective import LinearTerm
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import SWAP_TOLERANCE, swap_threshold

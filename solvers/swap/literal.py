@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from maskopt.core.limits import clock
+from maskopt.core.clock import clock
 from maskopt.solvers.shared_budget import by_count
 from maskopt.solvers.swap.engine import Batch
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from maskopt.core.fields import option
 from maskopt.core.files import join_rows
-from maskopt.core.limits import Limits, torch_threads
+from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
+from maskopt.core.threads import torch_threads
 from maskopt.errors import SolverError
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver

@@ -7,9 +7,9 @@ import torch
 from forging import fails
 from hypothesis import given, strategies as st
 
-from maskopt.core import limits as products
+from maskopt.core import threads as products
 from maskopt.core.gram import CHUNK, TILE, Gram
-from maskopt.core.limits import fast_products
+from maskopt.core.threads import fast_products
 from maskopt.errors import ProblemError
 from maskopt.models.blockwise.forward import Threads
 

@@ -18,7 +18,8 @@ from strategies import HALF, drawn, random_gram, verified
 
 from maskopt import LayerProblem, LeastSquaresUpdate, Solution, Status, Unstructured, solve
 from maskopt.core.fields import build, check_options, option, options_of
-from maskopt.core.limits import Limits, Progress, one_thread_pool, parse_bytes, torch_threads
+from maskopt.core.limits import Limits, Progress, parse_bytes
+from maskopt.core.threads import one_thread_pool, torch_threads
 from maskopt.errors import MaskoptError, OptionError, PatternError, SolverError, WarmStartError
 from maskopt.models.options.prune import PruneOptions
 from maskopt.models.pruning.prune_layer import solve_layer

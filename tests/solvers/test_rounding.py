@@ -7,7 +7,8 @@ from scipy.optimize import minimize
 from strategies import HALF, TWO_FOUR, drawn, floor, problems, random_gram, random_weight, verified
 
 from maskopt import LayerProblem, Limits, Status, Unstructured, solve, verify
-from maskopt.core.limits import clock, torch_threads
+from maskopt.core.clock import clock
+from maskopt.core.threads import torch_threads
 from maskopt.protocol.solution import relative_gap
 from maskopt.solvers import rounding as module
 from maskopt.solvers.convex.box import BoxPlan, linear_bound, relax_box

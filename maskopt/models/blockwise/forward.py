@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from maskopt.core.limits import fast_products, one_thread_pool, torch_threads
+from maskopt.core.threads import fast_products, one_thread_pool, torch_threads
 from maskopt.errors import ModelError
 from maskopt.models.architecture.blocks import Blocks
 from maskopt.models.architecture.source import Source

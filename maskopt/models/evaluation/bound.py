@@ -16,9 +16,9 @@ import torch
 from joblib import delayed
 from torch import Tensor
 
-from maskopt.core.limits import torch_threads
 from maskopt.core.pattern import Pattern, Unstructured, parse_sparsity
 from maskopt.core.problem import LayerProblem
+from maskopt.core.threads import torch_threads
 from maskopt.errors import DataError, ModelError
 from maskopt.experiments.compare import check_rows, draw_rows
 from maskopt.experiments.jobs import BATCH, Store, as_they_finish, digest_of, workers

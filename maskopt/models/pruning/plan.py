@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from maskopt.core.limits import fast_products, torch_threads
 from maskopt.core.problem import LayerProblem
+from maskopt.core.threads import fast_products, torch_threads
 from maskopt.errors import MaskoptError, ModelError
 from maskopt.models.architecture.blocks import Layer, vocabulary_size
 from maskopt.models.architecture.source import Source

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from maskopt.core.limits import torch_threads
 from maskopt.core.problem import LayerProblem
+from maskopt.core.threads import torch_threads
 from maskopt.errors import ModelError, OptionError
 from maskopt.models.architecture.blocks import Layer, matrix
 from maskopt.models.architecture.source import FolderSource

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskopt.core.clock import clock
 from maskopt.core.gram import Gram
 from maskopt.core.least_squares import LeastSquaresUpdate
-from maskopt.core.limits import Limits, clock
+from maskopt.core.limits import Limits
 from maskopt.core.pattern import Pattern
 from maskopt.core.problem import LayerProblem
 from maskopt.models.architecture.blocks import Layer, matrix

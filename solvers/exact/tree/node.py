@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from maskopt.certificates.certificate import Certificate
-from maskopt.core.limits import clock
+from maskopt.core.clock import clock
 from maskopt.core.pattern import NM, Unstructured
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.bounds import lower_bound

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from scipy.optimize import brentq
 
-from maskopt.core.limits import clock
+from maskopt.core.clock import clock
 from maskopt.solvers.convex.triangles import (
     ABSENT,
     Pool,

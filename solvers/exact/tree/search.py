@@ -17,7 +17,7 @@ import numpy as np
 
 from maskopt.certificates.cuts import NO_INPUT, OF_Z0
 from maskopt.certificates.proof import KINDS, LEAF, NO_FORM, RowProof
-from maskopt.core.limits import one_thread_pool
+from maskopt.core.threads import one_thread_pool
 from maskopt.solvers.convex.triangles import ABSENT, Pool
 from maskopt.solvers.exact.tasks import RowAnswer, RowTask
 from maskopt.solvers.exact.tree.relaxation import Relaxed

@@ -14,7 +14,7 @@ from strategies import HALF, KINDS, TWO_FOUR, drawn, problems, random_gram, rand
 
 from maskopt import NM, Certificate, LayerProblem, Unstructured, lower_bound, solve
 from maskopt.certificates.cuts import Cuts
-from maskopt.core.limits import torch_threads
+from maskopt.core.threads import torch_threads
 from maskopt.errors import OptionError, SolverError, VerificationError
 from maskopt.protocol.bounds import ENTRY_POINT_GROUP, available_bounds
 from maskopt.solvers.bounds import sdp

@@ -28,7 +28,7 @@ from worker_tasks import die_on_seven, lie
 
 import maskopt
 from maskopt import NM, LayerProblem, Limits, Status, Unstructured, prune_model, solve, verify
-from maskopt.core.limits import clock
+from maskopt.core.clock import clock
 from maskopt.errors import OptionError, SolverError, SolverUnavailableError
 from maskopt.experiments.jobs import as_they_finish
 from maskopt.models.evaluation.bound import bound_layers

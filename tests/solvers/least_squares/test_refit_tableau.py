@@ -7,7 +7,7 @@ from strategies import HALF, KINDS, TWO_FOUR, patterns, problems, random_gram, r
 
 from maskopt import NM, LeastSquaresUpdate, Limits, Unstructured, improving_swap, solve
 from maskopt.checks.swap_check import costs_of
-from maskopt.core.limits import torch_threads
+from maskopt.core.threads import torch_threads
 from maskopt.solvers.least_squares import state
 from maskopt.solvers.least_squares.compiled_row import exchanges
 from maskopt.solvers.least_squares.search import refine
