@@ -60,11 +60,23 @@ class _Scan(NamedTuple):
 
     @classmethod
     def of(cls, n, single):
-        lines = [np.empty(GRID) for _ in range(4)]
-        sides = np.empty((2, n), np.int64), np.empty(2, np.int64)
-        wide = [np.empty(n, single) for _ in range(5)]
-        heights, slopes = np.empty((2, n), single), np.empty((2, n), single)
-        return cls(np.empty(n), np.empty(n), *lines, *sides, heights, slopes, *wide)
+        return cls(
+            score=np.empty(n),
+            bound=np.empty(n),
+            grid=np.empty(GRID),
+            envelope=np.empty(GRID),
+            start=np.empty(GRID),
+            rise=np.empty(GRID),
+            columns=np.empty((2, n), np.int64),
+            sizes=np.empty(2, np.int64),
+            height=np.empty((2, n), single),
+            slope=np.empty((2, n), single),
+            full=np.empty(n, single),
+            factor=np.empty(n, single),
+            heavy=np.empty(n, single),
+            thin=np.empty(n, single),
+            formed=np.empty(n, single),
+        )
 
 
 def price_rows(gram, reach, batch, improving, pairs, rule, margin, rows):

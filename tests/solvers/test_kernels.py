@@ -15,7 +15,7 @@ from strategies import HALF, drawn
 
 from maskopt import Solution, solve
 from maskopt.cli.console import show_compiling
-from maskopt.core import limits
+from maskopt.core import clock as clocks
 from maskopt.protocol.solver import Capabilities, Solver
 from maskopt.solvers.kernels import njit
 
@@ -49,7 +49,7 @@ def test_the_first_compilation_is_reported_once_and_cached_kernels_load_silently
 def test_compilation_counts_neither_as_seconds_nor_towards_a_limit(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(limits.clock, "_compiled", (0.0, None))
+    monkeypatch.setattr(clocks.clock, "_compiled", (0.0, None))
 
     def wait(seconds):
         now[0] += seconds
@@ -81,7 +81,7 @@ def test_compilation_counts_neither_as_seconds_nor_towards_a_limit(monkeypatch):
     assert now[0] >= 103.0
     left, sent = seen[0]
     assert left == 7.0
-    monkeypatch.setattr(limits.clock, "_compiled", (0.0, None))  # as in another process
+    monkeypatch.setattr(clocks.clock, "_compiled", (0.0, None))  # as in another process
     assert pickle.loads(sent).left == 7.0
 
 
