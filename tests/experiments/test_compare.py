@@ -325,7 +325,7 @@ def test_options_that_do_not_fit_are_refused(saved, monkeypatch):
     for message, *commands in (
         ("`on_progress`", "compare --solvers swap --solver-options swap.on_progress=5"),
         ("`on_progress`", "solve --output out.npz --solver-options on_progress=5"),
-        ("--update must be one of: none, least-squares, blockwise; not", f"{base} --update refit"),
+        ("--update must be one of: none, least-squares; not", f"{base} --update refit"),
         ("is for a model folder", *(f"{base} {option}" for option in walk)),
         ("unknown format 'xyz'", "export r.xyz"),
         ("--columns is how many", *(f"export none.npz --columns {x}" for x in columns)),
