@@ -38,6 +38,9 @@ SUM_TOLERANCE = 1e-9
 #: options of the solver, which nothing here depends on and which may be of a solver that is not installed
 OF_SOLVER = ("solver", "start", "solver_options")
 
+#: options that hold options of their own, of which a result stores those of its version
+NESTED = ("training", "distillation")
+
 #: the numbers in a layer's name (block, expert), and its inputs
 Key = tuple[tuple[int, ...], int]
 
@@ -125,13 +128,28 @@ def _options(path: Path, record: Mapping[str, Any]) -> PruneOptions:
             given["max_deviation"] = 1.0  # limits that are not named are none
         try:
             options = PruneOptions(**{**given, "sparsity": pattern}, solver="magnitude")
-            made = options.record()
-            if all(key in made and made[key] == value for key, value in given.items()):
+            if _agrees(options.record(), given):
                 return options
         except (MaskoptError, ValueError, TypeError, AttributeError, OverflowError):
             pass
         what = "the manifest is damaged or was changed"
     raise VerificationError(f"{path}: {what}")
+
+
+def _agrees(made: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
+    """Return whether every stored option has the value that `PruneOptions` makes of it.
+
+    Options of a later version are not stored, and have their defaults.
+    """
+    for name, value in stored.items():
+        if name not in made:
+            return False
+        if name in NESTED:
+            if not _agrees(made[name], value):
+                return False
+        elif made[name] != value:
+            return False
+    return True
 
 
 def groups(pattern: Pattern, n: int) -> tuple[int, int]:
