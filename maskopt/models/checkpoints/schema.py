@@ -305,7 +305,7 @@ _SMALLER = {
 _REMOVED = {
     STRUCTURES: {
         "channels": is_amount, "heads": is_amount, "round_to": is_size,
-        "removed": lambda v: v == [] or _is_choice(v),
+        "removed?": lambda v: v == [] or _is_choice(v),
     },
     EXPERTS: {"experts": is_amount}, BLOCKS: {"removed": _is_choice},
 }  # fmt: skip

@@ -70,8 +70,10 @@ def verify_smaller(
         before = _names(change, weights, dense)
         _check_settings(change.settings, ours, theirs)
     check_loads(ours, theirs)
-    removed, place = record["fingerprint"]["options"].get("removed", []), Blocks(ours.model).name
-    _check_kept(ours, {str(renumbered(x, place, removed)): k for x, k in shrunk["kept"].items()})
+    removed = record["fingerprint"]["options"].get("removed", [])
+    place = Blocks(ours.model).name
+    kept = {str(renumbered(name, place, removed)): k for name, k in shrunk["kept"].items()}
+    _check_kept(ours, kept)
     count, updated = 0, set(shrunk["updated"])
     for done, name in enumerate(sorted(weights.where), 1):
         found = weights.read(name)
@@ -154,7 +156,7 @@ def _change(record: Mapping[str, Any], theirs: Loading) -> Change:
             settings = expert_settings(theirs.model, config, mixtures, left)
             return without_experts(theirs.conversion, settings, mixtures, kept)
         every = structures_of(blocks, options["channels"], options["heads"], options["round_to"])
-        removed, sizes = options["removed"], {}
+        removed, sizes = options.get("removed", []), {}
         every = [one for one in every if one.consumer.block not in removed]
         for one in every:
             group = one.pattern.of if isinstance(one.pattern, NM) else one.count

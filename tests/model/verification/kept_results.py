@@ -47,7 +47,9 @@ SMALLER: dict[str, dict[str, Any]] = {
     "experts": {"share": 0.5},
     "blocks": {"count": 1},
 }
-NAMES = (*PRUNED, *SMALLER, "distill")
+#: of a version whose `prune-structured` took no blocks together with channels: its manifest names none
+EARLIER = "structures-before-blocks"
+NAMES = (*PRUNED, *SMALLER, "distill", EARLIER)
 
 
 def windows() -> torch.Tensor:
@@ -94,5 +96,7 @@ def _model(name: str) -> Any:
 
 
 if __name__ == "__main__":
+    if EARLIER in sys.argv:
+        sys.exit(f"{EARLIER}: this version writes no such result; keep the archive")
     for chosen in sys.argv[1:]:
         _write(chosen)

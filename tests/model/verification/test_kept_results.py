@@ -15,7 +15,8 @@ from maskopt.models.verification.verify import verify_model
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_kept_result_verifies(name, tmp_path):
-    assert verify_kept(name, tmp_path).files > (0 if name != "distill" else -1)
+    result = verify_kept(name, tmp_path)
+    assert result.files or result.others  # of a fine-tuned model tensors are compared, and no files
 
 
 def _with_added(kind, group):
