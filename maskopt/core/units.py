@@ -152,7 +152,7 @@ def _rounding_of_pivots(gram: np.ndarray) -> float:
 def surely_semidefinite(gram: np.ndarray, most_exact: int) -> bool:
     """Decide without tolerance whether a symmetric matrix of whole Gᵢᵢ and 2Gᵢⱼ is positive semidefinite.
 
-    `gram` is [n, n] float64, with sums that are exact. Diagonal dominance, or a Cholesky factorisation with
+    `gram` is [n, n] float64. Diagonal dominance, or a Cholesky factorisation with
     a margin for its rounding, shows it for most matrices. The others are decided in whole numbers where
     n ≤ `most_exact`; beyond, the answer is False.
     """
@@ -160,7 +160,8 @@ def surely_semidefinite(gram: np.ndarray, most_exact: int) -> bool:
     if diagonal.min() < 0:
         return False
     others = np.abs(gram).sum(1) - np.abs(diagonal)
-    if (diagonal >= others).all():
+    exact_sums = float(np.abs(gram).sum()) < MOST_WHOLE
+    if exact_sums and (diagonal >= others).all():
         return True
     try:
         np.linalg.cholesky(gram - _rounding_of_pivots(gram) * np.eye(len(gram)))
