@@ -11,6 +11,8 @@ dp = H⁻¹(r + E dν), EᵀH⁻¹E dν = miss − EᵀH⁻¹r. W = L⁻¹E, sol
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from maskopt.solvers.kernels import njit
@@ -35,6 +37,25 @@ def interior_point(
     left, size = np.full(n // group, pruned), np.full(n // group, group)
     a = np.ascontiguousarray(a)
     return minimise(a, c, constant, left, size, np.inf, _TOLERANCE, 0.0)[2]
+
+
+class _Iterate(NamedTuple):
+    """The point p, the multipliers low of p ≥ 0 and high of p ≤ 1, all [m], and ν [groups]."""
+
+    p: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    nu: np.ndarray
+
+
+class _Scratch(NamedTuple):
+    """Memory of a step: h [m, m] is 2A but for its diagonal."""
+
+    h: np.ndarray
+    schur: np.ndarray
+    w: np.ndarray
+    groups: np.ndarray
+    work: np.ndarray
 
 
 def minimise(
@@ -63,13 +84,14 @@ def minimise(
     gradient, work = np.empty(len(c)), np.empty((2, len(c)))
     value, bound_here, slope = _evaluate(a, c, offset, left, size, p, gradient, work)
     low = np.full(len(c), slope + _LEAST_MULTIPLIER)
-    high, nu = low.copy(), np.zeros(len(left))
-    groups = (
-        np.empty((len(left), len(left))),
-        np.zeros((len(left), len(c))),
-        np.empty((2, len(left))),
+    iterate = _Iterate(p, low, low.copy(), np.zeros(len(left)))
+    scratch = _Scratch(
+        h=2 * a,
+        schur=np.empty((len(left), len(left))),
+        w=np.zeros((len(left), len(c))),
+        groups=np.empty((2, len(left))),
+        work=np.empty((5, len(c))),
     )
-    steps = 2 * a, *groups, np.empty((5, len(c)))
     bound, value_there = -np.inf, np.inf
     point, gradient_there = p.copy(), gradient.copy()
     for _ in range(_ITERATIONS):
@@ -81,7 +103,7 @@ def minimise(
             break
         if cutoff < np.inf and value < cutoff and gap <= enough * (cutoff - value):
             break
-        if not _step(a, gradient, label, left, size, p, low, high, nu, *steps):
+        if not _step(a, gradient, label, left, size, iterate, scratch):
             break
         value, bound_here, _ = _evaluate(a, c, offset, left, size, p, gradient, work)
     return bound, value_there, point, gradient_there
@@ -159,21 +181,21 @@ def least_first(values, count):
             break
 
 
-def _step(a, gradient, label, left, size, p, low, high, nu, h, schur, w, groups, work):
-    """Move p, the multipliers low, high of p ≥ 0, p ≤ 1 and ν by predictor and corrector; False: broken.
+def _step(a, gradient, label, left, size, iterate, scratch):
+    """Improve the iterate in place by predictor and corrector; return False where a factorisation breaks.
 
-    `h` is 2A but for its diagonal. (NumPy's factorisations: Numba's take as long to compile as all else
-    here.)
+    (NumPy's factorisations: Numba's take as long to compile as all else here.)
     """
-    miss = groups[0]
+    p, low, high, h = iterate.p, iterate.low, iterate.high, scratch.h
+    miss = scratch.groups[0]
     mu = _barrier(a, label, left, p, low, high, h, miss)
     try:
         lower = np.linalg.cholesky(h)
-        _groups_through(lower, size, w, schur)
-        factor = np.linalg.cholesky(schur)
+        _groups_through(lower, size, scratch.w, scratch.schur)
+        factor = np.linalg.cholesky(scratch.schur)
     except np.linalg.LinAlgError:
         return False
-    return _move(gradient, label, p, low, high, nu, mu, lower, factor, w, groups, work)
+    return _move(gradient, label, iterate, mu, lower, factor, scratch)
 
 
 @njit(error_model="numpy")
@@ -191,8 +213,10 @@ def _barrier(a, label, left, p, low, high, h, miss):
 
 
 @njit(error_model="numpy")
-def _move(gradient, label, p, low, high, nu, mu, lower, schur, w, groups, work):
+def _move(gradient, label, iterate, mu, lower, schur, scratch):
     """Make the two steps, by the factors of H and of the groups' system."""
+    p, low, high, nu = iterate.p, iterate.low, iterate.high, iterate.nu
+    w, groups, work = scratch.w, scratch.groups, scratch.work
     m, count = len(p), len(nu)
     miss, dnu = groups[0], groups[1]
     cross_low, cross_high, dp, dlow, dhigh = work[0], work[1], work[2], work[3], work[4]

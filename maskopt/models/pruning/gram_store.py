@@ -201,6 +201,16 @@ class GramStore:
         return [BadSample(x["sample"], x["layer"]) for x in self._bad if x["block"] == block]
 
 
+def prune_source(
+    grams: str | Path | None, options: PruneOptions | None, shorthand: Mapping[str, Any]
+) -> tuple[PruneOptions, GramStore | None]:
+    """Return the options of a prune, and the store of its Gram matrices; None: collected from text."""
+    if grams is None:
+        return prune_options(options, shorthand), None
+    store = GramStore(grams)
+    return store.options(options, shorthand), store
+
+
 def open_store(
     model: str | Path,
     folder: str | Path,

@@ -30,10 +30,10 @@ from maskopt.models.checkpoints.checkpoint import Checkpoint, resolve_model
 from maskopt.models.checkpoints.report import grouped
 from maskopt.models.checkpoints.result import disk_needed
 from maskopt.models.checkpoints.workspace import check_inputs
-from maskopt.models.options.prune import NONE, PruneOptions, prune_options
+from maskopt.models.options.prune import NONE, PruneOptions
 from maskopt.models.options.walk import GRADIENT_WINDOWS, DistillOptions, options_by_name
 from maskopt.models.pruning.bases import order_seconds
-from maskopt.models.pruning.gram_store import GramStore
+from maskopt.models.pruning.gram_store import prune_source
 from maskopt.models.pruning.prune import check_prunable
 from maskopt.models.pruning.prune_layer import solve_layer
 from maskopt.models.training.tasks import disk_of_training
@@ -107,12 +107,7 @@ def plan_prune(
     Nothing is written. Times come from three short measurements: a matrix product, the solver on a small
     layer, and reading a piece of the weights. Raises what the prune itself would refuse, but for want of
     memory."""
-    store: GramStore | None = None
-    if grams is None:
-        options = prune_options(options, shorthand)
-    else:
-        store = GramStore(grams)
-        options = store.options(options, shorthand)
+    options, store = prune_source(grams, options, shorthand)
     if store is not None and tokens is not None:
         raise ModelError(
             "pruning needs `calibration` text or tokens, or `grams`; name one of the two"

@@ -33,7 +33,7 @@ from maskopt.models.options.prune import AUTO, BLOCKWISE, NONE, PruneOptions, pr
 from maskopt.models.options.walk import DistillOptions, name_patterns
 from maskopt.models.pruning.allocate import allocate
 from maskopt.models.pruning.bases import find_bases
-from maskopt.models.pruning.gram_store import GramStore, StoredBlock, stored_blocks
+from maskopt.models.pruning.gram_store import GramStore, StoredBlock, prune_source, stored_blocks
 from maskopt.models.pruning.output import BlockResult, FolderResults, Results
 from maskopt.models.pruning.prune_layer import counting, layer_problem, prune_layers
 from maskopt.models.pruning.run import Run, fingerprint_of, text_record
@@ -70,12 +70,7 @@ def prune_model(
     Raises MaskoptError, one line with cause and remedy; a model in memory keeps the blocks pruned before.
     """
     began = time.perf_counter()
-    store: GramStore | None = None
-    if grams is None:
-        options = prune_options(options, shorthand)
-    else:
-        store = GramStore(grams)
-        options = store.options(options, shorthand)
+    options, store = prune_source(grams, options, shorthand)
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
     _check_given(model, text, options, ranks, output=output, grams=grams, resume=resume)
     inputs: Any = {"model": model, "calibration": calibration, "grams": grams, "ranks": ranks}
