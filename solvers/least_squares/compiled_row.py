@@ -30,7 +30,7 @@ def _take_away(a, lines, x, out):
 
 @njit
 def look(a, target, kept, pruned, v, residual, r, left):
-    """Write r and what is left, and return what v explains; `rest` [n] is scratch memory."""
+    """Write r and what is left, and return what v explains; `residual` [n] is scratch memory."""
     residual[:] = target
     _take_away(a, kept, v, residual)
     explained = 0.0
@@ -65,7 +65,7 @@ def _whole_groups(value, kept, pruned, group_size, count):
 
 @njit
 def likely(inverse_diagonal, v, r, kept, pruned, alone, spread, group_size, count):
-    """Return slots u and p of candidates; See `Row.likely`."""
+    """Return slots u and p of candidates; see `Row.likely`."""
     cost, gain = np.empty(len(kept)), np.empty(len(pruned))
     for i in range(len(kept)):
         cost[i] = v[i] * v[i] / inverse_diagonal[i]

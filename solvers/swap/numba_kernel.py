@@ -225,7 +225,7 @@ def _decide(line, x, score, s, columns, many, threshold):
 
 @fast
 def _price_row(gram, x, low, partner, cross, threshold, scan):
-    """Write the best partner of every survivor of the side with fewer, and count those that improve."""
+    """Write the best partner of every survivor on the shorter side; return the number of improving pairs."""
     score, sides, count, height = scan.score, scan.columns, scan.sizes, scan.height
     full, factor, heavy, thin, formed = scan.full, scan.factor, scan.heavy, scan.thin, scan.formed
     near = 0 if count[0] < count[1] else 1  # the side whose rows of G are read

@@ -284,7 +284,7 @@ def _train(
 def free_entries(source: FolderSource, options: DistillOptions) -> dict[str, Tensor]:
     """Return the entries of the model in memory that distillation may change, by parameter.
 
-    They are those that the folder's masks keep; without masks all weights of the blocks.
+    With masks in the folder these are the kept entries; without masks, all weights of the blocks.
     """
     path = source.checkpoint.folder / MASKS
     if path.is_file():
