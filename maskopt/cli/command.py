@@ -348,6 +348,22 @@ def read_pairs(items: Sequence[str]) -> dict[str, Any]:
     return options
 
 
+def text_of(sources: list[str] | str | None) -> Any:
+    """The sources of `--calibration` as the library takes them: one alone, or shares by source."""
+    if not isinstance(sources, list):
+        return sources
+    shares: dict[str, float | None] = {}
+    for source in sources:
+        name, _, share = source.rpartition("=")
+        if name and share.replace(".", "", 1).isdecimal():
+            shares[name] = float(share)
+        else:
+            shares[source] = None
+    if len(sources) == 1 and shares.get(sources[0], 0) is None:
+        return sources[0]
+    return shares
+
+
 def _read_counts(path: str) -> dict[str, Any]:
     """Read counts by layer name from a JSON file or from JSON itself; OptionError for anything else."""
     try:

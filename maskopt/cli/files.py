@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskopt.checks.verification import CHECKED, CLAIMS, EXACT, Require
-from maskopt.cli.command import CARDINALITY, MAXIMIZE, OVERWRITE, SOURCES, command
+from maskopt.cli.command import CARDINALITY, MAXIMIZE, OVERWRITE, SOURCES, command, text_of
 from maskopt.cli.console import screen, written
 from maskopt.cli.solve import check
 from maskopt.cli.view import view
@@ -36,9 +36,10 @@ def verify(
         None,
         "Dense model, a folder or a name on the hub: weights without an update must equal it bit for bit.",
     ),
-    calibration: str | None = option(
+    calibration: list[str] | None = option(
         None,
-        "Calibration text of the prune: errors and statuses of the layers of --include are computed again. "
+        "Calibration text of the prune (self: the text that the model wrote): errors and statuses of the "
+        "layers of --include are computed again. "
         f"{SOURCES}.",
     ),
     masks: Path | None = option(
@@ -82,13 +83,13 @@ def verify(
     elif path.suffix in (".npz", ".npy", ".csv", ".mtx"):
         raise OptionError(f"{path} is an instance: name its solution, too")
     else:
-        _verify_folder(path, original, calibration, semi_structured, options, given)
+        _verify_folder(path, original, text_of(calibration), semi_structured, options, given)
 
 
 def _verify_folder(
     path: Path,
     original: str | None,
-    calibration: str | None,
+    calibration: Any,
     semi_structured: bool | None,
     options: dict[str, Any],
     given: set[str],

@@ -10,12 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from maskopt.cli.command import DRY_RUN, MODEL, OVERWRITE, RESUME, SOURCES, command, option_list
+from maskopt.cli.command import (
+    DRY_RUN,
+    MODEL,
+    OVERWRITE,
+    RESUME,
+    SOURCES,
+    command,
+    option_list,
+    text_of,
+)
 from maskopt.cli.console import again, errors, make_table, ranks, screen, speaks, written
 from maskopt.cli.view import PruneView, View, duration, view
 from maskopt.core.fields import OUTPUT, REQUIRED, SELECTION, TEXT, UPDATE, option, options_of
 from maskopt.errors import OptionError
 from maskopt.models.blockwise.distributed import LostRankError
+from maskopt.models.calibration.tokens import SELF
 from maskopt.models.checkpoints.report import (
     PruneReport,
     mean_error,
@@ -42,17 +52,19 @@ if TYPE_CHECKING:
 @command(
     RECIPE,
     *options_of(PruneOptions),
-    example="maskopt prune MODEL --sparsity 0.5 --calibration text.txt --output OUT",
+    example="maskopt prune MODEL --sparsity 0.5 --output OUT",
     config=True,
     shared=True,
     completed=with_recipe,
 )
 def prune(
     model: str = MODEL,
-    calibration: str | None = option(None, f"Calibration text: {SOURCES}.", TEXT),
-    grams: Path | None = option(
-        None, "Gram matrices stored by `maskopt sweep`, in place of text.", TEXT
+    calibration: list[str] | None = option(
+        None,
+        f"self: the model writes it (default); {SOURCES}. Several are mixed by share (self=0.5) or evenly.",
+        TEXT,
     ),
+    grams: Path | None = option(None, "Gram matrices of `maskopt sweep`, in place of text.", TEXT),
     output: Path | None = option(None, "Folder for the pruned model.", OUTPUT),
     overwrite: bool = OVERWRITE,
     resume: bool = RESUME,
@@ -65,19 +77,19 @@ def prune(
     """
     from maskopt.models.pruning.prune import prune_model
 
-    here = ranks()
-    inputs: dict[str, Any] = {"model": model, "calibration": calibration, "grams": grams}
+    here, text = ranks(), text_of(calibration)
+    inputs: dict[str, Any] = {"model": model, "calibration": text, "grams": grams}
     if output is not None:
         here.agreed(lambda: check_output(output, overwrite=overwrite, resume=resume, **inputs))
     if dry_run:
-        _show_plan(model, calibration, grams, output, options)
+        _show_plan(model, text, grams, output, options)
         return
     if output is None:
         raise OptionError("`output` is missing: name a folder for the pruned model")
     with naming_resume(output), view() as shown:
         # a part of it is done already, or several processes share it
         known = resume or grams is not None or here.size > 1
-        expected = None if known else _say_beforehand(shown, model, calibration, options)
+        expected = None if known else _say_beforehand(shown, model, text, options)
         report = prune_model(
             **inputs,
             output=output,
@@ -98,14 +110,12 @@ def prune(
         screen.print("  " + shlex.join(("maskopt", *words)), soft_wrap=True)
 
 
-def tokens_file(calibration: str | None) -> str | None:
+def tokens_file(calibration: Any) -> str | None:
     """Return the source of text if reading it costs nothing, as for tokens; else None."""
-    return calibration if calibration is not None and calibration.endswith(".npy") else None
+    return calibration if isinstance(calibration, str) and calibration.endswith(".npy") else None
 
 
-def _show_plan(
-    model: str, calibration: str | None, grams: Any, out: Any, options: dict[str, Any]
-) -> None:
+def _show_plan(model: str, calibration: Any, grams: Any, out: Any, options: dict[str, Any]) -> None:
     """Print layers, shapes, pruned counts, memory, disk and time of a prune.
 
     No weights are read except for a measurement of a few seconds. MaskoptError: what the prune would refuse.
@@ -152,7 +162,7 @@ def _layer_table(plan: Plan) -> Table:
 
 
 def _say_beforehand(
-    shown: View, model: str, calibration: str | None, options: dict[str, Any]
+    shown: View, model: str, calibration: Any, options: dict[str, Any]
 ) -> float | None:
     """Report the estimated time and memory of a prune, and return the time in seconds.
 
@@ -160,9 +170,8 @@ def _say_beforehand(
     """
     from maskopt.models.pruning.plan import is_small, plan_prune
 
-    missing = calibration is not None and not (
-        calibration.startswith("hf:") or Path(calibration).exists()
-    )
+    named = isinstance(calibration, str) and calibration != SELF
+    missing = named and not (calibration.startswith("hf:") or Path(calibration).exists())
     if is_small(model) or missing:  # of which the prune says more
         return None
     plan = plan_prune(model, tokens_file(calibration), **options)

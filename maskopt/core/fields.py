@@ -121,6 +121,8 @@ class Option:
         kinds = [typing.get_origin(kind) for kind in alternatives(self.hint)]
         if isinstance(given, list) and tuple in kinds:
             given = tuple(given)
+        elif isinstance(given, str) and kinds[0] is list:  # of a configuration file
+            given = [given]
         elif isinstance(given, np.generic):
             given = given.item()
         if not _fits(given, self.hint) or not self._in_range(given):

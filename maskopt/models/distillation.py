@@ -15,7 +15,7 @@ from maskopt.errors import DataError, ModelError
 from maskopt.models.architecture.source import FolderSource
 from maskopt.models.blockwise.job import open_job
 from maskopt.models.blockwise.memory import check_memory
-from maskopt.models.calibration.tokens import tokens_or_tokenizer
+from maskopt.models.calibration.tokens import SELF, tokens_or_tokenizer
 from maskopt.models.checkpoints.checkpoint import (
     Checkpoint,
     damage,
@@ -107,7 +107,10 @@ def distill_model(
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
     if text is None:
         raise DataError("distillation needs `calibration` text or tokens; name a source of text")
-    student = open_job(pruned, text, replace(options.walk, max_memory=None), tokenizer=tokenizer)
+    walk = replace(options.walk, max_memory=None)
+    if text == SELF or isinstance(text, Mapping):  # the teacher writes, not its student
+        text = open_job(teacher, text, walk, tokenizer=tokenizer).windows
+    student = open_job(pruned, text, walk, tokenizer=tokenizer)
     if options.max_memory is not None:
         load = replace(student.load, together=True, recompute=options.recompute)
         student.activation_memory = check_memory(load, int(options.max_memory))

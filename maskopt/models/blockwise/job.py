@@ -15,6 +15,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,11 @@ from maskopt.models.blockwise.forward import (
 from maskopt.models.blockwise.gradients import DenseModel, Gradients
 from maskopt.models.blockwise.memory import Load, check_memory
 from maskopt.models.calibration.chat import chat_windows
+from maskopt.models.calibration.generation import write_windows
+from maskopt.models.calibration.mixture import mixed, window_counts
 from maskopt.models.calibration.tokens import (
     GRADIENT,
+    SELF,
     SKIP_FIRST,
     UNIFORM,
     Windows,
@@ -61,6 +65,7 @@ from maskopt.models.calibration.tokens import (
     token_windows,
     weights_of_tokens,
 )
+from maskopt.models.checkpoints.bos import TEMPLATE, beginning_of
 from maskopt.models.checkpoints.report import FinishedBlock, grouped
 from maskopt.models.options.walk import GRADIENT_WINDOWS, WalkOptions
 
@@ -75,6 +80,7 @@ def open_job(
     limit: int | None = None,
     on_progress: OnBlockProgress | None = None,
     ranks: Ranks = ALONE,
+    written: Tensor | None = None,
 ) -> Job:
     """A model with windows of text, ready for a walk; MaskoptError where these or the options cannot be used.
 
@@ -86,6 +92,7 @@ def open_job(
         whole: walk through all blocks with all of the text, in at most `limit` consecutive windows; else up
             to the last block with a chosen layer, with random crops.
         ranks: the processes that walk together.
+        written: windows that the model wrote in an earlier run.
     """
     source = open_source(
         model,
@@ -97,7 +104,8 @@ def open_job(
     options.check_layers(layers)
     windows = None
     if text is not None:
-        windows = windows_of(source, text, tokenizer, options, whole, limit)
+        how: dict[str, Any] = {"ranks": ranks, "written": written, "on_progress": on_progress}
+        windows = windows_of(source, text, tokenizer, options, whole, limit, **how)
         check_vocabulary(windows, vocabulary_size(source.model))
         backward = options.gradient_windows(len(windows)) > 0
         if windows.length < 2 and (options.token_weights == SKIP_FIRST or backward):
@@ -109,7 +117,16 @@ def open_job(
 
 
 def windows_of(
-    source: Source, text: Any, tokenizer: Any, options: WalkOptions, whole: bool, limit: int | None
+    source: Source,
+    text: Any,
+    tokenizer: Any,
+    options: WalkOptions,
+    whole: bool,
+    limit: int | None,
+    *,
+    on_progress: OnBlockProgress | None = None,
+    ranks: Ranks = ALONE,
+    written: Tensor | None = None,
 ) -> Windows:
     """The windows of `open_job`'s text; MaskoptError for text, tokenizer or numbers that cannot be used."""
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
@@ -122,12 +139,26 @@ def windows_of(
                 f"windows of {given.length} tokens are longer than the model's {most} positions; cut them"
             )
         return given if limit is None else given.take(slice(limit))
+    own: dict[str, Any] = {"on_progress": on_progress, "ranks": ranks, "written": written}
+    if isinstance(text, Mapping):
+        if whole:
+            raise DataError(
+                "a mixture of sources is for calibration; evaluate on one text at a time"
+            )
+        counts = window_counts(list(text.values()), options.samples)
+        parts = []
+        for part, count in zip(text, counts, strict=True):
+            counted = replace(options, samples=count)
+            parts.append(windows_of(source, part, tokenizer, counted, False, None, **own))
+        return mixed(parts)
     if tokenizer is None and source.checkpoint is not None:
         trust = options.trust_remote_code
         tokenizer = load_tokenizer(source.checkpoint.folder, trust_remote_code=trust)
     length = capped_length(source.model, options.seq_len)
     if whole and length < 2:
         raise OptionError(f"`seq_len` must be a whole number of at least 2, not {length!r}")
+    if text == SELF and not whole:
+        return _own_text(source, tokenizer, options, length, **own)
     if options.chat:
         samples, seed = (limit, None) if whole else (options.samples, options.seed)
         return chat_windows(text, tokenizer, samples=samples, seq_len=length, seed=seed)
@@ -135,6 +166,42 @@ def windows_of(
     if whole:
         return evaluation_windows(text, tokenizer, limit=limit, **how)
     return calibration_windows(text, tokenizer, samples=options.samples, seed=options.seed, **how)
+
+
+def _own_text(
+    source: Source,
+    tokenizer: Any,
+    options: WalkOptions,
+    length: int,
+    *,
+    on_progress: OnBlockProgress | None,
+    ranks: Ranks,
+    written: Tensor | None,
+) -> Windows:
+    """The windows that the model writes, or `written` ones of an earlier run; of several processes the first
+    one writes."""
+    if written is not None:
+        if written.shape != (options.samples, length):
+            raise DataError(
+                f"the stored windows that the model wrote are {list(written.shape)}, not "
+                f"{[options.samples, length]}; give the `samples` and `seq_len` of that run"
+            )
+        kept = TEMPLATE if options.chat else beginning_of(tokenizer, options.bos)
+        return Windows(written.long(), SELF, kept, written.long())
+    tell, total = on_progress or (lambda _: None), options.samples * length
+    tick = ticker(tell, 0, len(source.blocks), "writing text", total)
+    return ranks.agreed(
+        lambda: write_windows(
+            source,
+            tokenizer,
+            samples=options.samples,
+            seq_len=length,
+            seed=options.seed,
+            bos=options.bos,
+            chat=options.chat,
+            on_tokens=tick,
+        )
+    )
 
 
 class Job:
@@ -182,6 +249,11 @@ class Job:
         self.gradients: Gradients | None = None
         self._until_exit: ExitStack | None = None
         self._walk: Generator[Block, None, None] | None = None
+
+    @property
+    def text(self) -> Windows | None:
+        """The windows; None where the job was opened without text."""
+        return self._windows
 
     @property
     def windows(self) -> Windows:

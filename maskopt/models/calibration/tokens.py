@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -42,6 +42,10 @@ PRESETS: dict[str, tuple[str, str | None, dict[str, str] | None, str]] = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", None, "text"),
 }
 TEXT_SUFFIXES = (".txt", ".md", ".text")
+#: names, as a source of text, what the dense model writes; a file of this name is ./self
+SELF = "self"
+#: uses of windows that the model wrote, in their file
+CALIBRATION, DISTILLATION = "calibration", "distillation"
 
 
 def read_documents(source: str | Path, *, field: str = "text") -> list[str]:
@@ -192,11 +196,12 @@ def weights_of_tokens(
 @dataclass(frozen=True)
 class Windows:
     """Token windows of equal length, int64 [samples, length], without padding; `source`: from where, in
-    words."""
+    words; `written`: those among them that the model wrote."""
 
     tokens: Int[Tensor, "samples length"]
     source: str
     beginning: Beginning = GIVEN
+    written: Int[Tensor, "some length"] | None = None
 
     @property
     def digest(self) -> str:
@@ -369,15 +374,39 @@ def check_vocabulary(windows: Windows, size: int) -> None:
 
 
 def tokens_or_tokenizer(given: Any, text: Any, needs: str = "") -> tuple[Any, Any]:
-    """(text, tokenizer) from an argument that is either tokens, which are then the text, or a tokenizer.
-    Raises DataError for tokens and a text, and ModelError for neither where something `needs` a text."""
+    """Return (text, tokenizer) of an argument that is either tokens, which are then the text, or a tokenizer.
+
+    A text may be a mixture, shares by source. Raises DataError for bad shares, or tokens and a text, and
+    ModelError for neither where something `needs` a text.
+    """
     if isinstance(given, Tensor | Windows):
         if text is not None:
             raise DataError("there are both tokens and `calibration`; leave one of them out")
         return given, None
     if needs and text is None:
         raise ModelError(f"{needs} `calibration` text or tokens; name a source of text")
-    return text, given
+    return check_shares(text) if isinstance(text, Mapping) else text, given
+
+
+def check_shares(sources: Mapping[Any, float | None]) -> dict[Any, float]:
+    """Return the share of every source: those without one divide what the others leave equally.
+
+    Raises:
+        DataError: no source, a share that is not in (0, 1], or shares that do not sum to 1.
+    """
+    for name, share in sources.items():
+        number = isinstance(share, int | float) and not isinstance(share, bool)
+        if share is not None and not (number and 0 < share <= 1):
+            raise DataError(f"`calibration` {name}: its share must be in (0, 1], not {share!r}")
+    left = 1 - sum(as_written(share) for share in sources.values() if share is not None)
+    open_shares = sum(share is None for share in sources.values())
+    if not sources or left < 0 or (left > 0) != (open_shares > 0):
+        raise DataError(
+            "`calibration`: the shares of the sources must sum to 1; sources without a share divide the rest "
+            "equally, which must not be nothing"
+        )
+    rest = float(left) / max(open_shares, 1)
+    return {name: rest if share is None else float(share) for name, share in sources.items()}
 
 
 def held_out(windows: int, share: float) -> frozenset[int]:

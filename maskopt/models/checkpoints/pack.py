@@ -32,7 +32,7 @@ from maskopt.models.checkpoints.result import (
     is_side_file,
     side_files,
 )
-from maskopt.models.checkpoints.schema import BASES, MANIFEST, MASKS, read_manifest
+from maskopt.models.checkpoints.schema import BASES, MANIFEST, MASKS, WRITTEN, read_manifest
 from maskopt.models.checkpoints.workspace import check_output, open_workspace
 
 FORMAT = "maskopt-packed-1"
@@ -111,7 +111,7 @@ def load_packed(packed: str | Path, **options: Any) -> Any:
 def _others(folder: Path, digests: dict[str, str], shards: Collection[str]) -> list[str]:
     """Names of all files but shards; ModelError for one that is no part of a model."""
     for name in digests:
-        ours = name in (MASKS, BASES) or name.endswith((".safetensors", *_SAVED))
+        ours = name in (MASKS, BASES, WRITTEN) or name.endswith((".safetensors", *_SAVED))
         known = ours or is_side_file(name)
         if name.startswith(".") or not known:
             raise ModelError(

@@ -41,6 +41,7 @@ from maskopt.models.checkpoints.checkpoint import (
     safe_bytes,
     safe_header,
     write_file,
+    write_tensors,
 )
 from maskopt.models.checkpoints.schema import (
     BASES_FORMAT,
@@ -50,6 +51,7 @@ from maskopt.models.checkpoints.schema import (
     LEGAL_SUFFIXES,
     MASK_FORMAT,
     SINGLE,
+    WRITTEN,
     check_link,
     open_file,
     plain_name,
@@ -235,6 +237,23 @@ def read_bases(path: Path) -> Bases:
     except (KeyError, ValueError, TypeError, AttributeError):
         pass
     raise ModelError(f"{path}: is no file of bases; start over with `overwrite`")
+
+
+# --- windows that the dense model wrote, by their use
+
+
+def write_windows_file(path: Path, windows: Mapping[str, Tensor]) -> str:
+    """Write the token ids of windows; return the SHA-256 of the file."""
+    return write_tensors(path, {use: x.int() for use, x in windows.items()}, {"format": WRITTEN})
+
+
+def read_windows(folder: Path, use: str) -> Tensor | None:
+    """Return the windows of a use that lie in a folder, None where there are none."""
+    path = folder / WRITTEN
+    if not path.is_file():
+        return None
+    file = open_safe(path)
+    return file.read(use) if use in file.entries else None
 
 
 # --- shards and copies

@@ -26,6 +26,8 @@ CONFIG, MANIFEST = "config.json", "maskopt-manifest.json"
 #: a safetensors file of another ending: servers load every *.safetensors of a folder
 MASKS = "maskopt-masks.bits"
 BASES = "maskopt-bases.bits"
+#: token ids of the windows that the dense model wrote
+WRITTEN = "maskopt-windows.bits"
 #: what is copied along with the weights: configuration, tokenizer, templates; and what no loader reads
 COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 LEGAL_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")

@@ -23,11 +23,14 @@ from maskopt.errors import DataError, ModelError
 from maskopt.experiments.compare import check_rows, draw_rows
 from maskopt.experiments.jobs import BATCH, Store, as_they_finish, digest_of, workers
 from maskopt.models.architecture.blocks import Layer, choose
+from maskopt.models.blockwise.job import open_job
+from maskopt.models.calibration.tokens import CALIBRATION, SELF, Windows, tokens_or_tokenizer
 from maskopt.models.checkpoints.checkpoint import open_checkpoint, resolve_model
 from maskopt.models.checkpoints.report import LayerReport, grouped, read_reports, result_digest
+from maskopt.models.checkpoints.result import read_windows
 from maskopt.models.checkpoints.schema import MANIFEST, read_manifest
 from maskopt.models.options.prune import BOTH, NONE
-from maskopt.models.options.walk import name_patterns
+from maskopt.models.options.walk import WalkOptions, name_patterns, options_by_name
 from maskopt.models.pruning.prune import layer_problems
 from maskopt.protocol.bounds import REGISTRY, lower_bound
 from maskopt.protocol.solution import Solution, is_bounded
@@ -149,9 +152,12 @@ def certify_model(
     reports = read_reports(LayerReport, manifest["layers"])
     done = choose(reports, name_patterns(shorthand.get("include")))
     text = manifest["fingerprint"]["calibration"]
-    windows = {"samples": text["samples"], "seq_len": text["length"], "holdout": asked["holdout"]}
-    common: dict[str, Any] = {"sparsity": pattern, "calibration": calibration}
-    common = {**windows, **shorthand, **common, "include": tuple(layer.name for layer in done)}
+    count = {"samples": text["samples"], "seq_len": text["length"], "holdout": asked["holdout"]}
+    windows: Any = calibration
+    if calibration == SELF or isinstance(calibration, Mapping):
+        windows = _windows(model, calibration, count, pruned, shorthand)
+    common: dict[str, Any] = {"sparsity": pattern, "calibration": windows}
+    common = {**count, **shorthand, **common, "include": tuple(layer.name for layer in done)}
     seed = int(shorthand.get("seed", 0))
     # the walks end in the order in which they began, each with the threads that it found
     with ExitStack() as walks:
@@ -161,6 +167,18 @@ def certify_model(
         how = _How(method, dict(method_options or {}), seed, result_digest(manifest))
         parts = _model_rows(how, dense, sparse, asked.get("counts", {}), rows_per_layer)
         return _certify(parts, how, jobs, output, on_rows)
+
+
+def _windows(
+    model: str | Path, calibration: Any, count: Mapping[str, Any], pruned: str | Path, asked: Any
+) -> Windows:
+    """The windows for both walks: the dense model wrote them, as a rule when it was pruned."""
+    options = options_by_name(WalkOptions, None, {**count, **asked})
+    written = None
+    if options.samples == count["samples"]:
+        written = read_windows(Path(pruned), CALIBRATION)
+    text, _ = tokens_or_tokenizer(None, calibration)
+    return open_job(model, text, options, written=written).windows
 
 
 def _bounded_pattern(pruned: str | Path, asked: Mapping[str, Any]) -> Pattern:

@@ -142,8 +142,8 @@ class PruneOptions(WalkOptions):
     )
     update: str = option(
         NONE,
-        "How kept weights are updated. none: unchanged; least-squares: solved per row, with masks chosen for "
-        "the error after it; blockwise: trained per decoder block.",
+        "How kept weights are updated. none: unchanged; least-squares: solved per row, masks "
+        "chosen for it; blockwise: trained per block.",
         UPDATE,
         choices=UPDATES,
         shown=True,

@@ -23,10 +23,11 @@ from maskopt.models.blockwise.collect import BadSample, Grams
 from maskopt.models.blockwise.distributed import ALONE, Ranks
 from maskopt.models.blockwise.forward import OnBlockProgress, Tick, ticker
 from maskopt.models.blockwise.job import Job, open_job
-from maskopt.models.calibration.tokens import tokens_or_tokenizer
+from maskopt.models.calibration.tokens import CALIBRATION, tokens_or_tokenizer
 from maskopt.models.checkpoints.checkpoint import file_digest, open_safe, write_json, write_tensors
 from maskopt.models.checkpoints.report import FinishedBlock, grouped
-from maskopt.models.checkpoints.schema import fits, read_json
+from maskopt.models.checkpoints.result import read_windows, write_windows_file
+from maskopt.models.checkpoints.schema import WRITTEN, fits, read_json
 from maskopt.models.checkpoints.workspace import check_inputs
 from maskopt.models.options.prune import AUTO, BLOCKWISE, PruneOptions, prune_options, with_recipe
 from maskopt.models.options.walk import WalkOptions, options_by_name
@@ -96,6 +97,9 @@ def collect_grams(
         }
 
         def finish() -> None:
+            if job.windows.written is not None:
+                windows = {CALIBRATION: job.windows.written}
+                files[WRITTEN] = write_windows_file(work.staging / WRITTEN, windows)
             write_json(work.staging / INDEX, index)
             work.commit()
 
@@ -229,7 +233,8 @@ def open_store(
     store = GramStore(folder)
     text, tokenizer = tokens_or_tokenizer(None, calibration)
     walk = options_by_name(WalkOptions, None, {**store.own, **options})
-    job = open_job(model, text, walk, tokenizer=tokenizer)
+    written = read_windows(Path(folder), CALIBRATION)
+    job = open_job(model, text, walk, tokenizer=tokenizer, ranks=ranks, written=written)
     if fingerprint_of(job, {})["calibration"] != store.fingerprint["calibration"]:
         raise ModelError(
             f"{store.folder}: holds Gram matrices of other text than `calibration`; leave it out, or name "

@@ -46,8 +46,9 @@ from maskopt.models.checkpoints.result import (
     side_files,
     write_masks,
     write_shard,
+    write_windows_file,
 )
-from maskopt.models.checkpoints.schema import BASES, MASKS, PRUNE
+from maskopt.models.checkpoints.schema import BASES, MASKS, PRUNE, WRITTEN
 from maskopt.models.checkpoints.workspace import plain_errors
 from maskopt.models.options.prune import NONE, PruneOptions
 from maskopt.models.pruning.gram_store import StoredBlock
@@ -151,6 +152,8 @@ class FolderResults(Results):
         self._run, self._source, self._shards = run, source, shards
         self.output = run.output
         self._distilled: dict[str, str] = {}
+        #: windows that the model wrote, by their use
+        self.written: dict[str, Tensor] = {}
         self._block_of = {
             t: layer.block
             for layer in job.layers
@@ -171,6 +174,8 @@ class FolderResults(Results):
             self._run.ranks.agreed(self._check_blocks)
             if (bases := self._source.checkpoint.bases) and self._run.ranks.leads:
                 write_file(work.staging / BASES, [bases_file(bases)])
+            if self.written and self._run.ranks.leads:
+                write_windows_file(work.staging / WRITTEN, self.written)
             self.blocks = self.stored_blocks()
             yield work.hidden
 
@@ -255,6 +260,8 @@ class FolderResults(Results):
         files = {MASKS: self.join_masks(), **self.write_shards(), **self._distilled}
         if bases := self._source.checkpoint.bases:
             files[BASES] = bases_digest(bases)
+        if self.written:
+            files[WRITTEN] = file_digest(self._run.work.staging / WRITTEN)
         self._run.finish(report, files)
 
     def stored_blocks(self) -> dict[int, FinishedBlock]:

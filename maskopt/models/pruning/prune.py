@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from maskopt.core.problem import LayerProblem
 from maskopt.core.threads import torch_threads
@@ -26,7 +26,15 @@ from maskopt.models.blockwise.distributed import ALONE, Ranks
 from maskopt.models.blockwise.forward import OnBlockProgress
 from maskopt.models.blockwise.job import Block, Job, open_job, windows_of
 from maskopt.models.blockwise.memory import check_memory
-from maskopt.models.calibration.tokens import Windows, held_out, tokens_or_tokenizer
+from maskopt.models.calibration.tokens import (
+    CALIBRATION,
+    DISTILLATION,
+    SELF,
+    Windows,
+    are_tokens,
+    held_out,
+    tokens_or_tokenizer,
+)
 from maskopt.models.checkpoints.report import PruneReport
 from maskopt.models.checkpoints.workspace import check_dense, differences
 from maskopt.models.options.prune import AUTO, BLOCKWISE, NONE, PruneOptions, prune_options
@@ -45,7 +53,7 @@ def prune_model(
     tokenizer_or_tokens: Any = None,
     options: PruneOptions | None = None,
     *,
-    calibration: str | Path | Sequence[Any] | None = None,
+    calibration: str | Path | Sequence[Any] | Mapping[Any, float | None] | None = None,
     grams: str | Path | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
@@ -60,7 +68,9 @@ def prune_model(
         model: in memory, changed in place; or a folder (or a name on the hub), with an `output`.
         tokenizer_or_tokens: a tokenizer for `calibration` (None: that of the model folder), or tokens int64
             [samples, length].
-        calibration: a list of documents, or as for `read_documents`, with `chat` as `read_conversations`.
+        calibration: a list of documents, or as for `read_documents`, with `chat` as `read_conversations`;
+            "self" (default): the model writes it, see `maskopt.models.calibration.generation`; or a mixture:
+            shares by source, None for an equal part of the rest, as in `{"text.txt": 0.5, "self": None}`.
         grams: what `collect_grams` wrote of the model, in place of text; as with `calibrate_on` dense.
         overwrite: replace the result in the folder `output`.
         resume: go on with the unfinished run in it.
@@ -71,11 +81,15 @@ def prune_model(
     """
     began = time.perf_counter()
     options, store = prune_source(grams, options, shorthand)
+    if calibration is None and grams is None and not are_tokens(tokenizer_or_tokens):
+        calibration = SELF
     text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
     _check_given(model, text, options, ranks, output=output, grams=grams, resume=resume)
     inputs: Any = {"model": model, "calibration": calibration, "grams": grams, "ranks": ranks}
     run = None if output is None else Run(output, overwrite=overwrite, resume=resume, **inputs)
-    job = open_job(model, text, options, tokenizer=tokenizer, on_progress=on_progress, ranks=ranks)
+    how: dict[str, Any] = {"tokenizer": tokenizer, "on_progress": on_progress, "ranks": ranks}
+    stored = None if run is None else ranks.agreed(lambda: run.recorded_windows(CALIBRATION))
+    job = open_job(model, text, options, written=stored, **how)
     check_prunable(job, store)
     results = Results(job) if run is None else FolderResults(job, run)
     if options.transform != NONE:
@@ -90,7 +104,10 @@ def prune_model(
         job = results.job = job.again(options)
     collected = None if store is None else store.fingerprint["calibration"]
     fingerprint = fingerprint_of(job, options.record(), collected)
-    windows = _distillation_windows(job, text, tokenizer, options.distilled)
+    stored = None if run is None else run.recorded_windows(DISTILLATION)
+    windows = _distillation_windows(job, text, tokenizer, options.distilled, stored)
+    if isinstance(results, FolderResults):
+        results.written = _written(job, windows)
     if windows is not None:
         fingerprint["distillation"] = text_record(windows)
     _check_uniform(ranks, fingerprint)
@@ -116,7 +133,7 @@ def check_prunable(job: Job, store: GramStore | None) -> None:
 
 
 def _distillation_windows(
-    job: Job, text: Any, tokenizer: Any, options: DistillOptions | None
+    job: Job, text: Any, tokenizer: Any, options: DistillOptions | None, written: Tensor | None
 ) -> Windows | None:
     """The windows to train on; MaskoptError where they, the model or the memory cannot be used."""
     source = job.source
@@ -129,12 +146,23 @@ def _distillation_windows(
             f"{source.checkpoint.folder}: config.json asks to run code that comes with the model (auto_map), "
             "which is not copied; leave out `distillation`, copy it to the result and run `maskopt distill`"
         )
-    windows = windows_of(source, text, tokenizer, options.walk, False, None)
+    own: dict[str, Any] = {"on_progress": job.tell, "written": written}
+    windows = windows_of(source, text, tokenizer, options.walk, False, None, **own)
     windows.check_targets()
     held_out(len(windows), options.holdout)
     if options.max_memory is not None:
         check_memory(dataclasses.replace(job.load, together=True), int(options.max_memory))
     return windows
+
+
+def _written(job: Job, distillation: Windows | None) -> dict[str, Tensor]:
+    """The windows that the model wrote, by their use."""
+    uses = {CALIBRATION: job.text, DISTILLATION: distillation}
+    return {
+        use: windows.written
+        for use, windows in uses.items()
+        if windows is not None and windows.written is not None
+    }
 
 
 def _check_given(

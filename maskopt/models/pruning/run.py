@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from maskopt.errors import ModelError
 from maskopt.models.blockwise.distributed import ALONE, Ranks
@@ -23,6 +24,7 @@ from maskopt.models.checkpoints.result import (
     bases_digest,
     copy_side_files,
     read_bases,
+    read_windows,
 )
 from maskopt.models.checkpoints.schema import BASES, MANIFEST, read_json, read_manifest
 from maskopt.models.checkpoints.workspace import (
@@ -127,6 +129,12 @@ class Run:
         places = [folder / BASES for folder in (Workspace(self.output).staging, self.output)]
         found = next((path for path in places if self.resume and path.is_file()), None)
         return None if found is None else read_bases(found)
+
+    def recorded_windows(self, use: str) -> Tensor | None:
+        """The windows that the model wrote in the run to be resumed; None where there are none yet."""
+        places = (Workspace(self.output).staging, self.output) if self.resume else ()
+        known = (read_windows(folder, use) for folder in places)
+        return next((windows for windows in known if windows is not None), None)
 
     def _another(self, what: str, apart: str) -> ModelError:
         return ModelError(

@@ -30,6 +30,7 @@ from maskopt.models.checkpoints.schema import (
     MASKS,
     PRUNE,
     SINGLE,
+    WRITTEN,
     check_link,
     far_more_than_stored,
     pairs,
@@ -109,7 +110,7 @@ def check_entries(
     for name, digest in sorted(listed.items()):
         if not os.path.lexists(folder / name):
             raise weights.wrong(f"file {name[:200]!r} of the manifest is not there")
-        ours = name in weights.files or name in (MASKS, BASES)
+        ours = name in weights.files or name in (MASKS, BASES, WRITTEN)
         if not (ours or is_copied(name) or _is_harmless(name)):
             raise _could_be_taken(folder / name)
         check_regular(folder / name)

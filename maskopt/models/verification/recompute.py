@@ -27,10 +27,10 @@ from maskopt.models.architecture.source import FolderSource, masks_as_model
 from maskopt.models.blockwise.collect import IN_DENSE, Grams
 from maskopt.models.blockwise.forward import Threads
 from maskopt.models.blockwise.job import Job, open_job
-from maskopt.models.calibration.tokens import are_tokens
+from maskopt.models.calibration.tokens import CALIBRATION, are_tokens, tokens_or_tokenizer
 from maskopt.models.checkpoints.bos import BOS, TEMPLATE
 from maskopt.models.checkpoints.checkpoint import open_checkpoint
-from maskopt.models.checkpoints.result import read_bases
+from maskopt.models.checkpoints.result import read_bases, read_windows
 from maskopt.models.checkpoints.schema import BASES
 from maskopt.models.options.prune import AUTO, BLOCKWISE, NONE, PruneOptions
 from maskopt.models.pruning.prune_layer import counting, held_problem, layer_problem
@@ -89,7 +89,8 @@ def recheck_layers(
         bos=bos if bos in BOS else "auto", chat=bos == TEMPLATE.bos and not are_tokens(calibration),
         device=fingerprint["device"], dtype=dtype, **machine,
     )  # fmt: skip
-    job = open_job(model, calibration, walked)
+    text, _ = tokens_or_tokenizer(None, calibration)
+    job = open_job(model, text, walked, written=read_windows(output, CALIBRATION))
     if job.windows.digest != data["sha256"]:
         raise VerificationError(
             f"{job.windows.source}: is not what the model was calibrated on: its {len(job.windows)} "

@@ -17,7 +17,7 @@ import torch
 
 from maskopt.core.pattern import NM
 from maskopt.errors import VerificationError
-from maskopt.models.checkpoints.schema import BASES, PRUNE
+from maskopt.models.checkpoints.schema import BASES, PRUNE, WRITTEN
 from maskopt.models.options.prune import BLOCKWISE
 from maskopt.models.verification.bases import InBases
 from maskopt.models.verification.folder import (
@@ -57,7 +57,7 @@ from maskopt.models.verification.tensors import Masks, OnTensor, check_tensors
 _IN_DENSE = " (dense)"
 #: what `maskopt`, transformers' Trainer and tokenizers leave in a folder and no loader takes
 SAVED = re.compile(
-    rf"{re.escape(MASKS)}|{re.escape(BASES)}|{re.escape(MANIFEST)}|maskopt-distill\.json|"
+    rf"{re.escape(MASKS)}|{re.escape(BASES)}|{re.escape(WRITTEN)}|{re.escape(MANIFEST)}|maskopt-distill\.json|"
     r"training_args\.bin|(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth|checkpoint-\d+|runs|"
     r"additional_chat_templates"
 )

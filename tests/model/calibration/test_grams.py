@@ -335,7 +335,7 @@ def test_the_commands(home, tmp_path):
     shows(said, "0.5-wanda-none", "0.75-wanda-least-squares", "2of4-wanda-none", "perplexity")
     no = ["--output", tmp_path / "no"]
     assert "must be like 0.6" in run("sweep", *more, "--sparsity", "x", *no, fails=e.PatternError)
-    assert "name a source of text" in run("prune", model, *half, *no, fails=e.ModelError)
+    assert "name a source of text" in run("prune", model, *half, *no, fails=e.DataError)
     # other options replace if asked to
     before = contents(swept / "0.5-wanda-none")
     other = [*more, *half, "--gram-shrinkage", 0.1, "--output", swept]
