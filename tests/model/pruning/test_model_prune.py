@@ -115,7 +115,7 @@ REFUSED = {
         ("cannot be its own start", {"solver": "swap", "start": "swap"}),
         ("gram_shrinkage", {"gram_shrinkage": 2.0}),
         ("unknown device", {"device": "quantum"}),
-        ("`calibration` text or tokens", {"data": None}),
+        ("`calibration` self needs the model's tokenizer", {"data": None}),
         ("token id", {"data": (96 * ONES).long()}),
         ("whole numbers", {"data": 0.5 * ONES}),
         ("'tabu' needs an equal count .* take swap", {**ROWS, "solver": "tabu"}),
