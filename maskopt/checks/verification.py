@@ -112,7 +112,7 @@ def verify(
 def _rounding(layer: LayerProblem, mask: Tensor, solution: Solution) -> Tensor:
     """Return the most that float64 can lose of every row's objective, float64 [rows]."""
     weight = solution.weight
-    if solution.own and weight is not None and weight.shape == mask.shape:
+    if solution.own_weight and weight is not None and weight.shape == mask.shape:
         return layer.rounding(weight.to(layer.device, torch.float64))
     return layer.rounding(layer.weights(mask))
 
@@ -310,7 +310,7 @@ def _refuse(bad: Tensor, message: Callable[[int], str]) -> None:
 def _verify_objective(
     layer: LayerProblem, mask: Tensor, solution: Solution, rounding: Tensor
 ) -> None:
-    if solution.own:
+    if solution.own_weight:
         if layer.update is None or set(solution.status) != {Status.FEASIBLE}:
             raise VerificationError(
                 "weights: a solver's own are claimed, which only FEASIBLE rows of a problem with update have"
@@ -333,7 +333,7 @@ def _verify_objective(
         )
 
     compare(solution.objective.to(true), "objective: row")
-    if solution.weight is not None and not solution.own:
+    if solution.weight is not None and not solution.own_weight:
         compare(_costs_of_weights(layer, mask, solution.weight), "weights: the cost of row")
 
 

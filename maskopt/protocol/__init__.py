@@ -1,1 +1,1 @@
-"""What a solver takes and returns: limits, solutions, traces, and the registries of solvers and bounds."""
+"""The protocol of solvers and bounds: `solve`, the registries, solutions and traces."""

@@ -1,5 +1,8 @@
-"""Certified lower bounds of every row. A method makes a certificate (`certificates.certificate`), whose own
-check computes the bound. Methods register a class under the entry-point group `maskopt.bounds`."""
+"""Certified lower bounds of every row.
+
+A method makes a certificate (`certificates.certificate`), whose own check computes the bound. Methods
+register a class under the entry-point group `maskopt.bounds`.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ class Bound:
         certificate: for `Solution.of(certificate=…)`; its check computed the value.
         method: its name.
         seconds: wall-clock time of all rows together.
-        trace: how it was found.
+        trace: the course of the computation.
         omega: float64 [rows], ω of a shared budget; None without one.
     """
 
@@ -50,7 +53,7 @@ class Bound:
         return f"Bound({self.method}, rows={len(self.value)}, value={total:.6g} in all, {self.seconds:.3g} s)"
 
     def gap(self, objective: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-        """`relative_gap` per row; with a shared budget that of the layer, for all rows."""
+        """Return `relative_gap` per row; with a shared budget that of the layer, for all rows."""
         if self.omega is not None:
             sums = [(self.omega @ x.to(self.omega)).expand(len(x)) for x in (objective, self.value)]
             return relative_gap(*sums)
@@ -59,7 +62,7 @@ class Bound:
 
 @runtime_checkable
 class BoundMethod(Member, Protocol):
-    """Makes certificates.
+    """A method that makes certificates.
 
     Attributes:
         largest_n: rows of more inputs are refused; None: any.
@@ -74,7 +77,7 @@ class BoundMethod(Member, Protocol):
     note: ClassVar[str] = ""
 
     def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, Trace]:
-        """A certificate for every row, and how it was found. The clock of `limits` is running."""
+        """Return a certificate for every row, and its trace. The clock of `limits` is running."""
         ...
 
 
@@ -88,7 +91,7 @@ def lower_bound(
     limits: Limits | None = None,
     **options: Any,
 ) -> Bound:
-    """A lower bound on the objective of every legal mask of every row, with its certificate.
+    """Compute a lower bound on the objective of every legal mask of every row, with its certificate.
 
     Args:
         problem: a layer or a row (then rows = 1).
@@ -101,8 +104,8 @@ def lower_bound(
         MaskoptError: an unknown or unavailable method, an unknown option, more inputs than the method takes.
     """
     layer = problem.as_layer()
-    limits, own = limits_of(limits, options)
-    maker: BoundMethod = REGISTRY.make(method, own)
+    limits, method_options = limits_of(limits, options)
+    maker: BoundMethod = REGISTRY.make(method, method_options)
     if layer.update is not None and not maker.update:
         raise SolverError(
             f"bound {maker.name!r} is for unchanged weights; take method 'perspective' for updated ones"
@@ -131,5 +134,5 @@ def lower_bound(
 
 
 def available_bounds() -> dict[str, Registered]:
-    """Every registered method by name."""
+    """Return every registered method by name."""
     return REGISTRY.entries()

@@ -1,4 +1,4 @@
-"""What a solver answers: a mask, what it costs, and what is proven about it."""
+"""Solutions: the mask of every row, its objective, and what is proven about it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from maskopt.protocol.trace import Trace
 
 
 class Status(StrEnum):
-    """What is proven about one row's mask."""
+    """The claim that is proven about one row's mask."""
 
     OPTIMAL = "optimal"
     """No legal mask is better by more than `optimal_slack`; of an integral problem none is better at all."""
@@ -61,8 +61,10 @@ _LISTED = 200
 
 
 def size_of(layer: LayerProblem, objective: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-    """What tolerances are relative to: the objective, or the size of the value in the problem's own units if
-    that is less, since a large penalty in U makes f, which includes the shift, much larger."""
+    """Return the size that tolerances are relative to: the objective, or that of its original value if less.
+
+    A large penalty in U makes f, which includes the shift, much larger than the original value.
+    """
     if layer.units is None:
         return objective
     zero = layer.units.zero(layer.pruned // layer.rows)
@@ -72,15 +74,19 @@ def size_of(layer: LayerProblem, objective: Float[Tensor, " rows"]) -> Float[Ten
 def optimal_slack(
     layer: LayerProblem, mask: Bool[Tensor, "rows n"], objective: Float[Tensor, " rows"]
 ) -> Float[Tensor, " rows"]:
-    """How far the bound of an OPTIMAL row may be below its objective, float64 [rows]: a part of its size,
-    and of tiny objectives `LayerProblem.rounding`; 0 for an integral problem, whose sums are exact."""
+    """Return the distance that the bound of an OPTIMAL row may have from its objective, float64 [rows].
+
+    The distance is a part of the objective's size, and for tiny objectives `LayerProblem.rounding`. It is 0
+    for an integral problem, whose sums are exact.
+    """
     if layer.integral:
         return torch.zeros_like(objective)
     slack = OPTIMAL_TOLERANCE * size_of(layer, objective)
     small = objective <= _NOISE * layer.diagonal_mass().to(objective)
     if layer.units is None and bool(small.any()):
-        some = layer.take(small.to(layer.device))
-        slack[small] += some.rounding(some.weights(mask[small.to(mask.device)])).to(slack)
+        small_rows = layer.take(small.to(layer.device))
+        weights = small_rows.weights(mask[small.to(mask.device)])
+        slack[small] += small_rows.rounding(weights).to(slack)
     return slack
 
 
@@ -91,21 +97,24 @@ def swap_threshold(
     *,
     update: LeastSquaresUpdate | None = None,
 ) -> Float[Tensor, " rows"]:
-    """The least decrease that counts as an improving swap, float64 [rows]: a part of the objective, with a
-    floor where the objective is nothing but rounding. Both terms scale with w² and with G."""
+    """Return the least decrease that counts as an improving swap, float64 [rows].
+
+    The decrease is a part of the objective, with a floor where the objective is nothing but rounding. Both
+    terms scale with w² and with G.
+    """
     return tolerance * objective + (REFIT_FLOOR if update else SWAP_FLOOR) * diagonal_mass
 
 
 def relative_gap(
     objective: Float[Tensor, " rows"], lower_bound: Float[Tensor, " rows"]
 ) -> Float[Tensor, " rows"]:
-    """(objective − lower_bound)/objective per row; 0 where the objective is 0, NaN where it is not finite."""
+    """Return (objective − lower_bound)/objective; 0 for an objective of 0, NaN for one that is not finite."""
     gap = (objective - lower_bound) / objective.where(objective != 0, 1.0)
     return gap.masked_fill(objective <= 0, 0.0)
 
 
 def is_bounded(objective: float, lower_bound: float, status: str = "") -> bool:
-    """Whether a lower bound says anything: it is above 0, or the objective is 0 or proven."""
+    """Return whether a lower bound is informative: it is above 0, or the objective is 0 or proven."""
     return lower_bound > 0 or objective == 0 or status == Status.OPTIMAL
 
 
@@ -115,19 +124,19 @@ class Solution:
 
     Attributes:
         mask: bool [rows, n], True = kept.
-        objective: float64 [rows], f of the mask, F of a problem with `update`, or the cost of `own` weights.
+        objective: float64 [rows], f of the mask, F of a problem with `update`, or the cost of own weights.
         lower_bound: float64 [rows], no legal mask has a smaller objective; 0 where none is known. With a
             shared budget Σ ωᵣ lower_boundᵣ is one bound of the sum.
         status: per row OPTIMAL, SWAP_OPTIMAL or FEASIBLE.
         solver: name of the solver that answered.
         seconds: wall-clock time of the solve, start included, compilation of loops not.
-        trace: how the answer was found (`maskopt.protocol.trace`).
+        trace: the course of the search.
         certificate, proof: prove lower bounds to `verify`; `proof` holds the tree of each row, None where it
             has none, of an exact search.
         trusted: per row the exact solver whose bound nothing here proves, with its version, such as `SCIP
             10.0`; an empty text where the bound is proven. Empty altogether: all are.
-        weight: float64 [rows, n], updated weights where the solver has them; saved only with `own`.
-        own: the weights are the solver's own, not those of least squares.
+        weight: float64 [rows, n], updated weights where the solver has them; saved only with `own_weight`.
+        own_weight: the weights are the solver's own, not those of least squares.
         units: of a quadratic objective, to convert f to the caller's units; None: they are the same.
         omega: float64 [rows], weights of the rows in `value` and `bound`; None: 1.
     """
@@ -142,7 +151,7 @@ class Solution:
     certificate: Certificate | None = None
     trusted: tuple[str, ...] = ()
     weight: Float[Tensor, "rows n"] | None = None
-    own: bool = False
+    own_weight: bool = False
     proof: Sequence[RowProof | None] | None = None
     units: ObjectiveTransform | None = None
     omega: Float[Tensor, " rows"] | None = None
@@ -161,23 +170,31 @@ class Solution:
 
     @property
     def bound(self) -> float:
-        """No legal choice has a better `value`."""
+        """The lower bound in the caller's units: no legal choice has a better `value`."""
         return _total(self, range(len(self.mask))).bound
 
     @property
     def gap(self) -> float:
-        """|value − bound| / |value|; 0 where they are equal. `columns` has the gap of every row."""
+        """The gap |value − bound| / |value|; 0 where they are equal. `columns` has it for every row."""
         return _total(self, range(len(self.mask))).gap
 
     def apply(self, weight: ArrayLike) -> Any:
-        """`weight` [rows, n], or [n] of one row, with zeros for what is pruned and the updated weights where
-        the solution has them; torch or NumPy and of the dtype that is given. ProblemError: another shape."""
-        given = as_tensor(weight, "weight")
-        if given.shape not in (self.mask.shape, self.mask.shape[len(self.mask) == 1 :]):
-            shapes = f"{list(given.shape)}, the mask {list(self.mask.shape)}"
-            raise ProblemError(f"weight has shape {shapes}")
-        new = given if self.weight is None else self.weight.to(given).reshape(given.shape)
-        pruned = new.where(self.mask.to(given.device).reshape(given.shape), 0.0)
+        """Return the pruned weights: zero where the mask prunes, updated where the solution has updates.
+
+        Args:
+            weight: [rows, n], or [n] of one row; the result has its kind (torch or NumPy) and dtype.
+
+        Raises:
+            ProblemError: another shape.
+        """
+        dense = as_tensor(weight, "weight")
+        one_row = self.mask.shape[1:] if len(self.mask) == 1 else self.mask.shape
+        if dense.shape not in (self.mask.shape, one_row):
+            raise ProblemError(
+                f"weight has shape {list(dense.shape)}, the mask {list(self.mask.shape)}"
+            )
+        new = dense if self.weight is None else self.weight.to(dense).reshape(dense.shape)
+        pruned = new.where(self.mask.to(dense.device).reshape(dense.shape), 0.0)
         return pruned if isinstance(weight, Tensor) else pruned.numpy()
 
     @classmethod
@@ -194,12 +211,15 @@ class Solution:
         weight: Float[Tensor, "rows n"] | None = None,
         proof: Sequence[RowProof | None] | None = None,
     ) -> Solution:
-        """A Solution with the float64 objective of the mask, or of a solver's own `weight` of a problem with
-        `update`. A lower bound above the objective by rounding alone is cut back to it."""
+        """Make a Solution with the float64 objective of the mask, or of a solver's own `weight`.
+
+        Only problems with `update` take a `weight`. A lower bound above the objective by rounding alone is
+        cut back to it.
+        """
         layer = problem.as_layer()
         mask = mask.reshape(layer.weight.shape)
-        own = weight is not None
-        if own and not layer.update:
+        has_weight = weight is not None
+        if has_weight and not layer.update:
             raise ProblemError("weights of a solver's own are for a problem with update")
         weight = layer.weights(mask) if weight is None else weight
         objective = layer.cost(weight)
@@ -222,7 +242,7 @@ class Solution:
             certificate=certificate,
             trusted=tuple(trusted),
             weight=weight if layer.update else None,
-            own=own,
+            own_weight=has_weight,
             proof=proof,
             units=layer.units,
             omega=layer.omega,
@@ -230,7 +250,7 @@ class Solution:
 
     @classmethod
     def joined(cls, parts: Sequence[Solution], certificate: Certificate | None = None) -> Solution:
-        """All rows of a layer, of one solver's solutions of its parts in order, with a certificate of all."""
+        """Join one solver's solutions of a layer's parts, in order, with one certificate of all rows."""
         weighted = all(p.weight is not None for p in parts)
         filled = [
             replace(
@@ -251,17 +271,17 @@ class Solution:
         )
 
     def take(self, rows: Sequence[int]) -> Solution:
-        """The solution of some rows only."""
+        """Return the solution of some rows only."""
         return take_rows(self, rows)
 
     def raise_if_interrupted(self) -> Solution:
-        """Itself; KeyboardInterrupt where Ctrl-C ended its search."""
+        """Return this solution; raise KeyboardInterrupt if Ctrl-C ended its search."""
         if self.trace.interrupted:
             raise KeyboardInterrupt
         return self
 
     def columns(self) -> dict[str, list[Any]]:
-        """One entry a row: objective, bound, gap, status, trusted solver, and the columns of the trace."""
+        """Return one entry a row: objective, bound, gap, status, trusted solver, columns of the trace."""
         rows = len(self.status)
         return {
             "objective": self.objective.tolist(),
@@ -273,7 +293,7 @@ class Solution:
         }
 
     def to_frame(self) -> Any:
-        """`columns` as a pandas.DataFrame; OptionError where pandas is not installed."""
+        """Return `columns` as a pandas.DataFrame; OptionError where pandas is not installed."""
         try:
             import pandas
         except ImportError:
@@ -284,7 +304,7 @@ class Solution:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write an .npz (atomically; no pickle inside): masks, statuses, trace, and the proof."""
-        words, arrays = pack(replace(self, weight=self.weight if self.own else None))
+        words, arrays = pack(replace(self, weight=self.weight if self.own_weight else None))
         seconds = None if math.isnan(self.seconds) else self.seconds
         write_arrays(path, "solution", {**words, "seconds": seconds}, arrays)
 
@@ -310,7 +330,7 @@ class Solution:
                 if certified
                 else None,
                 trusted=tuple(str(word) for word in words["trusted"]),
-                own="weight" in arrays,
+                own_weight="weight" in arrays,
                 units=unpack(ObjectiveTransform, words, arrays, "units") if posed else None,
                 proof=unpack_rows(RowProof, words, arrays, "proof", rows),
             )
@@ -330,7 +350,7 @@ class Solution:
         return f"Solution({', '.join(parts)})"
 
     def summary(self) -> str:
-        """Rows, value, bound and gap by status, and the chosen set of one row: at most one screen."""
+        """Describe rows, value, bound and gap by status, and the chosen set of one row, on one screen."""
         (rows, n), digits = self.mask.shape, 9 if self.units else 6
         time = "" if math.isnan(self.seconds) else f", {self.seconds:.3g} s"
         sense = ", maximized" if self.units and self.units.sign < 0 else ""
@@ -338,17 +358,17 @@ class Solution:
         lines = [f"{name}{time}: {rows} row{'s' * (rows > 1)} of {n} inputs{sense}"]
         lines.append(f"{'status':14}{'rows':>6}{'value':>18}{'bound':>18}{'gap':>10}")
         for status in dict.fromkeys(self.status):
-            some = [row for row, word in enumerate(self.status) if word == status]
-            total, bound, gap = _total(self, some), "–", "–"
-            objective, lower = (float(x[some].sum()) for x in (self.objective, self.lower_bound))
+            group = [row for row, word in enumerate(self.status) if word == status]
+            total, bound, gap = _total(self, group), "–", "–"
+            objective, lower = (float(x[group].sum()) for x in (self.objective, self.lower_bound))
             if is_bounded(objective, lower, status):
                 bound, gap = value_text(total.bound, digits), f"{total.gap:.2%}"
             value = value_text(total.value, digits)
-            lines.append(f"{status:14}{len(some):>6}{value:>18}{bound:>18}{gap:>10}")
+            lines.append(f"{status:14}{len(group):>6}{value:>18}{bound:>18}{gap:>10}")
         if rows == 1:
-            chosen, what = self.selected.tolist(), "selected" if self.units else "pruned"
+            chosen, verb = self.selected.tolist(), "selected" if self.units else "pruned"
             listed = " ".join(map(str, chosen[:_LISTED])) + " …" * (len(chosen) > _LISTED)
-            text = f"{what}, {len(chosen)} of {n}: {listed}"
+            text = f"{verb}, {len(chosen)} of {n}: {listed}"
             lines += textwrap.wrap(text, 80, subsequent_indent="  ")
         if any(self.trusted):
             lines.append(f"bounds trusted: {printable(', '.join(sorted({*self.trusted} - {''})))}")
@@ -358,7 +378,7 @@ class Solution:
 
 
 def _values(solution: Solution) -> list[OriginalValues]:
-    """Of every row, without ω."""
+    """Return the original values of every row, without ω."""
     units, pruned = solution.units or ObjectiveTransform(), (~solution.mask).sum(1).tolist()
     rows = zip(solution.objective.tolist(), solution.lower_bound.tolist(), pruned, strict=True)
     return [OriginalValues.of(units.value(f, s), units.value(b, s)) for f, b, s in rows]

@@ -46,7 +46,7 @@ class Registered:
 
     @property
     def capabilities(self) -> Capabilities:
-        """Of a solver."""
+        """The capabilities of a solver."""
         return Capabilities() if self.kind is None else self.kind.capabilities
 
 
@@ -60,15 +60,18 @@ class Registry:
         return sorted(_points(self.group))
 
     def find(self, name: str) -> type[Any]:
-        """The class of that name; SolverError for no such, or SolverUnavailableError if it cannot be used."""
+        """Return the class of a name; SolverError for an unknown one, SolverUnavailableError if unusable."""
         points = _points(self.group)
         if name not in points:
             raise SolverError(f"unknown {self.what} {name!r}{near(name, points)}")
         return _load(points[name], self.what, self.protocol)
 
     def make(self, member: Any, options: Mapping[str, Any]) -> Any:
-        """A member ready to run, by name with options, or a value unchanged; errors as of `find`,
-        OptionError for an option that it does not have or a value that the option cannot take."""
+        """Return a member ready to run, by name with options, or a value unchanged.
+
+        Raises:
+            MaskoptError: as of `find`; OptionError: an option that it does not have, or a bad value of one.
+        """
         if isinstance(member, str):
             kind = self._available(self.find(member))
             # a callback is nothing that anybody mistypes
@@ -91,8 +94,8 @@ class Registry:
         return member
 
     def entries(self) -> dict[str, Registered]:
-        """Every member by name."""
-        found = {}
+        """Return every member by name."""
+        members = {}
         for name in self.names():
             kind = None
             try:
@@ -100,8 +103,8 @@ class Registry:
                 reason = kind.unavailable()
             except Exception as error:  # a third party's backend may fail in any way
                 reason = str(error) if kind is None else f"{type(error).__name__}: {error}"
-            found[name] = Registered(name, kind, reason)
-        return found
+            members[name] = Registered(name, kind, reason)
+        return members
 
 
 @cache
@@ -125,7 +128,7 @@ def _load(point: EntryPoint, what: str, protocol: type) -> type[Any]:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a backend can do, as `maskopt solvers` lists it.
+    """The abilities of a backend, as `maskopt solvers` lists them.
 
     Attributes:
         start: `needed` (a mask to improve), `optional` (the answer is never worse than it), or `ignored`.
@@ -154,7 +157,7 @@ class Capabilities:
 
 
 class Member(Protocol):
-    """What a registry holds: a frozen dataclass whose fields are its options, checked on construction.
+    """A class in a registry: a frozen dataclass whose fields are its options, checked on construction.
 
     Attributes:
         name: in the registry.
@@ -169,7 +172,7 @@ class Member(Protocol):
 
     @classmethod
     def unavailable(cls) -> str | None:
-        """Why it cannot run here (a package, a licence), or None."""
+        """Return why it cannot run here (a package, a licence), or None."""
         if cls.package and importlib.util.find_spec(cls.package) is None:
             return f"the package {cls.package} is not installed; pip install {cls.package}"
         return None
@@ -182,13 +185,15 @@ class Solver(Member, Protocol):
     capabilities: ClassVar[Capabilities]
 
     def as_start(self, layer: LayerProblem) -> tuple[Solver, LayerProblem]:
-        """The solver and the problem that make a start for another solver, which improves and proves it: with
-        less to do, and of unchanged weights where the mask is the same or F is not supported."""
+        """Return the solver and the problem that make a start for another solver.
+
+        The solver may have less to do than on its own, since the other one improves and proves its mask. The
+        problem has unchanged weights where the mask is the same or F is not supported.
+        """
         return self, layer if self.capabilities.update else layer.with_update(None)
 
     def check_size(self, n: int, pattern: Pattern, *, update: bool) -> None:
-        """Raise SolverError where rows of n inputs are too large; `update`: of a problem with updated
-        weights."""
+        """Raise SolverError for rows of too many inputs; `update`: the problem has updated weights."""
         largest = self.capabilities.largest_n
         if largest is not None and n > largest:
             raise SolverError(
@@ -197,8 +202,12 @@ class Solver(Member, Protocol):
             )
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
-        """Answer for every row, with the clock of `limits` running. `start`: a legal bool mask [rows, n] on
-        the problem's device, True = kept; always given where `needed`, never where `ignored`."""
+        """Solve every row, with the clock of `limits` running.
+
+        Args:
+            start: a legal bool mask [rows, n] on the problem's device, True = kept. Never None for a solver
+                that needs one, always None for one that ignores it.
+        """
         ...
 
 
@@ -206,12 +215,12 @@ REGISTRY = Registry(ENTRY_POINT_GROUP, "solver", Solver)
 
 
 def available_solvers() -> dict[str, Registered]:
-    """Every registered backend by name."""
+    """Return every registered backend by name."""
     return REGISTRY.entries()
 
 
 def is_trusted(text: str) -> bool:
-    """Is it a name that a registered solver is trusted under, and a version, such as `SCIP 10.0`?"""
+    """Return whether a text is a name in a solver's `trusted` and a version, such as `SCIP 10.0`."""
     name, _, version = text.rpartition(" ")
     if not _VERSION.fullmatch(version):
         return False
@@ -223,7 +232,7 @@ def is_trusted(text: str) -> bool:
 
 
 def make_solver(solver: Solver | str, **options: Any) -> Solver:
-    """The solver, ready to run: by name with options, or a value unchanged; errors as of `Registry.make`."""
+    """Return a solver ready to run, by name with options, or a value unchanged; errors: `Registry.make`."""
     if isinstance(solver, type):
         raise SolverError(f"a solver is a value, not a class: write {solver.__name__}()")
     backend: Solver = REGISTRY.make(solver, options)
@@ -231,13 +240,14 @@ def make_solver(solver: Solver | str, **options: Any) -> Solver:
 
 
 def limits_of(limits: Limits | None, options: Mapping[str, Any]) -> tuple[Limits, dict[str, Any]]:
-    """Limits out of `limits` or of keywords, and the other options; OptionError for both, or a bad value."""
-    shared = {KEYWORDS[name]: value for name, value in options.items() if name in KEYWORDS}
-    own = {name: value for name, value in options.items() if name not in KEYWORDS}
-    if limits is not None and shared:
-        given = ", ".join(name for name in options if name in KEYWORDS)
-        raise OptionError(f"give either limits=… or {given}, not both")
-    return (Limits(**shared) if limits is None else limits), own
+    """Return limits, given as such or by keywords, and the other options; OptionError if given twice."""
+    keywords = {name: value for name, value in options.items() if name in KEYWORDS}
+    others = {name: value for name, value in options.items() if name not in KEYWORDS}
+    if limits is None:
+        limits = Limits(**{KEYWORDS[name]: value for name, value in keywords.items()})
+    elif keywords:
+        raise OptionError(f"give either limits=… or {', '.join(keywords)}, not both")
+    return limits, others
 
 
 def solve(
@@ -273,8 +283,8 @@ def solve(
             or size that the solver does not support; an answer that is no legal Solution.
     """
     layer = problem.as_layer()
-    limits, own = limits_of(limits, options)
-    backend = make_solver(solver, **own)
+    limits, solver_options = limits_of(limits, options)
+    backend = make_solver(solver, **solver_options)
     check_fit(backend, layer)
     limits = limits.begin()
     began = clock()
@@ -303,27 +313,28 @@ def _check_answer(backend: Solver, layer: LayerProblem, solution: Any) -> None:
 
 
 def make_start(layer: LayerProblem, solver: Solver | str, limits: Limits | None = None) -> Solution:
-    """The start that `solver` makes for another one; for unchanged weights and equal counts where it supports
-    no others."""
-    backend, asked = make_solver(solver).as_start(layer)
+    """Return the start that `solver` makes for another solver.
+
+    The start is for unchanged weights or equal counts where the solver supports no others.
+    """
+    backend, problem = make_solver(solver).as_start(layer)
     limits = (limits or Limits()).quiet()
     if holds_budget(backend, layer.pattern):
-        return solve(asked, backend, limits=limits).raise_if_interrupted()
+        return solve(problem, backend, limits=limits).raise_if_interrupted()
     began = clock()
-    each, more = divmod(asked.pruned, asked.rows)  # one entry more in the first rows
-    counts = [(each + 1, slice(0, more)), (each, slice(more, asked.rows))]
-    parts = [
-        asked.take(rows).under(Unstructured(keep=asked.n - count))
-        for count, rows in counts
-        if rows.start < rows.stop
-    ]
-    mask = torch.cat([solve(p, backend, limits=limits).raise_if_interrupted().mask for p in parts])
-    seconds = clock() - began
-    return replace(Solution.of(asked, mask), solver=backend.name, seconds=seconds)
+    count, remainder = divmod(problem.pruned, problem.rows)
+    masks = []
+    # The first rows prune one entry more.
+    for first, end, pruned in ((0, remainder, count + 1), (remainder, problem.rows, count)):
+        if first < end:
+            part = problem.take(slice(first, end)).under(Unstructured(keep=problem.n - pruned))
+            masks.append(solve(part, backend, limits=limits).raise_if_interrupted().mask)
+    solution = Solution.of(problem, torch.cat(masks))
+    return replace(solution, solver=backend.name, seconds=clock() - began)
 
 
 def holds_budget(backend: Solver, pattern: Pattern) -> bool:
-    """Whether the solver holds the pattern's shared budget, and its limits, where it has them."""
+    """Return whether the solver holds the pattern's shared budget and its limits, if it has them."""
     can = backend.capabilities
     return not pattern.shared_budget or (
         can.shared_budget and (pattern.max_deviation is None or can.limited)
@@ -354,7 +365,7 @@ def _start_mask(backend: Solver, layer: LayerProblem, start: Any, limits: Limits
 
 
 def check_fit(backend: Solver, layer: LayerProblem) -> None:
-    """Raise SolverError where a backend cannot do this layer's pattern, device or number of inputs."""
+    """Raise SolverError for a pattern, device or number of inputs that a backend does not support."""
     can = backend.capabilities
     kind = "n:m" if isinstance(layer.pattern, NM) else "unstructured"
     if kind not in can.patterns:

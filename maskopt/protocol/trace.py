@@ -1,4 +1,4 @@
-"""What a solver or a bound reports besides its answer: one record, always per row."""
+"""The record that a solver or a bound returns with its result, always per row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from maskopt.core.clock import clock
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """How an answer was found; each solver fills in what applies to it, and the rest is None.
+    """The course of a search. Each solver fills in the fields that apply to it; the others are None.
 
     A field is a tensor whose first axis counts rows, a tuple with one word a row, or a single word for all
     rows.
@@ -85,15 +85,15 @@ class Trace:
         return not {"interrupted", "userinterrupt"}.isdisjoint(self.ended or ())
 
     def columns(self, rows: int) -> dict[str, list[Any]]:
-        """The fields that hold one value a row, as lists of Python numbers and words."""
-        found: dict[str, list[Any]] = {}
+        """Return the fields that hold one value a row, as lists of Python numbers and words."""
+        lists: dict[str, list[Any]] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor) and value.ndim == 1:
-                found[field.name] = value.tolist()
+                lists[field.name] = value.tolist()
             elif value is not None and not isinstance(value, Tensor):
-                found[field.name] = [value] * rows if isinstance(value, str) else list(value)
-        return found
+                lists[field.name] = [value] * rows if isinstance(value, str) else list(value)
+        return lists
 
 
 class Stopwatch:
@@ -103,7 +103,7 @@ class Stopwatch:
         self._rows, self._began = rows, clock()
 
     def lap(self) -> Float[Tensor, " rows"]:
-        """Seconds since the last lap, or the start, float64 [rows]."""
+        """Return the seconds since the last lap, or the start, float64 [rows]."""
         began, self._began = self._began, clock()
         share = (self._began - began) / max(self._rows, 1)
         return torch.full((self._rows,), share, dtype=torch.float64)

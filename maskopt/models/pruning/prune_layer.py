@@ -212,7 +212,7 @@ def solve_rows(
         new = as_stored(job.source, layer, found)
     seconds, objective = clock() - began, "kept"
     if new is not None and make_solver(options.solver).capabilities.update:
-        objective = "updated" if solution.own else "least-squares"
+        objective = "updated" if solution.own_weight else "least-squares"
     facts: dict[str, Any] = {
         "tokens": tokens,
         "fallback": fallback,

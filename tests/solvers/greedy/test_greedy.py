@@ -228,7 +228,7 @@ def test_its_own_weights_are_verified_and_never_better_than_least_squares(proble
         problem = LayerProblem(problem.weight.float(), problem.gram.float(), problem.pattern)
     problem = problem.with_update(LeastSquaresUpdate(0.01))
     solution = solve(problem, "sparsegpt", update=True)
-    assert (solution.own, verify(problem, solution).checked) == (True, True)
+    assert (solution.own_weight, verify(problem, solution).checked) == (True, True)
     best = problem.objective(solution.mask)
     assert bool((solution.objective >= best * (1 - 1e-9) - 1e-12 * problem.diagonal_mass()).all())
 
@@ -269,7 +269,7 @@ def test_weights_that_are_not_what_they_are_said_to_be_are_found(tmp_path):
         (forged(kept, 9.0), "objective: row 0 states"),
         (forged(kept, torch.nan), "those of row 0 are not finite"),
         (forged(pruned, 0.1), "not 0 where it prunes"), ({"weight": None}, "must be float64"),
-        ({"weight": weight.float()}, "must be float64"), ({"own": False}, "objective: row 0 states"),
+        ({"weight": weight.float()}, "must be float64"), ({"own_weight": False}, "objective: row 0 states"),
         ({"status": (Status.SWAP_OPTIMAL,) * 3}, "only FEASIBLE rows"),
     ]:  # fmt: skip
         fails(VerificationError, message, verify, problem, replace(solution, **change))
