@@ -43,9 +43,9 @@ if TYPE_CHECKING:
 
 @cache
 def _points() -> dict[str, EntryPoint]:
-    """By the name of the class."""
-    found = [*entry_points(group="maskopt.solvers"), *entry_points(group="maskopt.bounds")]
-    return {point.attr: point for point in found if point.module.startswith(__name__)}
+    """Return the entry points of this package by the name of the class."""
+    points = [*entry_points(group="maskopt.solvers"), *entry_points(group="maskopt.bounds")]
+    return {point.attr: point for point in points if point.module.startswith(__name__)}
 
 
 def __getattr__(name: str) -> object:

@@ -1,12 +1,12 @@
-"""Which inputs share a group of an N:M mask: a partition that makes the best mask of a score cheapest.
+"""Groups of inputs for an N:M mask: a partition that makes the best mask of a score cheapest.
 
 The best N:M mask of a separable score prunes the M − N least scores of every group, so that a partition costs
 Σ over rows and groups of these. `group_inputs` exchanges two inputs of different groups as long as one such
 exchange lowers the cost, and ends with a scan of all of them.
 
-Of an input x and the others of its group: base_x, the sum over rows of their M − N − 1 least scores, and t_x,
-per row the next one. With y in place of x the group costs base_x + P_xy, P_xy = Σ over rows of min(s_y, t_x).
-An exchange changes the lines of P of two groups alone.
+For an input x, let base_x be the sum over rows of the M − N − 1 least scores of the others of its group, and
+t_x the next one of each row. With y in place of x the group costs base_x + P_xy, P_xy = Σ over rows of
+min(s_y, t_x). An exchange changes the lines of P of two groups alone.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -25,8 +25,12 @@ _LEAST_GAIN = 1e-9
 
 
 class Grouping(NamedTuple):
-    """`order` [n]: the inputs, group after group. `cost` of it, and `before` of the given order, in units of
-    the score. No exchange of two inputs of different groups lowers it."""
+    """An order of the inputs, group after group, that no exchange between two groups makes cheaper.
+
+    Attributes:
+        cost, before: of this order, and of the order before, in units of the score.
+        exchanges: how many were made.
+    """
 
     order: Int[np.ndarray, " n"]
     cost: float
@@ -35,9 +39,9 @@ class Grouping(NamedTuple):
 
 
 def group_inputs(score: Float[np.ndarray, "rows n"], keep: int, of: int) -> Grouping:
-    """Exchange-optimal groups of `of` inputs, of which every row keeps `keep`, from the given order on.
+    """Exchange inputs of groups of `of`, of which every row keeps `keep`, until no exchange pays.
 
-    Takes 8n² bytes and two copies of the score, at least 0.
+    The search begins with the given order. It takes 8n² bytes and two copies of the score, at least 0.
 
     Raises:
         PatternError: `of` does not divide the inputs, or `keep` is not within 1 … `of` − 1.
@@ -61,7 +65,7 @@ def group_inputs(score: Float[np.ndarray, "rows n"], keep: int, of: int) -> Grou
 
 @njit(fastmath=True)
 def _lines(scores, order, place, of, small, base, limit, p, inputs):
-    """base, t and the lines of P of some inputs, side by side: the scores pass through memory once."""
+    """Compute base, t and the lines of P of several inputs, so that the scores pass through memory once."""
     n, rows = scores.shape
     for x in inputs:
         base[x] = _limits(scores, order, place[x] // of * of, of, small[x], limit[x], x)
@@ -75,7 +79,7 @@ def _lines(scores, order, place, of, small, base, limit, p, inputs):
 
 @njit(fastmath=True)
 def _limits(scores, order, first, of, least, limit, x):
-    """base and t of an input; `least` is scratch."""
+    """Write t of an input into `limit` and return its base; `least` is scratch."""
     total = 0.0
     for r in range(len(limit)):
         for k in range(len(least)):
@@ -98,7 +102,9 @@ def _limits(scores, order, first, of, least, limit, x):
 @njit
 def _exchange(order, place, of, p, state, least):
     """Make the best exchange of the next input that has one, and return what it gains; 0: none is left.
-    `state`: that input, how many before it had none one after the other, and the two groups."""
+
+    `state` is that input, how many before it had none one after the other, and the two groups.
+    """
     n = len(order)
     while state[1] < n:
         x, gain, partner = state[0], least, -1
@@ -109,8 +115,8 @@ def _exchange(order, place, of, p, state, least):
                     gain, partner = change, y
         state[0], state[1] = (x + 1) % n, state[1] + 1
         if partner >= 0:
-            here, there = place[x], place[partner]
-            order[here], order[there], place[x], place[partner] = partner, x, there, here
-            state[1], state[2], state[3] = 0, here // of, there // of
+            old, new = place[x], place[partner]
+            order[old], order[new], place[x], place[partner] = partner, x, new, old
+            state[1], state[2], state[3] = 0, old // of, new // of
             return gain
     return 0.0

@@ -44,8 +44,11 @@ _BOUND_SHARE = 0.8
 
 @dataclass(frozen=True)
 class Relax(Solver):
-    """Relax all rows at once, harden, round, and swap to 1-swap optimality. The answer is never worse than a
-    start. When the time is over the relaxation stops, is rounded, and the swaps have what is left."""
+    """Masks that are relaxed all at once, hardened, rounded, and swapped to 1-swap optimality.
+
+    The answer is never worse than a start. When the time is over the relaxation stops, is rounded, and the
+    swaps have the rest.
+    """
 
     name: ClassVar[str] = "relax"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -87,10 +90,10 @@ class Relax(Solver):
             raise OptionError("relax: max_iterations and harden must not both be 0")
 
     def as_start(self, layer: LayerProblem) -> tuple[Relax, LayerProblem]:
-        """Whoever starts from the rounded mask swaps by itself and has no use for the bound."""
+        """Leave out the bound and the swaps, for which the solver that starts from the mask has no use."""
         steps = 0 if self.max_iterations is None else self.max_iterations
-        less = replace(self, max_iterations=steps, refine=bool(self.refine))
-        return less, layer.with_update(None)
+        rounding = replace(self, max_iterations=steps, refine=bool(self.refine))
+        return rounding, layer.with_update(None)
 
     @property
     def _steps(self) -> int:
@@ -106,11 +109,11 @@ class Relax(Solver):
         value = torch.where(box.value.isfinite(), box.value, torch.nan)
         trace = _relaxed(watch, box.iterations, value, bound)
         refine = self.refine is not False
-        return _finished(problem, mask, start, limits, trace, refine, bound, certificate)
+        return _finished(problem, mask, start, limits, refine, trace, bound, certificate)
 
 
 def _relaxed(watch: Stopwatch, iterations: Tensor, objective: Tensor, bound: Tensor) -> Trace:
-    """The trace of a relaxation that has just ended."""
+    """Return the trace of a relaxation that has just ended."""
     return Trace(
         iterations=iterations,
         relaxed_objective=objective,
@@ -124,50 +127,47 @@ def _finished(
     mask: Tensor,
     start: Tensor | None,
     limits: Limits,
-    trace: Trace,
     refine: bool,
+    trace: Trace,
     bound: Tensor,
     certificate: Certificate | None,
 ) -> Solution:
-    """From rounded masks to the answer: 1-swap optima with `refine`, and no worse than the start."""
+    """Make rounded masks an answer: 1-swap optima with `refine`, and never worse than the start."""
     watch = Stopwatch(problem.rows)
-    status: tuple[Status, ...] = (Status.FEASIBLE,) * problem.rows
+    status: Status | tuple[Status, ...] = Status.FEASIBLE
     swaps = torch.zeros(problem.rows, dtype=torch.int64)
     if refine:
-        mask, status, swaps = swapped(problem, mask, start, limits)
+        refined = swapped(problem, mask, start, limits)
+        mask, status, swaps = refined.mask, refined.status, refined.trace.swaps
     elif start is not None:  # of a shared budget all rows or none
-        cost, rest = (problem.totals(problem.objective(m)) for m in (mask, start))
-        mask = torch.where((cost <= rest)[:, None], mask, start)
+        cost, start_cost = (problem.totals(problem.objective(m)) for m in (mask, start))
+        mask = torch.where((cost <= start_cost)[:, None], mask, start)
     solution = Solution.of(problem, mask, status=status, lower_bound=bound, certificate=certificate)
     return replace(solution, trace=replace(trace, swaps=swaps, swap_seconds=watch.lap()))
 
 
-def swapped(
-    problem: LayerProblem, mask: Tensor, start: Tensor | None, limits: Limits
-) -> tuple[Tensor, tuple[Status, ...], Tensor]:
-    """1-swap optima reached from the rounded masks, or from the start where that already costs less."""
+def swapped(problem: LayerProblem, mask: Tensor, start: Tensor | None, limits: Limits) -> Solution:
+    """Swap to 1-swap optima from the rounded masks, or from the start where that costs less than these."""
     refined = Swap().run(problem, mask, limits)
-    if problem.shared_budget and start is not None:  # all rows or none
-        other = Swap().run(problem, start, limits.quiet())
-        if problem.shares @ other.objective < problem.shares @ refined.objective:
-            refined = other
-        start = None
-    mask, status, swaps = refined.mask, list(refined.status), refined.trace.swaps
     if start is None:
-        return mask, tuple(status), swaps
-    worse = (problem.objective(start) < refined.objective).nonzero()[:, 0].tolist()
-    if worse:
-        other = Swap().run(problem.take(worse), start[worse], limits.quiet())
-        mask, swaps = mask.clone(), swaps.clone()
-        mask[worse], swaps[worse] = other.mask, other.trace.swaps
-        for row, ended in zip(worse, other.status, strict=True):
-            status[row] = ended
-    return mask, tuple(status), swaps
+        return refined
+    if problem.shared_budget:  # all rows or none
+        other = Swap().run(problem, start, limits.quiet())
+        better = problem.shares @ other.objective < problem.shares @ refined.objective
+        return other if better else refined
+    rows = (problem.objective(start) < refined.objective).nonzero()[:, 0].tolist()
+    if not rows:
+        return refined
+    other = Swap().run(problem.take(rows), start[rows], limits.quiet())
+    return refined.with_rows(rows, other)
 
 
 @dataclass(frozen=True)
 class SdpRound(Solver):
-    """Relax, round, swap to 1-swap optimality, in seconds a row at n = 1000; never worse than a start."""
+    """Masks of the semidefinite relaxation, rounded and swapped; seconds a row at n = 1000.
+
+    The answer is never worse than a start.
+    """
 
     name: ClassVar[str] = "sdp"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -187,16 +187,19 @@ class SdpRound(Solver):
             problem, "sdp", sweeps=self.sweeps, limits=limits.share(_BOUND_SHARE).quiet()
         )
         mask = keep_highest(problem, -bound.trace.relaxed.to(problem.device))
-        nothing = torch.full((problem.rows,), torch.nan, dtype=torch.float64)
-        trace = _relaxed(watch, bound.trace.iterations, nothing, bound.value)
-        known = bound.value, bound.certificate
-        return _finished(problem, mask, start, limits, trace, self.refine, *known)
+        unknown = torch.full((problem.rows,), torch.nan, dtype=torch.float64)
+        trace = _relaxed(watch, bound.trace.iterations, unknown, bound.value)
+        proven = bound.value, bound.certificate
+        return _finished(problem, mask, start, limits, self.refine, trace, *proven)
 
 
 @dataclass(frozen=True)
 class FrankWolfe(Solver):
-    """Batched as matrix products over all rows; the mask is the better of rounding and start. After the time
-    limit the present point is rounded. Reports a `Trace`."""
+    """SparseFW: Frank–Wolfe steps on the relaxed mask, batched as matrix products over all rows.
+
+    The mask is the better of rounding and start. After the time limit the present point is rounded. Reports
+    a `Trace`.
+    """
 
     name: ClassVar[str] = "frank_wolfe"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -220,13 +223,13 @@ class FrankWolfe(Solver):
         score = wanda_scores(problem).view(problem.rows, -1, problem.group_size)
         fixed = highest(score, count).view(problem.rows, problem.n)
         x, done = _minimise(problem, start, fixed, self.iterations, limits)
-        # what is fixed stays kept, and of the rest the largest x are pruned
+        # what is fixed stays kept, and of the other inputs the largest x are pruned
         rounded = keep_highest(problem, torch.where(fixed, torch.inf, -x))
         relaxed, bound = linear_bound(problem, x)
         certificate = Certificate.box(problem, x)
         bound = provable(problem, bound, certificate)
         trace = _relaxed(watch, torch.full((problem.rows,), done), relaxed, bound)
-        return _finished(problem, rounded, start, limits, trace, False, bound, certificate)
+        return _finished(problem, rounded, start, limits, False, trace, bound, certificate)
 
 
 def _minimise(
@@ -236,7 +239,7 @@ def _minimise(
     iterations: int,
     limits: Limits,
 ) -> tuple[Float[Tensor, "rows n"], int]:
-    """x after the iterations (in G's dtype), and how many there were."""
+    """Return x after the iterations, in G's dtype, and their number."""
     weight = problem.weight.double()
     # powers of two keep float32 in range and change nothing else
     down = torch.exp2(-weight.abs().amax(1, keepdim=True).clamp(min=1e-300).log2().ceil())
@@ -259,5 +262,5 @@ def _minimise(
 
 
 def _vertex(problem: LayerProblem, gradient: Tensor, fixed: Tensor) -> Tensor:
-    """The legal p of least gradientᵀp that prunes nothing fixed."""
+    """Return the legal p of least gradientᵀp that prunes nothing fixed."""
     return ~keep_highest(problem, gradient.where(~fixed, torch.inf))

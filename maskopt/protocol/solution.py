@@ -274,6 +274,12 @@ class Solution:
         """Return the solution of some rows only."""
         return take_rows(self, rows)
 
+    def with_rows(self, rows: Sequence[int], part: Solution) -> Solution:
+        """Return the solution with those of `part` in the place of some rows."""
+        order = torch.arange(len(self.status))
+        order[rows] = len(order) + torch.arange(len(rows))
+        return take_rows(join_rows([self, part]), order)
+
     def raise_if_interrupted(self) -> Solution:
         """Return this solution; raise KeyboardInterrupt if Ctrl-C ended its search."""
         if self.trace.interrupted:

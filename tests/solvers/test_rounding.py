@@ -197,14 +197,15 @@ def test_rows_whose_start_is_better_are_swapped_from_there():
     start = rounded.mask.clone()
     start[[1, 4]] = best.mask[[1, 4]]
     worst = solve(problem, "worst").mask
-    mask, status, swaps = module.swapped(problem, worst, start, Limits())
+    swapped = module.swapped(problem, worst, start, Limits())
     alone, from_worst = (solve(problem, "swap", start=x) for x in (start, worst))
     taken = problem.objective(start) < from_worst.objective
     assert taken[[1, 4]].tolist() == [True, True]
-    assert torch.equal(mask, torch.where(taken[:, None], alone.mask, from_worst.mask))
-    assert torch.equal(swaps, torch.where(taken, alone.trace.swaps, from_worst.trace.swaps))
+    assert torch.equal(swapped.mask, torch.where(taken[:, None], alone.mask, from_worst.mask))
+    swaps = torch.where(taken, alone.trace.swaps, from_worst.trace.swaps)
+    assert torch.equal(swapped.trace.swaps, swaps)
     sources = (alone if other else from_worst for other in taken)
-    assert [*status] == [source.status[row] for row, source in enumerate(sources)]
+    assert [*swapped.status] == [source.status[row] for row, source in enumerate(sources)]
 
 
 @PATTERNS
