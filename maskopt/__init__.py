@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from maskopt.instances.formats import load_problem as load_problem, save_problem as save_problem
     from maskopt.instances.structure import structure_problem as structure_problem
     from maskopt.models.blockwise.job import open_job as open_job
-    from maskopt.models.checkpoints.pack import load_packed as load_packed
     from maskopt.models.distillation import distill_model as distill_model
     from maskopt.models.evaluation.evaluate import perplexity as perplexity
     from maskopt.models.options.prune import PruneOptions as PruneOptions
@@ -61,7 +60,6 @@ _MODULES = {
     "maskopt.experiments.prove": ("minimize_quadratic",),
     "maskopt.instances.formats": ("load_problem", "save_problem"),
     "maskopt.models.blockwise.job": ("open_job",),
-    "maskopt.models.checkpoints.pack": ("load_packed",),
     "maskopt.models.distillation": ("distill_model",),
     "maskopt.models.evaluation.evaluate": ("perplexity",),
     "maskopt.models.options.prune": ("PruneOptions",),

@@ -46,8 +46,8 @@ PANELS = {
     "Files": {"verify": "files:verify", "report": "files:report", "masks": ""},
     "Information": {"demo": "models:demo", "solvers": "solve:solvers"},
 }
-_MASKS = {"Commands": {name: f"files:{name}" for name in ("apply", "export", "pack", "unpack")}}
-_OF_MASKS = "Apply, export, pack and unpack masks."
+_MASKS = {"Commands": {name: f"files:{name}" for name in ("apply", "export")}}
+_OF_MASKS = "Apply and export masks."
 
 
 def summary(function: str) -> str:

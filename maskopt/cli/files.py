@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,6 @@ from maskopt.cli.solve import check
 from maskopt.cli.view import view
 from maskopt.core.fields import OUTPUT, REQUIRED, argument, option, options_of
 from maskopt.errors import OptionError, VerificationError
-from maskopt.models.checkpoints.pack import pack as pack_folder, unpack_folder
 from maskopt.models.checkpoints.schema import PRUNE
 from maskopt.models.options.walk import WalkOptions
 
@@ -256,46 +254,3 @@ def export(
     sparsities = extract_masks(model, output, overwrite=overwrite)
     mean = sum(sparsities.values()) / len(sparsities)
     written(output, f"masks of {len(sparsities)} tensors, mean sparsity {mean:.4f}")
-
-
-@command(example="maskopt masks pack OUT --output PACKED", name="masks pack")
-def pack(
-    folder: Path = argument("A pruned model; not changed."),
-    output: Path = option(REQUIRED, "Folder for the packed model.", OUTPUT),
-    overwrite: bool = OVERWRITE,
-) -> None:
-    """Store a pruned folder without its zeros: kept values and one bit per weight."""
-    _repack(pack_folder, folder, output, overwrite)
-    before, after = _size(folder), _size(output)
-    screen.print(
-        f"packed: {output}, {after / 1e6:.1f} MB of {before / 1e6:.1f} MB ({after / before:.1%})",
-        soft_wrap=True,
-    )
-
-
-@command(example="maskopt masks unpack PACKED --output OUT", name="masks unpack")
-def unpack(
-    folder: Path = argument("Folder that `maskopt masks pack` wrote."),
-    output: Path = option(REQUIRED, "Folder for the model.", OUTPUT),
-    overwrite: bool = OVERWRITE,
-) -> None:
-    """Restore a packed folder bit for bit."""
-    _repack(unpack_folder, folder, output, overwrite)
-    screen.print(f"unpacked: {output}, {_size(output) / 1e6:.1f} MB", soft_wrap=True)
-
-
-def _repack(work: Callable[..., Path], folder: Path, output: Path, overwrite: bool) -> None:
-    """Pack or unpack, and show how many bytes of the folder's files are done."""
-    done, total = 0, _size(folder)
-
-    def tick(count: int) -> None:
-        nonlocal done
-        done += count
-        shown.show("files", min(done, total), total)
-
-    with view() as shown:
-        work(folder, output, overwrite=overwrite, tick=tick)
-
-
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*") if file.is_file())

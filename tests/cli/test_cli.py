@@ -63,7 +63,7 @@ def test_helps_name_every_command_and_fit_two_screens():
     assert (listed, re.findall(r"^(\w+):$", shown, re.MULTILINE)) == (names, [*PANELS, "Options"])
     assert "Exit status: 0 done" in shown
     listed = re.findall(r"^  ([a-z]\S+) ", ended("masks", "--help").stdout, re.MULTILINE)
-    assert listed == ["apply", "export", "pack", "unpack"]
+    assert listed == ["apply", "export"]
     assert run("--version") == f"maskopt {maskopt.__version__}\n"
     listed = " ".join(f"{shown} {ended('masks', '--help').stdout}".split())
     for name, command in COMMANDS.items():
@@ -228,12 +228,6 @@ TAKES = {
     """,
     "masks export": """
         model output overwrite
-    """,
-    "masks pack": """
-        folder output overwrite
-    """,
-    "masks unpack": """
-        folder output overwrite
     """,
 }
 

@@ -83,8 +83,8 @@ class Verified:
             original's (0 without it), and those of them that hold weights of their own.
         pruned, zeros: of a fine-tuned model: weights that the masks prune, all of them zero, and weights
             of tensors with a mask that are zero.
-        others, changed: tensors without a mask that the pruned model has, too (none where its weights are
-            not there), and those of them that do not have the same bits.
+        others, changed: tensors without a mask that the pruned model has, too, and those of them that do
+            not have the same bits.
     """
 
     tensors: int
@@ -287,12 +287,11 @@ def _facts(manifest: Manifest, recomputed: int, compared: bool, again: bool) -> 
 def _verify_fine_tuned(
     tuned: Path, pruned: Path, on_progress: OnTensor, *, trust: bool
 ) -> Verified:
-    """Every pruned weight of a fine-tuned folder is zero, and a loader makes the same model of it."""
+    """Check that every pruned weight of a fine-tuned folder is zero, and that loaders make the same model."""
     weights, masks = read_weights(tuned), Masks(pruned / MASKS)
     if not masks.layout:
         raise VerificationError(f"{masks.path}: holds no mask")
-    # a packed folder has no weights to compare
-    before = read_weights(pruned) if any(pruned.glob("*.safetensors")) else None
+    before = read_weights(pruned)
 
     def is_known(name: str) -> bool:
         code = trust and name.endswith(".py")
@@ -305,52 +304,55 @@ def _verify_fine_tuned(
             raise weights.wrong(
                 f"has no tensor {name!r}, which {pruned} prunes; merge adapters before saving"
             )
-    _check_model(weights, pruned, before, trust)
+    _check_model(weights, before, trust)
     count = lost = total = zeros = 0
     first = ""
     for done, name in enumerate(sorted(masks.layout), 1):
-        found = weights.read(called(name))
-        check_finite(weights, called(name), found)
-        kept = masks.kept(name, found)
-        gone = int((found[~kept] != 0).sum())
-        first = first or (name if gone else "")
+        tensor = weights.read(called(name))
+        check_finite(weights, called(name), tensor)
+        kept = masks.kept(name, tensor)
+        gone = int((tensor[~kept] != 0).sum())
+        if gone and not first:
+            first = name
         lost += gone
         count += int((~kept).sum())
-        zeros += int((found == 0).sum())
-        total += found.numel()
+        zeros += int((tensor == 0).sum())
+        total += tensor.numel()
         on_progress(done, len(masks.layout))
     if lost:
         raise weights.wrong(
             f"{lost} of {count} pruned weights are not zero, the first ones in {first!r}; sparsity "
             f"is {zeros / total:.4f}, not {count / total:.4f}. Train under `maskopt.keep_masks`"
         )
-    theirs = {called(name): name for name in (before.where if before else ())}
+    names_before = {called(name): name for name in before.where}
     others = changed = 0
     for name in sorted({*weights.where} - {*map(called, masks.layout)}):
-        found = weights.read(name)
-        check_finite(weights, name, found)
-        if before is not None and name in theirs:
+        tensor = weights.read(name)
+        check_finite(weights, name, tensor)
+        if name in names_before:
             others += 1
-            changed += not torch.equal(bytes_of(found), bytes_of(before.read(theirs[name])))
-    facts: Any = {"pruned": count, "zeros": zeros, "others": others, "changed": changed}
-    return Verified(len(masks.layout), sparsity=count / total, **facts)
+            changed += not torch.equal(bytes_of(tensor), bytes_of(before.read(names_before[name])))
+    return Verified(
+        len(masks.layout),
+        sparsity=count / total,
+        pruned=count,
+        zeros=zeros,
+        others=others,
+        changed=changed,
+    )
 
 
-def _check_model(weights: Weights, pruned: Path, before: Weights | None, trust: bool) -> None:
+def _check_model(weights: Weights, before: Weights, trust: bool) -> None:
     """Raise VerificationError where a loader would make another model than of the pruned folder."""
-    stored = weights if before is None else before
-    theirs_in = Weights(pruned, stored.where, (), frozenset())
-    for folder in (weights.folder, pruned):
+    for folder in (weights.folder, before.folder):
         names = [file.name for file in folder.iterdir() if is_copied(file.name)]
         check_configuration(folder, names, names if trust else (), "`trust_remote_code` allows it")
-    ours, theirs = (Loading(x, trust_remote_code=trust) for x in (weights, theirs_in))
+    ours, theirs = (Loading(x, trust_remote_code=trust) for x in (weights, before))
     if odd := {*ours.shapes} ^ {*theirs.shapes}:
         raise weights.wrong(
-            f"parameter {min(odd)!r} is only in one of this model and that of {pruned}"
+            f"parameter {min(odd)!r} is only in one of this model and that of {before.folder}"
         )
-    check_loads(ours, None if before is None else theirs)
-    if before is None and ours.unused:
-        raise weights.wrong(f"the model takes no tensor {min(ours.unused)!r}; remove the tensor")
+    check_loads(ours, theirs)
 
 
 def _names(masked: Collection[str], there: Collection[str]) -> Callable[[str], str]:

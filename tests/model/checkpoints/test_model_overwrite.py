@@ -15,7 +15,6 @@ from tiny_models import chat_tokenizer, save, tiny, tokens
 from maskopt.demo import run_demo
 from maskopt.errors import MaskoptError, ModelError
 from maskopt.models.checkpoints import workspace
-from maskopt.models.checkpoints.pack import pack, unpack_folder
 from maskopt.models.checkpoints.schema import MANIFEST, MASKS
 from maskopt.models.checkpoints.workspace import HIDDEN
 from maskopt.models.pruning.gram_store import collect_grams
@@ -27,7 +26,7 @@ from maskopt.models.verification.verify import verify_model
 def given(tmp_path_factory):
     """What runs read: `dense` is of one file without a tokenizer, `chatty` of several shards with one."""
     home = tmp_path_factory.mktemp("given")
-    names = ("dense", "pruned", "packed", "grams", "chatty", "talked", "applied")
+    names = ("dense", "pruned", "grams", "chatty", "talked", "applied")
     found = {name: home / name for name in names}
     save(tiny("llama"), found["dense"])
     save(tiny("llama"), found["chatty"], shard="30KB")
@@ -37,7 +36,6 @@ def given(tmp_path_factory):
     prune(found["dense"], found["pruned"])
     prune(found["chatty"], found["talked"])
     apply_masks(found["chatty"], found["talked"] / MASKS, found["applied"])
-    pack(found["pruned"], found["packed"])
     collect_grams(found["dense"], tokens(), output=found["grams"])
     return found
 
@@ -79,12 +77,10 @@ def test_what_no_run_has_written_is_never_deleted(given, tmp_path):
 
 
 def test_every_command_knows_all_files_of_its_result(given, tmp_path):
-    a, b, c, d, e = out = [tmp_path / f"of-{name}" for name in "abcde"]
+    a, b, c = out = [tmp_path / f"of-{name}" for name in "abc"]
     prune(given["dense"], a)
     smaller(given["chatty"], b, channels=0.5, solver="wanda")
     smaller(given["chatty"], c, count=1, windows=2)
-    pack(given["talked"], d)
-    unpack_folder(d, e)
     for folder in (*out, *(given[n] for n in ("talked", "applied", "grams"))):
         assert workspace.earlier_files(folder) == {file.name for file in folder.iterdir()}, folder
 
@@ -93,8 +89,7 @@ TEXT = "--calibration {text}"
 COMMANDS = [
     f"prune {{dense}} --sparsity 0.5 {TEXT}", f"prune-structured {{dense}} --channels 0.5 {TEXT}",
     f"prune-structured {{dense}} --blocks 1 {TEXT}", f"distill {{pruned}} --teacher {{dense}} {TEXT}",
-    "masks apply {dense} {pruned}/maskopt-masks.bits",
-    *("masks pack {pruned}", "masks unpack {packed}"), "sweep {dense} --grams {grams} --sparsity 0.5",
+    "masks apply {dense} {pruned}/maskopt-masks.bits", "sweep {dense} --grams {grams} --sparsity 0.5",
     "demo",
 ]  # fmt: skip
 STORED = "{dense} --sparsity 0.5 --grams {grams}"
@@ -145,10 +140,9 @@ def test_another_path_to_an_input_is_noticed(name, given, tmp_path):
 def test_no_input_of_a_run_is_its_output(given):
     for command, output, what in (
         *((COMMANDS[number], "dense", "model") for number in (0, 1, 2, 4)),
-        *((COMMANDS[number], "pruned", "model") for number in (3, 5)),
+        (COMMANDS[3], "pruned", "model"),
         (COMMANDS[3], "dense", "teacher"),
         (COMMANDS[4], "pruned", "mask file"),
-        (COMMANDS[6], "packed", "model"),
         *((f"prune {dry}{STORED}", "grams", "grams") for dry in ("", "--dry-run ")),
         (f"{COMMANDS[0]} --config {{pruned}}/maskopt-manifest.json", "pruned", "config file"),
         (COMMANDS[0].replace("{text}", "{pruned}"), "pruned", "calibration"),
@@ -162,7 +156,7 @@ def test_no_input_of_a_run_is_its_output(given):
 def test_a_sweep_over_its_input_and_a_demo_over_other_files(given, tmp_path):
     before = files(given["dense"].parent)
     (tmp_path / "0.5-swap-none").symlink_to(given["grams"])
-    assert "is the grams itself" in replaced(COMMANDS[7], given, tmp_path)
+    assert "is the grams itself" in replaced(COMMANDS[5], given, tmp_path)
     assert files(given["dense"].parent) == before
     for name in ("model/config.json", "report.html", "notes.md"):
         mine = tmp_path / Path(name).stem / name
@@ -197,17 +191,6 @@ def test_a_file_that_appears_during_the_run_stays_and_another_kind_of_result_goe
     prune(dense, grams, overwrite=True)
     assert contents(grams) == contents(given["pruned"])
     verify_model(grams, dense)
-    # and a pack over another
-    packed, again, other = (tmp_path / name for name in ("packed", "again", "other"))
-    pack(given["talked"], other)
-    shutil.copytree(other, packed)
-    pack(given["pruned"], packed, overwrite=True)
-    unpack_folder(packed, again)
-    assert contents(again) == contents(given["pruned"])
-    # a file of another pack that someone put there is not of this one
-    shutil.copy(next(other.glob("*.packed")), packed)
-    unpack_folder(packed, again, overwrite=True)
-    assert contents(again) == contents(given["pruned"])
 
 
 @pytest.mark.parametrize("at", [0, 1, 3])

@@ -30,7 +30,6 @@ from maskopt.errors import DataError, MaskoptError, ModelError, VerificationErro
 from maskopt.models.architecture.source import load_tokenizer, open_source
 from maskopt.models.blockwise.activations import Activations
 from maskopt.models.checkpoints.checkpoint import open_checkpoint, open_safe
-from maskopt.models.checkpoints.pack import pack
 from maskopt.models.checkpoints.report import LayerReport, read_reports
 from maskopt.models.checkpoints.result import MaskFile, TensorMask, write_masks
 from maskopt.models.checkpoints.schema import (
@@ -247,7 +246,6 @@ COMMANDS = {
     "apply": lambda model, out, pruned: apply_masks(model, pruned / MASKS, out),
     "prune-structured": lambda model, out, _: smaller(model, out, channels=0.5, solver="wanda"),
     "remove": lambda model, out, _: smaller(model, out, count=1, windows=2),
-    "pack": lambda model, out, _: pack(model, out),
 }
 LINKS = {
     "../secret.json": "link out of the model folder, to .*secret.json; put the file itself",
@@ -260,10 +258,8 @@ LINKS = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_link_of_a_tokenizer_is_refused(command, target, said, dense, pruned_folder, tmp_path):
     (tmp_path / "secret.json").write_text("{}")
-    source, name = dense, "tokenizer.json"
-    if command == "pack":
-        source, name = pruned_folder, "vocab.json"
-    model, out = Path(shutil.copytree(source, tmp_path / "model")), tmp_path / "out"
+    name = "tokenizer.json"
+    model, out = Path(shutil.copytree(dense, tmp_path / "model")), tmp_path / "out"
     (model / "folder").mkdir()
     (model / name).unlink(missing_ok=True)
     (model / name).symlink_to(target)

@@ -13,7 +13,7 @@ from commands import ROOT, run, shows
 from forging import change_tensors, config, copied, fails
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
-from prunes import but_slow, prune, slow
+from prunes import but_slow, prune
 from safetensors.torch import load_file, save_file
 from tiny_models import edit_json, patched, save, save_with_own_code, tiny, tokens
 from torch import nn, optim
@@ -338,33 +338,32 @@ MADE_OTHERWISE = {
 
 @pytest.fixture(scope="module")
 def folders(pairs, tmp_path_factory):
-    """Of a pruned model: its folder, that packed, and it loaded and saved; nobody may change them."""
-    home = tmp_path_factory.mktemp("loaders")
-    pruned, packed, tuned = pairs("llama", model=tiny)[1], home / "packed", home / "tuned"
-    run("masks", "pack", pruned, "--output", packed)
+    """A pruned model's folder, and the same model loaded and saved; nobody may change them."""
+    pruned, tuned = pairs("llama", model=tiny)[1], tmp_path_factory.mktemp("loaders") / "tuned"
     loaded(pruned).save_pretrained(tuned)
-    for masks in (pruned, packed):
-        verify_model(tuned, masks=masks)
-    return {"plain": pruned, "packed": packed, "tuned": tuned}
+    verify_model(tuned, masks=pruned)
+    return {"plain": pruned, "tuned": tuned}
 
 
-@pytest.mark.parametrize("masks", ["plain", slow("packed")])
 @pytest.mark.parametrize("how", MADE_OTHERWISE)
-def test_what_a_loader_makes_otherwise_is_refused(how, masks, folders, tmp_path):
+def test_what_a_loader_makes_otherwise_is_refused(how, folders, tmp_path):
     change, message = MADE_OTHERWISE[how]
     change(tuned := copied(folders["tuned"], tmp_path))
-    fails(VerificationError, message, verify_model, tuned, masks=folders[masks])
+    fails(VerificationError, message, verify_model, tuned, masks=folders["plain"])
 
 
-def test_a_packed_folder_and_files_of_training(folders, tmp_path):
-    """No model of a packed one is built without end; what training leaves may lie there."""
-    held = verify_model(folders["plain"], masks=folders["packed"])
-    assert held.pruned > 0
-    assert held.others == 0
-    empty, packed = (copied(folders[x], tmp_path / x) for x in ("plain", "packed"))
+def test_masks_of_other_folders_and_files_of_training(folders, tmp_path):
+    """No model of a forged prune is built without end; files that training leaves are accepted."""
+    empty, endless, bare = (copied(folders["plain"], tmp_path / x) for x in "ebw")
     save_file({}, empty / MASKS, metadata={"format": "maskopt-masks-1", "tensors": "{}"})
-    config(num_hidden_layers=10**5)(packed)
-    for masks, said in ((empty, "holds no mask"), (packed, "`num_hidden_layers` is 100000")):
+    config(num_hidden_layers=10**5)(endless)
+    for shard in bare.glob("*.safetensors"):
+        shard.unlink()
+    for masks, said in (
+        (empty, "holds no mask"),
+        (endless, "`num_hidden_layers` is 100000"),
+        (bare, "model.safetensors.index.json: no such file"),
+    ):
         fails(VerificationError, said, verify_model, folders["plain"], masks=masks)
     tuned = copied(folders["tuned"], tmp_path)
     for name in ("training_args.bin", "optimizer.pt", "rng_state_0.pth", "trainer_state.json"):

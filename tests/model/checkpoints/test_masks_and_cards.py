@@ -1,6 +1,5 @@
-"""A pruned folder without its zeros, and back; its mask file; its model card."""
+"""Mask files and model cards of pruned folders."""
 
-import itertools
 import json
 import shutil
 import tempfile
@@ -10,19 +9,15 @@ from unittest.mock import Mock
 import pytest
 import torch
 import yaml
-from commands import run, shows
-from forging import change_tensors, copied, edit, fails, flip, forge_manifest, list_file, shard_of
+from commands import shows
+from forging import copied, fails, flip
 from huggingface_hub import ModelCard
 from hypothesis import given, strategies as st
-from prunes import but_slow, contents, prune, read_masks, smaller
-from safetensors.torch import load_file
+from prunes import contents, prune, read_masks, smaller
 from tiny_models import save, save_with_own_code, tiny, tokens
-from transformers import AutoModelForCausalLM
 
-from maskopt import NM, load_packed
+from maskopt import NM
 from maskopt.errors import ModelError, OptionError, VerificationError
-from maskopt.models.checkpoints.checkpoint import open_safe, write_tensors
-from maskopt.models.checkpoints.pack import pack, unpack_folder
 from maskopt.models.checkpoints.result import TensorMask, join_masks, write_masks
 from maskopt.models.checkpoints.schema import MANIFEST, MASKS
 from maskopt.models.evaluation.bound import certify_model
@@ -30,143 +25,6 @@ from maskopt.models.pruning import run as running
 from maskopt.models.pruning.card import hub_name, write_card
 from maskopt.models.pruning.output import apply_masks, extract_masks
 from maskopt.models.verification.verify import verify_model
-
-HALF, WHOLE = torch.bfloat16, torch.float32
-FIRST = [("llama", HALF), ("gpt2", WHOLE), ("gemma3", WHOLE), ("gpt_oss", HALF)]
-EACH = itertools.product(("llama", "gpt2", "gemma3", "gpt_oss", "mixtral"), (HALF, WHOLE))
-EVIL = [".bashrc", "evil.py", ".x.json", ".x.safetensors", "x.so", "Makefile", "autoexec.bat"]
-
-
-def pruned(family, home, *, dtype=torch.float32, sparsity=0.5):
-    dense = save(tiny(family, dtype=dtype), home / "dense", shard="30KB")
-    (dense / "LICENSE").write_text("yours")
-    return Path(prune(dense, home / "out", sparsity=sparsity).output)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    home = tmp_path_factory.mktemp("made")
-    pack(pruned("llama", home), home / "packed")
-    return home
-
-
-@pytest.fixture
-def out(made, tmp_path):
-    return copied(made / "out", tmp_path)
-
-
-@pytest.fixture
-def packed(made, tmp_path):
-    return Path(shutil.copytree(made / "packed", tmp_path / "packed"))
-
-
-@pytest.mark.parametrize(("family", "dtype"), but_slow(FIRST, EACH))
-def test_there_and_back_every_byte_is_the_same(family, dtype, tmp_path, monkeypatch):
-    for module in ("checkpoint", "result"):  # tensors are cut in many places
-        monkeypatch.setattr(f"maskopt.models.checkpoints.{module}.CHUNK", 64)
-    out, packed = pruned(family, tmp_path, dtype=dtype), tmp_path / "packed"
-    pack(out, packed)
-    assert not list(packed.glob("*.safetensors"))
-    found = load_packed(packed).state_dict()
-    whole = AutoModelForCausalLM.from_pretrained(out).state_dict()
-    assert all(torch.equal(tensor, found[name]) for name, tensor in whole.items())
-    unpack_folder(packed, tmp_path / "again")
-    assert contents(tmp_path / "again") == contents(out)
-    verify_model(tmp_path / "again", tmp_path / "dense")
-
-
-def test_it_takes_what_is_kept_and_a_bit_a_weight(tmp_path):
-    out, packed = pruned("llama", tmp_path, dtype=torch.bfloat16, sparsity=0.75), tmp_path / "p"
-    assert "MB of" in run("masks", "pack", out, "--output", packed)
-    shards = [*out.glob("model*.safetensors")]
-    stored = [(n, t.numel()) for f in shards for n, t in load_file(f).items()]
-    masked = sum(size for name, size in stored if "proj" in name)
-    saved = sum(f.stat().st_size for f in shards)
-    saved -= sum(f.stat().st_size for f in packed.glob("*.packed"))
-    # headers are kept twice; the masks' bits lie in both folders
-    assert saved == pytest.approx(2 * masked * 0.75, rel=0.25)
-    assert "unpacked" in run("masks", "unpack", packed, "--output", tmp_path / "again")
-
-
-def test_files_that_were_not_packed_are_refused(made, packed, tmp_path):
-    file = next(f for f in packed.glob("*.packed") if any("~" in n for n in load_file(f)))
-    sound, again, there = file.read_bytes(), tmp_path / "again", open_safe(file)
-    flip(file)
-    fails(ModelError, "does not give the file of the manifest", unpack_folder, packed, again)
-    file.write_bytes(sound)
-    not_packed = "is not what `maskopt masks pack` writes"
-    for change, message in (
-        (lambda t, name: t.update({name: t[name][:-1].clone()}), "holds another number of values"),
-        (lambda t, name: t.update({name: t[name].repeat(2)}), "holds another number of values"),
-        (lambda t, name: t.update({"~nothing": t.pop(name)}), "'nothing' has no mask"),
-        (lambda t, name: t.update({"?other": t.pop(name)}), not_packed),
-        (lambda t, name: t.clear(), not_packed),
-    ):
-        tensors = {name: there.read(name) for name in there.entries}
-        change(tensors, next(n for n in tensors if n.startswith("~")))
-        write_tensors(file, tensors, {"format": "maskopt-packed-1"})
-        fails(ModelError, message, unpack_folder, packed, again)
-        file.write_bytes(sound)
-    assert not again.exists()
-    # nor folders that are none
-    (packed / "config.json").unlink()
-    for write, folder, to, message in (
-        (unpack_folder, made / "out", again, "no file that `maskopt masks pack` wrote"),
-        (pack, made / "dense", again, "no such file"),
-        (pack, made / "out", packed, "is not empty"),
-        (unpack_folder, packed, again, "config.json is gone"),
-    ):
-        fails(ModelError, message, write, folder, to)
-
-
-def test_what_was_added_since_comes_back_and_what_was_changed_is_refused(out, tmp_path):
-    (out / "NOTICE").write_text("ours")
-    (out / "chat_template.jinja").write_text("{{ messages }}")
-    (out / "vocab.bpe").write_text("a b")
-    list_file(out, "vocab.bpe")  # every file of the manifest is packed
-    packed = pack(out, tmp_path / "packed")
-    unpack_folder(packed, tmp_path / "again")
-    assert contents(tmp_path / "again") == contents(out)
-    for name in ("generation_config.json", "maskopt-masks.bits"):
-        for source, write in ((out, pack), (packed, unpack_folder)):
-            flip(source / name)
-            fails(ModelError, rf"{name} was changed since", write, source, tmp_path / "none")
-            flip(source / name)
-    (out / "vocab.bpe").unlink()
-    fails(ModelError, r"vocab\.bpe is gone", pack, out, tmp_path / "none")
-    (out / "vocab.bpe").write_text("a b")
-    # what is not zero is not dropped
-    name = "model.layers.0.self_attn.q_proj.weight"
-    change_tensors(shard_of(out, name), lambda tensors: tensors[name].fill_(1.0))
-    for message in ("was changed since, and could not be packed", "its mask prunes"):
-        fails(ModelError, message, pack, out, tmp_path / "none")
-        forge_manifest(out)
-    assert not (tmp_path / "none").exists()
-
-
-@pytest.mark.parametrize("name", EVIL)
-def test_hidden_files_and_code_are_not_packed_and_not_unpacked(name, out, packed, tmp_path):
-    (packed / name.replace(".safetensors", ".packed")).write_text("evil")
-    said = f"lists '{name}', and packed folders hold no hidden"
-    for folder, write in ((packed, unpack_folder), (out, pack)):
-        (folder / name).write_text("evil")
-        list_file(folder, name)
-        fails(ModelError, said, write, folder, tmp_path / "again")
-    assert not (tmp_path / "again").exists()
-
-
-def test_nothing_is_written_outside_the_output(packed, tmp_path):
-    (tmp_path / "victim").mkdir()
-    (tmp_path / "victim" / "model.safetensors").write_text("of somebody")
-    shutil.copy(next(packed.glob("*.packed")), tmp_path / "victim" / "model.packed")
-    files = json.loads((packed / MANIFEST).read_text())["files"]
-    digest = files.pop(next(name for name in files if name.endswith(".safetensors")))
-    outside = r"../victim/model.safetensors C:x.json a\b.json /victim/model.safetensors .."
-    for wrong in (*({**files, name: digest} for name in outside.split()), ["model.safetensors"]):
-        forge_manifest(packed, edit("files", to=wrong))
-        said = "`files` must have names without a path|the manifest is damaged"
-        fails(ModelError, said, unpack_folder, packed, tmp_path / "again")
-    assert (tmp_path / "victim" / "model.safetensors").read_text() == "of somebody"
 
 
 # --- mask files
@@ -293,12 +151,9 @@ def test_the_figures_are_those_of_the_report(snapshot, tmp_path):
     assert "base_model: someone/below" in text  # of a folder without a name, its own card's
 
 
-def test_every_card_outlives_packs_prunes_and_stops(snapshot, carded, tmp_path, monkeypatch):
-    packed, twice = pack(carded, tmp_path / "packed"), tmp_path / "twice"
-    assert (packed / "README.md").read_bytes() == (carded / "README.md").read_bytes()
-    unpack_folder(packed, tmp_path / "again")
-    assert contents(tmp_path / "again") == contents(carded)
-    smaller(snapshot, first := tmp_path / "first", count=1)
+def test_every_card_outlives_prunes_and_stops(snapshot, carded, tmp_path, monkeypatch):
+    first, twice = tmp_path / "first", tmp_path / "twice"
+    smaller(snapshot, first, count=1)
     prune(first, twice)
     assert (twice / "README-original.md").read_text() == CARD
     assert (twice / "README-original-2.md").read_bytes() == (first / "README.md").read_bytes()
