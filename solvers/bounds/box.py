@@ -29,7 +29,7 @@ _RIDGE = 1e-9
 
 @dataclass(frozen=True)
 class BoxBound(BoundMethod):
-    """λ = μ = ν = 0: A = Q. Batched over all rows of a layer, on any device."""
+    """The continuous relaxation, λ = μ = ν = 0 and A = Q, of all rows of a layer at once, on any device."""
 
     name: ClassVar[str] = "box"
     shared_budget: ClassVar[bool] = True
@@ -46,18 +46,17 @@ class BoxBound(BoundMethod):
     def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, Trace]:
         box = relax_box(problem, BoxPlan(self.tolerance, self.steps), limits)
         point = box.point.double()
-        return Certificate.box(problem, point), Trace(
-            iterations=box.iterations, relaxed=point.cpu()
-        )
+        trace = Trace(iterations=box.iterations, relaxed=point.cpu())
+        return Certificate.box(problem, point), trace
 
 
 @dataclass(frozen=True)
 class ShiftBound(BoxBound):
-    """λ = −d⊙w² with G − diag(d) ⪰ 0 and Σ c_i d_i large, by a barrier method; `kind="uniform"`: d =
-    λ_min(G)·1.
+    """The continuous relaxation after a diagonal shift, λ = −d⊙w² with G − diag(d) ⪰ 0.
 
-    c_i is the mean over the rows of w_i²x_i(1 − x_i) at the box relaxation. One shift serves all rows; rows
-    that it does not serve keep the plain bound, as all rows do after the time limit.
+    Of `kind="uniform"` d = λ_min(G)·1; else a barrier method makes Σ c_i d_i large, c_i being the mean over
+    the rows of w_i²x_i(1 − x_i) at the box relaxation. One shift serves all rows. Rows that it does not serve
+    keep the plain bound, as all rows do after the time limit.
     """
 
     name: ClassVar[str] = "shift"
@@ -81,19 +80,16 @@ class ShiftBound(BoxBound):
             shifted = relax_box(problem, plan, limits, d)
             iterations = iterations + shifted.iterations
         # row by row the form that proves more
-        first = shifted.bound > plain.bound
-        diagonal = torch.where(first[:, None], -d * w.square(), 0.0)
-        point = torch.where(first[:, None], shifted.point, plain.point).double()
-        trace = Trace(
-            iterations=iterations,
-            shifted=tuple("yes" if used else "no" for used in first.tolist()),
-            relaxed=point.cpu(),
-        )
+        used = shifted.bound > plain.bound
+        diagonal = torch.where(used[:, None], -d * w.square(), 0.0)
+        point = torch.where(used[:, None], shifted.point, plain.point).double()
+        words = tuple("yes" if row else "no" for row in used.tolist())
+        trace = Trace(iterations=iterations, shifted=words, relaxed=point.cpu())
         return replace(Certificate.box(problem, point), diagonal=diagonal), trace
 
 
 def diagonal_shift(gram: Tensor, worth: Tensor, limits: Limits) -> Tensor:
-    """d with G − diag(d) ⪰ 0 (up to rounding) and Σ worth·d large; entries may be negative, and are needed.
+    """Return d with G − diag(d) ⪰ 0, up to rounding, and Σ worth·d large; entries may be negative.
 
     The log-barrier Σ worth·d + κ·log det(G − diag d) has the stationary condition
     κ·diag((G − diag d)⁻¹) = worth. Newton steps on it, κ falling; each costs one inverse.
@@ -103,8 +99,7 @@ def diagonal_shift(gram: Tensor, worth: Tensor, limits: Limits) -> Tensor:
     g = gram / scale
     ridge = _ridge(g)
     g.diagonal().add_(ridge)
-    c = worth / (float(worth.sum()) or 1.0)
-    c = c.clamp(min=1e-6 / n)
+    c = (worth / (float(worth.sum()) or 1.0)).clamp(min=1e-6 / n)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(g)).diagonal()
     d = 0.5 / (n * inverse)
     kappa = float((c / inverse).mean())
@@ -123,16 +118,17 @@ def diagonal_shift(gram: Tensor, worth: Tensor, limits: Limits) -> Tensor:
 
 
 def _ridge(g: Tensor) -> float:
-    """What makes G safely definite; more where it is of float32 and lacks something to semidefiniteness."""
+    """Return what to add to the diagonal of G, in units of its mean, so that it is safely definite."""
     shifted = g.clone()
     shifted.diagonal().add_(_RIDGE)
     if int(torch.linalg.cholesky_ex(shifted).info) == 0:
         return _RIDGE
+    # a G in float32 may lack something to semidefiniteness
     return 2 * (_RIDGE - float(torch.linalg.eigvalsh(g)[0]))
 
 
 def _newton_step(g: Tensor, d: Tensor, c: Tensor, kappa: float) -> tuple[Tensor | None, float]:
-    """A step that stays inside, None where none does, and what a whole one would gain."""
+    """Return a step that stays inside, None where none does, and the gain of a whole step."""
     m = g - torch.diag(d)
     factor, broken = torch.linalg.cholesky_ex(m)
     if int(broken):  # so near the boundary that rounding passes it

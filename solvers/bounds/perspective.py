@@ -44,7 +44,7 @@ _SETTLED = 1e-4
 
 @dataclass(frozen=True)
 class PerspectiveBound(BoundMethod):
-    """One row a thread; n³ operations a turn, some hundred turns."""
+    """The perspective relaxation of updated weights; one row a thread, n³ operations a turn."""
 
     name: ClassVar[str] = "perspective"
     shared_budget: ClassVar[bool] = True
@@ -55,55 +55,62 @@ class PerspectiveBound(BoundMethod):
     splits: int = option(20, "rounds that better the split; 0: the least eigenvalue", least=0)
 
     def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, Trace]:
-        of = Scaled.of(problem)
-        room = float(torch.linalg.eigvalsh(of.a)[0])
-        parts = zip(of.target, of.constant.tolist(), strict=True)
-        rows = [_Row(problem, of.a, room, target, constant) for target, constant in parts]
+        scaled = Scaled.of(problem)
+        room = float(torch.linalg.eigvalsh(scaled.a)[0])
+        pairs = zip(scaled.target, scaled.constant.tolist(), strict=True)
+        rows = [_Row(problem, scaled.a, room, target, constant) for target, constant in pairs]
         threads = threads_on(problem.device)
         passes = _PRICES if problem.shared_budget else 1
         done = limits.counter(passes * problem.rows)
         rounds = torch.zeros(problem.rows, dtype=torch.int64)
 
-        def better(row: int) -> int:
-            made = rows[row].run(self.turns, self.splits, limits)
+        def improve(row: int) -> int:
+            made = rows[row].improve(self.turns, self.splits, limits)
             done()
             return made
 
         for _ in range(passes):
             if problem.shared_budget:
-                _together(rows, problem, self.turns, limits, threads)
-            rounds += torch.tensor(one_thread_each(better, problem.rows, threads))
+                _set_prices(rows, problem, self.turns, limits, threads)
+            rounds += torch.tensor(one_thread_each(improve, problem.rows, threads))
         if problem.shared_budget:
-            _together(rows, problem, _TURNS_AFTER, limits, threads)
+            _set_prices(rows, problem, _TURNS_AFTER, limits, threads)
         d, v = torch.stack([row.d for row in rows]), torch.stack([row.v for row in rows])
-        return Certificate(d * of.size.square(), d[:, :0], v / of.size), Trace(iterations=rounds)
+        size = scaled.size
+        return Certificate(d * size.square(), d[:, :0], v / size), Trace(iterations=rounds)
 
 
-def _together(
+def _set_prices(
     rows: Sequence[_Row], problem: LayerProblem, turns: int, limits: Limits, threads: int
 ) -> None:
-    """Turns of v and z of rows with a shared budget; at the end each row has its price of an input."""
+    """Take turns of v and z for all rows of a shared budget at once, and give each its price of an input."""
     share = problem.shares.cpu().numpy()[:, None]
-    every = problem.weight.numel()
-    kept, level = every - problem.pruned, np.inf
+    inputs = problem.weight.numel()
+    kept, level = inputs - problem.pruned, np.inf
+
+    def solve(row: int) -> None:
+        rows[row].v, _ = rows[row].take_turns(rows[row].d, rows[row].z, 1)
+
     for _ in range(turns if kept else 0):
         if limits.expired:
             break
-        one_thread_each(lambda row: rows[row].solve(), len(rows), threads)
+        one_thread_each(solve, len(rows), threads)
         size = np.stack([_size(row.d, row.v) for row in rows]) * np.sqrt(share)
-        level = float(levels(size.ravel(), every, kept)[0])
-        found = shares(size.ravel(), every, kept).reshape(size.shape)
-        for row, z in zip(rows, found, strict=True):
-            row.z = torch.from_numpy(z).to(row.v)
+        level = float(levels(size.ravel(), inputs, kept)[0])
+        all_z = torch.from_numpy(shares(size.ravel(), inputs, kept).reshape(size.shape))
+        for row, z in zip(rows, all_z, strict=True):
+            row.z = z.to(row.v)
     with np.errstate(divide="ignore", over="ignore"):  # of rows that nothing is asked of
-        each = 1 / (np.float64(level) ** 2 * share.ravel())
-    for row, price in zip(rows, each.tolist(), strict=True):
+        prices = 1 / (np.float64(level) ** 2 * share.ravel())
+    for row, price in zip(rows, prices.tolist(), strict=True):
         row.price = price
 
 
 class _Row:
-    """The relaxation of one row; inputs are scaled to A_jj = 1, and `room` is the least eigenvalue of A. The
-    row keeps so many inputs of every group, or, of a shared budget, pays `price` for every input."""
+    """The relaxation of one row, whose inputs are scaled to A_jj = 1; `room` is the least eigenvalue of A.
+
+    The row keeps so many inputs of every group, or, of a shared budget, pays `price` for every input.
+    """
 
     price = 0.0
 
@@ -115,18 +122,13 @@ class _Row:
         self.d = torch.full_like(target, (1 - _ROOM) * max(room, _TINIEST))
         self.z = torch.full_like(target, kept).clamp(min=OUT_SHARE)
         self.v = torch.zeros_like(target)
-        self.none = kept == 0  # then v = 0, and nothing is left to split
+        self.empty = kept == 0  # then v = 0, and nothing is left to split
 
-    def solve(self) -> None:
-        """v for d and z; as it was where its system is not definite."""
-        found = self._solved(self.a - torch.diag(self.d), self.d, self.z)
-        self.v = self.v if found is None else found
-
-    def run(self, turns: int, splits: int, limits: Limits) -> int:
-        """The rounds that bettered the split."""
-        if self.none:
+    def improve(self, turns: int, splits: int, limits: Limits) -> int:
+        """Move d, v and z to a better bound; return the number of rounds that raised it."""
+        if self.empty:
             return 0
-        self.v, self.z = self._turns(self.d, self.z, turns)
+        self.v, self.z = self.take_turns(self.d, self.z, turns)
         best = self._value(self.d, self.v)
         for done in range(splits):
             if limits.expired:
@@ -137,64 +139,58 @@ class _Row:
             aim = aim.clamp(min=max(_TINIEST, _LEAST * float(aim.mean())))
             gained = 0.0
             for step in _STEPS:
-                d = self._safe(self.d + step * (aim - self.d))
-                v, z = self._turns(d, self.z, _TURNS_AFTER)
+                d = self._shortened(self.d + step * (aim - self.d))
+                v, z = self.take_turns(d, self.z, _TURNS_AFTER)
                 value = self._value(d, v)
                 if value > best + gained:
-                    gained, found = value - best, (d, v, z)
+                    gained, split = value - best, (d, v, z)
                 elif gained:
                     break
             if not gained > _SETTLED * abs(best):
                 return done
             best += gained
-            self.d, self.v, self.z = found
+            self.d, self.v, self.z = split
         return splits
 
-    def _safe(self, d: Tensor) -> Tensor:
-        """d, shortened where A − diag(d) is not definite."""
-        less = _ROOM
+    def _shortened(self, d: Tensor) -> Tensor:
+        """Shorten d until A − diag(d) is definite."""
+        part = _ROOM
         while int(torch.linalg.cholesky_ex(self.a - torch.diag(d)).info):
-            d, less = d * (1 - less), min(0.5, 2 * less)
+            d, part = d * (1 - part), min(0.5, 2 * part)
         return d
 
-    def _solved(self, b: Tensor, d: Tensor, z: Tensor) -> Tensor | None:
-        factor, broken = torch.linalg.cholesky_ex(b + torch.diag(d / z))
-        return None if int(broken) else torch.cholesky_solve(self.target[:, None], factor)[:, 0]
-
-    def _turns(self, d: Tensor, z: Tensor, turns: int) -> tuple[Tensor, Tensor]:
+    def take_turns(self, d: Tensor, z: Tensor, turns: int) -> tuple[Tensor, Tensor]:
+        """Compute v for z, then z for v, so many times, as long as the systems are definite."""
         b, v = self.a - torch.diag(d), self.v
         for _ in range(turns):
-            found = self._solved(b, d, z)
-            if found is None:
+            factor, broken = torch.linalg.cholesky_ex(b + torch.diag(d / z))
+            if int(broken):
                 break
-            v = found
+            v = torch.cholesky_solve(self.target[:, None], factor)[:, 0]
             z = torch.from_numpy(self._shares(_size(d, v))).to(v.device)
         return v, z
 
     def _shares(self, size: np.ndarray) -> np.ndarray:
-        """The best z for √dⱼ|vⱼ|."""
-        group = self.problem.group_size
+        """Return the best z for √dⱼ|vⱼ|."""
         if not self.problem.shared_budget:
+            group = self.problem.group_size
             return shares(size, group, group - self.problem.pruned_per_group)
         with np.errstate(divide="ignore", invalid="ignore"):  # where it is free
             return np.clip(np.nan_to_num(size / np.sqrt(self.price), nan=1.0), OUT_SHARE, 1.0)
 
-    def _counted(self, price: Tensor) -> float:
-        """What counts of the prices (b − Bv)ⱼ²/dⱼ; of a shared budget less a part that does not depend on the
-        row's d and v."""
-        if self.problem.shared_budget:
-            return float((price - self.price).clamp(min=0.0).sum())
-        group = self.problem.group_size
-        kept = group - self.problem.pruned_per_group
-        return float(price.view(-1, group).topk(kept, dim=1).values.sum())
-
     def _value(self, d: Tensor, v: Tensor) -> float:
-        """What (d, v) proves, but for rounding."""
+        """Return the bound that (d, v) make, but for rounding and, of a shared budget, a constant."""
         image = self.a @ v - d * v
         price = (self.target - image).square() / d
-        return self.constant - float(v @ image) - self._counted(price)
+        if self.problem.shared_budget:
+            counted = (price - self.price).clamp(min=0.0).sum()
+        else:
+            group = self.problem.group_size
+            kept = group - self.problem.pruned_per_group
+            counted = price.view(-1, group).topk(kept, dim=1).values.sum()
+        return self.constant - float(v @ image) - float(counted)
 
 
 def _size(d: Tensor, v: Tensor) -> np.ndarray:
-    """√dⱼ|vⱼ|."""
+    """Return √dⱼ|vⱼ|."""
     return (d.sqrt() * v.abs()).cpu().numpy()

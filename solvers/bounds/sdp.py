@@ -61,6 +61,8 @@ _COSTLY = 20
 _TILE_ENTRIES = 2**27
 #: for rows that no time is left for
 _HURRIED = BoxPlan(tolerance=0.01, max_iterations=60)
+#: in place of the certificate of a row that has none yet
+_UNPROVEN = RowDuals(np.zeros(0), np.zeros(0), loss=np.inf, value=-np.inf, penalty=0.0)
 #: sweeps before the first cuts
 _START = 400
 #: triangles that may join in a round, per input and in all
@@ -77,8 +79,11 @@ _ROUNDS_SHARE, _END_SHARE, _SETTLE_SHARE = 0.7, 0.7, 0.3
 
 @dataclass(frozen=True)
 class SdpBound(BoundMethod):
-    """Low-rank semidefinite bound with a λ_min certificate in float64. Rows that get no time have the
-    certificate of the box relaxation. With cuts, the plain bound has a third of the time."""
+    """The low-rank semidefinite bound, with a λ_min certificate in float64.
+
+    Rows that get no time have the certificate of the box relaxation. With cuts, the plain bound has a third
+    of the time.
+    """
 
     name: ClassVar[str] = "sdp"
     note: ClassVar[str] = "low-rank semidefinite relaxation, any n"
@@ -103,16 +108,14 @@ class SdpBound(BoundMethod):
 
     def certify(self, problem: LayerProblem, limits: Limits) -> tuple[Certificate, Trace]:
         with one_blas_thread():
-            plain = limits.share(_PLAIN_SHARE) if self.cuts else limits
             rank = self.rank or default_rank(problem.n)
             stages = (self.sweeps,) if self.sweeps is not None else _STAGES
-            tile = max(1, _TILE_ENTRIES // (problem.n * rank))
-            parts: list[tuple[Certificate, Trace]] = []
-            for rows, part in problem.tiles(tile):
-                if rows.start and plain.expired:
-                    parts.append(_boxed(problem.take(slice(rows.start, problem.rows)), plain))
-                    break
-                parts.append(_Tile(part, rank, plain).run(stages, self.tolerance))
+            size = max(1, _TILE_ENTRIES // (problem.n * rank))
+            before_cuts = limits.share(_PLAIN_SHARE) if self.cuts else limits
+            parts = [
+                _Tile(part, rank, before_cuts).run(stages, self.tolerance)
+                for _, part in problem.tiles(size)
+            ]
             certificate = Certificate.stack([part for part, _ in parts])
             trace = join_rows([part for _, part in parts])
             if not self.cuts:
@@ -121,19 +124,8 @@ class SdpBound(BoundMethod):
             return certificate, replace(trace, cuts=count)
 
 
-def _boxed(problem: LayerProblem, limits: Limits) -> tuple[Certificate, Trace]:
-    """The box relaxation, of which at least one step is made."""
-    point = relax_box(problem, _HURRIED, limits).point.double()
-    trace = Trace(
-        iterations=torch.zeros(problem.rows, dtype=torch.int64),
-        correction=torch.full((problem.rows,), torch.nan, dtype=torch.float64),
-        relaxed=point.cpu(),
-    )
-    return Certificate.box(problem, point), trace
-
-
 class _Tile:
-    """The vectors of some rows, and the best certificate of each so far (`best`).
+    """The vectors of a tile of rows, and the best certificate of each so far (`best`).
 
     Attributes:
         todo: the rows whose vectors are in `state`; settled ones are dropped.
@@ -147,23 +139,25 @@ class _Tile:
         self.gram = problem.gram.double().cpu().numpy()
         self.rho = penalty_of(problem.group_size)
         self.todo = np.arange(problem.rows)
-        self.best: list[RowDuals | None] = [None] * problem.rows
+        self.best = [_UNPROVEN] * problem.rows
         self.inner = np.zeros((problem.rows, problem.n))
         self.sweeps = np.zeros(problem.rows, np.int64)
 
     def run(self, stages: tuple[int, ...], tolerance: float) -> tuple[Certificate, Trace]:
         for sweeps in stages:
             self._descend(sweeps)
-            again = self._certify(tolerance)
-            if not again or self.limits.expired:
+            unsettled = self._certify(tolerance)
+            if not unsettled or self.limits.expired:
                 break
-            self.todo = self.todo[again]
-            self.state.keep(again)
+            self.todo = self.todo[unsettled]
+            self.state.keep(unsettled)
         self._fall_back(tolerance)
-        return self._found()
+        certificate, loss = certificate_of(self.problem, self.best, self.scale)
+        sweeps, relaxed = torch.from_numpy(self.sweeps), torch.as_tensor((1 + self.inner) / 2)
+        return certificate, Trace(iterations=sweeps, correction=loss, relaxed=relaxed)
 
     def _descend(self, sweeps: int) -> None:
-        """At least one chunk for some rows; until the deadline, chunk by chunk for all."""
+        """Make at least one chunk for some rows; until the deadline, chunk by chunk for all."""
         limits = self.limits.share(_SWEEP_SHARE)
         count = len(self.todo)
         piecewise = limits.timed and self.problem.device.type == "cpu"  # elsewhere all rows at once
@@ -178,83 +172,67 @@ class _Tile:
                 self.sweeps[self.todo[rows]] += chunk
 
     def _certify(self, tolerance: float) -> list[int]:
-        """Keep what is better than before; the positions in `todo` of rows that have not settled."""
+        """Keep the certificates that prove more; return the positions in `todo` that have not settled."""
         duals, inner = self.state.duals.double().cpu().numpy(), self.state.inner()
 
         def certified(position: int) -> RowDuals | None:
             row = self.todo[position]
             if not self.sweeps[row] or (position and self.limits.expired):
                 return None
-            y, start = duals[position], inner[position]
-            return certify_row(self._scaled(row), y, start, self.rho)
+            return certify_row(self._scaled(row), duals[position], inner[position], self.rho)
 
-        again = []
+        unsettled = []
         parts = one_thread_each(certified, len(self.todo), torch.get_num_threads())
-        for position, (row, found) in enumerate(zip(self.todo, parts, strict=True)):
-            if found is None:
-                again.append(position)
-                continue
-            best = self.best[row]
-            gain = found.value - (best.value if best is not None else -np.inf)
-            if gain > 0:
-                self.best[row], self.inner[row] = found, inner[position]
-            if max(gain, found.loss) > tolerance * abs(found.value):
-                again.append(position)
-        return again
+        for position, (row, part) in enumerate(zip(self.todo, parts, strict=True)):
+            gain = 0.0 if part is None else part.value - self.best[row].value
+            if part is not None and gain > 0:
+                self.best[row], self.inner[row] = part, inner[position]
+            if part is None or max(gain, part.loss) > tolerance * abs(part.value):
+                unsettled.append(position)
+        return unsettled
 
     def _scaled(self, row: int) -> ScaledRow:
         return ScaledRow.of(self.problem, self.gram, row, float(self.scale[row]))
 
     def _fall_back(self, tolerance: float) -> None:
-        """The box relaxation where there is no time, nothing was certified, or the correction costs much: in
-        a few steps for all rows, or to its end for each."""
-        late = [row for row, best in enumerate(self.best) if best is None]
+        """Take the box relaxation for rows without a certificate, or with a correction that costs much.
+
+        Under a time limit those without one get a few steps, all at once; then each is relaxed to its end.
+        """
+        late = [row for row, best in enumerate(self.best) if best is _UNPROVEN]
         if late and self.limits.timed:
-            box = relax_box(self.problem.take(late), _HURRIED, self.limits)
-            for position, row in enumerate(late):
-                self._replace(row, box.point[position].double().cpu().numpy(), np.nan)
+            points = relax_box(self.problem.take(late), _HURRIED, self.limits).point.double()
+            for row, point in zip(late, points.cpu().numpy(), strict=True):
+                self.best[row] = _box_duals(point, np.nan)
                 if not self.sweeps[row]:
-                    self.inner[row] = 2 * box.point[position].double().cpu().numpy() - 1
+                    self.inner[row] = 2 * point - 1
         if self.limits.expired:
             return
         part = _COSTLY * tolerance
-        rows = [
-            row
-            for row, best in enumerate(self.best)
-            if best is None or not best.loss <= part * best.value
-        ]
+        rows = [row for row, best in enumerate(self.best) if not best.loss <= part * best.value]
 
         def relaxed(position: int) -> np.ndarray:
-            of = self._scaled(rows[position])
-            return interior_point(of.q, 2 * of.linear, of.group, of.pruned, constant=of.constant)
+            row = self._scaled(rows[position])
+            return interior_point(
+                row.q, 2 * row.linear, row.group, row.pruned, constant=row.constant
+            )
 
-        points = one_thread_each(relaxed, len(rows), torch.get_num_threads())
-        for row, point in zip(rows, points, strict=True):
+        boxes = one_thread_each(relaxed, len(rows), torch.get_num_threads())
+        for row, point in zip(rows, boxes, strict=True):
             alone = self.problem.take([row])
             value = float(linear_bound(alone, torch.as_tensor(point[None]).to(alone.device))[1])
-            best = self.best[row]
-            if best is None or not value * self.scale[row] <= best.value:
-                self._replace(row, point, 0.0)
+            if not value * self.scale[row] <= self.best[row].value:
+                self.best[row] = _box_duals(point, 0.0)
 
-    def _replace(self, row: int, point: np.ndarray, loss: float) -> None:
-        self.best[row] = RowDuals(np.zeros(len(point)), point, loss, np.nan, 0.0)
 
-    def _found(self) -> tuple[Certificate, Trace]:
-        found = [best for best in self.best if best is not None]
-        certificate, loss = certificate_of(self.problem, found, self.scale)
-        trace = Trace(
-            iterations=torch.from_numpy(self.sweeps),
-            correction=loss,
-            relaxed=torch.as_tensor((1 + self.inner) / 2),
-        )
-        return certificate, trace
+def _box_duals(point: np.ndarray, loss: float) -> RowDuals:
+    return RowDuals(np.zeros(len(point)), point, loss, np.nan, 0.0)
 
 
 def tighten(
     problem: LayerProblem, plain: Certificate, rank: int, rounds: int, limits: Limits
 ) -> tuple[Certificate, Tensor]:
-    """The better of `plain` and a certificate with triangle cuts, for every row; and for every row the number
-    of triangles in it.
+    """Return for every row the better of `plain` and a certificate with triangle cuts, and how many it has.
 
     Args:
         plain: a certificate without ν and cuts.
@@ -277,12 +255,12 @@ def tighten(
     alone = problem.rows == 1
     parts = [better(0)] if alone else one_thread_each(better, problem.rows, threads)
     whole = Certificate.stack(parts)
-    count = [len(one.multiplier) if one else 0 for one in whole.cuts or [None] * problem.rows]
+    count = [len(cuts.multiplier) if cuts else 0 for cuts in whole.cuts or [None] * problem.rows]
     return whole, torch.tensor(count)
 
 
 def cut_certificate(problem: LayerProblem, rank: int, rounds: int, limits: Limits) -> Certificate:
-    """(λ, μ, τ, p̂) of a single row after `rounds` rounds."""
+    """Return (λ, μ, τ, p̂) of a single row after `rounds` rounds."""
     n = problem.n
     state = Mixing(problem, rank, limits.seed)
     rho = penalty_of(problem.group_size)
@@ -305,7 +283,7 @@ def cut_certificate(problem: LayerProblem, rank: int, rounds: int, limits: Limit
 
 
 def _descend(state: Mixing, sweeps: int, rho: float, limits: Limits) -> None:
-    """With unchanged multipliers; under a time limit chunk by chunk, one at least."""
+    """Sweep with unchanged multipliers; under a time limit chunk by chunk, one at least."""
     chunk = _CHUNK if limits.timed else sweeps
     for _ in range(0, sweeps, chunk):
         state.sweep(chunk, rho)
@@ -314,17 +292,19 @@ def _descend(state: Mixing, sweeps: int, rho: float, limits: Limits) -> None:
 
 
 def _gram(state: Mixing) -> np.ndarray:
-    """⟨v_i, v_j⟩, [n + 1, n + 1] with v_0 last."""
+    """Return ⟨v_i, v_j⟩, [n + 1, n + 1] with v_0 last."""
     v = state.v[0].cpu().numpy()
-    fixed = np.zeros((1, v.shape[1]), v.dtype)
-    fixed[0, 0] = 1
-    v = np.concatenate([v, fixed])
+    v = np.concatenate([v, np.eye(1, v.shape[1], dtype=v.dtype)])
     return np.asarray(v @ v.T)
 
 
 class _Multipliers:
-    """The triangles of a row, and E, the addition to C that they make. `used`: τ' of every triangle, `mean`:
-    of the iterates."""
+    """The triangles of a row, and E, the addition to C that they make.
+
+    Attributes:
+        used: τ' of every triangle.
+        mean: the mean of the iterates of τ'.
+    """
 
     def __init__(self, state: Mixing, pool: Pool) -> None:
         self.state, self.pool = state, pool
@@ -341,8 +321,10 @@ class _Multipliers:
     def run(
         self, rho: float, limits: Limits, updates: int, sweeps: int, follow: float, haste: float
     ) -> None:
-        """Move vectors and multipliers in turn, until the deadline, so many sweeps after every update; τ
-        follows τ' by the part `follow`, and `haste` is a factor of the steps. Their mean is `mean`."""
+        """Move vectors and multipliers in turn, until the deadline, so many sweeps after every update.
+
+        τ follows τ' by the part `follow`, and `haste` is a factor of the steps. Their mean is `mean`.
+        """
         self.mean = self.used
         for update in range(updates):
             self._damp(haste * self.step, follow)
@@ -352,18 +334,18 @@ class _Multipliers:
                 break
 
     def settle(self, rho: float, limits: Limits) -> None:
-        """The vectors that go with the mean of the multipliers."""
+        """Find the vectors that go with the mean of the multipliers."""
         self.pool.tau[:] = self.mean
         self._damp(np.zeros_like(self.step), 0.0)
         _descend(self.state, _SETTLE, rho, limits)
 
     def _damp(self, step: np.ndarray, follow: float) -> None:
-        of, v = self.incidence, self.state.v[0].cpu().numpy()
-        cuts = of.member, self.signs, step, follow, self.pool.tau, self.used
-        damp(v, of.pairs, of.entries, *cuts, self.value)
+        pairs, v = self.incidence, self.state.v[0].cpu().numpy()
+        cuts = pairs.member, self.signs, step, follow, self.pool.tau, self.used
+        damp(v, pairs.pairs, pairs.entries, *cuts, self.value)
 
     def certify(self, problem: LayerProblem, rho: float) -> Certificate:
-        """Of the multipliers once they have settled."""
+        """Return the certificate of the multipliers once they have settled."""
         n, scale, y = problem.n, self.state.scale, self.state.duals[0].double().cpu().numpy()
         if np.isfinite(y).all():
             pool = Pool(self.pool.index, self.pool.sign, self.mean)
