@@ -1,4 +1,4 @@
-"""maskopt: which weights of a linear layer can go, with a proof of how good the choice is."""
+"""Pruning masks for linear layers, with proofs of how good they are."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
         solve as solve,
     )
 
-#: modules that are imported on first use, since torch and transformers take seconds to import
+#: Public names by module. Modules are imported on first use, since torch and transformers take seconds.
 _MODULES = {
     "maskopt.certificates.certificate": ("Certificate",),
     "maskopt.certificates.proof": ("RowProof",),

@@ -1,4 +1,4 @@
-"""`python -m maskopt`, and so `torchrun … -m maskopt`."""
+"""Entry point of `python -m maskopt`, and so of `torchrun … -m maskopt`."""
 
 from maskopt.cli import main
 

@@ -1,4 +1,4 @@
-"""Every error that a user can cause: one clear line that names the thing and the remedy.
+"""Errors that a user can cause: one clear line that names the thing and the remedy.
 
 The command line prints any `MaskoptError` without a traceback; `--debug` shows it.
 """
@@ -50,18 +50,20 @@ class DataError(MaskoptError, ValueError):
 
 
 def printable(text: str) -> str:
-    r"""One line of text with everything invisible escaped, as in `\x1b` and `\n`: what a file says can then
-    neither steer a terminal nor forge a line of its own."""
+    r"""Escape everything invisible, as in `\x1b` and `\n`.
+
+    Text out of a file can then neither steer a terminal nor forge a line.
+    """
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def first_line(error: BaseException) -> str:
-    """Of what an error says; the name of its type where it says nothing."""
+    """Return the first line of an error's message, or the name of its type where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'swap'?` for a mistyped name, else `; known: …`."""
+    """Return `; did you mean 'swap'?` for a mistyped name, else `; known: …`."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:

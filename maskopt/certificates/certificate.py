@@ -1,4 +1,4 @@
-"""Certified lower bounds: what a certificate is, and how it is checked.
+"""Certificates of lower bounds, and their check in float64.
 
 For any λ ∈ Rⁿ, μ ∈ R per group, ν ∈ Rⁿ per group and multipliers τ ≥ 0 of inequalities c_t(p) ≥ 0
 that hold for all p ∈ {0,1}ⁿ, put
@@ -349,7 +349,7 @@ def _shared_slacks(certificate: Certificate, layer: LayerProblem) -> list[float 
             break
         slack = _slack_of(certificate.diagonal[rows], layer, rows.to(layer.device))
         if slack is not None:
-            return [slack if one else None for one in rows.tolist()]
+            return [slack if shared else None for shared in rows.tolist()]
     return [None] * layer.rows
 
 

@@ -1,4 +1,4 @@
-"""Triangle and pentagonal inequalities, which hold for every mask.
+"""Triangle and pentagonal inequalities that hold for every mask.
 
 On z = 2p − 1 (with z_0 = 1 as index −1) an odd sum of signs has a square of at least 1, so that of three
 inputs a·z_iz_j + b·z_iz_k + ab·z_jz_k + 1 ≥ 0, and likewise of five.

@@ -1,4 +1,4 @@
-"""Certificates and trees decided in exact rational arithmetic, for rows of up to MOST_INPUTS inputs.
+"""Exact rational checks of certificates and trees, for rows of up to MOST_INPUTS inputs.
 
 Every float64 is a dyadic rational, so the claims of a certificate and of a proof can be decided without any
 rounding. Both are bounds by a convex quadratic
@@ -49,21 +49,21 @@ class Quadratic(NamedTuple):
 
 
 def rational(array: Tensor | np.ndarray) -> np.ndarray:
-    """The same numbers as Fractions, in an object array of the same shape."""
+    """Return the numbers as Fractions, in an object array of the same shape."""
     floats = np.asarray(array.double().cpu() if isinstance(array, Tensor) else array, dtype=float)
     made = [Fraction(x) for x in floats.ravel().tolist()]
     return np.array(made, dtype=object).reshape(floats.shape)
 
 
 def objective(layer: LayerProblem, row: int) -> Quadratic:
-    """f of one row: Qᵢⱼ = wᵢGᵢⱼwⱼ, 2wᵢgᵢ, c."""
+    """Return f of one row: Qᵢⱼ = wᵢGᵢⱼwⱼ, 2wᵢgᵢ, c."""
     w, gram = rational(layer.weight[row]), rational(layer.gram)
     linear = 2 * w * rational(layer.correlation[row])
     return Quadratic(w[:, None] * gram * w, linear, Fraction(float(layer.constant[row])))
 
 
 def _folded(f: Quadratic, s: int) -> Quadratic:
-    """f with its linear part and constant in the matrix, the same on masks of s ones: the form of trees."""
+    """Return f with linear part and constant in the matrix, the same on masks of s ones: trees' form."""
     if s == 0:
         return f
     half = f.linear / (2 * s)
@@ -72,29 +72,32 @@ def _folded(f: Quadratic, s: int) -> Quadratic:
 
 
 def exact_cost(layer: LayerProblem, mask: Tensor, row: int) -> Fraction:
-    """f of one row's mask [n], True = kept."""
+    """Return f of one row's mask [n], True = kept."""
     return max(objective(layer, row).value(_ones(~mask.cpu().numpy())), Fraction(0))
 
 
 def exact_bounds(
     layer: LayerProblem, certificate: Certificate | None = None, trees: Any = None
 ) -> list[Fraction]:
-    """What a `Certificate` and a `RowProof` (or None) for each row prove, at least 0; one number for a shared
-    budget. VerificationError for updated weights, more than MOST_INPUTS inputs, or arrays that do not fit."""
+    """Return the bounds, at least 0, that a `Certificate` and a `RowProof` (or None) for each row prove.
+
+    A shared budget has one bound. VerificationError for updated weights, more than MOST_INPUTS inputs, or
+    arrays that do not fit.
+    """
     if layer.update is not None:
         raise VerificationError("exact checks are for rows whose weights are kept unchanged")
     if layer.n > MOST_INPUTS:
         raise VerificationError(
             f"exact checks are for rows of at most {MOST_INPUTS} inputs, not {layer.n}; leave exact out"
         )
-    found = [Fraction(0)] * (layer.rows // layer.rows_per_budget)
+    bounds = [Fraction(0)] * (layer.rows // layer.rows_per_budget)
     if certificate is not None:
         certificate.check_shapes(layer)
-        found = _of_certificate(certificate, layer)
+        bounds = _of_certificate(certificate, layer)
     for row, tree in enumerate(trees or ()):
         if tree is not None:
-            found[row] = max(found[row], Fraction(ExactTreeCheck(layer, row, tree).bound()))
-    return next_values(layer, found)
+            bounds[row] = max(bounds[row], Fraction(ExactTreeCheck(layer, row, tree).bound()))
+    return next_values(layer, bounds)
 
 
 def _of_certificate(certificate: Certificate, layer: LayerProblem) -> list[Fraction]:
@@ -102,12 +105,12 @@ def _of_certificate(certificate: Certificate, layer: LayerProblem) -> list[Fract
     for row in range(layer.rows):
         point = rational(certificate.point[row])
         form = _convex(_form(certificate, layer, row), np.arange(layer.n))
-        # without one it proves nothing
+        # Without a convex form the row's bound is 0.
         slopes.append(form.slope(point) if form else rational(np.zeros(layer.n)))
         offsets.append(form.value(point) - slopes[-1] @ point if form else Fraction(0))
     if not layer.shared_budget:
         return [
-            max(offset + _least(slope, layer.group_size, layer.pruned_per_group), Fraction(0))
+            max(offset + _least_sum(slope, layer.group_size, layer.pruned_per_group), Fraction(0))
             for offset, slope in zip(offsets, slopes, strict=True)
         ]
     shares = rational(layer.shares)
@@ -121,7 +124,7 @@ def _of_certificate(certificate: Certificate, layer: LayerProblem) -> list[Fract
 
 
 def _form(certificate: Certificate, layer: LayerProblem, row: int) -> Quadratic:
-    """g of `maskopt.certificates.certificate`, term by term."""
+    """Sum g of `maskopt.certificates.certificate` term by term."""
     n, size = layer.n, layer.group_size
     # of a group; μ and ν are 0 with a shared budget
     s = layer.pruned * size // layer.weight.numel()
@@ -145,7 +148,7 @@ def _form(certificate: Certificate, layer: LayerProblem, row: int) -> Quadratic:
 
 
 def _without(form: Quadratic, cuts: Cuts | None) -> Quadratic:
-    """g less Σ τ c(p): with S = Σ bᵢzᵢ = 2bᵀp + t, c = 2(bᵀp)² + 2t bᵀp − 2Σpᵢ² + 2Σpᵢ + (t² − 1)/2."""
+    """Subtract Σ τ c(p): with S = Σ bᵢzᵢ = 2bᵀp + t, c = 2(bᵀp)² + 2t bᵀp − 2Σpᵢ² + 2Σpᵢ + (t² − 1)/2."""
     if cuts is None or len(cuts.multiplier) == 0:
         return form
     matrix, linear, constant = form.matrix.copy(), form.linear.copy(), form.constant
@@ -167,7 +170,7 @@ def _without(form: Quadratic, cuts: Cuts | None) -> Quadratic:
 
 
 def _convex(form: Quadratic, free: np.ndarray) -> Quadratic | None:
-    """The same on masks, with A ⪰ 0 in what is free; None where no proposal of θ does."""
+    """Make A ⪰ 0 in the free entries, unchanged on masks; None where no proposal of θ does."""
     theta = _theta(form.matrix[np.ix_(free, free)])
     if theta is None:
         return None
@@ -178,7 +181,7 @@ def _convex(form: Quadratic, free: np.ndarray) -> Quadratic | None:
 
 
 def _theta(a: np.ndarray) -> Fraction | None:
-    """θ with A + θI ⪰ 0 for certain."""
+    """Return θ with A + θI ⪰ 0 for certain, or None."""
     try:
         floats = a.astype(float)
         least = float(np.linalg.eigvalsh(floats)[0]) if len(a) else 0.0
@@ -194,8 +197,8 @@ def _theta(a: np.ndarray) -> Fraction | None:
     return None
 
 
-def _least(slope: np.ndarray, group: int, count: Any) -> Fraction:
-    """The least sum with `count` entries of every group; inf marks what is not free."""
+def _least_sum(slope: np.ndarray, group: int, count: Any) -> Fraction:
+    """Return the least sum with `count` entries of every group; inf marks entries that are not free."""
     parts = slope.reshape(-1, group)
     counts = np.broadcast_to(count, len(parts))
     return sum(
@@ -223,7 +226,7 @@ class ExactTreeCheck(TreeCheck):
         self.twins = [twins for twins in self.twins if self._same(twins)]
 
     def _same(self, twins: np.ndarray) -> bool:
-        """Whether exchanging any two of these inputs leaves f as it is, without rounding."""
+        """Return whether exchanging any two of these inputs leaves f unchanged, without rounding."""
         q, first = self.f.matrix, twins[0]
         for other in twins[1:]:
             order = np.arange(self.n)
@@ -234,7 +237,6 @@ class ExactTreeCheck(TreeCheck):
         return True
 
     def _made(self, number: int, free: np.ndarray, cuts: Cuts) -> Any:
-        """As `TreeCheck._made`."""
         form = _without(self.f, cuts)
         lam, mu = rational(self.tree.forms[number]), Fraction(self.tree.penalty)
         matrix, linear = form.matrix.copy(), form.linear.copy()
@@ -250,7 +252,6 @@ class ExactTreeCheck(TreeCheck):
     def _step(
         self, form: Any, state: np.ndarray, free: np.ndarray, point: np.ndarray
     ) -> tuple[Any, np.ndarray]:
-        """As `TreeCheck._step`: the bound, and by how much it rises where a free input changes sides."""
         p = _ones(state == 1)
         if len(free) == 0:
             return self.f.value(p), np.zeros((2, 0))
@@ -263,7 +264,7 @@ class ExactTreeCheck(TreeCheck):
         ranked = np.full(self.n, math.inf, dtype=object)
         ranked[free] = slope[free]
         left = self.pruned - (state == 1).reshape(-1, self.group).sum(1)
-        value = form.convex.value(p) - slope[free] @ p[free] + _least(ranked, self.group, left)
+        value = form.convex.value(p) - slope[free] @ p[free] + _least_sum(ranked, self.group, left)
         order = [sorted(part) for part in ranked.reshape(-1, self.group)]
         last = np.array([order[i // self.group][left[i // self.group] - 1] for i in free])
         first = np.array([order[i // self.group][left[i // self.group]] for i in free])

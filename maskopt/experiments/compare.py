@@ -1,4 +1,4 @@
-"""The same rows through several solvers; a job is one row through one solver, and is resumed (`jobs`)."""
+"""Comparison of several solvers on the same rows; a job is one row through one solver (`jobs`)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from maskopt.protocol.solver import Solver, limits_of, make_solver, solve
 
 @dataclass(frozen=True)
 class Record:
-    """The answer of one solver for one row.
+    """The result of one solver for one row, or the error of a solver that failed.
 
     Attributes:
         value, value_bound: objective and lower bound in original units (`RowProblem.to_original_units`).
@@ -37,23 +37,23 @@ class Record:
     n: int
     pattern: str
     solver: str
-    objective: float
-    lower_bound: float
-    value: float
-    value_bound: float
-    gap: float
-    excess: float
-    status: str
-    trusted: str
-    seconds: float
-    seed: int
-    key: str
+    objective: float = math.nan
+    lower_bound: float = math.nan
+    value: float = math.nan
+    value_bound: float = math.nan
+    gap: float = math.nan
+    excess: float = math.nan
+    status: str = "failed"
+    trusted: str = ""
+    seconds: float = math.nan
+    seed: int = 0
+    key: str = ""
     error: str = ""
     trace: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def bounded(self) -> bool:
-        """Does the bound say anything?"""
+        """Whether the bound is informative."""
         return is_bounded(self.objective, self.lower_bound, self.status)
 
 
@@ -65,8 +65,11 @@ def sample_rows(
     pattern: Pattern | None = None,
     seed: int = 0,
 ) -> list[RowProblem]:
-    """`rows` rows of every layer, each restricted to `columns` random inputs of its own (for N:M divisible by
-    M). The draw depends on the seed and on the layer's position alone."""
+    """Draw `rows` rows of every layer, each restricted to `columns` random inputs of its own.
+
+    Patterns N:M need `columns` divisible by M. The draw depends on the seed and on the layer's position
+    alone.
+    """
     check_rows(rows)
     sampled = []
     for position, layer in enumerate(layers):
@@ -87,7 +90,7 @@ def check_rows(rows: int | None) -> None:
 def draw_rows(
     layer: LayerProblem, rows: int | None, columns: int | None, *, seed: Sequence[int]
 ) -> list[tuple[int, np.ndarray | None]]:
-    """Random rows of a layer (None: all) with `columns` random inputs each (None: all), both ascending."""
+    """Draw rows of a layer (None: all) with `columns` random inputs each (None: all), both ascending."""
     rng = np.random.default_rng(seed)
 
     def drawn(size: int, of: int) -> np.ndarray:
@@ -109,7 +112,7 @@ def compare(
     output: str | os.PathLike[str] | None = None,
     on_progress: Callable[[int, int], None] = lambda finished, jobs: None,
 ) -> list[Record]:
-    """Every row through every solver.
+    """Solve every row with every solver.
 
     Args:
         rows: instances, for example of `sample_rows`.
@@ -140,11 +143,11 @@ def compare(
     finished: dict[str, Record] = {}
     missing, held = {}, store.records()
     for key, row, job in wanted:
-        # only exact solvers have bounds that nothing proves
+        # Only exact solvers have bounds that nothing proves.
         required: Require = "claims" if job.solver.capabilities.trusted else "checked"
-        found = store.solution(key, row, required) if key in held else None
-        if found is not None:
-            finished[key] = _record(row, job, key, found)
+        stored = store.solution(key, row, required) if key in held else None
+        if stored is not None:
+            finished[key] = _record(row, job, key, stored)
         else:
             missing[key] = delayed(_solved)(row, job, key)
     count = len(finished) + len(missing)
@@ -169,16 +172,14 @@ class _Job:
 def _chosen(
     solvers: Sequence[str | Solver] | Mapping[str, Mapping[str, Any]], shared: dict[str, Any]
 ) -> list[_Job]:
-    """Every solver made, its options checked, before anything runs."""
-    given: Iterable[Any] = (
-        solvers.items() if isinstance(solvers, Mapping) else [(x, {}) for x in solvers]
-    )
+    """Make every solver, and check its options before anything runs."""
+    named = solvers.items() if isinstance(solvers, Mapping) else ((x, {}) for x in solvers)
     chosen: dict[str, _Job] = {}
-    for one, options in given:
-        limits, own = limits_of(None, {**shared, **options})
-        start = own.pop("start", None)
-        solver = make_solver(one, **own)
-        if solver.name in chosen:  # records know their solver by its name alone
+    for solver_or_name, options in named:
+        limits, solver_options = limits_of(None, {**shared, **options})
+        start = solver_options.pop("start", None)
+        solver = make_solver(solver_or_name, **solver_options)
+        if solver.name in chosen:  # Records know their solver by its name alone.
             raise OptionError(
                 f"solver {solver.name!r} is given twice; run compare once for each of its settings"
             )
@@ -195,38 +196,33 @@ def _solved(row: RowProblem, job: _Job, key: str) -> tuple[Record, Solution | No
 
 
 def _record(row: RowProblem, job: _Job, key: str, answer: Solution | MaskoptError) -> Record:
-    """The record of a solution, or of the error in place of one."""
-    base: dict[str, Any] = {
-        "instance": row.name,
-        "n": row.n,
-        "pattern": str(row.pattern),
-        "solver": job.solver.name,
-        "excess": math.nan,
-        "seed": job.limits.seed,
-        "key": key,
-    }
+    """Make the record of a solution, or of the error in place of one."""
+    failed = Record(
+        row.name, row.n, str(row.pattern), job.solver.name, seed=job.limits.seed, key=key
+    )
     if isinstance(answer, MaskoptError):
-        numbers = ("objective", "lower_bound", "value", "value_bound", "gap", "seconds")
-        base |= dict.fromkeys(numbers, math.nan)
-        return Record(**base, status="failed", trusted="", error=str(answer))
+        return replace(failed, error=str(answer))
     columns = {name: values[0] for name, values in answer.columns().items()}
-    columns |= {"value": answer.value, "value_bound": answer.bound}
-    known = {f.name for f in fields(Record)}
-    return Record(
-        **base,
+    known = {field.name for field in fields(Record)}
+    return replace(
+        failed,
         **{name: value for name, value in columns.items() if name in known},
+        value=answer.value,
+        value_bound=answer.bound,
         seconds=answer.seconds,
         trace={name: value for name, value in columns.items() if name not in known},
     )
 
 
-def _with_excess(found: list[Record], solvers: int) -> list[Record]:
-    records = []
-    for first in range(0, len(found), solvers):
-        group = found[first : first + solvers]
-        proven = [r for r in group if r.status == Status.OPTIMAL]
-        best = min(proven, key=lambda r: r.objective).value if proven else math.nan
-        for record in group:
-            excess = abs(record.value - best) / (abs(best) or 1.0)
-            records.append(record if math.isnan(excess) else replace(record, excess=excess))
-    return records
+def _with_excess(records: list[Record], solvers: int) -> list[Record]:
+    """Set the excess in the records of every row that a solver proved."""
+    complete = []
+    for first in range(0, len(records), solvers):
+        of_row = records[first : first + solvers]
+        proven = [record for record in of_row if record.status == Status.OPTIMAL]
+        if proven:
+            best = min(proven, key=lambda record: record.objective).value
+            scale = abs(best) or 1.0
+            of_row = [replace(r, excess=abs(r.value - best) / scale) for r in of_row]
+        complete += of_row
+    return complete

@@ -1,5 +1,7 @@
-"""Rows as jobs of their own under the configured backend of joblib. Finished rows are kept on disk, so that
-an interrupted run continues with the others."""
+"""Rows as jobs under the configured backend of joblib.
+
+Finished rows are kept on disk, so that an interrupted run continues with the others.
+"""
 
 from __future__ import annotations
 
@@ -48,23 +50,23 @@ _POLL = 0.005
 
 
 def workers(jobs: int | None) -> int:
-    """How many jobs run at a time, of joblib's n_jobs (None: of its `parallel_config`); OptionError for 0."""
+    """Return the jobs at a time of joblib's n_jobs (None: of its `parallel_config`); OptionError for 0."""
     if jobs == 0:
         raise OptionError("`jobs` is at least 1, or −1 for one a core")
     return int(effective_n_jobs(jobs))
 
 
 def as_they_finish(calls: Sequence[Any], jobs: int | None) -> Iterator[Any]:
-    """What `joblib.delayed` calls return, as they end; SolverError where a worker process was killed."""
+    """Yield the results of `joblib.delayed` calls as they end; SolverError if a worker process was killed."""
     workers(jobs)
-    here = os.getpid()
-    calls = [(_job, (here, function, *given), named) for function, given, named in calls]
+    asker = os.getpid()
+    calls = [(_call, (asker, function, *values), named) for function, values, named in calls]
     backend, _ = get_active_backend()
     try:
         if backend.supports_return_generator:
             yield from Parallel(n_jobs=jobs, return_as="generator_unordered")(calls)
             return
-        for first in range(0, len(calls), BATCH):  # Ray returns none before all are finished
+        for first in range(0, len(calls), BATCH):  # Ray returns none before all are finished.
             yield from Parallel(n_jobs=jobs)(calls[first : first + BATCH])
     except BrokenProcessPool:
         raise SolverError(
@@ -73,23 +75,23 @@ def as_they_finish(calls: Sequence[Any], jobs: int | None) -> Iterator[Any]:
         ) from None
 
 
-def _job(asker: int, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
-    """A call, in a process that ends with the one that asked for it."""
+def _call(asker: int, function: Callable[..., Any], *values: Any, **named: Any) -> Any:
+    """Call a function, in a process that ends with the one that asked for it."""
     if current_process().name.startswith("LokyProcess"):
         end_with(asker)
-    return function(*given, **named)
+    return function(*values, **named)
 
 
 def job_key(row: RowProblem, solver: Solver, start: Any, limits: Limits) -> str:
-    """Of a job: its row, its solver, its start (a name, a value or a mask) and its limits."""
+    """Return the digest of a job: row, solver, start (a name, a value or a mask) and limits."""
     if not isinstance(start, Tensor | np.ndarray):
         start = str(start)
-    of_limits = [limits.seconds, limits.memory, limits.seed]
-    return digest_of(row.as_layer(), 0, solver.name, repr(solver), of_limits, start)
+    limit_values = [limits.seconds, limits.memory, limits.seed]
+    return digest_of(row.as_layer(), 0, solver.name, repr(solver), limit_values, start)
 
 
 def digest_of(problem: LayerProblem, row: int, *more: Any) -> str:
-    """Of everything that a row's problem is, and of what is done with it."""
+    """Return the digest of a row's problem, and of `more` values that decide its result."""
     parts = [problem.weight[row].double(), problem.gram.double(), problem.moments]
     parts += [problem.correlation[row], problem.constant[row], *more]
     arrays = [part.cpu().numpy() if isinstance(part, Tensor) else part for part in parts]
@@ -101,9 +103,15 @@ class Store:
     """Finished jobs: records in the file `output`, solutions in the folder `<output>.rows`.
 
     A `.jsonl` gets a line for each finished job and may be shared by several runs; its jobs are resumed from
-    their solutions. A `.csv` is written at the end. A job whose solution `verify` refuses runs
-    again. Without an output nothing is kept. `kind` is the dataclass of the records, with `key`, `value`,
-    `value_bound` and `gap`; None: the caller writes the output. OptionError: as of `check_format`.
+    their solutions. A `.csv` is written at the end. A job whose solution `verify` refuses runs again.
+    Without an output nothing is kept.
+
+    Args:
+        kind: dataclass of the records, with `key`, `value`, `value_bound` and `gap`; None: the caller writes
+            the output.
+
+    Raises:
+        OptionError: as of `check_format`.
     """
 
     def __init__(self, output: str | os.PathLike[str] | None, kind: type[Any] | None) -> None:
@@ -120,18 +128,18 @@ class Store:
             self.folder = self.path.with_name(self.path.name + ".rows")
 
     def records(self) -> dict[str, Any]:
-        """The records of a `.jsonl` by key, as `read_records`; a last line that was cut off is removed."""
+        """Return the records of a `.jsonl` as `read_records`, and remove a last line that was cut off."""
         if self.path is None or self.kind is None or not self.grows or not self.path.exists():
             return {}
         with _alone(self.path):
-            found = read_records(self.path, self.kind)
-            write_records(self.path, list(found.values()))
-        return found
+            records = read_records(self.path, self.kind)
+            write_records(self.path, list(records.values()))
+        return records
 
     def solution(
         self, key: str, problem: LayerProblem | RowProblem, require: Require = "checked"
     ) -> Solution | None:
-        """The solution of a job, verified against its problem; None where there is none that holds."""
+        """Return the solution of a job if it is stored and verified against its problem, else None."""
         path = self.folder and self.folder / f"{key}.npz"
         if path is None or not path.exists():
             return None
@@ -162,22 +170,22 @@ class Store:
         if not self.grows:
             write_records(self.path, records)
             return
-        own = {record.key for record in records}
+        keys = {record.key for record in records}
         with _alone(self.path):
             held = read_records(self.path, self.kind)
-            others = [record for key, record in held.items() if key not in own]
+            others = [record for key, record in held.items() if key not in keys]
             write_records(self.path, [*others, *records])
 
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """No other run reads or writes the records meanwhile."""
+    """Lock the records, so that no other run reads or writes them meanwhile."""
     lock = path.with_name(f".{path.name}.lock")
     with FileLock(lock, poll_interval=_POLL):
         try:
             yield
         finally:
-            # elsewhere filelock removes it; who waits for a lock that is gone makes another one
+            # Elsewhere filelock removes it; who waits for a lock that is gone makes another one.
             if os.name == "posix":
                 lock.unlink(missing_ok=True)
 
@@ -200,11 +208,11 @@ def check_format(path: Path | None, *, overwrite: bool) -> None:
 
 
 def read_records(path: Path, kind: type[Any]) -> dict[str, Any]:
-    """Records of a JSONL file by key, without a last line that was cut off; DataError for any other line."""
+    """Read records of a JSONL file by key, without a last line that was cut off; DataError: another line."""
     if not path.exists():
         return {}
     names = {field.name for field in fields(kind)}
-    found, begin = {}, f'{{"{fields(kind)[0].name}": '
+    records, begin = {}, f'{{"{fields(kind)[0].name}": '
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
@@ -215,31 +223,31 @@ def read_records(path: Path, kind: type[Any]) -> dict[str, Any]:
         except ValueError as error:
             cut = number == len(lines) - 1 and isinstance(error, json.JSONDecodeError)
             if cut and (line.startswith(begin) or begin.startswith(line)):
-                continue  # while it was written
+                continue  # The run ended while it wrote this line.
             raise DataError(
                 f"{path}: line {number + 1} is not JSON ({error}); remove the file"
             ) from None
         data = data if isinstance(data, dict) else {}
-        own = {k: v for k, v in data.items() if k in names}
-        extra = {k: v for k, v in data.items() if k not in names}
-        sound = set(own) == names - {"trace"} and isinstance(own["key"], str)
-        if not sound or (extra and "trace" not in names):
+        values = {k: math.nan if v is None else v for k, v in data.items() if k in names}
+        trace = {k: v for k, v in data.items() if k not in names}
+        sound = set(values) == names - {"trace"} and isinstance(values["key"], str)
+        if not sound or (trace and "trace" not in names):
             raise DataError(
                 f"{path}: line {number + 1} is no record of this command; choose another file"
             )
-        if extra:
-            own["trace"] = extra
-        record = kind(**{k: math.nan if v is None else v for k, v in own.items()})
+        if trace:
+            values["trace"] = trace
+        record = kind(**values)
         if not holds_its_kinds(record):
             raise DataError(f"{path}: line {number + 1} has a value of another kind; remove it")
-        if math.isnan(record.gap):  # infinite ones were written so, too
+        if math.isnan(record.gap):  # An infinite gap is written as null, too.
             record = replace(record, gap=OriginalValues.of(record.value, record.value_bound).gap)
-        found[record.key] = record
-    return found
+        records[record.key] = record
+    return records
 
 
 def write_records(path: Path, records: Sequence[Any]) -> None:
-    """The table as a whole, in the format that the ending of the name says."""
+    """Write the table as a whole, in the format of the name's ending."""
     text = io.StringIO()
     if path.suffix == ".jsonl":
         text.write(_lines(records))
@@ -258,7 +266,7 @@ def _lines(records: Sequence[Any]) -> str:
 
 
 def _flat(record: Any) -> dict[str, Any]:
-    """A record as one flat line: what its trace holds are columns; NaN and infinity are null."""
+    """Return a record as one flat line: fields of the trace are columns; NaN and infinity are null."""
     data = asdict(record)
     data |= data.pop("trace", {})
     odd = [k for k, v in data.items() if isinstance(v, float) and not math.isfinite(v)]

@@ -1,4 +1,4 @@
-"""The search where no solver is named, and optima with their proofs.
+"""Search without a named solver, and optima with their proofs.
 
 Each row that is proven is a job of its own: on this machine, or on as many as joblib reaches. It is kept in a
 file until all rows are done; an interrupted proof verifies these files and continues.
@@ -39,7 +39,7 @@ def minimize_quadratic(
     solver: Solver | str | None = None,
     **options: Any,
 ) -> Solution:
-    """The least (or greatest) xᵀQx + constant over x ∈ {0,1}ⁿ with `cardinality` ones.
+    """Minimize (or maximize) xᵀQx + constant over x ∈ {0,1}ⁿ with `cardinality` ones.
 
         best = minimize_quadratic(Q, cardinality=20)
         best.selected, best.value, best.bound, best.gap, best.status[0]
@@ -66,11 +66,13 @@ def search(
     limits: Limits | None = None,
     **options: Any,
 ) -> Solution:
-    """`solve`; without a solver by `branch` for rows of at most `SMALL` inputs, by `sdp` and `tabu` for one
-    larger row, both within `SECONDS` unless another limit is given. Larger layers and shared budgets get
-    `swap`, without a limit."""
+    """Solve a problem, and choose the solver where none is given.
+
+    Rows of at most `SMALL` inputs get `branch`, one larger row gets `sdp` and `tabu`, both within `SECONDS`
+    unless another limit is given. Larger layers and shared budgets get `swap`, without a limit.
+    """
     layer = problem.as_layer()
-    limits, own = limits_of(limits, options)
+    limits, solver_options = limits_of(limits, options)
     if solver is None and not layer.shared_budget:
         if layer.n <= SMALL:
             solver, start = BRANCH, "swap" if start is None else start
@@ -79,26 +81,26 @@ def search(
         if solver is not None and limits.seconds is None:
             limits = replace(limits, seconds=SECONDS)
         if solver == "tabu":
-            return _bounded(layer, start, limits, own)
-    return solve(problem, solver or "swap", start=start, limits=limits, **own)
+            return _bounded(layer, start, limits, solver_options)
+    return solve(problem, solver or "swap", start=start, limits=limits, **solver_options)
 
 
 def _bounded(
     layer: LayerProblem, start: Any, limits: Limits, options: Mapping[str, Any]
 ) -> Solution:
-    """By `tabu` from the rounded point of the semidefinite relaxation, with the bound of the relaxation."""
+    """Run `tabu` from the rounded point of the semidefinite relaxation, and give its mask the bound."""
     limits = limits.begin()
     relaxed = solve(layer, "sdp", start=start, limits=limits.share(0.5))
-    found = solve(layer, "tabu", start=relaxed.mask, limits=limits, **options)
-    bound, proof = relaxed.lower_bound, relaxed.certificate
-    both = Solution.of(layer, found.mask, lower_bound=bound, certificate=proof)
-    closed = both.objective - both.lower_bound <= optimal_slack(layer, both.mask, both.objective)
+    searched = solve(layer, "tabu", start=relaxed.mask, limits=limits, **options)
+    bound = Solution.of(layer, searched.mask, lower_bound=relaxed.lower_bound).lower_bound
+    slack = optimal_slack(layer, searched.mask, searched.objective)
+    closed = bool(searched.objective - bound <= slack)
     return replace(
-        found,
-        lower_bound=both.lower_bound,
-        certificate=proof,
-        status=(Status.OPTIMAL,) if bool(closed) else found.status,
-        seconds=relaxed.seconds + found.seconds,
+        searched,
+        lower_bound=bound,
+        certificate=relaxed.certificate,
+        status=(Status.OPTIMAL,) if closed else searched.status,
+        seconds=relaxed.seconds + searched.seconds,
     )
 
 
@@ -112,8 +114,9 @@ def prove(
     on_progress: Callable[[int, int], None] = lambda finished, rows: None,
     **options: Any,
 ) -> Solution:
-    """Prove the optimum of every row by branch and bound, with the tree that proves it. A row that is not
-    closed in time has the bound of its tree.
+    """Prove the optimum of every row by branch and bound, with the tree that proves it.
+
+    A row that is not closed in time has the bound of its tree.
 
         with joblib.parallel_config(backend="dask", n_jobs=-1):
             prove(load_problem("layer.npz"), "proof.npz")
@@ -124,7 +127,10 @@ def prove(
         limits: the seconds are of all rows together.
         jobs: rows at a time, as for `maskopt.experiments.compare.compare`.
         on_progress: called with (finished rows, rows).
-        options: of the solver `branch`. MaskoptError for bad options or a bad start before anything runs.
+        options: of the solver `branch`.
+
+    Raises:
+        MaskoptError: bad options or a bad start, before anything runs.
     """
     backend = make_solver(BRANCH, **{**options, "proof": True})
     layer = problem.as_layer()
@@ -136,25 +142,27 @@ def prove(
         start = layer.check_mask(start, "start")
     limits, jobs = limits or Limits(), 1 if layer.rows == 1 else jobs
     store = Store(output, None)
-    # what is proven stays so, however long it may take and however many workers share the time
-    untimed, limits = replace(limits, seconds=None), _of_a_row(limits, layer.rows, jobs)
+    # A proof holds however long it took: the time is no part of a row's key.
+    untimed, limits = replace(limits, seconds=None), _limits_of_row(limits, layer.rows, jobs)
     keys: list[str] = []
-    found: dict[str, Solution] = {}
+    finished: dict[str, Solution] = {}
     missing: dict[str, Any] = {}
     for index in range(layer.rows):
-        row, begin = layer.row(index), start[index, None] if isinstance(start, Tensor) else start
-        keys.append(key := job_key(row, backend, begin, untimed))
+        row = layer.row(index)
+        row_start = start[index, None] if isinstance(start, Tensor) else start
+        key = job_key(row, backend, row_start, untimed)
+        keys.append(key)
         solution = store.solution(key, row)
         if solution is not None and solution.status[0] is Status.OPTIMAL:
-            found[key] = solution
+            finished[key] = solution
         else:
-            missing[key] = delayed(_proven)(key, row, backend, begin, limits)
+            missing[key] = delayed(_proven)(key, row, backend, row_start, limits)
     for key, solution in as_they_finish(list(missing.values()), jobs):
-        found[key] = solution
+        finished[key] = solution
         if solution.status[0] is Status.OPTIMAL:
             store.add(key, solution)
-        on_progress(len(found), len(set(keys)))
-    rows = [found[key] for key in keys]
+        on_progress(len(finished), len(set(keys)))
+    rows = [finished[key] for key in keys]
     joined = Solution.joined(rows, Certificate.of_rows(layer, [row.certificate for row in rows]))
     if output is not None:
         joined.save(output)
@@ -163,8 +171,8 @@ def prove(
     return joined
 
 
-def _of_a_row(limits: Limits, rows: int, jobs: int | None) -> Limits:
-    """Its share of the time; with several rows no listener, which cannot be sent to another process."""
+def _limits_of_row(limits: Limits, rows: int, jobs: int | None) -> Limits:
+    """Return a row's share of the time, without a listener, which no other process can call."""
     limits = limits.quiet() if rows > 1 else limits
     if limits.seconds is None:
         return limits

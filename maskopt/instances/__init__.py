@@ -1,1 +1,1 @@
-"""Instances of other libraries, read and written."""
+"""Instances of other libraries, and row problems of whole input structures."""

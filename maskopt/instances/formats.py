@@ -1,6 +1,6 @@
-"""Instances of other libraries, read, and written as QPLIB: a set of given size, by a quadratic objective.
+"""Readers of other libraries' instances, and a writer of QPLIB: a set of given size, a quadratic objective.
 
-| ending | library | what is chosen |
+| ending | library | chosen set |
 |---|---|---|
 | `.npy`, `.npz`, `.csv`, `.mtx` | one matrix | as many as `cardinality` says, of least or greatest xᵀQx |
 | `.dat` | k-cluster | k vertices with the most edges between them |
@@ -28,17 +28,22 @@ from maskopt.errors import ProblemError
 
 #: difference of mirrored entries that is taken for rounding, as part of the largest entry
 _SKEW = 1e-6
-#: of what a file may make a dense matrix
+#: rows of a dense matrix that is read at most
 _MOST_ENTRIES = 2**14
 
 
 def load_problem(
     path: str | os.PathLike[str], cardinality: int | None = None, maximize: bool = False
 ) -> LayerProblem | RowProblem:
-    """A layer or a row of an `.npz`, or a row out of a matrix or another library's file, by its ending.
-    `cardinality`: how many are chosen, where the file does not say (matrices, `.mc`). `maximize`: the
-    greatest xᵀQx of a matrix. Raises ProblemError: no such file, or no instance that chooses a set of given
-    size."""
+    """Read a layer or a row of an `.npz`, or a row out of a matrix or another library's file, by its ending.
+
+    Args:
+        cardinality: size of the chosen set where the file does not state it (matrices, `.mc`).
+        maximize: choose the greatest xᵀQx of a matrix.
+
+    Raises:
+        ProblemError: no such file, or no instance that chooses a set of given size.
+    """
     ending = Path(path).suffix.lower()
     matrix = ending in _MATRICES or (ending == ".npz" and not has_header(path))
     if maximize and not matrix:
@@ -96,7 +101,7 @@ def _of_matrix(path: str | os.PathLike[str], cardinality: int | None, maximize: 
 
 
 def _check_size(n: int) -> None:
-    """Raise ProblemError for a number of entries whose square nobody has memory for, or none."""
+    """Raise ProblemError for no entries, or for more than a dense matrix may have."""
     if not 1 <= n <= _MOST_ENTRIES:
         raise ProblemError(f"{n} vertices or variables; a dense matrix holds 1 to {_MOST_ENTRIES}")
 
@@ -111,7 +116,7 @@ def _read_csv(path: str | os.PathLike[str]) -> np.ndarray:
 def _read_market(path: str | os.PathLike[str]) -> np.ndarray:
     try:
         rows, columns, count, *_ = scipy.io.mminfo(path)
-        # a first line is believed if the file is as long as it says
+        # The first line may state any number: at most one entry per byte is believed.
         if rows == columns <= _MOST_ENTRIES and count <= os.path.getsize(path):
             matrix = scipy.io.mmread(path)
             return np.asarray(matrix if isinstance(matrix, np.ndarray) else matrix.toarray())
@@ -123,8 +128,11 @@ def _read_market(path: str | os.PathLike[str]) -> np.ndarray:
 def save_problem(
     problem: RowProblem, path: str | os.PathLike[str], form: str | None = None
 ) -> None:
-    """Write a row as .npz or .qplib, by the ending or `form`, atomically; ProblemError: the format does not
-    hold it."""
+    """Write a row as .npz or .qplib, by the ending or `form`, atomically.
+
+    Raises:
+        ProblemError: the format does not hold the row.
+    """
     ending = f".{form}" if form else Path(path).suffix.lower()
     if ending == ".npz":
         return problem.save(path)
@@ -133,34 +141,34 @@ def save_problem(
     if not isinstance(problem.pattern, Unstructured) or problem.update is not None:
         raise ProblemError(f"{path}: {ending} holds one set of a given size, and unchanged weights")
     with atomic_write(Path(path)) as file:
-        # a name out of a file name may be no text
+        # A name out of a file name may hold half of a surrogate pair.
         file.write(_write_qplib(problem).encode(errors="replace"))
     return None
 
 
 class _Line(NamedTuple):
-    """A line of a file that says something: its number there, and its words."""
+    """The words of a line that is no comment, and its number in the file."""
 
     number: int
     words: list[str]
 
     def numbers(self, kinds: str) -> list[Any]:
-        """Whole numbers (i) and others (f); the rest of the line is left."""
-        given = zip(self.words, kinds, strict=False)
+        """Read whole numbers (i) and others (f) from the line's beginning."""
+        pairs = zip(self.words, kinds, strict=False)
         try:
-            found = [int(word) if kind == "i" else float(word) for word, kind in given]
+            values = [int(word) if kind == "i" else float(word) for word, kind in pairs]
         except ValueError:
-            found = []
-        if len(found) < len(kinds):
+            values = []
+        if len(values) < len(kinds):
             raise self.error(f"expected {len(kinds)} numbers, not {self.text!r}")
-        return found
+        return values
 
     @property
     def text(self) -> str:
         return " ".join(self.words)[:80]
 
-    def error(self, what: str) -> ProblemError:
-        return ProblemError(f"line {self.number}: {what}")
+    def error(self, fault: str) -> ProblemError:
+        return ProblemError(f"line {self.number}: {fault}")
 
 
 def _lines(text: str, comments: tuple[str, ...] = ("#", "%", "c ")) -> Iterator[_Line]:
@@ -176,9 +184,9 @@ def _next(lines: Iterator[_Line]) -> _Line:
 
 
 def _edges(lines: Iterator[_Line], n: int, first: int, count: int) -> np.ndarray:
-    """Symmetric [n, n] of the lines `i j weight`, numbered from `first`."""
+    """Return the symmetric matrix [n, n] of `count` lines `i j weight`, numbered from `first`."""
     _check_size(n)
-    weight, seen, found = np.zeros((n, n)), np.zeros((n, n), dtype=bool), 0
+    weight, seen = np.zeros((n, n)), np.zeros((n, n), dtype=bool)
     for line in lines:
         i, j = (x - first for x in line.numbers("ii"))
         w = line.numbers("iif")[2] if len(line.words) > 2 else 1.0
@@ -186,18 +194,18 @@ def _edges(lines: Iterator[_Line], n: int, first: int, count: int) -> np.ndarray
             raise line.error(f"{line.text!r} is no new pair of two of {n}")
         weight[i, j] = weight[j, i] = w
         seen[i, j] = seen[j, i] = True
-        found += 1
-    if found != count:
-        raise ProblemError(f"{found} edges where the first line says {count}")
+    edges = int(seen.sum()) // 2
+    if edges != count:
+        raise ProblemError(f"{edges} edges where the first line says {count}")
     return weight
 
 
 def _read_graph(ending: str, text: str, name: str, cardinality: int | None) -> RowProblem:
-    """Σ over chosen pairs of their weight, each once, is maximized."""
+    """Read a graph whose chosen pairs, each once, have the greatest sum of weights."""
     lines = _lines(text)
     if ending == ".dat":
         n, chosen, count = _next(lines).numbers("iii")
-        # an edge is given by the entry ½ of a symmetric matrix: it counts 1
+        # An edge is given by the entry ½ of a symmetric matrix: it counts 1.
         weight = 2 * _edges(lines, n, 1, count)
     elif ending in (".mdp", ".txt"):
         n, chosen = _next(lines).numbers("ii")
@@ -220,9 +228,11 @@ _TEXTS = (".dat", ".mc", ".rudy", ".mdp", ".txt", _QPLIB)
 
 
 def _read_qplib(text: str) -> RowProblem:
-    """A problem of type ?BL whose only constraint is a number of ones; ProblemError, with the reason, for
-    others. ½xᵀHx + bᵀx + c has H by its lower triangle: an entry off the diagonal is the coefficient of
-    x_i x_j, one on it twice that of x_i²."""
+    """Read a problem of type ?BL whose only constraint is a number of ones; ProblemError for others.
+
+    ½xᵀHx + bᵀx + c has H by its lower triangle: an entry off the diagonal is the coefficient of x_i x_j, one
+    on it twice that of x_i².
+    """
     lines = _lines(text, ("!", "%", "#"))
     name, kind, sense = (_next(lines).words[0] for _ in range(3))
     if len(kind) != 3 or kind[0] not in "LDCQ" or kind[1:] != "BL":
@@ -258,28 +268,29 @@ def _read_qplib(text: str) -> RowProblem:
 
 
 def _vector(lines: Iterator[_Line], n: int) -> np.ndarray:
-    """A default, and the entries that are not it."""
+    """Read a vector: a default value, then the entries that differ from it."""
     return _entries(lines, (n,), _next(lines).numbers("f")[0])
 
 
 def _entries(lines: Iterator[_Line], shape: tuple[int, ...], default: float = 0.0) -> np.ndarray:
-    """An array by the number of its entries that are listed, and a line for each; of a square one a
-    triangle."""
-    found, given = np.full(shape, default), np.zeros(shape, dtype=bool)
+    """Read an array: the number of listed entries, then a line for each; of a square one a triangle."""
+    values, listed = np.full(shape, default), np.zeros(shape, dtype=bool)
     for _ in range(_next(lines).numbers("i")[0]):
         line = _next(lines)
-        *place, value = line.numbers("i" * len(shape) + "f")
-        at = tuple(i - 1 for i in (sorted(place) if shape[0] == shape[-1] else place))
-        if not all(0 <= i < size for i, size in zip(at, shape, strict=True)) or given[at]:
+        *position, value = line.numbers("i" * len(shape) + "f")
+        if shape[0] == shape[-1]:
+            position.sort()
+        at = tuple(i - 1 for i in position)
+        if not all(0 <= i < size for i, size in zip(at, shape, strict=True)) or listed[at]:
             raise line.error(
                 f"{line.text!r} is no new entry of {shape[-1]}; of a symmetric matrix list one triangle"
             )
-        found[at], given[at] = value, True
-    return found
+        values[at], listed[at] = value, True
+    return values
 
 
 def _write_qplib(problem: RowProblem) -> str:
-    """The text of a problem of type QBL (http://qplib.zib.de/doc.html)."""
+    """Return the text of a problem of type QBL (http://qplib.zib.de/doc.html)."""
     quadratic, constant = problem.quadratic()
     n = problem.n
     units = problem.as_layer().units

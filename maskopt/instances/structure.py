@@ -1,4 +1,4 @@
-"""Whole inputs of a linear map, removed for all of its outputs at once, as a row problem.
+"""Row problems that remove whole inputs of a linear map, for all of its outputs at once.
 
 With weight W and Gram matrix G of its inputs, removing the inputs P changes the outputs by
 
@@ -32,11 +32,11 @@ def structure_problem(
     mean: Float[Tensor, " n"] | None = None,
     name: str = "",
 ) -> RowProblem:
-    """Which structures of a layer's inputs to remove, with unchanged kept weights; f is summed over rows.
+    """Make the row problem of a layer's input structures, with unchanged kept weights; f sums over rows.
 
     Args:
         gram: G of the layer's inputs, the mean over tokens.
-        pattern: of the structures by number: how many stay, or N:M among neighbours.
+        pattern: the number of structures that stay, or N:M among neighbours.
         groups: the structure of each input, numbered 0 … m−1 without a gap; None: every input is one.
         mean: of the inputs over tokens; only used where every input is a structure.
 
@@ -60,7 +60,7 @@ def structure_problem(
             raise ProblemError("groups must be numbered without a gap")
         quadratic, norms = _summed(_summed(quadratic, groups).T, groups), _summed(norms, groups)
     norms = norms.sqrt()
-    scale = torch.where(norms > 0, norms, 1.0)  # where there is no weight, Q is 0, too
+    scale = torch.where(norms > 0, norms, 1.0)  # Where there is no weight, Q is 0, too.
     correlation = quadratic / scale / scale[:, None]
     correlation = (correlation + correlation.T) / 2
     moments = mean if groups is None else None
@@ -68,7 +68,7 @@ def structure_problem(
 
 
 def _summed(values: Tensor, groups: Tensor) -> Tensor:
-    """Over the entries of each group, along the first axis."""
+    """Sum over the entries of each group, along the first axis."""
     total = torch.zeros(int(groups.max()) + 1, *values.shape[1:]).to(values)
     return total.index_add_(0, groups, values)
 
@@ -79,8 +79,11 @@ def refit_inputs(
     kept: Bool[Tensor, " n"],
     update: LeastSquaresUpdate,
 ) -> Float[Tensor, "rows n"]:
-    """The weights of the kept inputs by least squares, float64, zero for the others: V_S = A_SS⁻¹A_S:Wᵀ with
-    A = G + λD; unchanged in rows that it does not improve. ProblemError for an indefinite A."""
+    """Return the weights of the kept inputs by least squares, float64, zero for the others.
+
+    V_S = A_SS⁻¹A_S:Wᵀ with A = G + λD; rows that it does not improve are unchanged. ProblemError for an
+    indefinite A.
+    """
     squares = LeastSquares.of(gram, update)
     squares.check("")
     a, exact = squares.damped, weight.double()
@@ -89,14 +92,14 @@ def refit_inputs(
     solved = torch.cholesky_solve(a[inside] @ exact.T, factor).T
     new = torch.zeros_like(exact)
     new[:, inside] = solved
-    own = torch.where(kept, exact, 0.0)
-    better = change(new, weight, gram) <= change(own, weight, gram)
-    return torch.where(better[:, None], new, own)
+    unchanged = torch.where(kept, exact, 0.0)
+    better = change(new, weight, gram) <= change(unchanged, weight, gram)
+    return torch.where(better[:, None], new, unchanged)
 
 
 def change(
     new: Float[Tensor, "rows n"], weight: Float[Tensor, "rows n"], gram: Float[Tensor, "n n"]
 ) -> Float[Tensor, " rows"]:
-    """Mean squared change of every output, float64."""
+    """Return the mean squared change of every output, float64."""
     difference = new.double() - weight.double()
     return ((difference @ gram.double()) * difference).sum(1).clamp(min=0)

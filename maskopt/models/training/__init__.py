@@ -1,1 +1,1 @@
-"""Kept weights trained with their masks fixed."""
+"""Training of kept weights with their masks fixed."""

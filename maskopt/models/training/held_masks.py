@@ -1,4 +1,4 @@
-"""Masks held while a pruned model is trained on: what was pruned stays zero, whatever the optimiser does.
+"""Masks held while a pruned model is trained on: pruned weights stay zero under any optimiser.
 
 Gradients of pruned weights are set to zero, and after every step of any optimiser the weights once more, for
 optimisers that move weights without a gradient. LoRA's product is masked in the forward pass and where it is
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 Masks = Mapping[str, Bool[Tensor, "rows n"]]
-#: what PEFT calls the layer inside its own
+#: PEFT's name of the layer inside its own
 _BASE = "base_layer"
 
 
@@ -64,7 +64,7 @@ def keep_masks(
 def parameter_masks(
     model: nn.Module, masks: str | Path | Masks, *, trust_remote_code: bool = False
 ) -> dict[str, Bool[Tensor, ...]]:
-    """Masks of layers as those of the model's parameters, by their names and in their shapes, True = kept.
+    """Return masks of layers as those of the model's parameters, by name and in their shapes, True = kept.
 
     Arguments and errors are those of `keep_masks`.
     """
@@ -75,8 +75,8 @@ def parameter_masks(
             raise ModelError(
                 f"{folder}: holds no {MASKS}; name a folder that `maskopt prune` wrote"
             )
-        found = layer_masks(checkpoint, folder / MASKS, trust_remote_code=trust_remote_code)
-        masks = {layer.name: kept for layer, kept in found}
+        pairs = layer_masks(checkpoint, folder / MASKS, trust_remote_code=trust_remote_code)
+        masks = {layer.name: kept for layer, kept in pairs}
     layers = {
         ".".join(part for part in layer.name.split(".") if part != _BASE): layer
         for layer in Blocks(model).all_layers()
@@ -91,8 +91,10 @@ def parameter_masks(
 
 
 class KeptMasks:
-    """The zeros of a model that are held. Leaving its `with`, or `close`, sets them once more and ends the
-    hold; it warns where LoRA's product is not merged, since it is masked no longer then.
+    """The zeros of a model that are held.
+
+    Leaving its `with`, or `close`, sets them once more and ends the hold; it warns where LoRA's product is
+    not merged, since it is masked no longer then.
 
     A held mask takes a byte for each weight of the pruned layers, on their device; a step takes one pass over
     these weights more, and their gradients another. With LoRA the product of its two matrices is made in full
@@ -121,7 +123,7 @@ class KeptMasks:
 
     @property
     def bytes(self) -> int:
-        """Memory of the masks."""
+        """The memory of the masks."""
         return sum(kept.nbytes for _, kept in self._held.values())
 
     def apply(self) -> None:
@@ -132,7 +134,7 @@ class KeptMasks:
                     parameter.masked_fill_(~kept, 0)
 
     def lost(self) -> int:
-        """Pruned weights that are not zero now."""
+        """Return the number of pruned weights that are not zero now."""
         return sum(self._lost_by_name().values())
 
     def close(self) -> None:
@@ -155,7 +157,7 @@ class KeptMasks:
             self._undo.pop()()
 
     def callback(self) -> TrainerCallback:
-        """For `transformers.Trainer` with optimisers that are none of torch's: zeros after every step."""
+        """Return a callback of `transformers.Trainer` that sets zeros after every step of any optimiser."""
         from transformers import TrainerCallback
 
         class Callback(TrainerCallback):
@@ -179,13 +181,13 @@ class KeptMasks:
         }
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *arguments: Any) -> None:
-        mine = {id(p) for p, _ in self._held.values()}
-        if any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+        held = {id(p) for p, _ in self._held.values()}
+        if any(id(p) in held for group in optimizer.param_groups for p in group["params"]):
             self.apply()
 
 
 def _checked(model: nn.Module, layer: Layer, mask: Any) -> Bool[Tensor, "rows n"]:
-    """A layer's mask; ModelError for another dtype or shape."""
+    """Return a layer's mask as a tensor; ModelError for another dtype or shape."""
     try:
         model.get_parameter(layer.parameter)
     except AttributeError:
@@ -205,7 +207,7 @@ def _checked(model: nn.Module, layer: Layer, mask: Any) -> Bool[Tensor, "rows n"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model of transformers inside what `torch.compile`, data parallelism and PEFT put around it."""
+    """Return the model of transformers inside wrappers of `torch.compile`, data parallelism and PEFT."""
     if isinstance(model, DistributedDataParallel | nn.DataParallel):
         return unwrapped(model.module)
     compiled = getattr(model, "_orig_mod", None)
@@ -216,14 +218,21 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _lora_layers(model: nn.Module, masks: Mapping[int, Tensor]) -> list[tuple[Any, Tensor]]:
-    """PEFT's modules around pruned layers, each with the mask in the layout of the base layer's weight;
-    `masks` by the `id` of the base layers' weights. Raises ModelError: adapters of another kind around a
-    pruned layer."""
-    found = []
+    """Return PEFT's modules around pruned layers, each with its mask in the layout of the base weight.
+
+    Args:
+        masks: by the `id` of the base layers' weights.
+
+    Raises:
+        ModelError: adapters of another kind around a pruned layer.
+    """
+    layers = []
     for name, module in model.named_modules():
         base = getattr(module, _BASE, None)
-        own = dict(base.named_parameters(recurse=False)) if isinstance(base, nn.Module) else {}
-        held = {key: masks[id(weight)] for key, weight in own.items() if id(weight) in masks}
+        if not isinstance(base, nn.Module):
+            continue
+        parameters = base.named_parameters(recurse=False)
+        held = {key: masks[id(weight)] for key, weight in parameters if id(weight) in masks}
         if not held:
             continue
         if set(held) != {"weight"}:
@@ -244,17 +253,17 @@ def _lora_layers(model: nn.Module, masks: Mapping[int, Tensor]) -> list[tuple[An
                 f"{name!r}: adapter {others[0]!r} is a variant of LoRA (DoRA, a bias of its own …), whose "
                 "product no mask can be put on; use plain LoRA"
             )
-        found.append((module, held["weight"]))
-    return found
+        layers.append((module, held["weight"]))
+    return layers
 
 
-def _mask_product(module: Any, kept: Bool[Tensor, "one two"]) -> Callable[[], None]:
-    """Mask the product of a LoRA module from here on; a function that undoes it."""
+def _mask_product(module: Any, kept: Bool[Tensor, "first second"]) -> Callable[[], None]:
+    """Mask the product of a LoRA module from here on, and return a function that undoes it."""
     delta, forward = module.get_delta_weight, module.forward
 
-    def masked_delta(adapter: str) -> Float[Tensor, "one two"]:
-        found: Tensor = delta(adapter)
-        return found.masked_fill(~kept.to(found.device), 0)
+    def masked_delta(adapter: str) -> Float[Tensor, "first second"]:
+        product: Tensor = delta(adapter)
+        return product.masked_fill(~kept.to(product.device), 0)
 
     def masked_forward(x: Tensor, *arguments: Any, **more: Any) -> Tensor:
         if module.disable_adapters or module.merged:
@@ -267,9 +276,9 @@ def _mask_product(module: Any, kept: Bool[Tensor, "one two"]) -> Callable[[], No
         for adapter in module.active_adapters:
             if adapter in module.lora_A:
                 product = masked_delta(adapter)
-                given = module.lora_dropout[adapter](x.to(product.dtype))
-                by_rows = not isinstance(module.base_layer, Conv1D)
-                result = result + given @ (product.T if by_rows else product)
+                if not isinstance(module.base_layer, Conv1D):
+                    product = product.T
+                result = result + module.lora_dropout[adapter](x.to(product.dtype)) @ product
         return result.to(dtype)
 
     module.get_delta_weight, module.forward = masked_delta, masked_forward

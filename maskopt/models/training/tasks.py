@@ -1,5 +1,4 @@
-"""The weights that are trained towards the dense model, with their masks fixed: those of one block, or of a
-whole model.
+"""Training towards the dense model with masks fixed: of one block's weights, or of a whole model's.
 
 Blockwise, the targets are the outputs of the dense block in the dense model, which the walk leaves in
 `Samples.dense`; once the block's layers are pruned, it is trained on its inputs in the pruned model. As a
@@ -45,11 +44,17 @@ _LEAST_OF_CHANNEL = 1e-3
 
 
 def train_block(
-    block: Block, how: Reconstruction, seed: int, masks: Mapping[str, tuple[Layer, Tensor]]
+    block: Block, options: Reconstruction, seed: int, masks: Mapping[str, tuple[Layer, Tensor]]
 ) -> tuple[list[TrainedBlock], dict[str, tuple[Layer, Tensor]], dict[str, Tensor]]:
-    """Train a pruned block's kept weights in place, if there are any, towards the outputs of the dense block;
-    `masks` are of layers that may change, True = kept. Returns the losses, and what changed, rounded to the
-    stored dtypes, in the model too: weights [rows, n] by layer, and norms and biases by stored tensor."""
+    """Train a pruned block's kept weights in place, if there are any, towards the outputs of the dense block.
+
+    Args:
+        masks: of layers that may change, True = kept.
+
+    Returns:
+        The losses, and the changes, rounded to the stored dtypes, in the model too: weights [rows, n] by
+        layer, and norms and biases by stored tensor.
+    """
     began, samples, source = time.perf_counter(), block.samples, block.job.source
     fitted = [window for window in samples.active if window not in samples.held]
     held = [window for window in samples.active if window in samples.held]
@@ -57,8 +62,8 @@ def train_block(
         raise ModelError(
             f"{block.name}: no held-out window is left to judge the training; give a larger `holdout`"
         )
-    # norms and biases that may change: the stored tensor and its dtype by name
-    vectors = source.vectors(block.index) if how.train == ALL else {}
+    # Norms and biases that may change: the stored tensor and its dtype by name.
+    vectors = source.vectors(block.index) if options.train == ALL else {}
     free, stored = _free(block, masks, vectors)
     if not free:
         return [], {}, {}
@@ -67,19 +72,21 @@ def train_block(
     by = _scales(targets, fitted).to(device)
 
     def loss(window: int) -> Float[Tensor, ""]:
-        given = states[window].to(device, torch.float32)
-        wanted = targets[window].to(device, torch.float32)
-        return _distance(calls[window](block.module, given, cast=True) * by, wanted * by)
+        state = states[window].to(device, torch.float32)
+        target = targets[window].to(device, torch.float32)
+        return _distance(calls[window](block.module, state, cast=True) * by, target * by)
 
     remedy = "leave its layers out with `exclude`"
-    task = Task("a block", remedy, block.module, free, stored, loss, fitted, held, fitted, how)
+    task = Task("a block", remedy, block.module, free, stored, loss, fitted, held, fitted, options)
     generator = torch.Generator().manual_seed((seed * 1_000_003 + block.index) % 2**63)
-    found = train(task, block.threads, generator, block.ticker("train", how.epochs * len(fitted)))
-    losses = (found.before.fitted, found.after.fitted, found.before.held, found.after.held)
+    result = train(
+        task, block.threads, generator, block.ticker("train", options.epochs * len(fitted))
+    )
+    losses = (result.before.fitted, result.after.fitted, result.before.held, result.after.held)
     seconds = time.perf_counter() - began
-    trained = [TrainedBlock(block.index, *losses, found.epoch, found.diverged, seconds)]
-    if not found.epoch:
-        return trained, {}, {}  # the block stays as it was stored
+    trained = [TrainedBlock(block.index, *losses, result.epoch, result.diverged, seconds)]
+    if not result.epoch:
+        return trained, {}, {}  # The block stays as it was stored.
     weights, changed = {}, {}
     for name, (layer, _) in masks.items():
         weight = matrix(source.model, layer)
@@ -98,7 +105,7 @@ def _free(
     masks: Mapping[str, tuple[Layer, Tensor]],
     vectors: Mapping[str, tuple[str, torch.dtype]],
 ) -> tuple[dict[str, Tensor], dict[str, torch.dtype]]:
-    """By parameter name inside the block: the entries that may change, and the dtypes of storage."""
+    """Return the entries that may change and the dtypes of storage, by parameter name inside the block."""
     free: dict[str, Tensor] = {}
     stored: dict[str, torch.dtype] = {}
     names = {id(p): name for name, p in block.module.named_parameters()}
@@ -115,9 +122,11 @@ def _free(
 
 
 def _scales(recorded: Activations, windows: Sequence[int]) -> Float[Tensor, " width"]:
-    """One over the root mean square of every recorded channel, float32, on the CPU, every token taken with
-    length 1. A few channels of a hidden state may be many times larger than all others; where the next norm
-    has small entries there, as in Gemma, later layers see little of it."""
+    """Return one over the root mean square of every channel, over tokens scaled to length 1, float32, CPU.
+
+    A few channels of a hidden state may be many times larger than all others; where the next norm has small
+    entries there, as in Gemma, later layers see little of it.
+    """
     total: Tensor | float = 0.0
     for window in windows:
         square = recorded[window].double().square().flatten(0, -2)
@@ -126,33 +135,29 @@ def _scales(recorded: Activations, windows: Sequence[int]) -> Float[Tensor, " wi
     return (total / total.mean().clamp(min=1e-30)).clamp(min=_LEAST_OF_CHANNEL).rsqrt().float()
 
 
-def _distance(found: Tensor, wanted: Tensor) -> Float[Tensor, ""]:
-    """Squared error of a token relative to the square of its target, mean over the tokens; both are
-    [1, length, width]."""
-    error, size = (found - wanted).square().sum(-1), wanted.square().sum(-1)
+def _distance(output: Tensor, target: Tensor) -> Float[Tensor, ""]:
+    """Return a token's squared error relative to its target's square, mean over tokens [1, length, width]."""
+    error, size = (output - target).square().sum(-1), target.square().sum(-1)
     return (error / size.clamp(min=_LEAST * float(size.mean()) or 1.0)).mean()
 
 
-# --- as a whole
-
-
 def kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Float[Tensor, ""]:
-    """KL(p ‖ q) of distributions [positions, vocabulary], summed over the positions, nats."""
+    """Return KL(p ‖ q) of distributions [positions, vocabulary], summed over the positions, nats."""
     return (log_p - log_q).mul_(p).sum()
 
 
 @torch.no_grad()
 def divergence(
-    wanted: Float[Tensor, "positions vocabulary"],
-    found: Float[Tensor, "positions vocabulary"],
+    taught: Float[Tensor, "positions vocabulary"],
+    logits: Float[Tensor, "positions vocabulary"],
     slope: Float[Tensor, "positions vocabulary"] | None = None,
 ) -> Float[Tensor, ""]:
-    """`kl` of the softmax of two logits; `slope` receives its derivative by `found`, q − p."""
-    step = CACHED if found.device.type == "cpu" else len(found)
-    total = found.new_zeros(())
-    for start in range(0, len(found), step):
+    """Return `kl` of the softmax of two logits; `slope` receives its derivative by `logits`, q − p."""
+    step = CACHED if logits.device.type == "cpu" else len(logits)
+    total = logits.new_zeros(())
+    for start in range(0, len(logits), step):
         part = slice(start, start + step)
-        log_p, log_q = wanted[part].log_softmax(1), found[part].log_softmax(1)
+        log_p, log_q = taught[part].log_softmax(1), logits[part].log_softmax(1)
         p = log_p.exp()
         total += kl(p, log_p, log_q)
         if slope is not None:
@@ -164,44 +169,46 @@ def divergence(
 def divergence_loss(
     student: Job, dense: Job, states: Callable[[int], Tensor]
 ) -> Iterator[Callable[[int], Float[Tensor, ""]]]:
-    """A function of a window: KL(dense ‖ student), mean over its targets, through the head of both in memory.
+    """Give a window's loss: KL(dense ‖ student), mean over its targets, through the head of both in memory.
 
     Args:
         dense: after its whole walk.
-        states: of a window, the output of the student's last block, [1, length, width].
+        states: returns the output of the student's last block for a window, [1, length, width].
     """
     windows, device = student.windows, student.source.device
     first, last = windows.beginning.first_target - 1, windows.length - 1
 
     def of(window: int) -> Tensor:
-        own, tokens = states(window), windows.tokens[window : window + 1].to(device)
-        taught = dense.last_state(window)[None].to(device)
-        leaf = own.detach().requires_grad_(torch.is_grad_enabled())
+        state, tokens = states(window), windows.tokens[window : window + 1].to(device)
+        dense_state = dense.last_state(window)[None].to(device)
+        leaf = state.detach().requires_grad_(torch.is_grad_enabled())
         gradient = torch.zeros_like(leaf)
         total = torch.zeros((), device=device)
         for start in range(first, last, POSITIONS):
             part = slice(start, min(start + POSITIONS, last))
             with torch.no_grad():
-                wanted = end(tokens[:, part], taught[:, part])
-            found = end(tokens[:, part], leaf[:, part])
-            slope = torch.empty_like(found[0], dtype=torch.float32) if found.requires_grad else None
-            total += divergence(wanted[0].float(), found[0].detach().float(), slope)
+                taught = end(tokens[:, part], dense_state[:, part])
+            logits = end(tokens[:, part], leaf[:, part])
+            slope = None
+            if logits.requires_grad:
+                slope = torch.empty_like(logits[0], dtype=torch.float32)
+            total += divergence(taught[0].float(), logits[0].detach().float(), slope)
             if slope is not None:
-                gradient += torch.autograd.grad(found, leaf, slope[None].to(found.dtype))[0]
-        # a value whose gradient is known already, so that logits need not be kept for it
-        return (total + ((own - own.detach()) * gradient).sum()) / (last - first)
+                gradient += torch.autograd.grad(logits, leaf, slope[None].to(logits.dtype))[0]
+        # The gradient of this value is known already, so that no logits are kept for it.
+        return (total + ((state - state.detach()) * gradient).sum()) / (last - first)
 
     with dense.after_blocks(student) as end:
         yield of
 
 
 def disk_of_training(weights: int, options: DistillOptions) -> int:
-    """Bytes of the new weights and, twice, of what an interrupted training goes on from."""
+    """Return the bytes of the new weights and, twice, of a save that an interrupted training goes on from."""
     return weights * (4 + 2 * BYTES * bool(options.save_every))
 
 
 def open_teacher(model: str | Path, student: Job, options: DistillOptions) -> Job:
-    """The dense model with the same windows."""
+    """Open the dense model with the windows of the student."""
     same = ("device", "dtype", "threads", "trust_remote_code")
     walk = WalkOptions(
         activation_memory=student.activation_memory, **{n: getattr(options.walk, n) for n in same}
@@ -268,7 +275,7 @@ def _train(
             sorted(student.held),
             # passes of all windows would take nearly as long as an epoch
             reported=fitted[: len(student.held)],
-            how=options,
+            options=options,
         )
         done, total = 0, options.epochs * len(fitted)
 

@@ -1,4 +1,4 @@
-"""Kept weights of a module, trained by a loss of windows: of a part of a block, or of a whole model.
+"""Training of a module's kept weights by a loss of windows: of a part of a block, or of a whole model.
 
 AdamW with a warm-up and a cosine decay, in float32, on a few windows a step, whose gradients are summed in
 the order of the windows: the result does not depend on the number of threads. Held-out windows judge every
@@ -43,7 +43,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Losses(NamedTuple):
-    """Mean over windows."""
+    """Losses, mean over windows."""
 
     fitted: float
     held: float
@@ -55,9 +55,14 @@ Tensors = Mapping[str, Tensor]
 
 
 @dataclass
-class Progress:
-    """How far training has come: steps taken, losses at the start, the least held-out loss and its epoch (0:
-    the start). Epochs that end before the last step are judged."""
+class TrainingState:
+    """The progress of training; every epoch that ended within the taken steps is judged.
+
+    Attributes:
+        step: steps taken.
+        before: losses at the start.
+        held, epoch: the least held-out loss, and its epoch (0: the start).
+    """
 
     step: int
     before: Losses
@@ -81,7 +86,7 @@ class Trained:
     diverged: bool
 
     def record(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the result as JSON values."""
         losses = {"before": self.before._asdict(), "after": self.after._asdict()}
         return {**losses, "epoch": self.epoch, "diverged": self.diverged}
 
@@ -108,7 +113,7 @@ class Task:
     fitted: Sequence[int]
     held: Sequence[int]
     reported: Sequence[int]
-    how: Reconstruction | DistillOptions
+    options: Reconstruction | DistillOptions
 
 
 def train(
@@ -118,8 +123,12 @@ def train(
     tick: Callable[[int], None],
     keeper: FolderKeeper | None = None,
 ) -> Trained:
-    """Train a module's free weights, in place; its other parameters do not change by a bit. `generator` is
-    new, for the order of the windows; training goes on from what the `keeper` holds."""
+    """Train a module's free weights, in place; its other parameters do not change by a bit.
+
+    Args:
+        generator: a new one, for the order of the windows.
+        keeper: saves the progress; training goes on from what it holds.
+    """
     named = dict(task.module.named_parameters())
     stored = {name: (p.data, p.grad, p.requires_grad) for name, p in named.items()}
     weights = [named[name] for name in task.free]
@@ -135,7 +144,7 @@ def train(
         new = [weight.data for weight in weights]
     finally:
         for name, parameter in named.items():
-            parameter.grad = None  # of another dtype than the data that come back
+            parameter.grad = None  # Its dtype is another than that of the restored data.
             parameter.data, parameter.grad, _ = stored[name]
             parameter.requires_grad_(stored[name][2])
     if trained.epoch:
@@ -154,9 +163,13 @@ def _epochs(
     tick: Callable[[int], None],
     keeper: FolderKeeper | None,
 ) -> Trained:
-    """Every epoch is judged, and kept, with its weights as stored: rounded to these dtypes in turn."""
-    how, count, named = task.how, len(task.fitted), dict(zip(task.free, weights, strict=True))
-    per_epoch = math.ceil(count / how.batch)
+    """Train by epochs; each is judged, and kept, with weights as stored: rounded to these dtypes in turn."""
+    options, count, named = (
+        task.options,
+        len(task.fitted),
+        dict(zip(task.free, weights, strict=True)),
+    )
+    per_epoch = math.ceil(count / options.batch)
     optimizer, start = _optimizer(task, weights), _rounded(weights, rounding)
     saved = None if keeper is None else keeper.last()
     if saved is None:
@@ -165,23 +178,25 @@ def _epochs(
             raise ModelError(
                 f"{task.name} gives NaN or infinite values where it is to be trained; {task.remedy}"
             )
-        at, best = Progress(0, before, before.held, 0), start
+        at, best = TrainingState(0, before, before.held, 0), start
     else:
         at, tensors = saved
         _go_on(tensors, at.step, optimizer, named)
         best = [tensors[f"best/{name}"] for name in named] if at.epoch else start
     done, diverged = at.step, False
-    for number in range(1, how.epochs + 1):
+    for number in range(1, options.epochs + 1):
         order = torch.randperm(count, generator=generator).tolist()
         for step in range((number - 1) * per_epoch, number * per_epoch):
-            first = step % per_epoch * how.batch
-            windows = [task.fitted[i] for i in order[first : first + how.batch]]
+            first = step % per_epoch * options.batch
+            windows = [task.fitted[i] for i in order[first : first + options.batch]]
             if step >= done:
                 for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * _rate(step, how.epochs * per_epoch)
+                    group["lr"] = group["peak"] * _rate(step, options.epochs * per_epoch)
                 _set_gradients(task, weights, windows, pool)
                 optimizer.step()
-                if how.weight_decay:  # of whole parameters, of which some experts may not be free
+                if (
+                    options.weight_decay
+                ):  # It decays whole parameters, also experts that are not free.
                     for weight, free, value in zip(weights, task.free.values(), start, strict=True):
                         weight.data = torch.where(free, weight.data, value)
                 at.step = step + 1
@@ -189,7 +204,7 @@ def _epochs(
                     keeper.keep(at, _tensors(optimizer, named, best if at.epoch else []))
             tick(len(windows))
         if number * per_epoch < done:
-            continue  # judged by the run that was interrupted
+            continue  # The interrupted run judged this epoch.
         now = _rounded(weights, rounding)
         (held,) = _losses_at(task, weights, now, pool, task.held)
         diverged = not held <= _DIVERGED * max(at.before.held, _NOTHING)
@@ -204,8 +219,11 @@ def _epochs(
 
 
 def _optimizer(task: Task, weights: Sequence[nn.Parameter]) -> torch.optim.AdamW:
-    """AdamW whose groups know their highest learning rate, `peak`: in parts of the root mean square of their
-    free entries; of vectors times `_OF_VECTORS`, or, where 0, of that of the matrices."""
+    """Make AdamW with one group a parameter, whose highest learning rate is its `peak`.
+
+    The peak is relative to the root mean square of the free entries. For vectors it is `_OF_VECTORS` times
+    that, or times that of the matrices where a vector is 0.
+    """
     sizes = [
         float(weight.detach()[free].square().mean().sqrt()) if bool(free.any()) else 0.0
         for weight, free in zip(weights, task.free.values(), strict=True)
@@ -216,8 +234,8 @@ def _optimizer(task: Task, weights: Sequence[nn.Parameter]) -> torch.optim.AdamW
     for weight, size in zip(weights, sizes, strict=True):
         vector = weight.ndim == 1
         scale = _OF_VECTORS * (size or usual) if vector else size
-        peak = min(task.how.learning_rate * scale, _MOST_RATE)
-        decay = 0.0 if vector else task.how.weight_decay
+        peak = min(task.options.learning_rate * scale, _MOST_RATE)
+        decay = 0.0 if vector else task.options.weight_decay
         groups.append({"params": [weight], "peak": peak, "weight_decay": decay})
     return torch.optim.AdamW(groups, betas=(0.9, 0.95))
 
@@ -225,11 +243,11 @@ def _optimizer(task: Task, weights: Sequence[nn.Parameter]) -> torch.optim.AdamW
 def _tensors(
     optimizer: torch.optim.AdamW, named: Mapping[str, nn.Parameter], best: Sequence[Tensor]
 ) -> Tensors:
-    found = {f"best/{name}": value for name, value in zip(named, best, strict=bool(best))}
+    tensors = {f"best/{name}": value for name, value in zip(named, best, strict=bool(best))}
     for name, weight in named.items():
-        found[f"weights/{name}"] = weight.data
-        found |= {f"{kind}/{name}": optimizer.state[weight][kind] for kind in _MOMENTS}
-    return found
+        tensors[f"weights/{name}"] = weight.data
+        tensors |= {f"{kind}/{name}": optimizer.state[weight][kind] for kind in _MOMENTS}
+    return tensors
 
 
 def _go_on(
@@ -245,7 +263,7 @@ def _go_on(
 def _rounded(
     weights: Sequence[nn.Parameter], rounding: Sequence[tuple[torch.dtype, torch.dtype]]
 ) -> list[Tensor]:
-    """Copies in float32, rounded to those dtypes."""
+    """Return copies in float32, rounded to these dtypes."""
     return [
         weight.detach().clone().to(first).to(then).float()
         for weight, (first, then) in zip(weights, rounding, strict=True)
@@ -259,18 +277,18 @@ def _losses_at(
     pool: Threads,
     *windows: Sequence[int],
 ) -> list[float]:
-    """Mean losses of lists of windows, with the weights at these values."""
+    """Return the mean losses of lists of windows, with the weights at these values."""
     exact = [weight.data for weight in weights]
     for weight, value in zip(weights, values, strict=True):
         weight.data = value
-    losses = [_mean(task, some, pool) for some in windows]
+    losses = [_mean(task, windows_of_loss, pool) for windows_of_loss in windows]
     for weight, value in zip(weights, exact, strict=True):
         weight.data = value
     return losses
 
 
 def _rate(step: int, steps: int) -> float:
-    """Factor of the learning rate: a linear warm-up, then a cosine decay."""
+    """Return the factor of the learning rate: a linear warm-up, then a cosine decay."""
     rise = max(1, round(_WARM_UP * steps))
     if step < rise:
         return (step + 1) / rise
@@ -280,10 +298,10 @@ def _rate(step: int, steps: int) -> float:
 def _set_gradients(
     task: Task, weights: Sequence[nn.Parameter], windows: Sequence[int], pool: Threads
 ) -> None:
-    """Gradients of the mean loss of some windows, zero where nothing may change."""
+    """Set the gradients of the mean loss of some windows, zero where nothing may change."""
 
     def gradients(window: int) -> tuple[Tensor | None, ...]:
-        """None: of a weight that the window did not reach, such as an expert's."""
+        # A weight that the window does not reach, such as an expert's, has the gradient None.
         with torch.enable_grad():
             loss = task.loss(window)
             if not loss.requires_grad:
@@ -292,12 +310,12 @@ def _set_gradients(
 
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
-    for _, found in pool.each(gradients, windows):
-        for weight, gradient in zip(weights, found, strict=True):
+    for _, of_window in pool.each(gradients, windows):
+        for weight, gradient in zip(weights, of_window, strict=True):
             assert weight.grad is not None
             if gradient is not None:
                 weight.grad.add_(gradient)
-        del found, gradient  # before the next ones are made
+        del of_window, gradient  # Their memory is free before the next ones are made.
     for weight, free in zip(weights, task.free.values(), strict=True):
         assert weight.grad is not None
         weight.grad.div_(len(windows)).masked_fill_(~free, 0)
@@ -311,7 +329,7 @@ def _mean(task: Task, windows: Sequence[int], pool: Threads) -> float:
 
 
 class FolderKeeper:
-    """Saves the progress in an output folder's workspace `every` so many seconds (0: never)."""
+    """The progress saved in an output folder's workspace every `every` seconds (0: never)."""
 
     def __init__(
         self, work: Workspace, journal: Journal, every: float, device: torch.device
@@ -320,8 +338,8 @@ class FolderKeeper:
         self._every, self._device = every, device
         self._since = time.monotonic()
 
-    def last(self) -> tuple[Progress, Tensors] | None:
-        """The progress to go on from."""
+    def last(self) -> tuple[TrainingState, Tensors] | None:
+        """Return the progress to go on from, or None."""
         record = self._journal.progress
         if record is None:
             return None
@@ -333,16 +351,16 @@ class FolderKeeper:
         file = open_safe(path)
         tensors = {name: file.read(name).to(self._device) for name in file.entries}
         before = Losses(*record["before"])
-        return Progress(record["step"], before, record["held"], record["epoch"]), tensors
+        return TrainingState(record["step"], before, record["held"], record["epoch"]), tensors
 
     def due(self) -> bool:
-        """Is it time to save the progress?"""
+        """Return whether it is time to save the progress."""
         return 0 < self._every <= time.monotonic() - self._since
 
-    def keep(self, at: Progress, tensors: Tensors) -> None:
+    def keep(self, at: TrainingState, tensors: Tensors) -> None:
         path = self._work.blocks / f"step-{at.step:08d}.safetensors"
         digest = write_tensors(path, tensors)
-        self._work.keep = True  # from the moment that the journal may hold it
+        self._work.keep = True  # The journal may hold it from here on.
         self._journal.add("progress", file=path.name, digest=digest, **asdict(at))
         for other in self._work.blocks.glob("step-*.safetensors"):
             if other.name != path.name:

@@ -52,8 +52,10 @@ def train_others(dense, out):
     real, blocks = reconstruct.train, iter(range(3))
 
     def train(task, *rest):
-        how = replace(task.how, learning_rate=0.0) if next(blocks) == 1 else task.how
-        return real(replace(task, how=how), *rest)
+        options = task.options
+        if next(blocks) == 1:
+            options = replace(options, learning_rate=0.0)
+        return real(replace(task, options=options), *rest)
 
     more = {"training": TRAIN, "update": "blockwise", "holdout": 0.25}
     with pytest.MonkeyPatch.context() as patch:
