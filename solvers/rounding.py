@@ -35,7 +35,7 @@ from maskopt.protocol.solution import Solution, Status, relative_gap
 from maskopt.protocol.solver import Capabilities, Solver
 from maskopt.protocol.trace import Stopwatch, Trace
 from maskopt.solvers.convex.box import BoxPlan, linear_bound, provable, relax_box
-from maskopt.solvers.greedy.scores import highest, keep_highest, wanda_scores
+from maskopt.solvers.greedy.scores import keep_highest, lowest, wanda_scores
 from maskopt.solvers.swap import Swap
 
 #: part of a time limit that the bound takes at most; the swaps have the rest
@@ -220,8 +220,8 @@ class FrankWolfe(Solver):
         assert start is not None
         watch = Stopwatch(problem.rows)
         count = math.floor(self.alpha * (problem.group_size - problem.pruned_per_group))
-        score = wanda_scores(problem).view(problem.rows, -1, problem.group_size)
-        fixed = highest(score, count).view(problem.rows, problem.n)
+        score = wanda_scores(problem).view(-1, problem.group_size)
+        fixed = lowest(-score, count).view(problem.rows, problem.n)
         x, done = _minimise(problem, start, fixed, self.iterations, limits)
         # what is fixed stays kept, and of the other inputs the largest x are pruned
         rounded = keep_highest(problem, torch.where(fixed, torch.inf, -x))

@@ -1,7 +1,7 @@
 """DSnoT: dynamic sparse no training (Zhang et al., arXiv 2310.08915).
 
-Looks only at the *mean* output: with μ the mean of the inputs, pruning a set changes a row's mean output by ε
-= Σ_pruned c_j, c_j = w_j μ_j. Each cycle regrows the pruned weight whose return lowers |ε| the most for its
+Only the *mean* output counts: with μ the mean of the inputs, pruning a set changes a row's mean output by
+ε = Σ_pruned c_j, c_j = w_j μ_j. Each cycle regrows the pruned weight whose return lowers |ε| the most for its
 input's variance, and prunes the kept weight of least Wanda score whose loss moves ε back towards zero; in N:M
 the one of least score in the same group, as long as ε keeps its first sign. A weight moves once. The squared
 error, which the objective measures, may rise.
@@ -22,11 +22,15 @@ from maskopt.errors import ProblemError
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver
 from maskopt.protocol.trace import Trace
+from maskopt.solvers.greedy.scores import wanda_scores
 
 
 @dataclass(frozen=True)
 class DSnoT(Solver):
-    """Needs the inputs' means (`LayerProblem(…, moments=…)`); without variances takes those of all tokens."""
+    """Dynamic sparse no training; needs the inputs' means, `LayerProblem(…, moments=…)`.
+
+    Where `moments` holds no variances within sequences, those over all tokens are used.
+    """
 
     name: ClassVar[str] = "dsnot"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -48,7 +52,7 @@ class DSnoT(Solver):
     sequence_length: int = option(2048, "length of such a sequence", unit="tokens", least=1)
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
-        """Raises ProblemError for a problem without a mean."""
+        """Correct the mean output; see `Solver.run`. ProblemError for a problem without a mean."""
         assert start is not None
         if problem.moments is None:
             raise ProblemError(
@@ -57,16 +61,17 @@ class DSnoT(Solver):
             )
         threshold = self.threshold / self.sequence_length
         moments = problem.moments.double()
-        weight = problem.weight.double()
-        square = problem.gram.diagonal().double().clamp(min=0.0)
         mean = moments[0]
-        c = weight * mean
-        over_all = (square - mean.square()).clamp(min=0.0)
-        variance = over_all if len(moments) == 1 else moments[1]
+        c = problem.weight.double() * mean
+        if len(moments) == 1:
+            mean_square = problem.gram.diagonal().double().clamp(min=0.0)
+            variance = (mean_square - mean.square()).clamp(min=0.0)
+        else:
+            variance = moments[1]
         variance = variance**self.power
         # an input without variance is a constant: its return is free of noise, so it comes first
         regrow_score = c / variance.where(variance > 0, torch.finfo(torch.float64).tiny ** 0.5)
-        wanda = weight.abs() * square.sqrt()
+        wanda = wanda_scores(problem)
         mask = start.clone()
         grouped = problem.group_size < problem.n
         group_of = torch.arange(problem.n, device=mask.device) // problem.group_size

@@ -1,7 +1,7 @@
 """Masks in one pass: scores ranked once (magnitude, Wanda, RIA, the controls random and worst), elimination.
 
 Scores are float64, whatever the dtype of the weights: half-precision scores tie by the thousand. Every solver
-that ranks inputs by a score selects exact counts by `keep_highest` or `highest`.
+that ranks inputs by a score selects exact counts by `keep_highest` or `lowest`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver
 
-#: up to so many of torch's threads, numpy's one is no slower: it partitions by vector instructions, in a
-#: fifth to a sixth of the time of one of torch's
+#: most torch threads that are no faster than the one of NumPy, which partitions by vector instructions;
+#: measured on an AMD EPYC with AVX-512
 _THREADS = 6
-#: every score answers for any weights and budget
+#: what all scores are capable of: updated weights and shared budgets
 _scored = partial(Capabilities, update=True, shared_budget=True)
 #: working memory per tile of rows, where the caller sets no limit
 _TILE_BYTES = 256 * 2**20
@@ -33,60 +33,59 @@ _ARRAYS = 6
 
 
 def keep_highest(problem: LayerProblem, score: Shaped[Tensor, "rows n"]) -> Bool[Tensor, "rows n"]:
-    """Prune exactly `pruned_per_group` of least score in every group, or of a shared budget so many of the
-    layer; ties: the lowest index. Within limits of a row's count, what it prunes in any case goes first, and
-    what it keeps in any case last, which gives the least sum."""
+    """Prune the inputs of least score, as many as the pattern asks for; ties: the lowest index.
+
+    A shared budget ranks the inputs of the whole layer. Where it limits a row's count, the row's least inputs
+    up to the lower limit are pruned first, and those beyond the upper limit kept, which gives the least sum.
+    """
     fewest, most = problem.row_limits
     if not problem.shared_budget:
-        gone = _least(score.reshape(-1, problem.group_size), problem.pruned_per_group)
+        pruned = lowest(score.reshape(-1, problem.group_size), problem.pruned_per_group)
     elif (fewest, most) == (0, problem.n):
-        gone = _least(score.reshape(1, -1), problem.pruned)
+        pruned = lowest(score.reshape(1, -1), problem.pruned)
     else:
-        gone = _least(score, fewest)
-        free = _least(score, most) & ~gone
-        gone[free] = _least(score[None, free], problem.pruned - fewest * problem.rows)[0]
-    return ~gone.view(problem.rows, problem.n)
+        pruned = lowest(score, fewest)
+        free = lowest(score, most) & ~pruned
+        pruned[free] = lowest(score[None, free], problem.pruned - fewest * problem.rows)[0]
+    return ~pruned.view(problem.rows, problem.n)
 
 
-def highest(score: Shaped[Tensor, "... n"], count: int) -> Bool[Tensor, "... n"]:
-    """The `count` highest along the last axis; of equals the lowest index."""
-    order = score.argsort(dim=-1, descending=True, stable=True)[..., :count]
-    return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order, True)
-
-
-def _least(score: Shaped[Tensor, "groups n"], count: int) -> Bool[Tensor, "groups n"]:
-    """The `count` least of every group; of equals the lowest index."""
+def lowest(score: Shaped[Tensor, "groups n"], count: int) -> Bool[Tensor, "groups n"]:
+    """Mark the `count` lowest of every group; ties: the lowest index."""
     if count == 0:
         return torch.zeros_like(score, dtype=torch.bool)
     threads = min(len(score), torch.get_num_threads())
     if score.device.type == "cpu" and threads <= _THREADS:
         parted = np.partition(score.numpy(), count - 1, axis=1)
-        highest = torch.from_numpy(parted[:, count - 1 : count])
+        limit = torch.from_numpy(parted[:, count - 1 : count])
     else:
-        highest = score.kthvalue(count, dim=1, keepdim=True).values
-    within = score <= highest
+        limit = score.kthvalue(count, dim=1, keepdim=True).values
+    within = score <= limit
     if int(within.sum()) == count * len(score):
         return within
-    tied = score == highest
-    left = count - (score < highest).sum(1, keepdim=True)
+    tied = score == limit
+    left = count - (score < limit).sum(1, keepdim=True)
     return within & ~(tied & (tied.cumsum(1) > left))
 
 
+def _input_norms(problem: LayerProblem) -> Float[Tensor, " n"]:
+    return problem.gram.diagonal().double().clamp(min=0.0).sqrt()
+
+
 def wanda_scores(problem: LayerProblem) -> Float[Tensor, "rows n"]:
-    """|W_ij|·‖X_j‖₂ in float64."""
-    norm = problem.gram.diagonal().double().clamp(min=0.0).sqrt()
-    return problem.weight.double().abs() * norm
+    """Compute |W_ij|·‖X_j‖₂ in float64."""
+    return problem.weight.double().abs() * _input_norms(problem)
 
 
 class _Score(Solver):
-    """Keeps the highest scores of each row (or group); takes no start and proves nothing."""
+    """A solver that keeps the highest scores of each row or group; it takes no start and proves nothing."""
 
     def as_start(self, layer: LayerProblem) -> tuple[Solver, LayerProblem]:
-        """Scores look at no objective."""
+        """Drop the update of weights, on which scores do not depend."""
         return self, layer.with_update(None)
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
-        """One pass over the scores; see `Solver.run`. With a shared budget √ω times the score ranks."""
+        """Rank the scores; see `Solver.run`. A shared budget ranks √ω times the score."""
         scores = self._scores(problem, limits)
         if problem.omega is not None:
             scores = scores * problem.shares.sqrt()[:, None]
@@ -98,7 +97,7 @@ class _Score(Solver):
 
 @dataclass(frozen=True)
 class Magnitude(_Score):
-    """|W_ij|: the classical score, blind to the inputs."""
+    """The magnitude |W_ij|, which ignores the inputs."""
 
     name: ClassVar[str] = "magnitude"
     capabilities: ClassVar[Capabilities] = _scored(apart=True, note="|W|")
@@ -109,7 +108,7 @@ class Magnitude(_Score):
 
 @dataclass(frozen=True)
 class Wanda(_Score):
-    """|W_ij|·‖X_j‖₂ (Sun et al., arXiv 2306.11695); optimal where G is diagonal."""
+    """The score |W_ij|·‖X_j‖₂ (Sun et al., arXiv 2306.11695); optimal where G is diagonal."""
 
     name: ClassVar[str] = "wanda"
     capabilities: ClassVar[Capabilities] = _scored(
@@ -122,9 +121,11 @@ class Wanda(_Score):
 
 @dataclass(frozen=True)
 class Ria(_Score):
-    """Relative importance and activations (Zhang et al., ICLR 2024): (|W_ij|/Σ_i'|W_i'j| +
-    |W_ij|/Σ_j'|W_ij'|)·‖X_j‖₂^a. Column sums run over all rows of the problem, so a row alone is scored
-    otherwise than inside its layer."""
+    """Relative importance and activations (Zhang et al., ICLR 2024).
+
+    The score is (|W_ij|/Σ_i'|W_i'j| + |W_ij|/Σ_j'|W_ij'|)·‖X_j‖₂^a. Column sums run over all rows of the
+    problem, so a single row is scored differently than inside its layer.
+    """
 
     name: ClassVar[str] = "ria"
     capabilities: ClassVar[Capabilities] = _scored(
@@ -138,13 +139,12 @@ class Ria(_Score):
         columns, rows = (size.sum(axis, keepdim=True) for axis in (0, 1))
         # a zero column or row has only zero entries: any positive divisor leaves them zero
         relative = size / columns.where(columns > 0, 1.0) + size / rows.where(rows > 0, 1.0)
-        norm = problem.gram.diagonal().double().clamp(min=0.0).sqrt()
-        return relative * norm**self.a
+        return relative * _input_norms(problem) ** self.a
 
 
 @dataclass(frozen=True)
 class Random(_Score):
-    """A random legal mask by `Limits.seed`: the control that shows what a start is worth."""
+    """A random legal mask by `Limits.seed`: the control for the value of a start."""
 
     name: ClassVar[str] = "random"
     capabilities: ClassVar[Capabilities] = _scored(note="control: a seeded random mask")
@@ -157,7 +157,7 @@ class Random(_Score):
 
 @dataclass(frozen=True)
 class Worst(_Score):
-    """Keeps the smallest Wanda scores: the poorest start that a score can give."""
+    """The smallest Wanda scores kept: the poorest start that a score can give."""
 
     name: ClassVar[str] = "worst"
     capabilities: ClassVar[Capabilities] = _scored(note="control: keeps the smallest Wanda scores")
@@ -168,7 +168,10 @@ class Worst(_Score):
 
 @dataclass(frozen=True)
 class Elimination(Solver):
-    """O(rows·n·s), float64, in tiles; ties: the lowest index. After the time limit Wanda's score decides."""
+    """Greedy elimination: prune the input of least marginal cost, one after the other.
+
+    O(rows·n·s) operations in float64; ties: the lowest index. After the time limit Wanda's score decides.
+    """
 
     name: ClassVar[str] = "elimination"
     capabilities: ClassVar[Capabilities] = Capabilities(

@@ -29,8 +29,12 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class SparseGPT(Solver):
-    """Depends on the order of the columns, as the original does; needs a few n × n float64 matrices; ignores
-    a linear part. After the time limit the columns that are left are ranked without further compensation."""
+    """SparseGPT with exact counts.
+
+    The result depends on the order of the columns, as in the original. A linear part is ignored. The walk
+    needs a few n × n float64 matrices. After the time limit the remaining columns are ranked without further
+    compensation.
+    """
 
     name: ClassVar[str] = "sparsegpt"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -47,11 +51,11 @@ class SparseGPT(Solver):
     update: bool = option(False, "its own weights instead of least squares, where they are updated")
 
     def as_start(self, layer: LayerProblem) -> tuple[Solver, LayerProblem]:
-        """Its mask is the same whatever becomes of the weights."""
+        """Drop the update of weights, on which the mask does not depend."""
         return replace(self, update=False), layer.with_update(None)
 
     def check_size(self, n: int, pattern: Pattern, *, update: bool) -> None:
-        """See `Solver.check_size`: `update`, and the weights are kept."""
+        """Raise SolverError for `update` on a problem that keeps its weights."""
         if self.update and not update:
             raise SolverError(
                 "sparsegpt: update=true updates weights, and the problem keeps them; give it "
@@ -65,7 +69,7 @@ class SparseGPT(Solver):
 
 
 def _walked(problem: LayerProblem, damping: float, limits: Limits) -> tuple[Tensor, Tensor]:
-    """The mask, and what the walk leaves of the weights, in G's dtype, zero where it prunes."""
+    """Return the mask and the weights that the walk leaves, in G's dtype, zero where it prunes."""
     weight = problem.weight.to(problem.gram.dtype).clone()
     factor = _inverse_factor(problem.gram, damping).to(weight.dtype)
     weight[:, problem.gram.diagonal() <= 0] = 0  # an input that is always zero: nothing to lose
@@ -94,8 +98,7 @@ def _walked(problem: LayerProblem, damping: float, limits: Limits) -> tuple[Tens
 
 
 def _chosen(problem: LayerProblem, score: Float[Tensor, "rows part"], first: int) -> Tensor:
-    """The mask of the inputs from `first` on: a group, or a block with its part of the row's or layer's
-    quota."""
+    """Return the mask of the inputs from `first` on: a group, or a block with its part of the quota."""
     n, last = problem.n, first + score.shape[1]
 
     def upto(pruned: int) -> int:
@@ -112,7 +115,7 @@ def _chosen(problem: LayerProblem, score: Float[Tensor, "rows part"], first: int
 
 
 def _inverse_factor(gram: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
-    """Upper Cholesky factor of (G + λI)⁻¹ in float64; dead inputs get a unit diagonal."""
+    """Return the upper Cholesky factor of (G + λI)⁻¹ in float64; dead inputs get a unit diagonal."""
     hessian = gram.double().clone()
     diagonal = hessian.diagonal()
     alive = diagonal > 0

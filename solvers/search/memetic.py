@@ -12,8 +12,9 @@ search of float32 accuracy; the answer is compared in float64.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -28,8 +29,8 @@ from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver
 from maskopt.protocol.trace import Stopwatch, Trace
-from maskopt.solvers.greedy.scores import highest
-from maskopt.solvers.search.tabu import SEARCH_SHARE, Scaled, Tabu, search, then_swapped
+from maskopt.solvers.greedy.scores import lowest
+from maskopt.solvers.search.tabu import SEARCH_SHARE, ScaledRows, Tabu, search, then_swapped
 from maskopt.solvers.shared_budget import by_count
 from maskopt.solvers.swap import Swap
 
@@ -37,21 +38,23 @@ from maskopt.solvers.swap import Swap
 _TILE = 16
 #: bytes of an entry of a mask of a pool, or of a searched child; for all, unless the caller sets a limit
 _ENTRY_BYTES, _MEMORY = 64, 2**30
-#: shares of the inputs that may change places, in the first masks of a pool
+#: least and largest share of the inputs that may change places, in the first masks of a pool
 _SHAKEN = 0.05, 1.0
-#: and, whatever the parents have, in a child
-_CHANCE = 0.01
-#: masks of a pool differ in one exchange for so many inputs
+#: probability that an input may change places in a child, whatever its parents have
+_MUTATION = 0.01
+#: masks of a pool differ in one exchange for every so many inputs
 _INPUTS_APART = 50
-#: of tabu search of a child
+#: patience of the tabu search of a child
 _PATIENCE = 300
 
 
 @dataclass(frozen=True)
 class Memetic(Solver):
-    """Crossing of masks, a search of every child, then 1-swap search to a proven 1-swap optimum, never above
-    the start. Tabu search of children runs on the CPU, 1-swap search on F on the problem's device. The
-    history of the `Trace` has the best of the first pool and of every generation."""
+    """Crossing of masks and a search of every child, then 1-swap search to a proven 1-swap optimum.
+
+    The result never costs more than the start. Tabu search of children runs on the CPU, 1-swap search on F on
+    the problem's device. The history of the `Trace` has the best of the first pool and of every generation.
+    """
 
     name: ClassVar[str] = "memetic"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -74,60 +77,67 @@ class Memetic(Solver):
         assert start is not None
         watch = Stopwatch(problem.rows)
         masks = 2 * self.pool + max(self.children, self.pool)
-        fit = limits.bytes(_MEMORY) // (_ENTRY_BYTES * problem.n * masks)
-        most = max(1, min(_TILE, fit))
-        tiles = [tile for rows in by_count(start.cpu()) for tile in rows.split(most)]
-        share, pools, rows_done = limits.share(SEARCH_SHARE).quiet(), [], 0
-        for done, tile in enumerate(tiles):
-            own = share.share(1 / (len(tiles) - done))
-            # rows of a shared budget prune as many here as in the start
-            alone = Unstructured(keep=int(start[tile[0]].sum()))
-            pattern = alone if problem.shared_budget else problem.pattern
-            pool = _Pool(problem.take(tile).under(pattern), start[tile].cpu(), self, own)
-            for generation in self._evolve(pool, own.seed):
-                step = "generations", generation, self.generations
-                limits.report(rows_done, problem.rows, *step)
+        rows_in_memory = limits.bytes(_MEMORY) // (_ENTRY_BYTES * problem.n * masks)
+        tile_rows = max(1, min(_TILE, rows_in_memory))
+        tiles = [tile for rows in by_count(start.cpu()) for tile in rows.split(tile_rows)]
+        search_limits, pools, rows_done = limits.share(SEARCH_SHARE).quiet(), [], 0
+        for number, tile in enumerate(tiles):
+            tile_limits = search_limits.share(1 / (len(tiles) - number))
+            pattern = problem.pattern
+            if problem.shared_budget:  # its rows prune as many as in the start
+                pattern = Unstructured(keep=int(start[tile[0]].sum()))
+            pool = _Pool(problem.take(tile).under(pattern), start[tile].cpu(), self, tile_limits)
+            pool.evolve(partial(limits.report, rows_done, problem.rows, "generations"))
             rows_done += len(tile)
             pools.append(pool)
         limits.report(problem.rows, problem.rows)
         order = torch.cat(tiles).argsort()
-        found = torch.cat([pool.masks[:, 0] for pool in pools])[order].to(problem.device)
+        best = torch.cat([pool.masks[:, 0] for pool in pools])[order].to(problem.device)
         trace = take_rows(join_rows([pool.trace() for pool in pools]), order)
-        return then_swapped(problem, found, start, limits, trace, watch)
-
-    def _evolve(self, pool: _Pool, seed: int) -> Iterator[int]:
-        """The main loop, of the rows of a tile at once; reports every generation, 0 being the first pool."""
-        generator = torch.Generator().manual_seed(seed)
-        n = pool.masks.shape[-1]
-        share = torch.linspace(*_SHAKEN, self.pool - 1)[:, None]
-        shaken = torch.rand(self.pool - 1, n, generator=generator) < share
-        keys = torch.rand(self.pool - 1, n, generator=generator)
-        others = pool.completed(pool.masks[:, 1:] & ~shaken, shaken, keys)
-        masks = torch.cat([pool.masks[:, :1], others], 1)
-        for generation in range(self.generations + 1):
-            if pool.limits.expired:
-                break
-            pool.grow(masks)
-            yield generation
-            first = torch.randint(self.pool, (self.children,), generator=generator)
-            apart = torch.randint(1, self.pool, (self.children,), generator=generator)
-            keys = torch.rand(self.children, n, generator=generator)
-            one, two = pool.masks[:, first], pool.masks[:, (first + apart) % self.pool]
-            chance = torch.rand(self.children, n, generator=generator) < _CHANCE
-            masks = pool.completed(one & two & ~chance, (one ^ two) | chance, keys)
+        return then_swapped(problem, best, start, limits, trace, watch)
 
 
 class _Pool:
     """The best masks of the rows of a tile, unlike each other: bool [rows, pool, n], the best first."""
 
     def __init__(self, problem: LayerProblem, start: Tensor, plan: Memetic, limits: Limits) -> None:
-        self._problem, self._plan, self.limits = problem, plan, limits
-        self._scaled = None if problem.update else Scaled.of(problem)
+        self._problem, self._plan, self._limits = problem, plan, limits
+        self._scaled = None if problem.update else ScaledRows.of(problem)
         self.masks = start[:, None].expand(-1, plan.pool, -1)
         self._start_objective = problem.objective(start.to(problem.device)).cpu()
         self._values = self._start_objective[:, None].expand(-1, plan.pool)
         self._moves = torch.zeros(problem.rows, dtype=torch.int64)
         self._history = [self._start_objective]
+
+    def evolve(self, report: Callable[[int, int], None]) -> None:
+        """Search a first pool, then every generation of children, until the time limit."""
+        generator = torch.Generator().manual_seed(self._limits.seed)
+        masks = self._shaken(generator)
+        for generation in range(self._plan.generations + 1):
+            if self._limits.expired:
+                break
+            self._grow(masks, generation)
+            report(generation, self._plan.generations)
+            masks = self._children(generator)
+
+    def _shaken(self, generator: torch.Generator) -> Bool[Tensor, "rows pool n"]:
+        """Return the start, and masks in which more and more of its inputs have changed places."""
+        shape = self._plan.pool - 1, self._problem.n
+        share = torch.linspace(*_SHAKEN, shape[0])[:, None]
+        shaken = torch.rand(shape, generator=generator) < share
+        keys = torch.rand(shape, generator=generator)
+        others = self.completed(self.masks[:, 1:] & ~shaken, shaken, keys)
+        return torch.cat([self.masks[:, :1], others], 1)
+
+    def _children(self, generator: torch.Generator) -> Bool[Tensor, "rows children n"]:
+        """Cross random pairs of masks of the pool."""
+        size, count, n = self._plan.pool, self._plan.children, self._problem.n
+        first = torch.randint(size, (count,), generator=generator)
+        apart = torch.randint(1, size, (count,), generator=generator)
+        keys = torch.rand(count, n, generator=generator)
+        mutated = torch.rand(count, n, generator=generator) < _MUTATION
+        mother, father = self.masks[:, first], self.masks[:, (first + apart) % size]
+        return self.completed(mother & father & ~mutated, (mother ^ father) | mutated, keys)
 
     def completed(
         self,
@@ -135,57 +145,56 @@ class _Pool:
         free: Bool[Tensor, "*rows count n"],
         keys: Float[Tensor, "count n"],
     ) -> Bool[Tensor, "rows count n"]:
-        """Masks that keep what is kept and, of what is free, the greatest keys, as many as the pattern asks
-        for."""
+        """Keep also the free inputs of greatest keys, up to the count that the pattern asks for."""
         group = self._problem.group_size
-        score = (2 * kept + free * keys).unflatten(-1, (-1, group))
-        return highest(score, group - self._problem.pruned_per_group).flatten(-2)
+        score = 2 * kept + free * keys
+        highest = lowest(-score.reshape(-1, group), group - self._problem.pruned_per_group)
+        return highest.view(score.shape)
 
-    def grow(self, masks: Bool[Tensor, "rows count n"]) -> None:
-        """Search from these masks, and keep what is best of them and the pool."""
-        (rows, count, n), generation = masks.shape, len(self._history)
+    def _grow(self, masks: Bool[Tensor, "rows count n"], generation: int) -> None:
+        """Search from these masks, and keep the best of the results and the pool."""
+        rows, count, n = masks.shape
         problem = self._problem.take(torch.arange(rows).repeat_interleave(count))
-        limits = replace(self.limits, seed=(self.limits.seed + generation - 1) % 2**63)
+        limits = replace(self._limits, seed=(self._limits.seed + generation) % 2**63)
         start = masks.reshape(-1, n).to(problem.device)
-        masks, values, moves = self._searched(problem, start, count, limits)
-        masks, values = masks.view(rows, count, n), values.view(rows, count)
-        self._moves += moves.view(rows, count).sum(1)
-        self._keep_best(torch.cat([self.masks, masks], 1), torch.cat([self._values, values], 1))
-        self._history.append(self._values[:, 0].clone())
-
-    def _searched(
-        self, problem: LayerProblem, start: Tensor, count: int, limits: Limits
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Masks, objectives and moves of `count` children of every row, which lie together; on the CPU."""
         if self._scaled is None:
             swapped = Swap(max_swaps=self._plan.moves).run(problem, start, limits)
-            return swapped.mask.cpu(), swapped.objective.cpu(), swapped.trace.swaps
-        tabu = Tabu(moves=self._plan.moves, patience=_PATIENCE)
-        found, trace = search(problem, start, tabu, limits, self._scaled.repeated(count))
-        history = trace.history
-        values = history[:, -1] if history.shape[1] else trace.start_objective.cpu()
-        return found.cpu(), values, trace.moves
+            masks, values, moves = swapped.mask, swapped.objective.cpu(), swapped.trace.swaps
+        else:
+            tabu = Tabu(moves=self._plan.moves, patience=_PATIENCE)
+            masks, trace = search(problem, start, tabu, limits, self._scaled.repeated(count))
+            values, moves = trace.start_objective.cpu(), trace.moves
+            if trace.history.shape[1]:
+                values = trace.history[:, -1]
+        self._moves += moves.view(rows, count).sum(1)
+        self._keep_best(
+            torch.cat([self.masks, masks.cpu().view(rows, count, n)], 1),
+            torch.cat([self._values, values.view(rows, count)], 1),
+        )
+        self._history.append(self._values[:, 0].clone())
 
     def _keep_best(
         self, masks: Bool[Tensor, "rows count n"], values: Float[Tensor, "rows count"]
     ) -> None:
-        """The best that are far enough from each better one; where they are too few, the best of the rest."""
+        """Keep the best that are far enough from each better one, and if too few the best of the others."""
         count, size = values.shape[1], self._plan.pool
         order = values.argsort(dim=1, stable=True)
         values, masks = values.gather(1, order), masks.take_along_dim(order[..., None], 1)
-        each = masks.float()
+        numbers = masks.float()
         # inputs that the one keeps and the other does not
-        apart = each.sum(-1)[..., None] - each @ each.transpose(1, 2)
+        apart = numbers.sum(-1)[..., None] - numbers @ numbers.transpose(1, 2)
         near = apart < max(1, self._problem.n // _INPUTS_APART)
         chosen = torch.zeros_like(values, dtype=torch.bool)
         for place in range(count):
             room = chosen.sum(1) < size
             chosen[:, place] = room & ~(near[:, place] & chosen).any(1)
-        best = (count * ~chosen + torch.arange(count)).argsort(dim=1)[:, :size].sort(1).values
+        chosen_first = (~chosen).to(torch.uint8).argsort(dim=1, stable=True)
+        best = chosen_first[:, :size].sort(1).values
         self.masks = masks.take_along_dim(best[..., None], 1)
         self._values = values.gather(1, best)
 
     def trace(self) -> Trace:
+        """Return the counts and the history of the search."""
         rows, generations = len(self.masks), max(0, len(self._history) - 2)
         late = "yes" if len(self._history) < self._plan.generations + 2 else "no"
         return Trace(

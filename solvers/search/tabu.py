@@ -1,9 +1,9 @@
-"""Tabu search: best swaps that are made even when they cost, out of 1-swap optima.
+"""Tabu search: the best swap is made even where it costs, so that the search leaves 1-swap optima.
 
 A move exchanges one kept and one pruned input, the best pair that is not tabu (`tabu_kernel`). Both then stay
 for `tenure` to 3/2·`tenure` moves, so that the search climbs out of its optimum (Glover, 1989). After
 `patience` moves without a new best mask a row returns to its best one and holds random inputs for a while.
-The search is float32 with c from scratch every SCRATCH moves; results are compared and reported in float64.
+The search is float32 with c from scratch every SCRATCH moves. Results are compared and reported in float64.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from maskopt.protocol.solution import Solution
 from maskopt.protocol.solver import Capabilities, Solver
 from maskopt.protocol.trace import Stopwatch, Trace
 from maskopt.solvers.kernels import RowThreads
-from maskopt.solvers.search.tabu_kernel import Plan, search_rows
+from maskopt.solvers.search.tabu_kernel import MovePlan, make_moves
 from maskopt.solvers.swap import Swap
 
 #: moves between two entries of the history, and of a row between two looks at the clock
@@ -32,13 +32,12 @@ ROUND = 256
 SCRATCH = 4 * ROUND
 #: rows between two looks at the clock
 _TILE = 128
-#: tenure of many groups; least one of a single group, and its growth in n: best of 5 … 20 on real layers
+#: default tenure for N:M; for a single group its least value, and inputs per move more: best of 5 … 20 on
+#: real layers
 _TENURE_NM = 15
 _TENURE_LEAST, _INPUTS_PER_TENURE = 3, 160
-#: a tenure by default holds at most one in so many of the inputs
-_TENURE_SHARE = 4
-#: a restart holds one input in so many
-_HELD = 10
+#: a default tenure holds at most one input in 4, a restart one in 10
+_TENURE_SHARE, _HELD = 4, 10
 #: share of a time limit that the search may use; `swap` has the rest
 SEARCH_SHARE = 0.9
 #: the search's clock counts moves in 32 bits, and it holds one list per move of the longest tenure
@@ -49,9 +48,12 @@ _ORDINARY = 1e-9, 1e9
 
 @dataclass(frozen=True)
 class Tabu(Solver):
-    """Tabu search by pair exchange, then 1-swap search to a proven 1-swap optimum, never above the start.
-    Runs on the CPU, also for a problem on another device. Tenures and restarts of every row have the same
-    seed, so that a row's result does not depend on its batch."""
+    """Tabu search by pair exchange, then 1-swap search to a proven 1-swap optimum.
+
+    The result never costs more than the start. The search runs on the CPU, also for a problem on another
+    device. Tenures and restarts of every row have the same seed, so that a row's result does not depend on
+    its batch.
+    """
 
     name: ClassVar[str] = "tabu"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -85,6 +87,23 @@ class Tabu(Solver):
         refined = then_swapped(problem, mask, start, limits, trace, watch)
         return Solution.of(problem, refined.mask, status=refined.status, trace=refined.trace)
 
+    def plan(self, problem: LayerProblem) -> MovePlan:
+        """Return the rules of tenures and restarts for this problem."""
+        n, group = problem.n, problem.group_size
+        tenure = self.tenure
+        if tenure is None:
+            tenure = _TENURE_NM if group < n else _TENURE_LEAST + n // _INPUTS_PER_TENURE
+            tenure = max(1, min(tenure, n // _TENURE_SHARE))
+        return MovePlan(
+            group=group,
+            moves=ROUND,
+            scratch=True,
+            tenure=tenure,
+            spread=tenure // 2,
+            patience=self.patience,
+            held=max(1, n // _HELD),
+        )
+
 
 def then_swapped(
     problem: LayerProblem,
@@ -94,7 +113,7 @@ def then_swapped(
     trace: Trace,
     watch: Stopwatch,
 ) -> Solution:
-    """1-swap optima from the masks that a search found, or from the start where that costs no more."""
+    """Refine the masks of a search, or the start where that costs no more, to 1-swap optima."""
     better = problem.objective(mask) < problem.objective(start)
     mask = torch.where(better[:, None], mask, start)
     trace = replace(trace, search_seconds=watch.lap())
@@ -104,16 +123,16 @@ def then_swapped(
 
 
 class _State(NamedTuple):
-    """Where the rows of a search stand.
+    """The state of all rows of a search.
 
     Attributes:
         square, slope: float32 [rows, n], x²G_jj, and 2xc (+ linear).
-        pruned, best: uint8 [rows, n], now and at the best, 1 = pruned.
+        pruned, best: uint8 [rows, n], the current and the best mask, 1 = pruned.
         expiry: int32 [rows, n], the move at which an input may be moved again.
-        random: uint64 [rows, 1].
-        clock: int64 [rows, 3]: moves so far, of these at the best mask, whether the first descent is over.
-        values: float64 [rows, 2], the objective now and the best.
-        moves: int64 [rows], the counted moves.
+        random: uint64 [rows, 1], the state of the generator.
+        clock: int64 [rows, 3]: all moves, those up to the best mask, and whether the first descent is over.
+        values: float64 [rows, 2], the current and the best objective.
+        moves: int64 [rows], the moves after the first descent.
     """
 
     square: np.ndarray
@@ -127,7 +146,7 @@ class _State(NamedTuple):
     moves: np.ndarray
 
     @classmethod
-    def of(cls, scaled: Scaled, pruned: Tensor, seed: int) -> _State:
+    def of(cls, scaled: ScaledRows, pruned: Tensor, seed: int) -> _State:
         x, (rows, n) = scaled.x, scaled.x.shape
         flags = pruned.cpu().numpy().astype(np.uint8)
         return cls(
@@ -144,37 +163,38 @@ class _State(NamedTuple):
 
 
 def search(
-    problem: LayerProblem, start: Tensor, plan: Tabu, limits: Limits, scaled: Scaled | None = None
+    problem: LayerProblem,
+    start: Tensor,
+    tabu: Tabu,
+    limits: Limits,
+    scaled: ScaledRows | None = None,
 ) -> tuple[Bool[Tensor, "rows n"], Trace]:
-    """The best masks after `plan.moves` moves of every row, or the time limit, and their trace."""
-    rows, grouped, tenure = problem.rows, problem.group_size < problem.n, plan.tenure
-    if tenure is None:
-        tenure = _TENURE_NM if grouped else _TENURE_LEAST + problem.n // _INPUTS_PER_TENURE
-        tenure = max(1, min(tenure, problem.n // _TENURE_SHARE))
-    scaled = Scaled.of(problem) if scaled is None else scaled
+    """Move inputs until every row made `tabu.moves` moves, or until the time limit.
+
+    Returns the best masks and their trace. `scaled`: the rows of the problem, where they are at hand.
+    """
+    scaled = ScaledRows.of(problem) if scaled is None else scaled
     state = _State.of(scaled, ~start, limits.seed)
-    threads = RowThreads()
+    plan, threads = tabu.plan(problem), RowThreads()
     start_objective = problem.objective(start)
     best = start_objective.cpu().clone()
-    rounds = torch.zeros(rows, dtype=torch.int64)
+    rounds = torch.zeros(problem.rows, dtype=torch.int64)
     history: list[Tensor] = []
-    planned = 0
-    while planned < plan.moves and not limits.expired:
-        step = min(ROUND, plan.moves - planned)
-        scratch, held = planned % SCRATCH == 0, max(1, problem.n // _HELD)
-        spread = tenure // 2
-        moves = Plan(problem.group_size, step, scratch, tenure, spread, plan.patience, held)
-        for tile in torch.arange(rows).split(_TILE):
+    for done in range(0, tabu.moves, ROUND):
+        if limits.expired:
+            break
+        moves = min(ROUND, tabu.moves - done)
+        plan = plan._replace(moves=moves, scratch=done % SCRATCH == 0)
+        for tile in torch.arange(problem.rows).split(_TILE):
             if limits.expired:
                 break
-            some = tile.numpy()
-            threads.run(search_rows, some, scaled, state, moves)
+            rows = tile.numpy()
+            threads.run(make_moves, rows, scaled, state, plan)
             rounds[tile] += 1
-            best[tile] = torch.from_numpy(state.values[some, 1] * scaled.scale[some])
-        planned += step
+            best[tile] = torch.from_numpy(state.values[rows, 1] * scaled.scale[rows])
         history.append(best.clone())
-        limits.report(0, rows, "moves", planned, plan.moves)
-    late = (rounds * ROUND < plan.moves).tolist()
+        limits.report(0, problem.rows, "moves", done + moves, tabu.moves)
+    late = (rounds * ROUND < tabu.moves).tolist()
     trace = Trace(
         moves=torch.from_numpy(state.moves),
         rounds=rounds,
@@ -185,10 +205,14 @@ def search(
     return torch.from_numpy(state.best == 0).to(problem.device), trace
 
 
-class Scaled(NamedTuple):
-    """A problem in units in which float32 does: Σ x²G_jj = 1 in every row. `linear` and `constant`, float32
-    [rows, n] and float64 [rows]: 2x⊙g and the constant of the linear part, or 0; `scale`, float64 [rows],
-    leads back to objectives."""
+class ScaledRows(NamedTuple):
+    """The rows of a problem in units that suit float32: Σ x²G_jj = 1 in every row.
+
+    Attributes:
+        x, gram: float32 [rows, n] and [n, n].
+        linear, constant: float32 [rows, n] and float64 [rows], 2x⊙g and c of the linear part, or 0.
+        scale: float64 [rows], the objective per unit.
+    """
 
     x: np.ndarray
     gram: np.ndarray
@@ -197,7 +221,7 @@ class Scaled(NamedTuple):
     scale: np.ndarray
 
     @classmethod
-    def of(cls, problem: LayerProblem) -> Scaled:
+    def of(cls, problem: LayerProblem) -> ScaledRows:
         gram = problem.gram.cpu()
         peak = float(gram.diagonal().max())
         if peak <= 0 or _ORDINARY[0] < peak < _ORDINARY[1]:
@@ -222,7 +246,7 @@ class Scaled(NamedTuple):
             factor.numpy(),
         )
 
-    def repeated(self, count: int) -> Scaled:
-        """Every row so many times, one after the other."""
-        x, linear = (np.repeat(part, count, 0) for part in (self.x, self.linear))
-        return Scaled(x, self.gram, linear, self.constant.repeat(count), self.scale.repeat(count))
+    def repeated(self, count: int) -> ScaledRows:
+        """Repeat every row `count` times, one after the other."""
+        names = ("x", "linear", "constant", "scale")
+        return self._replace(**{name: getattr(self, name).repeat(count, 0) for name in names})

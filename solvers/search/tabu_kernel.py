@@ -36,12 +36,12 @@ _FLAGS = {"nnan", "ninf", "nsz", "reassoc", "contract", "arcp"}
 _fast = njit(fastmath=_FLAGS, error_model="numpy")
 
 
-class Plan(NamedTuple):
-    """A round of moves: how many, and the rules of tenures and restarts.
+class MovePlan(NamedTuple):
+    """A round of moves: their number, and the rules of tenures and restarts.
 
     Attributes:
         scratch: whether c is computed from scratch first.
-        spread: how much longer than `tenure` a tenure may be.
+        spread: the most that a tenure may be longer than `tenure`.
         held: inputs that a restart holds.
     """
 
@@ -58,7 +58,7 @@ class _Workspace(NamedTuple):
     """Arrays of one row.
 
     Attributes:
-        bars: the price of an input for each role, FORBIDDEN where it may not move.
+        bars: x²G_jj of an input that may be pruned, or kept again; FORBIDDEN where it may not.
         of_moves: values of the moves of a group.
         cross: see `_pairs`; empty where groups are large.
         head, follow: the lists of inputs whose tabu ends at the same move.
@@ -97,11 +97,11 @@ def _price(bar, slope, sign, out):
 
 
 @_fast
-def _partner(own, twice, line, weight, out):
-    """Return the j of least own_j − 2·weight·x_j·line_j; the values are left in out."""
+def _partner(price, twice, line, weight, out):
+    """Return the j of least price_j − 2·weight·x_j·line_j; the values are left in out."""
     least = FORBIDDEN
     for j in range(len(out)):
-        value = own[j] - weight * (twice[j] * line[j])
+        value = price[j] - weight * (twice[j] * line[j])
         out[j] = value
         least = minimum(value, least)
     return _where(out, least)
@@ -156,12 +156,11 @@ def _best_move(x, twice, gram, slope, bars, of_moves):
     best = BEYOND
     kept, pruned = -1, -1
     group = len(out)
-    one = np.float32(1)
     for first in range(0, len(x), group):
         last = first + group
         slope_part, twice_part = slope[first:last], twice[first:last]
-        u = _price(bar_kept[first:last], slope_part, one, a)
-        p = _price(bar_pruned[first:last], slope_part, -one, b)
+        u = _price(bar_kept[first:last], slope_part, np.float32(1), a)
+        p = _price(bar_pruned[first:last], slope_part, np.float32(-1), b)
         if a[u] > BEYOND or b[p] > BEYOND:
             continue
         q = _partner(b, twice_part, gram[first + u, first:last], x[first + u], out)
@@ -266,7 +265,7 @@ def _enter(now, x, gram, square, pruned, expiry, work):
 
 @njit
 def _search_row(scaled, state, plan, work, row):
-    """Make the rest of a row's first descent, then up to `moves` moves, and return the number of these."""
+    """Finish a row's first descent, then make up to `moves` moves, and return the number of these."""
     x, gram, linear, constant = scaled.x[row], scaled.gram, scaled.linear[row], scaled.constant[row]
     pruned, best_pruned, expiry = state.pruned[row], state.best[row], state.expiry[row]
     random, clock, slope = state.random[row], state.clock[row], state.slope[row]
@@ -327,15 +326,8 @@ def _search_row(scaled, state, plan, work, row):
     return made
 
 
-def search_rows(scaled: Any, state: Any, plan: Plan, rows: np.ndarray) -> None:
-    """Move inputs of some rows.
-
-    Args:
-        scaled: the problem, a `tabu.Scaled`.
-        state: where the rows stand, a `tabu._State`.
-        plan: of this round.
-        rows: int64.
-    """
+def make_moves(scaled: Any, state: Any, plan: MovePlan, rows: np.ndarray) -> None:
+    """Make a round of moves in some rows (int64) of a `tabu.ScaledRows` and its `tabu._State`."""
     n = scaled.x.shape[1]
     work = _Workspace(
         bars=np.empty((2, n), np.float32),
@@ -345,10 +337,10 @@ def search_rows(scaled: Any, state: Any, plan: Plan, rows: np.ndarray) -> None:
         follow=np.empty(n, np.int32),
         twice=np.empty(n, np.float32),
     )
-    _search_rows(scaled, state, plan, work, rows)
+    _make_moves(scaled, state, plan, work, rows)
 
 
 @njit
-def _search_rows(scaled, state, plan, work, rows):
+def _make_moves(scaled, state, plan, work, rows):
     for row in rows:
         state.moves[row] += _search_row(scaled, state, plan, work, row)
