@@ -36,7 +36,7 @@ _U = 2.0**-53
 
 @dataclass(frozen=True)
 class Branch(RowSolver):
-    """Exact up to about 256 inputs, for updated weights 64; beyond, a gap within the time limit."""
+    """Branch and bound: exact up to about 256 inputs, for updated weights 64; beyond, a gap."""
 
     name: ClassVar[str] = "branch"
     capabilities: ClassVar[Capabilities] = exact(
@@ -60,7 +60,7 @@ class Branch(RowSolver):
         return f"{self.capabilities.trusted[0]} {__version__}"
 
     def search_row(self, task: RowTask) -> RowAnswer:
-        """Incumbent, duals, tree; what the time leaves undone is left out."""
+        """Find an incumbent, then duals, then the tree, as far as the time allows."""
         if isinstance(task, UpdatedTask):
             return LeastSquaresTree(task).search()
         task = task.with_incumbent()
@@ -69,7 +69,7 @@ class Branch(RowSolver):
         proof = row_proof(Step(), len(task.q), 0.0) if self.proof else None
         if task.pruned in (0, task.group):
             return RowAnswer(best, "optimal", bound=cost, root_bound=cost, proof=proof)
-        # of somebody's objective a penalty on what is not chosen must not hide what the values differ by
+        # of a posed objective a penalty on what is not chosen must not hide how much values differ
         counted = slice(None) if task.zero is None else task.start
         if cost <= _NOTHING * float(task.q.diagonal()[counted].sum()):
             # the sums of a node lose more than the cost; only one that is itself rounding is proven
@@ -112,7 +112,7 @@ class LeastSquaresTree(BestFirst):
         return {"slack": self.task.noise}
 
     def branch(self, node: Node) -> list[Node]:
-        """Both children of the free input that is nearest to neither side."""
+        """Return both children of the free input that is nearest to neither side."""
         free = np.flatnonzero(node.state < 0)
         chosen = free[np.argmin(np.abs(node.point[free] - 0.5))]
         children = []
@@ -123,24 +123,26 @@ class LeastSquaresTree(BestFirst):
         return children
 
     def bounded(self, state: np.ndarray, z: np.ndarray, least: float) -> tuple[float, Node]:
-        """What the relaxation of a node proves, and the node, whose bound is at least that of its parent.
-        Inputs of `state` are fixed; the turns begin at z, float64 [n]."""
+        """Return the bound that the relaxation of a node proves, and the node, no lower than its parent.
+
+        Inputs of `state` are fixed in place; the turns begin at z, float64 [n].
+        """
         task = self.task
-        settle(state, task.group, task.pruned, [])
+        settle(state, task, [])
         z, price, value, rounding = self._relaxed(state, z)
         score = np.where(state < 0, z, np.where(state == 0, 2.0, -1.0))
         self._take(~task.first(-score, self.kept))
         raw = task.constant + value
-        own = raw - MARGIN * abs(raw) - rounding - _ROUNDING * task.constant
-        bound = max(least, own)
+        proven = raw - MARGIN * abs(raw) - rounding - _ROUNDING * task.constant
+        bound = max(least, proven)
         if bound < self.cutoff:
             # by prices of this relaxation, and so from its own bound, not from that of its parent
-            self._fix(state, price, self.cutoff - own)
-            settle(state, task.group, task.pruned, [])
+            self._fix_by_price(state, price, self.cutoff - proven)
+            settle(state, task, [])
             if not (state < 0).any():  # one mask is left
                 self._take(state == 1)
                 bound = np.inf
-        return own, Node(bound, 0, state, z)
+        return proven, Node(bound, 0, state, z)
 
     def _take(self, pruned: np.ndarray) -> None:
         self.take(pruned, self.task.cost(pruned))
@@ -148,9 +150,11 @@ class LeastSquaresTree(BestFirst):
     def _relaxed(
         self, state: np.ndarray, z: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, float, float]:
-        """The relaxation of a node that leaves something to keep in every group: z, and the prices (b −
-        Bv)ⱼ²/dⱼ, 0 of what is pruned, float64 [n]; the bound less C, −vᵀBv less the prices that count; its
-        rounding."""
+        """Return z, prices, value and rounding of a node that leaves something to keep in every group.
+
+        The prices are (b − Bv)ⱼ²/dⱼ, 0 of what is pruned, float64 [n]; the value is the bound less C, −vᵀBv
+        less the prices that count.
+        """
         task, group = self.task, self.task.group
         n, active = len(z), np.flatnonzero(state != 1)
         base = task.q[np.ix_(active, active)]
@@ -177,8 +181,8 @@ class LeastSquaresTree(BestFirst):
         terms = reach * (reach + 2 * highest) + abs(value)
         return z, price, value, 4 * (n + 8) * _U * terms
 
-    def _fix(self, state: np.ndarray, price: np.ndarray, room: float) -> None:
-        """Inputs whose other side costs more than there is room for below the cutoff."""
+    def _fix_by_price(self, state: np.ndarray, price: np.ndarray, room: float) -> None:
+        """Fix inputs whose other side costs more than there is room for below the cutoff."""
         for first in range(0, len(state), self.task.group):
             inside = state[first : first + self.task.group]
             free = first + np.flatnonzero(inside < 0)

@@ -1,4 +1,4 @@
-"""A node of the quadratic tree: what makes f convex there, and the bound of the convex program.
+"""A node of the quadratic tree: multipliers that make f convex there, and the bound of the convex program.
 
 At the root the duals of the semidefinite bound `sdp` are multipliers λ and μ with A = Q + diag(λ) +
 μΣ_g 1_g1_gᵀ ⪰ 0 (QCR). A node has fixed some p_i, and its own semidefinite relaxation is stronger than that
@@ -60,7 +60,7 @@ class Duals(NamedTuple):
     certificate: Certificate
 
     def answer(self, pruned: np.ndarray, ended: str, bound: float | None = None) -> RowAnswer:
-        """With a bound of the row; None: what they prove."""
+        """Return an answer with this certificate, and with a bound of the row; None: what the duals prove."""
         bound = self.certified if bound is None else bound
         return RowAnswer(
             pruned,
@@ -72,15 +72,19 @@ class Duals(NamedTuple):
         )
 
     def with_margin(self, task: RowTask) -> np.ndarray:
-        """λ, raised so far that A ⪰ 0 also in the rounding of a factorisation."""
+        """Return λ, raised so far that A ⪰ 0 also in the rounding of a factorisation."""
         a = task.q + np.diag(self.diagonal) + self.penalty * same_group(task)
         least = float(np.linalg.eigvalsh(a)[0])
         return self.diagonal + max(0.0, -least) + _MARGIN * float(np.abs(np.diag(a)).sum())
 
 
 class FreePart(NamedTuple):
-    """f with the penalty as xᵀbx + linearᵀx + constant of the free inputs of a node, int64 [m]; `state` is 1
-    pruned, 0 kept, −1 free, int8 [n]."""
+    """The objective with the penalty, xᵀbx + linearᵀx + constant of the free inputs of a node.
+
+    Attributes:
+        state: 1 pruned, 0 kept, −1 free, int8 [n].
+        free: the free inputs, int64 [m].
+    """
 
     state: np.ndarray
     free: np.ndarray
@@ -90,19 +94,15 @@ class FreePart(NamedTuple):
 
 
 def same_group(task: RowTask) -> np.ndarray:
-    """Whether two inputs share a group, float64 [n, n]."""
+    """Return 1.0 where two inputs share a group, else 0.0, float64 [n, n]."""
     member = np.arange(len(task.q)) // task.group
     return (member[:, None] == member[None, :]).astype(float)
 
 
 def qcr_duals(task: RowTask) -> Duals:
-    """Of the bound `sdp`, within half of the time that the row has left."""
-    n = len(task.q)
-    pattern = (
-        Unstructured(keep=n - task.pruned)
-        if task.group == n
-        else NM(keep=task.group - task.pruned, of=task.group)
-    )
+    """Return the duals of the bound `sdp`, within half of the time that the row has left."""
+    n, kept = len(task.q), task.group - task.pruned
+    pattern = Unstructured(keep=kept) if task.group == n else NM(keep=kept, of=task.group)
     gram = torch.from_numpy((task.q + task.q.T) / 2)
     problem = LayerProblem(torch.ones(1, n, dtype=torch.float64), gram, pattern, assume_psd=True)
     tolerance = _TOLERANCE if task.values is None else _ROUGH
@@ -116,7 +116,7 @@ def qcr_duals(task: RowTask) -> Duals:
 def free_part(
     q: np.ndarray, mu: float, pruned: int, same: np.ndarray, state: np.ndarray
 ) -> FreePart:
-    """Of a node with the penalty μΣ_g (1_gᵀp − pruned)²; for `same` see `same_group`."""
+    """Return the free part of a node, with the penalty μΣ_g (1_gᵀp − pruned)²; `same`: see `same_group`."""
     free = np.flatnonzero(state < 0)
     ones = (state == 1).astype(float)
     b = q[np.ix_(free, free)] + mu * same[np.ix_(free, free)]
@@ -129,7 +129,7 @@ def free_part(
 def definite(
     matrix: np.ndarray, weights: np.ndarray, point: np.ndarray, least: float
 ) -> np.ndarray:
-    """The θd of `correction`, θ larger by `least` than eigenvalues require."""
+    """Return the θd of `correction`, θ larger by `least` than eigenvalues require."""
 
     def enough(low: float, m: np.ndarray) -> float:
         # the residual of a computed eigenvalue is a small multiple of n·u·‖M‖
@@ -139,7 +139,7 @@ def definite(
 
 
 def start_vectors(n: int, seed: int) -> np.ndarray:
-    """Unit vectors [n, k], k ≥ √(2n) + 1 in whole registers, of the type in which the root is swept."""
+    """Return unit vectors [n, k], k ≥ √(2n) + 1 in whole registers, of the type of the sweeps at the root."""
     k = -(-(int((2 * n) ** 0.5) + 2) // LANES) * LANES
     v = np.random.default_rng(seed).standard_normal((n, k))
     v /= np.linalg.norm(v, axis=1, keepdims=True)
@@ -149,7 +149,7 @@ def start_vectors(n: int, seed: int) -> np.ndarray:
 def multipliers(
     part: FreePart, vectors: np.ndarray, point: np.ndarray, sweeps: int, deadline: float = math.inf
 ) -> tuple[np.ndarray, np.ndarray]:
-    """λ with Q + μΣ_g 1_g1_gᵀ + diag(λ) ⪰ 0 on the free inputs, and the vectors that gave it.
+    """Return λ with Q + μΣ_g 1_g1_gᵀ + diag(λ) ⪰ 0 on the free inputs, and the vectors that gave it.
 
     Args:
         part: is used up.
@@ -186,15 +186,17 @@ def bound_node(
     lam: np.ndarray,
     c: np.ndarray,
     constant: float,
-    group: int,
-    pruned: int,
+    task: RowTask,
     state: np.ndarray,
     cutoff: float,
     twins: list[np.ndarray],
 ) -> tuple[float, np.ndarray]:
-    """(bound, point) of a node, the bound ∞ where no legal mask is left; fixes inputs of `state` (1 pruned, 0
-    kept, −1 free, int8 [n]) that no mask below `cutoff` has otherwise."""
-    if not settle(state, group, pruned, twins):
+    """Return the bound of a node, ∞ where no legal mask is left, and its relaxed point.
+
+    Inputs of `state` (1 pruned, 0 kept, −1 free, int8 [n]) that no mask below `cutoff` has otherwise are
+    fixed in place.
+    """
+    if not settle(state, task, twins):
         return np.inf, np.zeros(len(c))
     point = (state == 1).astype(float)
     index = np.flatnonzero(state < 0)
@@ -203,22 +205,24 @@ def bound_node(
     offset = _gather(base, lam, c, constant, state, index, product, q, linear)
     if len(index) == 0:
         return offset, point
-    groups = state.reshape(-1, group)
+    groups = state.reshape(-1, task.group)
     size = (groups < 0).sum(1)
-    left, size = (pruned - (groups == 1).sum(1))[size > 0], size[size > 0]
+    left, size = (task.pruned - (groups == 1).sum(1))[size > 0], size[size > 0]
     bound, value, free_point, gradient = minimise(
         q, linear, offset, left, size, cutoff, _SETTLED, _HOPELESS
     )
     point[index] = free_point
     if bound < cutoff and np.isfinite(value):
-        _fix(state, index, gradient, gradient.copy(), left, size, bound, cutoff)
+        _fix_by_slope(state, index, gradient, gradient.copy(), left, size, bound, cutoff)
     return bound, point
 
 
-def settle(state: np.ndarray, group: int, pruned: int, twins: list[np.ndarray]) -> bool:
-    """A group whose count is reached leaves nothing free, and of `twins` the first ones are pruned; False
-    where a count cannot be reached, or twins have another order."""
-    groups = state.reshape(-1, group)
+def settle(state: np.ndarray, task: RowTask, twins: list[np.ndarray]) -> bool:
+    """Fix in place what follows from the counts of the groups, and from twins, whose first ones are pruned.
+
+    Returns False where a count cannot be reached, or twins have another order.
+    """
+    groups, pruned = state.reshape(-1, task.group), task.pruned
     while True:
         before = np.count_nonzero(state < 0)
         if not in_order(state, twins):
@@ -233,8 +237,10 @@ def settle(state: np.ndarray, group: int, pruned: int, twins: list[np.ndarray]) 
 
 
 def twins_of(q: np.ndarray, group: int) -> list[np.ndarray]:
-    """The sets of at least two inputs of a group (int64, ascending) any two of which may be exchanged: Q
-    [n, n] stays what it is, to the last bit."""
+    """Return the sets of two or more inputs of a group, int64, ascending, any two of which may be exchanged.
+
+    Q [n, n] stays what it is, to the last bit.
+    """
     candidates: dict[bytes, list[list[int]]] = {}  # by the entries of their rows, in any order
     for i, line in enumerate(q + 0.0):
         sets = candidates.setdefault(np.sort(line).tobytes(), [])
@@ -250,7 +256,7 @@ def twins_of(q: np.ndarray, group: int) -> list[np.ndarray]:
 
 
 def put_in_order(pruned: np.ndarray, twins: list[np.ndarray]) -> np.ndarray:
-    """The mask (p, bool [n]) of equal objective that prunes the first ones of all twins."""
+    """Return the mask (p, bool [n]) of equal objective that prunes the first ones of all twins."""
     ordered = np.array(pruned, dtype=bool)
     for known in twins:
         ordered[known] = np.arange(len(known)) < ordered[known].sum()
@@ -271,7 +277,7 @@ def in_order(state: np.ndarray, twins: list[np.ndarray]) -> bool:
 
 @njit
 def _gather(base, lam, c, constant, state, index, product, q, linear):  # type: ignore[no-untyped-def]
-    """The program in the free inputs alone: its offset, returned, and `q` and `linear`; `product` is 0."""
+    """Write the program in the free inputs to `q` and `linear`, and return its offset; `product` is 0."""
     n, m = len(c), len(index)
     for i in range(n):
         if state[i] == 1:
@@ -293,9 +299,11 @@ def _gather(base, lam, c, constant, state, index, product, q, linear):  # type: 
 
 
 @njit
-def _fix(state, index, gradient, parts, left, size, bound, cutoff):  # type: ignore[no-untyped-def]
-    """Reduced costs: the same linear form with one input on its other side reaches the cutoff. `parts`, a
-    copy of the gradient, is reordered."""
+def _fix_by_slope(state, index, gradient, parts, left, size, bound, cutoff):  # type: ignore[no-untyped-def]
+    """Fix inputs by reduced costs: the linear form with one input on its other side reaches the cutoff.
+
+    `parts`, a copy of the gradient, is reordered.
+    """
     first = 0
     for g in range(len(left)):
         last = first + size[g]

@@ -1,6 +1,7 @@
-"""The tree of pᵀQp: the QCR form of the SDP duals (Billionnet, Elloumi, Plateau 2009), a convex QP at every
-node, whose bound is that of `node`. Inputs that cannot change sides without passing the incumbent are fixed
-by the linear form of the bound.
+"""The tree of pᵀQp: the QCR form of the SDP duals, and a convex QP at every node, bounded in `node`.
+
+The form is that of Billionnet, Elloumi and Plateau (2009). Inputs that cannot change sides without passing
+the incumbent are fixed by the linear form of the bound.
 
 Every few levels a node's own semidefinite relaxation is solved again (`multipliers`), and its subtree uses
 that λ: one to two orders of magnitude fewer nodes. Where triangle inequalities nearly close the root, as on
@@ -8,8 +9,8 @@ graphs, or a tree without them would be too large, every node has them, and pent
 tens or hundreds of nodes, some tenths of a second each, in place of many thousands.
 
 Before other searches, `probe` fixes inputs at the root that no mask below the incumbent has otherwise: an
-input is set to its less likely side, and where the bound of the rest reaches the cutoff, it belongs to the
-other. On rows of 64 inputs that often leaves nothing to search.
+input is set to its less likely side, and where the bound then reaches the cutoff, it belongs to the other
+side. On rows of 64 inputs that often leaves nothing to search.
 """
 
 from __future__ import annotations
@@ -59,8 +60,12 @@ _PATIENCE = 0.25
 
 
 class Plans(NamedTuple):
-    """How a tree with triangles is grown: the relaxations of root and nodes; inputs whose children are
-    bounded before one is branched on; `anyway`: also where triangles do not nearly close the root."""
+    """The relaxations with triangles of a tree's root and nodes.
+
+    Attributes:
+        candidates: inputs whose children are bounded before one is branched on.
+        anyway: also where triangles do not nearly close the root.
+    """
 
     root: Plan
     node: Plan
@@ -90,8 +95,12 @@ FAR = Plans(
 
 
 class QuadraticTree(BestFirst):
-    """The tree of one row, from the duals at its root. `plans`: of relaxations with triangles; None: nodes
-    have none. `proof`: keep the tree."""
+    """The tree of one row, from the duals at its root.
+
+    Attributes:
+        proof: whether the tree is kept.
+        plans: of relaxations with triangles; None: nodes have none.
+    """
 
     def __init__(self, task: RowTask, duals: Duals, *, proof: bool = False) -> None:
         super().__init__(task)
@@ -102,20 +111,19 @@ class QuadraticTree(BestFirst):
         self.constant = self.mu * (n // task.group) * task.pruned**2
         self.reach = float(np.sqrt(np.abs(task.q.diagonal())).sum()) ** 2
         # the sweeps at the root are cheap, and every node below starts from their vectors
-        state, point = np.full(n, -1, dtype=np.int8), np.full(n, task.pruned / task.group)
         above = Relaxed(np.zeros(n), start_vectors(n, task.limits.seed), Pool.empty(PLACES))
-        own = self.convexify(state, point, above, _ROOT_SWEEPS)
-        form = own._replace(lam=duals.with_margin(task))
-        value, point, first = self.bound(state, form)
-        self.proven = max(value, duals.certified * (1 - MARGIN))
-        again = state.copy()
-        other, relaxed, second = self.bound(again, own)
-        self.root = step = first
-        if other > value:
-            value, point, state, form, step = other, relaxed, again, own, second
-            _follow(first, second)
-        self.root_bound = max(value, self.proven)
-        self.start = Node(self.root_bound, 0, state, point, form, n, _INTERVAL, step)
+        state, point = np.full(n, -1, dtype=np.int8), np.full(n, task.pruned / task.group)
+        form = self.convexify(Node(0.0, 0, state, point, above), _ROOT_SWEEPS)
+        of_duals = form._replace(lam=duals.with_margin(task))
+        node = self.bounded(Node(0.0, 0, state, point, of_duals, n, _INTERVAL))
+        self.root = node.step
+        self.proven = max(node.bound, duals.certified * (1 - MARGIN))
+        again = self.bounded(node._replace(form=form))
+        if again.bound > node.bound:
+            _follow(node.step, again.step)
+            node = again
+        self.root_bound = max(node.bound, self.proven)
+        self.start = node._replace(bound=self.root_bound)
         self.lacks = self.cutoff - self.root_bound
         self.plans: Plans | None = None
         self._trials, self._halfway = 0, self.root_bound
@@ -143,74 +151,66 @@ class QuadraticTree(BestFirst):
             "proof": None if self.root is None else row_proof(self.root, len(self.base), self.mu),
         }
 
-    def bound(self, state: np.ndarray, form: Relaxed) -> tuple[float, np.ndarray, Step | None]:
-        """The node's bound and relaxed point, and its step of the proof; fixes inputs of `state` in place."""
-        task, pool = self.task, form.pool
-        base, c, constant = self.base, self._linear(form.lam), self.constant
+    def bounded(self, node: Node) -> Node:
+        """Bound a node by its form, and fix what no mask below the cutoff has otherwise.
+
+        The node returned also has the relaxed point and its step of the proof.
+        """
+        task, pool, lam = self.task, node.form.pool, node.form.lam
+        base, c, constant = self.base, self._linear(lam), self.constant
         if len(pool.tau):
             base = base.copy()
             constant -= subtract_cuts(base, c, pool)
-        margin = self._margin(form)
-        self.solved += 1
-        settled = state.copy()
+        margin, state, settled = self._margin(node.form), node.state.copy(), node.state.copy()
         cutoff = self.cutoff + margin
-        value, point = bound_node(
-            base, form.lam, c, constant, task.group, task.pruned, state, cutoff, self.twins
-        )
+        value, point = bound_node(base, lam, c, constant, task, state, cutoff, self.twins)
+        self.solved += 1
         self._round(point, state)
         step = None
         if self.proof:
-            sound, step = settle(settled, task.group, task.pruned, self.twins), Step()
+            sound, step = settle(settled, task, self.twins), Step()
             free = settled < 0
             if sound and free.any():
                 fixed = np.flatnonzero(free & (state >= 0))
-                step = Step(form, point[free], fixed, state[fixed])
-        return value - margin, point, step
+                step = Step(node.form, point[free], fixed, state[fixed])
+        return node._replace(bound=value - margin, state=state, point=point, step=step)
 
     def _linear(self, lam: np.ndarray) -> np.ndarray:
-        """c of pᵀAp + cᵀp + constant, without triangles."""
+        """Return c of pᵀAp + cᵀp + constant, without triangles."""
         return -lam - 2 * self.mu * self.task.pruned
 
     def _margin(self, form: Relaxed) -> float:
-        """The rounding of a node's sums, whose terms can be far larger than the objective."""
+        """Bound the rounding of a node's sums, whose terms can be far larger than the objective."""
         c, n = self._linear(form.lam), len(form.lam)
         terms = self.reach + 4 * float(np.abs(c).sum()) + 4 * abs(self.constant)
         least = form.pool.least  # of so many pairs of inputs, 3 of a triangle
         terms += 16 / 3 * n * float(form.pool.tau @ (least * (2 * least + 1)))
         return MARGIN * self.task.size(self.cost) + 4 * (n + 8) * 2.0**-53 * terms
 
-    def convexify(
-        self,
-        state: np.ndarray,
-        point: np.ndarray,
-        above: Relaxed,
-        how: int | Plan = _SWEEPS,
-        bound: float = 0.0,
-    ) -> Relaxed:
-        """The form of a node's own relaxation: in sweeps without triangles, or by a plan with them, from a
-        known bound."""
+    def convexify(self, node: Node, how: int | Plan = _SWEEPS) -> Relaxed:
+        """Return the form of a node's own relaxation: so many sweeps, or a plan with triangles.
+
+        It starts from the form that the node has from above.
+        """
         self.convexified += 1
         task, deadline = self.task, self.task.limits.deadline
-        part = free_part(task.q, self.mu, task.pruned, self.same, state)
+        part = free_part(task.q, self.mu, task.pruned, self.same, node.state)
         if isinstance(how, Plan):
-            goal = Goal(bound, self.cutoff, _UNIT * self.lacks, deadline)
-            return relax_node(part, above, point, how, goal)
-        lam, vectors = multipliers(part, above.vectors, point, how, deadline)
+            goal = Goal(node.bound, self.cutoff, _UNIT * self.lacks, deadline)
+            return relax_node(part, node.form, node.point, how, goal)
+        lam, vectors = multipliers(part, node.form.vectors, node.point, how, deadline)
         return Relaxed(lam, vectors, Pool.empty(PLACES))
 
     def _round(self, point: np.ndarray, state: np.ndarray) -> None:
-        """The legal mask nearest the relaxed point, kept where it beats the incumbent."""
-        group, pruned = self.task.group, self.task.pruned
-        score = np.where(state == 1, 2.0, np.where(state == 0, -1.0, point)).reshape(-1, group)
-        mask = np.zeros_like(score, dtype=bool)
-        np.put_along_axis(mask, np.argsort(-score, axis=1)[:, :pruned], True, axis=1)
-        p = mask.reshape(-1)
+        """Keep the legal mask nearest the relaxed point where it beats the incumbent."""
+        score = np.where(state == 1, 2.0, np.where(state == 0, -1.0, point))
+        p = self.task.first(-score, self.task.pruned)
         if float(p @ self.task.q @ p) < self.cost * _PROMISING:
-            p = tabu_row(self.task.q, p, group, moves=_POLISH)
+            p = tabu_row(self.task.q, p, self.task.group, moves=_POLISH)
             self.take(p, float(p @ self.task.q @ p))
 
     def branch(self, node: Node) -> list[Node]:
-        """Both children of an input; where there are several candidates, of the one that gains most."""
+        """Return both children of an input; of several candidates, of the one that gains most."""
         free = int((node.state < 0).sum())
         if free and node.free - free >= node.interval:
             node = self._strengthen(node, free)
@@ -229,9 +229,8 @@ class QuadraticTree(BestFirst):
             for side in (1, 0):
                 state = node.state.copy()
                 state[i] = side
-                bound, point, step = self.bound(state, node.form)
-                bound = max(bound, node.bound)
-                pair.append(node._replace(bound=bound, state=state, point=point, step=step))
+                child = self.bounded(node._replace(state=state))
+                pair.append(child._replace(bound=max(child.bound, node.bound)))
             least = MARGIN * abs(self.cost)
             gain = [min(c.bound, self.cutoff) - node.bound + least for c in pair]
             score = gain[0] * gain[1]
@@ -244,41 +243,40 @@ class QuadraticTree(BestFirst):
         return chosen
 
     def _strengthen(self, node: Node, free: int) -> Node:
-        """The node with the form of its own relaxation, where that proves more."""
-        above, how = node.form, self.plans.node if self.plans else _SWEEPS
-        own = self.convexify(node.state, node.point, above, how, node.bound)
-        state = node.state.copy()
-        value, point, step = self.bound(state, own)
-        if value > node.bound:
-            _follow(node.step, step)
-            interval = 1 if self.plans else _INTERVAL
-            return Node(value, node.order, state, point, own, free, interval, step)
+        """Return the node with the form of its own relaxation, where that proves more."""
+        form = self.convexify(node, self.plans.node if self.plans else _SWEEPS)
+        interval = 1 if self.plans else _INTERVAL
+        again = self.bounded(node._replace(form=form, free=free, interval=interval))
+        if again.bound > node.bound:
+            _follow(node.step, again.step)
+            return again
         # not converged: try again further down, from better vectors
-        wait = 1 if self.plans else min(2 * node.interval, _LONGEST_INTERVAL)
-        return node._replace(form=above._replace(vectors=own.vectors), free=free, interval=wait)
+        form = node.form._replace(vectors=form.vectors)
+        interval = 1 if self.plans else min(2 * node.interval, _LONGEST_INTERVAL)
+        return node._replace(form=form, free=free, interval=interval)
 
     def restarted(self, open_nodes: list[Node], nodes: int) -> list[Node] | None:
-        """The root again, with triangles, in the place of all that is open, where that is due and pays."""
+        """Return the root with triangles in the place of all open nodes, where that is due and pays."""
         least_open = open_nodes[0].bound
         plans = None if self.plans else self._due(nodes, least_open)
         if plans is None:
             return None
-        state, start = np.full(len(self.task.q), -1, dtype=np.int8), self.start
-        own = self.convexify(state, start.point, start.form, plans.root, start.bound)
-        value, point, step = self.bound(state, own)
-        lacking = self.cutoff - value
+        root = self.start._replace(state=np.full(len(self.task.q), -1, dtype=np.int8), interval=1)
+        root = self.bounded(root._replace(form=self.convexify(root, plans.root)))
+        lacking = self.cutoff - root.bound
         near = lacking <= _NEAR * self.cost
         near |= self.task.values is not None and lacking <= self.lacks / 2
-        if not value > least_open or not (near or plans.anyway):
+        if not root.bound > least_open or not (near or plans.anyway):
             return open_nodes
-        self.plans, self.root = plans, step
-        self.proven = value
-        free = int((state < 0).sum())
-        return [Node(value, next(self.order), state, point, own, free, 1, step)]
+        self.plans, self.root, self.proven = plans, root.step, root.bound
+        return [root._replace(order=next(self.order), free=int((root.state < 0).sum()))]
 
     def _due(self, nodes: int, least_open: float) -> Plans | None:
-        """What relaxations with triangles are to be tried now, if any: early, for rows whose root they nearly
-        close; and once more where the tree without them has turned out to be too large."""
+        """Return the relaxations with triangles to be tried now, if any.
+
+        They are tried early, for rows whose root they nearly close, and once more where the tree without them
+        has turned out to be too large.
+        """
         if self._trials == 0 and (nodes >= _TRY or self.task.values is not None):
             self._trials = 1
             return CLOSE
@@ -294,13 +292,13 @@ class QuadraticTree(BestFirst):
 
 
 def _follow(step: Step | None, after: Step | None) -> None:
-    """Where a proof is kept, `after` follows at the same node."""
+    """Let the step `after` follow at the same node, where a proof is kept."""
     if step is not None and after is not None:
         step.then(AGAIN, after)
 
 
 class Probed(NamedTuple):
-    """What every legal mask below the cutoff has, the first ones of its twins being pruned.
+    """The sides of inputs that every legal mask below the cutoff has whose first twins are pruned.
 
     Attributes:
         state: 1 pruned, 0 kept, −1 free, int8 [n].
@@ -319,43 +317,40 @@ class Probed(NamedTuple):
         return self.bound >= self.cutoff
 
     def allows(self, pruned: np.ndarray) -> bool:
-        """Whether a mask (p, bool [n]) has the sides that were found."""
+        """Return whether a mask (p, bool [n]) has these sides."""
         return bool(((self.state < 0) | (self.state == pruned)).all())
 
 
 def probe(tree: QuadraticTree) -> Probed:
     """Fix what can be fixed at the root of a tree, whose incumbent may become a better one."""
-    root = tree.start
-    state, point, form, bound = root.state.copy(), root.point, root.form, root.bound
-    while bound < tree.cutoff and not tree.task.limits.expired:
-        before = int((state < 0).sum())
-        _fix(tree, state, point, form)
-        free = int((state < 0).sum())
+    node = tree.start._replace(state=tree.start.state.copy())
+    while node.bound < tree.cutoff and not tree.task.limits.expired:
+        before = int((node.state < 0).sum())
+        _probe_inputs(tree, node)
+        free = int((node.state < 0).sum())
         if not free:  # a single mask, which this looks at
-            tree.bound(state, form)
-            bound = tree.cutoff
+            tree.bounded(node)
+            node = node._replace(bound=tree.cutoff)
         if free in (0, before):
             break
-        own = tree.convexify(state, point, form)
-        again = state.copy()
-        value, relaxed, _ = tree.bound(again, own)
-        if value > bound:
-            state, point, form, bound = again, relaxed, own, value
-    return Probed(state, form.lam, bound, tree.cutoff)
+        again = tree.bounded(node._replace(form=tree.convexify(node)))
+        if again.bound > node.bound:
+            node = again
+    return Probed(node.state, node.form.lam, node.bound, tree.cutoff)
 
 
-def _fix(tree: QuadraticTree, state: np.ndarray, point: np.ndarray, form: Relaxed) -> None:
-    """One pass over the free inputs of `state`, in place: those first that the relaxation is surest of."""
-    failures = 0
-    for i in np.argsort(-np.abs(point - 0.5), kind="stable"):
+def _probe_inputs(tree: QuadraticTree, node: Node) -> None:
+    """Fix free inputs of a node in place, in one pass, those first that the relaxation is surest of."""
+    failures, state = 0, node.state
+    for i in np.argsort(-np.abs(node.point - 0.5), kind="stable"):
         if failures > _PATIENCE * len(state) or tree.task.limits.expired:
             break
         if state[i] >= 0:
             continue
-        side = int(point[i] < 0.5)
+        side = int(node.point[i] < 0.5)
         other = state.copy()
         other[i] = side
-        if tree.bound(other, form)[0] >= tree.cutoff:
+        if tree.bounded(node._replace(state=other)).bound >= tree.cutoff:
             state[i] = 1 - side
             failures = 0
         else:

@@ -52,7 +52,7 @@ _CURVED = 1e-12
 
 
 class Plan(NamedTuple):
-    """How a relaxation is solved.
+    """The rounds in which a relaxation is solved.
 
     Attributes:
         shares: αN²/2 in every round, in units of what the node lacks to the cutoff, or of the goal's `unit`
@@ -68,8 +68,13 @@ class Plan(NamedTuple):
 
 
 class Relaxed(NamedTuple):
-    """A convex form, where the relaxations below it start: λ, float64 [n]; vectors without triangles
-    (`node`), [n, k]; triangles of inputs (n: z_0), τ in units of the objective."""
+    """A convex form, from which the relaxations below it start.
+
+    Attributes:
+        lam: λ, float64 [n].
+        vectors: of the sweeps without triangles (`node`), [n, k].
+        pool: triangles of inputs (n: z_0), τ in units of the objective.
+    """
 
     lam: np.ndarray
     vectors: np.ndarray
@@ -77,7 +82,7 @@ class Relaxed(NamedTuple):
 
 
 class Goal(NamedTuple):
-    """A node is to reach the cutoff from its bound before the deadline, of `clock()`; `unit`: see `Plan`."""
+    """The cutoff that a node is to reach from its bound, and when, of `clock()`; `unit`: see `Plan`."""
 
     bound: float
     cutoff: float
@@ -88,8 +93,11 @@ class Goal(NamedTuple):
 def relax_node(
     part: FreePart, start: Relaxed, point: np.ndarray, plan: Plan, goal: Goal
 ) -> Relaxed:
-    """λ and τ with Q + μΣ_g 1_g1_gᵀ + diag(λ) less the triangles ⪰ 0 on the free inputs, from those of the
-    node above (`start`), with the relaxed point of the node, float64 [n], for `definite`."""
+    """Return λ and τ with Q + μΣ_g 1_g1_gᵀ + diag(λ) less the triangles ⪰ 0 on the free inputs.
+
+    The search begins with those of the node above (`start`); `point` is the relaxed point of the node,
+    float64 [n], for `definite`.
+    """
     b, n = part.b, len(part.free)
     c = np.zeros((n + 1, n + 1))
     c[:n, :n] = b / 4
@@ -115,8 +123,10 @@ def relax_node(
 
 
 def _below(pool: Pool, state: np.ndarray) -> Pool:
-    """The inequalities by places among the free inputs and z_0. A fixed input is z_0 or −z_0: the rest has
-    z_0 once, or not at all where two cancel; where they add up it is left out."""
+    """Return the inequalities by places among the free inputs and z_0, where a fixed input is z_0 or −z_0.
+
+    An inequality then has z_0 once, or not at all where two cancel; where they add up it is left out.
+    """
     free = np.flatnonzero(state < 0)
     fixed, nothing = len(free), len(free) + 1
     place = np.append(np.full(len(state), fixed), [fixed, nothing])  # ABSENT is the last
@@ -138,8 +148,15 @@ def _below(pool: Pool, state: np.ndarray) -> Pool:
 
 
 class _Dual:
-    """The concave function of one node and the place on it: C, float64 [n + 1, n + 1] with z_0 last; y,
-    float64 [n + 1]; triangles with their τ, and their `pairs` and `least`; the known curvature."""
+    """The concave function of one node, and the place on it.
+
+    Attributes:
+        c: C, float64 [n + 1, n + 1] with z_0 last.
+        y: float64 [n + 1].
+        pool: triangles with their τ; `pairs` and `least` are theirs.
+        newton: the known curvature.
+        x: Z at the last value.
+    """
 
     def __init__(self, c: np.ndarray, y: np.ndarray, pool: Pool) -> None:
         self.c, self.pool = c, pool
@@ -151,7 +168,7 @@ class _Dual:
             raise np.linalg.LinAlgError("a form beyond float64")
 
     def climb(self, plan: Plan, goal: Goal, offset: float) -> None:
-        """`offset`: what the objective is more than ⟨C, Z⟩."""
+        """Climb in the rounds of the plan, as far as the cutoff; the objective is ⟨C, Z⟩ + `offset`."""
         size = len(self.c) ** 2 / 2
         for step, share in enumerate(plan.shares):
             if step:
@@ -166,14 +183,14 @@ class _Dual:
         self.pool = self.pool.keep(self.pool.tau > _TINY * self.pool.tau.max(initial=0.0))
 
     def _join(self, plan: Plan) -> None:
-        """What Z violates most joins."""
+        """Add the inequalities that Z violates most."""
         n = len(self.c) - 1
         index, sign, _ = separate(self.x, plan.new * n, RowThreads(1))
         pool = self.pool.join(index, sign, n)
         self.pool = pool.join(*pentagons(self.x, self.pool, plan.pentagons * n), n)
 
     def _homogenize(self, alpha: float) -> None:
-        """The best y of z_0, which the form from above lacks: where Z's entry of z_0 is 1."""
+        """Find the best y of z_0, which the form from above lacks: that where Z's entry of z_0 is 1."""
 
         def slope(y: float) -> float:
             self.y[-1] = y
@@ -186,7 +203,7 @@ class _Dual:
         if not flat > 0:
             raise np.linalg.LinAlgError("an α below float64")
         values, vectors = np.linalg.eigh(form[:-1, :-1])
-        # what closes the form, were no eigenvalue of the rest below `flat`; an end of a bracket is near
+        # this closes the form if no eigenvalue of its other part is below `flat`; a bracket's end is near
         low = float(((vectors.T @ form[:-1, -1]) ** 2 / np.maximum(values, flat)).sum())
         step = flat
         while slope(low) < 0:
@@ -197,7 +214,7 @@ class _Dual:
         self.y[-1] = brentq(slope, low, high, xtol=_CLOSE * flat)
 
     def _ascend(self, alpha: float, iterations: int) -> float:
-        """Move (y, τ) up; the function's value without −αN²/2. Drops triangles without a multiplier."""
+        """Move (y, τ) up, drop triangles without a multiplier, and return the value without −αN²/2."""
         size = len(self.c)
         self.pairs, self.least = self.pool.pairs(), self.pool.least
 
@@ -219,7 +236,7 @@ class _Dual:
         return form
 
     def _value(self, y: np.ndarray, tau: np.ndarray, alpha: float) -> tuple[float, np.ndarray]:
-        """−Σ y − Σ τc − ‖L₋‖²/(2α) and its gradient; Z = −L₋/α is left in `x`."""
+        """Return −Σ y − Σ τc − ‖L₋‖²/(2α) and its gradient; Z = −L₋/α is left in `x`."""
         # of LAPACKs at hand torch's is the fastest on small matrices, with one thread
         w, v = (t.numpy() for t in torch.linalg.eigh(torch.from_numpy(self._form(y, tau))))
         negative = int(np.searchsorted(w, 0.0))
@@ -232,7 +249,7 @@ class _Dual:
 
 
 def subtract_cuts(base: np.ndarray, c: np.ndarray, pool: Pool) -> float:
-    """Subtract Σ τ_t((Σ b_iz_i)² − 1)/2 from pᵀ·base·p + cᵀp, in place; returns the constant part."""
+    """Subtract Σ τ_t((Σ b_iz_i)² − 1)/2 from pᵀ·base·p + cᵀp in place, and return the constant part."""
     e, column = dense(pool, len(c))
     # z_0z_j = 2p_j − 1 and z_iz_j = 4p_ip_j − 2p_i − 2p_j + 1, −2E_ij times
     base += 4 * e
@@ -244,8 +261,14 @@ def subtract_cuts(base: np.ndarray, c: np.ndarray, pool: Pool) -> float:
 Function = Callable[[np.ndarray], tuple[float, np.ndarray]]
 
 
+class _Place(NamedTuple):
+    x: np.ndarray
+    value: float
+    slope: np.ndarray
+
+
 class QuasiNewton:
-    """Steps downhill on a smooth convex function, whose variables from `free` on stay at 0 or above.
+    """A quasi-Newton method on a smooth convex function, whose variables from `free` on stay at 0 or above.
 
     A step is the two-loop recursion of BFGS among the variables that may move, which are all but those at 0
     that would go below; it is taken along its projection (Bertsekas, SIAM J. Control and Optimization 20,
@@ -259,7 +282,7 @@ class QuasiNewton:
         self.steps, self.changes = np.zeros((2, memory, free))
 
     def keep(self, chosen: np.ndarray) -> None:
-        """The other variables, bool [n], are there no more."""
+        """Drop all variables but those of `chosen`, bool [n]."""
         self.steps, self.changes = (
             np.ascontiguousarray(x[:, chosen]) for x in (self.steps, self.changes)
         )
@@ -267,49 +290,46 @@ class QuasiNewton:
     def descend(
         self, function: Function, x: np.ndarray, iterations: int
     ) -> tuple[np.ndarray, float]:
-        """At most so many steps from x, float64 [n], legal, and the value there; variables beyond those known
-        are new. Where nothing is known of the function's curvature yet, a step is −slope."""
+        """Make at most so many steps from a legal x, float64 [n], and return the end and its value.
+
+        Variables beyond those known are new. Where nothing is known of the function's curvature yet, a step
+        is −slope.
+        """
         new = ((0, 0), (0, len(x) - self.steps.shape[1]))
         self.steps, self.changes = np.pad(self.steps, new), np.pad(self.changes, new)
-        value, slope = function(x)
+        place = _Place(x, *function(x))
         for _ in range(iterations):
             direction = np.empty(len(x))
-            _downhill(x, slope, self.free, self.steps, self.changes, self.known, direction)
-            found = self._search(function, x, value, slope, direction)
-            if found is None:
+            curvature = self.steps, self.changes, self.known
+            _downhill(place.x, place.slope, self.free, *curvature, direction)
+            after = self._search(function, place, direction)
+            if after is None:
                 if not self.known:
                     break
                 self.known = 0
                 continue
-            before = value
-            step, change = found[0] - x, found[2] - slope
-            x, value, slope = found
+            before, place = place, after
+            step, change = place.x - before.x, place.slope - before.slope
             if step @ change > _CURVED * (change @ change):
-                place = self.known % len(self.steps)
-                self.steps[place], self.changes[place] = step, change
+                slot = self.known % len(self.steps)
+                self.steps[slot], self.changes[slot] = step, change
                 self.known += 1
-            if before - value <= _SETTLED * max(abs(before), abs(value)):
+            size = max(abs(before.value), abs(place.value))
+            if before.value - place.value <= _SETTLED * size:
                 break
-        return x, value
+        return place.x, place.value
 
-    def _search(
-        self,
-        function: Function,
-        x: np.ndarray,
-        value: float,
-        slope: np.ndarray,
-        direction: np.ndarray,
-    ) -> tuple[np.ndarray, float, np.ndarray] | None:
-        """A point along the projected direction that is enough below, with value and slope; None: none."""
+    def _search(self, function: Function, place: _Place, direction: np.ndarray) -> _Place | None:
+        """Return a place along the projected direction that is enough below; None: there is none."""
         step = 1.0
         for _ in range(_SHORTENED):
-            trial = x + step * direction
-            np.maximum(trial[self.free :], 0.0, out=trial[self.free :])
-            there, slope_there = function(trial)
-            along = float(slope @ (trial - x))
-            if there <= value + _ENOUGH * along:
-                return trial, there, slope_there
-            above = there - value - along
+            x = place.x + step * direction
+            np.maximum(x[self.free :], 0.0, out=x[self.free :])
+            value, slope = function(x)
+            along = float(place.slope @ (x - place.x))
+            if value <= place.value + _ENOUGH * along:
+                return _Place(x, value, slope)
+            above = value - place.value - along
             # the least of the parabola through what is known
             best = -along / (2 * above) if above > 0 else 0.5
             step *= min(max(best, _SHORTEST), 0.5)

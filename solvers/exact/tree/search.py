@@ -30,9 +30,14 @@ WORTH = 5e-7
 
 @dataclass(eq=False, slots=True)
 class Step:
-    """One bounding of a node: λ and triangles, the free entries of the point, the inputs that it fixed and
-    their sides (1 pruned, 0 kept), and what follows below (nothing: open, or closed). Without a form counts
-    or fixings leave one mask or none."""
+    """One bounding of a node, as a step of the proof.
+
+    Attributes:
+        form: λ and triangles; None where counts or fixings leave one mask or none.
+        point: the free entries of the relaxed point.
+        fixed, side: the inputs that it fixed, and their sides (1 pruned, 0 kept).
+        branch, below: the steps that follow, see `then`; none: the node is open, or closed.
+    """
 
     form: Relaxed | None = None
     point: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -42,18 +47,18 @@ class Step:
     below: tuple[Step, ...] = ()
 
     def then(self, branch: int, *below: Step) -> None:
-        """What follows: AGAIN with a step at the same node, or an input with its children, pruned first."""
+        """Set what follows: AGAIN with a step at the same node, or an input with two, pruned first."""
         self.branch, self.below = branch, below
 
 
 def row_proof(root: Step, n: int, penalty: float) -> RowProof:
-    """The tree below a step, in preorder."""
+    """Return the tree below a step, in preorder."""
     steps: list[Step] = []
-    left = [root]
-    while left:
-        step = left.pop()
+    stack = [root]
+    while stack:
+        step = stack.pop()
         steps.append(step)
-        left += reversed(step.below)
+        stack += reversed(step.below)
     forms = {id(step.form): step.form for step in steps if step.form is not None}
     number = {key: place for place, key in enumerate(forms)}
     pools = [form.pool for form in forms.values()] or [Pool.empty()]
@@ -121,20 +126,20 @@ class BestFirst:
 
     @property
     def cutoff(self) -> float:
-        """A node of at least this bound holds nothing that is worth looking for."""
+        """The bound from which on a node holds nothing that is worth looking for."""
         return self.cost * (1 - WORTH)
 
     def branch(self, node: Node) -> list[Node]:
-        """The children of a node, in any order of creation."""
+        """Return the children of a node, in any order of creation."""
         raise NotImplementedError
 
     def restarted(self, open_nodes: list[Node], nodes: int) -> list[Node] | None:
-        """What is open instead; None: go on with what is."""
+        """Return the nodes that are open instead; None: go on with these."""
         return None
 
     def claims(self) -> dict[str, Any]:
-        """Fields of the answer that only this objective has."""
-        return {}
+        """Return the fields of the answer that only this objective has."""
+        raise NotImplementedError
 
     def take(self, pruned: np.ndarray, cost: float) -> None:
         """Keep a mask that beats the incumbent."""
@@ -142,8 +147,10 @@ class BestFirst:
             self.best, self.cost = pruned, cost
 
     def search(self, threads: int = 1) -> RowAnswer:
-        """Best first, until nothing is open below the cutoff or a limit is reached; `threads`: for several
-        nodes."""
+        """Search best first, until nothing is open below the cutoff or a limit is reached.
+
+        Several nodes are branched on in `threads` threads.
+        """
         open_nodes = [self.start]
         nodes, ended, least_open = 1, "", self.start.bound
         with one_thread_pool(threads) as pool:
@@ -172,7 +179,7 @@ class BestFirst:
         )
 
     def _limit(self, open_nodes: list[Node], nodes: int) -> str:
-        """Why the search ends here; empty where it goes on."""
+        """Return the reason why the search ends; empty where it goes on."""
         task = self.task
         if not open_nodes or open_nodes[0].bound >= self.cutoff:
             return "optimal"
@@ -185,16 +192,15 @@ class BestFirst:
         return ""
 
     def _branch_best(self, open_nodes: list[Node], pool: ThreadPoolExecutor | None) -> list[Node]:
-        """The children of the best node, or of the best few, each with the incumbent known before; they are
-        closed."""
-        some = [heapq.heappop(open_nodes)]
-        while open_nodes and len(some) < self.abreast:
-            some.append(heapq.heappop(open_nodes))
-        views = [copy.copy(self) for _ in some]
+        """Close the best node, or several, and return their children, found with the incumbent of before."""
+        parents = [heapq.heappop(open_nodes)]
+        while open_nodes and len(parents) < self.abreast:
+            parents.append(heapq.heappop(open_nodes))
+        views = [copy.copy(self) for _ in parents]
         for view in views:
             view.solved = view.convexified = 0
-        run = map if pool is None or len(some) == 1 else pool.map
-        families = list(run(type(self).branch, views, some))
+        run = map if pool is None or len(parents) == 1 else pool.map
+        families = list(run(type(self).branch, views, parents))
         for view in views:
             self.solved += view.solved
             self.convexified += view.convexified

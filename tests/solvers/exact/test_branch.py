@@ -27,6 +27,7 @@ from maskopt.solvers.exact.tree import node
 from maskopt.solvers.exact.tree.node import free_part, multipliers, qcr_duals, start_vectors
 from maskopt.solvers.exact.tree.quadratic import QuadraticTree, probe
 from maskopt.solvers.exact.tree.relaxation import Plan, Relaxed
+from maskopt.solvers.exact.tree.search import Node
 
 SIXTY, OPTIMAL = Unstructured(sparsity=0.6), (Status.OPTIMAL,)
 close = torch.testing.assert_close
@@ -96,12 +97,13 @@ def test_a_node_is_bounded_and_fixed_validly(pattern, kind):
         own, _ = multipliers(part, vectors, point, 200)
         searched.cost = cost
         middle = np.full(n, pruned / group)
-        triangles = searched.convexify(state, middle, nothing, Plan((3.0, 1.0, 0.3)), 0.0)
+        above = Node(0.0, 0, state, middle, nothing)
+        triangles = searched.convexify(above, Plan((3.0, 1.0, 0.3)))
         cuts += len(triangles.pool.tau)
         for form in (nothing, nothing._replace(lam=own), triangles):
             searched.cost = cost
-            after = state.copy()
-            value, _, _ = searched.bound(after, form)
+            bounded = searched.bounded(above._replace(form=form))
+            value, after = bounded.bound, bounded.state
             assert value <= costs[below].min() + 1e-9 * abs(cost)
             tight += value > 0.8 * costs[below].min()
             better = below & (costs < searched.cutoff)
