@@ -34,8 +34,10 @@ _SYSTEMS = 2**22
 
 @dataclass(frozen=True)
 class Exhaustive(Solver):
-    """Exact in float64, for rows of at most COMBINATION_LIMIT masks. Ties: the first mask. After the time
-    limit the best mask so far, FEASIBLE; with a shared budget any legal mask."""
+    """Enumeration in float64, for rows of at most COMBINATION_LIMIT masks. Ties: the first mask.
+
+    After the time limit it returns the best mask so far, FEASIBLE; with a shared budget any legal mask.
+    """
 
     name: ClassVar[str] = "exhaustive"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -51,14 +53,14 @@ class Exhaustive(Solver):
     def check_size(self, n: int, pattern: Pattern, *, update: bool) -> None:
         """See `Solver.check_size`: too many masks."""
         if isinstance(pattern, Unstructured) and pattern.shared_budget:
-            masks, where, instead = 2**n, "of a shared budget", "take solver 'swap'"
+            masks, kind, instead = 2**n, "of a shared budget", "take solver 'swap'"
         else:
-            masks, where = _masks(n, pattern), f"at {pattern}"
+            masks, kind = _masks(n, pattern), f"at {pattern}"
             instead = "restrict the row, or use 'scip'"
         if masks > COMBINATION_LIMIT:
             about = f"{Decimal(masks):.3g}"  # it may be beyond a float
             raise SolverError(
-                f"exhaustive: a row of {n} inputs {where} has {about} masks, more than "
+                f"exhaustive: a row of {n} inputs {kind} has {about} masks, more than "
                 f"{COMBINATION_LIMIT:,}; {instead}"
             )
 
@@ -72,7 +74,7 @@ class Exhaustive(Solver):
 
 
 def _masks(n: int, pattern: Pattern) -> int:
-    """Of a row whose pattern says how many it prunes."""
+    """Count the masks of a row whose pattern says how many it prunes."""
     group = pattern.group_size(n)
     return math.comb(group, pattern.pruned_per_group(n)) ** (n // group)
 
@@ -80,29 +82,23 @@ def _masks(n: int, pattern: Pattern) -> int:
 def _solution(
     problem: LayerProblem, mask: Tensor, seen: Tensor, complete: Tensor, watch: Stopwatch
 ) -> Solution:
-    """Rows of which all masks were seen are optimal."""
+    """Return the solution, in which rows are optimal of which all masks were seen."""
+    cost, seconds = problem.objective(mask), watch.lap()
     answers = [
         RowAnswer(
-            pruned,
-            ended="optimal" if done else "timelimit",
-            bound=cost if done else 0.0,
-            nodes=nodes,
-            seconds=seconds,
+            ~mask[row].numpy(),
+            ended="optimal" if complete[row] else "timelimit",
+            bound=float(cost[row]) if complete[row] else 0.0,
+            nodes=int(seen[row]),
+            seconds=float(seconds[row]),
         )
-        for pruned, done, cost, nodes, seconds in zip(
-            (~mask).numpy(),
-            complete.tolist(),
-            problem.objective(mask).tolist(),
-            seen.tolist(),
-            watch.lap().tolist(),
-            strict=True,
-        )
+        for row in range(problem.rows)
     ]
     return assemble(problem, answers, f"{Exhaustive.capabilities.trusted[0]} {__version__}")
 
 
 def _shared_budget(problem: LayerProblem, limits: Limits, watch: Stopwatch) -> Solution:
-    """The best mask of every row at every count, then the best counts; after the limit any legal mask."""
+    """Find the best mask of every row at every count, then the counts; after the limit any legal mask."""
     n, masks, costs = problem.n, [], []
     least, most = problem.row_limits
     for count in range(n + 1):
@@ -122,26 +118,24 @@ def _shared_budget(problem: LayerProblem, limits: Limits, watch: Stopwatch) -> S
 
 
 def _best_counts(cost: Float[Tensor, "rows counts"], total: int) -> list[int]:
-    """A count for every row, `total` in all, of least sum: a dynamic program over the rows."""
+    """Return a count for every row, `total` in all, of least sum: a dynamic program over the rows."""
     best = torch.full((total + 1,), torch.inf, dtype=torch.float64)
     best[0] = 0.0
-    taken = []
-    for own in cost:
-        options = torch.full((len(own), total + 1), torch.inf, dtype=torch.float64)
-        for count in range(min(len(own) - 1, total) + 1):
-            options[count, count:] = best[: total + 1 - count] + own[count]
-        least = options.min(0)
-        best, which = least.values, least.indices
-        taken.append(which)
-    counts = []
-    for which in reversed(taken):
-        counts.append(int(which[total]))
-        total -= counts[-1]
+    choices = []
+    for row in cost:
+        options = torch.full((len(row), total + 1), torch.inf, dtype=torch.float64)
+        for count in range(min(len(row) - 1, total) + 1):
+            options[count, count:] = best[: total + 1 - count] + row[count]
+        best, choice = options.min(0)
+        choices.append(choice)
+    counts: list[int] = []
+    for choice in reversed(choices):
+        counts.append(int(choice[total - sum(counts)]))
     return counts[::-1]
 
 
 def _enumerate(problem: LayerProblem, combinations: int, limits: Limits) -> tuple[Tensor, Tensor]:
-    """The best mask of every row so far, and the number of masks tried, at least one."""
+    """Return the best mask of every row so far, and the number of masks tried, at least one."""
     rows = problem.rows
     cost = _updated_cost(problem) if problem.update is not None else _quadratic_cost(problem)
     best = torch.full((rows,), torch.inf, dtype=torch.float64)
@@ -166,13 +160,16 @@ def _enumerate(problem: LayerProblem, combinations: int, limits: Limits) -> tupl
 
 
 def _quadratic_cost(problem: LayerProblem) -> Callable[[int, Tensor], Tensor]:
-    """f of sets p [masks, n] of a row."""
+    """Return a function of a row and sets p [masks, n] that computes f."""
     q = torch.stack([problem.row(i).q() for i in range(problem.rows)])
     return lambda row, p: ((p @ q[row]) * p).sum(1)
 
 
 def _updated_cost(problem: LayerProblem) -> Callable[[int, Tensor], Tensor]:
-    """F of sets p [masks, n] of a row, up to a constant: −b_SᵀA_SS⁻¹b_S, by Cholesky."""
+    """Return a function of a row and sets p [masks, n] that computes F but for a constant.
+
+    That is −b_SᵀA_SS⁻¹b_S, by Cholesky.
+    """
     squares = problem.least_squares
     target = squares.target(problem.weight, problem.correlation)
 
@@ -181,16 +178,16 @@ def _updated_cost(problem: LayerProblem) -> Callable[[int, Tensor], Tensor]:
         values = []
         for part in kept.split(max(1, _SYSTEMS // max(1, kept.shape[1] ** 2))):
             factor = torch.linalg.cholesky(squares.damped[part[:, :, None], part[:, None, :]])
-            wanted = target[row][part][..., None]
-            solved = torch.linalg.solve_triangular(factor, wanted, upper=False)
-            values.append(-solved[..., 0].square().sum(1))
+            b = target[row][part][..., None]
+            half = torch.linalg.solve_triangular(factor, b, upper=False)
+            values.append(-half[..., 0].square().sum(1))
         return torch.cat(values)
 
     return cost
 
 
 def _pruned_sets(problem: LayerProblem) -> Iterator[tuple[int, ...]]:
-    """All legal sets of pruned inputs of one row, in lexicographic order."""
+    """Yield all legal sets of pruned inputs of one row, in lexicographic order."""
     group, pruned = problem.group_size, problem.pruned_per_group
     starts = range(0, problem.n, group)
     parts = [list(itertools.combinations(range(s, s + group), pruned)) for s in starts]

@@ -1,5 +1,7 @@
-"""A second exact opinion: Gurobi on the quadratic integer program itself. Optional (`pip install gurobipy`);
-the licence that comes with the package serves rows of up to 200 inputs."""
+"""The quadratic integer program itself in Gurobi, a second exact opinion.
+
+Optional (`pip install gurobipy`); the licence that comes with the package serves rows of up to 200 inputs.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ _SEEDS = 2_000_000_000
 
 @dataclass(frozen=True)
 class Gurobi(RowSolver):
-    """min pᵀQp with p binary, for updated weights the perspective formulation. Reports a `Trace`."""
+    """Gurobi on min pᵀQp with p binary, for updated weights on the perspective formulation."""
 
     name: ClassVar[str] = "gurobi"
     package: ClassVar[str] = "gurobipy"
@@ -53,7 +55,7 @@ class Gurobi(RowSolver):
         return f"{self.capabilities.trusted[0]} {'.'.join(map(str, gurobipy.gurobi.version()))}"
 
     def search_row(self, task: RowTask) -> RowAnswer:
-        """One row, one thread. SolverError where the row is too large for the licence, or Gurobi fails."""
+        """Search one row in one thread. SolverError: the licence takes no such row, or Gurobi fails."""
         import gurobipy as gp
 
         with gp.Env(params={"OutputFlag": 0}) as environment, gp.Model(env=environment) as model:
@@ -71,7 +73,7 @@ class Gurobi(RowSolver):
 
 
 def _unchanged(task: RowTask, model: Any) -> RowAnswer:
-    """pᵀQp itself."""
+    """Minimise pᵀQp itself."""
     p = _binaries(task, model, task.pruned)
     model.setObjective(p @ (task.q * task.unit_scale) @ p)
     p.Start = task.start.astype(float)
@@ -83,7 +85,7 @@ def _unchanged(task: RowTask, model: Any) -> RowAnswer:
 
 
 def _updated(task: UpdatedTask, model: Any) -> RowAnswer:
-    """Of updated weights, in units in which the start costs a thousand: v is √scale of what it was.
+    """Minimise F of updated weights, in units in which the start costs a thousand, with v times √scale.
 
     With A = B + diag(d) and z the kept inputs, min vᵀBv + dᵀu − 2bᵀv + C with vⱼ² ≤ uⱼzⱼ and as many z at 1
     as are kept.
@@ -108,7 +110,7 @@ def _updated(task: UpdatedTask, model: Any) -> RowAnswer:
 
 
 def _binaries(task: RowTask, model: Any, count: int) -> Any:
-    """One of each input, `count` of them 1 in every group."""
+    """Add a binary variable for each input, `count` of them 1 in every group."""
     from gurobipy import GRB
 
     x = model.addMVar(len(task.q), vtype=GRB.BINARY)
@@ -118,8 +120,10 @@ def _binaries(task: RowTask, model: Any, count: int) -> Any:
 
 
 def _between(task: UpdatedTask) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds of v for all v that are no worse than the start: |v − v*|ⱼ ≤ √((F − F*)(A⁻¹)ⱼⱼ), v* = A⁻¹b.
-    The interval includes 0, the value of a pruned weight."""
+    """Return bounds of all v that are no worse than the start: |v − v*|ⱼ ≤ √((F − F*)(A⁻¹)ⱼⱼ), v* = A⁻¹b.
+
+    The interval includes 0, the value of a pruned weight.
+    """
     inverse = np.linalg.inv(task.q)
     dense = inverse @ task.target
     above = task.cost(task.start) - (task.constant - float(task.target @ dense))
@@ -129,8 +133,10 @@ def _between(task: UpdatedTask) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _reached(task: UpdatedTask, low: np.ndarray, high: np.ndarray) -> float:
-    """The sum of the sizes that tolerances are parts of, with v between `low` and `high`. A z that is off by
-    one pays for a vⱼ with ∂ⱼ²/dⱼ, ∂ being the slope of what d leaves."""
+    """Return the sum of the sizes that tolerances are parts of, with v between `low` and `high`.
+
+    A z that is off by one pays for a vⱼ with ∂ⱼ²/dⱼ, ∂ being the slope without the part of d.
+    """
     target = np.abs(task.target) * np.sqrt(task.unit_scale)
     reach = np.maximum(-low, high)
     slope = target + np.abs(task.q - np.diag(task.split)) @ reach
@@ -138,7 +144,7 @@ def _reached(task: UpdatedTask, low: np.ndarray, high: np.ndarray) -> float:
 
 
 def _ended(task: RowTask, model: Any, closed: float) -> str:
-    """Optimize under the task's limits; what ended it. A relative gap up to `closed` is none."""
+    """Optimize under the task's limits, and return what ended it. A relative gap up to `closed` is none."""
     from gurobipy import GRB
 
     words = {

@@ -1,5 +1,7 @@
-"""A second exact opinion: HiGHS on the linearised program, with one variable for each product. Optional (`pip
-install highspy`)."""
+"""The linearised program in HiGHS, with one variable for each product: a second exact opinion.
+
+Optional (`pip install highspy`).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ from maskopt.solvers.exact.tasks import CLOSED, RowAnswer, RowTask
 
 @dataclass(frozen=True)
 class Highs(RowSolver):
-    """The linearised program; OPTIMAL only where HiGHS says so. Reports a `Trace`."""
+    """HiGHS on the linearised program; OPTIMAL only where HiGHS says so."""
 
     name: ClassVar[str] = "highs"
     package: ClassVar[str] = "highspy"
@@ -39,9 +41,10 @@ class Highs(RowSolver):
         return f"{self.capabilities.trusted[0]} {'.'.join(map(str, parts))}"
 
     def search_row(self, task: RowTask) -> RowAnswer:
-        """One row, one thread. From a good start: tolerances are absolute, and the start's cost the unit."""
+        """Search one row in one thread."""
         import highspy
 
+        # tolerances are absolute, and the start's cost is the unit
         task = task.with_incumbent()
         words = {
             highspy.HighsModelStatus.kOptimal: "optimal",
@@ -82,12 +85,12 @@ class Highs(RowSolver):
 
 @contextmanager
 def _banner_on_stderr() -> Iterator[None]:
-    """A new model prints its name to the process's stdout, where results may be read from."""
+    """Redirect the name that a new model prints to stdout, where results may be read from."""
     sys.stdout.flush()
-    own = os.dup(1)
+    stdout = os.dup(1)
     os.dup2(2, 1)
     try:
         yield
     finally:
-        os.dup2(own, 1)
-        os.close(own)
+        os.dup2(stdout, 1)
+        os.close(stdout)

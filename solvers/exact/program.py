@@ -1,4 +1,4 @@
-"""A row as a mixed-integer program of a linear objective, which SCIP and HiGHS translate: its formulations.
+"""The formulations of a row as a mixed-integer program of a linear objective, for SCIP and HiGHS.
 
 With A = Q + diag(λ) + μΣ_g 1_g1_gᵀ ⪰ 0 (λ = μ = 0: A = Q), every legal p ∈ {0,1}ⁿ has
 
@@ -29,7 +29,7 @@ _ABOVE = 1e-12
 
 
 class Program:
-    """min costᵀx + constant over a binary p of each input, the first variables, and further ones.
+    """A program min costᵀx + constant over a binary p of each input, the first variables, and further ones.
 
     Attributes:
         names, low, high, cost: of the variables.
@@ -54,19 +54,19 @@ class Program:
         for members in self.groups():
             self.row(members, np.ones(len(members)), task.pruned, task.pruned)
         # of twins (identical and dead inputs among them) the first ones are pruned
-        for known in twins:
-            for i, j in itertools.pairwise(known.tolist()):
+        for inputs in twins:
+            for i, j in itertools.pairwise(inputs.tolist()):
                 self.row([i, j], [1.0, -1.0], 0.0, np.inf)
 
     def groups(self) -> list[list[int]]:
-        """The binaries of each group."""
+        """Return the binaries of each group."""
         size = self.task.group
         return [self.binaries[first : first + size] for first in self.binaries[::size]]
 
     def variables(
         self, names: Sequence[str], low: ArrayLike = 0.0, high: ArrayLike = np.inf
     ) -> list[int]:
-        """New ones of no cost; their numbers."""
+        """Add variables of no cost, and return their numbers."""
         first, count = len(self.names), len(names)
         self.names += names
         self.low += np.broadcast_to(low, count).tolist()
@@ -77,7 +77,7 @@ class Program:
     def row(
         self, variables: Iterable[int], coefficients: Iterable[float], low: float, high: float
     ) -> None:
-        """low ≤ Σ coefficients · variables ≤ high; equal, or one of them infinite."""
+        """Add low ≤ Σ coefficients · variables ≤ high, both equal, or one of them infinite."""
         self.rows.append((list(variables), [float(c) for c in coefficients], low, high))
 
     def minimise(
@@ -93,7 +93,7 @@ class Program:
             self.row(variables, coefficients, least - constant, np.inf)
 
     def pruned(self, values: Sequence[float]) -> np.ndarray:
-        """The mask of a solution, p, bool [n]."""
+        """Return the mask of a solution, p, bool [n]."""
         return np.asarray(values[: len(self.binaries)]) > 0.5
 
 
@@ -105,13 +105,15 @@ def factored(
     lam: np.ndarray,
     certified: float,
 ) -> Program:
-    """A = LLᵀ, r = Lᵀp, ‖r‖² ≤ t; λ float64 [n] and `part` of the scaled objective, `certified` a known bound
-    or 0."""
+    """Return the program with A = LLᵀ, r = Lᵀp and ‖r‖² ≤ t.
+
+    λ, float64 [n], and `part` are those of the scaled objective; `certified` is a known bound, or 0.
+    """
     program, n = Program(task, scale, twins), len(task.q)
     program.low[:n] = (part.state == 1).astype(float).tolist()
     program.high[:n] = (part.state != 0).astype(float).tolist()
     value, vector = np.linalg.eigh(part.b + np.diag(lam[part.free]))
-    # what is missing to A ⪰ 0 goes into λ: dropping it would push the bound above the truth
+    # the lack to A ⪰ 0 goes into λ: dropping it would push the bound above the truth
     missing = max(0.0, -float(value[0]))
     linear = part.linear - lam[part.free] - missing
     value = value + missing
@@ -141,7 +143,7 @@ def factored(
 
 
 def linearised(task: RowTask, scale: float, twins: list[np.ndarray]) -> Program:
-    """One variable for each product that counts (McCormick), and one for the objective."""
+    """Return the program with a variable for each product that counts (McCormick), and one of the cost."""
     program, q = Program(task, scale, twins), task.q * scale
     (t,) = program.variables(["t"])
     pairs = [(j, i) for i in range(len(q)) for j in range(i) if q[i, j]]
@@ -162,9 +164,11 @@ def linearised(task: RowTask, scale: float, twins: list[np.ndarray]) -> Program:
 
 
 def reformulated(task: RowTask, scale: float) -> Program:
-    """One variable for each product, and the reformulation-linearisation equations: since 1_gᵀp = s in every
-    group g, multiplying it by p_i gives Σ_{j∈g} x_ij = s·p_i (x_ii = p_i). They are far tighter than
-    x_ij ≥ p_i + p_j − 1 alone."""
+    """Return the program with a variable for each product, and the reformulation-linearisation equations.
+
+    Since 1_gᵀp = s in every group g, multiplying it by p_i gives Σ_{j∈g} x_ij = s·p_i (x_ii = p_i). They are
+    far tighter than x_ij ≥ p_i + p_j − 1 alone.
+    """
     program, q = Program(task, scale, []), task.q * scale
     pairs = list(itertools.combinations(program.binaries, 2))
     x = _products(program, q, pairs)
@@ -181,7 +185,7 @@ def reformulated(task: RowTask, scale: float) -> Program:
 def _products(
     program: Program, q: np.ndarray, pairs: list[tuple[int, int]]
 ) -> dict[tuple[int, int], int]:
-    """A variable for p_i p_j of every pair, and what its sign in the objective makes necessary."""
+    """Add a variable for p_i p_j of every pair, and the rows that its sign in the objective calls for."""
     numbers = program.variables([f"x{j}_{i}" for j, i in pairs], 0.0, 1.0)
     for (j, i), x in zip(pairs, numbers, strict=True):
         if q[i, j] > 0:

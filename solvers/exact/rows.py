@@ -1,5 +1,7 @@
-"""Exact solvers that search one row at a time, `RowTask` → `RowAnswer`, in this process or in a worker
-process, under one deadline; a row without time keeps its start."""
+"""Exact solvers that search one row at a time, in this process or in worker processes.
+
+All rows have one deadline; a row without time keeps its start.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ from maskopt.solvers.kernels import one_blas_thread
 #: relative difference of two float64 sums of the same terms in another order, with room
 _SUM_ORDER = 1e-9
 #: rows of so few inputs begin in this process, for so many seconds: most are done before a worker has started
-_FEW, _HERE = 32, 3.0
+_SMALL_N, _IN_PROCESS_SECONDS = 32, 3.0
 
 _log = logging.getLogger("maskopt.exact")
 Search = Callable[[RowTask], RowAnswer]
@@ -54,7 +56,7 @@ class RowSolver(Solver):
     workers: int | None = option(
         None,
         "rows at a time, each in a process of its own; 0: in this one; None: one a thread, but a single row, "
-        f"and three seconds of rows up to n = {_FEW}, here",
+        f"and three seconds of rows up to n = {_SMALL_N}, in this one",
         unit="processes",
         least=0,
     )
@@ -77,14 +79,14 @@ class RowSolver(Solver):
         raise NotImplementedError
 
     def trusted_name(self, problem: LayerProblem) -> str:
-        """Name and version of the solver that is trusted with its bounds, such as `SCIP 10.0`."""
+        """Return name and version of the solver that is trusted with its bounds, such as `SCIP 10.0`."""
         raise NotImplementedError
 
 
 def run_rows(
     search: Search, tasks: list[RowTask], limits: Limits, workers: int | None
 ) -> list[RowAnswer]:
-    """Answers in the order of the tasks; a row that crashes, or is not begun, keeps its start."""
+    """Search rows, and return the answers in order; a row that crashes, or is not begun, keeps its start."""
     answers = [_no_time(task) for task in tasks]
     finished = 0
     try:
@@ -115,22 +117,21 @@ def run_rows(
 def _as_they_finish(
     search: Search, tasks: list[RowTask], limits: Limits, workers: int | None
 ) -> Iterator[tuple[int, RowAnswer | WorkerCrash]]:
-    """First the rows for this process, then those for worker processes."""
-    here = -math.inf
+    """Yield (index, answer), first of the rows for this process, then of those for worker processes."""
+    in_process_until = -math.inf
     if workers is None and len(tasks) > 1:
         workers = limits.threads or os.cpu_count() or 1
-        if len(tasks[0].q) <= _FEW:
-            here = clock() + _HERE
+        if len(tasks[0].q) <= _SMALL_N:
+            in_process_until = clock() + _IN_PROCESS_SECONDS
     done = 0
-    while done < len(tasks) and (not workers or clock() < here):
+    while done < len(tasks) and (not workers or clock() < in_process_until):
         yield done, _answer((search, tasks[done]))
         done += 1
     if workers and done < len(tasks):
-        jobs = [
-            (search, replace(task, limits=replace(task.limits, threads=1))) for task in tasks[done:]
-        ]
-        found = run_tasks(_answer, jobs, workers=workers, deadline=limits.deadline)
-        yield from ((done + index, answer) for index, answer in found)
+        alone = [replace(task, limits=replace(task.limits, threads=1)) for task in tasks[done:]]
+        jobs = [(search, task) for task in alone]
+        answers = run_tasks(_answer, jobs, workers=workers, deadline=limits.deadline)
+        yield from ((done + index, answer) for index, answer in answers)
 
 
 def _no_time(task: RowTask) -> RowAnswer:
@@ -138,12 +139,11 @@ def _no_time(task: RowTask) -> RowAnswer:
 
 
 def _answer(job: tuple[Search, RowTask]) -> RowAnswer:
-    """One row, in the process that searches it. Never a mask that costs more than the start."""
+    """Search one row, in the process that it has; never return a mask that costs more than the start."""
     search, task = job
     began = clock()
     if task.row_seconds is not None:
-        own = replace(task.limits, seconds=task.row_seconds).begin()
-        task = replace(task, limits=own)
+        task = replace(task, limits=replace(task.limits, seconds=task.row_seconds).begin())
     try:
         with one_blas_thread():
             answer = _no_time(task) if task.limits.expired else task.decided or search(task)
@@ -154,13 +154,13 @@ def _answer(job: tuple[Search, RowTask]) -> RowAnswer:
     return replace(answer, seconds=clock() - began, pid=os.getpid())
 
 
-def assemble(problem: LayerProblem, answers: list[RowAnswer], word: str) -> Solution:
-    """The Solution: no status better than the backend's own, no bound that contradicts a mask."""
+def assemble(problem: LayerProblem, answers: list[RowAnswer], trusted_name: str) -> Solution:
+    """Make answers a Solution: no status better than the backend's own, no bound that contradicts a mask."""
     mask = torch.from_numpy(~np.stack([answer.pruned for answer in answers]))
     objective = problem.objective(mask)
     floor, slack = SWAP_FLOOR * problem.diagonal_mass(), optimal_slack(problem, mask, objective)
     answers = [
-        _consistent(answer, row, float(objective[row]), float(floor[row]), word)
+        _consistent(answer, row, float(objective[row]), float(floor[row]), trusted_name)
         for row, answer in enumerate(answers)
     ]
     certificate, proven = _certified(problem, answers)
@@ -182,7 +182,7 @@ def assemble(problem: LayerProblem, answers: list[RowAnswer], word: str) -> Solu
         optimal = closed and answer.ended in ("optimal", "presolved")
         bound.append(value)
         status.append(Status.OPTIMAL if optimal else Status.FEASIBLE)
-        trusted.append("" if checked or value <= 0 else word)
+        trusted.append("" if checked or value <= 0 else trusted_name)
     return Solution.of(
         problem,
         mask,
@@ -195,12 +195,12 @@ def assemble(problem: LayerProblem, answers: list[RowAnswer], word: str) -> Solu
     )
 
 
-def _consistent(answer: RowAnswer, row: int, cost: float, floor: float, word: str) -> RowAnswer:
-    """The answer, without a bound above its own mask by more than its tolerances explain."""
+def _consistent(answer: RowAnswer, row: int, cost: float, floor: float, name: str) -> RowAnswer:
+    """Return the answer, without a bound above its own mask by more than its tolerances explain."""
     if answer.bound <= cost * (1 + OPTIMAL_TOLERANCE) + answer.slack + floor:
         return answer
     message = (
-        f"row {row}: {word} contradicts itself: its bound {answer.bound:.9g} is above the cost "
+        f"row {row}: {name} contradicts itself: its bound {answer.bound:.9g} is above the cost "
         f"{cost:.9g} of its own mask (process {answer.pid}); nothing is claimed"
     )
     _log.warning(message)
@@ -208,14 +208,14 @@ def _consistent(answer: RowAnswer, row: int, cost: float, floor: float, word: st
 
 
 def _rests_on_certificate(answer: RowAnswer) -> bool:
-    """Whether the search raised the bound no further than the row's certificate."""
+    """Return whether the search raised the bound no further than the row's certificate."""
     return answer.certificate is not None and answer.bound <= answer.certified * (1 + _SUM_ORDER)
 
 
 def _certified(
     problem: LayerProblem, answers: list[RowAnswer]
 ) -> tuple[Certificate | None, Tensor]:
-    """The certificates of the rows that rest on them, and what they prove; other rows have f ≥ 0."""
+    """Return the certificates of the rows that rest on them, and their bounds; other rows have f ≥ 0."""
     parts = [answer.certificate if _rests_on_certificate(answer) else None for answer in answers]
     certificate = Certificate.of_rows(problem, parts)
     if certificate is None:

@@ -73,8 +73,9 @@ class Scip(RowSolver):
         return f"{self.capabilities.trusted[presolved]} {Model().version()}"
 
     def search_row(self, task: RowTask) -> RowAnswer:
-        """Incumbent, duals, tree; what the time leaves undone is left out."""
-        if (separable := _separable(task)) is not None:
+        """Find an incumbent, then duals, then the tree, as far as the time allows."""
+        separable = _separable(task)
+        if separable is not None:
             return separable
         twins = twins_of(task.q, task.group)
         task = _started(task, task.with_incumbent().start, twins)
@@ -103,12 +104,12 @@ class Scip(RowSolver):
         duals: Duals | None = None,
         probed: Probed | None = None,
     ) -> RowAnswer:
-        """SCIP's incumbent and SCIP's bound, at the optimum or at whatever limit comes first."""
+        """Run SCIP to the optimum or to a limit, and return its incumbent and bound."""
         program = self._program(task, task.unit_scale, twins, duals, probed)
         row = ScipModel(program)
         if probed is None or probed.allows(task.start):
             row.model.addSol(row.solution(task.start), free=True)
-        else:  # what is fixed holds for better masks alone
+        else:  # the fixings hold for better masks alone
             row.model.setObjlimit(task.cost(task.start) * program.scale)
         ended = row.optimize(task.gap_limit)
         if duals and probed and ended == "infeasible":  # nothing is left below the cutoff
@@ -126,7 +127,7 @@ class Scip(RowSolver):
             bound = max(certified, value)
             if probed is None:
                 return max(bound, task.raised(bound, slack), task.raised(certified))
-            # what is fixed holds below the cutoff alone
+            # the fixings hold below the cutoff alone
             return task.raised(min(probed.cutoff, max(bound, probed.bound)))
 
         bound, root_bound = map(true_bound, row.bounds())
@@ -149,7 +150,7 @@ class Scip(RowSolver):
         duals: Duals | None = None,
         probed: Probed | None = None,
     ) -> Program:
-        """A row in the formulation; `qcr` without duals is `factored`."""
+        """Return a row in the formulation; `qcr` without duals is `factored`."""
         if self.formulation == "linear":
             return linearised(task, scale, twins)
         n, mu, certified = len(task.q), 0.0, 0.0
@@ -169,8 +170,12 @@ class Scip(RowSolver):
         form: str = "cip",
         formulation: str = "factored",
     ) -> None:
-        """As `cip`, `lp` or `mps`, in every formulation but `qcr`. OptionError: another format or
-        formulation, or two that do not go together. SolverError: too many inputs."""
+        """Write a row as `cip`, `lp` or `mps`, in every formulation but `qcr`.
+
+        Raises:
+            OptionError: another format or formulation, or two that do not go together.
+            SolverError: too many inputs.
+        """
         if form not in FORMATS:
             raise OptionError(f"{self.name} writes {', '.join(FORMATS)}, not {form!r}")
         if formulation not in FORMULATIONS or formulation == "qcr":
@@ -190,26 +195,25 @@ class Scip(RowSolver):
         model = ScipModel(program).model
         if layer.pruned == 0:  # else Q has it in its entries
             model.addObjoffset(float(layer.constant[0]))
-        target = Path(path)
-        with tempfile.TemporaryDirectory(dir=target.absolute().parent) as folder:
+        with tempfile.TemporaryDirectory(dir=Path(path).absolute().parent) as folder:
             whole = Path(folder) / f"row.{form}"
             model.writeProblem(str(whole), trans=False, verbose=False)
-            os.replace(whole, target)
+            os.replace(whole, path)
 
 
 def _started(task: RowTask, start: np.ndarray, twins: list[np.ndarray]) -> RowTask:
-    """From a start that prunes the first ones of twins, which loses no objective value."""
+    """Return the task from a start that prunes the first ones of twins, at the same cost."""
     return replace(task, start=put_in_order(start, twins))
 
 
 def _presolved(task: RowTask, duals: Duals, probed: Probed) -> RowAnswer:
-    """The start, below whose cutoff the presolve has left nothing."""
+    """Return the start, below whose cutoff the presolve has left nothing."""
     bound = max(duals.certified, task.raised(probed.cutoff))
     return duals.answer(task.start, "presolved", bound)
 
 
 def _separable(task: RowTask) -> RowAnswer | None:
-    """The optimum of a diagonal Q, by sorting, with the linear form of λ = −diag(Q); None for another Q."""
+    """Sort a diagonal Q, and return its optimum with the linear form of λ = −diag(Q); None for another Q."""
     diagonal = np.diagonal(task.q)
     if np.count_nonzero(task.q - np.diag(diagonal)):
         return None
@@ -256,14 +260,14 @@ class ScipModel:
         model.setObjective(objective + program.constant if program.constant else objective)
 
     def solution(self, pruned: np.ndarray) -> Any:
-        """A mask as a complete solution."""
+        """Return a mask as a complete solution."""
         solution = self.model.createSol()
         for variable, value in zip(self.x, self.program.complete(pruned), strict=True):
             self.model.setSolVal(solution, variable, float(value))
         return solution
 
     def masks(self) -> list[np.ndarray]:
-        """Of SCIP's solutions."""
+        """Return the masks of SCIP's solutions."""
         binaries = self.x[: len(self.program.binaries)]
         return [
             self.program.pruned([self.model.getSolVal(solution, v) for v in binaries])
@@ -271,7 +275,7 @@ class ScipModel:
         ]
 
     def optimize(self, gap_limit: float) -> str:
-        """Run within the limits of the task; SCIP's status."""
+        """Run within the limits of the task, and return SCIP's status."""
         model, task = self.model, self.program.task
         model.setParam("randomization/randomseedshift", task.limits.seed % 2**31)
         # its search for symmetries may crash the process (SCIP 10.0, dejavu)
@@ -292,7 +296,7 @@ class ScipModel:
         return int(self.model.getNTotalNodes())
 
     def bounds(self) -> list[float]:
-        """SCIP's bound, and that of its root, in units of the objective; 0 where there is none."""
+        """Return SCIP's bound, and that of its root, in units of the objective; 0 where there is none."""
         return [
             value / self.program.scale if abs(value) < _INFINITE else 0.0
             for value in (self.model.getDualbound(), self.model.getDualboundRoot())

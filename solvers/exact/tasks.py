@@ -1,4 +1,4 @@
-"""What the exact search of a row gets, what it answers, and the tasks of all rows of a problem.
+"""Tasks and answers of the exact search of a row, and the tabu search that its start comes from.
 
 Where kept weights are updated by least squares, A = G + λD is scaled to a diagonal of 1, b is the target and
 C the constant; the split d of A's diagonal is that of the bound `perspective` (see `convex.perspective`).
@@ -44,7 +44,7 @@ _BETTER = 1e-12
 
 @dataclass(frozen=True)
 class RowTask:
-    """A row: `pruned` of every `group` inputs are pruned, at the least pᵀQp.
+    """A row, of which `pruned` of every `group` inputs are pruned, at the least pᵀQp.
 
     Attributes:
         q: Q, float64 [n, n].
@@ -69,44 +69,45 @@ class RowTask:
     certified: float = 0.0
 
     def with_incumbent(self) -> RowTask:
-        """The task from a far better start, which trees hardly ever improve on."""
+        """Return the task from a far better start, which trees hardly ever improve on."""
         moves = 50 * len(self.q) + 500
-        seed, deadline = self.limits.seed, self.limits.deadline
-        best = tabu_row(self.q, self.start, self.group, moves=moves, seed=seed, deadline=deadline)
+        best = tabu_row(
+            self.q, self.start, self.group, moves, self.limits.seed, self.limits.deadline
+        )
         return replace(self, start=best)
 
     def cost(self, pruned: np.ndarray) -> float:
-        """The objective of a mask."""
+        """Return the objective of a mask."""
         p = np.asarray(pruned, dtype=float)
         return max(float(p @ self.q @ p), 0.0)
 
     def size(self, cost: float) -> float:
-        """What tolerances are relative to: the cost, or the size of its original value if that is less."""
+        """Return the unit of tolerances: the cost, or the size of its original value if that is less."""
         return cost if self.zero is None else min(cost, abs(cost - self.zero))
 
     def is_legal(self, pruned: np.ndarray) -> bool:
-        """Whether p prunes the right number of inputs of every group."""
+        """Return whether p prunes the right number of inputs of every group."""
         if len(pruned) != len(self.q):
             return False
         return bool((pruned.reshape(-1, self.group).sum(1) == self.pruned).all())
 
     def first(self, score: np.ndarray, count: int) -> np.ndarray:
-        """The `count` inputs of least score of every group, bool [n]; ties: the first."""
+        """Mark the `count` inputs of least score of every group, bool [n]; ties: the first."""
         ranks = np.argsort(score.reshape(-1, self.group), axis=1, kind="stable").argsort(axis=1)
         return np.asarray(ranks < count).ravel()
 
     def raised(self, bound: float, slack: float = 0.0) -> float:
-        """A bound, less its slack, raised to the next value of f where the values are known."""
+        """Return a bound, or the next value of f above it, less its slack, where the values are known."""
         return bound if self.values is None else self.values.at_least(bound - slack)
 
     def rounding(self, pruned: np.ndarray) -> float:
-        """The most that float64 can lose of f of a mask."""
+        """Bound the rounding of f of a mask in float64."""
         terms = float(np.abs(self.q[np.ix_(pruned, pruned)]).sum())
         return 4 * (len(self.q) + 8) * 2.0**-53 * terms
 
     @property
     def noise(self) -> float:
-        """An objective below this is nothing but rounding."""
+        """The objective below which there is nothing but rounding."""
         return _NOISE * float(np.trace(self.q))
 
     @property
@@ -122,28 +123,29 @@ class RowTask:
     def answer(
         self, pruned: np.ndarray, ended: str, bound: float, slack: float, nodes: int
     ) -> RowAnswer:
-        """The answer of another project's solver: its mask, or the start where that is not legal; its lower
-        bound, which may be −∞, and how far tolerances can raise it (`slack`)."""
-        known = self.raised(bound, slack) if math.isfinite(bound) else 0.0
-        return RowAnswer(
-            pruned if self.is_legal(pruned) else self.start,
-            ended,
-            bound=max(self.certified, known),
-            slack=slack,
-            nodes=nodes,
-        )
+        """Return the answer of another project's solver, with the start where its mask is not legal.
+
+        Its lower bound may be −∞; `slack` is how far tolerances can raise it.
+        """
+        mask = pruned if self.is_legal(pruned) else self.start
+        raised = self.raised(bound, slack) if math.isfinite(bound) else 0.0
+        return RowAnswer(mask, ended, max(self.certified, raised), slack, nodes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpdatedTask(RowTask):
-    """A row with updated weights: `q` is A, its inputs scaled to A_jj = 1; b [n], C and d [n]."""
+    """A row with updated weights: `q` is A, its inputs scaled to A_jj = 1.
+
+    Attributes:
+        target, constant, split: b [n], C and d [n].
+    """
 
     target: np.ndarray
     constant: float
     split: np.ndarray
 
     def cost(self, pruned: np.ndarray) -> float:
-        """F of a mask: min {vᵀAv − 2bᵀv + C : v is 0 outside S} = C − b_SᵀA_SS⁻¹b_S for kept S."""
+        """Return F of a mask: min {vᵀAv − 2bᵀv + C : v is 0 outside S} = C − b_SᵀA_SS⁻¹b_S for kept S."""
         kept = np.flatnonzero(~np.asarray(pruned, dtype=bool))
         target = self.target[kept]
         weights = np.linalg.solve(self.q[np.ix_(kept, kept)], target)
@@ -155,16 +157,12 @@ class UpdatedTask(RowTask):
 
     @property
     def decided(self) -> RowAnswer | None:
-        """A start that costs nothing, is proven already, or is the only mask."""
+        """The start where it costs nothing, is proven already, or is the only mask."""
         cost = self.cost(self.start)
-        if cost == 0:
-            return RowAnswer(self.start, "optimal")
-        if self.pruned in (0, self.group):
-            return RowAnswer(self.start, "optimal", bound=cost, root_bound=cost)
-        if self.certified >= cost * (1 - UPDATED_CLOSED):
-            known = min(self.certified, cost)
-            return RowAnswer(self.start, "optimal", bound=known, root_bound=known)
-        return None
+        bound = cost if self.pruned in (0, self.group) else min(self.certified, cost)
+        if bound < cost * (1 - UPDATED_CLOSED):
+            return None
+        return RowAnswer(self.start, "optimal", bound, root_bound=bound if cost else math.nan)
 
 
 @dataclass(frozen=True)
@@ -198,7 +196,7 @@ class RowAnswer:
 
 
 def tasks_of(problem: LayerProblem, start: Tensor, limits: Limits, **options: Any) -> list[RowTask]:
-    """A task for every row, with the same options of `RowTask`; `start` is bool [rows, n], True = kept."""
+    """Return a task for every row, with the same options; `start` is bool [rows, n], True = kept."""
     units, pruned = problem.units, problem.pruned // problem.rows
     options |= {
         "zero": None if units is None else units.zero(pruned),
@@ -218,7 +216,7 @@ def tasks_of(problem: LayerProblem, start: Tensor, limits: Limits, **options: An
 def _updated_tasks(
     problem: LayerProblem, start: Tensor, limits: Limits, options: dict[str, Any]
 ) -> list[RowTask]:
-    """From the 1-swap optimum of the start, with the split that the bound `perspective` ends with."""
+    """Start from the 1-swap optimum of the start, with the split of the bound `perspective`."""
     start = swap_refitted(problem, start, None, limits.share(_SEARCH_SHARE).quiet()).mask
     bound = lower_bound(problem, "perspective", limits=limits.share(_SPLIT_SHARE).quiet())
     squares, scaled = problem.least_squares, Scaled.of(problem)
@@ -243,12 +241,11 @@ def tabu_row(
     q: np.ndarray,
     start: np.ndarray,
     group: int,
-    *,
     moves: int,
     seed: int = 0,
     deadline: float = math.inf,
 ) -> np.ndarray:
-    """The best p of a best-swap tabu search, bool [n], never worse than `start`; swaps stay inside groups."""
+    """Return the best p of a best-swap tabu search inside groups, bool [n], never worse than `start`."""
     q = np.ascontiguousarray(q)
     p = np.ascontiguousarray(start, dtype=np.bool_).copy()
     best, c = p.copy(), q @ p.astype(np.float64)
@@ -265,7 +262,7 @@ def tabu_row(
 
 @njit
 def _moves(q, p, c, best, costs, until, tenures, group, first):  # type: ignore[no-untyped-def]
-    """Moves from the number `first` on, one for each of `tenures`; False where every move is tabu.
+    """Make a move for each of `tenures`, from number `first` on; return False where every move is tabu.
 
     The arrays before `tenures` are changed: c = Qp, costs = f of p and of `best`.
     """

@@ -1,4 +1,4 @@
-"""Worker processes that are replaced after some tasks, and whose crash costs one task alone.
+"""Worker processes that are replaced after so many tasks, and whose crash costs one task alone.
 
 A worker is a fresh Python interpreter: threads of torch and BLAS do not survive a fork, and the spawn of
 `multiprocessing` would run the caller's `__main__` again. It reads pickled tasks from its stdin and writes
@@ -96,7 +96,7 @@ class _Crew:
         self.stop = threading.Event()
 
     def interrupt(self) -> None:
-        """Ctrl-C for every worker; what it answers still counts."""
+        """Send Ctrl-C to every worker; its answer still counts."""
         self.stop.set()
         for process, _ in list(self._running.values()):
             process.send_signal(signal.SIGINT)
@@ -108,7 +108,7 @@ class _Crew:
             process.wait()
 
     def answer(self, task: Any) -> Any:
-        """By the process of this thread; None where the task is not begun any more."""
+        """Answer a task by the process of this thread; None where the task is not begun any more."""
         if self.stop.is_set() or clock() >= self._deadline:
             return None
         process = self._process()
@@ -160,16 +160,16 @@ def _start() -> subprocess.Popen[bytes]:
         ) from error
 
 
-def _send(stream: IO[bytes], thing: Any) -> None:
-    stream.write(pickle.dumps(thing))
+def _send(stream: IO[bytes], message: Any) -> None:
+    stream.write(pickle.dumps(message))
     stream.flush()
 
 
 def serve() -> None:
-    """The loop of a worker process, which ends when its stdin closes, or in a task with its parent."""
+    """Serve tasks in a worker process, until its stdin closes, or in a task its parent ends."""
     end_with(int(sys.argv[1]))
     source = sys.stdin.buffer
-    # whatever a library prints must not end up among the answers
+    # nothing that a library prints may end up among the answers
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -187,7 +187,7 @@ class QuadraticTree(BestFirst):
         terms += 16 / 3 * n * float(form.pool.tau @ (least * (2 * least + 1)))
         return MARGIN * self.task.size(self.cost) + 4 * (n + 8) * 2.0**-53 * terms
 
-    def convexify(self, node: Node, how: int | Plan = _SWEEPS) -> Relaxed:
+    def convexify(self, node: Node, method: int | Plan = _SWEEPS) -> Relaxed:
         """Return the form of a node's own relaxation: so many sweeps, or a plan with triangles.
 
         It starts from the form that the node has from above.
@@ -195,10 +195,10 @@ class QuadraticTree(BestFirst):
         self.convexified += 1
         task, deadline = self.task, self.task.limits.deadline
         part = free_part(task.q, self.mu, task.pruned, self.same, node.state)
-        if isinstance(how, Plan):
+        if isinstance(method, Plan):
             goal = Goal(node.bound, self.cutoff, _UNIT * self.lacks, deadline)
-            return relax_node(part, node.form, node.point, how, goal)
-        lam, vectors = multipliers(part, node.form.vectors, node.point, how, deadline)
+            return relax_node(part, node.form, node.point, method, goal)
+        lam, vectors = multipliers(part, node.form.vectors, node.point, method, deadline)
         return Relaxed(lam, vectors, Pool.empty(PLACES))
 
     def _round(self, point: np.ndarray, state: np.ndarray) -> None:

@@ -338,8 +338,10 @@ class QuasiNewton:
 
 @njit(fastmath={"reassoc", "contract"})
 def _downhill(x, slope, free, steps, changes, known, direction):  # type: ignore[no-untyped-def]
-    """The two-loop recursion (Nocedal and Wright, *Numerical Optimization*, algorithm 7.4) among the
-    variables that may move, into `direction`."""
+    """Write the two-loop recursion among the variables that may move to `direction`.
+
+    It is algorithm 7.4 of Nocedal and Wright, *Numerical Optimization*.
+    """
     n, count = len(x), min(known, len(steps))
     moves = np.zeros(n)
     for j in range(n):

@@ -155,7 +155,7 @@ def test_small_rows_begin_in_this_process(n, workers, here, monkeypatch):
         handed.extend((task.limits.threads, workers, deadline) for _, task in jobs)
         return ((i, replace(answer(job), message="there")) for i, job in enumerate(jobs))
 
-    monkeypatch.setattr(rows, "_HERE", 5.0)
+    monkeypatch.setattr(rows, "_IN_PROCESS_SECONDS", 5.0)
     monkeypatch.setattr(rows, "run_tasks", run_tasks)
     monkeypatch.setattr(rows, "clock", lambda: float(next(seconds)))
     limits, tasks = replace(Limits(threads=2), deadline=1e9), tasks_of(layer(n, 4))
