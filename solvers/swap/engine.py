@@ -27,7 +27,7 @@ and tolerances need no units. Everything that decides a swap is float64; float32
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
@@ -52,8 +52,9 @@ DRIFT = 1e-3
 
 @dataclass
 class Batch:
-    """Rows of one layer, and where each of them stands. All tensors are on the layer's device; kernels change
-    kept, c, objective and the counts in place. Units are scaled.
+    """Rows of one layer in scaled units, and the state of their search.
+
+    All tensors are on the layer's device. Kernels change kept, c, objective and the counts in place.
 
     Attributes:
         x: float64 weights times a power of two per row.
@@ -95,7 +96,7 @@ class Batch:
 
     @classmethod
     def of(cls, problem: LayerProblem, kept: Bool[Tensor, "rows n"]) -> Batch:
-        """Scaled rows with the given legal masks; c and objective still to be computed."""
+        """Scale the rows of a layer with legal masks; c and the objective are still to be computed."""
         diagonal = problem.gram.diagonal().double()
         weight = problem.weight.double()
         # a first power of two keeps w² in range, a second one brings Σ x²G_jj to [¼, 1)
@@ -146,61 +147,54 @@ class Batch:
 
     @cached_property
     def low(self) -> Float[Tensor, "rows n"]:
-        """x in the dtype that proposes swaps; exact for weights that have no more digits."""
+        """The weights in the dtype that proposes swaps; exact for weights that have no more digits."""
         return self.x.to(torch.float32 if self.single else torch.float64)
 
     def add_linear(self, rows: Int[Tensor, " some"]) -> None:
-        """Bring c and the objective from those of the quadratic part to those of f."""
+        """Add the linear part of f to c and the objective."""
         if self.linear is None:
             return
         part = self.linear.take(rows)
         self.c[rows] += part.correlation
         self.objective[rows] += part.value(torch.where(self.kept[rows], 0.0, self.x[rows]))
 
-    def result(self) -> Batch:
-        """The batch without its large arrays: what is wanted of it when it is done."""
-        # new tensors: a view of no columns would hold on to all of them
-        empty, none = self.c.new_empty(self.rows, 0), self.partner.new_empty(self.rows, 0)
-        return replace(self, x=empty, c=empty, cross=empty, partner=none, linear=None)
-
     def threshold(self, rows: Int[Tensor, " some"] | slice = slice(None)) -> Float[Tensor, " some"]:
-        """A swap is made when Δ < −threshold: float64, from the row's present objective."""
+        """Return the least gain of a swap, float64, from the present objective of each row."""
         objective = self.objective[rows].clamp(min=0.0)
         return ACCEPT * swap_threshold(objective, self.mass[rows], SWAP_TOLERANCE)
 
 
 def _power_of_two(value: Tensor, step: int = 1) -> Tensor:
-    """The least power of 2**step that is above the value; 1 for 0. Exact."""
+    """Return the least power of 2**step above each value, exactly; 1 for 0."""
     numbers = value.cpu().numpy()
     exponent = -(-np.frexp(numbers)[1] // step) * step
     return torch.from_numpy(np.where(numbers > 0, np.ldexp(1.0, exponent), 1.0)).to(value.device)
 
 
 class Kernel(Protocol):
-    """The three steps, on some rows of a batch. A kernel is made for one layer."""
+    """The three steps, on some rows of the batch that the kernel is made for."""
 
     patience: int
     """Rows in one call at most, where a deadline or a listener waits for an answer."""
-    single: bool
-    """Whether it proposes in float32 (`Batch.single`)."""
 
     def refresh(self, batch: Batch, rows: Int[Tensor, " some"]) -> None:
-        """c = G(x ⊙ pruned) (+ g) and f from scratch, in float64."""
+        """Compute c = G(x ⊙ pruned) (+ g) and f from scratch, in float64."""
         ...
 
     def search(self, batch: Batch, rows: Int[Tensor, " some"], most: int) -> None:
-        """Step 1 for each row: swap until fresh candidates hold no improving pair, or it has `most` swaps in
-        all. Keeps kept, c, objective, swaps, rounds current; every swap made has Δ < −threshold in float64.
+        """Swap each row until fresh candidates hold no improving pair, or it has `most` swaps in all.
+
+        Keeps kept, c, objective, swaps, rounds current; every swap made has Δ < −threshold in float64.
         """
         ...
 
     def price(self, batch: Batch, rows: Int[Tensor, " some"]) -> Bool[Tensor, " some"]:
-        """Step 2: whether a row has an improving swap; False is a proof that it has none.
+        """Return whether each row has an improving swap; False is a proof that it has none.
 
         Where float32 is used, a and b enter lowered by more than all rounding can add to a pair:
         |2 x_u x_p G_up| ≤ x_u²G_uu + x_p²G_pp, so a margin of a few 2⁻²⁴·(|a| + x²G_jj) on each
-        side covers it. A pair that this flags is decided in float64.
-        Writes the harvest to batch.partner: the best partner of a column, or −1.
+        side covers it. A pair that this flags is decided in float64. The harvest goes to batch.partner: the
+        best partner of a column, or −1.
         """
         ...
 
@@ -231,10 +225,10 @@ def refine(
     scanned = torch.full_like(batch.swaps, -1)  # swaps at the last scan
     batch.history.append(batch.objective * batch.scale)
     while len(active):
-        left: list[Tensor] = []
+        improving_rows = [active[:0]]
         for rows in parts(active):
             if clock() >= deadline:
-                left = []
+                improving_rows = [active[:0]]
                 break
             kernel.search(batch, rows, most)
             rows = rows[batch.swaps[rows] < most]
@@ -247,23 +241,27 @@ def refine(
             improving = kernel.price(batch, rows)
             batch.scans[rows] += 1
             batch.proven[rows[~improving]] = True
-            # what a scan finds and the search that follows does not make differs by rounding: no proof
+            # a swap that a scan proposes and the next search does not make differs by rounding: no proof
             moved = batch.swaps[rows] > scanned[rows]
             scanned[rows] = batch.swaps[rows]
-            left.append(rows[improving & moved])
+            improving_rows.append(rows[improving & moved])
             if progress is not None:
                 progress(int(batch.proven.sum()))
         batch.history.append(batch.objective * batch.scale)
-        active = torch.cat(left) if left else active[:0]
+        active = torch.cat(improving_rows)
     for rows in parts((batch.swaps != fresh).nonzero()[:, 0]):
-        kernel.refresh(batch, rows)  # what is reported is computed from the mask, not from updates
+        kernel.refresh(
+            batch, rows
+        )  # the reported objective is computed from the mask, not by updates
     if progress is not None:
         progress(batch.rows)
 
 
 def _drifted(batch: Batch, rows: Tensor, updates: Tensor) -> Tensor:
-    """Whether float64 updates of c since it was computed could matter to a decision: a swap adds at most
-    about 2⁻⁵²·(√f + 2√mass)·√G_ii to the error of c_i, hence four times that times √mass to the error of a Δ.
+    """Return whether float64 updates of c since it was computed could matter to a decision.
+
+    A swap adds at most about 2⁻⁵²·(√f + 2√mass)·√G_ii to the error of c_i, hence four times that times √mass
+    to the error of a Δ.
     """
     root = batch.mass[rows].sqrt()
     error = 4 * 2.0**-52 * updates * (batch.objective[rows].clamp(min=0).sqrt() + 2 * root) * root

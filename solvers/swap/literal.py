@@ -29,12 +29,13 @@ def refine_literally(
     memory: int,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """As `engine.refine`, in `memory` bytes."""
-    everything = torch.arange(batch.rows, device=batch.x.device)
-    refresh(batch, everything, memory)
+    """Do the same as `engine.refine`, in `memory` bytes."""
+    most = math.inf if max_swaps is None else max_swaps
+    all_rows = torch.arange(batch.rows, device=batch.x.device)
+    refresh(batch, all_rows, memory)
     batch.history.append(batch.objective * batch.scale)
     double = torch.full_like(batch.proven, not batch.single)
-    active = batch.swaps < (math.inf if max_swaps is None else max_swaps)
+    active = batch.swaps < most
     while bool(active.any()) and clock() < deadline:
         for exact in (False, True):
             rows = (active & (double == exact)).nonzero()[:, 0]
@@ -47,15 +48,15 @@ def refine_literally(
             active[rows[~improving]] = not exact
             double[rows[~improving]] = True
             swap(batch, rows[improving], kept[improving], pruned[improving], delta[improving])
-        active &= batch.swaps < (math.inf if max_swaps is None else max_swaps)
+        active &= batch.swaps < most
         if progress is not None:
             progress(batch.rows - int(active.sum()))
     batch.history.append(batch.objective * batch.scale)
-    refresh(batch, everything, memory)
+    refresh(batch, all_rows, memory)
 
 
 def refresh(batch: Batch, rows: Tensor, memory: int) -> None:
-    """c and f of some rows from scratch, float64, G widened a few columns at a time."""
+    """Compute c and f of some rows from scratch, float64, G widened a few columns at a time."""
     dropped = torch.where(batch.kept[rows], 0.0, batch.x[rows])
     step = max(1, memory // (2 * 8 * batch.n))
     for start in range(0, batch.n, step):
@@ -78,20 +79,22 @@ def swap(batch: Batch, rows: Tensor, kept: Tensor, pruned: Tensor, delta: Tensor
 def best_swaps(
     batch: Batch, rows: Tensor, exact: bool, memory: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best pair of each row over all legal pairs: kept [rows], pruned [rows], Δ float64, +inf where no
-    pair exists; ties: the lowest kept, then the lowest pruned index. Pairs are compared in float64 where
-    `exact`, else in float32."""
+    """Return the best legal pair of each row: kept [rows], pruned [rows], Δ float64, +inf without a pair.
+
+    Ties: the lowest kept, then the lowest pruned index. Pairs are compared in float64 where `exact`, else in
+    float32.
+    """
     kept, pruned = torch.zeros_like(rows), torch.zeros_like(rows)
     delta = torch.full(rows.shape, torch.inf, dtype=torch.float64, device=rows.device)
     groups = batch.n // batch.group
-    for some in by_count(batch.kept[rows]):
-        keep = int(batch.kept[rows[some[0]]].sum()) // groups
+    for same_count in by_count(batch.kept[rows]):
+        keep = int(batch.kept[rows[same_count[0]]].sum()) // groups
         bytes_per_row = groups * keep * (batch.group - keep) * _PAIR_BYTES * (4 if exact else 2)
         if bytes_per_row == 0:
             continue
         tile = max(1, memory // bytes_per_row)
         slices = -(-bytes_per_row // memory) if tile == 1 else 1
-        for part in some.split(tile):
+        for part in same_count.split(tile):
             kept[part], pruned[part], delta[part] = _best_of_tile(batch, rows[part], exact, slices)
     return kept, pruned, delta
 

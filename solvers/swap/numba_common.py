@@ -105,7 +105,7 @@ def scores(x, diagonal, c, kept, out):
 def price_groups(gram, x, kept, score, group, threshold, partner, cross):
     """Write each kept column's best partner inside its group, where it improves; return whether one does."""
     n = len(x)
-    found = False
+    improving = False
     for first in range(0, n, group):
         for u in range(first, first + group):
             partner[u] = -1
@@ -119,20 +119,20 @@ def price_groups(gram, x, kept, score, group, threshold, partner, cross):
                         best = value
                         partner[u] = p
                         cross[u] = gram[u, p]
-            found = found or partner[u] >= 0
-    return found
+            improving = improving or partner[u] >= 0
+    return improving
 
 
 def product_rows(gram, x, kept, c, objective, rows):
     """Write c = G(x ⊙ pruned) and f = (x ⊙ pruned)ᵀc of some rows, float64."""
     columns = np.empty((len(rows), TILE_J), np.int64)
     weights = np.empty((len(rows), TILE_J), np.float64)
-    many = np.empty(len(rows), np.int64)
-    _product_rows(gram, x, kept, c, objective, columns, weights, many, rows)
+    sizes = np.empty(len(rows), np.int64)
+    _product_rows(gram, x, kept, c, objective, columns, weights, sizes, rows)
 
 
 @kernel
-def _product_rows(gram, x, kept, c, objective, columns, weights, many, rows):
+def _product_rows(gram, x, kept, c, objective, columns, weights, sizes, rows):
     """Do the same, G tile by tile; a tile's pruned columns and their weights are listed first."""
     n = x.shape[1]
     count = len(rows)
@@ -151,12 +151,12 @@ def _product_rows(gram, x, kept, c, objective, columns, weights, many, rows):
                 columns[k, m] = j0
                 weights[k, m] = 0.0
                 m += 1
-            many[k] = m
+            sizes[k] = m
         for i0 in range(0, n, TILE_I):
             i1 = min(n, i0 + TILE_I)
             for k in range(count):
                 out = c[rows[k], i0:i1]
-                for m in range(0, many[k], 4):
+                for m in range(0, sizes[k], 4):
                     g0 = gram[columns[k, m], i0:i1]
                     g1 = gram[columns[k, m + 1], i0:i1]
                     g2 = gram[columns[k, m + 2], i0:i1]

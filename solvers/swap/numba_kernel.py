@@ -164,17 +164,17 @@ def _survivors(side, threshold, scan):
     A pair may improve by height_i + height_j − slope_i·slope_j.
     """
     bound, count = scan.bound, scan.sizes
-    other, many = 1 - side, count[side]
+    other, size = 1 - side, count[side]
     columns, heights, slopes = scan.columns[side], scan.height[side], scan.slope[side]
     top = slopes.dtype.type(0)
-    for i in range(many):
+    for i in range(size):
         top = maximum(top, slopes[i])
     heights_far, slopes_far = scan.height[other], scan.slope[other]
     _envelope(heights_far, slopes_far, count[other], float(top), scan.grid, scan.envelope)
     _chords(scan.grid, scan.envelope, scan.start, scan.rise)
-    _bound(slopes, many, scan.start, scan.rise, bound)
+    _bound(slopes, size, scan.start, scan.rise, bound)
     m = 0
-    for i in range(many):
+    for i in range(size):
         if heights[i] + bound[i] < -threshold:
             columns[m] = columns[i]
             heights[m] = heights[i]
@@ -185,13 +185,13 @@ def _survivors(side, threshold, scan):
 
 
 @fast
-def _spread(low, columns, height, many, dense, scan):
+def _spread(low, columns, height, size, dense, scan):
     """Write the far side's heights and weights in a row, and where `dense` at their columns as well."""
     full, factor, heavy, thin = scan.full, scan.factor, scan.heavy, scan.thin
     if dense:
         full[:] = full.dtype.type(BIG)
         factor[:] = full.dtype.type(0)
-    for i in range(many):
+    for i in range(size):
         j = columns[i]
         thin[i] = low[j]
         heavy[i] = height[i]
@@ -202,7 +202,7 @@ def _spread(low, columns, height, many, dense, scan):
 
 @fast
 def _where(formed, least):
-    """Return the first place of a value that is there."""
+    """Return the first place of the least value."""
     at = 0
     while formed[at] > least:
         at += 1
@@ -210,11 +210,11 @@ def _where(formed, least):
 
 
 @fast
-def _decide(line, x, score, s, columns, many, threshold):
+def _decide(line, x, score, s, columns, size, threshold):
     """Return the partner of s that lowers the objective most by float64, or −1."""
     best = -threshold
     partner = np.int64(-1)
-    for k in range(many):
+    for k in range(size):
         j = columns[k]
         value = (score[s] + score[j]) - 2.0 * x[s] * x[j] * line[j]
         if value < best:
@@ -229,9 +229,9 @@ def _price_row(gram, x, low, partner, cross, threshold, scan):
     score, sides, count, height = scan.score, scan.columns, scan.sizes, scan.height
     full, factor, heavy, thin, formed = scan.full, scan.factor, scan.heavy, scan.thin, scan.formed
     near = 0 if count[0] < count[1] else 1  # the side whose rows of G are read
-    far, many = sides[1 - near], count[1 - near]
-    dense = many * DENSE > len(x)
-    _spread(low, far, height[1 - near], many, dense, scan)
+    far, size = sides[1 - near], count[1 - near]
+    dense = size * DENSE > len(x)
+    _spread(low, far, height[1 - near], size, dense, scan)
     improving = 0
     for i in range(count[near]):
         s = sides[near, i]
@@ -244,7 +244,7 @@ def _price_row(gram, x, low, partner, cross, threshold, scan):
                 formed[j] = value
                 least = minimum(least, value)
         else:
-            for k in range(many):
+            for k in range(size):
                 value = heavy[k] + twice * (thin[k] * line[far[k]])
                 formed[k] = value
                 least = minimum(least, value)
@@ -254,7 +254,7 @@ def _price_row(gram, x, low, partner, cross, threshold, scan):
         j = at if dense else far[at]
         value = (score[s] + score[j]) - 2.0 * x[s] * x[j] * line[j]
         if value >= -threshold:  # so little that rounding decides: float64 for this column
-            j = _decide(line, x, score, s, far, many, threshold)
+            j = _decide(line, x, score, s, far, size, threshold)
             if j < 0:
                 continue
         partner[s] = j
@@ -301,7 +301,6 @@ class NumbaKernel:
     patience = 256
 
     def __init__(self, batch: Batch, threads: int) -> None:
-        self.single = batch.single
         self._threads = RowThreads(threads)
         self._gram = batch.gram.numpy()
         self._margin = 4.0 * torch.finfo(batch.low.dtype).eps
@@ -311,19 +310,19 @@ class NumbaKernel:
         self._rule = Rule(batch.group, _RELATIVE, _FLOOR)
 
     def refresh(self, batch: Batch, rows: Tensor) -> None:
-        """As in `Kernel`; the sum over pruned columns in one fixed order."""
+        """Sum over pruned columns in one fixed order; see `Kernel.refresh`."""
         arrays = (batch.x, batch.kept, batch.c, batch.objective)
         self._threads.run(product_rows, rows.numpy(), self._gram, *(x.numpy() for x in arrays))
         batch.add_linear(rows)
 
     def search(self, batch: Batch, rows: Tensor, most: int) -> None:
-        """As in `Kernel`; a row runs through all its rounds in one go."""
+        """Run each row through all its rounds; see `Kernel.search`."""
         counts = batch.swaps.numpy(), batch.rounds.numpy()
         arrays = self._gram, self._diagonal, _rows_of(batch)
         self._threads.run(search_rows, rows.numpy(), *arrays, *counts, self._rule, most)
 
     def price(self, batch: Batch, rows: Tensor) -> Tensor:
-        """As in `Kernel`."""
+        """Scan all pairs; see `Kernel.price`."""
         improving = np.zeros(batch.rows, np.bool_)
         arrays = self._gram, self._reach, _rows_of(batch), improving, batch.priced.numpy()
         self._threads.run(price_rows, rows.numpy(), *arrays, self._rule, self._margin)

@@ -31,7 +31,7 @@ STEP = 2**20
 
 
 class _Choice(NamedTuple):
-    """The workspace of a choice of candidates. `columns`: those chosen, shared with `_Slots`."""
+    """The workspace of a choice of candidates. `columns`: the chosen ones, shared with `_Slots`."""
 
     columns: np.ndarray
     score: np.ndarray
@@ -143,9 +143,9 @@ def _count(keys, cut):
 def _least(kept, side, most, at, choice):
     """Write up to `most` columns of least score of one side, none taken, from place `at` on; return how many.
 
-    They are found by a cut through the bits of the float32 scores, which needs no branch a column:
-    bisection, from the last cut on, to a key with `most`, or up to a quarter less, of the keys at or
-    below it. Columns come out ascending; of equal scores the lowest columns are in.
+    A cut through the bits of the float32 scores separates them, which needs no branch a column: bisection,
+    from the last cut on, to a key with `most`, or up to a quarter less, of the keys at or below it. Columns
+    come out ascending; of equal scores the lowest columns are in.
     """
     keys, guess, columns = choice.keys, choice.guess, choice.columns
     if most <= 0:
@@ -155,10 +155,10 @@ def _least(kept, side, most, at, choice):
         return 0
     low, high = np.int64(least) - 1, np.int64(largest)
     cut, step = guess[side], np.int64(STEP)
-    below, above, found = False, False, _count(keys, high) <= most
-    if found:
+    below, above, settled = False, False, _count(keys, high) <= most
+    if settled:
         cut = high
-    while not found and high - low > 1:
+    while not settled and high - low > 1:
         cut = min(max(cut, low + 1), high - 1)
         count = _count(keys, cut)
         if count > most:
@@ -166,7 +166,7 @@ def _least(kept, side, most, at, choice):
         elif count < most - most // 4:
             low, below = cut, True
         else:
-            found = True
+            settled = True
             break
         if below and above:
             cut = (low + high) // 2
@@ -174,7 +174,7 @@ def _least(kept, side, most, at, choice):
             cut, step = cut - step, 2 * step
         else:
             cut, step = cut + step, 2 * step
-    if not found:
+    if not settled:
         cut = low  # too few up to here, too many equal ones next: the first of these
     guess[side] = cut
     size = 0
@@ -182,7 +182,7 @@ def _least(kept, side, most, at, choice):
         if keys[j] <= cut:
             columns[at + size] = j
             size += 1
-    if not found:
+    if not settled:
         for j in range(len(keys)):
             if size < most and keys[j] == high:
                 columns[at + size] = j
@@ -195,7 +195,7 @@ def _least(kept, side, most, at, choice):
 def _harvest(x, kept, partner, cross, threshold, most, choice):
     """Choose the columns of the up to `most` best pairs of the harvest that still improve; return how many.
 
-    What is no pair any more, since both are on one side, is forgotten.
+    A pair whose columns are both on one side by now is forgotten.
     """
     score, taken, chosen = choice.score, choice.taken, choice.chosen
     place, heap = choice.place, choice.heap
@@ -235,8 +235,8 @@ def _harvest(x, kept, partner, cross, threshold, most, choice):
 def _choose(kept, total, fill, choice):
     """Choose candidates of one row and return k, m: columns up to k are kept, up to m pruned, each ascending.
 
-    First those of the harvest, `total` in number; the rest (where `fill`) are the kept of least a and
-    the pruned of least b.
+    The harvest comes first, `total` columns; where `fill`, the kept of least a and the pruned of least b fill
+    the remaining places.
     """
     taken, columns, chosen = choice.taken, choice.columns, choice.chosen
     k = at = np.int64(0)
@@ -308,27 +308,24 @@ def _least_over_pruned(b, cross, pruned, count, lowest):
         b0, b1, b2, b3 = b[t0], b[t1], b[t2], b[t3]
         cross0, cross1, cross2, cross3 = cross[t0], cross[t1], cross[t2], cross[t3]
         for s in range(SLOTS):
-            one = minimum(b0 + cross0[s], b1 + cross1[s])
-            two = minimum(b2 + cross2[s], b3 + cross3[s])
-            lowest[s] = minimum(lowest[s], minimum(one, two))
+            first = minimum(b0 + cross0[s], b1 + cross1[s])
+            second = minimum(b2 + cross2[s], b3 + cross3[s])
+            lowest[s] = minimum(lowest[s], minimum(first, second))
 
 
 @fast
-def _least_sum(one, two, code, sums):
-    """Return the slot s of the least one_s + two_s, of equal ones that of the lowest column.
-
-    It is −1 where all are BIG.
-    """
-    best = one.dtype.type(BIG)
+def _least_sum(left, right, code, sums):
+    """Return the slot s of the least left_s + right_s, −1 where all are BIG; ties: the lowest column."""
+    best = left.dtype.type(BIG)
     for s in range(SLOTS):
-        sums[s] = one[s] + two[s]
+        sums[s] = left[s] + right[s]
         best = minimum(best, sums[s])
-    if best >= one.dtype.type(SHUT):
+    if best >= left.dtype.type(SHUT):
         return -1
-    found = TOP
+    least_code = TOP
     for s in range(SLOTS):
-        found = min(found, code[s] if sums[s] == best else TOP)
-    return np.int64(found % SLOTS)
+        least_code = min(least_code, code[s] if sums[s] == best else TOP)
+    return np.int64(least_code % SLOTS)
 
 
 @fast
@@ -356,7 +353,7 @@ def _load(gram, x, low, diagonal, c, k, m, group, slots):
         code[s] = np.int32(j) * np.int32(SLOTS) + np.int32(s)
         bar_kept[s] = 0.0 if s < k else BIG
         bar_pruned[s] = 0.0 if k <= s < m else BIG
-        pruned[s] = k + s if s < m - k else k  # filled up with one that is there already
+        pruned[s] = k + s if s < m - k else k  # filled up with the first pruned slot
     for t in range(k, m):
         _cross(t, light, block, cross)
         if group < len(x):
@@ -379,8 +376,8 @@ def _store(kept, m, slots):
 
 
 @fast
-def _exchange(many, grouped, objective, mass, rule, most, slots):
-    """Make best swaps between slots, `many` of them pruned, until none gains more than the threshold.
+def _exchange(pruned_count, grouped, objective, mass, rule, most, slots):
+    """Make best swaps between slots, `pruned_count` of them pruned, until none gains more than the threshold.
 
     Nothing outside the candidates' block of G is read, and nothing of the block moves: a swap changes
     the bars that shut a slot for one of the two sides. Returns the number of swaps, `most` at most, and
@@ -393,7 +390,7 @@ def _exchange(many, grouped, objective, mass, rule, most, slots):
     made = 0
     while made < most:
         _candidate_scores(square, linear, bar_kept, bar_pruned, a, b)
-        _least_over_pruned(b, cross, pruned, many, lowest)
+        _least_over_pruned(b, cross, pruned, pruned_count, lowest)
         u = _least_sum(a, lowest, code, sums)
         if u < 0:
             break

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool
@@ -30,11 +30,11 @@ from maskopt.solvers.swap.torch_kernel import TorchKernel
 from maskopt.solvers.swap.triton import unavailable as triton_unavailable
 
 KERNELS = ("auto", "literal", "torch", "numba", "triton")
-#: what a solve may use beyond weight and G where the caller sets no limit
+#: bytes that a solve may use beyond weight and G where the caller sets no limit
 DEFAULT_MEMORY = {"cpu": 2**30, "cuda": 4 * 2**30}
 #: bytes per weight that a batch and the workings of a kernel take: x, c and copies in float64
 _ROW_BYTES = 128
-#: memory below which a device that is full cannot be helped by fewer rows
+#: memory below which fewer rows cannot help a full device
 _LEAST_MEMORY = 2**20
 #: rows whose offers are made at a time
 _ROWS = 512
@@ -44,9 +44,12 @@ _log = logging.getLogger("maskopt.swap")
 
 @dataclass(frozen=True)
 class Swap(Solver):
-    """1-swap local search (SparseSwaps, arXiv 2512.10922) to a proven 1-swap optimum of f, or of F for
-    updated weights; with a shared budget also between rows. A row that `max_swaps` or the time limit stops is
-    FEASIBLE; another call with its mask as the start continues."""
+    """1-swap local search (SparseSwaps, arXiv 2512.10922) to a proven 1-swap optimum.
+
+    The objective is f, or F for updated weights; a shared budget is also searched for swaps between rows. A
+    row that `max_swaps` or the time limit stops is FEASIBLE; another call with its mask as the start
+    continues.
+    """
 
     name: ClassVar[str] = "swap"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -70,84 +73,84 @@ class Swap(Solver):
     )
 
     def run(self, problem: LayerProblem, start: Tensor | None, limits: Limits) -> Solution:
-        """Raises SolverError for a kernel that cannot run here, or one named for updated weights."""
+        """Swap to a 1-swap optimum; see `Solver.run`.
+
+        SolverError: a kernel that cannot run here, or one named for updated weights.
+        """
         assert start is not None
-        if problem.update is not None:
-            if self.kernel != "auto":
-                raise SolverError(
-                    f"swap: kernel {self.kernel!r} is for unchanged weights; updated ones take 'auto'"
-                )
-            return swap_refitted(problem, start, self.max_swaps, limits)
+        if problem.update is None:
+            return transfer(problem, start, self._search, limits)
+        if self.kernel != "auto":
+            raise SolverError(
+                f"swap: kernel {self.kernel!r} is for unchanged weights; updated ones take 'auto'"
+            )
+        return swap_refitted(problem, start, self.max_swaps, limits)
 
-        def search(
-            some: LayerProblem, mask: Tensor, limits: Limits
-        ) -> tuple[Solution, Callable[[], Offers]]:
-            found = self._swapped(some, mask, limits)
-            return found, partial(offers, some, found.mask)
-
-        return transfer(problem, start, search, limits)
-
-    def _swapped(self, problem: LayerProblem, start: Tensor, limits: Limits) -> Solution:
-        """Every row at the count of its own mask."""
+    def _search(
+        self, problem: LayerProblem, start: Tensor, limits: Limits
+    ) -> tuple[Solution, Callable[[], Offers]]:
+        """Swap every row at the count of its mask; the rows' offers are made on request."""
         name, threads = _choose_kernel(self.kernel, problem), torch.get_num_threads()
         # compiled loops have threads of their own, from which those of torch, which wait by spinning,
         # would take the cores
         with torch_threads(1 if name == "numba" else None):
-            parts = self._parts(problem, start, name, threads, limits)
-        solutions = []
-        for batch in parts:
-            trace = Trace(
-                kernel=name,
-                swaps=batch.swaps.cpu(),
-                scans=batch.scans.cpu(),
-                rounds=batch.rounds.cpu(),
-                pairs=batch.priced.cpu(),
-                history=torch.stack(batch.history, 1).cpu(),
-            )
-            objective = batch.objective.clamp(min=0.0) * batch.scale
-            solutions.append(searched(batch.kept, objective, batch.proven, trace))
-        found: Solution = join_rows(solutions)
-        return found
+            solution = self._swapped(problem, start, name, threads, limits)
+        return solution, partial(offers, problem, solution.mask)
 
-    def _parts(
-        self, problem: LayerProblem, kept: Tensor, name: str, threads: int, limits: Limits
-    ) -> list[Batch]:
-        """The rows in tiles that fit into the memory, each refined."""
+    def _swapped(
+        self, problem: LayerProblem, start: Tensor, name: str, threads: int, limits: Limits
+    ) -> Solution:
+        """Swap the rows in tiles that fit into the memory, smaller ones where a device runs out of it."""
         memory = max(2, limits.bytes(DEFAULT_MEMORY.get(problem.device.type, 2**30)))
         tile = max(1, min(problem.rows, memory // 2 // (_ROW_BYTES * problem.n)))
-        built: Kernel | None = None
-        parts: list[Batch] = []
-        start = 0
-        while start < problem.rows:
-            rows = slice(start, start + tile)
+        solutions: list[Solution] = []
+        first = 0
+        while first < problem.rows:
+            rows = slice(first, first + tile)
 
-            def progress(done: int, before: int = start) -> None:
+            def progress(done: int, before: int = first) -> None:
                 limits.report(before + done, problem.rows)
 
             try:
-                batch = Batch.of(problem.take(rows), kept[rows])
-                if name != "literal" and (built is None or built.single != batch.single):
-                    built = make_kernel(name, batch, memory // 2, threads)
-                how: dict[str, Any] = {"max_swaps": self.max_swaps, "deadline": limits.deadline}
-                how["progress"] = limits.on_progress and progress
-                if built is None:  # to the letter of the paper
-                    refine_literally(batch, memory=memory // 2, **how)
+                batch = Batch.of(problem.take(rows), start[rows])
+                if name == "literal":
+                    search = partial(refine_literally, memory=memory // 2)
                 else:
-                    refine(batch, built, **how)
+                    search = partial(refine, kernel=make_kernel(name, batch, memory // 2, threads))
+                search(
+                    batch,
+                    max_swaps=self.max_swaps,
+                    deadline=limits.deadline,
+                    progress=limits.on_progress and progress,
+                )
             except torch.OutOfMemoryError:
                 if tile == 1 and memory <= _LEAST_MEMORY:
                     raise
-                tile, memory, built = max(1, tile // 2), max(2, memory // 2), None
+                tile, memory = max(1, tile // 2), max(2, memory // 2)
                 torch.cuda.empty_cache()
                 _log.warning("swap: out of memory on the device; going on with %d rows", tile)
                 continue
-            parts.append(batch.result())
-            start += tile
-        return parts
+            solutions.append(_solution(batch, name))
+            first += tile
+        joined: Solution = join_rows(solutions)
+        return joined
+
+
+def _solution(batch: Batch, kernel: str) -> Solution:
+    trace = Trace(
+        kernel=kernel,
+        swaps=batch.swaps.cpu(),
+        scans=batch.scans.cpu(),
+        rounds=batch.rounds.cpu(),
+        pairs=batch.priced.cpu(),
+        history=torch.stack(batch.history, 1).cpu(),
+    )
+    objective = batch.objective.clamp(min=0.0) * batch.scale
+    return searched(batch.kept, objective, batch.proven, trace)
 
 
 def make_kernel(name: str, batch: Batch, memory: int, threads: int) -> Kernel:
-    """The kernel of that name, for the layer of the batch; `threads` are those of numba."""
+    """Make the kernel of that name for a batch; `threads` are those of numba."""
     if name == "numba":
         return NumbaKernel(batch, threads)
     if name == "torch":
@@ -175,7 +178,7 @@ def _choose_kernel(kernel: str, problem: LayerProblem) -> str:
 
 
 def offers(problem: LayerProblem, mask: Bool[Tensor, "rows n"]) -> Offers:
-    """What rows of a shared budget offer in f, float64.
+    """Make the offers of the rows of a shared budget in f, float64.
 
     With c = G(w ⊙ pruned) (+ g), pruning a kept u costs w_u²G_uu + 2 w_u c_u, keeping a pruned p again saves
     2 w_p c_p − w_p²G_pp, and each moves the price of another j by 2 w_j w_u G_ju.
@@ -186,19 +189,19 @@ def offers(problem: LayerProblem, mask: Bool[Tensor, "rows n"]) -> Offers:
 def _offers_of_tile(problem: LayerProblem, mask: Tensor) -> Offers:
     w = problem.weight.double()
     twice = 2 * w * (problem.products(torch.where(mask, 0.0, w)) + problem.correlation)
-    own = w.square() * problem.gram.diagonal().double()
-    found = Offers.none(problem.rows, mask.device)
-    price = (own + twice).masked_fill(~mask, torch.inf)
-    _in_order(problem, price, found.removals, found.costs)
-    # what a return costs is what it saves, negative
-    price = (own - twice).masked_fill(mask, torch.inf)
-    _in_order(problem, price, found.returns, found.gains.neg_())
-    found.gains.neg_()
-    return found
+    square = w.square() * problem.gram.diagonal().double()
+    made = Offers.none(problem.rows, mask.device)
+    price = (square + twice).masked_fill(~mask, torch.inf)
+    _list_cheapest(problem, price, made.removals, made.costs)
+    # the price of a return is its gain, negative
+    price = (square - twice).masked_fill(mask, torch.inf)
+    _list_cheapest(problem, price, made.returns, made.gains.neg_())
+    made.gains.neg_()
+    return made
 
 
-def _in_order(problem: LayerProblem, price: Tensor, inputs: Tensor, prices: Tensor) -> None:
-    """The cheapest input of every row, again and again, among the inputs that are cheapest at first."""
+def _list_cheapest(problem: LayerProblem, price: Tensor, inputs: Tensor, prices: Tensor) -> None:
+    """List the cheapest input of every row, again and again, among the inputs that are cheapest at first."""
     first = price.topk(min(OFFERED, problem.n), 1, largest=False)
     value, index = first.values.clone(), first.indices
     w = problem.weight.double().gather(1, index)
@@ -207,10 +210,10 @@ def _in_order(problem: LayerProblem, price: Tensor, inputs: Tensor, prices: Tens
     rows = torch.arange(problem.rows, device=price.device)
     for step in range(index.shape[1]):
         cheapest = value.min(1)
-        there = cheapest.values < torch.inf
-        if not bool(there.any()):
+        finite = cheapest.values < torch.inf
+        if not bool(finite.any()):
             return
-        inputs[there, step] = index[rows, cheapest.indices][there]
-        prices[there, step] = cheapest.values[there]
+        inputs[finite, step] = index[rows, cheapest.indices][finite]
+        prices[finite, step] = cheapest.values[finite]
         value += cross[rows, cheapest.indices]
         value[rows, cheapest.indices] = torch.inf

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -24,18 +23,21 @@ _Tensors = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Reach:
-    """How far G can couple two columns: |G_ij| ≤ d_i d_j, and |G_ij| ≤ ρ_i d_i d_j for all j ≠ i."""
+    """Bounds of G's entries: |G_ij| ≤ d_i d_j, and |G_ij| ≤ ρ_i d_i d_j for all j ≠ i.
+
+    Attributes:
+        d: float64; √G_jj, or √max_i|G_ij| for all j where G is not quite positive semidefinite.
+        rho: float64, rounded up, at most about 1.
+    """
 
     d: Float[Tensor, " n"]
-    """float64; √G_jj, or √max_i|G_ij| for all j where G is not quite positive semidefinite."""
     rho: Float[Tensor, " n"]
-    """float64, rounded up, at most about 1."""
 
     @classmethod
     def of(
         cls, gram: Float[Tensor, "n n"], *, single: bool = False, block_bytes: int = 2**24
     ) -> Reach:
-        """One pass over G, blockwise (two where G is indefinite), in float32 (`single`) or float64."""
+        """Pass over G blockwise, in float32 (`single`) or float64; twice where G is indefinite."""
         dtype = torch.float32 if single else torch.float64
         step = max(1, block_bytes // (8 * len(gram)))
         reach = cls._with(gram, gram.diagonal().double().clamp(min=0.0).sqrt(), dtype, step)
@@ -58,24 +60,20 @@ class Reach:
 
 
 class TorchKernel:
-    """Batched tensor operations; what is held at a time stays below `memory` bytes."""
+    """Batched tensor operations whose temporaries stay below `memory` bytes."""
 
     patience = 256
 
     def __init__(self, batch: Batch, memory: int) -> None:
-        self.single = batch.single
         self._memory = memory
-        self._gram = batch.gram
-
-    @cached_property
-    def _reach(self) -> Tensor:
-        return Reach.of(self._gram, single=self.single, block_bytes=self._memory // 4).d
+        self._reach = Reach.of(batch.gram, single=batch.single, block_bytes=memory // 4).d
 
     def refresh(self, batch: Batch, rows: Tensor) -> None:
+        """Compute c and f from scratch; see `Kernel.refresh`."""
         refresh(batch, rows, self._memory)
 
     def search(self, batch: Batch, rows: Tensor, most: int) -> None:
-        """As in `Kernel`: a round for all rows that still swap, again and again."""
+        """Make rounds with all rows that still swap; see `Kernel.search`."""
         per_row = 8 * (8 * batch.n + 4 * (2 * CANDIDATES) ** 2)
         rows = rows[batch.swaps[rows] < most]
         while len(rows):
@@ -89,6 +87,7 @@ class TorchKernel:
             rows = rows[(torch.cat(made) > 0) & (batch.swaps[rows] < most)]
 
     def price(self, batch: Batch, rows: Tensor) -> Tensor:
+        """Scan all pairs; see `Kernel.price`."""
         batch.partner[rows] = -1
         grouped = batch.group < batch.n
         per_row = 8 * 3 * batch.n * batch.group if grouped else 4 * 3 * batch.n * min(batch.n, 64)
@@ -96,7 +95,7 @@ class TorchKernel:
         return torch.cat([step(batch, p) for p in rows.split(max(1, self._memory // per_row))])
 
     def _choose(self, batch: Batch, rows: Tensor) -> Tensor:
-        """Candidates [rows, 2K], ascending, −1 where there are no more; see the engine."""
+        """Return candidates [rows, 2K], ascending, −1 where there are no more; see the engine."""
         a, b = _sides(batch, rows)
         partner = batch.partner[rows].long()
         score = torch.where(batch.kept[rows], a, b)
@@ -108,15 +107,14 @@ class TorchKernel:
         gain = torch.where(gain < -batch.threshold(rows)[:, None], gain, torch.inf)
         fill = batch.group == batch.n
         half = CANDIDATES // 2 if fill else CANDIDATES
-        own = least(gain, half)
-        harvest = torch.cat([own, partner.gather(1, own.clamp(min=0)).masked_fill(own < 0, -1)], 1)
-        if not fill:
-            return distinct(harvest)
-        columns = torch.cat([harvest, least(a, half), least(b, half)], 1)
-        return distinct(columns)
+        best = least(gain, half)
+        columns = [best, partner.gather(1, best.clamp(min=0)).masked_fill(best < 0, -1)]
+        if fill:
+            columns += [least(a, half), least(b, half)]
+        return distinct(torch.cat(columns, 1))
 
     def _exchange(self, batch: Batch, rows: Tensor, columns: Tensor, most: int) -> Tensor:
-        """Best swaps among the candidates until none improves; float64. Returns swaps a row."""
+        """Make best swaps among the candidates until none improves, and return the swaps of each row."""
         live = columns >= 0
         at = columns.clamp(min=0)
         x = batch.x[rows].gather(1, at).masked_fill_(~live, 0.0)
@@ -152,21 +150,21 @@ class TorchKernel:
         change = torch.where(live & (kept != before), x * (before.double() - kept.double()), 0.0)
         # c ← c + Σ_k change_k G[at_k, :], in one fixed order
         for k in range(width):
-            some = (change[:, k] != 0).nonzero()[:, 0]
-            if len(some):
-                moved = change[some, k, None] * batch.gram[at[some, k]].double()
-                batch.c[rows[some]] += moved
+            changed = (change[:, k] != 0).nonzero()[:, 0]
+            if len(changed):
+                moved = change[changed, k, None] * batch.gram[at[changed, k]].double()
+                batch.c[rows[changed]] += moved
         where, slot = (live & (kept != before)).nonzero(as_tuple=True)
         batch.kept[rows[where], at[where, slot]] = kept[where, slot]
         batch.swaps[rows] = swaps
         return swaps - started
 
     def _price_all(self, batch: Batch, rows: Tensor) -> Tensor:
-        """Every kept column against all pruned ones, some at a time: which rows are not optimal."""
-        same_count = by_count(batch.kept[rows])
-        if len(same_count) > 1:
-            parts = torch.cat([self._price_all(batch, rows[some]) for some in same_count])
-            return parts[torch.cat(same_count).argsort()]
+        """Scan all pruned columns for every kept one, and return which rows are not optimal."""
+        places = by_count(batch.kept[rows])
+        if len(places) > 1:
+            parts = torch.cat([self._price_all(batch, rows[place]) for place in places])
+            return parts[torch.cat(places).argsort()]
         a, b = _sides(batch, rows)
         count = int(batch.kept[rows[0]].sum())
         threshold = batch.threshold(rows)
@@ -195,14 +193,16 @@ class TorchKernel:
             if not len(line):
                 continue
             batch.priced[rows] += flagged.sum(1) * batch.n
-            found = line, u[line, slot], p[line, slot]
-            improving[self._settled(batch, rows, (a, b), found)] = True
+            pairs = line, u[line, slot], p[line, slot]
+            improving[self._improving(batch, rows, (a, b), pairs)] = True
         return improving
 
-    def _settled(self, batch: Batch, rows: Tensor, sides: _Tensors, found: _Tensors) -> Tensor:
-        """Decide flagged pairs in float64; where rounding flagged one, its whole kept column. Returns the
-        lines that improve."""
-        (a, b), (line, u, p) = sides, found
+    def _improving(self, batch: Batch, rows: Tensor, sides: _Tensors, pairs: _Tensors) -> Tensor:
+        """Decide flagged pairs in float64 and return the lines that improve.
+
+        Where rounding flagged a pair that does not improve, its whole kept column is scanned.
+        """
+        (a, b), (line, u, p) = sides, pairs
         x, limit = batch.x[rows], -batch.threshold(rows)[line]
         cross = batch.gram[u, p]
         delta = a[line, u] + b[line, p] - 2 * x[line, u] * x[line, p] * cross.double()
@@ -221,7 +221,7 @@ class TorchKernel:
         return line[good]
 
     def _price_groups(self, batch: Batch, rows: Tensor) -> Tensor:
-        """N:M: all pairs inside groups, float64; some groups at a time."""
+        """Scan all pairs inside the groups of N:M, float64."""
         a, b = (side.view(len(rows), -1, batch.group) for side in _sides(batch, rows))
         x = batch.x[rows].view(a.shape)
         limit = -batch.threshold(rows)[:, None, None]
@@ -246,29 +246,31 @@ class TorchKernel:
 
 
 def _sides(batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """a, +inf where not kept, and b, +inf where not pruned; float64."""
+    """Return a, +inf where not kept, and b, +inf where not pruned; float64."""
     x, kept = batch.x[rows], batch.kept[rows]
     square, linear = x.square() * batch.diagonal, 2 * x * batch.c[rows]
     a, b = square + linear, square - linear
     return torch.where(kept, a, torch.inf), torch.where(kept, torch.inf, b)
 
 
-def least(values: Float[Tensor, "rows m"], many: int) -> Int[Tensor, "rows many"]:
-    """Positions of the least finite values of each row, in no order; ties: the lowest; −1 where there are no
-    more."""
-    many = min(many, values.shape[1])
-    found, position = values.topk(many, dim=1, largest=False, sorted=True)
+def least(values: Float[Tensor, "rows m"], count: int) -> Int[Tensor, "rows count"]:
+    """Return the places of the least finite values of each row, in no order; −1 where there are no more.
+
+    Ties: the lowest place.
+    """
+    count = min(count, values.shape[1])
+    top, place = values.topk(count, dim=1, largest=False, sorted=True)
     # topk leaves open which of the values equal to the last one it takes
-    edge = found[:, -1:]
-    tied = (values == edge).sum(1) > (found == edge).sum(1)
+    edge = top[:, -1:]
+    tied = (values == edge).sum(1) > (top == edge).sum(1)
     if bool((tied & (edge[:, 0] < torch.inf)).any()):
         order = values[tied].sort(dim=1, stable=True)
-        found[tied], position[tied] = order.values[:, :many], order.indices[:, :many]
-    return position.masked_fill(found == torch.inf, -1)
+        top[tied], place[tied] = order.values[:, :count], order.indices[:, :count]
+    return place.masked_fill(top == torch.inf, -1)
 
 
 def distinct(columns: Tensor) -> Tensor:
-    """Ascending, every repetition replaced by −1."""
+    """Sort the columns of each row, and replace every repetition by −1."""
     ordered = columns.sort(1).values
     again = torch.zeros_like(ordered, dtype=torch.bool)
     again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]

@@ -162,14 +162,12 @@ def refine_layer(problem: LayerProblem, totals: Totals) -> list[Status]:
     found: list[Status] = []
     tile = max(1, _STATE // (_STATE_BYTES * problem.n))
     masks = []
-    kernel: TritonKernel | None = None
     for first in range(0, problem.rows, tile):
         part = slice(first, first + tile)
         batch = Batch.of(problem.take(part), start.mask[part])
-        if kernel is None or kernel.single != batch.single:
-            kernel = TritonKernel(batch, memory=MEMORY - _STATE)
-            for step in ("refresh", "search", "price"):
-                setattr(kernel, step, partial(timed, step, getattr(kernel, step)))
+        kernel = TritonKernel(batch, memory=MEMORY - _STATE)
+        for step in ("refresh", "search", "price"):
+            setattr(kernel, step, partial(timed, step, getattr(kernel, step)))
         engine.refine(batch, kernel)
         found += statuses(batch.proven)
         masks.append(batch.kept)

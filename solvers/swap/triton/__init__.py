@@ -8,8 +8,10 @@ import torch
 
 
 def unavailable(device: torch.device | str | None = None) -> str | None:
-    """Why the Triton kernels cannot run (on a device), or None: they run on CUDA devices, and under
-    TRITON_INTERPRET=1 anywhere (slowly, for tests)."""
+    """Return the reason why the Triton kernels cannot run (on a device), or None.
+
+    They run on CUDA devices, and under TRITON_INTERPRET=1 anywhere (slowly, for tests).
+    """
     try:
         import triton  # noqa: F401
     except ImportError as error:

@@ -94,7 +94,7 @@ def swap_block(
 
 @triton.jit
 def move_correlation(gram, c, index, columns, change, n, N: tl.constexpr, BLOCK: tl.constexpr):
-    """c ← c + Σ_k change_k · G[columns_k, :] for one row and BLOCK columns; the sum in c's dtype.
+    """Add Σ_k change_k · G[columns_k, :] to c for one row and BLOCK columns; the sum in c's dtype.
 
     The program's row of c is index[program]. Columns that do not change cost no traffic.
     """
@@ -114,7 +114,7 @@ def move_correlation(gram, c, index, columns, change, n, N: tl.constexpr, BLOCK:
 
 @triton.jit
 def column_terms(x, c, kept, index, diagonal, d, a, b, e, n, margin, BLOCK: tl.constexpr):
-    """a, b and e of one row and BLOCK columns, computed in float64, stored in the dtype of a.
+    """Write a, b and e of one row and BLOCK columns, computed in float64, in the dtype of a.
 
     a and b are lowered by margin · (their size + e²) + 2⁻⁸⁰; +inf where a column is on the other side.
     The program's row of x, c and kept is index[program].
@@ -139,7 +139,7 @@ def column_terms(x, c, kept, index, diagonal, d, a, b, e, n, margin, BLOCK: tl.c
 
 @triton.jit
 def lower_envelope(b, e, grid, out, n, T: tl.constexpr, BLOCK: tl.constexpr):
-    """out_k = min_p (b_p − 2 grid_k e_p) over one row, for T values of grid."""
+    """Write out_k = min_p (b_p − 2 grid_k e_p) over one row, for T values of grid."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, T)
     slope = -2.0 * tl.load(grid + row * T + k)
@@ -155,16 +155,16 @@ def lower_envelope(b, e, grid, out, n, T: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def list_finite(values, columns, count, n, BLOCK: tl.constexpr):
-    """The columns at which a row of values is below +inf, ascending, and how many there are."""
+    """List the columns at which a row of values is below +inf, ascending, and count them."""
     row = tl.program_id(0).to(tl.int64)
-    found = 0
+    listed = 0
     for start in range(0, n, BLOCK):
         j = start + tl.arange(0, BLOCK)
         value = tl.load(values + row * n + j, mask=j < n, other=float("inf"))
         hit = (value < float("inf")).to(tl.int32)
-        tl.store(columns + row * n + found + tl.cumsum(hit, 0) - hit, j, mask=hit != 0)
-        found += tl.sum(hit, axis=0)
-    tl.store(count + row, found)
+        tl.store(columns + row * n + listed + tl.cumsum(hit, 0) - hit, j, mask=hit != 0)
+        listed += tl.sum(hit, axis=0)
+    tl.store(count + row, listed)
 
 
 @triton.jit
@@ -188,7 +188,7 @@ def scan_survivors(
     BU: tl.constexpr,
     BP: tl.constexpr,
 ):
-    """The best partner of BU kept columns of one row, among the row's listed columns only.
+    """Find the best partner of BU kept columns of one row, among the row's listed columns only.
 
     A pair is looked up in G only if a_u + b_p − 2 min(ρ_u, ρ_p) e_u e_p < −limit: no other can gain
     more than the limit, because |x_u x_p G_up| ≤ min(ρ_u, ρ_p) e_u e_p. Ties: the lowest p.
@@ -237,18 +237,18 @@ def scan_survivors(
 def scan_groups(
     blocks, x, a, b, value, kept_best, pruned_best, n, M, groups, MP: tl.constexpr, BG: tl.constexpr
 ):
-    """N:M: the best swap inside each of BG groups of M consecutive columns of one row.
+    """Find the best swap inside each of BG groups of M consecutive columns of one row (N:M).
 
     blocks is [groups, M, M], the diagonal blocks of G. Ties: the lowest u, then the lowest p.
     """
     row = tl.program_id(0).to(tl.int64)
     team = tl.program_id(1) * BG + tl.arange(0, BG)
     i = tl.arange(0, MP)
-    here = team[:, None] * M + i[None, :]
+    column = team[:, None] * M + i[None, :]
     inside = (team < groups)[:, None] & (i < M)[None, :]
-    weight = tl.load(x + row * n + here, mask=inside, other=0.0)
-    a_u = tl.load(a + row * n + here, mask=inside, other=float("inf"))
-    b_p = tl.load(b + row * n + here, mask=inside, other=float("inf"))
+    weight = tl.load(x + row * n + column, mask=inside, other=0.0)
+    a_u = tl.load(a + row * n + column, mask=inside, other=float("inf"))
+    b_p = tl.load(b + row * n + column, mask=inside, other=float("inf"))
     g = tl.load(
         blocks + (team[:, None, None] * M + i[None, :, None]) * M + i[None, None, :],
         mask=inside[:, :, None] & (i < M)[None, None, :],

@@ -40,8 +40,10 @@ def column_terms(
     *,
     lowered: bool,
 ) -> tuple[Float[Tensor, "rows n"], Float[Tensor, "rows n"], Float[Tensor, "rows n"]]:
-    """a and b of some rows, made pessimistic if `lowered`, +inf where a column is not kept (a) or not pruned
-    (b), and e = |x_j| d_j, rounded up, in one launch."""
+    """Compute a, b and e = |x_j| d_j, rounded up, of some rows in one launch.
+
+    `lowered`: a and b are made pessimistic. a is +inf where a column is not kept, b where it is not pruned.
+    """
     shape = (len(rows), x.shape[1])
     a, b, e = (torch.empty(shape, dtype=dtype, device=x.device) for _ in range(3))
     state = x, c, kept.view(torch.int8), rows, diagonal.double().contiguous(), reach.d
@@ -65,8 +67,9 @@ def swap_block(
     room: Int[Tensor, " rows"],
     dtype: torch.dtype,
 ) -> tuple[Int[Tensor, " rows"], Bool[Tensor, "rows N"]]:
-    """Best swaps of each row among its candidate columns until none gains more than the limit: how many were
-    made, and which candidates are kept now (False where padded).
+    """Make the best swaps of each row among its candidate columns until none gains more than the limit.
+
+    Returns the number of swaps of each row, and which candidates are kept then (False where padded).
 
     Args:
         c: G(x ⊙ pruned); not changed, nor is kept.
@@ -89,13 +92,13 @@ def swap_block(
 
 
 def swap_block_warps(width: int, dtype: torch.dtype) -> int:
-    """Warps that hold N × N entries in registers: 32 of float32 or 8 of float64 a thread."""
+    """Count the warps that hold N × N entries in registers: 32 of float32 or 8 of float64 a thread."""
     entries = 8 if dtype == torch.float64 else 32
     return max(1, min(16, width * width // (32 * entries)))
 
 
 def groups_together(width: int, dtype: torch.dtype) -> int:
-    """Groups of so many columns that one program of `scan_groups` handles."""
+    """Return the number of groups of `width` columns that one program of `scan_groups` handles."""
     return max(1, (2048 if dtype == torch.float64 else 4096) // (width * width))
 
 
@@ -106,7 +109,7 @@ def move_correlation(
     change: Float[Tensor, "rows N"],
     rows: Int[Tensor, " rows"],
 ) -> None:
-    """In place, for some rows: c_r ← c_r + Σ_k change_rk G[columns_rk, :], summed in c's dtype."""
+    """Add Σ_k change_rk G[columns_rk, :] to c_r of some rows in place, summed in c's dtype."""
     n, width = c.shape[1], columns.shape[1]
     columns = columns.clamp(min=0).to(torch.int32).contiguous()
     change = change.to(c.dtype).contiguous()
@@ -122,7 +125,7 @@ def discard(
     rho: Float[Tensor, " n"],
     limit: Float[Tensor, " rows"],
 ) -> tuple[Float[Tensor, "rows n"], Float[Tensor, "rows n"]]:
-    """a and b with +inf wherever no pair of the column can gain more than the limit; G unseen.
+    """Write +inf to a and b wherever no pair of the column can gain more than the limit; G is not read.
 
     Δ(u, p) ≥ a_u + b_p − 2ρ_u e_u e_p, so u is out if a_u + φ(ρ_u e_u) ≥ −limit, where
     φ(t) = min_p (b_p − 2t e_p) falls with t and is tabulated on a geometric grid, entered from
@@ -138,14 +141,14 @@ def discard(
     position -= (grid.gather(1, position) < reach).long()
     position.clamp_(min=0)
     for turn in range(3):
-        mine, other = (a, b) if turn != 1 else (b, a)
+        side, other = (a, b) if turn != 1 else (b, a)
         envelope = torch.empty_like(grid)
         kernels.lower_envelope[(len(a),)](
             other.contiguous(), e, grid, envelope, a.shape[1], T=GRID, BLOCK=32, num_warps=4
         )
-        out = mine + envelope.gather(1, position) >= -limit[:, None]
-        mine = mine.masked_fill(out, torch.inf)
-        a, b = (mine, b) if turn != 1 else (a, mine)
+        out = side + envelope.gather(1, position) >= -limit[:, None]
+        side = side.masked_fill(out, torch.inf)
+        a, b = (side, b) if turn != 1 else (a, side)
     return a, b
 
 
@@ -159,9 +162,10 @@ def scan(
     limit: Float[Tensor, " rows"],
     group: int,
 ) -> tuple[Float[Tensor, "rows n"], Int[Tensor, "rows n"], Int[Tensor, " rows"]]:
-    """The best partner of every kept column, where the pair gains more than the limit: least Δ of the kept
-    column u (∞ where it is not below −limit), and int32 its p, the lowest if several; both [rows, n]. And
-    the pairs of each row that `discard` leaves, groups not counted.
+    """Find the best partner of every kept column, where the pair gains more than the limit.
+
+    Returns the least Δ of the kept column u (∞ where it is not below −limit), and int32 its p, the lowest if
+    several; both [rows, n]. And the pairs of each row that `discard` leaves, groups not counted.
 
     Args:
         a, b, e: of `column_terms`, pessimistic where the outcome is to be a proof; in the dtype of x, +inf
@@ -198,7 +202,7 @@ def scan_groups(
     a: Float[Tensor, "rows n"],
     b: Float[Tensor, "rows n"],
 ) -> tuple[Float[Tensor, "rows groups"], Int[Tensor, "rows groups"], Int[Tensor, "rows groups"]]:
-    """N:M, M ≤ 32: Δ, u and p of the best swap inside every group (+inf where there is none)."""
+    """Return Δ, u and p of the best swap inside every group of N:M, M ≤ 32 (+inf where there is none)."""
     rows, n = x.shape
     groups, size, _ = blocks.shape
     if size > 32:
@@ -210,8 +214,8 @@ def scan_groups(
     width = max(2, triton.next_power_of_2(size))
     together = groups_together(width, x.dtype)
     state = (values.contiguous() for values in (blocks, x, a, b))
-    found = value, kept_best, pruned_best
+    outputs = value, kept_best, pruned_best
     kernels.scan_groups[(rows, triton.cdiv(groups, together))](
-        *state, *found, n, size, groups, MP=width, BG=together, num_warps=4
+        *state, *outputs, n, size, groups, MP=width, BG=together, num_warps=4
     )
     return value, kept_best, pruned_best

@@ -36,12 +36,7 @@ _CLEARLY = 1.0 + 1e-6
 
 
 class TritonKernel:
-    """The three steps, for one layer.
-
-    Args:
-        batch: rows of the layer; later calls may be about other rows of it.
-        memory: bytes for temporaries.
-    """
+    """The three steps on a GPU; `memory`: bytes for temporaries."""
 
     #: rows in one call at most, where a deadline or a listener waits: a GPU wants them all
     patience = 2**31
@@ -49,25 +44,23 @@ class TritonKernel:
     def __init__(self, batch: Batch, *, memory: int) -> None:
         self._memory = memory
         self._chunk = max(1, memory // (_STEP_BYTES * batch.n))
-        self.single = batch.single
         self._proposing = torch.float32 if batch.single else torch.float64
         self._small = batch.group <= _SMALL_GROUP
-        self._owner: Batch | None = None
-        self._harvest = torch.empty(0)
+        shape = (batch.rows, WIDTH)
+        self._harvest = torch.full(shape, -1, dtype=torch.int32, device=batch.x.device)
         self._reach = Reach.of(batch.gram, single=batch.single)
         if self._small:
             columns = torch.arange(batch.n, device=batch.x.device).view(-1, batch.group)
             self._blocks = batch.gram[columns[:, :, None], columns[:, None, :]]
 
     def refresh(self, batch: Batch, rows: Int[Tensor, " some"]) -> None:
-        """As in `Kernel`."""
+        """Compute c and f from scratch; see `Kernel.refresh`."""
         with _device(batch):
             for part in rows.split(self._chunk):
                 literal.refresh(batch, part, self._memory)
 
     def search(self, batch: Batch, rows: Int[Tensor, " some"], most: int) -> None:
         """Swap each row until fresh candidates hold no improving pair, or it has `most` swaps."""
-        self._own(batch)
         with _device(batch):
             rows = rows[batch.swaps[rows] < most]
             while len(rows):
@@ -75,21 +68,13 @@ class TritonKernel:
                 rows = rows[(torch.cat(made) > 0) & (batch.swaps[rows] < most)]
 
     def price(self, batch: Batch, rows: Int[Tensor, " some"]) -> Bool[Tensor, " some"]:
-        """Whether a row has an improving swap; False is a proof that it has none."""
-        self._own(batch)
+        """Return whether each row has an improving swap; False is a proof that it has none."""
         with _device(batch):
             parts = [self._price(batch, part, self._proposing) for part in rows.split(self._chunk)]
         return torch.cat(parts)
 
-    def _own(self, batch: Batch) -> None:
-        """Forget what was harvested for another batch."""
-        if self._owner is not batch:
-            shape = (batch.rows, WIDTH)
-            self._harvest = torch.full(shape, -1, dtype=torch.int32, device=batch.x.device)
-            self._owner = batch
-
     def _round(self, batch: Batch, rows: Int[Tensor, " some"], most: int) -> Tensor:
-        """One block of candidates for each row; returns the swaps made."""
+        """Swap among one block of candidates for each row, and return the swaps made."""
         columns = self._harvest[rows]
         harvested = (columns >= 0).any(1)
         bare = (~harvested).nonzero()[:, 0]
@@ -114,7 +99,7 @@ class TritonKernel:
         return self._padded(columns)
 
     def _columns_of_groups(self, batch: Batch, value: Tensor) -> Int[Tensor, "rows N"]:
-        """All columns of the groups of least value."""
+        """Return all columns of the groups of least value."""
         groups = least(value, WIDTH // batch.group).sort(1).values
         inside = torch.arange(batch.group, device=groups.device)
         columns = groups[..., None] * batch.group + inside
@@ -132,8 +117,10 @@ class TritonKernel:
         dtype: torch.dtype,
         most: int,
     ) -> tuple[Int[Tensor, " some"], Bool[Tensor, " some"]]:
-        """Swap among the candidates; returns the swaps made, and whether a block was undone because its
-        objective did not fall. kept, c, objective and counts follow."""
+        """Swap among the candidates; kept, c, objective and counts follow.
+
+        Returns the swaps made, and whether a block was undone because its objective did not fall.
+        """
         threshold = batch.threshold(rows)
         state = batch.gram, batch.x, batch.c, batch.kept, columns, threshold, rows
         room = (most - batch.swaps[rows]).clamp(max=2 * WIDTH)
@@ -149,8 +136,7 @@ class TritonKernel:
         undone = (made > 0) & ~(step < -0.5 * threshold)
         back = undone.nonzero()[:, 0]
         if len(back):
-            there, by = columns[back], -change[back]
-            launch.move_correlation(batch.gram, batch.c, there, by, rows[back])
+            launch.move_correlation(batch.gram, batch.c, columns[back], -change[back], rows[back])
         made = made.masked_fill(undone, 0)
         flip = (columns >= 0) & (made > 0)[:, None]
         batch.kept[line.expand_as(at)[flip], at[flip]] = after[flip]
@@ -177,8 +163,8 @@ class TritonKernel:
             value = value.gather(1, u.clamp(min=0)).masked_fill(u < 0, torch.inf)
             p = partner.gather(1, u.clamp(min=0))
             columns = self._padded(distinct(torch.cat([u, p.masked_fill(u < 0, -1)], 1)))
-        found = (value < torch.inf).any(1)
-        # what was found, in float64
+        flagged = (value < torch.inf).any(1)
+        # Δ of the flagged pairs, in float64
         line, u, p = rows[:, None], u.clamp(min=0).long(), p.clamp(min=0).long()
         x_u, x_p = batch.x[line, u], batch.x[line, p]
         delta = x_u * (x_u * batch.diagonal[u] + 2 * batch.c[line, u])
@@ -187,12 +173,12 @@ class TritonKernel:
         delta.masked_fill_(value == torch.inf, torch.inf)
         sure = (delta < -_CLEARLY * threshold[:, None]).any(1)
         self._harvest[rows] = torch.where(sure[:, None], columns, -1)
-        doubtful = (found & ~sure).nonzero()[:, 0]
+        doubtful = (flagged & ~sure).nonzero()[:, 0]
         if dtype == torch.float32 and len(doubtful):
             sure[doubtful] = self._price(batch, rows[doubtful], torch.float64)
         return sure
 
 
 def _device(batch: Batch) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be that of the problem."""
+    """Return a context in which Triton, which launches on the current device, uses the problem's."""
     return torch.cuda.device(batch.x.device) if batch.x.is_cuda else nullcontext()
