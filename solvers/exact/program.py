@@ -4,7 +4,7 @@ With A = Q + diag(λ) + μΣ_g 1_g1_gᵀ ⪰ 0 (λ = μ = 0: A = Q), every legal
 
     f(p) = pᵀAp − λᵀp − μΣ_g (2s·1_gᵀp − s²)       (s pruned in each group)
 
-since p_i² = p_i and 1_gᵀp = s; where inputs are fixed, A is that of the others (`free_part`).
+since p_i² = p_i and 1_gᵀp = s; where inputs are fixed, A is that of the others (`FreePart`).
 """
 
 from __future__ import annotations

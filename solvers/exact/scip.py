@@ -22,11 +22,11 @@ from maskopt.solvers.exact.rows import RowSolver, exact
 from maskopt.solvers.exact.tasks import RowAnswer, RowTask
 from maskopt.solvers.exact.tree.node import (
     Duals,
-    free_part,
+    FreePart,
     put_in_order,
     qcr_duals,
-    same_group,
     twins_of,
+    with_penalty,
 )
 from maskopt.solvers.exact.tree.quadratic import Probed, QuadraticTree, probe
 
@@ -159,7 +159,7 @@ class Scip(RowSolver):
             lam, mu, certified = duals.diagonal * scale, duals.penalty * scale, duals.certified
         if probed is not None:
             lam, state = probed.lam * scale, probed.state
-        part = free_part(task.q * scale, mu, task.pruned, same_group(task), state)
+        part = FreePart.of(with_penalty(task.q * scale, mu, task), state)
         return factored(task, scale, twins, part, lam, certified)
 
     def write_instance(

@@ -28,11 +28,10 @@ from maskopt.core.clock import clock
 from maskopt.core.pattern import NM, Unstructured
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.bounds import lower_bound
-from maskopt.solvers.convex.interior_point import least_first, minimise
+from maskopt.solvers.convex.interior_point import minimise
 from maskopt.solvers.convex.mixing import DOUBLE_N, correction, sweep_matrix
 from maskopt.solvers.convex.mixing_kernel import LANES
 from maskopt.solvers.exact.tasks import RowAnswer, RowTask
-from maskopt.solvers.kernels import njit
 
 #: part of the bound that a stage of the semidefinite relaxation must gain for another one to follow
 _TOLERANCE, _ROUGH = 1e-3, 0.05
@@ -71,15 +70,23 @@ class Duals(NamedTuple):
             certified=self.certified,
         )
 
-    def with_margin(self, task: RowTask) -> np.ndarray:
+    def with_margin(self, form: Form) -> np.ndarray:
         """Return λ, raised so far that A ⪰ 0 also in the rounding of a factorisation."""
-        a = task.q + np.diag(self.diagonal) + self.penalty * same_group(task)
+        a = form.matrix + np.diag(self.diagonal)
         least = float(np.linalg.eigvalsh(a)[0])
         return self.diagonal + max(0.0, -least) + _MARGIN * float(np.abs(np.diag(a)).sum())
 
 
+class Form(NamedTuple):
+    """The function pᵀ·matrix·p + linearᵀp + constant of all inputs, matrix float64 [n, n]."""
+
+    matrix: np.ndarray
+    linear: np.ndarray
+    constant: float
+
+
 class FreePart(NamedTuple):
-    """The objective with the penalty, xᵀbx + linearᵀx + constant of the free inputs of a node.
+    """A form as xᵀbx + linearᵀx + constant of the free inputs of a node.
 
     Attributes:
         state: 1 pruned, 0 kept, −1 free, int8 [n].
@@ -92,11 +99,22 @@ class FreePart(NamedTuple):
     linear: np.ndarray
     constant: float
 
+    @classmethod
+    def of(cls, form: Form, state: np.ndarray) -> FreePart:
+        free = np.flatnonzero(state < 0)
+        ones = (state == 1).astype(float)
+        image = form.matrix @ ones
+        linear = (2 * image + form.linear)[free]
+        constant = form.constant + float(ones @ (image + form.linear))
+        return cls(state, free, form.matrix[np.ix_(free, free)], linear, constant)
 
-def same_group(task: RowTask) -> np.ndarray:
-    """Return 1.0 where two inputs share a group, else 0.0, float64 [n, n]."""
-    member = np.arange(len(task.q)) // task.group
-    return (member[:, None] == member[None, :]).astype(float)
+
+def with_penalty(q: np.ndarray, mu: float, task: RowTask) -> Form:
+    """Return pᵀQp + μΣ_g (1_gᵀp − s)² for the groups and the count s of a row."""
+    group = np.arange(len(q)) // task.group
+    linear = np.full(len(q), -2 * mu * task.pruned)
+    constant = mu * (len(q) // task.group) * task.pruned**2
+    return Form(q + mu * (group[:, None] == group), linear, constant)
 
 
 def qcr_duals(task: RowTask) -> Duals:
@@ -111,19 +129,6 @@ def qcr_duals(task: RowTask) -> Duals:
     assert isinstance(proof, Certificate)
     diagonal, penalty = proof.diagonal[0].numpy().copy(), float(proof.penalty[0, 0])
     return Duals(diagonal, penalty, float(bound.value[0]), proof)
-
-
-def free_part(
-    q: np.ndarray, mu: float, pruned: int, same: np.ndarray, state: np.ndarray
-) -> FreePart:
-    """Return the free part of a node, with the penalty μΣ_g (1_gᵀp − pruned)²; `same`: see `same_group`."""
-    free = np.flatnonzero(state < 0)
-    ones = (state == 1).astype(float)
-    b = q[np.ix_(free, free)] + mu * same[np.ix_(free, free)]
-    linear = 2 * (q @ ones + mu * (same @ ones))[free] - 2 * mu * pruned
-    constant = float(ones @ q @ ones) + mu * float(ones @ same @ ones)
-    constant += mu * pruned * (pruned * float((1 / same.sum(1)).sum()) - 2 * float(ones.sum()))
-    return FreePart(state, free, b, linear, constant)
 
 
 def definite(
@@ -182,39 +187,53 @@ def multipliers(
 
 
 def bound_node(
-    base: np.ndarray,
+    form: Form,
     lam: np.ndarray,
-    c: np.ndarray,
-    constant: float,
     task: RowTask,
     state: np.ndarray,
     cutoff: float,
     twins: list[np.ndarray],
 ) -> tuple[float, np.ndarray]:
-    """Return the bound of a node, ∞ where no legal mask is left, and its relaxed point.
+    """Return the bound of a node with λ, ∞ where no legal mask is left, and its relaxed point.
 
     Inputs of `state` (1 pruned, 0 kept, −1 free, int8 [n]) that no mask below `cutoff` has otherwise are
     fixed in place.
     """
     if not settle(state, task, twins):
-        return np.inf, np.zeros(len(c))
-    point = (state == 1).astype(float)
-    index = np.flatnonzero(state < 0)
-    product, linear = np.zeros(len(c)), np.empty(len(index))
-    q = np.empty((len(index), len(index)))
-    offset = _gather(base, lam, c, constant, state, index, product, q, linear)
-    if len(index) == 0:
-        return offset, point
+        return np.inf, np.zeros(len(lam))
+    part, point = FreePart.of(form, state), (state == 1).astype(float)
+    if len(part.free) == 0:
+        return part.constant, point
+    # λ vanishes on fixed inputs
+    part.b[np.diag_indices_from(part.b)] += lam[part.free]
+    linear = part.linear - lam[part.free]
     groups = state.reshape(-1, task.group)
-    size = (groups < 0).sum(1)
-    left, size = (task.pruned - (groups == 1).sum(1))[size > 0], size[size > 0]
-    bound, value, free_point, gradient = minimise(
-        q, linear, offset, left, size, cutoff, _SETTLED, _HOPELESS
+    size, left = (groups < 0).sum(1), task.pruned - (groups == 1).sum(1)
+    counts = left[size > 0], size[size > 0]
+    bound, value, point[part.free], gradient = minimise(
+        part.b, linear, part.constant, *counts, cutoff, _SETTLED, _HOPELESS
     )
-    point[index] = free_point
     if bound < cutoff and np.isfinite(value):
-        _fix_by_slope(state, index, gradient, gradient.copy(), left, size, bound, cutoff)
+        slope = np.full(len(state), np.inf)
+        slope[part.free] = gradient
+        _fix_by_slope(groups, slope.reshape(groups.shape), left, bound, cutoff)
     return bound, point
+
+
+def _fix_by_slope(
+    groups: np.ndarray, slope: np.ndarray, left: np.ndarray, bound: float, cutoff: float
+) -> None:
+    """Fix inputs in place by reduced costs: the linear form with one on its other side reaches the cutoff.
+
+    Of every group, a row of `groups` and of `slope`, `left` inputs are still to be pruned; the slope of fixed
+    inputs is ∞.
+    """
+    ranked, row = np.sort(slope, axis=1), np.arange(len(left))
+    inside, outside = ranked[row, left - 1, None], ranked[row, left, None]
+    with np.errstate(invalid="ignore"):  # of groups without free inputs
+        pruned = (slope < outside) & (bound + outside - slope >= cutoff)
+        kept = (slope >= outside) & (bound + slope - inside >= cutoff) & (groups < 0)
+    groups[pruned], groups[kept] = 1, 0
 
 
 def settle(state: np.ndarray, task: RowTask, twins: list[np.ndarray]) -> bool:
@@ -273,52 +292,3 @@ def in_order(state: np.ndarray, twins: list[np.ndarray]) -> bool:
         state[known[: last + 1]] = 1
         state[known[first:]] = 0
     return True
-
-
-@njit
-def _gather(base, lam, c, constant, state, index, product, q, linear):  # type: ignore[no-untyped-def]
-    """Write the program in the free inputs to `q` and `linear`, and return its offset; `product` is 0."""
-    n, m = len(c), len(index)
-    for i in range(n):
-        if state[i] == 1:
-            line = base[i]
-            for j in range(n):
-                product[j] += line[j]
-            product[i] += lam[i]
-    offset = constant
-    for i in range(n):
-        if state[i] == 1:
-            offset += product[i] + c[i]
-    for x in range(m):
-        line = base[index[x]]
-        for y in range(m):
-            q[x, y] = line[index[y]]
-        q[x, x] += lam[index[x]]
-        linear[x] = 2 * product[index[x]] + c[index[x]]
-    return offset
-
-
-@njit
-def _fix_by_slope(state, index, gradient, parts, left, size, bound, cutoff):  # type: ignore[no-untyped-def]
-    """Fix inputs by reduced costs: the linear form with one input on its other side reaches the cutoff.
-
-    `parts`, a copy of the gradient, is reordered.
-    """
-    first = 0
-    for g in range(len(left)):
-        last = first + size[g]
-        part = parts[first:last]
-        least_first(part, left[g])
-        inside, outside = part[0], part[left[g]]
-        for x in range(left[g]):
-            inside = max(inside, part[x])
-        for x in range(left[g], size[g]):
-            outside = min(outside, part[x])
-        for x in range(first, last):
-            slope = gradient[x]
-            if slope <= inside and slope < outside:
-                if bound + outside - slope >= cutoff:
-                    state[index[x]] = 1
-            elif slope >= outside and bound + slope - inside >= cutoff:
-                state[index[x]] = 0
-        first = last

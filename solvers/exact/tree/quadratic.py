@@ -25,13 +25,13 @@ from maskopt.solvers.convex.triangles import PLACES, Pool
 from maskopt.solvers.exact.tasks import RowTask, tabu_row
 from maskopt.solvers.exact.tree.node import (
     Duals,
+    FreePart,
     bound_node,
-    free_part,
     multipliers,
-    same_group,
     settle,
     start_vectors,
     twins_of,
+    with_penalty,
 )
 from maskopt.solvers.exact.tree.relaxation import Goal, Plan, Relaxed, relax_node, subtract_cuts
 from maskopt.solvers.exact.tree.search import MARGIN, WORTH, BestFirst, Node, Step, row_proof
@@ -106,15 +106,14 @@ class QuadraticTree(BestFirst):
         super().__init__(task)
         self.duals, self.mu, self.proof = duals, duals.penalty, proof
         n = len(task.q)
-        self.same, self.twins = same_group(task), twins_of(task.q, task.group)
-        self.base = np.ascontiguousarray(task.q + self.mu * self.same)
-        self.constant = self.mu * (n // task.group) * task.pruned**2
+        self.objective = with_penalty(task.q, self.mu, task)
+        self.twins = twins_of(task.q, task.group)
         self.reach = float(np.sqrt(np.abs(task.q.diagonal())).sum()) ** 2
         # the sweeps at the root are cheap, and every node below starts from their vectors
         above = Relaxed(np.zeros(n), start_vectors(n, task.limits.seed), Pool.empty(PLACES))
         state, point = np.full(n, -1, dtype=np.int8), np.full(n, task.pruned / task.group)
         form = self.convexify(Node(0.0, 0, state, point, above), _ROOT_SWEEPS)
-        of_duals = form._replace(lam=duals.with_margin(task))
+        of_duals = form._replace(lam=duals.with_margin(self.objective))
         node = self.bounded(Node(0.0, 0, state, point, of_duals, n, _INTERVAL))
         self.root = node.step
         self.proven = max(node.bound, duals.certified * (1 - MARGIN))
@@ -148,7 +147,7 @@ class QuadraticTree(BestFirst):
             "convexified": self.convexified,
             "certificate": self.duals.certificate,
             "certified": self.duals.certified,
-            "proof": None if self.root is None else row_proof(self.root, len(self.base), self.mu),
+            "proof": row_proof(self.root, len(self.task.q), self.mu) if self.root else None,
         }
 
     def bounded(self, node: Node) -> Node:
@@ -156,14 +155,11 @@ class QuadraticTree(BestFirst):
 
         The node returned also has the relaxed point and its step of the proof.
         """
-        task, pool, lam = self.task, node.form.pool, node.form.lam
-        base, c, constant = self.base, self._linear(lam), self.constant
-        if len(pool.tau):
-            base = base.copy()
-            constant -= subtract_cuts(base, c, pool)
+        task, pool = self.task, node.form.pool
+        objective = subtract_cuts(self.objective, pool) if len(pool.tau) else self.objective
         margin, state, settled = self._margin(node.form), node.state.copy(), node.state.copy()
         cutoff = self.cutoff + margin
-        value, point = bound_node(base, lam, c, constant, task, state, cutoff, self.twins)
+        value, point = bound_node(objective, node.form.lam, task, state, cutoff, self.twins)
         self.solved += 1
         self._round(point, state)
         step = None
@@ -175,14 +171,10 @@ class QuadraticTree(BestFirst):
                 step = Step(node.form, point[free], fixed, state[fixed])
         return node._replace(bound=value - margin, state=state, point=point, step=step)
 
-    def _linear(self, lam: np.ndarray) -> np.ndarray:
-        """Return c of pᵀAp + cᵀp + constant, without triangles."""
-        return -lam - 2 * self.mu * self.task.pruned
-
     def _margin(self, form: Relaxed) -> float:
         """Bound the rounding of a node's sums, whose terms can be far larger than the objective."""
-        c, n = self._linear(form.lam), len(form.lam)
-        terms = self.reach + 4 * float(np.abs(c).sum()) + 4 * abs(self.constant)
+        linear, n = self.objective.linear - form.lam, len(form.lam)
+        terms = self.reach + 4 * float(np.abs(linear).sum()) + 4 * abs(self.objective.constant)
         least = form.pool.least  # of so many pairs of inputs, 3 of a triangle
         terms += 16 / 3 * n * float(form.pool.tau @ (least * (2 * least + 1)))
         return MARGIN * self.task.size(self.cost) + 4 * (n + 8) * 2.0**-53 * terms
@@ -193,8 +185,8 @@ class QuadraticTree(BestFirst):
         It starts from the form that the node has from above.
         """
         self.convexified += 1
-        task, deadline = self.task, self.task.limits.deadline
-        part = free_part(task.q, self.mu, task.pruned, self.same, node.state)
+        deadline = self.task.limits.deadline
+        part = FreePart.of(self.objective, node.state)
         if isinstance(method, Plan):
             goal = Goal(node.bound, self.cutoff, _UNIT * self.lacks, deadline)
             return relax_node(part, node.form, node.point, method, goal)

@@ -32,8 +32,8 @@ from maskopt.solvers.convex.triangles import (
     scatter,
     separate,
 )
-from maskopt.solvers.exact.tree.node import LEAST_SHIFT, LEAST_WEIGHT, FreePart, definite
-from maskopt.solvers.kernels import RowThreads, njit
+from maskopt.solvers.exact.tree.node import LEAST_SHIFT, LEAST_WEIGHT, Form, FreePart, definite
+from maskopt.solvers.kernels import RowThreads
 
 #: steps that the quasi-Newton method remembers
 _MEMORY = 25
@@ -248,13 +248,13 @@ class _Dual:
         return value, np.append(self.x.diagonal() - 1, -self.least - inner)
 
 
-def subtract_cuts(base: np.ndarray, c: np.ndarray, pool: Pool) -> float:
-    """Subtract Σ τ_t((Σ b_iz_i)² − 1)/2 from pᵀ·base·p + cᵀp in place, and return the constant part."""
-    e, column = dense(pool, len(c))
+def subtract_cuts(form: Form, pool: Pool) -> Form:
+    """Subtract Σ τ_t((Σ b_iz_i)² − 1)/2 from a form."""
+    e, column = dense(pool, len(form.linear))
     # z_0z_j = 2p_j − 1 and z_iz_j = 4p_ip_j − 2p_i − 2p_j + 1, −2E_ij times
-    base += 4 * e
-    c += 4 * (column - e.sum(1))
-    return float(pool.tau @ pool.least) - float(e.sum()) + 2 * float(column.sum())
+    constant = float(e.sum()) - 2 * float(column.sum()) - float(pool.tau @ pool.least)
+    linear = form.linear + 4 * (column - e.sum(1))
+    return Form(form.matrix + 4 * e, linear, form.constant + constant)
 
 
 #: value and slope at a point
@@ -299,10 +299,7 @@ class QuasiNewton:
         self.steps, self.changes = np.pad(self.steps, new), np.pad(self.changes, new)
         place = _Place(x, *function(x))
         for _ in range(iterations):
-            direction = np.empty(len(x))
-            curvature = self.steps, self.changes, self.known
-            _downhill(place.x, place.slope, self.free, *curvature, direction)
-            after = self._search(function, place, direction)
+            after = self._search(function, place, self._direction(place))
             if after is None:
                 if not self.known:
                     break
@@ -319,6 +316,29 @@ class QuasiNewton:
                 break
         return place.x, place.value
 
+    def _direction(self, place: _Place) -> np.ndarray:
+        """Return the two-loop recursion among the variables that may move.
+
+        It is algorithm 7.4 of Nocedal and Wright, *Numerical Optimization*.
+        """
+        moves = (np.arange(len(place.x)) < self.free) | (place.x > 0) | (place.slope < 0)
+        direction = -place.slope * moves
+        steps, changes = self.steps * moves, self.changes * moves
+        curvature, square = (steps * changes).sum(1), (changes * changes).sum(1)
+        newest_first = [
+            (self.known - 1 - k) % len(steps) for k in range(min(self.known, len(steps)))
+        ]
+        used = [k for k in newest_first if curvature[k] > _CURVED * square[k]]
+        weights = np.zeros(len(steps))
+        for k in used:
+            weights[k] = steps[k] @ direction / curvature[k]
+            direction -= weights[k] * changes[k]
+        if used:
+            direction *= curvature[used[0]] / square[used[0]]
+        for k in reversed(used):
+            direction += (weights[k] - changes[k] @ direction / curvature[k]) * steps[k]
+        return direction
+
     def _search(self, function: Function, place: _Place, direction: np.ndarray) -> _Place | None:
         """Return a place along the projected direction that is enough below; None: there is none."""
         step = 1.0
@@ -334,46 +354,3 @@ class QuasiNewton:
             best = -along / (2 * above) if above > 0 else 0.5
             step *= min(max(best, _SHORTEST), 0.5)
         return None
-
-
-@njit(fastmath={"reassoc", "contract"})
-def _downhill(x, slope, free, steps, changes, known, direction):  # type: ignore[no-untyped-def]
-    """Write the two-loop recursion among the variables that may move to `direction`.
-
-    It is algorithm 7.4 of Nocedal and Wright, *Numerical Optimization*.
-    """
-    n, count = len(x), min(known, len(steps))
-    moves = np.zeros(n)
-    for j in range(n):
-        moves[j] = 1.0 if j < free or x[j] > 0 or slope[j] < 0 else 0.0
-        direction[j] = -slope[j] * moves[j]
-    scale = 0.0
-    curved, along = np.zeros(count), np.zeros(count)
-    for k in range(count):
-        step, change = steps[(known - 1 - k) % len(steps)], changes[(known - 1 - k) % len(steps)]
-        both = square = dot = 0.0
-        for j in range(n):
-            both += step[j] * change[j] * moves[j]
-            square += change[j] * change[j] * moves[j]
-            dot += step[j] * direction[j]
-        if both <= _CURVED * square:
-            continue
-        if scale == 0:
-            scale = both / square
-        curved[k], along[k] = both, dot / both
-        weight = dot / both
-        for j in range(n):
-            direction[j] -= weight * change[j] * moves[j]
-    if scale > 0:
-        for j in range(n):
-            direction[j] *= scale
-    for k in range(count - 1, -1, -1):
-        if curved[k] == 0:
-            continue
-        step, change = steps[(known - 1 - k) % len(steps)], changes[(known - 1 - k) % len(steps)]
-        dot = 0.0
-        for j in range(n):
-            dot += change[j] * direction[j]
-        weight = along[k] - dot / curved[k]
-        for j in range(n):
-            direction[j] += weight * step[j] * moves[j]

@@ -18,8 +18,9 @@ from maskopt.core.files import pack
 from maskopt.protocol.solution import relative_gap
 from maskopt.solvers.bounds.sdp import cut_certificate
 from maskopt.solvers.convex.triangles import ABSENT, PLACES, Incidence, Pool, dense, separate
+from maskopt.solvers.exact.tasks import RowTask
 from maskopt.solvers.exact.tree import quadratic, relaxation
-from maskopt.solvers.exact.tree.node import free_part
+from maskopt.solvers.exact.tree.node import Form, FreePart, with_penalty
 from maskopt.solvers.exact.tree.quadratic import Plans, QuadraticTree
 from maskopt.solvers.exact.tree.relaxation import Goal, Plan, QuasiNewton, Relaxed, relax_node
 
@@ -182,8 +183,8 @@ def hollow(n, random):
 def test_an_inequality_counts_in_p_as_a_certificate_has_it():
     n = 9
     pool = some_pool(n)
-    base, c = np.zeros((n, n)), np.zeros(n)
-    constant = relaxation.subtract_cuts(base, c, pool)
+    nothing = Form(np.zeros((n, n)), np.zeros(n), 0.0)
+    subtracted = relaxation.subtract_cuts(nothing, pool)
     check_cuts(cuts_of(pool, n), n, 0)
     matrix, linear, kappa, size, _ = cut_form(cuts_of(pool, n), n, torch.zeros(1).double())
     assert float(matrix.abs().sum() + linear.abs().sum()) + abs(kappa) <= 16 * size * n
@@ -195,9 +196,9 @@ def test_an_inequality_counts_in_p_as_a_certificate_has_it():
         assert value == pytest.approx(worth(pool, z))
         known = worth(pool, z) - float(pool.tau @ pool.least)
         assert -2 * column @ z - z @ e @ z == pytest.approx(known)
-    np.testing.assert_allclose(base, -matrix.numpy(), atol=1e-12)
-    np.testing.assert_allclose(c, -linear.numpy(), atol=1e-12)
-    assert constant == pytest.approx(kappa)
+    np.testing.assert_allclose(subtracted.matrix, -matrix.numpy(), atol=1e-12)
+    np.testing.assert_allclose(subtracted.linear, -linear.numpy(), atol=1e-12)
+    assert subtracted.constant == pytest.approx(-kappa)
 
 
 @pytest.mark.parametrize("inputs", [(3,), (5,), (3, 5)])
@@ -234,8 +235,9 @@ def test_a_form_is_convex_and_tighter_than_without_triangles(pattern):
     free, mu, point = np.flatnonzero(state < 0), float(np.trace(q)) / n, np.full(n, 0.5)
     best = float(solve(problem, "branch").objective)
     found = {}
+    task = RowTask(q, problem.group_size, problem.pruned_per_group, np.zeros(n, bool))
     for shares in (CLIMB.shares[:1], CLIMB.shares):
-        part = free_part(q, mu, problem.pruned_per_group, same, state)
+        part = FreePart.of(with_penalty(q, mu, task), state)
         plan, goal = Plan(shares, (40,)), Goal(0.0, best, best / 10)
         own = relax_node(part, nothing(q), point, plan, goal)
         e, _ = dense(own.pool, n) if len(own.pool.tau) else (np.zeros((n, n)), None)
@@ -248,7 +250,7 @@ def test_a_form_is_convex_and_tighter_than_without_triangles(pattern):
     # numbers without eigenvalues leave the form from above
     start = nothing(np.diag(np.full(n, np.inf)))
     with np.errstate(all="ignore"):
-        part = free_part(np.full((n, n), 1e200), 1.0, n // 2, np.ones((n, n)), state)
+        part = FreePart.of(Form(np.full((n, n), 1e200), np.zeros(n), 0.0), state)
         assert relax_node(part, start, point, CLIMB, Goal(0.0, 1.0, 0.1)) is start
 
 

@@ -24,7 +24,13 @@ from maskopt.solvers.exact.rows import assemble
 from maskopt.solvers.exact.scip import FORMULATIONS
 from maskopt.solvers.exact.tasks import RowAnswer, RowTask
 from maskopt.solvers.exact.tree import node
-from maskopt.solvers.exact.tree.node import free_part, multipliers, qcr_duals, start_vectors
+from maskopt.solvers.exact.tree.node import (
+    FreePart,
+    multipliers,
+    qcr_duals,
+    start_vectors,
+    with_penalty,
+)
 from maskopt.solvers.exact.tree.quadratic import QuadraticTree, probe
 from maskopt.solvers.exact.tree.relaxation import Plan, Relaxed
 from maskopt.solvers.exact.tree.search import Node
@@ -43,6 +49,11 @@ def task_of(problem, row=0):
     return RowTask(row.q().numpy(), group, pruned, start, values=row.values())
 
 
+def free_part(q, mu, pruned, state):
+    task = RowTask(q, len(q), pruned, np.zeros(len(q), bool))
+    return FreePart.of(with_penalty(q, mu, task), state)
+
+
 def test_the_multipliers_of_a_node_are_semidefinite_and_tighten_it():
     problem, n = layer(48), 48
     q = problem.row(0).q().numpy()
@@ -51,7 +62,7 @@ def test_the_multipliers_of_a_node_are_semidefinite_and_tighten_it():
     state[[3, 8, 20]] = (1, 0, 1)
     free, same, point = np.flatnonzero(state < 0), np.ones((n, n)), np.full(n, 0.6)
     for sweeps in (1, 20, 500):
-        part = free_part(q, mu, pruned, same, state)
+        part = free_part(q, mu, pruned, state)
         lam, _ = multipliers(part, start_vectors(n, 0), point, sweeps)
         a = q + mu * same + np.diag(lam)
         assert np.linalg.eigvalsh(a[np.ix_(free, free)])[0] >= 0
@@ -66,7 +77,7 @@ def test_the_multipliers_of_a_node_are_semidefinite_and_tighten_it():
     n, vectors = 300, start_vectors(300, 0)
     first = np.arange(n) == 0
     w, state = np.where(first, 1e22, 1.0), np.where(first, 1, -1).astype(np.int8)
-    part = free_part(np.outer(w, w) + np.diag(w**2), 1.0, 4, np.ones((n, n)), state)
+    part = free_part(np.outer(w, w) + np.diag(w**2), 1.0, 4, state)
     lam, after = multipliers(part, vectors, np.full(n, 0.5), 10)
     assert not lam.any()
     assert np.array_equal(after, vectors)
@@ -84,7 +95,8 @@ def test_a_node_is_bounded_and_fixed_validly(pattern, kind):
     duals = qcr_duals(task)
     searched, random = QuadraticTree(task, duals), np.random.default_rng(0)
     fixings = tight = cuts = 0
-    nothing = Relaxed(duals.with_margin(task), start_vectors(n, 1), Pool.empty(PLACES))
+    root = duals.with_margin(searched.objective)
+    nothing = Relaxed(root, start_vectors(n, 1), Pool.empty(PLACES))
     for _ in range(60):
         # an incumbent that some masks beat
         cost = float(np.quantile(costs, random.uniform(0.02, 0.6)))
@@ -93,7 +105,7 @@ def test_a_node_is_bounded_and_fixed_validly(pattern, kind):
         state[chosen] = legal[random.integers(len(legal))][chosen]
         below = (legal[:, chosen] == state[chosen]).all(1)
         vectors, point = start_vectors(n, 1), np.full(n, 0.5)
-        part = free_part(q, duals.penalty, pruned, searched.same, state)
+        part = FreePart.of(searched.objective, state)
         own, _ = multipliers(part, vectors, point, 200)
         searched.cost = cost
         middle = np.full(n, pruned / group)
