@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from maskopt.certificates.certificate import Certificate
-from maskopt.certificates.cuts import OF_Z0, Cuts
+from maskopt.certificates.cuts import Cuts
 from maskopt.core.fields import option
 from maskopt.core.files import join_rows
 from maskopt.core.limits import Limits
@@ -356,7 +356,7 @@ class _Multipliers:
         else:  # the row is beyond float64
             pool, duals = Pool.empty(), RowDuals(np.zeros(n), np.zeros(n), 0.0, 0.0, rho)
         cuts = Cuts(
-            torch.as_tensor(np.where(pool.index == n, OF_Z0, pool.index)),
+            torch.as_tensor(pool.index),
             torch.as_tensor(pool.sign),
             torch.as_tensor(pool.tau / scale[0]),
         )

@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from maskopt.certificates.cuts import NO_INPUT, OF_Z0
 from maskopt.solvers.kernels import RowThreads, njit
 
-#: in place of an input, where an inequality has fewer than its pool has places
-ABSENT = -1
 #: violations below this are left alone
 _FLOOR = 0.02
 #: the step of a triangle, times the least dual of its inputs over the root of their degree
@@ -48,7 +47,7 @@ class Pool:
     """The inequalities of one row.
 
     Attributes:
-        index: int64 [m, k], ascending, at most n (n: z_0), ABSENT after an odd number of them.
+        index: int64 [m, k], an odd number of inputs, ascending, OF_Z0 after them, then NO_INPUT.
         sign: int8 [m, k − 1], of all but the first, whose sign is 1.
         tau: τ, float64 [m].
     """
@@ -65,15 +64,15 @@ class Pool:
     @property
     def least(self) -> np.ndarray:
         """The most that −Σ_{i<j} b_ib_jz_iz_j may be, int64 [m]: 1 of a triangle."""
-        return np.asarray((self.index != ABSENT).sum(1) // 2)
+        return np.asarray((self.index != NO_INPUT).sum(1) // 2)
 
     def pairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Return the terms b_ib_jz_iz_j: i < j int64 [p], b_ib_j float64 [p], and the inequality of each [p].
+        """Return the terms b_ib_jz_iz_j: i, j int64 [p], b_ib_j float64 [p], and the inequality of each [p].
 
         They are many times as large as the pool, and not kept.
         """
         x, y = np.triu_indices(self.index.shape[1], 1)
-        of, pair = np.nonzero(self.index[:, y] != ABSENT)
+        of, pair = np.nonzero(self.index[:, y] != NO_INPUT)
         sign = np.column_stack([np.ones(len(self.tau)), self.sign])
         x, y = x[pair], y[pair]
         return self.index[of, x], self.index[of, y], sign[of, x] * sign[of, y], of
@@ -92,7 +91,7 @@ class Pool:
     def join(self, index: np.ndarray, sign: np.ndarray, n: int) -> Pool:
         """Add the inequalities that are not here yet, at τ = 0; of as many places, or fewer."""
         lacking = self.index.shape[1] - index.shape[1]
-        index = np.pad(index, ((0, 0), (0, lacking)), constant_values=ABSENT)
+        index = np.pad(index, ((0, 0), (0, lacking)), constant_values=NO_INPUT)
         sign = np.pad(sign, ((0, 0), (0, lacking)))
         new = ~np.isin(_keys(index, sign, n), _keys(self.index, self.sign, n))
         return Pool(
@@ -107,8 +106,8 @@ def separate(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the `most` most violated triangles, the most violated first; beyond _ALL inputs about so many.
 
-    These are index int64 [m, 3] with i < j < k, sign int8 [m, 2] and violation float64 [m]. `inner`:
-    ⟨v_i, v_j⟩ [n + 1, n + 1] with v_0 last.
+    These are index int64 [m, 3], ascending with OF_Z0 last, sign int8 [m, 2] and violation float64 [m].
+    `inner`: ⟨v_i, v_j⟩ [n + 1, n + 1] with v_0 last.
     """
     inner = np.ascontiguousarray(inner, dtype=np.float32)
     threads = threads or RowThreads()
@@ -129,6 +128,7 @@ def separate(
     index, sign = np.zeros((total, 3), np.int64), np.zeros((total, 2), np.int8)
     violation = np.zeros(total)
     threads.run(collect, order, inner, floor, counts, starts, index, sign, violation)
+    index[index == n - 1] = OF_Z0
     first = np.argsort(-violation, kind="stable")[:most]
     return index[first], sign[first], violation[first]
 
@@ -136,7 +136,7 @@ def separate(
 def _keys(index: np.ndarray, sign: np.ndarray, n: int) -> np.ndarray:
     keys = np.zeros(len(index), np.int64)
     for column in index.T:
-        keys = keys * (n + 2) + column - ABSENT
+        keys = keys * (n + 2) + column - NO_INPUT
     for column in sign.T:
         keys = 2 * keys + (column > 0)
     return keys
@@ -160,7 +160,7 @@ class Incidence(NamedTuple):
 
     @classmethod
     def of(cls, index: np.ndarray, n: int) -> Incidence:
-        """Return the pairs of triangles i < j < k, int64 [m, 3]."""
+        """Return the pairs of triangles, int64 [m, 3]."""
         first, second = index[:, [0, 0, 1]], index[:, [1, 2, 2]]
         used = np.zeros((n + 1, n + 1), bool)
         used[first, second] = True
@@ -184,8 +184,7 @@ def steps_of(index: np.ndarray, y: np.ndarray) -> np.ndarray:
     n = len(y)
     # v_0 is fixed: it does not bend, in however many triangles it is
     stiff = np.append(np.maximum(y, _SOFTEST * y.mean()), np.inf)
-    degree = np.bincount(index.ravel(), minlength=n + 1)
-    degree[n] = 1
+    degree = np.append(np.bincount(index[index != OF_Z0], minlength=n), 1)
     return np.asarray(
         _STEP
         * stiff[index].min(1, initial=np.inf)
@@ -203,16 +202,16 @@ def dense(pool: Pool, n: int) -> tuple[np.ndarray, np.ndarray]:
 def pentagons(z: np.ndarray, pool: Pool, most: int) -> tuple[np.ndarray, np.ndarray]:
     """Return at most `most` inequalities of five inputs that Z violates, the most violated first.
 
-    These are index int64 [m, 5], ascending, and sign int8 [m, 4] of all but the first. `z`: float64 [N, N],
-    z_0 last; `pool`: inequalities of five places.
+    These are index int64 [m, 5], ascending with OF_Z0 last, and sign int8 [m, 4] of all but the first. `z`:
+    float64 [N, N], z_0 last; `pool`: inequalities of five places.
 
     There are too many to look at all of them: each triangle with a multiplier gets the two inputs that lower
     its sum most, one after the other, and then single inputs are exchanged while that lowers it.
     """
-    triangles = pool.keep((pool.index[:, 3] == ABSENT) & (pool.tau > 0))
+    triangles = pool.keep((pool.index[:, 3] == NO_INPUT) & (pool.tau > 0))
     first = triangles.keep(np.argsort(-triangles.tau, kind="stable")[: 2 * most])
     index, sign = np.full((len(first.tau), 5), -1, np.int64), np.ones((len(first.tau), 5), np.int8)
-    index[:, :3], sign[:, 1:3] = first.index[:, :3], first.sign[:, :2]
+    index[:, :3], sign[:, 1:3] = first.index[:, :3] % len(z), first.sign[:, :2]
     violation = np.zeros(len(index))
     if len(z) >= 5:
         extend(z, index, sign, violation, _EXCHANGES)
@@ -224,6 +223,7 @@ def pentagons(z: np.ndarray, pool: Pool, most: int) -> tuple[np.ndarray, np.ndar
     best = np.argsort(-violation, kind="stable")
     both = np.column_stack([index, sign])[best]
     distinct = np.sort(np.unique(both, axis=0, return_index=True)[1])[:most]
+    index[index == len(z) - 1] = OF_Z0
     return index[best][distinct], sign[best][distinct, 1:]
 
 
@@ -351,7 +351,7 @@ def damp(v, pairs, entries, member, sign, step, follow, tau, used, value):
 
 @njit
 def extend(z, index, sign, violation, exchanges):
-    """Extend three inputs each to five, and write by how much that is violated."""
+    """Extend three inputs each to five (−1: none yet), and write by how much that is violated."""
     n = len(z)
     s = np.zeros(n)
     for t in range(len(index)):

@@ -22,16 +22,9 @@ import numpy as np
 import torch
 from scipy.optimize import brentq
 
+from maskopt.certificates.cuts import NO_INPUT, OF_Z0
 from maskopt.core.clock import clock
-from maskopt.solvers.convex.triangles import (
-    ABSENT,
-    Pool,
-    dense,
-    gather,
-    pentagons,
-    scatter,
-    separate,
-)
+from maskopt.solvers.convex.triangles import Pool, dense, gather, pentagons, scatter, separate
 from maskopt.solvers.exact.tree.node import LEAST_SHIFT, LEAST_WEIGHT, Form, FreePart, definite
 from maskopt.solvers.kernels import RowThreads
 
@@ -73,7 +66,7 @@ class Relaxed(NamedTuple):
     Attributes:
         lam: λ, float64 [n].
         vectors: of the sweeps without triangles (`node`), [n, k].
-        pool: triangles of inputs (n: z_0), τ in units of the objective.
+        pool: triangles of inputs, τ in units of the objective.
     """
 
     lam: np.ndarray
@@ -117,8 +110,7 @@ def relax_node(
     least = LEAST_SHIFT * float(np.abs(np.diag(a)).mean())
     whole = np.zeros(len(part.state))
     whole[part.free] = lam + definite(a, weights / weights.mean(), point[part.free], least)
-    names = np.append(part.free, len(part.state))
-    index = np.where(pool.index == ABSENT, ABSENT, names[pool.index])
+    index = np.where(pool.index >= 0, part.free[pool.index], pool.index)
     return Relaxed(whole, start.vectors, Pool(index, pool.sign, pool.tau))
 
 
@@ -129,9 +121,9 @@ def _below(pool: Pool, state: np.ndarray) -> Pool:
     """
     free = np.flatnonzero(state < 0)
     fixed, nothing = len(free), len(free) + 1
-    place = np.append(np.full(len(state), fixed), [fixed, nothing])  # ABSENT is the last
+    place = np.append(np.full(len(state), fixed), [nothing, fixed])  # NO_INPUT, OF_Z0
     place[free] = np.arange(len(free))
-    z = np.append(np.where(state == 0, -1, 1), [1, 0])
+    z = np.append(np.where(state == 0, -1, 1), [0, 1])
     index = place[pool.index]
     sign = z[pool.index] * np.column_stack([np.ones(len(index), np.int64), pool.sign])
     of_z0 = np.where(index == fixed, sign, 0).sum(1)
@@ -143,7 +135,7 @@ def _below(pool: Pool, state: np.ndarray) -> Pool:
     good = (np.abs(of_z0) <= 1) & ((index < nothing).sum(1) >= 3)
     index, sign = index[good], sign[good]
     sign = np.where(index < nothing, sign * sign[:, :1], 0)[:, 1:].astype(np.int8)
-    index = np.where(index < nothing, index, ABSENT)
+    index = np.select([index == fixed, index == nothing], [OF_Z0, NO_INPUT], index)
     return Pool(index, sign, pool.tau[good]).merged(len(free))
 
 

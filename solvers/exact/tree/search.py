@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from maskopt.certificates.cuts import NO_INPUT, OF_Z0
+from maskopt.certificates.cuts import NO_INPUT
 from maskopt.certificates.proof import KINDS, LEAF, NO_FORM, RowProof
 from maskopt.core.threads import one_thread_pool
-from maskopt.solvers.convex.triangles import ABSENT, Pool
+from maskopt.solvers.convex.triangles import Pool
 from maskopt.solvers.exact.tasks import RowAnswer, RowTask
 from maskopt.solvers.exact.tree.relaxation import Relaxed
 
@@ -63,12 +63,12 @@ def row_proof(root: Step, n: int, penalty: float) -> RowProof:
     number = {key: place for place, key in enumerate(forms)}
     pools = [form.pool for form in forms.values()] or [Pool.empty()]
     index, sign = (np.concatenate([getattr(pool, x) for pool in pools]) for x in ("index", "sign"))
-    if (index[:, 3:] == ABSENT).all():  # triangles alone
+    if (index[:, 3:] == NO_INPUT).all():  # triangles alone
         index, sign = index[:, :3], sign[:, :2]
     parts = {
         "forms": np.array([form.lam for form in forms.values()]).reshape(-1, n),
         "cuts": [len(form.pool.tau) for form in forms.values()],
-        "cut_index": np.select([index == n, index == ABSENT], [OF_Z0, NO_INPUT], index),
+        "cut_index": index,
         "cut_sign": sign,
         "multiplier": np.concatenate([pool.tau for pool in pools]),
         "form": [NO_FORM if step.form is None else number[id(step.form)] for step in steps],

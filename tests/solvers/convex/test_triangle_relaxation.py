@@ -17,7 +17,7 @@ from maskopt.certificates.cuts import NO_INPUT, OF_Z0, Cuts, check_cuts, cut_for
 from maskopt.core.files import pack
 from maskopt.protocol.solution import relative_gap
 from maskopt.solvers.bounds.sdp import cut_certificate
-from maskopt.solvers.convex.triangles import ABSENT, PLACES, Incidence, Pool, dense, separate
+from maskopt.solvers.convex.triangles import PLACES, Incidence, Pool, dense, separate
 from maskopt.solvers.exact.tasks import RowTask
 from maskopt.solvers.exact.tree import quadratic, relaxation
 from maskopt.solvers.exact.tree.node import Form, FreePart, with_penalty
@@ -50,8 +50,9 @@ def above(inner, floor):
     return found
 
 
-def named(index, sign):
-    return [(*i, *s) for i, s in zip(index.tolist(), sign.tolist(), strict=True)]
+def named(index, sign, n):
+    """With z_0, as the last of n + 1."""
+    return [(*i, *s) for i, s in zip((index % (n + 1)).tolist(), sign.tolist(), strict=True)]
 
 
 @pytest.mark.parametrize("rank", [2, 3, 8])
@@ -59,7 +60,7 @@ def test_separation_is_brute_force_and_a_pool_has_a_triangle_once(rank):
     inner = correlations(14, rank, rank).astype(np.float32).astype(np.float64)
     expected = above(inner, 0.02)
     index, sign, violation = separate(inner, 10**6)
-    found = named(index, sign)
+    found = named(index, sign, 13)
     assert len(found) == len(set(found))
     # float32 may differ on what sits on the floor itself
     edge = {key for key, size in expected.items() if size < 0.02 + 1e-5}
@@ -71,7 +72,7 @@ def test_separation_is_brute_force_and_a_pool_has_a_triangle_once(rank):
     pool = Pool.empty().join(index[:third], sign[:third], 13)
     pool.tau[:] = 1
     both = pool.join(index, sign, 13)
-    assert named(both.index, both.sign) == found
+    assert named(both.index, both.sign, 13) == found
     assert both.tau.tolist() == [1.0] * third + [0.0] * (len(found) - third)
 
 
@@ -81,8 +82,8 @@ def test_among_many_vectors_about_the_most_violated_are_found():
     inner = correlations(n, 24, 3).astype(np.float32)
     index, sign, violation = separate(inner, most)
     assert most / 2 < len(index) <= most
-    assert len(set(named(index, sign))) == len(index)
-    (i, j, k), (a, b) = index.T, sign.astype(float).T
+    assert len(set(named(index, sign, n - 1))) == len(index)
+    (i, j, k), (a, b) = (index % n).T, sign.astype(float).T
     assert bool(((i >= 0) & (i < j) & (j < k) & (k < n)).all())
     value = a * inner[i, j] + b * inner[i, k] + a * b * inner[j, k]
     np.testing.assert_allclose(-1 - value, violation, atol=1e-5)
@@ -149,24 +150,24 @@ def test_cuts_of_rows_do_not_depend_on_each_other_repeat_and_may_end_early():
 def some_pool(n, count=40, seed=0, inputs=(3, 5)):
     """Inequalities of any inputs and z_0, with multipliers."""
     random = np.random.default_rng(seed)
-    index = np.full((count, PLACES), ABSENT)
+    index = np.full((count, PLACES), NO_INPUT)
     for line in index:
         size = random.choice(inputs)
         line[:size] = np.sort(random.choice(n + 1, size, replace=False))
-    sign = np.where(index[:, 1:] == ABSENT, 0, random.choice([-1, 1], (count, PLACES - 1)))
+    index[index == n] = OF_Z0
+    sign = np.where(index[:, 1:] == NO_INPUT, 0, random.choice([-1, 1], (count, PLACES - 1)))
     return Pool(index, sign.astype(np.int8), random.random(count)).merged(n)
 
 
 def worth(pool, z):
-    """Σ τ ((Σ b_iz_i)² − 1)/2, z_0 last."""
-    z = np.append(z, [1.0, 0.0])  # ABSENT is the last
+    """Σ τ ((Σ b_iz_i)² − 1)/2."""
+    z = np.append(z, [0.0, 1.0])  # NO_INPUT, OF_Z0
     b = np.column_stack([np.ones(len(pool.tau)), pool.sign])
     return float(pool.tau @ ((b * z[pool.index]).sum(1) ** 2 - 1) / 2)
 
 
-def cuts_of(pool, n):
-    index = np.select([pool.index == n, pool.index == ABSENT], [OF_Z0, NO_INPUT], pool.index)
-    return Cuts(torch.tensor(index), torch.tensor(pool.sign), torch.tensor(pool.tau))
+def cuts_of(pool):
+    return Cuts(torch.tensor(pool.index), torch.tensor(pool.sign), torch.tensor(pool.tau))
 
 
 def nothing(q):
@@ -185,8 +186,8 @@ def test_an_inequality_counts_in_p_as_a_certificate_has_it():
     pool = some_pool(n)
     nothing = Form(np.zeros((n, n)), np.zeros(n), 0.0)
     subtracted = relaxation.subtract_cuts(nothing, pool)
-    check_cuts(cuts_of(pool, n), n, 0)
-    matrix, linear, kappa, size, _ = cut_form(cuts_of(pool, n), n, torch.zeros(1).double())
+    check_cuts(cuts_of(pool), n, 0)
+    matrix, linear, kappa, size, _ = cut_form(cuts_of(pool), n, torch.zeros(1).double())
     assert float(matrix.abs().sum() + linear.abs().sum()) + abs(kappa) <= 16 * size * n
     assert float(matrix.norm()) <= size
     e, column = dense(pool, n)
@@ -210,8 +211,9 @@ def test_inequalities_of_fixed_inputs_become_those_of_z0(inputs):
     below = relaxation._below(pool, state)
     free = np.flatnonzero(state < 0)
     assert 0 < len(below.tau) < len(pool.tau)
-    check_cuts(cuts_of(below, len(free)), len(free), 0)
-    padded = np.where(below.index == ABSENT, 99 + np.arange(PLACES), below.index)
+    check_cuts(cuts_of(below), len(free), 0)
+    last = 98 * (below.index == OF_Z0) + (100 + np.arange(PLACES)) * (below.index == NO_INPUT)
+    padded = below.index + last
     assert (np.diff(padded, axis=1) > 0).all()
     ends = []
     for _ in range(20):
@@ -297,12 +299,13 @@ def test_pentagonal_inequalities_that_are_violated_are_found(seed):
     assert len(np.unique(np.column_stack([index, sign]), axis=0)) == len(found) > 1
     assert (found > 0.05).all()
     assert (np.diff(found) <= 1e-12).all()
-    assert (np.diff(index, axis=1) > 0).all()
-    assert 0 <= index.min() < index.max() < n
+    assert (np.diff(index % n, axis=1) > 0).all()
+    assert OF_Z0 <= index.min() < index.max() < n - 1
     every = [(i, (1.0, *s)) for i in combinations(range(n), 5) for s in product(SIGNS, repeat=4)]
     assert found[0] > 0.95 * violations(*(np.array(x) for x in zip(*every, strict=True))).max()
     # nothing that is violated, or too few inputs, make no pentagon
-    triangle = Pool(np.array([[0, 1, 2, -1, -1]]), np.array([[1, 1, 0, 0]], np.int8), np.ones(1))
+    three = np.array([[0, 1, 2, NO_INPUT, NO_INPUT]])
+    triangle = Pool(three, np.array([[1, 1, 0, 0]], np.int8), np.ones(1))
     for z in (np.ones((9, 9)), np.eye(9), np.eye(4), -np.ones((4, 4)) / 3 + np.eye(4) * 4 / 3):
         assert len(relaxation.pentagons(z, triangle, 10)[0]) == 0
     assert len(relaxation.pentagons(correlations(9, 4, 0), EMPTY, 10)[0]) == 0
