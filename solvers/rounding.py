@@ -27,6 +27,7 @@ from torch import Tensor
 
 from maskopt.certificates.certificate import Certificate
 from maskopt.core.fields import option
+from maskopt.core.inputs import range_scale
 from maskopt.core.limits import Limits
 from maskopt.core.problem import LayerProblem
 from maskopt.errors import OptionError
@@ -240,10 +241,9 @@ def _minimise(
     limits: Limits,
 ) -> tuple[Float[Tensor, "rows n"], int]:
     """Return x after the iterations, in G's dtype, and their number."""
-    weight = problem.weight.double()
     # powers of two keep float32 in range and change nothing else
-    down = torch.exp2(-weight.abs().amax(1, keepdim=True).clamp(min=1e-300).log2().ceil())
-    weight = weight * down
+    down = range_scale(problem.weight)[:, None]
+    weight = problem.weight.double() * down
     scale = float(problem.gram.diagonal().max()) or 1.0
     pull = (weight * (problem.correlation * down / scale)).to(problem.gram.dtype)
     weight = weight.to(problem.gram.dtype)

@@ -21,7 +21,6 @@ one, less what the other saves.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -29,6 +28,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from maskopt.core.inputs import range_scale
 from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import VerificationError
 from maskopt.protocol.solution import SWAP_TOLERANCE, swap_threshold
@@ -104,7 +104,7 @@ class UnchangedCosts:
 
     def swaps(self, mask: Bool[Tensor, "rows n"], row: int) -> Swaps:
         """Return the swaps of one row."""
-        layer, scale = self.layer, within_range(self.layer.weight[row])
+        layer, scale = self.layer, float(range_scale(self.layer.weight[row]))
         w, gram = layer.weight[row].double() * scale, layer.gram
         constant = layer.constant[row] * scale * scale
         dropped = torch.where(mask[row], 0.0, w)[None]
@@ -227,7 +227,7 @@ class UpdatedCosts:
 
     def _scaled(self, row: int) -> tuple[Tensor, Tensor, float]:
         """Return b and c₀ − gᵀHg of one row for weights times a power of two, and that power."""
-        scale = within_range(self.layer.weight[row])
+        scale = float(range_scale(self.layer.weight[row]))
         g = (self.layer.correlation[row] * scale)[:, None]
         b = self.squares.damped @ (self.layer.weight[row].double() * scale) + g[:, 0]
         half = torch.linalg.solve_triangular(self.squares.factor, g, upper=False)
@@ -237,11 +237,6 @@ class UpdatedCosts:
 def costs_of(layer: LayerProblem) -> UnchangedCosts | UpdatedCosts:
     """Return the costs under the objective of the layer."""
     return UnchangedCosts(layer) if layer.update is None else UpdatedCosts(layer)
-
-
-def within_range(weight: Tensor) -> float:
-    """Return a power of two that brings extreme weights within range without changing any comparison."""
-    return 2.0 ** min(1000, -math.frexp(float(weight.abs().max()) or 1.0)[1])
 
 
 class SwapMove(NamedTuple):

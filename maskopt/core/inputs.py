@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from maskopt.core.pattern import NM, Pattern, Unstructured
@@ -23,6 +24,15 @@ _MOST_EXACT = 200
 
 #: nested lists become float64
 ArrayLike = Tensor | np.ndarray | Sequence[Any]
+
+
+def range_scale(values: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows"]:
+    """Return the powers of two, float64, that bring the largest entry of each row to [½, 1); 1 for zeros.
+
+    Products with them are exact, their squares are within range, and no comparison changes.
+    """
+    exponent = torch.frexp(values.double().abs().amax(-1)).exponent
+    return torch.exp2(-exponent.clamp(-1000, 1000).double())
 
 
 def all_finite(tensor: Tensor) -> bool:

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from maskopt.core.inputs import range_scale
 from maskopt.core.limits import Limits
 from maskopt.core.threads import fast_products, one_thread_each
 from maskopt.errors import OptionError, ProblemError
@@ -232,8 +233,7 @@ def _relative(rest: Float[Tensor, "rows k"], wanted: Float[Tensor, "rows k"]) ->
     """‖rest‖/‖wanted‖ of every row, whatever their size: by a power of two squares are within range."""
     if not wanted.shape[1]:
         return wanted.new_zeros(len(wanted))
-    power = torch.frexp(wanted.abs().amax(1)).exponent.clamp(-1000, 1000)
-    size = torch.exp2(-power.double())[:, None]
+    size = range_scale(wanted)[:, None]
     return (rest * size).norm(dim=1) / (wanted * size).norm(dim=1).clamp(min=1e-300)
 
 

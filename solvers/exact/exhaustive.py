@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import ClassVar
 
+import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from maskopt._version import __version__
+from maskopt.core.knapsack import least_sum
 from maskopt.core.limits import Limits
 from maskopt.core.pattern import Pattern, Unstructured
 from maskopt.core.problem import LayerProblem
@@ -111,27 +112,12 @@ def _shared_budget(problem: LayerProblem, limits: Limits, watch: Stopwatch) -> S
         costs.append(uniform.objective(mask) * problem.shares)
         if not least <= count <= most:
             costs[-1][:] = torch.inf
-    counts = _best_counts(torch.stack(costs, 1), problem.pruned)
+    sizes = [np.arange(n + 1)] * problem.rows
+    counts = least_sum(sizes, torch.stack(costs, 1).numpy(), problem.pruned)
+    assert counts is not None
     chosen = torch.stack([masks[count][row] for row, count in enumerate(counts)])
     seen = torch.full((problem.rows,), 2**n)
     return _solution(problem, chosen, seen, seen > 0, watch)
-
-
-def _best_counts(cost: Float[Tensor, "rows counts"], total: int) -> list[int]:
-    """Return a count for every row, `total` in all, of least sum: a dynamic program over the rows."""
-    best = torch.full((total + 1,), torch.inf, dtype=torch.float64)
-    best[0] = 0.0
-    choices = []
-    for row in cost:
-        options = torch.full((len(row), total + 1), torch.inf, dtype=torch.float64)
-        for count in range(min(len(row) - 1, total) + 1):
-            options[count, count:] = best[: total + 1 - count] + row[count]
-        best, choice = options.min(0)
-        choices.append(choice)
-    counts: list[int] = []
-    for choice in reversed(choices):
-        counts.append(int(choice[total - sum(counts)]))
-    return counts[::-1]
 
 
 def _enumerate(problem: LayerProblem, combinations: int, limits: Limits) -> tuple[Tensor, Tensor]:

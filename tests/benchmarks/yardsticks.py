@@ -15,7 +15,7 @@ from judges import Judge
 from torch import Tensor
 
 from maskopt import Unstructured
-from maskopt.models.pruning.allocate import choose_levels
+from maskopt.core.knapsack import choose_levels
 
 #: method → what its blocks' scores make of a block's importance, and λ
 METHODS: dict[str, tuple[Callable[[Tensor], float], float]] = {

@@ -13,9 +13,9 @@ from forging import fails
 from hypothesis import given, settings, strategies as st
 
 from maskopt import NM, Unstructured
+from maskopt.core.knapsack import choose_levels
 from maskopt.core.pattern import parse_sparsity
 from maskopt.errors import PatternError, SolverError
-from maskopt.models.pruning.allocate import choose_levels
 
 RANGE = r"outside \[0, 1\)"
 
