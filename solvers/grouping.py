@@ -52,51 +52,35 @@ def group_inputs(score: Float[np.ndarray, "rows n"], keep: int, of: int) -> Grou
     scores = np.ascontiguousarray(score.T, dtype=np.float64)
     order, place = np.arange(n), np.arange(n)
     base, limit, p = np.empty(n), np.empty((n, rows)), np.empty((n, n))
-    lines = scores, order, place, of, np.empty((n, of - keep)), base, limit, p
     threads = RowThreads(least=1)
-    threads.run(_lines, np.arange(n), *lines)
+
+    def compute(inputs: np.ndarray) -> None:
+        """Compute base, t and the lines of P of inputs."""
+        for x in inputs:
+            group = order[place[x] // of * of :][:of]
+            least = np.sort(scores[group[group != x]], axis=0)[: of - keep]
+            base[x], limit[x] = least[:-1].sum(), least[-1]
+        threads.run(_lines, inputs, scores, limit, p)
+
+    compute(order)
     before = cost = float((base + np.diag(p))[::of].sum())
     least, state, exchanges = -_LEAST_GAIN * cost * of / n, np.zeros(4, np.int64), 0
     while (gain := _exchange(order, place, of, p, state, least)) < 0:
         cost, exchanges = cost + gain, exchanges + 1
-        threads.run(_lines, order.reshape(-1, of)[state[2:]].ravel(), *lines)
+        compute(order.reshape(-1, of)[state[2:]].ravel())
     return Grouping(order, cost, before, exchanges)
 
 
 @njit(fastmath=True)
-def _lines(scores, order, place, of, small, base, limit, p, inputs):
-    """Compute base, t and the lines of P of several inputs, so that the scores pass through memory once."""
+def _lines(scores, limit, p, inputs):
+    """Compute the lines of P of several inputs, so that the scores pass through memory once."""
     n, rows = scores.shape
-    for x in inputs:
-        base[x] = _limits(scores, order, place[x] // of * of, of, small[x], limit[x], x)
     for y in range(n):
         for x in inputs:
             total = 0.0
             for r in range(rows):
                 total += min(scores[y, r], limit[x, r])
             p[x, y] = total
-
-
-@njit(fastmath=True)
-def _limits(scores, order, first, of, least, limit, x):
-    """Write t of an input into `limit` and return its base; `least` is scratch."""
-    total = 0.0
-    for r in range(len(limit)):
-        for k in range(len(least)):
-            least[k] = np.inf
-        for i in range(first, first + of):
-            if order[i] == x:
-                continue
-            value, k = scores[order[i], r], len(least) - 1
-            if value < least[k]:
-                while k > 0 and least[k - 1] > value:
-                    least[k] = least[k - 1]
-                    k -= 1
-                least[k] = value
-        for k in range(len(least) - 1):
-            total += least[k]
-        limit[r] = least[len(least) - 1]
-    return total
 
 
 @njit

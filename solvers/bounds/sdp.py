@@ -145,7 +145,8 @@ class _Tile:
 
     def run(self, stages: tuple[int, ...], tolerance: float) -> tuple[Certificate, Trace]:
         for sweeps in stages:
-            self._descend(sweeps)
+            limits = self.limits.share(_SWEEP_SHARE)
+            self.sweeps[self.todo] += _descend(self.state, sweeps, self.rho, limits)
             unsettled = self._certify(tolerance)
             if not unsettled or self.limits.expired:
                 break
@@ -155,21 +156,6 @@ class _Tile:
         certificate, loss = certificate_of(self.problem, self.best, self.scale)
         sweeps, relaxed = torch.from_numpy(self.sweeps), torch.as_tensor((1 + self.inner) / 2)
         return certificate, Trace(iterations=sweeps, correction=loss, relaxed=relaxed)
-
-    def _descend(self, sweeps: int) -> None:
-        """Make at least one chunk for some rows; until the deadline, chunk by chunk for all."""
-        limits = self.limits.share(_SWEEP_SHARE)
-        count = len(self.todo)
-        piecewise = limits.timed and self.problem.device.type == "cpu"  # elsewhere all rows at once
-        at_once = _ROWS_AT_ONCE * torch.get_num_threads() if piecewise else count
-        for done in range(0, sweeps, _CHUNK):
-            chunk = min(sweeps - done, _CHUNK)
-            for first in range(0, count, at_once):
-                rows = np.arange(first, min(first + at_once, count))
-                if (done or first) and limits.expired:
-                    return
-                self.state.sweep(chunk, self.rho, rows)
-                self.sweeps[self.todo[rows]] += chunk
 
     def _certify(self, tolerance: float) -> list[int]:
         """Keep the certificates that prove more; return the positions in `todo` that have not settled."""
@@ -282,13 +268,21 @@ def cut_certificate(problem: LayerProblem, rank: int, rounds: int, limits: Limit
     return multipliers.certify(problem, rho)
 
 
-def _descend(state: Mixing, sweeps: int, rho: float, limits: Limits) -> None:
-    """Sweep with unchanged multipliers; under a time limit chunk by chunk, one at least."""
-    chunk = _CHUNK if limits.timed else sweeps
-    for _ in range(0, sweeps, chunk):
-        state.sweep(chunk, rho)
-        if limits.expired:
-            break
+def _descend(state: Mixing, sweeps: int, rho: float, limits: Limits) -> np.ndarray:
+    """Sweep until the deadline, at least a chunk for the first rows; return the sweeps of each row."""
+    done = np.zeros(len(state.v), np.int64)
+    # on other devices all rows are swept at once
+    piecewise = limits.timed and state.v.device.type == "cpu"
+    at_once = _ROWS_AT_ONCE * torch.get_num_threads() if piecewise else len(done)
+    for begun in range(0, sweeps, _CHUNK):
+        chunk = min(sweeps - begun, _CHUNK)
+        for first in range(0, len(done), at_once):
+            if (begun or first) and limits.expired:
+                return done
+            rows = np.arange(first, min(first + at_once, len(done)))
+            state.sweep(chunk, rho, rows)
+            done[rows] += chunk
+    return done
 
 
 def _gram(state: Mixing) -> np.ndarray:

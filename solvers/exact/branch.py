@@ -62,7 +62,7 @@ class Branch(RowSolver):
     def search_row(self, task: RowTask) -> RowAnswer:
         """Find an incumbent, then duals, then the tree, as far as the time allows."""
         if isinstance(task, UpdatedTask):
-            return LeastSquaresTree(task).search()
+            return task.decided or LeastSquaresTree(task).search()
         task = task.with_incumbent()
         best, cost = task.start, task.cost(task.start)
         # a single leaf: what counts settle is enough, or f ≥ 0

@@ -61,7 +61,7 @@ class Gurobi(RowSolver):
         with gp.Env(params={"OutputFlag": 0}) as environment, gp.Model(env=environment) as model:
             try:
                 if isinstance(task, UpdatedTask):
-                    return _updated(task, model)
+                    return task.decided or _updated(task, model)
                 return _unchanged(task.with_incumbent(), model)
             except gp.GurobiError as error:
                 if error.errno == gp.GRB.Error.SIZE_LIMIT_EXCEEDED:
@@ -95,9 +95,8 @@ def _updated(task: UpdatedTask, model: Any) -> RowAnswer:
     low, high = (root * side for side in _between(task))
     z = _binaries(task, model, task.group - task.pruned)
     v, u = model.addMVar(n, lb=low, ub=high), model.addMVar(n)
-    for j in range(n):
-        model.addConstr(v[j] - high[j] * z[j] <= 0)
-        model.addConstr(v[j] - low[j] * z[j] >= 0)
+    model.addConstr(v <= high * z)
+    model.addConstr(v >= low * z)
     for j in range(n):
         model.addConstr(v[j] * v[j] <= u[j] * z[j])
     linear = task.split @ u - 2 * root * task.target @ v

@@ -16,7 +16,7 @@ import numpy as np
 
 from maskopt.core.problem import LayerProblem
 from maskopt.protocol.solver import Capabilities
-from maskopt.solvers.exact.program import FEASIBILITY, reformulated
+from maskopt.solvers.exact.program import FEASIBILITY, Program
 from maskopt.solvers.exact.rows import RowSolver, exact
 from maskopt.solvers.exact.tasks import CLOSED, RowAnswer, RowTask
 
@@ -52,7 +52,8 @@ class Highs(RowSolver):
             highspy.HighsModelStatus.kSolutionLimit: "nodelimit",
             highspy.HighsModelStatus.kInterrupt: "userinterrupt",
         }
-        program = reformulated(task, task.unit_scale)
+        program = Program(task, task.unit_scale, twins=[])
+        program.reformulate()
         with _banner_on_stderr():
             model = highspy.Highs()
         model.setOptionValue("output_flag", False)

@@ -146,7 +146,7 @@ def _answer(job: tuple[Search, RowTask]) -> RowAnswer:
         task = replace(task, limits=replace(task.limits, seconds=task.row_seconds).begin())
     try:
         with one_blas_thread():
-            answer = _no_time(task) if task.limits.expired else task.decided or search(task)
+            answer = _no_time(task) if task.limits.expired else search(task)
     except KeyboardInterrupt:
         answer = RowAnswer(task.start, "userinterrupt")
     if not task.cost(answer.pruned) <= task.cost(task.start) * (1 + _SUM_ORDER) + task.noise:
@@ -167,27 +167,25 @@ def assemble(problem: LayerProblem, answers: list[RowAnswer], trusted_name: str)
     proof = [answer.proof for answer in answers]
     if any(proof):
         proven = proven.maximum(check_proof(problem, proof))
-    bound, status, trusted = [], [], []
+    claims = [max(answer.bound, 0.0) if answer.proof is None else math.inf for answer in answers]
+    bound = torch.tensor(claims, dtype=torch.float64).minimum(objective)
+    checked = [
+        x is not None or _rests_on_certificate(a) for x, a in zip(proof, answers, strict=True)
+    ]
+    bound = torch.where(torch.tensor(checked), bound.minimum(proven), bound)
+    if problem.one_mask:
+        bound = objective
+    closed = (objective - bound <= slack).tolist()
+    status, trusted = [], []
     for row, answer in enumerate(answers):
-        cost = float(objective[row])
-        checked = answer.proof is not None or _rests_on_certificate(answer)
-        value = min(max(answer.bound, 0.0), cost)
-        if problem.one_mask:
-            value = cost
-        elif answer.proof is not None:
-            value = min(cost, float(proven[row]))
-        elif checked:
-            value = min(value, float(proven[row]))
-        closed = cost - value <= float(slack[row])
-        optimal = closed and answer.ended in ("optimal", "presolved")
-        bound.append(value)
+        optimal = closed[row] and answer.ended in ("optimal", "presolved")
         status.append(Status.OPTIMAL if optimal else Status.FEASIBLE)
-        trusted.append("" if checked or value <= 0 else trusted_name)
+        trusted.append("" if checked[row] or bound[row] <= 0 else trusted_name)
     return Solution.of(
         problem,
         mask,
         status=status,
-        lower_bound=torch.tensor(bound, dtype=torch.float64),
+        lower_bound=bound,
         trace=_trace(answers),
         certificate=certificate,
         proof=proof if any(proof) else None,

@@ -17,7 +17,7 @@ from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.core.threads import torch_threads
 from maskopt.errors import OptionError
 from maskopt.protocol.solver import Capabilities
-from maskopt.solvers.exact.program import FEASIBILITY, Program, factored, linearised
+from maskopt.solvers.exact.program import FEASIBILITY, Program
 from maskopt.solvers.exact.rows import RowSolver, exact
 from maskopt.solvers.exact.tasks import RowAnswer, RowTask
 from maskopt.solvers.exact.tree.node import (
@@ -82,12 +82,11 @@ class Scip(RowSolver):
         if task.limits.expired:
             return RowAnswer(task.start, "timelimit")
         if self.formulation != "qcr":
-            return self._solved(task, twins)
+            return self._solved(task, twins, Duals.none(len(task.q)))
         duals = qcr_duals(task)
-        probed = None
         if task.limits.expired:
             return duals.answer(task.start, "timelimit")
-        mixed = 0 < task.pruned < task.group
+        probed, mixed = None, 0 < task.pruned < task.group
         if self.presolve and mixed and task.cost(task.start) > task.noise:
             with torch_threads(1):  # its matrices are small
                 tree = QuadraticTree(task, duals)
@@ -101,7 +100,7 @@ class Scip(RowSolver):
         self,
         task: RowTask,
         twins: list[np.ndarray],
-        duals: Duals | None = None,
+        duals: Duals,
         probed: Probed | None = None,
     ) -> RowAnswer:
         """Run SCIP to the optimum or to a limit, and return its incumbent and bound."""
@@ -112,7 +111,7 @@ class Scip(RowSolver):
         else:  # the fixings hold for better masks alone
             row.model.setObjlimit(task.cost(task.start) * program.scale)
         ended = row.optimize(task.gap_limit)
-        if duals and probed and ended == "infeasible":  # nothing is left below the cutoff
+        if probed and ended == "infeasible":  # nothing is left below the cutoff
             return _presolved(task, duals, probed)
         best = min((task.start, *filter(task.is_legal, row.masks())), key=task.cost)
         before = task.cost(task.start)
@@ -121,12 +120,11 @@ class Scip(RowSolver):
             again = self._solved(replace(task, start=best), twins, duals, probed)
             return replace(again, nodes=again.nodes + row.nodes)
         slack = FEASIBILITY * program.terms / program.scale
-        certified = 0.0 if duals is None else duals.certified
 
         def true_bound(value: float) -> float:
-            bound = max(certified, value)
+            bound = max(duals.certified, value)
             if probed is None:
-                return max(bound, task.raised(bound, slack), task.raised(certified))
+                return max(bound, task.raised(bound, slack), task.raised(duals.certified))
             # the fixings hold below the cutoff alone
             return task.raised(min(probed.cutoff, max(bound, probed.bound)))
 
@@ -138,8 +136,8 @@ class Scip(RowSolver):
             slack=slack,
             nodes=row.nodes,
             root_bound=root_bound,
-            certificate=None if duals is None else duals.certificate,
-            certified=certified,
+            certificate=duals.certificate,
+            certified=duals.certified,
         )
 
     def _program(
@@ -147,20 +145,20 @@ class Scip(RowSolver):
         task: RowTask,
         scale: float,
         twins: list[np.ndarray],
-        duals: Duals | None = None,
+        duals: Duals,
         probed: Probed | None = None,
     ) -> Program:
         """Return a row in the formulation; `qcr` without duals is `factored`."""
+        program = Program(task, scale, twins)
         if self.formulation == "linear":
-            return linearised(task, scale, twins)
-        n, mu, certified = len(task.q), 0.0, 0.0
-        lam, state = np.zeros(n), np.full(n, -1, np.int8)
-        if duals is not None:
-            lam, mu, certified = duals.diagonal * scale, duals.penalty * scale, duals.certified
+            program.linearise()
+            return program
+        lam, state = duals.diagonal, np.full(len(task.q), -1, np.int8)
         if probed is not None:
-            lam, state = probed.lam * scale, probed.state
-        part = FreePart.of(with_penalty(task.q * scale, mu, task), state)
-        return factored(task, scale, twins, part, lam, certified)
+            lam, state = probed.lam, probed.state
+        part = FreePart.of(with_penalty(task.q * scale, duals.penalty * scale, task), state)
+        program.factor(part, lam * scale, duals.certified)
+        return program
 
     def write_instance(
         self,
@@ -184,15 +182,10 @@ class Scip(RowSolver):
             raise OptionError("mps holds no quadratic constraint here: pass formulation linear")
         self.check_size(row.n, row.pattern, update=False)
         layer = row.as_layer()
-        first = np.arange(layer.n) % layer.group_size < layer.pruned_per_group
-        task = RowTask(
-            q=row.q().cpu().numpy(),
-            group=layer.group_size,
-            pruned=layer.pruned_per_group,
-            start=first,
-        )
-        program = replace(self, formulation=formulation)._program(task, 1.0, [])
-        model = ScipModel(program).model
+        group, pruned = layer.group_size, layer.pruned_per_group
+        task = RowTask(row.q().cpu().numpy(), group, pruned, np.arange(layer.n) % group < pruned)
+        solver = replace(self, formulation=formulation)
+        model = ScipModel(solver._program(task, 1.0, [], Duals.none(layer.n))).model
         if layer.pruned == 0:  # else Q has it in its entries
             model.addObjoffset(float(layer.constant[0]))
         with tempfile.TemporaryDirectory(dir=Path(path).absolute().parent) as folder:
@@ -219,14 +212,10 @@ def _separable(task: RowTask) -> RowAnswer | None:
         return None
     pruned = task.first(diagonal, task.pruned)
     cost = task.cost(pruned)
-    certificate = Certificate(
-        diagonal=torch.from_numpy(-diagonal)[None],
-        penalty=torch.zeros(1, len(diagonal) // task.group, dtype=torch.float64),
-        point=torch.from_numpy(pruned.astype(float))[None],
-    )
-    return RowAnswer(
-        pruned, "presolved", bound=cost, root_bound=cost, certificate=certificate, certified=cost
-    )
+    penalty = torch.zeros(1, len(diagonal) // task.group, dtype=torch.float64)
+    point = torch.from_numpy(pruned.astype(float))[None]
+    certificate = Certificate(torch.from_numpy(-diagonal)[None], penalty, point)
+    return Duals(-diagonal, 0.0, cost, certificate).answer(pruned, "presolved")
 
 
 class ScipModel:
@@ -238,21 +227,18 @@ class ScipModel:
         self.program = program
         self.model = model = Model("maskopt")
         model.hideOutput()
-        binaries = len(program.binaries)
-        self.x = x = [
-            model.addVar(
-                name, "B" if k < binaries else "C", lb=low, ub=high if high < np.inf else None
-            )
-            for k, (name, low, high) in enumerate(
-                zip(program.names, program.low, program.high, strict=True)
-            )
-        ]
+        self.x = x = []
+        for name, low, high in zip(program.names, program.low, program.high, strict=True):
+            kind = "B" if len(x) < len(program.binaries) else "C"
+            x.append(model.addVar(name, kind, lb=low, ub=high if high < np.inf else None))
         for variables, coefficients, low, high in program.rows:
             image = quicksum(c * x[i] for i, c in zip(variables, coefficients, strict=True))
             if low == high:
                 model.addCons(image == low)
+            elif low == -np.inf:
+                model.addCons(image <= high)
             else:
-                model.addCons(image <= high if low == -np.inf else image >= low)
+                model.addCons(image >= low)
         if program.cone is not None:
             inside, t = program.cone
             model.addCons(quicksum(x[i] * x[i] for i in inside) <= x[t])

@@ -115,11 +115,6 @@ class RowTask:
         """The factor of Q in a backend's model: the start then costs _MODEL_UNITS."""
         return _MODEL_UNITS / (max(self.cost(self.start), self.noise) or 1.0)
 
-    @property
-    def decided(self) -> RowAnswer | None:
-        """The answer where there is nothing to search."""
-        return None
-
     def answer(
         self, pruned: np.ndarray, ended: str, bound: float, slack: float, nodes: int
     ) -> RowAnswer:
@@ -157,7 +152,7 @@ class UpdatedTask(RowTask):
 
     @property
     def decided(self) -> RowAnswer | None:
-        """The start where it costs nothing, is proven already, or is the only mask."""
+        """The answer where the start costs nothing, is proven already, or is the only mask."""
         cost = self.cost(self.start)
         bound = cost if self.pruned in (0, self.group) else min(self.certified, cost)
         if bound < cost * (1 - UPDATED_CLOSED):

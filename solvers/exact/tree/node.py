@@ -56,7 +56,11 @@ class Duals(NamedTuple):
     diagonal: np.ndarray
     penalty: float
     certified: float
-    certificate: Certificate
+    certificate: Certificate | None
+
+    @classmethod
+    def none(cls, n: int) -> Duals:
+        return cls(np.zeros(n), 0.0, 0.0, None)
 
     def answer(self, pruned: np.ndarray, ended: str, bound: float | None = None) -> RowAnswer:
         """Return an answer with this certificate, and with a bound of the row; None: what the duals prove."""

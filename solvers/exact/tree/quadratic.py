@@ -33,7 +33,7 @@ from maskopt.solvers.exact.tree.node import (
     twins_of,
     with_penalty,
 )
-from maskopt.solvers.exact.tree.relaxation import Goal, Plan, Relaxed, relax_node, subtract_cuts
+from maskopt.solvers.exact.tree.relaxation import Plan, Relaxed, relax_node, subtract_cuts
 from maskopt.solvers.exact.tree.search import MARGIN, WORTH, BestFirst, Node, Step, row_proof
 
 #: part of the step from a value to the next that a bound must pass the value below by
@@ -45,7 +45,7 @@ _SWEEPS, _ROOT_SWEEPS = 150, 2000
 #: triangles nearly close the root where what it then lacks is at most this part of the cost; or, where f is
 #: whole, half of what it lacked without
 _NEAR = 0.02
-#: the unit of relaxations with triangles, as part of what the root lacks without any
+#: a relaxation with triangles takes its node to lack at least this part of what the root lacks without any
 _UNIT = 0.6
 #: inputs from which on nodes are expensive, and how many of those are branched on side by side
 _EXPENSIVE, _SIDE_BY_SIDE = 128, 4
@@ -188,8 +188,9 @@ class QuadraticTree(BestFirst):
         deadline = self.task.limits.deadline
         part = FreePart.of(self.objective, node.state)
         if isinstance(method, Plan):
-            goal = Goal(node.bound, self.cutoff, _UNIT * self.lacks, deadline)
-            return relax_node(part, node.form, node.point, method, goal)
+            lacking = max(self.cutoff - node.bound, _UNIT * self.lacks)
+            place = node.form, node.point
+            return relax_node(part, *place, method, lacking, self.cutoff, deadline)
         lam, vectors = multipliers(part, node.form.vectors, node.point, method, deadline)
         return Relaxed(lam, vectors, Pool.empty(PLACES))
 

@@ -15,6 +15,7 @@ on how far it comes: λ = 4y − diag and a last shift make the form convex, and
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -48,8 +49,7 @@ class Plan(NamedTuple):
     """The rounds in which a relaxation is solved.
 
     Attributes:
-        shares: αN²/2 in every round, in units of what the node lacks to the cutoff, or of the goal's `unit`
-            where that is more.
+        shares: αN²/2 in every round, in units of what the node lacks to the cutoff.
         iterations: of the rounds; the last number also for later rounds.
         new, pentagons: triangles and pentagonal inequalities that may join per round and free input.
     """
@@ -74,22 +74,20 @@ class Relaxed(NamedTuple):
     pool: Pool
 
 
-class Goal(NamedTuple):
-    """The cutoff that a node is to reach from its bound, and when, of `clock()`; `unit`: see `Plan`."""
-
-    bound: float
-    cutoff: float
-    unit: float
-    deadline: float = math.inf
-
-
 def relax_node(
-    part: FreePart, start: Relaxed, point: np.ndarray, plan: Plan, goal: Goal
+    part: FreePart,
+    start: Relaxed,
+    point: np.ndarray,
+    plan: Plan,
+    lacking: float,
+    cutoff: float,
+    deadline: float = math.inf,
 ) -> Relaxed:
     """Return λ and τ with Q + μΣ_g 1_g1_gᵀ + diag(λ) less the triangles ⪰ 0 on the free inputs.
 
-    The search begins with those of the node above (`start`); `point` is the relaxed point of the node,
-    float64 [n], for `definite`.
+    The search begins with those of the node above (`start`), and ends at the cutoff or the deadline, of
+    `clock()`; the node lacks so much to the cutoff. `point` is its relaxed point, float64 [n], for
+    `definite`.
     """
     b, n = part.b, len(part.free)
     c = np.zeros((n + 1, n + 1))
@@ -101,7 +99,7 @@ def relax_node(
     try:
         y = (start.lam[part.free] + np.diag(b)) / 4
         dual = _Dual(c, y, _below(start.pool, part.state))
-        dual.climb(plan, goal, offset)
+        dual.climb(plan, lacking, cutoff - offset, deadline)
     except (np.linalg.LinAlgError, torch.linalg.LinAlgError):
         return start  # no eigenvalues of such numbers; the form from above still holds
     lam, pool, weights = 4 * dual.y[:n] - np.diag(b), dual.pool, np.abs(dual.y[:n])
@@ -159,18 +157,18 @@ class _Dual:
         if not np.isfinite(self._form(self.y, pool.tau)).all():
             raise np.linalg.LinAlgError("a form beyond float64")
 
-    def climb(self, plan: Plan, goal: Goal, offset: float) -> None:
-        """Climb in the rounds of the plan, as far as the cutoff; the objective is ⟨C, Z⟩ + `offset`."""
+    def climb(self, plan: Plan, lacking: float, cutoff: float, deadline: float) -> None:
+        """Climb in the rounds of the plan, as far as the cutoff of ⟨C, Z⟩."""
         size = len(self.c) ** 2 / 2
         for step, share in enumerate(plan.shares):
             if step:
                 self._join(plan)
-            alpha = share * max(goal.cutoff - goal.bound, goal.unit) / size
+            alpha = share * lacking / size
             if not step:
                 self._homogenize(alpha * plan.shares[-1] / share)
             iterations = plan.iterations[min(step, len(plan.iterations) - 1)]
             value = self._ascend(alpha, iterations) - alpha * size
-            if value + offset >= goal.cutoff or clock() >= goal.deadline:
+            if value >= cutoff or clock() >= deadline:
                 break
         self.pool = self.pool.keep(self.pool.tau > _TINY * self.pool.tau.max(initial=0.0))
 
@@ -264,20 +262,18 @@ class QuasiNewton:
 
     A step is the two-loop recursion of BFGS among the variables that may move, which are all but those at 0
     that would go below; it is taken along its projection (Bertsekas, SIAM J. Control and Optimization 20,
-    1982). What is known of the curvature outlives a call, for a function that changes a little or gets
-    further variables: of the last moves the step and the slope's change, float64 [memory, n], as a ring, and
-    how many were ever remembered.
+    1982). The curvature that is known outlives a call, for a function that changes a little or gets further
+    variables: `moves` are the last (step, change of the slope), float64 [n], the newest last.
     """
 
     def __init__(self, free: int, memory: int) -> None:
-        self.free, self.known = free, 0
-        self.steps, self.changes = np.zeros((2, memory, free))
+        self.free = free
+        self.moves: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=memory)
 
     def keep(self, chosen: np.ndarray) -> None:
         """Drop all variables but those of `chosen`, bool [n]."""
-        self.steps, self.changes = (
-            np.ascontiguousarray(x[:, chosen]) for x in (self.steps, self.changes)
-        )
+        for k, (step, change) in enumerate(self.moves):
+            self.moves[k] = step[chosen], change[chosen]
 
     def descend(
         self, function: Function, x: np.ndarray, iterations: int
@@ -287,22 +283,21 @@ class QuasiNewton:
         Variables beyond those known are new. Where nothing is known of the function's curvature yet, a step
         is −slope.
         """
-        new = ((0, 0), (0, len(x) - self.steps.shape[1]))
-        self.steps, self.changes = np.pad(self.steps, new), np.pad(self.changes, new)
+        for k, (step, change) in enumerate(self.moves):
+            new = (0, len(x) - len(step))
+            self.moves[k] = np.pad(step, new), np.pad(change, new)
         place = _Place(x, *function(x))
         for _ in range(iterations):
             after = self._search(function, place, self._direction(place))
             if after is None:
-                if not self.known:
+                if not self.moves:
                     break
-                self.known = 0
+                self.moves.clear()
                 continue
             before, place = place, after
             step, change = place.x - before.x, place.slope - before.slope
             if step @ change > _CURVED * (change @ change):
-                slot = self.known % len(self.steps)
-                self.steps[slot], self.changes[slot] = step, change
-                self.known += 1
+                self.moves.append((step, change))
             size = max(abs(before.value), abs(place.value))
             if before.value - place.value <= _SETTLED * size:
                 break
@@ -313,22 +308,21 @@ class QuasiNewton:
 
         It is algorithm 7.4 of Nocedal and Wright, *Numerical Optimization*.
         """
-        moves = (np.arange(len(place.x)) < self.free) | (place.x > 0) | (place.slope < 0)
-        direction = -place.slope * moves
-        steps, changes = self.steps * moves, self.changes * moves
-        curvature, square = (steps * changes).sum(1), (changes * changes).sum(1)
-        newest_first = [
-            (self.known - 1 - k) % len(steps) for k in range(min(self.known, len(steps)))
-        ]
-        used = [k for k in newest_first if curvature[k] > _CURVED * square[k]]
-        weights = np.zeros(len(steps))
-        for k in used:
-            weights[k] = steps[k] @ direction / curvature[k]
-            direction -= weights[k] * changes[k]
+        free = (np.arange(len(place.x)) < self.free) | (place.x > 0) | (place.slope < 0)
+        direction = -place.slope * free
+        used = []
+        for step, change in reversed(self.moves):
+            step, change = step * free, change * free
+            curvature = step @ change
+            if curvature > _CURVED * (change @ change):
+                weight = step @ direction / curvature
+                direction -= weight * change
+                used.append((step, change, curvature, weight))
         if used:
-            direction *= curvature[used[0]] / square[used[0]]
-        for k in reversed(used):
-            direction += (weights[k] - changes[k] @ direction / curvature[k]) * steps[k]
+            _, change, curvature, _ = used[0]
+            direction *= curvature / (change @ change)
+        for step, change, curvature, weight in reversed(used):
+            direction += (weight - change @ direction / curvature) * step
         return direction
 
     def _search(self, function: Function, place: _Place, direction: np.ndarray) -> _Place | None:

@@ -22,7 +22,7 @@ from maskopt.solvers.exact.tasks import RowTask
 from maskopt.solvers.exact.tree import quadratic, relaxation
 from maskopt.solvers.exact.tree.node import Form, FreePart, with_penalty
 from maskopt.solvers.exact.tree.quadratic import Plans, QuadraticTree
-from maskopt.solvers.exact.tree.relaxation import Goal, Plan, QuasiNewton, Relaxed, relax_node
+from maskopt.solvers.exact.tree.relaxation import Plan, QuasiNewton, Relaxed, relax_node
 
 SPARSE = Unstructured(sparsity=0.6)
 CLIMB = Plan((20.0, 5.0, 1.0, 0.3, 0.1))
@@ -240,8 +240,7 @@ def test_a_form_is_convex_and_tighter_than_without_triangles(pattern):
     task = RowTask(q, problem.group_size, problem.pruned_per_group, np.zeros(n, bool))
     for shares in (CLIMB.shares[:1], CLIMB.shares):
         part = FreePart.of(with_penalty(q, mu, task), state)
-        plan, goal = Plan(shares, (40,)), Goal(0.0, best, best / 10)
-        own = relax_node(part, nothing(q), point, plan, goal)
+        own = relax_node(part, nothing(q), point, Plan(shares, (40,)), best, best)
         e, _ = dense(own.pool, n) if len(own.pool.tau) else (np.zeros((n, n)), None)
         a = q + mu * same + np.diag(own.lam) + 4 * e
         assert np.linalg.eigvalsh(a[np.ix_(free, free)])[0] >= 0
@@ -253,7 +252,7 @@ def test_a_form_is_convex_and_tighter_than_without_triangles(pattern):
     start = nothing(np.diag(np.full(n, np.inf)))
     with np.errstate(all="ignore"):
         part = FreePart.of(Form(np.full((n, n), 1e200), np.zeros(n), 0.0), state)
-        assert relax_node(part, start, point, CLIMB, Goal(0.0, 1.0, 0.1)) is start
+        assert relax_node(part, start, point, CLIMB, 1.0, 1.0) is start
 
 
 def test_the_function_has_its_gradient_and_is_below_the_relaxation():
@@ -444,7 +443,7 @@ def test_every_step_is_legal_and_lowers_the_value():
         assert (x[free:] >= 0).all()
         values.append(value)
     assert (np.diff(values) <= 0).all()
-    assert newton.known == 12
+    assert len(newton.moves) == 8
     again, value = QuasiNewton(free, 8).descend(function, np.ones(n), 12)
     assert again == pytest.approx(x, rel=1e-12)
     assert value == values[-1]
@@ -473,5 +472,6 @@ def test_what_is_known_outlives_variables_that_come_and_go():
     newton.keep(stay)
     rest = part(np.flatnonzero(np.append(stay, np.ones(10, bool))))
     x, value = newton.descend(rest, np.append(x[stay], np.zeros(10)), 300)
-    assert newton.steps.shape == newton.changes.shape == (25, len(x))
+    assert len(newton.moves) == 25
+    assert {len(part) for move in newton.moves for part in move} == {len(x)}
     assert value == pytest.approx(least(rest, len(x), free), rel=1e-5)
