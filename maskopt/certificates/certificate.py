@@ -93,7 +93,9 @@ class Certificate:
         """
         layer = problem.as_layer()
         self.check_shapes(layer)
-        value = _bounds(self, layer) if layer.update is None else _bounds_of_update(self, layer)
+        value = (
+            _bounds_of_f(self, layer) if layer.update is None else _bounds_of_update(self, layer)
+        )
         # sums beyond float64 prove nothing
         value = torch.where(torch.isfinite(value), value, 0.0).clamp(min=0.0)
         return value.new_tensor(next_values(layer, value.tolist()))
@@ -218,7 +220,7 @@ def least_total(
     return ordered[:, :least].sum() + free[: count - least * len(values)].sum()
 
 
-def _bounds(certificate: Certificate, layer: LayerProblem) -> Float[Tensor, " rows"]:
+def _bounds_of_f(certificate: Certificate, layer: LayerProblem) -> Float[Tensor, " rows"]:
     """Return the bounds of f."""
     slacks = _shared_slacks(certificate, layer)
     gram = layer.gram.double()
@@ -287,7 +289,7 @@ def _lacking(
     a: Tensor, diagonal: Tensor, penalty: Tensor, product: Tensor | None, cut: CutForm
 ) -> float:
     """Return θ with A + θI ⪰ 0 for certain. `a` is Q, and becomes A."""
-    n, groups, size = len(a), len(penalty), _size(a)
+    n, groups, size = len(a), len(penalty), _norm(a)
     group = n // groups
     a.diagonal().add_(diagonal)
     a.view(groups, group, groups, group).diagonal(dim1=0, dim2=2).add_(penalty)
@@ -316,7 +318,7 @@ def missing(a: Tensor) -> float:
         least = float(torch.linalg.eigvalsh(a)[0])
     except torch.linalg.LinAlgError:  # of entries near the end of float64's range
         return torch.inf
-    return max(0.0, -least) + 16 * n * _U * _size(a) + 2 * rump
+    return max(0.0, -least) + 16 * n * _U * _norm(a) + 2 * rump
 
 
 def _rump(a: Float[Tensor, "n n"]) -> float:
@@ -326,7 +328,7 @@ def _rump(a: Float[Tensor, "n n"]) -> float:
     return 2 * gamma / (1 - gamma) * trace + n * 1e-300
 
 
-def _size(a: Float[Tensor, "n n"]) -> float:
+def _norm(a: Float[Tensor, "n n"]) -> float:
     """Return ‖A‖ in Frobenius' norm, also where squares of its entries leave float64's range."""
     norm, largest = float(torch.linalg.matrix_norm(a)), float(a.abs().max())
     if 1e-140 < norm < 1e300 or largest in (0.0, torch.inf):

@@ -18,11 +18,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from maskopt.errors import printable, value_text
+from maskopt.core.table import Table as TextTable
+from maskopt.errors import printable
 
 if TYPE_CHECKING:
     from maskopt.models.blockwise.distributed import Ranks
@@ -53,24 +54,25 @@ errors = _Printable(stderr=True, highlight=False)
 
 
 def make_table(*headings: str, left: int = 1, no_wrap: bool = False, **how: Any) -> Table:
-    """Return a table whose columns after the first `left` are right-aligned, with `no_wrap` on one line."""
+    """Return a table whose columns after the first `left` are right-aligned.
+
+    With `no_wrap` all columns but the first are on one line.
+    """
     table = Table(**how)
     for index, heading in enumerate(headings):
-        text = index < left
-        table.add_column(
-            heading,
-            justify="left" if text else "right",
-            no_wrap=no_wrap and not text,
-            overflow="fold",
-        )
+        justify: JustifyMethod = "left" if index < left else "right"
+        table.add_column(heading, justify=justify, no_wrap=no_wrap and index > 0, overflow="fold")
     return table
 
 
-def bound_cells(record: Any) -> tuple[str, str]:
-    """Return bound and gap of a record of `compare` or `bound`, in the original units of the row."""
-    if not record.bounded or record.gap != record.gap:
-        return "–", "–"
-    return value_text(record.value_bound, 6), f"{record.gap:.2%}"
+def print_table(table: TextTable, *, no_wrap: bool = False, **layout: Any) -> None:
+    """Print a table of the library, with a line above a row of totals."""
+    layout |= {"title": table.title or None, "caption": table.note or None}
+    printed = make_table(*table.headings, left=table.text_columns, no_wrap=no_wrap, **layout)
+    printed.title_justify = "left"
+    for index, row in enumerate(table.rows, 2):
+        printed.add_row(*row, end_section=table.has_total and index == len(table.rows))
+    screen.print(printed)
 
 
 def written(path: Any, what: str = "written") -> None:

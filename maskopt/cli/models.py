@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from maskopt.cli.command import DRY_RUN, MODEL, OVERWRITE, RESUME, SOURCES, command
-from maskopt.cli.console import make_table, screen, written
+from maskopt.cli.console import make_table, print_table, screen, written
 from maskopt.cli.prune import naming_resume, show_needs, show_report, tokens_file
 from maskopt.cli.view import PruneView, view
 from maskopt.core.fields import OUTPUT, REQUIRED, SELECTION, TEXT, argument, option, options_of
@@ -251,11 +251,7 @@ def demo(
             on_stage=shown.show,
         )
     for table in result.tables:
-        how = {"title": table.title, "title_justify": "left", "caption": table.note or None}
-        printed = make_table(*table.headings, left=table.text_columns, no_wrap=True, **how)
-        for row in table.rows:
-            printed.add_row(*row)
-        screen.print(printed)
+        print_table(table, no_wrap=True)
         screen.print()
     screen.print(f"report: {result.report}", highlight=False)
     for what, folder in (("pruned model", result.model), ("dense model", result.dense)):

@@ -20,7 +20,16 @@ from maskopt.cli.command import (
     option_list,
     text_of,
 )
-from maskopt.cli.console import again, errors, make_table, ranks, screen, speaks, written
+from maskopt.cli.console import (
+    again,
+    errors,
+    make_table,
+    print_table,
+    ranks,
+    screen,
+    speaks,
+    written,
+)
 from maskopt.cli.view import PruneView, View, duration, view
 from maskopt.core.fields import OUTPUT, REQUIRED, SELECTION, TEXT, UPDATE, option, options_of
 from maskopt.errors import OptionError
@@ -204,11 +213,7 @@ def naming_resume(
 
 def show_report(report: PruneReport) -> None:
     """Print a line per kind of layer, with errors relative to the energy of the layers' outputs."""
-    headings, *lines = report.table()
-    table = make_table(*headings, caption=report.caption)
-    for index, line in enumerate(lines, 1):
-        table.add_row(*line, end_section=index == len(lines) - 1)
-    screen.print(table)
+    print_table(report.table())
     screen.print(report.sentence(), soft_wrap=True)
     screen.print(f"sparsity of these layers: {report.sparsity:.4f}; {report.seconds:.1f} s")
     for trained in report.training():

@@ -24,15 +24,21 @@ from maskopt.cli.command import (
     option_list,
     read_pairs,
 )
-from maskopt.cli.console import bound_cells, errors, make_table, screen, written
+from maskopt.cli.console import errors, make_table, print_table, screen, written
 from maskopt.cli.view import PruneView, view
 from maskopt.core.fields import OUTPUT, argument, option, options_of
 from maskopt.core.files import check_writable
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.pattern import Pattern, parse_sparsity
 from maskopt.core.problem import LayerProblem
-from maskopt.errors import OptionError, SolverError, value_text
-from maskopt.experiments.compare import Record, compare as compare_rows, sample_rows
+from maskopt.core.table import value_text
+from maskopt.errors import OptionError, SolverError
+from maskopt.experiments.compare import (
+    bound_cells,
+    compare as compare_rows,
+    comparison_table,
+    sample_rows,
+)
 from maskopt.experiments.jobs import check_format
 from maskopt.experiments.prove import SECONDS, SMALL
 from maskopt.instances.formats import load_problem, save_problem
@@ -121,7 +127,8 @@ def compare(
             output=output,
             on_progress=lambda done, total: shown.show("solving", done, total),
         )
-    screen.print(comparison_table(records))
+    narrow: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": 0}
+    print_table(comparison_table(records), no_wrap=True, **narrow)
     if any(layer.shared_budget for layer in layers):
         said = "each row is solved alone, at the sparsity of its layer: no budget is shared"
         screen.print(said, soft_wrap=True)
@@ -149,23 +156,6 @@ def with_options(names: list[str], items: list[str] | None) -> dict[str, dict[st
             )
         options[name] |= read_pairs([setting])
     return options
-
-
-def comparison_table(records: list[Record]) -> Table:
-    """Return a table with a line per row and solver, in the original units of the rows."""
-    headings = ("objective", "bound", "gap", "excess", "status", "seconds")
-    narrow: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": 0}
-    table = make_table("instance, n", "solver", *headings, left=2, no_wrap=True, **narrow)
-    table.columns[1].no_wrap = True
-    table.columns[6].justify = "left"
-    last = ""
-    for r in records:
-        here = f"{r.instance}, {r.n}, {r.pattern}"
-        excess = "–" if r.excess != r.excess else f"{r.excess:.2%}"
-        cells = (value_text(r.value, 6), *bound_cells(r), excess, r.status, f"{r.seconds:.2f}")
-        table.add_row("" if here == last else here, r.solver, *cells)
-        last = here
-    return table
 
 
 @command(*OF_A_MODEL, example="maskopt bound OUT --original MODEL --calibration text.txt")

@@ -15,6 +15,7 @@ from maskopt.checks.verification import Require
 from maskopt.core.limits import Limits
 from maskopt.core.pattern import Pattern
 from maskopt.core.problem import LayerProblem, RowProblem
+from maskopt.core.table import Table, cell, value_text
 from maskopt.errors import MaskoptError, OptionError
 from maskopt.experiments.jobs import Store, as_they_finish, job_key
 from maskopt.protocol.solution import Solution, Status, is_bounded
@@ -70,7 +71,7 @@ def sample_rows(
     Patterns N:M need `columns` divisible by M. The draw depends on the seed and on the layer's position
     alone.
     """
-    check_rows(rows)
+    check_row_count(rows)
     sampled = []
     for position, layer in enumerate(layers):
         for index, inputs in draw_rows(layer, rows, columns, seed=[seed, position]):
@@ -81,7 +82,7 @@ def sample_rows(
     return sampled
 
 
-def check_rows(rows: int | None) -> None:
+def check_row_count(rows: int | None) -> None:
     """Raise OptionError for a number of rows to draw (None: all) that is below 1."""
     if rows is not None and rows < 1:
         raise OptionError(f"rows must be at least 1, not {rows}")
@@ -131,7 +132,7 @@ def compare(
         OptionError, SolverError: solvers, options or an `output` that will not do, before anything runs.
             DataError: an `output` that holds something else.
     """
-    chosen = _chosen(solvers, {"time_limit": time_limit, "seed": seed})
+    chosen = _jobs_of(solvers, {"time_limit": time_limit, "seed": seed})
     if not chosen:
         raise OptionError("name at least one solver")
     store = Store(output, Record)
@@ -149,7 +150,7 @@ def compare(
         if stored is not None:
             finished[key] = _record(row, job, key, stored)
         else:
-            missing[key] = delayed(_solved)(row, job, key)
+            missing[key] = delayed(_solve_job)(row, job, key)
     count = len(finished) + len(missing)
     for record, solution in as_they_finish(list(missing.values()), jobs):
         finished[record.key] = record
@@ -158,6 +159,30 @@ def compare(
     records = _with_excess([finished[key] for key, *_ in wanted], len(chosen))
     store.finish(records)
     return records
+
+
+def comparison_table(records: Sequence[Record], labels: Mapping[str, str] | None = None) -> Table:
+    """Return a table with a line per row and solver, in the original units of the rows.
+
+    `labels` are names of the rows by instance, in place of instance, n and pattern.
+    """
+    headings = ("instance, n", "solver", "status", "objective", "bound", "gap", "excess", "seconds")
+    table = Table("", headings, text_columns=3)
+    last = ""
+    for r in records:
+        label = f"{r.instance}, {r.n}, {r.pattern}" if labels is None else labels[r.instance]
+        cells = (*bound_cells(r), cell(r.excess, ".2%"), cell(r.seconds, ".2f"))
+        first = "" if label == last else label
+        table.add(first, r.solver, r.status, value_text(r.value, 6), *cells)
+        last = label
+    return table
+
+
+def bound_cells(record: Any) -> tuple[str, str]:
+    """Return bound and gap of a record of rows, in the original units of the row."""
+    if not record.bounded or math.isnan(record.gap):
+        return "–", "–"
+    return value_text(record.value_bound, 6), f"{record.gap:.2%}"
 
 
 @dataclass(frozen=True)
@@ -169,7 +194,7 @@ class _Job:
     limits: Limits
 
 
-def _chosen(
+def _jobs_of(
     solvers: Sequence[str | Solver] | Mapping[str, Mapping[str, Any]], shared: dict[str, Any]
 ) -> list[_Job]:
     """Make every solver, and check its options before anything runs."""
@@ -187,7 +212,7 @@ def _chosen(
     return list(chosen.values())
 
 
-def _solved(row: RowProblem, job: _Job, key: str) -> tuple[Record, Solution | None]:
+def _solve_job(row: RowProblem, job: _Job, key: str) -> tuple[Record, Solution | None]:
     try:
         solution = solve(row, job.solver, start=job.start, limits=job.limits).raise_if_interrupted()
     except MaskoptError as error:

@@ -159,7 +159,7 @@ class Store:
         if self.path is None or not self.grows or not records:
             return
         with _alone(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(_lines(records))
+            file.write(_json_lines(records))
             file.flush()
             os.fsync(file.fileno())
 
@@ -250,7 +250,7 @@ def write_records(path: Path, records: Sequence[Any]) -> None:
     """Write the table as a whole, in the format of the name's ending."""
     text = io.StringIO()
     if path.suffix == ".jsonl":
-        text.write(_lines(records))
+        text.write(_json_lines(records))
     else:
         rows = [_flat(record) for record in records]
         columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -261,7 +261,7 @@ def write_records(path: Path, records: Sequence[Any]) -> None:
         file.write(text.getvalue().encode())
 
 
-def _lines(records: Sequence[Any]) -> str:
+def _json_lines(records: Sequence[Any]) -> str:
     return "".join(json.dumps(_flat(record)) + "\n" for record in records)
 
 

@@ -81,11 +81,11 @@ def search(
         if solver is not None and limits.seconds is None:
             limits = replace(limits, seconds=SECONDS)
         if solver == "tabu":
-            return _bounded(layer, start, limits, solver_options)
+            return _search_with_bound(layer, start, limits, solver_options)
     return solve(problem, solver or "swap", start=start, limits=limits, **solver_options)
 
 
-def _bounded(
+def _search_with_bound(
     layer: LayerProblem, start: Any, limits: Limits, options: Mapping[str, Any]
 ) -> Solution:
     """Run `tabu` from the rounded point of the semidefinite relaxation, and give its mask the bound."""
@@ -156,7 +156,7 @@ def prove(
         if solution is not None and solution.status[0] is Status.OPTIMAL:
             finished[key] = solution
         else:
-            missing[key] = delayed(_proven)(key, row, backend, row_start, limits)
+            missing[key] = delayed(_prove_row)(key, row, backend, row_start, limits)
     for key, solution in as_they_finish(list(missing.values()), jobs):
         finished[key] = solution
         if solution.status[0] is Status.OPTIMAL:
@@ -179,7 +179,7 @@ def _limits_of_row(limits: Limits, rows: int, jobs: int | None) -> Limits:
     return replace(limits, seconds=limits.seconds * min(1.0, workers(jobs) / rows))
 
 
-def _proven(
+def _prove_row(
     key: str, row: RowProblem, backend: Solver, start: Any, limits: Limits
 ) -> tuple[str, Solution]:
     return key, solve(row, backend, start=start, limits=limits).raise_if_interrupted()

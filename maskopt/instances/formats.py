@@ -171,7 +171,7 @@ class _Line(NamedTuple):
         return ProblemError(f"line {self.number}: {fault}")
 
 
-def _lines(text: str, comments: tuple[str, ...] = ("#", "%", "c ")) -> Iterator[_Line]:
+def _content_lines(text: str, comments: tuple[str, ...] = ("#", "%", "c ")) -> Iterator[_Line]:
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip() and not line.lstrip().startswith(comments):
             yield _Line(number, line.split())
@@ -202,7 +202,7 @@ def _edges(lines: Iterator[_Line], n: int, first: int, count: int) -> np.ndarray
 
 def _read_graph(ending: str, text: str, name: str, cardinality: int | None) -> RowProblem:
     """Read a graph whose chosen pairs, each once, have the greatest sum of weights."""
-    lines = _lines(text)
+    lines = _content_lines(text)
     if ending == ".dat":
         n, chosen, count = _next(lines).numbers("iii")
         # An edge is given by the entry ½ of a symmetric matrix: it counts 1.
@@ -233,7 +233,7 @@ def _read_qplib(text: str) -> RowProblem:
     ½xᵀHx + bᵀx + c has H by its lower triangle: an entry off the diagonal is the coefficient of x_i x_j, one
     on it twice that of x_i².
     """
-    lines = _lines(text, ("!", "%", "#"))
+    lines = _content_lines(text, ("!", "%", "#"))
     name, kind, sense = (_next(lines).words[0] for _ in range(3))
     if len(kind) != 3 or kind[0] not in "LDCQ" or kind[1:] != "BL":
         raise ProblemError(

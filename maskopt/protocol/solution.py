@@ -29,8 +29,9 @@ from maskopt.core.files import (
 from maskopt.core.inputs import ArrayLike, as_tensor
 from maskopt.core.least_squares import LeastSquaresUpdate
 from maskopt.core.problem import LayerProblem, RowProblem
+from maskopt.core.table import Table, value_text
 from maskopt.core.units import ObjectiveTransform, OriginalValues
-from maskopt.errors import OptionError, ProblemError, printable, value_text
+from maskopt.errors import OptionError, ProblemError, printable
 from maskopt.protocol.trace import Trace
 
 
@@ -357,20 +358,20 @@ class Solution:
 
     def summary(self) -> str:
         """Describe rows, value, bound and gap by status, and the chosen set of one row, on one screen."""
+        table = Table("", ("status", "rows", "value", "bound", "gap"))
         (rows, n), digits = self.mask.shape, 9 if self.units else 6
         time = "" if math.isnan(self.seconds) else f", {self.seconds:.3g} s"
         sense = ", maximized" if self.units and self.units.sign < 0 else ""
         name = printable(self.solver) or "solution"
         lines = [f"{name}{time}: {rows} row{'s' * (rows > 1)} of {n} inputs{sense}"]
-        lines.append(f"{'status':14}{'rows':>6}{'value':>18}{'bound':>18}{'gap':>10}")
         for status in dict.fromkeys(self.status):
             group = [row for row, word in enumerate(self.status) if word == status]
             total, bound, gap = _total(self, group), "–", "–"
             objective, lower = (float(x[group].sum()) for x in (self.objective, self.lower_bound))
             if is_bounded(objective, lower, status):
                 bound, gap = value_text(total.bound, digits), f"{total.gap:.2%}"
-            value = value_text(total.value, digits)
-            lines.append(f"{status:14}{len(group):>6}{value:>18}{bound:>18}{gap:>10}")
+            table.add(status, str(len(group)), value_text(total.value, digits), bound, gap)
+        lines += table.lines()
         if rows == 1:
             chosen, verb = self.selected.tolist(), "selected" if self.units else "pruned"
             listed = " ".join(map(str, chosen[:_LISTED])) + " …" * (len(chosen) > _LISTED)

@@ -57,14 +57,14 @@ class Registry:
         self.group, self.what, self.protocol = group, what, protocol
 
     def names(self) -> list[str]:
-        return sorted(_points(self.group))
+        return sorted(_entry_points(self.group))
 
     def find(self, name: str) -> type[Any]:
         """Return the class of a name; SolverError for an unknown one, SolverUnavailableError if unusable."""
-        points = _points(self.group)
+        points = _entry_points(self.group)
         if name not in points:
             raise SolverError(f"unknown {self.what} {name!r}{near(name, points)}")
-        return _load(points[name], self.what, self.protocol)
+        return _load_member(points[name], self.what, self.protocol)
 
     def make(self, member: Any, options: Mapping[str, Any]) -> Any:
         """Return a member ready to run, by name with options, or a value unchanged.
@@ -108,12 +108,12 @@ class Registry:
 
 
 @cache
-def _points(group: str) -> dict[str, EntryPoint]:
+def _entry_points(group: str) -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=group)}
 
 
 @cache
-def _load(point: EntryPoint, what: str, protocol: type) -> type[Any]:
+def _load_member(point: EntryPoint, what: str, protocol: type) -> type[Any]:
     try:
         kind: type[Any] = point.load()
         sound = isinstance(kind(), protocol)

@@ -1,1 +1,1 @@
-"""What people read: tables for the terminal, and one self-contained HTML page."""
+"""Reports of prunes: one self-contained HTML page, with charts."""

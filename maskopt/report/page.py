@@ -11,7 +11,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,60 +20,13 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from maskopt.core.files import atomic_write
+from maskopt.core.table import Table
 from maskopt.errors import OptionError
-
-
-def number(value: float | None) -> str:
-    """`12.35`, `0.004021`, `1.2e+05`; `–` where there is nothing to say."""
-    if value is None or math.isnan(value):
-        return "–"
-    if value != 0 and not 1e-4 <= abs(value) < 1e6:
-        return f"{value:.3g}"
-    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-@dataclass
-class Table:
-    """Cells are text already; columns after the first `text_columns` are figures, right-aligned."""
-
-    title: str
-    headings: Sequence[str]
-    rows: list[Sequence[str]] = field(default_factory=list)
-    text_columns: int = 1
-    note: str = ""
-
-    def add(self, *cells: str) -> None:
-        if len(cells) != len(self.headings):
-            raise ValueError(f"{len(cells)} cells for {len(self.headings)} columns")
-        self.rows.append(cells)
-
-    def html(self) -> str:
-        """Its heading, and an escaped `<table>`."""
-        return f"<h2>{html.escape(self.title)}</h2>\n{self.grid()}"
-
-    def grid(self) -> str:
-        """An escaped `<table>` with its note."""
-
-        def cells(tag: str, row: Sequence[str]) -> str:
-            return "".join(
-                f'<{tag}{" scope=col" * (tag == "th")} class="'
-                f'{"text" if i < self.text_columns else "figure"}">'
-                f"{html.escape(cell)}</{tag}>"
-                for i, cell in enumerate(row)
-            )
-
-        body = "\n".join(f"<tr>{cells('td', row)}</tr>" for row in self.rows)
-        note = f'<p class="note">{html.escape(self.note)}</p>' if self.note else ""
-        return (
-            f"<table>\n<thead><tr>{cells('th', self.headings)}</tr></thead>\n"
-            f"<tbody>\n{body}\n</tbody></table>\n{note}"
-        )
-
 
 #: readable on white and on the page's dark ground; markers distinguish series without colour
 COLOURS = ("#2f7ed8", "#d0692b", "#2f9158", "#b0527a", "#8064c8", "#7a7a2a", "#3a8f9e")
 MARKERS = "osD^vPX"
-#: stands for the page's own colour of text until the SVG is there
+#: replaced by the page's own colour of text in the SVG
 _TEXT = "#0a0b0c"
 #: so wide that the text of a figure, at the width of the page, is no larger than the page's
 _INCHES = (7.6, 4.2)
@@ -132,7 +85,7 @@ class MaskPicture:
         return math.ceil(max(self.kept.shape) / MOST)
 
     def png(self) -> bytes:
-        """One bit per weight; of a mask of more than MOST rows or inputs, grey dots."""
+        """Return an image of one bit per weight; of grey dots for more than MOST rows or inputs."""
         try:
             from PIL import Image
         except ImportError:
@@ -169,7 +122,7 @@ class Figure:
     """A drawing with its title, and the table of what it shows.
 
     Attributes:
-        words: a description, below the drawing and for screen readers.
+        words: description, below the drawing and for screen readers.
     """
 
     name: str
@@ -179,12 +132,12 @@ class Figure:
     numbers: Table
 
     def svg(self) -> str:
-        """The drawing alone; the same bytes every time."""
+        """Return the drawing alone; the same bytes every time."""
         text = io.StringIO()
         self._save(text, "svg", transparent=True)
         whole = text.getvalue()
         svg = whole[whole.index("<svg") :]
-        # elements have the same names in every drawing of a page
+        # Elements have the same names in every drawing of a page.
         svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{self.name}-", svg)
         return svg.replace(_TEXT, "currentColor")
 
@@ -198,11 +151,11 @@ class Figure:
         )
 
     def files(self, folder: Path) -> list[Path]:
-        """The files of `save`."""
+        """Return the paths that `save` writes."""
         return [folder / f"{self.name}.{kind}" for kind in ("png", "svg")]
 
     def save(self, folder: Path) -> list[Path]:
-        """As PNG and SVG, on white."""
+        """Write PNG and SVG, on white."""
         paths = self.files(folder)
         for path in paths:
             with atomic_write(path) as file:
@@ -229,13 +182,16 @@ class Figure:
             drawing.savefig(target, format=kind, dpi=150, transparent=transparent, **when)
 
 
-#: a part of a page that writes itself
+#: part of a page, with a method `html`
 Section = Table | Commands | MaskPicture | Figure
 
 
 def plain(text: str) -> str:
-    """A name that matplotlib shows unchanged: it takes text between dollar signs for mathematics, and leaves
-    names that begin with an underscore out of the legend."""
+    """Return a name that matplotlib shows unchanged.
+
+    It takes text between dollar signs for mathematics, and leaves names that begin with an underscore out of
+    the legend.
+    """
     shown = f"\u200b{text}" if text.startswith("_") else text
     return shown.replace("$", r"\$")
 

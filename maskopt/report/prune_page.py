@@ -1,4 +1,4 @@
-"""The results of one or several prunes on a page: `maskopt report`."""
+"""The page of `maskopt report`: the results of one or several prunes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from maskopt.core.files import check_writable, from_json
+from maskopt.core.table import Table, cell, number
 from maskopt.errors import OptionError
 from maskopt.experiments.jobs import read_records
 from maskopt.models.architecture.blocks import short
@@ -33,8 +34,6 @@ from maskopt.report.page import (
     Figure,
     MaskPicture,
     Section,
-    Table,
-    number,
     plain,
     write_page,
 )
@@ -46,8 +45,11 @@ DENSE, WANDA = "dense", "wanda"
 
 
 def open_reports(folders: Sequence[Path]) -> list[Named]:
-    """The reports of folders that `maskopt prune` or `maskopt prune-structured` wrote; ModelError for another
-    folder, or a changed manifest."""
+    """Read the reports of folders that `maskopt prune` or `maskopt prune-structured` wrote.
+
+    Raises:
+        ModelError: another folder, or a changed manifest.
+    """
     reports = [PruneReport.of(read_manifest(x / MANIFEST, smaller=True), x) for x in folders]
     return list(zip(_distinct_names(folders), reports, strict=True))
 
@@ -62,7 +64,7 @@ def write_report(
     figures: Path | None = None,
     overwrite: bool = False,
 ) -> list[Path]:
-    """Write the page, and its figures into the folder `figures`; the paths of all files.
+    """Write the page, and its figures into the folder `figures`; return the paths of all files.
 
     Args:
         outs: folders that `maskopt prune` wrote, to be compared.
@@ -98,7 +100,7 @@ def report_parts(
     after: Sequence[Table] = (),
     picture: str | None = None,
 ) -> list[str | Section]:
-    """The page from top to bottom.
+    """Return the parts of the page from top to bottom.
 
     Args:
         perplexity: measured values, by folder, and of `DENSE` and `WANDA`.
@@ -107,117 +109,96 @@ def report_parts(
     """
     reports = [report for _, report in pruned]
     solved = [(name, report) for name, report in pruned if report.solved]
-    return [
-        *(verdict(*one, perplexity) for one in pruned),
-        comparison(pruned, perplexity),
-        *(f"{x.output}: {line}" for x in reports for line in (x.sentence(), *x.training())),
-        *tables,
-        runs(pruned),
-        *([errors_by_block(pruned)] if solved else []),
-        *(kinds_table(*one) for one in solved),
-        *(
-            improvements(*one, i)
-            for i, one in enumerate(pruned, 1)
-            if any(layer.improvement_quantiles is not None for layer in one[1].solved)
-        ),
-        *after,
-        *([mask_picture(reports[0], picture)] if reports[0].kind == PRUNE or picture else []),
-        Commands("The same once more", [command_again(x.kind, x.output or "OUT") for x in reports]),
+    parts: list[str | Section] = [verdict(name, report, perplexity) for name, report in pruned]
+    parts.append(comparison(pruned, perplexity))
+    for report in reports:
+        parts += [f"{report.output}: {line}" for line in (report.sentence(), *report.training())]
+    parts += [*tables, runs(pruned)]
+    if solved:
+        parts.append(errors_by_block(pruned))
+    parts += [report.table(f"Kinds of layers, {name}") for name, report in solved]
+    for index, (name, report) in enumerate(pruned, 1):
+        if any(layer.improvement_quantiles is not None for layer in report.solved):
+            parts.append(improvements(name, report, index))
+    parts += after
+    if reports[0].kind == PRUNE or picture:
+        parts.append(mask_picture(reports[0], picture))
+    again = [command_again(report.kind, report.output or "OUT") for report in reports]
+    return [*parts, Commands("The same once more", again)]
+
+
+def verdict(name: str, report: PruneReport, perplexity: Mapping[str | Path, float]) -> str:
+    """Describe the pruned share and its cost in a sentence."""
+    gone, layers = "zero" if report.kind == PRUNE else "removed", report.solved
+    facts = [
+        f"{name}: {report.sparsity:.1%} of the weights in {len(report.layers)} layers are {gone}"
     ]
-
-
-def verdict(name: str, one: PruneReport, perplexity: Mapping[str | Path, float]) -> str:
-    """What was pruned and at what cost, in a sentence."""
-    gone = "zero" if one.kind == PRUNE else "removed"
-    facts = [f"{name}: {one.sparsity:.1%} of the weights in {len(one.layers)} layers are {gone}"]
-    dense, value = perplexity.get(DENSE), perplexity.get(one.output or "")
+    dense, value = perplexity.get(DENSE), perplexity.get(report.output or "")
     if dense is not None and value is not None:
         facts.append(f"perplexity is {value:.2f}, that of the dense model {dense:.2f}")
-    if (ratio := ratio_to_wanda(one.solved)) is not None:
+    if (ratio := ratio_to_wanda(layers)) is not None:
         facts.append(f"the error is {ratio:.3f} times that of Wanda's masks at the same sparsity")
-    if proven := proven_share(one.solved):
+    if proven := proven_share(layers):
         facts.append(f"{proven:.0%} of the rows are proven optimal or 1-swap optimal")
     return "; ".join(facts) + "."
 
 
 def comparison(pruned: Sequence[Named], perplexity: Mapping[str | Path, float]) -> Table:
-    """The dense model, Wanda's masks where there is one folder, and a line for every folder."""
-    words = ["perplexity"] if perplexity else []
+    """Compare the dense model, Wanda's masks where there is one folder, and all folders."""
+    measured = ["perplexity"] if perplexity else []
     table = Table(
         "In short",
-        ("model", *words, "pruned", "error", "ratio to Wanda", "proven"),
+        ("model", *measured, "pruned", "error", "ratio to Wanda", "proven"),
         note="Errors: relative squared error of a layer's output, on average over the layers; ratio to "
         "Wanda: the sum of errors over that of Wanda's masks at the same sparsity, with unchanged weights; "
         "proven: rows whose mask is proven optimal, or 1-swap optimal.",
     )
 
     def add(name: str, key: str | Path, *cells: str) -> None:
-        values = [f"{perplexity[key]:.2f}" if key in perplexity else "–"] if perplexity else []
-        table.add(name, *values, *cells)
+        table.add(name, *(cell(perplexity.get(key), ".2f") for _ in measured), *cells)
 
     add("dense", DENSE, "0.0%", "0", "0", "–")
-    for name, one in pruned:
-        layers, share = one.solved, f"{one.sparsity:.1%}"
-        wanda, ratio, proven = _wanda(layers), ratio_to_wanda(layers), proven_share(layers)
+    for name, report in pruned:
+        layers, share = report.solved, f"{report.sparsity:.1%}"
+        wanda, proven = _wanda_error(layers), cell(proven_share(layers), ".0%")
         if len(pruned) == 1 and wanda is not None:
             add("Wanda's masks", WANDA, share, number(wanda), "1", "–")
-        cells = number(mean_error(layers)), number(ratio)
-        add(name, one.output or "", share, *cells, "–" if proven is None else f"{proven:.0%}")
+        errors = number(mean_error(layers)), number(ratio_to_wanda(layers))
+        add(name, report.output or "", share, *errors, proven)
     return table
 
 
 def runs(pruned: Sequence[Named]) -> Table:
-    """A line for every folder."""
+    """Return a table with a line for every folder."""
     table = Table(
         "The runs",
         ("folder", "solver", "held-out error", "rows", "solving", "memory"),
         text_columns=2,
         note="Held-out error: on average over the layers; memory: of the process, at the peak.",
     )
-    for name, one in pruned:
-        layers, peak = one.solved, one.memory.get("process")
+    for name, report in pruned:
+        layers, peak = report.solved, report.memory.get("process")
+        seconds = sum(layer.seconds for layer in report.layers)
         table.add(
             name,
-            str(one.fingerprint["options"].get("solver", "–")),
+            str(report.fingerprint["options"].get("solver", "–")),
             number(mean_held_error(layers)),
             f"{sum(layer.rows for layer in layers):,}",
-            _time(sum(layer.seconds for layer in one.layers)),
+            f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min",
             "–" if peak is None else f"{peak / 2**30:.2f} GiB",
         )
     return table
 
 
-def kinds_table(name: str, one: PruneReport) -> Table:
-    """A line for every kind of layer."""
-    table = Table(
-        f"Kinds of layers, {name}",
-        ("layers", "Wanda", "error", "held out", "pruned", "swaps a row", "scans a row", "solving"),
-        note="Means over the layers of a kind; errors: relative squared errors of their outputs.",
-    )
-    for kind, layers in grouped(one.solved, "kind").items():
-        rows = sum(layer.rows for layer in layers)
-        counts = [[getattr(layer, x) for layer in layers] for x in ("swaps", "scans")]
-        table.add(
-            short(kind),
-            number(_wanda(layers)),
-            number(mean_error(layers)),
-            number(mean_held_error(layers)),
-            f"{sum(x.pruned for x in layers) / sum(x.rows * x.n for x in layers):.1%}",
-            *("–" if None in found else number(sum(found) / rows) for found in counts),
-            _time(sum(layer.seconds for layer in layers)),
-        )
-    return table
-
-
 def errors_by_block(pruned: Sequence[Named]) -> Figure:
-    """Mean error of a block's layers, along the model: Wanda's masks, result, and on held-out windows."""
+    """Draw the mean error of each block's layers: of Wanda's masks, the result, and on held-out windows."""
     series: dict[str, dict[int, Any]] = {}
     several = len(pruned) > 1
-    for title, one in pruned:
+    for title, report in pruned:
         name = title if several else "this model"
         lines = {name: mean_error, f"{name}, held-out text": mean_held_error}
-        lines = lines if several else {"Wanda's masks": _wanda, **lines}
-        blocks = grouped(one.solved, "block")
+        lines = lines if several else {"Wanda's masks": _wanda_error, **lines}
+        blocks = grouped(report.solved, "block")
         for label, mean in lines.items():
             values = {block: mean(layers) for block, layers in blocks.items()}
             if label == name or (values and None not in values.values()):
@@ -239,8 +220,8 @@ def errors_by_block(pruned: Sequence[Named]) -> Figure:
             yscale="log" if positive else "linear",
         )
         axes.xaxis.get_major_locator().set_params(integer=True)
-        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            which(lambda value, _: f"{value:g}")
+        for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            set_formatter(lambda value, _: f"{value:g}")
         axes.figure.legend(loc="outside lower center", ncols=2)
 
     words = (
@@ -250,10 +231,10 @@ def errors_by_block(pruned: Sequence[Named]) -> Figure:
     return Figure("errors", "Errors along the model", words, draw, numbers)
 
 
-def improvements(title: str, one: PruneReport, index: int) -> Figure:
-    """Reduction of the rows' errors from the start, by kind of layer; `index` is for the figure's name."""
+def improvements(title: str, report: PruneReport, index: int) -> Figure:
+    """Draw the reduction of the rows' errors by kind of layer; `index` is for the figure's name."""
     boxes = []
-    for kind, layers in grouped(one.solved, "kind").items():
+    for kind, layers in grouped(report.solved, "kind").items():
         known = [x.improvement_quantiles for x in layers if x.improvement_quantiles is not None]
         if known:
             means = [sum(column) / len(known) for column in zip(*known, strict=True)]
@@ -282,20 +263,20 @@ def improvements(title: str, one: PruneReport, index: int) -> Figure:
     return Figure(f"improvements-{index}", name, words, draw, numbers)
 
 
-def mask_picture(one: PruneReport, tensor: str | None) -> MaskPicture:
-    """Raises OptionError: no mask is called so."""
-    assert one.output is not None
-    if one.kind != PRUNE:
-        raise OptionError(f"`picture`: {one.output} was made smaller, and has no masks")
-    masks = MaskFile(one.output / MASKS)
+def mask_picture(report: PruneReport, tensor: str | None) -> MaskPicture:
+    """Return the picture of a tensor's mask (None: the first); OptionError for an unknown name."""
+    assert report.output is not None
+    if report.kind != PRUNE:
+        raise OptionError(f"`picture`: {report.output} was made smaller, and has no masks")
+    masks = MaskFile(report.output / MASKS)
     name = tensor or masks.names[0]
     if name not in masks:
-        raise OptionError(f"`picture` {name!r}: {one.output} has no mask of such a tensor")
+        raise OptionError(f"`picture` {name!r}: {report.output} has no mask of such a tensor")
     return MaskPicture(name, masks.read(name).rows())
 
 
 def _distinct_names(paths: Sequence[Path]) -> list[str]:
-    """The last part of each path, or all of it where two last parts are equal."""
+    """Return the last part of each path, or all of it where two last parts are equal."""
     ends = [path.resolve().name for path in paths]
     return [
         end if ends.count(end) == 1 else str(path) for path, end in zip(paths, ends, strict=True)
@@ -336,7 +317,7 @@ def _perplexities(path: Path, folders: Sequence[Path]) -> tuple[Table, dict[str 
 
 
 def _gaps(path: Path, folder: Path) -> Table:
-    """Raises MaskoptError: no records of gaps, or those of another model."""
+    """Return a table of certified gaps; MaskoptError: no records of gaps, or those of another model."""
     table = Table(
         "How far from the best possible",
         ("layers", "rows", "median gap", "worst gap"),
@@ -345,9 +326,8 @@ def _gaps(path: Path, folder: Path) -> Table:
     records = list(read_records(path, GapRecord).values())
     if not records:
         raise OptionError(f"`gaps` {path}: holds no records of `maskopt bound --output FILE.jsonl`")
-    if {x.model for x in records} != {
-        result_digest(read_manifest(folder / MANIFEST, smaller=True))
-    }:
+    model = result_digest(read_manifest(folder / MANIFEST, smaller=True))
+    if any(record.model != model for record in records):
         raise OptionError(
             f"`gaps`: {path} is of another model than {folder}; run `maskopt bound` on that folder"
         )
@@ -356,11 +336,7 @@ def _gaps(path: Path, folder: Path) -> Table:
     return table
 
 
-def _wanda(layers: Sequence[LayerReport]) -> float | None:
-    """Mean relative error of Wanda's masks, where all are known."""
+def _wanda_error(layers: Sequence[LayerReport]) -> float | None:
+    """Return the mean relative error of Wanda's masks, where all are known."""
     known = [x.error_wanda / x.energy for x in layers if x.error_wanda is not None and x.energy]
     return statistics.fmean(known) if known and len(known) == len(layers) else None
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"

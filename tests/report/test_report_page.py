@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 from tiny_models import save, save_tokenizer, tiny, tokens
 
 from maskopt import prune_model
-from maskopt.demo import error_table, run_demo, toy_table
+from maskopt.core.table import Table, number
+from maskopt.demo import run_demo
 from maskopt.errors import DataError, ModelError, OptionError
-from maskopt.experiments.compare import Record
+from maskopt.experiments.compare import Record, comparison_table
 from maskopt.models.checkpoints.report import LayerReport, PruneReport
-from maskopt.report.page import MaskPicture, Table, number, write_page
+from maskopt.report.page import MaskPicture, write_page
 from maskopt.report.prune_page import DENSE, WANDA, comparison, open_reports, runs
 
 OPTIONS = {"sparsity": 0.5, "min_tokens": 1, "holdout": 0.25}
@@ -37,6 +38,7 @@ def test_numbers_are_short_and_cells_are_escaped(tmp_path):
     assert [number(value) for value in values] == expected
     table = Table("A [bold]title[/bold] <b>", ("solver", "objective"), note="see <here>")
     table.add("swap", "1.5")
+    assert table.lines() == ["solver  objective", "swap          1.5"]
     fails(ValueError, "1 cells for 2", table.add, "swap")
     write_page(tmp_path / "r.html", "T & U", ["a < b", table])
     found = (tmp_path / "r.html").read_text()
@@ -74,13 +76,13 @@ def test_everything_is_on_one_page(home, tmp_path):
     layers = manifest["layers"]
     mean = sum(layer["error"] / layer["energy"] for layer in layers) / len(layers)
     up = [x for x in layers if x["kind"] == "mlp.up_proj"]
-    swaps, rows = (sum(x[field] for x in up) for field in ("swaps", "rows"))
+    error, wanda = (sum(x[field] for x in up) for field in ("error", "error_wanda"))
     perplexity = json.loads((home / "eval.json").read_text())[1]["perplexity"]["value"]
     peak = manifest["memory"]["process"]
     assert (peak is None) == (not Path("/proc/self/status").exists())
     taken = "–" if peak is None else f"{peak / 2**30:.2f} GiB"
     shows(found, "swap from relax pruned 50.0% of 15,360 weights in 14 layers of 2 blocks")
-    shows(found, f'<td class="figure">{mean:.4g}</td>', f">{swaps / rows:.4g}</td>")
+    shows(found, f'<td class="figure">{mean:.4g}</td>', f">{error / wanda:.3f}</td>")
     shows(found, "As gaps.jsonl states of sampled rows", f"{perplexity:.2f} (", f">{taken}</td>")
     shows(found, "maskopt prune MODEL --config")
     assert len(re.findall(r"<img [^>]*alt=\"Mask of [^\"]+\"", found)) == 1
@@ -237,19 +239,20 @@ def test_tables_name_a_row_once_and_sum_errors_per_kind():
     wanda = Record(name, *given)
     scip = replace(wanda, solver="scip", excess=0.0, status="optimal", **best)
     labels = {name: "0 q_proj[3]"}
-    cells = [(row[0], row[4]) for row in toy_table([wanda, scip], labels).rows]
+    cells = [(row[0], row[6]) for row in comparison_table([wanda, scip], labels).rows]
     assert cells == [("0 q_proj[3]", "50.00%"), ("", "0.00%")]
     failed = replace(wanda, status="failed", **dict.fromkeys(nothing, math.nan))
-    assert toy_table([failed], labels).rows[0][2] == "–"
+    assert comparison_table([failed], labels).rows[0][3] == "–"
     layers = []
     for block, before, after in ((0, 4.0, 1.0), (1, 6.0, 4.0)):
         given = f"model.layers.{block}.mlp.up_proj", block, "mlp.up_proj", 4, 8, "0.5", 16, after
         counts = {"swap-optimal": 3, "feasible": 1}
         layers.append(LayerReport(*given, 0.0, counts, 100, False, 0.1, error_wanda=before))
-    report = PruneReport(layers, {}, seconds=3.0)
-    assert error_table(report).rows == [("up_proj", "10", "5", "0.500", "8", "75%")]
-    # and errors and perplexities are compared with the start's
     layers = [replace(layer, energy=10.0) for layer in layers]
+    cells = ("2", "0.5000", "0.2500", "0.500", "75.0%", "0.2")
+    table = PruneReport(layers, {}, seconds=3.0).table()
+    assert table.rows == [("mlp.up_proj", *cells), ("all", *cells)]
+    # and errors and perplexities are compared with the start's
     one = "1-swap", PruneReport(layers, {"options": {"sparsity": {}}}, output=Path("o"))
     values = {DENSE: 10.0, WANDA: 15.0, Path("o"): 12.5}
     assert [row[:5] for row in comparison([one], values).rows] == [
@@ -270,7 +273,7 @@ def test_the_demo_from_end_to_end_on_a_tiny_model(tmp_path, monkeypatch):
     result = run_demo(tmp_path / "out", **how, on_stage=lambda *stage: stages.append(stage[0]))
     toy, errors, values = result.tables
     assert [row[0].split("[")[0] for row in toy.rows if row[0]] == ["0 q_proj", "2 down_proj"]
-    assert {row[0] for row in errors.rows} >= {"q_proj", "down_proj"}
+    assert {row[0] for row in errors.rows} >= {"self_attn.q_proj", "mlp.down_proj", "all"}
     assert [row[0] for row in values.rows] == ["dense", "Wanda's masks", "Wanda → 1-swap"]
     assert all(row[1] != "–" for row in values.rows)
     assert result.dense == model

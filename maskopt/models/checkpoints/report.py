@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any, TypeVar
 
 from maskopt._version import __version__
+from maskopt.core.table import Table, cell
 from maskopt.errors import OptionError
 from maskopt.models.checkpoints.bos import Beginning
 from maskopt.models.checkpoints.checkpoint import write_json
@@ -113,21 +114,20 @@ def _errors(layers: Sequence[LayerReport]) -> dict[str, str]:
 
     def part(name: str, energy: str = "energy") -> str:
         error, whole = (sum(getattr(x, of) or 0.0 for x in layers) for of in (name, energy))
-        return f"{error / whole:.4f}" if whole else "–"
+        return cell(error / whole if whole else None, ".4f")
 
-    ratio, proven = ratio_to_wanda(layers), proven_share(layers)
     first = [layer.error if layer.error_kept is None else layer.error_kept for layer in layers]
     gaps = [1 - x.lower_bound / e if e else 0.0 for x, e in zip(layers, first, strict=True)]
-    bounded = all(layer.lower_bound > 0 for layer in layers)
+    gap = max(0.0, *gaps) if all(layer.lower_bound > 0 for layer in layers) else None
     return {
         "Wanda": part("error_wanda"),
         "before update": part("error_kept"),
         "routing unchanged": part("error_kept"),
-        "gap at most": f"{max(0.0, *gaps):.1%}" if bounded else "–",
+        "gap at most": cell(gap, ".1%"),
         "error": part("error"),
-        "error/Wanda": "–" if ratio is None else f"{ratio:.3f}",
+        "error/Wanda": cell(ratio_to_wanda(layers), ".3f"),
         "held-out error": part("error_held", "energy_held"),
-        "proven": "–" if proven is None else f"{proven:.1%}",
+        "proven": cell(proven_share(layers), ".1%"),
     }
 
 
@@ -282,17 +282,8 @@ class PruneReport:
             raise OptionError("to_frame needs the package pandas: pip install pandas") from None
         return pandas.DataFrame(self.records())
 
-    @property
-    def caption(self) -> str:
-        """What the columns of `table` mean."""
-        wanda = "Wanda: its masks at the same sparsity, with unchanged weights; "
-        return (
-            f"errors relative to the energy of the layers' outputs; {wanda * (self.kind == PRUNE)}"
-            "proven: rows proven optimal or 1-swap optimal"
-        )
-
-    def table(self) -> list[list[str]]:
-        """Headings, and a line for every kind of layer and for all; explained by `caption`."""
+    def table(self, title: str = "") -> Table:
+        """Return a table with a line for every kind of layer and for all."""
         whole, updated = self.kind == PRUNE, any(x.error_kept is not None for x in self.layers)
         shown = {
             "kept": not whole,
@@ -307,26 +298,27 @@ class PruneReport:
             "gap at most": not whole,
         }
         names = [name for name, has in shown.items() if has]
-        lines = [["layer kind", "layers", *names, "seconds"]]
+        note = "errors relative to the energy of the layers' outputs; "
+        if whole:
+            note += "Wanda: its masks at the same sparsity, with unchanged weights; "
+        note += "proven: rows proven optimal or 1-swap optimal"
+        table = Table(title, ("layer kind", "layers", *names, "seconds"), note=note, has_total=True)
         for kind, layers in {**self.by_kind(), "all": self.layers}.items():
-            # errors of layers pruned by magnitude are other ones
+            # Errors of layers pruned by magnitude are not comparable.
             cells = _errors([layer for layer in layers if not layer.fallback])
             ends = [f"{100 * end(x.sparsity for x in layers):.0f}" for end in (min, max)]
             cells["kept"] = ", ".join(dict.fromkeys(layer.pattern for layer in layers))
             cells["pruned"] = "–".join(dict.fromkeys(ends)) + "%"
             seconds = sum(layer.seconds for layer in layers)
-            lines.append([kind, str(len(layers)), *(cells[x] for x in names), f"{seconds:.1f}"])
-        return lines
+            table.add(kind, str(len(layers)), *(cells[x] for x in names), f"{seconds:.1f}")
+        return table
 
     def summary(self) -> str:
-        """What was done, and errors by kind of layer, as text for one screen."""
+        """Describe the prune, and errors by kind of layer, as text for one screen."""
         parts = [self.sentence()]
         if self.layers:
-            lines = self.table()
-            first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
-            for kind, *cells in lines:
-                parts.append("  ".join([kind.ljust(first), *map(str.rjust, cells, others)]))
-            parts.append(self.caption)
+            table = self.table()
+            parts += [*table.lines(), table.note]
         if self.output is not None:
             parts.append(f"written: {self.output}")
         return "\n".join(parts)

@@ -20,7 +20,7 @@ from maskopt.core.pattern import Pattern, Unstructured, parse_sparsity
 from maskopt.core.problem import LayerProblem
 from maskopt.core.threads import torch_threads
 from maskopt.errors import DataError, ModelError
-from maskopt.experiments.compare import check_rows, draw_rows
+from maskopt.experiments.compare import check_row_count, draw_rows
 from maskopt.experiments.jobs import BATCH, Store, as_they_finish, digest_of, workers
 from maskopt.models.architecture.blocks import Layer, choose
 from maskopt.models.blockwise.job import open_job
@@ -99,7 +99,7 @@ def bound_layers(
             Certificates lie in the folder `<output>.rows`, and only a row whose certificate holds is skipped.
             `.csv` is written at the end.
     """
-    check_rows(rows)
+    check_row_count(rows)
     how = _How(method, dict(method_options or {}), seed)
     kinds = kinds or {}
     parts = (
@@ -140,7 +140,7 @@ def certify_model(
         DataError: an `output` with gaps of another model.
         MaskoptError: of what is called.
     """
-    check_rows(rows_per_layer)
+    check_row_count(rows_per_layer)
     manifest = read_manifest(Path(pruned) / MANIFEST)
     asked = manifest["fingerprint"]["options"]
     pattern = _bounded_pattern(pruned, asked)

@@ -76,12 +76,22 @@ def train_block(
         target = targets[window].to(device, torch.float32)
         return _distance(calls[window](block.module, state, cast=True) * by, target * by)
 
-    remedy = "leave its layers out with `exclude`"
-    task = Task("a block", remedy, block.module, free, stored, loss, fitted, held, fitted, options)
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + block.index) % 2**63)
-    result = train(
-        task, block.threads, generator, block.ticker("train", options.epochs * len(fitted))
+    task = Task(
+        "a block",
+        "leave its layers out with `exclude`",
+        block.module,
+        free,
+        stored,
+        loss,
+        fitted,
+        held,
+        reported=fitted,
+        options=options,
+        pool=block.threads,
     )
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + block.index) % 2**63)
+    tick = block.ticker("train", options.epochs * len(fitted))
+    result = train(task, generator, tick)
     losses = (result.before.fitted, result.after.fitted, result.before.held, result.after.held)
     seconds = time.perf_counter() - began
     trained = [TrainedBlock(block.index, *losses, result.epoch, result.diverged, seconds)]
@@ -276,6 +286,7 @@ def _train(
             # passes of all windows would take nearly as long as an epoch
             reported=fitted[: len(student.held)],
             options=options,
+            pool=student.pool,
         )
         done, total = 0, options.epochs * len(fitted)
 
@@ -285,7 +296,7 @@ def _train(
             tell("train", done, total)
 
         generator = torch.Generator().manual_seed(options.seed)
-        return train(task, student.pool, generator, tick, keeper), free
+        return train(task, generator, tick, keeper), free
 
 
 def free_entries(source: FolderSource, options: DistillOptions) -> dict[str, Tensor]:
@@ -295,7 +306,7 @@ def free_entries(source: FolderSource, options: DistillOptions) -> dict[str, Ten
     """
     path = source.checkpoint.folder / MASKS
     if path.is_file():
-        entries = merged(source.model, _kept(source, path, options), False)
+        entries = merged(source.model, _pruned_layers(source, path, options), False)
         return {name: mask.to(source.device) for name, mask in entries.items()}
     return {
         name: torch.ones_like(source.model.get_parameter(name), dtype=torch.bool)
@@ -303,7 +314,7 @@ def free_entries(source: FolderSource, options: DistillOptions) -> dict[str, Ten
     }
 
 
-def _kept(
+def _pruned_layers(
     source: FolderSource, path: Path, options: DistillOptions
 ) -> dict[str, tuple[Layer, Tensor]]:
     """Return pruned layers with masks [rows, n]; ModelError for pruned weights that are not zero."""

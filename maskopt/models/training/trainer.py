@@ -102,6 +102,7 @@ class Task:
         loss: of a window; differentiable by the free parameters where gradients are enabled, and called from
             several threads.
         reported: fitted windows whose loss is reported before and after.
+        pool: threads for the windows of a step.
     """
 
     name: str
@@ -114,11 +115,11 @@ class Task:
     held: Sequence[int]
     reported: Sequence[int]
     options: Reconstruction | DistillOptions
+    pool: Threads
 
 
 def train(
     task: Task,
-    pool: Threads,
     generator: torch.Generator,
     tick: Callable[[int], None],
     keeper: FolderKeeper | None = None,
@@ -140,7 +141,7 @@ def train(
         for weight in weights:
             weight.data = weight.data.clone()
         rounding = [(stored[name][0].dtype, task.stored[name]) for name in task.free]
-        trained = _epochs(task, weights, rounding, pool, generator, tick, keeper)
+        trained = _epochs(task, weights, rounding, generator, tick, keeper)
         new = [weight.data for weight in weights]
     finally:
         for name, parameter in named.items():
@@ -158,22 +159,18 @@ def _epochs(
     task: Task,
     weights: Sequence[nn.Parameter],
     rounding: Sequence[tuple[torch.dtype, torch.dtype]],
-    pool: Threads,
     generator: torch.Generator,
     tick: Callable[[int], None],
     keeper: FolderKeeper | None,
 ) -> Trained:
     """Train by epochs; each is judged, and kept, with weights as stored: rounded to these dtypes in turn."""
-    options, count, named = (
-        task.options,
-        len(task.fitted),
-        dict(zip(task.free, weights, strict=True)),
-    )
+    options, count = task.options, len(task.fitted)
+    named = dict(zip(task.free, weights, strict=True))
     per_epoch = math.ceil(count / options.batch)
     optimizer, start = _optimizer(task, weights), _rounded(weights, rounding)
     saved = None if keeper is None else keeper.last()
     if saved is None:
-        before = Losses(*_losses_at(task, weights, start, pool, task.reported, task.held))
+        before = Losses(*_losses_at(task, weights, start, task.reported, task.held))
         if not math.isfinite(before.held):
             raise ModelError(
                 f"{task.name} gives NaN or infinite values where it is to be trained; {task.remedy}"
@@ -192,11 +189,10 @@ def _epochs(
             if step >= done:
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * _rate(step, options.epochs * per_epoch)
-                _set_gradients(task, weights, windows, pool)
+                _set_gradients(task, weights, windows)
                 optimizer.step()
-                if (
-                    options.weight_decay
-                ):  # It decays whole parameters, also experts that are not free.
+                # AdamW decays whole parameters, also the experts of one that are not free.
+                if options.weight_decay:
                     for weight, free, value in zip(weights, task.free.values(), start, strict=True):
                         weight.data = torch.where(free, weight.data, value)
                 at.step = step + 1
@@ -206,7 +202,7 @@ def _epochs(
         if number * per_epoch < done:
             continue  # The interrupted run judged this epoch.
         now = _rounded(weights, rounding)
-        (held,) = _losses_at(task, weights, now, pool, task.held)
+        (held,) = _losses_at(task, weights, now, task.held)
         diverged = not held <= _DIVERGED * max(at.before.held, _NOTHING)
         if diverged:
             break
@@ -214,7 +210,7 @@ def _epochs(
             at.held, at.epoch, best = held, number, now
     for weight, value in zip(weights, best, strict=True):
         weight.data = value
-    after = Losses(_mean(task, task.reported, pool), at.held) if at.epoch else at.before
+    after = Losses(_mean(task, task.reported), at.held) if at.epoch else at.before
     return Trained(at.before, after, at.epoch, diverged)
 
 
@@ -274,14 +270,13 @@ def _losses_at(
     task: Task,
     weights: Sequence[nn.Parameter],
     values: Sequence[Tensor],
-    pool: Threads,
     *windows: Sequence[int],
 ) -> list[float]:
     """Return the mean losses of lists of windows, with the weights at these values."""
     exact = [weight.data for weight in weights]
     for weight, value in zip(weights, values, strict=True):
         weight.data = value
-    losses = [_mean(task, windows_of_loss, pool) for windows_of_loss in windows]
+    losses = [_mean(task, part) for part in windows]
     for weight, value in zip(weights, exact, strict=True):
         weight.data = value
     return losses
@@ -295,9 +290,7 @@ def _rate(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def _set_gradients(
-    task: Task, weights: Sequence[nn.Parameter], windows: Sequence[int], pool: Threads
-) -> None:
+def _set_gradients(task: Task, weights: Sequence[nn.Parameter], windows: Sequence[int]) -> None:
     """Set the gradients of the mean loss of some windows, zero where nothing may change."""
 
     def gradients(window: int) -> tuple[Tensor | None, ...]:
@@ -310,7 +303,7 @@ def _set_gradients(
 
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
-    for _, of_window in pool.each(gradients, windows):
+    for _, of_window in task.pool.each(gradients, windows):
         for weight, gradient in zip(weights, of_window, strict=True):
             assert weight.grad is not None
             if gradient is not None:
@@ -321,9 +314,9 @@ def _set_gradients(
         weight.grad.div_(len(windows)).masked_fill_(~free, 0)
 
 
-def _mean(task: Task, windows: Sequence[int], pool: Threads) -> float:
+def _mean(task: Task, windows: Sequence[int]) -> float:
     total = 0.0
-    for _, loss in pool.each(lambda window: float(task.loss(window)), windows):
+    for _, loss in task.pool.each(lambda window: float(task.loss(window)), windows):
         total += loss
     return total / len(windows)
 

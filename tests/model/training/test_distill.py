@@ -309,9 +309,9 @@ def test_the_best_epoch_is_kept_though_later_ones_are_worse(given, tmp_path, mon
     distil, _ = given
     plain, judged = training._mean, []
 
-    def worse(task, windows, pool):
+    def worse(task, windows):
         """From the second epoch on: held windows are judged at the start, and after every epoch."""
-        loss = plain(task, windows, pool)
+        loss = plain(task, windows)
         if list(windows) == list(task.held):
             judged.append(1)
             return loss * max(1, len(judged) - 1)

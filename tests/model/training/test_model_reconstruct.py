@@ -82,12 +82,12 @@ def test_epochs_are_judged_as_their_weights_are_stored(family, begin, tmp_path, 
     dense = save(tiny(family, layers=2, dtype=torch.bfloat16), tmp_path / "dense")
     losses, train = [], training.train
 
-    def again(task, pool, *rest):
-        found = train(task, pool, *rest)
+    def again(task, *rest):
+        found = train(task, *rest)
         exact = {p: (name, p.data) for name, p in task.module.named_parameters()}
         for parameter, (name, value) in exact.items():
             parameter.data = value.to(task.stored.get(name, value.dtype)).float()
-        losses.append(training._mean(task, task.held, pool))
+        losses.append(training._mean(task, task.held))
         for parameter, (_, value) in exact.items():
             parameter.data = value
         return found
@@ -162,10 +162,10 @@ def test_weights_that_are_decayed_become_smaller(monkeypatch):
     # chosen is of the weights that stay
     losses, real = [], training.train
 
-    def train(task, pool, *rest):
-        found = real(task, pool, *rest)
+    def train(task, *rest):
+        found = real(task, *rest)
         if found.epoch:
-            losses.append((found.after.held, training._mean(task, task.held, pool)))
+            losses.append((found.after.held, training._mean(task, task.held)))
         return found
 
     monkeypatch.setattr(reconstruct, "train", train)
