@@ -38,10 +38,6 @@ from maskopt.solvers.exact.tree.search import MARGIN, WORTH, BestFirst, Node, St
 
 #: part of the step from a value to the next that a bound must pass the value below by
 _ROOM = 1e-6
-#: fixings after which a node's semidefinite relaxation is solved again; doubled where that failed
-_INTERVAL, _LONGEST_INTERVAL = 5, 10
-#: sweeps of coordinate descent at such a node, and at the root
-_SWEEPS, _ROOT_SWEEPS = 150, 2000
 #: triangles nearly close the root where what it then lacks is at most this part of the cost; or, where f is
 #: whole, half of what it lacked without
 _NEAR = 0.02
@@ -60,19 +56,25 @@ _PATIENCE = 0.25
 
 
 class Plans(NamedTuple):
-    """The relaxations with triangles of a tree's root and nodes.
+    """The semidefinite relaxations of a tree's root and nodes: so many sweeps, or a plan with triangles.
 
     Attributes:
+        interval: fixings after which a node's relaxation is solved again; doubled up to `longest` where that
+            failed.
         candidates: inputs whose children are bounded before one is branched on.
         anyway: also where triangles do not nearly close the root.
     """
 
-    root: Plan
-    node: Plan
+    root: int | Plan
+    node: int | Plan
+    interval: int = 1
+    longest: int = 1
     candidates: int = 1
     anyway: bool = False
 
 
+#: without triangles
+PLAIN = Plans(root=2000, node=150, interval=5, longest=10)
 #: of trees that triangles nearly close: chosen on the k-cluster instances of seed 1; docs/exact.md measures
 #: them on those of seed 2
 CLOSE = Plans(
@@ -99,7 +101,7 @@ class QuadraticTree(BestFirst):
 
     Attributes:
         proof: whether the tree is kept.
-        plans: of relaxations with triangles; None: nodes have none.
+        plans: the relaxations of its nodes.
     """
 
     def __init__(self, task: RowTask, duals: Duals, *, proof: bool = False) -> None:
@@ -112,9 +114,10 @@ class QuadraticTree(BestFirst):
         # the sweeps at the root are cheap, and every node below starts from their vectors
         above = Relaxed(np.zeros(n), start_vectors(n, task.limits.seed), Pool.empty(PLACES))
         state, point = np.full(n, -1, dtype=np.int8), np.full(n, task.pruned / task.group)
-        form = self.convexify(Node(0.0, 0, state, point, above), _ROOT_SWEEPS)
+        self.plans = PLAIN
+        form = self.convexify(Node(0.0, 0, state, point, above), PLAIN.root)
         of_duals = form._replace(lam=duals.with_margin(self.objective))
-        node = self.bounded(Node(0.0, 0, state, point, of_duals, n, _INTERVAL))
+        node = self.bounded(Node(0.0, 0, state, point, of_duals, n, PLAIN.interval))
         self.root = node.step
         self.proven = max(node.bound, duals.certified * (1 - MARGIN))
         again = self.bounded(node._replace(form=form))
@@ -124,7 +127,6 @@ class QuadraticTree(BestFirst):
         self.root_bound = max(node.bound, self.proven)
         self.start = node._replace(bound=self.root_bound)
         self.lacks = self.cutoff - self.root_bound
-        self.plans: Plans | None = None
         self._trials, self._halfway = 0, self.root_bound
 
     @property
@@ -137,7 +139,7 @@ class QuadraticTree(BestFirst):
 
     @property
     def abreast(self) -> int:  # type: ignore[override]
-        expensive = self.plans is not None or len(self.task.q) >= _EXPENSIVE
+        expensive = self.plans is not PLAIN or len(self.task.q) >= _EXPENSIVE
         return _SIDE_BY_SIDE if expensive else 1
 
     def claims(self) -> dict[str, Any]:
@@ -179,11 +181,8 @@ class QuadraticTree(BestFirst):
         terms += 16 / 3 * n * float(form.pool.tau @ (least * (2 * least + 1)))
         return MARGIN * self.task.size(self.cost) + 4 * (n + 8) * 2.0**-53 * terms
 
-    def convexify(self, node: Node, method: int | Plan = _SWEEPS) -> Relaxed:
-        """Return the form of a node's own relaxation: so many sweeps, or a plan with triangles.
-
-        It starts from the form that the node has from above.
-        """
+    def convexify(self, node: Node, method: int | Plan) -> Relaxed:
+        """Return the form of a node's own relaxation, which starts from the form that it has from above."""
         self.convexified += 1
         deadline = self.task.limits.deadline
         part = FreePart.of(self.objective, node.state)
@@ -216,8 +215,8 @@ class QuadraticTree(BestFirst):
         size = np.linalg.norm(self.task.q[np.ix_(index, index)], axis=1)
         weight = size * (node.point * (1 - node.point))[index]
         chosen: list[Node] = []
-        best, most = -np.inf, self.plans.candidates if self.plans else 1
-        for i in index[np.argsort(-weight, kind="stable")[:most]]:
+        best = -np.inf
+        for i in index[np.argsort(-weight, kind="stable")[: self.plans.candidates]]:
             pair = []
             for side in (1, 0):
                 state = node.state.copy()
@@ -237,24 +236,25 @@ class QuadraticTree(BestFirst):
 
     def _strengthen(self, node: Node, free: int) -> Node:
         """Return the node with the form of its own relaxation, where that proves more."""
-        form = self.convexify(node, self.plans.node if self.plans else _SWEEPS)
-        interval = 1 if self.plans else _INTERVAL
-        again = self.bounded(node._replace(form=form, free=free, interval=interval))
+        form = self.convexify(node, self.plans.node)
+        again = node._replace(form=form, free=free, interval=self.plans.interval)
+        again = self.bounded(again)
         if again.bound > node.bound:
             _follow(node.step, again.step)
             return again
         # not converged: try again further down, from better vectors
         form = node.form._replace(vectors=form.vectors)
-        interval = 1 if self.plans else min(2 * node.interval, _LONGEST_INTERVAL)
+        interval = min(2 * node.interval, self.plans.longest)
         return node._replace(form=form, free=free, interval=interval)
 
     def restarted(self, open_nodes: list[Node], nodes: int) -> list[Node] | None:
         """Return the root with triangles in the place of all open nodes, where that is due and pays."""
         least_open = open_nodes[0].bound
-        plans = None if self.plans else self._due(nodes, least_open)
+        plans = self._due(nodes, least_open) if self.plans is PLAIN else None
         if plans is None:
             return None
-        root = self.start._replace(state=np.full(len(self.task.q), -1, dtype=np.int8), interval=1)
+        state = np.full(len(self.task.q), -1, dtype=np.int8)
+        root = self.start._replace(state=state, interval=plans.interval)
         root = self.bounded(root._replace(form=self.convexify(root, plans.root)))
         lacking = self.cutoff - root.bound
         near = lacking <= _NEAR * self.cost
@@ -326,7 +326,7 @@ def probe(tree: QuadraticTree) -> Probed:
             node = node._replace(bound=tree.cutoff)
         if free in (0, before):
             break
-        again = tree.bounded(node._replace(form=tree.convexify(node)))
+        again = tree.bounded(node._replace(form=tree.convexify(node, PLAIN.node)))
         if again.bound > node.bound:
             node = again
     return Probed(node.state, node.form.lam, node.bound, tree.cutoff)
