@@ -20,7 +20,7 @@ from maskopt.protocol.solver import Capabilities
 from maskopt.solvers.convex.perspective import greatest, shares
 from maskopt.solvers.exact.rows import RowSolver, exact
 from maskopt.solvers.exact.tasks import RowAnswer, RowTask, UpdatedTask
-from maskopt.solvers.exact.tree.node import qcr_duals, settle
+from maskopt.solvers.exact.tree.node import fix_by_slope, qcr_duals, settle
 from maskopt.solvers.exact.tree.quadratic import QuadraticTree
 from maskopt.solvers.exact.tree.search import MARGIN, BestFirst, Node, Step, row_proof
 
@@ -94,9 +94,8 @@ class LeastSquaresTree(BestFirst):
 
     The root's split d of A's diagonal, which the bound `perspective` makes, serves the whole tree. A node
     keeps some inputs (z = 1), has pruned others (v = 0, and no price) and relaxes the rest; its `point` is z.
-    Inputs that cannot change sides without passing the incumbent are fixed by their prices: with the most
-    expensive m of the free ones counted, leaving one of them out costs its difference from the next, and
-    taking one of the others in costs the difference of the last counted from it.
+    Inputs that cannot change sides without passing the incumbent are fixed by their prices, of which as many
+    count as are kept.
     """
 
     task: UpdatedTask
@@ -129,45 +128,41 @@ class LeastSquaresTree(BestFirst):
         """
         task = self.task
         settle(state, task, [])
-        z, price, value, rounding = self._relaxed(state, z)
+        z, price, proven = self._relaxed(state, z)
         score = np.where(state < 0, z, np.where(state == 0, 2.0, -1.0))
-        self._take(~task.first(-score, self.kept))
-        raw = task.constant + value
-        proven = raw - MARGIN * abs(raw) - rounding - _ROUNDING * task.constant
+        self.take(~task.first(-score, self.kept))
         bound = max(least, proven)
         if bound < self.cutoff:
+            groups = state.reshape(-1, task.group)
+            slope = np.where(state < 0, -price, np.inf).reshape(groups.shape)
+            left = self.kept - (groups == 0).sum(1)
             # by prices of this relaxation, and so from its own bound, not from that of its parent
-            self._fix_by_price(state, price, self.cutoff - proven)
+            fix_by_slope(groups, slope, left, self.cutoff - proven, side=0)
             settle(state, task, [])
             if not (state < 0).any():  # one mask is left
-                self._take(state == 1)
+                self.take(state == 1)
                 bound = np.inf
         return proven, Node(bound, 0, state, z)
 
-    def _take(self, pruned: np.ndarray) -> None:
-        self.take(pruned, self.task.cost(pruned))
+    def _relaxed(self, state: np.ndarray, z: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+        """Return z, prices and bound of a node that leaves something to keep in every group.
 
-    def _relaxed(
-        self, state: np.ndarray, z: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, float, float]:
-        """Return z, prices, value and rounding of a node that leaves something to keep in every group.
-
-        The prices are (b − Bv)ⱼ²/dⱼ, 0 of what is pruned, float64 [n]; the value is the bound less C, −vᵀBv
-        less the prices that count.
+        The prices are (b − Bv)ⱼ²/dⱼ, 0 of what is pruned, float64 [n]; the bound is C − vᵀBv less the prices
+        that count, and less what rounding may have added.
         """
         task, group = self.task, self.task.group
         n, active = len(z), np.flatnonzero(state != 1)
         base = task.q[np.ix_(active, active)]
         split, target = task.split[active], task.target[active]
-        on_diagonal = slice(None, None, len(active) + 1)
-        base.reshape(-1)[on_diagonal] -= split
+        on_diagonal = np.diag_indices(len(active))
+        base[on_diagonal] -= split
         size = np.zeros(n)
         size[state == 0] = np.inf
         free = state[active] < 0
         z = np.where(state == 0, 1.0, z)
         for _ in range(_TURNS):
             matrix = base.copy()
-            matrix.reshape(-1)[on_diagonal] += split / z[active]
+            matrix[on_diagonal] += split / z[active]
             v = np.linalg.solve(matrix, target)
             size[active[free]] = (np.sqrt(split) * np.abs(v))[free]
             z = shares(size, group, self.kept)
@@ -175,21 +170,9 @@ class LeastSquaresTree(BestFirst):
         price = np.zeros(n)
         price[active] = (target - image) ** 2 / split
         value = -float(v @ image) - greatest(price, group, self.kept, state == 0)
+        raw = task.constant + value
         # |B_ij| ≤ 1, so that b − Bv is off by no more than n·u times this
         reach = float(np.abs(v).sum() + np.abs(target).max(initial=0.0))
         highest = float(np.sqrt(price[active] / split).sum())
-        terms = reach * (reach + 2 * highest) + abs(value)
-        return z, price, value, 4 * (n + 8) * _U * terms
-
-    def _fix_by_price(self, state: np.ndarray, price: np.ndarray, room: float) -> None:
-        """Fix inputs whose other side costs more than there is room for below the cutoff."""
-        for first in range(0, len(state), self.task.group):
-            inside = state[first : first + self.task.group]
-            free = first + np.flatnonzero(inside < 0)
-            left = self.kept - int((inside == 0).sum())
-            if not 0 < left < len(free):
-                continue
-            order = free[np.argsort(-price[free], kind="stable")]
-            counted, others = order[:left], order[left:]
-            state[counted[price[counted] - price[others[0]] > room]] = 0
-            state[others[price[counted[-1]] - price[others] > room]] = 1
+        rounding = 4 * (n + 8) * _U * (reach * (reach + 2 * highest) + abs(value))
+        return z, price, raw - MARGIN * abs(raw) - rounding - _ROUNDING * task.constant

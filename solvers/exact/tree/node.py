@@ -220,24 +220,26 @@ def bound_node(
     if bound < cutoff and np.isfinite(value):
         slope = np.full(len(state), np.inf)
         slope[part.free] = gradient
-        _fix_by_slope(groups, slope.reshape(groups.shape), left, bound, cutoff)
+        fix_by_slope(groups, slope.reshape(groups.shape), left, cutoff - bound, side=1)
     return bound, point
 
 
-def _fix_by_slope(
-    groups: np.ndarray, slope: np.ndarray, left: np.ndarray, bound: float, cutoff: float
+def fix_by_slope(
+    groups: np.ndarray, slope: np.ndarray, left: np.ndarray, room: float, side: int
 ) -> None:
-    """Fix inputs in place by reduced costs: the linear form with one on its other side reaches the cutoff.
+    """Fix inputs in place whose other side raises the least value of a linear form by `room`.
 
-    Of every group, a row of `groups` and of `slope`, `left` inputs are still to be pruned; the slope of fixed
-    inputs is ∞.
+    In every group, a row of `groups` and of `slope`, that takes the `left` free inputs of least slope to
+    `side`, and the others to the other side: exchanging one costs its difference from the first or last of
+    the others. The slope of fixed inputs is ∞.
     """
     ranked, row = np.sort(slope, axis=1), np.arange(len(left))
-    inside, outside = ranked[row, left - 1, None], ranked[row, left, None]
+    last, following = ranked[row, left - 1, None], ranked[row, left, None]
+    free = groups < 0
     with np.errstate(invalid="ignore"):  # of groups without free inputs
-        pruned = (slope < outside) & (bound + outside - slope >= cutoff)
-        kept = (slope >= outside) & (bound + slope - inside >= cutoff) & (groups < 0)
-    groups[pruned], groups[kept] = 1, 0
+        inside = free & (slope < following) & (following - slope >= room)
+        outside = free & (slope >= following) & (slope - last >= room)
+    groups[inside], groups[outside] = side, 1 - side
 
 
 def settle(state: np.ndarray, task: RowTask, twins: list[np.ndarray]) -> bool:

@@ -197,9 +197,8 @@ class QuadraticTree(BestFirst):
         """Keep the legal mask nearest the relaxed point where it beats the incumbent."""
         score = np.where(state == 1, 2.0, np.where(state == 0, -1.0, point))
         p = self.task.first(-score, self.task.pruned)
-        if float(p @ self.task.q @ p) < self.cost * _PROMISING:
-            p = tabu_row(self.task.q, p, self.task.group, moves=_POLISH)
-            self.take(p, float(p @ self.task.q @ p))
+        if self.task.cost(p) < self.cost * _PROMISING:
+            self.take(tabu_row(self.task.q, p, self.task.group, moves=_POLISH))
 
     def branch(self, node: Node) -> list[Node]:
         """Return both children of an input; of several candidates, of the one that gains most."""

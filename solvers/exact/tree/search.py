@@ -141,8 +141,9 @@ class BestFirst:
         """Return the fields of the answer that only this objective has."""
         raise NotImplementedError
 
-    def take(self, pruned: np.ndarray, cost: float) -> None:
+    def take(self, pruned: np.ndarray) -> None:
         """Keep a mask that beats the incumbent."""
+        cost = self.task.cost(pruned)
         if cost < self.cost:
             self.best, self.cost = pruned, cost
 
@@ -204,6 +205,6 @@ class BestFirst:
         for view in views:
             self.solved += view.solved
             self.convexified += view.convexified
-            self.take(view.best, view.cost)
+            self.take(view.best)
         # in the order of the nodes, whoever came first
         return [c._replace(order=next(self.order)) for family in families for c in family]
