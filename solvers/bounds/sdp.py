@@ -154,8 +154,8 @@ class _Tile:
             self.state.keep(unsettled)
         self._fall_back(tolerance)
         certificate, loss = certificate_of(self.problem, self.best, self.scale)
-        sweeps, relaxed = torch.from_numpy(self.sweeps), torch.as_tensor((1 + self.inner) / 2)
-        return certificate, Trace(iterations=sweeps, correction=loss, relaxed=relaxed)
+        iterations, relaxed = torch.from_numpy(self.sweeps), torch.as_tensor((1 + self.inner) / 2)
+        return certificate, Trace(iterations=iterations, correction=loss, relaxed=relaxed)
 
     def _certify(self, tolerance: float) -> list[int]:
         """Keep the certificates that prove more; return the positions in `todo` that have not settled."""

@@ -113,7 +113,7 @@ def _shared_budget(problem: LayerProblem, limits: Limits, watch: Stopwatch) -> S
         if not least <= count <= most:
             costs[-1][:] = torch.inf
     sizes = [np.arange(n + 1)] * problem.rows
-    counts = least_sum(sizes, torch.stack(costs, 1).numpy(), problem.pruned)
+    counts = least_sum(sizes, list(torch.stack(costs, 1).numpy()), problem.pruned)
     assert counts is not None
     chosen = torch.stack([masks[count][row] for row, count in enumerate(counts)])
     seen = torch.full((problem.rows,), 2**n)

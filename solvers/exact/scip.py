@@ -227,7 +227,8 @@ class ScipModel:
         self.program = program
         self.model = model = Model("maskopt")
         model.hideOutput()
-        self.x = x = []
+        self.x: list[Any] = []
+        x = self.x
         for name, low, high in zip(program.names, program.low, program.high, strict=True):
             kind = "B" if len(x) < len(program.binaries) else "C"
             x.append(model.addVar(name, kind, lb=low, ub=high if high < np.inf else None))
