@@ -63,11 +63,22 @@ def group_inputs(score: Float[np.ndarray, "rows n"], keep: int, of: int) -> Grou
         threads.run(_lines, inputs, scores, limit, p)
 
     compute(order)
-    before = cost = float((base + np.diag(p))[::of].sum())
-    least, state, exchanges = -_LEAST_GAIN * cost * of / n, np.zeros(4, np.int64), 0
-    while (gain := _exchange(order, place, of, p, state, least)) < 0:
-        cost, exchanges = cost + gain, exchanges + 1
-        compute(order.reshape(-1, of)[state[2:]].ravel())
+    diagonal = p.diagonal()
+    before = cost = float((base + diagonal)[::of].sum())
+    threshold = -_LEAST_GAIN * cost * of / n
+    exchanges = x = tried = 0  # so many inputs before x have no exchange, one after the other
+    while tried < n:
+        change = p[x] - diagonal[x] + p[:, x] - diagonal
+        change[place // of == place[x] // of] = 0.0
+        y = int(change.argmin())
+        if change[y] < threshold:
+            cost, exchanges, tried = cost + float(change[y]), exchanges + 1, 0
+            order[place[x]], order[place[y]], place[x], place[y] = y, x, place[y], place[x]
+            groups = order.reshape(-1, of)[[place[y] // of, place[x] // of]]
+            compute(groups.ravel())
+        else:
+            tried += 1
+        x = (x + 1) % n
     return Grouping(order, cost, before, exchanges)
 
 
@@ -81,26 +92,3 @@ def _lines(scores, limit, p, inputs):
             for r in range(rows):
                 total += min(scores[y, r], limit[x, r])
             p[x, y] = total
-
-
-@njit
-def _exchange(order, place, of, p, state, least):
-    """Make the best exchange of the next input that has one, and return what it gains; 0: none is left.
-
-    `state` is that input, how many before it had none one after the other, and the two groups.
-    """
-    n = len(order)
-    while state[1] < n:
-        x, gain, partner = state[0], least, -1
-        for y in range(n):
-            if place[y] // of != place[x] // of:
-                change = p[x, y] - p[x, x] + p[y, x] - p[y, y]
-                if change < gain:
-                    gain, partner = change, y
-        state[0], state[1] = (x + 1) % n, state[1] + 1
-        if partner >= 0:
-            old, new = place[x], place[partner]
-            order[old], order[new], place[x], place[partner] = partner, x, new, old
-            state[1], state[2], state[3] = 0, old // of, new // of
-            return gain
-    return 0.0

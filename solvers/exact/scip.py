@@ -92,7 +92,7 @@ class Scip(RowSolver):
                 tree = QuadraticTree(task, duals)
                 probed = probe(tree)
             task = _started(task, tree.best, twins)
-            if probed is not None and probed.closed:
+            if probed.bound >= probed.cutoff:
                 return _presolved(task, duals, probed)
         return self._solved(task, twins, duals, probed)
 

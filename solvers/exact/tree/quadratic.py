@@ -303,11 +303,6 @@ class Probed(NamedTuple):
     bound: float
     cutoff: float
 
-    @property
-    def closed(self) -> bool:
-        """Whether no mask is left below the cutoff."""
-        return self.bound >= self.cutoff
-
     def allows(self, pruned: np.ndarray) -> bool:
         """Return whether a mask (p, bool [n]) has these sides."""
         return bool(((self.state < 0) | (self.state == pruned)).all())
