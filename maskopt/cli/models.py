@@ -21,7 +21,7 @@ from maskopt.models.options.structured import ShrinkOptions
 from maskopt.models.options.walk import EVALUATION, DistillOptions, WalkOptions
 
 if TYPE_CHECKING:
-    from maskopt.models.evaluation.evaluate import Evaluation
+    from maskopt.models.evaluation.evaluate import Evaluation, PanelRatio
 
 CALIBRATION = option(REQUIRED, f"Calibration text: {SOURCES}.", TEXT)
 
@@ -85,57 +85,94 @@ def evaluate(
     models: list[str] = argument(
         "Model folders, or names on the hub. The others are compared with the first."
     ),
-    text: str = option(REQUIRED, f"Text to evaluate on: {SOURCES}."),
-    windows: int | None = option(None, "Number of windows. Default: all."),
+    text: list[str] = option(
+        REQUIRED, f"Text to evaluate on: {SOURCES}. Repeat the option for a panel of texts."
+    ),
+    windows: int | None = option(None, "Number of windows of each text. Default: all."),
+    card: bool = option(
+        False,
+        "Also write the figures to README.md in the folders of the models but the first.",
+        OUTPUT,
+    ),
     json: Path | None = option(None, "Also write the results to this JSON file.", OUTPUT),
     overwrite: bool = OVERWRITE,
     **options: Any,
 ) -> None:
     """Evaluate the perplexity of one or several models on the same consecutive windows.
 
-    One block of one model is in memory at a time; at the end the output heads of all models, equal ones once.
+    Several texts give a table of ratios to the first model, and their geometric mean. One block of one model
+    is in memory at a time; at the end the output heads of all models, equal ones once.
     """
-    from maskopt.models.evaluation.evaluate import evaluate as library
+    from maskopt.models.evaluation.card import add_evaluation, check_card
+    from maskopt.models.evaluation.evaluate import evaluate as library, panel_ratios
 
     if json is not None:
-        check_writable(json, overwrite=overwrite, text=text)
+        for each in text:
+            check_writable(json, overwrite=overwrite, text=each)
+    pruned = [Path(model) for model in models[1:]] if card else []
+    for folder in pruned:
+        check_card(folder)
+    walk, evaluations = WalkOptions(**options), []
     with view() as shown:
-        found = library(
-            models,
-            text,
-            WalkOptions(**options),
-            windows=windows,
-            on_progress=lambda model, done, total: shown.show(Path(model).name, done, total),
-        )
-    p = found[0].perplexity
-    said = f"{p.windows} windows of {p.length} tokens from {p.source}, {p.beginning}"
-    if len(found) == 1:
-        value = f"{p.value:.4f} ({p.low:.2f} to {p.high:.2f})"
-        screen.print(f"{models[0]}: perplexity {value}, {said}", soft_wrap=True)
-    else:
-        screen.print(_comparison(found))
-        screen.print(said, soft_wrap=True)
+        for each in text:
+            evaluations.append(
+                library(
+                    models,
+                    each,
+                    walk,
+                    windows=windows,
+                    on_progress=lambda model, done, total: shown.show(
+                        Path(model).name, done, total
+                    ),
+                )
+            )
+    means = panel_ratios([[x.losses for x in each] for each in zip(*evaluations, strict=True)])
+    for on_text in evaluations:
+        p = on_text[0].perplexity
+        windows_said = f"{p.windows} windows of {p.length} tokens from {p.source}, {p.beginning}"
+        if len(on_text) == 1:
+            value = f"{p.value:.4f} ({p.low:.2f} to {p.high:.2f})"
+            screen.print(f"{models[0]}: perplexity {value}, {windows_said}", soft_wrap=True)
+        else:
+            screen.print(_comparison(on_text))
+            screen.print(windows_said, soft_wrap=True)
+    if len(text) > 1 and means:
+        screen.print(_panel(models[1:], means, len(text)))
+    for number, folder in enumerate(pruned, 1):
+        add_evaluation(folder, [on_text[number] for on_text in evaluations], means[number - 1])
     # last: the results are on the screen even if the disk is full
     if json is not None:
         with atomic_write(json) as target:
-            target.write(dumps([asdict(one) for one in found], indent=1).encode())
+            records = [asdict(evaluation) for on_text in evaluations for evaluation in on_text]
+            target.write(dumps(records, indent=1).encode())
     written(json)
 
 
-def _comparison(found: Sequence[Evaluation]) -> Table:
+def _comparison(evaluations: Sequence[Evaluation]) -> Table:
     table = make_table(
         *("model", "perplexity", "ratio", "KL, nats", "same top token"),
         no_wrap=True,
         caption="ratio, KL and agreement compared with the first model; intervals of 95%",
     )
-    for one in found:
-        c = one.change
+    for evaluation in evaluations:
+        c = evaluation.change
         compared = ("", "", "")
         if c is not None:
             ratio = f"{c.ratio:.3f} ({c.ratio_low:.3f} to {c.ratio_high:.3f})"
             kl = f"{c.kl:.4f} ({c.kl_low:.4f} to {c.kl_high:.4f})"
             compared = (ratio, kl, f"{c.agreement:.1%}")
-        table.add_row(one.model, f"{one.perplexity.value:.2f}", *compared)
+        table.add_row(evaluation.model, f"{evaluation.perplexity.value:.2f}", *compared)
+    return table
+
+
+def _panel(models: Sequence[str], means: Sequence[PanelRatio], texts: int) -> Table:
+    table = make_table(
+        *("model", "geometric mean of the ratios"),
+        no_wrap=True,
+        caption=f"over {texts} texts, compared with the first model; intervals of 95%",
+    )
+    for model, mean in zip(models, means, strict=True):
+        table.add_row(model, str(mean))
     return table
 
 

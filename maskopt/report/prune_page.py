@@ -26,6 +26,7 @@ from maskopt.models.checkpoints.result import MaskFile
 from maskopt.models.checkpoints.schema import MANIFEST, MASKS, PRUNE, read_manifest
 from maskopt.models.checkpoints.workspace import plain_errors
 from maskopt.models.evaluation.bound import GapRecord, by_kind
+from maskopt.models.evaluation.evaluate import panel_ratios
 from maskopt.models.pruning.card import command_again
 from maskopt.report.page import (
     COLOURS,
@@ -73,11 +74,11 @@ def write_report(
         picture: name of the tensor whose mask is shown; default: the first one of the first folder.
     """
     check_writable(path, overwrite=overwrite, evaluation=evaluation, gaps=gaps)
-    pruned, tables = open_reports(outs), []
+    pruned = open_reports(outs)
+    tables: list[Table] = []
     values: dict[str | Path, float] = {}
     if evaluation is not None:
-        table, values = _perplexities(evaluation, outs)
-        tables = [table]
+        tables, values = _perplexities(evaluation, outs)
     last = [] if gaps is None else [_gaps(gaps, outs[0])]
     parts = report_parts(pruned, perplexity=values, tables=tables, after=last, picture=picture)
     files = []
@@ -283,37 +284,64 @@ def _distinct_names(paths: Sequence[Path]) -> list[str]:
     ]
 
 
-def _perplexities(path: Path, folders: Sequence[Path]) -> tuple[Table, dict[str | Path, float]]:
-    """A table of what `maskopt eval` wrote, and the values for `report_parts`."""
-    found: dict[Any, float] = {}
-    table = Table(
-        "The models on text",
-        ("model", "perplexity", "compared with the first", "KL, nats", "same top token"),
-    )
+def _perplexities(
+    path: Path, folders: Sequence[Path]
+) -> tuple[list[Table], dict[str | Path, float]]:
+    """Return tables of what `maskopt eval` wrote, one for each text, and the values for `report_parts`.
+
+    Of several texts, the values are those of the first.
+    """
+    values: dict[Any, float] = {}
+    tables: dict[str, Table] = {}
+    losses: dict[str, list[Sequence[float]]] = {}
     try:
         records = from_json(path.read_text(encoding="utf-8"))
-        names = _distinct_names([Path(record["model"]) for record in records])
-        for name, record in zip(names, records, strict=True):
+        places = list(dict.fromkeys(record["model"] for record in records))
+        names = dict(zip(places, _distinct_names([Path(x) for x in places]), strict=True))
+        for record in records:
             p, c = record["perplexity"], record.get("change")
+            text = str(p["sha256"])
+            if text not in tables:
+                tables[text] = Table(
+                    "The models on text",
+                    (
+                        "model",
+                        "perplexity",
+                        "compared with the first",
+                        "KL, nats",
+                        "same top token",
+                    ),
+                    note=f"{p['windows']} windows of {p['length']} tokens of {p['source']}, "
+                    f"{p['beginning']}; intervals of 95%, paired by window.",
+                )
             place = Path(record["model"]).resolve()
             same: list[Any] = [folder for folder in folders if folder.resolve() == place]
-            found |= dict.fromkeys(same or [DENSE] * (c is None), float(p["value"]))
+            if len(tables) == 1:
+                values |= dict.fromkeys(same or [DENSE] * (c is None), float(p["value"]))
             cells = ["–"] * 3
             if c is not None:
                 ratio = f"{c['ratio']:.3f} ({c['ratio_low']:.3f} to {c['ratio_high']:.3f})"
                 cells = [ratio, f"{c['kl']:.4f}", f"{c['agreement']:.1%}"]
-            table.add(name, f"{p['value']:.2f} ({p['low']:.2f} to {p['high']:.2f})", *cells)
-            table.note = (
-                f"{p['windows']} windows of {p['length']} tokens of {p['source']}, {p['beginning']}; "
-                "intervals of 95%, paired by window."
-            )
+            perplexity = f"{p['value']:.2f} ({p['low']:.2f} to {p['high']:.2f})"
+            tables[text].add(names[record["model"]], perplexity, *cells)
+            losses.setdefault(record["model"], []).append(record["losses"])
     except OSError as error:
         raise OptionError(f"{path}: cannot be read: {error.strerror}") from None
     except (KeyError, TypeError, ValueError, AttributeError):
         raise OptionError(
             f"`evaluation` {path}: is not what `maskopt eval --text … --json` writes"
         ) from None
-    return table, found
+    if len(tables) > 1:
+        models, means = list(losses), panel_ratios(list(losses.values()))
+        table = Table(
+            "The models on all texts",
+            ("model", "geometric mean compared with the first"),
+            note=f"{len(tables)} texts; intervals of 95%, paired by window.",
+        )
+        for model, mean in zip(models[1:], means, strict=True):
+            table.add(names[model], str(mean))
+        tables["all"] = table
+    return list(tables.values()), values
 
 
 def _gaps(path: Path, folder: Path) -> Table:

@@ -184,7 +184,7 @@ TAKES = {
         solver_options min_tokens gram_shrinkage damping damping_exponent
     """,
     "eval": """
-        models text windows json overwrite seq_len bos text_field chat device dtype threads
+        models text windows json overwrite seq_len bos text_field card chat device dtype threads
         activation_memory trust_remote_code
     """,
     "solve": """

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import re
 import shlex
 import signal
@@ -475,3 +476,30 @@ def test_a_manifest_sets_no_more(change, message, given, pruned_folder, dense_fo
     errors = {"data set": DataError, "damaged": ModelError}
     error = next((e for x, e in errors.items() if x in message), OptionError)
     assert message in run(*words, fails=error)
+
+
+def test_a_panel_of_texts_on_the_screen_in_json_and_in_the_card(dense, text, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other.txt"
+    other.write_text(text.read_text()[200:] + "Other words end the other text.\n" * 40)
+    prune(dense, text, out, "--samples", 4, "--seq-len", 32)
+    texts = ["--text", text, "--text", other, "--seq-len", 32, "--windows", 3]
+    for _ in range(2):
+        said = run(
+            "eval", dense, out, *texts, "--json", tmp_path / "e.json", "--overwrite", "--card"
+        )
+    records = json.loads((tmp_path / "e.json").read_text())
+    assert [Path(x["perplexity"]["source"]).name for x in records] == 2 * [text.name] + 2 * [
+        other.name
+    ]
+    mean = math.sqrt(math.prod(x["change"]["ratio"] for x in records[1::2]))
+    card = (out / "README.md").read_text()
+    for shown in (said, card):
+        shows(shown, f"{mean:.3f} (")
+    assert card.count("## Perplexity") == card.count("geometric mean") == 1
+    assert not (dense / "README.md").exists()
+    run("verify", out, "--original", dense)
+    words = ["eval", out, dense, *texts, "--card"]
+    shows(run(*words, fails=ModelError), "--card: ", "has no README.md")
+    page = tmp_path / "page.html"
+    run("report", out, "--evaluation", tmp_path / "e.json", "--output", page)
+    shows(page.read_text(), "The models on all texts", f"{mean:.3f} (")

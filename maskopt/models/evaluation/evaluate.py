@@ -84,6 +84,21 @@ class Evaluation:
     change: Change | None = None
 
 
+@dataclass(frozen=True)
+class PanelRatio:
+    """Geometric mean over several texts of a model's perplexity divided by the first model's.
+
+    `low` and `high` are a 95% interval, by bootstrap over the windows of each text, paired by window.
+    """
+
+    ratio: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.ratio:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
 def perplexity(
     model: nn.Module | str | Path,
     tokenizer_or_tokens: Any = None,
@@ -149,6 +164,26 @@ def evaluate(
     tell = on_progress or (lambda model, done, total: None)
     jobs = [open_job(model, text, options, whole=True, limit=windows) for model in models]
     return _evaluated([str(model) for model in models], jobs, tell)
+
+
+def panel_ratios(losses: Sequence[Sequence[Sequence[float]]]) -> list[PanelRatio]:
+    """Return the geometric mean of the perplexity ratios of every model but the first.
+
+    Args:
+        losses: by model, then by text, the `losses` of an `Evaluation`; the first model is the reference.
+
+    Raises:
+        DataError: models that were not evaluated on the same windows.
+    """
+    if len({tuple(len(text) for text in texts) for texts in losses}) > 1:
+        raise DataError("the models were evaluated on other texts, or in other numbers of windows")
+    dense, *others = [[torch.tensor(text, dtype=torch.float64) for text in x] for x in losses]
+    ratios = []
+    for texts in others:
+        nats = [text - reference for text, reference in zip(texts, dense, strict=True)]
+        mean = sum(float(text.mean()) for text in nats) / len(nats)
+        ratios.append(PanelRatio(*map(exponential, (mean, *interval(*nats)))))
+    return ratios
 
 
 def _evaluated(
@@ -296,11 +331,17 @@ def _perplexity_of(summed: Float[Tensor, " windows"], windows: Windows) -> Perpl
     )
 
 
-def interval(values: Float[Tensor, " windows"]) -> tuple[float, float]:
-    """A 95% interval of the mean, by percentile bootstrap over the windows, seeded."""
+def interval(*texts: Float[Tensor, " windows"]) -> tuple[float, float]:
+    """Return a 95% interval of the mean over texts of the mean over a text's windows.
+
+    It is a percentile bootstrap over the windows of each text, seeded.
+    """
     generator = torch.Generator().manual_seed(0)
-    lots = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
-    means = values.double()[lots].mean(1).sort().values
+    means = torch.zeros(RESAMPLES, dtype=torch.float64)
+    for values in texts:
+        lots = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
+        means += values.double()[lots].mean(1) / len(texts)
+    means = means.sort().values
     cut = round(0.025 * RESAMPLES)
     return float(means[cut]), float(means[-1 - cut])
 

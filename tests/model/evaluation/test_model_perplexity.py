@@ -119,6 +119,19 @@ def test_how_far_the_last_hidden_states_have_moved(dense_folder, tmp_path):
     assert found.perplexity.value == found.change.ratio == math.inf
 
 
+def test_the_mean_over_texts_pairs_windows_and_weighs_texts_alike():
+    dense, pruned = [[1.0, 2.0], [3.0, 1.0, 2.0]], [[1.5, 2.5], [3.1, 1.1, 2.1]]
+    [mean] = evaluation.panel_ratios([dense, pruned])
+    # windows of a text differ, but each moved as the others did: nothing is uncertain
+    expected = pytest.approx(math.exp((0.5 + 0.1) / 2))
+    assert (mean.ratio, mean.low, mean.high) == (expected, expected, expected)
+    pruned[0][0] = 1.0
+    [mean] = evaluation.panel_ratios([dense, pruned])
+    assert mean.ratio == pytest.approx(math.exp((0.25 + 0.1) / 2))
+    assert mean.low < mean.ratio < mean.high
+    fails(DataError, "numbers of windows", evaluation.panel_ratios, [dense, pruned[:1]])
+
+
 def test_windows_are_counted_and_half_precision_in_training_stays_so():
     model, data, said = tiny("llama"), tokens(4, 12), []
     how = {"windows": 2, "threads": 1, "on_progress": lambda *event: said.append(event)}
