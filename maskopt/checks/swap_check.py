@@ -2,14 +2,14 @@
 
 Nothing here is shared with any solver.
 
-Of unchanged weights, with Q = diag(w)·G·diag(w) and c = G(w ⊙ p) + g,
+For unchanged weights, with Q = diag(w)·G·diag(w) and c = G(w ⊙ p) + g,
 
     f(p) = pᵀQp + 2gᵀ(w ⊙ p) + c₀
     prune u:  w_u²G_uu + 2 w_u c_u      keep p again:  2 w_p c_p − w_p²G_pp
     swap u, p:  Δ(u, p) = 2 w_u c_u + w_u²G_uu − 2 w_p c_p + w_p²G_pp − 2 w_u w_p G_up
 
-(SparseSwaps, arXiv 2512.10922). Of updated weights, solvers work on systems of the kept inputs, A_SS; here
-everything is by H = A⁻¹ on the pruned ones, or by LU. With K = (H_PP)⁻¹ and ŵ = Hb,
+(SparseSwaps, arXiv 2512.10922). For updated weights, solvers work on systems of the kept inputs, A_SS; this
+module works with H = A⁻¹ on the pruned ones, or by LU. With K = (H_PP)⁻¹ and ŵ = Hb,
 
     F(p) = ŵ_PᵀKŵ_P + c₀ − gᵀHg,    r_P = Kŵ_P,    v_S = ŵ_S − H_SP r_P,    M = H_SS − H_SP K H_PS
     prune u:  v_u²/M_uu      keep p again:  r_p²/K_pp
@@ -33,7 +33,7 @@ from maskopt.core.problem import LayerProblem, RowProblem
 from maskopt.errors import VerificationError
 from maskopt.protocol.solution import SWAP_TOLERANCE, swap_threshold
 
-#: numbers that are formed at a time
+#: most numbers in one temporary array
 AT_ONCE = 2**22
 
 
@@ -68,7 +68,7 @@ class Swaps(NamedTuple):
 
 
 class UnchangedCosts:
-    """f of a layer's rows."""
+    """The objective f of a layer's rows."""
 
     def __init__(self, layer: LayerProblem) -> None:
         self.layer = layer
@@ -129,21 +129,21 @@ class UnchangedCosts:
 
 
 class _Solved(NamedTuple):
-    """One row of updated weights: K, r, v, the diagonal of M, B, and F, with its weights times `scale`."""
+    """One row of updated weights, times `scale`: K, r, v, the diagonal of M (`m`), B (`pull`), and F."""
 
     kept: Tensor
     pruned: Tensor
     k: Tensor
     r: Tensor
     v: Tensor
-    own: Tensor
+    m: Tensor
     pull: Tensor
     objective: Tensor
     scale: float
 
 
 class UpdatedCosts:
-    """F of a layer's rows."""
+    """The objective F of a layer's rows."""
 
     def __init__(self, layer: LayerProblem) -> None:
         self.layer, self.squares = layer, layer.least_squares
@@ -155,7 +155,7 @@ class UpdatedCosts:
         kept, lost = mask[row].nonzero()[:, 0], w.clone()
         if len(kept):
             lost[kept] -= torch.linalg.solve(damped[kept][:, kept], (damped @ w + g)[kept])
-        # of a G of 0, A is the identity that stands in for it, and nothing is lost
+        # where G is 0, A is an identity that stands in for it, and nothing is lost
         total = torch.zeros_like(lost[0]) if self.squares.flat else lost @ (damped @ lost)
         return (total + 2 * lost @ g + self.layer.constant[row]).clamp(min=0.0)
 
@@ -185,7 +185,7 @@ class UpdatedCosts:
             if self.squares.flat:  # every mask costs the same
                 prune[row, s.kept], keep[row, s.pruned] = 0.0, 0.0
                 continue
-            prune[row, s.kept] = (s.v / s.own.sqrt() / s.scale).square()
+            prune[row, s.kept] = (s.v / s.m.sqrt() / s.scale).square()
             keep[row, s.pruned] = (s.r / s.k.diagonal().sqrt() / s.scale).square()
         return Prices(prune, keep, objective)
 
@@ -193,7 +193,7 @@ class UpdatedCosts:
         """Return the swaps of one row."""
         s, n = self._solved(mask, row), self.layer.n
         mass = self.layer.take([row]).diagonal_mass()[0] * s.scale * s.scale
-        # roots before squares: of a G of 1e-165 the squares would be 0
+        # roots before squares: for a G of 1e-165 the squares would be 0
         size, place = s.k.diagonal().sqrt(), torch.zeros(n, dtype=torch.long, device=mask.device)
         place[s.kept] = torch.arange(len(s.kept), device=mask.device)
         place[s.pruned] = torch.arange(len(s.pruned), device=mask.device)
@@ -203,11 +203,11 @@ class UpdatedCosts:
             if self.squares.flat:
                 return torch.zeros(len(i), len(j), dtype=torch.float64, device=mask.device)
             pull = s.pull[i][:, j]
-            change = (pull / size[j]).square() + s.own[i][:, None]
-            left = s.v[i][:, None] - pull * (s.r[j] / s.k.diagonal()[j])
-            found = (left / change.sqrt()).square() - (s.r[j] / size[j]).square()
+            change = (pull / size[j]).square() + s.m[i][:, None]
+            weight = s.v[i][:, None] - pull * (s.r[j] / s.k.diagonal()[j])
+            cost = (weight / change.sqrt()).square() - (s.r[j] / size[j]).square()
             # less than a float64 can hold without the scale is no change
-            return found.masked_fill(found / s.scale / s.scale == 0, 0.0)
+            return cost.masked_fill(cost / s.scale / s.scale == 0, 0.0)
 
         return Swaps(delta, s.objective, mass, s.scale)
 
@@ -220,10 +220,10 @@ class UpdatedCosts:
         k = (k + k.T) / 2
         r, cross = k @ free[pruned], inverse[kept][:, pruned]
         pull = -cross @ k
-        own = inverse.diagonal()[kept] + (pull * cross).sum(1)
+        m = inverse.diagonal()[kept] + (pull * cross).sum(1)
         lost = torch.zeros_like(constant) if self.squares.flat else free[pruned] @ r
         objective = (lost + constant).clamp(min=0.0)
-        return _Solved(kept, pruned, k, r, free[kept] - cross @ r, own, pull, objective, scale)
+        return _Solved(kept, pruned, k, r, free[kept] - cross @ r, m, pull, objective, scale)
 
     def _scaled(self, row: int) -> tuple[Tensor, Tensor, float]:
         """Return b and c₀ − gᵀHg of one row for weights times a power of two, and that power."""
@@ -311,7 +311,7 @@ def improving_swap_between_rows(
     pruned, (least, most) = (~mask).sum(1), layer.row_limits
     low.values[pruned >= most], high.values[pruned <= least] = torch.inf, -torch.inf
     give, take = share * (low.values + slack), share * (high.values - slack)
-    # the best of each side, and the next best where both are of one row: inside a row the two interact
+    # the two best of each side, since the best may be of one row, inside which they interact
     pairs = [
         (float(give[i] - take[j]), i, j)
         for i in give.argsort(stable=True)[:2].tolist()

@@ -1,6 +1,6 @@
-"""Check everything that a solution claims, in float64, and say what each claim rests on.
+"""Checks of everything that a solution claims, in float64, and the basis of each claim.
 
-Nothing here is shared with any solver, nor with the way in which an objective was computed.
+They share nothing with any solver, nor with the computation of an objective.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from maskopt.errors import MaskoptError, VerificationError
 from maskopt.protocol.solution import OPTIMAL_TOLERANCE, Solution, Status, optimal_slack, size_of
 from maskopt.protocol.solver import is_trusted
 
-#: all masks of a row with at most so many are enumerated, to test OPTIMAL and lower bounds
+#: most masks of a row that are enumerated, to test OPTIMAL and lower bounds
 ENUMERATION_LIMIT = 20_000
-#: … and of updated weights, where a mask costs s³ operations for s pruned, with at most so many operations
+#: most operations for that of updated weights, where a mask costs s³ operations for s pruned
 REFIT_ENUMERATION_LIMIT = 10**10
 #: relative difference at which a stated objective is wrong, unless float64 can lose so much of its sum
 OBJECTIVE_TOLERANCE = 1e-9
@@ -78,7 +78,7 @@ def verify(
     layer = problem.as_layer()
     if not isinstance(solution, Solution):
         raise VerificationError(
-            f"what is verified is a Solution, not a {type(solution).__name__}; of a mask alone make "
+            f"`verify` takes a Solution, not a {type(solution).__name__}; make one of a mask by "
             "Solution.of(problem, mask)"
         )
     mask = _legal_mask(layer, solution)
@@ -133,10 +133,10 @@ def _verify_claims(layer: LayerProblem, mask: Tensor, solution: Solution, roundi
                 f"{' and some '.join((status, *others))}"
             )
         if layer.shared_budget:
-            claim, bounded, what = f"the rows claim {status}", "the rows state", "sum"
+            claim, bounded, quantity = f"the rows claim {status}", "the rows state", "sum"
         else:
             claim, bounded = f"row {first} claims {status}", f"row {first} states"
-            what = "objective"
+            quantity = "objective"
         claim = f"status: {claim}"
         if status is not Status.FEASIBLE:
             # an optimum within OPTIMAL_TOLERANCE can leave swaps of that size
@@ -146,19 +146,19 @@ def _verify_claims(layer: LayerProblem, mask: Tensor, solution: Solution, roundi
                 if layer.shared_budget:
                     gained, lost = f"{gained} of row {swap.other}", f"{lost} of row {swap.row}"
                 raise VerificationError(
-                    f"{claim}, yet keeping {gained} instead of {lost} changes the {what} by "
+                    f"{claim}, yet keeping {gained} instead of {lost} changes the {quantity} by "
                     f"{swap.delta:.6g}"
                 )
         if status is Status.OPTIMAL and objective - bound > room:
             raise VerificationError(
-                f"{claim} without proof: {what} {objective:.9g}, lower bound {bound:.9g}"
+                f"{claim} without proof: {quantity} {objective:.9g}, lower bound {bound:.9g}"
             )
         if optimum_of is None:
             continue
         optimum, error = optimum_of(first)
         if layer.integral:
             error = 0.0
-        exists = f"but a mask of {what} {optimum:.12g} exists"
+        exists = f"but a mask of {quantity} {optimum:.12g} exists"
         if bound > optimum + error:
             raise VerificationError(f"lower bound: {bounded} {bound:.12g}, {exists}")
         if status is Status.OPTIMAL and objective > optimum + error:
@@ -245,11 +245,11 @@ def _legal_mask(layer: LayerProblem, solution: Solution) -> Tensor:
         mask = layer.check_mask(solution.mask)
     except MaskoptError as error:
         raise VerificationError(f"pattern: {error}") from None
-    for what in ("objective", "lower_bound"):
-        value = getattr(solution, what)
+    for name in ("objective", "lower_bound"):
+        value = getattr(solution, name)
         if value.shape != (layer.rows,) or value.dtype != torch.float64:
             raise VerificationError(
-                f"{what} must be float64 [{layer.rows}], not {value.dtype} {list(value.shape)}"
+                f"{name} must be float64 [{layer.rows}], not {value.dtype} {list(value.shape)}"
             )
     stated, omega = (None if x is None else x.tolist() for x in (solution.omega, layer.omega))
     if solution.units != layer.units or stated != omega:
@@ -294,8 +294,8 @@ def _trusted(solution: Solution, row: int, proven: float) -> str:
         return solution.trusted[row]
     bound = f"lower bound: row {row} states {float(solution.lower_bound[row]):.12g}"
     if solution.certificate is not None or solution.proof is not None:
-        what = "certificate" if solution.proof is None else "proof"
-        raise VerificationError(f"{bound}, its {what} proves {proven:.12g}")
+        kind = "certificate" if solution.proof is None else "proof"
+        raise VerificationError(f"{bound}, its {kind} proves {proven:.12g}")
     raise VerificationError(
         f"{bound}, positive without a certificate, and no exact solver is trusted with it"
     )

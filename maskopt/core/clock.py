@@ -7,12 +7,11 @@ import time
 
 
 class _Clock:
-    """Seconds of `time.monotonic()` without compilation, which counts neither as `seconds` of a solution nor
-    towards a time limit."""
+    """Seconds without compilation, which counts neither for a solution nor towards a time limit."""
 
     def __init__(self) -> None:
         self._lock, self._depth = threading.Lock(), 0
-        #: seconds of compilation so far, and when the one under way began
+        #: seconds of past compilations, and the start of the current one
         self._compiled: tuple[float, float | None] = 0.0, None
 
     def __call__(self) -> float:

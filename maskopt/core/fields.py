@@ -113,31 +113,31 @@ class Option:
             return self.help
         return f"With {self.condition}: {self.help[0].lower()}{self.help[1:]}"
 
-    def checked(self, given: Any, called: str = "") -> Any:
+    def checked(self, value: Any, called: str = "") -> Any:
         """Return the value; a list becomes a tuple, and a NumPy number a Python number.
 
         OptionError names the option (`called`, or its name in backticks), the allowed and the given value.
         """
         kinds = [typing.get_origin(kind) for kind in alternatives(self.hint)]
-        if isinstance(given, list) and tuple in kinds:
-            given = tuple(given)
-        elif isinstance(given, str) and kinds[0] is list:  # of a configuration file
-            given = [given]
-        elif isinstance(given, np.generic):
-            given = given.item()
-        if not _fits(given, self.hint) or not self._in_range(given):
+        if isinstance(value, list) and tuple in kinds:
+            value = tuple(value)
+        elif isinstance(value, str) and kinds[0] is list:  # of a configuration file
+            value = [value]
+        elif isinstance(value, np.generic):
+            value = value.item()
+        if not _fits(value, self.hint) or not self._in_range(value):
             wanted = " ".join(part for part in (self.type, self.range) if part) + ","
             if self.choices:
                 wanted = f"one of: {', '.join(self.choices)};"
-            raise OptionError(f"{called or f'`{self.name}`'} must be {wanted} not {given!r}")
-        return given
+            raise OptionError(f"{called or f'`{self.name}`'} must be {wanted} not {value!r}")
+        return value
 
     def _in_range(self, value: Any) -> bool:
         if self.choices:
             return value is None or value in self.choices
         if not isinstance(value, int | float):
             return True
-        # written so that NaN is in no range, and neither is infinity
+        # NaN and infinity fail the first comparison
         return (
             -math.inf < value < math.inf
             and (self.least is None or value >= self.least)
@@ -171,8 +171,8 @@ def options_of(kind: type, *names: str) -> tuple[Option, ...]:
 
 def parameters_of(function: Callable[..., Any]) -> tuple[Option, ...]:
     """Return the options that are default values in a function's signature; `--help` shows them all."""
-    found = inspect.signature(function, eval_str=True).parameters.values()
-    fields = [(p.name, p.annotation, p.default) for p in found if p.kind is not p.VAR_KEYWORD]
+    parameters = inspect.signature(function, eval_str=True).parameters.values()
+    fields = [(p.name, p.annotation, p.default) for p in parameters if p.kind is not p.VAR_KEYWORD]
     made = options_of(dataclasses.make_dataclass(function.__name__, fields, kw_only=True))
     return tuple(dataclasses.replace(known, shown=known.shown is not False) for known in made)
 
@@ -187,8 +187,8 @@ def check_options(value: Any, owner: str = "") -> None:
 def check_needs(value: Any) -> None:
     """Raise OptionError for an option that is given without the option that it needs."""
     for known in options_of(type(value)):
-        given = known.needs and getattr(value, known.name) != known.default
-        if given and not known.has_effect(getattr(value, known.needs[0])):
+        changed = known.needs and getattr(value, known.name) != known.default
+        if changed and not known.has_effect(getattr(value, known.needs[0])):
             raise OptionError(f"`{known.name}` needs {known.condition}")
 
 
@@ -200,10 +200,10 @@ def build(
     OptionError for a bad value, or an option that the class does not have; its hint may name `others`, too.
     """
     names = [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
-    for given in options:
-        if given not in names:
-            hint = near(given, [*names, *others]) or "; it has none"
-            raise OptionError(f"{what} {name!r} has no option {given!r}{hint}")
+    for option_name in options:
+        if option_name not in names:
+            hint = near(option_name, [*names, *others]) or "; it has none"
+            raise OptionError(f"{what} {name!r} has no option {option_name!r}{hint}")
     return kind(**options)
 
 

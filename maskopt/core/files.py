@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and hold no pickles; dataclasses as their parts, and as their rows."""
+"""Files that appear whole or not at all and hold no pickles; dataclasses as arrays, and by rows."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _ARRAYS = {
 }
 #: truth values, whole and real numbers
 _NUMBERS = "biuf"
-#: what the operating system says where a disk is full
+#: error numbers of a full disk
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: weights, where there is a config.json; safetensors files are weights in any folder
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf")
@@ -56,12 +56,12 @@ def check_writable(path: Path, *, overwrite: bool | None, **inputs: Any) -> None
         raise OptionError(f"{path}: is a folder; name a file")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise OptionError(f"{path.parent}: cannot be written to")
-    for name, given in inputs.items():
-        if isinstance(given, str | Path) and same_file(path, given):
+    for name, value in inputs.items():
+        if isinstance(value, str | Path) and same_file(path, value):
             raise OptionError(f"{path} is the {name} itself; name another file for the output")
     if overwrite is None or not path.exists():
         return
-    # of a link, where it lies and where it leads to: not every writer replaces the link itself
+    # the folders of a link and of its target: not every writer replaces the link itself
     for names in map(os.listdir, {folder, Path(os.path.realpath(path)).parent}):
         weights = (".safetensors", *(_OTHER_WEIGHTS if "config.json" in names else ()))
         if any(name.endswith(weights) for name in names):
@@ -70,17 +70,17 @@ def check_writable(path: Path, *, overwrite: bool | None, **inputs: Any) -> None
         raise OptionError(f"{path} exists; pass `overwrite` to replace it")
 
 
-def same_file(one: str | Path, other: str | Path) -> bool:
-    """Do two paths lead to the same file or folder? Links and bind mounts are noticed."""
+def same_file(path: str | Path, other: str | Path) -> bool:
+    """Return whether two paths lead to the same file or folder, also by links or bind mounts."""
     try:
-        return os.path.samefile(one, other)
-    except (OSError, ValueError):  # one does not exist, or is no path
+        return os.path.samefile(path, other)
+    except (OSError, ValueError):  # either does not exist, or is no path
         return False
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file, flushed to disk and then renamed onto `path`; gone if the body raises."""
+    """Open a binary file that is flushed and then renamed onto `path`; it is deleted if the body raises."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -94,13 +94,15 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in NO_SPACE:
-            error.filename = str(path)  # a full disk does not say of what
+            error.filename = str(path)  # the error of a full disk names no file
         raise
 
 
 def pack(value: Any, name: str = "") -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """A value as words for a header and arrays for `write_arrays`, by dotted names: of a dataclass its
-    fields, of a sequence of dataclasses its entries. None is left out; bfloat16 is widened."""
+    """Split a value into words for a header and arrays for `write_arrays`, both by dotted names.
+
+    A dataclass gives its fields, a sequence of dataclasses its entries. None is left out, bfloat16 widened.
+    """
     if isinstance(value, Tensor):
         value = value.float() if value.dtype == torch.bfloat16 else value
         return {}, {name: value.detach().cpu().contiguous().numpy()}
@@ -115,8 +117,8 @@ def pack(value: Any, name: str = "") -> tuple[dict[str, Any], dict[str, np.ndarr
     words: dict[str, Any] = {}
     arrays: dict[str, np.ndarray] = {}
     for part, entry in parts.items():
-        more = pack(entry, f"{name}.{part}" if name else part)
-        words, arrays = words | more[0], arrays | more[1]
+        new_words, new_arrays = pack(entry, f"{name}.{part}" if name else part)
+        words, arrays = words | new_words, arrays | new_arrays
     return words, arrays
 
 
@@ -127,21 +129,23 @@ def unpack(
     name: str = "",
     **others: Any,
 ) -> Kind:
-    """Inverse of `pack`: lists of words become tuples, arrays tensors, except in fields of `np.ndarray`;
-    `others` are fields that hold dataclasses. TypeError or ValueError: a missing field, or an array that
-    torch lacks."""
-    found = dict(others)
+    """Invert `pack`: lists of words become tuples, arrays tensors, except in fields of `np.ndarray`.
+
+    `others` are fields that hold dataclasses. TypeError or ValueError: a missing field, or an array of a type
+    that torch lacks.
+    """
+    values = dict(others)
     for field in fields(kind):  # type: ignore[arg-type]
         key = f"{name}.{field.name}" if name else field.name
         if field.name in others:
             continue
         if key in arrays:
             plain = field.type == "np.ndarray"
-            found[field.name] = arrays[key] if plain else torch.from_numpy(arrays[key])
+            values[field.name] = arrays[key] if plain else torch.from_numpy(arrays[key])
         elif key in words:
             word = words[key]
-            found[field.name] = tuple(word) if isinstance(word, list) else word
-    return kind(**found)
+            values[field.name] = tuple(word) if isinstance(word, list) else word
+    return kind(**values)
 
 
 def unpack_rows(
@@ -151,13 +155,13 @@ def unpack_rows(
     name: str,
     rows: int,
 ) -> list[Kind | None] | None:
-    """A sequence of dataclasses, one or None a row; None where no row has one."""
+    """Invert `pack` for a list of dataclasses, one or None a row; None where no row has one."""
     first = fields(kind)[0].name  # type: ignore[arg-type]
-    found = [
+    entries = [
         unpack(kind, words, arrays, f"{name}.{row}") if f"{name}.{row}.{first}" in arrays else None
         for row in range(rows)
     ]
-    return found if any(entry is not None for entry in found) else None
+    return entries if any(entry is not None for entry in entries) else None
 
 
 def write_arrays(
@@ -166,7 +170,7 @@ def write_arrays(
     header: Mapping[str, Any],
     arrays: Mapping[str, np.ndarray],
 ) -> None:
-    """An .npz of arrays under a JSON header that says which kind of thing it is."""
+    """Write an .npz of arrays with a JSON header that names their kind."""
     text = json.dumps({"format": FORMAT, "kind": kind, **header})
     with atomic_write(Path(path)) as file:
         np.savez(file, header=np.array(text), **arrays)  # type: ignore[arg-type]
@@ -175,8 +179,10 @@ def write_arrays(
 def read_arrays(
     path: str | os.PathLike[str], *kinds: str
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Header and arrays of `write_arrays`, in no more memory than the file has bytes. ProblemError: no such
-    file, another format or kind, unknown names, compressed or overlapping arrays."""
+    """Read the header and the arrays of `write_arrays`, in no more memory than the file has bytes.
+
+    ProblemError: no such file, another format or kind, unknown names, compressed or overlapping arrays.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             members = _members(archive, os.path.getsize(path))
@@ -194,30 +200,32 @@ def read_arrays(
         raise ProblemError(f"{path}: no such file") from None
     except ProblemError as error:
         raise ProblemError(f"{path}: {error}") from None
-    except Exception as error:  # zipfile, JSON and NumPy: all mean "not ours"
+    except Exception as error:  # of zipfile, JSON or NumPy: the file is another one
         raise ProblemError(f"{path}: not a maskopt instance ({error})") from None
     return header, arrays
 
 
 def _members(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
-    """The arrays of an archive by name. Raises ProblemError where they take more memory than its size."""
-    found = archive.infolist()
-    packed = any(info.compress_type != zipfile.ZIP_STORED for info in found)
-    if packed or sum(info.file_size for info in found) > size:
+    """List the arrays of an archive by name; ProblemError where they take more memory than its size."""
+    members = archive.infolist()
+    packed = any(info.compress_type != zipfile.ZIP_STORED for info in members)
+    if packed or sum(info.file_size for info in members) > size:
         raise ProblemError("its arrays are compressed, or overlap; write them with numpy.savez")
-    return {info.filename.removesuffix(".npy"): info for info in found}
+    return {info.filename.removesuffix(".npy"): info for info in members}
 
 
 def has_header(path: str | os.PathLike[str]) -> bool:
-    """Whether it is an archive that `write_arrays` wrote, or none that can be read."""
+    """Return whether a file is an archive of `write_arrays`, or no archive that can be read."""
     with suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
         return "header.npy" in archive.namelist()
     return True
 
 
 def read_array(path: str | os.PathLike[str]) -> np.ndarray:
-    """The array of a `.npy`, or the only one of an `.npz`, with the memory of `read_arrays`; ProblemError, in
-    which the caller names the file, for another one."""
+    """Read the array of a `.npy`, or the only one of an `.npz`, with the memory of `read_arrays`.
+
+    ProblemError for any other file, which the caller names.
+    """
     try:
         size = os.path.getsize(path)
         if Path(path).suffix.lower() == ".npy":
@@ -230,7 +238,7 @@ def read_array(path: str | os.PathLike[str]) -> np.ndarray:
             return _member(archive, info, _NUMBERS)
     except ProblemError:
         raise
-    except Exception as error:  # zipfile and NumPy: all mean "no array"
+    except Exception as error:  # of zipfile or NumPy: the file holds no array
         raise ProblemError(f"not an array ({error}); write it with numpy.save") from None
 
 
@@ -240,7 +248,7 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, kinds: str) -> np.n
 
 
 def _read(member: IO[bytes], size: int, name: str, kinds: str) -> np.ndarray:
-    """An array, once its header says that it is of one of these kinds and as long as its file."""
+    """Read an array whose header has one of these kinds and agrees with the length of its file."""
     version = npy.read_magic(member)
     read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
     shape, _, dtype = read(member)
@@ -256,8 +264,10 @@ def _read(member: IO[bytes], size: int, name: str, kinds: str) -> np.ndarray:
 
 
 def from_json(text: str) -> Any:
-    """The value of JSON text; ValueError for other text, for too deep nesting, or for half of a surrogate
-    pair, which cannot be written to any file."""
+    """Parse JSON text.
+
+    ValueError: other text, too deep nesting, or half of a surrogate pair, which no file can hold.
+    """
     try:
         value = json.loads(text)
         if "\\u" in text:
@@ -271,8 +281,10 @@ def from_json(text: str) -> Any:
 
 
 def take_rows(value: Any, rows: Tensor | Sequence[int]) -> Any:
-    """Some rows, by their indices and in their order, of what holds one value a row: tensors, sequences and
-    dataclasses of these. None, words and numbers hold for all rows and stay."""
+    """Select rows by their indices from tensors, sequences, and dataclasses of these.
+
+    None, words and numbers hold for all rows and stay.
+    """
     index = torch.as_tensor(rows, dtype=torch.int64)
     if is_dataclass(value) and not isinstance(value, type):
         names = [field.name for field in fields(value)]
@@ -285,7 +297,7 @@ def take_rows(value: Any, rows: Tensor | Sequence[int]) -> Any:
 
 
 def join_rows(parts: Sequence[Any]) -> Any:
-    """The rows of several parts in order. Of tensors of different widths the last column is repeated."""
+    """Join the rows of several parts; narrower tensors repeat their last column."""
     first = parts[0]
     if is_dataclass(first) and not isinstance(first, type):
         names = [field.name for field in fields(first)]

@@ -50,22 +50,24 @@ class Gram:
         self,
         inputs: Float[Tensor, "tokens n"],
         weights: Float[Tensor, " tokens"] | None = None,
-        mine: Container[int] | None = None,
+        tiles: Container[int] | None = None,
     ) -> Iterator[Callable[[], None]]:
-        """`add` without checks, as independent tasks for threads; all are done before those of the next
-        batch. `weights`: of each token, with a mean of 1; `mine`: the tiles (`tiles`) that are summed here;
-        None: all."""
+        """Split `add`, without its checks, into independent tasks for threads.
+
+        All must be done before those of the next batch. `weights`: of each token, with a mean of 1; `tiles`:
+        the tiles that this process sums, None: all.
+        """
         self.tokens += inputs.shape[0]
         for start in self.tiles():
-            if mine is None or start in mine:
+            if tiles is None or start in tiles:
                 yield lambda start=start: self._add_tile(inputs, weights, start)  # type: ignore[misc]
 
     def tiles(self) -> range:
-        """The first row of every tile: rows of the upper triangle, and what belongs to them."""
+        """Return the first row of every tile of the upper triangle."""
         return range(0, self.n, TILE)
 
     def tile(self, start: int) -> list[Tensor]:
-        """What was summed of a tile: views."""
+        """Return views of the sums of a tile."""
         rows = slice(start, min(start + TILE, self.n))
         return [self._sum[rows, start:], self._total[rows], self._between[rows]]
 
@@ -86,7 +88,7 @@ class Gram:
         self._between[start:stop] += total.square() / max(len(inputs), 1)
 
     def state(self) -> dict[str, Tensor]:
-        """All sums, for `restored`, to the bit; of the products the upper triangle, row after row."""
+        """Return all sums for `restored`, exactly; of the products the upper triangle, row after row."""
         rows, columns = torch.triu_indices(self.n, self.n, device=self._sum.device)
         return {
             "sum": self._sum[rows, columns],
@@ -97,14 +99,14 @@ class Gram:
 
     @classmethod
     def restored(cls, state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Gram:
-        """Inverse of `state`; ProblemError where its parts do not fit, or are no sums of squares."""
+        """Invert `state`; ProblemError where its parts do not fit, or are no sums of squares."""
         n = len(state["total"])
         if len(state["sum"]) != n * (n + 1) // 2 or state["between"].shape != state["total"].shape:
             raise ProblemError(f"the state of a Gram matrix of {n} inputs does not fit together")
         gram = cls(n, device)
         rows, columns = torch.triu_indices(n, n, device=gram._sum.device)
         gram._sum[rows, columns] = state["sum"].to(gram._sum)
-        # nothing checks definiteness later: G is taken to be a sum of xxᵀ, and no rounding makes x² negative
+        # definiteness is not checked later: G is taken for a sum of xxᵀ, and no rounding makes x² negative
         if not bool(torch.isfinite(gram._sum).all() & (gram._sum.diagonal() >= 0).all()):
             raise ProblemError(
                 "its diagonal is below 0, or values are not finite: no sum of squares is so"
@@ -115,21 +117,25 @@ class Gram:
         return gram
 
     def moments(self, *, dtype: torch.dtype = torch.float32) -> Float[Tensor, "2 n"]:
-        """The mean input over tokens, and the variance of every input about its mean in a sequence, averaged
-        over tokens; zeros where no token was seen."""
+        """Return the mean of every input, and its variance about its mean in a sequence, both over tokens.
+
+        They are zeros where no token was seen.
+        """
         within = (self._sum.diagonal() - self._between).clamp(min=0.0)
         return (torch.stack([self._total, within]) / max(self.tokens, 1)).to(dtype)
 
     def value(
         self, *, shrinkage: float = 0.0, dtype: torch.dtype = torch.float32
     ) -> Float[Tensor, "n n"]:
-        """The mean over tokens, [n, n], symmetric; zeros where no token was seen. `shrinkage`: α in [0, 1] of
-        G ← (1−α)·G + α·diag(G); Wanda's problem at 1."""
+        """Return the mean over tokens, [n, n], symmetric; zeros where no token was seen.
+
+        `shrinkage`: α in [0, 1] of G ← (1−α)·G + α·diag(G); Wanda's problem at 1.
+        """
         if not 0 <= shrinkage <= 1:
             raise ProblemError(f"shrinkage must lie in [0, 1], not {shrinkage}")
         result = torch.empty(self.n, self.n, dtype=dtype, device=self._sum.device)
         scale = 1.0 / max(self.tokens, 1)
-        for start in range(0, self.n, TILE):
+        for start in self.tiles():
             stop = min(start + TILE, self.n)
             rows = self._sum[start:stop, start:] * scale
             square = rows[:, : stop - start].triu()

@@ -1,4 +1,4 @@
-"""What a problem is made of, checked once: tensors, finite, symmetric, semidefinite."""
+"""Checks of the inputs of a problem: shapes, types, finite values, symmetry and definiteness."""
 
 from __future__ import annotations
 
@@ -36,12 +36,13 @@ def range_scale(values: Float[Tensor, "*rows n"]) -> Float[Tensor, "*rows"]:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no entry is NaN or infinite. A finite sum shows it sooner; any other may be an overflow."""
+    """Return whether no entry is NaN or infinite."""
+    # a finite sum shows it sooner; any other may be an overflow
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def as_tensor(array: ArrayLike, what: str) -> Tensor:
-    """As a tensor with contiguous rows, whatever view is given: kernels read and write them in place."""
+    """Return a tensor with contiguous rows, which kernels read and write in place."""
     if isinstance(array, list | tuple):
         try:
             array = np.asarray(array, dtype=np.float64)
@@ -52,7 +53,7 @@ def as_tensor(array: ArrayLike, what: str) -> Tensor:
             raise ProblemError(f"{what} must hold real floating-point numbers, not {array.dtype}")
         if array.dtype.itemsize > 8:  # long doubles, which torch does not have
             array = array.astype(np.float64)
-        # torch reads native byte order and writable memory only
+        # torch.from_numpy takes native byte order and writable memory only
         array = torch.from_numpy(np.ascontiguousarray(array, array.dtype.newbyteorder("=")).copy())
     if not isinstance(array, Tensor):
         raise ProblemError(f"{what} must be a torch tensor or a NumPy array, not {type(array)}")
@@ -70,7 +71,7 @@ def as_tensor(array: ArrayLike, what: str) -> Tensor:
 def as_mask(
     mask: Any, weight: Tensor, what: str = "mask", error: type[MaskoptError] = ProblemError
 ) -> Tensor:
-    """A bool mask for this weight [rows, n], of one row also [n], on its device; else `error` is raised."""
+    """Return a bool mask for this weight [rows, n] on its device; of one row also [n]; else raise `error`."""
     tensor = torch.as_tensor(mask)
     if tensor.ndim == 1 and weight.shape[0] == 1:
         tensor = tensor[None]
@@ -82,7 +83,7 @@ def as_mask(
 
 
 def weight_and_gram(weight: ArrayLike, gram: ArrayLike, label: str) -> tuple[Tensor, Tensor]:
-    """Of fitting shapes, on one device."""
+    """Return both as tensors; ProblemError unless their shapes fit and they are on one device."""
     w, g = as_tensor(weight, f"{label}weight"), as_tensor(gram, f"{label}gram")
     if w.ndim != 2 or 0 in w.shape:
         raise ProblemError(
@@ -102,7 +103,7 @@ def weight_and_gram(weight: ArrayLike, gram: ArrayLike, label: str) -> tuple[Ten
 
 
 def check_rows(rows: Any, count: int) -> None:
-    """Raise ProblemError unless rows are a slice, or indices or a bool tensor for so many."""
+    """Raise ProblemError unless rows are a slice, or indices or a bool tensor for `count` rows."""
     sound = isinstance(rows, slice)
     if isinstance(rows, Tensor) and rows.ndim == 1 and rows.dtype == torch.bool:
         sound = len(rows) == count
@@ -118,7 +119,7 @@ def check_rows(rows: Any, count: int) -> None:
 
 
 def column_index(columns: Any, n: int) -> Tensor:
-    """Distinct indices of some of n inputs."""
+    """Return distinct indices of inputs as a tensor; ProblemError for any others."""
     index = torch.as_tensor(columns)
     if index.ndim != 1 or len(index) == 0 or not is_whole(index):
         raise ProblemError("columns must be a list of at least one input index")
@@ -128,7 +129,7 @@ def column_index(columns: Any, n: int) -> Tensor:
 
 
 def of_shape(array: ArrayLike, shape: tuple[int, ...], what: str) -> Tensor:
-    """An array of this shape."""
+    """Return an array of this shape as a tensor; ProblemError for any other."""
     tensor = as_tensor(array, what)
     if tensor.shape != shape:
         raise ProblemError(f"{what} must be {list(shape)}, not {list(tensor.shape)}")
@@ -136,19 +137,19 @@ def of_shape(array: ArrayLike, shape: tuple[int, ...], what: str) -> Tensor:
 
 
 def moments_of(moments: ArrayLike | None, n: int, label: str) -> Tensor | None:
-    """The mean of the inputs, [1, n], or mean and variance, [2, n]; None stays None."""
+    """Return the mean of the inputs, [1, n], or mean and variance, [2, n]; None stays None."""
     if moments is None:
         return None
-    found = torch.atleast_2d(as_tensor(moments, f"{label}moments"))
-    if found.shape not in ((1, n), (2, n)):
-        raise ProblemError(f"{label}moments must be [{n}] or [2, {n}], not {list(found.shape)}")
-    if bool((found[1:] < 0).any()):
+    tensor = torch.atleast_2d(as_tensor(moments, f"{label}moments"))
+    if tensor.shape not in ((1, n), (2, n)):
+        raise ProblemError(f"{label}moments must be [{n}] or [2, {n}], not {list(tensor.shape)}")
+    if bool((tensor[1:] < 0).any()):
         raise ProblemError(f"{label}a variance is a mean of squares, and not below 0")
-    return found
+    return tensor
 
 
 def shares_of_rows(omega: ArrayLike | None, weight: Tensor, label: str) -> Tensor | None:
-    """ω in float64, on the device of the weight; None stays None."""
+    """Return ω in float64, on the device of the weight; None stays None."""
     if omega is None:
         return None
     shares = of_shape(omega, (len(weight),), f"{label}omega")
@@ -158,6 +159,7 @@ def shares_of_rows(omega: ArrayLike | None, weight: Tensor, label: str) -> Tenso
 
 
 def symmetric(gram: Tensor, label: str) -> Tensor:
+    """Return G in float32 or float64, made symmetric; ProblemError beyond rounding."""
     if gram.dtype not in (torch.float32, torch.float64):
         gram = gram.float()
     if torch.equal(gram, gram.T):
@@ -173,13 +175,14 @@ def symmetric(gram: Tensor, label: str) -> Tensor:
 
 
 def check_semidefinite(gram: Tensor, label: str) -> None:
-    """Cholesky of G + tolerance·tr(G)·I; only a failure pays for eigenvalues."""
+    """Raise ProblemError unless G + tolerance·tr(G)·I is positive semidefinite."""
     g = gram.double()
     trace = float(g.trace())
     shift = PSD_TOLERANCE * trace
     if trace > 0:
         shifted = g / trace  # keeps extreme scales within range
         shifted.diagonal().add_(PSD_TOLERANCE)
+        # Cholesky decides; only a failure pays for eigenvalues
         if int(torch.linalg.cholesky_ex(shifted).info) == 0:
             return
     elif not g.any():
@@ -220,7 +223,7 @@ def check_costs(weight: Tensor, gram: Tensor, label: str) -> None:
 
 
 def is_whole(index: Tensor) -> bool:
-    """Whether a tensor holds whole numbers, by its type."""
+    """Return whether the type of a tensor is one of whole numbers."""
     return not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
 
 
@@ -228,12 +231,12 @@ def check_integral(weight: Tensor, gram: Tensor, linear: bool, label: str) -> No
     """Raise ProblemError unless f is a whole number ≥ 0 of every mask, exact in float64."""
     if linear:
         raise ProblemError(f"{label}integral: an objective with a linear part is no sum of wholes")
-    parts = {
+    arrays = {
         "weight": weight.double(),
         "the diagonal of gram": gram.diagonal().double(),
         "twice gram": 2 * gram.double(),
     }
-    for what, array in parts.items():
+    for what, array in arrays.items():
         broken = (array != array.round()).nonzero()
         if len(broken):
             value = float(array[tuple(broken[0].tolist())])

@@ -26,14 +26,12 @@ from maskopt.errors import OptionError, ProblemError
 
 #: least damping: below it float64 could not tell one kept set from another where G is singular
 LEAST_DAMPING = 1e-6
-#: bytes of gathered matrices that one thread works on; at most; and rows that share a pass over A
+#: bytes of gathered matrices that one thread works on, usually and at most, and rows that share a pass over A
 _TILE_BYTES, _MOST_BYTES, _TILE_ROWS = 2**25, 2**26, 16
 #: size below which LAPACK factorises
 _LEAF = 32
 #: relative residual in float64 at which a row is done, and steps of refinement in which it must be
 _DONE, _REFINEMENTS = 1e-10, 12
-#: the greatest number
-_ANY = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -52,18 +50,23 @@ class LeastSquaresUpdate:
     power: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, most, says in (("damping", _ANY, "at least 0"), ("power", 1, "0 to 1")):
+        ranges = ("damping", sys.float_info.max, "at least 0"), ("power", 1, "0 to 1")
+        for name, most, words in ranges:
             value = getattr(self, name)
             number = isinstance(value, Real) and not isinstance(value, bool)
             if not number or not 0 <= float(value) <= most:
-                raise OptionError(f"`{name}` must be {says}, not {value!r}")
+                raise OptionError(f"`{name}` must be {words}, not {value!r}")
             object.__setattr__(self, name, float(value))
 
 
 @dataclass(frozen=True, eq=False)
 class LeastSquares:
-    """The damped metric A = G + λD that the rows of a layer share: G in its dtype, and λD (`ridge`), float64,
-    in the units of G; 0 where G is 0."""
+    """The damped metric A = G + λD that the rows of a layer share.
+
+    Attributes:
+        gram: G in its dtype.
+        ridge: the diagonal of λD, float64, in the units of G; 0 where G is 0.
+    """
 
     gram: Float[Tensor, "n n"]
     ridge: Float[Tensor, " n"]
@@ -79,7 +82,7 @@ class LeastSquares:
 
     @cached_property
     def flat(self) -> bool:
-        """Is G 0, and every set as good as any?"""
+        """Whether G is 0, so that every mask costs the same."""
         return not bool(self.ridge.any())
 
     @property
@@ -117,7 +120,7 @@ class LeastSquares:
     def target(
         self, weight: Float[Tensor, "rows n"], correlation: Float[Tensor, "rows n"]
     ) -> Float[Tensor, "rows n"]:
-        """b = Aw + g, float64."""
+        """Compute b = Aw + g, float64."""
         return weight.double() @ self.damped + correlation
 
     def solve(
@@ -126,8 +129,11 @@ class LeastSquares:
         mask: Bool[Tensor, "rows n"],
         limits: Limits | None = None,
     ) -> Float[Tensor, "rows n"]:
-        """v of every row, float64, zero where the mask prunes: Cholesky of each A_SS, k³/3 operations for k
-        kept, in float32 with refinement in float64 where G is float32 and that converges, else in float64."""
+        """Solve for v of every row, float64, zero where the mask prunes.
+
+        Each A_SS is factorised (Cholesky, k³/3 operations for k kept): in float32 with refinement in float64
+        where G is float32 and that converges, else in float64.
+        """
         rows, n = mask.shape
         sizes = ((mask.sum(1) + _LEAF - 1) // _LEAF * _LEAF).clamp(max=n)
         most_kept = int(sizes.max())
@@ -139,31 +145,31 @@ class LeastSquares:
         equal = [(sizes == size).nonzero()[:, 0] for size in sizes.unique()]
         parts = [part for rows in equal for part in rows.split(tile)]
         _ = self.damped  # made once, not by every thread
-        own = threading.local()
+        thread = threading.local()
 
-        def some(part: int) -> Tensor:
-            if not hasattr(own, "pages"):
-                own.pages = _Pages(tile, most_kept, n)
+        def solve_part(part: int) -> Tensor:
+            if not hasattr(thread, "pages"):
+                thread.pages = _Pages(tile, most_kept, n)
             rows = parts[part]
             kept, wanted = _Kept.of(mask[rows], int(sizes[rows[0]])), target[rows]
-            weight, residual = self._refined(wanted, kept, self.gram.dtype, own.pages)
+            weight, residual = self._refined(wanted, kept, self.gram.dtype, thread.pages)
             poor = (~(residual <= _DONE)).nonzero()[:, 0]
             if len(poor) and self.gram.dtype != torch.float64:
-                again = self._refined(wanted[poor], kept.take(poor), torch.float64, own.pages)
+                again = self._refined(wanted[poor], kept.take(poor), torch.float64, thread.pages)
                 weight[poor] = again[0]
             return weight
 
         with fast_products():
-            found = torch.cat(one_thread_each(some, len(parts), threads))
-        return torch.empty_like(found).index_copy_(0, torch.cat(parts), found)
+            weight = torch.cat(one_thread_each(solve_part, len(parts), threads))
+        return torch.empty_like(weight).index_copy_(0, torch.cat(parts), weight)
 
     def settled(
         self, weight: Float[Tensor, "rows n"], target: Float[Tensor, "rows n"], mask: Tensor
     ) -> Float[Tensor, "rows n"]:
-        """The same weights where ‖b − Av‖/‖b‖ of the kept inputs is small enough, solved again elsewhere."""
-        rest = target - weight @ self.damped
-        wanted, rest = (torch.where(mask, x, 0.0) for x in (target, rest))
-        poor = (~(_relative(rest, wanted) <= _DONE)).nonzero()[:, 0]
+        """Solve again for the rows whose ‖b − Av‖/‖b‖ of the kept inputs is not small enough."""
+        residual = target - weight @ self.damped
+        wanted, residual = (torch.where(mask, x, 0.0) for x in (target, residual))
+        poor = (~(_relative(residual, wanted) <= _DONE)).nonzero()[:, 0]
         if len(poor):
             weight = weight.index_copy(0, poor, self.solve(target[poor], mask[poor]))
         return weight
@@ -171,33 +177,35 @@ class LeastSquares:
     def _refined(
         self, target: Tensor, kept: _Kept, dtype: torch.dtype, pages: _Pages
     ) -> tuple[Tensor, Tensor]:
-        """Factors in this dtype, refined in float64. ∞ where a factorisation breaks down."""
+        """Solve by factors in this dtype and refine in float64.
+
+        Returns the weights and their relative residuals, ∞ where a factorisation breaks down.
+        """
         wanted = kept.of_rows(target)
         factor = self._factor(kept, dtype, pages)
         full = torch.zeros_like(target)
         best, least = full.clone(), torch.full_like(target[:, 0], torch.inf)
-        rest = wanted
+        residual = wanted
         for _ in range(_REFINEMENTS):
-            step = _substituted(factor, rest.to(dtype)).double()
+            step = _substituted(factor, residual.to(dtype)).double()
             full = full.scatter_add(1, kept.index, step)
-            rest = wanted - kept.of_rows(full @ self.damped)
-            residual = _relative(rest, wanted).nan_to_num(nan=torch.inf)
-            better = residual < least
+            residual = wanted - kept.of_rows(full @ self.damped)
+            size = _relative(residual, wanted).nan_to_num(nan=torch.inf)
+            better = size < least
             best = torch.where(better[:, None], full, best)
-            least = torch.where(better, residual, least)
-            if not bool((better & (residual > _DONE)).any()):
+            least = torch.where(better, size, least)
+            if not bool((better & (size > _DONE)).any()):
                 break
         return best, least
 
     def _factor(self, kept: _Kept, dtype: torch.dtype, pages: _Pages) -> Tensor:
-        """Cholesky factors [rows, k, k] of A_SS, padded by the identity; NaN where A_SS is not definite in
-        this dtype."""
+        """Factorise A_SS (Cholesky): [rows, k, k], padded by the identity; NaN where it is not definite."""
         source = self.damped if dtype == torch.float64 else self.gram
         matrix, lines = pages.of(kept.index, source)
         for row, (inputs, count) in enumerate(zip(kept.index, kept.counts, strict=True)):
             torch.index_select(source, 0, inputs, out=lines)
             torch.index_select(lines, 1, inputs, out=matrix[row])
-            matrix[row, count:] = 0  # below the diagonal, which is all that is read
+            matrix[row, count:] = 0  # below the diagonal: nothing else is read
         diagonal = matrix.diagonal(dim1=1, dim2=2)
         if source is self.gram:
             diagonal.add_(self._added.to(matrix.dtype)[kept.index])
@@ -210,7 +218,7 @@ class LeastSquares:
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """The kept inputs of some rows, padded with pruned ones to one size, and how many each row keeps."""
+    """The kept inputs of some rows, padded with pruned ones to one size, and their counts."""
 
     index: Tensor
     real: Bool[Tensor, "rows k"]
@@ -225,48 +233,51 @@ class _Kept:
         return _Kept(self.index[rows], self.real[rows], [self.counts[row] for row in rows.tolist()])
 
     def of_rows(self, x: Float[Tensor, "rows n"]) -> Float[Tensor, "rows k"]:
-        """Their entries of x; 0 of what is pruned."""
+        """Gather the kept entries of x; 0 for the padding."""
         return x.gather(1, self.index).masked_fill_(~self.real, 0)
 
 
-def _relative(rest: Float[Tensor, "rows k"], wanted: Float[Tensor, "rows k"]) -> Tensor:
-    """‖rest‖/‖wanted‖ of every row, whatever their size: by a power of two squares are within range."""
+def _relative(residual: Float[Tensor, "rows k"], wanted: Float[Tensor, "rows k"]) -> Tensor:
+    """Compute ‖residual‖/‖wanted‖ of every row, scaled by a power of two so that squares are in range."""
     if not wanted.shape[1]:
         return wanted.new_zeros(len(wanted))
     size = range_scale(wanted)[:, None]
-    return (rest * size).norm(dim=1) / (wanted * size).norm(dim=1).clamp(min=1e-300)
+    return (residual * size).norm(dim=1) / (wanted * size).norm(dim=1).clamp(min=1e-300)
 
 
 def _factorise(matrix: Float[Tensor, "rows k k"]) -> Bool[Tensor, " rows"]:
-    """Lower Cholesky factors in place, by halves, mostly products; False where a matrix is not definite."""
+    """Replace matrices by their lower Cholesky factors, by halves: mostly products, which are fast.
+
+    Returns False where a matrix is not definite.
+    """
     size = matrix.shape[1]
     if size <= _LEAF:
         factor, broken = torch.linalg.cholesky_ex(matrix)
         matrix.copy_(factor)
         return broken == 0
     half = size // 2
-    one, two, below = matrix[:, :half, :half], matrix[:, half:, half:], matrix[:, half:, :half]
-    whole = _factorise(one)
-    _divide(below, one)
-    two.baddbmm_(below, below.mT, alpha=-1)
-    return whole & _factorise(two)
+    upper, lower, below = matrix[:, :half, :half], matrix[:, half:, half:], matrix[:, half:, :half]
+    definite = _factorise(upper)
+    _divide(below, upper)
+    lower.baddbmm_(below, below.mT, alpha=-1)
+    return definite & _factorise(lower)
 
 
 def _divide(x: Float[Tensor, "rows m k"], factor: Float[Tensor, "rows k k"]) -> None:
-    """x L⁻ᵀ in place, likewise by halves."""
+    """Replace x by x L⁻ᵀ, likewise by halves."""
     size = factor.shape[1]
     if size <= _LEAF:
         x.copy_(torch.linalg.solve_triangular(factor, x.mT, upper=False).mT)
         return
     half = size // 2
-    one, two = x[:, :, :half], x[:, :, half:]
-    _divide(one, factor[:, :half, :half])
-    two.baddbmm_(one, factor[:, half:, :half].mT, alpha=-1)
-    _divide(two, factor[:, half:, half:])
+    left, right = x[:, :, :half], x[:, :, half:]
+    _divide(left, factor[:, :half, :half])
+    right.baddbmm_(left, factor[:, half:, :half].mT, alpha=-1)
+    _divide(right, factor[:, half:, half:])
 
 
 def _substituted(factor: Float[Tensor, "rows k k"], right: Float[Tensor, "rows k"]) -> Tensor:
-    """x of LLᵀx = b."""
+    """Solve LLᵀx = b."""
     middle = torch.linalg.solve_triangular(factor, right[..., None], upper=False)
     return torch.linalg.solve_triangular(factor.mT, middle, upper=True)[..., 0]
 
@@ -279,7 +290,7 @@ class _Pages:
         self._made: dict[torch.dtype, list[Tensor]] = {}
 
     def of(self, index: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
-        """[rows, k, k] and [k, n] in the dtype of the source, for `index` [rows, k]."""
+        """Return views [rows, k, k] and [k, n] in the dtype of the source, for `index` [rows, k]."""
         if source.dtype not in self._made:
             self._made[source.dtype] = [source.new_empty(size) for size in self._sizes]
         matrix, lines = self._made[source.dtype]

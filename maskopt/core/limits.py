@@ -17,7 +17,7 @@ from maskopt.errors import OptionError
 MOST_THREADS = 1024
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-#: what a keyword of `solve` or `lower_bound` sets in `Limits`
+#: keywords of `solve` and `lower_bound`, and the fields of `Limits` that they set
 KEYWORDS = {
     "time_limit": "seconds",
     "memory_limit": "memory",
@@ -40,8 +40,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one solve, start, search and bound together; `begin` sets the deadline, of `clock()`.
-    OptionError: a value outside its range."""
+    """Limits of one solve: start, search and bound together. `begin` sets the deadline, of `clock()`.
+
+    OptionError: a value outside its range.
+    """
 
     seconds: float | None = option(
         None, "wall-clock time, after which a solver ends its step and returns its best", least=0
@@ -72,7 +74,7 @@ class Limits:
             object.__setattr__(self, known.name, value)
 
     def begin(self) -> Limits:
-        """The same with the clock running. A clock that runs already is never set back."""
+        """Start the clock; one that runs already is never set back."""
         if self.seconds is None:
             return self
         return replace(self, deadline=min(self.deadline, clock() + self.seconds))
@@ -97,24 +99,24 @@ class Limits:
         return clock() >= self.deadline
 
     def share(self, part: float) -> Limits:
-        """The same with an earlier deadline, after `part` of what is left."""
+        """Set an earlier deadline, after `part` of the time that is left."""
         if not self.timed:
             return self
         return replace(self, deadline=clock() + part * self.left)
 
     def quiet(self) -> Limits:
-        """The same without a listener."""
+        """Remove the listener."""
         return replace(self, on_progress=None)
 
     def report(
         self, done: int, total: int, step: str = "", step_done: int = 0, step_total: int = 0
     ) -> None:
-        """Tell the listener, where there is one."""
+        """Report progress to the listener, if there is one."""
         if self.on_progress is not None:
             self.on_progress(Progress(done, total, step, step_done, step_total))
 
     def counter(self, total: int) -> Callable[[], None]:
-        """A function for threads to call when one of `total` is done, which reports how many are."""
+        """Make a function that threads call for each of `total` that is done; it reports their number."""
         done, lock = itertools.count(1), threading.Lock()
 
         def count() -> None:
@@ -124,12 +126,12 @@ class Limits:
         return count
 
     def bytes(self, default: int) -> int:
-        """`memory`, or the default."""
+        """Return `memory`, or the default."""
         return default if self.memory is None else int(self.memory)
 
 
 def parse_bytes(text: str) -> int:
-    """`8GiB`, `500MB`, `1.5g`, or a number of bytes; OptionError for anything else."""
+    """Parse `8GiB`, `500MB`, `1.5g`, or a number of bytes; OptionError for anything else."""
     cleaned = text.strip().lower().removesuffix("b")
     number = cleaned.rstrip("kmgti")
     try:

@@ -1,4 +1,4 @@
-"""What the masks of a layer's rows cost.
+"""The objectives f and F: the cost of the masks of a layer's rows.
 
 For a row with weights w [n] and the Gram matrix G [n, n] of the layer's inputs (the mean of xxᵀ
 over calibration tokens), a mask that prunes the set p ∈ {0,1}ⁿ changes the row's output by a mean
@@ -11,11 +11,12 @@ linear term:
 
     f(p) = E[(r + Σⱼ wⱼpⱼxⱼ)²] = (w⊙p)ᵀG(w⊙p) + 2 gᵀ(w⊙p) + c,     g = E[r·x],  c = E[r²].
 
-So it is where a layer of a partly pruned model is to give what it gave in the dense model. [[G, g], [gᵀ, c]]
-is itself a Gram matrix, of (x, r): f ≥ 0, and every bound on the quadratic part has its counterpart here.
+This is the case where a layer of a partly pruned model has the outputs of the dense model as its target.
+[[G, g], [gᵀ, c]] is itself a Gram matrix, of (x, r): f ≥ 0, and every bound on the quadratic part has its
+counterpart for f.
 
-With `update` a mask is judged by what it costs after least squares for the weights that it keeps: with
-P the pruned set, A = G + λD (see `LeastSquaresUpdate`) and H = A⁻¹,
+With `update` the cost of a mask is that after least squares for the weights that it keeps: with P the pruned
+set, A = G + λD (see `LeastSquaresUpdate`) and H = A⁻¹,
 
     F(p) = min over v, zero on P, of (w−v)ᵀA(w−v) [+ 2 gᵀ(w−v) + c]  =  w_Pᵀ (H_PP)⁻¹ w_P
 
@@ -49,7 +50,7 @@ _SOLVED = 1e-8
 
 @dataclass(frozen=True)
 class LinearTerm:
-    """r of every row, by its moments g = E[r·x], float64 [rows, n], and c = E[r²], float64 [rows].
+    """The moments of r of every row: g = E[r·x], float64 [rows, n], and c = E[r²], float64 [rows].
 
     For the target W·x′ of other inputs x′, r = W(x′ − x): g = W·E[(x′ − x)xᵀ], c = diag(W·E[(x′ − x)(x′ −
     x)ᵀ]·Wᵀ).
@@ -59,7 +60,7 @@ class LinearTerm:
     constant: Float[Tensor, " rows"]
 
     def checked(self, weight: Float[Tensor, "rows n"], label: str) -> LinearTerm:
-        """In float64, on the device of the weight; ProblemError where it does not fit that."""
+        """Return both in float64 on the device of the weight; ProblemError where they do not fit it."""
         label = f"{label}linear: "
         correlation = of_shape(self.correlation, tuple(weight.shape), f"{label}correlation")
         constant = of_shape(self.constant, (len(weight),), f"{label}constant")
@@ -69,15 +70,15 @@ class LinearTerm:
         return LinearTerm(correlation.to(device, torch.float64), constant.to(device, torch.float64))
 
     def take(self, rows: Tensor | slice | list[int]) -> LinearTerm:
-        """Of some rows only."""
+        """Select rows."""
         return LinearTerm(self.correlation[rows], self.constant[rows])
 
     def restrict(self, columns: Tensor) -> LinearTerm:
-        """Of some inputs only; the others are kept."""
+        """Select inputs, the others being kept."""
         return LinearTerm(self.correlation[:, columns].contiguous(), self.constant)
 
     def value(self, dropped: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
-        """2 gᵀ(w⊙p) + c of w⊙p, float64."""
+        """Compute 2 gᵀ(w⊙p) + c from w⊙p, float64."""
         return 2 * (self.correlation * dropped).sum(1) + self.constant
 
     def check_moments(self, gram: Float[Tensor, "n n"], label: str) -> None:
@@ -86,7 +87,7 @@ class LinearTerm:
         shifted.diagonal().add_(PSD_TOLERANCE * float(shifted.trace()) or 1.0)
         factor, broken = torch.linalg.cholesky_ex(shifted)
         if int(broken):
-            return  # a G that was taken on trust; nothing can be said
+            return  # a G that was taken on trust: no factor decides
         solved = torch.linalg.solve_triangular(factor, self.correlation.T, upper=False)
         needed = solved.square().sum(0)
         bad = (needed > self.constant * (1 + _TOLERANCE)).nonzero()
@@ -110,12 +111,12 @@ class Objective(Counts):
 
     @property
     def integral(self) -> bool:
-        """Whether f is a whole number of every mask."""
+        """Whether f of every mask is a whole number."""
         return self.units is not None and self.units.integral
 
     @property
     def correlation(self) -> Float[Tensor, "rows n"]:
-        """g of the linear term, float64; 0 without one."""
+        """The vector g of the linear term, float64; 0 without one."""
         if self.linear is None:
             return torch.zeros((), dtype=torch.float64, device=self.device).expand(
                 self.rows, self.n
@@ -124,7 +125,7 @@ class Objective(Counts):
 
     @property
     def constant(self) -> Float[Tensor, " rows"]:
-        """c of the linear term, float64; 0 without one."""
+        """The constant c of the linear term, float64; 0 without one."""
         if self.linear is None:
             return torch.zeros(self.rows, dtype=torch.float64, device=self.device)
         return self.linear.constant
@@ -142,31 +143,33 @@ class Objective(Counts):
 
     @property
     def ridge(self) -> Float[Tensor, " n"]:
-        """λD of A = G + λD, float64; 0 of unchanged weights."""
+        """The diagonal of λD in A = G + λD, float64; 0 for unchanged weights."""
         if self.update is None:
             return torch.zeros(self.n, dtype=torch.float64, device=self.device)
         return self.least_squares.ridge
 
     def objective(self, mask: Bool[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
-        """f of every row, or F with `update`, float64 [rows], ≥ 0; True = kept, also as a NumPy array."""
+        """Compute f of every row, or F with `update`, float64 [rows], ≥ 0, for a mask (True = kept)."""
         return self.cost(self.weights(mask))
 
     def weights(
         self, mask: Bool[Tensor, "rows n"], limits: Limits | None = None
     ) -> Float[Tensor, "rows n"]:
-        """The weights that a mask leaves, float64, zero where it prunes: w⊙m, or with `update` those of least
-        squares, unless rounding makes them worse than w⊙m."""
+        """Return the weights under a mask, float64, zero where it prunes.
+
+        They are w⊙m, or with `update` those of least squares, unless rounding makes them worse than w⊙m.
+        """
         mask = as_mask(mask, self.weight)
         unchanged = torch.where(mask, self.weight.double(), 0.0)
         if self.update is None:
             return unchanged
         squares = self.least_squares
-        found = squares.solve(squares.target(self.weight, self.correlation), mask, limits)
-        better = self.cost(found) <= self.cost(unchanged)
-        return torch.where(better[:, None], found, unchanged)
+        updated = squares.solve(squares.target(self.weight, self.correlation), mask, limits)
+        better = self.cost(updated) <= self.cost(unchanged)
+        return torch.where(better[:, None], updated, unchanged)
 
     def cost(self, weight: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
-        """Of weights v, float64 [rows]: `error`, or with `update` (w−v)ᵀA(w−v) and the linear term."""
+        """Compute the cost of weights v, float64 [rows]: `error`, or with `update` that in the metric A."""
         if self.update is None:
             return self.error(weight)
         lost, squares = self.weight.double() - weight, self.least_squares
@@ -176,22 +179,22 @@ class Objective(Counts):
         return self._with_linear(value, lost).clamp_(min=0.0)
 
     def error(self, weight: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
-        """f of weights v, float64 [rows]: mean square of every output's distance to its target."""
+        """Compute f of weights v, float64 [rows]: the mean square of each output's distance to its target."""
         lost = self.weight.double() - weight.to(self.device).double()
         return self._with_linear(self._form(lost), lost).clamp_(min=0.0)
 
     def output_energy(self) -> Float[Tensor, " rows"]:
-        """Mean square of every row's target, float64 [rows] from products in G's dtype; for reports."""
+        """Compute the mean square of every row's target, float64 [rows], by products in G's dtype."""
         weight = self.weight.to(self.gram.dtype)
         energy = ((weight @ self.gram) * weight).sum(1, dtype=torch.float64)
         return self._with_linear(energy, self.weight.double()).clamp_(min=0.0)
 
     def diagonal_mass(self) -> Float[Tensor, " rows"]:
-        """Σⱼ wⱼ²Aⱼⱼ + c of every row, float64: the scale of rounding."""
+        """Compute Σⱼ wⱼ²Aⱼⱼ + c of every row, float64: the scale of rounding."""
         return self.weight.double().square() @ (self.gram.diagonal() + self.ridge) + self.constant
 
     def rounding(self, weight: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
-        """The most that float64 can lose of the cost of weights v [rows, n], float64 [rows].
+        """Bound the rounding error of the cost of weights v [rows, n] in float64, float64 [rows].
 
         γ (Σᵢⱼ |xᵢAᵢⱼxⱼ| + 2|x|ᵀ|g| + c) with x = w − v and γ = 4(n + 8)·2⁻⁵³ covers sums and products in any
         order (Higham, *Accuracy and Stability of Numerical Algorithms*, section 3.1); n·2⁻¹⁰⁷⁴(1 + Σ|xᵢ|)
@@ -199,21 +202,21 @@ class Objective(Counts):
         """
 
         def size(lost: Tensor) -> Tensor:
-            """The sum of the absolute values of all terms of the cost."""
+            """Sum the absolute values of all terms of the cost."""
             linear = 2 * (self.correlation.abs() * lost).sum(1) + self.constant
             return self._form(lost, torch.abs) + linear + lost.square() @ self.ridge
 
         lost = (self.weight.double() - weight).abs()
-        found = 4 * (self.n + 8) * 2.0**-53 * size(lost)
-        if self.update is not None:  # F is least there, so what the solve is off by counts squared
-            found += _SOLVED**2 * size(self.weight.double().abs())
-        # where the sizes leave float64, nothing is excused
-        return found.nan_to_num(posinf=0.0) + self.n * 2.0**-1074 * (1 + lost.sum(1))
+        bound = 4 * (self.n + 8) * 2.0**-53 * size(lost)
+        if self.update is not None:  # the solution is the minimum of F, so its error counts squared
+            bound += _SOLVED**2 * size(self.weight.double().abs())
+        # sizes beyond float64 excuse nothing
+        return bound.nan_to_num(posinf=0.0) + self.n * 2.0**-1074 * (1 + lost.sum(1))
 
     def _form(
         self, x: Float[Tensor, "rows n"], of: Callable[[Tensor], Tensor] = lambda gram: gram
     ) -> Float[Tensor, " rows"]:
-        """xᵀGx of every row, or with a function of G's entries in place of G."""
+        """Compute xᵀGx of every row, or with a function of G's entries in place of G."""
         value = torch.zeros(self.rows, dtype=torch.float64, device=self.device)
         step = max(1, _BLOCK_BYTES // (8 * self.n))
         for start in range(0, self.n, step):
@@ -222,7 +225,7 @@ class Objective(Counts):
         return value
 
     def products(self, x: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
-        """xG of every row, in float64, some columns of G at a time."""
+        """Compute xG of every row in float64, with a block of G's columns at a time."""
         step = max(1, _BLOCK_BYTES // (8 * self.n))
         return torch.cat([x @ block.double() for block in self.gram.split(step, 1)], 1)
 

@@ -1,4 +1,4 @@
-"""Which masks are allowed.
+"""Patterns of sparsity: the masks that are allowed.
 
 Both patterns are one idea: a row of n inputs is cut into n/g groups of g consecutive inputs, and
 exactly k entries of every group are pruned. Unstructured sparsity is the case of a single group. With
@@ -21,17 +21,18 @@ from torch import Tensor
 
 from maskopt.errors import PatternError
 
-#: in what `str` makes of patterns
+#: parts of a pattern as text
 _KEEP, _PER_LAYER, _WITHIN = "keep ", " per layer", " ± "
-#: of fractions: two floats above one of them are less than 1 / (this · 10⁹ entries) away
+#: largest denominator of a sparsity: two floats above such a fraction differ by < 1 / (it · 10⁹ entries)
 _LARGEST_DENOMINATOR = 10**6
 
 
 @dataclass(frozen=True)
 class Unstructured:
-    """Equal sparsity per row: ⌊sparsity·n⌋ entries of each row pruned, or `keep` entries kept. With
-    `per="layer"` ⌊sparsity·rows·n⌋ of the layer pruned, or rows·`keep` kept, in whichever rows; with a
-    `max_deviation` no row's sparsity is further than that from the layer's.
+    """Equal sparsity per row: ⌊sparsity·n⌋ entries of each row pruned, or `keep` entries kept.
+
+    With `per="layer"` ⌊sparsity·rows·n⌋ of the layer are pruned, or rows·`keep` kept, in whichever rows; with
+    a `max_deviation` no row's sparsity differs by more than that from the layer's.
 
     Sparsities are decimal numbers: 0.29 prunes 29 of 100, where the binary 0.29·100 is 28.999…;
     `Fraction(1, 3)` prunes 4 of 12, where the float 0.3333333333333333 prunes 3.
@@ -68,7 +69,7 @@ class Unstructured:
         return self.per == "layer"
 
     def uniform(self) -> Unstructured:
-        """The same sparsity with an equal count in every row."""
+        """Return the same sparsity with an equal count in every row."""
         return replace(self, per="row", max_deviation=None)
 
     def check(self, n: int) -> None:
@@ -79,23 +80,24 @@ class Unstructured:
             raise PatternError(f"keep={self.keep} is more than the {n} inputs of a row")
 
     def group_size(self, n: int) -> int:
+        """Return n: the whole row is one group."""
         return n
 
     def pruned_per_group(self, n: int) -> int:
-        """Raises PatternError for a shared budget, whose rows have no count of their own."""
+        """Count the pruned entries of a row; PatternError for a shared budget, which fixes no such count."""
         self.check(n)
         if self.shared_budget:
             raise PatternError(f"at {self} a row has no count of its own; the layer has")
         return self._part_of(n)
 
     def pruned_in(self, rows: int, n: int) -> int:
-        """Entries of a layer that are pruned."""
+        """Count the entries of a layer that are pruned."""
         if not self.shared_budget:
             return rows * self.pruned_per_group(n)
         return self._part_of(rows * n) if self.keep is None else rows * (n - self.keep)
 
     def row_limits(self, rows: int, n: int) -> tuple[int, int]:
-        """The least and the most that a row prunes; equal counts are always within."""
+        """Return the least and the most that a row prunes; equal counts are always within."""
         if not self.shared_budget:
             pruned = self.pruned_per_group(n)
             return pruned, pruned
@@ -112,13 +114,13 @@ class Unstructured:
         return math.floor(as_written(self.sparsity or 0.0) * entries)
 
     def is_legal(self, mask: Bool[Tensor, "rows n"]) -> Bool[Tensor, " rows"]:
-        """Per row; with a shared budget none is where the layer has another count."""
+        """Decide for each row; with a shared budget none is legal where the layer has another count."""
         if not self.shared_budget:
             return _is_legal(self, mask)
         pruned = (~mask).sum(1)
         least, most = self.row_limits(*mask.shape)
-        right = int(pruned.sum()) == self.pruned_in(*mask.shape)
-        return (pruned >= least) & (pruned <= most) & right
+        total_fits = int(pruned.sum()) == self.pruned_in(*mask.shape)
+        return (pruned >= least) & (pruned <= most) & total_fits
 
     def __str__(self) -> str:
         share = f"{_KEEP}{self.keep}" if self.keep is not None else _shortly(self.sparsity or 0.0)
@@ -136,15 +138,6 @@ class NM:
     shared_budget: ClassVar[bool] = False
     max_deviation: ClassVar[None] = None
 
-    def uniform(self) -> NM:
-        """Itself."""
-        return self
-
-    def row_limits(self, rows: int, n: int) -> tuple[int, int]:
-        """The one count that every row has."""
-        pruned = self.pruned_in(1, n)
-        return pruned, pruned
-
     def __post_init__(self) -> None:
         for value in (self.keep, self.of):
             if not _is_count(value):
@@ -155,6 +148,15 @@ class NM:
             raise PatternError(
                 f"keep {self.keep} of every {self.of} is impossible; 2:4 is NM(keep=2, of=4)"
             )
+
+    def uniform(self) -> NM:
+        """Return the pattern, whose rows have equal counts."""
+        return self
+
+    def row_limits(self, rows: int, n: int) -> tuple[int, int]:
+        """Return the count of every row as the least and the most that it prunes."""
+        pruned = self.pruned_in(1, n)
+        return pruned, pruned
 
     def check(self, n: int) -> None:
         """Raise PatternError where n is not a whole number of groups."""
@@ -167,18 +169,21 @@ class NM:
             )
 
     def group_size(self, n: int) -> int:
+        """Return M."""
         self.check(n)
         return self.of
 
     def pruned_per_group(self, n: int) -> int:
+        """Return M − N."""
         self.check(n)
         return self.of - self.keep
 
     def pruned_in(self, rows: int, n: int) -> int:
-        """Entries of a layer that are pruned."""
+        """Count the entries of a layer that are pruned."""
         return rows * (n // self.of) * self.pruned_per_group(n)
 
     def is_legal(self, mask: Bool[Tensor, "rows n"]) -> Bool[Tensor, " rows"]:
+        """Decide for each row."""
         return _is_legal(self, mask)
 
     def __str__(self) -> str:
@@ -188,14 +193,16 @@ class NM:
 Pattern = Unstructured | NM
 
 
-def parse_sparsity(given: Pattern | float | str) -> Pattern:
-    """`0.6`, `"0.6"` and `"60%"` → Unstructured(sparsity=0.6), `"2:4"` → NM(keep=2, of=4), and what `str`
-    makes of a pattern: `"keep 3"`, `"0.6 per layer ± 0.1"`. PatternError for anything else."""
-    if isinstance(given, Pattern):
-        return given
-    if not isinstance(given, str):
-        return Unstructured(sparsity=given)
-    share, limited, within = given.strip().partition(_WITHIN)
+def parse_sparsity(sparsity: Pattern | float | str) -> Pattern:
+    """Parse `0.6`, `"0.6"` or `"60%"` to Unstructured(sparsity=0.6), `"2:4"` to NM(keep=2, of=4).
+
+    The text of a pattern is parsed too: `"keep 3"`, `"0.6 per layer ± 0.1"`. PatternError for anything else.
+    """
+    if isinstance(sparsity, Pattern):
+        return sparsity
+    if not isinstance(sparsity, str):
+        return Unstructured(sparsity=sparsity)
+    share, limited, within = sparsity.strip().partition(_WITHIN)
     per: Literal["row", "layer"] = "layer" if share.endswith(_PER_LAYER) else "row"
     share = share.removesuffix(_PER_LAYER)
     try:
@@ -212,7 +219,7 @@ def parse_sparsity(given: Pattern | float | str) -> Pattern:
     except PatternError:
         raise
     except (ValueError, ArithmeticError):
-        raise PatternError(f"`sparsity` must be like 0.6, 60% or 2:4, not {given!r}") from None
+        raise PatternError(f"`sparsity` must be like 0.6, 60% or 2:4, not {sparsity!r}") from None
 
 
 def _is_count(number: Any) -> bool:
@@ -220,27 +227,30 @@ def _is_count(number: Any) -> bool:
 
 
 def _share(number: Any, what: str, example: str) -> float:
-    """The decimal number as written: 0.6 of numpy's float32 0.6. Of a fraction such as 1/3 the next float
-    above, which prunes as much of every layer; PatternError where no float does, or out of range."""
+    """Return a share as a float that stands for the decimal number as written: 0.6 for NumPy's float32 0.6.
+
+    A fraction such as 1/3 becomes the next float above, which prunes as much of every layer. PatternError
+    where no float does, or out of range.
+    """
     finite = number.is_finite() if isinstance(number, Decimal) else isinstance(number, Real)
     if not (finite and 0 <= number < 1):
         raise PatternError(f"{what} {number} is outside [0, 1); {example}")
     if not isinstance(number, Decimal | Rational):
         return float(str(number) if isinstance(number, np.floating) else number)
     exact = Fraction(number)
-    found = float(exact)
-    if as_written(found) != exact and exact.denominator > _LARGEST_DENOMINATOR:
+    share = float(exact)
+    if as_written(share) != exact and exact.denominator > _LARGEST_DENOMINATOR:
         raise PatternError(f"{number} has too many digits for a share; write 15 of them, or keep=…")
-    return math.nextafter(found, 1.0) if as_written(found) < exact else found
+    return math.nextafter(share, 1.0) if as_written(share) < exact else share
 
 
 def _shortly(number: float) -> str:
-    """In four digits if that is exact, else in all."""
+    """Write a number with four digits if that is exact, else with all."""
     return f"{number:.4g}" if float(f"{number:.4g}") == number else repr(number)
 
 
 def as_written(number: float) -> Fraction:
-    """The decimal number as written."""
+    """Return the decimal number that a float is written as."""
     return Fraction(repr(float(number)))
 
 
@@ -248,7 +258,7 @@ def _is_legal(pattern: Pattern, mask: Tensor) -> Tensor:
     rows, n = mask.shape
     group, pruned = pattern.group_size(n), pattern.pruned_per_group(n)
     groups = mask.reshape(rows, n // group, group)
-    # numpy where it can: torch would wake its threads, which then spin and slow down a solver's
+    # NumPy on the CPU: torch would wake its threads, which then spin and slow down those of a solver
     on_cpu = mask.device.type == "cpu"
     counts = torch.from_numpy(groups.numpy().sum(-1)) if on_cpu else groups.sum(-1)
     return (counts == group - pruned).all(-1)
@@ -309,17 +319,17 @@ class Counts:
 
     @property
     def shares(self) -> Float[Tensor, " rows"]:
-        """ω, float64 [rows]: the weight of every row's objective in the layer's sum."""
+        """The weights ω, float64 [rows], of the rows' objectives in the layer's sum."""
         if self.omega is None:
             return torch.ones(self.rows, dtype=torch.float64, device=self.device)
         return self.omega
 
     def totals(self, values: Float[Tensor, " rows"]) -> Float[Tensor, " budgets"]:
-        """Σ ωᵣ xᵣ over the rows of a shared budget; without one, the values of the rows."""
+        """Sum ωᵣ xᵣ over the rows of a shared budget; without one, return the values of the rows."""
         return (self.shares @ values.to(self.shares))[None] if self.shared_budget else values
 
     def fault(self, mask: Bool[Tensor, "rows n"]) -> str:
-        """Why a mask is not legal, as the end of a sentence; empty where it is."""
+        """Describe the fault of an illegal mask as the end of a sentence; empty for a legal one."""
         bad = (~self.pattern.is_legal(mask)).nonzero()
         if not len(bad):
             return ""

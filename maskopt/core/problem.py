@@ -103,8 +103,10 @@ class LayerProblem(Objective):
     def from_inputs(
         cls, weight: ArrayLike, inputs: ArrayLike, sparsity: Pattern | float | str, **more: Any
     ) -> LayerProblem:
-        """The problem of a layer with inputs X [tokens, n]: G = XᵀX / tokens in float64, and their mean.
-        `sparsity`: 0.5, "50%", "2:4" or a pattern; other arguments and errors as of the constructor."""
+        """Pose the problem of a layer with inputs X [tokens, n]: G = XᵀX / tokens in float64, and their mean.
+
+        `sparsity`: 0.5, "50%", "2:4" or a pattern; other arguments and errors as of the constructor.
+        """
         x = as_tensor(inputs, "inputs").double()
         if x.ndim != 2 or 0 in x.shape:
             raise ProblemError(f"inputs must be [tokens, n], both at least 1, not {list(x.shape)}")
@@ -112,48 +114,50 @@ class LayerProblem(Objective):
         return cls(weight, x.T @ x / len(x), parse_sparsity(sparsity), **more)
 
     def as_layer(self) -> LayerProblem:
-        """Itself; of a `RowProblem` the layer of that one row."""
+        """Return the layer; for a `RowProblem`, the layer of that one row."""
         return self
 
     def check_mask(self, mask: Any, what: str = "mask") -> Bool[Tensor, "rows n"]:
-        """The mask as a bool tensor on the problem's device, or WarmStartError with the reason."""
-        # lines side by side: the last bits of a product may depend on how its factors lie in memory
+        """Return the mask as a bool tensor on the problem's device; WarmStartError for an illegal one."""
+        # contiguous: the last bits of a product may depend on the strides of its factors
         legal = as_mask(mask, self.weight, what, WarmStartError).contiguous()
         if fault := self.fault(legal):
             raise WarmStartError(f"{what}{fault}")
         return legal
 
     def row(self, index: int) -> RowProblem:
-        """One row as a problem, without a copy; under a shared budget it prunes the layer's share."""
+        """Return one row as a problem, without a copy; under a shared budget it prunes the layer's share."""
         if not -self.rows <= index < self.rows:
             raise ProblemError(f"row {index} of a layer with {self.rows} rows")
         index %= self.rows
-        # what was a row before is that row
+        # the layer of a `RowProblem` has the name of that row
         same = self.rows == 1 and re.search(r"\[\d+\]$", self.name)
         name = self.name if same else f"{self.name}[{index}]"
         return RowProblem._of(self.take(slice(index, index + 1))._with(name=name))
 
     def take(self, rows: Tensor | slice | list[int]) -> LayerProblem:
-        """The problem of some rows: a slice, or a list or tensor of indices, or a bool tensor [rows];
-        ProblemError for anything else, an empty list or an index out of range."""
+        """Select rows by a slice, a list or tensor of indices, or a bool tensor [rows].
+
+        ProblemError for anything else, an empty list or an index out of range.
+        """
         check_rows(rows, self.rows)
         linear = self.linear and self.linear.take(rows)
         omega = None if self.omega is None else self.omega[rows]
         return self._with(weight=self.weight[rows], linear=linear, omega=omega)
 
     def tiles(self, size: int) -> Iterator[tuple[slice, LayerProblem]]:
-        """The slice and the problem of every `size` consecutive rows; the last tile may be smaller."""
+        """Yield the slice and the problem of every `size` consecutive rows; the last may be fewer."""
         for first in range(0, self.rows, size):
             rows = slice(first, min(first + size, self.rows))
             yield rows, self.take(rows)
 
     def under(self, pattern: Pattern) -> LayerProblem:
-        """The same rows under another pattern; PatternError where it does not fit n."""
+        """Return the same rows under another pattern; PatternError where it does not fit n."""
         check_pattern(pattern, self.n, _label(self.name))
         return self._with(pattern=pattern)
 
     def with_update(self, update: LeastSquaresUpdate | None) -> LayerProblem:
-        """The same rows under F, or f (None); ProblemError for a damping that leaves G + λD indefinite."""
+        """Return the same rows under F, or f (None); ProblemError where G + λD is indefinite."""
         if update == self.update:
             return self
         problem = self._with(update=update, _squares=None)
@@ -161,8 +165,10 @@ class LayerProblem(Objective):
         return problem
 
     def with_units(self, units: ObjectiveTransform | None) -> LayerProblem:
-        """The same rows with f in the units of another objective; ProblemError with `update`, or where f is
-        not `integral` as the units say."""
+        """Return the same rows with f in the units of another objective.
+
+        ProblemError with `update`, or where the units say `integral` and f is not.
+        """
         problem = self._with(units=units)
         _check_update(problem)
         if problem.integral:
@@ -170,8 +176,10 @@ class LayerProblem(Objective):
         return problem
 
     def with_omega(self, omega: ArrayLike | None) -> LayerProblem:
-        """The same rows with other weights ω [rows] in the sum of a shared budget, None being 1; ProblemError
-        unless one positive number for each row."""
+        """Return the same rows with other weights ω [rows] in the sum of a shared budget; None: 1.
+
+        ProblemError unless there is one positive number for each row.
+        """
         return self._with(omega=shares_of_rows(omega, self.weight, _label(self.name)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -179,7 +187,7 @@ class LayerProblem(Objective):
         _save(self, path, "layer")
 
     def _with(self, **changes: Any) -> LayerProblem:
-        """With some attributes changed: nothing is checked again."""
+        """Return a copy with some attributes changed, without checks."""
         problem = copy.copy(self)
         vars(problem).update(changes)
         return problem
@@ -208,12 +216,12 @@ class RowProblem:
         constant: float = 0.0,
         name: str = "",
     ) -> RowProblem:
-        """min (or max) pᵀUp + constant over p ∈ {0,1}ⁿ with `cardinality` ones, which are the pruned inputs
-        (`Solution.selected`).
+        """Pose min (or max) pᵀUp + constant over p ∈ {0,1}ⁿ with `cardinality` ones.
 
-        The symmetric part of U [n, n] counts, in float64; the diagonal of an indefinite U is shifted, and
-        `value` subtracts the shift. A U of whole numbers makes an `integral` problem. ProblemError: no square
-        matrix of finite numbers, or a cardinality beyond 0 … n.
+        The ones are the pruned inputs (`Solution.selected`). The symmetric part of U [n, n] counts, in
+        float64; the diagonal of an indefinite U is shifted, and `value` subtracts the shift. A U of whole
+        numbers makes an `integral` problem. ProblemError: no square matrix of finite numbers, or a
+        cardinality beyond 0 … n.
         """
         gram, units = semidefinite(quadratic, maximize, constant)
         n = len(gram)
@@ -224,7 +232,7 @@ class RowProblem:
         return cls._of(problem.with_units(units))
 
     def quadratic(self) -> tuple[Float[np.ndarray, "n n"], float]:
-        """U [n, n] and the constant in the problem's own units; without units Q and 0."""
+        """Return U [n, n] and the constant in the problem's original units; without units Q and 0."""
         q, units = self.q().cpu().numpy(), self._layer.units
         if units is None:
             # Q has the constant in its entries, unless nothing is chosen
@@ -232,24 +240,26 @@ class RowProblem:
         return units.sign * (q - units.shift * np.eye(self.n)), units.constant
 
     def value(self, cost: float) -> float:
-        """An objective, or a bound of it, in the problem's own units; where these are maximized (`sign` −1),
-        bounds are from above."""
+        """Convert an objective, or a bound of it, to the problem's original units.
+
+        Bounds of a maximised objective (`sign` −1) are upper ones then.
+        """
         units = self._layer.units
         return cost if units is None else units.value(cost, self._layer.pruned)
 
     def to_original_units(self, objective: float, lower_bound: float) -> OriginalValues:
-        """An objective, a lower bound of it and the gap between them in the problem's own units."""
+        """Convert an objective and a lower bound of it to the problem's original units, with their gap."""
         return OriginalValues.of(self.value(objective), self.value(lower_bound))
 
     @classmethod
     def _of(cls, layer: LayerProblem) -> RowProblem:
-        """A layer of one row that was checked already; alone, it has a count of its own."""
+        """Make a row of a layer of one row without checks; its count is its own, not a shared budget's."""
         problem = cls.__new__(cls)
         problem._layer = layer.under(layer.pattern.uniform())
         return problem
 
     def __getattr__(self, name: str) -> Any:
-        """`gram`, `pattern`, `name`, `n`, `linear`, `update` and `integral` of its layer."""
+        """Return `gram`, `pattern`, `name`, `n`, `linear`, `update` or `integral` of the layer."""
         if name in ("gram", "pattern", "name", "n", "linear", "update", "integral"):
             return getattr(self._layer, name)
         raise AttributeError(f"RowProblem has no attribute {name!r}")
@@ -259,13 +269,13 @@ class RowProblem:
         return self._layer.weight[0]
 
     def as_layer(self) -> LayerProblem:
-        """The same problem as a layer of one row."""
+        """Return the same problem as a layer of one row."""
         return self._layer
 
     def q(self) -> Float[Tensor, "n n"]:
-        """Q [n, n], float64, with f(p) = pᵀQp for every legal p; ProblemError with `update`.
+        """Compute Q [n, n], float64, with f(p) = pᵀQp for every legal p; ProblemError with `update`.
 
-        diag(w)·G·diag(w), and with a linear part l = w⊙g and c, since 1ᵀp = s,
+        Q is diag(w)·G·diag(w), and with a linear part l = w⊙g and c, since 1ᵀp = s,
 
             Q + (l1ᵀ + 1lᵀ)/s + c/s²·11ᵀ = [I | 1/s]·[[Q, l], [lᵀ, c]]·[I | 1/s]ᵀ,  semidefinite too.
 
@@ -282,20 +292,22 @@ class RowProblem:
         return q + half[:, None] + half[None, :] + self.linear.constant / pruned**2
 
     def values(self) -> Values | None:
-        """The values that f of an integral problem can take; None of another one."""
+        """Return the values that f of an integral problem can take; None for other problems."""
         return values_of(self.q(), self._layer.pruned) if self.integral else None
 
     def objective(self, mask: Bool[Tensor, " n"]) -> float:
-        """f, or F with `update`, of one mask [n] (True = kept), float64."""
+        """Compute f, or F with `update`, of one mask [n] (True = kept), in float64."""
         return float(self._layer.objective(mask.reshape(1, -1)))
 
     def with_update(self, update: LeastSquaresUpdate | None) -> RowProblem:
-        """The same row under the other objective; see `LayerProblem.with_update`."""
+        """Return the same row under the other objective; see `LayerProblem.with_update`."""
         return RowProblem._of(self._layer.with_update(update))
 
     def restrict(self, columns: Any, pattern: Pattern | None = None) -> RowProblem:
-        """The row with only these inputs, in this order, under its own pattern or another one; ProblemError
-        for other columns, or with `update` an indefinite G + λD."""
+        """Return the row with only these inputs, in this order, under its pattern or another one.
+
+        ProblemError for other columns, or with `update` for an indefinite G + λD.
+        """
         index = column_index(columns, self.n).to(self.weight.device)
         new, old = pattern or self.pattern, self._layer
         new.check(len(index))
@@ -311,7 +323,7 @@ class RowProblem:
         return RowProblem._of(layer)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """See `LayerProblem.save`."""
+        """Write an .npz for `load_problem`; see `LayerProblem.save`."""
         _save(self._layer, path, "row")
 
     def __repr__(self) -> str:
@@ -319,8 +331,7 @@ class RowProblem:
 
 
 def load_npz(path: str | os.PathLike[str]) -> LayerProblem | RowProblem:
-    """What `save` of a layer or a row wrote, with all checks of the constructor; ProblemError for another
-    file."""
+    """Read a layer or a row that `save` wrote, and check it; ProblemError for another file."""
     header, arrays = read_arrays(path, "layer", "row")
     if not {"weight", "gram"} <= set(arrays):
         raise ProblemError(f"{path}: not a maskopt instance (it lacks weight or gram)")
@@ -361,7 +372,7 @@ def _save(problem: LayerProblem, path: str | os.PathLike[str], kind: str) -> Non
 
 
 def _described(kind: type[Any], data: Any, what: str) -> Any:
-    """The dataclass that a dict of its fields describes; None of None."""
+    """Make the dataclass that a dict of its fields describes; None stays None."""
     if data is None:
         return None
     if not isinstance(data, dict) or set(data) != {field.name for field in fields(kind)}:

@@ -35,8 +35,10 @@ def end_with(parent: int) -> None:
 
 @contextmanager
 def torch_threads(threads: int | None) -> Iterator[int]:
-    """The number of torch's threads (None: unchanged), reset afterwards, also where a compiled loop that
-    shares torch's threading runtime changed it."""
+    """Set the number of torch's threads (None: unchanged) and reset it afterwards.
+
+    It is also reset where a compiled loop that shares torch's threading runtime changed it.
+    """
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)
@@ -48,13 +50,16 @@ def torch_threads(threads: int | None) -> Iterator[int]:
 
 
 def threads_on(device: torch.device) -> int:
-    """For work on single rows: as many threads as torch has on the CPU, elsewhere 1."""
+    """Return the number of threads for work on single rows: that of torch on the CPU, elsewhere 1."""
     return torch.get_num_threads() if device.type == "cpu" else 1
 
 
 def one_thread_pool(threads: int) -> ThreadPoolExecutor:
-    """Threads with one thread inside torch each: products that two threads share may differ in their last
-    bits from those of one. (Threads started afterwards inherit the 1, until `torch.set_num_threads`.)"""
+    """Make a pool of threads with one thread inside torch each.
+
+    Products that two threads share may differ in their last bits from those of one. Threads that start
+    afterwards inherit the 1, until `torch.set_num_threads`.
+    """
     return ThreadPoolExecutor(threads, initializer=_one_thread_inside)
 
 
@@ -65,7 +70,7 @@ def _one_thread_inside() -> None:
 
 
 def one_thread_each(work: Callable[[int], Part], count: int, threads: int) -> list[Part]:
-    """work(0 … count − 1), each with one thread inside torch."""
+    """Return work(0) … work(count − 1), each computed with one thread inside torch."""
     before = torch.get_num_threads()
     try:
         with one_thread_pool(threads) as pool:
@@ -75,7 +80,7 @@ def one_thread_each(work: Callable[[int], Part], count: int, threads: int) -> li
 
 
 def fast_products() -> AbstractContextManager[Any]:
-    """Within it float32 products on the CPU take the faster of torch's libraries, if that is as precise.
+    """Let float32 products on the CPU take the faster of torch's libraries, if that is as precise.
 
     torch multiplies with MKL, which on an AMD EPYC with AVX-512 is less than half as fast as oneDNN, at the
     same error. It uses oneDNN only where it may round to bfloat16
@@ -88,7 +93,7 @@ def fast_products() -> AbstractContextManager[Any]:
 
 @contextmanager
 def _allowed() -> Iterator[bool]:
-    """Products may be rounded; yields False, and changes nothing, where newer means made the setting."""
+    """Allow rounded products; yields False, and changes nothing, where newer means made the setting."""
     global _products_users, _precision_before
     entered = True
     with _products_lock:
@@ -110,11 +115,11 @@ def _allowed() -> Iterator[bool]:
 
 @cache
 def _precise() -> bool:
-    """Are float32 products that may be rounded to bfloat16 not rounded here?"""
+    """Return whether float32 products stay exact on this machine where rounding to bfloat16 is allowed."""
     if torch.accelerator.is_available():
         return False
     generator = torch.Generator().manual_seed(0)
-    # whatever torch makes numbers of where nothing is said
+    # independent of torch's default dtype and generator
     like: dict[str, Any] = {"generator": generator, "dtype": torch.float32}
     left, right = torch.randn(256, 256, **like), torch.randn(256, 256, **like)
     exact = left.double() @ right.double()

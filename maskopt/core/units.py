@@ -1,4 +1,4 @@
-"""A quadratic objective of anybody's as a mask's cost, and back.
+"""Any quadratic objective as the cost of a mask, and back.
 
 min or max pᵀUp + constant over p ∈ {0,1}ⁿ with s ones is mask selection with w = 1 and G = ±U + shift·I, the
 shift making G semidefinite: since 1ᵀp = s, it changes f by shift·s on every legal mask.
@@ -62,17 +62,19 @@ class ObjectiveTransform:
             raise ProblemError(f"{self} describes no units")
 
     def value(self, cost: float, pruned: int) -> float:
-        """Of an objective f, or of a bound of it."""
+        """Convert an objective f, or a bound of it, to the original units."""
         return self.sign * (cost - self.shift * pruned) + self.constant
 
     def zero(self, pruned: int) -> float:
-        """The objective whose value is 0."""
+        """Return the objective f whose value is 0."""
         return self.shift * pruned - self.sign * self.constant
 
 
 class OriginalValues(NamedTuple):
-    """The value of a mask in the problem's own units; a bound of it: no legal mask has a better value; and
-    their distance as part of the value, 0 where they are equal."""
+    """The value of a mask in the original units, a bound of it and their gap.
+
+    No legal mask has a better value than the bound. The gap is a part of the value, 0 where they are equal.
+    """
 
     value: float
     bound: float
@@ -88,13 +90,15 @@ class OriginalValues(NamedTuple):
 def semidefinite(
     quadratic: Any, maximize: bool, constant: float
 ) -> tuple[np.ndarray, ObjectiveTransform]:
-    """G [n, n] float64, and what its costs mean; ProblemError for no square matrix of finite numbers, or
-    sizes that float64 does not hold together."""
+    """Return G [n, n] float64 and the units of its costs.
+
+    ProblemError for no square matrix of finite numbers, or sizes that float64 does not hold together.
+    """
     u = _real(quadratic, "a quadratic objective")
-    given = _real(constant, "the constant")
-    if given.size != 1:
-        raise ProblemError(f"the constant is one number, not {list(given.shape)}")
-    constant = float(given.item())
+    number = _real(constant, "the constant")
+    if number.size != 1:
+        raise ProblemError(f"the constant is one number, not {list(number.shape)}")
+    constant = float(number.item())
     if u.ndim != 2 or u.shape[0] != u.shape[1] or not u.size:
         raise ProblemError(f"a quadratic objective is [n, n], not {list(u.shape)}")
     if not np.isfinite(u).all() or not np.isfinite(constant):
@@ -152,9 +156,9 @@ def _rounding_of_pivots(gram: np.ndarray) -> float:
 def surely_semidefinite(gram: np.ndarray, most_exact: int) -> bool:
     """Decide without tolerance whether a symmetric matrix of whole Gᵢᵢ and 2Gᵢⱼ is positive semidefinite.
 
-    `gram` is [n, n] float64. Diagonal dominance, or a Cholesky factorisation with
-    a margin for its rounding, shows it for most matrices. The others are decided in whole numbers where
-    n ≤ `most_exact`; beyond, the answer is False.
+    `gram` is [n, n] float64. Diagonal dominance, or a Cholesky factorisation with a margin for its rounding,
+    shows it for most matrices. The others are decided in whole numbers where n ≤ `most_exact`; beyond, the
+    answer is False.
     """
     diagonal = gram.diagonal()
     if diagonal.min() < 0:
@@ -210,13 +214,13 @@ def _check_shift(gram: np.ndarray, shift: float) -> None:
             )
 
 
-def _real(given: Any, what: str) -> np.ndarray:
-    """In float64."""
+def _real(values: Any, what: str) -> np.ndarray:
+    """Return the values as a float64 array."""
     try:
-        if isinstance(given, Tensor):
-            given = given.detach().cpu()
-            given = given.numpy() if given.is_complex() else given.double().numpy()
-        array = np.asarray(given)
+        if isinstance(values, Tensor):
+            values = values.detach().cpu()
+            values = values.numpy() if values.is_complex() else values.double().numpy()
+        array = np.asarray(values)
         if array.dtype.kind in "biufO" and array.size:
             return array.astype(np.float64)
     except (TypeError, ValueError, OverflowError):
@@ -226,13 +230,13 @@ def _real(given: Any, what: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Values:
-    """offset + step·k for all whole k; step 0: the offset alone."""
+    """The numbers offset + step·k for all whole k; step 0: the offset alone."""
 
     offset: int
     step: int
 
     def at_least(self, bound: Real) -> Real:
-        """The least value that is not below a bound, exact for a Fraction; without one the bound itself."""
+        """Return the least value that is not below a bound, exact for a Fraction; else the bound itself."""
         if not abs(bound) < MOST_WHOLE or (not self.step and bound > self.offset):
             return bound
         # each operation is monotone: rounding never moves the bound past a value
@@ -241,7 +245,7 @@ class Values:
 
 
 def values_of(q: Float[Tensor, "n n"], pruned: int) -> Values:
-    """Of Q with whole Q_ii and 2Q_ij, and s."""
+    """Return the values of f for Q with whole Q_ii and 2Q_ij, and s pruned inputs."""
     twice = (2 * q.cpu().numpy()).astype(np.int64)
     diagonal = twice.diagonal() // 2
     step = np.gcd.reduce(twice[np.triu_indices(len(twice), 1)], initial=0)

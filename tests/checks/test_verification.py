@@ -94,7 +94,7 @@ def test_forgeries_are_refused(pattern, update):
     worst, optimum = verified(problem, "worst"), solve(problem, "exhaustive")
     for message, changes in forgeries(worst, optimum):
         assert_refused(problem, replace(worst, **changes), message)
-    assert_refused(problem, worst.mask, r"not a Tensor; of a mask alone make Solution\.of")
+    assert_refused(problem, worst.mask, r"not a Tensor; make one of a mask by Solution\.of")
 
 
 def test_what_enumeration_confirms_is_checked():
