@@ -43,7 +43,7 @@ def _plain(text: str | None) -> str:
 
 
 def table(path: str) -> str:
-    """What the class declares, and one line an option."""
+    """Return the declaration of a class, and one line an option."""
     module, name = path.rsplit(".", 1)
     kind = getattr(importlib.import_module(module), name)
     options = options_of(kind)

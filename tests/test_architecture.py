@@ -118,6 +118,26 @@ def test_the_page_of_architecture_names_every_module():
     assert sorted(named) == sorted(there)
 
 
+#: a docstring opens with a verb in the imperative or with a noun, and never with one of these
+NO_OPENING = re.compile(
+    r"(As|By|For|From|How|In|Its?|Itself|Of|On|That|They|This|Those|What|Where|Whether|Which|With)\b"
+)
+
+
+def test_docstrings_open_with_a_verb_or_a_noun():
+    ruff = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]["lint"]
+    rooms = tuple(room.removesuffix("/**") for room in ruff["per-file-ignores"])
+    bad = []
+    for file in [*PACKAGE.rglob("*.py"), *(ROOT / "solvers").rglob("*.py")]:
+        path = str(file.relative_to(ROOT))
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        for node in ast.walk(ast.parse(file.read_text())):
+            text = ast.get_docstring(node) if isinstance(node, documented) else None
+            if text and NO_OPENING.match(text) and not path.startswith(rooms):
+                bad.append(f"{path}: {text.splitlines()[0]}")
+    assert bad == []
+
+
 def test_one_version_everywhere():
     cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
     assert {PROJECT["version"], cited[1]} == {maskopt.__version__}

@@ -44,7 +44,7 @@ class Verification:
 
     @property
     def checked(self) -> bool:
-        """Whether no solver had to be trusted."""
+        """True if no solver had to be trusted."""
         return all(basis == CHECKED for basis in self.basis)
 
     def __str__(self) -> str:

@@ -349,7 +349,7 @@ def read_pairs(items: Sequence[str]) -> dict[str, Any]:
 
 
 def text_of(sources: list[str] | str | None) -> Any:
-    """The sources of `--calibration` as the library takes them: one alone, or shares by source."""
+    """Return the sources of `--calibration` as the library takes them: one alone, or shares by source."""
     if not isinstance(sources, list):
         return sources
     shares: dict[str, float | None] = {}

@@ -54,7 +54,7 @@ class Record:
 
     @property
     def bounded(self) -> bool:
-        """Whether the bound is informative."""
+        """True where the bound is informative."""
         return is_bounded(self.objective, self.lower_bound, self.status)
 
 

@@ -81,7 +81,7 @@ class Trace:
 
     @property
     def interrupted(self) -> bool:
-        """Whether Ctrl-C ended a row's search: its answer is the best that was known by then."""
+        """True if Ctrl-C ended a row's search: the result is the best mask known by then."""
         return not {"interrupted", "userinterrupt"}.isdisjoint(self.ended or ())
 
     def columns(self, rows: int) -> dict[str, list[Any]]:

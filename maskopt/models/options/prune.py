@@ -404,7 +404,7 @@ def with_recipe(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_share(sparsity: Pattern | float | str | None) -> bool:
-    """Whether layers may differ from it; None: not known yet."""
+    """Return whether layers may differ from this sparsity; None: it is not known yet."""
     pattern = parse_sparsity(0.5 if sparsity is None else sparsity)
     return isinstance(pattern, Unstructured) and pattern.keep is None and not pattern.shared_budget
 

@@ -133,7 +133,7 @@ class PassOptions:
 
     @property
     def one_pass(self) -> bool:
-        """Whether all Gram matrices are of the dense model's activations."""
+        """True if all Gram matrices are of the dense model's activations."""
         return self.calibrate_on == "dense"
 
     def check_passes(self) -> None:
@@ -283,7 +283,7 @@ class WalkOptions(RunOptions, PassOptions, LayerOptions):
 
     @property
     def sensitive(self) -> bool:
-        """Whether gradients by the outputs of the layers are needed."""
+        """True if gradients by the outputs of the layers are needed."""
         return False
 
     @property
