@@ -1,4 +1,4 @@
-"""The decoder blocks of a causal LM and the weight matrices in them.
+"""Decoder blocks of a causal LM and the weight matrices in them.
 
 The blocks are the outermost `nn.ModuleList` whose elements hold the most weights. A layer is a matrix that
 multiplies activations: the weight of an `nn.Linear` [out, in], of GPT-2's `Conv1D` [in, out], or one expert's
@@ -30,7 +30,7 @@ _EACH = ("num_experts_per_tok", "moe_topk", "moe_k", "num_selected_experts")
 
 @dataclass(frozen=True)
 class Layer:
-    """One prunable matrix.
+    """Prunable matrix.
 
     Attributes:
         block: index of its decoder block.
@@ -57,7 +57,7 @@ Found = TypeVar("Found", bound=Any)
 
 
 class Blocks:
-    """The decoder blocks of a model: the module list `modules`, called `name` in it, e.g. `model.layers`."""
+    """Decoder blocks of a model: the module list `modules`, called `name` in it, e.g. `model.layers`."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -70,14 +70,14 @@ class Blocks:
         return f"{self.name}.{index}."
 
     def layers(self, index: int) -> list[Layer]:
-        """The prunable matrices of block `index`, in the order of their names in the model."""
+        """Return the prunable matrices of block `index`, in the order of their names in the model."""
         return list(_layers(self.modules[index], index, self.prefix(index)))
 
     def all_layers(self) -> list[Layer]:
         return [layer for index in range(len(self)) for layer in self.layers(index)]
 
     def outside(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and parameters of no block, without an output head of its own."""
+        """Yield names and parameters of no block, without an output head of its own."""
         head = {name for name, _ in self.own_head()}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if not name.startswith(self.name + ".") and name not in head:
@@ -98,15 +98,15 @@ class Blocks:
 
     @property
     def embedding(self) -> nn.Module:
-        """The module that looks up the token ids."""
+        """Module that looks up the token ids."""
         return _embedding(self.model, "get_input_embeddings")
 
     def own_head(self) -> list[tuple[str, Tensor]]:
-        """Names and parameters of the output head that the input embedding does not share."""
+        """Return names and parameters of the output head that the input embedding does not share."""
         head = _embedding(self.model, "get_output_embeddings")
-        own = {id(p) for p in head.parameters()} - {id(p) for p in self.embedding.parameters()}
+        unshared = {id(p) for p in head.parameters()} - {id(p) for p in self.embedding.parameters()}
         parameters = self.model.named_parameters(remove_duplicate=False)
-        return [(name, parameter) for name, parameter in parameters if id(parameter) in own]
+        return [(name, parameter) for name, parameter in parameters if id(parameter) in unshared]
 
     def check_unshared(self, layers: Iterable[Layer]) -> None:
         """Raise ModelError where a matrix to be pruned is also used in another place."""
@@ -116,15 +116,15 @@ class Blocks:
             places.setdefault(id(parameter), []).append(name)
         for names in places.values():
             if len(names) > 1 and wanted & set(names):
-                one, other = (name.removesuffix(".weight") for name in names[:2])
+                first, second = (name.removesuffix(".weight") for name in names[:2])
                 raise ModelError(
-                    f"layer {one!r} shares its weight with {other!r}; leave both out with `exclude` "
-                    f"{one!r} and {other!r}"
+                    f"layer {first!r} shares its weight with {second!r}; leave both out with `exclude` "
+                    f"{first!r} and {second!r}"
                 )
 
 
 def matrix(model: nn.Module, layer: Layer) -> Float[Tensor, "rows n"]:
-    """The layer's weight as a view [rows, n] of the parameter: writing to it changes the model."""
+    """Return the layer's weight as a view [rows, n] of the parameter: writing to it changes the model."""
     parameter = model.get_parameter(layer.parameter).data
     if layer.expert is not None:
         parameter = parameter[layer.expert]
@@ -132,9 +132,9 @@ def matrix(model: nn.Module, layer: Layer) -> Float[Tensor, "rows n"]:
 
 
 def merged(
-    model: nn.Module, parts: Mapping[str, tuple[Layer, Tensor]], rest: bool | float
+    model: nn.Module, parts: Mapping[str, tuple[Layer, Tensor]], default: bool | float
 ) -> dict[str, Tensor]:
-    """Matrices of layers [rows, n] as parameters in the model's layout; `rest` for experts without one."""
+    """Return matrices of layers [rows, n] as parameters of the model; `default` for experts without one."""
     merged: dict[str, Tensor] = {}
     for layer, part in parts.values():
         oriented = part if layer.input_axis == 1 else part.T
@@ -143,7 +143,7 @@ def merged(
             continue
         if layer.parameter not in merged:
             shape = model.get_parameter(layer.parameter).shape
-            merged[layer.parameter] = torch.full(shape, rest, dtype=part.dtype)
+            merged[layer.parameter] = torch.full(shape, default, dtype=part.dtype)
         merged[layer.parameter][layer.expert] = oriented
     return merged
 
@@ -151,9 +151,11 @@ def merged(
 def choose(
     layers: Sequence[Found], include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> list[Found]:
-    """The layers that some `include` pattern matches (all where there is none) and no `exclude`; patterns
-    are of a whole name or any run of its dotted parts: `q_proj`, `mlp.*`. ModelError where one matches
-    nothing."""
+    """Return the layers that an `include` pattern matches (all without any), and no `exclude` pattern.
+
+    Patterns are of a whole name or any run of its dotted parts: `q_proj`, `mlp.*`. ModelError where one
+    matches nothing.
+    """
     names = [layer.name for layer in layers]
     for pattern in (*include, *exclude):
         if not _matching(names, [pattern]):
@@ -174,32 +176,33 @@ def choose(
 
 
 def _matching(names: Sequence[str], patterns: Iterable[str]) -> set[str]:
-    """Dotted names that shell patterns match, as a whole or by a run of their parts."""
-    found, known = set[str](), set(names)
+    """Return the dotted names that shell patterns match, as a whole or by a run of their parts."""
+    matching, known = set[str](), set(names)
     for pattern in patterns:
         if pattern in known:  # of long lists of names, each is looked up
-            found.add(pattern)
+            matching.add(pattern)
         elif any(sign in pattern for sign in "*?["):
             shapes = (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*")
-            found.update(n for n in names if any(fnmatchcase(n, p) for p in shapes))
+            matching.update(n for n in names if any(fnmatchcase(n, p) for p in shapes))
         else:
-            found.update(n for n in names if f".{pattern}." in f".{n}.")
-    return found
+            matching.update(n for n in names if f".{pattern}." in f".{n}.")
+    return matching
 
 
 def short(kind: str) -> str:
-    """The last part of a kind, as tables show it: `q_proj`."""
+    """Return the last part of a kind, as tables show it: `q_proj`."""
     return kind.rpartition(".")[2]
 
 
 def _embedding(model: nn.Module, getter: str) -> nn.Module:
-    found = getattr(model, getter, None)
-    module = found() if callable(found) else None
+    """Return what a getter of the model returns, or an empty module where it has none."""
+    get = getattr(model, getter, None)
+    module = get() if callable(get) else None
     return module if isinstance(module, nn.Module) else nn.Module()
 
 
 def _find(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    found: list[tuple[int, str, nn.ModuleList]] = []
+    lists: list[tuple[int, str, nn.ModuleList]] = []
     outer: list[str] = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or any(name.startswith(o + ".") for o in outer):
@@ -207,13 +210,13 @@ def _find(model: nn.Module) -> tuple[str, nn.ModuleList]:
         outer.append(name)
         sizes = [layer.rows * layer.n for block in module for layer in _layers(block, 0, "")]
         if sizes:
-            found.append((sum(sizes), name, module))
-    if not found:
+            lists.append((sum(sizes), name, module))
+    if not lists:
         raise ModelError(
             f"{type(model).__name__} has no list of decoder blocks with linear layers; "
             "is it a causal language model?"
         )
-    _, name, modules = max(found, key=lambda item: item[0])
+    _, name, modules = max(lists, key=lambda item: item[0])
     return name, modules
 
 
@@ -243,7 +246,7 @@ def _layer(
     input_axis: int,
     shape: Sequence[int],
 ) -> Layer:
-    """The layer whose name inside the block is `inner`; the one place that takes a layer's name apart."""
+    """Make the layer called `inner` inside its block; no other place takes a layer's name apart."""
     name = (prefix + inner).rstrip(".")
     return Layer(
         name=name,
@@ -259,13 +262,13 @@ def _layer(
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Does the module hold experts as 3-D parameters? Convolutions have such parameters, too."""
+    """Return whether the module holds experts as 3-D parameters, which convolutions have, too."""
     counts = [p.shape[0] for _, p in module.named_parameters(recurse=False) if p.ndim == 3]
     return min(counts, default=1) > 1 and not isinstance(module, _ConvNd)
 
 
 def takes_routing(module: nn.Module) -> bool:
-    """Is the module called with hidden states, chosen experts, and their weights?"""
+    """Return whether the module is called with hidden states, chosen experts, and their weights."""
     try:
         inspect.signature(module.forward).bind(None, None, None)
     except TypeError:
@@ -274,16 +277,22 @@ def takes_routing(module: nn.Module) -> bool:
 
 
 def _transposed(module: nn.Module) -> bool:
-    """Are the experts stored [experts, in, out]? By the module's own attribute, or else by shapes."""
-    said = getattr(module, "is_transposed", None)
-    if said is not None:
-        return bool(said)
+    """Return whether experts are stored [experts, in, out]: by the module's attribute, or else by shapes."""
+    transposed = getattr(module, "is_transposed", None)
+    if transposed is not None:
+        return bool(transposed)
     shapes = [p.shape[1:] for _, p in module.named_parameters(recurse=False) if p.ndim == 3]
     return shapes[0][1] != shapes[-1][0] and shapes[0][0] == shapes[-1][1]
 
 
+def text_config(model: nn.Module) -> Any:
+    """Return the part of the model's configuration about its language model; None without one."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def vocabulary_size(model: nn.Module) -> int:
-    """Rows of the input embedding."""
+    """Return the number of rows of the input embedding."""
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     return int(embedding.weight.shape[0])
 
@@ -293,8 +302,14 @@ def vocabulary_size(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Experts of a block that tokens are routed to, by the `name` of their module: `count` of them, to `each`
-    of which a token goes; `parameters` have experts on their first axis, the router's among them."""
+    """Experts of a block that tokens are routed to.
+
+    Attributes:
+        name: of their module.
+        count: number of experts.
+        each: number of experts that a token goes to.
+        parameters: those with experts on their first axis, the router's among them.
+    """
 
     name: str
     kind: str
@@ -305,13 +320,13 @@ class Mixture:
 
     @property
     def parent(self) -> str:
-        """The module that routes, and adds up."""
+        """Module that routes, and adds up."""
         return self.name.rpartition(".")[0]
 
 
 def mixtures_of(blocks: Blocks, index: int) -> list[Mixture]:
-    """The mixtures of a block; ModelError for experts that cannot be removed from module or router."""
-    block, found = blocks.modules[index], []
+    """Return the mixtures of a block; ModelError for experts that cannot be removed."""
+    block, mixtures = blocks.modules[index], []
     for name, module in block.named_modules():
         if not is_experts(module):
             continue
@@ -324,23 +339,26 @@ def mixtures_of(blocks: Blocks, index: int) -> list[Mixture]:
         each, parent = _each(blocks.model, full), block.get_submodule(name.rpartition(".")[0])
         count = next(p.shape[0] for _, p in module.named_parameters(recurse=False) if p.ndim == 3)
         parameters = [f"{full}.{n}" for n, p in module.named_parameters() if p.shape[0] == count]
-        routers, kept = (
-            [n for n, x in some if n.split(".")[0] in _ROUTERS and x.shape[:1] == (count,)]
-            for some in (parent.named_parameters(), parent.named_buffers())
-        )
-        if not routers or kept:
-            what = "is of no known form"
-            if kept:
-                what = f"keeps {kept[0]!r} in addition to its weights"
-            raise ModelError(f"{full}: its router {what}; leave out `experts`")
+        routers = _of_router(parent.named_parameters(), count)
+        if buffers := _of_router(parent.named_buffers(), count):
+            raise ModelError(
+                f"{full}: its router keeps {buffers[0]!r} in addition to its weights; leave out `experts`"
+            )
+        if not routers:
+            raise ModelError(f"{full}: its router is of no known form; leave out `experts`")
         parameters += [f"{full.rpartition('.')[0]}.{n}" for n in routers]
-        found.append(Mixture(full, name, index, count, each, tuple(parameters)))
-    return found
+        mixtures.append(Mixture(full, name, index, count, each, tuple(parameters)))
+    return mixtures
+
+
+def _of_router(tensors: Iterable[tuple[str, Tensor]], count: int) -> list[str]:
+    """Return the names of a router's tensors with an entry for each of `count` experts."""
+    return [n for n, x in tensors if n.split(".")[0] in _ROUTERS and x.shape[:1] == (count,)]
 
 
 def _each(model: nn.Module, name: str) -> int:
-    """To how many experts a token goes; ModelError where the configuration does not say."""
-    text: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    """Return how many experts a token goes to; ModelError where the configuration does not say."""
+    text = text_config(model)
     groups = getattr(text, "n_group", None) or 1
     if groups > 1 and (getattr(text, "topk_group", None) or groups) < groups:
         raise ModelError(

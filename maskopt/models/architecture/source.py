@@ -1,6 +1,8 @@
-"""Where the weights come from: a model in memory, or a folder read block by block. Both are a `Source`: a
-model whose parts outside the decoder blocks are in memory, and `open(index)`, inside which one block's
-weights are."""
+"""Sources of weights: a model in memory, or a folder read block by block.
+
+Both are a `Source`: a model whose parts outside the decoder blocks are in memory, and `open(index)`, inside
+which one block's weights are.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from maskopt.core.inputs import all_finite
 from maskopt.errors import DataError, ModelError, first_line
-from maskopt.models.architecture.blocks import Blocks, Layer, matrix, merged
+from maskopt.models.architecture.blocks import Blocks, Layer, matrix, merged, text_config
 from maskopt.models.architecture.transformers_adapter import (
     Conversion,
     check_buffers,
@@ -39,7 +41,7 @@ DTYPES = {x: getattr(torch, x) for x in ("float32", "float64", "bfloat16", "floa
 
 
 class Source:
-    """A model that is in memory as a whole; `checkpoint`: the folder that it was read from, if any."""
+    """Model that is in memory as a whole; `checkpoint`: the folder that it was read from, if any."""
 
     checkpoint: Checkpoint | None = None
 
@@ -59,7 +61,7 @@ class Source:
 
     @contextmanager
     def open(self, index: int, edits: Edits | None = None) -> Iterator[nn.Module]:
-        """Context in which a block's weights are in memory, after `edits`; yields the block."""
+        """Enter a context in which a block's weights are in memory, after `edits`; yield the block."""
         if edits is not None:
             raise ModelError("a model in memory cannot be resumed; prune its folder instead")
         block = self.blocks.modules[index]
@@ -69,32 +71,39 @@ class Source:
 
     @contextmanager
     def head(self, like: Source | None = None) -> Iterator[None]:
-        """Context in which all after the blocks is in memory; parameters equal to those of `like` once."""
+        """Enter a context in which all after the blocks is in memory, what `like` has, too, once."""
         yield
 
     def drop(self) -> None:
         """Hold nothing in memory until `head` or `load_outside`; a model that came in memory stays."""
 
     def stored_as_is(self, name: str) -> str | None:
-        """The tensor that a parameter is stored as; None where it is stored in another form."""
+        """Return the tensor that a parameter is stored as; None where it is stored in another form."""
         return name
 
-    def stored_dtype(self, layer: Layer) -> torch.dtype:
-        """In which the layer's weights are kept."""
-        return self.model.get_parameter(layer.parameter).dtype
+    def parameter_dtype(self, name: str) -> torch.dtype:
+        """Return the dtype that a parameter is stored in."""
+        return self.model.get_parameter(name).dtype
 
     def vectors(self, index: int) -> Mapping[str, tuple[str, torch.dtype]]:
-        """Norms and biases of a block that are stored unchanged: tensor and dtype by the parameter's name."""
-        named = vectors_of(self.blocks, index)
-        return {name: (name, self.model.get_parameter(name).dtype) for name in named}
+        """Return norms and biases of a block that are stored unchanged: tensor and dtype by parameter."""
+        others = [block for number, block in enumerate(self.blocks.modules) if number != index]
+        shared = {id(p) for block in others for p in block.parameters()}
+        prefix, vectors = self.blocks.prefix(index), {}
+        for name, parameter in self.blocks.modules[index].named_parameters():
+            if parameter.ndim == 1 and id(parameter) not in shared:
+                tensor = self.stored_as_is(prefix + name)
+                if tensor is not None:
+                    vectors[prefix + name] = tensor, self.parameter_dtype(prefix + name)
+        return vectors
 
     def block_memory(self) -> int:
-        """Bytes of the blocks' weights that are in memory at the peak."""
+        """Return the bytes of the blocks' weights that are in memory at the peak."""
         return sum(p.nbytes for block in self.blocks.modules for p in block.parameters())
 
 
 class FolderSource(Source):
-    """A model folder of which only the open block and what lies outside the blocks are in memory."""
+    """Model folder of which only the open block and what lies outside the blocks are in memory."""
 
     checkpoint: Checkpoint
     model: Any
@@ -140,15 +149,18 @@ class FolderSource(Source):
 
     @contextmanager
     def head(self, like: Source | None = None) -> Iterator[None]:
-        """As in `Source`. An input embedding that the head does not share makes room for it, and returns
-        zeros meanwhile. Afterwards nothing of the model is in memory until `load_outside`."""
-        own = [name for name, _ in self.blocks.own_head()]
-        embedding: Any = self.blocks.embedding
+        """Load what comes after the blocks.
+
+        An input embedding that the head does not share makes room for it, and returns zeros meanwhile.
+        Afterwards nothing of the model is in memory until `load_outside`.
+        """
         needed = self._outside
-        if own:
+        embedding: Any = self.blocks.embedding
+        head = [name for name, _ in self.blocks.own_head()]
+        if head:
             release(embedding)
             looked_up = {id(p) for p in embedding.parameters()}
-            needed = own + [n for n, p in self.blocks.outside() if id(p) not in looked_up]
+            needed = head + [n for n, p in self.blocks.outside() if id(p) not in looked_up]
             more = {"dtype": embedding.weight.dtype, "device": self.device}
             width = embedding.weight.shape[1]
             embedding.forward = lambda ids: torch.zeros(*ids.shape, width, **more)
@@ -193,7 +205,7 @@ class FolderSource(Source):
         return {name for name in names if self.model.get_parameter(name).is_meta}
 
     def stored(self, masks: Mapping[str, tuple[Layer, Tensor]]) -> dict[str, TensorMask]:
-        """Masks of layers [rows, n] as masks of the tensors that the checkpoint stores."""
+        """Return masks of layers [rows, n] as masks of the tensors that the checkpoint stores."""
         result: dict[str, TensorMask] = {}
         axes = {x.parameter: x.input_axis + (x.expert is not None) for x, _ in masks.values()}
         for name, kept in merged(self.model, masks, True).items():
@@ -206,7 +218,7 @@ class FolderSource(Source):
         return result
 
     def _as_stored(self, name: str, whole: Tensor) -> dict[str, Tensor]:
-        """A parameter as the tensors that the checkpoint stores, by transformers' conversion for saving."""
+        """Return a parameter as the tensors that the checkpoint stores."""
         tensor, sources = self.conversion.stored_as_is(name), self.conversion.sources(name)
         stored = revert(self.model, {name: whole}) if tensor is None else {tensor: whole}
         if set(stored) != set(sources):
@@ -221,11 +233,7 @@ class FolderSource(Source):
     def stored_as_is(self, name: str) -> str | None:
         return self.conversion.stored_as_is(name)
 
-    def stored_dtype(self, layer: Layer) -> torch.dtype:
-        return self.parameter_dtype(layer.parameter)
-
     def parameter_dtype(self, name: str) -> torch.dtype:
-        """Return the dtype that a parameter is stored in."""
         return self.checkpoint.entry(self.conversion.sources(name)[0]).torch_dtype
 
     def stored_parameters(self, free: Mapping[str, Bool[Tensor, ...]]) -> dict[str, Tensor]:
@@ -238,23 +246,15 @@ class FolderSource(Source):
         return result
 
     def stored_values(self, values: Mapping[str, tuple[Layer, Tensor]]) -> dict[str, Tensor]:
-        """New weights of layers [rows, n], float64, as tensors of the checkpoint; NaN elsewhere."""
-        typed = {k: (x, v.to(self.stored_dtype(x))) for k, (x, v) in values.items()}
+        """Return new weights of layers [rows, n], float64, as tensors of the checkpoint; NaN elsewhere."""
+        typed = {k: (x, v.to(self.parameter_dtype(x.parameter))) for k, (x, v) in values.items()}
         result: dict[str, Tensor] = {}
         for name, whole in merged(self.model, typed, torch.nan).items():
             result |= {key: x.contiguous() for key, x in self._as_stored(name, whole).items()}
         return result
 
-    def vectors(self, index: int) -> dict[str, tuple[str, torch.dtype]]:
-        found = {}
-        for name in vectors_of(self.blocks, index):
-            tensor = self.conversion.stored_as_is(name)
-            if tensor is not None:
-                found[name] = tensor, self.checkpoint.entry(tensor).torch_dtype
-        return found
-
     def block_memory(self) -> int:
-        """A block is read in its stored dtype and converted; one tensor of it is held twice."""
+        """Return the bytes of the largest block, read in its stored dtype and converted."""
         working = next(self.model.parameters()).dtype.itemsize
         stored = stored_dtype(self.checkpoint).itemsize
         sizes = [sum(p.numel() for p in block.parameters()) for block in self.blocks.modules]
@@ -263,8 +263,8 @@ class FolderSource(Source):
 
 
 def as_stored(source: Source, layer: Layer, weight: Tensor) -> Tensor:
-    """New weights of a layer [rows, n] rounded to the stored dtype, float64; ModelError beyond its range."""
-    dtype = source.stored_dtype(layer)
+    """Round new weights of a layer [rows, n] to the stored dtype, float64; ModelError beyond its range."""
+    dtype = source.parameter_dtype(layer.parameter)
     rounded = weight.to(dtype).double()
     if not all_finite(rounded):
         raise ModelError(
@@ -273,16 +273,8 @@ def as_stored(source: Source, layer: Layer, weight: Tensor) -> Tensor:
     return rounded
 
 
-def vectors_of(blocks: Blocks, index: int) -> list[str]:
-    """Names in the model of a block's one-dimensional parameters that no other block shares."""
-    modules = [block for number, block in enumerate(blocks.modules) if number != index]
-    others = {id(p) for block in modules for p in block.parameters()}
-    named = blocks.modules[index].named_parameters()
-    return [blocks.prefix(index) + name for name, p in named if p.ndim == 1 and id(p) not in others]
-
-
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The floating dtype that most of the checkpoint's bytes are in."""
+    """Return the floating dtype that most of the checkpoint's bytes are in."""
     sizes: dict[torch.dtype, int] = {}
     for shard in checkpoint.shards.values():
         for entry in shard.entries.values():
@@ -300,7 +292,7 @@ def open_source(
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> Source:
-    """A model as a `Source`, in evaluation mode; ModelError for a device, dtype or model of no use."""
+    """Open a model as a `Source`, in evaluation mode; ModelError for a device, dtype or model of no use."""
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"`dtype` must be one of: auto, {', '.join(DTYPES)}; not {dtype!r}")
     if isinstance(model, nn.Module):
@@ -319,7 +311,7 @@ def open_source(
 
 
 def choose_device(device: str) -> torch.device:
-    """`cpu`, `cuda`, `cuda:N` or `auto` as a device; ModelError where there is no such device."""
+    """Return `cpu`, `cuda`, `cuda:N` or `auto` as a device; ModelError where there is no such device."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -334,7 +326,7 @@ def choose_device(device: str) -> torch.device:
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The folder's tokenizer, or None where it has none (token tensors need none)."""
+    """Load the folder's tokenizer; None where it has none (token tensors need none)."""
     from transformers import AutoTokenizer
 
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
@@ -347,25 +339,19 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     except DataError:
         raise
     except Exception as error:  # tokenizers fail in as many ways as there are of them
-        what = f"{folder}: the tokenizer cannot be loaded: {first_line(error)}"
-        raise ModelError(what) from error
-
-
-def text_config(model: nn.Module) -> Any:
-    """The part of the model's configuration that is about its language model; None without one."""
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+        reason = f"{folder}: the tokenizer cannot be loaded: {first_line(error)}"
+        raise ModelError(reason) from error
 
 
 def capped_length(model: nn.Module, seq_len: int) -> int:
-    """Never longer than the model has positions; never longer because it has more of them."""
+    """Return the length of a window: `seq_len`, or all positions of the model where it has fewer."""
     positions = getattr(text_config(model), "max_position_embeddings", None)
     return min(seq_len, positions) if isinstance(positions, int) and positions > 0 else seq_len
 
 
 @dataclass(frozen=True)
 class MasksAsWeights(Checkpoint):
-    """A checkpoint whose tensors are their masks, 1 = kept, and 0 where there is none."""
+    """Checkpoint whose tensors are their masks, 1 = kept, and 0 where there is none."""
 
     masks: MaskFile
 
@@ -376,7 +362,7 @@ class MasksAsWeights(Checkpoint):
 
 
 def masks_as_model(checkpoint: Checkpoint, path: Path, *, trust_remote_code: bool) -> FolderSource:
-    """The checkpoint's model, whose weights are the masks in a file."""
+    """Return the checkpoint's model, whose weights are the masks in a file."""
     as_weights = MasksAsWeights(
         checkpoint.folder, checkpoint.config, checkpoint.shards, checkpoint.where, MaskFile(path)
     )
@@ -387,13 +373,13 @@ def masks_as_model(checkpoint: Checkpoint, path: Path, *, trust_remote_code: boo
 def layer_masks(
     checkpoint: Checkpoint, path: Path, *, trust_remote_code: bool = False
 ) -> Iterator[tuple[Layer, Bool[Tensor, "rows n"]]]:
-    """Masks of the layers that have one, True = kept, a block's at a time in memory."""
+    """Yield the layers that have a mask, and the mask, True = kept; those of one block are in memory."""
     source = masks_as_model(checkpoint, path, trust_remote_code=trust_remote_code)
     masked = set(MaskFile(path).names)
     for index in range(len(source.blocks)):
         layers = source.blocks.layers(index)
-        mine = [x for x in layers if masked & {*source.conversion.sources(x.parameter)}]
-        if mine:
+        layers = [x for x in layers if masked & {*source.conversion.sources(x.parameter)}]
+        if layers:
             with source.open(index):
-                for layer in mine:
+                for layer in layers:
                     yield layer, matrix(source.model, layer) != 0

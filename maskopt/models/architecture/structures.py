@@ -1,4 +1,4 @@
-"""What can be removed from a model whole, and what that leaves of its configuration and its stored tensors.
+"""Parts that can be removed whole, and the configuration and stored tensors of the smaller model.
 
 Channels are columns of `down_proj`, heads blocks of columns of `o_proj`. What produces them goes along: rows
 of `gate_proj` and `up_proj`, of `q_proj`, and of `k_proj` and `v_proj` where whole key–value groups go.
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from maskopt.core.pattern import NM, Pattern, Unstructured
 from maskopt.errors import ModelError
-from maskopt.models.architecture.blocks import Blocks, Layer, Mixture
+from maskopt.models.architecture.blocks import Blocks, Layer, Mixture, text_config
 from maskopt.models.architecture.transformers_adapter import Conversion
 
 #: what a channel is called in messages
@@ -53,23 +53,25 @@ NONE = -1
 
 @dataclass(frozen=True)
 class Cut:
-    """How a parameter is cut along an axis: `parts` are (length, width) in order along it, structures 0, 1, …
-    of `width` indices each; width 0: stays."""
+    """Cut of a parameter along an axis.
+
+    `parts` are (length, width) in order along it, structures 0, 1, … of `width` indices each; width 0: stays.
+    """
 
     axis: int
     parts: Sequence[tuple[int, int]]
 
     @property
     def structure(self) -> Int[Tensor, " size"]:
-        """Of every index, NONE where it stays."""
-        found = [
+        """Structure of every index, NONE where it stays."""
+        numbers = [
             torch.arange(length) // width if width else torch.full((length,), NONE)
             for length, width in self.parts
         ]
-        return torch.cat(found)
+        return torch.cat(numbers)
 
     def inside(self, kept: Bool[Tensor, " structures"]) -> Int[Tensor, " left"]:
-        """The indices that stay."""
+        """Return the indices that stay."""
         structure = self.structure
         stays = structure == NONE
         stays[~stays] = kept[structure[~stays]]
@@ -84,7 +86,7 @@ Kept = Mapping[str, Bool[Tensor, " structures"]]
 
 @dataclass(frozen=True)
 class Change:
-    """What a removal leaves of a stored model.
+    """Change that a removal makes to a stored model.
 
     Attributes:
         settings: new values in its configuration, by key.
@@ -98,7 +100,7 @@ class Change:
 
 
 def changed(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with other settings of its text model."""
+    """Return a configuration with other settings of its text model."""
     nested = config.get("text_config")
     if isinstance(nested, dict) and not any(key in config for key in settings):
         return {**config, "text_config": {**nested, **settings}}
@@ -106,22 +108,22 @@ def changed(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str,
 
 
 def _stored_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a configuration says, of its text model as of all."""
+    """Return the settings of a configuration, with those of its text model on the same level."""
     nested = config.get("text_config")
     return {**config, **(nested if isinstance(nested, dict) else {})}
 
 
-def cannot_say(model: nn.Module, what: str) -> ModelError:
+def cannot_say(model: nn.Module, sizes: str) -> ModelError:
     family = getattr(model.config, "model_type", type(model).__name__)
     return ModelError(
-        f"the configuration of {family} models cannot describe the smaller model: {what}; ask for "
+        f"the configuration of {family} models cannot describe the smaller model: {sizes}; ask for "
         "another share or number, or for other structures"
     )
 
 
 @dataclass(frozen=True)
 class Structures:
-    """The channels or the heads of one block.
+    """Channels or heads of one block.
 
     Attributes:
         unit: what one is called in messages.
@@ -140,55 +142,54 @@ class Structures:
 
     @property
     def groups(self) -> Int[Tensor, " n"]:
-        """The structure of every input of the consumer."""
+        """Structure of every input of the consumer."""
         return self.cuts[self.consumer.parameter].structure
 
     @property
     def kept(self) -> int:
-        """How many stay."""
+        """Number of structures that stay."""
         return self.count - self.pattern.pruned_in(1, self.count)
 
 
 def structures_of(blocks: Blocks, channels: float, heads: float, round_to: int) -> list[Structures]:
-    """Of all blocks, in the order of the model, where such shares go."""
-    found = list[Structures]()
+    """Return the structures of all blocks, in the order of the model, where such shares are removed."""
+    every = list[Structures]()
     for index in range(len(blocks)):
-        found += [_heads_of(blocks, index, heads)] if heads else []
-        found += [_channels_of(blocks, index, channels, round_to)] if channels else []
-    return found
+        if heads:
+            every.append(_heads_of(blocks, index, heads))
+        if channels:
+            every.append(_channels_of(blocks, index, channels, round_to))
+    return every
 
 
 def structure_settings(model: nn.Module, every: Sequence[Structures]) -> dict[str, int]:
-    """New settings by key; ModelError where a configuration cannot describe these sizes."""
-    text: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    found: dict[str, set[int]] = {}
-    for key, value in (item for one in every for item in one.settings.items()):
-        found.setdefault(key, set()).add(value)
-    for key, values in found.items():
-        if len(values) > 1:
-            raise cannot_say(model, f"{key} of {', '.join(map(str, sorted(values)))}")
-    settings = {key: values.pop() for key, values in found.items()}
-    if getattr(text, "num_key_value_heads", None) is None:
+    """Return new settings by key; ModelError where a configuration cannot describe these sizes."""
+    settings: dict[str, int] = {}
+    for structures in every:
+        for key, value in structures.settings.items():
+            if settings.setdefault(key, value) != value:
+                raise cannot_say(model, f"{key} of {settings[key]} and {value}")
+    if getattr(text_config(model), "num_key_value_heads", None) is None:
         settings.pop("num_key_value_heads", None)
     return settings
 
 
 def structure_cuts(conversion: Conversion, every: Sequence[Structures]) -> TensorCuts:
-    """The cuts of the stored tensors; ModelError for a parameter that is not stored unchanged."""
-    found: dict[str, list[tuple[str, Cut]]] = {}
-    for one in every:
-        for name, cut in one.cuts.items():
+    """Return the cuts of the stored tensors; ModelError for a parameter that is not stored unchanged."""
+    cuts: dict[str, list[tuple[str, Cut]]] = {}
+    for structures in every:
+        for name, cut in structures.cuts.items():
             tensor = conversion.stored_as_is(name)
             if tensor is None:
                 raise ModelError(
                     f"parameter {name!r} is stored in another form than the model's; it cannot be cut"
                 )
-            found.setdefault(tensor, []).append((one.consumer.name, cut))
-    return found
+            cuts.setdefault(tensor, []).append((structures.consumer.name, cut))
+    return cuts
 
 
 def _channels_of(blocks: Blocks, index: int, share: float, round_to: int) -> Structures:
-    """The channels of a block's MLP; `share` goes, and a multiple of `round_to` stays."""
+    """Find the channels of a block's MLP; `share` goes, and a multiple of `round_to` stays."""
     consumer, producers = _find(blocks, index, _MLPS, "MLP", "channels")
     n = consumer.n
     kept = -(-(n - Unstructured(sparsity=share).pruned_in(1, n)) // round_to) * round_to
@@ -197,7 +198,7 @@ def _channels_of(blocks: Blocks, index: int, share: float, round_to: int) -> Str
             f"layer {consumer.name!r}: a share of {share:g} of its {n} channels, what stays being a multiple "
             f"of {round_to}, is none; take a larger `channels` or a smaller `round_to`"
         )
-    text: Any = blocks.model.config.get_text_config()  # type: ignore[operator, union-attr]
+    text = text_config(blocks.model)
     # where several words stand for the width, the first is what the family reads
     keys = [key for key in _WIDTHS if getattr(text, key, None) == n]
     if not keys:
@@ -210,7 +211,7 @@ def _channels_of(blocks: Blocks, index: int, share: float, round_to: int) -> Str
 
 
 def _heads_of(blocks: Blocks, index: int, share: float) -> Structures:
-    """The heads of a block: whole key–value groups if the share takes one, else heads of every group."""
+    """Find the heads of a block: key–value groups if the share takes a whole one, else heads of each."""
     consumer, producers = _find(blocks, index, _ATTENTIONS, "attention", "heads")
     heads, groups, width = _attention_of(blocks.model, consumer)
     each = heads // groups
@@ -240,7 +241,7 @@ def _heads_of(blocks: Blocks, index: int, share: float) -> Structures:
 
 @dataclass(frozen=True)
 class Inner:
-    """Values inside a block that could be in another basis: what makes them, and what takes them.
+    """Values inside a block that could be in another basis, with the layers that make and take them.
 
     Attributes:
         width: of a value head, in which any orthogonal basis may do; 0: channels, which have an order only.
@@ -255,12 +256,14 @@ class Inner:
 
 
 def inner_values(blocks: Blocks, index: int) -> list[Inner]:
-    """The value heads and the channels of a block whose layers have a form that is known. Whether the block
-    computes the same in another basis depends on what else is between the layers."""
-    found = []
-    for known, what in ((_ATTENTIONS, "attention"), (_MLPS, "MLP")):
+    """Return the value heads and the channels of a block whose layers have a form that is known.
+
+    Whether the block computes the same in another basis depends on what else is between the layers.
+    """
+    values = []
+    for known, part in ((_ATTENTIONS, "attention"), (_MLPS, "MLP")):
         try:
-            consumer, producers = _find(blocks, index, known, what, what)
+            consumer, producers = _find(blocks, index, known, part, part)
             groups, width = 1, 0
             if known is _ATTENTIONS:
                 _, groups, width = _attention_of(blocks.model, consumer)
@@ -273,12 +276,12 @@ def inner_values(blocks: Blocks, index: int) -> list[Inner]:
         except ModelError:
             continue
         if producers and all(producer.input_axis == 1 for producer in producers):
-            found.append(Inner(producers[-1], consumer, width, groups, axes))
-    return found
+            values.append(Inner(producers[-1], consumer, width, groups, axes))
+    return values
 
 
 def _least(groups: int, each: int) -> str:
-    """The smallest share that takes something."""
+    """Describe the smallest share that removes something."""
     parts = max(groups, each)
     if parts == 1:
         return "there is a single head; leave out `heads`"
@@ -288,8 +291,8 @@ def _least(groups: int, each: int) -> str:
 
 
 def _attention_of(model: nn.Module, consumer: Layer) -> tuple[int, int, int]:
-    """Query heads, key–value heads, width of each; ModelError where they do not fit the layer."""
-    text: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    """Return query heads, key–value heads, width of each; ModelError where they do not fit the layer."""
+    text = text_config(model)
     heads = int(getattr(text, "num_attention_heads", 0) or 0)
     groups = int(getattr(text, "num_key_value_heads", None) or heads)
     width = int(getattr(text, "head_dim", None) or (consumer.n // heads if heads else 0))
@@ -305,32 +308,32 @@ def _find(
     blocks: Blocks,
     index: int,
     known: Mapping[str, Sequence[tuple[str, ...]]],
-    what: str,
+    part: str,
     option: str,
 ) -> tuple[Layer, list[Layer]]:
-    """The layer that consumes the structures of a block, and those that produce them."""
+    """Find the layer that consumes the structures of a block, and those that produce them."""
     layers = {layer.name: layer for layer in blocks.layers(index) if layer.expert is None}
-    found = []
+    matches = []
     for name, consumer in layers.items():
         last = name.rpartition(".")[2]
         for form in known.get(last, ()):
-            names = [f"{consumer.parent}.{part}" for part in form]
+            names = [f"{consumer.parent}.{producer}" for producer in form]
             if consumer.input_axis == 1 and all(n in layers for n in names):
-                found.append((consumer, [layers[n] for n in names]))
+                matches.append((consumer, [layers[n] for n in names]))
                 break
-    if len(found) != 1:
+    if len(matches) != 1:
         forms = "; ".join(f"{', '.join(f)} → {c}" for c, fs in known.items() for f in fs)
         raise ModelError(
-            f"block {blocks.prefix(index).rstrip('.')!r} has {len(found) or 'no'} {what}s of a form that is "
-            f"known ({forms}); leave out `{option}`"
+            f"block {blocks.prefix(index).rstrip('.')!r} has {len(matches) or 'no'} {part}s of a known form "
+            f"({forms}); leave out `{option}`"
         )
-    return found[0]
+    return matches[0]
 
 
 def _rows_and_bias(
     model: nn.Module, producer: Layer, parts: Sequence[tuple[int, int]]
 ) -> dict[str, Cut]:
-    """The cuts of what produces structures; none where all of its rows stay."""
+    """Return the cuts of a layer that produces structures; none where all of its rows stay."""
     size = sum(length for length, _ in parts)
     if producer.rows != size:
         raise ModelError(
@@ -339,16 +342,18 @@ def _rows_and_bias(
         )
     if not any(width for _, width in parts):
         return {}
+    names = [producer.parameter]
     bias = producer.parameter.removesuffix("weight") + "bias"
-    there = [producer.parameter, *([bias] if bias in dict(model.named_parameters()) else [])]
-    return dict.fromkeys(there, Cut(0, parts))
+    if bias in dict(model.named_parameters()):
+        names.append(bias)
+    return dict.fromkeys(names, Cut(0, parts))
 
 
 # --- experts and blocks
 
 
 def experts_left(mixtures: Sequence[Mixture], share: float) -> int:
-    """How many experts of each mixture stay; ModelError where a model cannot do without this share."""
+    """Return how many experts of each mixture stay; ModelError where a model needs more of them."""
     if not mixtures:
         raise ModelError("the model has no experts that tokens are routed to; leave out `experts`")
     counts = {(m.count, m.each) for m in mixtures}
@@ -373,8 +378,8 @@ def experts_left(mixtures: Sequence[Mixture], share: float) -> int:
 def expert_settings(
     model: nn.Module, config: Mapping[str, Any], mixtures: Sequence[Mixture], left: int
 ) -> dict[str, int]:
-    """The settings of the stored `config` that count experts; all such words if none is stored."""
-    text: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    """Return the settings of the stored `config` that count experts; all such words if none is stored."""
+    text = text_config(model)
     keys = [key for key in _COUNTS if getattr(text, key, None) == mixtures[0].count]
     stored = _stored_settings(config)
     return dict.fromkeys([key for key in keys if key in stored] or keys, left)
@@ -383,8 +388,11 @@ def expert_settings(
 def without_experts(
     conversion: Conversion, settings: Mapping[str, int], mixtures: Sequence[Mixture], kept: Kept
 ) -> Change:
-    """What is left of the stored model; ModelError for experts that are neither stored as the model's
-    parameters nor one by one."""
+    """Return the change by removed experts.
+
+    Raises:
+        ModelError: experts are neither stored as the model's parameters nor one by one.
+    """
     names: dict[str, str | None] = {name: name for name in conversion.keys}
     cuts: dict[str, list[tuple[str, Cut]]] = {}
     for mixture in mixtures:
@@ -395,26 +403,25 @@ def without_experts(
                 cuts[tensor] = [(mixture.name, Cut(0, [(mixture.count, 1)]))]
                 continue
             for name in conversion.sources(parameter):
-                found = _EXPERT.match(name)
-                if found is None or int(found["number"]) >= mixture.count:
+                match = _EXPERT.match(name)
+                if match is None or int(match["number"]) >= mixture.count:
                     raise ModelError(
                         f"parameter {parameter!r} is stored in another form than expert by expert; its "
                         "experts cannot be removed"
                     )
-                new = numbers.get(int(found["number"]))
-                names[name] = None if new is None else f"{found['home']}.{new}.{found['rest']}"
+                new = numbers.get(int(match["number"]))
+                names[name] = None if new is None else f"{match['home']}.{new}.{match['rest']}"
     return Change(settings, names, cuts, kept)
 
 
 def block_settings(
     blocks: Blocks, config: Mapping[str, Any], removed: Sequence[int]
 ) -> dict[str, Any]:
-    """The number of blocks in the stored `config`, and settings with an entry for each block or with their
-    numbers."""
+    """Return new settings of the stored `config`: the number of blocks, and lists about single blocks."""
     stored, count = _stored_settings(config), len(blocks)
     keys = [key for key in _DEPTHS if stored.get(key) == count]
     settings: dict[str, Any] = {(keys or _DEPTHS)[0]: count - len(removed)}
-    text: Any = blocks.model.config.get_text_config()  # type: ignore[operator, union-attr]
+    text = text_config(blocks.model)
     for key, value in text.to_dict().items():
         if key in _BLOCK_INDICES and isinstance(value, list):
             left = [index for index in value if index not in removed]
@@ -427,21 +434,21 @@ def block_settings(
 def without_blocks(
     conversion: Conversion, blocks: Blocks, settings: Mapping[str, Any], removed: Sequence[int]
 ) -> Change:
-    """What is left of the stored model: the decoder's blocks have new names, not those of a vision tower."""
+    """Return the change by removed blocks: only the decoder's get new names, not those of a vision tower."""
     last, inside = blocks.name.rpartition(".")[2], f"{blocks.name}."
     names = [name for name in blocks.model.state_dict() if name.startswith(inside)]
-    own = set(conversion.needed(names))
-    new = {x: renumbered(x, last, removed) if x in own else x for x in conversion.keys}
+    decoder = set(conversion.needed(names))
+    new = {x: renumbered(x, last, removed) if x in decoder else x for x in conversion.keys}
     return Change(settings, new)
 
 
 def renumbered(name: str, blocks: str, removed: Sequence[int]) -> str | None:
-    """The name of a block's tensor once others are removed; None for one that is."""
-    found = re.search(rf"(?:^|\.){re.escape(blocks)}\.(\d+)\.", name)
-    if found is None:
+    """Return the name of a block's tensor once others are removed; None for one that is removed."""
+    match = re.search(rf"(?:^|\.){re.escape(blocks)}\.(\d+)\.", name)
+    if match is None:
         return name
-    index = int(found[1])
+    index = int(match[1])
     if index in removed:
         return None
     new = index - sum(gone < index for gone in removed)
-    return f"{name[: found.start(1)]}{new}{name[found.end(1) :]}"
+    return f"{name[: match.start(1)]}{new}{name[match.end(1) :]}"

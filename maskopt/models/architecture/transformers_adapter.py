@@ -1,6 +1,7 @@
-"""What a streamed model needs of transformers beyond its documented interface; nothing else may use it. These
-parts change without notice; the oldest and the newest tested release are named here. And its parameters and
-buffers, which come and go."""
+"""All uses of undocumented parts of transformers, and parameters and buffers that are loaded and released.
+
+Such parts change without notice; the oldest and the newest tested release are named here.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ def _minor(version: str) -> tuple[int, int]:
 
 
 class Conversion:
-    """How the tensors of a checkpoint become the parameters of a model, by transformers' own rules.
+    """Conversion of a checkpoint's tensors to a model's parameters, by transformers' own rules.
 
     Args:
         model: without weights; it remembers the rules that were used, which `revert` undoes.
@@ -109,18 +110,18 @@ class Conversion:
         model._weight_conversions = [rule for rule in self.rules if rule.was_used()]
 
     def sources(self, name: str) -> list[str]:
-        """The checkpoint tensors that parameter `name` is made of; ModelError where there is none."""
+        """Return the checkpoint tensors that parameter `name` is made of; ModelError where there is none."""
         if name not in self._first:
             raise ModelError(f"{self.place}: no tensor for parameter {name!r}")
         return self._sources[self._first[name]]
 
     def stored_as_is(self, name: str) -> str | None:
-        """The checkpoint tensor that is parameter `name`; None where it is converted or made of several."""
+        """Return the checkpoint tensor that is parameter `name`; None where it is converted."""
         sources = self.sources(name)
         return sources[0] if len(sources) == 1 and name not in self.converted else None
 
     def needed(self, names: Iterable[str]) -> list[str]:
-        """All tensors to load for those of the parameters and buffers that the checkpoint stores."""
+        """Return all tensors to load for those of the parameters and buffers that the checkpoint stores."""
         firsts = sorted({self._first[name] for name in names if name in self._first})
         return [key for first in firsts for key in self._sources[first]]
 
@@ -139,9 +140,9 @@ class Conversion:
         plan = {"tp_plan": None} if "tp_plan" in inspect.signature(load).parameters else {}
         info, _ = load(self.model, dict(tensors), config, **plan)
         if info.mismatched_keys:
-            name, found, expected = min(info.mismatched_keys, key=str)
+            name, stored, expected = min(info.mismatched_keys, key=str)
             raise ModelError(
-                f"{self.place}: {name!r} is {list(found)} in the shards, "
+                f"{self.place}: {name!r} is {list(stored)} in the shards, "
                 f"{list(expected)} by config.json"
             )
         if info.conversion_errors or info.error_msgs:
@@ -151,7 +152,7 @@ class Conversion:
 
 
 def revert(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters as the tensors that a checkpoint stores: transformers' conversion for saving."""
+    """Convert parameters to the tensors that a checkpoint stores, by transformers' rules for saving."""
     from transformers.core_model_loading import revert_weight_conversion
 
     check_version()
@@ -164,30 +165,32 @@ def tie(model: Any, missing: set[str]) -> None:
 
 
 def set_eager_experts(model: nn.Module) -> None:
-    """Experts one after the other, each as a matrix product that can be observed."""
+    """Let experts run one after the other, each as a matrix product that can be observed."""
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "_experts_implementation"):
         config._experts_implementation = "eager"
 
 
-def empty_model(folder: Path, *, trust_remote_code: bool = False, **how: Any) -> Any:
-    """The model that a folder's configuration describes, without weights, by `how` for `from_config`;
-    ModelError where it describes none."""
+def empty_model(folder: Path, *, trust_remote_code: bool = False, **options: Any) -> Any:
+    """Make the model that a folder's configuration describes, without weights; ModelError where it fails.
+
+    `options` are those of `AutoModelForCausalLM.from_config`.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     trust = {"trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, **trust)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, **trust, **how)
+            return AutoModelForCausalLM.from_config(config, **trust, **options)
     except Exception as error:  # configurations fail in as many ways as there are models
-        what = f"{type(error).__name__}: {first_line(error)}"
-        raise ModelError(f"{folder / CONFIG}: makes no model: {what}") from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ModelError(f"{folder / CONFIG}: makes no model: {reason}") from error
 
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without the progress bars of transformers."""
+    """Switch off the progress bars of transformers."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -201,8 +204,11 @@ def quietly() -> Iterator[None]:
 
 @contextmanager
 def reading_gguf() -> Iterator[None]:
-    """Inside it a GGUF file is parsed once, not for configuration, weights and tokenizer each; from a plain
-    array, since slices of a memory map are slow; and without a progress bar that no switch turns off."""
+    """Let transformers parse a GGUF file once, not for configuration, weights and tokenizer each.
+
+    It is read from a plain array, since slices of a memory map are slow, and without a progress bar that no
+    switch turns off.
+    """
     import gguf
     from transformers import modeling_gguf_pytorch_utils as reading
 
@@ -237,12 +243,12 @@ def check_finite(name: str, parameter: Tensor) -> None:
 def share_equal(module: nn.Module, other: nn.Module) -> None:
     """Let parameters whose data equal those of `other` by the same name be held once, as the other's."""
     theirs = dict(other.named_parameters())
-    for name, own in module.named_parameters():
+    for name, ours in module.named_parameters():
         same = theirs.get(name)
-        if same is None or own.is_meta or same.is_meta:
+        if same is None or ours.is_meta or same.is_meta:
             continue
-        if (own.dtype, own.device) == (same.dtype, same.device) and torch.equal(own, same):
-            own.data = same.data
+        if (ours.dtype, ours.device) == (same.dtype, same.device) and torch.equal(ours, same):
+            ours.data = same.data
     return_memory()
 
 
@@ -289,6 +295,7 @@ def real_buffers(model: Any, device: torch.device) -> None:
 
 
 def check_buffers(model: nn.Module) -> None:
+    """Raise ModelError for a buffer that nothing has set since `real_buffers`."""
     for name, buffer in model.named_buffers():
         unset = _unset(buffer.dtype)
         same = torch.isnan(buffer) if isinstance(unset, float) else buffer == unset
@@ -300,6 +307,9 @@ def check_buffers(model: nn.Module) -> None:
 
 
 def _unset(dtype: torch.dtype) -> float | int | bool:
+    """Return a value that marks the entries of a buffer that were never computed."""
     if dtype.is_floating_point:
         return math.nan
-    return False if dtype == torch.bool else torch.iinfo(dtype).min if dtype.is_signed else 255
+    if dtype == torch.bool:
+        return False
+    return torch.iinfo(dtype).min if dtype.is_signed else 255

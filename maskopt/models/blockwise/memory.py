@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from maskopt.errors import ModelError
-from maskopt.models.architecture.blocks import Layer, vocabulary_size
-from maskopt.models.architecture.source import Source, text_config
+from maskopt.models.architecture.blocks import Layer, text_config, vocabulary_size
+from maskopt.models.architecture.source import Source
 from maskopt.models.blockwise.gradients import LOGITS
 from maskopt.models.checkpoints.report import grouped
 from maskopt.models.options.walk import WalkOptions

@@ -223,7 +223,7 @@ def solve_rows(
     }
     return SolvedRows(
         solution.mask.cpu(),
-        None if new is None else new.to("cpu", job.source.stored_dtype(layer)),
+        None if new is None else new.to("cpu", job.source.parameter_dtype(layer.parameter)),
         _columns(fitted, judge, solution, start, new, objective),
         tuple(map(str, solution.status)),
         facts,

@@ -119,7 +119,10 @@ def _free(
     free: dict[str, Tensor] = {}
     stored: dict[str, torch.dtype] = {}
     names = {id(p): name for name, p in block.module.named_parameters()}
-    dtypes = {layer.parameter: block.job.source.stored_dtype(layer) for layer, _ in masks.values()}
+    dtypes = {
+        layer.parameter: block.job.source.parameter_dtype(layer.parameter)
+        for layer, _ in masks.values()
+    }
     for place, mask in merged(block.model, dict(masks), False).items():
         name = names[id(block.model.get_parameter(place))]
         free[name], stored[name] = mask.to(block.device), dtypes[place]
