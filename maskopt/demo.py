@@ -97,7 +97,7 @@ def run_demo(
     began = time.perf_counter()
     place, report = output / "model", output / "report.html"
     of_demo = [place.name, report.name] if place.exists() else []
-    check_output(output, overwrite=overwrite, own=of_demo)
+    check_output(output, overwrite=overwrite, more=of_demo)
     check_output(place, overwrite=overwrite)
     on_stage(f"demo model {model}: converted once, then read", 0, 1)
     folder, about = demo_model(model), MODELS[model]

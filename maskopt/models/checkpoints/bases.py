@@ -1,4 +1,4 @@
-"""Bases of stored tensors other than their own, in which the model computes the same."""
+"""Other bases of stored tensors, in which the model computes the same."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Basis:
-    """Of the indices along an axis of a tensor.
+    """Another basis of the indices along an axis of a tensor.
 
     Attributes:
         of: what the file calls the change.
@@ -23,7 +23,7 @@ class Basis:
     axis: int
 
     def apply(self, tensor: Tensor) -> Tensor:
-        """The tensor in this basis, in its dtype; products are in float64."""
+        """Return the tensor in this basis, in its dtype; products are in float64."""
         moved, change = tensor.movedim(self.axis, 0), self.change.to(tensor.device)
         if change.ndim == 1:
             new = moved.reshape(-1, len(change), *moved.shape[1:])[:, change]

@@ -1,4 +1,4 @@
-"""What a window of tokens begins with: what the model's tokenizer puts before a text.
+"""Beginning of a window of tokens: what the model's tokenizer puts before a text.
 
 A model that was trained on texts with a beginning token (BOS) has never seen crops without it.
 """
@@ -21,7 +21,7 @@ _PROBE = "a"
 
 @dataclass(frozen=True)
 class Beginning:
-    """What every window begins with.
+    """Beginning of every window.
 
     Attributes:
         bos: `auto`: what the tokenizer puts before a text. `always`: its BOS token, even where it puts none.
@@ -39,7 +39,7 @@ class Beginning:
         return max(1, len(self.ids))
 
     def record(self) -> dict[str, Any]:
-        """As JSON values: for the manifest."""
+        """Return JSON values for the manifest."""
         return {"bos": self.bos, "ids": list(self.ids)}
 
     def __str__(self) -> str:
@@ -56,19 +56,19 @@ TEMPLATE = Beginning("template")
 
 
 def beginning_of(tokenizer: Any, bos: str = "auto") -> Beginning:
-    """What windows of this tokenizer begin with; DataError where it has no such token."""
+    """Return the beginning of this tokenizer's windows; DataError where it has no such token."""
     if bos not in BOS:
         raise DataError(f"`bos` must be one of: {', '.join(BOS)}; not {bos!r}")
     if bos == "never":
         return Beginning(bos)
     ids = _put_before(tokenizer)
     if bos == "always" and not ids:
-        own = getattr(tokenizer, "bos_token_id", None)
-        if own is None:
+        token = getattr(tokenizer, "bos_token_id", None)
+        if token is None:
             raise DataError(
                 "the tokenizer has no beginning-of-sequence token; use `bos` auto or never"
             )
-        ids = (int(own),)
+        ids = (int(token),)
     size = len(tokenizer) if hasattr(tokenizer, "__len__") else None
     for token in ids:
         if token < 0 or (size is not None and token >= size):
@@ -79,10 +79,10 @@ def beginning_of(tokenizer: Any, bos: str = "auto") -> Beginning:
 
 
 def tokens_of(tokenizer: Any, text: str, *, whole: bool) -> list[int]:
-    """Token ids of a text; `whole`: with what the tokenizer puts around it."""
+    """Return the token ids of a text; `whole`: with what the tokenizer puts around it."""
     with no_panic(getattr(tokenizer, "name_or_path", "")):
-        found = tokenizer(text, verbose=False, **({} if whole else {"add_special_tokens": False}))
-        return [int(token) for token in found["input_ids"]]
+        options = {} if whole else {"add_special_tokens": False}
+        return [int(token) for token in tokenizer(text, verbose=False, **options)["input_ids"]]
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """A Hugging Face model folder, read without trusting it: shards, tensors, configuration.
 
-The header of a safetensors file is checked against the file's size before any data is read, and data is read
-by position: nothing is unpickled or mapped, and only the requested tensors are in memory.
+The package safetensors checks the header of a file against the file's size. Data is then read by position:
+nothing is unpickled, and only the requested tensors are in memory.
 """
 
 from __future__ import annotations
@@ -20,26 +20,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from maskopt.core.files import atomic_write
 from maskopt.errors import ModelError, first_line
 from maskopt.models.checkpoints.bases import Basis
 from maskopt.models.checkpoints.schema import (
+    CONFIG,
     INDEX,
     SINGLE,
     check_link,
+    check_settings,
     far_more_than_stored,
-    fits,
     is_count,
+    manifest_digest,
     open_file,
-    pairs,
     read_index,
     read_json,
     shards_of,
 )
 
-MAX_HEADER = 100 * 2**20
 CHUNK = 16 * 2**20
 
 #: safetensors' names of element types
@@ -62,7 +63,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies: absolute byte range, element type, shape."""
+    """Place of a tensor in a file: absolute byte range, element type, shape."""
 
     name: str
     dtype: str
@@ -81,7 +82,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class SafeFile:
-    """The checked header of one file. `entries` are in the order of their bytes."""
+    """Checked header of one file. `entries` are in the order of their bytes."""
 
     path: Path
     entries: dict[str, TensorEntry]
@@ -90,13 +91,13 @@ class SafeFile:
     size: int
 
     def read(self, name: str) -> Tensor:
-        """The tensor as stored, in its own memory."""
+        """Return the tensor as stored, in memory of its own."""
         entry = self.entries[name]
         flat = torch.from_numpy(self._read(entry.start, entry.size))
         return flat.view(entry.torch_dtype).view(entry.shape)
 
     def chunks(self, entry: TensorEntry) -> Iterator[np.ndarray]:
-        """The tensor's bytes, CHUNK at a time."""
+        """Yield the tensor's bytes, CHUNK at a time."""
         for start in range(entry.start, entry.stop, CHUNK):
             yield self._read(start, min(CHUNK, entry.stop - start))
 
@@ -119,48 +120,41 @@ class SafeFile:
 
 
 def open_safe(path: Path) -> SafeFile:
-    """The header of a file, checked against its size; ModelError where it is not safetensors."""
+    """Read the header of a file; ModelError where it is not safetensors, damaged or truncated."""
     with open_file(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        head = file.read(8)
-        if len(head) < 8:
-            raise ModelError(f"{path}: not a safetensors file ({size} bytes long)")
+        size, head = os.fstat(file.fileno()).st_size, file.read(8)
+        try:
+            # The package refuses headers whose tensors do not cover the file to the last byte.
+            with safe_open(path, framework="numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            reason = _other_format(head) or f"or incomplete: {first_line(error)}"
+            raise ModelError(f"{path}: not a safetensors file, {reason}") from None
         (length,) = struct.unpack("<Q", head)
-        if length > MAX_HEADER or length > size - 8:
-            kind = _what_it_is(head)
-            raise ModelError(
-                f"{path}: not a safetensors file{kind}"
-                if kind or length > MAX_HEADER
-                else f"{path}: truncated: the header alone says {length} bytes, the file has {size}"
-            )
-        text = file.read(length)
-    try:
-        header = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError):
-        raise ModelError(f"{path}: not a safetensors file{_what_it_is(head)}") from None
-    if not isinstance(header, dict):
-        raise ModelError(f"{path}: not a safetensors file (the header is no object)")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise ModelError(f"{path}: the header's metadata is not a map of strings")
-    data_start = 8 + length
-    entries = [_entry(path, name, value, data_start) for name, value in header.items()]
+        header = json.loads(file.read(length))
+    metadata = header.pop("__metadata__", None) or {}
+    entries = []
+    for name, value in header.items():
+        dtype, shape = value["dtype"], tuple(value["shape"])
+        if dtype not in DTYPES or not all(map(is_count, shape)):
+            raise ModelError(f"{path}: tensor {name[:200]!r}: cannot be read: {dtype} {shape}")
+        start, stop = (8 + length + offset for offset in value["data_offsets"])
+        entries.append(TensorEntry(name, dtype, shape, start, stop))
     entries.sort(key=lambda entry: (entry.start, entry.stop))
-    position = data_start
-    for entry in entries:
-        if entry.start != position:
-            raise ModelError(f"{path}: tensor {entry.name!r} overlaps another or leaves a gap")
-        position = entry.stop
-    if position != size:
-        what = "truncated" if position > size else "too long"
-        raise ModelError(
-            f"{path}: {what}: the header asks for {position} bytes, the file has {size}"
-        )
-    return SafeFile(path, {entry.name: entry for entry in entries}, metadata, data_start, size)
+    return SafeFile(path, {entry.name: entry for entry in entries}, metadata, 8 + length, size)
+
+
+def _other_format(head: bytes) -> str:
+    """Describe a file that is often found in the place of safetensors, by its first bytes."""
+    if head[:2] == b"PK" or head[:1] == b"\x80":
+        return "but a pickle; maskopt never loads pickled weights: save them as safetensors first"
+    if head.startswith(b"version "):
+        return "but a Git LFS pointer: fetch the real file with `git lfs pull`"
+    return ""
 
 
 def write_file(path: Path, chunks: Iterable[Any]) -> str:
-    """Write a file that appears whole or not at all, out of bytes or flat arrays of them; its SHA-256."""
+    """Write bytes or arrays of them to a file that appears whole or not at all; return its SHA-256."""
     digest = hashlib.sha256()
     with atomic_write(path) as file, ThreadPoolExecutor(1) as other:
         for chunk in chunks:
@@ -173,7 +167,7 @@ def write_file(path: Path, chunks: Iterable[Any]) -> str:
 def safe_header(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
 ) -> bytes:
-    """The header for tensors given as name → (dtype, shape); their bytes follow in order."""
+    """Return the header for tensors given as name → (dtype, shape); their bytes follow in order."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for name, (dtype, shape) in tensors.items():
@@ -192,47 +186,24 @@ def safe_header(
 def safe_bytes(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> Iterator[bytes | np.ndarray]:
-    """A safetensors file, part by part."""
+    """Yield a safetensors file, part by part."""
     shapes = {name: (NAMES[value.dtype], tuple(value.shape)) for name, value in tensors.items()}
     yield safe_header(shapes, metadata)
-    yield from map(bytes_of, tensors.values())
+    for value in tensors.values():
+        yield bytes_of(value).numpy()
 
 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> str:
-    """Write a safetensors file; its SHA-256."""
+    """Write a safetensors file; return its SHA-256."""
     return write_file(path, safe_bytes(tensors, metadata))
 
 
-def bytes_of(tensor: Tensor) -> np.ndarray:
-    """A tensor's bytes as safetensors stores them."""
-    return tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy()
-
-
-def _entry(path: Path, name: str, value: Any, data_start: int) -> TensorEntry:
-    def bad(reason: str) -> ModelError:
-        return ModelError(f"{path}: tensor {name[:200]!r}: {reason}")
-
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise bad("the header does not give its dtype, shape and data_offsets")
-    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise bad(f"unknown element type {str(dtype)[:50]!r}")
-    if not fits([shape, offsets], [[is_count]]) or len(offsets) != 2 or len(shape) > 16:
-        raise bad("shape and data_offsets must be whole numbers of a possible size")
-    size = math.prod(shape) * DTYPES[dtype].itemsize
-    if offsets[1] - offsets[0] != size:
-        raise bad(f"shape {shape} of {dtype} takes {size} bytes, not {offsets[1] - offsets[0]}")
-    return TensorEntry(name, dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
-
-
-def _what_it_is(head: bytes) -> str:
-    if head[:2] == b"PK" or head[:1] == b"\x80":
-        return " but a pickle; maskopt never loads pickled weights: save them as safetensors first"
-    if head.startswith(b"version "):
-        return " but a Git LFS pointer: fetch the real file with `git lfs pull`"
-    return ""
+def bytes_of(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor as safetensors stores them: uint8 [elements, bytes of one]."""
+    flat = tensor.cpu().contiguous().view(-1)
+    return flat.view(torch.uint8).view(flat.numel(), tensor.dtype.itemsize)
 
 
 # --- folders
@@ -240,8 +211,13 @@ def _what_it_is(head: bytes) -> str:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The weights of a model folder: `shards` by file name, and `where`: tensor name → its file. `bases`:
-    which tensors are read in another basis than their own."""
+    """Weights of a model folder.
+
+    Attributes:
+        shards: by file name.
+        where: the file of every tensor.
+        bases: of tensors that are read in another basis than their own.
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -253,7 +229,7 @@ class Checkpoint:
         return self.shards[self.where[name]].entries[name]
 
     def read(self, name: str) -> Tensor:
-        """One tensor in its stored dtype."""
+        """Return one tensor in its stored dtype."""
         tensor = self.shards[self.where[name]].read(name)
         return self.bases[name].apply(tensor) if name in self.bases else tensor
 
@@ -265,8 +241,7 @@ class Checkpoint:
     @property
     def digest(self) -> str:
         """SHA-256 over config.json and all shards: two models are the same if this is."""
-        parts = {"config.json": file_digest(self.folder / "config.json"), **self.shard_digests}
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return manifest_digest({CONFIG: file_digest(self.folder / CONFIG), **self.shard_digests})
 
     @property
     def bytes(self) -> int:
@@ -274,15 +249,20 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:
-    """Check a model folder's configuration, index and shard headers. Raises ModelError: no such folder, a
-    broken config.json or one that asks for code, quantised or pickled weights, an adapter, a link or an index
-    that leads out of the folder, a missing tensor, a truncated shard."""
+    """Check a model folder's configuration, index and shard headers.
+
+    Raises:
+        ModelError: no such folder, a broken config.json or one that asks for code, quantised or pickled
+            weights, an adapter, a link or an index that leads out of the folder, a missing tensor, a
+            truncated shard.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such model folder")
-    check_link(folder / "config.json")
-    config = read_json(folder / "config.json", "a model folder needs one")
-    _check_config(folder, config, trust_remote_code)
+    check_link(folder / CONFIG)
+    config = read_json(folder / CONFIG, "a model folder needs one")
+    remedy = "it is not run unless `trust_remote_code` says so; without this key transformers' own code runs"
+    check_settings(folder / CONFIG, config, None if trust_remote_code else remedy)
     if (folder / "adapter_config.json").exists():
         raise ModelError(
             f"{folder}: holds an adapter (adapter_config.json), which loaders put onto other weights; "
@@ -295,40 +275,13 @@ def open_checkpoint(folder: str | Path, *, trust_remote_code: bool = False) -> C
     held = {name: shard.entries for name, shard in shards.items()}
     where = shards_of(folder, held, weight_map)
     entries = [shards[name].entries[key] for key, name in where.items()]
-    if what := far_more_than_stored(config, {x.name: x.shape for x in entries}):
-        raise ModelError(f"{folder / 'config.json'}: {what}")
+    if fault := far_more_than_stored(config, {x.name: x.shape for x in entries}):
+        raise ModelError(f"{folder / CONFIG}: {fault}")
     return Checkpoint(folder, config, shards, where)
 
 
-def _check_config(folder: Path, config: Any, trust_remote_code: bool) -> None:
-    """Raise ModelError for an entry, at any depth, that runs code or has other weights loaded."""
-    for key, value in pairs(config):
-        if not value:
-            continue
-        if key == "auto_map" and not trust_remote_code:
-            raise ModelError(
-                f"{folder}: config.json asks to run code that comes with the model (auto_map), which is "
-                "not run unless `trust_remote_code` says so; without auto_map transformers' own code runs"
-            )
-        if "implementation" in key and "/" in json.dumps(value) and not trust_remote_code:
-            raise ModelError(
-                f"{folder}: config.json asks to run a kernel from the hub ({key}), which is not run unless "
-                f"`trust_remote_code` says so; without {key} transformers' own code runs"
-            )
-        if key == "quantization_config":
-            raise ModelError(
-                f"{folder}: the weights are quantised (quantization_config in config.json); "
-                "prune the original weights"
-            )
-        if key == "transformers_weights":
-            raise ModelError(
-                f"{folder}: config.json has transformers load {value!r} (transformers_weights) in place "
-                f"of {SINGLE}; rename the weights and leave that out"
-            )
-
-
 def resolve_model(model: str | Path, *, trust_remote_code: bool = False) -> Path:
-    """A local folder, or a model of the hub, fetched without code unless that may run."""
+    """Return a local folder, or that of a model of the hub, fetched without code unless that may run."""
     name = str(model)
     if not names_hub_model(name):
         return Path(model)
@@ -341,17 +294,17 @@ def resolve_model(model: str | Path, *, trust_remote_code: bool = False) -> Path
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=ignored))
     except Exception as error:  # the hub client raises whatever its layers raise
-        what = f"{name}: neither a folder nor a model of the hub: {first_line(error)}"
-        raise ModelError(what) from error
+        reason = f"{name}: neither a folder nor a model of the hub: {first_line(error)}"
+        raise ModelError(reason) from error
 
 
 def names_hub_model(name: str) -> bool:
-    """Is it OWNER/NAME, and no folder that is here?"""
+    """Return whether it is OWNER/NAME, and no folder that exists."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
 
 
 def write_json(path: Path, value: Any) -> str:
-    """A record of ours: a JSON object that appears whole or not at all; its SHA-256."""
+    """Write a JSON object to a file that appears whole or not at all; return its SHA-256."""
     return write_file(path, [(json.dumps(value, indent=1, sort_keys=True) + "\n").encode()])
 
 
@@ -361,12 +314,14 @@ def file_digest(path: Path) -> str:
 
 
 def damage(folder: Path, digests: Mapping[str, str]) -> str | None:
-    """Which file does not match its SHA-256, in words; None: all do. Existence comes first."""
+    """Describe a file that is gone or does not match its SHA-256; None where all do."""
     for name in sorted(digests):
         if not (folder / name).is_file():
             return f"{name} is {'a folder' if (folder / name).is_dir() else 'gone'}"
-    changed = (n for n in sorted(digests) if file_digest(folder / n) != digests[n])
-    return next((f"{name} was changed since" for name in changed), None)
+    for name in sorted(digests):
+        if file_digest(folder / name) != digests[name]:
+            return f"{name} was changed since"
+    return None
 
 
 def _shard_names(folder: Path) -> tuple[list[str], dict[str, str]]:
@@ -377,11 +332,10 @@ def _shard_names(folder: Path) -> tuple[list[str], dict[str, str]]:
         weight_map = read_index(folder)
         return sorted(set(weight_map.values())), weight_map
     others = sorted(file.name for file in folder.glob("*.safetensors"))
-    found = (file for end in ("bin", "pt", "pth") for file in sorted(folder.glob(f"*.{end}")))
-    pickles = next((file.name for file in found), "")
+    pickles = sorted(file.name for end in ("bin", "pt", "pth") for file in folder.glob(f"*.{end}"))
     if pickles:
         raise ModelError(
-            f"{folder}: holds pickled weights only ({pickles}), which can run code when loaded and "
+            f"{folder}: holds pickled weights only ({pickles[0]}), which can run code when loaded and "
             "are refused; save the model as safetensors first"
         )
     hint = f" (it holds {', '.join(others[:3])})" if others else ""

@@ -1,4 +1,4 @@
-"""What a prune did, layer by layer, and the manifest that records it."""
+"""Reports of a prune, layer by layer, and the manifest that records them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Kind = TypeVar("Kind")
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One pruned layer. Errors and energies are sums over rows.
+    """Report of one pruned layer. Errors and energies are sums over rows.
 
     Attributes:
         block: index of its decoder block.
@@ -89,28 +89,28 @@ class LayerReport:
 
     @property
     def relative_held(self) -> float | None:
-        """The same on the held-out windows; None where there are none."""
+        """Error / energy on the held-out windows; None where there are none."""
         if self.error_held is None or not self.energy_held:
             return None
         return self.error_held / self.energy_held
 
 
 def ratio_to_wanda(layers: Sequence[LayerReport]) -> float | None:
-    """Sum of errors relative to that of Wanda's masks; None where a layer has none, or theirs is 0."""
+    """Return the errors' sum relative to that of Wanda's masks; None where a layer has none, or it is 0."""
     errors = [layer.error_wanda for layer in layers]
     total = sum(error or 0.0 for error in errors)
     return None if None in errors or not total else sum(x.error for x in layers) / total
 
 
 def proven_share(layers: Sequence[LayerReport]) -> float | None:
-    """Share of rows whose mask is proven optimal or 1-swap optimal; None without rows."""
+    """Return the share of rows whose mask is proven optimal or 1-swap optimal; None without rows."""
     rows = sum(layer.rows for layer in layers)
     open_ = sum(layer.statuses.get("feasible", 0) for layer in layers)
     return 1 - open_ / rows if rows else None
 
 
 def _errors(layers: Sequence[LayerReport]) -> dict[str, str]:
-    """Errors of layers, by heading, relative to the energy of their outputs."""
+    """Return the errors of layers by heading, relative to the energy of their outputs."""
 
     def part(name: str, energy: str = "energy") -> str:
         error, whole = (sum(getattr(x, of) or 0.0 for x in layers) for of in (name, energy))
@@ -133,7 +133,7 @@ def _errors(layers: Sequence[LayerReport]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class TrainedBlock:
-    """The training of a block. Losses are means over windows.
+    """Training of a block. Losses are means over windows.
 
     Attributes:
         held_before, held_after: on the held-out windows, which choose the epoch.
@@ -153,7 +153,7 @@ class TrainedBlock:
 
 @dataclass(frozen=True)
 class FinishedBlock:
-    """What a run found of a block; `edits` is what an earlier run has done to its tensors."""
+    """Reports of a block; `edits` has its masks and updated weights where an earlier run finished it."""
 
     layers: list[LayerReport]
     trained: list[TrainedBlock]
@@ -163,7 +163,7 @@ class FinishedBlock:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """The result of a prune, in memory or read from a folder.
+    """Result of a prune, in memory or read from a folder.
 
     Attributes:
         kind: one of `KINDS`.
@@ -191,11 +191,11 @@ class PruneReport:
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any], folder: Path, **changes: Any) -> PruneReport:
-        """The report in a folder's manifest."""
+        """Read the report in a folder's manifest."""
         names = ("fingerprint", "bad_samples", "memory", "distillation", "kind")
-        how = {"output": folder, **{name: manifest[name] for name in names}, **changes}
+        fields = {"output": folder, **{name: manifest[name] for name in names}, **changes}
         trained = read_reports(TrainedBlock, manifest["trained"])
-        return cls(read_reports(LayerReport, manifest["layers"]), trained=trained, **how)
+        return cls(read_reports(LayerReport, manifest["layers"]), trained=trained, **fields)
 
     @property
     def sparsity(self) -> float:
@@ -216,7 +216,7 @@ class PruneReport:
         return grouped(self.layers, "kind")
 
     def sentence(self) -> str:
-        """What was done, for people."""
+        """Describe what was removed, how kept weights changed, and the calibration."""
         options, text = self.fingerprint["options"], self.fingerprint["calibration"]
         calibrated = (
             f"Calibrated on {text['samples']} windows of {text['length']} tokens of {text['source']}, "
@@ -236,10 +236,10 @@ class PruneReport:
         if self.distillation is not None:
             after += "; then all of them were trained together towards its predictions"
         if self.kind != PRUNE:  # `kept 3 of 4 heads and 1536 of 2048 channels`
-            what = "kept " + " and ".join(dict.fromkeys(layer.pattern for layer in self.layers))
+            parts = "kept " + " and ".join(dict.fromkeys(layer.pattern for layer in self.layers))
             if gone := options.get("removed"):
-                what = f"removed whole blocks {', '.join(map(str, gone))}; {what}"
-            return f"{what} of {blocks} blocks; {after}. {calibrated}"
+                parts = f"removed whole blocks {', '.join(map(str, gone))}; {parts}"
+            return f"{parts} of {blocks} blocks; {after}. {calibrated}"
         start = f" from {options['start']}" if options.get("start") else ""
         total = sum(layer.rows * layer.n for layer in self.layers)
         where = {
@@ -255,7 +255,7 @@ class PruneReport:
         )
 
     def training(self) -> list[str]:
-        """What training made of the blocks, and of the whole model: a line each, if there was any."""
+        """Describe the training of the blocks, and of the whole model: a line each, if there was any."""
 
         def mean(name: str) -> str:
             return f"{sum(getattr(x, name) for x in self.trained) / len(self.trained):.4f}"
@@ -271,11 +271,11 @@ class PruneReport:
         return lines + ([] if self.distillation is None else [distilled_words(self.distillation)])
 
     def records(self) -> list[dict[str, Any]]:
-        """The fields of every layer."""
+        """Return the fields of every layer."""
         return [{**asdict(layer), "sparsity": layer.sparsity} for layer in self.layers]
 
     def to_frame(self) -> Any:
-        """One row per layer as a pandas.DataFrame; OptionError where pandas is not installed."""
+        """Return a pandas.DataFrame with a row per layer; OptionError where pandas is not installed."""
         try:
             import pandas
         except ImportError:
@@ -328,49 +328,53 @@ class PruneReport:
 
 
 def distilled_words(losses: Mapping[str, Any]) -> str:
-    """What training all kept weights together made of the model, in a line; as `distillation`."""
+    """Describe in a line the training of all kept weights together, given `PruneReport.distillation`."""
     before, after = losses["before"], losses["after"]
-    end = "; it diverged and was ended: take a smaller learning_rate" * losses["diverged"]
-    return (
+    words = (
         f"distilled: KL to the dense model, nats: {before['fitted']:.4f} → {after['fitted']:.4f}; on "
-        f"held-out windows {before['held']:.4f} → {after['held']:.4f} (epoch {losses['epoch']}){end}"
+        f"held-out windows {before['held']:.4f} → {after['held']:.4f} (epoch {losses['epoch']})"
     )
+    if losses["diverged"]:
+        words += "; it diverged and was ended: take a smaller learning_rate"
+    return words
 
 
 def grouped(layers: Sequence[Kind], name: str) -> dict[Any, list[Kind]]:
-    """Layers, or their reports, by the value of a field."""
-    found: dict[Any, list[Kind]] = {}
+    """Group layers, or their reports, by the value of a field."""
+    groups: dict[Any, list[Kind]] = {}
     for layer in layers:
-        found.setdefault(getattr(layer, name), []).append(layer)
-    return found
+        groups.setdefault(getattr(layer, name), []).append(layer)
+    return groups
 
 
 def mean_error(layers: Sequence[LayerReport]) -> float | None:
-    """Mean relative error; None without layers."""
+    """Return the mean relative error; None without layers."""
     return fmean(layer.relative for layer in layers) if layers else None
 
 
 def mean_held_error(layers: Sequence[LayerReport]) -> float | None:
-    """Mean relative error on held-out windows, of the layers that have one; None without any."""
+    """Return the mean relative error on held-out windows, of the layers that have one; None without any."""
     held = [x.relative_held for x in layers if x.relative_held is not None]
     return fmean(held) if held else None
 
 
 def read_reports(kind: type[Kind], records: Any) -> list[Kind]:
-    """Reports of layers or trained blocks in a journal or a manifest."""
+    """Read reports of layers or trained blocks in a journal or a manifest."""
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     return [kind(**{key: x for key, x in record.items() if key in names}) for record in records]
 
 
 def versions() -> dict[str, str]:
-    """Versions that can change a result."""
+    """Return the versions that can change a result."""
     packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
     return {"maskopt": __version__, **packages, "python": platform.python_version()}
 
 
 def write_manifest(path: Path, report: PruneReport, files: Mapping[str, str], **more: Any) -> None:
     """Write the manifest; only `seconds` and `memory` differ between two runs of the same fingerprint.
-    `more`: `shrunk`, what became of a model that was made smaller."""
+
+    `more`: `shrunk`, of a model that was made smaller.
+    """
     manifest = {
         "format": MANIFEST_FORMAT,
         "kind": report.kind,
@@ -390,5 +394,5 @@ def write_manifest(path: Path, report: PruneReport, files: Mapping[str, str], **
 
 
 def result_digest(manifest: Mapping[str, Any]) -> str:
-    """Of fingerprint and files: the same for every run that made them."""
+    """Return the digest of fingerprint and files, the same for every run that made them."""
     return manifest_digest({name: manifest[name] for name in ("fingerprint", "files")})

@@ -1,5 +1,6 @@
-"""The files of a result: masks, the shards that they and updated weights make of a checkpoint's, and what is
-copied; and a check that the checkpoint does not change meanwhile.
+"""Files of a result: masks, shards with masks and updated weights, and copied files.
+
+A check finds out whether the checkpoint changes during a run.
 
 Masks are packed bits in a safetensors file, one entry per weight tensor of the checkpoint. Bit i of an entry
 (least significant first) is element i of the tensor in its stored layout; 1 = kept. The header's metadata
@@ -50,9 +51,11 @@ from maskopt.models.checkpoints.schema import (
     LEGAL_NAMES,
     LEGAL_SUFFIXES,
     MASK_FORMAT,
+    NOT_COPIED,
     SINGLE,
     WRITTEN,
     check_link,
+    is_copied,
     open_file,
     plain_name,
     read_json,
@@ -61,10 +64,6 @@ from maskopt.models.checkpoints.schema import (
 
 #: whole numbers as wide as an element, by its bytes: zero is zero in all of them
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-#: what is copied along with the weights; code is not
-SIDE_SUFFIXES = (*COPIED, ".md")
-#: ours, hidden ones, and adapters, which loaders put upon the weights
-NOT_COPIED = ("maskopt-", ".", "adapter_")
 #: where tokenizers keep further chat templates; results are folders without folders
 _TEMPLATES = "additional_chat_templates"
 
@@ -73,20 +72,23 @@ _log = logging.getLogger("maskopt.models")
 
 @dataclass(frozen=True)
 class TensorMask:
-    """The mask of one stored tensor: bool in its shape, True = kept. `input_axis` counts the inputs, the axis
-    before or after it the outputs; a leading third axis counts experts."""
+    """Mask of one stored tensor: bool in its shape, True = kept.
+
+    `input_axis` counts the inputs, the axis before or after it the outputs; a leading third axis counts
+    experts.
+    """
 
     kept: Bool[Tensor, ...]
     input_axis: int
 
     def rows(self) -> Bool[Tensor, "rows n"]:
-        """As rows of inputs."""
+        """Return the mask as rows of inputs."""
         moved = self.kept.movedim(self.input_axis, -1)
         return moved.reshape(-1, moved.shape[-1])
 
 
 class MaskFile:
-    """A checked mask file, read tensor by tensor; ModelError for another file or a damaged header."""
+    """Checked mask file, read tensor by tensor; ModelError for another file or a damaged header."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -115,7 +117,7 @@ class MaskFile:
         return tuple(self.layout[name]["shape"])
 
     def packed(self, name: str) -> np.ndarray:
-        """The stored bits of one tensor's mask, their digest checked."""
+        """Return the stored bits of one tensor's mask; ModelError where their digest is another one."""
         item = self.layout[name]
         packed = self.file.read(name).numpy()
         if item["sha256"] != _digest(name, item["shape"], item["input_axis"], packed):
@@ -125,20 +127,20 @@ class MaskFile:
         return packed
 
     def read(self, name: str) -> TensorMask:
-        """The mask of one tensor, its digest checked."""
+        """Return the mask of one tensor; ModelError where its digest is another one."""
         item = self.layout[name]
         bits = unpack(self.packed(name), 0, math.prod(item["shape"]))
         return TensorMask(bits.view(item["shape"]), item["input_axis"])
 
 
 def unpack(packed: np.ndarray, start: int, count: int) -> Bool[Tensor, " count"]:
-    """Elements start … start + count of a packed mask; `start` is a multiple of 8."""
+    """Return elements start … start + count of a packed mask; `start` is a multiple of 8."""
     part = packed[start // 8 : (start + count + 7) // 8]
     return torch.from_numpy(np.unpackbits(part, count=count, bitorder="little").view(bool))
 
 
 def write_masks(path: Path, masks: Mapping[str, TensorMask]) -> str:
-    """Write a mask file; it appears whole or not at all. Its SHA-256."""
+    """Write a mask file, which appears whole or not at all; return its SHA-256."""
     packed = {
         name: np.packbits(mask.kept.contiguous().view(-1).cpu().numpy(), bitorder="little")
         for name, mask in masks.items()
@@ -155,8 +157,11 @@ def write_masks(path: Path, masks: Mapping[str, TensorMask]) -> str:
 
 
 def join_masks(path: Path, parts: Iterable[Path], bases: str | None = None) -> str:
-    """One mask file out of several, tensor by tensor, without holding them in memory; its SHA-256. `bases`:
-    digest of those in which the model was pruned."""
+    """Join mask files tensor by tensor, without holding them in memory; return the SHA-256 of the whole.
+
+    Args:
+        bases: digest of those in which the model was pruned.
+    """
     files = [MaskFile(part) for part in parts]
     layout: dict[str, dict[str, Any]] = {}
     for part in files:
@@ -186,19 +191,19 @@ def _digest(name: str, shape: list[int], input_axis: int, packed: np.ndarray) ->
 
 @dataclass(frozen=True)
 class Edits:
-    """By tensor, the files with its mask and with its updated weights as stored; NaN: an unchanged weight."""
+    """Files with the mask and the updated weights of each tensor; there NaN is an unchanged weight."""
 
     masks: Mapping[str, MaskFile] = field(default_factory=dict)
     values: Mapping[str, SafeFile] = field(default_factory=dict)
 
     @classmethod
     def of(cls, masks: Iterable[Path], values: Iterable[Path] = ()) -> Edits:
-        """Those of files; ModelError for a file of another form."""
+        """Open the files; ModelError for one of another form."""
         kept = {name: file for file in map(MaskFile, masks) for name in file.names}
         return cls(kept, {name: file for file in map(open_safe, values) for name in file.entries})
 
     def apply(self, name: str, tensor: Tensor) -> None:
-        """To a tensor of the checkpoint, in its stored layout; in place, a part at a time."""
+        """Change a tensor of the checkpoint, in its stored layout, in place, a part at a time."""
         words = tensor.view(-1).view(WORDS[tensor.dtype.itemsize])  # not all dtypes can be filled
         new = self.values[name].read(name).view(-1) if name in self.values else None
         packed = self.masks[name].packed(name) if name in self.masks else None
@@ -215,7 +220,7 @@ class Edits:
 
 
 def bases_file(bases: Bases) -> bytes:
-    """What the file holds: the same for the same bases."""
+    """Return the content of the file, which is the same for the same bases."""
     changes = {bases[name].of: bases[name].change for name in sorted(bases)}
     tensors = {x: {"of": bases[x].of, "axis": bases[x].axis} for x in sorted(bases)}
     about = {"format": BASES_FORMAT, "tensors": json.dumps(tensors)}
@@ -227,7 +232,7 @@ def bases_digest(bases: Bases) -> str:
 
 
 def read_bases(path: Path) -> Bases:
-    """The bases in a file; ModelError where it is none."""
+    """Read the bases in a file; ModelError where it holds none."""
     file = open_safe(path)
     try:
         if file.metadata["format"] == BASES_FORMAT:
@@ -281,7 +286,7 @@ def write_shard(
     names: Mapping[str, str | None] | None = None,
     left: Mapping[str, Mapping[int, Tensor]] | None = None,
 ) -> str:
-    """Write one shard with its edits; the SHA-256 of what was written.
+    """Write one shard with its edits; return the SHA-256 of the file.
 
     Args:
         names: new names of tensors, None for a dropped one. Default: all names stay.
@@ -304,40 +309,36 @@ def write_shard(
             yield safe_header(shapes, source.metadata)
         for entry in entries:
             changed = (cuts, edits.masks, edits.values, checkpoint.bases)
-            if not any(entry.name in some for some in changed):
+            if not any(entry.name in names_changed for names_changed in changed):
                 yield from source.chunks(entry)
                 continue
             tensor = checkpoint.read(entry.name)
             edits.apply(entry.name, tensor)
             for axis, indices in cuts.get(entry.name, {}).items():
                 tensor = tensor.index_select(axis, indices)
-            yield bytes_of(tensor)
+            yield bytes_of(tensor).numpy()
 
     return write_file(target, data())
 
 
 def side_files(folder: Path, shards: Container[str]) -> list[str]:
-    """Names of configuration, tokenizer and licence files; ModelError for a link out of the folder."""
+    """Return names of configuration, tokenizer and licence files; ModelError for a link out of the folder."""
     names = []
     for file in sorted(folder.iterdir()):
-        if file.name.startswith(NOT_COPIED) or not is_side_file(file.name):
+        name = file.name
+        legal = name.startswith(LEGAL_NAMES) and file.suffix in LEGAL_SUFFIXES
+        card = name.endswith(".md") and not name.startswith(NOT_COPIED)
+        index = name == INDEX and SINGLE not in shards
+        if not plain_name(name) or not (is_copied(name) or legal or card or index):
             continue
-        if file.name.endswith(".index.json") and (file.name != INDEX or SINGLE in shards):
-            continue  # of weights that are not copied
         check_link(file)
         if file.is_file():
-            names.append(file.name)
+            names.append(name)
     return names
 
 
-def is_side_file(name: str) -> bool:
-    """Is a file of that name configuration, tokenizer, template, card or licence?"""
-    legal = name.startswith(LEGAL_NAMES) and Path(name).suffix in LEGAL_SUFFIXES
-    return (legal or Path(name).suffix in SIDE_SUFFIXES) and plain_name(name)
-
-
 def copy_side_files(checkpoint: Checkpoint, target: Path) -> list[str]:
-    """Copy them; their names."""
+    """Copy the files of `side_files`; return their names."""
     copied = side_files(checkpoint.folder, checkpoint.shards)
     if (checkpoint.folder / _TEMPLATES).is_dir():
         _log.warning(
@@ -345,7 +346,7 @@ def copy_side_files(checkpoint: Checkpoint, target: Path) -> list[str]:
             checkpoint.folder / _TEMPLATES,
         )
     for file in sorted(checkpoint.folder.iterdir()):
-        if file.suffix in SIDE_SUFFIXES and not plain_name(file.name):
+        if file.name.endswith((*COPIED, ".md")) and not plain_name(file.name):
             _log.warning("%s: is not copied; not every system takes its name", file)
     for name in copied:
         copy_file(checkpoint.folder / name, target / name)
@@ -353,20 +354,20 @@ def copy_side_files(checkpoint: Checkpoint, target: Path) -> list[str]:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """The same bytes; it appears whole or not at all. Raises ModelError where there is no such file."""
-    with atomic_write(target) as file, open_file(source) as given:
-        shutil.copyfileobj(given, file)
+    """Copy a file, which appears whole or not at all; ModelError where there is none."""
+    with open_file(source) as original, atomic_write(target) as copy:
+        shutil.copyfileobj(original, copy)
 
 
 def disk_needed(checkpoint: Checkpoint, least_squares: bool = False) -> int:
-    """Bytes that the pruned copy takes, with masks and, until it is complete, updated weights."""
+    """Return the bytes that the pruned copy takes, with masks and, until it is complete, updated weights."""
     entries = (x for shard in checkpoint.shards.values() for x in shard.entries.values())
     elements = sum(math.prod(entry.shape) for entry in entries)
     return checkpoint.bytes * (2 if least_squares else 1) + elements // 4 + 64 * 2**20
 
 
 class Unchanged:
-    """The state of a model folder when a run begins; ModelError where it has changed since it was opened.
+    """State of a model folder when a run begins; ModelError where it has changed since it was opened.
 
     Sizes and times of all files are compared before anything that was read is written; only where they differ
     is a file read again. (A file that is changed and restored between two checks goes unnoticed.)
@@ -406,7 +407,7 @@ class Unchanged:
 
 def _stamp(path: Path) -> tuple[int, ...] | None:
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except FileNotFoundError:
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

@@ -1,8 +1,8 @@
-"""What a model folder may hold that a stranger wrote: file names and links, JSON, configuration, index,
-headers of masks, and the manifest of a run.
+"""Checks of all that is read from an untrusted model folder, except weights and masks.
 
-Whatever reads a folder shares these. Weights and masks themselves are read once for runs
-(`maskopt.models.checkpoints`) and once more, in another way, for `verify`.
+These are file names and links, JSON, configuration, index, headers of masks, and the manifest of a run.
+Runs and `verify` share them. Weights and masks are read once for runs (`maskopt.models.checkpoints`) and once
+more, in another way, for `verify`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ MASKS = "maskopt-masks.bits"
 BASES = "maskopt-bases.bits"
 #: token ids of the windows that the dense model wrote
 WRITTEN = "maskopt-windows.bits"
-#: what is copied along with the weights: configuration, tokenizer, templates; and what no loader reads
+#: endings of files that are copied along with the weights: configuration, tokenizer, templates
 COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+#: beginnings of names that are not: of files of maskopt, hidden ones, and adapters, which change the weights
+NOT_COPIED = ("maskopt-", ".", "adapter_")
+#: files that no loader reads
 LEGAL_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
 LEGAL_SUFFIXES = ("", ".txt", ".md", ".rst", ".pdf", ".html")
 MAX_JSON = 256 * 2**20
@@ -40,13 +43,20 @@ PRUNE, STRUCTURES, EXPERTS, BLOCKS = KINDS = ("prune", "structures", "experts", 
 #: entries of config.json that count blocks or experts; so many are built in seconds
 _COUNTS = re.compile(r"(.*_)?(n|num)_(.*_)?(layers?|blocks|experts)|(en|de)coder_layers|depth")
 _FEW = 1024
+#: keys of JSON files that make transformers run code from outside its package
+_CODE_KEYS = ("auto_map", "custom_pipelines")
+#: keys of config.json that make a loader take other weights, or convert these
+_WEIGHT_KEYS = {
+    "quantization_config": "the weights are quantised; take the original weights",
+    "transformers_weights": f"a loader takes other weights than {SINGLE}; rename the weights",
+}
 
 
 # --- files
 
 
 def open_file(path: Path) -> IO[bytes]:
-    """A regular file for reading; ModelError for a pipe, a device, or a file that cannot be read."""
+    """Open a regular file for reading; ModelError for a pipe, a device, or a file that cannot be read."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ModelError(f"{path}: not a regular file")
@@ -57,24 +67,23 @@ def open_file(path: Path) -> IO[bytes]:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def read_value(path: Path, **how: Any) -> Any:
-    """The JSON value of a file; ModelError where it is missing, unreadable, too large or no JSON. `how`: for
-    `json.loads`."""
+def read_value(path: Path, **options: Any) -> Any:
+    """Read JSON with options of `json.loads`; ModelError where it is missing, too large or no JSON."""
     with open_file(path) as file:
         if os.fstat(file.fileno()).st_size > MAX_JSON:
             raise ModelError(f"{path}: larger than {MAX_JSON >> 20} MiB, which no such file is")
         data = file.read()
     try:
-        return json.loads(data.decode("utf-8"), **how)
+        return json.loads(data.decode("utf-8"), **options)
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not JSON ({str(error)[:100]})") from None
 
 
-def read_json(path: Path, why: str = "", **how: Any) -> dict[str, Any]:
-    """A JSON object from a file, as `read_value`; `why`: what a missing one means."""
+def read_json(path: Path, why: str = "", **options: Any) -> dict[str, Any]:
+    """Read a JSON object as `read_value` does; `why`: what a missing one means."""
     if not path.is_file() and why:
         raise ModelError(f"{path}: no such file; {why}")
-    value = read_value(path, **how)
+    value = read_value(path, **options)
     if not isinstance(value, dict):
         raise ModelError(f"{path}: not a JSON object")
     return value
@@ -95,7 +104,7 @@ def check_link(file: Path) -> None:
 
 
 def read_index(folder: Path) -> dict[str, str]:
-    """The shards of tensors by an index; ModelError for names that lead out of the folder."""
+    """Read the shards of tensors from an index; ModelError for names that lead out of the folder."""
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{folder / INDEX}: holds no weight_map")
@@ -111,8 +120,11 @@ def read_index(folder: Path) -> dict[str, str]:
 def shards_of(
     folder: Path, held: Mapping[str, Iterable[str]], index: Mapping[str, str]
 ) -> dict[str, str]:
-    """The shard of every tensor, out of the tensors that shards hold; ModelError for a tensor in two of them,
-    or where the index says otherwise."""
+    """Return the shard of every tensor, given the tensors that each shard holds.
+
+    Raises:
+        ModelError: a tensor is in two of them, or not where the index says.
+    """
     where: dict[str, str] = {}
     for shard, tensors in held.items():
         for tensor in tensors:
@@ -149,7 +161,7 @@ def is_amount(value: Any) -> bool:
 
 
 def fits(value: Any, shape: Any) -> bool:
-    """Whether a JSON value has a shape.
+    """Return whether a JSON value has a shape.
 
     Args:
         shape: a type, a predicate, a constant, a tuple of alternatives, a list with the shape of every
@@ -160,7 +172,7 @@ def fits(value: Any, shape: Any) -> bool:
     if callable(shape):
         return bool(shape(value))
     if isinstance(shape, tuple):
-        return any(fits(value, one) for one in shape)
+        return any(fits(value, alternative) for alternative in shape)
     if isinstance(shape, list):
         return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
     if not isinstance(shape, dict):
@@ -176,7 +188,7 @@ def fits(value: Any, shape: Any) -> bool:
 
 
 def plain_name(name: Any) -> bool:
-    """Is it a file name without a path, which cannot lead out of a folder?"""
+    """Return whether it is a file name without a path, which cannot lead out of a folder."""
     return (
         isinstance(name, str)
         and 0 < len(name) < 256
@@ -186,8 +198,14 @@ def plain_name(name: Any) -> bool:
     )
 
 
+def is_copied(name: str) -> bool:
+    """Return whether files of that name, configuration and tokenizers, are copied along with the weights."""
+    other = name.startswith(NOT_COPIED) or name.endswith(".index.json")
+    return name.endswith(COPIED) and not other
+
+
 def pairs(value: Any) -> Iterator[tuple[str, Any]]:
-    """Keys and values of all objects inside a JSON value."""
+    """Yield keys and values of all objects inside a JSON value."""
     waiting = [value]
     while waiting:
         value = waiting.pop()
@@ -197,8 +215,24 @@ def pairs(value: Any) -> Iterator[tuple[str, Any]]:
         waiting += value if isinstance(value, list) else []
 
 
+def check_settings(path: Path, settings: Any, remedy: str | None) -> None:
+    """Raise ModelError for an entry of a JSON file that runs code or has other weights loaded.
+
+    Args:
+        remedy: what the message about code says; None: code may run.
+    """
+    for key, value in pairs(settings):
+        if path.name == CONFIG and key in _WEIGHT_KEYS and value:
+            raise ModelError(f"{path}: {_WEIGHT_KEYS[key]} ({key})")
+        code = key in _CODE_KEYS and isinstance(value, dict | list | str) and bool(value)
+        # the value may name a kernel of the hub, `owner/name`
+        kernel = "implementation" in key and "/" in json.dumps(value)
+        if remedy is not None and (code or kernel):
+            raise ModelError(f"{path}: asks to run code ({key}); {remedy}")
+
+
 def far_more_than_stored(config: Any, shapes: Mapping[str, Sequence[int]]) -> str:
-    """A setting that counts far more blocks or experts than are stored, which take hours to build."""
+    """Describe a setting that counts far more blocks or experts than are stored and takes hours to build."""
     blocks, experts, each = set(), set(), 0
     for name, shape in shapes.items():
         numbers = [part for part in name.split(".") if part.isdecimal()]
@@ -209,13 +243,11 @@ def far_more_than_stored(config: Any, shapes: Mapping[str, Sequence[int]]) -> st
     for key, value in pairs(config):
         if type(value) is not int or not _COUNTS.fullmatch(key):
             continue
-        of_experts = "expert" in key
-        stored = max(len(experts), each) if of_experts else len(blocks)
+        parts, stored = "blocks", len(blocks)
+        if "expert" in key:
+            parts, stored = "experts", max(len(experts), each)
         if value > max(2 * stored, _FEW):
-            what = "experts" if of_experts else "blocks"
-            return (
-                f"`{key}` is {value}, and the stored tensors have {stored} {what}; correct `{key}`"
-            )
+            return f"`{key}` is {value}, and the stored tensors have {stored} {parts}; correct it"
     return ""
 
 
@@ -233,7 +265,7 @@ _MASK = {
 def read_layout(
     path: Path, metadata: Mapping[str, str], names: Iterable[str]
 ) -> dict[str, dict[str, Any]]:
-    """Shape, axis of the inputs and digest of each mask of a file; ModelError for another one."""
+    """Read shape, axis of the inputs and digest of each mask of a file; ModelError for another file."""
     if metadata.get("format") != MASK_FORMAT:
         raise ModelError(f"{path}: not a mask file of format {MASK_FORMAT}")
     try:
@@ -254,7 +286,7 @@ _MAYBE_AMOUNT, _MAYBE_COUNT = (None, is_amount), (None, is_count)
 
 
 def _is_choice(value: Any) -> bool:
-    """Whether it is some of a number of structures, in order."""
+    """Return whether it lists indices of structures, in order."""
     return fits(value, [is_count]) and bool(value) and bool(value == sorted(set(value)))
 
 
@@ -336,7 +368,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def read_manifest(path: Path, *, smaller: bool = False) -> dict[str, Any]:
-    """A manifest of a prune, or (`smaller`) of any kind; ModelError where it is missing, none, or changed."""
+    """Read a manifest of a prune, or (`smaller`) of any kind; ModelError where it is missing or changed."""
     manifest = read_json(
         path, "the folder was not written by maskopt prune", parse_constant=_no_number
     )
@@ -362,11 +394,12 @@ def read_manifest(path: Path, *, smaller: bool = False) -> dict[str, Any]:
     return manifest
 
 
-def manifest_digest(manifest: Mapping[str, Any]) -> str:
-    rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+def manifest_digest(record: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a JSON object without its own entry `sha256`."""
+    unsigned = {key: value for key, value in record.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(unsigned, sort_keys=True).encode()).hexdigest()
 
 
 def _no_number(constant: str) -> float:
-    """For `json.loads`: NaN and infinities are no numbers."""
+    """Refuse NaN and infinities, for `json.loads`."""
     raise ValueError(constant)

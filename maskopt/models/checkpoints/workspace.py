@@ -1,4 +1,4 @@
-"""An output folder that appears whole, and the journal of its run.
+"""Output folder that appears whole, and the journal of its run.
 
 During a run, `OUT/.maskopt/` holds the lock, the journal, the masks of finished blocks and, under `out/`, the
 files of the result. The last step renames those into OUT, the manifest last. The journal has one line per
@@ -66,7 +66,7 @@ _SHAPES = {
 
 
 class Workspace:
-    """An output folder; `keep` keeps the hidden folder after an error, `moving`: a commit has begun."""
+    """Output folder; `keep` keeps the hidden folder after an error, `moving`: a commit has begun."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
@@ -81,9 +81,10 @@ class Workspace:
         write_json(self.staging / name, {"files": sorted(f.name for f in self.staging.iterdir())})
 
     def commit(self) -> None:
-        """Move the staged files into the output folder, remove those of an earlier result, and move the
-        manifest last. A list of files is on disk first, so that a resumed run finishes an interrupted
-        commit."""
+        """Move the staged files into the output folder, the manifest last, and remove earlier files.
+
+        A list of the files is on disk first, so that a resumed run finishes an interrupted commit.
+        """
         earlier = set(_names(self.hidden / _EARLIER))
         mark = self.hidden / _COMMITTED
         names = _names(mark) or sorted(file.name for file in self.staging.iterdir())
@@ -160,7 +161,7 @@ def open_workspace(output: Path, *, overwrite: bool, resume: bool = False) -> It
 
 
 def earlier_files(output: Path) -> set[str]:
-    """Names of the files there that a manifest or another record lists, or an interrupted run has noted."""
+    """Return the names of files there that a manifest or another record, or an interrupted run, lists."""
     hidden = output / HIDDEN
     moved = {n for n in _names(hidden / _COMMITTED) if not (hidden / "out" / n).exists()}
     listed = moved.union(_names(hidden / _EARLIER))
@@ -187,7 +188,7 @@ def _write_names(path: Path, names: Collection[str]) -> None:
 
 
 def unfinished(output: Path) -> bool:
-    """Is there an interrupted run that could go on?"""
+    """Return whether there is an interrupted run that could go on."""
     return (output / HIDDEN / JOURNAL).exists()
 
 
@@ -197,11 +198,15 @@ def check_output(
     overwrite: bool,
     resume: bool = False,
     complete: str = MANIFEST,
-    own: Collection[str] = (),
+    more: Collection[str] = (),
     **inputs: Any,
 ) -> None:
-    """Check an output folder before any work: `complete` is the file that a finished run leaves, `own` are
-    further names of the result, `inputs` as for `check_inputs`.
+    """Check an output folder before any work.
+
+    Args:
+        complete: the file that a finished run leaves.
+        more: further names of the result.
+        inputs: as for `check_inputs`.
 
     Raises:
         ModelError: no folder, the current or the home folder, one that overlaps with an input, holds other
@@ -213,7 +218,7 @@ def check_output(
         raise ModelError(f"{output}: exists and is not a folder")
     try:
         names = {entry.name for entry in output.iterdir()} if output.exists() else set()
-        ours = {*earlier_files(output), *own} if names else set()
+        ours = {*earlier_files(output), *more} if names else set()
     except OSError as error:
         raise ModelError(f"{output}: cannot be read: {error.strerror}") from None
     if resume and HIDDEN not in names:
@@ -228,8 +233,8 @@ def check_output(
 
 def check_place(output: Path) -> None:
     """Refuse the current and the home folder; an empty name, say of a shell variable, means the former."""
-    here = Path.cwd()
-    if any(same_file(output, p) for p in (here, *here.parents, Path(os.path.expanduser("~")))):
+    current, home = Path.cwd(), Path(os.path.expanduser("~"))
+    if any(same_file(output, place) for place in (current, *current.parents, home)):
         raise ModelError(
             f"`output` {str(output)!r} is empty, or is the current folder, one above it or the home folder; "
             "name a folder for the result alone"
@@ -255,21 +260,20 @@ def check_dense(folder: Path) -> None:
 
 def check_inputs(output: Path, **inputs: Any) -> None:
     """Refuse an output folder that overlaps with an input, or shares a file with it."""
-    there = _files(output)
-    for what, given in inputs.items():
-        if not isinstance(given, str | Path) or not os.path.exists(given):
+    files = _files(output)
+    for role, path in inputs.items():
+        if not isinstance(path, str | Path) or not os.path.exists(path):
             continue
-        path, what = Path(given), what.replace("_", " ")
-        if any(same_file(output, p) for p in _above(path)) or any(
-            same_file(path, p) for p in _above(output)
-        ):
+        role, path = role.replace("_", " "), Path(path)
+        inside = any(same_file(output, folder) for folder in _above(path))
+        if inside or any(same_file(path, folder) for folder in _above(output)):
             raise ModelError(
-                f"{output}: is the {what} itself, lies in it or holds it ({given}); choose another output "
+                f"{output}: is the {role} itself, lies in it or holds it ({path}); choose another output "
                 "folder"
             )
-        if shared := there.keys() & _files(path).keys():
+        if shared := files.keys() & _files(path).keys():
             raise ModelError(
-                f"{output}: its {there[min(shared)]} is a file of the {what} itself, by a link; choose "
+                f"{output}: its {files[min(shared)]} is a file of the {role} itself, by a link; choose "
                 "another output folder"
             )
 
@@ -280,14 +284,14 @@ def _above(path: Path) -> list[Path]:
 
 
 def _files(path: Path) -> dict[tuple[int, int], str]:
-    """Names of a folder's files, or of the file itself, by device and inode."""
-    found = {}
+    """Return the names of a folder's files, or of the file itself, by device and inode."""
+    names = {}
     with contextlib.suppress(OSError, ValueError):
         for file in path.iterdir() if path.is_dir() else [path]:
             if file.is_file():
                 stat = file.stat()
-                found[stat.st_dev, stat.st_ino] = file.name
-    return found
+                names[stat.st_dev, stat.st_ino] = file.name
+    return names
 
 
 def _check_hidden(work: Workspace) -> None:
@@ -296,8 +300,8 @@ def _check_hidden(work: Workspace) -> None:
     inside = work.hidden.rglob("*") if work.hidden.is_dir() else ()
     for path in (work.hidden, work.output / GONE, *inside):
         if path.is_symlink() or (path.is_dir() and path not in folders):
-            what = "link" if path.is_symlink() else "folder"
-            raise ModelError(f"{path}: is a {what}, which maskopt never makes there; remove it")
+            kind = "link" if path.is_symlink() else "folder"
+            raise ModelError(f"{path}: is a {kind}, which maskopt never makes there; remove it")
 
 
 @contextmanager
@@ -348,8 +352,11 @@ def _locked(work: Workspace) -> Iterator[None]:
 
 
 class Journal:
-    """The records of a file, and new ones: the run's fingerprint, finished blocks by index, digests of
-    finished shards, and where unfinished training was last saved."""
+    """Records of a run in a file, to which new ones are added.
+
+    They are the run's fingerprint, finished blocks by index, digests of finished shards, and the last save of
+    unfinished training.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -376,8 +383,7 @@ class Journal:
             self.progress = record
 
     def add(self, kind: str, **record: Any) -> None:
-        """Append a record of a kind in `_SHAPES` with its digest, in place of a last line that a crash cut
-        off."""
+        """Append a record of a kind in `_SHAPES`, in place of a last line that a crash cut off."""
         record = {"kind": kind, **record}
         line = json.dumps({**record, "sha256": manifest_digest(record)}, sort_keys=True) + "\n"
         with open(self.path, "ab") as file:
@@ -391,7 +397,7 @@ class Journal:
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """All complete records; ModelError where it is unreadable, or a line does not match its digest."""
+    """Read all complete records; ModelError where a line does not match its digest."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -416,7 +422,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 
 
 def differences(old: Any, new: Any, path: str = "") -> str:
-    """Where two JSON values differ, in words: the first places, and how many more; empty for equal ones."""
+    """Describe the first places where two JSON values differ, and count the others; empty for equal ones."""
     lines = list(_apart(old, new, path))
     more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
     return "; ".join(lines[:5]) + more

@@ -1,5 +1,7 @@
-"""The bases of a result: read again, compared with the model's structure, and applied to the original's
-tensors by code of its own."""
+"""Bases of a result: read again, compared with the model's structure, and applied to the original's tensors.
+
+No code is shared with `maskopt.models.checkpoints.bases`, which applied them for the prune.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from maskopt.models.architecture.blocks import Blocks
 from maskopt.models.architecture.structures import Inner, inner_values
 from maskopt.models.checkpoints.schema import BASES, BASES_FORMAT, fits, is_count
 from maskopt.models.options.prune import NONE
-from maskopt.models.verification.folder import Loading, Weights, opened, read_tensor, refusing
+from maskopt.models.verification.folder import Loading, Weights, opened, read_tensor
 from maskopt.models.verification.manifest import Manifest
 
 #: by how much an entry of RRᵀ may differ from that of the identity
@@ -21,8 +23,10 @@ _ORTHOGONAL = 1e-9
 
 
 class InBases:
-    """The original's tensors as the prune met them; without bases, as they are. VerificationError where file,
-    manifest and model do not fit together."""
+    """Tensors of the original in the bases of the prune; without bases they are unchanged.
+
+    Raises VerificationError where file, manifest and model do not fit together.
+    """
 
     def __init__(self, manifest: Manifest, weights: Weights, loading: Loading | None) -> None:
         self.path, self._changes = weights.folder / BASES, dict[str, tuple[int, Tensor]]()
@@ -46,32 +50,32 @@ class InBases:
             self._check(of, change, inner)
             self._changes |= {name: (axis, change) for name, axis in axes.items()}
 
-    def _wrong(self, what: str) -> VerificationError:
-        return VerificationError(f"{self.path}: {what}")
+    def _wrong(self, fault: str) -> VerificationError:
+        return VerificationError(f"{self.path}: {fault}")
 
     def _read(self) -> tuple[dict[str, tuple[str, int]], dict[str, Tensor]]:
-        with opened(self.path) as file, refusing():
+        with opened(self.path) as file:
             about, names = file.metadata() or {}, list(file.keys())
         try:
             tensors = json.loads(about["tensors"])
             shape = {...: {"of": str, "axis": is_count}}
             sound = about["format"] == BASES_FORMAT and fits(tensors, shape)
-            sound = sound and {one["of"] for one in tensors.values()} == set(names)
+            sound = sound and {item["of"] for item in tensors.values()} == set(names)
         except (KeyError, ValueError, TypeError):
             sound = False
         if not sound:
             raise self._wrong("is damaged")
         changes = {name: read_tensor(self.path, name) for name in names}
-        return {name: (one["of"], one["axis"]) for name, one in tensors.items()}, changes
+        return {name: (item["of"], item["axis"]) for name, item in tensors.items()}, changes
 
     def _check(self, of: str, change: Tensor, inner: Inner) -> None:
-        """An order of all channels, or an orthogonal matrix for every group of heads."""
+        """Require an order of all channels, or an orthogonal matrix for every group of heads."""
         if inner.width:
             shape: tuple[int, ...] = (inner.groups, inner.width, inner.width)
             sound = change.dtype == torch.float64 and tuple(change.shape) == shape
-            one = torch.eye(inner.width, dtype=torch.float64)
-            apart = (change @ change.mT - one).abs().max() if sound else torch.inf
-            sound = bool(apart <= _ORTHOGONAL)  # not of NaN
+            identity = torch.eye(inner.width, dtype=torch.float64)
+            # A comparison with NaN is False.
+            sound = sound and bool((change @ change.mT - identity).abs().max() <= _ORTHOGONAL)
         else:
             sound = change.dtype == torch.int64 and change.ndim == 1
             sound = sound and change.sort().values.tolist() == list(range(inner.consumer.n))
@@ -82,7 +86,7 @@ class InBases:
         return bool(self._changes)
 
     def of(self, name: str, original: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A tensor of the original; and where it is rounded, how far off any rounding of it may be."""
+        """Return a tensor of the original and, where it is rounded, a bound of the rounding errors."""
         if name not in self._changes:
             return original, None
         axis, change = self._changes[name]
@@ -106,15 +110,16 @@ class InBases:
 
 
 def _expected(loading: Loading) -> dict[str, tuple[Inner, dict[str, int]]]:
-    """By the stored name of what takes them, the values that could be in another basis, and the stored
-    tensors that go together, with their axes."""
-    found: dict[str, tuple[Inner, dict[str, int]]] = {}
-    with refusing():
-        blocks = Blocks(loading.model)
-        for index in range(len(blocks)):
-            for inner in inner_values(blocks, index):
-                stored = {name: loading.conversion.stored_as_is(name) for name in inner.axes}
-                names = {name: inner.axes[key] for key, name in stored.items() if name is not None}
-                if len(names) == len(stored):
-                    found[str(stored[inner.consumer.parameter])] = inner, names
-    return found
+    """Return the values that could be in another basis, by the stored name of the layer that takes them.
+
+    Each comes with the stored tensors that go together, and their axes.
+    """
+    values: dict[str, tuple[Inner, dict[str, int]]] = {}
+    blocks = Blocks(loading.model)
+    for index in range(len(blocks)):
+        for inner in inner_values(blocks, index):
+            stored = {name: loading.conversion.stored_as_is(name) for name in inner.axes}
+            names = {name: inner.axes[key] for key, name in stored.items() if name is not None}
+            if len(names) == len(stored):
+                values[str(stored[inner.consumer.parameter])] = inner, names
+    return values

@@ -1,10 +1,11 @@
-"""The files of a folder: what a loader takes, nothing else that it could take, whether all but the weights
-are the original's, and which model a loader makes of them. Weights are read by the safetensors library."""
+"""Files of a folder, and the model that a loader makes of them.
+
+A folder holds what a loader takes and nothing else that it could take. All files but the weights are those of
+the original. Weights are read by the safetensors library.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,10 +20,10 @@ from torch import Tensor
 
 from maskopt.errors import MaskoptError, VerificationError, first_line
 from maskopt.models.architecture.transformers_adapter import Conversion, empty_model, quietly
+from maskopt.models.checkpoints.checkpoint import file_digest
 from maskopt.models.checkpoints.schema import (
     BASES,
     CONFIG,
-    COPIED,
     INDEX,
     LEGAL_NAMES,
     LEGAL_SUFFIXES,
@@ -32,8 +33,10 @@ from maskopt.models.checkpoints.schema import (
     SINGLE,
     WRITTEN,
     check_link,
+    check_settings,
     far_more_than_stored,
-    pairs,
+    is_copied,
+    manifest_digest,
     plain_name,
     read_index,
     read_json,
@@ -43,27 +46,28 @@ from maskopt.models.checkpoints.schema import (
 
 #: what no loader reads; such files may be added to a result
 HARMLESS_NAMES = ("README", *LEGAL_NAMES, ".gitattributes", ".gitignore")
-#: keys of JSON files that make transformers run code from outside its package
-CODE_KEYS = ("auto_map", "custom_pipelines")
-#: part of keys whose value may name a kernel of the hub, `owner/name`
-KERNEL_KEYS = "implementation"
-#: keys of config.json that make a loader take other weights, or convert these
-WEIGHT_KEYS = ("transformers_weights", "quantization_config")
 
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """What cannot be read or derived does not hold."""
+    """Raise VerificationError in place of other errors of this package."""
     try:
         yield
+    except VerificationError:
+        raise
     except MaskoptError as error:
         raise VerificationError(str(error)) from None
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors that `from_pretrained` loads from a folder, by their files; names of the shards and their
-    index; and tensors that the index does not name."""
+    """Tensors that `from_pretrained` loads from a folder.
+
+    Attributes:
+        where: the file of every tensor.
+        files: names of the shards and their index.
+        unnamed: tensors that the index does not name.
+    """
 
     folder: Path
     where: dict[str, Path]
@@ -73,27 +77,29 @@ class Weights:
     def read(self, name: str) -> Tensor:
         return read_tensor(self.where[name], name)
 
-    def wrong(self, what: str) -> VerificationError:
-        return VerificationError(f"{self.folder}: {what}")
+    def wrong(self, fault: str) -> VerificationError:
+        return VerificationError(f"{self.folder}: {fault}")
 
     def shapes(self) -> Iterator[tuple[str, list[int]]]:
-        """Names and shapes of the tensors; no weight is read."""
+        """Yield names and shapes of the tensors; no weight is read."""
         for path in sorted(set(self.where.values())):
             with opened(path) as file:
                 yield from ((name, file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
 def read_weights(folder: Path) -> Weights:
-    """Find tensors as transformers does: one file goes before an index, and all of a shard is loaded. Raises
-    VerificationError for an index that leads out of the folder or names a missing tensor, and for a tensor in
-    two shards."""
-    with refusing():
-        index = {} if (folder / SINGLE).is_file() else read_index(folder)
-        held: dict[str, list[str]] = {}
-        for shard in sorted(set(index.values())) or [SINGLE]:
-            with opened(folder / shard) as file:
-                held[shard] = list(file.keys())
-        shards = shards_of(folder, held, index)
+    """Find tensors as transformers does: one file goes before an index, and all of a shard is loaded.
+
+    Raises:
+        VerificationError: an index leads out of the folder or names a missing tensor, or a tensor is in two
+            shards.
+    """
+    index = {} if (folder / SINGLE).is_file() else read_index(folder)
+    held: dict[str, list[str]] = {}
+    for shard in sorted(set(index.values())) or [SINGLE]:
+        with opened(folder / shard) as file:
+            held[shard] = list(file.keys())
+    shards = shards_of(folder, held, index)
     where = {name: folder / shard for name, shard in shards.items()}
     if not index:
         return Weights(folder, where, (SINGLE,), frozenset())
@@ -103,8 +109,10 @@ def read_weights(folder: Path) -> Weights:
 def check_entries(
     weights: Weights, listed: Mapping[str, str], needed: Collection[str] = (MASKS, CONFIG)
 ) -> None:
-    """Compare every file with the digest that is `listed`, where all `needed` ones must be, and refuse
-    everything else that a loader could take for weights, configuration or code."""
+    """Compare every file with its digest in `listed`, which must name all `needed` ones.
+
+    Everything else that a loader could take for weights, configuration or code is refused.
+    """
     folder = weights.folder
     check_beside(weights, lambda name: name in listed or name == MANIFEST)
     for name, digest in sorted(listed.items()):
@@ -114,7 +122,7 @@ def check_entries(
         if not (ours or is_copied(name) or _is_harmless(name)):
             raise _could_be_taken(folder / name)
         check_regular(folder / name)
-        if sha256(folder / name) != digest:
+        if file_digest(folder / name) != digest:
             raise VerificationError(f"{folder / name}: was changed: its digest is another one")
     for name in (*weights.files, *needed):
         if name not in listed:
@@ -152,32 +160,22 @@ def check_configuration(
         if not name.endswith(".json") or name in (INDEX, MANIFEST):
             continue
         check_regular(folder / name)
-        with refusing():
-            found = read_value(folder / name)
-        for key, value in pairs(found):
-            if name == CONFIG and key in WEIGHT_KEYS and value:
-                raise VerificationError(
-                    f"{folder / name}: has a loader take other weights than those of the result "
-                    f"({key})"
-                )
-            named = key in CODE_KEYS and isinstance(value, dict | list | str) and bool(value)
-            kernel = KERNEL_KEYS in key and "/" in json.dumps(value)
-            if (named or kernel) and name not in compared:
-                raise VerificationError(f"{folder / name}: asks to run code ({key}); {remedy}")
+        settings = read_value(folder / name)
+        check_settings(folder / name, settings, None if name in compared else remedy)
     read_object(folder / CONFIG)
 
 
 def same_files(record: Mapping[str, Any], weights: Weights, original: Weights) -> set[str]:
-    """Names of the files besides the weights that are those of the original.
+    """Return the names of the files besides the weights that are those of the original.
 
     Pruning copies them all, and the manifest (`record`) holds the model's digest. Tensors, index and
     configuration of a smaller model are checked elsewhere.
     """
     folder, home, smaller = weights.folder, original.folder, record["kind"] != PRUNE
-    own = {CONFIG} if smaller else set()
-    theirs = {x.name for x in home.iterdir() if _is_taken(x)} - own
-    ours = set(filter(is_copied, record["files"])) - own
-    same = {n for n in ours & theirs if sha256(folder / n) == sha256(home / n)}
+    changed = {CONFIG} if smaller else set()
+    theirs = {x.name for x in home.iterdir() if _is_taken(x)} - changed
+    ours = set(filter(is_copied, record["files"])) - changed
+    same = {n for n in ours & theirs if file_digest(folder / n) == file_digest(home / n)}
     if not smaller:
         if odd := weights.where.keys() ^ original.where.keys():
             raise weights.wrong(f"tensor {min(odd)!r} is in only one of the two models")
@@ -185,15 +183,14 @@ def same_files(record: Mapping[str, Any], weights: Weights, original: Weights) -
             raise VerificationError(
                 f"{folder / INDEX}: the index does not name the same tensors as the original's"
             )
-    hashed = {n: sha256(home / n) for n in (CONFIG, *original.files) if n != INDEX}
-    digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
-    if record["fingerprint"]["model"] != digest:
+    hashed = {n: file_digest(home / n) for n in (CONFIG, *original.files) if n != INDEX}
+    if record["fingerprint"]["model"] != manifest_digest(hashed):
         raise VerificationError(
             f"{folder / MANIFEST}: holds the digest of another model than {home}"
         )
     if not smaller and (
         weights.files != original.files
-        or (INDEX in weights.files and sha256(folder / INDEX) != sha256(home / INDEX))
+        or (INDEX in weights.files and file_digest(folder / INDEX) != file_digest(home / INDEX))
     ):
         raise VerificationError(f"{folder / INDEX}: the index is not that of the original")
     for name in sorted((ours | theirs) - same):
@@ -204,26 +201,19 @@ def same_files(record: Mapping[str, Any], weights: Weights, original: Weights) -
 
 
 def _is_taken(file: Path) -> bool:
-    """Is a file of an original copied? Links out of it are not followed."""
+    """Return whether a file of an original is copied. Links out of it are not followed."""
     if not (is_copied(file.name) and plain_name(file.name) and file.is_file()):
         return False
     try:
         check_regular(file)
-    except VerificationError:
+    except MaskoptError:
         return False
     return True
 
 
-def is_copied(name: str) -> bool:
-    """Is it a name under which configuration and tokenizers are copied from the original?"""
-    special = name.endswith(".index.json") or name.startswith(("adapter_", "maskopt-", "."))
-    return name.endswith(COPIED) and not special
-
-
 def check_regular(file: Path) -> None:
     """Raise VerificationError for a pipe, a device, or a link out of the folder and the hub's cache."""
-    with refusing():
-        check_link(file)
+    check_link(file)
     if file.exists() and not file.is_file():
         raise VerificationError(f"{file}: not a regular file, so a loader could hang on it")
 
@@ -246,29 +236,18 @@ def read_tensor(path: Path, name: str) -> Tensor:
             raise VerificationError(f"{path}: {name!r}: {error}") from None
 
 
-def check_finite(weights: Weights, name: str, found: Tensor) -> None:
+def check_finite(weights: Weights, name: str, tensor: Tensor) -> None:
     """Raise VerificationError for NaN or infinite weights."""
-    small = found.dtype.itemsize < 4  # of some of these types, torch knows no infinity
-    if not bool(torch.isfinite(found.float() if small else found).all()):
+    if tensor.dtype.itemsize < 4:
+        tensor = tensor.float()  # torch knows no infinity of some small types
+    if not bool(torch.isfinite(tensor).all()):
         raise weights.wrong(f"{name!r} holds NaN or infinite weights")
 
 
-def bytes_of(stored: Tensor) -> Tensor:
-    """The bits of a tensor, [elements, bytes of one]."""
-    flat = stored.contiguous().view(-1)
-    return flat.view(torch.uint8).view(flat.numel(), stored.dtype.itemsize)
-
-
 def read_object(path: Path) -> dict[str, Any]:
-    """Raises VerificationError where it is no JSON object."""
-    with refusing():
-        check_link(path)
-        return read_json(path)
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Read a JSON object; ModelError where it is none, or a link out of the folder."""
+    check_link(path)
+    return read_json(path)
 
 
 def _is_harmless(name: str) -> bool:
@@ -288,22 +267,21 @@ def _could_be_taken(path: Path) -> VerificationError:
 
 
 class Loading:
-    """The model that a folder's configuration describes, without weights, and its tensors."""
+    """Model that a folder's configuration describes, without weights, and its tensors."""
 
     def __init__(self, weights: Weights, *, trust_remote_code: bool = False) -> None:
         self.weights, self.config = weights, weights.folder / CONFIG
-        if what := far_more_than_stored(read_object(self.config), dict(weights.shapes())):
-            raise self.wrong(what)
-        with refusing():
-            # a configuration may name another attention, a kernel that would be fetched and run
-            eager = {"attn_implementation": "eager"}
-            trust = trust_remote_code
-            self.model: Any = empty_model(weights.folder, trust_remote_code=trust, **eager)
-            self.conversion = Conversion(self.model, weights.where, str(weights.folder))
+        if fault := far_more_than_stored(read_object(self.config), dict(weights.shapes())):
+            raise self.wrong(fault)
+        # A configuration may name another attention, a kernel that would be fetched and run.
+        self.model: Any = empty_model(
+            weights.folder, trust_remote_code=trust_remote_code, attn_implementation="eager"
+        )
+        self.conversion = Conversion(self.model, weights.where, str(weights.folder))
         self.shapes = {name: tuple(p.shape) for name, p in self.model.named_parameters()}
 
-    def wrong(self, what: str) -> VerificationError:
-        return VerificationError(f"{self.config}: {what}")
+    def wrong(self, fault: str) -> VerificationError:
+        return VerificationError(f"{self.config}: {fault}")
 
     @cached_property
     def missing(self) -> frozenset[str]:
@@ -318,12 +296,12 @@ class Loading:
     def check_shapes(self) -> None:
         """Raise VerificationError where a tensor has another shape than the configuration says."""
         empty = {n: torch.empty(shape, device="meta") for n, shape in self.weights.shapes()}
-        with refusing(), quietly():
+        with quietly():
             self.conversion.load(empty, torch.device("meta"))
 
 
 def check_loads(ours: Loading, theirs: Loading | None) -> None:
-    """The model takes all tensors that the original's model takes, in their shapes."""
+    """Require that the model takes all tensors that the original's model takes, in their shapes."""
     if odd := ours.missing - (frozenset() if theirs is None else theirs.missing):
         raise ours.wrong(f"describes a model with {min(odd)!r}, of which there is no tensor")
     if theirs is not None and (odd := ours.unused - theirs.unused):

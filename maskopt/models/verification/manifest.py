@@ -1,5 +1,4 @@
-"""What a manifest says: its options, how much of every layer they prune, and whether its layers and trained
-parts agree with each other, the options and the masks.
+"""Checks of a manifest: its layers and trained parts agree with each other, the options and the masks.
 
 Options and patterns have the schema that `PruneOptions` and `parse_sparsity` declare. How much a pattern
 prunes is computed here. That training gave the stated losses is nothing that a folder shows.
@@ -8,7 +7,7 @@ prunes is computed here. That training gave the stated losses is nothing that a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -18,6 +17,7 @@ from typing import Any
 from maskopt.core.pattern import NM, Pattern, Unstructured, parse_sparsity
 from maskopt.errors import MaskoptError, VerificationError
 from maskopt.models.architecture.blocks import Blocks, choose
+from maskopt.models.checkpoints.report import grouped
 from maskopt.models.checkpoints.schema import MANIFEST, check_link, read_manifest
 from maskopt.models.options.prune import (
     BLOCKWISE,
@@ -46,7 +46,7 @@ Key = tuple[tuple[int, ...], int]
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """A manifest of any kind; VerificationError where it is missing, of an unknown kind, or damaged."""
+    """Read a manifest of any kind; VerificationError where it is missing, of an unknown kind, or damaged."""
     with refusing():
         check_link(folder / MANIFEST)
         return read_manifest(folder / MANIFEST, smaller=True)
@@ -57,13 +57,16 @@ def numbers(name: str) -> tuple[int, ...]:
 
 
 def key_of(layer: Mapping[str, Any]) -> Key:
-    """A layer's place: the same for the matrices of tensors that its parameter is stored in."""
+    """Return a layer's place, the same for the matrices of tensors that its parameter is stored in."""
     return numbers(layer["name"]), layer["n"]
 
 
 class Manifest:
-    """A manifest whose digest and schema are right; whether it is true is another matter. `options`: all but
-    those of the solver. Raises VerificationError where `PruneOptions` makes other ones of them."""
+    """Manifest whose digest and schema are right; whether it is true is another matter.
+
+    `options` are all but those of the solver. Raises VerificationError where `PruneOptions` makes other ones
+    of them.
+    """
 
     def __init__(self, folder: Path, record: Mapping[str, Any]) -> None:
         self.path, self.record = folder / MANIFEST, record
@@ -81,7 +84,7 @@ class Manifest:
         return self.options.rows_differ and self.options.max_deviation == 1
 
     def pattern(self, layer: Mapping[str, Any]) -> Pattern:
-        """The layer's own where the options have counts."""
+        """Return the pattern of a layer, by its own count where the options have counts."""
         counts, options = self.options.counts, self.options
         if not counts:
             return options.pattern
@@ -92,48 +95,53 @@ class Manifest:
         return Unstructured(keep=keep, per="layer", max_deviation=within)
 
     def pruned(self, layer: Mapping[str, Any]) -> int:
-        """Pruned entries of a layer."""
+        """Return the number of pruned entries of a layer."""
         return pruned_of(self.pattern(layer), layer["rows"], layer["n"])
 
     @cached_property
-    def limits_at(self) -> dict[Key, set[tuple[int, int, int]]]:
-        """Of the layers of a place: inputs of a group, and the least and the most that a row prunes of it."""
-        found: dict[Key, set[tuple[int, int, int]]] = {}
+    def layers_at(self) -> dict[Key, list[Mapping[str, Any]]]:
+        """Layers by their place."""
+        places: dict[Key, list[Mapping[str, Any]]] = {}
         for layer in self.layers:
-            limits = _limits(self.pattern(layer), layer["rows"], layer["n"])
-            found.setdefault(key_of(layer), set()).add(limits)
-        return found
+            places.setdefault(key_of(layer), []).append(layer)
+        return places
 
-    def wrong(self, what: str) -> VerificationError:
-        return VerificationError(f"{self.path}: {what}")
+    def limits_at(self, key: Key) -> set[tuple[int, int, int]]:
+        """Return the limits of the layers of a place, as of `_limits`."""
+        layers = self.layers_at.get(key, [])
+        return {_limits(self.pattern(layer), layer["rows"], layer["n"]) for layer in layers}
+
+    def wrong(self, fault: str) -> VerificationError:
+        return VerificationError(f"{self.path}: {fault}")
 
 
 def _options(path: Path, record: Mapping[str, Any]) -> PruneOptions:
-    said = record["fingerprint"]["options"]
-    given = {key: value for key, value in said.items() if key not in OF_SOLVER}
-    allocation, training = given.get("allocation", UNIFORM), given.get("training")
-    pattern = parse_sparsity(given["sparsity"])
-    if (allocation in (LAYERS, BOTH)) != bool(given.get("counts")):
-        what = "has counts of its layers, or none, otherwise than its allocation says"
+    stored = dict(record["fingerprint"]["options"])
+    for name in OF_SOLVER:
+        stored.pop(name, None)
+    allocation, training = stored.get("allocation", UNIFORM), stored.get("training")
+    pattern = parse_sparsity(stored["sparsity"])
+    if (allocation in (LAYERS, BOTH)) != bool(stored.get("counts")):
+        fault = "has counts of its layers, or none, otherwise than its allocation says"
     elif (allocation == ROWS) != pattern.shared_budget:
-        what = "has an allocation that is not its pattern's"
-    elif given.get("update") != BLOCKWISE and (training or record["trained"]):
-        what = "has trained parts, and its options train none"
-    elif bool(given.get("distillation")) != bool(record["distillation"]):
-        what = "has losses of a distillation, or none, otherwise than its options say"
-    elif given.get("update") == BLOCKWISE and not training:
-        what = "does not say how its weights were trained"
+        fault = "has an allocation that is not its pattern's"
+    elif stored.get("update") != BLOCKWISE and (training or record["trained"]):
+        fault = "has trained parts, and its options train none"
+    elif bool(stored.get("distillation")) != bool(record["distillation"]):
+        fault = "has losses of a distillation, or none, otherwise than its options say"
+    elif stored.get("update") == BLOCKWISE and not training:
+        fault = "does not say how its weights were trained"
     else:
-        if allocation != UNIFORM and given.get("max_deviation") is None:
-            given["max_deviation"] = 1.0  # limits that are not named are none
+        if allocation != UNIFORM and stored.get("max_deviation") is None:
+            stored["max_deviation"] = 1.0  # limits that are not named are none
         try:
-            options = PruneOptions(**{**given, "sparsity": pattern}, solver="magnitude")
-            if _agrees(options.record(), given):
+            options = PruneOptions(**{**stored, "sparsity": pattern}, solver="magnitude")
+            if _agrees(options.record(), stored):
                 return options
         except (MaskoptError, ValueError, TypeError, AttributeError, OverflowError):
             pass
-        what = "the manifest is damaged or was changed"
-    raise VerificationError(f"{path}: {what}")
+        fault = "the manifest is damaged or was changed"
+    raise VerificationError(f"{path}: {fault}")
 
 
 def _agrees(made: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
@@ -153,7 +161,7 @@ def _agrees(made: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
 
 
 def groups(pattern: Pattern, n: int) -> tuple[int, int]:
-    """Size of a group of a row's inputs, and how many of it are pruned, where every row prunes as many."""
+    """Return the size of a group of a row's inputs, and how many of them every row prunes."""
     if isinstance(pattern, NM):
         if n % pattern.of:
             raise VerificationError(f"{n} inputs do not divide into groups of {pattern.of}")
@@ -162,7 +170,7 @@ def groups(pattern: Pattern, n: int) -> tuple[int, int]:
 
 
 def pruned_of(pattern: Pattern, rows: int, n: int) -> int:
-    """Pruned entries of a layer."""
+    """Return the number of pruned entries of a layer."""
     if isinstance(pattern, Unstructured) and pattern.shared_budget and pattern.keep is None:
         return _part_of(pattern, rows * n)
     group, pruned = groups(pattern, n)
@@ -174,8 +182,11 @@ def _part_of(pattern: Unstructured, entries: int) -> int:
 
 
 def _limits(pattern: Pattern, rows: int, n: int) -> tuple[int, int, int]:
-    """Inputs of a group, and the least and the most that a row prunes of it: of rows with a shared budget,
-    whole numbers no further from the mean than `max_deviation`, and those next to the mean in any case."""
+    """Return the size of a group of inputs, and the least and the most that a row prunes of it.
+
+    With a shared budget these are whole numbers no further from the mean than `max_deviation`, and those next
+    to the mean in any case.
+    """
     if not pattern.shared_budget:
         group, pruned = groups(pattern, n)
         return group, pruned, pruned
@@ -193,7 +204,7 @@ def _limits(pattern: Pattern, rows: int, n: int) -> tuple[int, int, int]:
 
 @dataclass
 class Slice:
-    """A matrix of a masked tensor: all of it, or one expert's part.
+    """Matrix of a masked tensor: all of it, or one expert's part.
 
     Attributes:
         key: its place, which is that of its layer.
@@ -238,13 +249,13 @@ def check_layers(manifest: Manifest) -> None:
             "has a lower bound above its error":
                 layer["lower_bound"] > (layer[bounded] or 0.0) * (1 + BOUND_ROUNDING),
         }  # fmt: skip
-        for what, holds in wrong.items():
+        for fault, holds in wrong.items():
             if holds:
-                raise manifest.wrong(f"layer {layer['name']!r} {what}")
+                raise manifest.wrong(f"layer {layer['name']!r} {fault}")
 
 
 def _check_budget(manifest: Manifest) -> None:
-    """Layers with counts of their own prune as many weights in all as at the same sparsity in each."""
+    """Require that layers with counts of their own prune as many weights in all as at uniform sparsity."""
     counts, layers = manifest.options.counts, manifest.layers
     if not counts:
         return
@@ -258,22 +269,23 @@ def _check_budget(manifest: Manifest) -> None:
 
 
 def check_trained(manifest: Manifest) -> None:
-    """Every block with a trained layer is listed once, and no other block; epochs, also of a distillation,
-    are within those of the options."""
-    trained, how = manifest.record["trained"], manifest.options.reconstruction
+    """Require that each block with a trained layer is listed once, and no other block.
+
+    Epochs, also of a distillation, are within those of the options.
+    """
+    trained, training = manifest.record["trained"], manifest.options.reconstruction
     losses, distilled = manifest.record["distillation"], manifest.options.distilled
     if distilled is not None:
         check_epoch(manifest.wrong, "distillation", losses, distilled.epochs)
-    if how is None:
+    if training is None:
         return
-    for one in trained:
-        before, after = (
-            {x: one[f"{x}_{at}"] for x in ("fitted", "held")} for at in ("before", "after")
-        )
-        losses = {"before": before, "after": after, "epoch": one["epoch"]}
-        check_epoch(manifest.wrong, f"block {one['block']}", losses, how.epochs)
+    for block in trained:
+        losses = {"epoch": block["epoch"]}
+        for at in ("before", "after"):
+            losses[at] = {"fitted": block[f"fitted_{at}"], "held": block[f"held_{at}"]}
+        check_epoch(manifest.wrong, f"block {block['block']}", losses, training.epochs)
     blocks = {layer["block"] for layer in manifest.layers if not layer["fallback"]}
-    if sorted(one["block"] for one in trained) != sorted(blocks):
+    if sorted(block["block"] for block in trained) != sorted(blocks):
         raise manifest.wrong("lists other trained blocks than those of its layers, or one twice")
 
 
@@ -289,18 +301,18 @@ def check_epoch(
 
 
 def updated_layers(manifest: Manifest) -> set[Key]:
-    """Layers whose kept weights may differ from the original's: updated, or of a block that became better."""
+    """Return the layers that were updated, or whose block was improved by training."""
     options = manifest.options
     if options.update == NONE:
         return set()
     layers = [layer for layer in manifest.layers if not layer["fallback"]]
     every = LEAST_SQUARES in (options.update, options.training.get("begin"))
-    better = {one["block"] for one in manifest.record["trained"] if one["epoch"]}
+    better = {block["block"] for block in manifest.record["trained"] if block["epoch"]}
     return {key_of(x) for x in layers if every or x["block"] in better}
 
 
 def updated_vectors(manifest: Manifest, tensors: Mapping[str, Any]) -> tuple[str, ...]:
-    """Beginnings of the names of norms and biases that may have been trained.
+    """Return beginnings of the names of norms and biases that may have been trained.
 
     Args:
         tensors: with masks. Their names are those of the blocks up to the first number. (Another part of the
@@ -309,13 +321,14 @@ def updated_vectors(manifest: Manifest, tensors: Mapping[str, Any]) -> tuple[str
     if manifest.options.training.get("train") != "all":
         return ()
     number_of = {layer["block"]: _split(layer["name"])[1] for layer in manifest.layers}
-    better = {number_of[one["block"]] for one in manifest.record["trained"] if one["epoch"]}
+    blocks = manifest.record["trained"]
+    better = {number_of[block["block"]] for block in blocks if block["epoch"]}
     split = map(_split, tensors)
     return tuple({f"{before}{number}." for before, number in split if number in better})
 
 
 def check_masks(manifest: Manifest, slices: Sequence[Slice]) -> tuple[int, float]:
-    """Compare the layers with the masks; the rows and the sparsity that the masks give.
+    """Compare the layers with the masks; return the number of rows and the sparsity of the masks.
 
     A layer's parameter may be stored in other pieces (fused experts one by one, say), so rows and pruned
     weights are compared over all matrices of the same block, expert and number of inputs; a tensor called
@@ -336,18 +349,18 @@ def check_masks(manifest: Manifest, slices: Sequence[Slice]) -> tuple[int, float
                 f"{part.pruned}"
             )
     rows = elements = pruned = 0
-    said, found = _grouped(manifest.layers, key_of), _grouped(slices, lambda x: x.key)
-    for key in sorted({*said, *found}):
-        layers, parts = said.get(key, []), found.get(key, [])
-        # a piece in which nothing is pruned is all of an expert that was left out, unless its rows may prune
-        # nothing
-        exact = all(least for _, least, _ in manifest.limits_at.get(key, ()))
+    slices_at = grouped(slices, "key")
+    for key in sorted({*manifest.layers_at, *slices_at}):
+        layers, parts = manifest.layers_at.get(key, []), slices_at.get(key, [])
+        # A piece in which nothing is pruned is all of an expert that was left out, unless its rows may prune
+        # nothing.
+        exact = all(least for _, least, _ in manifest.limits_at(key))
         count = sum(x["rows"] for x in layers)
         total = sum(x.pruned for x in parts)
         seen = sum(x.rows for x in parts if x.pruned)
-        # only experts that were left out may have masks and belong to no layer
-        own = sum(x.rows for x in parts if x.pruned or (layers and not x.expert))
-        same = own <= count <= sum(x.rows for x in parts) and (count == seen or not exact)
+        # Only experts that were left out may have masks and belong to no layer.
+        least = sum(x.rows for x in parts if x.pruned or (layers and not x.expert))
+        same = least <= count <= sum(x.rows for x in parts) and (count == seen or not exact)
         if not same or total != sum(x["pruned"] for x in layers):
             name = layers[0]["name"] if layers else parts[0].tensor
             raise manifest.wrong(f"counts other rows or pruned weights than the masks at {name!r}")
@@ -360,11 +373,11 @@ def check_masks(manifest: Manifest, slices: Sequence[Slice]) -> tuple[int, float
 
 
 def check_fallbacks(manifest: Manifest, slices: Sequence[Slice]) -> list[str]:
-    """Names of the layers pruned by magnitude whose errors were compared with the original's weights."""
+    """Compare errors of layers pruned by magnitude with the original's weights; return their names."""
     checked: list[str] = []
-    found = _grouped(slices, lambda x: x.key)
-    for key, layers in _grouped(manifest.layers, key_of).items():
-        parts = found[key]
+    slices_at = grouped(slices, "key")
+    for key, layers in manifest.layers_at.items():
+        parts = slices_at[key]
         if not all(x["fallback"] for x in layers) or any(x.square is None for x in parts):
             continue
         name, said = layers[0]["name"], sum(x["error"] for x in layers)
@@ -381,14 +394,14 @@ def check_fallbacks(manifest: Manifest, slices: Sequence[Slice]) -> list[str]:
 
 
 def called_like(layer: str, tensors: Mapping[str, Any]) -> str | None:
-    """The tensor `LAYER.weight`, where the checkpoint may lack the first parts of the name."""
+    """Return the tensor `LAYER.weight`, where the checkpoint may lack the first parts of the name."""
     parts = layer.split(".")
     ends = (".".join(parts[i:]) for i in range(len(parts)))
     return next((f"{x}.weight" for x in ends if numbers(x) and f"{x}.weight" in tensors), None)
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Before and at the first number of a name; all of it is before where there is none."""
+    """Split a name before and at its first number; all of it is before where there is none."""
     words = name.split(".")
     for place, word in enumerate(words):
         if word.isdecimal():
@@ -396,25 +409,17 @@ def _split(name: str) -> tuple[str, str]:
     return name, ""
 
 
-def _grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
-    groups: dict[Any, list[Any]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return groups
-
-
 def check_names(manifest: Manifest, loading: Loading) -> None:
     """Compare the manifest's layers with those of the model that `include` and `exclude` choose."""
     options, said = manifest.options, {layer["name"]: layer for layer in manifest.layers}
-    with refusing():
-        layers = choose(Blocks(loading.model).all_layers(), options.include, options.exclude)
-    found = {layer.name: layer for layer in layers}
-    if odd := said.keys() ^ found.keys():
+    chosen = choose(Blocks(loading.model).all_layers(), options.include, options.exclude)
+    layers = {layer.name: layer for layer in chosen}
+    if odd := said.keys() ^ layers.keys():
         where = "in the manifest" if min(odd) in said else "in the model"
         raise manifest.wrong(f"layer {min(odd)[:200]!r} is only {where}")
-    if list(said) != list(found):
+    if list(said) != list(layers):
         raise manifest.wrong("names the layers in another order than the model has them")
-    for name, layer in found.items():
+    for name, layer in layers.items():
         if (said[name]["rows"], said[name]["n"]) != (layer.rows, layer.n):
             raise manifest.wrong(f"layer {name!r} has another shape than in the model")
         if (said[name]["block"], said[name]["kind"]) != (layer.block, layer.kind):

@@ -1,6 +1,6 @@
 """Errors and statuses of a pruned model computed again, from the calibration text of its prune.
 
-The walk through the model is that of a prune (`_walk` holds all of it): each layer's Gram matrix is
+The walk through the model is that of a prune (`_Walk` holds all of it): each layer's Gram matrix is
 collected again on the inputs that the prune's options give it, with the masks of the result in place of
 a solver. What is then computed from the Gram matrix shares no code with any solver.
 """
@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,13 @@ from maskopt.models.architecture.blocks import Layer, choose, matrix
 from maskopt.models.architecture.source import FolderSource, masks_as_model
 from maskopt.models.blockwise.collect import IN_DENSE, Grams
 from maskopt.models.blockwise.forward import Threads
-from maskopt.models.blockwise.job import Job, open_job
+from maskopt.models.blockwise.job import Block, open_job
 from maskopt.models.calibration.tokens import CALIBRATION, are_tokens, tokens_or_tokenizer
 from maskopt.models.checkpoints.bos import BOS, TEMPLATE
 from maskopt.models.checkpoints.checkpoint import open_checkpoint
 from maskopt.models.checkpoints.result import read_bases, read_windows
 from maskopt.models.checkpoints.schema import BASES
-from maskopt.models.options.prune import AUTO, BLOCKWISE, NONE, PruneOptions
+from maskopt.models.options.prune import AUTO, BLOCKWISE, NONE
 from maskopt.models.pruning.prune_layer import counting, held_problem, layer_problem
 from maskopt.models.verification.folder import MASKS
 from maskopt.models.verification.manifest import Manifest, groups
@@ -48,15 +49,32 @@ LEAST_SQUARES_ROWS = 16
 
 
 @dataclass(frozen=True)
-class Found:
-    """A layer as its prune met it: original weights and Gram matrix, also on held-out windows; the given
-    mask; and weights of the result in the stored dtype (None: the kept ones)."""
+class LayerState:
+    """Layer as its prune met it.
 
+    Attributes:
+        stated: the report of the layer in the manifest.
+        problem: original weights and Gram matrix.
+        kept: the mask of the result.
+        result: weights of the result in the stored dtype; None: the kept weights are unchanged.
+        held: the problem on held-out windows; None without any.
+    """
+
+    manifest: Manifest
+    stated: Mapping[str, Any]
     problem: LayerProblem
     kept: Tensor
     result: Tensor | None
     tokens: int
     held: LayerProblem | None
+
+    @property
+    def tolerance(self) -> float:
+        """Relative difference at which a stated error is wrong."""
+        return ERROR_TOLERANCES[self.manifest.record["fingerprint"]["dtype"]]
+
+    def wrong(self, fault: str) -> VerificationError:
+        return self.manifest.wrong(f"layer {self.stated['name']!r}{fault}")
 
 
 def recheck_layers(
@@ -67,7 +85,7 @@ def recheck_layers(
     layers: Sequence[str],
     **machine: Any,
 ) -> tuple[list[str], float]:
-    """Compare tokens, errors and statuses of the layers that patterns choose with those computed again.
+    """Compute tokens, errors and statuses of the layers that patterns choose again, and compare them.
 
     Args:
         machine: other options of a walk.
@@ -76,44 +94,12 @@ def recheck_layers(
         The names of the layers, and the relative difference up to which errors had to agree.
     """
     _check_recorded(manifest)
-    options, fingerprint = manifest.options, manifest.record["fingerprint"]
-    data, dtype = fingerprint["calibration"], fingerprint["dtype"]
-    trust: bool = machine["trust_remote_code"]
-    bos = data["beginning"]["bos"]
-    # masks and updated weights are those of the result
-    walked = dataclasses.replace(
-        options, include=tuple(layer["name"] for layer in manifest.layers), exclude=(), update=NONE,
-        training={}, distillation={},
-        damping=LeastSquaresUpdate.damping, damping_exponent=LeastSquaresUpdate.power,
-        gram_shrinkage=0.0, samples=data["samples"], seq_len=data["length"],
-        bos=bos if bos in BOS else "auto", chat=bos == TEMPLATE.bos and not are_tokens(calibration),
-        device=fingerprint["device"], dtype=dtype, **machine,
-    )  # fmt: skip
-    text, _ = tokens_or_tokenizer(None, calibration)
-    job = open_job(model, text, walked, written=read_windows(output, CALIBRATION))
-    if job.windows.digest != data["sha256"]:
-        raise VerificationError(
-            f"{job.windows.source}: is not what the model was calibrated on: its {len(job.windows)} "
-            f"windows of {job.windows.length} tokens have another digest than those of the manifest"
-        )
-    if (output / BASES).is_file():
-        assert job.source.checkpoint is not None
-        job.source.checkpoint.bases.update(read_bases(output / BASES))
-    chosen = [layer.name for layer in choose(job.layers, layers)]
-    assert job.source.checkpoint is not None
-    masks = masks_as_model(job.source.checkpoint, output / MASKS, trust_remote_code=trust)
-    result = None
-    if options.update != NONE:
-        result = FolderSource(
-            open_checkpoint(output), torch.device("cpu"), None, trust_remote_code=trust
-        )
-    tolerance = ERROR_TOLERANCES[dtype]
-    said = {layer["name"]: layer for layer in manifest.layers}
-    with job, torch.no_grad():
-        for name, layer in _walk(job, masks, result, said, set(chosen), manifest):
-            for fault in _faults(said[name], layer, options, tolerance, job.pool):
-                raise manifest.wrong(f"layer {name!r}{fault}")
-    return chosen, tolerance
+    walk = _Walk(manifest, output, model, calibration, machine)
+    chosen = [layer.name for layer in choose(walk.job.layers, layers)]
+    with walk.job, torch.no_grad():
+        for state in walk.states(set(chosen)):
+            _check_layer(state, walk.job.pool)
+    return chosen, ERROR_TOLERANCES[manifest.record["fingerprint"]["dtype"]]
 
 
 def _check_recorded(manifest: Manifest) -> None:
@@ -125,49 +111,48 @@ def _check_recorded(manifest: Manifest) -> None:
         raise manifest.wrong(
             "its updated weights were distilled since, so that their errors cannot be checked on text"
         )
-    own = any(layer["objective"] == "updated" for layer in manifest.layers)
-    if options.update == BLOCKWISE and options.true_sequential and own:
+    by_solver = any(layer["objective"] == "updated" for layer in manifest.layers)
+    if options.update == BLOCKWISE and options.true_sequential and by_solver:
         raise manifest.wrong(
             "later layers of a block saw its solver's own weights, which training has "
             "changed since: it cannot be checked on text"
         )
 
 
-def _faults(
-    said: Mapping[str, Any], found: Found, options: PruneOptions, tolerance: float, pool: Threads
-) -> Iterator[str]:
-    """What a layer states that is not so, in words; computed as far as it is asked for."""
-    if said["tokens"] != found.tokens:
-        yield f" is said to have seen {said['tokens']} tokens; it sees {found.tokens}"
-    used = 0.0 if said["fallback"] else options.gram_shrinkage
-    if used != AUTO and said["gram_shrinkage"] != used:
-        yield " was shrunk by another α than the options say"
-    problem, kept, damping = found.problem, found.kept, said["damping"]
+# --- one layer
+
+
+def _check_layer(state: LayerState, pool: Threads) -> None:
+    """Raise VerificationError for the first figure that the layer states wrongly."""
+    stated, problem, options = state.stated, state.problem, state.manifest.options
+    damping, unchanged = stated["damping"], problem.with_update(None)
+    if stated["tokens"] != state.tokens:
+        raise state.wrong(
+            f" is said to have seen {stated['tokens']} tokens; it sees {state.tokens}"
+        )
+    used = 0.0 if stated["fallback"] else options.gram_shrinkage
+    if used != AUTO and stated["gram_shrinkage"] != used:
+        raise state.wrong(" was shrunk by another α than the options say")
     if damping is not None and options.damping not in (AUTO, damping):
-        yield " was updated with another damping than the options say"
-    energies = _sums("energy", found, LayerProblem.output_energy)
-    yield from _other_sums(said, energies, tolerance, 0.0)
-    floor = SAME_BITS * float(problem.diagonal_mass().sum())
+        raise state.wrong(" was updated with another damping than the options say")
+    _check_sums(state, "energy", LayerProblem.output_energy)
     if damping is None:
-        sums = _sums("error", found, lambda x: x.objective(kept))
+        same = _check_sums(state, "error", lambda x: x.objective(state.kept))
     else:
-        unchanged = float(problem.with_update(None).objective(kept).sum())
-        sums = [("error_kept", unchanged, " before its weights were updated")]
-    yield from _other_sums(said, sums, tolerance, floor)
-    wanda = float(problem.with_update(None).objective(_wanda(problem)).sum())
-    yield from _other_sums(said, [("error_wanda", wanda, " for Wanda's mask")], tolerance, floor)
-    if damping is not None and found.result is not None:
-        if said["objective"] != "updated":
-            yield from _other_weights(found, tolerance)
-        new = found.result.to(problem.device).double()
-        sums = _sums("error", found, lambda x: x.error(new))
-        yield from _other_sums(said, sums, tolerance, floor)
-    same = not any(_other_sums(said, sums[:1], SAME_BITS, floor))  # as far as the error shows
-    yield from _other_statuses(said, found, SWAP_TOLERANCE if same else tolerance, pool)
+        before = float(unchanged.objective(state.kept).sum())
+        same = _check_sum(state, "error_kept", before, " before its weights were updated")
+    wanda = float(unchanged.objective(_wanda(problem)).sum())
+    _check_sum(state, "error_wanda", wanda, " for Wanda's mask")
+    if damping is not None and state.result is not None:
+        if stated["objective"] != "updated":
+            _check_weights(state)
+        new = state.result.to(problem.device).double()
+        same = _check_sums(state, "error", lambda x: x.error(new))
+    _check_statuses(state, SWAP_TOLERANCE if same else state.tolerance, pool)
 
 
 def _wanda(problem: LayerProblem) -> Tensor:
-    """The mask, True = kept, that prunes the least |wᵢ|·√Gᵢᵢ of every row or group."""
+    """Return the mask, True = kept, that prunes the least |wᵢ|·√Gᵢᵢ of every row or group."""
     group, pruned = groups(problem.pattern, problem.n)
     scores = problem.weight.double().abs() * problem.gram.diagonal().double().clamp(min=0).sqrt()
     least = scores.view(problem.rows, -1, group).topk(pruned, largest=False).indices
@@ -175,164 +160,203 @@ def _wanda(problem: LayerProblem) -> Tensor:
     return kept.to(scores.device).scatter_(-1, least, False).view(problem.rows, problem.n)
 
 
-#: what a layer states, what is computed in its place (None: there are no held-out windows), and more words
-Sum = tuple[str, float | None, str]
+def _check_sums(state: LayerState, key: str, by_row: Callable[[LayerProblem], Tensor]) -> bool:
+    """Compare a sum over all rows, as `_check_sum` does, and the same on held-out windows."""
+    same = _check_sum(state, key, float(by_row(state.problem).sum()))
+    held = None if state.held is None else float(by_row(state.held).sum())
+    _check_sum(state, f"{key}_held", held, " on held-out windows")
+    return same
 
 
-def _sums(key: str, found: Found, of: Callable[[LayerProblem], Tensor]) -> list[Sum]:
-    """Over all rows, and the same on the held-out windows."""
-    held = None if found.held is None else float(of(found.held).sum())
-    every = float(of(found.problem).sum())
-    return [(key, every, ""), (f"{key}_held", held, " on held-out windows")]
-
-
-def _other_sums(
-    said: Mapping[str, Any], sums: Sequence[Sum], tolerance: float, floor: float
-) -> Iterator[str]:
-    for key, value, which in sums:
-        stated, what = said[key], key.partition("_")[0]
-        if stated is None or value is None:
-            holds = stated is value
-        else:
-            holds = math.isclose(stated, value, rel_tol=tolerance, abs_tol=floor)
-        if not holds:
-            yield f" states an {what} of {_short(stated)}{which}; its mask has {_short(value)}"
+def _check_sum(state: LayerState, key: str, value: float | None, which: str = "") -> bool:
+    """Compare a sum with the report; return whether the Gram matrix seems to have the same bits."""
+    stated = state.stated[key]
+    if stated is None and value is None:
+        return True
+    if stated is not None and value is not None:
+        floor = SAME_BITS * float(state.problem.diagonal_mass().sum())
+        if math.isclose(stated, value, rel_tol=state.tolerance, abs_tol=floor):
+            return math.isclose(stated, value, rel_tol=SAME_BITS, abs_tol=floor)
+    quantity = key.partition("_")[0]
+    raise state.wrong(
+        f" states an {quantity} of {_short(stated)}{which}; its mask has {_short(value)}"
+    )
 
 
 def _short(value: float | None) -> str:
     return str(value) if value is None else f"{value:.9g}"
 
 
-def _other_weights(found: Found, tolerance: float) -> Iterator[str]:
-    """Some rows' weights that cost more than least squares and the rounding to the stored dtype."""
-    problem, result = found.problem, found.result
+def _check_weights(state: LayerState) -> None:
+    """Solve least squares of a sample of rows: their weights cost no more, but for the rounding."""
+    result = state.result
     assert result is not None
-    rows = list(range(0, problem.rows, max(1, problem.rows // LEAST_SQUARES_ROWS)))
-    some, mask = problem.take(rows), found.kept[rows]
+    rows = list(range(0, state.problem.rows, max(1, state.problem.rows // LEAST_SQUARES_ROWS)))
+    problem, mask = state.problem.take(rows), state.kept[rows]
     new = result[rows].to(problem.device).double()
-    cost, diagonal = some.cost(new), some.least_squares.damped.diagonal()
+    cost, diagonal = problem.cost(new), problem.least_squares.damped.diagonal()
     rounding = 10 * torch.finfo(result.dtype).eps ** 2 * (new.square() @ diagonal)
     for index, row in enumerate(rows):
-        best = float(costs_of(some).cost(mask, index))
-        if not float(cost[index]) <= best * (1 + tolerance) + float(rounding[index]):
-            yield (
+        best = float(costs_of(problem).cost(mask, index))
+        if not float(cost[index]) <= best * (1 + state.tolerance) + float(rounding[index]):
+            raise state.wrong(
                 f", row {row}: its weights are not those of least squares: they cost "
                 f"{float(cost[index]):.6g}, the best {best:.6g}"
             )
 
 
-def _other_statuses(
-    said: Mapping[str, Any], found: Found, tolerance: float, pool: Threads
-) -> Iterator[str]:
-    kept = found.kept
-    problem = (
-        found.problem if said["objective"] == "least-squares" else found.problem.with_update(None)
-    )
-    count = sum(said["statuses"].get(s, 0) for s in (Status.SWAP_OPTIMAL, Status.OPTIMAL))
+def _check_statuses(state: LayerState, tolerance: float, pool: Threads) -> None:
+    """Look for improving swaps in rows that are said to have none."""
+    kept, problem, statuses = state.kept, state.problem, state.stated["statuses"]
+    if state.stated["objective"] != "least-squares":
+        problem = problem.with_update(None)
+    count = sum(statuses.get(status, 0) for status in (Status.SWAP_OPTIMAL, Status.OPTIMAL))
     if not count:
         return
 
     def swap_of(row: int) -> Any:
-        own = Unstructured(keep=int(kept[row].sum()))
-        one = problem.take([row]).under(own) if problem.shared_budget else problem.row(row)
-        return improving_swap(one, kept[row], tolerance)
+        if not problem.shared_budget:
+            return improving_swap(problem.row(row), kept[row], tolerance)
+        pattern = Unstructured(keep=int(kept[row].sum()))
+        return improving_swap(problem.take([row]).under(pattern), kept[row], tolerance)
 
-    swaps = pool.run([lambda row=row: swap_of(row) for row in range(problem.rows)])  # type: ignore[misc]
+    swaps = pool.run([partial(swap_of, row) for row in range(problem.rows)])
     improvable = [(row, swap) for row, swap in enumerate(swaps) if swap is not None]
     if problem.rows - len(improvable) < count:
         row, swap = improvable[0]
-        yield (
+        raise state.wrong(
             f" states that {count} of {problem.rows} rows are {Status.SWAP_OPTIMAL}; "
             f"{problem.rows - len(improvable)} are: in row {row}, keeping input {swap.pruned} "
             f"instead of {swap.kept} changes the error by {swap.delta:.3g}"
         )
-    between = (
-        improving_swap_between_rows(problem, kept, tolerance) if problem.shared_budget else None
-    )
+    if not problem.shared_budget:
+        return
+    between = improving_swap_between_rows(problem, kept, tolerance)
     if between is not None:
-        yield (
+        raise state.wrong(
             f" states that its rows are {Status.SWAP_OPTIMAL} together; keeping input "
             f"{between.pruned} of row {between.other} instead of {between.kept} of row {between.row} "
             f"changes the error by {between.delta:.3g}"
         )
 
 
-def _walk(
-    job: Job,
-    masks: FolderSource,
-    result: FolderSource | None,
-    said: Mapping[str, Mapping[str, Any]],
-    chosen: set[str],
-    manifest: Manifest,
-) -> Iterator[tuple[str, Found]]:
-    """Go through the blocks as the prune did; yield the chosen layers, before they are pruned."""
-    options, model = manifest.options, job.source.model
-    trained = options.update == BLOCKWISE
-    last = max(layer.block for layer in job.layers if layer.name in chosen)
-    left_out: list[dict[str, Any]] = []
-    for block in job.blocks():
-        with masks.open(block.index):
-            kept = {layer.name: matrix(masks.model, layer) != 0 for layer in block.layers}
-        new: dict[str, Tensor] = {}
-        vectors: dict[str, Tensor] = {}
-        # the dense model does not run along here
-        for sample in manifest.record["bad_samples"] if trained else ():
-            if sample["layer"] == block.name + IN_DENSE:
-                block.samples.leave_out(sample["sample"], sample["layer"])
-        if result is not None:
-            with result.open(block.index):
-                new = {x.name: matrix(result.model, x).clone() for x in block.layers}
-                names = result.vectors(block.index) if trained else ()
-                vectors = {name: result.model.get_parameter(name).clone() for name in names}
-        for stage, grams in block.rounds():
-            for layer in stage:
-                weight, one = matrix(model, layer), said[layer.name]
-                mask, weights = kept[layer.name].to(weight.device), new.get(layer.name)
-                updated = one["damping"] is not None
-                # what its weights were before they were trained, later rounds may have seen
-                if layer.name in chosen or (trained and options.true_sequential and updated):
-                    found = _found(job, options, layer, one, grams, mask, weights)
-                    weights = found.result
-                    if layer.name in chosen:
-                        yield layer.name, found
-                if weights is not None and (updated or not trained):
-                    weight.copy_(weights)
-                else:
-                    weight.masked_fill_(~mask, 0)
-            del grams  # the next pass needs their memory
-        for layer in block.layers if trained else ():
-            matrix(model, layer).copy_(new[layer.name])
-        for name, vector in vectors.items():
-            model.get_parameter(name).copy_(vector)
-        left_out += [dataclasses.asdict(sample) for sample in block.bad]
-        if block.index == last:
-            break
-        block.advance()
-    if left_out != manifest.record["bad_samples"][: len(left_out)]:
-        raise manifest.wrong("left out other samples than those with NaN or infinite activations")
+# --- the walk
 
 
-def _found(
-    job: Job,
-    options: PruneOptions,
-    layer: Layer,
-    said: Mapping[str, Any],
-    grams: Grams,
-    mask: Tensor,
-    result: Tensor | None,
-) -> Found:
-    """A layer of a block whose Gram matrices are there; `result`: its weights in the result."""
-    gram, dense = grams.of(layer.name), matrix(job.source.model, layer).float()
-    tokens, pattern = 0 if gram is None else gram.tokens, options.pattern_of(layer)
-    damping = said["damping"]
-    update = None if damping is None else LeastSquaresUpdate(damping, options.damping_exponent)
-    known = None if tokens < options.min_tokens else gram
-    problem = layer_problem(
-        layer.name, dense, known, pattern, float(said["gram_shrinkage"]), update
-    )
-    if known is not None:
-        problem = counting(problem, options.sensitivity, job.gradients)
-    if options.update == BLOCKWISE and result is not None:  # as it was before it was trained
-        own = update is not None and said["objective"] != "updated"
-        result = problem.weights(mask).to(result.dtype) if own else None
-    return Found(problem, mask, result, tokens, held_problem(layer, dense, grams, pattern))
+class _Walk:
+    """Walk of a prune, repeated with the masks and the updated weights of its result."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        output: Path,
+        model: Path,
+        calibration: Any,
+        machine: Mapping[str, Any],
+    ) -> None:
+        self.manifest, self.options = manifest, manifest.options
+        self.stated = {layer["name"]: layer for layer in manifest.layers}
+        fingerprint, trust = manifest.record["fingerprint"], machine["trust_remote_code"]
+        data = fingerprint["calibration"]
+        bos = data["beginning"]["bos"]
+        options = dataclasses.replace(
+            self.options, include=tuple(self.stated), exclude=(), update=NONE,
+            training={}, distillation={},
+            damping=LeastSquaresUpdate.damping, damping_exponent=LeastSquaresUpdate.power,
+            gram_shrinkage=0.0, samples=data["samples"], seq_len=data["length"],
+            bos=bos if bos in BOS else "auto", chat=bos == TEMPLATE.bos and not are_tokens(calibration),
+            device=fingerprint["device"], dtype=fingerprint["dtype"], **machine,
+        )  # fmt: skip
+        text, _ = tokens_or_tokenizer(None, calibration)
+        self.job = open_job(model, text, options, written=read_windows(output, CALIBRATION))
+        windows, checkpoint = self.job.windows, self.job.source.checkpoint
+        if windows.digest != data["sha256"]:
+            raise VerificationError(
+                f"{windows.source}: is not what the model was calibrated on: its {len(windows)} windows of "
+                f"{windows.length} tokens have another digest than those of the manifest"
+            )
+        assert checkpoint is not None
+        if (output / BASES).is_file():
+            checkpoint.bases.update(read_bases(output / BASES))
+        self.masks = masks_as_model(checkpoint, output / MASKS, trust_remote_code=trust)
+        self.result = None
+        if self.options.update != NONE:
+            cpu = torch.device("cpu")
+            pruned = open_checkpoint(output)
+            self.result = FolderSource(pruned, cpu, None, trust_remote_code=trust)
+
+    def states(self, chosen: set[str]) -> Iterator[LayerState]:
+        """Go through the blocks as the prune did; yield the chosen layers, before they are pruned."""
+        model, trained = self.job.source.model, self.options.update == BLOCKWISE
+        bad_samples = self.manifest.record["bad_samples"]
+        last = max(layer.block for layer in self.job.layers if layer.name in chosen)
+        left_out: list[dict[str, Any]] = []
+        for block in self.job.blocks():
+            with self.masks.open(block.index):
+                kept = {layer.name: matrix(self.masks.model, layer) != 0 for layer in block.layers}
+            # The dense model does not run along here.
+            for sample in bad_samples if trained else ():
+                if sample["layer"] == block.name + IN_DENSE:
+                    block.samples.leave_out(sample["sample"], sample["layer"])
+            new, vectors = self._updated(block)
+            for stage, grams in block.rounds():
+                for layer in stage:
+                    weight, mask = matrix(model, layer), kept[layer.name]
+                    mask, weights = mask.to(weight.device), new.get(layer.name)
+                    updated = self.stated[layer.name]["damping"] is not None
+                    # Later rounds may have seen the weights as they were before training.
+                    if layer.name in chosen or (
+                        trained and self.options.true_sequential and updated
+                    ):
+                        state = self._state(layer, grams, mask, weights)
+                        weights = state.result
+                        if layer.name in chosen:
+                            yield state
+                    if weights is not None and (updated or not trained):
+                        weight.copy_(weights)
+                    else:
+                        weight.masked_fill_(~mask, 0)
+                del grams  # the next pass needs their memory
+            for layer in block.layers if trained else ():
+                matrix(model, layer).copy_(new[layer.name])
+            for name, vector in vectors.items():
+                model.get_parameter(name).copy_(vector)
+            left_out += [dataclasses.asdict(sample) for sample in block.bad]
+            if block.index == last:
+                break
+            block.advance()
+        if left_out != bad_samples[: len(left_out)]:
+            raise self.manifest.wrong(
+                "left out other samples than those with NaN or infinite activations"
+            )
+
+    def _updated(self, block: Block) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Read a block's weights in the result by layer, and its norms and biases if these were trained."""
+        if self.result is None:
+            return {}, {}
+        model = self.result.model
+        with self.result.open(block.index):
+            new = {layer.name: matrix(model, layer).clone() for layer in block.layers}
+            if self.options.update != BLOCKWISE:
+                return new, {}
+            names = self.result.vectors(block.index)
+            return new, {name: model.get_parameter(name).clone() for name in names}
+
+    def _state(self, layer: Layer, grams: Grams, mask: Tensor, result: Tensor | None) -> LayerState:
+        """Return the state of a layer whose Gram matrix is collected; `result`: its weights in the result."""
+        options, stated = self.options, self.stated[layer.name]
+        gram, dense = grams.of(layer.name), matrix(self.job.source.model, layer).float()
+        tokens, pattern = 0 if gram is None else gram.tokens, options.pattern_of(layer)
+        damping, alpha = stated["damping"], float(stated["gram_shrinkage"])
+        update = None if damping is None else LeastSquaresUpdate(damping, options.damping_exponent)
+        known = None if tokens < options.min_tokens else gram
+        problem = layer_problem(layer.name, dense, known, pattern, alpha, update)
+        if known is not None:
+            problem = counting(problem, options.sensitivity, self.job.gradients)
+        if (
+            options.update == BLOCKWISE and result is not None
+        ):  # the weights before training are needed
+            solved = update is not None and stated["objective"] != "updated"
+            result = problem.weights(mask).to(result.dtype) if solved else None
+        held = held_problem(layer, dense, grams, pattern)
+        return LayerState(self.manifest, stated, problem, mask, result, tokens, held)

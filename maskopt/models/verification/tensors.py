@@ -1,4 +1,4 @@
-"""Every tensor of a pruned folder compared with its mask, and with the original's."""
+"""Comparison of every tensor of a pruned folder with its mask and with the original."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ import torch
 from torch import Tensor
 
 from maskopt.errors import VerificationError
+from maskopt.models.checkpoints.checkpoint import bytes_of
 from maskopt.models.checkpoints.schema import MASK_FORMAT, read_layout
 from maskopt.models.verification.bases import InBases
 from maskopt.models.verification.folder import (
     Weights,
-    bytes_of,
     check_finite,
     opened,
     read_tensor,
-    refusing,
 )
 from maskopt.models.verification.manifest import (
     Manifest,
@@ -43,22 +42,24 @@ def check_tensors(
     bases: InBases,
     on_progress: OnTensor,
 ) -> list[Slice]:
-    """Compare every tensor with its mask and the original, but what was updated; all matrices."""
+    """Compare every tensor with its mask and, where it was not updated, the original; return all matrices."""
     slices: list[Slice] = []
     by_magnitude = {key_of(x) for x in manifest.layers if x["fallback"]}
     updated, vectors = updated_layers(manifest), updated_vectors(manifest, masks.layout)
     for done, name in enumerate(sorted(weights.where), 1):
-        found = weights.read(name)
-        dense = None if original is None else original.read(name)
-        if dense is not None and (found.dtype, found.shape) != (dense.dtype, dense.shape):
-            raise VerificationError(f"{name!r} has another dtype or shape than the original")
-        dense, room = (None, None) if dense is None else bases.of(name, dense)
+        tensor = weights.read(name)
+        dense = room = None
+        if original is not None:
+            dense = original.read(name)
+            if (tensor.dtype, tensor.shape) != (dense.dtype, dense.shape):
+                raise VerificationError(f"{name!r} has another dtype or shape than the original")
+            dense, room = bases.of(name, dense)
         same: Tensor | None = None
         if name in masks.layout:
-            kept, changeable = masks.kept(name, found), bool(updated) or manifest.distilled
-            if bytes_of(found)[~kept.reshape(-1)].any():  # minus zero is a change, too
+            kept, changeable = masks.kept(name, tensor), bool(updated) or manifest.distilled
+            if bytes_of(tensor)[~kept.reshape(-1)].any():  # minus zero is a change, too
                 raise weights.wrong(f"{name!r} holds weights that its mask prunes")
-            # a matrix of which nothing is pruned is that of an expert that was left out
+            # A matrix of which nothing is pruned is that of an expert that was left out.
             same = kept.clone()
             for part, mask, weight in _slices(name, kept, masks.layout[name][1], dense):
                 if part.pruned:
@@ -67,17 +68,18 @@ def check_tensors(
                     _measure(manifest, part, mask, weight)
                 free = manifest.distilled and part.pruned
                 if free or (part.key in updated and (part.pruned or not part.expert)):
-                    (same[part.key[0][-1]] if part.expert else same).fill_(False)
+                    matrix = same[part.key[0][-1]] if part.expert else same
+                    matrix.fill_(False)
                 slices.append(part)
-            what = "a kept weight"
+            subject = "a kept weight"
         else:
-            changeable, what = bool(vectors), "it is not pruned and"
-            if found.ndim == 1 and name.startswith(vectors):
-                same = torch.zeros_like(found, dtype=torch.bool)
-        if dense is not None:
-            _check_same(name, found, dense, same, what, room)
+            changeable, subject = bool(vectors), "it is not pruned and"
+            if tensor.ndim == 1 and name.startswith(vectors):
+                same = torch.zeros_like(tensor, dtype=torch.bool)
+        if dense is not None and _differs(tensor, dense, same, room):
+            raise VerificationError(f"{name!r}: {subject} differs from the original")
         if changeable:
-            check_finite(weights, name, found)
+            check_finite(weights, name, tensor)
         on_progress(done, len(weights.where))
     return slices
 
@@ -85,7 +87,7 @@ def check_tensors(
 def _slices(
     name: str, kept: Tensor, axis: int, dense: Tensor | None
 ) -> Iterator[tuple[Slice, Tensor, Tensor | None]]:
-    """The matrices [rows, n] of one masked tensor, their masks, and their weights in the original."""
+    """Yield the matrices [rows, n] of a masked tensor, their masks, and their weights in the original."""
     weights = None if dense is None else _matrices(dense, axis)
     for index, mask in enumerate(_matrices(kept, axis)):
         expert = kept.ndim == 3
@@ -101,52 +103,55 @@ def _matrices(stored: Tensor, axis: int) -> list[Tensor]:
 
 
 def _check_rows(manifest: Manifest, part: Slice, kept: Tensor) -> None:
-    """Every row prunes as many as one of a layer there may; how many rows do is compared with all of them."""
-    there = manifest.limits_at.get(part.key, set())
-    group = min((limits[0] for limits in there), default=part.n)
+    """Require that every row prunes as many weights as a row of a layer in this place may.
+
+    How many rows there are is compared with all layers of the place, in `check_masks`.
+    """
+    limits = manifest.limits_at(part.key)
+    group = min((size for size, _, _ in limits), default=part.n)
     counts = (~kept).view(part.rows, -1, group).sum(-1)
     legal = torch.zeros_like(counts, dtype=torch.bool)
-    for _, least, most in there:
+    for _, least, most in limits:
         legal |= (counts >= least) & (counts <= most)
     if not bool(legal.all()):
         row = int((~legal).any(1).nonzero()[0])
-        what = "as in no layer there"
+        fault = "as in no layer there"
         if manifest.options.rows_differ:
-            what = "beyond the deviation of its layer"
-        elif there and not manifest.options.counts:
-            what = f"not {min(there)[1]} of every {group}"
+            fault = "beyond the deviation of its layer"
+        elif limits and not manifest.options.counts:
+            fault = f"not {min(limits)[1]} of every {group}"
         raise VerificationError(
-            f"{part.tensor!r}, row {row}: {int((~kept[row]).sum())} of {part.n} pruned, {what}"
+            f"{part.tensor!r}, row {row}: {int((~kept[row]).sum())} of {part.n} pruned, {fault}"
         )
 
 
 def _measure(manifest: Manifest, part: Slice, kept: Tensor, weight: Tensor) -> None:
-    """What pruning by magnitude takes of the original's weights, and whether it takes the least."""
+    """Sum the squares that pruning by magnitude removes, and find out whether it removes the least."""
     weight = weight.to(getattr(torch, manifest.record["fingerprint"]["dtype"])).double()
     part.square = float(weight.masked_fill(kept, 0).square().sum())
     group = kept.numel() if manifest.unlimited else part.n
     if not manifest.options.rows_differ:
         group = groups(manifest.options.pattern, part.n)[0]
-    size, some = weight.abs().view(-1, group), kept.view(-1, group)
-    largest = size.masked_fill(some, 0).amax(1)
-    part.least_first = bool((largest <= size.masked_fill(~some, torch.inf).amin(1)).all())
+    size, kept = weight.abs().view(-1, group), kept.view(-1, group)
+    largest = size.masked_fill(kept, 0).amax(1)
+    part.least_first = bool((largest <= size.masked_fill(~kept, torch.inf).amin(1)).all())
 
 
 class Masks:
-    """The packed masks of a folder, by the name of their tensors."""
+    """Packed masks of a folder, by the name of their tensors."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with opened(path) as file, refusing():
+        with opened(path) as file:
             layout = read_layout(path, file.metadata() or {}, file.keys())
         self.layout = {x: (item["shape"], item["input_axis"]) for x, item in layout.items()}
         self._digests = {name: item["sha256"] for name, item in layout.items()}
 
-    def _wrong(self, what: str) -> VerificationError:
-        return VerificationError(f"{self.path}: {what}")
+    def _wrong(self, fault: str) -> VerificationError:
+        return VerificationError(f"{self.path}: {fault}")
 
     def check_names(self, manifest: Manifest, weights: Weights) -> None:
-        """Layers have masks, and tensors with a mask are there."""
+        """Require that layers have masks, and that the folder has the tensors with a mask."""
         for layer in manifest.layers:
             name = called_like(layer["name"], weights.where)
             if name is not None and name not in self.layout:
@@ -155,7 +160,7 @@ class Masks:
             raise weights.wrong(f"tensor {min(missing)!r} has a mask and is not there")
 
     def kept(self, name: str, of: Tensor) -> Tensor:
-        """The mask of a tensor, bool in its shape."""
+        """Return the mask of a tensor, bool in its shape."""
         shape, axis = self.layout[name]
         if list(of.shape) != shape:
             raise self._wrong(f"mask of {name!r} has another shape")
@@ -171,19 +176,12 @@ class Masks:
         return bits.bool().view(of.shape)
 
 
-def _check_same(
-    name: str,
-    found: Tensor,
-    original: Tensor,
-    where: Tensor | None,
-    what: str,
-    room: Tensor | None,
-) -> None:
-    """Raise VerificationError where two tensors differ: at places of a bool tensor, or anywhere; by a bit, or
-    by more than `room`."""
+def _differs(tensor: Tensor, original: Tensor, where: Tensor | None, room: Tensor | None) -> bool:
+    """Return whether two tensors differ by a bit, or by more than `room`: at places `where`, or anywhere."""
     if room is None:
-        differs = (bytes_of(found) != bytes_of(original)).any(1)
+        differs = (bytes_of(tensor) != bytes_of(original)).any(1)
     else:
-        differs = ~((found.double() - original).abs() <= room).reshape(-1)
-    if bool((differs if where is None else differs & where.reshape(-1)).any()):
-        raise VerificationError(f"{name!r}: {what} differs from the original")
+        differs = ~((tensor.double() - original).abs() <= room).reshape(-1)
+    if where is not None:
+        differs &= where.reshape(-1)
+    return bool(differs.any())

@@ -8,7 +8,7 @@ cannot say (errors, bounds, statuses) is called claimed, unless it is computed a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ import torch
 
 from maskopt.core.pattern import NM
 from maskopt.errors import VerificationError
-from maskopt.models.checkpoints.schema import BASES, PRUNE, WRITTEN
+from maskopt.models.blockwise.collect import IN_DENSE
+from maskopt.models.checkpoints.checkpoint import bytes_of
+from maskopt.models.checkpoints.schema import BASES, PRUNE, WRITTEN, is_copied
 from maskopt.models.options.prune import BLOCKWISE
 from maskopt.models.verification.bases import InBases
 from maskopt.models.verification.folder import (
@@ -27,16 +29,15 @@ from maskopt.models.verification.folder import (
     MASKS,
     Loading,
     Weights,
-    bytes_of,
     check_beside,
     check_configuration,
     check_entries,
     check_finite,
     check_loads,
     first_line,
-    is_copied,
     read_object,
     read_weights,
+    refusing,
     same_files,
 )
 from maskopt.models.verification.manifest import (
@@ -53,8 +54,6 @@ from maskopt.models.verification.recompute import recheck_layers
 from maskopt.models.verification.structured import verify_smaller
 from maskopt.models.verification.tensors import Masks, OnTensor, check_tensors
 
-#: after a block's name, of a sample that it gave NaN of in the dense model
-_IN_DENSE = " (dense)"
 #: what `maskopt`, transformers' Trainer and tokenizers leave in a folder and no loader takes
 SAVED = re.compile(
     rf"{re.escape(MASKS)}|{re.escape(BASES)}|{re.escape(WRITTEN)}|{re.escape(MANIFEST)}|maskopt-distill\.json|"
@@ -65,8 +64,7 @@ SAVED = re.compile(
 
 @dataclass(frozen=True)
 class Verified:
-    """What holds of a folder. Every number is computed from weights and masks; what the folder does not have
-    is 0 or empty.
+    """Facts about a folder, computed from weights and masks; what the folder does not have is 0 or empty.
 
     Attributes:
         tensors: with a mask; of a smaller model, all.
@@ -170,34 +168,35 @@ def _verify_pruned(
     machine: dict[str, Any],
 ) -> Verified:
     """Re-read a folder of `prune_model`; `machine` holds other options of a walk."""
-    weights, files = read_weights(folder), manifest.record["files"]
-    check_entries(weights, files)
-    stored = Masks(folder / MASKS)
-    stored.check_names(manifest, weights)
-    dense = None if original is None else read_weights(original)
-    if dense is None and weights.unnamed:
-        raise VerificationError(
-            f"{folder / INDEX}: the index does not name {min(weights.unnamed)!r}, which lies in a shard"
-        )
-    same = set() if dense is None else same_files(manifest.record, weights, dense)
-    check_configuration(folder, files, compared=same)
-    check_layers(manifest)
-    check_trained(manifest)
-    trust = machine["trust_remote_code"]
-    names_known = trust or not read_object(folder / CONFIG).get("auto_map")
-    loading = None
-    if names_known:
-        loading = Loading(dense or weights, trust_remote_code=trust)
-        if dense is None:  # which has the same tensors and configuration
-            check_loads(loading, None)
-        check_names(manifest, loading)
-    bases = InBases(manifest, weights, loading)
-    slices = check_tensors(manifest, weights, stored, dense, bases, on_progress)
-    rows, sparsity = check_masks(manifest, slices)
-    known, tolerance = set[str](), None
-    if original is not None:
-        known = set(check_fallbacks(manifest, slices))
-        tolerance = SUM_TOLERANCE if known else None
+    with refusing():
+        weights, files = read_weights(folder), manifest.record["files"]
+        check_entries(weights, files)
+        stored = Masks(folder / MASKS)
+        stored.check_names(manifest, weights)
+        dense = None if original is None else read_weights(original)
+        if dense is None and weights.unnamed:
+            raise VerificationError(
+                f"{folder / INDEX}: the index does not name {min(weights.unnamed)!r}, which lies in a shard"
+            )
+        same = set() if dense is None else same_files(manifest.record, weights, dense)
+        check_configuration(folder, files, compared=same)
+        check_layers(manifest)
+        check_trained(manifest)
+        trust = machine["trust_remote_code"]
+        names_known = trust or not read_object(folder / CONFIG).get("auto_map")
+        loading = None
+        if names_known:
+            loading = Loading(dense or weights, trust_remote_code=trust)
+            if dense is None:  # which has the same tensors and configuration
+                check_loads(loading, None)
+            check_names(manifest, loading)
+        bases = InBases(manifest, weights, loading)
+        slices = check_tensors(manifest, weights, stored, dense, bases, on_progress)
+        rows, sparsity = check_masks(manifest, slices)
+        known, tolerance = set[str](), None
+        if original is not None:
+            known = set(check_fallbacks(manifest, slices))
+            tolerance = SUM_TOLERANCE if known else None
     if original is not None and calibration is not None:
         again, tolerance = recheck_layers(
             manifest, folder, original, calibration, tuple(layers), **machine
@@ -221,6 +220,7 @@ def _verify_pruned(
     )
 
 
+@refusing()
 def semi_structured(output: str | Path) -> list[tuple[str, Any]]:
     """Convert every 2:4 layer by PyTorch's `to_sparse_semi_structured`; needs a CUDA device.
 
@@ -252,7 +252,7 @@ def semi_structured(output: str | Path) -> list[tuple[str, Any]]:
 
 
 def _facts(manifest: Manifest, recomputed: int, compared: bool, again: bool) -> dict[str, bool]:
-    """What there is to know of a result: True where it was checked, False where it is claimed.
+    """List the facts about a result: True where one was checked, False where it is claimed.
 
     Args:
         recomputed: layers whose errors were computed again; `again`: from calibration text.
@@ -275,7 +275,7 @@ def _facts(manifest: Manifest, recomputed: int, compared: bool, again: bool) -> 
         "Wanda's errors": every,
         "optima": False if again and any("optimal" in x["statuses"] for x in layers) else None,
         # whether the dense model, which runs along during training, gave NaN is not seen again
-        "windows left out": False if any(x["layer"].endswith(_IN_DENSE) for x in bad) else None,
+        "windows left out": False if any(x["layer"].endswith(IN_DENSE) for x in bad) else None,
         "bounds": False if not again or any(layer["lower_bound"] for layer in layers) else None,
         "options": False,
     }
@@ -284,6 +284,7 @@ def _facts(manifest: Manifest, recomputed: int, compared: bool, again: bool) -> 
     return {fact: holds for fact, holds in facts.items() if holds is not None}
 
 
+@refusing()
 def _verify_fine_tuned(
     tuned: Path, pruned: Path, on_progress: OnTensor, *, trust: bool
 ) -> Verified:
@@ -298,7 +299,11 @@ def _verify_fine_tuned(
         return name in weights.files or is_copied(name) or bool(SAVED.fullmatch(name)) or code
 
     check_beside(weights, is_known)
-    called = _names(masks.layout, weights.where)
+    prefix = _added_prefix(masks.layout, weights.where)
+
+    def called(name: str) -> str:
+        return prefix + name if prefix + name in weights.where else name
+
     for name in sorted(masks.layout):
         if called(name) not in weights.where:
             raise weights.wrong(
@@ -355,11 +360,13 @@ def _check_model(weights: Weights, before: Weights, trust: bool) -> None:
     check_loads(ours, theirs)
 
 
-def _names(masked: Collection[str], there: Collection[str]) -> Callable[[str], str]:
-    """Names in the other folder, where `save_pretrained` puts the base model's name first."""
-    first = min(masked, default="")
-    before = {name.removesuffix(first) for name in there if name.endswith(f".{first}")}
-    for prefix in sorted(before):
-        if first not in there and all(prefix + name in there for name in masked):
-            return lambda name: prefix + name if prefix + name in there else name
-    return lambda name: name
+def _added_prefix(masked: Collection[str], names: Collection[str]) -> str:
+    """Return the name of the base model, where `save_pretrained` has put it before the other names."""
+    first = min(masked)
+    if first in names:
+        return ""
+    prefixes = {name.removesuffix(first) for name in names if name.endswith(f".{first}")}
+    for prefix in sorted(prefixes):
+        if all(prefix + name in names for name in masked):
+            return prefix
+    return ""
