@@ -167,7 +167,6 @@ def bound(
     rows: int | None = option(
         None, f"Rows sampled per layer. Default: all; {ROWS} with --original.", least=1
     ),
-    columns: int | None = COLUMNS,
     cuts: int | None = option(None, "Rounds of triangle cuts for sdp; 8 is a good value.", least=0),
     layer_time_limit: float | None = option(
         None,
@@ -175,7 +174,7 @@ def bound(
         least=0,
     ),
     jobs: int = JOBS,
-    seed: int = option(0, "Random seed of the sampled rows and inputs.", least=0),
+    seed: int = option(0, "Random seed of the sampled rows.", least=0),
     cardinality: int | None = CARDINALITY,
     maximize: bool = MAXIMIZE,
     calibration: str | None = TEXT_OF_A_MODEL,
@@ -192,7 +191,7 @@ def bound(
 
     check_format(output, overwrite=overwrite)
     layers: list[LayerProblem] = []
-    how: dict[str, Any] = {"solver": solver, "columns": columns}
+    how: dict[str, Any] = {"solver": solver}
     if original is None:
         layers, _, kinds = load_layers(source, options, calibration, seed, cardinality, maximize)
         how |= {"rows": rows, "kinds": kinds, "solver": solver or "swap"}
@@ -227,7 +226,7 @@ def _check_pruned(source: list[Path], calibration: str | None, asked: dict[str, 
     if calibration is None:
         raise OptionError("`calibration` is missing: name text for the Gram matrices")
     searched = ("sparsity", "update", "damping", "damping_exponent")
-    for name in (*searched, "solver", "columns", "cardinality", "maximize"):
+    for name in (*searched, "solver", "cardinality", "maximize"):
         if asked.get(name) is not None:
             raise OptionError(f"`{name}` is of masks that are searched, not of a pruned folder")
 
@@ -250,8 +249,9 @@ def _kinds_table(records: Sequence[GapRecord]) -> Table:
 
     headings = ("layer kind", "rows", "median gap", "worst gap", "seconds a row")
     table = make_table(*headings, caption=_CAPTION)
-    for kind, (rows, median, worst, seconds) in by_kind(records).items():
-        table.add_row(kind, str(rows), f"{median:.2%}", f"{worst:.2%}", f"{seconds:.3f}")
+    for kind, gaps in by_kind(records).items():
+        shares = f"{gaps.median:.2%}", f"{gaps.worst:.2%}"
+        table.add_row(kind, str(gaps.rows), *shares, f"{gaps.seconds:.3f}")
     return table
 
 

@@ -13,7 +13,7 @@ import torch
 
 from maskopt.errors import DataError, ModelError
 from maskopt.models.architecture.source import FolderSource
-from maskopt.models.blockwise.job import open_job
+from maskopt.models.blockwise.job import Job, open_job
 from maskopt.models.blockwise.memory import check_memory
 from maskopt.models.calibration.tokens import SELF, tokens_or_tokenizer
 from maskopt.models.checkpoints.checkpoint import (
@@ -104,21 +104,9 @@ def distill_model(
     inputs: dict[str, Any] = {"model": pruned, "teacher": teacher, "calibration": calibration}
     complete = RECORD if has_masks else MANIFEST
     run = Run(output, overwrite=overwrite, resume=resume, complete=complete, **inputs)
-    text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
-    if text is None:
-        raise DataError("distillation needs `calibration` text or tokens; name a source of text")
-    walk = replace(options.walk, max_memory=None)
-    if text == SELF or isinstance(text, Mapping):  # the teacher writes, not its student
-        text = open_job(teacher, text, walk, tokenizer=tokenizer).windows
-    student = open_job(pruned, text, walk, tokenizer=tokenizer)
-    if options.max_memory is not None:
-        load = replace(student.load, together=True, recompute=options.recompute)
-        student.activation_memory = check_memory(load, int(options.max_memory))
+    student = _open_student(pruned, teacher, tokenizer_or_tokens, calibration, options)
     source = folder_source(student.source)
     checkpoint = source.checkpoint
-    student.windows.check_targets()
-    if not student.held:
-        raise DataError("distillation needs windows that judge it: give a `holdout` such as 0.1")
     masks = _masks(checkpoint) if has_masks else None
     manifest = None if has_masks else _smaller_manifest(checkpoint)
     dense = open_teacher(teacher, student, options)
@@ -133,13 +121,39 @@ def distill_model(
     needed = disk_needed(checkpoint) + disk_of_training(_trained_weights(source, masks), options)
     remedy = "; `save_every` 0 takes less, and cannot be resumed"
     with run.opened(needed, fingerprint, remedy) as work:
-        how = (work, run.journal, run.check_models, on_progress or (lambda *_: None))
-        trained, files = train_whole(student, dense, options, *how)
+        tell = on_progress or (lambda *_: None)
+        trained, files = train_whole(
+            student, dense, options, work, run.journal, run.check_models, tell
+        )
         if masks is not None:
             _write(checkpoint, masks, files, trained, fingerprint, work)
         elif manifest is not None:
             _write_smaller(run, source, manifest, files, trained, fingerprint)
     return Distilled(**vars(trained), seconds=time.perf_counter() - began, output=run.output)
+
+
+def _open_student(
+    pruned: str | Path,
+    teacher: str | Path,
+    tokenizer_or_tokens: Any,
+    calibration: Any,
+    options: DistillOptions,
+) -> Job:
+    """Open the folder and its text; MaskoptError where it cannot be trained on that, or in that memory."""
+    text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, calibration)
+    if text is None:
+        raise DataError("distillation needs `calibration` text or tokens; name a source of text")
+    walk = replace(options.walk, max_memory=None)
+    if text == SELF or isinstance(text, Mapping):  # the teacher writes, not its student
+        text = open_job(teacher, text, walk, tokenizer=tokenizer).windows
+    student = open_job(pruned, text, walk, tokenizer=tokenizer)
+    if options.max_memory is not None:
+        load = replace(student.load, together=True, recompute=options.recompute)
+        student.activation_memory = check_memory(load, int(options.max_memory))
+    student.windows.check_targets()
+    if not student.held:
+        raise DataError("distillation needs windows that judge it: give a `holdout` such as 0.1")
+    return student
 
 
 def _trained_weights(source: FolderSource, masks: MaskFile | None) -> int:
@@ -227,8 +241,8 @@ def _smaller_manifest(checkpoint: Checkpoint) -> dict[str, Any]:
             "`maskopt prune-structured` wrote"
         )
     manifest = read_manifest(folder / MANIFEST, smaller=True)
-    if what := damage(folder, manifest["files"]):
-        raise ModelError(f"{folder}: is not what its manifest describes: {what}")
+    if fault := damage(folder, manifest["files"]):
+        raise ModelError(f"{folder}: is not what its manifest describes: {fault}")
     return manifest
 
 

@@ -359,8 +359,8 @@ def _gaps(path: Path, folder: Path) -> Table:
         raise OptionError(
             f"`gaps`: {path} is of another model than {folder}; run `maskopt bound` on that folder"
         )
-    for kind, (rows, median, worst, _) in by_kind(records).items():
-        table.add(short(kind), str(rows), f"{median:.1%}", f"{worst:.1%}")
+    for kind, gaps in by_kind(records).items():
+        table.add(short(kind), str(gaps.rows), f"{gaps.median:.1%}", f"{gaps.worst:.1%}")
     return table
 
 

@@ -198,7 +198,7 @@ TAKES = {
         trust_remote_code sparsity gram_shrinkage update damping damping_exponent
     """,
     "bound": """
-        source original method solver rows columns cuts layer_time_limit jobs seed cardinality
+        source original method solver rows cuts layer_time_limit jobs seed cardinality
         maximize calibration output overwrite include exclude token_weights all_experts
         skip_bad_samples dtype samples seq_len bos text_field chat device threads
         activation_memory max_memory trust_remote_code sparsity gram_shrinkage update damping

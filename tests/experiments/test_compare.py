@@ -230,7 +230,7 @@ def test_the_same_jobs_have_the_same_keys_and_others_have_others():
     kinds = {"integral": True}, {"integral": False}, {"constant": 1e2}
     rows += [layer.with_units(ObjectiveTransform(**kind)).row(0) for kind in kinds]
     wanda, mask = make_solver("wanda"), torch.ones(24, dtype=torch.bool)
-    sdp = certify_module._How("sdp", {}, 0)
+    sdp = certify_module._Bounding("sdp", {}, 0)
     for keys in (
         {job_key(row, wanda, None, Limits()) for row in rows},
         {certify_module._rows(sdp, row.as_layer(), "", [0], mask[None]).keys[0] for row in rows},
@@ -504,15 +504,13 @@ def certified(models, dense="dense", pruned="pruned", **options):
     return certify_model(models / dense, models / pruned, **{**words, **options})
 
 
-@pytest.mark.parametrize("columns", [None, 10, 24])
-def test_gaps_are_what_objective_and_bound_say_of_rows_drawn_as_for_a_comparison(layer, columns):
+def test_gaps_are_what_objective_and_bound_say_of_rows_drawn_as_for_a_comparison(layer):
     layers = [layer, LayerProblem(2 * layer.weight, layer.gram, layer.pattern, name="b")]
-    seen, words = [], {"columns": columns, "seed": 5}
-    sampled = sample_rows(layers, 3, **words)
+    seen, sampled = [], sample_rows(layers, 3, seed=5)
     listen = {"on_rows": lambda *event: seen.append(event)}
-    records = bound_layers(layers, rows=3, method="box", solver="swap", **words, **listen)
-    # before a layer is bounded, and after its rows; where each has columns of its own, after each
-    assert columns is not None or seen == [(0, "a.0.q_proj"), (3, "a.0.q_proj"), (3, "b"), (6, "b")]
+    records = bound_layers(layers, rows=3, method="box", solver="swap", seed=5, **listen)
+    # before a layer is bounded, and after its rows
+    assert seen == [(0, "a.0.q_proj"), (3, "a.0.q_proj"), (3, "b"), (6, "b")]
     assert [f"{r.instance}[{r.row}]" for r in records] == [row.name for row in sampled]
     assert len({r.row for r in records[:3]}) == 3
     for row, record in zip(sampled, records, strict=True):
@@ -524,13 +522,10 @@ def test_gaps_are_what_objective_and_bound_say_of_rows_drawn_as_for_a_comparison
     assert [r.row for r in bound_layers([same], method="box")] == [0, 1, 2]
 
 
-@pytest.mark.parametrize(
-    ("columns", "missing", "sizes"), [(None, [2], [4, 6]), (12, [1, 1], [4, 4, 4, 5, 5, 6])]
-)
-def test_an_interrupted_run_goes_on(columns, missing, sizes, layer, tmp_path, monkeypatch):
-    """All rows that are missing are bounded together; where each has columns of its own, one by one."""
+def test_an_interrupted_run_goes_on(layer, tmp_path, monkeypatch):
+    """All rows that are missing are bounded together."""
     path, bounded, held, original = tmp_path / "gaps.jsonl", [], [], certify_module.lower_bound
-    words = {"rows": 4, "columns": columns, "method": "box", "output": path}
+    words = {"rows": 4, "method": "box", "output": path}
     shift = bound_layers([layer], rows=2, method="shift", output=path)
     whole = bound_layers([layer], **words)
     lines = path.read_text().splitlines()
@@ -544,7 +539,7 @@ def test_an_interrupted_run_goes_on(columns, missing, sizes, layer, tmp_path, mo
     # the file grows before the next rows begin
     listen = {"on_rows": lambda *event: held.append(len(read_records(path, GapRecord)))}
     again = bound_layers([layer], **words, **listen)
-    assert (bounded, held) == (missing, sizes)
+    assert (bounded, held) == ([2], [4, 6])
     assert [r.key for r in again] == [r.key for r in whole]
     assert list(read_records(path, GapRecord).values()) == [*shift, *again]
     # a matrix product may sum in another order when fewer rows are left

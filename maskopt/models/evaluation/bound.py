@@ -1,6 +1,8 @@
-"""Certified gaps of full-width rows: how far masks are from the best possible. Every bound is re-checked from
-its certificate before it is reported, and once more where a later run reads it from the folder
-`<output>.rows`."""
+"""Certified gaps of full-width rows: how far masks are from the best possible.
+
+Every bound is re-checked from its certificate before it is reported, and once more where a later run reads it
+from the folder `<output>.rows`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import joblib
 import torch
@@ -42,7 +44,7 @@ OnRows = Callable[[int, str], None]
 
 @dataclass(frozen=True)
 class GapRecord:
-    """One row: its mask's objective, a certified lower bound, and the gap between them.
+    """Gap of one row: its mask's objective, a certified lower bound, and the gap between them.
 
     Attributes:
         value, value_bound, gap: as those of `maskopt.experiments.compare.Record`.
@@ -69,7 +71,7 @@ class GapRecord:
 
     @property
     def bounded(self) -> bool:
-        """Is the bound informative?"""
+        """Whether the bound is informative."""
         return is_bounded(self.objective, self.lower_bound)
 
 
@@ -78,7 +80,6 @@ def bound_layers(
     *,
     kinds: Mapping[str, str] | None = None,
     rows: int | None = None,
-    columns: int | None = None,
     solver: str = "swap",
     method: str = "sdp",
     method_options: Mapping[str, Any] | None = None,
@@ -87,12 +88,11 @@ def bound_layers(
     output: Path | None = None,
     on_rows: OnRows = lambda done, name: None,
 ) -> list[GapRecord]:
-    """Rows of every layer, the mask of `solver`, and the bound of `method`.
+    """Bound rows of every layer by `method`, and compare them with the masks of `solver`.
 
     Args:
         kinds: names of kinds in the records, by layer.
         rows: sampled from each layer; None: all.
-        columns: inputs that each row is restricted to, drawn per row; None: full width.
         jobs: as for `compare`. One at a time bounds the rows of a layer together; several, each row by
             itself, with its share of a layer's time limit.
         output: `.jsonl` grows as layers finish and makes the run resumable (other records in the file stay).
@@ -100,15 +100,16 @@ def bound_layers(
             `.csv` is written at the end.
     """
     check_row_count(rows)
-    how = _How(method, dict(method_options or {}), seed)
+    bounding = _Bounding(method, dict(method_options or {}), seed)
     kinds = kinds or {}
-    parts = (
-        _rows(how, part, kinds.get(layer.name, layer.name), chosen, mask)
-        for position, layer in enumerate(problems)
-        for part, chosen in _sampled(layer, rows, columns, seed=[seed, position])
-        for mask in [solve(part, solver).raise_if_interrupted().mask]
-    )
-    return _certify(parts, how, jobs, output, on_rows)
+
+    def solved() -> Iterator[_Rows]:
+        for position, layer in enumerate(problems):
+            part, chosen = _sampled(layer, rows, seed=[seed, position])
+            mask = solve(part, solver).raise_if_interrupted().mask
+            yield _rows(bounding, part, kinds.get(layer.name, layer.name), chosen, mask)
+
+    return _certify(solved(), bounding, jobs, output, on_rows)
 
 
 def certify_model(
@@ -124,8 +125,10 @@ def certify_model(
     on_rows: OnRows = lambda done, name: None,
     **shorthand: Any,
 ) -> list[GapRecord]:
-    """The certified gap of sampled full-width rows of a pruned model: no other mask can lower the error on
-    the given text by more, with the weights of `model` and the layers' inputs in `pruned`.
+    """Return the certified gaps of sampled full-width rows of a pruned model.
+
+    No other mask can lower the error on the given text by more, with the weights of `model` and the layers'
+    inputs in `pruned`.
 
     Args:
         rows_per_layer: sampled from each layer, by the `seed`.
@@ -164,15 +167,15 @@ def certify_model(
         walks.enter_context(torch_threads(None))
         dense = walks.enter_context(closing(layer_problems(model, unseen=True, **common)))
         sparse = walks.enter_context(closing(layer_problems(pruned, **common)))
-        how = _How(method, dict(method_options or {}), seed, result_digest(manifest))
-        parts = _model_rows(how, dense, sparse, asked.get("counts", {}), rows_per_layer)
-        return _certify(parts, how, jobs, output, on_rows)
+        bounding = _Bounding(method, dict(method_options or {}), seed, result_digest(manifest))
+        parts = _model_rows(bounding, dense, sparse, asked.get("counts", {}), rows_per_layer)
+        return _certify(parts, bounding, jobs, output, on_rows)
 
 
 def _windows(
     model: str | Path, calibration: Any, count: Mapping[str, Any], pruned: str | Path, asked: Any
 ) -> Windows:
-    """The windows for both walks: the dense model wrote them, as a rule when it was pruned."""
+    """Return the windows for both walks: the dense model wrote them, as a rule when it was pruned."""
     options = options_by_name(WalkOptions, None, {**count, **asked})
     written = None
     if options.samples == count["samples"]:
@@ -182,7 +185,7 @@ def _windows(
 
 
 def _bounded_pattern(pruned: str | Path, asked: Mapping[str, Any]) -> Pattern:
-    """The sparsity of a prune; ModelError where its rows have no bounds."""
+    """Return the sparsity of a prune; ModelError where its rows have no bounds."""
     for name in ("update", "transform"):
         if asked.get(name, NONE) != NONE:
             raise ModelError(
@@ -198,22 +201,28 @@ def _bounded_pattern(pruned: str | Path, asked: Mapping[str, Any]) -> Pattern:
     return pattern
 
 
-def by_kind(records: Sequence[GapRecord]) -> dict[str, tuple[int, float, float, float]]:
-    """Per layer kind: rows, median gap, worst gap, median seconds."""
-    return {
-        kind: (
-            len(found),
-            statistics.median(r.gap for r in found),
-            max(r.gap for r in found),
-            statistics.median(r.seconds for r in found),
-        )
-        for kind, found in grouped(records, "kind").items()
-    }
+class KindGaps(NamedTuple):
+    """Gaps of the rows of one kind of layer; seconds are a median."""
+
+    rows: int
+    median: float
+    worst: float
+    seconds: float
+
+
+def by_kind(records: Sequence[GapRecord]) -> dict[str, KindGaps]:
+    """Summarise the gaps of each kind of layer."""
+    result = {}
+    for kind, rows in grouped(records, "kind").items():
+        gaps = [row.gap for row in rows]
+        seconds = statistics.median(row.seconds for row in rows)
+        result[kind] = KindGaps(len(rows), statistics.median(gaps), max(gaps), seconds)
+    return result
 
 
 @dataclass(frozen=True)
-class _How:
-    """How rows are bounded; `model` is that of the records."""
+class _Bounding:
+    """Method of the bounds; `model` is that of the records."""
 
     method: str
     options: Mapping[str, Any]
@@ -225,7 +234,7 @@ class _How:
 class _Rows:
     """Rows of one layer, with masks, indices in the layer, and keys of their records."""
 
-    how: _How
+    bounding: _Bounding
     problem: LayerProblem
     kind: str
     chosen: Sequence[int]
@@ -233,12 +242,12 @@ class _Rows:
     keys: Sequence[str]
 
     def parts(self) -> list[_Rows]:
-        """By their bounds: each row, or all rows of a shared budget."""
+        """Split the rows by their bounds: each row, or all rows of a shared budget."""
         shared = self.problem.shared_budget
         return [self.take([row]) for row in range(1 if shared else self.problem.rows)]
 
     def take(self, rows: list[int]) -> _Rows:
-        """Some of them; of a shared budget all."""
+        """Return the rows of these indices; of a shared budget all."""
         if self.problem.shared_budget:
             return self
         chosen, keys = [self.chosen[row] for row in rows], [self.keys[row] for row in rows]
@@ -246,7 +255,7 @@ class _Rows:
         return replace(self, problem=problem, chosen=chosen, mask=self.mask[rows], keys=keys)
 
     def resumed(self, store: Store, held: Container[str]) -> Solution | None:
-        """Of rows with one bound, the solution of an earlier run, if it holds and they are among `held`."""
+        """Return the solution of an earlier run, if it holds and the rows are among `held`."""
         if not all(key in held for key in self.keys):
             return None
         solution = store.solution(self.keys[0], self.problem)
@@ -254,52 +263,56 @@ class _Rows:
         return solution if same else None
 
     def records(self, solution: Solution) -> list[GapRecord]:
-        """One for every row."""
-        found, problem, how = [], self.problem, self.how
+        """Return a record for every row."""
+        records, problem, bounding = [], self.problem, self.bounding
         for i, key in enumerate(self.keys):
             objective, bound = float(solution.objective[i]), float(solution.lower_bound[i])
             values = problem.row(i).to_original_units(objective, bound)
-            found.append(
+            records.append(
                 GapRecord(
                     instance=problem.name,
                     kind=self.kind,
                     row=int(self.chosen[i]),
                     n=problem.n,
                     pattern=str(problem.pattern),
-                    method=how.method,
+                    method=bounding.method,
                     objective=objective,
                     lower_bound=bound,
                     value=values.value,
                     value_bound=values.bound,
                     gap=values.gap,
                     seconds=solution.seconds,
-                    seed=how.seed,
+                    seed=bounding.seed,
                     key=key,
-                    model=how.model,
+                    model=bounding.model,
                 )
             )
-        return found
+        return records
 
 
 def _rows(
-    how: _How, problem: LayerProblem, kind: str, chosen: Sequence[int], mask: Tensor
+    bounding: _Bounding, problem: LayerProblem, kind: str, chosen: Sequence[int], mask: Tensor
 ) -> _Rows:
-    """Rows with their keys; of a shared budget each key is by all rows."""
-    of_all = how.method, sorted(how.options.items())
+    """Return rows with their keys; of a shared budget each key is by all rows."""
+    of_all = bounding.method, sorted(bounding.options.items())
     keys = [digest_of(problem, i, mask[i], int(at), *of_all) for i, at in enumerate(chosen)]
     if problem.shared_budget:
         counts = problem.shares.tolist()
         keys = [joblib.hash([at, keys, counts]) for at in range(len(keys))]
-    return _Rows(how, problem, kind, chosen, mask, keys)
+    return _Rows(bounding, problem, kind, chosen, mask, keys)
 
 
 def _certify(
-    parts: Iterable[_Rows], how: _How, jobs: int | None, output: Path | None, on_rows: OnRows
+    parts: Iterable[_Rows],
+    bounding: _Bounding,
+    jobs: int | None,
+    output: Path | None,
+    on_rows: OnRows,
 ) -> list[GapRecord]:
-    REGISTRY.make(how.method, limits_of(None, dict(how.options))[1])
+    REGISTRY.make(bounding.method, limits_of(None, dict(bounding.options))[1])
     store = Store(output, GapRecord)
     held: dict[str, GapRecord] = store.records()
-    if any(record.model != how.model for record in held.values()):
+    if any(record.model != bounding.model for record in held.values()):
         raise DataError(f"{output}: holds gaps of another model; name another file")
     finished: dict[str, GapRecord] = {}
     order: list[str] = []
@@ -325,13 +338,13 @@ def _certify(
                 store.add(records[0].key, solution, *records)
         order += [key for rows in together for key in rows.keys]
         on_rows(len(order), together[-1].problem.name)
-    found = [finished[key] for key in order]
-    store.finish(found)
-    return found
+    records = [finished[key] for key in order]
+    store.finish(records)
+    return records
 
 
 def _batches(parts: Iterable[_Rows], rows: int) -> Iterator[list[_Rows]]:
-    """Parts, as many as have so many rows together."""
+    """Yield batches of parts that have at least so many rows together."""
     batch: list[_Rows] = []
     for part in parts:
         batch.append(part)
@@ -343,12 +356,14 @@ def _batches(parts: Iterable[_Rows], rows: int) -> Iterator[list[_Rows]]:
 
 
 def _bounded(rows: _Rows, among: int = 1) -> list[tuple[list[GapRecord], Solution]]:
-    """Records and solution of each bound; rows of a shared budget have the layer's gap. A time limit is
-    shared `among` so many calls."""
-    problem, options = rows.problem, dict(rows.how.options)
+    """Return records and solution of each bound; rows of a shared budget have the layer's gap.
+
+    A time limit is shared `among` so many calls.
+    """
+    problem, options = rows.problem, dict(rows.bounding.options)
     if options.get("time_limit") is not None:
         options["time_limit"] /= among
-    bound = lower_bound(problem, rows.how.method, **options)
+    bound = lower_bound(problem, rows.bounding.method, **options)
     value, certificate = bound.value, bound.certificate
     solution = Solution.of(problem, rows.mask, lower_bound=value, certificate=certificate)
     solution = replace(solution, seconds=bound.seconds / problem.rows)
@@ -359,48 +374,41 @@ def _bounded(rows: _Rows, among: int = 1) -> list[tuple[list[GapRecord], Solutio
 
 
 def _sampled(
-    layer: LayerProblem, rows: int | None, columns: int | None, *, seed: Sequence[int]
-) -> Iterator[tuple[LayerProblem, list[int]]]:
-    """The layer with some rows; where columns are drawn, each row is its own problem."""
-    drawn = draw_rows(layer, rows, columns, seed=seed)
-    whole = [row for row, inputs in drawn if inputs is None]
-    if whole:
-        yield layer.take(whole), whole
-    for row, inputs in drawn:
-        if inputs is not None:
-            problem = layer.row(row).restrict(inputs).as_layer()
-            problem.name = layer.name
-            yield problem, [row]
+    layer: LayerProblem, rows: int | None, *, seed: Sequence[int]
+) -> tuple[LayerProblem, list[int]]:
+    """Return the layer with sampled rows, and their indices."""
+    chosen = [row for row, _ in draw_rows(layer, rows, None, seed=seed)]
+    return layer.take(chosen), chosen
 
 
 def _model_rows(
-    how: _How,
+    bounding: _Bounding,
     dense: Iterator[tuple[Layer, LayerProblem]],
     sparse: Iterator[tuple[Layer, LayerProblem]],
     counts: Mapping[str, int],
     rows_per_layer: int,
 ) -> Iterator[_Rows]:
-    """Rows from two walks: weights from `dense`, masks and Gram matrices from `sparse`."""
+    """Yield rows from two walks: weights from `dense`, masks and Gram matrices from `sparse`."""
     places = enumerate(dense)
     for other, pruned in sparse:
         name = other.name
-        found = next((place for place in places if place[1][0] == other), None)
-        if found is None:
+        place = next((place for place in places if place[1][0] == other), None)
+        if place is None:
             raise ModelError(f"{name}: is a layer of the pruned model alone; not the same model")
-        position, (layer, original) = found
-        for part, chosen in _sampled(original, rows_per_layer, None, seed=[how.seed, position]):
-            kept_weight = pruned.weight[chosen]
-            changed = (kept_weight != 0) & (kept_weight != part.weight)
-            if bool(changed.any()):
-                raise ModelError(f"{name}: kept weights differ from the original model's")
-            # where layers share a budget, each has its own count
-            pattern = Unstructured(keep=layer.n - counts[name]) if counts else part.pattern
-            problem = LayerProblem(part.weight, pruned.gram, pattern, name=name, assume_psd=True)
-            yield _rows(how, problem, layer.kind, chosen, _mask_of(problem, kept_weight != 0))
+        position, (layer, original) = place
+        part, chosen = _sampled(original, rows_per_layer, seed=[bounding.seed, position])
+        kept_weight = pruned.weight[chosen]
+        changed = (kept_weight != 0) & (kept_weight != part.weight)
+        if bool(changed.any()):
+            raise ModelError(f"{name}: kept weights differ from the original model's")
+        # Where layers share a budget, each has its own count.
+        pattern = Unstructured(keep=layer.n - counts[name]) if counts else part.pattern
+        problem = LayerProblem(part.weight, pruned.gram, pattern, name=name, assume_psd=True)
+        yield _rows(bounding, problem, layer.kind, chosen, _mask_of(problem, kept_weight != 0))
 
 
 def _mask_of(problem: LayerProblem, nonzero: Tensor) -> Tensor:
-    """The mask from the nonzero weights: a weight that was zero before may count as kept or pruned."""
+    """Make the mask from the nonzero weights: one that was zero before may count as kept or pruned."""
     score = torch.where(nonzero, 2, torch.where(problem.weight == 0, 1, 0))
     grouped = score.view(problem.rows, -1, problem.group_size)
     order = grouped.argsort(dim=-1, stable=True)[..., : problem.pruned_per_group]

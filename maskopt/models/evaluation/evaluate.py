@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from maskopt.errors import DataError, ModelError, OptionError
-from maskopt.models.architecture.source import text_config
+from maskopt.models.architecture.blocks import text_config
 from maskopt.models.blockwise.job import Job, open_job, walk_whole
 from maskopt.models.calibration.tokens import Windows, tokens_or_tokenizer
 from maskopt.models.options.walk import EVALUATION, WalkOptions, check_names
@@ -53,7 +53,7 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Change:
-    """A model compared with the first one on the same windows; intervals are 95%, by bootstrap over windows.
+    """Comparison of a model with the first one on the same windows; intervals are 95%, by bootstrap.
 
     Attributes:
         ratio, ratio_low, ratio_high: of the perplexities, paired by window.
@@ -76,7 +76,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model; `losses`: mean cross-entropy of every window, nats; `change`: None for the first one."""
+    """Evaluation of a model; `losses`: mean cross-entropy of windows, nats; `change`: None for the first."""
 
     model: str
     perplexity: Perplexity
@@ -108,8 +108,10 @@ def perplexity(
     on_progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> Perplexity:
-    """Perplexity of a causal language model, in memory or in a folder. As in pruning, all windows go through
-    one block after the other; at the end the head makes the logits of `threads` windows at once.
+    """Return the perplexity of a causal language model, in memory or in a folder.
+
+    As in pruning, all windows go through one block after the other; at the end the head makes the logits of
+    `threads` windows at once.
 
     Args:
         model: a module, or a folder (or a name on the hub).
@@ -128,18 +130,18 @@ def perplexity(
     """
     check_names(options, EVALUATION)
     walk = WalkOptions(**options)
-    given, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, text)
-    if given is None:
+    text, tokenizer = tokens_or_tokenizer(tokenizer_or_tokens, text)
+    if text is None:
         raise DataError("perplexity needs text or tokens")
     tell = on_progress or (lambda done, total: None)
     training = isinstance(model, nn.Module) and model.training
     try:
-        job = open_job(model, given, walk, tokenizer=tokenizer, whole=True, limit=windows)
-        [found] = _evaluated([""], [job], lambda _, done, total: tell(done, total))
+        job = open_job(model, text, walk, tokenizer=tokenizer, whole=True, limit=windows)
+        [evaluation] = _evaluated([""], [job], lambda _, done, total: tell(done, total))
     finally:
         if isinstance(model, nn.Module):
             model.train(training)
-    return found.perplexity
+    return evaluation.perplexity
 
 
 def evaluate(
@@ -203,25 +205,26 @@ def _evaluated(
 
         sums = _sums(jobs, judged)
         windows = jobs[0].windows
-        found = []
+        evaluations = []
         for number, (name, job) in enumerate(zip(names, jobs, strict=True)):
             losses = sums[:, number, 0]
             change = _change(jobs[0], job, sums[:, 0, 0], sums[:, number]) if number else None
             means = tuple((losses / windows.targets).tolist())
-            found.append(Evaluation(name, _perplexity_of(losses, windows), means, change))
-    return found
+            evaluations.append(Evaluation(name, _perplexity_of(losses, windows), means, change))
+    return evaluations
 
 
 def _check_same_windows(models: Sequence[str], jobs: Sequence[Job]) -> None:
     first = jobs[0].windows
     first.check_targets()
     for model, job in zip(models[1:], jobs[1:], strict=True):
-        for what in ("vocab_size", "hidden_size"):
-            both = (text_config(x.source.model) for x in (jobs[0], job))
-            one, two = (getattr(config, what, None) for config in both)
-            if one != two:
+        for size in ("vocab_size", "hidden_size"):
+            of_first = getattr(text_config(jobs[0].source.model), size, None)
+            of_this = getattr(text_config(job.source.model), size, None)
+            if of_first != of_this:
                 raise DataError(
-                    f"{models[0]} and {model} differ in {what} ({one} and {two}); evaluate them one by one"
+                    f"{models[0]} and {model} differ in {size} ({of_first} and {of_this}); evaluate them one "
+                    "by one"
                 )
         if job.windows.digest != first.digest:
             raise DataError(
@@ -231,7 +234,7 @@ def _check_same_windows(models: Sequence[str], jobs: Sequence[Job]) -> None:
 
 
 def _sums(jobs: Sequence[Job], tell: Callable[[int], None]) -> Float[Tensor, "windows models 3"]:
-    """By window and model, summed over targets: cross-entropy, KL(first ‖ this), agreements."""
+    """Return sums over targets, by window and model: cross-entropy, KL(first ‖ this), agreements."""
     first = jobs[0]
     tokens = first.windows.tokens
     with ExitStack() as heads:
@@ -244,10 +247,10 @@ def _sums(jobs: Sequence[Job], tell: Callable[[int], None]) -> Float[Tensor, "wi
 
         def sums(window: int) -> Tensor:
             reference = logits(0, window)
-            found = [_judged(first, window, reference)]
+            by_model = [_judged(first, window, reference)]
             for number, job in enumerate(jobs[1:], 1):
-                found.append(_judged(job, window, logits(number, window), reference))
-            return torch.stack(found)
+                by_model.append(_judged(job, window, logits(number, window), reference))
+            return torch.stack(by_model)
 
         every: list[Tensor] = []
         for window, of_window in first.pool.each(sums, range(len(tokens))):
@@ -262,22 +265,24 @@ def _judged(
     logits: Float[Tensor, "length vocabulary"],
     reference: Float[Tensor, "length vocabulary"] | None = None,
 ) -> Float[Tensor, 3]:
-    """Over the targets of a window: cross-entropy, KL(reference ‖ this), agreements; float64. With logsumexp,
-    since torch's log_softmax sums a large vocabulary less exactly in float32: by up to 7e-5 nats with 262,144
-    tokens. Raises ModelError for a cross-entropy that is not finite."""
+    """Sum over the targets of a window: cross-entropy, KL(reference ‖ this), agreements; float64.
+
+    By logsumexp, since torch's log_softmax sums a large vocabulary less exactly in float32: by up to 7e-5
+    nats with 262,144 tokens. Raises ModelError for a cross-entropy that is not finite.
+    """
     first, last = job.windows.beginning.first_target, logits.shape[0] - 1
     targets = job.windows.tokens[window][1:, None].to(logits.device)
     sums = torch.zeros(3, dtype=torch.float64, device=logits.device)
     for start in range(first - 1, last, CACHED):
         part = slice(start, min(start + CACHED, last))
-        own = logits[part].float()
-        norm = own.logsumexp(1, keepdim=True)
-        sums[0] += (norm - own.gather(1, targets[part])).sum(dtype=torch.float64)
+        scores = logits[part].float()
+        norm = scores.logsumexp(1, keepdim=True)
+        sums[0] += (norm - scores.gather(1, targets[part])).sum(dtype=torch.float64)
         if reference is not None:
             other = reference[part].float()
             log_p = other - other.logsumexp(1, keepdim=True)
-            sums[1] += kl(log_p.exp(), log_p, own - norm)
-            sums[2] += (other.argmax(1) == own.argmax(1)).sum()
+            sums[1] += kl(log_p.exp(), log_p, scores - norm)
+            sums[2] += (other.argmax(1) == scores.argmax(1)).sum()
     if not math.isfinite(float(sums[0])):
         folder = "" if job.source.checkpoint is None else f"{job.source.checkpoint.folder}: "
         where = f"window {window} of {job.windows.source}"
@@ -288,13 +293,13 @@ def _judged(
 def _change(
     first: Job, job: Job, losses: Float[Tensor, " windows"], sums: Float[Tensor, "windows 3"]
 ) -> Change:
-    """A model compared with the first one, whose cross-entropies are `losses`."""
+    """Compare a model with the first one, whose cross-entropies are `losses`."""
     windows = job.windows
     targets = windows.targets
     changes = []
     for window in range(len(windows)):
-        one, two = (x.last_state(window)[-1 - targets : -1].double() for x in (first, job))
-        changes.append((two - one).square().sum(1) / one.square().sum(1).clamp(min=1e-300))
+        dense, other = (x.last_state(window)[-1 - targets : -1].double() for x in (first, job))
+        changes.append((other - dense).square().sum(1) / dense.square().sum(1).clamp(min=1e-300))
     hidden = torch.cat(changes)
     difference = (sums[:, 0] - losses) / targets
     ratio, kl = interval(difference), interval(sums[:, 1] / targets)
@@ -312,7 +317,7 @@ def _change(
 
 
 def _perplexity_of(summed: Float[Tensor, " windows"], windows: Windows) -> Perplexity:
-    """From the cross-entropy summed over the targets of each window."""
+    """Return the perplexity, given the cross-entropy summed over the targets of each window."""
     per_window = windows.targets
     low, high = interval(summed / per_window)
     # summed one after the other, as the windows came
@@ -347,5 +352,5 @@ def interval(*texts: Float[Tensor, " windows"]) -> tuple[float, float]:
 
 
 def exponential(nats: float) -> float:
-    """∞ where a float64 cannot hold it."""
+    """Return exp(nats), ∞ where a float64 cannot hold it."""
     return math.exp(nats) if nats < 700 else math.inf

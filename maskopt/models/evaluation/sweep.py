@@ -1,4 +1,4 @@
-"""Many prunes of one model from the same Gram matrices, with one table at the end."""
+"""Sweeps: many prunes of one model from the same Gram matrices, with one table at the end."""
 
 from __future__ import annotations
 
@@ -74,14 +74,14 @@ def sweep(
         )
     store = None if calibration is not None else GramStore(grams)
     if store is None:
-        for how in asked.values():  # which may be refused before anything is collected
-            prune_options(None, how)
+        for case in asked.values():  # which may be refused before anything is collected
+            prune_options(None, case)
         asked = {x: {k: v for k, v in y.items() if k not in OF_TEXT} for x, y in asked.items()}
         of_walk = {k: v for k, v in shorthand.items() if k in WalkOptions.__dataclass_fields__}
         store = open_store(
             model, grams, calibration, of_walk, on_progress=on_progress("grams"), ranks=ranks
         )
-    cases = {label: store.options(None, how) for label, how in asked.items()}
+    cases = {label: store.options(None, case) for label, case in asked.items()}
     check_place(Path(output))
     walk = _check_cases(model, store, cases, text, windows)
     runs: dict[str, dict[str, Any]] = {}
@@ -91,14 +91,16 @@ def sweep(
         runs[label] = {"output": target, "overwrite": overwrite, "resume": begun and not overwrite}
         # refuses before the first prune
         Run(**runs[label], ranks=ranks, model=model, grams=grams, text=text)
-    found = []
+    prunes = []
     for label, options in cases.items():
-        given = {"grams": grams, "on_progress": on_progress(label), "ranks": ranks, **runs[label]}
-        found.append(Swept(label, given["output"], prune_model(model, None, options, **given)))
+        run = {"grams": grams, "on_progress": on_progress(label), "ranks": ranks, **runs[label]}
+        prunes.append(Swept(label, run["output"], prune_model(model, None, options, **run)))
     if text is None:
-        return found, None
-    dense, *others = evaluate([model, *(one.output for one in found)], text, walk, windows=windows)
-    return [replace(one, evaluation=x) for one, x in zip(found, others, strict=True)], dense
+        return prunes, None
+    models = [model, *(prune.output for prune in prunes)]
+    dense, *others = evaluate(models, text, walk, windows=windows)
+    evaluated = zip(prunes, others, strict=True)
+    return [replace(prune, evaluation=other) for prune, other in evaluated], dense
 
 
 def _check_cases(
@@ -132,12 +134,12 @@ def _check_cases(
 
 
 def _cases(options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The options of each prune by its label."""
+    """Yield the label and the options of each prune."""
     several = {name: options.get(name, usual) for name, usual in _SWEPT.items()}
     for sparsity, solver, after in itertools.product(*several.values()):
         pattern = parse_sparsity(sparsity)
-        how = {**options, "sparsity": pattern, "solver": solver, "update": after}
+        case = {**options, "sparsity": pattern, "solver": solver, "update": after}
         if after == NONE and len(set(several["update"])) > 1:
             for name in ("damping", "damping_exponent"):  # they are of the others
-                how.pop(name, None)
-        yield f"{str(pattern).replace(':', 'of')}-{solver}-{after}", how
+                case.pop(name, None)
+        yield f"{str(pattern).replace(':', 'of')}-{solver}-{after}", case
