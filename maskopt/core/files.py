@@ -311,3 +311,9 @@ def join_rows(parts: Sequence[Any]) -> Any:
     if isinstance(first, tuple | list):
         return type(first)(itertools.chain(*parts))
     return first
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor as safetensors stores them: uint8 [elements, bytes of one]."""
+    flat = tensor.cpu().contiguous().view(-1)
+    return flat.view(torch.uint8).view(flat.numel(), tensor.dtype.itemsize)

@@ -16,13 +16,7 @@ from maskopt.models.architecture.source import FolderSource
 from maskopt.models.blockwise.job import Job, open_job
 from maskopt.models.blockwise.memory import check_memory
 from maskopt.models.calibration.tokens import SELF, tokens_or_tokenizer
-from maskopt.models.checkpoints.checkpoint import (
-    Checkpoint,
-    damage,
-    file_digest,
-    write_file,
-    write_json,
-)
+from maskopt.models.checkpoints.checkpoint import Checkpoint, damage, write_file, write_json
 from maskopt.models.checkpoints.report import PruneReport
 from maskopt.models.checkpoints.result import (
     MaskFile,
@@ -31,7 +25,7 @@ from maskopt.models.checkpoints.result import (
     copy_side_files,
     disk_needed,
 )
-from maskopt.models.checkpoints.schema import MANIFEST, MASKS, read_manifest
+from maskopt.models.checkpoints.schema import MANIFEST, MASKS, file_digest, read_manifest
 from maskopt.models.checkpoints.workspace import CARD, Workspace
 from maskopt.models.options.walk import DistillOptions, options_by_name
 from maskopt.models.pruning.run import Run, fingerprint_of, peaks

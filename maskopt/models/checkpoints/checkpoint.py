@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from maskopt.core.files import atomic_write
+from maskopt.core.files import atomic_write, bytes_of
 from maskopt.errors import ModelError, first_line
 from maskopt.models.checkpoints.bases import Basis
 from maskopt.models.checkpoints.schema import (
@@ -33,6 +33,7 @@ from maskopt.models.checkpoints.schema import (
     check_link,
     check_settings,
     far_more_than_stored,
+    file_digest,
     is_count,
     manifest_digest,
     open_file,
@@ -200,12 +201,6 @@ def write_tensors(
     return write_file(path, safe_bytes(tensors, metadata))
 
 
-def bytes_of(tensor: Tensor) -> Tensor:
-    """Return the bytes of a tensor as safetensors stores them: uint8 [elements, bytes of one]."""
-    flat = tensor.cpu().contiguous().view(-1)
-    return flat.view(torch.uint8).view(flat.numel(), tensor.dtype.itemsize)
-
-
 # --- folders
 
 
@@ -306,11 +301,6 @@ def names_hub_model(name: str) -> bool:
 def write_json(path: Path, value: Any) -> str:
     """Write a JSON object to a file that appears whole or not at all; return its SHA-256."""
     return write_file(path, [(json.dumps(value, indent=1, sort_keys=True) + "\n").encode()])
-
-
-def file_digest(path: Path) -> str:
-    with open_file(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def damage(folder: Path, digests: Mapping[str, str]) -> str | None:

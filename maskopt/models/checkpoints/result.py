@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from maskopt.core.files import atomic_write
+from maskopt.core.files import atomic_write, bytes_of
 from maskopt.errors import ModelError
 from maskopt.models.checkpoints.bases import Bases, Basis
 from maskopt.models.checkpoints.checkpoint import (
@@ -36,8 +36,6 @@ from maskopt.models.checkpoints.checkpoint import (
     Checkpoint,
     SafeFile,
     TensorEntry,
-    bytes_of,
-    file_digest,
     open_safe,
     safe_bytes,
     safe_header,
@@ -55,6 +53,7 @@ from maskopt.models.checkpoints.schema import (
     SINGLE,
     WRITTEN,
     check_link,
+    file_digest,
     is_copied,
     open_file,
     plain_name,

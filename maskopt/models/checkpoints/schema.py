@@ -67,6 +67,11 @@ def open_file(path: Path) -> IO[bytes]:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
 
 
+def file_digest(path: Path) -> str:
+    with open_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
 def read_value(path: Path, **options: Any) -> Any:
     """Read JSON with options of `json.loads`; ModelError where it is missing, too large or no JSON."""
     with open_file(path) as file:
@@ -249,6 +254,21 @@ def far_more_than_stored(config: Any, shapes: Mapping[str, Sequence[int]]) -> st
         if value > max(2 * stored, _FEW):
             return f"`{key}` is {value}, and the stored tensors have {stored} {parts}; correct it"
     return ""
+
+
+def differences(old: Any, new: Any, path: str = "") -> str:
+    """Describe the first places where two JSON values differ, and count the others; empty for equal ones."""
+    lines = list(_apart(old, new, path))
+    more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
+    return "; ".join(lines[:5]) + more
+
+
+def _apart(old: Any, new: Any, path: str) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _apart(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield f"{path} was {old!r}, is {new!r}"
 
 
 # --- headers of masks, and manifests

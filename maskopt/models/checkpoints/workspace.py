@@ -419,18 +419,3 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
             )
         records.append(record)
     return records
-
-
-def differences(old: Any, new: Any, path: str = "") -> str:
-    """Describe the first places where two JSON values differ, and count the others; empty for equal ones."""
-    lines = list(_apart(old, new, path))
-    more = f"; and {len(lines) - 5} more" if len(lines) > 5 else ""
-    return "; ".join(lines[:5]) + more
-
-
-def _apart(old: Any, new: Any, path: str) -> Iterator[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            yield from _apart(old.get(key), new.get(key), f"{path}.{key}" if path else key)
-    elif old != new:
-        yield f"{path} was {old!r}, is {new!r}"

@@ -24,10 +24,10 @@ from maskopt.models.blockwise.distributed import ALONE, Ranks
 from maskopt.models.blockwise.forward import OnBlockProgress, Tick, ticker
 from maskopt.models.blockwise.job import Job, open_job
 from maskopt.models.calibration.tokens import CALIBRATION, tokens_or_tokenizer
-from maskopt.models.checkpoints.checkpoint import file_digest, open_safe, write_json, write_tensors
+from maskopt.models.checkpoints.checkpoint import open_safe, write_json, write_tensors
 from maskopt.models.checkpoints.report import FinishedBlock, grouped
 from maskopt.models.checkpoints.result import read_windows, write_windows_file
-from maskopt.models.checkpoints.schema import WRITTEN, fits, read_json
+from maskopt.models.checkpoints.schema import WRITTEN, file_digest, fits, read_json
 from maskopt.models.checkpoints.workspace import check_inputs
 from maskopt.models.options.prune import AUTO, BLOCKWISE, PruneOptions, prune_options, with_recipe
 from maskopt.models.options.walk import WalkOptions, options_by_name

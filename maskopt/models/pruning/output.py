@@ -20,12 +20,7 @@ from maskopt.models.blockwise.collect import Grams
 from maskopt.models.blockwise.forward import BlockProgress
 from maskopt.models.blockwise.job import Block, Job, open_job
 from maskopt.models.calibration.tokens import Windows
-from maskopt.models.checkpoints.checkpoint import (
-    file_digest,
-    open_checkpoint,
-    write_file,
-    write_tensors,
-)
+from maskopt.models.checkpoints.checkpoint import open_checkpoint, write_file, write_tensors
 from maskopt.models.checkpoints.report import (
     FinishedBlock,
     LayerReport,
@@ -48,7 +43,7 @@ from maskopt.models.checkpoints.result import (
     write_shard,
     write_windows_file,
 )
-from maskopt.models.checkpoints.schema import BASES, MASKS, PRUNE, WRITTEN
+from maskopt.models.checkpoints.schema import BASES, MASKS, PRUNE, WRITTEN, file_digest
 from maskopt.models.checkpoints.workspace import plain_errors
 from maskopt.models.options.prune import NONE, PruneOptions
 from maskopt.models.pruning.gram_store import StoredBlock

@@ -36,7 +36,8 @@ from maskopt.models.calibration.tokens import (
     tokens_or_tokenizer,
 )
 from maskopt.models.checkpoints.report import PruneReport
-from maskopt.models.checkpoints.workspace import check_dense, differences
+from maskopt.models.checkpoints.schema import differences
+from maskopt.models.checkpoints.workspace import check_dense
 from maskopt.models.options.prune import AUTO, BLOCKWISE, NONE, PruneOptions, prune_options
 from maskopt.models.options.walk import DistillOptions, name_patterns
 from maskopt.models.pruning.allocate import allocate

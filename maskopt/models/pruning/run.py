@@ -17,7 +17,7 @@ from maskopt.models.blockwise.distributed import ALONE, Ranks
 from maskopt.models.blockwise.job import Job
 from maskopt.models.calibration.tokens import Windows
 from maskopt.models.checkpoints.bases import Bases
-from maskopt.models.checkpoints.checkpoint import Checkpoint, damage, file_digest
+from maskopt.models.checkpoints.checkpoint import Checkpoint, damage
 from maskopt.models.checkpoints.report import PruneReport, versions, write_manifest
 from maskopt.models.checkpoints.result import (
     Unchanged,
@@ -26,7 +26,14 @@ from maskopt.models.checkpoints.result import (
     read_bases,
     read_windows,
 )
-from maskopt.models.checkpoints.schema import BASES, MANIFEST, read_json, read_manifest
+from maskopt.models.checkpoints.schema import (
+    BASES,
+    MANIFEST,
+    differences,
+    file_digest,
+    read_json,
+    read_manifest,
+)
 from maskopt.models.checkpoints.workspace import (
     CARD,
     GONE,
@@ -36,7 +43,6 @@ from maskopt.models.checkpoints.workspace import (
     Workspace,
     check_inputs,
     check_output,
-    differences,
     open_workspace,
 )
 from maskopt.models.pruning.card import hub_name, write_card

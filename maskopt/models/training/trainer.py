@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from maskopt.errors import ModelError
 from maskopt.models.blockwise.forward import Threads
-from maskopt.models.checkpoints.checkpoint import file_digest, open_safe, write_tensors
+from maskopt.models.checkpoints.checkpoint import open_safe, write_tensors
+from maskopt.models.checkpoints.schema import file_digest
 from maskopt.models.checkpoints.workspace import Journal, Workspace
 from maskopt.models.options.walk import DistillOptions, Reconstruction
 

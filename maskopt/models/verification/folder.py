@@ -20,7 +20,6 @@ from torch import Tensor
 
 from maskopt.errors import MaskoptError, VerificationError, first_line
 from maskopt.models.architecture.transformers_adapter import Conversion, empty_model, quietly
-from maskopt.models.checkpoints.checkpoint import file_digest
 from maskopt.models.checkpoints.schema import (
     BASES,
     CONFIG,
@@ -35,6 +34,7 @@ from maskopt.models.checkpoints.schema import (
     check_link,
     check_settings,
     far_more_than_stored,
+    file_digest,
     is_copied,
     manifest_digest,
     plain_name,

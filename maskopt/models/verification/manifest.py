@@ -7,7 +7,7 @@ prunes is computed here. That training gave the stated losses is nothing that a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -17,7 +17,6 @@ from typing import Any
 from maskopt.core.pattern import NM, Pattern, Unstructured, parse_sparsity
 from maskopt.errors import MaskoptError, VerificationError
 from maskopt.models.architecture.blocks import Blocks, choose
-from maskopt.models.checkpoints.report import grouped
 from maskopt.models.checkpoints.schema import MANIFEST, check_link, read_manifest
 from maskopt.models.options.prune import (
     BLOCKWISE,
@@ -101,10 +100,7 @@ class Manifest:
     @cached_property
     def layers_at(self) -> dict[Key, list[Mapping[str, Any]]]:
         """Layers by their place."""
-        places: dict[Key, list[Mapping[str, Any]]] = {}
-        for layer in self.layers:
-            places.setdefault(key_of(layer), []).append(layer)
-        return places
+        return _grouped(self.layers, key_of)
 
     def limits_at(self, key: Key) -> set[tuple[int, int, int]]:
         """Return the limits of the layers of a place, as of `_limits`."""
@@ -349,7 +345,7 @@ def check_masks(manifest: Manifest, slices: Sequence[Slice]) -> tuple[int, float
                 f"{part.pruned}"
             )
     rows = elements = pruned = 0
-    slices_at = grouped(slices, "key")
+    slices_at = _grouped(slices, lambda part: part.key)
     for key in sorted({*manifest.layers_at, *slices_at}):
         layers, parts = manifest.layers_at.get(key, []), slices_at.get(key, [])
         # A piece in which nothing is pruned is all of an expert that was left out, unless its rows may prune
@@ -375,7 +371,7 @@ def check_masks(manifest: Manifest, slices: Sequence[Slice]) -> tuple[int, float
 def check_fallbacks(manifest: Manifest, slices: Sequence[Slice]) -> list[str]:
     """Compare errors of layers pruned by magnitude with the original's weights; return their names."""
     checked: list[str] = []
-    slices_at = grouped(slices, "key")
+    slices_at = _grouped(slices, lambda part: part.key)
     for key, layers in manifest.layers_at.items():
         parts = slices_at[key]
         if not all(x["fallback"] for x in layers) or any(x.square is None for x in parts):
@@ -398,6 +394,13 @@ def called_like(layer: str, tensors: Mapping[str, Any]) -> str | None:
     parts = layer.split(".")
     ends = (".".join(parts[i:]) for i in range(len(parts)))
     return next((f"{x}.weight" for x in ends if numbers(x) and f"{x}.weight" in tensors), None)
+
+
+def _grouped(items: Iterable[Any], key: Callable[[Any], Key]) -> dict[Key, list[Any]]:
+    groups: dict[Key, list[Any]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 def _split(name: str) -> tuple[str, str]:

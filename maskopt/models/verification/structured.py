@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskopt.core.files import bytes_of
 from maskopt.core.pattern import NM
 from maskopt.models.architecture.blocks import Blocks, mixtures_of
 from maskopt.models.architecture.structures import (
@@ -30,9 +31,7 @@ from maskopt.models.architecture.structures import (
     without_blocks,
     without_experts,
 )
-from maskopt.models.checkpoints.checkpoint import bytes_of
-from maskopt.models.checkpoints.schema import BLOCKS, EXPERTS
-from maskopt.models.checkpoints.workspace import differences
+from maskopt.models.checkpoints.schema import BLOCKS, EXPERTS, differences
 from maskopt.models.verification.folder import (
     CONFIG,
     Loading,

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from maskopt.core.files import bytes_of
 from maskopt.errors import VerificationError
-from maskopt.models.checkpoints.checkpoint import bytes_of
 from maskopt.models.checkpoints.schema import MASK_FORMAT, read_layout
 from maskopt.models.verification.bases import InBases
 from maskopt.models.verification.folder import (

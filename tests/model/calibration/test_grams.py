@@ -19,8 +19,8 @@ from maskopt.cli.prune import swept_table
 from maskopt.core.gram import CHUNK, Gram
 from maskopt.models.blockwise.job import open_job
 from maskopt.models.calibration.tokens import TOKEN_WEIGHTS, held_out, weights_of_tokens
-from maskopt.models.checkpoints.checkpoint import file_digest, open_safe
-from maskopt.models.checkpoints.schema import MANIFEST
+from maskopt.models.checkpoints.checkpoint import open_safe
+from maskopt.models.checkpoints.schema import MANIFEST, file_digest
 from maskopt.models.evaluation.evaluate import evaluate
 from maskopt.models.evaluation.sweep import sweep
 from maskopt.models.options.prune import PruneOptions, prune_options

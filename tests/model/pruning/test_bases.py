@@ -16,9 +16,8 @@ from maskopt import PruneOptions, collect_grams, distill_model, keep_masks, open
 from maskopt.core.pattern import NM, Unstructured
 from maskopt.errors import ModelError, OptionError, VerificationError
 from maskopt.models.blockwise.memory import estimate_memory
-from maskopt.models.checkpoints.checkpoint import file_digest
 from maskopt.models.checkpoints.result import read_bases
-from maskopt.models.checkpoints.schema import BASES
+from maskopt.models.checkpoints.schema import BASES, file_digest
 from maskopt.models.evaluation.bound import certify_model
 from maskopt.models.pruning import bases as finding
 from maskopt.models.pruning.bases import order_seconds, rotation
