@@ -79,6 +79,11 @@ class Program:
         """Add low ≤ Σ coefficients · variables ≤ high, both equal, or one of them infinite."""
         self.rows.append((list(variables), [float(c) for c in coefficients], low, high))
 
+    def allows(self, pruned: np.ndarray) -> bool:
+        """Return whether a mask (p, bool [n]) is within the bounds of its variables."""
+        low, high = np.array(self.low[: len(pruned)]), np.array(self.high[: len(pruned)])
+        return bool(((low <= pruned) & (pruned <= high)).all())
+
     def pruned(self, values: Sequence[float]) -> np.ndarray:
         """Return the mask of a solution, p, bool [n]."""
         return np.asarray(values[: len(self.binaries)]) > 0.5

@@ -28,7 +28,7 @@ from maskopt.solvers.exact.tree.node import (
     twins_of,
     with_penalty,
 )
-from maskopt.solvers.exact.tree.quadratic import Probed, QuadraticTree, probe
+from maskopt.solvers.exact.tree.quadratic import QuadraticTree
 
 FORMATS = ("cip", "lp", "mps")
 #: convex by the duals of the semidefinite relaxation; Q = LLᵀ; a variable a product
@@ -86,47 +86,47 @@ class Scip(RowSolver):
         duals = qcr_duals(task)
         if task.limits.expired:
             return duals.answer(task.start, "timelimit")
-        probed, mixed = None, 0 < task.pruned < task.group
+        tree, mixed = None, 0 < task.pruned < task.group
         if self.presolve and mixed and task.cost(task.start) > task.noise:
             with torch_threads(1):  # its matrices are small
                 tree = QuadraticTree(task, duals)
-                probed = probe(tree)
+                tree.probe()
             task = _started(task, tree.best, twins)
-            if probed.bound >= probed.cutoff:
-                return _presolved(task, duals, probed)
-        return self._solved(task, twins, duals, probed)
+            if tree.start.bound >= tree.cutoff:
+                return _presolved(task, duals, tree)
+        return self._solved(task, twins, duals, tree)
 
     def _solved(
         self,
         task: RowTask,
         twins: list[np.ndarray],
         duals: Duals,
-        probed: Probed | None = None,
+        tree: QuadraticTree | None = None,
     ) -> RowAnswer:
         """Run SCIP to the optimum or to a limit, and return its incumbent and bound."""
-        program = self._program(task, task.unit_scale, twins, duals, probed)
+        program = self._program(task, task.unit_scale, twins, duals, tree)
         row = ScipModel(program)
-        if probed is None or probed.allows(task.start):
+        if program.allows(task.start):
             row.model.addSol(row.solution(task.start), free=True)
         else:  # the fixings hold for better masks alone
             row.model.setObjlimit(task.cost(task.start) * program.scale)
         ended = row.optimize(task.gap_limit)
-        if probed and ended == "infeasible":  # nothing is left below the cutoff
-            return _presolved(task, duals, probed)
+        if tree is not None and ended == "infeasible":  # nothing is left below the cutoff
+            return _presolved(task, duals, tree)
         best = min((task.start, *filter(task.is_legal, row.masks())), key=task.cost)
         before = task.cost(task.start)
         if ended == "optimal" and task.noise < before and task.cost(best) <= _AGAIN_BELOW * before:
             # SCIP's tolerances are absolute, in units of the start: again in units of this mask
-            again = self._solved(replace(task, start=best), twins, duals, probed)
+            again = self._solved(replace(task, start=best), twins, duals, tree)
             return replace(again, nodes=again.nodes + row.nodes)
         slack = FEASIBILITY * program.terms / program.scale
 
         def true_bound(value: float) -> float:
             bound = max(duals.certified, value)
-            if probed is None:
+            if tree is None:
                 return max(bound, task.raised(bound, slack), task.raised(duals.certified))
             # the fixings hold below the cutoff alone
-            return task.raised(min(probed.cutoff, max(bound, probed.bound)))
+            return task.raised(min(tree.cutoff, max(bound, tree.start.bound)))
 
         bound, root_bound = map(true_bound, row.bounds())
         return RowAnswer(
@@ -146,7 +146,7 @@ class Scip(RowSolver):
         scale: float,
         twins: list[np.ndarray],
         duals: Duals,
-        probed: Probed | None = None,
+        tree: QuadraticTree | None = None,
     ) -> Program:
         """Return a row in the formulation; `qcr` without duals is `factored`."""
         program = Program(task, scale, twins)
@@ -154,8 +154,8 @@ class Scip(RowSolver):
             program.linearise()
             return program
         lam, state = duals.diagonal, np.full(len(task.q), -1, np.int8)
-        if probed is not None:
-            lam, state = probed.lam, probed.state
+        if tree is not None:
+            lam, state = tree.start.form.lam, tree.start.state
         part = FreePart.of(with_penalty(task.q * scale, duals.penalty * scale, task), state)
         program.factor(part, lam * scale, duals.certified)
         return program
@@ -199,9 +199,9 @@ def _started(task: RowTask, start: np.ndarray, twins: list[np.ndarray]) -> RowTa
     return replace(task, start=put_in_order(start, twins))
 
 
-def _presolved(task: RowTask, duals: Duals, probed: Probed) -> RowAnswer:
+def _presolved(task: RowTask, duals: Duals, tree: QuadraticTree) -> RowAnswer:
     """Return the start, below whose cutoff the presolve has left nothing."""
-    bound = max(duals.certified, task.raised(probed.cutoff))
+    bound = max(duals.certified, task.raised(tree.cutoff))
     return duals.answer(task.start, "presolved", bound)
 
 

@@ -282,63 +282,46 @@ class QuadraticTree(BestFirst):
                 return FAR
         return None
 
+    def probe(self) -> None:
+        """Fix inputs of `start` that no mask below the cutoff has otherwise whose first twins are pruned.
+
+        The bound of `start` is then one of these masks, at least the cutoff where there are none. The
+        incumbent may become a better one.
+        """
+        node = self.start._replace(state=self.start.state.copy())
+        while node.bound < self.cutoff and not self.task.limits.expired:
+            before = int((node.state < 0).sum())
+            self._probe_inputs(node)
+            free = int((node.state < 0).sum())
+            if not free:  # a single mask, which this looks at
+                self.bounded(node)
+                node = node._replace(bound=self.cutoff)
+            if free in (0, before):
+                break
+            again = self.bounded(node._replace(form=self.convexify(node, PLAIN.node)))
+            if again.bound > node.bound:
+                node = again
+        self.start = node
+
+    def _probe_inputs(self, node: Node) -> None:
+        """Fix free inputs of a node in place, in one pass, those first that the relaxation is surest of."""
+        failures, state = 0, node.state
+        for i in np.argsort(-np.abs(node.point - 0.5), kind="stable"):
+            if failures > _PATIENCE * len(state) or self.task.limits.expired:
+                break
+            if state[i] >= 0:
+                continue
+            side = int(node.point[i] < 0.5)
+            other = state.copy()
+            other[i] = side
+            if self.bounded(node._replace(state=other)).bound >= self.cutoff:
+                state[i] = 1 - side
+                failures = 0
+            else:
+                failures += 1
+
 
 def _follow(step: Step | None, after: Step | None) -> None:
     """Let the step `after` follow at the same node, where a proof is kept."""
     if step is not None and after is not None:
         step.then(AGAIN, after)
-
-
-class Probed(NamedTuple):
-    """The sides of inputs that every legal mask below the cutoff has whose first twins are pruned.
-
-    Attributes:
-        state: 1 pruned, 0 kept, −1 free, int8 [n].
-        lam: λ that makes Q + μΣ_g 1_g1_gᵀ + diag(λ) ⪰ 0 on the free inputs, float64 [n].
-        bound: a lower bound of their objectives; at least the cutoff (see `BestFirst`) where there are none.
-    """
-
-    state: np.ndarray
-    lam: np.ndarray
-    bound: float
-    cutoff: float
-
-    def allows(self, pruned: np.ndarray) -> bool:
-        """Return whether a mask (p, bool [n]) has these sides."""
-        return bool(((self.state < 0) | (self.state == pruned)).all())
-
-
-def probe(tree: QuadraticTree) -> Probed:
-    """Fix what can be fixed at the root of a tree, whose incumbent may become a better one."""
-    node = tree.start._replace(state=tree.start.state.copy())
-    while node.bound < tree.cutoff and not tree.task.limits.expired:
-        before = int((node.state < 0).sum())
-        _probe_inputs(tree, node)
-        free = int((node.state < 0).sum())
-        if not free:  # a single mask, which this looks at
-            tree.bounded(node)
-            node = node._replace(bound=tree.cutoff)
-        if free in (0, before):
-            break
-        again = tree.bounded(node._replace(form=tree.convexify(node, PLAIN.node)))
-        if again.bound > node.bound:
-            node = again
-    return Probed(node.state, node.form.lam, node.bound, tree.cutoff)
-
-
-def _probe_inputs(tree: QuadraticTree, node: Node) -> None:
-    """Fix free inputs of a node in place, in one pass, those first that the relaxation is surest of."""
-    failures, state = 0, node.state
-    for i in np.argsort(-np.abs(node.point - 0.5), kind="stable"):
-        if failures > _PATIENCE * len(state) or tree.task.limits.expired:
-            break
-        if state[i] >= 0:
-            continue
-        side = int(node.point[i] < 0.5)
-        other = state.copy()
-        other[i] = side
-        if tree.bounded(node._replace(state=other)).bound >= tree.cutoff:
-            state[i] = 1 - side
-            failures = 0
-        else:
-            failures += 1
