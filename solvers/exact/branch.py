@@ -127,7 +127,7 @@ class LeastSquaresTree(BestFirst):
         Inputs of `state` are fixed in place; the turns begin at z, float64 [n].
         """
         task = self.task
-        settle(state, task, [])
+        settle(state, task)
         z, price, proven = self._relaxed(state, z)
         score = np.where(state < 0, z, np.where(state == 0, 2.0, -1.0))
         self.take(~task.first(-score, self.kept))
@@ -138,7 +138,7 @@ class LeastSquaresTree(BestFirst):
             left = self.kept - (groups == 0).sum(1)
             # by prices of this relaxation, and so from its own bound, not from that of its parent
             fix_by_slope(groups, slope, left, self.cutoff - proven, side=0)
-            settle(state, task, [])
+            settle(state, task)
             if not (state < 0).any():  # one mask is left
                 self.take(state == 1)
                 bound = np.inf

@@ -52,7 +52,7 @@ class Highs(RowSolver):
             highspy.HighsModelStatus.kSolutionLimit: "nodelimit",
             highspy.HighsModelStatus.kInterrupt: "userinterrupt",
         }
-        program = Program(task, task.unit_scale, twins=[])
+        program = Program(task, task.unit_scale)
         program.reformulate()
         with _banner_on_stderr():
             model = highspy.Highs()

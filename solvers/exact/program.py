@@ -44,7 +44,7 @@ class Program:
 
     complete: Callable[[np.ndarray], np.ndarray]
 
-    def __init__(self, task: RowTask, scale: float, twins: Iterable[np.ndarray]) -> None:
+    def __init__(self, task: RowTask, scale: float) -> None:
         self.task, self.scale, self.q = task, scale, task.q * scale
         self.names: list[str] = []
         self.low: list[float] = []
@@ -57,8 +57,10 @@ class Program:
         self.groups = [self.binaries[i : i + task.group] for i in self.binaries[:: task.group]]
         for members in self.groups:
             self.row(members, np.ones(task.group), task.pruned, task.pruned)
-        # of twins (identical and dead inputs among them) the first ones are pruned
-        for inputs in twins:
+
+    def order_twins(self) -> None:
+        """Prune the first ones of twins, identical and dead inputs among them."""
+        for inputs in self.task.twins:
             for i, j in itertools.pairwise(inputs.tolist()):
                 self.row([i, j], [1.0, -1.0], 0.0, np.inf)
 

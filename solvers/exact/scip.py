@@ -23,9 +23,7 @@ from maskopt.solvers.exact.tasks import RowAnswer, RowTask
 from maskopt.solvers.exact.tree.node import (
     Duals,
     FreePart,
-    put_in_order,
     qcr_duals,
-    twins_of,
     with_penalty,
 )
 from maskopt.solvers.exact.tree.quadratic import QuadraticTree
@@ -77,12 +75,11 @@ class Scip(RowSolver):
         separable = _separable(task)
         if separable is not None:
             return separable
-        twins = twins_of(task.q, task.group)
-        task = _started(task, task.with_incumbent().start, twins)
+        task = task.started(task.with_incumbent().start)
         if task.limits.expired:
             return RowAnswer(task.start, "timelimit")
         if self.formulation != "qcr":
-            return self._solved(task, twins, Duals.none(len(task.q)))
+            return self._solved(task, Duals.none(len(task.q)))
         duals = qcr_duals(task)
         if task.limits.expired:
             return duals.answer(task.start, "timelimit")
@@ -91,20 +88,16 @@ class Scip(RowSolver):
             with torch_threads(1):  # its matrices are small
                 tree = QuadraticTree(task, duals)
                 tree.probe()
-            task = _started(task, tree.best, twins)
+            task = task.started(tree.best)
             if tree.start.bound >= tree.cutoff:
                 return _presolved(task, duals, tree)
-        return self._solved(task, twins, duals, tree)
+        return self._solved(task, duals, tree)
 
-    def _solved(
-        self,
-        task: RowTask,
-        twins: list[np.ndarray],
-        duals: Duals,
-        tree: QuadraticTree | None = None,
-    ) -> RowAnswer:
+    def _solved(self, task: RowTask, duals: Duals, tree: QuadraticTree | None = None) -> RowAnswer:
         """Run SCIP to the optimum or to a limit, and return its incumbent and bound."""
-        program = self._program(task, task.unit_scale, twins, duals, tree)
+        program = Program(task, task.unit_scale)
+        program.order_twins()
+        self._formulate(program, duals, tree)
         row = ScipModel(program)
         if program.allows(task.start):
             row.model.addSol(row.solution(task.start), free=True)
@@ -117,7 +110,7 @@ class Scip(RowSolver):
         before = task.cost(task.start)
         if ended == "optimal" and task.noise < before and task.cost(best) <= _AGAIN_BELOW * before:
             # SCIP's tolerances are absolute, in units of the start: again in units of this mask
-            again = self._solved(replace(task, start=best), twins, duals, tree)
+            again = self._solved(replace(task, start=best), duals, tree)
             return replace(again, nodes=again.nodes + row.nodes)
         slack = FEASIBILITY * program.terms / program.scale
 
@@ -140,25 +133,16 @@ class Scip(RowSolver):
             certified=duals.certified,
         )
 
-    def _program(
-        self,
-        task: RowTask,
-        scale: float,
-        twins: list[np.ndarray],
-        duals: Duals,
-        tree: QuadraticTree | None = None,
-    ) -> Program:
-        """Return a row in the formulation; `qcr` without duals is `factored`."""
-        program = Program(task, scale, twins)
+    def _formulate(self, program: Program, duals: Duals, tree: QuadraticTree | None = None) -> None:
+        """Complete a program in the formulation; `qcr` without duals is `factored`."""
         if self.formulation == "linear":
             program.linearise()
-            return program
-        lam, state = duals.diagonal, np.full(len(task.q), -1, np.int8)
+            return
+        lam, state = duals.diagonal, np.full(len(program.q), -1, np.int8)
         if tree is not None:
             lam, state = tree.start.form.lam, tree.start.state
-        part = FreePart.of(with_penalty(task.q * scale, duals.penalty * scale, task), state)
-        program.factor(part, lam * scale, duals.certified)
-        return program
+        objective = with_penalty(program.q, duals.penalty * program.scale, program.task)
+        program.factor(FreePart.of(objective, state), lam * program.scale, duals.certified)
 
     def write_instance(
         self,
@@ -184,19 +168,15 @@ class Scip(RowSolver):
         layer = row.as_layer()
         group, pruned = layer.group_size, layer.pruned_per_group
         task = RowTask(row.q().cpu().numpy(), group, pruned, np.arange(layer.n) % group < pruned)
-        solver = replace(self, formulation=formulation)
-        model = ScipModel(solver._program(task, 1.0, [], Duals.none(layer.n))).model
+        program = Program(task, 1.0)
+        replace(self, formulation=formulation)._formulate(program, Duals.none(layer.n))
+        model = ScipModel(program).model
         if layer.pruned == 0:  # else Q has it in its entries
             model.addObjoffset(float(layer.constant[0]))
         with tempfile.TemporaryDirectory(dir=Path(path).absolute().parent) as folder:
             whole = Path(folder) / f"row.{form}"
             model.writeProblem(str(whole), trans=False, verbose=False)
             os.replace(whole, path)
-
-
-def _started(task: RowTask, start: np.ndarray, twins: list[np.ndarray]) -> RowTask:
-    """Return the task from a start that prunes the first ones of twins, at the same cost."""
-    return replace(task, start=put_in_order(start, twins))
 
 
 def _presolved(task: RowTask, duals: Duals, tree: QuadraticTree) -> RowAnswer:

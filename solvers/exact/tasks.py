@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,15 @@ class RowTask:
     values: Values | None = None
     zero: float | None = None
     certified: float = 0.0
+
+    @cached_property
+    def twins(self) -> list[np.ndarray]:
+        """Sets of inputs any two of which may be exchanged; see `twins_of`."""
+        return twins_of(self.q, self.group)
+
+    def started(self, pruned: np.ndarray) -> RowTask:
+        """Return the task from a start of the same cost, which prunes the first ones of twins."""
+        return replace(self, start=put_in_order(pruned, self.twins))
 
     def with_incumbent(self) -> RowTask:
         """Return the task from a far better start, which trees hardly ever improve on."""
@@ -138,6 +148,10 @@ class UpdatedTask(RowTask):
     target: np.ndarray
     constant: float
     split: np.ndarray
+
+    @property
+    def twins(self) -> list[np.ndarray]:  # type: ignore[override]
+        return []
 
     def cost(self, pruned: np.ndarray) -> float:
         """Return F of a mask: min {vᵀAv − 2bᵀv + C : v is 0 outside S} = C − b_SᵀA_SS⁻¹b_S for kept S."""
@@ -230,6 +244,45 @@ def _updated_tasks(
         )
         for i, d in enumerate(split)
     ]
+
+
+def twins_of(q: np.ndarray, group: int) -> list[np.ndarray]:
+    """Return the sets of two or more inputs of a group, int64, ascending, any two of which may be exchanged.
+
+    Q [n, n] stays what it is, to the last bit.
+    """
+    candidates: dict[bytes, list[list[int]]] = {}  # by the entries of their rows, in any order
+    for i, line in enumerate(q + 0.0):
+        sets = candidates.setdefault(np.sort(line).tobytes(), [])
+        for known in sets:
+            j, exchanged = known[0], line.copy()
+            exchanged[i], exchanged[j] = line[j], line[i]
+            if j // group == i // group and (exchanged == q[j]).all():
+                known.append(i)
+                break
+        else:
+            sets.append([i])
+    return [np.array(known) for sets in candidates.values() for known in sets if len(known) > 1]
+
+
+def put_in_order(pruned: np.ndarray, twins: list[np.ndarray]) -> np.ndarray:
+    """Return the mask (p, bool [n]) of equal objective that prunes the first ones of all twins."""
+    ordered = np.array(pruned, dtype=bool)
+    for known in twins:
+        ordered[known] = np.arange(len(known)) < ordered[known].sum()
+    return ordered
+
+
+def in_order(state: np.ndarray, twins: list[np.ndarray]) -> bool:
+    """Fix what follows where of all twins the first ones are pruned, in place; False: they are not."""
+    for known in twins:
+        ones, zeros = np.flatnonzero(state[known] == 1), np.flatnonzero(state[known] == 0)
+        last, first = ones.max(initial=-1), zeros.min(initial=len(known))
+        if first < last:
+            return False
+        state[known[: last + 1]] = 1
+        state[known[first:]] = 0
+    return True
 
 
 def tabu_row(

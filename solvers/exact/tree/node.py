@@ -31,7 +31,7 @@ from maskopt.protocol.bounds import lower_bound
 from maskopt.solvers.convex.interior_point import minimise
 from maskopt.solvers.convex.mixing import DOUBLE_N, correction, sweep_matrix
 from maskopt.solvers.convex.mixing_kernel import LANES
-from maskopt.solvers.exact.tasks import RowAnswer, RowTask
+from maskopt.solvers.exact.tasks import RowAnswer, RowTask, in_order
 
 #: part of the bound that a stage of the semidefinite relaxation must gain for another one to follow
 _TOLERANCE, _ROUGH = 1e-3, 0.05
@@ -196,14 +196,13 @@ def bound_node(
     task: RowTask,
     state: np.ndarray,
     cutoff: float,
-    twins: list[np.ndarray],
 ) -> tuple[float, np.ndarray]:
     """Return the bound of a node with λ, ∞ where no legal mask is left, and its relaxed point.
 
     Inputs of `state` (1 pruned, 0 kept, −1 free, int8 [n]) that no mask below `cutoff` has otherwise are
     fixed in place.
     """
-    if not settle(state, task, twins):
+    if not settle(state, task):
         return np.inf, np.zeros(len(lam))
     part, point = FreePart.of(form, state), (state == 1).astype(float)
     if len(part.free) == 0:
@@ -242,7 +241,7 @@ def fix_by_slope(
     groups[inside], groups[outside] = side, 1 - side
 
 
-def settle(state: np.ndarray, task: RowTask, twins: list[np.ndarray]) -> bool:
+def settle(state: np.ndarray, task: RowTask) -> bool:
     """Fix in place what follows from the counts of the groups, and from twins, whose first ones are pruned.
 
     Returns False where a count cannot be reached, or twins have another order.
@@ -250,51 +249,12 @@ def settle(state: np.ndarray, task: RowTask, twins: list[np.ndarray]) -> bool:
     groups, pruned = state.reshape(-1, task.group), task.pruned
     while True:
         before = np.count_nonzero(state < 0)
-        if not in_order(state, twins):
+        if not in_order(state, task.twins):
             return False
         ones, free = (groups == 1).sum(1), (groups < 0).sum(1)
         if (ones > pruned).any() or (ones + free < pruned).any():
             return False
         groups[(ones == pruned)[:, None] & (groups < 0)] = 0
         groups[(ones + free == pruned)[:, None] & (groups < 0)] = 1
-        if not twins or np.count_nonzero(state < 0) == before:
+        if not task.twins or np.count_nonzero(state < 0) == before:
             return True
-
-
-def twins_of(q: np.ndarray, group: int) -> list[np.ndarray]:
-    """Return the sets of two or more inputs of a group, int64, ascending, any two of which may be exchanged.
-
-    Q [n, n] stays what it is, to the last bit.
-    """
-    candidates: dict[bytes, list[list[int]]] = {}  # by the entries of their rows, in any order
-    for i, line in enumerate(q + 0.0):
-        sets = candidates.setdefault(np.sort(line).tobytes(), [])
-        for known in sets:
-            j, exchanged = known[0], line.copy()
-            exchanged[i], exchanged[j] = line[j], line[i]
-            if j // group == i // group and (exchanged == q[j]).all():
-                known.append(i)
-                break
-        else:
-            sets.append([i])
-    return [np.array(known) for sets in candidates.values() for known in sets if len(known) > 1]
-
-
-def put_in_order(pruned: np.ndarray, twins: list[np.ndarray]) -> np.ndarray:
-    """Return the mask (p, bool [n]) of equal objective that prunes the first ones of all twins."""
-    ordered = np.array(pruned, dtype=bool)
-    for known in twins:
-        ordered[known] = np.arange(len(known)) < ordered[known].sum()
-    return ordered
-
-
-def in_order(state: np.ndarray, twins: list[np.ndarray]) -> bool:
-    """Fix what follows where of all twins the first ones are pruned, in place; False: they are not."""
-    for known in twins:
-        ones, zeros = np.flatnonzero(state[known] == 1), np.flatnonzero(state[known] == 0)
-        last, first = ones.max(initial=-1), zeros.min(initial=len(known))
-        if first < last:
-            return False
-        state[known[: last + 1]] = 1
-        state[known[first:]] = 0
-    return True

@@ -30,7 +30,6 @@ from maskopt.solvers.exact.tree.node import (
     multipliers,
     settle,
     start_vectors,
-    twins_of,
     with_penalty,
 )
 from maskopt.solvers.exact.tree.relaxation import Plan, Relaxed, relax_node, subtract_cuts
@@ -109,7 +108,6 @@ class QuadraticTree(BestFirst):
         self.duals, self.mu, self.proof = duals, duals.penalty, proof
         n = len(task.q)
         self.objective = with_penalty(task.q, self.mu, task)
-        self.twins = twins_of(task.q, task.group)
         self.reach = float(np.sqrt(np.abs(task.q.diagonal())).sum()) ** 2
         # the sweeps at the root are cheap, and every node below starts from their vectors
         above = Relaxed(np.zeros(n), start_vectors(n, task.limits.seed), Pool.empty(PLACES))
@@ -161,12 +159,12 @@ class QuadraticTree(BestFirst):
         objective = subtract_cuts(self.objective, pool) if len(pool.tau) else self.objective
         margin, state, settled = self._margin(node.form), node.state.copy(), node.state.copy()
         cutoff = self.cutoff + margin
-        value, point = bound_node(objective, node.form.lam, task, state, cutoff, self.twins)
+        value, point = bound_node(objective, node.form.lam, task, state, cutoff)
         self.solved += 1
         self._round(point, state)
         step = None
         if self.proof:
-            sound, step = settle(settled, task, self.twins), Step()
+            sound, step = settle(settled, task), Step()
             free = settled < 0
             if sound and free.any():
                 fixed = np.flatnonzero(free & (state >= 0))

@@ -19,11 +19,10 @@ from maskopt.errors import OptionError, VerificationError
 from maskopt.protocol.bounds import lower_bound
 from maskopt.solvers import Scip
 from maskopt.solvers.convex.triangles import PLACES, Pool
-from maskopt.solvers.exact import branch, rows
+from maskopt.solvers.exact import branch, rows, tasks
 from maskopt.solvers.exact.rows import assemble
 from maskopt.solvers.exact.scip import FORMULATIONS
 from maskopt.solvers.exact.tasks import RowAnswer, RowTask
-from maskopt.solvers.exact.tree import node
 from maskopt.solvers.exact.tree.node import (
     FreePart,
     multipliers,
@@ -178,7 +177,7 @@ def parts(sizes):
 @given(problems(max_n=12, max_rows=1))
 def test_sets_are_those_whose_exchange_leaves_q_unchanged(problem):
     q, group = problem.row(0).q().numpy(), problem.group_size
-    sets = node.twins_of(q, group)
+    sets = tasks.twins_of(q, group)
     together = {pair for known in sets for pair in itertools.combinations(known.tolist(), 2)}
     for i, j in itertools.combinations(range(problem.n), 2):
         order = np.arange(problem.n)
@@ -187,10 +186,10 @@ def test_sets_are_those_whose_exchange_leaves_q_unchanged(problem):
         assert ((i, j) in together) is same
     # the first ones are pruned
     state = np.array([-1, 0, -1, -1, -1, 1, -1, -1], np.int8)
-    assert node.in_order(state, [np.array([1, 3, 6]), np.array([0, 2, 5, 7])])
+    assert tasks.in_order(state, [np.array([1, 3, 6]), np.array([0, 2, 5, 7])])
     assert state.tolist() == [1, 0, 1, 0, -1, 1, 0, -1]
-    assert not node.in_order(np.array([0, 1, -1], np.int8), [np.array([0, 1, 2])])
-    mask = node.put_in_order(np.array([0, 1, 0, 1, 1]), [np.array([0, 1, 4])])
+    assert not tasks.in_order(np.array([0, 1, -1], np.int8), [np.array([0, 1, 2])])
+    mask = tasks.put_in_order(np.array([0, 1, 0, 1, 1]), [np.array([0, 1, 4])])
     assert mask.tolist() == [True, True, False, True, False]
 
 
@@ -318,7 +317,7 @@ def test_every_mask_below_the_cutoff_has_what_was_fixed(problem):
     found = tree.start
     free = np.flatnonzero(found.state < 0)
     for p in ~legal_masks(problem).numpy():
-        if task.cost(p) < tree.cutoff and node.in_order(p.astype(np.int8), tree.twins):
+        if task.cost(p) < tree.cutoff and tasks.in_order(p.astype(np.int8), task.twins):
             assert ((found.state < 0) | (found.state == p)).all()
             # a single mask that is left would have been kept, were this tree not blind
             if len(free):
@@ -334,11 +333,11 @@ def test_twins_are_fixed_in_order():
     problem = copies(x.T @ x, 2)
     task = task_of(problem)
     tree = QuadraticTree(task, qcr_duals(task))
-    assert [known.tolist() for known in tree.twins] == [[i, i + 1] for i in range(0, 12, 2)]
+    assert [known.tolist() for known in task.twins] == [[i, i + 1] for i in range(0, 12, 2)]
     tree.probe()
-    assert node.in_order(tree.start.state, tree.twins)
+    assert tasks.in_order(tree.start.state, task.twins)
     solution = verified(problem, "scip", workers=0)
-    assert node.in_order((~solution.mask[0].numpy()).astype(np.int8), tree.twins)
+    assert tasks.in_order((~solution.mask[0].numpy()).astype(np.int8), task.twins)
     close(solution.objective, solve(problem, "exhaustive").objective)
     assert solution.status == OPTIMAL
 
@@ -349,12 +348,12 @@ def test_scip_has_what_is_left(monkeypatch, misleading):
     """The search sees the free inputs alone, also where the incumbent is not among what is allowed."""
     problem, seen, solved = layer(48), [], Scip._solved
 
-    def watched(solver, task, twins, duals, tree):
+    def watched(solver, task, duals, tree):
         if misleading:  # as of a mask below the incumbent, of which there is none
             state = tree.start.state
             state[np.flatnonzero(state >= 0)[0]] ^= 1
         seen.append((task, tree.start.state))
-        return solved(solver, task, twins, duals, tree)
+        return solved(solver, task, duals, tree)
 
     monkeypatch.setattr(Scip, "_solved", watched)
     solution = solve(problem, "scip", workers=0)
