@@ -220,11 +220,8 @@ def tighten(
 ) -> tuple[Certificate, Tensor]:
     """Return for every row the better of `plain` and a certificate with triangle cuts, and how many it has.
 
-    Args:
-        plain: a certificate without ν and cuts.
-        rank: of the vectors.
-        rounds: of separation.
-        limits: rows share the time equally; rows without time keep `plain`.
+    The vectors have so high a `rank`, and so many `rounds` of separation are made. Rows share the time
+    equally, and those without time keep `plain`, a certificate without ν and cuts.
     """
     threads = threads_on(problem.device)
 
@@ -247,25 +244,22 @@ def tighten(
 
 def cut_certificate(problem: LayerProblem, rank: int, rounds: int, limits: Limits) -> Certificate:
     """Return (λ, μ, τ, p̂) of a single row after `rounds` rounds."""
-    n = problem.n
-    state = Mixing(problem, rank, limits.seed)
-    rho = penalty_of(problem.group_size)
-    _descend(state, _START, rho, limits)
-    multipliers = _Multipliers(state, Pool.empty())
+    n, state = problem.n, Mixing(problem, rank, limits.seed)
+    _descend(state, _START, penalty_of(problem.group_size), limits)
+    multipliers = _Multipliers(problem, state, Pool.empty())
     early, new = limits.share(_ROUNDS_SHARE), min(_NEW * n, _MOST_NEW)
     # chosen on rows of block 8 q_proj, on 256 inputs and on all, and on row 544 of block 10 down_proj: many
     # rounds of few updates find more triangles that count than few rounds, each to its end
     for _ in range(rounds):
         binding = multipliers.pool.keep(multipliers.used > 0)
         index, sign, _ = separate(_gram(state), new, threads=state.threads)
-        multipliers = _Multipliers(state, binding.join(index, sign, n))
-        multipliers.run(rho, early, updates=20, sweeps=2, follow=0.4, haste=2.0)
+        multipliers = _Multipliers(problem, state, binding.join(index, sign, n))
+        multipliers.run(early, updates=20, sweeps=2, follow=0.4, haste=2.0)
         if early.expired:
             break
-    end = limits.share(_END_SHARE)
-    multipliers.run(rho, end, updates=500, sweeps=8, follow=0.2, haste=1.0)
-    multipliers.settle(rho, limits.share(_SETTLE_SHARE))
-    return multipliers.certify(problem, rho)
+    multipliers.run(limits.share(_END_SHARE), updates=500, sweeps=8, follow=0.2, haste=1.0)
+    multipliers.settle(limits.share(_SETTLE_SHARE))
+    return multipliers.certificate()
 
 
 def _descend(state: Mixing, sweeps: int, rho: float, limits: Limits) -> np.ndarray:
@@ -300,8 +294,9 @@ class _Multipliers:
         mean: the mean of the iterates of τ'.
     """
 
-    def __init__(self, state: Mixing, pool: Pool) -> None:
-        self.state, self.pool = state, pool
+    def __init__(self, problem: LayerProblem, state: Mixing, pool: Pool) -> None:
+        self.problem, self.state, self.pool = problem, state, pool
+        self.rho = penalty_of(problem.group_size)
         self.used = self.mean = pool.tau.copy()
         dtype = state.v[:0].cpu().numpy().dtype
         a, b = pool.sign.astype(dtype).T
@@ -312,9 +307,7 @@ class _Multipliers:
         self.value = np.zeros(len(partners), dtype)
         state.extra = Extra(self.incidence.starts[None], partners, self.value)
 
-    def run(
-        self, rho: float, limits: Limits, updates: int, sweeps: int, follow: float, haste: float
-    ) -> None:
+    def run(self, limits: Limits, updates: int, sweeps: int, follow: float, haste: float) -> None:
         """Move vectors and multipliers in turn, until the deadline, so many sweeps after every update.
 
         τ follows τ' by the part `follow`, and `haste` is a factor of the steps. Their mean is `mean`.
@@ -322,36 +315,33 @@ class _Multipliers:
         self.mean = self.used
         for update in range(updates):
             self._damp(haste * self.step, follow)
-            self.state.sweep(sweeps, rho)
+            self.state.sweep(sweeps, self.rho)
             self.mean = self.mean + (_LATE + 1) / (_LATE + 1 + update) * (self.used - self.mean)
             if limits.expired:
                 break
 
-    def settle(self, rho: float, limits: Limits) -> None:
+    def settle(self, limits: Limits) -> None:
         """Find the vectors that go with the mean of the multipliers."""
         self.pool.tau[:] = self.mean
         self._damp(np.zeros_like(self.step), 0.0)
-        _descend(self.state, _SETTLE, rho, limits)
+        _descend(self.state, _SETTLE, self.rho, limits)
 
     def _damp(self, step: np.ndarray, follow: float) -> None:
         pairs, v = self.incidence, self.state.v[0].cpu().numpy()
         cuts = pairs.member, self.signs, step, follow, self.pool.tau, self.used
         damp(v, pairs.pairs, pairs.entries, *cuts, self.value)
 
-    def certify(self, problem: LayerProblem, rho: float) -> Certificate:
+    def certificate(self) -> Certificate:
         """Return the certificate of the multipliers once they have settled."""
-        n, scale, y = problem.n, self.state.scale, self.state.duals[0].double().cpu().numpy()
+        problem, scale, n = self.problem, self.state.scale, self.problem.n
+        y = self.state.duals[0].double().cpu().numpy()
         if np.isfinite(y).all():
             pool = Pool(self.pool.index, self.pool.sign, self.mean)
             pool = pool.keep(pool.tau > _TINY * pool.tau.max(initial=0.0))
             scaled = ScaledRow.of(problem, problem.gram.double().cpu().numpy(), 0, float(scale[0]))
-            duals = certify_row(scaled, y, self.state.inner()[0], rho, dense(pool, n))
+            duals = certify_row(scaled, y, self.state.inner()[0], self.rho, dense(pool, n))
             duals = duals._replace(value=duals.value - float(pool.tau.sum()))
         else:  # the row is beyond float64
-            pool, duals = Pool.empty(), RowDuals(np.zeros(n), np.zeros(n), 0.0, 0.0, rho)
-        cuts = Cuts(
-            torch.as_tensor(pool.index),
-            torch.as_tensor(pool.sign),
-            torch.as_tensor(pool.tau / scale[0]),
-        )
+            pool, duals = Pool.empty(), RowDuals(np.zeros(n), np.zeros(n), 0.0, 0.0, self.rho)
+        cuts = Cuts(*map(torch.as_tensor, (pool.index, pool.sign, pool.tau / scale[0])))
         return certificate_of(problem, [duals], scale, [cuts])[0]

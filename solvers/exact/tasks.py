@@ -150,7 +150,7 @@ class UpdatedTask(RowTask):
     split: np.ndarray
 
     @property
-    def twins(self) -> list[np.ndarray]:  # type: ignore[override]
+    def twins(self) -> list[np.ndarray]:
         return []
 
     def cost(self, pruned: np.ndarray) -> float:

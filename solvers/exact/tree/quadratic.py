@@ -32,7 +32,7 @@ from maskopt.solvers.exact.tree.node import (
     start_vectors,
     with_penalty,
 )
-from maskopt.solvers.exact.tree.relaxation import Plan, Relaxed, relax_node, subtract_cuts
+from maskopt.solvers.exact.tree.relaxation import Relaxed, Schedule, relax_node, subtract_cuts
 from maskopt.solvers.exact.tree.search import MARGIN, WORTH, BestFirst, Node, Step, row_proof
 
 #: part of the step from a value to the next that a bound must pass the value below by
@@ -54,8 +54,8 @@ _TRY_AGAIN, _TOO_MANY = 1200, 50_000
 _PATIENCE = 0.25
 
 
-class Plans(NamedTuple):
-    """The semidefinite relaxations of a tree's root and nodes: so many sweeps, or a plan with triangles.
+class TreePlan(NamedTuple):
+    """The semidefinite relaxations of a tree's root and nodes: so many sweeps, or a schedule with triangles.
 
     Attributes:
         interval: fixings after which a node's relaxation is solved again; doubled up to `longest` where that
@@ -64,8 +64,8 @@ class Plans(NamedTuple):
         anyway: also where triangles do not nearly close the root.
     """
 
-    root: int | Plan
-    node: int | Plan
+    root: int | Schedule
+    node: int | Schedule
     interval: int = 1
     longest: int = 1
     candidates: int = 1
@@ -73,23 +73,23 @@ class Plans(NamedTuple):
 
 
 #: without triangles
-PLAIN = Plans(root=2000, node=150, interval=5, longest=10)
+PLAIN = TreePlan(root=2000, node=150, interval=5, longest=10)
 #: of trees that triangles nearly close: chosen on the k-cluster instances of seed 1; docs/exact.md measures
 #: them on those of seed 2
-CLOSE = Plans(
-    Plan((20.0, 10.0, 5.0, 2.5, 1.2, 0.6, 0.3, 0.15), (15, 15, 20, 30)),
-    Plan((1.2, 0.6, 0.3, 0.15, 0.08)),
+CLOSE = TreePlan(
+    Schedule((20.0, 10.0, 5.0, 2.5, 1.2, 0.6, 0.3, 0.15), (15, 15, 20, 30)),
+    Schedule((1.2, 0.6, 0.3, 0.15, 0.08)),
 )
 #: of others: chosen on a row of block 10 gate_proj, restricted to 320 inputs; docs/exact.md measures them
 #: on another one (n = 320)
-FAR = Plans(
-    Plan(
+FAR = TreePlan(
+    Schedule(
         (20, 10, 5, 2.5, 2, 1.6, 1.3, 1.1, 0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.22, 0.15),
         (15, 15, 20, 30),
         new=16,
         pentagons=8,
     ),
-    Plan((0.2,), new=16, pentagons=8),
+    Schedule((0.2,), new=16, pentagons=8),
     candidates=6,
     anyway=True,
 )
@@ -100,7 +100,7 @@ class QuadraticTree(BestFirst):
 
     Attributes:
         proof: whether the tree is kept.
-        plans: the relaxations of its nodes.
+        plan: the relaxations of its nodes.
     """
 
     def __init__(self, task: RowTask, duals: Duals, *, proof: bool = False) -> None:
@@ -112,7 +112,7 @@ class QuadraticTree(BestFirst):
         # the sweeps at the root are cheap, and every node below starts from their vectors
         above = Relaxed(np.zeros(n), start_vectors(n, task.limits.seed), Pool.empty(PLACES))
         state, point = np.full(n, -1, dtype=np.int8), np.full(n, task.pruned / task.group)
-        self.plans = PLAIN
+        self.plan = PLAIN
         form = self.convexify(Node(0.0, 0, state, point, above), PLAIN.root)
         of_duals = form._replace(lam=duals.with_margin(self.objective))
         node = self.bounded(Node(0.0, 0, state, point, of_duals, n, PLAIN.interval))
@@ -137,7 +137,7 @@ class QuadraticTree(BestFirst):
 
     @property
     def abreast(self) -> int:  # type: ignore[override]
-        expensive = self.plans is not PLAIN or len(self.task.q) >= _EXPENSIVE
+        expensive = self.plan is not PLAIN or len(self.task.q) >= _EXPENSIVE
         return _SIDE_BY_SIDE if expensive else 1
 
     def claims(self) -> dict[str, Any]:
@@ -179,12 +179,12 @@ class QuadraticTree(BestFirst):
         terms += 16 / 3 * n * float(form.pool.tau @ (least * (2 * least + 1)))
         return MARGIN * self.task.size(self.cost) + 4 * (n + 8) * 2.0**-53 * terms
 
-    def convexify(self, node: Node, method: int | Plan) -> Relaxed:
+    def convexify(self, node: Node, method: int | Schedule) -> Relaxed:
         """Return the form of a node's own relaxation, which starts from the form that it has from above."""
         self.convexified += 1
         deadline = self.task.limits.deadline
         part = FreePart.of(self.objective, node.state)
-        if isinstance(method, Plan):
+        if isinstance(method, Schedule):
             lacking = max(self.cutoff - node.bound, _UNIT * self.lacks)
             place = node.form, node.point
             return relax_node(part, *place, method, lacking, self.cutoff, deadline)
@@ -213,7 +213,7 @@ class QuadraticTree(BestFirst):
         weight = size * (node.point * (1 - node.point))[index]
         chosen: list[Node] = []
         best = -np.inf
-        for i in index[np.argsort(-weight, kind="stable")[: self.plans.candidates]]:
+        for i in index[np.argsort(-weight, kind="stable")[: self.plan.candidates]]:
             pair = []
             for side in (1, 0):
                 state = node.state.copy()
@@ -233,35 +233,35 @@ class QuadraticTree(BestFirst):
 
     def _strengthen(self, node: Node, free: int) -> Node:
         """Return the node with the form of its own relaxation, where that proves more."""
-        form = self.convexify(node, self.plans.node)
-        again = node._replace(form=form, free=free, interval=self.plans.interval)
+        form = self.convexify(node, self.plan.node)
+        again = node._replace(form=form, free=free, interval=self.plan.interval)
         again = self.bounded(again)
         if again.bound > node.bound:
             _follow(node.step, again.step)
             return again
         # not converged: try again further down, from better vectors
         form = node.form._replace(vectors=form.vectors)
-        interval = min(2 * node.interval, self.plans.longest)
+        interval = min(2 * node.interval, self.plan.longest)
         return node._replace(form=form, free=free, interval=interval)
 
     def restarted(self, open_nodes: list[Node], nodes: int) -> list[Node] | None:
         """Return the root with triangles in the place of all open nodes, where that is due and pays."""
         least_open = open_nodes[0].bound
-        plans = self._due(nodes, least_open) if self.plans is PLAIN else None
-        if plans is None:
+        plan = self._due(nodes, least_open) if self.plan is PLAIN else None
+        if plan is None:
             return None
         state = np.full(len(self.task.q), -1, dtype=np.int8)
-        root = self.start._replace(state=state, interval=plans.interval)
-        root = self.bounded(root._replace(form=self.convexify(root, plans.root)))
+        root = self.start._replace(state=state, interval=plan.interval)
+        root = self.bounded(root._replace(form=self.convexify(root, plan.root)))
         lacking = self.cutoff - root.bound
         near = lacking <= _NEAR * self.cost
         near |= self.task.values is not None and lacking <= self.lacks / 2
-        if not root.bound > least_open or not (near or plans.anyway):
+        if not root.bound > least_open or not (near or plan.anyway):
             return open_nodes
-        self.plans, self.root, self.proven = plans, root.step, root.bound
+        self.plan, self.root, self.proven = plan, root.step, root.bound
         return [root._replace(order=next(self.order), free=int((root.state < 0).sum()))]
 
-    def _due(self, nodes: int, least_open: float) -> Plans | None:
+    def _due(self, nodes: int, least_open: float) -> TreePlan | None:
         """Return the relaxations with triangles to be tried now, if any.
 
         They are tried early, for rows whose root they nearly close, and once more where the tree without them

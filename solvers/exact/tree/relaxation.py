@@ -45,7 +45,7 @@ _SETTLED = 1e-9
 _CURVED = 1e-12
 
 
-class Plan(NamedTuple):
+class Schedule(NamedTuple):
     """The rounds in which a relaxation is solved.
 
     Attributes:
@@ -78,7 +78,7 @@ def relax_node(
     part: FreePart,
     start: Relaxed,
     point: np.ndarray,
-    plan: Plan,
+    schedule: Schedule,
     lacking: float,
     cutoff: float,
     deadline: float = math.inf,
@@ -99,7 +99,7 @@ def relax_node(
     try:
         y = (start.lam[part.free] + np.diag(b)) / 4
         dual = _Dual(c, y, _below(start.pool, part.state))
-        dual.climb(plan, lacking, cutoff - offset, deadline)
+        dual.climb(schedule, lacking, cutoff - offset, deadline)
     except (np.linalg.LinAlgError, torch.linalg.LinAlgError):
         return start  # no eigenvalues of such numbers; the form from above still holds
     lam, pool, weights = 4 * dual.y[:n] - np.diag(b), dual.pool, np.abs(dual.y[:n])
@@ -157,27 +157,27 @@ class _Dual:
         if not np.isfinite(self._form(self.y, pool.tau)).all():
             raise np.linalg.LinAlgError("a form beyond float64")
 
-    def climb(self, plan: Plan, lacking: float, cutoff: float, deadline: float) -> None:
-        """Climb in the rounds of the plan, as far as the cutoff of ⟨C, Z⟩."""
+    def climb(self, schedule: Schedule, lacking: float, cutoff: float, deadline: float) -> None:
+        """Climb in the rounds of the schedule, as far as the cutoff of ⟨C, Z⟩."""
         size = len(self.c) ** 2 / 2
-        for step, share in enumerate(plan.shares):
+        for step, share in enumerate(schedule.shares):
             if step:
-                self._join(plan)
+                self._join(schedule)
             alpha = share * lacking / size
             if not step:
-                self._homogenize(alpha * plan.shares[-1] / share)
-            iterations = plan.iterations[min(step, len(plan.iterations) - 1)]
+                self._homogenize(alpha * schedule.shares[-1] / share)
+            iterations = schedule.iterations[min(step, len(schedule.iterations) - 1)]
             value = self._ascend(alpha, iterations) - alpha * size
             if value >= cutoff or clock() >= deadline:
                 break
         self.pool = self.pool.keep(self.pool.tau > _TINY * self.pool.tau.max(initial=0.0))
 
-    def _join(self, plan: Plan) -> None:
+    def _join(self, schedule: Schedule) -> None:
         """Add the inequalities that Z violates most."""
         n = len(self.c) - 1
-        index, sign, _ = separate(self.x, plan.new * n, RowThreads(1))
+        index, sign, _ = separate(self.x, schedule.new * n, RowThreads(1))
         pool = self.pool.join(index, sign, n)
-        self.pool = pool.join(*pentagons(self.x, self.pool, plan.pentagons * n), n)
+        self.pool = pool.join(*pentagons(self.x, self.pool, schedule.pentagons * n), n)
 
     def _homogenize(self, alpha: float) -> None:
         """Find the best y of z_0, which the form from above lacks: that where Z's entry of z_0 is 1."""

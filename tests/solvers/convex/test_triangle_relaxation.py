@@ -21,13 +21,13 @@ from maskopt.solvers.convex.triangles import PLACES, Incidence, Pool, dense, sep
 from maskopt.solvers.exact.tasks import RowTask
 from maskopt.solvers.exact.tree import quadratic, relaxation
 from maskopt.solvers.exact.tree.node import Form, FreePart, with_penalty
-from maskopt.solvers.exact.tree.quadratic import Plans, QuadraticTree
-from maskopt.solvers.exact.tree.relaxation import Plan, QuasiNewton, Relaxed, relax_node
+from maskopt.solvers.exact.tree.quadratic import QuadraticTree, TreePlan
+from maskopt.solvers.exact.tree.relaxation import QuasiNewton, Relaxed, Schedule, relax_node
 
 SPARSE = Unstructured(sparsity=0.6)
-CLIMB = Plan((20.0, 5.0, 1.0, 0.3, 0.1))
+CLIMB = Schedule((20.0, 5.0, 1.0, 0.3, 0.1))
 #: a root that proves hardly more than without triangles
-ROUGH = Plans(Plan((10.0,), (1,)), Plan((1.0,), (1,)))
+ROUGH = TreePlan(Schedule((10.0,), (1,)), Schedule((1.0,), (1,)))
 EMPTY = Pool.empty(PLACES)
 SIGNS = (-1.0, 1.0)
 AGAIN = {"_TRY": 3, "_TRY_AGAIN": 12, "_TOO_MANY": 12}
@@ -240,7 +240,7 @@ def test_a_form_is_convex_and_tighter_than_without_triangles(pattern):
     task = RowTask(q, problem.group_size, problem.pruned_per_group, np.zeros(n, bool))
     for shares in (CLIMB.shares[:1], CLIMB.shares):
         part = FreePart.of(with_penalty(q, mu, task), state)
-        own = relax_node(part, nothing(q), point, Plan(shares, (40,)), best, best)
+        own = relax_node(part, nothing(q), point, Schedule(shares, (40,)), best, best)
         e, _ = dense(own.pool, n) if len(own.pool.tau) else (np.zeros((n, n)), None)
         a = q + mu * same + np.diag(own.lam) + 4 * e
         assert np.linalg.eigvalsh(a[np.ix_(free, free)])[0] >= 0
@@ -329,7 +329,7 @@ def test_trees_of_graphs_are_small_and_smaller_with_pentagonal_inequalities(monk
     small = graph(28, 0.75, keep=21, seed=0)
     tight, cuts = optimal(small)
     without = (plan._replace(pentagons=0) for plan in quadratic.CLOSE[:2])
-    monkeypatch.setattr(quadratic, "CLOSE", Plans(*without))
+    monkeypatch.setattr(quadratic, "CLOSE", TreePlan(*without))
     three, _ = optimal(problem)
     for solution, places in ((five, 5), (three, 3)):
         assert solution.proof[0].cut_index.shape[1] == places
@@ -345,8 +345,8 @@ def test_trees_of_graphs_are_small_and_smaller_with_pentagonal_inequalities(monk
 @pytest.mark.slow
 def test_nodes_open_together_make_one_tree_on_any_threads_and_outlive_ctrl_c(monkeypatch):
     """Solved so roughly that even small graphs have several nodes open together."""
-    rough = Plan((10.0, 1.0), (8,), pentagons=1)
-    monkeypatch.setattr(quadratic, "CLOSE", Plans(rough, rough))
+    rough = Schedule((10.0, 1.0), (8,), pentagons=1)
+    monkeypatch.setattr(quadratic, "CLOSE", TreePlan(rough, rough))
     problem = graph(50, 0.75, keep=34, seed=2)
     best, other = (optimal(problem, threads=threads)[0] for threads in (1, 5))
     assert int(best.trace.nodes) > 4  # some of them are open together

@@ -31,7 +31,7 @@ from maskopt.solvers.exact.tree.node import (
     with_penalty,
 )
 from maskopt.solvers.exact.tree.quadratic import QuadraticTree
-from maskopt.solvers.exact.tree.relaxation import Plan, Relaxed
+from maskopt.solvers.exact.tree.relaxation import Relaxed, Schedule
 from maskopt.solvers.exact.tree.search import Node
 
 SIXTY, OPTIMAL = Unstructured(sparsity=0.6), (Status.OPTIMAL,)
@@ -109,7 +109,7 @@ def test_a_node_is_bounded_and_fixed_validly(pattern, kind):
         searched.cost = cost
         middle = np.full(n, pruned / group)
         above = Node(0.0, 0, state, middle, nothing)
-        triangles = searched.convexify(above, Plan((3.0, 1.0, 0.3)))
+        triangles = searched.convexify(above, Schedule((3.0, 1.0, 0.3)))
         cuts += len(triangles.pool.tau)
         for form in (nothing, nothing._replace(lam=own), triangles):
             searched.cost = cost
