@@ -22,9 +22,6 @@ from maskopt.models.blockwise.distributed import ALONE, Ranks
 from maskopt.models.blockwise.forward import Call, Threads, forwards
 from maskopt.models.blockwise.watch import Seen, Watch, WatchedWeights, experts_see_all
 
-#: after a block's name: seen in its output in the dense model
-IN_DENSE = " (dense)"
-
 
 @dataclass(frozen=True)
 class BadSample:

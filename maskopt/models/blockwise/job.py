@@ -28,7 +28,6 @@ from maskopt.models.architecture.blocks import Layer, choose, vocabulary_size
 from maskopt.models.architecture.source import Source, capped_length, load_tokenizer, open_source
 from maskopt.models.blockwise.activations import Activations, lanes_to
 from maskopt.models.blockwise.collect import (
-    IN_DENSE,
     BadSample,
     Grams,
     OpenBlock,
@@ -67,6 +66,7 @@ from maskopt.models.calibration.tokens import (
 )
 from maskopt.models.checkpoints.bos import TEMPLATE, beginning_of
 from maskopt.models.checkpoints.report import FinishedBlock, grouped
+from maskopt.models.checkpoints.schema import IN_DENSE
 from maskopt.models.options.walk import GRADIENT_WINDOWS, WalkOptions
 
 

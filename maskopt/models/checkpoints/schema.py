@@ -26,6 +26,8 @@ CONFIG, MANIFEST = "config.json", "maskopt-manifest.json"
 #: a safetensors file of another ending: servers load every *.safetensors of a folder
 MASKS = "maskopt-masks.bits"
 BASES = "maskopt-bases.bits"
+#: in a manifest, after the name of a block whose output was seen in the dense model
+IN_DENSE = " (dense)"
 #: token ids of the windows that the dense model wrote
 WRITTEN = "maskopt-windows.bits"
 #: endings of files that are copied along with the weights: configuration, tokenizer, templates

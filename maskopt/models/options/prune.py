@@ -313,11 +313,11 @@ class PruneOptions(WalkOptions):
     def layers_differ(self) -> bool:
         return self.allocation in (LAYERS, BOTH)
 
-    def pattern_of(self, layer: Layer) -> Pattern:
-        """Return the layer's own pattern where counts are known; else that of all layers."""
+    def pattern_of(self, layer: str, n: int) -> Pattern:
+        """Return the pattern of a layer of n inputs: by its count where counts are known."""
         if not self.counts:
             return self.pattern
-        return _with_rows(self, Unstructured(keep=layer.n - self.counts[layer.name]))
+        return _with_rows(self, Unstructured(keep=n - self.counts[layer]))
 
     def check_layers(self, layers: Sequence[Layer]) -> None:
         super().check_layers(layers)
@@ -326,7 +326,7 @@ class PruneOptions(WalkOptions):
         for layer in layers:
             try:
                 self.pattern.check(layer.n)
-                pattern = _with_rows(self, self.pattern_of(layer))
+                pattern = _with_rows(self, self.pattern_of(layer.name, layer.n))
                 check_size(
                     self.solver, self.solver_options, self.start_solver, layer.n, pattern,
                     least_squares=self.least_squares is not None,

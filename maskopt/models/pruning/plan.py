@@ -135,7 +135,7 @@ def plan_prune(
         seconds = 0.0 if store is not None else _pass_seconds(job, options)
         return Plan(
             layers=layers,
-            pruned={x.name: options.pattern_of(x).pruned_in(x.rows, x.n) for x in layers},
+            pruned={x.name: options.pattern_of(x.name, x.n).pruned_in(x.rows, x.n) for x in layers},
             memory=max(map(estimate_memory, loads), key=lambda memory: memory.peak),
             forward_seconds=seconds + (distillation.seconds if distillation else 0.0),
             solve_seconds=_solve_seconds(job, options),

@@ -302,7 +302,9 @@ def _walked(
                 gram = grams.of(layer.name)
                 if gram is not None or unseen:
                     weight = matrix(job.source.model, layer).detach().float().clone()
-                    how = options.pattern_of(layer), gram_shrinkage, options.least_squares
-                    problem = layer_problem(layer.name, weight, gram, *how)
+                    pattern, update = options.pattern_of(layer.name, layer.n), options.least_squares
+                    problem = layer_problem(
+                        layer.name, weight, gram, pattern, gram_shrinkage, update
+                    )
                     yield layer, counting(problem, options.sensitivity, job.gradients)
             block.advance()

@@ -182,7 +182,7 @@ def solve_rows(
     dense = matrix(job.source.model, layer).detach().float()
     used = None if fallback else gram
     least_squares = None if fallback else options.least_squares
-    pattern = options.pattern_of(layer)
+    pattern = options.pattern_of(layer.name, layer.n)
 
     def at(alpha: float) -> LayerProblem:
         problem = layer_problem(layer.name, dense, used, pattern, alpha, least_squares)

@@ -83,15 +83,7 @@ class Manifest:
         return self.options.rows_differ and self.options.max_deviation == 1
 
     def pattern(self, layer: Mapping[str, Any]) -> Pattern:
-        """Return the pattern of a layer, by its own count where the options have counts."""
-        counts, options = self.options.counts, self.options
-        if not counts:
-            return options.pattern
-        keep = layer["n"] - counts[layer["name"]]
-        if not options.rows_differ:
-            return Unstructured(keep=keep)
-        within = None if self.unlimited else options.max_deviation
-        return Unstructured(keep=keep, per="layer", max_deviation=within)
+        return self.options.pattern_of(layer["name"], layer["n"])
 
     def pruned(self, layer: Mapping[str, Any]) -> int:
         """Return the number of pruned entries of a layer."""

@@ -25,14 +25,14 @@ from maskopt.core.problem import LayerProblem
 from maskopt.errors import VerificationError
 from maskopt.models.architecture.blocks import Layer, choose, matrix
 from maskopt.models.architecture.source import FolderSource, masks_as_model
-from maskopt.models.blockwise.collect import IN_DENSE, Grams
+from maskopt.models.blockwise.collect import Grams
 from maskopt.models.blockwise.forward import Threads
 from maskopt.models.blockwise.job import Block, open_job
 from maskopt.models.calibration.tokens import CALIBRATION, are_tokens, tokens_or_tokenizer
 from maskopt.models.checkpoints.bos import BOS, TEMPLATE
 from maskopt.models.checkpoints.checkpoint import open_checkpoint
 from maskopt.models.checkpoints.result import read_bases, read_windows
-from maskopt.models.checkpoints.schema import BASES
+from maskopt.models.checkpoints.schema import BASES, IN_DENSE
 from maskopt.models.options.prune import AUTO, BLOCKWISE, NONE
 from maskopt.models.pruning.prune_layer import counting, held_problem, layer_problem
 from maskopt.models.verification.folder import MASKS
@@ -346,7 +346,8 @@ class _Walk:
         """Return the state of a layer whose Gram matrix is collected; `result`: its weights in the result."""
         options, stated = self.options, self.stated[layer.name]
         gram, dense = grams.of(layer.name), matrix(self.job.source.model, layer).float()
-        tokens, pattern = 0 if gram is None else gram.tokens, options.pattern_of(layer)
+        tokens = 0 if gram is None else gram.tokens
+        pattern = options.pattern_of(layer.name, layer.n)
         damping, alpha = stated["damping"], float(stated["gram_shrinkage"])
         update = None if damping is None else LeastSquaresUpdate(damping, options.damping_exponent)
         known = None if tokens < options.min_tokens else gram

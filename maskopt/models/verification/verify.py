@@ -18,7 +18,7 @@ import torch
 from maskopt.core.files import bytes_of
 from maskopt.core.pattern import NM
 from maskopt.errors import VerificationError
-from maskopt.models.checkpoints.schema import BASES, PRUNE, WRITTEN, is_copied
+from maskopt.models.checkpoints.schema import BASES, IN_DENSE, PRUNE, WRITTEN, is_copied
 from maskopt.models.options.prune import BLOCKWISE
 from maskopt.models.verification.bases import InBases
 from maskopt.models.verification.folder import (
@@ -53,8 +53,6 @@ from maskopt.models.verification.recompute import recheck_layers
 from maskopt.models.verification.structured import verify_smaller
 from maskopt.models.verification.tensors import Masks, OnTensor, check_tensors
 
-#: mark after the name of a block that gave NaN in the dense model
-_IN_DENSE = " (dense)"
 #: what `maskopt`, transformers' Trainer and tokenizers leave in a folder and no loader takes
 SAVED = re.compile(
     rf"{re.escape(MASKS)}|{re.escape(BASES)}|{re.escape(WRITTEN)}|{re.escape(MANIFEST)}|maskopt-distill\.json|"
@@ -276,7 +274,7 @@ def _facts(manifest: Manifest, recomputed: int, compared: bool, again: bool) -> 
         "Wanda's errors": every,
         "optima": False if again and any("optimal" in x["statuses"] for x in layers) else None,
         # whether the dense model, which runs along during training, gave NaN is not seen again
-        "windows left out": False if any(x["layer"].endswith(_IN_DENSE) for x in bad) else None,
+        "windows left out": False if any(x["layer"].endswith(IN_DENSE) for x in bad) else None,
         "bounds": False if not again or any(layer["lower_bound"] for layer in layers) else None,
         "options": False,
     }
